@@ -21,7 +21,7 @@ use crate::wire::{self, Address};
 use crate::{ALICE, BOB};
 
 /// A process that obeys words, whatever program it runs.
-struct Player {
+struct ScriptedProcess {
     pid: Pid,
     words: UnixStream,
 }
@@ -41,16 +41,16 @@ struct Part<'a> {
 struct Stage<'a> {
     scene: &'a str,
     to: [&'a str; 2],
-    alice: Player,
-    heir: Player,
+    alice: ScriptedProcess,
+    heir: ScriptedProcess,
     /// The process that has the caller's number after that.
-    bob: Option<Player>,
+    bob: Option<ScriptedProcess>,
     cgroup: Option<Cgroup>,
 }
 
 pub(crate) fn play(scene: &str, to: [&str; 2]) {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let [alice, heir] = [ours, theirs].map(|over| Player::start(ALICE, to, over));
+    let [alice, heir] = [ours, theirs].map(|over| ScriptedProcess::start(ALICE, to, over));
     let mut stage = Stage {
         scene,
         to,
@@ -68,16 +68,16 @@ pub(crate) fn play(scene: &str, to: [&str; 2]) {
 impl Stage<'_> {
     fn step(&mut self, word: &str) -> String {
         match word {
-            "ask" => self.alice.does("ask"),
+            "ask" => self.alice.send_word("ask"),
             "change" => self.change(),
             // As `newgrp` and busybox's `su` do: from privileges back to the user, and to any
             // program.
-            "back" => self.alice.does("back"),
-            "answer" if matches!(self.scene, "still" | "moved") => self.alice.does("answer"),
+            "back" => self.alice.send_word("back"),
+            "answer" if matches!(self.scene, "still" | "moved") => self.alice.send_word("answer"),
             "answer" if self.scene == "vanished" => "\"\"".to_owned(),
-            "answer" => self.heir.does("answer"),
-            "again" => self.again(),
-            other if other.starts_with("alice ") => self.alice.does(&other["alice ".len()..]),
+            "answer" => self.heir.send_word("answer"),
+            "again" => self.request_again(),
+            other if other.starts_with("alice ") => self.alice.send_word(&other["alice ".len()..]),
             other => panic!("no step {other}"),
         }
     }
@@ -85,23 +85,23 @@ impl Stage<'_> {
     /// Makes the change of the caller that the scene is about.
     fn change(&mut self) -> String {
         if !matches!(self.scene, "still" | "moved" | "vanished") {
-            self.alice.does("give");
-            self.heir.does("take");
+            self.alice.send_word("give");
+            self.heir.send_word("take");
         }
         match self.scene {
             "still" | "forked" => {}
-            "vanished" | "exited" => self.alice.ends(true),
-            "zombie" => self.alice.ends(false),
+            "vanished" | "exited" => self.alice.end(true),
+            "zombie" => self.alice.end(false),
             "reused" => {
-                self.alice.ends(true);
-                self.bob = Player::reusing(self.alice.pid, BOB, self.to);
+                self.alice.end(true);
+                self.bob = ScriptedProcess::reusing(self.alice.pid, BOB, self.to);
                 if self.bob.is_none() {
                     return "\"the number is taken\"".to_owned();
                 }
             }
-            "executed" => drop(self.alice.does("become second")),
-            "setuid" | "setuid-and-back" => drop(self.alice.does("become root")),
-            "setgid" | "setgid-and-back" => drop(self.alice.does("become group")),
+            "executed" => drop(self.alice.send_word("become second")),
+            "setuid" | "setuid-and-back" => drop(self.alice.send_word("become root")),
+            "setgid" | "setgid-and-back" => drop(self.alice.send_word("become group")),
             "moved" => {
                 let cgroup = self
                     .cgroup
@@ -114,15 +114,15 @@ impl Stage<'_> {
     }
 
     /// The process that exists now sends a request on a connection of its own.
-    fn again(&mut self) -> String {
+    fn request_again(&mut self) -> String {
         match (self.scene, &mut self.bob) {
-            (_, Some(bob)) => bob.does("again"),
-            ("vanished" | "exited" | "zombie", None) => self.heir.does("again"),
+            (_, Some(bob)) => bob.send_word("again"),
+            ("vanished" | "exited" | "zombie", None) => self.heir.send_word("again"),
             ("setuid" | "setgid", None) => {
-                self.alice.does("settle");
-                self.alice.does("again")
+                self.alice.send_word("settle");
+                self.alice.send_word("again")
             }
-            _ => self.alice.does("again"),
+            _ => self.alice.send_word("again"),
         }
     }
 }
@@ -130,12 +130,12 @@ impl Stage<'_> {
 impl Drop for Stage<'_> {
     fn drop(&mut self) {
         if self.cgroup.is_some() {
-            self.alice.ends(true);
+            self.alice.end(true);
         }
     }
 }
 
-impl Player {
+impl ScriptedProcess {
     fn start(uid: u32, to: [&str; 2], over: UnixStream) -> Self {
         let (words, theirs) = UnixStream::pair().unwrap();
         let started = child(|_| {
@@ -163,7 +163,7 @@ impl Player {
     }
 
     /// Sends it a word, and waits for its reply or for the daemon's response.
-    fn does(&mut self, word: &str) -> String {
+    fn send_word(&mut self, word: &str) -> String {
         self.words
             .write_all(format!("{word}\n").as_bytes())
             .unwrap();
@@ -171,7 +171,7 @@ impl Player {
     }
 
     /// Ends it. With `reap` it is reaped, else it stays a zombie.
-    fn ends(&mut self, reap: bool) {
+    fn end(&mut self, reap: bool) {
         self.words.write_all(b"end\n").unwrap();
         waitid(
             Id::Pid(self.pid),
@@ -222,9 +222,9 @@ impl<'a> Part<'a> {
             if word == "end" {
                 return;
             }
-            let said = self.act(&word);
+            let reply = self.act(&word);
             self.words
-                .write_all(format!("{said}\n").as_bytes())
+                .write_all(format!("{reply}\n").as_bytes())
                 .unwrap();
         }
     }

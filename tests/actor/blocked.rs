@@ -30,8 +30,8 @@ pub(crate) fn callers(count: usize, cgroups: &[&str], to: &Address) {
         let _ = File::open(files.file()).unwrap().read(&mut [0]);
         String::new()
     });
-    files.await_asked();
-    let held = daemon::hold();
+    files.await_hanging_request();
+    let stopped = daemon::hold();
     let each = cgroups
         .iter()
         .flat_map(|cgroup| (0..count).map(move |_| cgroup));
@@ -47,7 +47,7 @@ pub(crate) fn callers(count: usize, cgroups: &[&str], to: &Address) {
         })
     });
     let callers: Vec<(Child, Pid)> = callers.collect();
-    drop(held);
+    drop(stopped);
     println!("begun");
     std::io::stdout().flush().unwrap();
     let _ = std::io::stdin().read(&mut [0]);
@@ -73,10 +73,10 @@ pub(crate) fn stuck(to: &Address) -> String {
         let _ = File::open(files.file()).unwrap().read(&mut [0]);
         String::new()
     });
-    files.await_asked();
+    files.await_hanging_request();
     let (over, from) = UnixStream::pair().unwrap();
     let (mut hears, says) = UnixStream::pair().unwrap();
-    let held = daemon::hold();
+    let stopped = daemon::hold();
     let (caller, _) = caller(&files, || {
         become_user(ALICE);
         let fd = to.connect();
@@ -93,18 +93,18 @@ pub(crate) fn stuck(to: &Address) -> String {
     });
     drop(says);
     let connection = Connection::of(to, &wire::receive(&from));
-    drop(held);
+    drop(stopped);
     while !daemon::has_stuck_thread() && !daemon::is_read(&connection) {
         thread::yield_now();
     }
     // A search for a process covers all of its cgroup.
-    let elsewhere = Cgroup::named(&own_cgroup(), &format!("bob-{}", getpid()));
+    let bobs_cgroup = Cgroup::named(&own_cgroup(), &format!("bob-{}", getpid()));
     let mut bob = child(|_| {
-        elsewhere.write("cgroup.procs", "0");
+        bobs_cgroup.write("cgroup.procs", "0");
         become_user(BOB);
         wire::ask(&to.connect())
     });
-    let bobs = bob.said();
+    let bobs = bob.output();
     bob.reap();
     drop(files);
     let mut alices = String::new();
@@ -122,18 +122,18 @@ pub(crate) fn stuck(to: &Address) -> String {
 /// Starts one of them, and its helper. `begin` returns the program to execute and its words.
 fn caller(files: &HangingFiles, begin: impl FnOnce() -> Vec<CString>) -> (Child, Pid) {
     let path = CString::new(files.file().to_str().unwrap()).unwrap();
-    let (tell, told) = UnixStream::pair().unwrap();
+    let (pid_pipe, pid_pipe_end) = UnixStream::pair().unwrap();
     let mut caller = child(|cue| {
         let program = begin();
         let helper = share_memory(map, path.as_ptr().cast_mut().cast());
         // From here on nothing may allocate memory: that would wait for the helper, too.
-        let _ = nix::unistd::write(&tell, &helper.as_raw().to_ne_bytes());
+        let _ = nix::unistd::write(&pid_pipe, &helper.as_raw().to_ne_bytes());
         cue.wait();
         let _ = execv(&program[0], &program);
         String::new()
     });
     let mut helper = [0; 4];
-    (&told).read_exact(&mut helper).unwrap();
+    (&pid_pipe_end).read_exact(&mut helper).unwrap();
     let helper = Pid::from_raw(i32::from_ne_bytes(helper));
     await_stuck(helper);
     caller.cue();

@@ -19,12 +19,12 @@ nix::ioctl_read_bad!(outq, libc::TIOCOUTQ, libc::c_int);
 
 /// The daemon is stopped until this is dropped: all that happens meanwhile has happened when it
 /// goes on.
-pub(crate) struct Held(Pid);
+pub(crate) struct StoppedDaemon(Pid);
 
 /// Stops the daemon. Takes root.
-pub(crate) fn hold() -> Held {
+pub(crate) fn hold() -> StoppedDaemon {
     let pid = pid();
-    let held = Held(Pid::from_raw(pid));
+    let held = StoppedDaemon(Pid::from_raw(pid));
     kill(held.0, Signal::SIGSTOP).unwrap();
     // A thread that runs on another processor stops a little later.
     while !states(pid).all(|state| state == 'T') {
@@ -51,7 +51,7 @@ fn states(pid: i32) -> impl Iterator<Item = char> {
         })
 }
 
-impl Drop for Held {
+impl Drop for StoppedDaemon {
     fn drop(&mut self) {
         kill(self.0, Signal::SIGCONT).unwrap();
     }

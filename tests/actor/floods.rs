@@ -33,7 +33,7 @@ pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
     become_user(u32::try_from(numbers[0]).unwrap());
     match (what, numbers) {
-        ("ask", [_, count]) => show(&asked(to, *count)),
+        ("ask", [_, count]) => show(&send_requests(to, *count)),
         ("hold", [_, count]) => hold(to, *count, |_| ()),
         ("mute", [_, count]) => hold(to, *count, wire::send),
         ("storm", [_, threads, descriptors]) => storm(to, *threads, *descriptors),
@@ -45,11 +45,11 @@ pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
 /// that.
 pub(crate) fn connect(uid: u32, to: &Address) {
     become_user(uid);
-    let mut asked = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
+    let mut input = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
     let (mut word, mut kept) = ([0], Vec::new());
-    while asked.read(&mut word).is_ok_and(|length| length == 1) {
+    while input.read(&mut word).is_ok_and(|length| length == 1) {
         let fd = to.connect();
-        wire::pass(&asked, &fd);
+        wire::pass(&input, &fd);
         if word == *b"k" {
             kept.push(fd);
         }
@@ -63,7 +63,7 @@ fn show(counts: &Counts) -> String {
         .collect()
 }
 
-fn asked(to: &Address, count: usize) -> Counts {
+fn send_requests(to: &Address, count: usize) -> Counts {
     let mut counts = Counts::new();
     for _ in 0..count {
         *counts.entry(code(&wire::ask(&to.connect()))).or_default() += 1;
@@ -80,7 +80,7 @@ fn grouped(to: &Address, uid: u32, groups: usize, processes: usize) -> Counts {
             become_with_groups(uid, groups);
             wire::ask(&to.connect())
         });
-        *counts.entry(code(&asking.said())).or_default() += 1;
+        *counts.entry(code(&asking.output())).or_default() += 1;
         asking.reap();
     }
     counts
@@ -95,28 +95,28 @@ fn code(answer: &str) -> String {
 }
 
 /// Prints that this has begun, and waits until the test closes standard input.
-fn begun() {
+fn report_start() {
     println!("begun");
 }
 
-fn enough() {
+fn wait_for_stop() {
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
 }
 
 /// Opens connections, does `first` on each, and keeps all of them. Returns how many the daemon had
 /// ended by the end.
 fn hold(to: &Address, count: usize, first: impl Fn(&OwnedFd)) -> String {
-    let held: Vec<OwnedFd> = (0..count)
+    let connections: Vec<OwnedFd> = (0..count)
         .map(|_| {
             let fd = to.connect();
             first(&fd);
             fd
         })
         .collect();
-    begun();
-    enough();
+    report_start();
+    wait_for_stop();
     let mut counts = Counts::new();
-    for fd in &held {
+    for fd in &connections {
         *counts.entry(state(fd).to_owned()).or_default() += 1;
     }
     show(&counts)
@@ -149,7 +149,7 @@ fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
         let ask = |first: std::sync::mpsc::Sender<()>| {
             let mut counts = Counts::new();
             while !ended.load(Ordering::Relaxed) {
-                for (code, count) in asked(to, 1) {
+                for (code, count) in send_requests(to, 1) {
                     *counts.entry(code).or_default() += count;
                 }
                 let _ = first.send(());
@@ -166,8 +166,8 @@ fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
             .collect();
         // The first response shows that the loop runs.
         is_first.recv().unwrap();
-        begun();
-        enough();
+        report_start();
+        wait_for_stop();
         ended.store(true, Ordering::Relaxed);
         for thread in running {
             for (code, count) in thread.join().unwrap() {

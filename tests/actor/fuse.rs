@@ -52,7 +52,7 @@ pub(crate) enum Hangs {
 pub(crate) struct HangingFiles {
     directory: PathBuf,
     server: Option<Child>,
-    asked: UnixStream,
+    lookups: UnixStream,
 }
 
 impl HangingFiles {
@@ -91,7 +91,7 @@ impl HangingFiles {
             Some(&*options),
         )
         .unwrap();
-        let (tell, asked) = UnixStream::pair().unwrap();
+        let (tell, lookups) = UnixStream::pair().unwrap();
         let server = child(|_| {
             Server::new(hangs).serve(&device, || (&tell).write_all(b"x").unwrap());
             String::new()
@@ -99,7 +99,7 @@ impl HangingFiles {
         Self {
             directory,
             server: Some(server),
-            asked,
+            lookups,
         }
     }
 
@@ -121,8 +121,8 @@ impl HangingFiles {
     }
 
     /// Waits until the kernel has sent a request that gets no response.
-    pub(crate) fn await_asked(&self) {
-        (&self.asked).read_exact(&mut [0]).unwrap();
+    pub(crate) fn await_hanging_request(&self) {
+        (&self.lookups).read_exact(&mut [0]).unwrap();
     }
 }
 

@@ -14,7 +14,7 @@ use crate::{ALICE, BOB};
 
 /// The socket of root's that Bob gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Given {
+pub(crate) enum RootSocket {
     /// A listener that root does not have any more, like a service manager's that it has passed to
     /// a service.
     Listener,
@@ -26,13 +26,13 @@ pub(crate) enum Given {
 
 /// Root makes a socket and passes it to Bob. Bob disconnects it, connects it to the daemon, and
 /// sends a request.
-pub(crate) fn used_again(to: &Address, given: Given) -> String {
+pub(crate) fn used_again(to: &Address, socket_kind: RootSocket) -> String {
     let listener = TcpListener::bind(to.another(0)).unwrap();
     let address = listener.local_addr().unwrap();
-    let (socket, kept): (OwnedFd, Option<OwnedFd>) = match given {
-        Given::Listener => (listener.into(), None),
-        Given::SharedListener => (listener.try_clone().unwrap().into(), Some(listener.into())),
-        Given::Accepted => {
+    let (socket, held_by_root): (OwnedFd, Option<OwnedFd>) = match socket_kind {
+        RootSocket::Listener => (listener.into(), None),
+        RootSocket::SharedListener => (listener.try_clone().unwrap().into(), Some(listener.into())),
+        RootSocket::Accepted => {
             let client = TcpStream::connect(address).unwrap();
             (listener.accept().unwrap().0.into(), Some(client.into()))
         }
@@ -47,10 +47,10 @@ pub(crate) fn used_again(to: &Address, given: Given) -> String {
         to.connect_from(&socket);
         wire::ask(&socket)
     });
-    let said = bob.said();
+    let response = bob.output();
     bob.reap();
-    drop(kept);
-    said
+    drop(held_by_root);
+    response
 }
 
 /// Does the same as a service that systemd has started with a listener, as its only one.
@@ -76,9 +76,9 @@ pub(crate) fn made_for_activation(to: &Address) -> String {
         become_user(ALICE);
         wire::ask(&to.connect())
     });
-    let said = alice.said();
+    let response = alice.output();
     alice.reap();
-    said
+    response
 }
 
 /// Makes a listener, or a connected socket, connectable again (connect(2), `AF_UNSPEC`).

@@ -28,7 +28,7 @@ const RECORD: usize = 64;
 pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> String {
     let users: Vec<u32> = users.split(',').map(|uid| uid.parse().unwrap()).collect();
     let (rate, seconds): (u128, u128) = (rate.parse().unwrap(), seconds.parse().unwrap());
-    reap_nobody();
+    ignore_children();
     let [(mut said, mut say), (cue, cues)] = [(); 2].map(|()| {
         let (read, write): (OwnedFd, OwnedFd) = pipe().unwrap();
         (File::from(read), File::from(write))
@@ -36,7 +36,7 @@ pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> Strin
     let count = usize::try_from(rate * seconds).unwrap();
     for number in 0..count {
         let uid = users[number % users.len()];
-        born(|| {
+        fork_detached(|| {
             become_user(uid);
             // Each byte wakes one of the waiting processes.
             (&cue).read_exact(&mut [0]).unwrap();
@@ -45,7 +45,7 @@ pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> Strin
         });
     }
     fcntl(&said, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
-    let mut seen = Seen::default();
+    let mut results = Results::default();
     let (began, mut cued, mut busy) = (Instant::now(), 0, None);
     while cued < count {
         let due = usize::try_from(began.elapsed().as_micros() * rate / 1_000_000)
@@ -53,21 +53,21 @@ pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> Strin
             .min(count);
         (&cues).write_all(&vec![0; due - cued]).unwrap();
         cued = due;
-        seen.read(&mut said);
+        results.read(&mut said);
         if busy.is_none() && cued >= count / 4 {
-            busy = Some((Instant::now(), seen.count("200")));
+            busy = Some((Instant::now(), results.count("200")));
         }
         thread::sleep(Duration::from_millis(1));
     }
     // Without the first quarter, in which the first have no response yet.
     let per_second = busy.map(|(since, before)| {
-        f64::from(seen.count("200") - before) / since.elapsed().as_secs_f64()
+        f64::from(results.count("200") - before) / since.elapsed().as_secs_f64()
     });
-    while seen.all() < count {
-        seen.read(&mut said);
+    while results.all() < count {
+        results.read(&mut said);
         thread::sleep(Duration::from_millis(1));
     }
-    seen.show(json!({ "asked": count, "answered_per_second": per_second }))
+    results.show(json!({ "asked": count, "answered_per_second": per_second }))
 }
 
 /// Starts this number of processes of a user, which do nothing until this one ends. Prints their
@@ -75,20 +75,20 @@ pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> Strin
 pub(crate) fn idle(uid: &str, count: &str) -> ! {
     become_user(uid.parse().unwrap());
     for _ in 0..count.parse().unwrap() {
-        println!("{}", born(|| stay()));
+        println!("{}", fork_detached(|| stay()));
     }
     println!("all");
     stay()
 }
 
 /// Lets the kernel reap children, so that they leave no zombies.
-fn reap_nobody() {
+fn ignore_children() {
     let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::SA_NOCLDWAIT, SigSet::empty());
     // SAFETY: no handler is set.
     unsafe { sigaction(Signal::SIGCHLD, &ignore) }.unwrap();
 }
 
-fn born(act: impl FnOnce()) -> nix::unistd::Pid {
+fn fork_detached(act: impl FnOnce()) -> nix::unistd::Pid {
     // SAFETY: this program has one thread.
     match unsafe { fork() }.unwrap() {
         ForkResult::Parent { child } => child,
@@ -128,7 +128,7 @@ fn record(uid: u32, to: &Address) -> [u8; RECORD] {
 }
 
 #[derive(Default)]
-struct Seen {
+struct Results {
     rest: Vec<u8>,
     /// By kind of response, in microseconds.
     took: BTreeMap<String, Vec<u64>>,
@@ -136,7 +136,7 @@ struct Seen {
     keys: BTreeMap<String, BTreeSet<String>>,
 }
 
-impl Seen {
+impl Results {
     /// Reads all that is there: up to the end, if the pipe blocks.
     fn read(&mut self, said: &mut File) {
         // An error means that the pipe is empty for now.

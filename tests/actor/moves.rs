@@ -90,9 +90,9 @@ pub(crate) fn moved(to: &Address, late: bool, remove: bool) -> String {
         fs::remove_dir(&first.0).unwrap();
     }
     steps.write_all(b"x").unwrap();
-    let said = alice.said();
+    let response = alice.output();
     alice.reap();
-    said
+    response
 }
 
 /// Alice sends a request from a cgroup of the threaded kind, in which processes can't be listed.
@@ -110,10 +110,10 @@ pub(crate) fn threaded(to: &Address) -> String {
     domain.write("cgroup.procs", &alice.pid.to_string());
     threaded.write("cgroup.threads", &alice.pid.to_string());
     (&here).write_all(b"x").unwrap();
-    let said = alice.said();
+    let response = alice.output();
     alice.reap();
     drop(threaded);
-    said
+    response
 }
 
 /// Root keeps Alice's credentials in an io_uring and becomes Bob. Bob's socket is then made as
@@ -124,32 +124,36 @@ pub(crate) fn personality(to: &Address) -> String {
         // The kernel takes a new socket's owner from the filesystem uid.
         let as_alice = {
             nix::unistd::setfsuid(ALICE.into());
-            let kept = ring.submitter().register_personality().unwrap();
+            let credential_id = ring.submitter().register_personality().unwrap();
             nix::unistd::setfsuid(0.into());
-            kept
+            credential_id
         };
         become_user(BOB);
         let (family, kind) = to.numbers();
         let make = opcode::Socket::new(family, kind, 0)
             .build()
             .personality(as_alice);
-        let made = complete(&mut ring, &make);
-        assert!(made >= 0, "{}", std::io::Error::from_raw_os_error(-made));
+        let socket_fd = complete(&mut ring, &make);
+        assert!(
+            socket_fd >= 0,
+            "{}",
+            std::io::Error::from_raw_os_error(-socket_fd)
+        );
         // SAFETY: the kernel has just made this descriptor.
-        let fd = unsafe { OwnedFd::from_raw_fd(made) };
+        let fd = unsafe { OwnedFd::from_raw_fd(socket_fd) };
         to.connect_from(&fd);
         wire::ask(&fd)
     });
-    let said = bob.said();
+    let response = bob.output();
     bob.reap();
-    said
+    response
 }
 
 /// Alice sends a request on a connection that is among the fixed files of an io_uring, and in no
 /// process's descriptors.
 pub(crate) fn fixed_file(to: &Address) -> String {
-    let (tell, told) = UnixStream::pair().unwrap();
-    let held = daemon::hold();
+    let (tell, signalled) = UnixStream::pair().unwrap();
+    let stopped = daemon::hold();
     let mut alice = child(|cue| {
         let mut ring = IoUring::new(2).unwrap();
         become_user(ALICE);
@@ -175,12 +179,12 @@ pub(crate) fn fixed_file(to: &Address) -> String {
         }
         String::from_utf8(answer).unwrap()
     });
-    (&told).read_exact(&mut [0]).unwrap();
-    drop(held);
+    (&signalled).read_exact(&mut [0]).unwrap();
+    drop(stopped);
     alice.cue();
-    let said = alice.said();
+    let response = alice.output();
     alice.reap();
-    said
+    response
 }
 
 /// Submits one entry, and waits until it is done.

@@ -50,7 +50,7 @@ impl Cue {
     }
 }
 
-/// Starts a child that does `act` and then ends. The result of `act` is kept for [`Child::said`].
+/// Starts a child that does `act` and then ends. The result of `act` is kept for [`Child::output`].
 pub(crate) fn child(act: impl FnOnce(&mut Cue) -> String) -> Child {
     let (says, mut say) = pair();
     let (hear, hears) = pair();
@@ -87,7 +87,7 @@ impl Child {
     }
 
     /// Returns the child's whole output, and waits until it has ended. It stays a zombie.
-    pub(crate) fn said(&mut self) -> String {
+    pub(crate) fn output(&mut self) -> String {
         let mut text = String::new();
         let _ = self.says.read_to_string(&mut text);
         // Its end of the pipe is closed a moment before it has ended.

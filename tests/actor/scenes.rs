@@ -18,8 +18,8 @@ use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::wait::waitpid;
 use nix::unistd::{execv, setgroups, setresgid, setresuid};
 
-use crate::daemon::{self, Held};
-use crate::handed_on::{self, Given as Socket};
+use crate::daemon::{self, StoppedDaemon};
+use crate::handed_on::{self, RootSocket as Socket};
 use crate::process::{Child, become_of, become_user, child, reuse, stay};
 use crate::wire::{self, Address};
 use crate::{ALICE, BOB, blocked, moves};
@@ -80,25 +80,25 @@ fn alone(act: impl FnOnce() -> String) -> String {
 }
 
 fn finish(mut child: Child) -> String {
-    let said = child.said();
+    let response = child.output();
     child.reap();
-    said
+    response
 }
 
 /// Alice's connection, which another process is to use. Alice's own descriptor is closed.
-struct Given {
+struct PassedConnection {
     alice: Child,
     heir: Child,
-    held: Option<Held>,
+    stopped: Option<StoppedDaemon>,
 }
 
-impl Given {
+impl PassedConnection {
     /// Passes it to a user with a group. With `late` the request has begun before. Alice's process
     /// does `then` at its cue.
     fn start(to: &Address, late: bool, heir: (u32, u32), then: impl FnOnce()) -> Self {
         let (over, from) = UnixStream::pair().unwrap();
-        let (tell, told) = UnixStream::pair().unwrap();
-        let held = (!late).then(daemon::hold);
+        let (tell, continued) = UnixStream::pair().unwrap();
+        let stopped = (!late).then(daemon::hold);
         let alice = child(|cue| {
             become_user(ALICE);
             let fd = to.connect();
@@ -123,28 +123,32 @@ impl Given {
                 wire::ask(&fd)
             }
         });
-        (&told).read_exact(&mut [0; 2]).unwrap();
-        Self { alice, heir, held }
+        (&continued).read_exact(&mut [0; 2]).unwrap();
+        Self {
+            alice,
+            heir,
+            stopped,
+        }
     }
 }
 
-fn goes_on(held: Option<Held>, mut asking: Child) -> String {
-    drop(held);
+fn goes_on(stopped: Option<StoppedDaemon>, mut asking: Child) -> String {
+    drop(stopped);
     asking.cue();
     finish(asking)
 }
 
 /// Bob, in Alice's group, sends a request on the connection of Alice's living process.
 fn passed(to: &Address, late: bool) -> String {
-    let Given {
+    let PassedConnection {
         mut alice,
         heir,
-        held,
-    } = Given::start(to, late, (BOB, ALICE), || {});
-    let said = goes_on(held, heir);
+        stopped,
+    } = PassedConnection::start(to, late, (BOB, ALICE), || {});
+    let response = goes_on(stopped, heir);
     alice.cue();
     alice.reap();
-    said
+    response
 }
 
 /// Alice makes a socket, which only Bob has then. Bob connects it and sends a request.
@@ -166,40 +170,40 @@ fn made_for(to: &Address) -> String {
 
 /// Alice's process has ended, and a child of hers sends the request.
 fn exited(to: &Address, late: bool, reap: bool) -> String {
-    let Given {
+    let PassedConnection {
         mut alice,
         heir,
-        held,
-    } = Given::start(to, late, (ALICE, ALICE), || {});
+        stopped,
+    } = PassedConnection::start(to, late, (ALICE, ALICE), || {});
     alice.cue();
-    alice.said();
+    alice.output();
     if reap {
         alice.reap();
-        return goes_on(held, heir);
+        return goes_on(stopped, heir);
     }
-    let said = goes_on(held, heir);
+    let response = goes_on(stopped, heir);
     alice.reap();
-    said
+    response
 }
 
 /// Alice's process has ended, and Bob's process has the connector's number.
 fn reused(to: &Address, late: bool) -> String {
-    let Given {
+    let PassedConnection {
         mut alice,
         heir,
-        held,
-    } = Given::start(to, late, (ALICE, ALICE), || {});
+        stopped,
+    } = PassedConnection::start(to, late, (ALICE, ALICE), || {});
     let pid = alice.pid;
     alice.cue();
-    alice.said();
+    alice.output();
     alice.reap();
     let bob = reuse(pid, BOB, || stay());
-    let said = goes_on(held, heir);
+    let response = goes_on(stopped, heir);
     if let Some(bob) = bob {
         kill(bob, Signal::SIGKILL).unwrap();
         waitpid(bob, None).unwrap();
     }
-    said
+    response
 }
 
 fn child_asks(fd: OwnedFd) -> String {
@@ -229,18 +233,18 @@ fn setuid(to: &Address, late: bool) -> String {
     let execute = || {
         execv(&path, &[path.clone(), c"stay".to_owned()]).unwrap();
     };
-    let Given {
+    let PassedConnection {
         mut alice,
         heir,
-        held,
-    } = Given::start(to, late, (ALICE, ALICE), execute);
+        stopped,
+    } = PassedConnection::start(to, late, (ALICE, ALICE), execute);
     alice.cue();
     await_root(&alice);
-    let said = goes_on(held, heir);
+    let response = goes_on(stopped, heir);
     kill(alice.pid, Signal::SIGKILL).unwrap();
     alice.reap();
     fs::remove_dir_all(&folder).unwrap();
-    said
+    response
 }
 
 /// Waits until the process has executed the setuid program.
@@ -272,7 +276,7 @@ fn other_group(to: &Address) -> String {
 /// elder, connects and sends the request.
 fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let (told, tell) = UnixStream::pair().unwrap();
+    let (continued, tell) = UnixStream::pair().unwrap();
     let mut elder = child(|cue| {
         become_of(elder.0, elder.1);
         let fd = wire::receive(&theirs);
@@ -286,14 +290,14 @@ fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
         become_of(younger.0, younger.1);
         let fd = to.socket();
         wire::pass(&ours, &fd);
-        wire::receive(&told);
+        wire::receive(&continued);
         to.connect_from(&fd);
         wire::ask(&fd)
     });
-    let said = finish(younger);
+    let response = finish(younger);
     elder.cue();
     elder.reap();
-    said
+    response
 }
 
 /// Alice's process is in another group by its real id than by the others.
@@ -309,7 +313,7 @@ fn mixed_group(to: &Address) -> String {
 /// Alice's process sends a request and is gone before the daemon attests it. Only the daemon's
 /// audit has the outcome.
 fn closed(to: &Address, shut: bool) -> String {
-    let held = daemon::hold();
+    let stopped = daemon::hold();
     finish(child(|_| {
         become_user(ALICE);
         let fd = to.connect();
@@ -319,7 +323,7 @@ fn closed(to: &Address, shut: bool) -> String {
         }
         String::new()
     }));
-    drop(held);
+    drop(stopped);
     String::new()
 }
 
@@ -333,8 +337,8 @@ fn half_closed(fd: OwnedFd) -> String {
 /// descriptors.
 fn queued(to: &Address) -> String {
     let (over, from) = UnixStream::pair().unwrap();
-    let (tell, told) = UnixStream::pair().unwrap();
-    let held = daemon::hold();
+    let (tell, continued) = UnixStream::pair().unwrap();
+    let stopped = daemon::hold();
     let mut alice = child(|cue| {
         become_user(ALICE);
         let fd = to.connect();
@@ -350,8 +354,8 @@ fn queued(to: &Address) -> String {
         }
         wire::answer(&wire::receive(&from))
     });
-    (&told).read_exact(&mut [0]).unwrap();
-    drop(held);
+    (&continued).read_exact(&mut [0]).unwrap();
+    drop(stopped);
     alice.cue();
     finish(alice)
 }
@@ -363,17 +367,17 @@ fn decoy(to: &Address) -> String {
         let port = free.local_addr().unwrap().port();
         drop(free);
         // Another process may have taken it meanwhile.
-        if let Some(said) = decoy_on(to, port) {
-            return said;
+        if let Some(response) = decoy_on(to, port) {
+            return response;
         }
     }
 }
 
 fn decoy_on(to: &Address, port: u16) -> Option<String> {
-    let (tell, told) = UnixStream::pair().unwrap();
+    let (tell, continued) = UnixStream::pair().unwrap();
     let are_ready = || {
         let mut ready = [0];
-        (&told).read_exact(&mut ready).unwrap();
+        (&continued).read_exact(&mut ready).unwrap();
         ready == [1]
     };
     let mut alice = child(|cue| {
@@ -400,10 +404,10 @@ fn decoy_on(to: &Address, port: u16) -> Option<String> {
     });
     let is_played = are_ready() && is_bound;
     alice.cue();
-    let said = finish(alice);
+    let response = finish(alice);
     bob.cue();
     bob.reap();
-    is_played.then_some(said)
+    is_played.then_some(response)
 }
 
 /// Alice sends a request from a new namespace: one of users, without any id in it, or one of
@@ -429,8 +433,8 @@ fn regrouped(to: &Address, late: bool) -> String {
 
 /// Root connects, and then changes something of itself or of the connection.
 fn changed_by_root(to: &Address, late: bool, change: impl FnOnce(&OwnedFd)) -> String {
-    let (tell, told) = UnixStream::pair().unwrap();
-    let held = (!late).then(daemon::hold);
+    let (tell, continued) = UnixStream::pair().unwrap();
+    let stopped = (!late).then(daemon::hold);
     let asking = child(|cue| {
         let fd = to.connect();
         if late {
@@ -445,6 +449,6 @@ fn changed_by_root(to: &Address, late: bool, change: impl FnOnce(&OwnedFd)) -> S
             wire::ask(&fd)
         }
     });
-    (&told).read_exact(&mut [0]).unwrap();
-    goes_on(held, asking)
+    (&continued).read_exact(&mut [0]).unwrap();
+    goes_on(stopped, asking)
 }

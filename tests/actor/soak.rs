@@ -17,7 +17,7 @@ const KEYS: [&str; 4] = ["AccessKeyId", "SecretAccessKey", "Token", "Expiration"
 const SHOWN: usize = 3;
 
 #[derive(Default)]
-struct Seen {
+struct Results {
     answers: usize,
     errors: usize,
     expired: usize,
@@ -35,17 +35,17 @@ pub(crate) fn ask(uid: &str, to: &Address, pause: &str) {
     let ended = SignalFd::with_flags(&end, SfdFlags::SFD_CLOEXEC).unwrap();
     become_user(uid.parse().unwrap());
     let pause = PollTimeout::from(pause.parse::<u8>().unwrap());
-    let mut seen = Seen::default();
+    let mut results = Results::default();
     while poll(&mut [PollFd::new(ended.as_fd(), PollFlags::POLLIN)], pause).unwrap() == 0 {
-        seen.add(&answer(to));
+        results.add(&answer(to));
     }
-    let Seen {
+    let Results {
         answers,
         errors,
         expired,
         empty,
         ..
-    } = seen;
+    } = results;
     println!(
         "{}",
         json!({ "answers": answers, "errors": errors, "expired": expired, "empty": empty })
@@ -56,7 +56,7 @@ fn answer(to: &Address) -> io::Result<String> {
     Ok(wire::ask(&to.try_connect()?))
 }
 
-impl Seen {
+impl Results {
     fn add(&mut self, answer: &io::Result<String>) {
         self.answers += 1;
         let body: Option<Value> = answer.as_ref().ok().and_then(|answer| {

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::Failed;
 
 /// A response that takes longer than this counts as missing.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Caller {
@@ -38,12 +38,12 @@ impl Caller {
         fs::write(self.cgroup.join("cgroup.procs"), "0")?;
         let limit = u64::try_from(self.descriptors)? + 5000;
         setrlimit(Resource::RLIMIT_NOFILE, limit, limit)?;
-        let mut held = Vec::new();
+        let mut files = Vec::new();
         // 0 to 2 are open already.
-        while held.len() + 3 < self.descriptors {
+        while files.len() + 3 < self.descriptors {
             let (read, write) = pipe()?;
             let (one, other) = UnixStream::pair()?;
-            held.extend([
+            files.extend([
                 read,
                 write,
                 one.into(),
@@ -51,9 +51,9 @@ impl Caller {
                 File::open("/dev/null")?.into(),
             ]);
         }
-        held.truncate(self.descriptors.saturating_sub(3));
+        files.truncate(self.descriptors.saturating_sub(3));
         become_user(self.uid)?;
-        Ok(held)
+        Ok(files)
     }
 }
 
@@ -83,11 +83,11 @@ impl<T: Read + Write> Wire for T {}
 pub(crate) fn connect(address: &str) -> io::Result<Box<dyn Wire>> {
     if Path::new(address).is_absolute() {
         let stream = UnixStream::connect(address)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         return Ok(Box::new(stream));
     }
     let stream = TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     Ok(Box::new(stream))
 }
 

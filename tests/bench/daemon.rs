@@ -14,7 +14,7 @@ use crate::upstream::{TRUST_DOMAIN, Upstream};
 use crate::{Failed, caller};
 
 /// Bounds steps of the daemon that take milliseconds.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The listener of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +67,7 @@ impl Daemon {
 
     /// Polls every half of a millisecond.
     pub(crate) fn wait(&mut self, what: &str, done: impl Fn(&Self) -> bool) -> Result<(), Failed> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while !done(self) {
             let ended = self.child.try_wait()?;
             if ended.is_some() || Instant::now() > deadline {

@@ -126,13 +126,13 @@ fn numbers(one: &str, other: &str) -> Result<(usize, usize), Failed> {
 fn bench(words: &[&str]) -> Result<(), Failed> {
     let (options, names): (Vec<&str>, Vec<&str>) =
         words.iter().partition(|word| word.starts_with("--"));
-    let known = ROWS.map(|row| row.name);
-    let unknown = names.iter().find(|name| !known.contains(name));
+    let valid = ROWS.map(|row| row.name);
+    let unknown = names.iter().find(|name| !valid.contains(name));
     let unknown = unknown.or(options.iter().find(|option| **option != "--quick"));
     if let Some(word) = unknown {
         return Err(format!(
             "{word}: no such row or option. The rows: {}",
-            known.join(", ")
+            valid.join(", ")
         )
         .into());
     }

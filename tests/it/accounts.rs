@@ -13,7 +13,7 @@ use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::directory::{Account, Directory};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 
 /// Starts a daemon without an agent. The audit shows a caller's identity.
@@ -39,7 +39,7 @@ fn identity(daemon: &Daemon, listener: &str, (uid, gid): (u32, u32), cgroup: &Cg
             .map(|path| path.trim_start_matches('/'));
         record["uid"] == uid && path.is_some_and(|path| cgroup.path().ends_with(path))
     };
-    let record = await_some("its record", PATIENCE, || {
+    let record = await_some("its record", TIMEOUT, || {
         daemon
             .audit_where(|number, _| number >= before)
             .into_iter()
@@ -149,7 +149,7 @@ fn user_or_group_is_found_by_first_request_after_its_creation() {
     for listener in LISTENERS {
         for (name, ids) in callers {
             // The previous request's lookup may be less than a second old.
-            await_some(name, PATIENCE, || {
+            await_some(name, TIMEOUT, || {
                 (identity(&daemon, listener, ids, &cgroup) == name).then_some(())
             });
         }
@@ -157,7 +157,7 @@ fn user_or_group_is_found_by_first_request_after_its_creation() {
     // Another number takes effect with a reload, if not before.
     directory.set("late", Account::Is(51_012));
     assert!(daemon.reload_text(&daemon.text()));
-    await_some("the new number", PATIENCE, || {
+    await_some("the new number", TIMEOUT, || {
         let ids = [51_002, 51_012].map(|uid| identity(&daemon, "tcp", (uid, 7), &cgroup));
         (ids == ["no_identity", "late"]).then_some(())
     });
@@ -214,7 +214,7 @@ fn hanging_directory_neither_delays_nor_misleads_other_callers() {
         "{log}"
     );
     directory.set("restricted", Account::Is(51_002));
-    await_some("an answer", PATIENCE, || {
+    await_some("an answer", TIMEOUT, || {
         (identity(&daemon, "tcp", (51_002, 0), &cgroup) == "restricted").then_some(())
     });
     assert_eq!(identity(&daemon, "tcp", (51_003, 0), &cgroup), "everybody");
@@ -230,7 +230,7 @@ fn hanging_directory_neither_delays_nor_misleads_other_callers() {
         "unknown_account"
     );
     directory.set("fellows", Account::Is(51_009));
-    await_some("an answer", PATIENCE, || {
+    await_some("an answer", TIMEOUT, || {
         (identity(&daemon, "unix", (0, 51_009), &cgroup) == "fellow").then_some(())
     });
     // A lookup that does not end delays nothing else.
@@ -241,7 +241,7 @@ fn hanging_directory_neither_delays_nor_misleads_other_callers() {
         daemon
             .process()
             .owned()
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends")
             .code(),
         Some(0)

@@ -208,7 +208,7 @@ async fn broker_api_attests_other_processes() {
             ["`allowed_reference_types`", Broker::BY_PID],
         ),
     ];
-    for (setting, said) in refusals {
+    for (setting, message) in refusals {
         spire.stop_agent();
         spire.setting = setting;
         spire.start_agent();
@@ -218,7 +218,7 @@ async fn broker_api_attests_other_processes() {
         let Err(SourceError::Misconfigured(text)) = answer else {
             panic!("{answer:?}")
         };
-        assert!(said.iter().all(|part| text.contains(part)), "{text}");
+        assert!(message.iter().all(|part| text.contains(part)), "{text}");
     }
     spire.stop_agent();
     spire.setting = brokers(AWSVID, &["*"]);

@@ -10,7 +10,7 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::is_slow;
-use crate::harness::made::{Made, answered, refused};
+use crate::harness::made::{Outcome, answered, refused};
 use crate::harness::upstream::Upstream;
 
 const ALICE: &str = "spiffe://example.org/user/alice";
@@ -44,12 +44,12 @@ impl Stage {
             Rules::User => String::new(),
             Rules::UserAndGroup => format!("gid = {uid}"),
         };
-        Self::with(folder(), key)
+        Self::start_with(folder(), key)
     }
 
     /// Starts a daemon with a rule for each user, with this key next to `uid`. Root has one too: in
     /// many attacks a process tries to pass as root.
-    fn with(folder: tempfile::TempDir, key: impl Fn(u32) -> String) -> Self {
+    fn start_with(folder: tempfile::TempDir, key: impl Fn(u32) -> String) -> Self {
         let upstream = Upstream::start(&[(61001, "alice"), (61002, "bob"), (0, "root")]);
         let rule = |(id, uid)| {
             format!(
@@ -73,7 +73,7 @@ impl Stage {
     }
 
     /// Plays a scene and returns its outcome.
-    fn play(&self, scene: &str, listener: &str) -> Made {
+    fn play(&self, scene: &str, listener: &str) -> Outcome {
         let play = || {
             play(
                 scene,
@@ -84,7 +84,7 @@ impl Stage {
             )
         };
         if !scene.ends_with("closed") || scene == "half-closed" {
-            return Made::of(&play(), scene, &self.daemon);
+            return Outcome::of(&play(), scene, &self.daemon);
         }
         // The scene keeps no client to read a response, so the outcome is read from the counters.
         // There may be no record: the audit has one for many refusals within a second.
@@ -100,12 +100,12 @@ impl Stage {
             .filter(|count| count.starts_with("awsvid_requests_total{"))
             .collect();
         match &requests[..] {
-            [] => Made::Silence,
+            [] => Outcome::NoResponse,
             [one] if one.contains("outcome=\"refused\"") => {
                 let (_, reason) = one.split_once("reason=\"").expect("a reason");
                 refused(reason.split('"').next().unwrap())
             }
-            other => Made::Answered(format!("{other:?}")),
+            other => Outcome::Issued(format!("{other:?}")),
         }
     }
 
@@ -129,30 +129,30 @@ impl Stage {
 struct Row {
     scene: &'static str,
     /// On the unix socket, for each kind of rules.
-    unix: [Made; 3],
+    unix: [Outcome; 3],
     /// On TCP where the socket alone decides.
-    socket: Made,
+    socket: Outcome,
     /// On TCP where the process is needed.
-    process: Made,
+    process: Outcome,
 }
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 
 /// Returns each scene with its right outcomes.
 fn expected() -> Vec<Row> {
-    let row = |scene, unix: &Made, socket: &Made, process: &Made| Row {
+    let row = |scene, unix: &Outcome, socket: &Outcome, process: &Outcome| Row {
         scene,
         unix: [unix.clone(), unix.clone(), unix.clone()],
         socket: socket.clone(),
         process: process.clone(),
     };
     let (alice, bob, root) = (&answered(ALICE), &answered(BOB), &answered(ROOT));
-    let (gone, changed, ambiguous) = (
+    let (caller_gone, changed, ambiguous) = (
         &refused("caller_gone"),
         &refused("identity_changed"),
         &refused("ambiguous_caller"),
     );
-    let (nobody, no_holder, unreadable, activated) = (
+    let (no_identity, no_holder, unreadable, activated) = (
         &refused("no_identity"),
         &refused("no_holder"),
         &refused("unreadable_cgroup"),
@@ -164,21 +164,21 @@ fn expected() -> Vec<Row> {
         // On the unix socket the connector decides, on TCP the maker of the socket; both are Alice.
         // A search on TCP finds Bob's process.
         row("passed", alice, alice, ambiguous),
-        row("passed-late", alice, alice, gone),
+        row("passed-late", alice, alice, caller_gone),
         row("made-for", bob, alice, ambiguous),
         row("shared", alice, alice, ambiguous),
         // On TCP the heir is Alice's process, and holds the socket that Alice made.
         Row {
-            unix: [alice.clone(), alice.clone(), nobody.clone()],
+            unix: [alice.clone(), alice.clone(), no_identity.clone()],
             ..row("other-group", alice, alice, ambiguous)
         },
         row("mixed-group", changed, alice, changed),
-        row("exited", gone, alice, alice),
-        row("exited-late", gone, alice, gone),
-        row("zombie", gone, alice, alice),
-        row("zombie-late", gone, alice, gone),
-        row("reused", gone, alice, alice),
-        row("reused-late", gone, alice, gone),
+        row("exited", caller_gone, alice, alice),
+        row("exited-late", caller_gone, alice, caller_gone),
+        row("zombie", caller_gone, alice, alice),
+        row("zombie-late", caller_gone, alice, caller_gone),
+        row("reused", caller_gone, alice, alice),
+        row("reused-late", caller_gone, alice, caller_gone),
         row("forked", alice, alice, alice),
         row("executed", alice, alice, alice),
         row("setuid", changed, alice, alice),
@@ -187,20 +187,20 @@ fn expected() -> Vec<Row> {
         row("fixed-file", alice, alice, no_holder),
         // Or no outcome at all: see `is_right`.
         row("half-closed", alice, alice, alice),
-        row("closed", gone, gone, gone),
-        row("shut-and-closed", gone, gone, gone),
+        row("closed", caller_gone, caller_gone, caller_gone),
+        row("shut-and-closed", caller_gone, caller_gone, caller_gone),
         // It releases its own lock when the daemon waits for that, and others are answered before.
         row("stuck", alice, alice, alice),
         row("decoy", alice, alice, alice),
         // The process lives in other namespaces than the daemon, as in a container that has no
         // cgroup of its own. A rule that names the cgroup covers each process in it.
         Row {
-            unix: [alice.clone(), nobody.clone(), nobody.clone()],
-            ..row("user-namespace", nobody, alice, nobody)
+            unix: [alice.clone(), no_identity.clone(), no_identity.clone()],
+            ..row("user-namespace", no_identity, alice, no_identity)
         },
         Row {
-            unix: [alice.clone(), nobody.clone(), nobody.clone()],
-            ..row("pid-namespace", nobody, alice, nobody)
+            unix: [alice.clone(), no_identity.clone(), no_identity.clone()],
+            ..row("pid-namespace", no_identity, alice, no_identity)
         },
         // None of root's sockets decides alone.
         row("dropped", changed, ambiguous, ambiguous),
@@ -225,7 +225,7 @@ fn expected() -> Vec<Row> {
 
 /// Returns the outcome that is right over this listener, or `None` where the scene does not apply
 /// to it.
-fn right<'a>(row: &'a Row, listener: &str, rules: Rules) -> Option<&'a Made> {
+fn expected_outcome<'a>(row: &'a Row, listener: &str, rules: Rules) -> Option<&'a Outcome> {
     match (listener, rules) {
         // No process listens on the port of a client that has none.
         ("unix", _) if row.scene == "decoy" || row.scene.ends_with("used-again") => None,
@@ -237,8 +237,8 @@ fn right<'a>(row: &'a Row, listener: &str, rules: Rules) -> Option<&'a Made> {
 
 /// Returns whether the outcome is right. hyper treats a client that has closed its half, or all, as
 /// gone if it sees that before it has begun with the request.
-fn is_right(row: &Row, made: &Made, right: &Made) -> bool {
-    made == right || (row.scene.ends_with("closed") && *made == Made::Silence)
+fn is_right(row: &Row, outcome: &Outcome, right: &Outcome) -> bool {
+    outcome == right || (row.scene.ends_with("closed") && *outcome == Outcome::NoResponse)
 }
 
 fn check(rules: Rules) {
@@ -249,13 +249,13 @@ fn check(rules: Rules) {
     let mut wrong = Vec::new();
     for row in expected() {
         for listener in LISTENERS {
-            let Some(right) = right(&row, listener, rules) else {
+            let Some(right) = expected_outcome(&row, listener, rules) else {
                 continue;
             };
-            let made = stage.play(row.scene, listener);
-            if !is_right(&row, &made, right) {
+            let outcome = stage.play(row.scene, listener);
+            if !is_right(&row, &outcome, right) {
                 wrong.push(format!(
-                    "{} over {listener}, {rules:?}: {made:?}, not {right:?}",
+                    "{} over {listener}, {rules:?}: {outcome:?}, not {right:?}",
                     row.scene
                 ));
             }
@@ -298,7 +298,7 @@ fn exe_rule_matches_file_not_path() {
     for name in ["program", "forged"] {
         std::fs::copy(actor::program(), folder.path().join(name)).unwrap();
     }
-    let stage = Stage::with(folder, |_| format!("exe = {program:?}"));
+    let stage = Stage::start_with(folder, |_| format!("exe = {program:?}"));
     let mut wrong = Vec::new();
     for listener in LISTENERS {
         for (scene, right) in [
@@ -317,9 +317,11 @@ fn exe_rule_matches_file_not_path() {
                 stage.cgroup.path(),
                 &program,
             );
-            let made = Made::of(&answer, scene, &stage.daemon);
-            if made != right {
-                wrong.push(format!("{scene} over {listener}: {made:?}, not {right:?}"));
+            let outcome = Outcome::of(&answer, scene, &stage.daemon);
+            if outcome != right {
+                wrong.push(format!(
+                    "{scene} over {listener}: {outcome:?}, not {right:?}"
+                ));
             }
         }
     }
@@ -333,7 +335,7 @@ fn group_rule_uses_groups_at_connect() {
     if !root() {
         return;
     }
-    let stage = Stage::with(folder(), |uid| {
+    let stage = Stage::start_with(folder(), |uid| {
         if uid == 0 {
             "supplementary_group = 61002".to_owned()
         } else {
@@ -352,9 +354,11 @@ fn group_rule_uses_groups_at_connect() {
             ("regrouped", refused(early)),
             ("regrouped-late", refused("identity_changed")),
         ] {
-            let made = stage.play(scene, listener);
-            if made != right {
-                wrong.push(format!("{scene} over {listener}: {made:?}, not {right:?}"));
+            let outcome = stage.play(scene, listener);
+            if outcome != right {
+                wrong.push(format!(
+                    "{scene} over {listener}: {outcome:?}, not {right:?}"
+                ));
             }
         }
     }
@@ -392,27 +396,27 @@ fn many_scenes_have_right_outcomes_in_random_order() {
             LISTENERS[random.usize(..LISTENERS.len())],
         );
         let (rules, stage) = &stages[random.usize(..stages.len())];
-        let Some(right) = right(row, listener, *rules) else {
+        let Some(right) = expected_outcome(row, listener, *rules) else {
             continue;
         };
         played += 1;
-        let made = stage.play(row.scene, listener);
-        let is_right = is_right(row, &made, right);
+        let outcome = stage.play(row.scene, listener);
+        let is_right = is_right(row, &outcome, right);
         if matches!(row.scene, "alice" | "bob") {
             honest += 1;
             // A refusal is a failure of another kind than credentials of another identity.
-            if !is_right && !matches!(made, Made::Answered(_)) {
+            if !is_right && !matches!(outcome, Outcome::Issued(_)) {
                 unanswered += 1;
                 continue;
             }
         }
         if !is_right {
             let what = format!(
-                "{} over {listener}, {rules:?}: {made:?}, not {right:?}",
+                "{} over {listener}, {rules:?}: {outcome:?}, not {right:?}",
                 row.scene
             );
             eprintln!("{what}");
-            if matches!(made, Made::Answered(_)) {
+            if matches!(outcome, Outcome::Issued(_)) {
                 wrong.push(what)
             } else {
                 otherwise += 1
@@ -425,11 +429,11 @@ fn many_scenes_have_right_outcomes_in_random_order() {
         };
         honest += 1;
         match stage.play(scene, listener) {
-            Made::Answered(answered) if answered == id => {}
-            Made::Answered(other) => wrong.push(format!(
+            Outcome::Issued(answered) if answered == id => {}
+            Outcome::Issued(other) => wrong.push(format!(
                 "{scene} over {listener}, {rules:?}: answered as {other}"
             )),
-            Made::Refused(_) | Made::Silence => unanswered += 1,
+            Outcome::Refused(_) | Outcome::NoResponse => unanswered += 1,
         }
         if played % 1000 == 0 {
             tell(played, wrong.len(), otherwise, unanswered, honest);

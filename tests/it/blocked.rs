@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
-use crate::harness::actor::{self, Acting, Connector};
+use crate::harness::actor::{self, Connector, Repeater};
 use crate::harness::agent::{Entry, FakeAgent};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::client;
@@ -16,7 +16,7 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::hanging::HangingFiles;
-use crate::harness::made::{Made, answered, refused};
+use crate::harness::made::{Outcome, answered, refused};
 use crate::harness::upstream::Upstream;
 use crate::harness::world::id;
 
@@ -35,7 +35,8 @@ fn others_are_answered(daemon: &Daemon, folder: &Path, bob: &str) {
             .map(|number| Cgroup::new(&format!("stuck-{number}-{name}")))
             .collect();
         let paths: Vec<_> = cgroups.iter().map(Cgroup::path).collect();
-        let stuck = Acting::block(CALLERS, listener, &address, daemon.pid(), &paths).begun();
+        let stuck =
+            Repeater::block(CALLERS, listener, &address, daemon.pid(), &paths).wait_started();
         for other in LISTENERS {
             for _ in 0..10 {
                 let answer = actor::play(
@@ -45,15 +46,15 @@ fn others_are_answered(daemon: &Daemon, folder: &Path, bob: &str) {
                     daemon.pid(),
                     honest.path(),
                 );
-                let made = Made::of(&answer, "bob", daemon);
+                let outcome = Outcome::of(&answer, "bob", daemon);
                 assert_eq!(
-                    made,
+                    outcome,
                     answered(bob),
                     "over {other}, while callers over {listener} are stuck"
                 );
             }
         }
-        stuck.enough();
+        stuck.stop();
     }
 }
 
@@ -106,7 +107,7 @@ struct HangingRule {
 const PROGRAM: &str = "spiffe://example.org/user/program";
 const ALICE: &str = "spiffe://example.org/user/alice";
 const BOB: &str = "spiffe://example.org/user/bob";
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 impl HangingRule {
     fn start() -> Self {
@@ -156,16 +157,16 @@ impl HangingRule {
     }
 
     /// Returns the outcome of a request.
-    fn made(&self, mut asked: File) -> Made {
+    fn outcome(&self, mut connection: File) -> Outcome {
         let mut answer = String::new();
-        let patience = TimeVal::seconds(PATIENCE.as_secs().cast_signed());
-        setsockopt(&asked, sockopt::ReceiveTimeout, &patience).unwrap();
-        asked.read_to_string(&mut answer).expect("an answer");
-        Made::of(&answer, "a request", &self.daemon)
+        let timeout = TimeVal::seconds(TIMEOUT.as_secs().cast_signed());
+        setsockopt(&connection, sockopt::ReceiveTimeout, &timeout).unwrap();
+        connection.read_to_string(&mut answer).expect("an answer");
+        Outcome::of(&answer, "a request", &self.daemon)
     }
 
-    fn ask(&self, caller: &Connector) -> Made {
-        self.made(send(caller))
+    fn ask(&self, caller: &Connector) -> Outcome {
+        self.outcome(send(caller))
     }
 }
 
@@ -216,11 +217,14 @@ fn hanging_exe_rule_affects_only_its_user() {
     stage.files.hang();
     // The daemon keeps the file's status for a moment.
     let unresponsive = refused("process_unresponsive");
-    await_some("the file is looked at again", PATIENCE, || {
+    await_some("the file is looked at again", TIMEOUT, || {
         let (alice, id) = &callers[0].1[0];
-        let made = stage.ask(alice);
-        assert!(made == unresponsive || made == answered(id), "{made:?}");
-        (made == unresponsive).then_some(())
+        let outcome = stage.ask(alice);
+        assert!(
+            outcome == unresponsive || outcome == answered(id),
+            "{outcome:?}"
+        );
+        (outcome == unresponsive).then_some(())
     });
     assert!(
         stage.daemon.reload("", &stage.configuration),
@@ -228,8 +232,8 @@ fn hanging_exe_rule_affects_only_its_user() {
     );
     let waiting: Vec<File> = alices().map(|(alice, _)| send(alice)).collect();
     bob_is_answered(&stage, "while it hangs");
-    for asked in waiting {
-        assert_eq!(stage.made(asked), unresponsive, "while it hangs");
+    for connection in waiting {
+        assert_eq!(stage.outcome(connection), unresponsive, "while it hangs");
     }
 
     // Programs that run from there may end with the server, when they need more of their file.
@@ -237,9 +241,9 @@ fn hanging_exe_rule_affects_only_its_user() {
         .map(|(alice, _)| File::from(alice.connect_and_keep()))
         .collect();
     stage.files.end_server();
-    for asked in connected {
+    for connection in connected {
         assert_eq!(
-            stage.made(client::send(asked)),
+            stage.outcome(client::send(connection)),
             unresponsive,
             "without its server"
         );

@@ -34,15 +34,15 @@ form.submit(); link.click();
 
 /// Serves the page for every path, and ends with the test process. The first line of each request
 /// is added to the file.
-fn serve(page: String, asked: &Path) -> SocketAddr {
+fn serve(page: String, requests: &Path) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let mut asked = std::fs::File::create(asked).unwrap();
+    let mut requests = std::fs::File::create(requests).unwrap();
     std::thread::spawn(move || {
         for mut stream in listener.incoming().map_while(Result::ok) {
             let mut line = String::new();
             if BufReader::new(&stream).read_line(&mut line).is_ok() {
-                asked.write_all(line.as_bytes()).unwrap();
+                requests.write_all(line.as_bytes()).unwrap();
             }
             let head = format!(
                 "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
@@ -82,8 +82,8 @@ fn browser_page_is_refused() {
         "REBOUND",
         &format!("http://rebound.test:{port}/v1/credentials"),
     );
-    let asked = folder.path().join("asked");
-    let address = serve(page, &asked);
+    let requests = folder.path().join("asked");
+    let address = serve(page, &requests);
     // Another site, and another port of the same one.
     for host in ["page.test", "127.0.0.1"] {
         let mut browser = Command::new(chromium);
@@ -105,7 +105,7 @@ fn browser_page_is_refused() {
         browser.arg(format!("http://{host}:{}/", address.port()));
         run(browser, b"", Duration::from_secs(180)).success("chromium");
     }
-    let paths = std::fs::read_to_string(&asked).unwrap();
+    let paths = std::fs::read_to_string(&requests).unwrap();
     assert!(!paths.contains("/stolen"), "{paths}");
     let records = daemon.audit().split_off(before);
     assert!(

@@ -12,16 +12,16 @@ use crate::harness::cgroup::own_rule;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::run;
 use crate::harness::daemon::Daemon;
-use crate::harness::gate::Gate;
+use crate::harness::gate::PausableProxy;
 use crate::harness::upstream::Upstream;
 
 const CONNECTIONS: usize = 500;
 /// Each has an incomplete head, or at most one head: well above what SDKs send.
-const SUM: usize = CONNECTIONS * 20 * 1024;
+const MAX_BUFFERED_BYTES: usize = CONNECTIONS * 20 * 1024;
 
 /// Returns the bytes that the kernel holds for the daemon's sockets of this listener's connections,
 /// and their number.
-fn held(listener: SocketAddr) -> (usize, usize) {
+fn buffered(listener: SocketAddr) -> (usize, usize) {
     let mut ss = Command::new("ss");
     ss.args([
         "-tmnH",
@@ -49,7 +49,7 @@ fn kernel_buffers_of_waiting_callers_stay_small() {
     let upstream = Upstream::start(&[(uid, "me")]);
     // The SPIFFE provider accepts every query, and replies to none.
     let agent = folder.path().join("agent.sock");
-    let _gate = Gate::start(&agent, &upstream.socket());
+    let _gate = PausableProxy::start(&agent, &upstream.socket());
     let rule = format!(
         "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
         own_rule()
@@ -65,7 +65,7 @@ fn kernel_buffers_of_waiting_callers_stay_small() {
             let watching = scope.spawn(|| {
                 let mut most = (0, 0);
                 while !ended.load(Ordering::Relaxed) {
-                    most = most.max(held(listener));
+                    most = most.max(buffered(listener));
                 }
                 most
             });
@@ -95,6 +95,9 @@ fn kernel_buffers_of_waiting_callers_stay_small() {
             of > CONNECTIONS / 2,
             "{of} connections had something in their queue"
         );
-        assert!(most <= SUM, "{most} bytes for {of} connections");
+        assert!(
+            most <= MAX_BUFFERED_BYTES,
+            "{most} bytes for {of} connections"
+        );
     }
 }

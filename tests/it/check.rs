@@ -30,10 +30,10 @@ use crate::harness::daemon::PROGRAM;
 use crate::harness::forward::Network;
 use crate::harness::tls::TlsFront;
 use crate::harness::upstream::Upstream;
-use crate::harness::world::{Setting, Source, World, id};
+use crate::harness::world::{Env, Setting, Source, id};
 
-const PATIENCE: Duration = Duration::from_secs(120);
-const NOBODY: &str = "http://127.0.0.1:1";
+const TIMEOUT: Duration = Duration::from_secs(120);
+const UNREACHABLE: &str = "http://127.0.0.1:1";
 
 /// Returns a configuration with this STS and one workload of this name.
 fn configuration(socket: &Path, sts: &str, arn: &str, audience: &str) -> String {
@@ -62,7 +62,7 @@ fn check_with(
         .args(["check", "--json", "--config"])
         .arg(path)
         .args(arguments);
-    let output = run(command, b"", PATIENCE);
+    let output = run(command, b"", TIMEOUT);
     let report: Value =
         serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
     for finding in report["findings"].as_array().unwrap() {
@@ -120,13 +120,13 @@ fn spire(folder: &Path, setting: SpireSetting) -> Option<Spire> {
 #[test]
 fn check_passes_with_running_daemon() {
     let folder = folder();
-    let Some(world) = World::start(folder.path(), &[(1001, "reader")], &Setting::default()) else {
+    let Some(env) = Env::start(folder.path(), &[(1001, "reader")], &Setting::default()) else {
         return;
     };
     let text = configuration(
-        &world.spire.agent_socket(),
-        &world.minio.endpoint(),
-        &world.minio.role_arn(),
+        &env.spire.agent_socket(),
+        &env.minio.endpoint(),
+        &env.minio.role_arn(),
         minio::AUDIENCE,
     );
     let (output, report) = check(folder.path(), &text);
@@ -135,7 +135,7 @@ fn check_passes_with_running_daemon() {
         (Some(0), &json!("pass")),
         "{report:#}"
     );
-    let said = report.to_string();
+    let text_report = report.to_string();
     for words in [
         "byte by byte",
         "20 requests at once are answered",
@@ -143,17 +143,17 @@ fn check_passes_with_running_daemon() {
         "assumed by spiffe://example.org/w/reader",
         "clock and STS's agree",
     ] {
-        assert!(said.contains(words), "{words}: {report:#}");
+        assert!(text_report.contains(words), "{words}: {report:#}");
     }
     // The report for people is the same, line by line.
     let mut command = Command::new(PROGRAM);
     command
         .args(["check", "--config"])
         .arg(folder.path().join("check.toml"));
-    let output = run(command, b"", PATIENCE);
-    let issuer = world.spire.issuer_url();
+    let output = run(command, b"", TIMEOUT);
+    let issuer = env.spire.issuer_url();
     for waited in [
-        format!("STS's clock, at {}", world.minio.endpoint()),
+        format!("STS's clock, at {}", env.minio.endpoint()),
         "a token for the role \"shop\"".to_owned(),
         format!("{issuer}/.well-known/openid-configuration"),
         format!("{issuer}/keys"),
@@ -162,7 +162,7 @@ fn check_passes_with_running_daemon() {
     ] {
         let line = format!("  ...  {waited}");
         assert!(
-            output.stderr.lines().any(|said| said == line),
+            output.stderr.lines().any(|text_report| text_report == line),
             "{line}: {output:?}"
         );
     }
@@ -172,10 +172,10 @@ fn check_passes_with_running_daemon() {
         "{text}"
     );
     // The daemon keeps serving.
-    assert!(world.curl(1001).1.contains("AccessKeyId"));
+    assert!(env.curl(1001).1.contains("AccessKeyId"));
 
     // The workload itself, by the same daemon.
-    let uri = world.daemon.uri();
+    let uri = env.daemon.uri();
     let arguments = ["check", "--workload"];
     let workload = || {
         Workload::new(1001)
@@ -190,7 +190,7 @@ fn check_passes_with_running_daemon() {
     );
     let output = workload()
         .env("AWS_PROFILE", "other")
-        .env("http_proxy", NOBODY)
+        .env("http_proxy", UNREACHABLE)
         .run(PROGRAM, &arguments);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     for words in ["AWS_PROFILE is set", "http_proxy is set"] {
@@ -212,7 +212,7 @@ fn check_reports_missing_issuer() {
         folder.path(),
         &configuration(
             &spire.agent_socket(),
-            NOBODY,
+            UNREACHABLE,
             "arn:minio:iam:::role/r",
             "shop",
         ),
@@ -234,7 +234,7 @@ fn check_reports_trailing_slash_of_issuer() {
         folder.path(),
         &configuration(
             &spire.agent_socket(),
-            NOBODY,
+            UNREACHABLE,
             "arn:minio:iam:::role/r",
             "shop",
         ),
@@ -256,7 +256,7 @@ fn check_reports_unknown_discovery_domain() {
         folder.path(),
         &configuration(
             &spire.agent_socket(),
-            NOBODY,
+            UNREACHABLE,
             "arn:minio:iam:::role/r",
             "shop",
         ),
@@ -278,7 +278,7 @@ fn check_reports_wrong_jwks_uri() {
         folder.path(),
         &configuration(
             &spire.agent_socket(),
-            NOBODY,
+            UNREACHABLE,
             "arn:minio:iam:::role/r",
             "shop",
         ),
@@ -306,7 +306,7 @@ fn check_reports_discovery_provider_without_server() {
         folder.path(),
         &configuration(
             &spire.agent_socket(),
-            NOBODY,
+            UNREACHABLE,
             "arn:minio:iam:::role/r",
             "shop",
         ),
@@ -330,7 +330,7 @@ fn check_reports_private_certificate_of_issuer() {
     let front = TlsFront::start(Network::Own, (Ipv4Addr::LOCALHOST, 0).into(), issuer);
     let text = configuration(
         &spire.agent_socket(),
-        NOBODY,
+        UNREACHABLE,
         "arn:minio:iam:::role/r",
         "shop",
     );
@@ -386,7 +386,7 @@ fn check_reports_outdated_keys() {
     let copy = answering::start(move |_, _| answering::http("200 OK", "", &discovery));
     let text = configuration(
         &spire.agent_socket(),
-        NOBODY,
+        UNREACHABLE,
         "arn:minio:iam:::role/r",
         "shop",
     );
@@ -415,7 +415,7 @@ fn check_reports_outdated_keys() {
     // Another audience: the agent has a token for the first one.
     let text = configuration(
         &spire.agent_socket(),
-        NOBODY,
+        UNREACHABLE,
         "arn:minio:iam:::role/r",
         "shop2",
     );
@@ -465,7 +465,7 @@ fn check_reports_unusable_agent_socket() {
     }
     let folder = folder();
     let socket = folder.path().join("agent.sock");
-    let text = configuration(&socket, NOBODY, "arn:minio:iam:::role/r", "shop");
+    let text = configuration(&socket, UNREACHABLE, "arn:minio:iam:::role/r", "shop");
     assert_failed(
         &check(folder.path(), &text),
         "agent",
@@ -508,7 +508,7 @@ fn check_reports_missing_entry_of_awsvid() {
         folder.path(),
         &configuration(
             &spire.agent_socket(),
-            NOBODY,
+            UNREACHABLE,
             "arn:minio:iam:::role/r",
             "shop",
         ),
@@ -623,19 +623,19 @@ fn check_names_workload_if_agent_attests() {
             source,
             ..Setting::default()
         };
-        let Some(world) = World::start(&folder, &[(1001, "reader")], &setting) else {
+        let Some(env) = Env::start(&folder, &[(1001, "reader")], &setting) else {
             return;
         };
         let text = fs::read_to_string(folder.join("awsvid.toml")).unwrap();
         let (output, report) = check_with(&[], &folder, &text, &[]);
         assert_eq!(output.status.code(), Some(0), "{report:#}");
-        let said = report.to_string();
+        let text_report = report.to_string();
         for words in [
             "spiffe://example.org/awsvid for role",
             "signature is right",
             "awsvid check --pid PID",
         ] {
-            assert!(said.contains(words), "{words}: {report:#}");
+            assert!(text_report.contains(words), "{words}: {report:#}");
         }
         let workload = Workload::new(1001);
         let mut command = workload.command("/bin/sleep");
@@ -650,7 +650,7 @@ fn check_names_workload_if_agent_attests() {
                 .contains("assumed by spiffe://example.org/w/reader"),
             "{report:#}"
         );
-        drop(world);
+        drop(env);
     }
 }
 

@@ -21,7 +21,7 @@ use stage::{Member, Setting, Stage};
 use table::{Cell, Column, Table};
 
 /// As many as the machine has processors, since most of their work is to start.
-const AT_ONCE: usize = 2;
+const MAX_CONCURRENT: usize = 2;
 
 #[test]
 fn each_client_reads_only_its_own_object() {
@@ -39,9 +39,14 @@ fn each_client_reads_only_its_own_object() {
         .skip(1)
         .take(stage.members().len())
         .collect();
-    let failed: Vec<String> = for_each(&stage.members(), AT_ONCE, |number, member| {
-        let own = read(&stage, member, &serving, &Reading::once(member, &serving));
-        if !own.are(&member.content()) {
+    let failed: Vec<String> = for_each(&stage.members(), MAX_CONCURRENT, |number, member| {
+        let own = read(
+            &stage,
+            member,
+            &serving,
+            &Reading::single_read(member, &serving),
+        );
+        if !own.all_equal(&member.content()) {
             return Some(format!(
                 "{} does not read its own object: {own:?}",
                 member.client.name
@@ -49,7 +54,7 @@ fn each_client_reads_only_its_own_object() {
         }
         let other = Reading {
             key: others[number].clone(),
-            ..Reading::once(member, &serving)
+            ..Reading::single_read(member, &serving)
         };
         let other = read(&stage, member, &serving, &other);
         let refused = other

@@ -59,15 +59,15 @@ fn validate_reports_all_errors_and_warnings() {
         config(&["--check", "/nonexistent.toml"]).status.code(),
         Some(78)
     );
-    let mut elsewhere = Command::new(PROGRAM);
-    elsewhere
+    let mut other_config = Command::new(PROGRAM);
+    other_config
         .env_clear()
         .env("AWSVID_CONFIG", "/nonexistent.toml")
         .args(["config", "--check", name]);
-    let elsewhere = run(elsewhere, b"", Duration::from_secs(20));
+    let other_config = run(other_config, b"", Duration::from_secs(20));
     assert!(
-        elsewhere.stderr.contains("a.toml:2: "),
-        "the file that is named counts: {elsewhere:?}"
+        other_config.stderr.contains("a.toml:2: "),
+        "the file that is named counts: {other_config:?}"
     );
     assert_eq!(
         config(&[]).status.code(),
@@ -120,16 +120,16 @@ fn offline_validation_ignores_this_machine() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     let name = path.to_str().unwrap();
-    let elsewhere = GOOD.replace(
+    let other_config = GOOD.replace(
         "uid = 54321",
         "user = \"of-another-node\"\nexe = \"/opt/of-another-node\"",
     );
-    let elsewhere = format!("{elsewhere}[audit]\nfile = \"/of-another-node/audit.log\"\n");
-    fs::write(&path, &elsewhere).unwrap();
+    let other_config = format!("{other_config}[audit]\nfile = \"/of-another-node/audit.log\"\n");
+    fs::write(&path, &other_config).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
     for offline in [
         config(&["--check", name, "--offline"]),
-        piped(&["--check", "-", "--offline"], &elsewhere),
+        piped(&["--check", "-", "--offline"], &other_config),
     ] {
         assert_eq!(
             (offline.status.code(), offline.stderr.as_str()),
@@ -137,7 +137,7 @@ fn offline_validation_ignores_this_machine() {
             "{offline:?}"
         );
     }
-    let here = piped(&["--check", "-"], &elsewhere);
+    let here = piped(&["--check", "-"], &other_config);
     assert_eq!(here.status.code(), Some(0));
     for words in [
         "-:5: warning: workload.user: there is no user \"of-another-node\"",
@@ -147,7 +147,7 @@ fn offline_validation_ignores_this_machine() {
         assert!(here.stderr.contains(words), "{words} in {here:?}");
     }
     // An error in the text counts on every machine.
-    fs::write(&path, format!("{elsewhere}nonsense = 1\n")).unwrap();
+    fs::write(&path, format!("{other_config}nonsense = 1\n")).unwrap();
     let wrong = config(&["--check", name, "--offline"]);
     assert_eq!(wrong.status.code(), Some(78));
     assert!(

@@ -17,7 +17,7 @@ use crate::harness::counterparts::{folder, root, tool};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn ask(arguments: &[&str]) -> Output {
     let mut command = Command::new(PROGRAM);
@@ -25,7 +25,7 @@ fn ask(arguments: &[&str]) -> Output {
         .env_clear()
         .args(["credential-process", "--same-user"])
         .args(arguments);
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
 /// Starts a daemon that serves the user of this test.
@@ -76,15 +76,15 @@ fn output_is_accepted_by_cli() {
     // The socket is the configuration's, even if other tables have errors, but not if `[listen]`
     // itself has one.
     let path = folder.path().join("other.toml");
-    let asked = |text: &str| {
+    let recorded = |text: &str| {
         fs::write(&path, text).unwrap();
         ask(&["--config", path.to_str().unwrap()])
     };
     let text = format!(
         "[listen]\nunix = \"{socket}\"\n[[role]]\nuser = \"nobody-of-that-name\"\n[[workload]]\n"
     );
-    assert_eq!(asked(&text).status.code(), Some(0));
-    let refused = asked(&text.replace("unix", "unx"));
+    assert_eq!(recorded(&text).status.code(), Some(0));
+    let refused = recorded(&text.replace("unix", "unx"));
     assert_eq!(
         (refused.status.code(), refused.stdout.as_str()),
         (Some(1), "")
@@ -110,7 +110,7 @@ fn output_is_accepted_by_cli() {
         "text",
     ]);
     command.args(["sts", "get-caller-identity", "--query", "Arn"]);
-    let arn = run(command, b"", PATIENCE).success("aws sts get-caller-identity");
+    let arn = run(command, b"", TIMEOUT).success("aws sts get-caller-identity");
     assert_eq!(
         arn.trim(),
         "arn:aws:sts::123456789012:assumed-role/dev/example.org=user=me"
@@ -139,22 +139,29 @@ fn refusal_prints_only_the_fix() {
         // Other users may be unable to enter the build folder.
         let program = folder.path().join("awsvid");
         fs::copy(PROGRAM, &program).unwrap();
-        let nobody =
+        let no_identity =
             Workload::new(1777).run(&program, &["credential-process", "--socket", &socket]);
         assert_eq!(
-            (nobody.status.code(), nobody.stdout.as_str()),
+            (no_identity.status.code(), no_identity.stdout.as_str()),
             (Some(1), "")
         );
         assert!(
-            nobody.stderr.contains("uid 1777") && nobody.stderr.contains("`exe` never match"),
-            "{nobody:?}"
+            no_identity.stderr.contains("uid 1777")
+                && no_identity.stderr.contains("`exe` never match"),
+            "{no_identity:?}"
         );
     }
     daemon.process().signal(Signal::SIGTERM);
-    daemon.process().owned().wait(PATIENCE).expect("it ends");
-    let gone = ask(&["--socket", &socket]);
-    assert_eq!((gone.status.code(), gone.stdout.as_str()), (Some(1), ""));
-    assert!(gone.stderr.contains("systemctl"), "{gone:?}");
+    daemon.process().owned().wait(TIMEOUT).expect("it ends");
+    let missing_socket = ask(&["--socket", &socket]);
+    assert_eq!(
+        (missing_socket.status.code(), missing_socket.stdout.as_str()),
+        (Some(1), "")
+    );
+    assert!(
+        missing_socket.stderr.contains("systemctl"),
+        "{missing_socket:?}"
+    );
 }
 
 /// T12: a server of another user at the socket's path would return credentials of its own account.
@@ -175,7 +182,7 @@ fn socket_of_other_user_gets_no_request() {
         .args(["-c", server, socket.to_str().unwrap()])
         .current_dir("/");
     let process = Process::start("a false server", command, &folder.path().join("log"));
-    process.await_some("it listens", PATIENCE, || {
+    process.await_some("it listens", TIMEOUT, || {
         process.log().contains("listening").then_some(())
     });
     let refused = |path: &Path, why: &str| {

@@ -16,7 +16,7 @@ use crate::harness::upstream::Upstream;
 
 mod profiles;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Returns `awsvid exec` with an empty environment.
 fn exec(arguments: &[&str]) -> Command {
@@ -30,7 +30,7 @@ fn exec(arguments: &[&str]) -> Command {
 }
 
 fn output(command: Command) -> Output {
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
 /// Starts a daemon that serves the user of this test.
@@ -193,12 +193,12 @@ fn exec_replaces_itself_with_the_command() {
     let command = exec(&[&URL[..], &["sh", "-c", script]].concat());
     let mut process = Process::start("awsvid exec", command, &folder.path().join("log"));
     let pid = format!("pid={}\n", process.id());
-    process.await_some("the command runs as the same process", PATIENCE, || {
+    process.await_some("the command runs as the same process", TIMEOUT, || {
         process.log().contains(&pid).then_some(())
     });
     process.signal(Signal::SIGTERM);
     assert_eq!(
-        process.owned().wait(PATIENCE).expect("it ends").code(),
+        process.owned().wait(TIMEOUT).expect("it ends").code(),
         Some(3)
     );
 }

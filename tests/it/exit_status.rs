@@ -22,7 +22,7 @@ use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::{Daemon, PROGRAM, text};
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const REST: &str = r#"
 [identity]
 socket = "unix:///nonexistent/agent.sock"
@@ -47,7 +47,7 @@ fn serve(words: &[&str], variables: &[(&str, &str)], path: &Path) -> Output {
         .env_clear()
         .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");
     command.envs(variables.iter().copied());
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
 /// Returns a configuration with these listeners and this text after it.
@@ -154,7 +154,7 @@ fn unknown_argument_exits_with_2() {
     command
         .env_clear()
         .args(["serve", "--confg", "/etc/awsvid/awsvid.toml"]);
-    assert_eq!(run(command, b"", PATIENCE).status.code(), Some(2));
+    assert_eq!(run(command, b"", TIMEOUT).status.code(), Some(2));
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn signal_exits_with_0() {
             daemon
                 .process()
                 .owned()
-                .wait(PATIENCE)
+                .wait(TIMEOUT)
                 .expect("it ends")
                 .code(),
             Some(0)
@@ -202,7 +202,7 @@ fn audit_file_is_opened_once_possible() {
     fs::create_dir(&late).unwrap();
     daemon.await_line(&["the audit file is open"]);
     assert_eq!(unix(&daemon).1["code"], "no_identity");
-    await_some("both records", PATIENCE, || {
+    await_some("both records", TIMEOUT, || {
         let text = fs::read_to_string(late.join("audit.log")).ok()?;
         (text
             .lines()
@@ -299,11 +299,11 @@ fn occupied_address_does_not_stop_other_listeners() {
     );
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
     drop(taken);
-    await_some("the port is served", PATIENCE, || {
+    await_some("the port is served", TIMEOUT, || {
         (http_get(address, "/probe")?.0 == 403).then_some(())
     });
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o755)).unwrap();
-    await_some("the status is served", PATIENCE, || {
+    await_some("the status is served", TIMEOUT, || {
         UnixStream::connect(closed.join("status.sock")).ok()
     });
 }

@@ -65,7 +65,7 @@ fn exposed_configuration_ends_the_start() {
         let file = folder.path().join("awsvid.toml");
         fs::write(&file, "").unwrap();
         prepare(folder.path(), &file);
-        let (status, log) = Daemon::refused(&[], folder.path(), &configuration(0));
+        let (status, log) = Daemon::run_to_exit(&[], folder.path(), &configuration(0));
         assert_eq!(status, EX_CONFIG, "{log}");
         assert!(
             log.contains(&words) && log.contains("; ch"),
@@ -154,7 +154,7 @@ fn exposed_ca_file_ends_start_and_reload() {
         );
         assert!(daemon.log().contains(&words), "{words}: {}", daemon.log());
         drop(daemon);
-        let (status, log) = Daemon::refused(&[], folder.path(), &trusting(&file));
+        let (status, log) = Daemon::run_to_exit(&[], folder.path(), &trusting(&file));
         assert_eq!(status, EX_CONFIG, "{words}: {log}");
         assert!(
             log.contains(&words) && log.contains("; ch"),
@@ -230,7 +230,7 @@ fn kubernetes_volume_is_accepted() {
     ];
     Daemon::start_behind(&words, folder.path(), "", &configuration);
     // The same volume, but writable.
-    let (status, log) = Daemon::refused(&[], folder.path(), &configuration);
+    let (status, log) = Daemon::run_to_exit(&[], folder.path(), &configuration);
     assert_eq!(status, EX_CONFIG, "{log}");
     assert!(
         log.contains(&format!("every user of this node can write to {volume}")),

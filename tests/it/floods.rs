@@ -8,14 +8,14 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::harness::actor::{Acting, Counts, ask};
+use crate::harness::actor::{Counts, Repeater, ask};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const ALICE: u32 = 61001;
 const BOB: u32 = 61002;
 /// A user without a rule.
@@ -52,16 +52,16 @@ impl Stage {
         }
     }
 
-    fn alice(&self, act: &str, listener: &str, numbers: &[usize]) -> Acting {
+    fn alice(&self, act: &str, listener: &str, numbers: &[usize]) -> Repeater {
         let numbers = [&[usize::try_from(ALICE).unwrap()], numbers].concat();
-        Acting::start(
+        Repeater::start(
             act,
             listener,
             &self.daemon.listener(listener),
             &numbers,
             self.alice.path(),
         )
-        .begun()
+        .wait_started()
     }
 
     /// Sends this number of requests as Bob, each of which must be answered.
@@ -108,7 +108,7 @@ fn idle_connections_leave_room_for_other_workloads() {
     );
     for listener in LISTENERS {
         let before = stage.metric(DROPPED);
-        let held = stage.alice("hold", listener, &[2000]);
+        let connections = stage.alice("hold", listener, &[2000]);
         // Alice's own requests are refused meanwhile: first, since a connection that sends nothing
         // ends after 5 s.
         let more = ask(
@@ -120,10 +120,10 @@ fn idle_connections_leave_room_for_other_workloads() {
         );
         assert_eq!(more, counts(&[("nothing", 5)]), "over {listener}");
         stage.bob_is_answered(listener, 50);
-        await_some("what is too much is counted", PATIENCE, || {
+        await_some("what is too much is counted", TIMEOUT, || {
             (stage.metric(DROPPED) >= before + 1605).then_some(())
         });
-        let ended = held.enough();
+        let ended = connections.stop();
         let how = if listener == "unix" {
             "closed"
         } else {
@@ -133,10 +133,10 @@ fn idle_connections_leave_room_for_other_workloads() {
         // Alice's permits are free again once the daemon has seen that the connections are closed.
         // First it has to search for Alice's process, one connection at a time because that has so
         // many descriptors. The one that is left is the request for the metrics.
-        await_some("her connections are over", PATIENCE, || {
+        await_some("her connections are over", TIMEOUT, || {
             (stage.metric("awsvid_connections") == 1).then_some(())
         });
-        await_some("she is answered again", PATIENCE, || {
+        await_some("she is answered again", TIMEOUT, || {
             let answers = ask(
                 listener,
                 &stage.daemon.listener(listener),
@@ -178,13 +178,13 @@ fn sessions_and_ids_of_one_person_share_one_limit() {
             } else {
                 165_536 + number
             };
-            Acting::start("hold", listener, &address, &[uid, 30], session.path()).begun()
+            Repeater::start("hold", listener, &address, &[uid, 30], session.path()).wait_started()
         };
-        let held: Vec<_> = sessions.iter().enumerate().map(hold).collect();
+        let connections: Vec<_> = sessions.iter().enumerate().map(hold).collect();
         stage.bob_is_answered(listener, 50);
         let mut open = 0;
-        for one in held {
-            open += one.enough().get("open").copied().unwrap_or_default();
+        for one in connections {
+            open += one.stop().get("open").copied().unwrap_or_default();
         }
         assert!(open <= 40, "{open} over {listener}");
     }
@@ -220,15 +220,17 @@ fn workload_with_most_connections_is_evicted_first() {
             .map(|number| Cgroup::new(&format!("greedy-{number}-{name}")))
             .collect();
         let numbers = [usize::try_from(MALLORY).unwrap(), 40];
-        let held: Vec<_> = units
+        let connections: Vec<_> = units
             .iter()
-            .map(|unit| Acting::start("hold", listener, &address, &numbers, unit.path()).begun())
+            .map(|unit| {
+                Repeater::start("hold", listener, &address, &numbers, unit.path()).wait_started()
+            })
             .collect();
         stage.bob_is_answered(listener, 50);
         stage.bob_is_answered("unix", 50);
         let mut open = 0;
-        for one in held {
-            open += one.enough().get("open").copied().unwrap_or_default();
+        for one in connections {
+            open += one.stop().get("open").copied().unwrap_or_default();
         }
         assert!(open <= 100, "{open} over {listener}");
     }
@@ -243,13 +245,13 @@ fn unread_responses_delay_no_other_caller() {
     }
     let stage = Stage::set("", "");
     for listener in LISTENERS {
-        let held = stage.alice("mute", listener, &[300]);
+        let connections = stage.alice("mute", listener, &[300]);
         // The open one is the request for the metrics.
-        await_some("all are over for the daemon", PATIENCE, || {
+        await_some("all are over for the daemon", TIMEOUT, || {
             (stage.metric("awsvid_connections") == 1).then_some(())
         });
         stage.bob_is_answered(listener, 20);
-        let ended = held.enough();
+        let ended = connections.stop();
         assert_eq!(ended, counts(&[("answered", 300)]), "over {listener}");
     }
 }
@@ -265,7 +267,7 @@ fn many_descriptors_delay_only_their_owner() {
         let storm = stage.alice("storm", listener, &[8, 10_000]);
         stage.bob_is_answered(listener, 100);
         stage.bob_is_answered("unix", 100);
-        let refused = storm.enough();
+        let refused = storm.stop();
         assert_eq!(
             refused.keys().collect::<Vec<_>>(),
             ["too_many_descriptors"],
@@ -332,13 +334,13 @@ fn daemon_recovers_from_descriptor_exhaustion() {
     for (round, listener) in LISTENERS.into_iter().enumerate() {
         // Since unix sockets take three each, a few of these are left for the next.
         limit(Some(u64::try_from(open() + 20).unwrap()));
-        let held = stage.alice("hold", listener, &[100]);
-        await_some("the daemon notices", PATIENCE, || {
+        let connections = stage.alice("hold", listener, &[100]);
+        await_some("the daemon notices", TIMEOUT, || {
             (short() > round).then_some(())
         });
-        held.enough();
+        connections.stop();
         // It recovers by itself, before there is more.
-        await_some("Bob is answered", PATIENCE, || {
+        await_some("Bob is answered", TIMEOUT, || {
             let answers = ask(
                 listener,
                 &stage.daemon.listener(listener),
@@ -384,11 +386,11 @@ fn refusals_are_aggregated_without_losing_issues() {
     let one = |outcome: &str, count| BTreeMap::from([(outcome.to_owned(), count)]);
     let started = Instant::now();
     let numbers = [usize::try_from(MALLORY).unwrap(), 3000];
-    let flood = Acting::start("ask", "tcp", &address, &numbers, stage.alice.path());
+    let flood = Repeater::start("ask", "tcp", &address, &numbers, stage.alice.path());
     stage.bob_is_answered("tcp", 100);
-    assert_eq!(flood.enough(), counts(&[("no_identity", 3000)]));
+    assert_eq!(flood.stop(), counts(&[("no_identity", 3000)]));
     // The last of them is written without a further request.
-    await_some("all refusals are accounted for", PATIENCE, || {
+    await_some("all refusals are accounted for", TIMEOUT, || {
         (audited(&stage.daemon.audit(), MALLORY).1 == one("refused", 3000)).then_some(())
     });
     let seconds = usize::try_from(started.elapsed().as_secs()).unwrap() + 1;
@@ -407,7 +409,7 @@ fn refusals_are_aggregated_without_losing_issues() {
             .daemon
             .process()
             .owned()
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends")
             .success()
     );
@@ -432,7 +434,7 @@ fn hits_are_aggregated_with_right_counts() {
             stage.daemon.listener(listener),
             usize::try_from(ALICE).unwrap(),
         );
-        let flood = Acting::start(
+        let flood = Repeater::start(
             "ask",
             listener,
             &address,
@@ -441,7 +443,7 @@ fn hits_are_aggregated_with_right_counts() {
         );
         stage.bob_is_answered(listener, 1);
         assert_eq!(
-            flood.enough(),
+            flood.stop(),
             counts(&[("Success", 10_000)]),
             "over {listener}"
         );
@@ -449,7 +451,7 @@ fn hits_are_aggregated_with_right_counts() {
             let records: Vec<Value> = stage.daemon.audit().split_off(before);
             (audited(&records, ALICE), audited(&records, BOB), records)
         };
-        let ((records, _), bob, all) = await_some("all hits are accounted for", PATIENCE, || {
+        let ((records, _), bob, all) = await_some("all hits are accounted for", TIMEOUT, || {
             let found = alice();
             (found.0.1 == BTreeMap::from([("issued".to_owned(), 10_000)])).then_some(found)
         });

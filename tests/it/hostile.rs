@@ -15,7 +15,7 @@ use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 const ALICE: u32 = 61001;
 const HEADERS: &str = "Host: 127.0.0.1\r\nAuthorization: x\r\n";
 /// The request that others hide: whole, and valid by itself.
@@ -29,7 +29,7 @@ struct Address {
 
 /// The response that is right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Right {
+enum Expected {
     Credentials,
     /// An error, audited: the status line, and the code in the body.
     Refused(&'static str, &'static str),
@@ -37,17 +37,17 @@ enum Right {
     BadHead(&'static str, &'static str),
 }
 
-const BAD: Right = Right::BadHead("HTTP/1.1 400 Bad Request", "bad_request");
-const LARGE: Right = Right::BadHead(
+const BAD: Expected = Expected::BadHead("HTTP/1.1 400 Bad Request", "bad_request");
+const LARGE: Expected = Expected::BadHead(
     "HTTP/1.1 431 Request Header Fields Too Large",
     "head_too_large",
 );
-const HOST: Right = Right::Refused("HTTP/1.1 400 Bad Request", "host");
-const BODY: Right = Right::Refused("HTTP/1.1 400 Bad Request", "body");
-const PATH: Right = Right::Refused("HTTP/1.1 404 Not Found", "path");
-const METHOD: Right = Right::Refused("HTTP/1.1 405 Method Not Allowed", "method");
-const PROXIED: Right = Right::Refused("HTTP/1.1 403 Forbidden", "proxied");
-const UNAUTHORIZED: Right = Right::Refused("HTTP/1.1 403 Forbidden", "no_authorization");
+const HOST: Expected = Expected::Refused("HTTP/1.1 400 Bad Request", "host");
+const BODY: Expected = Expected::Refused("HTTP/1.1 400 Bad Request", "body");
+const PATH: Expected = Expected::Refused("HTTP/1.1 404 Not Found", "path");
+const METHOD: Expected = Expected::Refused("HTTP/1.1 405 Method Not Allowed", "method");
+const PROXIED: Expected = Expected::Refused("HTTP/1.1 403 Forbidden", "proxied");
+const UNAUTHORIZED: Expected = Expected::Refused("HTTP/1.1 403 Forbidden", "no_authorization");
 
 struct Stage {
     daemon: Daemon,
@@ -65,9 +65,9 @@ impl Stage {
         let folder = folder();
         let upstream = Upstream::start(&[(ALICE, "alice")]);
         // Alice's process makes the connections and passes them to the test, so the cgroup decides.
-        let place = "cgroup = \"/awsvid-test-*.slice/**\"";
+        let cgroup_rule = "cgroup = \"/awsvid-test-*.slice/**\"";
         let rule = format!(
-            "[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = {ALICE}\n{place}\n"
+            "[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = {ALICE}\n{cgroup_rule}\n"
         );
         let daemon = Daemon::start(
             folder.path(),
@@ -157,7 +157,7 @@ impl Address {
         } else {
             Box::new(TcpStream::from(fd))
         };
-        stream.wait_at_most(PATIENCE);
+        stream.wait_at_most(TIMEOUT);
         stream
     }
 
@@ -230,11 +230,11 @@ fn check_error(body: &[u8], code: &str) {
 }
 
 /// Sends `request` and checks the response and the counters.
-fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
+fn check(stage: &Stage, address: &Address, request: &[u8], right: Expected) {
     let shown = String::from_utf8_lossy(&request[..request.len().min(300)]).into_owned();
     let labels = match right {
-        Right::Credentials => "outcome=\"issued\",reason=\"ok\"".to_owned(),
-        Right::Refused(_, code) | Right::BadHead(_, code) => {
+        Expected::Credentials => "outcome=\"issued\",reason=\"ok\"".to_owned(),
+        Expected::Refused(_, code) | Expected::BadHead(_, code) => {
             format!("outcome=\"refused\",reason=\"{code}\"")
         }
     };
@@ -267,7 +267,7 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
     }
     assert_eq!(headers, expected, "{}", context());
     match right {
-        Right::Credentials => {
+        Expected::Credentials => {
             assert!(
                 status == "HTTP/1.1 200 OK" || status == "HTTP/1.0 200 OK",
                 "{}",
@@ -280,9 +280,9 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
                 context()
             );
         }
-        Right::Refused(line, code) | Right::BadHead(line, code) => {
+        Expected::Refused(line, code) | Expected::BadHead(line, code) => {
             // HTTP/1.0 is answered as such.
-            let is_1_0 = shown.contains(" HTTP/1.0\r\n") && !matches!(right, Right::BadHead(..));
+            let is_1_0 = shown.contains(" HTTP/1.0\r\n") && !matches!(right, Expected::BadHead(..));
             let line = if is_1_0 {
                 line.replacen("1.1", "1.0", 1)
             } else {
@@ -296,8 +296,8 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
             }
         }
     }
-    if let Right::BadHead(..) = right {
-        await_some("the connection is counted", PATIENCE, || {
+    if let Expected::BadHead(..) = right {
+        await_some("the connection is counted", TIMEOUT, || {
             (stage.dropped("bad_request") > dropped).then_some(())
         });
         assert_eq!(
@@ -319,15 +319,15 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
     assert_eq!(stage.dropped("bad_request"), dropped, "{}", context());
 }
 
-fn check_all(cases: &[(Vec<u8>, Right)]) {
+fn check_all(cases: &[(Vec<u8>, Expected)]) {
     let Some(stage) = Stage::set() else { return };
     for address in stage.addresses() {
-        check(&stage, &address, HIDDEN.as_bytes(), Right::Credentials);
+        check(&stage, &address, HIDDEN.as_bytes(), Expected::Credentials);
         for (request, right) in cases {
             // The unix socket requires no Authorization.
             let is_unix = address.listener == "unix";
             let right = if is_unix && *right == UNAUTHORIZED {
-                Right::Credentials
+                Expected::Credentials
             } else {
                 *right
             };
@@ -343,7 +343,7 @@ fn request(line: &str, more: &str) -> Vec<u8> {
 }
 
 /// Returns a good request with these headers in addition to the usual, and these bytes after it.
-fn with(more: &str, after: &str) -> Vec<u8> {
+fn request_with(more: &str, after: &str) -> Vec<u8> {
     let mut bytes = request("GET /v1/credentials HTTP/1.1", more);
     bytes.extend(after.bytes());
     bytes
@@ -355,60 +355,78 @@ fn hidden_second_request_is_not_answered() {
     let length = format!("Content-Length: {}\r\n", HIDDEN.len());
     check_all(&[
         // One response, then the end: the second request gets none.
-        (with("", HIDDEN), Right::Credentials),
+        (request_with("", HIDDEN), Expected::Credentials),
         (
-            with("Connection: keep-alive\r\n", HIDDEN),
-            Right::Credentials,
+            request_with("Connection: keep-alive\r\n", HIDDEN),
+            Expected::Credentials,
         ),
-        (with("Content-Length: 0\r\n", HIDDEN), Right::Credentials),
         (
-            with("Content-Length: 0\r\nContent-Length: 0\r\n", HIDDEN),
-            Right::Credentials,
+            request_with("Content-Length: 0\r\n", HIDDEN),
+            Expected::Credentials,
+        ),
+        (
+            request_with("Content-Length: 0\r\nContent-Length: 0\r\n", HIDDEN),
+            Expected::Credentials,
         ),
         // Bodies.
-        (with(&length, HIDDEN), BODY),
-        (with(&format!("{length}{length}"), HIDDEN), BODY),
-        (with("Transfer-Encoding: chunked\r\n", &chunked), BODY),
+        (request_with(&length, HIDDEN), BODY),
+        (request_with(&format!("{length}{length}"), HIDDEN), BODY),
         (
-            with(
+            request_with("Transfer-Encoding: chunked\r\n", &chunked),
+            BODY,
+        ),
+        (
+            request_with(
                 "Transfer-Encoding: chunked\r\n",
                 &format!("0\r\n\r\n{HIDDEN}"),
             ),
             BODY,
         ),
         (
-            with(&format!("{length}Transfer-Encoding: chunked\r\n"), &chunked),
+            request_with(&format!("{length}Transfer-Encoding: chunked\r\n"), &chunked),
             BODY,
         ),
         (
-            with(&format!("Transfer-Encoding: chunked\r\n{length}"), &chunked),
+            request_with(&format!("Transfer-Encoding: chunked\r\n{length}"), &chunked),
             BODY,
         ),
         (
-            with(
+            request_with(
                 "Content-Length: 0\r\nTransfer-Encoding: chunked\r\n",
                 &chunked,
             ),
             BODY,
         ),
-        (with("Transfer-Encoding: gzip, chunked\r\n", &chunked), BODY),
+        (
+            request_with("Transfer-Encoding: gzip, chunked\r\n", &chunked),
+            BODY,
+        ),
         // Lengths and codings that readers would disagree about.
         (
-            with("Content-Length: 5\r\nContent-Length: 0\r\n", HIDDEN),
+            request_with("Content-Length: 5\r\nContent-Length: 0\r\n", HIDDEN),
             BAD,
         ),
-        (with("Content-Length: 0, 5\r\n", HIDDEN), BAD),
-        (with("Content-Length: +5\r\n", HIDDEN), BAD),
-        (with("Content-Length: -1\r\n", HIDDEN), BAD),
-        (with("Content-Length: 0x5\r\n", HIDDEN), BAD),
+        (request_with("Content-Length: 0, 5\r\n", HIDDEN), BAD),
+        (request_with("Content-Length: +5\r\n", HIDDEN), BAD),
+        (request_with("Content-Length: -1\r\n", HIDDEN), BAD),
+        (request_with("Content-Length: 0x5\r\n", HIDDEN), BAD),
         (
-            with("Content-Length: 99999999999999999999\r\n", HIDDEN),
+            request_with("Content-Length: 99999999999999999999\r\n", HIDDEN),
             BAD,
         ),
-        (with("Transfer-Encoding: gzip\r\n", &chunked), BAD),
-        (with("Transfer-Encoding: chunked, gzip\r\n", &chunked), BAD),
-        (with("Transfer-Encoding: xchunked\r\n", &chunked), BAD),
-        (with("Transfer-Encoding : chunked\r\n", &chunked), BAD),
+        (request_with("Transfer-Encoding: gzip\r\n", &chunked), BAD),
+        (
+            request_with("Transfer-Encoding: chunked, gzip\r\n", &chunked),
+            BAD,
+        ),
+        (
+            request_with("Transfer-Encoding: xchunked\r\n", &chunked),
+            BAD,
+        ),
+        (
+            request_with("Transfer-Encoding : chunked\r\n", &chunked),
+            BAD,
+        ),
         (
             [
                 request(
@@ -426,21 +444,21 @@ fn hidden_second_request_is_not_answered() {
                 .to_vec(),
             BAD,
         ),
-        (with("X: a\r\n Host: other\r\n", ""), BAD),
-        (with("X: a\r\n\tb\r\n", ""), BAD),
+        (request_with("X: a\r\n Host: other\r\n", ""), BAD),
+        (request_with("X: a\r\n\tb\r\n", ""), BAD),
         (
             b"GET /v1/credentials HTTP/1.1\r\n Host: 127.0.0.1\r\nAuthorization: x\r\n\r\n"
                 .to_vec(),
             BAD,
         ),
         (HIDDEN.replace("\r\n", "\n").into_bytes(), BAD),
-        (with("X: a\nY: b\r\n", ""), BAD),
-        (with("X: a\n\r\n", ""), BAD),
-        (with("X: a\rY: b\r\n", ""), BAD),
-        (with("X: a\0b\r\n", ""), BAD),
-        (with("no colon\r\n", ""), BAD),
-        (with(": no name\r\n", ""), BAD),
-        (with("X\u{fc}: a\r\n", ""), BAD),
+        (request_with("X: a\nY: b\r\n", ""), BAD),
+        (request_with("X: a\n\r\n", ""), BAD),
+        (request_with("X: a\rY: b\r\n", ""), BAD),
+        (request_with("X: a\0b\r\n", ""), BAD),
+        (request_with("no colon\r\n", ""), BAD),
+        (request_with(": no name\r\n", ""), BAD),
+        (request_with("X\u{fc}: a\r\n", ""), BAD),
     ]);
 }
 
@@ -490,12 +508,15 @@ fn oversized_heads_are_refused() {
     };
     check_all(&[
         (
-            with(&format!("X: {}\r\n", long(15_000)), ""),
-            Right::Credentials,
+            request_with(&format!("X: {}\r\n", long(15_000)), ""),
+            Expected::Credentials,
         ),
-        (with(&format!("X: {}\r\n", long(17_000)), ""), LARGE),
-        (with(&format!("X: {}\r\n", long(500_000)), ""), LARGE),
-        (with(&format!("{}: a\r\n", long(17_000)), ""), LARGE),
+        (request_with(&format!("X: {}\r\n", long(17_000)), ""), LARGE),
+        (
+            request_with(&format!("X: {}\r\n", long(500_000)), ""),
+            LARGE,
+        ),
+        (request_with(&format!("{}: a\r\n", long(17_000)), ""), LARGE),
         (
             request(
                 &format!("GET /v1/credentials/{} HTTP/1.1", long(15_000)),
@@ -510,9 +531,9 @@ fn oversized_heads_are_refused() {
             ),
             LARGE,
         ),
-        (with(&many(62), ""), Right::Credentials),
-        (with(&many(63), ""), LARGE),
-        (with(&many(5_000), ""), LARGE),
+        (request_with(&many(62), ""), Expected::Credentials),
+        (request_with(&many(63), ""), LARGE),
+        (request_with(&many(5_000), ""), LARGE),
         // Without an end.
         (format!("GET /{}", long(20_000)).into_bytes(), LARGE),
     ]);
@@ -570,17 +591,17 @@ fn valid_but_forbidden_requests_are_refused() {
         plain("GET /v1/credentials/%zz HTTP/1.1", PATH),
         plain("GET /v1%2fcredentials HTTP/1.1", PATH),
         plain("GET /v1\\credentials HTTP/1.1", PATH),
-        plain("GET /v1/credentials? HTTP/1.1", Right::Credentials),
-        plain("GET /v1/credentials/dev? HTTP/1.1", Right::Credentials),
-        plain("GET /v1/credentials#dev HTTP/1.1", Right::Credentials),
+        plain("GET /v1/credentials? HTTP/1.1", Expected::Credentials),
+        plain("GET /v1/credentials/dev? HTTP/1.1", Expected::Credentials),
+        plain("GET /v1/credentials#dev HTTP/1.1", Expected::Credentials),
         plain("GET /v1/credentials?role=dev HTTP/1.1", PATH),
         plain("GET /v1/credentials?? HTTP/1.1", PATH),
         plain("GET /v1/credentials%3f HTTP/1.1", PATH),
         plain("GET http://127.0.0.1/v1/credentials? HTTP/1.1", PROXIED),
         plain("GET /V1/credentials HTTP/1.1", PATH),
-        plain("GET /v1/credentials/%64ev HTTP/1.1", Right::Credentials),
+        plain("GET /v1/credentials/%64ev HTTP/1.1", Expected::Credentials),
         // HTTP/1.0.
-        plain("GET /v1/credentials HTTP/1.0", Right::Credentials),
+        plain("GET /v1/credentials HTTP/1.0", Expected::Credentials),
         (
             b"GET /v1/credentials HTTP/1.0\r\nAuthorization: x\r\n\r\n".to_vec(),
             HOST,
@@ -609,7 +630,7 @@ fn valid_but_forbidden_requests_are_refused() {
         (
             b"GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: \xff\r\n\r\n"
                 .to_vec(),
-            Right::Credentials,
+            Expected::Credentials,
         ),
         // The standard lets a server ignore these.
         (
@@ -619,32 +640,38 @@ fn valid_but_forbidden_requests_are_refused() {
                 b"\r\n",
             ]
             .concat(),
-            Right::Credentials,
+            Expected::Credentials,
         ),
         (
             ["\r\n".to_owned(), HIDDEN.to_owned()].concat().into_bytes(),
-            Right::Credentials,
+            Expected::Credentials,
         ),
-        (with("Expect: 100-continue\r\n", ""), Right::Credentials),
-        (with("Expect: something\r\n", ""), Right::Credentials),
         (
-            with(
+            request_with("Expect: 100-continue\r\n", ""),
+            Expected::Credentials,
+        ),
+        (
+            request_with("Expect: something\r\n", ""),
+            Expected::Credentials,
+        ),
+        (
+            request_with(
                 "Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\nConnection: Upgrade\r\n",
                 "",
             ),
-            Right::Credentials,
+            Expected::Credentials,
         ),
         (
-            with("Upgrade: websocket\r\nConnection: Upgrade\r\n", ""),
-            Right::Credentials,
+            request_with("Upgrade: websocket\r\nConnection: Upgrade\r\n", ""),
+            Expected::Credentials,
         ),
         // Without `100 Continue`: the answer is final.
         (
-            with("Expect: 100-continue\r\nContent-Length: 5\r\n", ""),
+            request_with("Expect: 100-continue\r\nContent-Length: 5\r\n", ""),
             BODY,
         ),
         (
-            with("Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n", ""),
+            request_with("Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n", ""),
             BODY,
         ),
     ]);
@@ -718,7 +745,7 @@ fn slow_heads_are_closed() {
     }
     assert_eq!(drops.join().unwrap(), 0);
     let all = u64::try_from(open.len()).unwrap() + 1;
-    await_some("all are counted", PATIENCE, || {
+    await_some("all are counted", TIMEOUT, || {
         (stage.dropped("slow_head") == all).then_some(())
     });
 }
@@ -736,7 +763,7 @@ fn closing_clients_are_counted() {
         // Half a head and its end: nothing to answer.
         assert!(rest(&mut *stream).is_empty());
     }
-    await_some("all are counted", PATIENCE, || {
+    await_some("all are counted", TIMEOUT, || {
         (stage.dropped("closed") == before + 6).then_some(())
     });
     assert_eq!(stage.requests(""), requests);

@@ -17,7 +17,7 @@ use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// The address of the flood. Probes come from 127.0.0.1.
 const SOURCE: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const PROBES: usize = 120;
@@ -63,7 +63,7 @@ fn probes_are_answered_during_flood_from_other_address() {
         "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n",
         "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
     ] {
-        let (ended, made) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let (ended, connected) = (AtomicBool::new(false), AtomicUsize::new(0));
         let flood = || {
             let mut open = std::collections::VecDeque::new();
             while !ended.load(Ordering::Relaxed) {
@@ -79,10 +79,10 @@ fn probes_are_answered_during_flood_from_other_address() {
                     && let Some(mut oldest) = open.pop_front()
                 {
                     let _ = oldest
-                        .set_read_timeout(Some(PATIENCE))
+                        .set_read_timeout(Some(TIMEOUT))
                         .and_then(|()| oldest.read_to_end(&mut Vec::new()));
                 }
-                made.fetch_add(1, Ordering::Relaxed);
+                connected.fetch_add(1, Ordering::Relaxed);
             }
         };
         std::thread::scope(|scope| {
@@ -90,7 +90,7 @@ fn probes_are_answered_during_flood_from_other_address() {
             scope.spawn(flood);
             scope.spawn(flood);
             // More than the daemon accepts from one address.
-            while made.load(Ordering::Relaxed) < 1000 {
+            while connected.load(Ordering::Relaxed) < 1000 {
                 std::thread::yield_now();
             }
             for _ in 0..PROBES {
@@ -104,13 +104,16 @@ fn probes_are_answered_during_flood_from_other_address() {
                     Some((200, "ready\n".to_owned())),
                     "beside {sent:?}"
                 );
-                assert_eq!(daemon.ask_locally("/readyz"), (200, "ready\n".to_owned()));
+                assert_eq!(
+                    daemon.query_status_socket("/readyz"),
+                    (200, "ready\n".to_owned())
+                );
             }
             assert_eq!(
                 http_get(admin, "/metrics").map(|(status, _)| status),
                 Some(200)
             );
-            assert_eq!(daemon.ask_locally("/status").0, 200);
+            assert_eq!(daemon.query_status_socket("/status").0, 200);
             assert!(
                 probe(folder.path(), "live").status.success()
                     && probe(folder.path(), "ready").status.success()
@@ -118,7 +121,7 @@ fn probes_are_answered_during_flood_from_other_address() {
         });
         eprintln!(
             "beside {sent:?}: {} connections of the flood",
-            made.into_inner()
+            connected.into_inner()
         );
     }
     assert!(daemon.metric("awsvid_connections_dropped_total{reason=\"too_many_operators\"}") > 0);
@@ -166,7 +169,7 @@ fn slow_admin_head_is_closed_early() {
     let (daemon, _upstream) = stage(folder.path());
     let waits = |to: SocketAddr| {
         let mut stream = TcpStream::connect(to).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         stream
             .write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
             .unwrap();
@@ -187,7 +190,7 @@ fn probe(folder: &Path, what: &str) -> Output {
         .env_clear()
         .args(["probe", what, "--config"])
         .arg(folder.join("awsvid.toml"));
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
 #[test]

@@ -9,14 +9,14 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::harness::client::{Asker, ask};
+use crate::harness::client::{Poller, ask};
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::gate::Gate;
-use crate::harness::world::{Setting, World, id};
+use crate::harness::gate::PausableProxy;
+use crate::harness::world::{Env, Setting, id};
 
 /// Bounds several calls of the AWS CLI on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 /// The test itself is warm all the time. Each of the other users gets its first credentials in one
 /// test.
 const WARM: u32 = 0;
@@ -27,12 +27,12 @@ const COLD: [u32; 2] = [1001, 1002];
 
 /// Runs `act` on the environment while the warm workload sends requests without a break, and gets
 /// the same key throughout.
-fn while_warm(world: &mut World, act: impl FnOnce(&mut World)) {
-    let socket = world.daemon.unix();
+fn while_warm(env: &mut Env, act: impl FnOnce(&mut Env)) {
+    let socket = env.daemon.unix();
     let ask = || ask(UnixStream::connect(&socket).unwrap());
     let key = ask().1["AccessKeyId"].clone();
     assert!(key.is_string());
-    let asker = Asker::new(|| {
+    let asker = Poller::new(|| {
         let (status, body) = ask();
         assert_eq!(body["AccessKeyId"], key, "{status} {body}");
         (status, body)
@@ -40,17 +40,17 @@ fn while_warm(world: &mut World, act: impl FnOnce(&mut World)) {
     thread::scope(|scope| {
         let _end = asker.end_later();
         scope.spawn(|| asker.run());
-        act(world);
+        act(env);
         let before = asker.count();
-        await_some("the warm one is answered", PATIENCE, || {
+        await_some("the warm one is answered", TIMEOUT, || {
             (asker.count() > before).then_some(())
         });
     });
 }
 
 /// Checks the response to a cold workload: over HTTP, and as the AWS CLI shows it.
-fn assert_told_to_come_back(world: &World, reason: &str) {
-    let (head, body) = world.curl(COLD[1]);
+fn assert_retry_later(env: &Env, reason: &str) {
+    let (head, body) = env.curl(COLD[1]);
     assert!(
         head.starts_with("HTTP/1.1 503 Service Unavailable\r\n"),
         "{head}"
@@ -66,50 +66,50 @@ fn assert_told_to_come_back(world: &World, reason: &str) {
     let shown = format!(
         "Received non 200 response 503 from container metadata: {{\"code\":\"{reason}\",\"message\":\"awsvid: "
     );
-    await_some("the CLI shows what awsvid says", PATIENCE, || {
-        let output = world.copy(COLD[0]);
+    await_some("the CLI shows what awsvid says", TIMEOUT, || {
+        let output = env.copy(COLD[0]);
         assert!(!output.status.success(), "{output:?}");
         output.stderr.contains(&shown).then_some(())
     });
 }
 
 /// Checks that the AWS CLI and curl are answered at their next try.
-fn assert_answered(world: &World) {
+fn assert_answered(env: &Env) {
     assert_eq!(
-        world.copy(COLD[0]).success("aws s3 cp on the next try"),
+        env.copy(COLD[0]).success("aws s3 cp on the next try"),
         "hello from the shop\n"
     );
-    let (head, body) = world.curl(COLD[1]);
+    let (head, body) = env.curl(COLD[1]);
     assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head} {body}");
 }
 
 #[test]
 fn workloads_survive_restart_of_agent() {
     let folder = folder();
-    let Some(mut world) = World::start(folder.path(), &USERS, &Setting::default()) else {
+    let Some(mut env) = Env::start(folder.path(), &USERS, &Setting::default()) else {
         return;
     };
-    while_warm(&mut world, |world| {
-        world.spire.stop_agent();
-        assert_told_to_come_back(world, "source_unavailable");
-        world.start_agent();
-        assert_answered(world);
+    while_warm(&mut env, |env| {
+        env.spire.stop_agent();
+        assert_retry_later(env, "source_unavailable");
+        env.start_agent();
+        assert_answered(env);
     });
     // Readiness fetches the first user's. This one was signed once, for all of its requests.
-    assert_eq!(world.spire.jwt_svids_signed(&id("other")), 1);
+    assert_eq!(env.spire.jwt_svids_signed(&id("other")), 1);
 }
 
 #[test]
 fn workloads_survive_outage_of_sts() {
     let folder = folder();
-    let Some(mut world) = World::start(folder.path(), &USERS, &Setting::default()) else {
+    let Some(mut env) = Env::start(folder.path(), &USERS, &Setting::default()) else {
         return;
     };
-    while_warm(&mut world, |world| {
-        world.minio.stop();
-        assert_told_to_come_back(world, "sts_unreachable");
-        world.minio.restart();
-        assert_answered(world);
+    while_warm(&mut env, |env| {
+        env.minio.stop();
+        assert_retry_later(env, "sts_unreachable");
+        env.minio.restart();
+        assert_answered(env);
     });
 }
 
@@ -122,9 +122,10 @@ fn daemon_uses_replaced_agent_socket() {
     );
     let gates = RefCell::new(Vec::new());
     let socket = |agent: &std::path::Path| {
-        gates
-            .borrow_mut()
-            .extend([Gate::start(&path, agent), Gate::start(&new, agent)]);
+        gates.borrow_mut().extend([
+            PausableProxy::start(&path, agent),
+            PausableProxy::start(&new, agent),
+        ]);
         gates.borrow()[0].set_open(true);
         path.clone()
     };
@@ -132,19 +133,22 @@ fn daemon_uses_replaced_agent_socket() {
         socket: Some(&socket),
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &USERS, &setting) else {
         return;
     };
     let [old, replacement] = &gates.borrow()[..] else {
         panic!("two gates")
     };
-    while_warm(&mut world, |world| {
+    while_warm(&mut env, |env| {
         // A daemon that keeps the old connection waits in vain from now on.
         old.set_open(false);
         replacement.set_open(true);
-        let came = old.came();
+        let arrivals = old.arrivals();
         fs::rename(&new, &path).unwrap();
-        assert_answered(world);
-        assert_eq!((old.came(), replacement.came()), (came, COLD.len()));
+        assert_answered(env);
+        assert_eq!(
+            (old.arrivals(), replacement.arrivals()),
+            (arrivals, COLD.len())
+        );
     });
 }

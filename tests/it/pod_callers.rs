@@ -19,7 +19,7 @@ use crate::harness::namespaces::Node;
 use crate::harness::upstream::Upstream;
 
 const V4: &str = "127.0.0.1:974";
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const RULE: &str =
     "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
 /// A container without that capability has it like this.
@@ -74,7 +74,7 @@ impl Stage {
         for name in ["a", "b"] {
             node.add(name);
         }
-        await_some("both are listened in", PATIENCE, || {
+        await_some("both are listened in", TIMEOUT, || {
             (daemon.metric("awsvid_pod_namespaces") == 2).then_some(())
         });
         let pods = [Cgroup::of_pod(first_pod), Cgroup::of_pod(first_pod + 1)];
@@ -103,7 +103,7 @@ impl Stage {
         let before = self.daemon.audit().len();
         let mut command = behind(&cgroup.enter(), &actor::program());
         command.args(["ask", "unix", self.daemon.unix().to_str().unwrap()]);
-        let answer = run(command, b"", PATIENCE).stdout;
+        let answer = run(command, b"", TIMEOUT).stdout;
         self.record(before, &answer)
     }
 
@@ -121,7 +121,7 @@ impl Stage {
     }
 
     #[track_caller]
-    fn is(&self, record: &Value, reason: &str, pod: Option<&Cgroup>) {
+    fn assert_record(&self, record: &Value, reason: &str, pod: Option<&Cgroup>) {
         let found = (
             record["reason"].as_str().unwrap(),
             record["pod_uid"].as_str(),
@@ -148,40 +148,40 @@ fn check(kind: Kind, first_pod: u16) {
     let [a, b] = &stage.pods;
     // A process of the host that enters before the pod itself is not taken for the pod.
     let host = Cgroup::new(&format!("host-{first_pod}"));
-    stage.is(&stage.ask("a", &host), "not_a_pod", None);
+    stage.assert_record(&stage.ask("a", &host), "not_a_pod", None);
     let own = stage.ask("a", a);
-    stage.is(&own, "ok", Some(a));
+    stage.assert_record(&own, "ok", Some(a));
     assert_eq!(own["listener"], "pod");
     assert!(
         own["network_namespace"].is_u64() && own.get("pid").is_none(),
         "{own}"
     );
-    stage.is(&stage.ask("b", b), "ok", Some(b));
+    stage.assert_record(&stage.ask("b", b), "ok", Some(b));
 
     let stranger = stage.ask("a", b);
-    stage.is(&stranger, "other_pod", Some(b));
+    stage.assert_record(&stranger, "other_pod", Some(b));
     assert_eq!(
         (&stranger["network_namespace"], &stranger["uid"]),
         (&own["network_namespace"], &Value::from(0))
     );
     let intruder = stage.ask("a", &host);
-    stage.is(&intruder, "not_a_pod", None);
+    stage.assert_record(&intruder, "not_a_pod", None);
     assert_eq!(intruder["network_namespace"], own["network_namespace"]);
-    stage.is(&stage.ask("a", a), "ok", Some(a));
+    stage.assert_record(&stage.ask("a", a), "ok", Some(a));
 
     // A process that entered first keeps the pod from its own network while it lives, and no
     // longer.
     stage.node.add("c");
-    await_some("it is listened in", PATIENCE, || {
+    await_some("it is listened in", TIMEOUT, || {
         (stage.daemon.metric("awsvid_pod_namespaces") == 3).then_some(())
     });
     let first = Cgroup::of_pod(first_pod + 3);
-    stage.is(&stage.ask("c", &first), "ok", Some(&first));
-    stage.is(&stage.ask("c", a), "other_pod", Some(a));
+    stage.assert_record(&stage.ask("c", &first), "ok", Some(&first));
+    stage.assert_record(&stage.ask("c", a), "other_pod", Some(a));
     drop(first);
-    stage.is(&stage.ask("c", &host), "not_a_pod", None);
-    stage.is(&stage.ask("c", a), "ok", Some(a));
-    stage.is(&stage.ask("c", b), "other_pod", Some(b));
+    stage.assert_record(&stage.ask("c", &host), "not_a_pod", None);
+    stage.assert_record(&stage.ask("c", a), "ok", Some(a));
+    stage.assert_record(&stage.ask("c", b), "other_pod", Some(b));
 
     // Names below the pod's own container decide nothing, not even those of another pod.
     let [pod, container] = [b.path().parent().unwrap(), b.path()]
@@ -192,14 +192,14 @@ fn check(kind: Kind, first_pod: u16) {
         outer.below(&format!("{place}/{container}"))
     };
     let nested = named(a);
-    stage.is(&stage.ask("a", &nested), "ok", Some(a));
-    stage.is(&stage.ask("b", &nested), "other_pod", Some(a));
+    stage.assert_record(&stage.ask("a", &nested), "ok", Some(a));
+    stage.assert_record(&stage.ask("b", &nested), "other_pod", Some(a));
 
     // Nor does a cgroup of such a name outside the pods' root.
-    let elsewhere = Cgroup::new(&format!("elsewhere-{first_pod}"));
-    let misplaced = named(&elsewhere);
+    let other_cgroup = Cgroup::new(&format!("elsewhere-{first_pod}"));
+    let misplaced = named(&other_cgroup);
     let refused = stage.ask_by_file(&misplaced);
-    stage.is(&refused, "misplaced_pod", None);
+    stage.assert_record(&refused, "misplaced_pod", None);
     assert!(
         refused["cgroup"]
             .as_str()
@@ -207,13 +207,13 @@ fn check(kind: Kind, first_pod: u16) {
             .ends_with(&format!("{pod}/{container}")),
         "{refused}"
     );
-    chown(elsewhere.path(), Some(61001), None).unwrap();
-    stage.is(&stage.ask_by_file(&misplaced), "delegated_cgroup", None);
-    stage.is(&stage.ask("b", &misplaced), "delegated_cgroup", None);
+    chown(other_cgroup.path(), Some(61001), None).unwrap();
+    stage.assert_record(&stage.ask_by_file(&misplaced), "delegated_cgroup", None);
+    stage.assert_record(&stage.ask("b", &misplaced), "delegated_cgroup", None);
 
     // Over the unix socket a pod is known by its process.
     let by_file = stage.ask_by_file(b);
-    stage.is(&by_file, "ok", Some(b));
+    stage.assert_record(&by_file, "ok", Some(b));
     assert!(
         by_file["pid"].is_u64() && by_file.get("network_namespace").is_none(),
         "{by_file}"

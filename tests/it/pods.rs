@@ -20,7 +20,7 @@ use crate::harness::upstream::Upstream;
 mod handover;
 
 /// Bounds steps that take milliseconds, on a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 const V4: &str = "127.0.0.1:974";
 const V6: &str = "[::1]:974";
 
@@ -106,7 +106,7 @@ impl Site {
 fn await_namespaces(daemon: &Daemon, count: u64) {
     await_some(
         &format!("{count} namespaces are listened in"),
-        PATIENCE,
+        TIMEOUT,
         || (daemon.metric("awsvid_pod_namespaces") == count).then_some(()),
     );
 }
@@ -143,12 +143,12 @@ fn pod_is_served_from_first_act_and_leaves_nothing() {
             );
         }
     }
-    let asked = stage.daemon.audit();
-    let by_pods = asked
+    let requests = stage.daemon.audit();
+    let by_pods = requests
         .iter()
         .filter(|record| record["listener"] == "pod")
         .collect::<Vec<_>>();
-    assert_eq!(by_pods.len(), 6, "{asked:?}");
+    assert_eq!(by_pods.len(), 6, "{requests:?}");
     assert!(
         by_pods
             .iter()
@@ -157,10 +157,10 @@ fn pod_is_served_from_first_act_and_leaves_nothing() {
     );
     // The daemon keeps an answered caller for the next refresh, but not its namespace.
     for (i, peer) in peers.iter().enumerate() {
-        assert!(peer.is_there());
+        assert!(peer.exists());
         stage.site.node.remove(&format!("cni-{i}"));
-        await_some("the namespace is freed", PATIENCE, || {
-            (!peer.is_there()).then_some(())
+        await_some("the namespace is freed", TIMEOUT, || {
+            (!peer.exists()).then_some(())
         });
     }
     stage.await_namespaces(1);
@@ -176,7 +176,7 @@ fn connections_are_cut_when_namespace_file_is_removed() {
     stage.site.node.add("a");
     stage.await_namespaces(1);
     let mut open = TcpStream::from(stage.site.node.connect("a", V4.parse().unwrap()).unwrap());
-    open.set_read_timeout(Some(PATIENCE)).unwrap();
+    open.set_read_timeout(Some(TIMEOUT)).unwrap();
     // Only unmounted, which for inotify is not an event.
     stage.site.node.unmount("a");
     let cut = Instant::now();
@@ -216,13 +216,13 @@ fn namespace_is_entered_once_and_own_never() {
     stage.await_namespaces(1);
     // A listener that is killed is bound again by the file that is left.
     kill(&stage.site.node, "b");
-    await_some("the listener is back", PATIENCE, || {
+    await_some("the listener is back", TIMEOUT, || {
         listens(&stage.site.node, "b", V4).then_some(())
     });
-    assert!(peer.is_there());
+    assert!(peer.exists());
     stage.site.node.remove("b");
-    await_some("the namespace is freed", PATIENCE, || {
-        (!peer.is_there()).then_some(())
+    await_some("the namespace is freed", TIMEOUT, || {
+        (!peer.exists()).then_some(())
     });
 }
 
@@ -260,7 +260,7 @@ fn node_network_is_not_a_pod() {
     );
     // Once, whatever follows it.
     node.add("b");
-    await_some("the next one is listened in", PATIENCE, || {
+    await_some("the next one is listened in", TIMEOUT, || {
         listens(&node, "b", V4).then_some(())
     });
     assert_eq!(
@@ -286,8 +286,8 @@ fn kill(node: &Node, name: &str) {
             .output()
             .unwrap()
     });
-    let said = String::from_utf8_lossy(&killed.stdout).into_owned();
-    assert!(said.contains(":974"), "{said}");
+    let message = String::from_utf8_lossy(&killed.stdout).into_owned();
+    assert!(message.contains(":974"), "{message}");
 }
 
 #[test]
@@ -298,7 +298,7 @@ fn listener_killed_by_pod_is_rebound() {
     let cgroup = Cgroup::of_pod(10);
     kill(&stage.site.node, "a");
     for address in [V4, V6] {
-        await_some("the listener is back", PATIENCE, || {
+        await_some("the listener is back", TIMEOUT, || {
             listens(&stage.site.node, "a", address).then_some(())
         });
         assert!(stage.site.serves("a", &cgroup, address), "{address}");
@@ -400,7 +400,7 @@ fn netns_directory_may_appear_later_and_be_replaced() {
         .unwrap();
     });
     stage.site.node.add("c");
-    await_some("the new one is listened in", PATIENCE, || {
+    await_some("the new one is listened in", TIMEOUT, || {
         listens(&stage.site.node, "c", V4).then_some(())
     });
 }
@@ -417,7 +417,7 @@ fn missing_mount_or_privilege_is_logged_with_manifest_field() {
     stage
         .daemon
         .await_line(&["mountPropagation: HostToContainer"]);
-    await_some("both are counted", PATIENCE, || {
+    await_some("both are counted", TIMEOUT, || {
         let counted = stage
             .daemon
             .metric("awsvid_pod_namespaces_failed_total{reason=\"not_mounted\"}");
@@ -432,7 +432,7 @@ fn missing_mount_or_privilege_is_logged_with_manifest_field() {
     let folder = folder();
     let words = ["setpriv", "--bounding-set", "-sys_admin"];
     let configuration = stage.site.upstream.configuration() + RULE;
-    let (status, log) = Daemon::refused_with(
+    let (status, log) = Daemon::run_to_exit_with(
         &words,
         folder.path(),
         &stage.site.node.listen(),
@@ -504,7 +504,7 @@ fn many_namespaces_are_served_soon() {
         let listening = stage.site.node.add_and(&name, || {
             let mounted = Instant::now();
             while TcpStream::connect(V4).is_err() {
-                assert!(mounted.elapsed() < PATIENCE);
+                assert!(mounted.elapsed() < TIMEOUT);
             }
             mounted.elapsed()
         });
@@ -521,7 +521,7 @@ fn many_namespaces_are_served_soon() {
                 .connect(name, address.parse().unwrap())
                 .unwrap(),
         );
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         assert_eq!(ask(&mut stream).0, 403, "{name}, {address}");
     }
     let last = names.last().unwrap();
@@ -529,14 +529,14 @@ fn many_namespaces_are_served_soon() {
     let before = stage.daemon.descriptors();
     names.iter().for_each(|name| stage.site.node.remove(name));
     stage.await_namespaces(10);
-    let gone = await_some("all are freed", PATIENCE, || {
+    let removed = await_some("all are freed", TIMEOUT, || {
         peers
             .iter()
-            .all(|peer| !peer.is_there())
+            .all(|peer| !peer.exists())
             .then(|| stage.daemon.descriptors())
     });
     assert!(
-        gone + 3 * names.len() <= before + 8,
-        "{before} descriptors, then {gone}"
+        removed + 3 * names.len() <= before + 8,
+        "{before} descriptors, then {removed}"
     );
 }

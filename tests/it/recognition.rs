@@ -13,7 +13,7 @@ use crate::harness::counterparts::process::run;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Runs curl as this user and group, in this cgroup, over the listener.
 fn ask(
@@ -48,7 +48,7 @@ fn ask(
         .env_clear()
         .env("PATH", "/usr/bin:/bin")
         .args(["-c", &script]);
-    let body = run(command, b"", PATIENCE).success(&script);
+    let body = run(command, b"", TIMEOUT).success(&script);
     serde_json::from_str::<Value>(&body).expect("an answer in JSON");
     daemon
         .audit_after(before)
@@ -100,12 +100,12 @@ gid = 51009
     let unit = Cgroup::new("seen.service");
     let plain = Cgroup::new("plain");
     let below = plain.below("below");
-    let elsewhere = Cgroup::new("elsewhere");
+    let other_cgroup = Cgroup::new("elsewhere");
     for listener in LISTENERS {
         for (uid, cgroup, id) in [
             (51005, &unit, "unit"),
             (51006, &below, "cgroup"),
-            (51001, &elsewhere, "user"),
+            (51001, &other_cgroup, "user"),
         ] {
             let record = ask(&daemon, listener, (uid, uid, ""), Some(cgroup));
             assert_eq!(
@@ -121,19 +121,24 @@ gid = 51009
                 "{listener} {record}"
             );
         }
-        let record = ask(&daemon, listener, (51007, 51007, ""), Some(&elsewhere));
+        let record = ask(&daemon, listener, (51007, 51007, ""), Some(&other_cgroup));
         assert_eq!(
             (&record["reason"], record["pid"].is_null()),
             (&"no_identity".into(), listener != "unix")
         );
         // A rule by group does need the process.
-        let record = ask(&daemon, listener, (51002, 51009, ""), Some(&elsewhere));
+        let record = ask(&daemon, listener, (51002, 51009, ""), Some(&other_cgroup));
         assert_eq!(
             record["spiffe_id"], "spiffe://example.org/group",
             "{listener} {record}"
         );
         assert!(record["pid"].is_number());
-        let record = ask(&daemon, listener, (51002, 51008, "51009"), Some(&elsewhere));
+        let record = ask(
+            &daemon,
+            listener,
+            (51002, 51008, "51009"),
+            Some(&other_cgroup),
+        );
         assert_eq!(record["reason"], "no_identity", "{listener} {record}");
     }
     drop(below);

@@ -18,7 +18,7 @@ use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn rule() -> String {
     let uid = nix::unistd::geteuid().as_raw();
@@ -70,7 +70,7 @@ fn stopped_log_readers_do_not_stop_daemon() {
         })
         .unwrap();
         for _ in 0..500 {
-            let stream = await_some("it listens", PATIENCE, || UnixStream::connect(&socket).ok());
+            let stream = await_some("it listens", TIMEOUT, || UnixStream::connect(&socket).ok());
             assert_eq!(ask(stream).0, 200);
         }
         let ready = || {
@@ -80,7 +80,7 @@ fn stopped_log_readers_do_not_stop_daemon() {
             stream.read_to_string(&mut answer).unwrap();
             answer.contains("\r\n\r\nready\n").then_some(())
         };
-        await_some("it is ready", PATIENCE, ready);
+        await_some("it is ready", TIMEOUT, ready);
         let reading = reads_again.then(|| {
             [&mut log, &mut audit].map(|pipe| {
                 let mut pipe = pipe.try_clone().unwrap();
@@ -96,7 +96,7 @@ fn stopped_log_readers_do_not_stop_daemon() {
         });
         kill(daemon.id(), Signal::SIGTERM).unwrap();
         let status = daemon
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends, whether anybody reads or not");
         assert!(status.success(), "{status}");
         let Some(reading) = reading else { continue };
@@ -179,7 +179,7 @@ fn required_audit_blocks_credentials_on_full_disk() {
     let mut all = fs::File::create(inside(&filler)).unwrap();
     while all.write_all(&[b'x'; 4096]).is_ok() {}
     for listener in listeners {
-        await_some("nothing is handed out", PATIENCE, || {
+        await_some("nothing is handed out", TIMEOUT, || {
             let (status, body) = answer(listener);
             assert!(status == 200 || body["code"] == "not_audited", "{body}");
             (status == 503).then_some(())
@@ -218,7 +218,7 @@ fn required_audit_blocks_credentials_on_full_disk() {
         daemon
             .process()
             .owned()
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends")
             .success()
     );

@@ -11,21 +11,21 @@ use std::time::{Duration, SystemTime};
 use serde_json::Value;
 
 use crate::harness::cgroup::own_rule;
-use crate::harness::client::{Asker, answer, ask, send};
+use crate::harness::client::{Poller, answer, ask, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::Daemon;
-use crate::harness::gate::Gate;
+use crate::harness::gate::PausableProxy;
 use crate::harness::upstream::Upstream;
 
 const ID: &str = "spiffe://example.org/user/me";
 /// Bounds steps that take milliseconds on a machine that is not busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The servers of `awsvid dev`, with an open proxy in front of the source, and the parts of
 /// configurations for them. The user of this test is the only one.
 struct Stage {
-    gate: Gate,
+    gate: PausableProxy,
     upstream: Upstream,
     folder: tempfile::TempDir,
 }
@@ -34,7 +34,7 @@ impl Stage {
     fn set() -> Self {
         let folder = folder();
         let upstream = Upstream::start(&[(nix::unistd::getuid().as_raw(), "me")]);
-        let gate = Gate::start(&folder.path().join("gate.sock"), &upstream.socket());
+        let gate = PausableProxy::start(&folder.path().join("gate.sock"), &upstream.socket());
         gate.set_open(true);
         Self {
             gate,
@@ -120,14 +120,14 @@ fn rule_takes_effect_and_ends_with_reload() {
 fn narrowed_role_serves_no_wider_credentials() {
     let stage = Stage::set();
     let daemon = stage.start(&stage.with_rule(""));
-    let mut seen = HashSet::from([key(&daemon)]);
+    let mut observed = HashSet::from([key(&daemon)]);
     let policies = [
         r#"policy = '{"Statement": []}'"#,
         r#"policy_arns = ["arn:aws:iam::aws:policy/ReadOnlyAccess"]"#,
     ];
     for more in policies {
         assert!(daemon.reload("", &stage.with_rule(more)));
-        assert!(seen.insert(key(&daemon)), "{more}: an old key");
+        assert!(observed.insert(key(&daemon)), "{more}: an old key");
     }
     // An ARN that this STS does not know: it refuses, and the daemon serves nothing older.
     let other = stage.with_rule("").replace("role/dev", "role/other");
@@ -138,7 +138,7 @@ fn narrowed_role_serves_no_wider_credentials() {
     );
     // Going back does not restore what was cached then.
     assert!(daemon.reload("", &stage.with_rule("")));
-    assert!(seen.insert(key(&daemon)), "an old key");
+    assert!(observed.insert(key(&daemon)), "an old key");
 }
 
 #[test]
@@ -149,13 +149,13 @@ fn waiting_request_is_decided_by_new_configuration() {
     // identity that no rule gives any more.
     let wait = || {
         stage.gate.set_open(false);
-        let came = stage.gate.came();
+        let arrivals = stage.gate.arrivals();
         let waiting = [
             send(unix(&daemon)),
             send(unix(&daemon)),
             send(unix(&daemon)),
         ];
-        stage.gate.await_came(came + 1);
+        stage.gate.await_arrivals(arrivals + 1);
         waiting
     };
     let waiting = wait();
@@ -172,7 +172,7 @@ fn waiting_request_is_decided_by_new_configuration() {
     // Nothing is cached for this one yet.
     assert!(daemon.reload("", &stage.with_rule("duration = \"1h\"")));
     let waiting = wait();
-    let asked = daemon.audit().len();
+    let waiting_request = daemon.audit().len();
     assert!(daemon.reload("", &stage.without_rule()));
     stage.gate.set_open(true);
     for mut stream in waiting {
@@ -183,7 +183,7 @@ fn waiting_request_is_decided_by_new_configuration() {
             "{body}"
         );
     }
-    for record in &daemon.audit()[asked..] {
+    for record in &daemon.audit()[waiting_request..] {
         assert!(
             record["access_key_id"].is_null() && record["role_arn"].is_null(),
             "{record}"
@@ -223,7 +223,7 @@ fn invalid_configuration_changes_nothing() {
     assert!(daemon.log().contains("missing/audit.log"));
     assert_eq!(key(&daemon), before);
     fs::remove_file(stage.folder.path().join("awsvid.toml")).unwrap();
-    daemon_reads_nothing(&daemon);
+    assert_sighup_fails(&daemon);
     assert_eq!(key(&daemon), before);
     // A corrected file takes effect.
     assert!(daemon.reload_text(&good));
@@ -231,7 +231,7 @@ fn invalid_configuration_changes_nothing() {
 }
 
 /// SIGHUP without a file.
-fn daemon_reads_nothing(daemon: &Daemon) {
+fn assert_sighup_fails(daemon: &Daemon) {
     let count = || {
         daemon
             .log()
@@ -239,10 +239,10 @@ fn daemon_reads_nothing(daemon: &Daemon) {
             .count()
     };
     let before = count();
-    daemon.hang_up();
+    daemon.send_sighup();
     await_some(
         "the daemon has looked for its configuration",
-        PATIENCE,
+        TIMEOUT,
         || (count() > before).then_some(()),
     );
 }
@@ -306,13 +306,13 @@ fn reload_reopens_the_audit_file() {
     assert_eq!(daemon.audit().len(), 1);
     assert_eq!(fs::read_to_string(&rotated).unwrap(), moved);
     // To another name.
-    let elsewhere = stage.folder.path().join("elsewhere.log");
+    let renamed_log = stage.folder.path().join("elsewhere.log");
     assert!(daemon.reload_text(&daemon.text().replace("audit.log", "elsewhere.log")));
     key(&daemon);
     assert_eq!(
         (
             daemon.audit().len(),
-            fs::read_to_string(elsewhere).unwrap().lines().count()
+            fs::read_to_string(renamed_log).unwrap().lines().count()
         ),
         (1, 1)
     );
@@ -329,14 +329,17 @@ fn reload_changes_log_level_and_format() {
     let since = daemon.log().len();
     // Its only line at this level: that the rule needs a role.
     let quiet = quiet + "\n[[workload]]\nspiffe_id = \"spiffe://other.example/x\"\nuid = 54321\n";
-    daemon.write_and_hang_up(&quiet);
-    let said = await_some("a warning", PATIENCE, || {
+    daemon.write_and_send_sighup(&quiet);
+    let message = await_some("a warning", TIMEOUT, || {
         let log = daemon.log();
         log[since..]
             .contains("no role is for spiffe://other.example/x")
             .then(|| log[since..].to_owned())
     });
-    assert!(said.lines().last().unwrap().contains(" WARN "), "{said}");
+    assert!(
+        message.lines().last().unwrap().contains(" WARN "),
+        "{message}"
+    );
     assert!(!daemon.reload_text(&quiet.replace("[listen]", "[lisen]")));
     assert!(
         !daemon.log()[since..].contains("was reloaded"),
@@ -356,7 +359,7 @@ fn reload_makes_daemon_ready() {
     let stage = Stage::set();
     let wrong = stage.with_rule("").replace("gate.sock", "nobody.sock");
     let daemon = Daemon::start(stage.folder.path(), "", &wrong);
-    await_some("it says what is missing", PATIENCE, || {
+    await_some("it says what is missing", TIMEOUT, || {
         daemon
             .log()
             .contains("not ready: the identity source")
@@ -366,9 +369,9 @@ fn reload_makes_daemon_ready() {
     assert!(daemon.reload("", &stage.with_rule("")));
     let daemon = daemon.ready();
     // Requests use the new source, too.
-    let came = stage.gate.came();
+    let arrivals = stage.gate.arrivals();
     key(&daemon);
-    assert_eq!(stage.gate.came(), came + 1);
+    assert_eq!(stage.gate.arrivals(), arrivals + 1);
 }
 
 #[test]
@@ -377,12 +380,12 @@ fn callers_see_no_error_during_fifty_reloads() {
     let daemon = stage.start(&stage.with_rule(""));
     let path = daemon.unix();
     let askers = [
-        Asker::new(|| ask(UnixStream::connect(&path).unwrap())),
-        Asker::new(|| ask(TcpStream::connect(daemon.tcp()).unwrap())),
-        Asker::new(|| ask(TcpStream::connect(daemon.tcp6()).unwrap())),
+        Poller::new(|| ask(UnixStream::connect(&path).unwrap())),
+        Poller::new(|| ask(TcpStream::connect(daemon.tcp()).unwrap())),
+        Poller::new(|| ask(TcpStream::connect(daemon.tcp6()).unwrap())),
     ];
     thread::scope(|scope| {
-        let _end = askers.each_ref().map(Asker::end_later);
+        let _end = askers.each_ref().map(Poller::end_later);
         let running = askers.each_ref().map(|asker| scope.spawn(|| asker.run()));
         for round in 0..50 {
             // The role and the rules differ from the previous ones, and the file is a new one.
@@ -393,12 +396,12 @@ fn callers_see_no_error_during_fifty_reloads() {
                 String::new()
             };
             let _ = fs::remove_file(stage.folder.path().join("audit.log"));
-            let before = askers.each_ref().map(Asker::count);
+            let before = askers.each_ref().map(Poller::count);
             assert!(daemon.reload(
                 "",
                 &(stage.with_rule(&format!("duration = \"{minutes}m\"")) + &more)
             ));
-            await_some("everybody is answered", PATIENCE, || {
+            await_some("everybody is answered", TIMEOUT, || {
                 assert!(
                     !running.iter().any(|asker| asker.is_finished()),
                     "one has seen an error"

@@ -22,7 +22,7 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{Process, await_some};
 use crate::harness::is_slow;
-use crate::harness::world::{Setting, World, id};
+use crate::harness::world::{Env, Setting, id};
 
 const USERS: [(u32, &str); 4] = [
     (61011, "one"),
@@ -34,7 +34,7 @@ const PROCESSES: usize = 20;
 /// The pause between the requests of each. Without one the machine would measure itself, and the
 /// audit file be gigabytes.
 const PAUSE_MS: u64 = 100;
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The length and the bounds of a run.
 struct Form {
@@ -53,7 +53,7 @@ struct Form {
 }
 
 impl Form {
-    fn wanted() -> Self {
+    fn selected() -> Self {
         let seconds = Duration::from_secs;
         if is_slow() {
             // The figures of the specification.
@@ -82,14 +82,14 @@ impl Form {
 }
 
 /// One process that sends requests.
-struct Asker {
+struct Poller {
     process: Process,
     user: &'static str,
 }
 
 /// The sums over all processes.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Counted {
+struct Totals {
     errors: u64,
     expired: u64,
     empty: u64,
@@ -98,7 +98,7 @@ struct Counted {
 
 #[test]
 fn workloads_see_no_error_during_random_outages() {
-    let form = Form::wanted();
+    let form = Form::selected();
     let seed = std::env::var("AWSVID_SEED")
         .ok()
         .map_or_else(|| fastrand::u64(..), |text| text.parse().expect("a number"));
@@ -117,14 +117,14 @@ fn workloads_see_no_error_during_random_outages() {
         role: "duration = \"15m\"",
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &USERS, &setting) else {
         return;
     };
     let cgroups = USERS.map(|(uid, _)| Cgroup::new(&format!("soak-{uid}.service")));
     for (uid, _) in USERS {
-        world.curl(uid);
+        env.curl(uid);
     }
-    let sts = world
+    let sts = env
         .minio
         .endpoint()
         .rsplit_once(':')
@@ -132,12 +132,12 @@ fn workloads_see_no_error_during_random_outages() {
         .1
         .parse()
         .unwrap();
-    let pid = world.daemon.process().owned().id().as_raw().cast_unsigned();
+    let pid = env.daemon.process().owned().id().as_raw().cast_unsigned();
     let idle = descriptors(pid, sts);
 
     let began = Instant::now();
-    let mut askers: Vec<Asker> = (0..PROCESSES)
-        .map(|number| start(&world, folder.path(), number, &cgroups))
+    let mut askers: Vec<Poller> = (0..PROCESSES)
+        .map(|number| start(&env, folder.path(), number, &cgroups))
         .collect();
     thread::sleep(form.settled);
     let settled = anonymous_kib(pid);
@@ -150,18 +150,18 @@ fn workloads_see_no_error_during_random_outages() {
         } else {
             form.outage.min(Duration::from_secs(10))
         };
-        outages.push(outage(&mut world, &mut rng, longest));
+        outages.push(outage(&mut env, &mut rng, longest));
     }
     let at_end = anonymous_kib(pid);
 
-    let mut seen = Seen::default();
+    let mut observations = Observations::default();
     for asker in &mut askers {
         asker.process.signal(Signal::SIGTERM);
-        asker.process.owned().wait(PATIENCE).expect("it ends");
-        seen.add(asker);
+        asker.process.owned().wait(TIMEOUT).expect("it ends");
+        observations.add(asker);
     }
-    seen.compare(&folder.path().join("audit.log"));
-    let left = await_some("nothing is open but what was before", PATIENCE, || {
+    observations.compare(&folder.path().join("audit.log"));
+    let left = await_some("nothing is open but what was before", TIMEOUT, || {
         let left = descriptors(pid, sts);
         (left == idle).then_some(left)
     });
@@ -172,19 +172,24 @@ fn workloads_see_no_error_during_random_outages() {
         began.elapsed().as_secs(),
         outages.len(),
         longest.as_secs(),
-        seen.answers,
-        seen.counted.errors,
-        seen.counted.expired,
-        seen.counted.empty,
-        seen.counted.others,
-        seen.keys.values().map(BTreeSet::len).sum::<usize>(),
+        observations.answers,
+        observations.totals.errors,
+        observations.totals.expired,
+        observations.totals.empty,
+        observations.totals.others,
+        observations.keys.values().map(BTreeSet::len).sum::<usize>(),
     );
-    assert_eq!(seen.counted, Counted::default(), "{}", seen.bad.join("\n"));
+    assert_eq!(
+        observations.totals,
+        Totals::default(),
+        "{}",
+        observations.bad.join("\n")
+    );
     for (_, name) in USERS {
         assert!(
-            seen.keys[name].len() >= form.keys,
+            observations.keys[name].len() >= form.keys,
             "{name} was given {:?}",
-            seen.keys[name]
+            observations.keys[name]
         );
     }
     let allowed = settled + settled * form.growth.0 / 100 + form.growth.1;
@@ -199,7 +204,7 @@ fn workloads_see_no_error_during_random_outages() {
 }
 
 /// Starts such a process, in its user's cgroup, over one of the listeners.
-fn start(world: &World, folder: &Path, number: usize, cgroups: &[Cgroup]) -> Asker {
+fn start(env: &Env, folder: &Path, number: usize, cgroups: &[Cgroup]) -> Poller {
     let (uid, user) = USERS[number % USERS.len()];
     let listeners = ["unix", "tcp", "tcp6"];
     // A search has 20 ms, which is little on a machine that is busy with other tests. The unix
@@ -209,7 +214,7 @@ fn start(world: &World, folder: &Path, number: usize, cgroups: &[Cgroup]) -> Ask
     } else {
         number / USERS.len() % listeners.len()
     }];
-    let address = world.daemon.listener(listener);
+    let address = env.daemon.listener(listener);
     let cgroup = cgroups[number % USERS.len()].path().display().to_string();
     let enter = "echo 0 >\"$1/cgroup.procs\" && shift && exec \"$@\"";
     let mut command = Command::new("sh");
@@ -229,26 +234,26 @@ fn start(world: &World, folder: &Path, number: usize, cgroups: &[Cgroup]) -> Ask
         command,
         &folder.join(format!("asker-{number}.log")),
     );
-    Asker { process, user }
+    Poller { process, user }
 }
 
 /// Stops the agent, STS or both for a while, and returns for how long.
-fn outage(world: &mut World, rng: &mut Rng, longest: Duration) -> Duration {
+fn outage(env: &mut Env, rng: &mut Rng, longest: Duration) -> Duration {
     let which = rng.u8(0..3);
     let (agent, sts) = (which != 1, which != 0);
     let began = Instant::now();
     if agent {
-        world.spire.stop_agent();
+        env.spire.stop_agent();
     }
     if sts {
-        world.minio.stop();
+        env.minio.stop();
     }
     thread::sleep(between(rng, Duration::from_millis(100), longest));
     if sts {
-        world.minio.restart();
+        env.minio.restart();
     }
     if agent {
-        world.start_agent();
+        env.start_agent();
     }
     began.elapsed()
 }
@@ -259,16 +264,16 @@ fn between(rng: &mut Rng, least: Duration, most: Duration) -> Duration {
 
 /// The processes' output, and the audit's records of their keys.
 #[derive(Default)]
-struct Seen {
+struct Observations {
     answers: u64,
-    counted: Counted,
+    totals: Totals,
     bad: Vec<String>,
     /// The keys by user.
     keys: BTreeMap<&'static str, BTreeSet<String>>,
 }
 
-impl Seen {
-    fn add(&mut self, asker: &Asker) {
+impl Observations {
+    fn add(&mut self, asker: &Poller) {
         let lines: Vec<Value> = asker
             .process
             .log()
@@ -289,9 +294,9 @@ impl Seen {
         let total = lines.last().expect("what it has counted");
         let count = |what: &str| total[what].as_u64().expect(what);
         self.answers += count("answers");
-        self.counted.errors += count("errors");
-        self.counted.expired += count("expired");
-        self.counted.empty += count("empty");
+        self.totals.errors += count("errors");
+        self.totals.expired += count("expired");
+        self.totals.empty += count("empty");
     }
 
     /// Checks that each key that a user got, and each record of a user, is of its own identity.
@@ -312,7 +317,7 @@ impl Seen {
                 .find(|(uid, _)| record["uid"] == *uid)
                 .map(|(_, name)| id(name));
             if user.as_deref() != Some(spiffe_id) {
-                self.counted.others += 1;
+                self.totals.others += 1;
                 self.bad.push(record.to_string());
             }
             identities.insert(key.to_owned(), spiffe_id.to_owned());
@@ -322,7 +327,7 @@ impl Seen {
                 .iter()
                 .filter(|key| identities.get(*key) != Some(&id(user)))
                 .count();
-            self.counted.others += u64::try_from(others).unwrap();
+            self.totals.others += u64::try_from(others).unwrap();
         }
     }
 }
@@ -342,7 +347,7 @@ fn anonymous_kib(pid: u32) -> u64 {
 /// has their bounds.
 fn descriptors(pid: u32, but: u16) -> usize {
     let remote = format!(":{but:04X}");
-    let kept: BTreeSet<String> = ["tcp", "tcp6"]
+    let records_kept: BTreeSet<String> = ["tcp", "tcp6"]
         .iter()
         .flat_map(|family| {
             let table = fs::read_to_string(format!("/proc/{pid}/net/{family}")).unwrap();
@@ -362,10 +367,10 @@ fn descriptors(pid: u32, but: u16) -> usize {
         let of_caller = ["pidfd:[", "anon_inode:[pidfd]", "/proc/"]
             .iter()
             .any(|start| target.starts_with(start));
-        kept.contains(target) || of_caller || target.contains("cgroup.procs")
+        records_kept.contains(target) || of_caller || target.contains("cgroup.procs")
     };
-    let (kept, others): (Vec<_>, Vec<_>) =
+    let (records_kept, others): (Vec<_>, Vec<_>) =
         targets.partition(|target| is_kept(&target.to_string_lossy()));
-    assert!(kept.len() < 500, "{kept:?}");
+    assert!(records_kept.len() < 500, "{records_kept:?}");
     others.len()
 }

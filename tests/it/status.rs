@@ -15,9 +15,9 @@ use crate::harness::counterparts::process::{Output, Process, await_some, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::terminal::{on_a_terminal, on_a_terminal_until};
 use crate::harness::upstream::Upstream;
-use crate::harness::world::{Setting, Source, World, id};
+use crate::harness::world::{Env, Setting, Source, id};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const ME: &str = "spiffe://example.org/user/me";
 
 /// A daemon that has credentials for the user of this test.
@@ -56,7 +56,7 @@ fn command(folder: &Path, arguments: &[&str]) -> Command {
 }
 
 fn status(folder: &Path, arguments: &[&str]) -> Output {
-    run(command(folder, arguments), b"", PATIENCE)
+    run(command(folder, arguments), b"", TIMEOUT)
 }
 
 #[test]
@@ -90,7 +90,7 @@ fn status_is_json_without_terminal() {
     let mut watching = command(folder.path(), &["--watch", "1"]);
     watching.env("PATH", "/usr/bin:/bin");
     let process = Process::start("awsvid status", watching, &folder.path().join("watch.log"));
-    process.await_some("it is shown again", PATIENCE, || {
+    process.await_some("it is shown again", TIMEOUT, || {
         (process.log().lines().count() > 1).then_some(())
     });
     assert!(
@@ -109,11 +109,14 @@ fn status_is_json_without_terminal() {
         .daemon
         .process()
         .owned()
-        .wait(PATIENCE)
+        .wait(TIMEOUT)
         .expect("it ends");
-    let gone = status(folder.path(), &[]);
-    assert_eq!((gone.status.code(), gone.stdout.as_str()), (Some(1), ""));
-    assert!(gone.stderr.contains("systemctl"), "{gone:?}");
+    let missing = status(folder.path(), &[]);
+    assert_eq!(
+        (missing.status.code(), missing.stdout.as_str()),
+        (Some(1), "")
+    );
+    assert!(missing.stderr.contains("systemctl"), "{missing:?}");
 }
 
 #[test]
@@ -128,7 +131,7 @@ fn status_shows_unavailable_source() {
         .replace("name = \"dev\"", "name = \"other\"");
     assert!(stage.daemon.reload_text(&configuration));
     let _ = ask(std::os::unix::net::UnixStream::connect(stage.daemon.unix()).unwrap());
-    let failing = await_some("the source fails", PATIENCE, || {
+    let failing = await_some("the source fails", TIMEOUT, || {
         let found: Value =
             serde_json::from_str(&status(folder.path(), &[]).success("awsvid status")).ok()?;
         (found["source"]["state"] == "failing").then_some(found)
@@ -229,7 +232,7 @@ fn status_columns_show_state_of_entries() {
         ..Setting::default()
     };
     let users = [(1001, "reader"), (1002, "writer"), (1003, "late")];
-    let Some(mut world) = World::start(folder.path(), &users, &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &users, &setting) else {
         return;
     };
     let json = || -> Value {
@@ -249,8 +252,8 @@ fn status_columns_show_state_of_entries() {
         on_a_terminal(plain)
     };
 
-    let given: Value = serde_json::from_str(&world.curl(1001).1).unwrap();
-    let pid = world
+    let issued: Value = serde_json::from_str(&env.curl(1001).1).unwrap();
+    let pid = env
         .daemon
         .audit()
         .into_iter()
@@ -260,10 +263,10 @@ fn status_columns_show_state_of_entries() {
     let found = json();
     let reader = entry(&found, "reader").unwrap();
     let next = reader["next_try"].as_str().unwrap();
-    assert!(next < given["Expiration"].as_str().unwrap(), "{reader}");
+    assert!(next < issued["Expiration"].as_str().unwrap(), "{reader}");
     let expected = json!({
-        "spiffe_id": id("reader"), "role": "shop", "role_arn": world.minio.role_arn(),
-        "session_name": "example.org=w=reader", "access_key_id": given["AccessKeyId"], "expiration": given["Expiration"],
+        "spiffe_id": id("reader"), "role": "shop", "role_arn": env.minio.role_arn(),
+        "session_name": "example.org=w=reader", "access_key_id": issued["AccessKeyId"], "expiration": issued["Expiration"],
         "next_try": next, "last_error": null, "last_error_reason": null, "last_error_at": null, "refused_since": null,
         "callers": 1, "latest_uid": 1001, "latest_pid": pid,
     });
@@ -281,7 +284,7 @@ fn status_columns_show_state_of_entries() {
             .ends_with("/admin/api.sock"),
         "{found}"
     );
-    assert_eq!(sts["name"], world.minio.endpoint());
+    assert_eq!(sts["name"], env.minio.endpoint());
     let shown = table();
     let row = cells(&shown, &id("reader")).unwrap_or_else(|| panic!("{shown}"));
     assert_eq!(
@@ -301,12 +304,12 @@ fn status_columns_show_state_of_entries() {
 
     // A refusal is cached for seconds, so this may take several requests.
     let refused = || {
-        let refused = world
+        let refused = env
             .curl_by(Path::new("/usr/bin/curl"), 1002, "unix", "/none")
             .1;
         serde_json::from_str::<Value>(&refused).unwrap()
     };
-    let (writer, why) = await_some("the refused one", PATIENCE, || {
+    let (writer, why) = await_some("the refused one", TIMEOUT, || {
         let why = refused();
         Some((
             entry(&json(), "writer").filter(|entry| !entry["last_error"].is_null())?,
@@ -329,7 +332,7 @@ fn status_columns_show_state_of_entries() {
             .contains(writer["last_error"].as_str().unwrap()),
         "{writer} {why}"
     );
-    let (row, shown) = await_some("the refused one in the table", PATIENCE, || {
+    let (row, shown) = await_some("the refused one in the table", TIMEOUT, || {
         refused();
         let shown = table();
         Some((
@@ -345,9 +348,9 @@ fn status_columns_show_state_of_entries() {
     );
 
     // STS, and then the agent, become unavailable.
-    world.minio.stop();
-    let ask = |uid| drop(world.curl(uid));
-    let failing = await_some("STS fails", PATIENCE, || {
+    env.minio.stop();
+    let ask = |uid| drop(env.curl(uid));
+    let failing = await_some("STS fails", TIMEOUT, || {
         ask(1003);
         Some(json()["sts"][0].clone()).filter(|sts| sts["state"] == "failing")
     });
@@ -356,9 +359,9 @@ fn status_columns_show_state_of_entries() {
         failing["last_success_at"].is_string() && failing["last_error_at"].is_string(),
         "{failing}"
     );
-    world.spire.stop_agent();
-    let failing = await_some("the source fails", PATIENCE, || {
-        drop(world.curl(1004));
+    env.spire.stop_agent();
+    let failing = await_some("the source fails", TIMEOUT, || {
+        drop(env.curl(1004));
         Some(json()["source"].clone()).filter(|source| source["state"] == "failing")
     });
     assert_eq!(

@@ -21,7 +21,7 @@ use crate::harness::forward::Network;
 use crate::harness::tls::TlsFront;
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 const MISSING: &str = "[sts] CA certificates are missing: calls to STS fail until they are there";
 /// No call gets further than the test's own proxy.
 const AWS: &str = "[sts]\nregion = \"us-east-1\"\ntimeout = \"2s\"\n";
@@ -64,7 +64,7 @@ fn check(folder: &Path, variables: &[&str], configuration: &str) -> Vec<Value> {
         .env("PATH", "/usr/bin:/bin")
         .args(["check", "--json", "--config"])
         .arg(path);
-    let output = run(command, b"", PATIENCE);
+    let output = run(command, b"", TIMEOUT);
     let report: Value =
         serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
     report["findings"].as_array().unwrap().clone()
@@ -125,7 +125,7 @@ fn late_ca_file_fails_only_the_calls_that_need_it() {
 
     fs::create_dir(folder.path().join("late")).unwrap();
     fs::write(&file, front.certificate()).unwrap();
-    let (status, body) = await_some("credentials", PATIENCE, || {
+    let (status, body) = await_some("credentials", TIMEOUT, || {
         Some(request()).filter(|(status, _)| *status == 200)
     });
     assert!(status == 200 && body["AccessKeyId"].is_string(), "{body}");
@@ -148,7 +148,7 @@ fn ca_file_without_certificates_is_a_configuration_error() {
         "[sts]\nregion = \"us-east-1\"\nendpoint = \"https://127.0.0.1:9\"\nca_file = {file:?}\n"
     );
     let text = with_sts(&upstream, &sts);
-    let (status, log) = Daemon::refused(&[], folder.path(), &text);
+    let (status, log) = Daemon::run_to_exit(&[], folder.path(), &text);
     assert_eq!(status, Some(78), "{log}");
     assert!(
         log.contains("ca.pem: it is no valid PEM file")
@@ -167,11 +167,11 @@ fn empty_trust_store_is_logged_at_start_only_where_it_is_used() {
         "SSL_CERT_FILE=/nonexistent/ca.pem",
         "SSL_CERT_DIR=/nonexistent/certs",
     ];
-    let elsewhere = with_sts(
+    let other_sts = with_sts(
         &upstream,
         "[sts]\nendpoint = \"https://127.0.0.1:9\"\ntimeout = \"2s\"\n",
     );
-    for (name, text) in [("aws", with_sts(&upstream, AWS)), ("elsewhere", elsewhere)] {
+    for (name, text) in [("aws", with_sts(&upstream, AWS)), ("elsewhere", other_sts)] {
         let folder = folder.path().join(name);
         fs::create_dir(&folder).unwrap();
         let daemon = Daemon::start_behind(&nowhere, &folder, "", &text);
@@ -221,7 +221,7 @@ fn proxy_variable_is_an_error_only_where_it_is_used() {
     {
         let folder = folder.path().join(number.to_string());
         fs::create_dir(&folder).unwrap();
-        let (status, log) = Daemon::refused(&[&["env"], variables].concat(), &folder, &aws);
+        let (status, log) = Daemon::run_to_exit(&[&["env"], variables].concat(), &folder, &aws);
         assert!(
             status == Some(78) && log.contains(&format!("variable {name} ")),
             "{status:?} {log}"
@@ -413,7 +413,7 @@ fn role_of_another_sts_is_assumed_by_its_own_name() {
         .env_clear()
         .args(["status", "--json", "--config"])
         .arg(folder.path().join("awsvid.toml"));
-    let status = run(status, b"", PATIENCE).success("awsvid status");
+    let status = run(status, b"", TIMEOUT).success("awsvid status");
     assert!(status.contains(name), "{status}");
     let mut policy = Command::new(PROGRAM);
     policy.env_clear().args([
@@ -428,7 +428,7 @@ fn role_of_another_sts_is_assumed_by_its_own_name() {
             policy
         },
         b"",
-        PATIENCE,
+        TIMEOUT,
     );
     assert!(
         policy.status.code() == Some(1)

@@ -19,7 +19,7 @@ use crate::harness::namespaces::Node;
 use crate::harness::upstream::Upstream;
 use crate::harness::world::id;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const ALICE: u32 = 61_001;
 
 /// Checks for the programs of this computer that the test needs. Returns false after a printed skip
@@ -75,14 +75,14 @@ impl Traced {
             self.daemon
                 .process()
                 .owned()
-                .wait(PATIENCE)
+                .wait(TIMEOUT)
                 .expect("it ends")
                 .code(),
             Some(0)
         );
         let pid = self.daemon.pid().to_string();
         // The tracer writes the end of its process last.
-        let text = await_some("the end of the trace", PATIENCE, || {
+        let text = await_some("the end of the trace", TIMEOUT, || {
             let text = fs::read_to_string(&self.trace).ok()?;
             text.lines()
                 .last()
@@ -185,7 +185,7 @@ fn in_pods() -> BTreeSet<String> {
     assert!(answer.contains("AccessKeyId"), "{answer}");
     let second = start("second");
     node.add("cni-2");
-    await_some("the second daemon listens", PATIENCE, || {
+    await_some("the second daemon listens", TIMEOUT, || {
         (second.daemon.metric("awsvid_pod_namespaces") == 2).then_some(())
     });
     let calls = first.end();

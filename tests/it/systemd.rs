@@ -19,7 +19,7 @@ use crate::harness::counterparts::spire::Spire;
 use crate::harness::systemd::{Content, SystemdMachine};
 
 /// For what takes milliseconds on a machine that is not busy.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const CONFIGURATION: &str = "/etc/awsvid/awsvid.toml";
 const PROGRAM: &str = "/usr/bin/awsvid";
 /// Where the files of `deploy` go.
@@ -101,12 +101,12 @@ fn ask(machine: &SystemdMachine, unit: &str, user: &str, address: &[&str]) -> (u
         "--header",
         "Authorization: any",
     ];
-    let asked = machine.run_as(
+    let requests = machine.run_as(
         unit,
         user,
         &[&fixed[..], &["--write-out", "\n%{http_code}"], address].concat(),
     );
-    let output = asked.success(&format!("curl {address:?} of {user} in {unit}"));
+    let output = requests.success(&format!("curl {address:?} of {user} in {unit}"));
     let (body, status) = output.rsplit_once('\n').expect("the status after the body");
     let body = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error} in {body}"));
     (status.parse().expect("a status"), body)
@@ -242,8 +242,8 @@ fn units_are_valid_and_sandbox_holds() {
     let mounts = fs::read_to_string(machine.path(&format!("{process}/mountinfo"))).unwrap();
     // Of several mounts at one path the last one is visible.
     let is_writable = |path: &str| {
-        let seen = statvfs(&machine.path(&format!("{process}/root{path}")));
-        seen.is_ok_and(|found| !found.flags().contains(FsFlags::ST_RDONLY))
+        let observed = statvfs(&machine.path(&format!("{process}/root{path}")));
+        observed.is_ok_and(|found| !found.flags().contains(FsFlags::ST_RDONLY))
     };
     let writable: BTreeSet<&str> = mounts
         .lines()
@@ -374,7 +374,7 @@ role_arn = "{}"
     );
     // Every listener, SPIRE and STS have responded.
     let ready = ["curl", "--silent", "--fail", "http://127.0.0.1:975/readyz"];
-    await_some("ready", PATIENCE, || {
+    await_some("ready", TIMEOUT, || {
         machine
             .run_as("probe.service", "shop", &ready)
             .status
@@ -425,7 +425,7 @@ fn activated_service_is_not_root_on_inherited_socket() {
         "1",
         "http://127.0.0.1:8081/",
     ]);
-    let answer = await_some("the service is answered", PATIENCE, || {
+    let answer = await_some("the service is answered", TIMEOUT, || {
         let text = fs::read_to_string(machine.path("/run/web.out")).ok()?;
         text.contains("\"code\"").then_some(text)
     });
@@ -518,7 +518,7 @@ fn failing_daemon_is_restarted_while_callers_wait() {
         // While the callers wait, there are more starts than systemd allows a service (5 in 10 s)
         // and a socket (20 in 2 s).
         let before = restarts(machine);
-        await_some("more restarts", PATIENCE, || {
+        await_some("more restarts", TIMEOUT, || {
             (restarts(machine) > before + 25).then_some(())
         });
         assert_eq!(machine.property("awsvid.socket", "ActiveState"), "active");
@@ -562,7 +562,7 @@ fn invalid_configuration_is_not_restarted() {
                     == Some(7))
                 .then_some(())
             };
-            scope.spawn(move || await_some("callers are refused at once", PATIENCE, refused));
+            scope.spawn(move || await_some("callers are refused at once", TIMEOUT, refused));
         }
         let restarted = machine.run(&["systemctl", "restart", "awsvid.service"]);
         assert!(!restarted.status.success(), "{restarted:?}");
@@ -606,7 +606,7 @@ fn reload_reads_the_configuration_again() {
         machine
             .run(&["systemctl", "reload", "awsvid.service"])
             .success("reload awsvid");
-        await_some(status, PATIENCE, || {
+        await_some(status, TIMEOUT, || {
             machine
                 .property("awsvid.service", "StatusText")
                 .contains(status)
@@ -673,9 +673,9 @@ fn documented_rollback_keeps_daemon_running() {
     let directory = folder();
     let newer = directory.path().join("awsvid.newer");
     let mut program = fs::read(env!("CARGO_BIN_EXE_awsvid")).unwrap();
-    let (known, future) = (b"revocation_grace", b"revocation_pause");
-    let places: Vec<usize> = (0..program.len() - known.len())
-        .filter(|i| program[*i..].starts_with(known))
+    let (attested, future) = (b"revocation_grace", b"revocation_pause");
+    let places: Vec<usize> = (0..program.len() - attested.len())
+        .filter(|i| program[*i..].starts_with(attested))
         .collect();
     places
         .iter()
@@ -758,8 +758,7 @@ fn assert_known((status, body): (u16, Value)) {
 }
 
 #[test]
-fn unconfigured_socket_of_unit_is_refused_and_others_are_served()
-{
+fn unconfigured_socket_of_unit_is_refused_and_others_are_served() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -829,7 +828,7 @@ fn callers_in_unit_with_many_cgroups_are_attested() {
     let script = "cd /sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup); i=0; \
         while [ $i -lt 2000 ]; do mkdir g$i; i=$((i+1)); done; for last in g0 g400 g800 g1200 g1600 g1999; do echo 0 >$last/cgroup.procs; \
         curl --silent --max-time 50 --header 'Authorization: any' http://127.0.0.1:974/v1/credentials; echo; done";
-    let asked = machine.run(&[
+    let requests = machine.run(&[
         "systemd-run",
         "--quiet",
         "--collect",
@@ -842,7 +841,7 @@ fn callers_in_unit_with_many_cgroups_are_attested() {
         "-euc",
         script,
     ]);
-    let answers = asked.success("curl from many cgroups");
+    let answers = requests.success("curl from many cgroups");
     assert_eq!(
         answers.matches("source_unavailable").count(),
         2 * 6,
@@ -896,7 +895,7 @@ fn user_created_after_boot_is_served() {
     machine
         .run(&["sh", "-euc", "echo 'u late 1003' | systemd-sysusers -"])
         .success("make the user");
-    await_some("the user is known", PATIENCE, || {
+    await_some("the user is known", TIMEOUT, || {
         (ask(&machine, "late.service", "late", TCP).1["code"] == "source_unavailable").then_some(())
     });
     for (_, address) in ADDRESSES {
@@ -934,12 +933,12 @@ fn other_addresses_are_served_without_ipv6() {
     let off = "for i in all lo; do echo 1 >/proc/sys/net/ipv6/conf/$i/disable_ipv6; done";
     machine.run(&["sh", "-c", off]).success("switch IPv6 off");
     start(&machine);
-    let asked = machine.run_as(
+    let requests = machine.run_as(
         "six.service",
         "shop",
         &[&["curl", "--silent"], TCP6].concat(),
     );
-    assert_eq!(asked.status.code(), Some(7), "::1 is gone: {asked:?}");
+    assert_eq!(requests.status.code(), Some(7), "::1 is gone: {requests:?}");
     for address in [UNIX, TCP] {
         assert_answered(&machine, address);
     }

@@ -25,7 +25,7 @@ use crate::harness::daemon::PROGRAM;
 use crate::harness::forward::Network;
 use crate::harness::tls::TlsFront;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const READER: &str = "spiffe://example.org/w/reader";
 const FORMATS: [&str; 3] = ["aws-cli", "terraform", "cloudformation"];
 
@@ -36,7 +36,7 @@ fn trust_policy(config: &Path, arguments: &[&str]) -> Output {
         .args(["trust-policy", "--config"])
         .arg(config)
         .args(arguments);
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
 fn form(body: &str) -> HashMap<String, String> {
@@ -113,7 +113,7 @@ fn trust_policy_uses_live_issuer_and_cli_accepts_commands() {
             shell
         },
         b"",
-        PATIENCE,
+        TIMEOUT,
     )
     .success("the script");
     let sent: Vec<HashMap<String, String>> = requests.try_iter().map(|body| form(&body)).collect();
@@ -333,7 +333,7 @@ fn thumbprint_of_untrusted_chain_needs_option() {
             .arg(&config)
             .args(options);
         command.envs(trusted.map(|path| ("SSL_CERT_FILE", path)));
-        let output = run(command, b"", PATIENCE);
+        let output = run(command, b"", TIMEOUT);
         let warnings = output.stderr.clone();
         assert!(!warnings.contains("is not known"), "{output:?}");
         let script = output.success("awsvid trust-policy");
@@ -400,7 +400,7 @@ fn cloudformation_accepts_the_template() {
             .env("HOME", folder.path())
             .args(["--regions", "eu-central-1", "--"])
             .arg(&path);
-        run(command, b"", PATIENCE)
+        run(command, b"", TIMEOUT)
     };
     linted(&template).success("cfn-lint");
     // The linter does detect faults.

@@ -14,7 +14,7 @@ use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::{Daemon, PROGRAM, text};
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// Starts a program where no cgroup v2 is mounted, so that no caller over TCP can be attested.
 const WITHOUT_CGROUP_V2: [&str; 8] = [
     "unshare",
@@ -47,11 +47,11 @@ fn awsvid(words: &[&str], arguments: &[&str]) -> Output {
         .env_clear()
         .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
         .args(arguments);
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
 fn status(daemon: &Daemon) -> Value {
-    let (status, body) = daemon.ask_locally("/status");
+    let (status, body) = daemon.query_status_socket("/status");
     assert_eq!(status, 200, "{body}");
     serde_json::from_str(&body).unwrap()
 }

@@ -70,7 +70,7 @@ pub(crate) fn at_once(
         })?);
     }
     for load in &mut loads {
-        load.go()?;
+        load.begin()?;
     }
     let mut finished = Vec::new();
     for load in loads {
@@ -111,7 +111,7 @@ pub(crate) fn cold(bench: &Bench) -> Result<Vec<Line>, Failed> {
             requests: 1,
             rate: None,
         })?;
-        load.go()?;
+        load.begin()?;
         let report = load.report()?;
         report.all_issued()?;
         added.push(report.max - micros(upstream.counts().spent - before.spent));

@@ -118,7 +118,7 @@ impl Pair {
             requests: 1,
             ..plan.clone()
         })?;
-        once.go()?;
+        once.begin()?;
         let once = once.report()?;
         once.all_issued()?;
         let direct = Direct::start(&folder, shape.transport, &once.body)?;
@@ -156,7 +156,7 @@ pub(crate) struct Run {
 pub(crate) fn measure(bench: &Bench, server: u32, plan: &Plan) -> Result<Run, Failed> {
     let mut load = Load::start(plan)?;
     let (start, busy, before) = (Instant::now(), machine::busy()?, machine::settled(server)?);
-    load.go()?;
+    load.begin()?;
     let report = load.report()?;
     let cpu = machine::settled(server)? - before;
     report.all_issued()?;

@@ -41,7 +41,7 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
         requests: 1,
         ..plan(Transport::Tcp)?
     })?;
-    once.go()?;
+    once.begin()?;
     once.report()?.all_issued()?;
     let idle = later(&daemon)?;
     measure(bench, daemon.pid(), &plan(Transport::Tcp)?)?;

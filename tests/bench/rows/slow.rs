@@ -102,9 +102,9 @@ pub(crate) fn hostile(bench: &Bench) -> Result<Vec<Line>, Failed> {
     };
     let alone = measure(bench, daemon.pid(), &victim)?.report;
     let mut hostile = Load::start(&plan(HOSTILE, "hostile", 10_000)?)?;
-    hostile.go()?;
+    hostile.begin()?;
     let mut load = Load::start(&victim)?;
-    load.go()?;
+    load.begin()?;
     let report = load.report()?;
     let hostile = hostile.stop()?;
     report.all_issued()?;

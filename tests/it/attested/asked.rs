@@ -15,7 +15,7 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::is_slow;
-use crate::harness::made::{Made, answered, refused};
+use crate::harness::made::{Outcome, answered, refused};
 use crate::harness::world::id;
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
@@ -41,12 +41,12 @@ enum Moment {
 
 /// The outcomes of a scene.
 #[derive(Debug, PartialEq, Eq)]
-struct Played {
+struct SceneOutcome {
     /// The outcome of the request that caused the query.
-    made: Made,
+    outcome: Outcome,
     /// The outcome of the next request, by the process that exists then, and the number of queries
     /// that it took.
-    again: (Made, usize),
+    again: (Outcome, usize),
 }
 
 impl Stage {
@@ -101,7 +101,7 @@ impl Stage {
     }
 
     /// Runs an honest caller, for which the agent replies at once.
-    fn honest(&self, name: &str, listener: &str) -> Made {
+    fn honest(&self, name: &str, listener: &str) -> Outcome {
         let address = self.daemon.listener(listener);
         let answer = actor::play_by(
             &self.first(),
@@ -111,7 +111,7 @@ impl Stage {
             self.daemon.pid(),
             self.cgroup.path(),
         );
-        Made::of(&answer, name, &self.daemon)
+        Outcome::of(&answer, name, &self.daemon)
     }
 
     /// Plays a scene; `meanwhile` runs while the agent is about to reply. With `early`, the process
@@ -123,7 +123,7 @@ impl Stage {
         listener: &str,
         early: bool,
         meanwhile: impl FnOnce(),
-    ) -> Option<Played> {
+    ) -> Option<SceneOutcome> {
         let Row { scene, moment, .. } = *row;
         let mut steps = Steps::start(
             &self.first(),
@@ -132,21 +132,21 @@ impl Stage {
             &self.daemon.listener(listener),
             self.cgroup.path(),
         );
-        let held = self.agent.hold(steps.caller());
+        let query = self.agent.hold(steps.caller());
         steps.step("ask");
-        if !held.await_asked() {
+        if !query.await_query() {
             // The outcome counts whatever it is: the caller has not changed.
-            return Some(Played {
-                made: self.made(scene, &steps.step("alice answer")),
-                again: (Made::Silence, 0),
+            return Some(SceneOutcome {
+                outcome: self.outcome(scene, &steps.step("alice answer")),
+                again: (Outcome::NoResponse, 0),
             });
         }
         if moment == Moment::Before {
-            becomes(&mut steps)?;
+            make_change(&mut steps)?;
         }
-        held.look();
+        query.look();
         if moment == Moment::After {
-            becomes(&mut steps)?;
+            make_change(&mut steps)?;
         }
         if moment != Moment::Known && row.is_back() {
             steps.step("back");
@@ -154,14 +154,14 @@ impl Stage {
         meanwhile();
         let before = early.then(|| self.again(&mut steps, scene));
         let exchanged = self.agent.exchanged();
-        held.answer();
+        query.answer();
         let answer = steps.step(if moment == Moment::Known {
             "alice answer"
         } else {
             "answer"
         });
-        let made = self.made(scene, &answer);
-        if matches!(made, Made::Refused(_)) {
+        let outcome = self.outcome(scene, &answer);
+        if matches!(outcome, Outcome::Refused(_)) {
             assert_eq!(
                 self.agent.exchanged(),
                 exchanged,
@@ -169,43 +169,47 @@ impl Stage {
             );
         }
         if moment == Moment::Known {
-            becomes(&mut steps)?;
+            make_change(&mut steps)?;
             if row.is_back() {
                 steps.step("back");
             }
         }
-        Some(Played {
-            made,
+        Some(SceneOutcome {
+            outcome,
             again: before.unwrap_or_else(|| self.again(&mut steps, scene)),
         })
     }
 
-    fn again(&self, steps: &mut Steps, scene: &str) -> (Made, usize) {
-        let before = self.agent.questions(self.daemon.pid());
-        let made = self.made(scene, &steps.step("again"));
-        (made, self.agent.questions(self.daemon.pid()) - before)
+    fn again(&self, steps: &mut Steps, scene: &str) -> (Outcome, usize) {
+        let before = self.agent.queries_except(self.daemon.pid());
+        let outcome = self.outcome(scene, &steps.step("again"));
+        (
+            outcome,
+            self.agent.queries_except(self.daemon.pid()) - before,
+        )
     }
 
-    fn made(&self, scene: &str, answer: &str) -> Made {
-        Made::of(answer, scene, &self.daemon)
+    fn outcome(&self, scene: &str, answer: &str) -> Outcome {
+        Outcome::of(answer, scene, &self.daemon)
     }
 }
 
 /// Makes the change that the scene is about.
-fn becomes(steps: &mut Steps) -> Option<()> {
+fn make_change(steps: &mut Steps) -> Option<()> {
     (steps.step("change") == "changed").then_some(())
 }
 
-impl Played {
+impl SceneOutcome {
     /// Returns whether a caller was answered as another, or where a refusal is right, or by the
     /// agent's reply about another.
     fn is_wrong(&self, right: &Self) -> bool {
-        let is_other =
-            |made: &Made, right: &Made| matches!(made, Made::Answered(_)) && made != right;
-        let (again, questions) = &self.again;
-        is_other(&self.made, &right.made)
+        let is_other = |outcome: &Outcome, right: &Outcome| {
+            matches!(outcome, Outcome::Issued(_)) && outcome != right
+        };
+        let (again, queries_except) = &self.again;
+        is_other(&self.outcome, &right.outcome)
             || is_other(again, &right.again.0)
-            || (matches!(again, Made::Answered(_)) && *questions < right.again.1)
+            || (matches!(again, Outcome::Issued(_)) && *queries_except < right.again.1)
     }
 }
 
@@ -213,7 +217,7 @@ impl Played {
 struct Row {
     scene: &'static str,
     moment: Moment,
-    right: Played,
+    right: SceneOutcome,
 }
 
 impl Row {
@@ -242,7 +246,7 @@ fn expected(listener: &str) -> Vec<Row> {
         ("still", first, "first", 0),
         ("forked", first, "first", 0),
         // No process is left to read a response.
-        ("vanished", &Made::Silence, "first", 1),
+        ("vanished", &Outcome::NoResponse, "first", 1),
         ("exited", gone, "first", 1),
         ("zombie", gone, "first", 1),
         ("reused", gone, "bob", 1),
@@ -256,22 +260,24 @@ fn expected(listener: &str) -> Vec<Row> {
     let rows = [Moment::Before, Moment::After, Moment::Known]
         .into_iter()
         .flat_map(|moment| {
-            scenes.iter().map(move |(scene, made, next, questions)| {
-                let known = moment == Moment::Known;
-                let made = if known {
-                    first.clone()
-                } else {
-                    (*made).clone()
-                };
-                Row {
-                    scene,
-                    moment,
-                    right: Played {
-                        made,
-                        again: (answered(&id(next)), *questions),
-                    },
-                }
-            })
+            scenes
+                .iter()
+                .map(move |(scene, outcome, next, queries_except)| {
+                    let is_cached = moment == Moment::Known;
+                    let outcome = if is_cached {
+                        first.clone()
+                    } else {
+                        (*outcome).clone()
+                    };
+                    Row {
+                        scene,
+                        moment,
+                        right: SceneOutcome {
+                            outcome,
+                            again: (answered(&id(next)), *queries_except),
+                        },
+                    }
+                })
         });
     rows.collect()
 }
@@ -310,7 +316,7 @@ fn agent_reply_counts_only_for_attested_process() {
                     row.scene, row.moment
                 ));
             }
-            if let Made::Refused(reason) = row.right.made {
+            if let Outcome::Refused(reason) = row.right.outcome {
                 *expected_refusals.entry(reason).or_default() += 1;
             }
         }
@@ -399,7 +405,7 @@ struct Count {
 }
 
 impl Count {
-    fn scene(&mut self, what: &str, played: Option<Played>, row: &Row) {
+    fn scene(&mut self, what: &str, played: Option<SceneOutcome>, row: &Row) {
         self.played += 1;
         match &played {
             Some(played) if *played == row.right => return,
@@ -411,14 +417,16 @@ impl Count {
 
     fn honest(&mut self, stage: &Stage, (name, listener): (&str, &str), when: &str) {
         self.honest += 1;
-        let made = stage.honest(name, listener);
-        match &made {
-            Made::Answered(id) if *id == self::id(if name == "alice" { "first" } else { name }) => {
+        let outcome = stage.honest(name, listener);
+        match &outcome {
+            Outcome::Issued(id)
+                if *id == self::id(if name == "alice" { "first" } else { name }) =>
+            {
                 return;
             }
-            Made::Answered(_) => self.wrong += 1,
+            Outcome::Issued(_) => self.wrong += 1,
             _ => self.unanswered += 1,
         }
-        eprintln!("{name} over {listener}, at {when}: {made:?}");
+        eprintln!("{name} over {listener}, at {when}: {outcome:?}");
     }
 }

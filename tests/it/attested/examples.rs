@@ -13,20 +13,20 @@ use crate::harness::world::{AWSVID, Source, awsvid_selectors};
 
 const BILLING: u32 = 51_002;
 const STRANGER: u32 = 51_003;
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A socket's path in the examples, and the real socket.
-type Place = (&'static str, PathBuf);
+type SocketMount = (&'static str, PathBuf);
 
 /// Runs a program as on a machine of its own, with these sockets at their paths and a loopback
 /// device of its own.
-fn elsewhere(places: &[Place]) -> String {
+fn run_isolated(mounts: &[SocketMount]) -> String {
     let mut script =
         String::from("mount -t tmpfs tmpfs /run; mkdir /run/awsvid; ip link set lo up");
-    for (place, socket) in places {
-        let directory = Path::new(place).parent().unwrap();
+    for (mount, socket) in mounts {
+        let directory = Path::new(mount).parent().unwrap();
         script += &format!(
-            "; mkdir -p {}; ln -s {} {place}",
+            "; mkdir -p {}; ln -s {} {mount}",
             directory.display(),
             socket.display()
         );
@@ -34,7 +34,7 @@ fn elsewhere(places: &[Place]) -> String {
     script + "; exec \"$@\""
 }
 
-fn as_it_stands(example: &str, source: Source, places: impl Fn(&Spire) -> Vec<Place>) {
+fn as_it_stands(example: &str, source: Source, mounts: impl Fn(&Spire) -> Vec<SocketMount>) {
     if !root() {
         return;
     }
@@ -52,7 +52,7 @@ fn as_it_stands(example: &str, source: Source, places: impl Fn(&Spire) -> Vec<Pl
         "spiffe://example.org/billing",
         &[&format!("unix:uid:{BILLING}")],
     );
-    let script = elsewhere(&places(&spire));
+    let script = run_isolated(&mounts(&spire));
     let mut command = behind(
         &["unshare", "--mount", "--net", "sh", "-ec", &script, "sh"],
         Path::new(PROGRAM),
@@ -67,7 +67,7 @@ fn as_it_stands(example: &str, source: Source, places: impl Fn(&Spire) -> Vec<Pl
         .arg("--config")
         .arg(file);
     let daemon = Process::start("awsvid", command, &folder.path().join("awsvid.log"));
-    daemon.await_some("its listeners", PATIENCE, || {
+    daemon.await_some("its listeners", TIMEOUT, || {
         daemon.log().contains("serving operators").then_some(())
     });
 
@@ -93,7 +93,7 @@ fn as_it_stands(example: &str, source: Source, places: impl Fn(&Spire) -> Vec<Pl
             "\n%{http_code}",
         ]);
         curl.arg("http://127.0.0.1:974/v1/credentials");
-        let output = run(curl, b"", PATIENCE).success("curl");
+        let output = run(curl, b"", TIMEOUT).success("curl");
         let (body, status) = output.rsplit_once('\n').expect("the status after the body");
         (
             status.parse().expect("a status"),
@@ -102,8 +102,8 @@ fn as_it_stands(example: &str, source: Source, places: impl Fn(&Spire) -> Vec<Pl
     };
     // The example names an account at AWS, which can't be reached from here: one caller gets as far
     // as that. Where a name server is queried for it, that may take longer than a request is held.
-    let told = || Some(ask(BILLING)).filter(|(_, body)| body["code"] != "pending");
-    let (status, body) = daemon.await_some("what became of it", PATIENCE, told);
+    let refusal = || Some(ask(BILLING)).filter(|(_, body)| body["code"] != "pending");
+    let (status, body) = daemon.await_some("what became of it", TIMEOUT, refusal);
     assert_eq!(
         (status, &body["code"]),
         (503, &"sts_unreachable".into()),

@@ -6,14 +6,14 @@ use crate::harness::agent::{Entry, FakeAgent};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
-use crate::harness::made::{Made, answered, refused};
+use crate::harness::made::{Outcome, answered, refused};
 use crate::harness::world::id;
 
 const ALICE: &str = "unix:uid:61001";
 const BOB: &str = "unix:uid:61002";
 
 /// Returns the outcome of a request of each user over every listener.
-fn made(entries: Vec<Entry>) -> Vec<[Made; 2]> {
+fn outcomes(entries: Vec<Entry>) -> Vec<[Outcome; 2]> {
     let folder = folder();
     let agent = FakeAgent::start(folder.path(), entries);
     let daemon = Daemon::start(folder.path(), "", &agent.configuration()).ready();
@@ -22,7 +22,7 @@ fn made(entries: Vec<Entry>) -> Vec<[Made; 2]> {
         folder.path().file_name().unwrap().display()
     ));
     let ask = |scene, listener| {
-        Made::of(
+        Outcome::of(
             &play(
                 scene,
                 listener,
@@ -50,7 +50,7 @@ fn token_subject_overrides_the_agents_label() {
         Entry::labelled(&id("alice"), &id("bob"), &[BOB]),
     ];
     assert_eq!(
-        made(entries),
+        outcomes(entries),
         vec![[answered(&id("alice")), refused("bad_token")]; 3]
     );
 }
@@ -68,7 +68,7 @@ fn repeated_identity_counts_as_one() {
         Entry::labelled(&id("alice"), &id("bob"), &[BOB]),
     ];
     assert_eq!(
-        made(entries),
+        outcomes(entries),
         vec![[answered(&id("alice")), answered(&id("bob"))]; 3]
     );
 }

@@ -5,45 +5,45 @@ use std::time::Duration;
 
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::world::{Setting, Source, World, id};
+use crate::harness::world::{Env, Setting, Source, id};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 const READER: u32 = 51_001;
 /// SPIRE's default is five minutes.
-const LIVES: [&str; 2] = ["30", "20"];
+const TOKEN_LIFETIMES: [&str; 2] = ["30", "20"];
 
-fn tokens_of_few_seconds_are_exchanged(source: Source) {
+fn check_short_lived_tokens(source: Source) {
     let folder = folder();
     // MinIO's shortest session is a quarter of an hour, so each life takes a role of its own.
     let setting = Setting {
         source,
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &[(READER, "reader")], &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &[(READER, "reader")], &setting) else {
         return;
     };
-    let role = world.minio.role_arn();
-    for life in LIVES {
-        world.unregister(&id("reader"));
+    let role = env.minio.role_arn();
+    for life in TOKEN_LIFETIMES {
+        env.unregister(&id("reader"));
         let owner = if source == Source::Rules { 0 } else { READER };
-        world.register(
+        env.register(
             &id("reader"),
             &[&format!("unix:uid:{owner}")],
             &["-jwtSVIDTTL", life],
         );
         // The agent would otherwise keep returning the token that it has.
-        world.spire.stop_agent();
-        world.start_agent();
+        env.spire.stop_agent();
+        env.start_agent();
         let name = format!("life-{life}");
         let text = format!(
             "{}\n[[role]]\nname = {name:?}\nspiffe_id = \"{}\"\nrole_arn = \"{role}\"\n",
-            world.daemon.text(),
+            env.daemon.text(),
             id("*")
         );
-        assert!(world.daemon.reload_text(&text));
+        assert!(env.daemon.reload_text(&text));
         for listener in ["unix", "tcp"] {
             let ask = || {
-                world.curl_by(
+                env.curl_by(
                     "/usr/bin/curl".as_ref(),
                     READER,
                     listener,
@@ -53,7 +53,7 @@ fn tokens_of_few_seconds_are_exchanged(source: Source) {
             // An agent that has just started returns awsvid's own identity a moment later.
             await_some(
                 &format!("credentials over {listener} for {life} s"),
-                PATIENCE,
+                TIMEOUT,
                 || ask().0.starts_with("HTTP/1.1 200").then_some(()),
             );
         }
@@ -62,15 +62,15 @@ fn tokens_of_few_seconds_are_exchanged(source: Source) {
 
 #[test]
 fn short_lived_tokens_are_exchanged_with_rules() {
-    tokens_of_few_seconds_are_exchanged(Source::Rules);
+    check_short_lived_tokens(Source::Rules);
 }
 
 #[test]
 fn short_lived_tokens_are_exchanged_with_spire_delegated() {
-    tokens_of_few_seconds_are_exchanged(Source::Delegated);
+    check_short_lived_tokens(Source::Delegated);
 }
 
 #[test]
 fn short_lived_tokens_are_exchanged_with_spiffe_broker() {
-    tokens_of_few_seconds_are_exchanged(Source::Broker);
+    check_short_lived_tokens(Source::Broker);
 }

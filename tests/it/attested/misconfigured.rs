@@ -72,7 +72,7 @@ fn assert_refused(daemon: &Daemon) {
 
 /// Asserts that the fault is over: the source responds, and the daemon has logged its line only
 /// once.
-fn assert_mended(daemon: &Daemon, line: &str) {
+fn assert_recovered(daemon: &Daemon, line: &str) {
     daemon.await_line(&["not ready: STS: "]);
     assert_eq!(
         daemon
@@ -108,7 +108,7 @@ fn missing_socket_is_logged_with_fix() {
         ],
     );
     spire.start_agent();
-    assert_mended(&daemon, &line);
+    assert_recovered(&daemon, &line);
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn missing_entry_of_awsvid_is_logged_with_fix() {
         ],
     );
     register(&spire);
-    assert_mended(&daemon, &line);
+    assert_recovered(&daemon, &line);
 }
 
 #[test]
@@ -195,7 +195,7 @@ fn missing_delegation_is_logged_with_fix() {
     spire.stop_agent();
     spire.setting = Source::Delegated.of_spire();
     spire.start_agent();
-    assert_mended(&daemon, &line);
+    assert_recovered(&daemon, &line);
 }
 
 #[test]
@@ -222,7 +222,7 @@ fn wrong_socket_is_logged_with_fix() {
     assert!(!daemon.reload_text(&daemon.text().replace("admin.sock", "other.sock")));
     fs::remove_file(&socket).unwrap();
     symlink(spire.admin_socket(), &socket).unwrap();
-    assert_mended(&daemon, &line);
+    assert_recovered(&daemon, &line);
 }
 
 #[test]
@@ -275,9 +275,9 @@ fn foreign_pid_namespace_of_agent_is_logged_with_fix() {
 
     // An agent that starts later in there is detected as well, and gets no query about a process.
     spire.stop_agent();
-    let patience = Duration::from_secs(30);
+    let timeout = Duration::from_secs(30);
     // The killed process is the one that created the namespace, which ends the agent in there.
-    await_some("the agent has ended", patience, || {
+    await_some("the agent has ended", timeout, || {
         UnixStream::connect(spire.admin_socket()).err()
     });
     let own = folder.path().join("own");
@@ -295,14 +295,14 @@ fn foreign_pid_namespace_of_agent_is_logged_with_fix() {
 }
 
 /// An agent for which a process id has no meaning.
-struct Old {
+struct OldAgent {
     answer: Answer,
 }
 
 type Answer = fn() -> Status;
 
 #[tonic::async_trait]
-impl DelegatedIdentity for Old {
+impl DelegatedIdentity for OldAgent {
     async fn fetch_jwtsvi_ds(
         &self,
         request: Request<api::FetchJwtsviDsRequest>,
@@ -320,7 +320,7 @@ fn old_agent(path: &Path, answer: Answer) -> Runtime {
     let listener = runtime.block_on(async { UnixListener::bind(path).unwrap() });
     runtime.spawn(
         tonic::transport::Server::builder()
-            .add_service(DelegatedIdentityServer::new(Old { answer }))
+            .add_service(DelegatedIdentityServer::new(OldAgent { answer }))
             .serve_with_incoming(UnixListenerStream::new(listener)),
     );
     runtime

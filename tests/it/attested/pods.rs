@@ -18,7 +18,7 @@ use crate::harness::sts::{AUDIENCE, OneRoleSts};
 use crate::harness::world::{AWSVID, awsvid_selectors, id};
 
 const V4: &str = "127.0.0.1:974";
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const LEAST: [&str; 8] = [
     "setpriv",
     "--bounding-set=-dac_read_search,-sys_ptrace,-perfmon",
@@ -74,12 +74,12 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
     for (pod, name) in pods.iter().zip(["billing", "orders", "late"]) {
         node.add(name);
         if name != "late" {
-            kubelet.has(&uid(pod), name);
+            kubelet.add_pod(&uid(pod), name);
         }
     }
     // The daemon's own pod, which gets no identity.
     let own = Cgroup::of_pod(243);
-    kubelet.has(&uid(&own), "awsvid");
+    kubelet.add_pod(&uid(&own), "awsvid");
     let mut words = node.enter();
     words.extend(own.enter().map(str::to_owned));
     words.extend(LEAST.map(str::to_owned));
@@ -92,7 +92,7 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
     );
     let daemon =
         Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration).ready();
-    await_some("all are listened in", PATIENCE, || {
+    await_some("all are listened in", TIMEOUT, || {
         (daemon.metric("awsvid_pod_namespaces") == 3).then_some(())
     });
 
@@ -125,7 +125,7 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
         let asking = scope.spawn(|| ask("late", &pods[2]));
         await_some(
             "the agent has said that it does not know it",
-            PATIENCE,
+            TIMEOUT,
             || {
                 spire
                     .agent_log()
@@ -133,7 +133,7 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
                     .then_some(())
             },
         );
-        kubelet.has(&uid(&pods[2]), "late");
+        kubelet.add_pod(&uid(&pods[2]), "late");
         asking.join().unwrap()
     });
     is_own(&late, &pods[2], "late");
@@ -145,7 +145,7 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
             .args(["check", "--json", "--config"])
             .arg(folder.path().join("awsvid.toml"))
             .args(arguments);
-        let output = run(command, b"", PATIENCE);
+        let output = run(command, b"", TIMEOUT);
         let findings = serde_json::from_str::<Value>(&output.stdout).unwrap()["findings"].clone();
         let ours = findings
             .as_array()
@@ -156,28 +156,28 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
         (ours.join("\n"), output.status.code() == Some(status))
     };
     // It has fewer privileges than awsvid on a plain node needs, which is a failure of its own.
-    let (said, failed) = check(&["--pod", &uid(&pods[0])], 1);
+    let (message, failed) = check(&["--pod", &uid(&pods[0])], 1);
     assert!(
-        failed && said.contains(&format!("assumed by {}", id("billing"))),
-        "{said}"
+        failed && message.contains(&format!("assumed by {}", id("billing"))),
+        "{message}"
     );
-    let (said, failed) = check(&[], 1);
+    let (message, failed) = check(&[], 1);
     assert!(
-        failed && said.contains("awsvid check --pod UID") && !said.contains("\"failed\""),
-        "{said}"
+        failed && message.contains("awsvid check --pod UID") && !message.contains("\"failed\""),
+        "{message}"
     );
 
     // A cached pod is still served after its entry has been deleted, until the agent has denied it
     // twice.
-    kubelet.has_none();
-    let gone = Instant::now();
+    kubelet.remove_pods();
+    let removed_at = Instant::now();
     is_own(&ask("orders", &pods[1]), &pods[1], "orders");
     await_some("its credentials end", Duration::from_secs(90), || {
         (ask("orders", &pods[1])["outcome"] == "refused").then_some(())
     });
     assert!(
-        gone.elapsed() < Duration::from_secs(60),
+        removed_at.elapsed() < Duration::from_secs(60),
         "{:?}",
-        gone.elapsed()
+        removed_at.elapsed()
     );
 }

@@ -13,7 +13,7 @@ use crate::harness::actor::{Connector, program};
 use crate::harness::client::ask;
 use crate::harness::counterparts::folder;
 use crate::harness::is_slow;
-use crate::harness::world::{Setting, Source, World, id};
+use crate::harness::world::{Env, Setting, Source, id};
 
 const VICTIM: u32 = 51_001;
 const NEIGHBOUR: u32 = 51_002;
@@ -23,16 +23,16 @@ const PROCESSES: usize = 12;
 const PROGRAM: u64 = 200 << 30;
 /// Two queries, half a minute and ten seconds after the previous reply, and the agent's time apart
 /// from hashing.
-const USUAL: Duration = Duration::from_secs(90);
+const EXPECTED_DELAY: Duration = Duration::from_secs(90);
 
-fn asked(connector: &Connector) -> (u16, Value) {
+fn request(connector: &Connector) -> (u16, Value) {
     ask(UnixStream::from(connector.connect()))
 }
 
 /// Returns how long the process is still answered.
-fn lasts(connector: &Connector, since: Instant, most: Duration) -> (Duration, Value) {
+fn time_served(connector: &Connector, since: Instant, most: Duration) -> (Duration, Value) {
     loop {
-        let (status, body) = asked(connector);
+        let (status, body) = request(connector);
         if status != 200 {
             return (since.elapsed(), body);
         }
@@ -45,7 +45,7 @@ fn lasts(connector: &Connector, since: Instant, most: Duration) -> (Duration, Va
     }
 }
 
-fn slow_processes_hide_no_deleted_entry(source: Source) {
+fn check_slow_processes(source: Source) {
     if !is_slow() {
         return;
     }
@@ -61,7 +61,7 @@ fn slow_processes_hide_no_deleted_entry(source: Source) {
         without_hashes: true,
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &users, &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &users, &setting) else {
         return;
     };
     let large = folder.path().join("large");
@@ -73,42 +73,42 @@ fn slow_processes_hide_no_deleted_entry(source: Source) {
         .unwrap()
         .set_len(PROGRAM)
         .unwrap();
-    let socket = world.daemon.unix().display().to_string();
+    let socket = env.daemon.unix().display().to_string();
     let connect = |uid, program: &Path| {
-        Connector::start_by(program, uid, "unix", &socket, world.cgroup().path())
+        Connector::start_by(program, uid, "unix", &socket, env.cgroup().path())
     };
     let [victim, neighbour] = [VICTIM, NEIGHBOUR].map(|uid| connect(uid, &program()));
     let attackers: Vec<_> = (0..PROCESSES).map(|_| connect(ATTACKER, &large)).collect();
-    for known in attackers.iter().chain([&victim, &neighbour]) {
-        assert_eq!(asked(known).0, 200);
+    for cached in attackers.iter().chain([&victim, &neighbour]) {
+        assert_eq!(request(cached).0, 200);
     }
-    world.spire.stop_agent();
-    world.spire.setting.without_hashes = false;
-    world.start_agent();
+    env.spire.stop_agent();
+    env.spire.setting.without_hashes = false;
+    env.start_agent();
     // Until the first of them are revalidated.
     thread::sleep(Duration::from_secs(35));
     let deleted = Instant::now();
-    world.unregister(&id("victim"));
-    world.unregister(&id("attacker"));
-    let (lasted, refusal) = lasts(&victim, deleted, Duration::from_secs(600));
-    eprintln!("the victim's deleted entry lasted {lasted:?}");
+    env.unregister(&id("victim"));
+    env.unregister(&id("attacker"));
+    let (served_for, refusal) = time_served(&victim, deleted, Duration::from_secs(600));
+    eprintln!("the victim's deleted entry lasted {served_for:?}");
     assert_eq!(refusal["code"], "no_identity");
-    assert!(lasted < USUAL, "{lasted:?}");
-    assert_eq!(asked(&neighbour).0, 200);
+    assert!(served_for < EXPECTED_DELAY, "{served_for:?}");
+    assert_eq!(request(&neighbour).0, 200);
     // Nor do they keep their own for ever: 10 minutes of the agent's time.
     for attacker in &attackers {
-        let (lasted, refusal) = lasts(attacker, deleted, Duration::from_secs(1200));
-        eprintln!("a slow process kept its own for {lasted:?}: {refusal}");
+        let (served_for, refusal) = time_served(attacker, deleted, Duration::from_secs(1200));
+        eprintln!("a slow process kept its own for {served_for:?}: {refusal}");
     }
-    assert_eq!(asked(&neighbour).0, 200);
+    assert_eq!(request(&neighbour).0, 200);
 }
 
 #[test]
 fn slow_processes_hide_no_deleted_entry_with_spire_delegated() {
-    slow_processes_hide_no_deleted_entry(Source::Delegated);
+    check_slow_processes(Source::Delegated);
 }
 
 #[test]
 fn slow_processes_hide_no_deleted_entry_with_spiffe_broker() {
-    slow_processes_hide_no_deleted_entry(Source::Broker);
+    check_slow_processes(Source::Broker);
 }

@@ -15,9 +15,9 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::spire::{Spire, SpireSetting};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
-use crate::harness::engine::FakeEngine;
-use crate::harness::gate::Gate;
-use crate::harness::made::{Made, answered, refused};
+use crate::harness::engine::FakeDocker;
+use crate::harness::gate::PausableProxy;
+use crate::harness::made::{Outcome, answered, refused};
 use crate::harness::sts::{AUDIENCE, OneRoleSts};
 use crate::harness::world::{AWSVID, awsvid_selectors, id};
 
@@ -70,7 +70,7 @@ impl Agents {
     }
 
     /// Returns the number of queries that other clients made about a process.
-    fn asked(&self) -> usize {
+    fn queries(&self) -> usize {
         self.spire
             .agent_log()
             .matches("Caller authorized as delegate")
@@ -121,7 +121,7 @@ fn container_is_not_impersonated_by_cgroup_name() {
         return;
     }
     let (folder, victim) = (folder(), random_id());
-    let engine = FakeEngine::start(folder.path(), &victim, ("app", "victim"));
+    let engine = FakeDocker::start(folder.path(), &victim, ("app", "victim"));
     let Some(agents) = Agents::start(folder.path(), engine.attestor()) else {
         return;
     };
@@ -188,19 +188,19 @@ fn container_is_not_impersonated_by_cgroup_name() {
                 taken_for,
                 "SPIRE by itself: {scene}"
             );
-            let before = (engine.asked(), agents.asked());
+            let before = (engine.queries(), agents.queries());
             steps.step("ask");
-            let made = Made::of(&steps.step("answer"), &scene, &daemon);
+            let outcome = Outcome::of(&steps.step("answer"), &scene, &daemon);
             match right {
                 Some(reason) => {
-                    assert_eq!(made, refused(reason), "{scene}");
+                    assert_eq!(outcome, refused(reason), "{scene}");
                     assert_eq!(
-                        (engine.asked(), agents.asked()),
+                        (engine.queries(), agents.queries()),
                         before,
                         "{scene}: somebody was asked"
                     );
                 }
-                None => assert_eq!(made, answered(&other), "{scene}"),
+                None => assert_eq!(outcome, answered(&other), "{scene}"),
             }
         }
     }
@@ -232,7 +232,7 @@ fn setuid_program_is_not_served_to_its_caller() {
     let socket = folder.path().join("gate.sock");
     let new_gate = || {
         let _ = fs::remove_file(&socket);
-        Gate::start(&socket, &agents.spire.admin_socket())
+        PausableProxy::start(&socket, &agents.spire.admin_socket())
     };
     let gate = new_gate();
     gate.set_open(true);
@@ -250,21 +250,21 @@ fn setuid_program_is_not_served_to_its_caller() {
             cgroup.path(),
         );
         steps.step("ask");
-        gate.await_came(1);
+        gate.await_arrivals(1);
         assert_eq!(agents.ids(steps.caller()), [id("alice")]);
         steps.step("change");
         assert_eq!(agents.ids(steps.caller()), [id("root")], "SPIRE by itself");
         let exchanged = sts.exchanged();
         gate.set_open(true);
         assert_eq!(
-            Made::of(&steps.step("answer"), "setuid", &daemon),
+            Outcome::of(&steps.step("answer"), "setuid", &daemon),
             refused("identity_changed"),
             "over {listener}"
         );
         assert_eq!(sts.exchanged(), exchanged, "root's token was exchanged");
         // In a query about itself it is root, and nothing was kept of the previous query.
         assert_eq!(
-            Made::of(&steps.step("again"), "setuid", &daemon),
+            Outcome::of(&steps.step("again"), "setuid", &daemon),
             answered(&id("root")),
             "over {listener}"
         );

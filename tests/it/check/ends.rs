@@ -6,7 +6,7 @@ use super::*;
 use crate::harness::terminal::on_a_terminal_until;
 
 /// Listens, and ignores each connection.
-fn deaf() -> (TcpListener, String) {
+fn silent_listener() -> (TcpListener, String) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     (listener, url)
@@ -38,12 +38,12 @@ fn unchecked_steps_have_own_exit_status() {
     let upstream = Upstream::start(&[(0, "reader")]);
     let text = configuration(
         &upstream.socket(),
-        NOBODY,
+        UNREACHABLE,
         "arn:aws:iam::123456789012:role/app",
         "shop",
     );
     let (text, _) = text.split_once("[[role]]").unwrap();
-    let text = text.replace(&format!("endpoint = \"{NOBODY}\"\n"), "");
+    let text = text.replace(&format!("endpoint = \"{UNREACHABLE}\"\n"), "");
     let text =
         format!("allow_requested_roles = [\"arn:aws:iam::123456789012:role/app-*\"]\n{text}");
     let (output, report) = check(folder.path(), &text);
@@ -63,7 +63,7 @@ fn unchecked_steps_have_own_exit_status() {
         .env_clear()
         .args(["check", "--config"])
         .arg(folder.path().join("check.toml"));
-    let output = run(command, b"", PATIENCE);
+    let output = run(command, b"", TIMEOUT);
     assert_eq!(output.status.code(), Some(2));
     assert!(output.stdout.contains("  ?    sts"), "{output:?}");
     assert!(
@@ -80,11 +80,11 @@ fn unchecked_steps_have_own_exit_status() {
         "{report:#}"
     );
     // A failure counts more.
-    let nobody = text.replace(
+    let no_identity = text.replace(
         &upstream.socket().display().to_string(),
         "/nonexistent/agent.sock",
     );
-    let (output, report) = check(folder.path(), &nobody);
+    let (output, report) = check(folder.path(), &no_identity);
     assert_eq!(output.status.code(), Some(1), "{report:#}");
     assert_eq!(findings(&report, "unchecked").len(), 1, "{report:#}");
 }
@@ -95,7 +95,7 @@ fn hanging_agent_ends_at_deadline() {
     let folder = folder();
     let socket = folder.path().join("agent.sock");
     let _listener = UnixListener::bind(&socket).unwrap();
-    let text = configuration(&socket, NOBODY, "arn:minio:iam:::role/r", "shop");
+    let text = configuration(&socket, UNREACHABLE, "arn:minio:iam:::role/r", "shop");
     let found = check(folder.path(), &text);
     assert_failed(
         &found,
@@ -143,7 +143,7 @@ fn hanging_agent_ends_at_deadline() {
 fn hanging_sts_ends_at_deadline() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
-    let (_listener, sts) = deaf();
+    let (_listener, sts) = silent_listener();
     let text = configuration(&upstream.socket(), &sts, "arn:minio:iam:::role/r", "shop")
         .replace("/w/", "/user/");
     let found = check(
@@ -164,9 +164,14 @@ fn hanging_sts_ends_at_deadline() {
 fn hanging_issuer_ends_at_deadline() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
-    let (_listener, issuer) = deaf();
-    let text = configuration(&upstream.socket(), NOBODY, "arn:minio:iam:::role/r", "shop")
-        .replace("/w/", "/user/");
+    let (_listener, issuer) = silent_listener();
+    let text = configuration(
+        &upstream.socket(),
+        UNREACHABLE,
+        "arn:minio:iam:::role/r",
+        "shop",
+    )
+    .replace("/w/", "/user/");
     let found = check_with(&[], folder.path(), &text, &["--url", &issuer]);
     assert_failed(
         &found,
@@ -181,8 +186,13 @@ fn hanging_issuer_ends_at_deadline() {
 fn colours_are_for_terminals_and_who_wants_them() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
-    let text = configuration(&upstream.socket(), NOBODY, "arn:minio:iam:::role/r", "shop")
-        .replace("/w/", "/user/");
+    let text = configuration(
+        &upstream.socket(),
+        UNREACHABLE,
+        "arn:minio:iam:::role/r",
+        "shop",
+    )
+    .replace("/w/", "/user/");
     fs::write(folder.path().join("check.toml"), text).unwrap();
     let command = |variables: &[(&str, &str)]| {
         let mut command = Command::new(PROGRAM);
@@ -222,7 +232,7 @@ fn colours_are_for_terminals_and_who_wants_them() {
         typed.contains("  ...  STS, for role \"shop\"\r\n"),
         "{typed:?}"
     );
-    let output = run(command(&[("TERM", "xterm")]), b"", PATIENCE);
+    let output = run(command(&[("TERM", "xterm")]), b"", TIMEOUT);
     assert!(
         output.status.code() == Some(1) && !output.stdout.contains('\x1b'),
         "{output:?}"

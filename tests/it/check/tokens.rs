@@ -12,21 +12,26 @@ const CLAIMS: &str =
 
 /// Returns a configuration for an STS other than AWS's.
 fn text(tokens: &Tokens) -> String {
-    configuration(tokens.socket(), NOBODY, "arn:minio:iam:::role/r", "shop")
+    configuration(
+        tokens.socket(),
+        UNREACHABLE,
+        "arn:minio:iam:::role/r",
+        "shop",
+    )
 }
 
-fn noted(report: &Value, step: &str, saw: &str) -> bool {
+fn requests(report: &Value, step: &str, saw: &str) -> bool {
     report["findings"]
         .as_array()
         .unwrap()
         .iter()
         .any(|finding| {
-            let said = finding["saw"]
+            let message = finding["saw"]
                 .as_str()
                 .is_some_and(|text| text.contains(saw));
             finding["step"] == step
                 && finding["verdict"] == "note"
-                && said
+                && message
                 && finding["fix"].is_string()
         })
 }
@@ -113,7 +118,7 @@ fn short_lived_tokens_are_reported() {
     // They are used as long as they are valid.
     let short = lasting(now, now + 60).1;
     assert!(
-        noted(&short, "identity", "are good for only 60 s from the start"),
+        requests(&short, "identity", "are good for only 60 s from the start"),
         "{short:#}"
     );
     assert!(
@@ -144,7 +149,7 @@ fn long_subject_is_reported() {
         .1
     };
     let long = with(256);
-    assert!(noted(&long, "token", "256 characters"), "{long:#}");
+    assert!(requests(&long, "token", "256 characters"), "{long:#}");
     assert!(!with(255).to_string().contains("255 characters"));
 }
 
@@ -154,7 +159,7 @@ fn all_steps_use_the_proxy_of_the_exchange() {
     let folder = folder();
     let claims = CLAIMS.replace("http://127.0.0.1:1", "https://oidc.example.org");
     let tokens = Tokens::start(folder.path(), r#"{"alg":"PS256","kid":"k1"}"#, &claims);
-    let (sender, asked) = channel();
+    let (sender, requested) = channel();
     let proxy = answering::start(move |first, _| {
         // The test may have ended.
         let _ = sender.send(first.to_owned());
@@ -162,11 +167,11 @@ fn all_steps_use_the_proxy_of_the_exchange() {
     });
     let text = configuration(
         tokens.socket(),
-        NOBODY,
+        UNREACHABLE,
         "arn:aws:iam::123456789012:role/app",
         "shop",
     );
-    let text = text.replace(&format!("endpoint = \"{NOBODY}\"\n"), "");
+    let text = text.replace(&format!("endpoint = \"{UNREACHABLE}\"\n"), "");
     let found = check_with(
         &["env", &format!("HTTPS_PROXY={proxy}")],
         folder.path(),
@@ -178,7 +183,7 @@ fn all_steps_use_the_proxy_of_the_exchange() {
     let refused = "does not let through to oidc.example.org:443: HTTP/1.1 403";
     assert_failed(&found, "discovery", refused, "--resolve or --url");
     assert!(
-        noted(
+        requests(
             &found.1,
             "clock",
             "does not let through to sts.us-east-1.amazonaws.com:443"
@@ -187,13 +192,13 @@ fn all_steps_use_the_proxy_of_the_exchange() {
         found.1
     );
     assert_failed(&found, "sts", "", "HTTPS_PROXY");
-    let asked: Vec<String> = asked.try_iter().collect();
+    let requested: Vec<String> = requested.try_iter().collect();
     for host in ["sts.us-east-1.amazonaws.com", "oidc.example.org"] {
         assert!(
-            asked
+            requested
                 .iter()
                 .any(|line| line.starts_with(&format!("CONNECT {host}:443 "))),
-            "{host}: {asked:?}"
+            "{host}: {requested:?}"
         );
     }
     let excepted = [
@@ -204,7 +209,7 @@ fn all_steps_use_the_proxy_of_the_exchange() {
         &["env", excepted[0], excepted[1]],
         folder.path(),
         &text,
-        &["--url", NOBODY],
+        &["--url", UNREACHABLE],
     );
     assert!(!report.to_string().contains("the proxy 127"), "{report:#}");
 }
@@ -220,7 +225,7 @@ fn slow_issuer_is_reported() {
         })
     };
     let keys = late(r#"{"keys":[]}"#.to_owned());
-    let issuer = late(json!({ "issuer": NOBODY, "jwks_uri": keys }).to_string());
+    let issuer = late(json!({ "issuer": UNREACHABLE, "jwks_uri": keys }).to_string());
     let tokens = Tokens::start(folder.path(), HEADER, CLAIMS);
     let found = check_with(&[], folder.path(), &text(&tokens), &["--url", &issuer]);
     assert_failed(

@@ -19,7 +19,7 @@ const BETWEEN_RUNS: Duration = Duration::from_secs(60);
 const LENGTH: Duration = Duration::from_secs(65 * 60);
 /// A client with at most this many requests in that time refreshes because its credentials get old,
 /// and not by a schedule of its own.
-const FEW: u64 = 5;
+const MAX_REFRESHES: u64 = 5;
 
 /// With less left some SDKs fetch credentials at each call.
 const EARLIEST: Duration = Duration::from_secs(15 * 60);
@@ -44,7 +44,7 @@ fn clients_see_no_error_at_session_end() {
         let reading = Reading {
             times,
             pause,
-            ..Reading::once(member, &serving)
+            ..Reading::single_read(member, &serving)
         };
         let reads = read(&stage, member, &serving, &reading);
         let failed = reads
@@ -68,7 +68,7 @@ fn clients_see_no_error_at_session_end() {
         .members()
         .into_iter()
         .flat_map(|member| serving.issued(member))
-        .map(|record| left(&record))
+        .map(|record| remaining_life(&record))
         .min();
     let least = least.expect("somebody asked");
     eprintln!(
@@ -97,7 +97,7 @@ fn clients_see_no_error_at_session_end() {
         .map(|(member, (_, requests))| {
             let text = match member.client.start {
                 Start::Command(_) => "each run".to_owned(),
-                Start::Program(_) if *requests <= FEW => format!("when due ({requests})"),
+                Start::Program(_) if *requests <= MAX_REFRESHES => format!("when due ({requests})"),
                 Start::Program(_) => format!(
                     "every {} min ({requests})",
                     (LENGTH.as_secs() / 60).div_ceil(*requests)
@@ -109,7 +109,7 @@ fn clients_see_no_error_at_session_end() {
 }
 
 /// Returns the remaining life of the credentials of an audit record.
-fn left(record: &Value) -> Duration {
+fn remaining_life(record: &Value) -> Duration {
     let [time, expiration] = ["time", "expiration"].map(|field| {
         let text = record[field]
             .as_str()

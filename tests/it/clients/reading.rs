@@ -13,7 +13,7 @@ use super::stage::{BUCKET, Member, Serving, Stage};
 use crate::harness::counterparts::process::{Output, behind, run};
 
 /// Bounds one task of a client, with all its tries, on a machine that is busy with others.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// The settings of a client's read.
 #[derive(Clone)]
@@ -32,7 +32,7 @@ pub(crate) struct Reading<'a> {
 
 impl Reading<'_> {
     /// Returns the settings for one read of the client's own object.
-    pub(crate) fn once(member: &Member, serving: &Serving) -> Self {
+    pub(crate) fn single_read(member: &Member, serving: &Serving) -> Self {
         let url = format!("http://{}", serving.daemon.tcp());
         Self {
             uid: member.uid,
@@ -59,7 +59,7 @@ pub(crate) struct Reads {
 
 impl Reads {
     /// Returns whether each read got this content.
-    pub(crate) fn are(&self, content: &str) -> bool {
+    pub(crate) fn all_equal(&self, content: &str) -> bool {
         !self.each.is_empty() && self.each.iter().all(|read| read.as_deref() == Ok(content))
     }
 }
@@ -78,7 +78,7 @@ pub(crate) fn read(
     chown(home.path(), Some(reading.uid), Some(reading.uid)).expect("chown, as root");
     let began = Instant::now();
     let command = || command(stage, member, serving, reading, home.path());
-    let within = PATIENCE + reading.pause * reading.times;
+    let within = TIMEOUT + reading.pause * reading.times;
     let (each, printed) = match member.client.start {
         Start::Program(_) => {
             let output = run(command(), b"", within);

@@ -254,7 +254,7 @@ impl Serving {
     }
 
     /// Returns the number of a user's requests.
-    pub(crate) fn asked(&self, uid: u32) -> u64 {
+    pub(crate) fn request_count(&self, uid: u32) -> u64 {
         self.requests(uid)
             .iter()
             .map(|record| record["repeated"].as_u64().unwrap_or(1))

@@ -25,24 +25,24 @@ const ROLE: &str = "<AssumeRoleResponse xmlns=\"https://sts.amazonaws.com/doc/20
     <Expiration>2099-01-01T00:00:00Z</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>";
 
 /// An STS that accepts every signature, and records the key of each request.
-struct Credulous {
+struct PermissiveSts {
     address: SocketAddr,
     /// The action, the access key id and the region of each request.
     requests: Arc<Mutex<Vec<(String, String, String)>>>,
 }
 
-impl Credulous {
+impl PermissiveSts {
     fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (address, requests) = (
             listener.local_addr().unwrap(),
             Arc::<Mutex<Vec<_>>>::default(),
         );
-        let noted = requests.clone();
+        let records = requests.clone();
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
-                let noted = noted.clone();
-                thread::spawn(move || answer(stream, &noted));
+                let records = records.clone();
+                thread::spawn(move || answer(stream, &records));
             }
         });
         Self { address, requests }
@@ -53,7 +53,7 @@ impl Credulous {
     }
 }
 
-fn answer(stream: TcpStream, noted: &Mutex<Vec<(String, String, String)>>) {
+fn answer(stream: TcpStream, records: &Mutex<Vec<(String, String, String)>>) {
     let mut stream = BufReader::new(stream);
     loop {
         let (mut head, mut length) = (String::new(), 0);
@@ -82,7 +82,7 @@ fn answer(stream: TcpStream, noted: &Mutex<Vec<(String, String, String)>>) {
             scope.nth(1).unwrap_or_default(),
         );
         let text = if action == "AssumeRole" { ROLE } else { CALLER };
-        noted
+        records
             .lock()
             .unwrap()
             .push((action, key.to_owned(), region.to_owned()));
@@ -126,7 +126,7 @@ fn clients(sts: &str) -> Option<Vec<(&'static str, Vec<String>)>> {
 
 struct Stage {
     daemon: Daemon,
-    sts: Credulous,
+    sts: PermissiveSts,
     _upstream: Upstream,
     folder: tempfile::TempDir,
 }
@@ -161,9 +161,9 @@ impl Stage {
             .env("AWS_ENDPOINT_URL_STS", sts)
             .envs(variables.iter().copied());
         let output = output(command);
-        let said = output.stderr.clone();
+        let output_text = output.stderr.clone();
         output.success(&format!("{client:?}"));
-        (self.sts.take(), said)
+        (self.sts.take(), output_text)
     }
 
     /// Returns the access key ids that awsvid has served.
@@ -184,7 +184,7 @@ fn stage() -> Stage {
     let (daemon, upstream) = daemon(folder.path(), "authorization = \"token\"");
     Stage {
         daemon,
-        sts: Credulous::start(),
+        sts: PermissiveSts::start(),
         _upstream: upstream,
         folder,
     }
@@ -206,7 +206,7 @@ fn profile_of_other_provider_is_replaced_except_its_settings() {
     for (config, credentials, variables) in setups {
         stage.write(&config, credentials);
         for (name, client) in &clients {
-            let (requests, said) = stage.requests(client, variables);
+            let (requests, output_text) = stage.requests(client, variables);
             let [(action, key, region)] = &requests[..] else {
                 panic!("{name}: {config}\n{requests:?}")
             };
@@ -217,8 +217,8 @@ fn profile_of_other_provider_is_replaced_except_its_settings() {
             );
             assert!(stage.issued().contains(key), "{name}: {config}\n{key}");
             assert!(
-                said.contains("the command has the profile [awsvid-exec]"),
-                "{name}: {said}"
+                output_text.contains("the command has the profile [awsvid-exec]"),
+                "{name}: {output_text}"
             );
         }
         assert_eq!(
@@ -254,7 +254,7 @@ fn profile_for_awsvid_is_used() {
             if *name == "aws2" {
                 continue;
             }
-            let (requests, said) = stage.requests(client, variables);
+            let (requests, output_text) = stage.requests(client, variables);
             let (first, last) = (&requests[0], &requests[requests.len() - 1]);
             // The role of the profile, with awsvid's credentials, and then with those of the role.
             assert!(
@@ -266,7 +266,10 @@ fn profile_for_awsvid_is_used() {
                 ("GetCallerIdentity", "ASIAASSUMED"),
                 "{name}: {config}\n{requests:?}"
             );
-            assert!(!said.contains("awsvid exec"), "{name}: {said}");
+            assert!(
+                !output_text.contains("awsvid exec"),
+                "{name}: {output_text}"
+            );
         }
     }
     // The process that sends the request over the unix socket.
@@ -280,10 +283,10 @@ fn profile_for_awsvid_is_used() {
     );
     for (name, client) in &clients {
         let before = stage.daemon.audit().len();
-        let (requests, said) = stage.requests(client, &[]);
+        let (requests, output_text) = stage.requests(client, &[]);
         assert!(
-            stage.issued().contains(&requests[0].1) && !said.contains("awsvid exec"),
-            "{name}: {requests:?} {said}"
+            stage.issued().contains(&requests[0].1) && !output_text.contains("awsvid exec"),
+            "{name}: {requests:?} {output_text}"
         );
         assert!(
             stage

@@ -198,15 +198,15 @@ fn in_cgroup(cgroup: &Path, actor: &str) -> Command {
 }
 
 /// One user's process that repeats an action at a high rate until the test stops it.
-pub(crate) struct Acting {
+pub(crate) struct Repeater {
     owned: Owned,
-    says: BufReader<ChildStdout>,
+    output: BufReader<ChildStdout>,
 }
 
 /// Counts of responses by their status code, or of connections by the way they ended.
 pub(crate) type Counts = BTreeMap<String, usize>;
 
-impl Acting {
+impl Repeater {
     /// Starts `act` (see `tests/actor/floods.rs`) in this cgroup, as the user with the first id of
     /// `numbers`.
     pub(crate) fn start(
@@ -257,23 +257,23 @@ impl Acting {
     fn of(mut command: Command) -> Self {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut owned = spawn(command).expect("the actor");
-        let says = BufReader::new(owned.stdout().expect("a pipe"));
-        Self { owned, says }
+        let output = BufReader::new(owned.stdout().expect("a pipe"));
+        Self { owned, output }
     }
 
     /// Waits until all connections are open, or the first response has arrived.
-    pub(crate) fn begun(mut self) -> Self {
+    pub(crate) fn wait_started(mut self) -> Self {
         let mut line = String::new();
-        self.says.read_line(&mut line).expect("the actor's word");
+        self.output.read_line(&mut line).expect("the actor's word");
         assert_eq!(line, "begun\n");
         self
     }
 
     /// Stops the process and returns what it counted.
-    pub(crate) fn enough(mut self) -> Counts {
+    pub(crate) fn stop(mut self) -> Counts {
         drop(self.owned.stdin());
         let mut text = String::new();
-        self.says
+        self.output
             .read_to_string(&mut text)
             .expect("what was counted");
         let status = self
@@ -291,22 +291,22 @@ impl Acting {
 
 /// Sends this number of requests as this user, one after another, and returns the counts.
 pub(crate) fn ask(listener: &str, address: &str, uid: u32, count: usize, cgroup: &Path) -> Counts {
-    Acting::start(
+    Repeater::start(
         "ask",
         listener,
         address,
         &[usize::try_from(uid).unwrap(), count],
         cgroup,
     )
-    .enough()
+    .stop()
 }
 
 /// A scene that the test advances step by step: see `tests/actor/asked.rs`.
 pub(crate) struct Steps {
     _owned: Owned,
     /// Is `None` once the scene has been ended.
-    hears: Option<ChildStdin>,
-    says: BufReader<ChildStdout>,
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
     caller: i32,
 }
 
@@ -326,12 +326,12 @@ impl Steps {
         );
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut owned = spawn(command).expect("the actor");
-        let hears = owned.stdin();
-        let says = BufReader::new(owned.stdout().expect("a pipe"));
+        let input = owned.stdin();
+        let output = BufReader::new(owned.stdout().expect("a pipe"));
         let mut steps = Self {
             _owned: owned,
-            hears,
-            says,
+            input,
+            output,
             caller: 0,
         };
         steps.caller = steps.line().parse().expect("the caller's pid");
@@ -346,21 +346,21 @@ impl Steps {
     /// Sends a word and returns the reply. For words that cause a request, the reply is the
     /// daemon's response.
     pub(crate) fn step(&mut self, word: &str) -> String {
-        writeln!(self.hears.as_ref().expect("a pipe"), "{word}").expect("the actor lives");
+        writeln!(self.input.as_ref().expect("a pipe"), "{word}").expect("the actor lives");
         self.line()
     }
 
     fn line(&mut self) -> String {
         let mut line = String::new();
-        self.says.read_line(&mut line).expect("the actor's word");
+        self.output.read_line(&mut line).expect("the actor's word");
         serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
     }
 }
 
 impl Drop for Steps {
     fn drop(&mut self) {
-        drop(self.hears.take());
+        drop(self.input.take());
         // Until the scene has cleaned up and ended.
-        let _ = self.says.read_to_end(&mut Vec::new());
+        let _ = self.output.read_to_end(&mut Vec::new());
     }
 }

@@ -30,7 +30,7 @@ use super::world::AWSVID;
 
 const TRUST_DOMAIN: &str = "example.org";
 /// Bounds steps that take milliseconds.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A registration entry: a process with all of these selectors has this SPIFFE ID.
 pub(crate) struct Entry {
@@ -78,12 +78,12 @@ struct Calls {
     /// The number of queries about each process.
     count: HashMap<i32, usize>,
     /// The processes for which the next query is held.
-    held: HashMap<i32, watch::Sender<Stage>>,
+    query: HashMap<i32, watch::Sender<QueryProgress>>,
 }
 
 /// The progress of a held query, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Stage {
+enum QueryProgress {
     Expected,
     Asked,
     Looking,
@@ -92,9 +92,9 @@ enum Stage {
 }
 
 /// A held query. It goes on when the test lets it, and at the latest when this is dropped.
-pub(crate) struct Held<'a> {
+pub(crate) struct HeldQuery<'a> {
     runtime: &'a Runtime,
-    stage: watch::Sender<Stage>,
+    stage: watch::Sender<QueryProgress>,
 }
 
 impl FakeAgent {
@@ -148,22 +148,22 @@ impl FakeAgent {
     }
 
     /// Holds the next query about this process.
-    pub(crate) fn hold(&self, pid: i32) -> Held<'_> {
-        let stage = watch::Sender::new(Stage::Expected);
+    pub(crate) fn hold(&self, pid: i32) -> HeldQuery<'_> {
+        let stage = watch::Sender::new(QueryProgress::Expected);
         self.desk
             .calls
             .lock()
             .unwrap()
-            .held
+            .query
             .insert(pid, stage.clone());
-        Held {
+        HeldQuery {
             runtime: &self.runtime,
             stage,
         }
     }
 
     /// Returns the number of queries about processes other than this one.
-    pub(crate) fn questions(&self, but: Pid) -> usize {
+    pub(crate) fn queries_except(&self, but: Pid) -> usize {
         let calls = self.desk.calls.lock().unwrap();
         calls
             .count
@@ -179,35 +179,35 @@ impl FakeAgent {
     }
 }
 
-impl Held<'_> {
+impl HeldQuery<'_> {
     /// Waits until the query has arrived, before the agent reads anything of the process. Returns
     /// `false` if none arrives.
-    pub(crate) fn await_asked(&self) -> bool {
-        self.reached(Stage::Asked)
+    pub(crate) fn await_query(&self) -> bool {
+        self.reached(QueryProgress::Asked)
     }
 
     /// Lets the agent read the process, and waits until it has. It has not replied yet.
     pub(crate) fn look(&self) {
-        self.advance(Stage::Looking);
+        self.advance(QueryProgress::Looking);
         assert!(
-            self.reached(Stage::Seen),
-            "the agent looks within {PATIENCE:?}"
+            self.reached(QueryProgress::Seen),
+            "the agent looks within {TIMEOUT:?}"
         );
     }
 
     /// Lets the agent reply with what it has read.
     pub(crate) fn answer(&self) {
-        self.advance(Stage::Answered);
+        self.advance(QueryProgress::Answered);
     }
 
-    fn advance(&self, to: Stage) {
+    fn advance(&self, to: QueryProgress) {
         advance(&self.stage, to);
     }
 
-    fn reached(&self, wanted: Stage) -> bool {
+    fn reached(&self, wanted: QueryProgress) -> bool {
         let mut stage = self.stage.subscribe();
         let reached = async {
-            tokio::time::timeout(PATIENCE, stage.wait_for(|stage| *stage >= wanted))
+            tokio::time::timeout(TIMEOUT, stage.wait_for(|stage| *stage >= wanted))
                 .await
                 .is_ok()
         };
@@ -215,13 +215,13 @@ impl Held<'_> {
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for HeldQuery<'_> {
     fn drop(&mut self) {
-        self.advance(Stage::Answered);
+        self.advance(QueryProgress::Answered);
     }
 }
 
-fn advance(stage: &watch::Sender<Stage>, to: Stage) {
+fn advance(stage: &watch::Sender<QueryProgress>, to: QueryProgress) {
     stage.send_if_modified(|stage| {
         let is_later = *stage < to;
         *stage = (*stage).max(to);
@@ -236,14 +236,14 @@ impl DelegatedIdentity for Desk {
         request: Request<FetchJwtsviDsRequest>,
     ) -> Result<Response<FetchJwtsviDsResponse>, Status> {
         let FetchJwtsviDsRequest { audience, pid, .. } = request.into_inner();
-        let held = {
+        let query = {
             let mut calls = self.calls.lock().unwrap();
             *calls.count.entry(pid).or_default() += 1;
-            calls.held.remove(&pid)
+            calls.query.remove(&pid)
         };
-        // The query is released at the latest when its `Held` is dropped.
-        let reached = async |to: Stage, wanted: Stage| {
-            if let Some(stage) = &held {
+        // The query is released at the latest when its `HeldQuery` is dropped.
+        let reached = async |to: QueryProgress, wanted: QueryProgress| {
+            if let Some(stage) = &query {
                 advance(stage, to);
                 stage
                     .subscribe()
@@ -252,15 +252,15 @@ impl DelegatedIdentity for Desk {
                     .expect("this has a sender");
             }
         };
-        reached(Stage::Asked, Stage::Looking).await;
-        let seen = selectors(pid);
-        reached(Stage::Seen, Stage::Answered).await;
-        let seen = seen.map_err(|_| Status::unavailable("workload attestation failed"))?;
+        reached(QueryProgress::Asked, QueryProgress::Looking).await;
+        let attested = selectors(pid);
+        reached(QueryProgress::Seen, QueryProgress::Answered).await;
+        let attested = attested.map_err(|_| Status::unavailable("workload attestation failed"))?;
         let has_all = |entry: &&Entry| {
             entry
                 .selectors
                 .iter()
-                .all(|selector| seen.contains(selector))
+                .all(|selector| attested.contains(selector))
         };
         let svids: Vec<_> = self
             .entries

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::counterparts::process::await_some;
 
 /// Bounds how long killed processes may take to end.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// The prefix of the cgroup names of whole systems. The test process's id and a name follow.
 const PREFIX: &str = "awsvid-test-";
 
@@ -133,9 +133,7 @@ impl Drop for CgroupTree {
     fn drop(&mut self) {
         // The processes were killed, but may not have ended yet.
         let removed = std::panic::catch_unwind(|| {
-            await_some("the cgroup is empty", PATIENCE, || {
-                remove_tree(&self.0).ok()
-            });
+            await_some("the cgroup is empty", TIMEOUT, || remove_tree(&self.0).ok());
         });
         if removed.is_err() {
             eprintln!("{} is left behind", self.0.display());

@@ -34,7 +34,7 @@ pub(crate) fn ask(stream: impl Read + Write) -> (u16, Value) {
 }
 
 /// Sends requests continuously, and panics at the first response without credentials.
-pub(crate) struct Asker<'a> {
+pub(crate) struct Poller<'a> {
     ask: Box<dyn Fn() -> (u16, Value) + Sync + 'a>,
     answered: AtomicUsize,
     ended: AtomicBool,
@@ -49,7 +49,7 @@ impl Drop for EndLater<'_> {
     }
 }
 
-impl<'a> Asker<'a> {
+impl<'a> Poller<'a> {
     /// Makes one that sends its requests by `ask`.
     pub(crate) fn new(ask: impl Fn() -> (u16, Value) + Sync + 'a) -> Self {
         Self {

@@ -18,13 +18,13 @@ use super::counterparts::http_get;
 use super::counterparts::process::{Process, behind, run};
 
 /// Bounds steps that the daemon does in milliseconds, on a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The program that was built with these tests.
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_awsvid");
 
 /// Returns the path of the release build, and builds it if it does not exist.
-pub(crate) fn released() -> PathBuf {
+pub(crate) fn release_build() -> PathBuf {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
     cargo.args([
@@ -113,23 +113,23 @@ impl Daemon {
 
     fn listening(self) -> Self {
         self.process
-            .await_some("the daemon's listeners", PATIENCE, || {
+            .await_some("the daemon's listeners", TIMEOUT, || {
                 self.address("serving operators", "127.0.0.1:")
             });
         self
     }
 
     /// Starts a daemon that is to exit before it listens. Returns its exit status and its log.
-    pub(crate) fn refused(
+    pub(crate) fn run_to_exit(
         words: &[&str],
         folder: &Path,
         configuration: &str,
     ) -> (Option<i32>, String) {
-        Self::refused_with(words, folder, "", configuration)
+        Self::run_to_exit_with(words, folder, "", configuration)
     }
 
     /// Starts such a daemon with this text in `[listen]`.
-    pub(crate) fn refused_with(
+    pub(crate) fn run_to_exit_with(
         words: &[&str],
         folder: &Path,
         listen: &str,
@@ -139,7 +139,7 @@ impl Daemon {
         let status = daemon
             .process
             .owned()
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends by itself");
         (status.code(), daemon.log())
     }
@@ -198,10 +198,10 @@ impl Daemon {
         const REFUSED: &str = "the configuration was not reloaded";
         let count = |message: &str| self.process.log().matches(message).count();
         let before = [DONE, REFUSED].map(count);
-        self.write_and_hang_up(text);
+        self.write_and_send_sighup(text);
         self.process.await_some(
             "the daemon has read its configuration again",
-            PATIENCE,
+            TIMEOUT,
             || {
                 let after = [DONE, REFUSED].map(count);
                 (after != before).then(|| after[0] > before[0])
@@ -210,12 +210,12 @@ impl Daemon {
     }
 
     /// Replaces the whole file and sends SIGHUP, but does not wait.
-    pub(crate) fn write_and_hang_up(&self, text: &str) {
+    pub(crate) fn write_and_send_sighup(&self, text: &str) {
         std::fs::write(self.folder.join("awsvid.toml"), text).expect("write the configuration");
-        self.hang_up();
+        self.send_sighup();
     }
 
-    pub(crate) fn hang_up(&self) {
+    pub(crate) fn send_sighup(&self) {
         self.process.signal(Signal::SIGHUP);
     }
 
@@ -226,10 +226,9 @@ impl Daemon {
 
     /// Waits until `/readyz` is 200.
     pub(crate) fn ready(self) -> Self {
-        self.process
-            .await_some("the daemon is ready", PATIENCE, || {
-                http_get(self.admin(), "/readyz").filter(|(status, _)| *status == 200)
-            });
+        self.process.await_some("the daemon is ready", TIMEOUT, || {
+            http_get(self.admin(), "/readyz").filter(|(status, _)| *status == 200)
+        });
         self
     }
 
@@ -237,7 +236,7 @@ impl Daemon {
     pub(crate) fn await_line(&self, words: &[&str]) -> String {
         self.process.await_some(
             &format!("a line with {words:?} in the log"),
-            PATIENCE,
+            TIMEOUT,
             || {
                 let mut messages = self
                     .log_lines()
@@ -357,13 +356,13 @@ impl Daemon {
     /// Returns the current metrics. Only the status socket has them; over TCP they may be a second
     /// old.
     pub(crate) fn metrics(&self) -> String {
-        let (status, text) = self.ask_locally("/metrics");
+        let (status, text) = self.query_status_socket("/metrics");
         assert_eq!(status, 200, "{text}");
         text
     }
 
     /// Sends a request over the status socket, and returns the response's status and body.
-    pub(crate) fn ask_locally(&self, path: &str) -> (u16, String) {
+    pub(crate) fn query_status_socket(&self, path: &str) -> (u16, String) {
         let mut stream =
             UnixStream::connect(self.folder.join("status.sock")).expect("the status socket");
         // HTTP/1.0, for a response without chunks.
@@ -402,7 +401,7 @@ impl Daemon {
 
     /// Returns the credentials in `/status` for this SPIFFE ID and the first role.
     pub(crate) fn status(&self, spiffe_id: &str) -> Value {
-        let (status, body) = self.ask_locally("/status");
+        let (status, body) = self.query_status_socket("/status");
         assert_eq!(status, 200, "{body}");
         let body: Value = serde_json::from_str(&body).expect("JSON");
         let all = body["credentials"].as_array().expect("a list");
@@ -442,7 +441,7 @@ impl Daemon {
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
             .args(["-c", &script]);
-        run(command, b"", 2 * PATIENCE).success(&script)
+        run(command, b"", 2 * TIMEOUT).success(&script)
     }
 
     /// Returns the URI for SDKs.
@@ -470,7 +469,7 @@ impl Daemon {
 
     /// The audit records after the first `count`, once there is at least one.
     pub(crate) fn audit_after(&self, count: usize) -> Vec<Value> {
-        self.process.await_some("an audit record", PATIENCE, || {
+        self.process.await_some("an audit record", TIMEOUT, || {
             let records = self.audit_where(|i, _| i >= count);
             (!records.is_empty()).then_some(records)
         })

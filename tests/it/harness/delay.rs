@@ -15,12 +15,12 @@ use nix::sys::socket::{self, Shutdown};
 
 /// Forwards connections until it is dropped, which cuts them. It delays each read from the client,
 /// whatever its size, and forwards the server's bytes at once.
-pub(crate) struct Delay {
+pub(crate) struct SlowProxy {
     listener: OwnedFd,
     connections: Arc<Mutex<Vec<OwnedFd>>>,
 }
 
-impl Delay {
+impl SlowProxy {
     /// Listens at `path`, in front of the socket `to`.
     pub(crate) fn unix(path: &Path, to: PathBuf, delay: Duration) -> Self {
         let listener = UnixListener::bind(path).expect("the socket of a delay");
@@ -107,7 +107,7 @@ fn pass(
     });
 }
 
-impl Drop for Delay {
+impl Drop for SlowProxy {
     fn drop(&mut self) {
         // Ends accept(2) in the thread.
         let _ = socket::shutdown(self.listener.as_raw_fd(), Shutdown::Both);

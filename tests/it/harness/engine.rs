@@ -10,7 +10,7 @@ use std::thread;
 use serde_json::json;
 
 /// An engine that runs until it is dropped.
-pub(crate) struct FakeEngine {
+pub(crate) struct FakeDocker {
     socket: PathBuf,
     state: Arc<State>,
 }
@@ -18,21 +18,21 @@ pub(crate) struct FakeEngine {
 struct State {
     id: String,
     label: (String, String),
-    asked: AtomicUsize,
+    queries: AtomicUsize,
     ended: AtomicBool,
 }
 
-impl FakeEngine {
+impl FakeDocker {
     /// Listens in `folder`, and knows the container `id` with this label.
     pub(crate) fn start(folder: &Path, id: &str, (name, value): (&str, &str)) -> Self {
         let socket = folder.join("docker.sock");
         let listener = UnixListener::bind(&socket).expect("the engine's socket");
         let label = (name.to_owned(), value.to_owned());
-        let (asked, ended) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let (queries, ended) = (AtomicUsize::new(0), AtomicBool::new(false));
         let state = Arc::new(State {
             id: id.to_owned(),
             label,
-            asked,
+            queries,
             ended,
         });
         let engine = Self {
@@ -60,12 +60,12 @@ impl FakeEngine {
     }
 
     /// Returns the number of queries about a container.
-    pub(crate) fn asked(&self) -> usize {
-        self.state.asked.load(Ordering::SeqCst)
+    pub(crate) fn queries(&self) -> usize {
+        self.state.queries.load(Ordering::SeqCst)
     }
 }
 
-impl Drop for FakeEngine {
+impl Drop for FakeDocker {
     fn drop(&mut self) {
         self.state.ended.store(true, Ordering::SeqCst);
         // Wakes the thread in accept(2).
@@ -92,7 +92,7 @@ impl State {
         let (status, body) = if path.ends_with("/_ping") {
             ("200 OK", String::new())
         } else if path.contains("/containers/") {
-            self.asked.fetch_add(1, Ordering::SeqCst);
+            self.queries.fetch_add(1, Ordering::SeqCst);
             let (name, value) = &self.label;
             let container = json!({ "Id": self.id, "Config": { "Labels": { name: value } } });
             if path.contains(&self.id) {

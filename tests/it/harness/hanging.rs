@@ -13,8 +13,8 @@ use super::counterparts::process::{Owned, spawn};
 pub(crate) struct HangingFiles {
     owned: Owned,
     /// Is `None` once the server has been ended.
-    hears: Option<ChildStdin>,
-    says: BufReader<ChildStdout>,
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
     program: PathBuf,
 }
 
@@ -28,12 +28,12 @@ impl HangingFiles {
             .arg("hanging-files");
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut owned = spawn(command).expect("the actor");
-        let hears = owned.stdin();
-        let says = BufReader::new(owned.stdout().expect("a pipe"));
+        let input = owned.stdin();
+        let output = BufReader::new(owned.stdout().expect("a pipe"));
         let mut files = Self {
             owned,
-            hears,
-            says,
+            input,
+            output,
             program: PathBuf::new(),
         };
         files.program = files.line().into();
@@ -66,20 +66,20 @@ impl HangingFiles {
     }
 
     fn step(&mut self, word: &str) {
-        writeln!(self.hears.as_ref().expect("a pipe"), "{word}").expect("the actor lives");
+        writeln!(self.input.as_ref().expect("a pipe"), "{word}").expect("the actor lives");
         assert_eq!(self.line(), "done");
     }
 
     fn line(&mut self) -> String {
         let mut line = String::new();
-        self.says.read_line(&mut line).expect("the actor's word");
+        self.output.read_line(&mut line).expect("the actor's word");
         line.trim_end().to_owned()
     }
 }
 
 impl Drop for HangingFiles {
     fn drop(&mut self) {
-        drop(self.hears.take());
+        drop(self.input.take());
         // The server unmounts it and removes the directory. If it does not, it is killed, and the
         // mount ends with it.
         self.owned.wait(Duration::from_secs(10));

@@ -18,11 +18,11 @@ impl FakeKubelet {
         let listener = TcpListener::bind("127.0.0.1:0").expect("the kubelet's port");
         let port = listener.local_addr().expect("an address").port();
         let pods = Arc::<Mutex<Vec<Value>>>::default();
-        let told = pods.clone();
+        let pod_list = pods.clone();
         thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
                 // A client that has closed its connection needs no response.
-                let _ = serve(client, &told);
+                let _ = serve(client, &pod_list);
             }
         });
         Self { port, pods }
@@ -38,7 +38,7 @@ impl FakeKubelet {
     }
 
     /// Adds this pod, with this service account, to the list.
-    pub(crate) fn has(&self, uid: &str, account: &str) {
+    pub(crate) fn add_pod(&self, uid: &str, account: &str) {
         let pod = json!({
             "metadata": { "uid": uid, "name": account, "namespace": "shop" },
             "spec": { "serviceAccountName": account, "nodeName": "node" },
@@ -48,7 +48,7 @@ impl FakeKubelet {
     }
 
     /// Removes all pods from the list.
-    pub(crate) fn has_none(&self) {
+    pub(crate) fn remove_pods(&self) {
         self.pods.lock().unwrap().clear();
     }
 }

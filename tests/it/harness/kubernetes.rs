@@ -30,7 +30,7 @@ use hierarchies::Hierarchies;
 pub(crate) use images::{Image, root_of};
 
 /// Bounds steps that take seconds on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 const NAMESPACES: [&str; 7] = [
     "--pid", "--mount", "--uts", "--ipc", "--net", "--cgroup", "--fork",
 ];
@@ -79,7 +79,7 @@ impl Node {
         let probe = run(
             outside("unshare", NAMESPACES.iter().copied().chain(["true"])),
             b"",
-            PATIENCE,
+            TIMEOUT,
         );
         if !probe.status.success() {
             skip(&format!("no namespaces can be made here: {}", probe.stderr));
@@ -122,7 +122,7 @@ impl Node {
             configuration::SERVICE,
         ]);
         let machine = Process::start("the node", command, &folder.join("node.log"));
-        let init = machine.await_some("the node's pid 1", PATIENCE, || {
+        let init = machine.await_some("the node's pid 1", TIMEOUT, || {
             fs::read_to_string(home.join("init.pid"))
                 .ok()?
                 .trim()
@@ -138,7 +138,7 @@ impl Node {
             _hierarchies: hierarchies,
         };
         node._machine
-            .await_some("the node has booted", PATIENCE, || {
+            .await_some("the node has booted", TIMEOUT, || {
                 node.path("/run/booted").exists().then_some(())
             });
         node
@@ -213,7 +213,7 @@ impl Node {
             .iter()
             .position(|program| *program == name)
             .expect("a program of the node");
-        self.processes[number].await_some(what, PATIENCE, ready)
+        self.processes[number].await_some(what, TIMEOUT, ready)
     }
 
     /// Returns the folder of the counterparts' programs.
@@ -236,7 +236,7 @@ impl Node {
 
     /// Runs such a command to its end.
     pub(crate) fn run(&self, arguments: &[&str]) -> Output {
-        run(self.command(arguments), b"", PATIENCE)
+        run(self.command(arguments), b"", TIMEOUT)
     }
 
     /// Forwards this port of the node to a loopback address of this computer. Pods can reach it
@@ -289,7 +289,7 @@ impl Node {
                 self.folder.join("node/files").join(configuration::ADMIN),
             )
             .env("HOME", &self.folder);
-        run(command, input.as_bytes(), PATIENCE)
+        run(command, input.as_bytes(), TIMEOUT)
     }
 
     /// Returns the output of `kubectl get` as JSON. Panics if the object does not exist.

@@ -6,21 +6,21 @@ use super::daemon::Daemon;
 
 /// The outcome of one request.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Made {
+pub(crate) enum Outcome {
     /// Credentials of this identity.
-    Answered(String),
+    Issued(String),
     /// A refusal with this reason.
     Refused(String),
     /// No response that the client received.
-    Silence,
+    NoResponse,
 }
 
-impl Made {
+impl Outcome {
     /// Reads the outcome from the whole response to the request `what`. The identity is that of the
     /// first audit record with the response's access key id.
     pub(crate) fn of(answer: &str, what: &str, daemon: &Daemon) -> Self {
         let Some((_, body)) = answer.split_once("\r\n\r\n") else {
-            return Self::Silence;
+            return Self::NoResponse;
         };
         let body: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("{what}: {answer}"));
         if let Some(code) = body["code"].as_str() {
@@ -33,10 +33,10 @@ impl Made {
     }
 }
 
-pub(crate) fn answered(id: &str) -> Made {
-    Made::Answered(id.to_owned())
+pub(crate) fn answered(id: &str) -> Outcome {
+    Outcome::Issued(id.to_owned())
 }
 
-pub(crate) fn refused(reason: &str) -> Made {
-    Made::Refused(reason.to_owned())
+pub(crate) fn refused(reason: &str) -> Outcome {
+    Outcome::Refused(reason.to_owned())
 }

@@ -218,7 +218,7 @@ impl Peer {
     }
 
     /// Returns whether the device exists.
-    pub(crate) fn is_there(&self) -> bool {
+    pub(crate) fn exists(&self) -> bool {
         Path::new("/sys/class/net").join(&self.0).exists()
     }
 }

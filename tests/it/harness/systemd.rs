@@ -24,7 +24,7 @@ const SYSTEMD: &str = "/usr/lib/systemd/systemd";
 /// The path of `systemctl`, `unshare` and the like, inside and outside.
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Bounds steps that take less than a second on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const NAMESPACES: [&str; 7] = [
     "--pid", "--mount", "--uts", "--ipc", "--net", "--cgroup", "--fork",
 ];
@@ -81,7 +81,7 @@ impl SystemdMachine {
         let probe = run(
             outside("unshare", NAMESPACES.iter().copied().chain(["true"])),
             b"",
-            PATIENCE,
+            TIMEOUT,
         );
         if !probe.status.success() {
             skip(&format!("no namespaces can be made here: {}", probe.stderr));
@@ -100,7 +100,7 @@ impl SystemdMachine {
             .args(["sh", "-c", include_str!("systemd/boot.sh"), "boot"])
             .arg(&home);
         let process = Process::start("the machine", command, &directory.join("machine.log"));
-        let init = process.await_some("the machine's pid 1", PATIENCE, || {
+        let init = process.await_some("the machine's pid 1", TIMEOUT, || {
             fs::read_to_string(home.join("init.pid"))
                 .ok()?
                 .trim()
@@ -114,7 +114,7 @@ impl SystemdMachine {
         };
         machine
             ._process
-            .await_some("systemd has booted", PATIENCE, || {
+            .await_some("systemd has booted", TIMEOUT, || {
                 let state = machine.run(&["systemctl", "is-system-running"]).stdout;
                 // "degraded": a unit of this computer's distribution does not work in here. No test
                 // is about those.
@@ -141,7 +141,7 @@ impl SystemdMachine {
 
     /// Runs such a command to its end.
     pub(crate) fn run(&self, arguments: &[&str]) -> Output {
-        run(self.command(arguments), b"", PATIENCE)
+        run(self.command(arguments), b"", TIMEOUT)
     }
 
     /// Returns a command that runs inside as the service `unit`, as the user with this name or
@@ -169,7 +169,7 @@ impl SystemdMachine {
 
     /// Runs such a command to its end.
     pub(crate) fn run_as(&self, unit: &str, user: &str, arguments: &[&str]) -> Output {
-        run(self.command_as(unit, user, arguments), b"", PATIENCE)
+        run(self.command_as(unit, user, arguments), b"", TIMEOUT)
     }
 
     /// Returns a property of a unit, as `systemctl show` prints it.
@@ -184,7 +184,7 @@ impl SystemdMachine {
     /// Waits until a property of a unit is `value`.
     pub(crate) fn await_property(&self, unit: &str, name: &str, value: &str) {
         let what = format!("{name} of {unit} is {value}");
-        await_some(&what, PATIENCE, || {
+        await_some(&what, TIMEOUT, || {
             (self.property(unit, name) == value).then_some(())
         });
     }

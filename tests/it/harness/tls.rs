@@ -17,7 +17,7 @@ use super::counterparts::process::run;
 use super::forward::Network;
 
 /// Bounds steps that take milliseconds.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A TLS proxy that ends when this is dropped.
 pub(crate) struct TlsFront {
@@ -79,8 +79,9 @@ impl TlsFront {
     pub(crate) fn thumbprint(&self) -> String {
         let mut command = Command::new("openssl");
         command.args(["x509", "-noout", "-fingerprint", "-sha1"]);
-        let said = run(command, self.certificate.as_bytes(), PATIENCE).success("openssl x509");
-        said.trim()
+        let output = run(command, self.certificate.as_bytes(), TIMEOUT).success("openssl x509");
+        output
+            .trim()
             .rsplit('=')
             .next()
             .expect("a fingerprint")

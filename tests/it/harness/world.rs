@@ -14,7 +14,7 @@ use super::daemon::{Daemon, PROGRAM};
 
 /// SPIRE and MinIO with the object `shop/test.txt`, and awsvid registered for the identities of
 /// some users.
-pub(crate) struct World {
+pub(crate) struct Env {
     pub(crate) spire: Spire,
     pub(crate) minio: Minio,
     pub(crate) daemon: Daemon,
@@ -27,7 +27,7 @@ pub(crate) struct World {
 }
 
 /// Bounds one request on a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Returns a user's SPIFFE ID.
 pub(crate) fn id(name: &str) -> String {
@@ -115,7 +115,7 @@ pub(crate) fn awsvid_selectors(program: &Path) -> [String; 2] {
     ]
 }
 
-impl World {
+impl Env {
     /// Starts it for these users (uid, name). Only the first may read the object.
     pub(crate) fn start(
         folder: &Path,
@@ -264,7 +264,7 @@ impl World {
                 ]);
             }
         }
-        let answer = run(command, b"", PATIENCE).success("curl");
+        let answer = run(command, b"", TIMEOUT).success("curl");
         let (head, body) = answer
             .split_once("\r\n\r\n")
             .unwrap_or_else(|| panic!("no answer: {answer:?}"));

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::cluster::{AWS, Account, Cluster, OTHER, READER};
 use crate::harness::counterparts::process::await_some;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 const ATTACKER: &str = include_str!("attacker.py");
 /// A directory of the node that the victim and its attackers both mount.
 const MEETING: &str = "/run/awsvid-test-meeting";
@@ -37,7 +37,7 @@ pub(super) struct Site<'a> {
 
 /// A pod that carries out an attack, and the outcome.
 #[derive(Debug)]
-struct Tried {
+struct AttackResult {
     pod: Value,
     /// The output of the pod.
     log: String,
@@ -47,7 +47,7 @@ struct Tried {
 
 /// The settings of an attacking pod.
 #[derive(Debug, Default)]
-struct With<'a> {
+struct AttackSetup<'a> {
     arguments: &'a [&'a str],
     privileged: bool,
     capabilities: &'a [&'a str],
@@ -65,9 +65,9 @@ impl<'a> Site<'a> {
             OTHER,
             name,
             "victim",
-            &With {
+            &AttackSetup {
                 mounts: &[(MEETING, "/shared")],
-                ..With::default()
+                ..AttackSetup::default()
             },
         ));
         let ready = [
@@ -102,7 +102,7 @@ impl<'a> Site<'a> {
     }
 
     /// Starts a pod of another account that carries out this attack.
-    fn start(&self, scene: &str, with: &With<'_>) {
+    fn start(&self, scene: &str, with: &AttackSetup<'_>) {
         self.cluster
             .node
             .apply(&pod(READER, &self.name(scene), scene, with));
@@ -117,7 +117,7 @@ impl<'a> Site<'a> {
     }
 
     /// Returns the outcome of the attack.
-    fn tried(&self, scene: &str) -> Tried {
+    fn attack_result(&self, scene: &str) -> AttackResult {
         let name = self.name(scene);
         let ended = self.cluster.node.ended(READER.namespace, &name);
         assert!(ended.succeeded, "{scene}: {ended:?}");
@@ -132,7 +132,7 @@ impl<'a> Site<'a> {
             .into_iter()
             .filter(|record| record["pod_uid"] == *uid)
             .collect();
-        Tried {
+        AttackResult {
             pod,
             log: ended.log,
             records,
@@ -148,10 +148,10 @@ impl<'a> Site<'a> {
     }
 }
 
-impl Tried {
+impl AttackResult {
     /// Asserts the pod's output, and the reasons in its records.
     #[track_caller]
-    fn is(&self, printed: &[&str], reasons: &[&str]) {
+    fn assert_outcome(&self, printed: &[&str], reasons: &[&str]) {
         let log: Vec<&str> = self.log.lines().collect();
         assert_eq!(log, printed, "{self:#?}");
         let found: Vec<&str> = self
@@ -171,7 +171,7 @@ impl Tried {
     }
 }
 
-fn pod(account: Account, name: &str, scene: &str, with: &With<'_>) -> Value {
+fn pod(account: Account, name: &str, scene: &str, with: &AttackSetup<'_>) -> Value {
     let (mut volumes, mut mounts) = (Vec::new(), Vec::new());
     for (number, (directory, inside)) in with.mounts.iter().enumerate() {
         let name = format!("directory-{number}");
@@ -205,7 +205,7 @@ fn pod(account: Account, name: &str, scene: &str, with: &With<'_>) -> Value {
 }
 
 /// Runs all attacks on a pod's own listener.
-pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
+pub(super) fn pod_listeners_attest_each_pod(cluster: &Cluster, source: &str) {
     let site = Site::set(cluster, source, &format!("victim-{source}"));
     let victim = &site.victim;
     let (uid, address) = (
@@ -216,22 +216,22 @@ pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
         .as_str()
         .unwrap();
     let container = container.strip_prefix("containerd://").unwrap();
-    let privileged = With {
+    let privileged = AttackSetup {
         privileged: true,
-        ..With::default()
+        ..AttackSetup::default()
     };
     site.start("unshared", &privileged);
     site.start(
         "source",
-        &With {
+        &AttackSetup {
             arguments: &["$(POD_IP)", address],
-            ..With::default()
+            ..AttackSetup::default()
         },
     );
     let mounts = &[("/sys/fs/cgroup", "/cgroup")];
     site.start(
         "nested",
-        &With {
+        &AttackSetup {
             arguments: &["$(POD_UID)", uid, container],
             mounts,
             ..privileged
@@ -239,7 +239,7 @@ pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
     );
     site.start(
         "enter",
-        &With {
+        &AttackSetup {
             arguments: &[address],
             mounts: &[("/run/netns", "/netns")],
             ..privileged
@@ -247,44 +247,45 @@ pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
     );
     site.start(
         "ask",
-        &With {
+        &AttackSetup {
             host_network: true,
-            ..With::default()
+            ..AttackSetup::default()
         },
     );
     site.start(
         "destroy",
-        &With {
+        &AttackSetup {
             capabilities: &["NET_ADMIN"],
-            ..With::default()
+            ..AttackSetup::default()
         },
     );
     for scene in ["given", "given-alone", "taken"] {
         site.start(
             scene,
-            &With {
+            &AttackSetup {
                 mounts: &[(MEETING, "/shared")],
-                ..With::default()
+                ..AttackSetup::default()
             },
         );
     }
 
     sockets_stay_in_their_network(&site);
-    addresses_say_nothing(&site);
-    names_below_ones_own_cgroup_say_nothing(&site);
-    another_pods_network_is_no_ones_but_its_own(&site);
-    a_killed_listener_comes_back(&site);
-    who_made_the_socket_is_answered(&site);
-    who_is_in_no_pod_has_nothing_there(&site, address);
+    spoofed_addresses_are_ignored(&site);
+    cgroup_names_below_container_are_ignored(&site);
+    pod_network_serves_only_its_pod(&site);
+    killed_listener_is_rebound(&site);
+    socket_maker_is_answered(&site);
+    host_process_is_refused_in_pod(&site, address);
     // T5: the node has no listener unless it is configured.
-    site.tried("ask").is(&["ask: ECONNREFUSED"], &[]);
+    site.attack_result("ask")
+        .assert_outcome(&["ask: ECONNREFUSED"], &[]);
     site.end();
 }
 
 /// A network namespace of one's own has no listener. A socket that was made before is still the
 /// pod's.
 fn sockets_stay_in_their_network(site: &Site<'_>) {
-    site.tried("unshared").is(
+    site.attack_result("unshared").assert_outcome(
         &[
             "new network: ECONNREFUSED",
             "connected before: 200",
@@ -294,9 +295,9 @@ fn sockets_stay_in_their_network(site: &Site<'_>) {
     );
 }
 
-fn addresses_say_nothing(site: &Site<'_>) {
-    let tried = site.tried("source");
-    tried.is(
+fn spoofed_addresses_are_ignored(site: &Site<'_>) {
+    let result = site.attack_result("source");
+    result.assert_outcome(
         &[
             "another loopback address: 200",
             "the pod's address: 403",
@@ -306,7 +307,7 @@ fn addresses_say_nothing(site: &Site<'_>) {
         ],
         &["ok"],
     );
-    let namespace = &tried.records[0]["network_namespace"];
+    let namespace = &result.records[0]["network_namespace"];
     assert_ne!(*namespace, site.namespace);
     let refused = site
         .cluster
@@ -318,20 +319,20 @@ fn addresses_say_nothing(site: &Site<'_>) {
 }
 
 /// T2: an agent that gets the process would read the victim's name.
-fn names_below_ones_own_cgroup_say_nothing(site: &Site<'_>) {
-    let tried = site.tried("nested");
+fn cgroup_names_below_container_are_ignored(site: &Site<'_>) {
+    let result = site.attack_result("nested");
     let (printed, reason) = match site.source {
         "spiffe-broker" => ("nested: 200", "ok"),
         _ => ("nested: 403", "nested_container"),
     };
-    tried.is(&["moved: True", printed], &[reason]);
-    let container = tried.pod["status"]["containerStatuses"][0]["containerID"]
+    result.assert_outcome(&["moved: True", printed], &[reason]);
+    let container = result.pod["status"]["containerStatuses"][0]["containerID"]
         .as_str()
         .unwrap();
-    let record = &tried.records[0];
+    let record = &result.records[0];
     assert!(
         container.ends_with(record["container_id"].as_str().unwrap()),
-        "{tried:?}"
+        "{result:?}"
     );
     assert!(
         record["cgroup"]
@@ -342,18 +343,18 @@ fn names_below_ones_own_cgroup_say_nothing(site: &Site<'_>) {
     );
 }
 
-fn another_pods_network_is_no_ones_but_its_own(site: &Site<'_>) {
-    let tried = site.tried("enter");
-    tried.is(&["own: 200", "entered: 403"], &["ok", "other_pod"]);
-    let [own, entered] = &tried.records[..] else {
-        panic!("{tried:?}")
+fn pod_network_serves_only_its_pod(site: &Site<'_>) {
+    let result = site.attack_result("enter");
+    result.assert_outcome(&["own: 200", "entered: 403"], &["ok", "other_pod"]);
+    let [own, entered] = &result.records[..] else {
+        panic!("{result:?}")
     };
     assert_eq!(entered["network_namespace"], site.namespace);
     assert_ne!(own["network_namespace"], site.namespace);
 }
 
 /// A process of the node that enters it.
-fn who_is_in_no_pod_has_nothing_there(site: &Site<'_>, address: &str) {
+fn host_process_is_refused_in_pod(site: &Site<'_>, address: &str) {
     let find = r#"for file in /run/netns/*; do nsenter --net="$file" ip -o address | grep -qF " $0/" && echo "$file"; done"#;
     let found = site.cluster.node.run(&["sh", "-c", find, address]).stdout;
     let record = site.plain(PLAIN, &["nsenter", &format!("--net={}", found.trim())]);
@@ -366,22 +367,23 @@ fn who_is_in_no_pod_has_nothing_there(site: &Site<'_>, address: &str) {
 }
 
 /// T9 on a node: a killed listener is bound again.
-fn a_killed_listener_comes_back(site: &Site<'_>) {
-    site.tried("destroy").is(
+fn killed_listener_is_rebound(site: &Site<'_>) {
+    site.attack_result("destroy").assert_outcome(
         &["before: 200", "destroyed: 0", "destroyed: 0", "after: 200"],
         &["ok", "ok"],
     );
 }
 
 /// Over a volume that both pods mount.
-fn who_made_the_socket_is_answered(site: &Site<'_>) {
+fn socket_maker_is_answered(site: &Site<'_>) {
     // Its maker has passed it on, and sends a request through the other pod, which has connected
     // it: in the maker's network.
-    let taken = site.tried("taken");
-    taken.is(&["taken: 200"], &["ok"]);
+    let taken = site.attack_result("taken");
+    taken.assert_outcome(&["taken: 200"], &["ok"]);
     assert_ne!(taken.records[0]["network_namespace"], site.namespace);
     // The victim has made these and passed them on itself. Each record is the victim's.
-    site.tried("given").is(&["given: 200"], &[]);
+    site.attack_result("given")
+        .assert_outcome(&["given: 200"], &[]);
     // By its process it has no owner any more, which the daemon detects at once or at the end.
     let by_socket = site.source == "spiffe-broker";
     let (printed, reasons): (_, &[&str]) = if by_socket {
@@ -389,7 +391,8 @@ fn who_made_the_socket_is_answered(site: &Site<'_>) {
     } else {
         ("given: 403", &["no_holder", "caller_gone"])
     };
-    site.tried("given-alone").is(&[printed], &[]);
+    site.attack_result("given-alone")
+        .assert_outcome(&[printed], &[]);
     let records = site.victims_records();
     let found: Vec<_> = records
         .iter()
@@ -413,7 +416,7 @@ fn who_made_the_socket_is_answered(site: &Site<'_>) {
 
 /// Runs the attacks on the node's own listeners: by pods with its network, and by pods and
 /// processes over the unix socket.
-pub(super) fn on_the_node_everybody_is_himself(cluster: &Cluster, source: &str) {
+pub(super) fn node_listeners_attest_each_caller(cluster: &Cluster, source: &str) {
     cluster
         .spire
         .register(PLAIN_ID, &[&format!("unix:uid:{PLAIN}")]);
@@ -422,21 +425,21 @@ pub(super) fn on_the_node_everybody_is_himself(cluster: &Cluster, source: &str) 
     let by_process = source == "spire-delegated";
     site.start(
         "ask",
-        &With {
+        &AttackSetup {
             host_network: true,
-            ..With::default()
+            ..AttackSetup::default()
         },
     );
     site.start(
         "mounted",
-        &With {
+        &AttackSetup {
             mounts: &[("/run/awsvid", "/run/awsvid")],
-            ..With::default()
+            ..AttackSetup::default()
         },
     );
-    let tried = site.tried("ask");
-    tried.is(&["ask: 200"], &["ok"]);
-    assert_eq!(tried.records[0]["listener"], "tcp");
+    let result = site.attack_result("ask");
+    result.assert_outcome(&["ask: 200"], &["ok"]);
+    assert_eq!(result.records[0]["listener"], "tcp");
 
     // T10 and T12 on the node's listeners.
     let (answer, reasons): (_, &[&str]) = if by_process {
@@ -445,7 +448,7 @@ pub(super) fn on_the_node_everybody_is_himself(cluster: &Cluster, source: &str) 
         ("ask: 403", &[])
     };
     let files = "files: awsvid.sock awsvid.sock.lock";
-    site.tried("mounted").is(
+    site.attack_result("mounted").assert_outcome(
         &[
             files,
             "remove: EROFS",
@@ -510,7 +513,7 @@ impl Site<'_> {
         self.cluster
             .node
             .run(&[&["sh", "-ec", IN_A_UNIT], behind, &user, &ask].concat());
-        await_some("its record", PATIENCE, || of_it().get(before).cloned())
+        await_some("its record", TIMEOUT, || of_it().get(before).cloned())
     }
 
     fn end(&self) {

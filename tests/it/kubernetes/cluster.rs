@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::process::await_some;
-use crate::harness::counterparts::spire::{Elsewhere, Spire, SpireSetting};
-use crate::harness::daemon::{PROGRAM, released};
+use crate::harness::counterparts::spire::{RemoteAgent, Spire, SpireSetting};
+use crate::harness::daemon::{PROGRAM, release_build};
 use crate::harness::forward::Forward;
 use crate::harness::is_slow;
 use crate::harness::kubernetes::{ADDRESS, Image, NAME, Node, root_of};
@@ -105,7 +105,7 @@ impl Cluster {
             .to_owned();
         let (kubeconfig, api) = node.kubeconfig_outside();
         let setting = SpireSetting {
-            elsewhere: Some(Elsewhere {
+            remote_agent: Some(RemoteAgent {
                 id: format!("spiffe://example.org/spire/agent/k8s_psat/example/{uid}"),
                 node_attestor: format!(
                     "NodeAttestor \"k8s_psat\" {{ plugin_data {{ clusters = {{ \"example\" = {{ \
@@ -158,7 +158,7 @@ impl Cluster {
         };
         // Measurements use the release build.
         let awsvid = if is_slow() {
-            released()
+            release_build()
         } else {
             PathBuf::from(PROGRAM)
         };
@@ -313,8 +313,8 @@ impl Cluster {
 
     /// Waits until a record of the audit matches.
     pub(super) fn audited(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
-        let patience = std::time::Duration::from_secs(30);
-        await_some(what, patience, || {
+        let timeout = std::time::Duration::from_secs(30);
+        await_some(what, timeout, || {
             self.audit().into_iter().find(|record| wanted(record))
         })
     }

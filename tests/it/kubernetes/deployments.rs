@@ -46,7 +46,7 @@ fn has_read(cluster: &Cluster, account: Account, name: &str) {
 
 /// No command assumes a role: the namespace's label and the service account's entry are all that it
 /// takes.
-pub(super) fn a_deployment_reads_its_object(cluster: &Cluster) {
+pub(super) fn deployment_reads_its_object(cluster: &Cluster) {
     let script = format!("{}; exec busybox sleep 3600", copy(READER));
     cluster
         .node
@@ -55,7 +55,7 @@ pub(super) fn a_deployment_reads_its_object(cluster: &Cluster) {
 }
 
 /// Checks the same without the policy, by the component for older clusters.
-pub(super) fn a_deployment_reads_its_object_by_the_component(cluster: &Cluster, folder: &Path) {
+pub(super) fn deployment_reads_its_object_by_component(cluster: &Cluster, folder: &Path) {
     let script = format!("env; {}; exec busybox sleep 3600", copy(READER));
     let out = json!({ "awsvid.io/environment": "false" });
     let directory = overlay(folder, "workloads", &[], &["environment-patch"]);

@@ -14,15 +14,15 @@ use std::time::Duration;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::kubernetes::Node;
 
-pub(super) use bursts::{many_pods_are_listened_in_soon, pods_come_and_go};
-pub(super) use families::pods_have_the_families_that_they_have;
-pub(super) use missing::what_is_missing_is_named;
-pub(super) use outages::warm_pods_notice_nothing;
+pub(super) use bursts::{many_pods_are_served_soon, pods_start_and_end};
+pub(super) use families::pods_are_served_in_each_address_family;
+pub(super) use missing::missing_part_is_named;
+pub(super) use outages::warm_pods_see_no_error;
 pub(super) use startup::pods_wait_until_awsvid_is_ready;
-pub(super) use updates::{an_update_refuses_nobody, the_one_after_a_killed_one_listens_again};
+pub(super) use updates::{successor_of_killed_daemon_listens, update_refuses_no_request};
 
 /// Bounds steps that take seconds, on a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(90);
+const TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Returns the ids, in the node's namespace, of the processes that run a program.
 fn processes(node: &Node, program: &str) -> Vec<u32> {
@@ -38,7 +38,7 @@ fn processes(node: &Node, program: &str) -> Vec<u32> {
 fn process(node: &Node, program: &str) -> u32 {
     await_some(
         &format!("one process of {program}"),
-        PATIENCE,
+        TIMEOUT,
         || match processes(node, program)[..] {
             [one] => Some(one),
             _ => None,

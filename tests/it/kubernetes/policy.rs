@@ -22,11 +22,11 @@ fn admitted(cluster: &Cluster, pod: &Value) -> Value {
         "--filename",
         "-",
     ];
-    let made = cluster
+    let stored = cluster
         .node
         .kubectl_with(&arguments, &pod.to_string())
         .success("a pod on trial");
-    serde_json::from_str(&made).unwrap()
+    serde_json::from_str(&stored).unwrap()
 }
 
 fn pod(namespace: &str, spec: Value) -> Value {
@@ -53,7 +53,7 @@ const ALL: [Option<&str>; 4] = [
     Some("true"),
 ];
 
-pub(super) fn the_environment_is_set_where_it_is_missing(cluster: &Cluster) {
+pub(super) fn missing_environment_is_set(cluster: &Cluster) {
     cluster
         .node
         .kubectl(&[
@@ -102,13 +102,13 @@ pub(super) fn the_environment_is_set_where_it_is_missing(cluster: &Cluster) {
         panic!("two containers: {found}")
     };
     // SDKs disagree on which of two tokens counts, so a token of the pod's own prevents ours.
-    let kept = [
+    let unchanged_cases = [
         Some("http://127.0.0.1:974/v1/credentials/other"),
         Some("from elsewhere"),
         None,
         Some("true"),
     ];
-    assert_eq!(values(own), kept);
+    assert_eq!(values(own), unchanged_cases);
     assert_eq!(value(own, "SOMETHING"), Some("else"));
     assert_eq!(values(imds), [ALL[0], ALL[1], ALL[2], Some("false")]);
     let names: Vec<_> = spec["volumes"]
@@ -131,8 +131,8 @@ pub(super) fn the_environment_is_set_where_it_is_missing(cluster: &Cluster) {
         READER.namespace,
         json!({ "hostNetwork": true, "containers": [plain()] }),
     );
-    let elsewhere = pod("default", json!({ "containers": [plain()] }));
-    for pod in [out, host, elsewhere] {
+    let other_pod = pod("default", json!({ "containers": [plain()] }));
+    for pod in [out, host, other_pod] {
         let found = admitted(cluster, &pod);
         assert_eq!(
             values(&found["spec"]["containers"][0]),

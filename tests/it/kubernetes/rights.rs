@@ -9,7 +9,7 @@ use super::cluster::{Account, Cluster, READER, overlay};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::kubernetes::NAME;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const STARTUP_TAINT: &str = "system:serviceaccount:awsvid:startup-taint";
 const AGENT: Account = Account {
     namespace: "spire",
@@ -17,19 +17,19 @@ const AGENT: Account = Account {
 };
 const MACHINE: &str = "aws:///eu-central-1a/i-0123456789abcdef0";
 /// Another taint than awsvid's, which repels no pod.
-const KEPT: &str = "example.org/kept=:PreferNoSchedule";
+const OTHER_TAINT: &str = "example.org/kept=:PreferNoSchedule";
 
 /// Asserts that startup-taint's service account changes no field of a node but the one taint.
 pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
     let node = &cluster.node;
-    let checked = await_some("the policy's types are checked", PATIENCE, || {
+    let checked = await_some("the policy's types are checked", TIMEOUT, || {
         let policy = node.get(&["validatingadmissionpolicy", "awsvid-startup-taint"]);
         policy["status"]["observedGeneration"]
             .is_u64()
             .then(|| policy["status"]["typeChecking"].clone())
     });
     assert_eq!(checked["expressionWarnings"], Value::Null);
-    node.kubectl(&["taint", "node", NAME, KEPT])
+    node.kubectl(&["taint", "node", NAME, OTHER_TAINT])
         .success("a taint");
     node.kubectl(&[
         "taint",
@@ -38,7 +38,7 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
         "awsvid.io/not-ready=:PreferNoSchedule",
     ])
     .success("awsvid's taint");
-    let before = kept(&node.get(&["node", NAME]));
+    let before = constant_part(&node.get(&["node", NAME]));
     let own = json!({ "key": "awsvid.io/not-ready", "effect": "PreferNoSchedule" });
     let other = json!({ "key": "example.org/kept", "effect": "PreferNoSchedule" });
     let stricter = json!({ "key": "example.org/kept", "effect": "NoSchedule" });
@@ -134,7 +134,7 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
         refused.stderr.contains("cannot create resource \"nodes\""),
         "{refused:?}"
     );
-    assert_eq!(kept(&node.get(&["node", NAME])), before);
+    assert_eq!(constant_part(&node.get(&["node", NAME])), before);
 
     node.kubectl(&[
         "taint",
@@ -149,7 +149,7 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
         "taint",
         "node",
         NAME,
-        &format!("{}-", KEPT.replace('=', "")),
+        &format!("{}-", OTHER_TAINT.replace('=', "")),
     ])
     .success("the end");
 }
@@ -171,7 +171,7 @@ fn patched(cluster: &Cluster, patch: &Value) -> String {
 
 /// Returns the constant part of a node, without the kubelet's reports and the API server's
 /// counters.
-fn kept(node: &Value) -> Value {
+fn constant_part(node: &Value) -> Value {
     let metadata = &node["metadata"];
     let metadata = [
         "labels",
@@ -186,7 +186,7 @@ fn kept(node: &Value) -> Value {
 
 /// Carries out T34: the agent's token at the kubelet is refused, and the right of the component for
 /// older clusters is enough.
-pub(super) fn the_agent_runs_nothing_in_pods(cluster: &Cluster, folder: &Path) {
+pub(super) fn agent_token_runs_nothing_in_pods(cluster: &Cluster, folder: &Path) {
     let node = &cluster.node;
     node.apply(&cluster.pod(READER, "entered", "exec busybox sleep 3600"));
     let ready = [
@@ -218,7 +218,7 @@ pub(super) fn the_agent_runs_nothing_in_pods(cluster: &Cluster, folder: &Path) {
             "--as",
             account,
         ];
-        await_some("the right is known", PATIENCE, || {
+        await_some("the right is known", TIMEOUT, || {
             node.kubectl(&words).status.success().then_some(())
         });
     };

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 
-use super::{PATIENCE, RULE, Stage, V4, V6, await_namespaces, listens};
-use crate::harness::actor::Acting;
+use super::{RULE, Stage, TIMEOUT, V4, V6, await_namespaces, listens};
+use crate::harness::actor::Repeater;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::await_some;
@@ -21,10 +21,10 @@ pub(super) fn handing_over(folder: &Path, node: &Node) -> String {
 }
 
 /// Sends requests from a pod repeatedly, each on a new connection, until it is stopped.
-fn asking(node: &Node, name: &str, cgroup: &Cgroup, address: &str) -> Acting {
+fn start_polling(node: &Node, name: &str, cgroup: &Cgroup, address: &str) -> Repeater {
     let words = node.enter_pod(name, cgroup);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    Acting::start_behind(&words, "tcp", address).begun()
+    Repeater::start_behind(&words, "tcp", address).wait_started()
 }
 
 #[test]
@@ -38,8 +38,8 @@ fn update_refuses_no_connection() {
     } = stage;
     let cgroups = [Cgroup::of_pod(20), Cgroup::of_pod(20)];
     let askers = [
-        asking(&site.node, "a", &cgroups[0], V4),
-        asking(&site.node, "a", &cgroups[1], V6),
+        start_polling(&site.node, "a", &cgroups[0], V4),
+        start_polling(&site.node, "a", &cgroups[1], V6),
     ];
     let peer = Peer::new(20);
     let mut folders = vec![folder()];
@@ -56,17 +56,17 @@ fn update_refuses_no_connection() {
             "{update}"
         );
         site.node.remove(&name);
-        await_some("the namespace is freed", PATIENCE, || {
-            (!peer.is_there()).then_some(())
+        await_some("the namespace is freed", TIMEOUT, || {
+            (!peer.exists()).then_some(())
         });
         std::mem::swap(&mut old, &mut new);
         new.process().signal(Signal::SIGTERM);
-        let ended = new.process().owned().wait(PATIENCE).expect("it ends");
+        let ended = new.process().owned().wait(TIMEOUT).expect("it ends");
         assert!(ended.success(), "{ended}");
         folders.push(folder());
     }
     for (asker, address) in askers.into_iter().zip([V4, V6]) {
-        let counts = asker.enough();
+        let counts = asker.stop();
         eprintln!("ten updates: {counts:?} over {address}");
         assert!(counts.len() == 1 && counts["Success"] > 20, "{counts:?}");
     }
@@ -92,21 +92,21 @@ fn failed_update_leaves_previous_daemon_active() {
     stage.daemon.await_line(&["the next daemon is gone"]);
     stage.await_namespaces(2);
     for name in ["a", "b"] {
-        await_some("it is listened there", PATIENCE, || {
+        await_some("it is listened there", TIMEOUT, || {
             listens(&stage.site.node, name, V4).then_some(())
         });
     }
     assert!(stage.site.serves("a", &cgroup, V4) && stage.site.serves("b", &Cgroup::of_pod(52), V6));
     // This one can hand over again.
-    let asker = asking(&stage.site.node, "a", &cgroup, V4);
+    let asker = start_polling(&stage.site.node, "a", &cgroup, V4);
     let next = stage.site.next(second.path());
     next.await_line(&["the listeners in pods are handed over"]);
-    let counts = asker.enough();
+    let counts = asker.stop();
     assert!(counts.len() == 1 && counts["Success"] > 2, "{counts:?}");
     // A namespace that ends after one daemon has passed it to another is freed all the same.
     stage.site.node.remove("b");
-    await_some("the namespace is freed", PATIENCE, || {
-        (!peer.is_there()).then_some(())
+    await_some("the namespace is freed", TIMEOUT, || {
+        (!peer.exists()).then_some(())
     });
 }
 
@@ -133,18 +133,18 @@ fn ending_daemon_hands_over_to_standby_not_yet_ready() {
     let next = Daemon::start_behind(&words, folder.path(), &listen, &configuration);
     next.await_line(&["another daemon serves pods"]);
     assert!(site.serves("a", &cgroup, V4), "the one before still does");
-    let asker = asking(&site.node, "a", &cgroup, V4);
+    let asker = start_polling(&site.node, "a", &cgroup, V4);
     old.process().signal(Signal::SIGTERM);
     next.await_line(&["the listeners in pods are handed over"]);
     assert!(
         old.process()
             .owned()
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends")
             .success()
     );
     // A refused or reset connection would be a panic of the client.
-    let counts = asker.enough();
+    let counts = asker.stop();
     assert!(!counts.contains_key("nothing"), "{counts:?}");
 }
 
@@ -182,7 +182,7 @@ fn superseded_daemon_resumes_only_without_successors() {
         second
             .process()
             .owned()
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends")
             .success()
     );

@@ -12,7 +12,7 @@ use super::process::{Process, run};
 use super::{Port, http_get, read, tool};
 
 /// Bounds each step of MinIO's start, and each call of its client, on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const ROOT_USER: &str = "minio-root";
 const ROOT_PASSWORD: &str = "minio-password";
 const POLICY: &str = "awsvid";
@@ -134,7 +134,7 @@ impl Minio {
             ]);
         let server = Process::start("minio", command, &self.folder.join("server.log"));
         // It prints its roles when IAM is ready, which is after it has read the provider's keys.
-        server.await_some("MinIO is ready", PATIENCE, || {
+        server.await_some("MinIO is ready", TIMEOUT, || {
             role_arn(&self.log()[printed..])?;
             http_get(self.port.address(), "/minio/health/ready")
                 .filter(|(status, _)| *status == 200)
@@ -161,7 +161,7 @@ impl Minio {
         // Only a call that appears in the trace proves that the subscription exists.
         trace
             .process
-            .await_some("mc admin trace shows a call", PATIENCE, || {
+            .await_some("mc admin trace shows a call", TIMEOUT, || {
                 http_get(self.port.address(), "/awsvid-trace-begins/")?;
                 trace
                     .records()
@@ -189,7 +189,7 @@ impl Minio {
     fn client(&self, arguments: &[&str], input: &[u8]) {
         let mut command = self.client_command();
         command.args(arguments);
-        run(command, input, PATIENCE).success(&format!("mc {}", arguments.join(" ")));
+        run(command, input, TIMEOUT).success(&format!("mc {}", arguments.join(" ")));
     }
 }
 
@@ -231,7 +231,7 @@ impl Trace {
     /// Waits for the first record that `wanted` accepts. `what` describes it in a failure.
     pub(crate) fn await_record(&self, what: &str, wanted: impl Fn(&Record) -> bool) -> Record {
         self.process
-            .await_some(what, PATIENCE, || self.records().into_iter().find(&wanted))
+            .await_some(what, TIMEOUT, || self.records().into_iter().find(&wanted))
     }
 
     /// Returns the number of calls of this API so far that were signed with this access key id. For
@@ -300,7 +300,7 @@ mod tests {
             "X-Amz-Date=0&X-Amz-Credential=PRESIGNED%2F{}",
             scope.replace('/', "%2F")
         );
-        let given = "<Credentials><AccessKeyId>GIVEN</AccessKeyId><SecretAccessKey>s</SecretAccessKey></Credentials>";
+        let issued = "<Credentials><AccessKeyId>GIVEN</AccessKeyId><SecretAccessKey>s</SecretAccessKey></Credentials>";
         let refused = "<Error><Code>AccessDenied</Code></Error>";
         for (call, expected) in [
             (json!({ "request": { "headers": signed } }), Some("SIGNED")),
@@ -308,9 +308,9 @@ mod tests {
                 json!({ "request": { "rawQuery": presigned } }),
                 Some("PRESIGNED"),
             ),
-            (json!({ "response": { "body": given } }), Some("GIVEN")),
+            (json!({ "response": { "body": issued } }), Some("GIVEN")),
             (
-                json!({ "request": { "headers": signed }, "response": { "body": given } }),
+                json!({ "request": { "headers": signed }, "response": { "body": issued } }),
                 Some("GIVEN"),
             ),
             (

@@ -14,7 +14,7 @@ use super::process::{Process, behind, run};
 use super::{Port, http_get, read, tool};
 
 /// Bounds each step of SPIRE's start, and each call of its command line, on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A SPIRE server, an agent that it has attested, and an OIDC discovery provider. The provider's
 /// URL is the issuer of the JWT-SVIDs. All of them end when this is dropped.
@@ -60,12 +60,12 @@ pub(crate) struct SpireSetting {
     /// Another `WorkloadAttestor` in addition to `unix`, as the agent's configuration has it.
     pub(crate) attestor: String,
     /// An agent on another machine, in place of one on the server's.
-    pub(crate) elsewhere: Option<Elsewhere>,
+    pub(crate) remote_agent: Option<RemoteAgent>,
 }
 
 /// An agent that the test starts itself.
 #[derive(Clone)]
-pub(crate) struct Elsewhere {
+pub(crate) struct RemoteAgent {
     /// The SPIFFE ID that it will have.
     pub(crate) id: String,
     /// The server's `NodeAttestor` for it, as its configuration has it.
@@ -135,8 +135,8 @@ impl Spire {
             .server_command(&["bundle", "show"])
             .success("the server's bundle");
         fs::write(spire.folder.join("bundle.pem"), bundle).expect("the bundle's file");
-        if let Some(elsewhere) = &spire.setting.elsewhere {
-            spire.agent_id = elsewhere.id.clone();
+        if let Some(remote_agent) = &spire.setting.remote_agent {
+            spire.agent_id = remote_agent.id.clone();
             spire.start_oidc();
             return Some(spire);
         }
@@ -289,7 +289,7 @@ impl Spire {
             "-socketPath",
         ]);
         command.arg(self.agent_socket());
-        let answer = run(command, b"", PATIENCE).success("fetch a JWT-SVID");
+        let answer = run(command, b"", TIMEOUT).success("fetch a JWT-SVID");
         let answer: Value =
             serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{error} in {answer}"));
         answer[0]["svids"][0]["svid"]
@@ -369,7 +369,7 @@ impl Spire {
         command.arg("run").arg("-config").arg(config);
         let server = Process::start("spire-server", command, &self.folder.join("server.log"));
         // The agent needs the port, the command line the socket.
-        server.await_some("spire-server listens", PATIENCE, || {
+        server.await_some("spire-server listens", TIMEOUT, || {
             TcpStream::connect(self.server_port.address())
                 .and(UnixStream::connect(self.server_socket()))
                 .ok()
@@ -384,7 +384,7 @@ impl Spire {
             .args(arguments)
             .arg("-socketPath")
             .arg(self.server_socket());
-        run(command, b"", PATIENCE)
+        run(command, b"", TIMEOUT)
     }
 
     fn server_json(&self, arguments: &[&str]) -> Value {
@@ -421,7 +421,7 @@ impl Spire {
         sockets.extend((!self.setting.brokers.is_empty()).then(|| self.broker_socket()));
         for socket in sockets {
             let what = format!("spire-agent listens at {}", socket.display());
-            agent.await_some(&what, PATIENCE, || UnixStream::connect(&socket).ok());
+            agent.await_some(&what, TIMEOUT, || UnixStream::connect(&socket).ok());
         }
     }
 
@@ -429,7 +429,7 @@ impl Spire {
         let agent = self.agent.as_ref().expect("the agent runs");
         agent.await_some(
             &format!("{message} in the agent's log for {entry}"),
-            PATIENCE,
+            TIMEOUT,
             || {
                 lines(&self.agent_log()[self.agent_log_start..])
                     .any(|line| line["msg"] == message && line["entry"] == entry)
@@ -447,7 +447,7 @@ impl Spire {
             command,
             &self.folder.join("oidc.log"),
         );
-        oidc.await_some("the OIDC discovery provider has keys", PATIENCE, || {
+        oidc.await_some("the OIDC discovery provider has keys", TIMEOUT, || {
             let (status, keys) = http_get(self.oidc_port.address(), "/keys")?;
             // A provider that is configured wrong may never respond.
             let is_right = self.setting.domains.is_none() && self.setting.oidc_server.is_none();
@@ -494,9 +494,9 @@ plugins {{
 "#,
             node_attestor = self
                 .setting
-                .elsewhere
+                .remote_agent
                 .as_ref()
-                .map_or("", |elsewhere| &elsewhere.node_attestor),
+                .map_or("", |remote_agent| &remote_agent.node_attestor),
             trust_domain = self.trust_domain(),
             folder = self.folder.display(),
             port = self.server_port.address().port(),

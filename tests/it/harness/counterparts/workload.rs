@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use super::process::{Output, run};
 
 /// Bounds one command of a workload. The AWS CLI retries for a while before it gives up.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Runs commands as one user, by number: no passwd entry is needed. The environment has only HOME,
 /// an empty folder of that user, and what `env` adds.
@@ -80,6 +80,6 @@ impl Workload {
     pub(crate) fn run(&self, program: impl AsRef<OsStr>, arguments: &[&str]) -> Output {
         let mut command = self.command(program);
         command.args(arguments);
-        run(command, b"", PATIENCE)
+        run(command, b"", TIMEOUT)
     }
 }

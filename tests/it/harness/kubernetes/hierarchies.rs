@@ -19,22 +19,23 @@ impl Hierarchies {
     pub(super) fn create(number: u32) -> io::Result<Self> {
         let all = Mount::all();
         // Several are mounted side by side in a directory of their own.
-        let beside = all.iter().all(|mount| mount.point != Path::new(DIRECTORY));
-        let mounts = if beside {
+        let in_subdirectories = all.iter().all(|mount| mount.point != Path::new(DIRECTORY));
+        let mounts = if in_subdirectories {
             "tmpfs mode=0755,nosuid,nodev .\n"
         } else {
             ""
         };
-        let mut made = Self {
+        let mut created = Self {
             cgroups: Vec::new(),
             mounts: mounts.to_owned(),
         };
         for mount in all {
             let parent = mount.own_cgroup();
-            made.cgroups
+            created
+                .cgroups
                 .push(CgroupTree::create(&parent, &format!("node-{number}"))?);
-            let cgroup = made.cgroups.last().expect("the new one").path();
-            made.mounts.push_str(&mount.line());
+            let cgroup = created.cgroups.last().expect("the new one").path();
+            created.mounts.push_str(&mount.line());
             // A new cgroup of v1's cpuset accepts a process only after these files are set.
             for file in ["cpuset.cpus", "cpuset.mems"] {
                 if mount.kind == "cgroup" && cgroup.join(file).exists() {
@@ -42,7 +43,7 @@ impl Hierarchies {
                 }
             }
         }
-        Ok(made)
+        Ok(created)
     }
 
     /// Returns for each the file that a process writes to in order to enter it.

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::super::counterparts::process::run;
 
 /// Bounds the writing of a layer of some hundred megabytes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The parts of an image.
 pub(crate) struct Image<'a> {
@@ -89,7 +89,7 @@ fn blob(layout: &Path, media_type: &str, content: &Value) -> Value {
 fn stored(layout: &Path, media_type: &str, file: &Path) -> Value {
     let mut command = Command::new("sha256sum");
     command.arg(file);
-    let printed = run(command, b"", PATIENCE).success("sha256sum");
+    let printed = run(command, b"", TIMEOUT).success("sha256sum");
     let digest = printed
         .split(' ')
         .next()
@@ -109,7 +109,7 @@ fn tar(archive: &Path, directory: &Path) {
         .arg("--directory")
         .arg(directory);
     command.args(["--owner=0", "--group=0", "--numeric-owner", "."]);
-    run(command, b"", PATIENCE).success("tar");
+    run(command, b"", TIMEOUT).success("tar");
 }
 
 /// Lays out a root directory with a program of this computer at `path`, and the shared libraries
@@ -119,7 +119,7 @@ pub(crate) fn root_of(directory: &Path, program: &Path, path: &str) -> PathBuf {
     let mut files = vec![(program.to_owned(), PathBuf::from(path))];
     let mut command = Command::new("ldd");
     command.arg(program);
-    let linked = run(command, b"", PATIENCE);
+    let linked = run(command, b"", TIMEOUT);
     // A program that is linked with nothing makes ldd fail.
     for library in linked
         .stdout

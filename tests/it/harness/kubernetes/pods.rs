@@ -5,11 +5,11 @@ use std::fs;
 use serde_json::Value;
 
 use super::super::counterparts::process::await_some;
-use super::{Node, PATIENCE};
+use super::{Node, TIMEOUT};
 
 /// The result of a pod that has ended.
 #[derive(Debug)]
-pub(crate) struct Ended {
+pub(crate) struct PodResult {
     /// Whether every container has ended with success.
     pub(crate) succeeded: bool,
     /// The output of all of its containers.
@@ -18,7 +18,7 @@ pub(crate) struct Ended {
 
 impl Node {
     /// Runs a pod to its end.
-    pub(crate) fn run_pod(&self, manifest: &Value) -> Ended {
+    pub(crate) fn run_pod(&self, manifest: &Value) -> PodResult {
         self.apply(manifest);
         let metadata = &manifest["metadata"];
         let name = metadata["name"].as_str().expect("a name");
@@ -26,8 +26,8 @@ impl Node {
     }
 
     /// Waits for the end of a pod.
-    pub(crate) fn ended(&self, namespace: &str, name: &str) -> Ended {
-        let phase = await_some(&format!("the end of {namespace}/{name}"), PATIENCE, || {
+    pub(crate) fn ended(&self, namespace: &str, name: &str) -> PodResult {
+        let phase = await_some(&format!("the end of {namespace}/{name}"), TIMEOUT, || {
             let pod = self.get(&["pod", "--namespace", namespace, name]);
             let phase = pod["status"]["phase"]
                 .as_str()
@@ -35,7 +35,7 @@ impl Node {
                 .to_owned();
             ["Succeeded", "Failed"].contains(&&*phase).then_some(phase)
         });
-        Ended {
+        PodResult {
             succeeded: phase == "Succeeded",
             log: self.pod_log(namespace, name),
         }

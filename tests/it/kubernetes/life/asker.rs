@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::PATIENCE;
+use super::TIMEOUT;
 use crate::harness::counterparts::process::await_some;
 
 use crate::harness::kubernetes::BUSYBOX;
@@ -27,12 +27,12 @@ pub(super) fn pod(account: Account, name: &str, script: &str) -> Value {
 }
 
 /// A pod that sends requests repeatedly until the test stops it.
-pub(super) struct Asker<'a> {
+pub(super) struct PollingPod<'a> {
     cluster: &'a Cluster,
     name: &'static str,
 }
 
-impl<'a> Asker<'a> {
+impl<'a> PollingPod<'a> {
     /// Starts it, and waits for its first response.
     pub(super) fn start(cluster: &'a Cluster, name: &'static str) -> Self {
         let script = "while [ ! -e /enough ]; do
@@ -42,7 +42,7 @@ impl<'a> Asker<'a> {
             done";
         cluster.node.apply(&pod(READER, name, script));
         let asker = Self { cluster, name };
-        asker.goes_on();
+        asker.await_more();
         asker
     }
 
@@ -58,16 +58,16 @@ impl<'a> Asker<'a> {
     }
 
     /// Waits until it has got some more responses.
-    pub(super) fn goes_on(&self) {
+    pub(super) fn await_more(&self) {
         let before = self.answered();
-        await_some(&format!("{} is answered", self.name), PATIENCE, || {
+        await_some(&format!("{} is answered", self.name), TIMEOUT, || {
             (self.answered() >= before + 20).then_some(())
         });
     }
 
     /// Stops it. Returns the number of responses, each failure, and the longest time from one
     /// response to the next in seconds.
-    pub(super) fn enough(self) -> (usize, Vec<String>, f64) {
+    pub(super) fn stop(self) -> (usize, Vec<String>, f64) {
         let words = [
             "exec",
             "--namespace",

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
-use super::{PATIENCE, asker, process, signal, status, ticks, updates};
+use super::{TIMEOUT, asker, process, signal, status, ticks, updates};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::is_slow;
 use crate::kubernetes::cluster::{Cluster, READER};
@@ -57,7 +57,7 @@ impl Counts {
     /// Counts until two counts in a row are equal.
     fn settled(cluster: &Cluster) -> Self {
         let mut before = Self::of(cluster);
-        await_some("nothing comes or goes", PATIENCE, || {
+        await_some("nothing comes or goes", TIMEOUT, || {
             std::thread::sleep(Duration::from_millis(500));
             let now = Self::of(cluster);
             (std::mem::replace(&mut before, now) == before).then_some(())
@@ -84,7 +84,7 @@ fn create(cluster: &Cluster, burst: usize, count: usize) -> BTreeSet<String> {
     cluster
         .node
         .apply(&json!({ "apiVersion": "v1", "kind": "List", "items": pods }));
-    await_some("all are answered", 4 * PATIENCE, || {
+    await_some("all are answered", 4 * TIMEOUT, || {
         std::thread::sleep(Duration::from_millis(200));
         let log = cluster.node.pod_log(READER.namespace, &prefix);
         let answered = log.lines().filter(|line| *line == "answered").count();
@@ -119,7 +119,7 @@ fn delete(cluster: &Cluster, burst: usize) -> Duration {
         .node
         .kubectl(&[&["delete", "--wait=false"], &which[..]].concat())
         .success("pods are deleted");
-    await_some("all are gone", 4 * PATIENCE, || {
+    await_some("all are gone", 4 * TIMEOUT, || {
         std::thread::sleep(Duration::from_millis(200));
         let left = cluster
             .node
@@ -130,7 +130,7 @@ fn delete(cluster: &Cluster, burst: usize) -> Duration {
     start.elapsed()
 }
 
-pub(in crate::kubernetes) fn pods_come_and_go(cluster: &Cluster) {
+pub(in crate::kubernetes) fn pods_start_and_end(cluster: &Cluster) {
     let (bursts, size) = if is_slow() { (20, 25) } else { (2, 10) };
     let before = Counts::settled(cluster);
     let (mut uids, mut longest) = (BTreeSet::new(), Duration::ZERO);
@@ -141,7 +141,7 @@ pub(in crate::kubernetes) fn pods_come_and_go(cluster: &Cluster) {
     }
     let took = start.elapsed();
     let mut after = None;
-    await_some("as much is left as there was before", PATIENCE, || {
+    await_some("as much is left as there was before", TIMEOUT, || {
         let now = Counts::of(cluster);
         let back = now.are_back_to(&before);
         after = Some(now);
@@ -202,7 +202,7 @@ fn listening(cluster: &Cluster) -> Vec<(String, Duration)> {
 
 /// Measures the time for one more pod, and the daemon's use of resources, with few pods and with
 /// many.
-pub(in crate::kubernetes) fn many_pods_are_listened_in_soon(cluster: &Cluster) {
+pub(in crate::kubernetes) fn many_pods_are_served_soon(cluster: &Cluster) {
     if !is_slow() {
         return;
     }
@@ -253,7 +253,7 @@ pub(in crate::kubernetes) fn many_pods_are_listened_in_soon(cluster: &Cluster) {
         idle.1.elapsed()
     );
     signal(&cluster.node, "KILL", awsvid);
-    let next = await_some("another process", PATIENCE, || {
+    let next = await_some("another process", TIMEOUT, || {
         let found = process(&cluster.node, "awsvid");
         (found != awsvid).then_some(found)
     });

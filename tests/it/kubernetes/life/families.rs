@@ -8,7 +8,7 @@ use super::asker;
 use crate::harness::kubernetes::Families;
 use crate::kubernetes::cluster::{Cluster, READER};
 
-pub(in crate::kubernetes) fn pods_have_the_families_that_they_have(cluster: &Cluster) {
+pub(in crate::kubernetes) fn pods_are_served_in_each_address_family(cluster: &Cluster) {
     for (families, expected) in [
         (Families::Four, [1, 0]),
         (Families::Six, [0, 1]),
