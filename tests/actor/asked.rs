@@ -113,7 +113,7 @@ impl Stage<'_> {
         "\"changed\"".to_owned()
     }
 
-    /// The process that exists now sends a request on a connection of its own.
+    /// Makes the process that exists now send a request on a connection of its own.
     fn request_again(&mut self) -> String {
         match (self.scene, &mut self.bob) {
             (_, Some(bob)) => bob.send_word("again"),
@@ -184,7 +184,8 @@ impl ScriptedProcess {
     }
 }
 
-/// Byte by byte: another program may have to read the next one. `None` at the end.
+/// Reads a word byte by byte, since another program may have to read the next one. Returns `None`
+/// at the end.
 fn line(words: &mut UnixStream) -> Option<String> {
     let mut line = Vec::new();
     let mut byte = [0];

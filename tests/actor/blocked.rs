@@ -64,7 +64,7 @@ pub(crate) fn callers(count: usize, cgroups: &[&str], to: &Address) {
     }
 }
 
-/// A caller of Alice does the same, and goes on when a thread of the daemon waits for it, or has
+/// Plays a blocked caller of Alice, which goes on when a thread of the daemon waits for it, or has
 /// attested it. Bob sends a request before that. If Bob's outcome is not credentials, it counts
 /// instead of Alice's.
 pub(crate) fn stuck(to: &Address) -> String {

@@ -107,7 +107,7 @@ impl HangingFiles {
         self.directory.join("file")
     }
 
-    /// From here on the requests of [`Hangs::Lookup`] get no response.
+    /// Makes the requests of [`Hangs::Lookup`] hang from here on.
     fn hang(&self) {
         fs::metadata(self.directory.join(CUE)).unwrap_err();
     }

@@ -24,8 +24,8 @@ pub(crate) enum RootSocket {
     Accepted,
 }
 
-/// Root makes a socket and passes it to Bob. Bob disconnects it, connects it to the daemon, and
-/// sends a request.
+/// Plays a socket that root makes and passes to Bob. Bob disconnects it, connects it to the daemon,
+/// and sends a request.
 pub(crate) fn used_again(to: &Address, socket_kind: RootSocket) -> String {
     let listener = TcpListener::bind(to.another(0)).unwrap();
     let address = listener.local_addr().unwrap();
@@ -67,8 +67,8 @@ pub(crate) fn used_again_by_service(to: &Address) -> String {
     wire::ask(&socket)
 }
 
-/// Alice makes a socket in a cgroup that has the name of one of systemd's socket units, and sends a
-/// request on it.
+/// Plays a request of Alice on a socket from a cgroup that has the name of one of systemd's socket
+/// units.
 pub(crate) fn made_for_activation(to: &Address) -> String {
     let unit = Cgroup::named(&own_cgroup(), &format!("{}.socket", getpid()));
     let mut alice = child(|_| {

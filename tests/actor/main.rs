@@ -1,6 +1,6 @@
 //! A process that an integration test starts as root, to play attackers and odd honest clients with
 //! real processes: `actor SCENE LISTENER ADDRESS [PROGRAM]`, with the daemon's pid in `DAEMON`. It
-//! prints the daemon's response on standard output.
+//! prints the daemon's response on standard output. There are three more forms.
 //!
 //! - `actor connect UID LISTENER ADDRESS` only connects, for a test that sends the request itself.
 //! - `actor in-numbers ACT LISTENER ADDRESS NUMBER...` is for acts that one user repeats very

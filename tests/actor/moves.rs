@@ -57,8 +57,9 @@ pub(crate) fn own_cgroup() -> PathBuf {
     Path::new(mount.unwrap()).join(path)
 }
 
-/// Alice makes a socket in one cgroup, is moved to another, then connects and sends a request. With
-/// `late` the request has begun before the move. With `remove` the first cgroup is gone by then.
+/// Plays a socket that Alice makes in one cgroup. Alice's process is moved to another, then
+/// connects and sends a request. With `late` the request has begun before the move. With `remove`
+/// the first cgroup is gone by then.
 pub(crate) fn moved(to: &Address, late: bool, remove: bool) -> String {
     let (here, there) = UnixStream::pair().unwrap();
     let own = own_cgroup();
@@ -95,7 +96,7 @@ pub(crate) fn moved(to: &Address, late: bool, remove: bool) -> String {
     response
 }
 
-/// Alice sends a request from a cgroup of the threaded kind, in which processes can't be listed.
+/// Plays a request of Alice from a cgroup of the threaded kind, in which processes can't be listed.
 pub(crate) fn threaded(to: &Address) -> String {
     let (here, there) = UnixStream::pair().unwrap();
     let domain = Cgroup::new(&own_cgroup(), "domain");
@@ -116,8 +117,8 @@ pub(crate) fn threaded(to: &Address) -> String {
     response
 }
 
-/// Root keeps Alice's credentials in an io_uring and becomes Bob. Bob's socket is then made as
-/// Alice.
+/// Plays a root that keeps Alice's credentials in an io_uring and becomes Bob. Bob's socket is then
+/// made as Alice.
 pub(crate) fn personality(to: &Address) -> String {
     let mut bob = child(|_| {
         let mut ring = IoUring::new(2).unwrap();
@@ -149,7 +150,7 @@ pub(crate) fn personality(to: &Address) -> String {
     response
 }
 
-/// Alice sends a request on a connection that is among the fixed files of an io_uring, and in no
+/// Plays a request of Alice on a connection that is among the fixed files of an io_uring, and in no
 /// process's descriptors.
 pub(crate) fn fixed_file(to: &Address) -> String {
     let (tell, signalled) = UnixStream::pair().unwrap();

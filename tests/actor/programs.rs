@@ -12,8 +12,7 @@ use crate::ALICE;
 use crate::process::become_user;
 use crate::wire::{self, Address};
 
-/// Alice runs `program`, or mounts another file at its path and runs that. The program that runs
-/// sends a request.
+/// Plays a request by `program`, or by another file that Alice has mounted at its path.
 pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
     match scene {
         "program" => become_user(ALICE),

@@ -138,7 +138,7 @@ fn goes_on(stopped: Option<StoppedDaemon>, mut asking: Child) -> String {
     finish(asking)
 }
 
-/// Bob, in Alice's group, sends a request on the connection of Alice's living process.
+/// Plays a request of Bob, in Alice's group, on the connection of Alice's living process.
 fn passed(to: &Address, late: bool) -> String {
     let PassedConnection {
         mut alice,
@@ -151,7 +151,7 @@ fn passed(to: &Address, late: bool) -> String {
     response
 }
 
-/// Alice makes a socket, which only Bob has then. Bob connects it and sends a request.
+/// Plays a socket that Alice makes and only Bob has then. Bob connects it and sends a request.
 fn made_for(to: &Address) -> String {
     let (over, from) = UnixStream::pair().unwrap();
     let alice = child(|_| {
@@ -168,7 +168,7 @@ fn made_for(to: &Address) -> String {
     }))
 }
 
-/// Alice's process has ended, and a child of hers sends the request.
+/// Plays a request of Alice's child after Alice's process has ended.
 fn exited(to: &Address, late: bool, reap: bool) -> String {
     let PassedConnection {
         mut alice,
@@ -186,7 +186,7 @@ fn exited(to: &Address, late: bool, reap: bool) -> String {
     response
 }
 
-/// Alice's process has ended, and Bob's process has the connector's number.
+/// Plays `exited` with a process of Bob that has the connector's number.
 fn reused(to: &Address, late: bool) -> String {
     let PassedConnection {
         mut alice,
@@ -220,8 +220,8 @@ fn executed(fd: OwnedFd) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// T3: Alice connects, leaves a child with the connection, and executes a program that is setuid
-/// root.
+/// Plays T3: Alice connects, leaves a child with the connection, and executes a program that is
+/// setuid root.
 fn setuid(to: &Address, late: bool) -> String {
     let folder = std::env::temp_dir().join(format!("awsvid-setuid-{}", std::process::id()));
     fs::create_dir(&folder).unwrap();
@@ -261,19 +261,19 @@ fn await_root(process: &Child) {
     }
 }
 
-/// Alice and Bob both hold the socket before it is connected. Alice sends the request.
+/// Plays a socket that Alice and Bob both hold before it is connected. Alice sends the request.
 fn shared(to: &Address) -> String {
     held_by_two(to, (BOB, BOB), (ALICE, ALICE))
 }
 
-/// A process of Alice's user but of Bob's group makes the connection and sends the request. An
-/// older one of Alice's own group holds it too.
+/// Plays a connection and request of a process of Alice's user but of Bob's group. An older process
+/// of Alice's own group holds the socket too.
 fn other_group(to: &Address) -> String {
     held_by_two(to, (ALICE, ALICE), (ALICE, BOB))
 }
 
-/// Two processes, each with a user and a group: the younger makes the socket, passes it to the
-/// elder, connects and sends the request.
+/// Plays two processes, each with a user and a group: the younger makes the socket, passes it to
+/// the elder, connects and sends the request.
 fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (continued, tell) = UnixStream::pair().unwrap();
@@ -300,7 +300,7 @@ fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
     response
 }
 
-/// Alice's process is in another group by its real id than by the others.
+/// Plays a process of Alice that is in another group by its real id than by the others.
 fn mixed_group(to: &Address) -> String {
     finish(child(|_| {
         setgroups(&[]).unwrap();
@@ -310,8 +310,8 @@ fn mixed_group(to: &Address) -> String {
     }))
 }
 
-/// Alice's process sends a request and is gone before the daemon attests it. Only the daemon's
-/// audit has the outcome.
+/// Plays a request of a process that is gone before the daemon attests it. Only the daemon's audit
+/// has the outcome.
 fn closed(to: &Address, shut: bool) -> String {
     let stopped = daemon::hold();
     finish(child(|_| {
@@ -333,7 +333,7 @@ fn half_closed(fd: OwnedFd) -> String {
     wire::answer(&fd)
 }
 
-/// T7: while the daemon searches, the connection is only in a queue, and among no process's
+/// Plays T7: while the daemon searches, the connection is only in a queue, and among no process's
 /// descriptors.
 fn queued(to: &Address) -> String {
     let (over, from) = UnixStream::pair().unwrap();
@@ -360,7 +360,7 @@ fn queued(to: &Address) -> String {
     finish(alice)
 }
 
-/// T1: Bob listens on the port that Alice connects from, on every address.
+/// Plays T1: Bob listens on the port that Alice connects from, on every address.
 fn decoy(to: &Address) -> String {
     loop {
         let free = TcpListener::bind(to.another(0)).unwrap();
@@ -410,7 +410,7 @@ fn decoy_on(to: &Address, port: u16) -> Option<String> {
     is_played.then_some(response)
 }
 
-/// Alice sends a request from a new namespace: one of users, without any id in it, or one of
+/// Plays a request of Alice from a new namespace: one of users, without any id in it, or one of
 /// processes.
 fn apart(to: &Address, namespace: CloneFlags) -> String {
     finish(child(|_| {
@@ -425,13 +425,13 @@ fn apart(to: &Address, namespace: CloneFlags) -> String {
     }))
 }
 
-/// Root is in Bob's group when it connects, and then in Alice's.
+/// Plays a root that is in Bob's group when it connects, and in Alice's later.
 fn regrouped(to: &Address, late: bool) -> String {
     setgroups(&[BOB.into()]).unwrap();
     changed_by_root(to, late, |_| setgroups(&[ALICE.into()]).unwrap())
 }
 
-/// Root connects, and then changes something of itself or of the connection.
+/// Plays a root that connects, and then changes something of itself or of the connection.
 fn changed_by_root(to: &Address, late: bool, change: impl FnOnce(&OwnedFd)) -> String {
     let (tell, continued) = UnixStream::pair().unwrap();
     let stopped = (!late).then(daemon::hold);

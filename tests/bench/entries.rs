@@ -73,7 +73,7 @@ fn role() -> Result<Role, Failed> {
     })
 }
 
-/// As on a large node: each workload has an identity of its own.
+/// Makes a grant as on a large node: each workload has an identity of its own.
 fn grant(role: &Arc<Role>, number: usize) -> Result<Grant, Failed> {
     let spiffe_id = SpiffeId::parse(&format!(
         "spiffe://{TRUST_DOMAIN}/ns/namespace/sa/workload-{number}"

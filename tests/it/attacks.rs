@@ -235,8 +235,8 @@ fn expected_outcome<'a>(row: &'a Row, listener: &str, rules: Rules) -> Option<&'
     }
 }
 
-/// Returns whether the outcome is right. hyper treats a client that has closed its half, or all, as
-/// gone if it sees that before it has begun with the request.
+/// Returns whether the outcome is right. A client may have closed its half, or all, before hyper
+/// has begun with its request. hyper then treats it as gone.
 fn is_right(row: &Row, outcome: &Outcome, right: &Outcome) -> bool {
     outcome == right || (row.scene.ends_with("closed") && *outcome == Outcome::NoResponse)
 }

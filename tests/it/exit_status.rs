@@ -1,8 +1,9 @@
 //! The exit statuses of `awsvid serve`, and the faults that do not end it, since they may pass by
 //! themselves.
 //!
-//! 78 is for a fault that another start would not change, and systemd does not restart after it.
-//! After 1 it does. 2 is for an invalid command line.
+//! - 78: another start would not change the fault, and systemd does not try one.
+//! - 1: another start may succeed, and systemd tries one.
+//! - 2: the command line is invalid.
 
 use std::fs;
 use std::net::TcpListener;

@@ -140,7 +140,7 @@ fn first_act_is_answered(cluster: &Cluster, source: &str) {
     );
 }
 
-/// All that can be applied is applied unchanged in a dry run.
+/// Applies all that can be applied, unchanged, in a dry run.
 fn manifests_are_accepted(cluster: &Cluster, folder: &Path) {
     // Of the Prometheus Operator, as far as the API server checks it.
     let (kind, plural) = ("PodMonitor", "podmonitors");

@@ -230,7 +230,7 @@ fn invalid_configuration_changes_nothing() {
     assert_eq!(key(&daemon), before);
 }
 
-/// SIGHUP without a file.
+/// Sends SIGHUP without a file, and checks that nothing changes.
 fn assert_sighup_fails(daemon: &Daemon) {
     let count = || {
         daemon

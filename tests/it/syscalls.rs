@@ -146,7 +146,7 @@ fn by_rules() -> BTreeSet<String> {
     traced.end()
 }
 
-/// An agent that attests the caller's process, with the event that shows an exec.
+/// Traces an agent that attests the caller's process, with the event that shows an exec.
 fn by_agent() -> BTreeSet<String> {
     let folder = folder();
     let agent = FakeAgent::start(

@@ -13,8 +13,8 @@ use crate::{Bench, Failed};
 /// The time that the source and STS take for each reply.
 const DELAY: Duration = Duration::from_millis(50);
 
-/// A thousand callers of one identity at once: four units of one user with 250 each, since one unit
-/// may have 512 connections.
+/// Measures a thousand callers of one identity at once: four units of one user with 250 each, since
+/// one unit may have 512 connections.
 pub(crate) fn herd(bench: &Bench) -> Result<Vec<Line>, Failed> {
     const UNITS: usize = 4;
     let folder = bench.folder()?;
@@ -81,7 +81,7 @@ pub(crate) fn at_once(
     Ok(finished)
 }
 
-/// One caller after the other, each for a role that has not been requested yet.
+/// Measures one caller after the other, each for a role that has not been requested yet.
 pub(crate) fn cold(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let folder = bench.folder()?;
     let upstream = Upstream::start(&folder, DELAY, false)?;

@@ -1,6 +1,6 @@
 //! Pods, referenced at the real SPIRE agent by their UIDs. awsvid lives in a pid namespace of its
-//! own, and may neither read other processes nor open cgroups by their ids, as in a DaemonSet
-//! without any of that.
+//! own. It may neither read other processes nor open cgroups by their ids, as in a DaemonSet
+//! without these privileges.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};

@@ -96,7 +96,7 @@ fn check_programs_of_one_user(source: Source) {
     }
 }
 
-/// A process with awsvid's own SPIFFE ID gets nothing, whatever the roles are.
+/// Checks that a process with awsvid's own SPIFFE ID gets nothing, whatever the roles are.
 fn check_own_identity(source: Source) {
     let folder = folder();
     let setting = Setting {

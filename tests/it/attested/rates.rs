@@ -80,8 +80,8 @@ impl Processors {
         }
     }
 
-    /// Returns words in front of a command of root that make it run in the cgroup of workloads, on
-    /// the others' processors, at a lower priority than awsvid, as if it was on another machine.
+    /// Returns words in front of a command of root. They make it run in the cgroup of workloads, on
+    /// the others' processors, at a lower priority than awsvid, as if on another machine.
     fn behind<'a>(&'a self, env: &'a Env) -> Vec<&'a str> {
         [
             &env.cgroup().enter()[..],

@@ -133,8 +133,8 @@ fn check_admin_entry(source: Source) {
     );
 }
 
-/// For several registrations of one SPIFFE ID the agent returns one token each, with the hint of
-/// that registration.
+/// Checks an identity with several registrations: the agent returns one token for each, with the
+/// hint of that registration.
 fn check_several_registrations(source: Source) {
     let folder = folder();
     let setting = Setting {

@@ -47,8 +47,7 @@ fn cells<T>(
         .collect()
 }
 
-/// With a token that has to be right, from its file alone; over IPv6, by name, and for a role by
-/// its name.
+/// Checks a token that has to be right, from its file alone; IPv6; a host name; a role's name.
 fn ways(stage: &Stage) -> Vec<Cell> {
     let serving = stage.daemon(
         "ways",
@@ -215,7 +214,7 @@ const MAX_CONCURRENT_WAITING: usize = 6;
 /// with a deadline, does not reach the same number each time.
 const MIN_UNCOMPARED_TRIES: u64 = 7;
 
-/// Users without an identity: a 403.
+/// Checks the 403 of users without an identity.
 fn refused(stage: &Stage) -> Vec<Cell> {
     let serving = stage.daemon("refused", &Setting::default());
     let results = for_each(&stage.members(), MAX_CONCURRENT_WAITING, |_, member| {
@@ -232,7 +231,7 @@ fn refused(stage: &Stage) -> Vec<Cell> {
     cells(stage, Column::Refused, results, |text| text)
 }
 
-/// While STS is unavailable: a 503.
+/// Checks the 503 while STS is unavailable.
 fn unavailable(stage: &Stage) -> Vec<Cell> {
     let (way, address) = SlowProxy::tcp(stage.sts(), Duration::ZERO);
     let setting = Setting {

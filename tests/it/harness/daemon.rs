@@ -467,7 +467,7 @@ impl Daemon {
             .collect()
     }
 
-    /// The audit records after the first `count`, once there is at least one.
+    /// Returns the audit records after the first `count`, once there is at least one.
     pub(crate) fn audit_after(&self, count: usize) -> Vec<Value> {
         self.process.await_some("an audit record", TIMEOUT, || {
             let records = self.audit_where(|i, _| i >= count);

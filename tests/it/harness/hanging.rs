@@ -54,8 +54,8 @@ impl HangingFiles {
         ]
     }
 
-    /// From here on it does not respond to lookups and status calls of the file. Data that was read
-    /// of it can be read again.
+    /// Makes lookups and status calls of the file hang from here on. Data that was read of it can
+    /// be read again.
     pub(crate) fn hang(&mut self) {
         self.step("hang");
     }

@@ -282,8 +282,8 @@ pub(super) fn pod_listeners_attest_each_pod(cluster: &Cluster, source: &str) {
     site.end();
 }
 
-/// A network namespace of one's own has no listener. A socket that was made before is still the
-/// pod's.
+/// Checks that a network namespace of one's own has no listener, and that an earlier socket is
+/// still the pod's.
 fn sockets_stay_in_their_network(site: &Site<'_>) {
     site.attack_result("unshared").assert_outcome(
         &[
@@ -318,7 +318,7 @@ fn spoofed_addresses_are_ignored(site: &Site<'_>) {
     assert!(refused > 0);
 }
 
-/// T2: an agent that gets the process would read the victim's name.
+/// Checks T2: an agent that gets the process would read the victim's name.
 fn cgroup_names_below_container_are_ignored(site: &Site<'_>) {
     let result = site.attack_result("nested");
     let (printed, reason) = match site.source {
@@ -353,7 +353,7 @@ fn pod_network_serves_only_its_pod(site: &Site<'_>) {
     assert_ne!(own["network_namespace"], site.namespace);
 }
 
-/// A process of the node that enters it.
+/// Checks a process of the node that enters the pod's network.
 fn host_process_is_refused_in_pod(site: &Site<'_>, address: &str) {
     let find = r#"for file in /run/netns/*; do nsenter --net="$file" ip -o address | grep -qF " $0/" && echo "$file"; done"#;
     let found = site.cluster.node.run(&["sh", "-c", find, address]).stdout;
@@ -366,7 +366,7 @@ fn host_process_is_refused_in_pod(site: &Site<'_>, address: &str) {
     assert!(record.get("pod_uid").is_none(), "{record}");
 }
 
-/// T9 on a node: a killed listener is bound again.
+/// Checks T9 on a node: a killed listener is bound again.
 fn killed_listener_is_rebound(site: &Site<'_>) {
     site.attack_result("destroy").assert_outcome(
         &["before: 200", "destroyed: 0", "destroyed: 0", "after: 200"],
@@ -374,7 +374,7 @@ fn killed_listener_is_rebound(site: &Site<'_>) {
     );
 }
 
-/// Over a volume that both pods mount.
+/// Checks a connection that is passed over a volume of both pods.
 fn socket_maker_is_answered(site: &Site<'_>) {
     // Its maker has passed it on, and sends a request through the other pod, which has connected
     // it: in the maker's network.

@@ -251,7 +251,7 @@ impl Cluster {
         self.apply(&directory);
     }
 
-    /// The manifests' `[listen]` is replaced by another one.
+    /// Writes an overlay of the manifests, with another `[listen]`.
     fn overlay(
         &self,
         source: &str,

@@ -44,8 +44,8 @@ fn has_read(cluster: &Cluster, account: Account, name: &str) {
     );
 }
 
-/// No command assumes a role: the namespace's label and the service account's entry are all that it
-/// takes.
+/// Checks that no command assumes a role: the namespace's label and the service account's entry are
+/// all that it takes.
 pub(super) fn deployment_reads_its_object(cluster: &Cluster) {
     let script = format!("{}; exec busybox sleep 3600", copy(READER));
     cluster

@@ -2,7 +2,7 @@
 
 use super::{Client, Start, UNSIGNED, Version};
 
-/// There is none for PHP: Debian has no package of that SDK.
+/// Returns the SDKs. PHP's is missing: Debian has no package of it.
 pub(super) fn clients() -> Vec<Client> {
     let ruby = Version::Printed(&["-e", "require 'aws-sdk-core'; puts Aws::CORE_GEM_VERSION"]);
     vec![

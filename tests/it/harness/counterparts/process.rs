@@ -189,7 +189,7 @@ impl Process {
         }
     }
 
-    /// See [`Owned::id`], which this calls.
+    /// Returns its process id, as [`Owned::id`] does.
     pub(crate) fn id(&self) -> Pid {
         self.owned.id()
     }
