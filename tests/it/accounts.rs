@@ -186,14 +186,14 @@ fn hanging_directory_neither_delays_nor_misleads_other_callers() {
         rule("alice", "user = \"alice\""),
         rule("restricted", &format!("user = \"restricted\"\n{unit}")),
         rule("fellow", &format!("group = \"fellows\"\n{unit}")),
-        rule("everybody", unit),
+        rule("default", unit),
     ];
     let mut daemon = start(folder.path(), &directory, &rules.concat());
     let cgroup = Cgroup::new("accounts-silent.service");
     for listener in LISTENERS {
         // Local users are served, by their own rule and by the later one.
         assert_eq!(identity(&daemon, listener, (51_001, 0), &cgroup), "alice");
-        assert_eq!(identity(&daemon, listener, (0, 0), &cgroup), "everybody");
+        assert_eq!(identity(&daemon, listener, (0, 0), &cgroup), "default");
         // A caller that could be the restricted user, or one of the group, does not get the rule
         // for all others.
         assert_eq!(
@@ -217,7 +217,7 @@ fn hanging_directory_neither_delays_nor_misleads_other_callers() {
     await_some("an answer", TIMEOUT, || {
         (identity(&daemon, "tcp", (51_002, 0), &cgroup) == "restricted").then_some(())
     });
-    assert_eq!(identity(&daemon, "tcp", (51_003, 0), &cgroup), "everybody");
+    assert_eq!(identity(&daemon, "tcp", (51_003, 0), &cgroup), "default");
     assert_eq!(
         identity(&daemon, "tcp", (0, 51_009), &cgroup),
         "unknown_account"

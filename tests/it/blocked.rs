@@ -217,7 +217,7 @@ fn hanging_exe_rule_affects_only_its_user() {
     stage.files.hang();
     // The daemon keeps the file's status for a moment.
     let unresponsive = refused("process_unresponsive");
-    await_some("the file is looked at again", TIMEOUT, || {
+    await_some("the file is read again", TIMEOUT, || {
         let (alice, id) = &callers[0].1[0];
         let outcome = stage.ask(alice);
         assert!(

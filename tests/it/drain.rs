@@ -193,7 +193,7 @@ fn second_signal_ends_daemon_at_once() {
         assert_eq!(stage.exit_status(), Some(status));
         let mut cut = String::new();
         let _ = waiting.read_to_string(&mut cut);
-        assert_eq!(cut, "", "the request was open, and nobody has answered it");
+        assert_eq!(cut, "", "the request was open, and got no response");
         let left: Vec<PathBuf> = [stage.daemon.unix()]
             .into_iter()
             .filter(|path| path.exists())

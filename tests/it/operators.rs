@@ -97,12 +97,12 @@ fn probes_are_answered_during_flood_from_other_address() {
                 assert_eq!(
                     http_get(admin, "/healthz"),
                     Some((200, "ok\n".to_owned())),
-                    "beside {sent:?}"
+                    "with {sent:?}"
                 );
                 assert_eq!(
                     http_get(admin, "/readyz"),
                     Some((200, "ready\n".to_owned())),
-                    "beside {sent:?}"
+                    "with {sent:?}"
                 );
                 assert_eq!(
                     daemon.query_status_socket("/readyz"),
@@ -120,7 +120,7 @@ fn probes_are_answered_during_flood_from_other_address() {
             );
         });
         eprintln!(
-            "beside {sent:?}: {} connections of the flood",
+            "with {sent:?}: {} connections of the flood",
             connected.into_inner()
         );
     }

@@ -19,7 +19,7 @@ use crate::harness::gate::PausableProxy;
 use crate::harness::upstream::Upstream;
 
 const ID: &str = "spiffe://example.org/user/me";
-/// Bounds steps that take milliseconds on a machine that is not busy with other tests.
+/// Bounds steps that take milliseconds on an idle machine.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The servers of `awsvid dev`, with an open proxy in front of the source, and the parts of
@@ -241,7 +241,7 @@ fn assert_sighup_fails(daemon: &Daemon) {
     let before = count();
     daemon.send_sighup();
     await_some(
-        "the daemon has looked for its configuration",
+        "the daemon has tried to read its configuration",
         TIMEOUT,
         || (count() > before).then_some(()),
     );
@@ -357,7 +357,7 @@ fn reload_changes_log_level_and_format() {
 #[test]
 fn reload_makes_daemon_ready() {
     let stage = Stage::set();
-    let wrong = stage.with_rule("").replace("gate.sock", "nobody.sock");
+    let wrong = stage.with_rule("").replace("gate.sock", "unused.sock");
     let daemon = Daemon::start(stage.folder.path(), "", &wrong);
     await_some("it says what is missing", TIMEOUT, || {
         daemon
@@ -401,7 +401,7 @@ fn callers_see_no_error_during_fifty_reloads() {
                 "",
                 &(stage.with_rule(&format!("duration = \"{minutes}m\"")) + &more)
             ));
-            await_some("everybody is answered", TIMEOUT, || {
+            await_some("every caller is answered", TIMEOUT, || {
                 assert!(
                     !running.iter().any(|asker| asker.is_finished()),
                     "one has seen an error"

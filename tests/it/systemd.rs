@@ -18,7 +18,7 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::systemd::{Content, SystemdMachine};
 
-/// For what takes milliseconds on a machine that is not busy.
+/// Bounds steps that take milliseconds on an idle machine.
 const TIMEOUT: Duration = Duration::from_secs(60);
 const CONFIGURATION: &str = "/etc/awsvid/awsvid.toml";
 const PROGRAM: &str = "/usr/bin/awsvid";

@@ -290,7 +290,7 @@ fn foreign_pid_namespace_of_agent_is_logged_with_fix() {
     );
     assert!(
         !spire.agent_log().contains("PID attested"),
-        "the agent was asked about somebody"
+        "the agent was queried about a process"
     );
 }
 

@@ -197,7 +197,7 @@ fn container_is_not_impersonated_by_cgroup_name() {
                     assert_eq!(
                         (engine.queries(), agents.queries()),
                         before,
-                        "{scene}: somebody was asked"
+                        "{scene}: the agent was queried"
                     );
                 }
                 None => assert_eq!(outcome, answered(&other), "{scene}"),

@@ -70,7 +70,7 @@ fn clients_see_no_error_at_session_end() {
         .flat_map(|member| serving.issued(member))
         .map(|record| remaining_life(&record))
         .min();
-    let least = least.expect("somebody asked");
+    let least = least.expect("a client sent a request");
     eprintln!(
         "the least that was left of what was handed out: {} min",
         least.as_secs() / 60

@@ -189,7 +189,7 @@ fn superseded_daemon_resumes_only_without_successors() {
     // A daemon that waits for the second one sees its end before the process can be reaped.
     for count in 1..=20 {
         assert!(site.serves("a", &cgroup, V4));
-        assert_eq!(third.issued(), count, "nobody else answers");
+        assert_eq!(third.issued(), count, "no other daemon answers");
     }
     assert!(
         !first.log().contains("this one serves pods again"),

@@ -42,16 +42,16 @@ pub(in crate::kubernetes) fn warm_pods_see_no_error(cluster: &Cluster) {
     // Its standard input stays open until the response, else the client would be taken for gone.
     let raw = "printf 'GET /v1/credentials HTTP/1.1\\r\\nHost: localhost\\r\\nAuthorization: any\\r\\nConnection: close\\r\\n\\r\\n'";
     let script = format!(
-        "{{ {raw}; busybox sleep 5; }} | busybox nc 127.0.0.1 974; echo; echo told; until ask 127.0.0.1; do busybox sleep 1; done"
+        "{{ {raw}; busybox sleep 5; }} | busybox nc 127.0.0.1 974; echo; echo refused; until ask 127.0.0.1; do busybox sleep 1; done"
     );
     node.apply(&asker::pod(
         READER,
         "without-agent",
         &format!("{script}; echo answered"),
     ));
-    let log = await_some("the new pod is told why", TIMEOUT, || {
+    let log = await_some("the new pod gets the reason", TIMEOUT, || {
         let log = node.pod_log(READER.namespace, "without-agent");
-        log.contains("\ntold\n").then_some(log)
+        log.contains("\nrefused\n").then_some(log)
     });
     assert!(
         log.starts_with("HTTP/1.1 503") && log.contains("start the SPIFFE agent"),

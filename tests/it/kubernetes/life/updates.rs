@@ -47,7 +47,7 @@ pub(in crate::kubernetes) fn successor_of_killed_daemon_listens(cluster: &Cluste
     eprintln!(
         "after a kill: listening {listening:?} after the start of the next process, answers {longest:.2} s apart"
     );
-    assert!(!failed.is_empty(), "nobody was killed");
+    assert!(!failed.is_empty(), "no process was killed");
 }
 
 /// Returns the time from a process's start until it listened in all pods.
