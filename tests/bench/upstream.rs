@@ -65,7 +65,7 @@ impl CountingDelay {
 
 /// Both servers, which end with this value.
 pub(crate) struct Upstream {
-    desk: CountingDelay,
+    replies: CountingDelay,
     socket: PathBuf,
     sts: String,
     ca: Option<PathBuf>,
@@ -77,7 +77,7 @@ impl Upstream {
     /// speaks TLS, as AWS's does.
     pub(crate) fn start(folder: &Path, delay: Duration, tls: bool) -> Result<Self, Failed> {
         let runtime = Runtime::new()?;
-        let desk = CountingDelay {
+        let replies = CountingDelay {
             delay,
             counts: Arc::default(),
         };
@@ -89,7 +89,7 @@ impl Upstream {
         };
         let sts = runtime.block_on(async {
             let agent = UnixListenerStream::new(UnixListener::bind(&socket)?);
-            let service = SpiffeWorkloadApiServer::new(Agent(desk.clone()));
+            let service = SpiffeWorkloadApiServer::new(Agent(replies.clone()));
             tokio::spawn(
                 tonic::transport::Server::builder()
                     .add_service(service)
@@ -97,12 +97,12 @@ impl Upstream {
             );
             let listener = TcpListener::bind("127.0.0.1:0").await?;
             let address = listener.local_addr()?;
-            tokio::spawn(sts(listener, acceptor, desk.clone()));
+            tokio::spawn(sts(listener, acceptor, replies.clone()));
             Ok::<_, Failed>(address)
         })?;
         let scheme = if tls { "https" } else { "http" };
         Ok(Self {
-            desk,
+            replies,
             socket,
             sts: format!("{scheme}://{sts}"),
             ca,
@@ -113,7 +113,7 @@ impl Upstream {
     /// Returns the counts so far.
     pub(crate) fn counts(&self) -> Counts {
         *self
-            .desk
+            .replies
             .counts
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -175,14 +175,14 @@ pub(crate) fn token(spiffe_id: &str, audience: &str) -> String {
         .join(".")
 }
 
-async fn sts(listener: TcpListener, tls: Option<TlsAcceptor>, desk: CountingDelay) {
+async fn sts(listener: TcpListener, tls: Option<TlsAcceptor>, replies: CountingDelay) {
     while let Ok((stream, _)) = listener.accept().await {
-        let (tls, desk) = (tls.clone(), desk.clone());
+        let (tls, replies) = (tls.clone(), replies.clone());
         tokio::spawn(async move {
             match tls {
-                None => serve(stream, desk).await,
+                None => serve(stream, replies).await,
                 Some(tls) => match tls.accept(stream).await {
-                    Ok(stream) => serve(stream, desk).await,
+                    Ok(stream) => serve(stream, replies).await,
                     Err(error) => eprintln!("bench: TLS with the daemon: {error}"),
                 },
             }
@@ -190,16 +190,17 @@ async fn sts(listener: TcpListener, tls: Option<TlsAcceptor>, desk: CountingDela
     }
 }
 
-async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, desk: CountingDelay) {
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, replies: CountingDelay) {
     let service = hyper::service::service_fn(|request: Request<Incoming>| async {
         // The daemon's own readiness probe is answered, and counted, like any other request.
         let _ = request.into_body().collect().await;
         let answer = session();
-        desk.serve(|counts| {
-            counts.sessions += 1;
-            counts.answered = machine::monotonic();
-        })
-        .await;
+        replies
+            .serve(|counts| {
+                counts.sessions += 1;
+                counts.answered = machine::monotonic();
+            })
+            .await;
         Ok::<_, Infallible>(Response::new(Full::new(Bytes::from(answer))))
     });
     // An error is the daemon's end.

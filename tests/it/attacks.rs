@@ -10,7 +10,7 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::is_slow;
-use crate::harness::made::{Outcome, answered, refused};
+use crate::harness::made::{Outcome, credentials_of, refused};
 use crate::harness::upstream::Upstream;
 
 const ALICE: &str = "spiffe://example.org/user/alice";
@@ -146,7 +146,11 @@ fn expected() -> Vec<Row> {
         socket: socket.clone(),
         process: process.clone(),
     };
-    let (alice, bob, root) = (&answered(ALICE), &answered(BOB), &answered(ROOT));
+    let (alice, bob, root) = (
+        &credentials_of(ALICE),
+        &credentials_of(BOB),
+        &credentials_of(ROOT),
+    );
     let (caller_gone, changed, ambiguous) = (
         &refused("caller_gone"),
         &refused("identity_changed"),
@@ -302,7 +306,7 @@ fn exe_rule_matches_file_not_path() {
     let mut wrong = Vec::new();
     for listener in LISTENERS {
         for (scene, right) in [
-            ("program", answered(ALICE)),
+            ("program", credentials_of(ALICE)),
             ("other-program", refused("no_identity")),
             ("forged-path", refused("no_identity")),
             ("forged-path-in-user-namespace", refused("no_identity")),
@@ -429,7 +433,7 @@ fn many_scenes_have_right_outcomes_in_random_order() {
         };
         honest += 1;
         match stage.play(scene, listener) {
-            Outcome::Issued(answered) if answered == id => {}
+            Outcome::Issued(identity) if identity == id => {}
             Outcome::Issued(other) => wrong.push(format!(
                 "{scene} over {listener}, {rules:?}: answered as {other}"
             )),

@@ -16,7 +16,7 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::hanging::HangingFiles;
-use crate::harness::made::{Outcome, answered, refused};
+use crate::harness::made::{Outcome, credentials_of, refused};
 use crate::harness::upstream::Upstream;
 use crate::harness::world::id;
 
@@ -49,7 +49,7 @@ fn others_are_answered(daemon: &Daemon, folder: &Path, bob: &str) {
                 let outcome = Outcome::of(&answer, "bob", daemon);
                 assert_eq!(
                     outcome,
-                    answered(bob),
+                    credentials_of(bob),
                     "over {other}, while callers over {listener} are stuck"
                 );
             }
@@ -204,13 +204,17 @@ fn hanging_exe_rule_affects_only_its_user() {
     let bob_is_answered = |stage: &HangingRule, when: &str| {
         for (listener, _, bobs) in &callers {
             for bob in bobs {
-                assert_eq!(stage.ask(bob), answered(BOB), "over {listener} {when}");
+                assert_eq!(
+                    stage.ask(bob),
+                    credentials_of(BOB),
+                    "over {listener} {when}"
+                );
             }
         }
     };
     let alices = || callers.iter().flat_map(|(_, alices, _)| alices);
     for (alice, id) in alices() {
-        assert_eq!(stage.ask(alice), answered(id));
+        assert_eq!(stage.ask(alice), credentials_of(id));
     }
     bob_is_answered(&stage, "before");
 
@@ -221,7 +225,7 @@ fn hanging_exe_rule_affects_only_its_user() {
         let (alice, id) = &callers[0].1[0];
         let outcome = stage.ask(alice);
         assert!(
-            outcome == unresponsive || outcome == answered(id),
+            outcome == unresponsive || outcome == credentials_of(id),
             "{outcome:?}"
         );
         (outcome == unresponsive).then_some(())
@@ -251,7 +255,7 @@ fn hanging_exe_rule_affects_only_its_user() {
     for (listener, _, [_, bob]) in &callers {
         assert_eq!(
             stage.ask(bob),
-            answered(BOB),
+            credentials_of(BOB),
             "over {listener} without its server"
         );
     }

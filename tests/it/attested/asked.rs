@@ -15,7 +15,7 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::is_slow;
-use crate::harness::made::{Outcome, answered, refused};
+use crate::harness::made::{Outcome, credentials_of, refused};
 use crate::harness::world::id;
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
@@ -144,7 +144,7 @@ impl Stage {
         if moment == Moment::Before {
             make_change(&mut steps)?;
         }
-        query.look();
+        query.let_read();
         if moment == Moment::After {
             make_change(&mut steps)?;
         }
@@ -154,7 +154,7 @@ impl Stage {
         meanwhile();
         let before = early.then(|| self.again(&mut steps, scene));
         let exchanged = self.agent.exchanged();
-        query.answer();
+        query.let_reply();
         let answer = steps.step(if moment == Moment::Known {
             "alice answer"
         } else {
@@ -206,10 +206,10 @@ impl SceneOutcome {
         let is_other = |outcome: &Outcome, right: &Outcome| {
             matches!(outcome, Outcome::Issued(_)) && outcome != right
         };
-        let (again, queries_except) = &self.again;
+        let (again, queries) = &self.again;
         is_other(&self.outcome, &right.outcome)
             || is_other(again, &right.again.0)
-            || (matches!(again, Outcome::Issued(_)) && *queries_except < right.again.1)
+            || (matches!(again, Outcome::Issued(_)) && *queries < right.again.1)
     }
 }
 
@@ -235,7 +235,7 @@ impl Row {
 }
 
 fn expected(listener: &str) -> Vec<Row> {
-    let first = &answered(&id("first"));
+    let first = &credentials_of(&id("first"));
     let (gone, changed) = (&refused("caller_gone"), &refused("identity_changed"));
     // It is attested again in its original state. Over TCP it does not have the socket any more by
     // then.
@@ -260,24 +260,22 @@ fn expected(listener: &str) -> Vec<Row> {
     let rows = [Moment::Before, Moment::After, Moment::Known]
         .into_iter()
         .flat_map(|moment| {
-            scenes
-                .iter()
-                .map(move |(scene, outcome, next, queries_except)| {
-                    let is_cached = moment == Moment::Known;
-                    let outcome = if is_cached {
-                        first.clone()
-                    } else {
-                        (*outcome).clone()
-                    };
-                    Row {
-                        scene,
-                        moment,
-                        right: SceneOutcome {
-                            outcome,
-                            again: (answered(&id(next)), *queries_except),
-                        },
-                    }
-                })
+            scenes.iter().map(move |(scene, outcome, next, queries)| {
+                let is_cached = moment == Moment::Known;
+                let outcome = if is_cached {
+                    first.clone()
+                } else {
+                    (*outcome).clone()
+                };
+                Row {
+                    scene,
+                    moment,
+                    right: SceneOutcome {
+                        outcome,
+                        again: (credentials_of(&id(next)), *queries),
+                    },
+                }
+            })
         });
     rows.collect()
 }

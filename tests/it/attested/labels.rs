@@ -6,7 +6,7 @@ use crate::harness::agent::{Entry, FakeAgent};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
-use crate::harness::made::{Outcome, answered, refused};
+use crate::harness::made::{Outcome, credentials_of, refused};
 use crate::harness::world::id;
 
 const ALICE: &str = "unix:uid:61001";
@@ -51,7 +51,7 @@ fn token_subject_overrides_the_agents_label() {
     ];
     assert_eq!(
         outcomes(entries),
-        vec![[answered(&id("alice")), refused("bad_token")]; 3]
+        vec![[credentials_of(&id("alice")), refused("bad_token")]; 3]
     );
 }
 
@@ -69,6 +69,6 @@ fn repeated_identity_counts_as_one() {
     ];
     assert_eq!(
         outcomes(entries),
-        vec![[answered(&id("alice")), answered(&id("bob"))]; 3]
+        vec![[credentials_of(&id("alice")), credentials_of(&id("bob"))]; 3]
     );
 }

@@ -17,7 +17,7 @@ use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::engine::FakeDocker;
 use crate::harness::gate::PausableProxy;
-use crate::harness::made::{Outcome, answered, refused};
+use crate::harness::made::{Outcome, credentials_of, refused};
 use crate::harness::sts::{AUDIENCE, OneRoleSts};
 use crate::harness::world::{AWSVID, awsvid_selectors, id};
 
@@ -200,7 +200,7 @@ fn container_is_not_impersonated_by_cgroup_name() {
                         "{scene}: the agent was queried"
                     );
                 }
-                None => assert_eq!(outcome, answered(&other), "{scene}"),
+                None => assert_eq!(outcome, credentials_of(&other), "{scene}"),
             }
         }
     }
@@ -265,7 +265,7 @@ fn setuid_program_is_not_served_to_its_caller() {
         // In a query about itself it is root, and nothing was kept of the previous query.
         assert_eq!(
             Outcome::of(&steps.step("again"), "setuid", &daemon),
-            answered(&id("root")),
+            credentials_of(&id("root")),
             "over {listener}"
         );
     }

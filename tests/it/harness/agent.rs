@@ -60,13 +60,13 @@ impl Entry {
 /// The agent and the STS, which run until this is dropped.
 pub(crate) struct FakeAgent {
     runtime: Runtime,
-    desk: Arc<Desk>,
+    state: Arc<AgentState>,
     socket: PathBuf,
     sts: OneRoleSts,
     _issuer: DevOidcIssuer,
 }
 
-struct Desk {
+struct AgentState {
     entries: Vec<Entry>,
     key: SigningKey,
     issuer: String,
@@ -85,16 +85,16 @@ struct Calls {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum QueryProgress {
     Expected,
-    Asked,
-    Looking,
-    Seen,
-    Answered,
+    Received,
+    Reading,
+    Read,
+    Replied,
 }
 
 /// A held query. It goes on when the test lets it, and at the latest when this is dropped.
 pub(crate) struct HeldQuery<'a> {
     runtime: &'a Runtime,
-    stage: watch::Sender<QueryProgress>,
+    progress: watch::Sender<QueryProgress>,
 }
 
 impl FakeAgent {
@@ -113,7 +113,7 @@ impl FakeAgent {
             .block_on(DevOidcIssuer::start(key.jwks()))
             .expect("an issuer");
         let sts = OneRoleSts::start(issuer.url());
-        let desk = Arc::new(Desk {
+        let state = Arc::new(AgentState {
             entries,
             key,
             issuer: issuer.url().to_owned(),
@@ -123,12 +123,12 @@ impl FakeAgent {
         let listener = runtime
             .block_on(async { UnixListener::bind(&socket) })
             .expect("a socket");
-        let service = DelegatedIdentityServer::from_arc(desk.clone());
+        let service = DelegatedIdentityServer::from_arc(state.clone());
         let server = tonic::transport::Server::builder().add_service(service);
         runtime.spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
         Self {
             runtime,
-            desk,
+            state,
             socket,
             sts,
             _issuer: issuer,
@@ -149,22 +149,22 @@ impl FakeAgent {
 
     /// Holds the next query about this process.
     pub(crate) fn hold(&self, pid: i32) -> HeldQuery<'_> {
-        let stage = watch::Sender::new(QueryProgress::Expected);
-        self.desk
+        let progress = watch::Sender::new(QueryProgress::Expected);
+        self.state
             .calls
             .lock()
             .unwrap()
             .query
-            .insert(pid, stage.clone());
+            .insert(pid, progress.clone());
         HeldQuery {
             runtime: &self.runtime,
-            stage,
+            progress,
         }
     }
 
     /// Returns the number of queries about processes other than this one.
     pub(crate) fn queries_except(&self, but: Pid) -> usize {
-        let calls = self.desk.calls.lock().unwrap();
+        let calls = self.state.calls.lock().unwrap();
         calls
             .count
             .iter()
@@ -183,31 +183,31 @@ impl HeldQuery<'_> {
     /// Waits until the query has arrived, before the agent reads anything of the process. Returns
     /// `false` if none arrives.
     pub(crate) fn await_query(&self) -> bool {
-        self.reached(QueryProgress::Asked)
+        self.reached(QueryProgress::Received)
     }
 
     /// Lets the agent read the process, and waits until it has. It has not replied yet.
-    pub(crate) fn look(&self) {
-        self.advance(QueryProgress::Looking);
+    pub(crate) fn let_read(&self) {
+        self.advance(QueryProgress::Reading);
         assert!(
-            self.reached(QueryProgress::Seen),
-            "the agent looks within {TIMEOUT:?}"
+            self.reached(QueryProgress::Read),
+            "the agent reads within {TIMEOUT:?}"
         );
     }
 
     /// Lets the agent reply with what it has read.
-    pub(crate) fn answer(&self) {
-        self.advance(QueryProgress::Answered);
+    pub(crate) fn let_reply(&self) {
+        self.advance(QueryProgress::Replied);
     }
 
     fn advance(&self, to: QueryProgress) {
-        advance(&self.stage, to);
+        advance(&self.progress, to);
     }
 
     fn reached(&self, wanted: QueryProgress) -> bool {
-        let mut stage = self.stage.subscribe();
+        let mut progress = self.progress.subscribe();
         let reached = async {
-            tokio::time::timeout(TIMEOUT, stage.wait_for(|stage| *stage >= wanted))
+            tokio::time::timeout(TIMEOUT, progress.wait_for(|progress| *progress >= wanted))
                 .await
                 .is_ok()
         };
@@ -217,20 +217,20 @@ impl HeldQuery<'_> {
 
 impl Drop for HeldQuery<'_> {
     fn drop(&mut self) {
-        self.advance(QueryProgress::Answered);
+        self.advance(QueryProgress::Replied);
     }
 }
 
-fn advance(stage: &watch::Sender<QueryProgress>, to: QueryProgress) {
-    stage.send_if_modified(|stage| {
-        let is_later = *stage < to;
-        *stage = (*stage).max(to);
+fn advance(progress: &watch::Sender<QueryProgress>, to: QueryProgress) {
+    progress.send_if_modified(|progress| {
+        let is_later = *progress < to;
+        *progress = (*progress).max(to);
         is_later
     });
 }
 
 #[tonic::async_trait]
-impl DelegatedIdentity for Desk {
+impl DelegatedIdentity for AgentState {
     async fn fetch_jwtsvi_ds(
         &self,
         request: Request<FetchJwtsviDsRequest>,
@@ -243,18 +243,18 @@ impl DelegatedIdentity for Desk {
         };
         // The query is released at the latest when its `HeldQuery` is dropped.
         let reached = async |to: QueryProgress, wanted: QueryProgress| {
-            if let Some(stage) = &query {
-                advance(stage, to);
-                stage
+            if let Some(progress) = &query {
+                advance(progress, to);
+                progress
                     .subscribe()
-                    .wait_for(|stage| *stage >= wanted)
+                    .wait_for(|progress| *progress >= wanted)
                     .await
                     .expect("this has a sender");
             }
         };
-        reached(QueryProgress::Asked, QueryProgress::Looking).await;
+        reached(QueryProgress::Received, QueryProgress::Reading).await;
         let attested = selectors(pid);
-        reached(QueryProgress::Seen, QueryProgress::Answered).await;
+        reached(QueryProgress::Read, QueryProgress::Replied).await;
         let attested = attested.map_err(|_| Status::unavailable("workload attestation failed"))?;
         let has_all = |entry: &&Entry| {
             entry
@@ -275,7 +275,7 @@ impl DelegatedIdentity for Desk {
     }
 }
 
-impl Desk {
+impl AgentState {
     fn svid(&self, entry: &Entry, audience: &[String]) -> Jwtsvid {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)

@@ -29,11 +29,11 @@ impl Outcome {
         let key = body["AccessKeyId"]
             .as_str()
             .expect("credentials or an error");
-        answered(&daemon.first_issued_to(key))
+        credentials_of(&daemon.first_issued_to(key))
     }
 }
 
-pub(crate) fn answered(id: &str) -> Outcome {
+pub(crate) fn credentials_of(id: &str) -> Outcome {
     Outcome::Issued(id.to_owned())
 }
 
