@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::metrics::Metrics;
-use crate::rule::{AccountName, Known, OVERFLOW_ID};
+use crate::workload_rule::{AccountName, Known, OVERFLOW_ID};
 
 mod local;
 mod nss;

@@ -26,10 +26,10 @@ use tokio::time::{Instant, timeout};
 use crate::attest::Attestor;
 use crate::cache::{CredentialCache, EntryStatus};
 use crate::config::Listen;
-use crate::health::UpstreamReport;
 use crate::limits::FairSemaphore;
 use crate::listen::{AcceptedStream, LazySocket, PendingConnection};
 use crate::metrics::{Metrics, ReasonLabel};
+use crate::upstream_status::UpstreamReport;
 
 /// For the whole head. A probe sends it with its connection.
 const HEAD: Duration = Duration::from_secs(1);

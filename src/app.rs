@@ -15,32 +15,32 @@ use crate::accounts::{Accounts, LiveRules, Nss};
 use crate::admin::{Address, Admin, Readiness};
 use crate::attest::{Attestor, ExecMonitor, StartError};
 use crate::audit::Audit;
-use crate::broker::{CredentialService, Policy};
 use crate::cache::{self, CredentialCache};
 use crate::cgroup::PodRoots;
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
+use crate::credential_service::{CredentialService, Policy};
+use crate::exchange::TokenExchanger;
 use crate::hardening::DaemonFeatures;
 use crate::http::{Authorization, CredentialEndpoint};
-use crate::issue::TokenExchanger;
 use crate::limits::FairSemaphore;
 use crate::listen::{self, ActivatedSockets, ListenError};
 use crate::metrics::Metrics;
-use crate::pods::{PodListeners, PodsError, TakeoverGate};
+use crate::pod_listeners::{PodListeners, PodsError, TakeoverGate};
 use crate::readiness::ReadinessProbes;
 use crate::sts::{InvalidSetting, NetworkSettings, Settings, Sts};
 use crate::svid::agent::AttestingAgent;
-use crate::svid::broker_api::BrokerApi;
-use crate::svid::own::OwnSvidSource;
+use crate::svid::own_svid::OwnSvidSource;
+use crate::svid::spiffe_broker::BrokerApi;
 use crate::svid::{self, AgentSource, IdentitySource, SourceError, SpireDelegated, WorkloadApi};
 
 mod audit_file;
 mod listeners;
-mod token;
+mod token_file;
 
 use audit_file::{audit_error, open_audit};
 use listeners::{AcceptLoops, ListenAddress, bind_all, tcp_address};
-use token::{NodeToken, write_later};
+use token_file::{NodeToken, write_later};
 
 /// How long operators' connections may take to end, once those of workloads have.
 const ADMIN_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);

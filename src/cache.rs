@@ -24,32 +24,32 @@ use tokio::time::Instant;
 use crate::audit::CacheResult;
 use crate::caller::Caller;
 use crate::clock::Clock;
+use crate::exchange::{ExchangeError, TokenExchanger};
 use crate::identity::SpiffeId;
-use crate::issue::{ExchangeError, TokenExchanger};
 use crate::limits::FairSemaphore;
 use crate::metrics::{EntryStateLabel, Metrics, ReasonLabel};
 use crate::role::Grant;
 
 mod entry;
+mod events;
+mod failure;
 mod flight;
 mod issued;
 mod issuing;
-mod news;
-mod places;
-mod rounds;
-mod rules;
-mod trouble;
+mod next_action;
+mod refresh;
+mod table;
 
 pub use entry::EntryStatus;
 pub use issued::{CachedBody, CachedCredentials};
 
 use entry::{CachedState, Entry};
+use events::EventLog;
 use flight::Waiter;
 use issued::MIN_REMAINING;
-use news::EventLog;
-use places::EntryTable;
-use rounds::Schedule;
-use rules::Action;
+use next_action::Action;
+use refresh::Schedule;
+use table::EntryTable;
 
 /// How many refreshes are under way at most, so that an outage that ends, or a source that hangs, does not hold up those
 /// who wait for their first credentials ...
@@ -133,7 +133,7 @@ impl CredentialCache {
             nobody: Arc::new(Caller::synthetic()),
             start: Instant::now(),
         });
-        tokio::spawn(rounds::run(
+        tokio::spawn(refresh::run(
             Arc::downgrade(&shared),
             schedule,
             shared.clock.clone(),
@@ -278,7 +278,7 @@ impl CacheInner {
             return Ok(Some(Lookup::Credentials(issued, CacheResult::Hit)));
         }
         if let Some(trouble) = &state.trouble
-            && trouble.at.elapsed() < trouble::negative_ttl(&trouble.error)
+            && trouble.at.elapsed() < failure::negative_ttl(&trouble.error)
         {
             return Err(trouble.error.clone().into());
         }

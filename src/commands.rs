@@ -3,18 +3,18 @@
 //! None but `check` and `trust-policy` needs the daemon's privileges, and none prints a secret but `credential-process`, whose output is one.
 
 pub mod check;
-mod client;
 pub mod configuration;
 pub mod credential_process;
 pub mod exec;
-mod live;
+mod http_client;
+mod https_probe;
+mod live_token;
 mod node;
 pub mod probe;
-mod server;
 pub mod status;
 mod style;
 pub mod trust_policy;
-mod web;
+mod trusted_socket;
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};

@@ -4,16 +4,16 @@
 //! `AWSVID_LOG` (overrides `[log] level`) and `SPIFFE_ENDPOINT_SOCKET` (if `[identity] socket` is not set).
 
 mod aws;
-mod checks;
+mod cross_checks;
+mod error;
 mod explain;
 mod exposure;
 mod identity;
 mod listen;
 mod output;
-mod problem;
-mod reader;
 mod role;
 mod sts;
+mod toml_reader;
 mod workload;
 
 use std::collections::BTreeMap;
@@ -25,18 +25,18 @@ use std::time::Duration;
 use toml::de::DeTable;
 
 pub(crate) use aws::is_aws as is_aws_sts;
+pub use error::{ConfigErrors, Problem};
 pub(crate) use exposure::exposures;
 pub use identity::{IdentityConfig, Reference, Source};
 pub use listen::{AuthorizationMode, Listen};
 pub use output::{AuditConfig, AuditFile, LogConfig, LogFormat};
-pub use problem::{ConfigErrors, Problem};
 pub use sts::StsConfig;
 pub use workload::{ParsedWorkload, WorkloadRuleKey};
 
-use crate::endpoint::Endpoint;
 use crate::role::Roles;
-use crate::rule::{AccountName, Known};
-use reader::{Diagnostics, Table};
+use crate::socket_endpoint::Endpoint;
+use crate::workload_rule::{AccountName, Known};
+use toml_reader::{Diagnostics, Table};
 
 /// The trust domain of `awsvid dev`'s identities.
 pub const DEV_TRUST_DOMAIN: &str = "dev.local";
@@ -167,7 +167,7 @@ impl Config {
     /// The rules that match no caller because of an earlier one, with the numbers that users and groups have on one node. What
     /// shows without the numbers is an error of the text.
     pub fn shadowed(&self, number: impl Fn(&AccountName) -> Known) -> Vec<Problem> {
-        checks::shadowed(&self.workloads, number)
+        cross_checks::shadowed(&self.workloads, number)
     }
 
     /// The users and groups that rules name, each with its lines.
@@ -279,7 +279,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         Source::SpiffeBroker { socket, .. } => Some(("broker_socket", socket.as_path())),
     };
     let (agent_key, agent) = agent.map_or(("admin_socket", None), |(key, path)| (key, Some(path)));
-    let named: [checks::PathSetting<'_>; 9] = [
+    let named: [cross_checks::PathSetting<'_>; 9] = [
         (&identity_table, agent_key, agent),
         (&identity_table, "socket", source),
         (&sts_table, "ca_file", sts.ca_file.as_deref()),
@@ -314,11 +314,11 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         );
     }
     if names == NamePolicy::OfServe {
-        checks::names_of_dev(root.report, &workloads, &roles);
+        cross_checks::names_of_dev(root.report, &workloads, &roles);
     }
-    checks::paths(root.report, &named);
-    checks::rules(root.report, &workloads);
-    checks::roles(root.report, &roles, requested.as_ref());
+    cross_checks::paths(root.report, &named);
+    cross_checks::rules(root.report, &workloads);
+    cross_checks::roles(root.report, &roles, requested.as_ref());
     if sts.ca_file.is_some()
         && roles
             .iter()
@@ -328,7 +328,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         sts_table.error("ca_file", what, "remove it, or set `endpoint`");
     }
     if by_rules == Some(true) {
-        checks::coverage(root.report, &workloads, &roles, requested.is_some());
+        cross_checks::coverage(root.report, &workloads, &roles, requested.is_some());
     }
 
     Config {
@@ -370,7 +370,7 @@ fn syntax_error(text: &str, error: &toml::de::Error) -> Problem {
         .map(|found| format!(" at `{found}`"))
         .unwrap_or_default();
     Problem {
-        line: Some(reader::line_at(text, span.start)),
+        line: Some(toml_reader::line_at(text, span.start)),
         key: String::new(),
         what: format!(
             "this is not TOML: {}{found} (column {column})",

@@ -19,25 +19,25 @@ use thiserror::Error;
 
 use crate::clock::Clock;
 use crate::config::{DEV_ACCOUNT, DEV_TRUST_DOMAIN};
-use crate::environment::Environment;
 use crate::identity::{RoleArn, SpiffeIdPattern};
+use crate::sdk_environment::Environment;
 
-pub mod command;
+pub mod child;
 mod environment;
 pub mod keys;
-mod loopback;
+pub mod local_users;
+mod loopback_http;
 pub mod oidc;
 mod run;
 pub mod sts;
-pub mod users;
 pub mod workload_api;
 
 use environment::Endpoints;
 use keys::SigningKey;
+use local_users::User;
 use oidc::DevOidcIssuer;
 pub use run::run;
 use sts::{DevAccount, DevProvider, DevSts, TrustedRole};
-use users::User;
 use workload_api::{DevWorkloadApi, Registrations};
 
 /// What tokens are for: not for AWS, so that none could ever be used there (an audience belongs to one endpoint).
@@ -110,7 +110,7 @@ impl Dev {
     /// Starts the servers, for the user who runs this; for root, also for the people of this machine. When it returns each
     /// of them is bound.
     pub async fn start() -> Result<Self, DevStartError> {
-        let users = users::identities(accounts()).map_err(DevStartError::of("the users"))?;
+        let users = local_users::identities(accounts()).map_err(DevStartError::of("the users"))?;
         Self::start_for(users, DevNames::default()).await
     }
 
@@ -244,7 +244,7 @@ fn directory() -> io::Result<TempDir> {
     Ok(directory)
 }
 
-fn accounts() -> Vec<users::LocalAccount> {
+fn accounts() -> Vec<local_users::LocalAccount> {
     let own = geteuid();
     let account = |uid: Uid| {
         // Without an entry in the user database the number has to do.
@@ -252,7 +252,7 @@ fn accounts() -> Vec<users::LocalAccount> {
             .ok()
             .flatten()
             .map(|user| user.name);
-        users::LocalAccount {
+        local_users::LocalAccount {
             uid: uid.as_raw(),
             name,
         }
@@ -263,7 +263,7 @@ fn accounts() -> Vec<users::LocalAccount> {
             .ok()
             .and_then(|uid| uid.parse().ok());
         accounts.extend(sudo.map(|uid| account(Uid::from_raw(uid))));
-        accounts.extend(users::people(
+        accounts.extend(local_users::people(
             &std::fs::read_to_string("/etc/passwd").unwrap_or_default(),
         ));
     }

@@ -9,8 +9,8 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
 use crate::config::Config;
-use crate::endpoint::Endpoint;
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
+use crate::socket_endpoint::Endpoint;
 use crate::svid::JwtSvid;
 use crate::{attest, http};
 

@@ -8,7 +8,7 @@ use nix::sys::prctl::{set_dumpable, set_no_new_privs};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::config::{Config, Reference, Source};
-use crate::rule::NamedRule;
+use crate::workload_rule::NamedRule;
 
 /// Kept wherever they are granted: what listeners and rules need that a reload may bring.
 const KEPT: [Capability; 3] = [

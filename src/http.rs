@@ -19,25 +19,25 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 
 use crate::attest::{Attestor, PodAttestor, Unattested};
 use crate::audit::{self, Audit, CacheResult, Outcome, Record};
-use crate::broker::CredentialService;
 use crate::cache::{CachedBody, CachedCredentials};
 use crate::caller::{AttestError, Caller, ListenerKind, PeerFacts, ProcessFacts, WorkloadKey};
+use crate::credential_service::CredentialService;
 use crate::limits::{FairPermit, FairSemaphore};
 use crate::listen::{AcceptedStream, LazySocket, PendingConnection, PendingPermit};
 use crate::metrics::Metrics;
 
-mod answer;
+mod connection_bounds;
+mod error_response;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
-mod life;
-mod rules;
-mod wire;
+mod guarded_stream;
+mod request_validation;
 
-pub use rules::{Authorization, RequestHead};
+pub use request_validation::{Authorization, RequestHead};
 
-use answer::RequestError;
-use life::{ConnectionLife, DropReason};
-use wire::{GuardedStream, ResponseState};
+use connection_bounds::{ConnectionLife, DropReason};
+use error_response::RequestError;
+use guarded_stream::{GuardedStream, ResponseState};
 
 /// A head that is not complete after this is given up.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
@@ -211,7 +211,7 @@ impl CredentialEndpoint {
         let service = service_fn(|request: Request<Incoming>| {
             stage.answering();
             permit.set_in_use();
-            more_comes.store(rules::has_body(&request), Ordering::Relaxed);
+            more_comes.store(request_validation::has_body(&request), Ordering::Relaxed);
             let (caller, stage) = (caller.clone(), &stage);
             async move {
                 let answer = stage
@@ -291,7 +291,8 @@ impl CredentialEndpoint {
         record: &mut Record,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), RequestError> {
         let caller = caller.map_err(RequestError::Caller)?;
-        let wanted = rules::validate(&RequestHead::of(request), listener, &self.authorization)?;
+        let wanted =
+            request_validation::validate(&RequestHead::of(request), listener, &self.authorization)?;
         let (issued, freshness) = self
             .broker
             .credentials_for(&caller, &wanted, record)

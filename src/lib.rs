@@ -28,13 +28,13 @@
 
 pub mod identity;
 
-pub mod endpoint;
+pub mod socket_endpoint;
 
 pub mod cgroup;
 
 pub mod caller;
 
-pub mod rule;
+pub mod workload_rule;
 
 pub mod role;
 
@@ -50,7 +50,7 @@ pub mod writer;
 
 pub mod telemetry;
 
-pub mod health;
+pub mod upstream_status;
 
 pub mod metrics;
 
@@ -60,7 +60,7 @@ pub mod accounts;
 
 pub mod hardening;
 
-pub mod namespace;
+pub mod netns;
 
 pub mod listen;
 
@@ -70,15 +70,15 @@ pub mod svid;
 
 pub mod sts;
 
-pub mod issue;
+pub mod exchange;
 
 pub mod cache;
 
-pub mod broker;
+pub mod credential_service;
 
 pub mod http;
 
-pub mod pods;
+pub mod pod_listeners;
 
 pub mod admin;
 
@@ -86,9 +86,9 @@ pub mod readiness;
 
 pub mod app;
 
-pub mod serve;
+pub mod daemon;
 
-pub mod environment;
+pub mod sdk_environment;
 
 pub mod commands;
 

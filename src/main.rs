@@ -11,7 +11,7 @@ use awsvid::commands::exec::Exec;
 use awsvid::commands::probe::Probe;
 use awsvid::commands::status::StatusCommand;
 use awsvid::commands::{check, trust_policy};
-use awsvid::{dev, serve};
+use awsvid::{daemon, dev};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
@@ -106,7 +106,7 @@ Examples:
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
-        Command::Serve { config } => serve::serve(&config),
+        Command::Serve { config } => daemon::serve(&config),
         Command::Config(configuration) => configuration.run(),
         Command::Status(status) => status.run(),
         Command::Probe(probe) => probe.run(),

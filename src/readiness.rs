@@ -18,7 +18,7 @@ use zeroize::Zeroizing;
 use crate::admin::Readiness;
 use crate::attest::Attestor;
 use crate::config::{self, Config};
-use crate::pods::TakeoverGate;
+use crate::pod_listeners::TakeoverGate;
 use crate::role::StsTarget;
 use crate::sts::Sts;
 use crate::svid::IdentitySource;

@@ -30,9 +30,9 @@ use crate::svid::JwtSvid;
 mod advice;
 mod client;
 mod error;
+mod error_response;
 mod network;
 mod no_proxy;
-mod refusal;
 mod trust;
 
 pub use error::{RetryPolicy, StsError};

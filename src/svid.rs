@@ -11,28 +11,28 @@ use async_trait::async_trait;
 use thiserror::Error;
 
 use crate::caller::{AttestError, Caller, ProcessFacts};
-use crate::endpoint::Endpoint;
-use crate::health::LastError;
 use crate::identity::SpiffeId;
 use crate::role::Identity;
-use crate::rule::NamedRule;
+use crate::socket_endpoint::Endpoint;
+use crate::upstream_status::LastError;
+use crate::workload_rule::NamedRule;
 
 pub mod agent;
-pub mod attesting;
-pub mod broker_api;
-pub mod delegated;
-mod dial;
+pub mod agent_source;
+mod channel;
+mod identity_cache;
 pub mod jwt;
 mod log_limit;
-mod memory;
-pub mod own;
+pub mod own_svid;
 pub mod proto;
+pub mod spiffe_broker;
+pub mod spire_delegated;
 pub mod workload_api;
 
-pub use attesting::AgentSource;
-pub use delegated::SpireDelegated;
-pub(crate) use dial::unreachable as agent_unreachable;
+pub use agent_source::AgentSource;
+pub(crate) use channel::unreachable as agent_unreachable;
 pub use jwt::{BadToken, JwtSvid, TTL_FIX};
+pub use spire_delegated::SpireDelegated;
 pub use workload_api::WorkloadApi;
 
 /// SPIRE's agent itself waits up to 30 s for its server, and then still answers with a token from its cache; in Kubernetes it
@@ -117,7 +117,7 @@ pub enum SourceError {
 }
 
 impl SourceError {
-    /// For [`crate::health`]. What is about one caller is nothing of the source's.
+    /// For [`crate::upstream_status`]. What is about one caller is nothing of the source's.
     fn of_source<T>(result: &Result<T, Self>) -> Option<LastError> {
         let error = result.as_ref().err()?;
         let outage = matches!(

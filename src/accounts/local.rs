@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::rule::AccountName;
+use crate::workload_rule::AccountName;
 
 const PASSWD: &str = "/etc/passwd";
 const GROUP: &str = "/etc/group";

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use nix::unistd::{Gid, Group, Uid, User};
 
 use super::local::LocalAccounts;
-use crate::rule::AccountName;
+use crate::workload_rule::AccountName;
 
 /// Gives numbers for names. Each call may block for as long as a directory server does not answer.
 pub trait NameService: Send + Sync {

@@ -9,7 +9,9 @@ use super::{Accounts, LOOKUP_WAIT, Numbers};
 use crate::caller::{Caller, ProcessFacts};
 use crate::clock::REQUEST_HOLD;
 use crate::identity::SpiffeId;
-use crate::rule::{AccountName, Decision, ExeMatcher, Known, NamedRule, Resolved, WorkloadRule};
+use crate::workload_rule::{
+    AccountName, Decision, ExeMatcher, Known, NamedRule, Resolved, WorkloadRule,
+};
 
 /// The `[[workload]]` rules of one configuration.
 #[derive(Debug)]

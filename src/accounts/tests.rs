@@ -5,7 +5,7 @@ use super::*;
 use crate::caller::unchanged::unchanged;
 use crate::caller::{Caller, ListenerKind};
 use crate::identity::SpiffeId;
-use crate::rule::{NamedRule, WorkloadRule};
+use crate::workload_rule::{NamedRule, WorkloadRule};
 
 /// A name service whose answers a test changes.
 #[derive(Default)]

@@ -8,9 +8,9 @@ use arc_swap::ArcSwapOption;
 use serde::Serialize;
 use tokio::time::Instant;
 
+use super::failure::FailureState;
 use super::flight::Flight;
 use super::issued::CachedCredentials;
-use super::trouble::FailureState;
 use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::metrics::EntryStateLabel;

@@ -5,15 +5,15 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::entry::{CachedState, Entry};
+use super::events::CacheEvent;
+use super::failure::{FailureKind, FailureState};
 use super::flight::{Flight, FlightResult};
 use super::issued::{CachedCredentials, MIN_REMAINING};
-use super::news::CacheEvent;
-use super::trouble::{FailureKind, FailureState};
 use super::{CacheError, CacheInner};
 use crate::caller::Caller;
 use crate::credentials::Credentials;
+use crate::exchange::ExchangeError;
 use crate::identity::SpiffeId;
-use crate::issue::ExchangeError;
 use crate::limits::FairPermit;
 use crate::metrics::CallLabel;
 

@@ -453,7 +453,7 @@ async fn a_failure_is_remembered_for_a_moment_only() {
     assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
     assert_eq!(world.fetched(), asked);
     world.fail(None);
-    advance(trouble::negative_ttl(&denied().into())).await;
+    advance(failure::negative_ttl(&denied().into())).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
 }
 
@@ -463,7 +463,7 @@ async fn a_panic_in_a_flight_leaves_its_place_usable() {
     world.panics.store(true, Ordering::SeqCst);
     assert!(matches!(key(&cache).await, Err(CacheError::Issue(error)) if error.is_transient()));
     world.panics.store(false, Ordering::SeqCst);
-    advance(trouble::negative_ttl(&ExchangeError::task_panicked())).await;
+    advance(failure::negative_ttl(&ExchangeError::task_panicked())).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
 }
 

@@ -4,8 +4,8 @@
 mod agent;
 mod daemon;
 mod exchange;
+mod host;
 mod issuer;
-mod machine;
 mod report;
 mod workload;
 
@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::https_probe::{HttpProbe, Resolve};
 use super::node;
-use super::web::{HttpProbe, Resolve};
 use crate::accounts::Nss;
 use crate::cgroup::PodUid;
 use crate::clock::Clock;
@@ -125,10 +125,10 @@ async fn walk(options: &CheckArgs, report: &mut CheckReport) {
         Err(form) => return report.unchecked("arguments", format!("--resolve: {form}")),
     };
     let proc = Path::new("/proc");
-    machine::check(
+    host::check(
         &config,
         proc,
-        &machine::KernelSupport::tried(&config, proc),
+        &host::KernelSupport::tried(&config, proc),
         report,
     );
     daemon::check(&config, report);
@@ -216,6 +216,6 @@ fn sts(config: &Config) -> (NetworkSettings, Sts) {
 }
 
 #[cfg(test)]
-mod documented;
+mod doc_tables;
 #[cfg(test)]
 mod tests;

@@ -12,9 +12,9 @@ use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::client::LocalResponse;
 use super::exec::role_in_path;
-use super::{ConfigFile, server};
+use super::http_client::LocalResponse;
+use super::{ConfigFile, trusted_socket};
 
 /// SDKs run it once and take what it says, so it tries as long as a person would wait.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -116,7 +116,7 @@ impl CredentialProcess {
         owners.extend(self.same_user.then(|| geteuid().as_raw()));
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let answer = server::get(&socket, &owners, &path, ANSWER_MAX, deadline)?;
+            let answer = trusted_socket::get(&socket, &owners, &path, ANSWER_MAX, deadline)?;
             match answer.status {
                 200 => return output(&answer.body),
                 503 if Instant::now() + pause(&answer) < deadline => thread::sleep(pause(&answer)),

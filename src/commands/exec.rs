@@ -12,7 +12,7 @@ use hyper::Uri;
 
 use super::{ConfigFile, DaemonEndpoints};
 use crate::config::{AuthorizationMode, Listen};
-use crate::environment::{self, Environment, HIGHER_PRECEDENCE_VARS};
+use crate::sdk_environment::{self, Environment, HIGHER_PRECEDENCE_VARS};
 
 mod over_tcp;
 mod profile;
@@ -106,7 +106,7 @@ impl Exec {
             .map(|name| name.to_string_lossy())
             .unwrap_or_default();
         eprintln!("awsvid exec: {name}: {error}");
-        ExitCode::from(environment::exit_code(&error))
+        ExitCode::from(sdk_environment::exit_code(&error))
     }
 
     fn prepare(&self, inherited: impl Fn(&str) -> Option<String>) -> Result<Prepared, String> {

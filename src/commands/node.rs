@@ -8,7 +8,7 @@ use std::path::Path;
 
 use crate::accounts::NameService;
 use crate::config::{AuditFile, Config, Problem, exposures};
-use crate::rule::{AccountName, ExeMatcher, Known, OVERFLOW_ID};
+use crate::workload_rule::{AccountName, ExeMatcher, Known, OVERFLOW_ID};
 
 const OTHERS_WRITE: u32 = 0o022;
 

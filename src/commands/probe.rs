@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use nix::unistd::geteuid;
 
-use super::{ConfigFile, server};
+use super::{ConfigFile, trusted_socket};
 
 /// For one answer. The kubelet has a limit of its own.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -62,7 +62,7 @@ impl Probe {
             What::Ready => "/readyz",
         };
         let owners = [0, geteuid().as_raw()];
-        let answer = server::get(
+        let answer = trusted_socket::get(
             &socket,
             &owners,
             path,

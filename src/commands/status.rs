@@ -13,7 +13,7 @@ use nix::unistd::geteuid;
 use serde_json::Value;
 
 use super::style::Style;
-use super::{ConfigFile, server};
+use super::{ConfigFile, trusted_socket};
 
 /// For one answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -24,7 +24,7 @@ const CLEAR: &str = "\x1b[2J\x1b[H";
 
 /// Shows what awsvid holds: credentials with their roles, expiry, next refresh, callers and last errors.
 ///
-/// On a terminal it is a table, elsewhere JSON; the fields are in deploy/README.md. Nothing in it is secret. The socket is
+/// On a terminal it is a table, elsewhere JSON; the fields are in deploy/docs/cli.md. Nothing in it is secret. The socket is
 /// root's, so this needs sudo.
 #[derive(Debug, Args)]
 #[command(after_help = "Exit status: 0 if awsvid answered, 1 if not.")]
@@ -75,7 +75,7 @@ impl StatusCommand {
     fn ask(&self) -> Result<Value, String> {
         let socket = self.config.status_socket(self.socket.as_deref())?;
         let owners = [0, geteuid().as_raw()];
-        let answer = server::get(
+        let answer = trusted_socket::get(
             &socket,
             &owners,
             "/status",

@@ -14,8 +14,8 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 
-use super::live::{self, LiveToken};
-use super::web::{HttpProbe, ServerChain};
+use super::https_probe::{HttpProbe, ServerChain};
+use super::live_token::{self, LiveToken};
 use crate::config::{Config, Exposure};
 use crate::identity::SpiffeId;
 use crate::sts::NetworkSettings;
@@ -196,10 +196,10 @@ async fn live_issuer(config: &Config) -> Result<String, String> {
     let roles = &config.roles.defined;
     let example = roles
         .iter()
-        .find_map(|role| Some((live::example(config, role)?, role.audience.clone())));
+        .find_map(|role| Some((live_token::example(config, role)?, role.audience.clone())));
     let (id, audience) = match example {
         Some(example) => example,
-        None if live::by_rules(config) => {
+        None if live_token::by_rules(config) => {
             return Err("no rule gives anybody an identity that a role is for".to_owned());
         }
         None => {
@@ -208,7 +208,7 @@ async fn live_issuer(config: &Config) -> Result<String, String> {
                 .map_or(&config.identity.audience, |role| &role.audience)
                 .clone();
             (
-                live::own(config, DEADLINE)
+                live_token::own(config, DEADLINE)
                     .await
                     .map_err(|error| error.to_string())?,
                 audience,
@@ -220,7 +220,7 @@ async fn live_issuer(config: &Config) -> Result<String, String> {
         .map_err(|error| error.to_string())?;
     live.issuer()
         .map(str::to_owned)
-        .ok_or_else(|| live::NO_ISSUER.to_owned())
+        .ok_or_else(|| live_token::NO_ISSUER.to_owned())
 }
 
 /// Returns the thumbprint that IAM needs, and a warning. AWS trusts public CAs, and needs a thumbprint for other chains. A chain that
@@ -236,7 +236,7 @@ async fn thumbprint(issuer: &PlannedIssuer, accepted: bool) -> (Option<String>, 
         deadline: DEADLINE,
     };
     let chain = async {
-        let document = web.get(&live::discovery_url(issuer.url())).await?;
+        let document = web.get(&live_token::discovery_url(issuer.url())).await?;
         let discovery: Value = serde_json::from_slice(&document.body)
             .map_err(|_| "its discovery document is no JSON")?;
         let keys = discovery["jwks_uri"]

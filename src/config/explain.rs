@@ -10,7 +10,7 @@ use super::output::{AuditConfig, AuditFile, LogConfig, LogFormat};
 use super::sts::StsConfig;
 use super::{CacheConfig, Config, listen};
 use crate::role::{Role, StsTarget};
-use crate::rule::{NamedRule, WorkloadRule};
+use crate::workload_rule::{NamedRule, WorkloadRule};
 
 const DEFAULT: &str = "default";
 

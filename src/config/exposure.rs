@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{getegid, geteuid};
 
-use super::problem::Problem;
+use super::error::Problem;
 
 /// As the kernel counts them (`path_resolution(7)`).
 const MAX_LINKS: usize = 40;

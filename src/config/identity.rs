@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::reader::{Location, Table};
-use crate::endpoint::Endpoint;
+use super::toml_reader::{Location, Table};
 use crate::identity::SpiffeIdPattern;
+use crate::socket_endpoint::Endpoint;
 
 /// The longest audience that IAM takes as a client id, in bytes.
 const AUDIENCE_MAX: usize = 255;

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use super::reader::{Location, Table, absolute};
+use super::toml_reader::{Location, Table, absolute};
 use crate::cgroup::CgroupPath;
 
 /// `sun_path` has 108 bytes, the last of which is NUL.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::reader::{Location, Table, absolute};
+use super::toml_reader::{Location, Table, absolute};
 
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 /// Overrides `[log] level`.

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::aws;
 use super::identity::{IdentityConfig, audience};
-use super::reader::{Location, Table};
 use super::sts::{ENDPOINT_FIX, REGION_FIX, StsConfig};
+use super::toml_reader::{Location, Table};
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeIdPattern};
 use crate::role::{RequestedRoles, Role, StsTarget};
 

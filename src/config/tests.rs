@@ -2,7 +2,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::*;
-use crate::rule::{ExeMatcher, NamedRule};
+use crate::workload_rule::{ExeMatcher, NamedRule};
 
 mod errors;
 mod mutations;

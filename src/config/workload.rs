@@ -4,10 +4,10 @@ use std::path::Path;
 
 use toml::de::DeValue;
 
-use super::reader::{Location, Table, absolute};
+use super::toml_reader::{Location, Table, absolute};
 use crate::cgroup::CgroupPath;
 use crate::identity::SpiffeId;
-use crate::rule::{AccountName, ExeMatcher, NamedRule, OVERFLOW_ID, WorkloadRule};
+use crate::workload_rule::{AccountName, ExeMatcher, NamedRule, OVERFLOW_ID, WorkloadRule};
 
 /// Names of programs that run other programs' text: whoever may start one is what the rule says.
 const INTERPRETERS: [&str; 27] = [

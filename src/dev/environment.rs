@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 
-use crate::environment::Environment;
+use crate::sdk_environment::Environment;
 
 /// What changes how the STS endpoint is chosen.
 const OTHER_ENDPOINTS: [&str; 3] = [

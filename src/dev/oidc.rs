@@ -7,7 +7,7 @@ use hyper::body::Bytes;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 
-use super::loopback::{self, LoopbackResponse, Server};
+use super::loopback_http::{self, LoopbackResponse, Server};
 
 /// Where OpenID Connect Discovery 1.0, section 4, puts the document.
 pub(super) const DISCOVERY_PATH: &str = "/.well-known/openid-configuration";
@@ -23,7 +23,7 @@ pub struct DevOidcIssuer {
 impl DevOidcIssuer {
     /// Serves this JWK set on a port that the kernel picks.
     pub async fn start(jwks: String) -> io::Result<Self> {
-        let (listener, address) = loopback::bind().await?;
+        let (listener, address) = loopback_http::bind().await?;
         let url = format!("http://{address}");
         let discovery = Bytes::from(discovery(&url));
         let jwks = Bytes::from(jwks);
@@ -47,10 +47,10 @@ fn answer(request: &Request<Bytes>, discovery: &Bytes, jwks: &Bytes) -> Loopback
     let document = match request.uri().path() {
         DISCOVERY_PATH => discovery,
         KEYS_PATH => jwks,
-        _ => return loopback::empty(StatusCode::NOT_FOUND),
+        _ => return loopback_http::empty(StatusCode::NOT_FOUND),
     };
     if request.method() != Method::GET {
-        return loopback::empty(StatusCode::METHOD_NOT_ALLOWED);
+        return loopback_http::empty(StatusCode::METHOD_NOT_ALLOWED);
     }
     let mut response = Response::new(Full::new(document.clone()));
     response

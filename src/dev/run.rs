@@ -8,12 +8,12 @@ use std::process::ExitCode;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Dev, command};
+use super::{Dev, child};
 use crate::app::{App, Startup};
 use crate::config::Config;
-use crate::environment::{self, Environment};
 use crate::listen::ActivatedSockets;
 use crate::metrics::Metrics;
+use crate::sdk_environment::{self, Environment};
 use crate::telemetry::{self, Log};
 
 /// The daemon's usual port.
@@ -98,7 +98,7 @@ fn variable(name: &str) -> Option<String> {
 
 #[expect(clippy::print_stderr, reason = "as a shell says it")]
 async fn run_command(command: &[OsString], environment: &Environment) -> u8 {
-    command::run(command, environment)
+    child::run(command, environment)
         .await
         .unwrap_or_else(|error| {
             let name = command
@@ -106,7 +106,7 @@ async fn run_command(command: &[OsString], environment: &Environment) -> u8 {
                 .map(|name| name.to_string_lossy())
                 .unwrap_or_default();
             eprintln!("awsvid dev: {name}: {error}");
-            environment::exit_code(&error)
+            sdk_environment::exit_code(&error)
         })
 }
 

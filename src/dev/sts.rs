@@ -11,7 +11,7 @@ use hyper::Request;
 use hyper::body::Bytes;
 
 use super::keys::random_bytes;
-use super::loopback::{self, LoopbackResponse, Server};
+use super::loopback_http::{self, LoopbackResponse, Server};
 use crate::clock::Clock;
 use crate::identity::{RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 
@@ -75,7 +75,7 @@ pub struct DevSts {
 impl DevSts {
     /// Serves `account` on a port of 127.0.0.1 that the kernel picks.
     pub async fn start(account: DevAccount, clock: Clock) -> io::Result<Self> {
-        let (listener, address) = loopback::bind().await?;
+        let (listener, address) = loopback_http::bind().await?;
         let role_id = random_id("AROA").map_err(io::Error::other)?;
         let desk = StsState {
             account,

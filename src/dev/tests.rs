@@ -4,19 +4,22 @@ use aws_credential_types::Credentials as SigningCredentials;
 use aws_sdk_sts::config::{BehaviorVersion, Config as SdkConfig, Region};
 
 use crate::config::{AuditFile, Config, Loaded};
-use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
 use crate::role::{Identity, RequestedRole};
+use crate::socket_endpoint::Endpoint;
 use crate::svid::SourceError;
 
 async fn dev(names: &[(u32, &str)]) -> Dev {
-    let accounts = names.iter().map(|(uid, name)| users::LocalAccount {
+    let accounts = names.iter().map(|(uid, name)| local_users::LocalAccount {
         uid: *uid,
         name: Some((*name).to_owned()),
     });
-    Dev::start_for(users::identities(accounts).unwrap(), DevNames::default())
-        .await
-        .unwrap()
+    Dev::start_for(
+        local_users::identities(accounts).unwrap(),
+        DevNames::default(),
+    )
+    .await
+    .unwrap()
 }
 
 fn parsed(dev: &Dev, quiet: bool) -> Loaded {

@@ -9,7 +9,7 @@ use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use thiserror::Error;
 
 use super::advice::{self, StsDestination};
-use super::refusal;
+use super::error_response;
 use crate::role::Grant;
 use crate::svid::{JwtSvid, one_line};
 
@@ -79,10 +79,10 @@ impl Failure {
         match error {
             SdkError::ServiceError(refused) => {
                 let status = refused.raw().status();
-                match refusal::read(refused.raw()) {
+                match error_response::read(refused.raw()) {
                     None if status.is_success() => Self::Garbled("it could not be read".to_owned()),
                     refusal => {
-                        let refusal::StsErrorResponse { code, message } =
+                        let error_response::StsErrorResponse { code, message } =
                             refusal.unwrap_or_default();
                         Self::Refused {
                             code,

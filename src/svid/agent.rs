@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 
 use super::SourceError;
 use crate::cgroup::PodUid;
-use crate::endpoint::Endpoint;
+use crate::socket_endpoint::Endpoint;
 
 /// An agent that attests workloads itself. It is asked about a process by its number, and looks at whatever has that
 /// number then: whoever asks has to see to it that this is the right one, before and after.

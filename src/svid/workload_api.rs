@@ -13,17 +13,17 @@ use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
-use super::dial::{is_broken, open, unreachable};
+use super::channel::{is_broken, open, unreachable};
 use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use super::proto::workload::{JwtsvidRequest, JwtsvidResponse};
 use super::{CALL_TIMEOUT, IdentityBasis, IdentitySource, JwtSvid, SourceError, one_line};
 use crate::accounts::{LiveRules, Undecided};
 use crate::caller::{AttestError, Caller, ProcessFacts};
 use crate::clock::Clock;
-use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
 use crate::metrics::{CallLabel, Metrics};
 use crate::role::Identity;
+use crate::socket_endpoint::Endpoint;
 
 /// An answer holds one token of at most 20 kB; some providers add the daemon's other identities.
 const ANSWER_MAX: usize = 1024 * 1024;

@@ -10,11 +10,11 @@ use std::thread;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, dup2_stdout, execv, getpid};
 
+use crate::cgroup_moves::{Cgroup, own_cgroup};
 use crate::daemon::{self, Connection};
 use crate::fuse::{HangingFiles, Hangs, is_stuck};
-use crate::moves::{Cgroup, own_cgroup};
 use crate::process::{Child, become_user, child, share_memory};
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
 use crate::{ALICE, BOB};
 
 /// Starts this number of processes of Alice in each of these cgroups. Each sends a request and then
@@ -40,7 +40,7 @@ pub(crate) fn callers(count: usize, cgroups: &[&str], to: &Address) {
             std::fs::write(format!("{cgroup}/cgroup.procs"), "0").unwrap();
             become_user(ALICE);
             let fd = to.connect();
-            wire::send(&fd);
+            raw_http::send(&fd);
             // Until it executes that.
             let _ = fd.into_raw_fd();
             vec![c"/bin/true".to_owned()]
@@ -80,19 +80,19 @@ pub(crate) fn stuck(to: &Address) -> String {
     let (caller, _) = caller(&files, || {
         become_user(ALICE);
         let fd = to.connect();
-        wire::send_part(&fd);
-        wire::pass(&over, &fd);
+        raw_http::send_part(&fd);
+        raw_http::pass(&over, &fd);
         dup2_stdout(&says).unwrap();
         let program = std::env::current_exe().unwrap();
         let words = [
             program.to_str().unwrap(),
             "conclude",
-            &wire::inheritable(fd).to_string(),
+            &raw_http::inheritable(fd).to_string(),
         ];
         words.map(|word| CString::new(word).unwrap()).to_vec()
     });
     drop(says);
-    let connection = Connection::of(to, &wire::receive(&from));
+    let connection = Connection::of(to, &raw_http::receive(&from));
     drop(stopped);
     while !daemon::has_stuck_thread() && !daemon::is_read(&connection) {
         thread::yield_now();
@@ -102,7 +102,7 @@ pub(crate) fn stuck(to: &Address) -> String {
     let mut bob = child(|_| {
         bobs_cgroup.write("cgroup.procs", "0");
         become_user(BOB);
-        wire::ask(&to.connect())
+        raw_http::ask(&to.connect())
     });
     let bobs = bob.output();
     bob.reap();

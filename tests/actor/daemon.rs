@@ -10,7 +10,7 @@ use std::thread;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::wire::Address;
+use crate::raw_http::Address;
 
 /// The variable with the daemon's pid.
 const DAEMON: &str = "DAEMON";

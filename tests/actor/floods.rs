@@ -14,7 +14,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{MsgFlags, recv};
 
 use crate::process::{become_user, become_with_groups, child};
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
 
 /// Responses by their code (`Success`, or an error's), and `nothing` for connections that ended
 /// without one.
@@ -35,7 +35,7 @@ pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
     match (what, numbers) {
         ("ask", [_, count]) => show(&send_requests(to, *count)),
         ("hold", [_, count]) => hold(to, *count, |_| ()),
-        ("mute", [_, count]) => hold(to, *count, wire::send),
+        ("mute", [_, count]) => hold(to, *count, raw_http::send),
         ("storm", [_, threads, descriptors]) => storm(to, *threads, *descriptors),
         _ => panic!("no such act: {what} {numbers:?}"),
     }
@@ -49,7 +49,7 @@ pub(crate) fn connect(uid: u32, to: &Address) {
     let (mut word, mut kept) = ([0], Vec::new());
     while input.read(&mut word).is_ok_and(|length| length == 1) {
         let fd = to.connect();
-        wire::pass(&input, &fd);
+        raw_http::pass(&input, &fd);
         if word == *b"k" {
             kept.push(fd);
         }
@@ -66,7 +66,9 @@ fn show(counts: &Counts) -> String {
 fn send_requests(to: &Address, count: usize) -> Counts {
     let mut counts = Counts::new();
     for _ in 0..count {
-        *counts.entry(code(&wire::ask(&to.connect()))).or_default() += 1;
+        *counts
+            .entry(code(&raw_http::ask(&to.connect())))
+            .or_default() += 1;
     }
     counts
 }
@@ -78,7 +80,7 @@ fn grouped(to: &Address, uid: u32, groups: usize, processes: usize) -> Counts {
     for _ in 0..processes {
         let mut asking = child(|_| {
             become_with_groups(uid, groups);
-            wire::ask(&to.connect())
+            raw_http::ask(&to.connect())
         });
         *counts.entry(code(&asking.output())).or_default() += 1;
         asking.reap();

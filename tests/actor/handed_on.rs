@@ -7,9 +7,9 @@ use std::os::unix::net::UnixStream;
 
 use nix::unistd::{Pid, getpid};
 
-use crate::moves::{Cgroup, own_cgroup};
+use crate::cgroup_moves::{Cgroup, own_cgroup};
 use crate::process::{become_user, child};
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
 use crate::{ALICE, BOB};
 
 /// The socket of root's that Bob gets.
@@ -38,14 +38,14 @@ pub(crate) fn used_again(to: &Address, socket_kind: RootSocket) -> String {
         }
     };
     let (over, from) = UnixStream::pair().unwrap();
-    wire::pass(&over, &socket);
+    raw_http::pass(&over, &socket);
     drop(socket);
     let mut bob = child(|_| {
         become_user(BOB);
-        let socket = wire::receive(&from);
+        let socket = raw_http::receive(&from);
         disconnect(&socket);
         to.connect_from(&socket);
-        wire::ask(&socket)
+        raw_http::ask(&socket)
     });
     let response = bob.output();
     bob.reap();
@@ -64,7 +64,7 @@ pub(crate) fn used_again_by_service(to: &Address) -> String {
     let socket = unsafe { OwnedFd::from_raw_fd(3) };
     disconnect(&socket);
     to.connect_from(&socket);
-    wire::ask(&socket)
+    raw_http::ask(&socket)
 }
 
 /// Plays a request of Alice on a socket from a cgroup that has the name of one of systemd's socket
@@ -74,7 +74,7 @@ pub(crate) fn made_for_activation(to: &Address) -> String {
     let mut alice = child(|_| {
         unit.write("cgroup.procs", "0");
         become_user(ALICE);
-        wire::ask(&to.connect())
+        raw_http::ask(&to.connect())
     });
     let response = alice.output();
     alice.reap();

@@ -10,7 +10,7 @@ use nix::unistd::execv;
 
 use crate::ALICE;
 use crate::process::become_user;
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
 
 /// Plays a request by `program`, or by another file that Alice has mounted at its path.
 pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
@@ -43,8 +43,11 @@ pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
 /// Begins a request, and leaves the rest of it to another program.
 pub(crate) fn become_another(to: &Address, program: &str) {
     let fd = to.connect();
-    wire::begin(to, &fd);
-    execute(program, &["conclude", &wire::inheritable(fd).to_string()]);
+    raw_http::begin(to, &fd);
+    execute(
+        program,
+        &["conclude", &raw_http::inheritable(fd).to_string()],
+    );
 }
 
 /// Makes a program of Alice's own, next to the one that a rule names.

@@ -10,7 +10,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use serde_json::{Value, json};
 
 use crate::process::become_user;
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
 
 const KEYS: [&str; 4] = ["AccessKeyId", "SecretAccessKey", "Token", "Expiration"];
 /// The number of bad responses that are shown whole.
@@ -53,7 +53,7 @@ pub(crate) fn ask(uid: &str, to: &Address, pause: &str) {
 }
 
 fn answer(to: &Address) -> io::Result<String> {
-    Ok(wire::ask(&to.try_connect()?))
+    Ok(raw_http::ask(&to.try_connect()?))
 }
 
 impl Results {

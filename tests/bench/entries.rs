@@ -11,8 +11,8 @@ use awsvid::caller::{AttestError, Caller, ListenerKind, PeerProof, ProcessFacts}
 use awsvid::cgroup::CgroupPath;
 use awsvid::clock::Clock;
 use awsvid::credentials::Credentials;
+use awsvid::exchange::TokenExchanger;
 use awsvid::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
-use awsvid::issue::TokenExchanger;
 use awsvid::metrics::Metrics;
 use awsvid::role::{Grant, Identity, RequestedRole, Role, Roles, StsTarget};
 use awsvid::sts::{AssumeRole, StsError};

@@ -7,15 +7,15 @@
     reason = "the table is what this program is for"
 )]
 
+mod background_load;
 mod caller;
-mod crowd;
+mod cases;
 mod daemon;
 mod direct;
 mod entries;
 mod load;
 mod machine;
 mod process;
-mod rows;
 mod table;
 mod upstream;
 
@@ -26,8 +26,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use cases::{ROWS, Row};
 use machine::Cgroups;
-use rows::{ROWS, Row};
 use tempfile::TempDir;
 
 /// The reason why a row did not run.
@@ -104,7 +104,7 @@ fn main() -> ExitCode {
             .and_then(|plan| load::callers(&plan)),
         ["crowd", processes, connections, cgroup] => {
             numbers(processes, connections).and_then(|(processes, connections)| {
-                crowd::run(processes, connections, Path::new(cgroup))
+                background_load::run(processes, connections, Path::new(cgroup))
             })
         }
         ["entries", count] => count.parse().map_err(Into::into).and_then(entries::run),

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use awsvid::endpoint::Endpoint;
 use awsvid::identity::SpiffeIdPattern;
+use awsvid::socket_endpoint::Endpoint;
 use awsvid::svid::SourceError;
 use awsvid::svid::agent::{AgentSvid, AttestingAgent};
-use awsvid::svid::broker_api::BrokerApi;
-use awsvid::svid::delegated::SpireDelegated;
-use awsvid::svid::own::OwnSvidSource;
+use awsvid::svid::own_svid::OwnSvidSource;
+use awsvid::svid::spiffe_broker::BrokerApi;
+use awsvid::svid::spire_delegated::SpireDelegated;
 
 use crate::harness::counterparts::process::{Owned, spawn};
 use crate::harness::counterparts::spire::{Broker, Spire, SpireSetting};

@@ -10,7 +10,7 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::is_slow;
-use crate::harness::made::{Outcome, credentials_of, refused};
+use crate::harness::outcome::{Outcome, credentials_of, refused};
 use crate::harness::upstream::Upstream;
 
 const ALICE: &str = "spiffe://example.org/user/alice";

@@ -15,10 +15,10 @@ use crate::harness::client;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
+use crate::harness::env::id;
 use crate::harness::hanging::HangingFiles;
-use crate::harness::made::{Outcome, credentials_of, refused};
+use crate::harness::outcome::{Outcome, credentials_of, refused};
 use crate::harness::upstream::Upstream;
-use crate::harness::world::id;
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 /// Each with processes of its own: together they are more than the daemon has threads.

@@ -12,7 +12,7 @@ use crate::harness::cgroup::own_rule;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::run;
 use crate::harness::daemon::Daemon;
-use crate::harness::gate::PausableProxy;
+use crate::harness::pausable_proxy::PausableProxy;
 use crate::harness::upstream::Upstream;
 
 const CONNECTIONS: usize = 500;

@@ -1,8 +1,8 @@
 //! `awsvid check` as an operator runs it: on a path where all is well, and on paths with one fault
 //! each. The fault is a misconfigured real counterpart wherever that is possible.
 
-#[path = "../../src/commands/check/documented.rs"]
-mod documented;
+#[path = "../../src/commands/check/doc_tables.rs"]
+mod doc_tables;
 mod ends;
 mod tokens;
 
@@ -20,17 +20,17 @@ use awsvid::identity::{RoleArn, SpiffeIdPattern};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use crate::harness::answering;
 use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::process::{Output, behind, run, spawn};
 use crate::harness::counterparts::spire::{Spire, SpireSetting};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::PROGRAM;
+use crate::harness::env::{Env, Setting, Source, id};
 use crate::harness::forward::Network;
+use crate::harness::stub_http;
 use crate::harness::tls::TlsFront;
 use crate::harness::upstream::Upstream;
-use crate::harness::world::{Env, Setting, Source, id};
 
 const TIMEOUT: Duration = Duration::from_secs(120);
 const UNREACHABLE: &str = "http://127.0.0.1:1";
@@ -68,7 +68,7 @@ fn check_with(
     for finding in report["findings"].as_array().unwrap() {
         let text = |name: &str| finding[name].as_str().unwrap_or_default();
         if finding["fix"].is_string() {
-            documented::assert_documented(text("step"), text("saw"), text("fix"));
+            doc_tables::assert_documented(text("step"), text("saw"), text("fix"));
         }
     }
     // Whatever has failed, no token is shown.
@@ -380,10 +380,10 @@ fn check_reports_outdated_keys() {
         .parse()
         .unwrap();
     let (_, keys) = http_get(address, "/keys").unwrap();
-    let keys = answering::start(move |_, _| answering::http("200 OK", "", &keys));
+    let keys = stub_http::start(move |_, _| stub_http::http("200 OK", "", &keys));
     let discovery =
         json!({ "issuer": spire.issuer_url(), "jwks_uri": format!("{keys}/keys") }).to_string();
-    let copy = answering::start(move |_, _| answering::http("200 OK", "", &discovery));
+    let copy = stub_http::start(move |_, _| stub_http::http("200 OK", "", &discovery));
     let text = configuration(
         &spire.agent_socket(),
         UNREACHABLE,
@@ -600,8 +600,8 @@ fn check_reports_refusals_of_aws() {
 fn check_reports_clock_skew() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
-    let sts = answering::start(|_, _| {
-        answering::http(
+    let sts = stub_http::start(|_, _| {
+        stub_http::http(
             "404 Not Found",
             "Date: Tue, 01 Jan 2019 00:00:00 GMT\r\n",
             "",
@@ -688,11 +688,11 @@ fn check_explains_errors_of_aws_alone() {
         ),
     ];
     for (code, message, fix) in table {
-        let sts = answering::start(move |_, _| {
+        let sts = stub_http::start(move |_, _| {
             let error = format!(
                 "<ErrorResponse><Error><Code>{code}</Code><Message>{message}</Message></Error></ErrorResponse>"
             );
-            answering::http("400 Bad Request", "Content-Type: text/xml\r\n", &error)
+            stub_http::http("400 Bad Request", "Content-Type: text/xml\r\n", &error)
         });
         let text = configuration(
             &upstream.socket(),

@@ -16,7 +16,7 @@ use crate::harness::client::{answer, ask, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::Daemon;
-use crate::harness::gate::PausableProxy;
+use crate::harness::pausable_proxy::PausableProxy;
 use crate::harness::upstream::Upstream;
 
 /// Bounds steps that take milliseconds, or the daemon's own 16 s, on a machine that is busy with

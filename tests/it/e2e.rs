@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio;
-use crate::harness::world::{Env, Setting};
+use crate::harness::env::{Env, Setting};
 
 const READER: &str = "spiffe://example.org/w/reader";
 const OTHER: &str = "spiffe://example.org/w/other";

@@ -6,8 +6,8 @@ use crate::harness::agent::{Entry, FakeAgent};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
+use crate::harness::env::id;
 use crate::harness::upstream::Upstream;
-use crate::harness::world::id;
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 const ALICE: u32 = 61001;

@@ -13,6 +13,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::harness::counterparts::folder;
+use crate::harness::documents;
 use cluster::{Cluster, OTHER, READER, container, copy, manifests, overlay};
 
 /// Runs all scenes on one node, since its start takes longer than most of them.
@@ -51,6 +52,7 @@ fn pods_get_their_own_credentials() {
     deployments::deployment_reads_its_object_by_component(&cluster, directory.path());
     done("deployments");
     manifests_are_accepted(&cluster, directory.path());
+    documented_commands_work(&cluster);
     done("every manifest");
     for source in ["spire-delegated", "spiffe-broker"] {
         attacks::node_listeners_attest_each_caller(&cluster, source);
@@ -138,6 +140,33 @@ fn first_act_is_answered(cluster: &Cluster, source: &str) {
         records.len() == 3 && records.iter().all(|record| record["outcome"] == "issued"),
         "{records:?}"
     );
+}
+
+/// Runs the commands of install-kubernetes.md. It applies on trial only, because the example's role
+/// is one of AWS.
+fn documented_commands_work(cluster: &Cluster) {
+    for begin in ["kubectl apply", "kubectl --namespace awsvid rollout"] {
+        let commands = documents::block("install-kubernetes.md", "4. Install", begin);
+        for line in commands.lines() {
+            let here = manifests();
+            let line = line.replace(
+                "apply -k deploy/kubernetes",
+                "apply --dry-run=server -k MANIFESTS",
+            );
+            let words: Vec<&str> = line
+                .split_whitespace()
+                .map(|word| {
+                    if word == "MANIFESTS" {
+                        here.to_str().unwrap()
+                    } else {
+                        word
+                    }
+                })
+                .collect();
+            assert_eq!(words[0], "kubectl");
+            cluster.node.kubectl(&words[1..]).success(&line);
+        }
+    }
 }
 
 /// Applies all that can be applied, unchanged, in a dry run.

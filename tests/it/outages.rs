@@ -12,8 +12,8 @@ use serde_json::Value;
 use crate::harness::client::{Poller, ask};
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::gate::PausableProxy;
-use crate::harness::world::{Env, Setting, id};
+use crate::harness::env::{Env, Setting, id};
+use crate::harness::pausable_proxy::PausableProxy;
 
 /// Bounds several calls of the AWS CLI on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(120);

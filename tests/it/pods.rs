@@ -304,7 +304,11 @@ fn listener_killed_by_pod_is_rebound() {
         assert!(stage.site.serves("a", &cgroup, address), "{address}");
     }
     let log = stage.daemon.log();
-    assert_eq!(log.matches("the listener was killed").count(), 2, "{log}");
+    assert_eq!(
+        log.matches("listener was killed; rebinding").count(),
+        2,
+        "{log}"
+    );
 }
 
 #[test]

@@ -15,7 +15,7 @@ use crate::harness::client::{Poller, answer, ask, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::Daemon;
-use crate::harness::gate::PausableProxy;
+use crate::harness::pausable_proxy::PausableProxy;
 use crate::harness::upstream::Upstream;
 
 const ID: &str = "spiffe://example.org/user/me";

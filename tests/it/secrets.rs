@@ -10,8 +10,8 @@ use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, http_get, minio};
 use crate::harness::daemon::PROGRAM;
+use crate::harness::env::{Env, Setting};
 use crate::harness::terminal::on_a_terminal;
-use crate::harness::world::{Env, Setting};
 
 const TIMEOUT: Duration = Duration::from_secs(120);
 /// No output may have this many characters of a secret.

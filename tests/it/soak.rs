@@ -21,8 +21,8 @@ use crate::harness::actor::program;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{Process, await_some};
+use crate::harness::env::{Env, Setting, id};
 use crate::harness::is_slow;
-use crate::harness::world::{Env, Setting, id};
 
 const USERS: [(u32, &str); 4] = [
     (61011, "one"),

@@ -13,9 +13,9 @@ use crate::harness::client::ask;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{Output, Process, await_some, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
+use crate::harness::env::{Env, Setting, Source, id};
 use crate::harness::terminal::{on_a_terminal, on_a_terminal_until};
 use crate::harness::upstream::Upstream;
-use crate::harness::world::{Env, Setting, Source, id};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 const ME: &str = "spiffe://example.org/user/me";

@@ -12,12 +12,12 @@ use std::time::Duration;
 use nix::unistd::geteuid;
 use serde_json::Value;
 
-use crate::harness::answering;
 use crate::harness::client::ask;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{await_some, behind, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::forward::Network;
+use crate::harness::stub_http;
 use crate::harness::tls::TlsFront;
 use crate::harness::upstream::Upstream;
 
@@ -285,10 +285,10 @@ fn check_calls_and_names_the_host_of_the_daemon() {
     ];
     for (region, variables, host) in table {
         let (sender, requests) = channel();
-        let proxy = answering::start(move |first, _| {
+        let proxy = stub_http::start(move |first, _| {
             // The test may have ended.
             let _ = sender.send(first.trim().to_owned());
-            answering::http("403 Forbidden", "", "")
+            stub_http::http("403 Forbidden", "", "")
         });
         let https_proxy = format!("HTTPS_PROXY={proxy}");
         let variables = [&[https_proxy.as_str()], variables].concat();
@@ -330,10 +330,10 @@ fn check_calls_and_names_the_host_of_the_daemon() {
 fn daemon_and_check_give_the_same_advice() {
     let folder = folder();
     let upstream = upstream();
-    let sts = answering::start(|_, _| {
+    let sts = stub_http::start(|_, _| {
         let body =
             "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message></Message></Error>";
-        answering::http("403 Forbidden", "Content-Type: application/xml\r\n", body)
+        stub_http::http("403 Forbidden", "Content-Type: application/xml\r\n", body)
     });
     let text = with_sts(&upstream, &format!("[sts]\nendpoint = \"{sts}\"\n"));
     let findings = check(folder.path(), &[], &text);
@@ -367,14 +367,14 @@ fn role_of_another_sts_is_assumed_by_its_own_name() {
     let folder = folder();
     let upstream = upstream();
     let (sender, requests) = channel();
-    let sts = answering::start(move |_, body| {
+    let sts = stub_http::start(move |_, body| {
         let _ = sender.send(body.to_owned());
         let body = "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>K</AccessKeyId>\
              <SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken><Expiration>"
             .to_owned()
             + &humantime::format_rfc3339_nanos(std::time::SystemTime::now() + Duration::from_secs(3600)).to_string()
             + "</Expiration></Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>";
-        answering::http("200 OK", "", &body)
+        stub_http::http("200 OK", "", &body)
     });
     let text = with_sts(&upstream, &format!("[sts]\nendpoint = \"{sts}\"\n"));
     let line = text

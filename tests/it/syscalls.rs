@@ -15,9 +15,9 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get, root, skip};
 use crate::harness::daemon::Daemon;
+use crate::harness::env::id;
 use crate::harness::namespaces::Node;
 use crate::harness::upstream::Upstream;
-use crate::harness::world::id;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 const ALICE: u32 = 61_001;

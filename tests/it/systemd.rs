@@ -1,6 +1,8 @@
 //! The shipped units, unchanged, under a real systemd: `deploy/systemd` and the example
 //! configuration.
 
+mod documented;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -16,6 +18,7 @@ use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::spire::Spire;
+use crate::harness::documents;
 use crate::harness::systemd::{Content, SystemdMachine};
 
 /// Bounds steps that take milliseconds on an idle machine.
@@ -129,20 +132,13 @@ fn restarts(machine: &SystemdMachine) -> u32 {
         .expect("a number")
 }
 
-/// Runs step 1 of the README, word by word except the build. The result equals that of `install`
-/// above, which all other tests start.
+/// Runs the documented installation, word by word but for the build. It installs the same files as
+/// `install` does for all other tests.
 #[test]
-fn readme_commands_install_awsvid() {
+fn documented_installation_works() {
     let directory = folder();
-    let (_, rest) = include_str!("../../README.md")
-        .split_once("**Build and install.**")
-        .expect("step 1");
-    let block = rest
-        .split("```")
-        .nth(1)
-        .and_then(|block| block.strip_prefix("sh\n"))
-        .expect("its commands");
-    let (build, block) = block.trim_start().split_once('\n').expect("several");
+    let block = documents::block("install-vm.md", "1. Install the files", "cargo build");
+    let (build, block) = block.split_once('\n').expect("several");
     assert_eq!(build, "cargo build --release");
     let (program, deploy) = (Path::new(env!("CARGO_BIN_EXE_awsvid")), shipped(""));
     let files = [
@@ -649,29 +645,9 @@ fn reload_reads_the_configuration_again() {
     assert_ne!(process, "0");
 }
 
-/// Returns the commands in the first block of a document after these words.
-fn commands(document: &str, after: &str) -> String {
-    let (_, rest) = document
-        .split_once(after)
-        .unwrap_or_else(|| panic!("{after} is in the document"));
-    let block = rest
-        .split("```")
-        .nth(1)
-        .and_then(|block| block.strip_prefix("sh\n"))
-        .expect("its commands");
-    block
-        .lines()
-        .map(|line| line.trim_start().to_owned() + "\n")
-        .collect()
-}
-
-/// Runs the rollback as deploy/README.md has it, word by word, from a version with one key more.
-/// That version is this program with another name for a key.
-#[test]
-fn documented_rollback_keeps_daemon_running() {
-    const DOCUMENT: &str = include_str!("../../deploy/README.md");
-    let directory = folder();
-    let newer = directory.path().join("awsvid.newer");
+/// Writes a version of the program that has a key more: this one with another name for a key.
+fn newer_version(directory: &Path) -> PathBuf {
+    let newer = directory.join("awsvid.newer");
     let mut program = fs::read(env!("CARGO_BIN_EXE_awsvid")).unwrap();
     let (attested, future) = (b"revocation_grace", b"revocation_pause");
     let places: Vec<usize> = (0..program.len() - attested.len())
@@ -682,6 +658,14 @@ fn documented_rollback_keeps_daemon_running() {
         .for_each(|i| program[*i..i + future.len()].copy_from_slice(future));
     fs::write(&newer, program).unwrap();
     fs::set_permissions(&newer, fs::Permissions::from_mode(0o755)).unwrap();
+    newer
+}
+
+/// Runs the documented rollback, word by word, from a version that has a key more.
+#[test]
+fn documented_rollback_interrupts_no_caller() {
+    let directory = folder();
+    let newer = newer_version(directory.path());
     let previous = with_rules("", &rule("user = \"billing\""));
     let text = format!("{previous}[cache]\nrevocation_pause = \"1m\"\n");
     let more = [
@@ -698,12 +682,9 @@ fn documented_rollback_keeps_daemon_running() {
     };
     start(&machine);
     assert_known(ask(&machine, "billing.service", "billing", TCP));
-    // The result in CI, before such a file is on any machine.
-    let check = commands(
-        DOCUMENT,
-        "with the\n  version that runs and with the one that you would go back to",
-    )
-    .replace("awsvid.toml", CONFIGURATION);
+    // What CI says before such a file is anywhere.
+    let check = documents::block("upgrade.md", "The order of steps", "awsvid.previous");
+    let check = check.replace("awsvid.toml", CONFIGURATION);
     let checked = machine.run(&["sh", "-euc", &check]);
     let words = format!(
         "cache.revocation_pause: awsvid {} has no such key",
@@ -721,8 +702,9 @@ fn documented_rollback_keeps_daemon_running() {
                 assert_known(ask(machine, "asker.service", "billing", UNIX));
             }
         });
+        let rollback = documents::block("upgrade.md", "Roll back on a VM", "install");
         machine
-            .run(&["sh", "-euc", &commands(DOCUMENT, "**Rollback:**")])
+            .run(&["sh", "-euc", &rollback])
             .success("the documented rollback");
         asker.join().unwrap();
     });

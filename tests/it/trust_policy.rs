@@ -17,12 +17,12 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::{Value, json};
 
-use crate::harness::answering;
 use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::counterparts::{folder, root, tool};
 use crate::harness::daemon::PROGRAM;
 use crate::harness::forward::Network;
+use crate::harness::stub_http;
 use crate::harness::tls::TlsFront;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -84,16 +84,16 @@ fn trust_policy_uses_live_issuer_and_cli_accepts_commands() {
     // The real CLI checks its input and sends it: here to an account that has no provider and
     // accepts everything.
     let (sender, requests) = channel();
-    let iam = answering::start(move |_, body| {
+    let iam = stub_http::start(move |_, body| {
         // The test may have ended.
         let _ = sender.send(body.to_owned());
         let action = &form(body)["Action"];
         if action == "GetOpenIDConnectProvider" {
             let xml = "<ErrorResponse><Error><Code>NoSuchEntity</Code><Message>None</Message></Error></ErrorResponse>";
-            return answering::http("404 Not Found", "Content-Type: text/xml\r\n", xml);
+            return stub_http::http("404 Not Found", "Content-Type: text/xml\r\n", xml);
         }
         let xml = format!("<{action}Response><{action}Result></{action}Result></{action}Response>");
-        answering::http("200 OK", "Content-Type: text/xml\r\n", &xml)
+        stub_http::http("200 OK", "Content-Type: text/xml\r\n", &xml)
     });
     let stub = format!(
         "aws() {{ '{}' --endpoint-url {} \"$@\"; }}\n",
@@ -306,11 +306,11 @@ fn thumbprint_of_untrusted_chain_needs_option() {
     fs::write(&config, text).unwrap();
     let url = Arc::new(OnceLock::new());
     let own = url.clone();
-    let issuer = answering::start(move |first, _| {
+    let issuer = stub_http::start(move |first, _| {
         let url: &String = own.get().expect("its URL");
         let document =
             json!({ "issuer": url, "jwks_uri": format!("{url}/keys"), "keys": [] }).to_string();
-        answering::http(
+        stub_http::http(
             if first.contains(" /keys ") || first.contains("openid") {
                 "200 OK"
             } else {

@@ -1,7 +1,7 @@
 //! How much there is, and whose (attack 22).
 
 use super::*;
-use places::MAX_ROLES_PER_ID;
+use table::MAX_ROLES_PER_ID;
 
 const MANY: Limits = Limits {
     max_entries: 1000,

@@ -3,7 +3,7 @@
 use super::*;
 use crate::svid::BadToken;
 use crate::svid::jwt::tests::CapturedLog;
-use news::CacheEvent;
+use events::CacheEvent;
 
 /// When the first refresh may be due at the latest.
 const DUE: Duration = Duration::from_secs(3600 * 55 / 100);
@@ -300,7 +300,7 @@ fn how_long_each_failure_is_remembered() {
         (ExchangeError::TooShort, 1),
     ];
     for (error, seconds) in table {
-        assert_eq!(trouble::negative_ttl(&error), SECOND * seconds, "{error:?}");
+        assert_eq!(failure::negative_ttl(&error), SECOND * seconds, "{error:?}");
     }
 }
 

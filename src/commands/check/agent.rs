@@ -8,14 +8,14 @@ use tokio::time::timeout;
 
 use super::report::CheckReport;
 use crate::cgroup::PodUid;
-use crate::commands::live::{self, LiveToken};
+use crate::commands::live_token::{self, LiveToken};
 use crate::config::{Config, Reference, Source};
-use crate::endpoint::Endpoint;
 use crate::identity::{SessionName, SpiffeId};
 use crate::role::Role;
+use crate::socket_endpoint::Endpoint;
 use crate::svid::agent::AttestingAgent;
-use crate::svid::broker_api::BrokerApi;
-use crate::svid::own::OwnSvidSource;
+use crate::svid::own_svid::OwnSvidSource;
+use crate::svid::spiffe_broker::BrokerApi;
 use crate::svid::{JwtSvid, SourceError, SpireDelegated, TTL_FIX, agent_unreachable};
 
 const SOCKET: &str = "agent";
@@ -131,15 +131,13 @@ async fn opens(
 fn refused<T>(step: &'static str, error: &SourceError, report: &mut CheckReport) -> Option<T> {
     let fix = match error {
         SourceError::Denied(_) => {
-            "spire-server entry show, then entry create -spiffeID ID -selector unix:uid:0 (deploy/README.md has the whole command)"
+            "spire-server entry show, then entry create -spiffeID ID -selector unix:uid:0 (deploy/docs/spire-setup.md has the whole command)"
         }
         SourceError::Unavailable(_) => {
             "look at the agent's log, and at its connection to its server"
         }
         SourceError::BadToken(_) => "mend it at the SPIFFE provider: STS would refuse the token",
-        _ => {
-            "correct [identity], or the agent's configuration (deploy/README.md, \"What it needs from SPIRE\")"
-        }
+        _ => "correct [identity], or the agent's configuration (deploy/docs/spire-setup.md)",
     };
     report.failed(step, error.to_string(), fix);
     None
@@ -164,7 +162,7 @@ pub(super) async fn token(
     report.show_progress(&format!("a token for the role {:?}", role.name));
     let fetched = match asked {
         TokenSource::WorkloadApi => {
-            let Some(id) = live::example(config, role) else {
+            let Some(id) = live_token::example(config, role) else {
                 report.info(
                     IDENTITY,
                     format!(

@@ -7,7 +7,7 @@ use nix::unistd::geteuid;
 use serde_json::Value;
 
 use super::report::CheckReport;
-use crate::commands::server;
+use crate::commands::trusted_socket;
 use crate::config::Config;
 
 const STEP: &str = "daemon";
@@ -42,7 +42,7 @@ pub(super) fn check(config: &Config, report: &mut CheckReport) {
 
 fn status(socket: &Path) -> Result<Value, String> {
     let owners = [0, geteuid().as_raw()];
-    let answer = server::get(
+    let answer = trusted_socket::get(
         socket,
         &owners,
         "/status",
@@ -67,7 +67,7 @@ fn judge(status: &Value, report: &mut CheckReport) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::documented::assert_documented;
+    use super::super::doc_tables::assert_documented;
     use super::super::report::Verdict;
     use super::*;
     use serde_json::json;

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::report::CheckReport;
-use crate::commands::live::LiveToken;
-use crate::commands::web::HttpProbe;
+use crate::commands::https_probe::HttpProbe;
+use crate::commands::live_token::LiveToken;
 use crate::role::{Identity, RequestedRole, Role, Roles};
 use crate::sts::{AssumeRole, Sts, StsError};
 

@@ -9,8 +9,8 @@ use serde_json::Value;
 use tokio::task::JoinSet;
 
 use super::report::CheckReport;
-use crate::commands::live::{self, LiveToken};
-use crate::commands::web::{HttpProbe, HttpProbeResponse};
+use crate::commands::https_probe::{HttpProbe, HttpProbeResponse};
+use crate::commands::live_token::{self, LiveToken};
 
 const TOKEN: &str = "token";
 const DISCOVERY: &str = "discovery";
@@ -45,7 +45,7 @@ pub(super) async fn check(
     };
     token(live, issuer, aws, report);
     let Some((discovery, took)) = document(
-        &live::discovery_url(base.unwrap_or(issuer)),
+        &live_token::discovery_url(base.unwrap_or(issuer)),
         DISCOVERY,
         web,
         report,

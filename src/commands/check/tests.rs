@@ -1,9 +1,9 @@
-//! What deploy/README.md says of this command.
+//! Compares `deploy/docs/troubleshooting.md` with the texts of this command.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::documented;
+use super::doc_tables;
 
 /// The texts of these files and of all below these folders, in one, as the compiler has their strings.
 fn sources(places: &[&str]) -> String {
@@ -29,7 +29,7 @@ fn sources(places: &[&str]) -> String {
 }
 
 #[test]
-fn the_table_of_the_readme_has_words_that_check_says_and_steps_that_it_has() {
+fn documented_table_has_only_texts_and_steps_of_check() {
     let steps = sources(&["commands/check", "commands/check.rs"]);
     let words = sources(&[
         "commands/check",
@@ -42,7 +42,7 @@ fn the_table_of_the_readme_has_words_that_check_says_and_steps_that_it_has() {
         "svid",
         "svid.rs",
     ]);
-    let rows = documented::rows();
+    let rows = doc_tables::rows();
     assert!(rows.len() > 20, "{rows:?}");
     for row in rows {
         for step in &row.steps {

@@ -9,9 +9,9 @@ use hyper::Uri;
 use serde_json::Value;
 
 use super::report::CheckReport;
-use crate::commands::web::HttpProbe;
-use crate::environment::profiles::{DEFAULT, Lead, Profiles};
-use crate::environment::{HIGHER_PRECEDENCE_VARS, HigherPrecedence};
+use crate::commands::https_probe::HttpProbe;
+use crate::sdk_environment::profiles::{DEFAULT, Lead, Profiles};
+use crate::sdk_environment::{HIGHER_PRECEDENCE_VARS, HigherPrecedence};
 
 const CHAIN: &str = "chain";
 const ENDPOINT: &str = "endpoint";
@@ -306,7 +306,7 @@ async fn ask(uri: &str, authorization: &str, report: &mut CheckReport) {
                 text("code"),
                 text("message")
             ),
-            "the table of reasons in deploy/README.md says what to do; on the node, awsvid check",
+            "find the reason in deploy/docs/troubleshooting.md; on the node, run awsvid check",
         ),
     }
 }

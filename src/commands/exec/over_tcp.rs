@@ -8,7 +8,7 @@ use hyper::Uri;
 use serde_json::Value;
 
 use crate::attest;
-use crate::commands::client;
+use crate::commands::http_client;
 
 /// How long the daemon may take to answer. A daemon that is slow or not there yet is left to the command.
 const DAEMON_TIMEOUT: Duration = Duration::from_secs(2);
@@ -43,7 +43,8 @@ fn is_unsupported(uri: &str) -> Option<bool> {
     let host = uri.host()?.trim_start_matches('[').trim_end_matches(']');
     let address = (host, port).to_socket_addrs().ok()?.next()?;
     let stream = TcpStream::connect_timeout(&address, DAEMON_TIMEOUT).ok()?;
-    let answer = client::get(stream, PATH, MAX_ANSWER, Instant::now() + DAEMON_TIMEOUT).ok()?;
+    let answer =
+        http_client::get(stream, PATH, MAX_ANSWER, Instant::now() + DAEMON_TIMEOUT).ok()?;
     let body: Value = serde_json::from_slice(&answer.body).ok()?;
     Some(answer.status == 403 && body["code"] == UNSUPPORTED)
 }

@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use nix::unistd::geteuid;
 use sha2::{Digest, Sha256};
 
-use crate::environment::Environment;
-use crate::environment::profiles::{DEFAULT, Lead, Profiles};
+use crate::sdk_environment::Environment;
+use crate::sdk_environment::profiles::{DEFAULT, Lead, Profiles};
 
 /// What the other profile is called.
 const PROFILE: &str = "awsvid-exec";

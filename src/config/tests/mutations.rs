@@ -1,7 +1,7 @@
 //! Random damage to the example: the reader reports it or takes it, and never panics.
 
 use super::*;
-use crate::rule::WorkloadRule;
+use crate::workload_rule::WorkloadRule;
 
 /// Pieces that mean something somewhere.
 const PIECES: [&str; 24] = [

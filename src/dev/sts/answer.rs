@@ -10,7 +10,7 @@ use hyper::header::{CONTENT_TYPE, HeaderValue};
 use super::refusal::DevRefusal;
 use super::token::DevTokenClaims;
 use crate::credentials::Credentials;
-use crate::dev::loopback::{self, LoopbackResponse};
+use crate::dev::loopback_http::{self, LoopbackResponse};
 
 const NAMESPACE: &str = "https://sts.amazonaws.com/doc/2011-06-15/";
 
@@ -93,7 +93,7 @@ fn success(action: &str, result: &str, request_id: &str) -> LoopbackResponse {
 }
 
 fn xml(status: StatusCode, body: String) -> LoopbackResponse {
-    let mut response = loopback::empty(status);
+    let mut response = loopback_http::empty(status);
     response
         .headers_mut()
         .insert(CONTENT_TYPE, HeaderValue::from_static("text/xml"));

@@ -461,8 +461,8 @@ async fn an_issuer_that_does_not_answer_or_is_another_is_refused() {
     assert!(verify(&account).await.is_ok());
 
     // Another issuer's document where the configured one's should be.
-    let (listener, address) = loopback::bind().await.unwrap();
-    let document = loopback::get(&format!(
+    let (listener, address) = loopback_http::bind().await.unwrap();
+    let document = loopback_http::get(&format!(
         "{}/.well-known/openid-configuration",
         issuer.url()
     ))

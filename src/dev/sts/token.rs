@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::refusal::{Code, DevRefusal};
 use super::{DevAccount, DevProvider};
-use crate::dev::loopback::{self, FetchError};
+use crate::dev::loopback_http::{self, FetchError};
 use crate::dev::oidc::DISCOVERY_PATH;
 
 /// How far ahead of this clock a token may be made.
@@ -120,13 +120,13 @@ enum KeysError {
 }
 
 async fn fetch_keys(issuer: &str) -> Result<JwkSet, KeysError> {
-    let document = loopback::get(&format!("{issuer}{DISCOVERY_PATH}")).await?;
+    let document = loopback_http::get(&format!("{issuer}{DISCOVERY_PATH}")).await?;
     let discovery: Discovery = serde_json::from_slice(&document)?;
     if discovery.issuer != issuer {
         return Err(KeysError::Issuer(discovery.issuer));
     }
     Ok(serde_json::from_slice(
-        &loopback::get(&discovery.jwks_uri).await?,
+        &loopback_http::get(&discovery.jwks_uri).await?,
     )?)
 }
 

@@ -14,9 +14,9 @@ use tokio::time::Instant;
 use super::*;
 use crate::caller::unchanged::unchanged;
 use crate::caller::{ListenerKind, Process};
-use crate::rule::WorkloadRule;
 use crate::svid::BadToken;
 use crate::svid::jwt::tests::{AUDIENCE, CapturedLog, NOW, billing, now, raw_token, token_for};
+use crate::workload_rule::WorkloadRule;
 use fake::{FakeWorkloadApi, WorkloadApiScript, socket, svids};
 
 const ID: &str = "spiffe://example.org/billing";

@@ -160,10 +160,10 @@ fn all_steps_use_the_proxy_of_the_exchange() {
     let claims = CLAIMS.replace("http://127.0.0.1:1", "https://oidc.example.org");
     let tokens = Tokens::start(folder.path(), r#"{"alg":"PS256","kid":"k1"}"#, &claims);
     let (sender, requested) = channel();
-    let proxy = answering::start(move |first, _| {
+    let proxy = stub_http::start(move |first, _| {
         // The test may have ended.
         let _ = sender.send(first.to_owned());
-        answering::http("403 Forbidden", "", "")
+        stub_http::http("403 Forbidden", "", "")
     });
     let text = configuration(
         tokens.socket(),
@@ -219,9 +219,9 @@ fn all_steps_use_the_proxy_of_the_exchange() {
 fn slow_issuer_is_reported() {
     let folder = folder();
     let late = |body: String| {
-        answering::start(move |_, _| {
+        stub_http::start(move |_, _| {
             std::thread::sleep(Duration::from_millis(2600));
-            answering::http("200 OK", "", &body)
+            stub_http::http("200 OK", "", &body)
         })
     };
     let keys = late(r#"{"keys":[]}"#.to_owned());

@@ -100,7 +100,7 @@ impl Client {
         let version = first_version(&(output.stdout + &output.stderr));
         match expected.filter(|expected| *expected != version) {
             Some(expected) => skip(&format!(
-                "{} is {version} here, and {expected} in README.md",
+                "{} is {version} here, and {expected} in deploy/docs/sdks.md",
                 self.name
             )),
             None => return Some(version),

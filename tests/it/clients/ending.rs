@@ -9,8 +9,8 @@ use super::reading::{Reading, for_each, read};
 use super::stage::{Setting, Stage};
 use super::table::{self, Cell, Column, Table};
 use crate::harness::counterparts::folder;
-use crate::harness::delay::SlowProxy;
 use crate::harness::is_slow;
+use crate::harness::slow_proxy::SlowProxy;
 
 /// The remaining minutes of the session at each read of the clients. At the first it is new.
 const REMAINING_MINUTES: [u64; 4] = [25, 14, 9, 4];

@@ -11,8 +11,8 @@ use super::stage::{Member, ROLE, Serving, Setting, Stage};
 use super::table::{self, Cell, Column, Table};
 use super::{MAX_CONCURRENT, facts};
 use crate::harness::counterparts::{folder, minio};
-use crate::harness::delay::SlowProxy;
 use crate::harness::is_slow;
+use crate::harness::slow_proxy::SlowProxy;
 
 #[test]
 fn clients_match_the_documented_matrix() {

@@ -12,7 +12,7 @@ use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::root;
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::daemon::{Daemon, PROGRAM};
-use crate::harness::world::id;
+use crate::harness::env::id;
 
 pub(crate) const BUCKET: &str = "clients";
 /// The first uids of users with an identity, and of those without one.

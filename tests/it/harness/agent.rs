@@ -25,8 +25,8 @@ use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
+use super::env::AWSVID;
 use super::sts::{AUDIENCE, OneRoleSts};
-use super::world::AWSVID;
 
 const TRUST_DOMAIN: &str = "example.org";
 /// Bounds steps that take milliseconds.

@@ -8,7 +8,7 @@ use awsvid::dev::sts::{DevAccount, DevProvider, DevSts, TrustedRole};
 use awsvid::identity::{RoleArn, SpiffeIdPattern};
 use tokio::runtime::Runtime;
 
-use super::world::id;
+use super::env::id;
 
 /// The audience that a token must have.
 pub(crate) const AUDIENCE: &str = "awsvid-test";

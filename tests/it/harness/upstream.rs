@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use awsvid::dev::users::User;
+use awsvid::dev::local_users::User;
 use awsvid::dev::{Dev, DevNames};
 use tokio::runtime::Runtime;
 

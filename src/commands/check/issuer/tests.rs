@@ -6,7 +6,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
-use super::super::documented::assert_documented;
+use super::super::doc_tables::assert_documented;
 use super::super::report::{CheckFinding, Verdict};
 use super::*;
 use crate::dev::keys::SigningKey;

@@ -1,6 +1,6 @@
 use std::collections::HashMap;
 
-use super::super::documented::assert_documented;
+use super::super::doc_tables::assert_documented;
 use super::super::report::{CheckFinding, Verdict};
 use super::*;
 

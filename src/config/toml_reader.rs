@@ -1,0 +1,509 @@
+//! Reads a TOML tree key by key, and goes on after an error: serde would stop at the first wrong type.
+//!
+//! A key that nobody asked for is unknown, so the code that reads the keys is also the list of those that exist.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::ops::{Range, RangeInclusive};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use toml::de::{DeTable, DeValue};
+
+use super::error::Problem;
+
+/// Names that differ by more edits than this are not the same name mistyped.
+const TYPO: usize = 2;
+
+/// A key or table, and its line if the file has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Location {
+    pub(super) line: Option<usize>,
+    pub(super) key: String,
+}
+
+/// Collects what is found while a file is read.
+pub(super) struct Diagnostics<'t> {
+    text: &'t str,
+    errors: RefCell<Vec<Problem>>,
+    warnings: RefCell<Vec<Problem>>,
+    /// Each key that was asked for, after its table.
+    asked: RefCell<BTreeSet<(String, &'static str)>>,
+    /// The tables that there may be several of.
+    lists: RefCell<BTreeSet<String>>,
+}
+
+impl<'t> Diagnostics<'t> {
+    pub(super) fn new(text: &'t str) -> Self {
+        let (errors, warnings) = (RefCell::default(), RefCell::default());
+        Self {
+            text,
+            errors,
+            warnings,
+            asked: RefCell::default(),
+            lists: RefCell::default(),
+        }
+    }
+
+    /// The file's text as a table.
+    pub(super) fn root<'r>(&'r self, entries: &'r DeTable<'r>) -> Table<'r> {
+        Table {
+            report: self,
+            place: Location {
+                line: None,
+                key: String::new(),
+            },
+            entries: Some(entries),
+        }
+    }
+
+    pub(super) fn error(&self, at: &Location, what: impl Into<String>, fix: impl Into<String>) {
+        self.errors.borrow_mut().push(problem(at, what, fix));
+    }
+
+    pub(super) fn warn(&self, at: &Location, what: impl Into<String>, fix: impl Into<String>) {
+        self.warnings.borrow_mut().push(problem(at, what, fix));
+    }
+
+    /// The warnings if there was no error, else the errors, either by line; to be called when all keys have been asked for.
+    pub(super) fn finish(self, entries: &DeTable<'_>) -> Result<Vec<Problem>, Vec<Problem>> {
+        self.unknown_keys("", entries);
+        self.sorted()
+    }
+
+    /// The same where only this table was read.
+    pub(super) fn finish_table(
+        self,
+        table: &str,
+        entries: &DeTable<'_>,
+    ) -> Result<Vec<Problem>, Vec<Problem>> {
+        if let Some(inner) = entries
+            .get(table)
+            .and_then(|value| value.get_ref().as_table())
+        {
+            self.unknown_keys(table, inner);
+        }
+        self.sorted()
+    }
+
+    fn sorted(self) -> Result<Vec<Problem>, Vec<Problem>> {
+        let by_line = |problem: &Problem| problem.line.unwrap_or(usize::MAX);
+        let mut errors = self.errors.into_inner();
+        let mut warnings = self.warnings.into_inner();
+        errors.sort_by_key(by_line);
+        warnings.sort_by_key(by_line);
+        if errors.is_empty() {
+            Ok(warnings)
+        } else {
+            Err(errors)
+        }
+    }
+
+    fn unknown_keys(&self, table: &str, entries: &DeTable<'_>) {
+        for (key, value) in entries {
+            let name = key.get_ref().as_ref();
+            let path = join(table, name);
+            if !self
+                .asked
+                .borrow()
+                .iter()
+                .any(|(of, asked)| of == table && *asked == name)
+            {
+                let at = Location {
+                    line: Some(self.line(key.span())),
+                    key: path,
+                };
+                // With the version: the file may be a newer one's.
+                self.error(
+                    &at,
+                    concat!("awsvid ", env!("CARGO_PKG_VERSION"), " has no such key"),
+                    self.suggestion(table, name),
+                );
+                continue;
+            }
+            // What is no table of ours has been reported as a wrong type, and its keys mean nothing.
+            if !self.asked.borrow().iter().any(|(of, _)| *of == path) {
+                continue;
+            }
+            match value.get_ref() {
+                DeValue::Table(inner) => self.unknown_keys(&path, inner),
+                DeValue::Array(elements) => {
+                    elements
+                        .iter()
+                        .filter_map(|e| e.get_ref().as_table())
+                        .for_each(|e| self.unknown_keys(&path, e));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// What the writer of an unknown key probably wanted.
+    fn suggestion(&self, table: &str, name: &str) -> String {
+        let asked = self.asked.borrow();
+        let here: Vec<&str> = asked
+            .iter()
+            .filter(|(of, _)| of == table)
+            .map(|(_, key)| *key)
+            .collect();
+        let distance = |key: &&str| strsim::damerau_levenshtein(name, key);
+        if let Some(near) = here
+            .iter()
+            .copied()
+            .min_by_key(distance)
+            .filter(|key| distance(key) <= TYPO)
+        {
+            return format!("did you mean `{near}`?");
+        }
+        let elsewhere: Vec<_> = asked
+            .iter()
+            .filter(|(_, key)| *key == name)
+            .map(|(of, _)| self.header(of))
+            .collect();
+        if elsewhere.is_empty() {
+            return format!("remove it; known here: {}", here.join(", "));
+        }
+        format!("it belongs {}", elsewhere.join(" or "))
+    }
+
+    fn header(&self, table: &str) -> String {
+        match table {
+            "" => "at the top of the file, before the first [table]".to_owned(),
+            list if self.lists.borrow().contains(list) => format!("to [[{list}]]"),
+            single => format!("to [{single}]"),
+        }
+    }
+
+    fn line(&self, span: Range<usize>) -> usize {
+        line_at(self.text, span.start)
+    }
+}
+
+fn problem(at: &Location, what: impl Into<String>, fix: impl Into<String>) -> Problem {
+    Problem {
+        line: at.line,
+        key: at.key.clone(),
+        what: what.into(),
+        fix: fix.into(),
+    }
+}
+
+fn join(table: &str, key: &str) -> String {
+    if table.is_empty() {
+        key.to_owned()
+    } else {
+        format!("{table}.{key}")
+    }
+}
+
+/// The line, from 1, that this byte of the text is in.
+pub(super) fn line_at(text: &str, byte: usize) -> usize {
+    text.bytes().take(byte).filter(|b| *b == b'\n').count() + 1
+}
+
+/// A table that is being read; one that the file doesn't have reads as empty.
+pub(super) struct Table<'r> {
+    pub(super) report: &'r Diagnostics<'r>,
+    place: Location,
+    entries: Option<&'r DeTable<'r>>,
+}
+
+impl<'r> Table<'r> {
+    /// Where the table begins.
+    pub(super) fn at(&self) -> Location {
+        self.place.clone()
+    }
+
+    /// Where the key is, or else where it would be.
+    pub(super) fn place(&self, key: &str) -> Location {
+        let found = self.entries.and_then(|entries| entries.get_key_value(key));
+        let line = found
+            .map(|(_, value)| self.report.line(value.span()))
+            .or(self.place.line);
+        Location {
+            line,
+            key: join(&self.place.key, key),
+        }
+    }
+
+    pub(super) fn contains(&self, key: &str) -> bool {
+        self.entries
+            .is_some_and(|entries| entries.contains_key(key))
+    }
+
+    /// Whether the key is missing or an empty list.
+    pub(super) fn missing(&self, key: &str) -> bool {
+        let value = self.entries.and_then(|entries| entries.get(key));
+        value.is_none_or(|value| {
+            value
+                .get_ref()
+                .as_array()
+                .is_some_and(|elements| elements.is_empty())
+        })
+    }
+
+    /// Whether an error has been reported of this key, so that what is used in its place means nothing.
+    pub(super) fn is_wrong(&self, key: &str) -> bool {
+        let at = self.place(key);
+        self.contains(key)
+            && self
+                .report
+                .errors
+                .borrow()
+                .iter()
+                .any(|error| error.line == at.line && error.key == at.key)
+    }
+
+    pub(super) fn value(&self, key: &'static str) -> Option<&'r DeValue<'r>> {
+        self.report
+            .asked
+            .borrow_mut()
+            .insert((self.place.key.clone(), key));
+        self.entries
+            .and_then(|entries| entries.get(key))
+            .map(|value| value.get_ref())
+    }
+
+    pub(super) fn error(&self, key: &str, what: impl Into<String>, fix: impl Into<String>) {
+        self.report.error(&self.place(key), what, fix);
+    }
+
+    pub(super) fn warn(&self, key: &str, what: impl Into<String>, fix: impl Into<String>) {
+        self.report.warn(&self.place(key), what, fix);
+    }
+
+    /// Reports a key that has to be there and is not.
+    pub(super) fn require(&self, key: &'static str, fix: &str) {
+        if !self.contains(key) {
+            self.report.error(&self.place(key), "it is missing", fix);
+        }
+    }
+
+    fn wrong_type(&self, at: &Location, wanted: &str, found: &DeValue<'_>, fix: &str) {
+        let found = found.type_str();
+        let article = if found.starts_with(['a', 'i']) {
+            "an"
+        } else {
+            "a"
+        };
+        self.report.error(
+            at,
+            format!("this is {article} {found}, where {wanted} is wanted"),
+            fix,
+        );
+    }
+
+    pub(super) fn string(&self, key: &'static str) -> Option<&'r str> {
+        let value = self.value(key)?;
+        if value.as_str().is_none() {
+            self.wrong_type(
+                &self.place(key),
+                "a string",
+                value,
+                "write a string in quotes",
+            );
+        }
+        value.as_str()
+    }
+
+    /// A string that `parse` understands; its error says what is wrong with the string.
+    pub(super) fn parse<T, E: Display>(
+        &self,
+        key: &'static str,
+        fix: &str,
+        parse: impl FnOnce(&'r str) -> Result<T, E>,
+    ) -> Option<T> {
+        let text = self.string(key)?;
+        parse(text)
+            .map_err(|error| self.error(key, format!("{text:?}: {error}"), fix))
+            .ok()
+    }
+
+    pub(super) fn flag(&self, key: &'static str) -> Option<bool> {
+        let value = self.value(key)?;
+        if value.as_bool().is_none() {
+            self.wrong_type(
+                &self.place(key),
+                "true or false",
+                value,
+                "write true or false, without quotes",
+            );
+        }
+        value.as_bool()
+    }
+
+    pub(super) fn number<T: TryFrom<i128> + Display + PartialOrd>(
+        &self,
+        key: &'static str,
+        range: RangeInclusive<T>,
+    ) -> Option<T> {
+        let value = self.value(key)?;
+        let fix = format!(
+            "write a whole number from {} to {}, without quotes",
+            range.start(),
+            range.end()
+        );
+        let Some(integer) = value.as_integer() else {
+            self.wrong_type(&self.place(key), "a number", value, &fix);
+            return None;
+        };
+        let number = i128::from_str_radix(integer.as_str(), integer.radix())
+            .ok()
+            .and_then(|n| T::try_from(n).ok());
+        let number = number.filter(|number| range.contains(number));
+        if number.is_none() {
+            self.error(key, format!("{integer} is out of range"), fix);
+        }
+        number
+    }
+
+    pub(super) fn duration(
+        &self,
+        key: &'static str,
+        range: RangeInclusive<Duration>,
+    ) -> Option<Duration> {
+        let [least, most] =
+            [range.start(), range.end()].map(|end| humantime::format_duration(*end));
+        let fix = format!("write a number and a unit in quotes, from \"{least}\" to \"{most}\"");
+        match self.value(key)? {
+            DeValue::String(text) => match humantime::parse_duration(text) {
+                Ok(duration) if range.contains(&duration) => return Some(duration),
+                Ok(duration) => {
+                    self.error(
+                        key,
+                        format!("{} is out of range", humantime::format_duration(duration)),
+                        fix,
+                    );
+                }
+                Err(error) => self.error(key, format!("{text:?} is no duration: {error}"), fix),
+            },
+            other => self.wrong_type(&self.place(key), "a duration", other, &fix),
+        }
+        None
+    }
+
+    pub(super) fn path(&self, key: &'static str) -> Option<PathBuf> {
+        self.parse(
+            key,
+            "write the whole path of a file, from the first `/`",
+            absolute,
+        )
+    }
+
+    /// One of the words that `known` gives a meaning.
+    pub(super) fn word<T: Copy>(&self, key: &'static str, known: &[(&str, T)]) -> Option<T> {
+        let words: Vec<_> = known
+            .iter()
+            .map(|(word, _)| format!("\"{word}\""))
+            .collect();
+        self.parse(key, &format!("write {}", words.join(" or ")), |text| {
+            known
+                .iter()
+                .find(|(word, _)| *word == text)
+                .map(|(_, meaning)| *meaning)
+                .ok_or("it is not known")
+        })
+    }
+
+    /// The strings of a list with the place of each; `None` if the key is not there or no list.
+    pub(super) fn strings(&self, key: &'static str) -> Option<Vec<(Location, &'r str)>> {
+        const FIX: &str = "write a list of strings: [\"...\", \"...\"]";
+        let value = self.value(key)?;
+        let Some(elements) = value.as_array() else {
+            self.wrong_type(&self.place(key), "a list", value, FIX);
+            return None;
+        };
+        let mut strings = Vec::with_capacity(elements.len());
+        for element in elements.iter() {
+            let at = Location {
+                line: Some(self.report.line(element.span())),
+                ..self.place(key)
+            };
+            match element.get_ref().as_str() {
+                Some(text) => strings.push((at, text)),
+                None => self.wrong_type(&at, "a string", element.get_ref(), FIX),
+            }
+        }
+        Some(strings)
+    }
+
+    /// The table `[key]`.
+    pub(super) fn table(&self, key: &'static str) -> Table<'r> {
+        let entries = self.value(key).and_then(|value| {
+            if value.as_table().is_none() {
+                let fix = format!("write it as [{key}], with its keys below");
+                self.wrong_type(&self.place(key), "a table", value, &fix);
+            }
+            value.as_table()
+        });
+        let line = entries.and(self.place(key).line);
+        Table {
+            report: self.report,
+            place: Location {
+                line,
+                key: join(&self.place.key, key),
+            },
+            entries,
+        }
+    }
+
+    /// The tables `[[key]]`.
+    pub(super) fn tables(&self, key: &'static str) -> Vec<Table<'r>> {
+        self.report
+            .lists
+            .borrow_mut()
+            .insert(join(&self.place.key, key));
+        let Some(value) = self.value(key) else {
+            return Vec::new();
+        };
+        let fix = format!("write each as [[{key}]], with its keys below");
+        let Some(elements) = value.as_array() else {
+            self.wrong_type(&self.place(key), "a list of tables", value, &fix);
+            return Vec::new();
+        };
+        let mut tables = Vec::with_capacity(elements.len());
+        for element in elements.iter() {
+            let place = Location {
+                line: Some(self.report.line(element.span())),
+                key: join(&self.place.key, key),
+            };
+            match element.get_ref().as_table() {
+                Some(entries) => tables.push(Table {
+                    report: self.report,
+                    place,
+                    entries: Some(entries),
+                }),
+                None => self.wrong_type(&place, "a table", element.get_ref(), &fix),
+            }
+        }
+        tables
+    }
+
+    /// A key of a later version: it may be there as long as it asks for nothing.
+    pub(super) fn reserved_key(&self, key: &'static str) {
+        let asks_nothing = |value: &DeValue<'_>| match value {
+            DeValue::Boolean(on) => !on,
+            DeValue::Array(elements) => elements.is_empty(),
+            _ => false,
+        };
+        if self.value(key).is_some_and(|value| !asks_nothing(value)) {
+            self.error(
+                key,
+                "this version of awsvid does not have it yet",
+                "remove it",
+            );
+        }
+    }
+}
+
+/// A path that means the same whatever directory the daemon is started in.
+pub(super) fn absolute(text: &str) -> Result<PathBuf, &'static str> {
+    match text {
+        "" => Err("it is empty"),
+        _ if !Path::new(text).is_absolute() => Err("it is relative"),
+        _ if text.ends_with('/') => Err("it names a directory"),
+        _ if text.contains('\0') => Err("it holds a NUL byte"),
+        _ => Ok(PathBuf::from(text)),
+    }
+}
