@@ -1,7 +1,8 @@
-//! What is played out. Each scene gives what the daemon answered on the connection that it is about.
+//! The scenes. Each returns the daemon's response on the connection that it is about.
 //!
-//! Where it matters whether the daemon looks before or after something happens, it is held back until it has happened, and in
-//! a scene whose name ends in `-late` it has attested the caller before.
+//! In some scenes it matters whether the daemon attests before or after an event. There the daemon
+//! is stopped until the event has happened. In a scene with a name in `-late` it has attested the
+//! caller before.
 
 use std::ffi::CString;
 use std::fs;
@@ -17,8 +18,8 @@ use nix::sys::socket::{Shutdown, shutdown};
 use nix::sys::wait::waitpid;
 use nix::unistd::{execv, setgroups, setresgid, setresuid};
 
-use crate::daemon::{self, Held};
-use crate::handed_on::{self, Given as Socket};
+use crate::daemon::{self, StoppedDaemon};
+use crate::handed_on::{self, RootSocket as Socket};
 use crate::process::{Child, become_of, become_user, child, reuse, stay};
 use crate::raw_http::{self, Address};
 use crate::{ALICE, BOB, blocked, cgroup_moves};
@@ -70,7 +71,7 @@ fn honest(to: &Address, uid: u32) -> String {
     }))
 }
 
-/// A scene that is Alice's alone.
+/// Plays a scene that is Alice's alone.
 fn alone(act: impl FnOnce() -> String) -> String {
     finish(child(|_| {
         become_user(ALICE);
@@ -79,24 +80,25 @@ fn alone(act: impl FnOnce() -> String) -> String {
 }
 
 fn finish(mut child: Child) -> String {
-    let said = child.said();
+    let response = child.output();
     child.reap();
-    said
+    response
 }
 
-/// Alice's connection is given to somebody who is to ask on it, and she has closed her own descriptor.
-struct Given {
+/// Alice's connection, which another process is to use. Alice's own descriptor is closed.
+struct PassedConnection {
     alice: Child,
     heir: Child,
-    held: Option<Held>,
+    stopped: Option<StoppedDaemon>,
 }
 
-impl Given {
-    /// To a user with a group. With `late` the request has begun before. `then` is what Alice does when she is told to go on.
+impl PassedConnection {
+    /// Passes it to a user with a group. With `late` the request has begun before. Alice's process
+    /// does `then` at its cue.
     fn start(to: &Address, late: bool, heir: (u32, u32), then: impl FnOnce()) -> Self {
         let (over, from) = UnixStream::pair().unwrap();
-        let (tell, told) = UnixStream::pair().unwrap();
-        let held = (!late).then(daemon::hold);
+        let (tell, continued) = UnixStream::pair().unwrap();
+        let stopped = (!late).then(daemon::hold);
         let alice = child(|cue| {
             become_user(ALICE);
             let fd = to.connect();
@@ -121,31 +123,35 @@ impl Given {
                 raw_http::ask(&fd)
             }
         });
-        (&told).read_exact(&mut [0; 2]).unwrap();
-        Self { alice, heir, held }
+        (&continued).read_exact(&mut [0; 2]).unwrap();
+        Self {
+            alice,
+            heir,
+            stopped,
+        }
     }
 }
 
-fn goes_on(held: Option<Held>, mut asking: Child) -> String {
-    drop(held);
+fn goes_on(stopped: Option<StoppedDaemon>, mut asking: Child) -> String {
+    drop(stopped);
     asking.cue();
     finish(asking)
 }
 
-/// Bob, who is in Alice's group, asks on her connection while she lives.
+/// Plays a request of Bob, in Alice's group, on the connection of Alice's living process.
 fn passed(to: &Address, late: bool) -> String {
-    let Given {
+    let PassedConnection {
         mut alice,
         heir,
-        held,
-    } = Given::start(to, late, (BOB, ALICE), || {});
-    let said = goes_on(held, heir);
+        stopped,
+    } = PassedConnection::start(to, late, (BOB, ALICE), || {});
+    let response = goes_on(stopped, heir);
     alice.cue();
     alice.reap();
-    said
+    response
 }
 
-/// Alice makes a socket and Bob, who alone has it then, connects it and asks.
+/// Plays a socket that Alice makes and only Bob has then. Bob connects it and sends a request.
 fn made_for(to: &Address) -> String {
     let (over, from) = UnixStream::pair().unwrap();
     let alice = child(|_| {
@@ -162,42 +168,42 @@ fn made_for(to: &Address) -> String {
     }))
 }
 
-/// Alice's process has ended, and a child of hers asks.
+/// Plays a request of Alice's child after Alice's process has ended.
 fn exited(to: &Address, late: bool, reap: bool) -> String {
-    let Given {
+    let PassedConnection {
         mut alice,
         heir,
-        held,
-    } = Given::start(to, late, (ALICE, ALICE), || {});
+        stopped,
+    } = PassedConnection::start(to, late, (ALICE, ALICE), || {});
     alice.cue();
-    alice.said();
+    alice.output();
     if reap {
         alice.reap();
-        return goes_on(held, heir);
+        return goes_on(stopped, heir);
     }
-    let said = goes_on(held, heir);
+    let response = goes_on(stopped, heir);
     alice.reap();
-    said
+    response
 }
 
-/// As above, and Bob's process has the connector's number.
+/// Plays `exited` with a process of Bob that has the connector's number.
 fn reused(to: &Address, late: bool) -> String {
-    let Given {
+    let PassedConnection {
         mut alice,
         heir,
-        held,
-    } = Given::start(to, late, (ALICE, ALICE), || {});
+        stopped,
+    } = PassedConnection::start(to, late, (ALICE, ALICE), || {});
     let pid = alice.pid;
     alice.cue();
-    alice.said();
+    alice.output();
     alice.reap();
     let bob = reuse(pid, BOB, || stay());
-    let said = goes_on(held, heir);
+    let response = goes_on(stopped, heir);
     if let Some(bob) = bob {
         kill(bob, Signal::SIGKILL).unwrap();
         waitpid(bob, None).unwrap();
     }
-    said
+    response
 }
 
 fn child_asks(fd: OwnedFd) -> String {
@@ -214,7 +220,8 @@ fn executed(fd: OwnedFd) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Attack 3: Alice connects, leaves a child with the connection, and executes a program that is setuid root.
+/// Plays T3: Alice connects, leaves a child with the connection, and executes a program that is
+/// setuid root.
 fn setuid(to: &Address, late: bool) -> String {
     let folder = std::env::temp_dir().join(format!("awsvid-setuid-{}", std::process::id()));
     fs::create_dir(&folder).unwrap();
@@ -226,21 +233,21 @@ fn setuid(to: &Address, late: bool) -> String {
     let execute = || {
         execv(&path, &[path.clone(), c"stay".to_owned()]).unwrap();
     };
-    let Given {
+    let PassedConnection {
         mut alice,
         heir,
-        held,
-    } = Given::start(to, late, (ALICE, ALICE), execute);
+        stopped,
+    } = PassedConnection::start(to, late, (ALICE, ALICE), execute);
     alice.cue();
     await_root(&alice);
-    let said = goes_on(held, heir);
+    let response = goes_on(stopped, heir);
     kill(alice.pid, Signal::SIGKILL).unwrap();
     alice.reap();
     fs::remove_dir_all(&folder).unwrap();
-    said
+    response
 }
 
-/// Until the process has executed the setuid program.
+/// Waits until the process has executed the setuid program.
 fn await_root(process: &Child) {
     let status = format!("/proc/{}/status", process.pid);
     // Real and effective: before it became Alice both were root's.
@@ -254,21 +261,22 @@ fn await_root(process: &Child) {
     }
 }
 
-/// Alice and Bob both hold the socket before it is connected; Alice asks.
+/// Plays a socket that Alice and Bob both hold before it is connected. Alice sends the request.
 fn shared(to: &Address) -> String {
     held_by_two(to, (BOB, BOB), (ALICE, ALICE))
 }
 
-/// A process of Alice's user but of Bob's group makes the connection and asks. One of Alice's own group, which has been
-/// there for longer, holds it too.
+/// Plays a connection and request of a process of Alice's user but of Bob's group. An older process
+/// of Alice's own group holds the socket too.
 fn other_group(to: &Address) -> String {
     held_by_two(to, (ALICE, ALICE), (ALICE, BOB))
 }
 
-/// Two processes, each with a user and a group: the younger makes the socket, gives it to the elder, connects and asks.
+/// Plays two processes, each with a user and a group: the younger makes the socket, passes it to
+/// the elder, connects and sends the request.
 fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let (told, tell) = UnixStream::pair().unwrap();
+    let (continued, tell) = UnixStream::pair().unwrap();
     let mut elder = child(|cue| {
         become_of(elder.0, elder.1);
         let fd = raw_http::receive(&theirs);
@@ -276,23 +284,23 @@ fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
         cue.wait();
         String::new()
     });
-    // Processes that start within one tick of the clock (10 ms) are of one age.
+    // Processes that start within one tick of the clock (10 ms) have the same age.
     std::thread::sleep(std::time::Duration::from_millis(20));
     let younger = child(|_| {
         become_of(younger.0, younger.1);
         let fd = to.socket();
         raw_http::pass(&ours, &fd);
-        raw_http::receive(&told);
+        raw_http::receive(&continued);
         to.connect_from(&fd);
         raw_http::ask(&fd)
     });
-    let said = finish(younger);
+    let response = finish(younger);
     elder.cue();
     elder.reap();
-    said
+    response
 }
 
-/// Alice's process is in another group by its real id than by the others.
+/// Plays a process of Alice that is in another group by its real id than by the others.
 fn mixed_group(to: &Address) -> String {
     finish(child(|_| {
         setgroups(&[]).unwrap();
@@ -302,9 +310,10 @@ fn mixed_group(to: &Address) -> String {
     }))
 }
 
-/// Alice asks and is gone before the daemon looks. What it makes of her is in its audit alone.
+/// Plays a request of a process that is gone before the daemon attests it. Only the daemon's audit
+/// has the outcome.
 fn closed(to: &Address, shut: bool) -> String {
-    let held = daemon::hold();
+    let stopped = daemon::hold();
     finish(child(|_| {
         become_user(ALICE);
         let fd = to.connect();
@@ -314,7 +323,7 @@ fn closed(to: &Address, shut: bool) -> String {
         }
         String::new()
     }));
-    drop(held);
+    drop(stopped);
     String::new()
 }
 
@@ -324,11 +333,12 @@ fn half_closed(fd: OwnedFd) -> String {
     raw_http::answer(&fd)
 }
 
-/// Attack 7: while the daemon looks, the connection is only in a queue, and among no process's descriptors.
+/// Plays T7: while the daemon searches, the connection is only in a queue, and among no process's
+/// descriptors.
 fn queued(to: &Address) -> String {
     let (over, from) = UnixStream::pair().unwrap();
-    let (tell, told) = UnixStream::pair().unwrap();
-    let held = daemon::hold();
+    let (tell, continued) = UnixStream::pair().unwrap();
+    let stopped = daemon::hold();
     let mut alice = child(|cue| {
         become_user(ALICE);
         let fd = to.connect();
@@ -338,36 +348,36 @@ fn queued(to: &Address) -> String {
         drop(fd);
         (&tell).write_all(b"x").unwrap();
         cue.wait();
-        // On the unix socket nobody searches for it.
+        // On the unix socket the daemon does not search for it.
         if let (Some(client), Address::Tcp(server)) = (client, to) {
             daemon::await_answer(client, *server);
         }
         raw_http::answer(&raw_http::receive(&from))
     });
-    (&told).read_exact(&mut [0]).unwrap();
-    drop(held);
+    (&continued).read_exact(&mut [0]).unwrap();
+    drop(stopped);
     alice.cue();
     finish(alice)
 }
 
-/// Attack 1: Bob listens on the port that Alice connects from, on every address.
+/// Plays T1: Bob listens on the port that Alice connects from, on every address.
 fn decoy(to: &Address) -> String {
     loop {
         let free = TcpListener::bind(to.another(0)).unwrap();
         let port = free.local_addr().unwrap().port();
         drop(free);
-        // Somebody else may have taken it meanwhile.
-        if let Some(said) = decoy_on(to, port) {
-            return said;
+        // Another process may have taken it meanwhile.
+        if let Some(response) = decoy_on(to, port) {
+            return response;
         }
     }
 }
 
 fn decoy_on(to: &Address, port: u16) -> Option<String> {
-    let (tell, told) = UnixStream::pair().unwrap();
+    let (tell, continued) = UnixStream::pair().unwrap();
     let are_ready = || {
         let mut ready = [0];
-        (&told).read_exact(&mut ready).unwrap();
+        (&continued).read_exact(&mut ready).unwrap();
         ready == [1]
     };
     let mut alice = child(|cue| {
@@ -394,13 +404,14 @@ fn decoy_on(to: &Address, port: u16) -> Option<String> {
     });
     let is_played = are_ready() && is_bound;
     alice.cue();
-    let said = finish(alice);
+    let response = finish(alice);
     bob.cue();
     bob.reap();
-    is_played.then_some(said)
+    is_played.then_some(response)
 }
 
-/// Alice asks from a namespace of her own: one of users, in which she has no id at all, or one of processes.
+/// Plays a request of Alice from a new namespace: one of users, without any id in it, or one of
+/// processes.
 fn apart(to: &Address, namespace: CloneFlags) -> String {
     finish(child(|_| {
         if namespace == CloneFlags::CLONE_NEWUSER {
@@ -414,16 +425,16 @@ fn apart(to: &Address, namespace: CloneFlags) -> String {
     }))
 }
 
-/// Root is in Bob's group when it connects, and then in Alice's.
+/// Plays a root that is in Bob's group when it connects, and in Alice's later.
 fn regrouped(to: &Address, late: bool) -> String {
     setgroups(&[BOB.into()]).unwrap();
     changed_by_root(to, late, |_| setgroups(&[ALICE.into()]).unwrap())
 }
 
-/// Root connects, and then changes something of itself or of the connection.
+/// Plays a root that connects, and then changes something of itself or of the connection.
 fn changed_by_root(to: &Address, late: bool, change: impl FnOnce(&OwnedFd)) -> String {
-    let (tell, told) = UnixStream::pair().unwrap();
-    let held = (!late).then(daemon::hold);
+    let (tell, continued) = UnixStream::pair().unwrap();
+    let stopped = (!late).then(daemon::hold);
     let asking = child(|cue| {
         let fd = to.connect();
         if late {
@@ -438,6 +449,6 @@ fn changed_by_root(to: &Address, late: bool, change: impl FnOnce(&OwnedFd)) -> S
             raw_http::ask(&fd)
         }
     });
-    (&told).read_exact(&mut [0]).unwrap();
-    goes_on(held, asking)
+    (&continued).read_exact(&mut [0]).unwrap();
+    goes_on(stopped, asking)
 }

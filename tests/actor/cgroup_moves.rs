@@ -1,4 +1,5 @@
-//! Scenes about cgroups, in ones below this process's own, and about sockets that io_uring makes (attacks 7 and 15).
+//! Scenes about cgroups below this process's own, and about sockets that io_uring makes (T7 and
+//! T15).
 
 use std::fs;
 use std::io::{Read, Write};
@@ -22,7 +23,7 @@ impl Cgroup {
         Self::named(parent, &format!("{name}-{}", std::process::id()))
     }
 
-    /// With just this name.
+    /// Creates one with exactly this name.
     pub(crate) fn named(parent: &Path, name: &str) -> Self {
         let path = parent.join(name);
         fs::create_dir(&path).unwrap();
@@ -56,8 +57,9 @@ pub(crate) fn own_cgroup() -> PathBuf {
     Path::new(mount.unwrap()).join(path)
 }
 
-/// Alice makes a socket in one cgroup, is moved to another, then connects and asks; with `late` she has begun to ask before
-/// she is moved. With `remove` the first cgroup is gone by then.
+/// Plays a socket that Alice makes in one cgroup. Alice's process is moved to another, then
+/// connects and sends a request. With `late` the request has begun before the move. With `remove`
+/// the first cgroup is gone by then.
 pub(crate) fn moved(to: &Address, late: bool, remove: bool) -> String {
     let (here, there) = UnixStream::pair().unwrap();
     let own = own_cgroup();
@@ -89,12 +91,12 @@ pub(crate) fn moved(to: &Address, late: bool, remove: bool) -> String {
         fs::remove_dir(&first.0).unwrap();
     }
     steps.write_all(b"x").unwrap();
-    let said = alice.said();
+    let response = alice.output();
     alice.reap();
-    said
+    response
 }
 
-/// Alice asks from a cgroup of the threaded kind, whose processes can't be listed.
+/// Plays a request of Alice from a cgroup of the threaded kind, in which processes can't be listed.
 pub(crate) fn threaded(to: &Address) -> String {
     let (here, there) = UnixStream::pair().unwrap();
     let domain = Cgroup::new(&own_cgroup(), "domain");
@@ -109,44 +111,50 @@ pub(crate) fn threaded(to: &Address) -> String {
     domain.write("cgroup.procs", &alice.pid.to_string());
     threaded.write("cgroup.threads", &alice.pid.to_string());
     (&here).write_all(b"x").unwrap();
-    let said = alice.said();
+    let response = alice.output();
     alice.reap();
     drop(threaded);
-    said
+    response
 }
 
-/// Root keeps Alice's credentials in an io_uring and becomes Bob, whose socket is then made as Alice.
+/// Plays a root that keeps Alice's credentials in an io_uring and becomes Bob. Bob's socket is then
+/// made as Alice.
 pub(crate) fn personality(to: &Address) -> String {
     let mut bob = child(|_| {
         let mut ring = IoUring::new(2).unwrap();
-        // The filesystem uid is what a new socket's owner is taken from.
+        // The kernel takes a new socket's owner from the filesystem uid.
         let as_alice = {
             nix::unistd::setfsuid(ALICE.into());
-            let kept = ring.submitter().register_personality().unwrap();
+            let credential_id = ring.submitter().register_personality().unwrap();
             nix::unistd::setfsuid(0.into());
-            kept
+            credential_id
         };
         become_user(BOB);
         let (family, kind) = to.numbers();
         let make = opcode::Socket::new(family, kind, 0)
             .build()
             .personality(as_alice);
-        let made = complete(&mut ring, &make);
-        assert!(made >= 0, "{}", std::io::Error::from_raw_os_error(-made));
+        let socket_fd = complete(&mut ring, &make);
+        assert!(
+            socket_fd >= 0,
+            "{}",
+            std::io::Error::from_raw_os_error(-socket_fd)
+        );
         // SAFETY: the kernel has just made this descriptor.
-        let fd = unsafe { OwnedFd::from_raw_fd(made) };
+        let fd = unsafe { OwnedFd::from_raw_fd(socket_fd) };
         to.connect_from(&fd);
         raw_http::ask(&fd)
     });
-    let said = bob.said();
+    let response = bob.output();
     bob.reap();
-    said
+    response
 }
 
-/// Alice asks by a connection that is among the fixed files of an io_uring, and no descriptor of anybody's.
+/// Plays a request of Alice on a connection that is among the fixed files of an io_uring, and in no
+/// process's descriptors.
 pub(crate) fn fixed_file(to: &Address) -> String {
-    let (tell, told) = UnixStream::pair().unwrap();
-    let held = daemon::hold();
+    let (tell, signalled) = UnixStream::pair().unwrap();
+    let stopped = daemon::hold();
     let mut alice = child(|cue| {
         let mut ring = IoUring::new(2).unwrap();
         become_user(ALICE);
@@ -172,17 +180,17 @@ pub(crate) fn fixed_file(to: &Address) -> String {
         }
         String::from_utf8(answer).unwrap()
     });
-    (&told).read_exact(&mut [0]).unwrap();
-    drop(held);
+    (&signalled).read_exact(&mut [0]).unwrap();
+    drop(stopped);
     alice.cue();
-    let said = alice.said();
+    let response = alice.output();
     alice.reap();
-    said
+    response
 }
 
-/// Does one thing, and waits until it is done.
+/// Submits one entry, and waits until it is done.
 fn complete(ring: &mut IoUring, entry: &squeue::Entry) -> i32 {
-    // SAFETY: whatever memory the entry refers to is the caller's, who waits here.
+    // SAFETY: the memory that the entry refers to is the caller's, which waits here.
     unsafe { ring.submission().push(entry) }.unwrap();
     ring.submit_and_wait(1).unwrap();
     ring.completion().next().unwrap().result()

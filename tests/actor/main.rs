@@ -1,10 +1,14 @@
-//! A process that an integration test starts as root, to play out with real processes what an attacker, or an odd honest
-//! client, does: `actor SCENE LISTENER ADDRESS [PROGRAM]`, with the daemon's pid in `DAEMON`. What the daemon answered is
-//! printed on standard output. `actor connect UID LISTENER ADDRESS` only connects, for a test that talks itself.
-//! `actor in-numbers ACT LISTENER ADDRESS NUMBER...` is for what one user does very often. `actor asked SCENE LISTENER ADDRESS`
-//! goes on step by step, as the test tells it.
+//! A process that an integration test starts as root, to play attackers and odd honest clients with
+//! real processes: `actor SCENE LISTENER ADDRESS [PROGRAM]`, with the daemon's pid in `DAEMON`. It
+//! prints the daemon's response on standard output. There are three more forms.
 //!
-//! Two users take part: [`ALICE`] and [`BOB`]. Which of them may be answered in a scene, the test knows.
+//! - `actor connect UID LISTENER ADDRESS` only connects, for a test that sends the request itself.
+//! - `actor in-numbers ACT LISTENER ADDRESS NUMBER...` is for acts that one user repeats very
+//!   often.
+//! - `actor asked SCENE LISTENER ADDRESS` goes on step by step, at the test's words.
+//!
+//! Two users take part: [`ALICE`] and [`BOB`]. The test knows which of them may be answered in a
+//! scene.
 #![allow(
     unsafe_code,
     reason = "fork, clone3 and setuid are what this program is for; it has one thread"
@@ -39,7 +43,7 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
-        // Executed by scenes: ask on an inherited descriptor, or just be there.
+        // Executed by scenes: to send a request on an inherited descriptor, or only to run.
         ["speak", descriptor] => print!("{}", raw_http::ask_on(descriptor.parse().unwrap())),
         ["stay"] => process::stay(),
         ["connect", uid, listener, address] => {

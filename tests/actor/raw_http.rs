@@ -1,4 +1,4 @@
-//! Connections to the daemon, and what is said on them.
+//! Connections to the daemon, and the requests on them.
 
 use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpStream};
@@ -15,7 +15,6 @@ use nix::sys::socket::{
 
 use crate::daemon;
 
-/// Where the daemon listens.
 pub(crate) enum Address {
     Unix(PathBuf),
     Tcp(SocketAddr),
@@ -23,7 +22,7 @@ pub(crate) enum Address {
 
 pub(crate) const REQUEST: &[u8] =
     b"GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: any\r\n\r\n";
-/// How much of it is sent where a scene goes on in the middle of a request.
+/// The bytes that are sent where a scene goes on in the middle of a request.
 const PART: usize = 20;
 
 impl Address {
@@ -46,7 +45,8 @@ impl Address {
         })
     }
 
-    /// A loopback address from which nobody connects by himself, of the listener's family.
+    /// Returns a loopback address of the listener's family from which no process connects by
+    /// default.
     pub(crate) fn another(&self, port: u16) -> SocketAddr {
         match self.family() {
             AddressFamily::Inet6 => SocketAddrV6::new(Ipv6Addr::LOCALHOST, port, 0, 0).into(),
@@ -54,7 +54,8 @@ impl Address {
         }
     }
 
-    /// A socket that is not yet connected: from this port of such an address, bound to the loopback device (attack 1).
+    /// Makes a socket that is not yet connected: from this port of such an address, bound to the
+    /// loopback device (T1).
     pub(crate) fn bound_socket(&self, port: u16) -> nix::Result<OwnedFd> {
         let fd = self.socket();
         setsockopt(&fd, sockopt::ReuseAddr, &true).unwrap();
@@ -63,7 +64,7 @@ impl Address {
         Ok(fd)
     }
 
-    /// The address of a TCP socket.
+    /// Returns the address of a TCP socket.
     pub(crate) fn local(fd: &OwnedFd) -> SocketAddr {
         let name: SockaddrStorage = getsockname(fd.as_raw_fd()).unwrap();
         let v4 = name
@@ -84,12 +85,12 @@ impl Address {
         }
     }
 
-    /// The first two arguments of socket(2).
+    /// Returns the first two arguments of socket(2).
     pub(crate) fn numbers(&self) -> (i32, i32) {
         (self.family() as i32, SockType::Stream as i32)
     }
 
-    /// A socket that is not yet connected.
+    /// Makes a socket that is not yet connected.
     pub(crate) fn socket(&self) -> OwnedFd {
         socket(
             self.family(),
@@ -112,7 +113,7 @@ impl Address {
     }
 }
 
-/// The whole request, and the whole answer; an empty one if the daemon says nothing.
+/// Sends the whole request, and returns the whole response, empty if the daemon sends none.
 pub(crate) fn ask(fd: &OwnedFd) -> String {
     send(fd);
     answer(fd)
@@ -122,18 +123,19 @@ pub(crate) fn send(fd: &OwnedFd) {
     write(fd, REQUEST);
 }
 
-/// The beginning of a request, read by the daemon, so that it has attested whose connection this is.
+/// Sends the beginning of a request, and waits until the daemon has read it, so that it has
+/// attested the connection.
 pub(crate) fn begin(to: &Address, fd: &OwnedFd) {
     send_part(fd);
     daemon::await_read(to, fd);
 }
 
-/// The same, whoever has read it.
+/// Sends the beginning of a request, and does not wait.
 pub(crate) fn send_part(fd: &OwnedFd) {
     write(fd, &REQUEST[..PART]);
 }
 
-/// The rest of it.
+/// Sends the rest of it, and returns the response.
 pub(crate) fn conclude(fd: &OwnedFd) -> String {
     write(fd, &REQUEST[PART..]);
     answer(fd)
@@ -154,12 +156,13 @@ pub(crate) fn conclude_on(descriptor: RawFd) -> String {
 }
 
 fn inherited(descriptor: RawFd) -> OwnedFd {
-    // SAFETY: whoever executed this program has left the descriptor open for it.
+    // SAFETY: the program before this one has left the descriptor open for it.
     unsafe { OwnedFd::from_raw_fd(descriptor) }
 }
 
-/// On this very descriptor: a second one that is closed again may be the one that the daemon has found. The daemon may have
-/// closed already, which the answer then shows; what is written here fits into any buffer.
+/// Writes on this very descriptor: a second one that is closed again may be the one that the daemon
+/// has found. The daemon may have closed already, which the response then shows. These bytes fit
+/// into any buffer.
 fn write(fd: &OwnedFd, bytes: &[u8]) {
     let written = nix::unistd::write(fd, bytes);
     assert!(written.is_err() || written == Ok(bytes.len()));
@@ -169,7 +172,7 @@ fn file(fd: &OwnedFd) -> std::fs::File {
     fd.try_clone().unwrap().into()
 }
 
-/// Puts a copy of `fd` into the queue of a socket, for whoever receives it.
+/// Puts a copy of `fd` into the queue of a socket, for the process that receives from it.
 pub(crate) fn pass(over: &UnixStream, fd: &OwnedFd) {
     let fds = [fd.as_raw_fd()];
     let message = [ControlMessage::ScmRights(&fds)];
@@ -205,7 +208,7 @@ pub(crate) fn receive(over: &UnixStream) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(received.next().expect("a descriptor")) }
 }
 
-/// The same descriptor, which programs executed from here on inherit.
+/// Makes the descriptor one that programs executed from here on inherit.
 pub(crate) fn inheritable(fd: OwnedFd) -> RawFd {
     use nix::fcntl::{FcntlArg, FdFlag, fcntl};
     fcntl(&fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();

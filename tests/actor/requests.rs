@@ -1,8 +1,9 @@
-//! Scenes about a caller whom an agent is being asked about, by its number. The agent is the test's own, which holds it
-//! back and tells this program, by words on standard input, when to go on; each has an answer of one line.
+//! Scenes in which a query to an agent has the caller's pid. The agent is the test's own. It holds
+//! the query, and the test sends words on standard input when the scene is to go on. Each word gets
+//! a reply of one line.
 //!
-//! This program is started from a folder with copies of it: `first`, which it is, `second`, and `root` and `group`, which
-//! are setuid root and setgid [`BOB`].
+//! This program is started from a folder with copies of it: `first`, which it is, `second`, and
+//! `root` and `group`, which are setuid root and setgid [`BOB`].
 
 use std::ffi::CString;
 use std::fs;
@@ -19,36 +20,37 @@ use crate::process::{become_user, child, reuse};
 use crate::raw_http::{self, Address};
 use crate::{ALICE, BOB};
 
-/// A process that does what it is told to, word by word, whatever it runs.
-struct Player {
+/// A process that obeys words, whatever program it runs.
+struct ScriptedProcess {
     pid: Pid,
     words: UnixStream,
 }
 
-/// What a player is made of.
+/// The parts of a player.
 struct Part<'a> {
     listener: &'a str,
     address: &'a str,
     words: UnixStream,
-    /// Over which a connection is given and taken.
+    /// The socket over which connections are passed.
     over: Option<UnixStream>,
     connection: Option<OwnedFd>,
 }
 
-/// The scene's caller is Alice. Her heir has the same user and program, and is given her connection where she is to change.
+/// The scene's caller is Alice. The heir has the same user and program, and gets the caller's
+/// connection in scenes where the caller is to change.
 struct Stage<'a> {
     scene: &'a str,
     to: [&'a str; 2],
-    alice: Player,
-    heir: Player,
-    /// Who has the caller's number after that.
-    bob: Option<Player>,
+    alice: ScriptedProcess,
+    heir: ScriptedProcess,
+    /// The process that has the caller's number after that.
+    bob: Option<ScriptedProcess>,
     cgroup: Option<Cgroup>,
 }
 
 pub(crate) fn play(scene: &str, to: [&str; 2]) {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let [alice, heir] = [ours, theirs].map(|over| Player::start(ALICE, to, over));
+    let [alice, heir] = [ours, theirs].map(|over| ScriptedProcess::start(ALICE, to, over));
     let mut stage = Stage {
         scene,
         to,
@@ -66,39 +68,40 @@ pub(crate) fn play(scene: &str, to: [&str; 2]) {
 impl Stage<'_> {
     fn step(&mut self, word: &str) -> String {
         match word {
-            "ask" => self.alice.does("ask"),
+            "ask" => self.alice.send_word("ask"),
             "change" => self.change(),
-            // As `newgrp` does and a busybox's `su`: from privileges back to the user, and to whatever he wants to run.
-            "back" => self.alice.does("back"),
-            "answer" if matches!(self.scene, "still" | "moved") => self.alice.does("answer"),
+            // As `newgrp` and busybox's `su` do: from privileges back to the user, and to any
+            // program.
+            "back" => self.alice.send_word("back"),
+            "answer" if matches!(self.scene, "still" | "moved") => self.alice.send_word("answer"),
             "answer" if self.scene == "vanished" => "\"\"".to_owned(),
-            "answer" => self.heir.does("answer"),
-            "again" => self.again(),
-            other if other.starts_with("alice ") => self.alice.does(&other["alice ".len()..]),
+            "answer" => self.heir.send_word("answer"),
+            "again" => self.request_again(),
+            other if other.starts_with("alice ") => self.alice.send_word(&other["alice ".len()..]),
             other => panic!("no step {other}"),
         }
     }
 
-    /// What becomes of the caller.
+    /// Makes the change of the caller that the scene is about.
     fn change(&mut self) -> String {
         if !matches!(self.scene, "still" | "moved" | "vanished") {
-            self.alice.does("give");
-            self.heir.does("take");
+            self.alice.send_word("give");
+            self.heir.send_word("take");
         }
         match self.scene {
             "still" | "forked" => {}
-            "vanished" | "exited" => self.alice.ends(true),
-            "zombie" => self.alice.ends(false),
+            "vanished" | "exited" => self.alice.end(true),
+            "zombie" => self.alice.end(false),
             "reused" => {
-                self.alice.ends(true);
-                self.bob = Player::reusing(self.alice.pid, BOB, self.to);
+                self.alice.end(true);
+                self.bob = ScriptedProcess::reusing(self.alice.pid, BOB, self.to);
                 if self.bob.is_none() {
                     return "\"the number is taken\"".to_owned();
                 }
             }
-            "executed" => drop(self.alice.does("become second")),
-            "setuid" | "setuid-and-back" => drop(self.alice.does("become root")),
-            "setgid" | "setgid-and-back" => drop(self.alice.does("become group")),
+            "executed" => drop(self.alice.send_word("become second")),
+            "setuid" | "setuid-and-back" => drop(self.alice.send_word("become root")),
+            "setgid" | "setgid-and-back" => drop(self.alice.send_word("become group")),
             "moved" => {
                 let cgroup = self
                     .cgroup
@@ -110,16 +113,16 @@ impl Stage<'_> {
         "\"changed\"".to_owned()
     }
 
-    /// Who is there now asks on a connection of its own.
-    fn again(&mut self) -> String {
+    /// Makes the process that exists now send a request on a connection of its own.
+    fn request_again(&mut self) -> String {
         match (self.scene, &mut self.bob) {
-            (_, Some(bob)) => bob.does("again"),
-            ("vanished" | "exited" | "zombie", None) => self.heir.does("again"),
+            (_, Some(bob)) => bob.send_word("again"),
+            ("vanished" | "exited" | "zombie", None) => self.heir.send_word("again"),
             ("setuid" | "setgid", None) => {
-                self.alice.does("settle");
-                self.alice.does("again")
+                self.alice.send_word("settle");
+                self.alice.send_word("again")
             }
-            _ => self.alice.does("again"),
+            _ => self.alice.send_word("again"),
         }
     }
 }
@@ -127,12 +130,12 @@ impl Stage<'_> {
 impl Drop for Stage<'_> {
     fn drop(&mut self) {
         if self.cgroup.is_some() {
-            self.alice.ends(true);
+            self.alice.end(true);
         }
     }
 }
 
-impl Player {
+impl ScriptedProcess {
     fn start(uid: u32, to: [&str; 2], over: UnixStream) -> Self {
         let (words, theirs) = UnixStream::pair().unwrap();
         let started = child(|_| {
@@ -153,22 +156,22 @@ impl Player {
         Some(Self { pid, words }.ready())
     }
 
-    /// Once it says so it is the user that it is to be, and ends with this program.
+    /// Waits for its line that it is the right user. It ends with this program.
     fn ready(mut self) -> Self {
         line(&mut self.words).expect("a player's first word");
         self
     }
 
-    /// Tells it to, and waits until it has said that it is done, or what it was answered.
-    fn does(&mut self, word: &str) -> String {
+    /// Sends it a word, and waits for its reply or for the daemon's response.
+    fn send_word(&mut self, word: &str) -> String {
         self.words
             .write_all(format!("{word}\n").as_bytes())
             .unwrap();
         line(&mut self.words).expect("a player's word")
     }
 
-    /// It ends; `reap`, or it stays a zombie.
-    fn ends(&mut self, reap: bool) {
+    /// Ends it. With `reap` it is reaped, else it stays a zombie.
+    fn end(&mut self, reap: bool) {
         self.words.write_all(b"end\n").unwrap();
         waitid(
             Id::Pid(self.pid),
@@ -181,7 +184,8 @@ impl Player {
     }
 }
 
-/// Byte by byte: another program may have to read the next one. `None` at the end.
+/// Reads a word byte by byte, since another program may have to read the next one. Returns `None`
+/// at the end.
 fn line(words: &mut UnixStream) -> Option<String> {
     let mut line = Vec::new();
     let mut byte = [0];
@@ -196,7 +200,7 @@ fn line(words: &mut UnixStream) -> Option<String> {
 
 /// Goes on as the player that has executed this program.
 pub(crate) fn obey_on(descriptor: &str, to: [&str; 2]) {
-    // SAFETY: whoever executed this program has left the descriptor open for it.
+    // SAFETY: the program before this one has left the descriptor open for it.
     let words = unsafe { UnixStream::from_raw_fd(descriptor.parse().unwrap()) };
     Part::new(to, words, None).obey();
 }
@@ -212,16 +216,16 @@ impl<'a> Part<'a> {
         }
     }
 
-    /// Says first that it is there.
+    /// Reports first that it runs, and then obeys each word.
     fn obey(mut self) {
         self.words.write_all(b"\"done\"\n").unwrap();
         while let Some(word) = line(&mut self.words) {
             if word == "end" {
                 return;
             }
-            let said = self.act(&word);
+            let reply = self.act(&word);
             self.words
-                .write_all(format!("{said}\n").as_bytes())
+                .write_all(format!("{reply}\n").as_bytes())
                 .unwrap();
         }
     }
@@ -259,7 +263,7 @@ impl<'a> Part<'a> {
         "\"done\"".to_owned()
     }
 
-    /// Becomes another program of the folder, which says itself that it is there.
+    /// Executes another program of the folder, which reports itself that it runs.
     fn execute(&self, program: &str) -> ! {
         let program = std::env::current_exe().unwrap().with_file_name(program);
         let words = raw_http::inheritable(self.words.try_clone().unwrap().into()).to_string();

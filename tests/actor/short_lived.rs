@@ -1,4 +1,4 @@
-//! Processes that live for one request each, or for none: as many new ones in a second as the test says.
+//! Processes that live for one request each, or for none, started at the rate that the test sets.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -16,18 +16,19 @@ use serde_json::{Value, json};
 use crate::process::{become_user, stay};
 use crate::raw_http::{self, Address};
 
-/// What one of them tells of its answer: small enough that it is written whole, whoever else writes.
+/// The bytes in which a process reports its response: small enough for an atomic write.
 const RECORD: usize = 64;
 
-/// Has `rate` processes in a second ask for the first time, for so many seconds, of one user after another. Prints for each
-/// kind of answer how many there were and how long they took, and the keys that each user was given.
+/// Starts `rate` processes in a second that each send their first request, for this number of
+/// seconds, of one user after another. Prints the number and latencies of each kind of response,
+/// and the access key ids of each user.
 ///
-/// They are all there before the first of them asks and until the last has been answered, so that the machine is not busy
-/// with their beginnings and ends.
+/// All of them exist before the first request and until the last response, so that their starts and
+/// ends do not load the machine.
 pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> String {
     let users: Vec<u32> = users.split(',').map(|uid| uid.parse().unwrap()).collect();
     let (rate, seconds): (u128, u128) = (rate.parse().unwrap(), seconds.parse().unwrap());
-    reap_nobody();
+    ignore_children();
     let [(mut said, mut say), (cue, cues)] = [(); 2].map(|()| {
         let (read, write): (OwnedFd, OwnedFd) = pipe().unwrap();
         (File::from(read), File::from(write))
@@ -35,16 +36,16 @@ pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> Strin
     let count = usize::try_from(rate * seconds).unwrap();
     for number in 0..count {
         let uid = users[number % users.len()];
-        born(|| {
+        fork_detached(|| {
             become_user(uid);
-            // One of those that wait is woken by each byte.
+            // Each byte wakes one of the waiting processes.
             (&cue).read_exact(&mut [0]).unwrap();
             say.write_all(&record(uid, to)).unwrap();
             stay()
         });
     }
     fcntl(&said, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
-    let mut seen = Seen::default();
+    let mut results = Results::default();
     let (began, mut cued, mut busy) = (Instant::now(), 0, None);
     while cued < count {
         let due = usize::try_from(began.elapsed().as_micros() * rate / 1_000_000)
@@ -52,41 +53,42 @@ pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> Strin
             .min(count);
         (&cues).write_all(&vec![0; due - cued]).unwrap();
         cued = due;
-        seen.read(&mut said);
+        results.read(&mut said);
         if busy.is_none() && cued >= count / 4 {
-            busy = Some((Instant::now(), seen.count("200")));
+            busy = Some((Instant::now(), results.count("200")));
         }
         thread::sleep(Duration::from_millis(1));
     }
-    // Without the first quarter, in which the first have not been answered yet.
+    // Without the first quarter, in which the first have no response yet.
     let per_second = busy.map(|(since, before)| {
-        f64::from(seen.count("200") - before) / since.elapsed().as_secs_f64()
+        f64::from(results.count("200") - before) / since.elapsed().as_secs_f64()
     });
-    while seen.all() < count {
-        seen.read(&mut said);
+    while results.all() < count {
+        results.read(&mut said);
         thread::sleep(Duration::from_millis(1));
     }
-    seen.show(json!({ "asked": count, "answered_per_second": per_second }))
+    results.show(json!({ "asked": count, "answered_per_second": per_second }))
 }
 
-/// So many processes of a user, which do nothing until this one ends; prints their numbers.
+/// Starts this number of processes of a user, which do nothing until this one ends. Prints their
+/// pids.
 pub(crate) fn idle(uid: &str, count: &str) -> ! {
     become_user(uid.parse().unwrap());
     for _ in 0..count.parse().unwrap() {
-        println!("{}", born(|| stay()));
+        println!("{}", fork_detached(|| stay()));
     }
     println!("all");
     stay()
 }
 
-/// Nobody waits for children, and they leave no zombies.
-fn reap_nobody() {
+/// Lets the kernel reap children, so that they leave no zombies.
+fn ignore_children() {
     let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::SA_NOCLDWAIT, SigSet::empty());
     // SAFETY: no handler is set.
     unsafe { sigaction(Signal::SIGCHLD, &ignore) }.unwrap();
 }
 
-fn born(act: impl FnOnce()) -> nix::unistd::Pid {
+fn fork_detached(act: impl FnOnce()) -> nix::unistd::Pid {
     // SAFETY: this program has one thread.
     match unsafe { fork() }.unwrap() {
         ForkResult::Parent { child } => child,
@@ -99,7 +101,7 @@ fn born(act: impl FnOnce()) -> nix::unistd::Pid {
     }
 }
 
-/// One question: user, kind of answer, microseconds, key.
+/// Sends one request and returns its record: user, kind of response, microseconds, access key id.
 fn record(uid: u32, to: &Address) -> [u8; RECORD] {
     let began = Instant::now();
     let answer = to
@@ -126,18 +128,18 @@ fn record(uid: u32, to: &Address) -> [u8; RECORD] {
 }
 
 #[derive(Default)]
-struct Seen {
+struct Results {
     rest: Vec<u8>,
-    /// By kind of answer, in microseconds.
+    /// By kind of response, in microseconds.
     took: BTreeMap<String, Vec<u64>>,
-    /// By user and kind of answer.
+    /// By user and kind of response.
     keys: BTreeMap<String, BTreeSet<String>>,
 }
 
-impl Seen {
-    /// Reads what there is: all of it, if that waits.
+impl Results {
+    /// Reads all that is there: up to the end, if the pipe blocks.
     fn read(&mut self, said: &mut File) {
-        // An error says that there is no more for now.
+        // An error means that the pipe is empty for now.
         let _ = said.read_to_end(&mut self.rest);
         let whole = self.rest.len() / RECORD * RECORD;
         let records: Vec<u8> = self.rest.drain(..whole).collect();
@@ -164,7 +166,7 @@ impl Seen {
         u32::try_from(self.took.get(kind).map_or(0, Vec::len)).unwrap()
     }
 
-    /// Adds what was seen.
+    /// Adds the results to `all` and prints them.
     fn show(mut self, mut all: Value) -> String {
         let answers = self.took.iter_mut().map(|(kind, took)| {
             took.sort_unstable();

@@ -1,4 +1,5 @@
-//! The crowd: what else there is on a busy node, none of it a client of the daemon.
+//! Background load: the other processes and connections of a busy node, none of them a client of
+//! the daemon.
 #![allow(unsafe_code, reason = "fork, in a part that has one thread")]
 
 use std::io::Read;
@@ -15,7 +16,7 @@ use crate::Failed;
 use crate::caller::become_user;
 use crate::process::Part;
 
-/// Whose they are.
+/// The user of the processes.
 const USER: u32 = 61109;
 
 /// Processes and connections, until it is ended.
@@ -41,13 +42,13 @@ impl Crowd {
         }
     }
 
-    /// Ends them; when this returns they are gone.
+    /// Ends them, and waits until they are gone.
     pub(crate) fn end(self) -> Result<(), Failed> {
         self.0.end()
     }
 }
 
-/// The part `crowd`.
+/// Runs the part `crowd`.
 pub(crate) fn run(processes: usize, connections: usize, cgroup: &Path) -> Result<(), Failed> {
     std::fs::write(cgroup.join("cgroup.procs"), "0")?;
     let descriptors = u64::try_from(2 * connections)? + 100;
@@ -75,7 +76,7 @@ pub(crate) fn run(processes: usize, connections: usize, cgroup: &Path) -> Result
     Ok(())
 }
 
-/// A child that does nothing until it is killed, by this process or with it.
+/// Starts a child that does nothing until it is killed, by this process or with it.
 fn sleeper() -> Result<Pid, Failed> {
     // SAFETY: this part has one thread.
     match unsafe { fork() }? {

@@ -11,11 +11,10 @@ use crate::{Bench, Failed};
 /// A row, which may give several lines.
 #[derive(Clone, Copy)]
 pub(crate) struct Row {
-    /// For the command line.
+    /// Its name on the command line.
     pub(crate) name: &'static str,
-    /// For whoever reads the table.
+    /// Its meaning for readers of the table.
     pub(crate) meaning: &'static str,
-    /// Measures it.
     pub(crate) run: fn(&Bench) -> Result<Vec<Line>, Failed>,
 }
 
@@ -23,18 +22,18 @@ pub(crate) struct Row {
 pub(crate) const ROWS: [Row; 14] = [
     Row {
         name: "tcp-socket",
-        meaning: "CPU time of the daemon per request over TCP, rules by uid and unit: the socket alone says who it is. Like the rows \
+        meaning: "CPU time of the daemon per request over TCP, rules by uid and unit: the socket alone identifies the caller. Like the rows \
                   below, in multiples of `direct` on the same transport",
         run: |bench| ratio::own_cgroup(bench, &ratio::TCP_SOCKET),
     },
     Row {
         name: "tcp-pid",
-        meaning: "over TCP, rules by uid: a process that holds the socket has to be found among those of its cgroup",
+        meaning: "over TCP, rules by uid: the daemon has to find a process that holds the socket among those of its cgroup",
         run: |bench| ratio::own_cgroup(bench, &ratio::TCP_PID),
     },
     Row {
         name: "tcp-pid-root",
-        meaning: "the same with the load in the root cgroup, where all of its user's processes are looked at",
+        meaning: "`tcp-pid` with the load in the root cgroup, where the daemon searches all processes of its user",
         run: ratio::root_cgroup,
     },
     Row {
@@ -49,13 +48,13 @@ pub(crate) const ROWS: [Row; 14] = [
     },
     Row {
         name: "busy-node",
-        meaning: "the four above with 10,000 processes outside the load's cgroup and 2,000 connections of others, in \
-                  multiples of the same row without",
+        meaning: "the four above with 10,000 processes outside the load's cgroup and 2,000 connections of other users, in \
+                  multiples of the same row without them",
         run: ratio::busy_node,
     },
     Row {
         name: "paced",
-        meaning: "latency at 1,500 requests a second, in multiples of direct's",
+        meaning: "latency at 1,500 requests a second, in multiples of `direct`'s",
         run: slow::paced,
     },
     Row {
@@ -65,18 +64,18 @@ pub(crate) const ROWS: [Row; 14] = [
     },
     Row {
         name: "herd",
-        meaning: "1,000 callers of one identity at once, nothing cached: from STS's answer to the last caller's",
+        meaning: "1,000 callers of one identity at once, nothing cached: from STS's response to that of the last caller",
         run: cold::herd,
     },
     Row {
         name: "cold",
-        meaning: "one caller, nothing cached, a source and an STS of 50 ms each: what the daemon adds to the time that those \
-                  two took by their own clocks",
+        meaning: "one caller, nothing cached, a source and an STS of 50 ms each: the time that the daemon adds to those two, by their \
+                  own clocks",
         run: cold::cold,
     },
     Row {
         name: "hostile",
-        meaning: "p99 of one user (rules by uid and gid, TCP) while another with 10,000 descriptors asks from 8 threads",
+        meaning: "p99 of one user (rules by uid and gid, TCP) while another with 10,000 descriptors sends requests from 8 threads",
         run: slow::hostile,
     },
     Row {
@@ -92,7 +91,7 @@ pub(crate) const ROWS: [Row; 14] = [
     },
     Row {
         name: "start",
-        meaning: "from starting the program to the first connection, and to `/readyz`",
+        meaning: "from the start of the program to the first connection, and to 200 from `/readyz`",
         run: size::start,
     },
 ];

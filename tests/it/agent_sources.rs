@@ -1,4 +1,5 @@
-//! SPIRE attests the callers itself: the Delegated Identity API and the SPIFFE Broker API, with the real agent.
+//! SPIRE attests the callers itself: the Delegated Identity API and the SPIFFE Broker API, with the
+//! real agent.
 
 mod asked;
 mod examples;
@@ -18,30 +19,30 @@ use serde_json::Value;
 
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio;
-use crate::harness::env::{Setting, Source, World, id};
+use crate::harness::env::{Env, Setting, Source, id};
 
-/// The demonstration, without one rule in awsvid's configuration.
-fn each_process_has_its_own_entry(source: Source) {
+/// Runs the demonstration without a single rule in awsvid's configuration.
+fn check_entries_per_process(source: Source) {
     let folder = folder();
     let setting = Setting {
         source,
         ..Setting::default()
     };
-    let Some(world) = World::start(
+    let Some(env) = Env::start(
         folder.path(),
         &[(1001, "reader"), (1002, "other")],
         &setting,
     ) else {
         return;
     };
-    let trace = world.minio.trace();
-    let probes = world.daemon.audit().len();
+    let trace = env.minio.trace();
+    let probes = env.daemon.audit().len();
 
     assert_eq!(
-        world.copy(1001).success("aws s3 cp as the reader"),
+        env.copy(1001).success("aws s3 cp as the reader"),
         "hello from the shop\n"
     );
-    let [issued] = &world.daemon.audit_after(probes)[..] else {
+    let [issued] = &env.daemon.audit_after(probes)[..] else {
         panic!("one request, one audit record")
     };
     assert_eq!(
@@ -49,7 +50,7 @@ fn each_process_has_its_own_entry(source: Source) {
         (&Value::from("issued"), &Value::from(id("reader")))
     );
     let key = issued["access_key_id"].as_str().unwrap();
-    let (head, body) = world.curl(1001);
+    let (head, body) = env.curl(1001);
     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
     assert_eq!(
         serde_json::from_str::<Value>(&body).unwrap()["AccessKeyId"],
@@ -58,68 +59,68 @@ fn each_process_has_its_own_entry(source: Source) {
     );
     assert_eq!(trace.count(minio::ASSUME_ROLE, key), 1);
 
-    let refused = world.copy(1002);
+    let refused = env.copy(1002);
     assert!(
         !refused.status.success() && refused.stderr.contains("403"),
         "{refused:?}"
     );
-    let others = world.daemon.audit_after(probes + 2);
+    let others = env.daemon.audit_after(probes + 2);
     assert_eq!(
         (&others[0]["outcome"], &others[0]["spiffe_id"]),
         (&Value::from("issued"), &Value::from(id("other")))
     );
 
-    let nobody = world.copy(1003);
+    let no_identity = env.copy(1003);
     assert!(
-        !nobody.status.success() && nobody.stderr.contains("uid 1003"),
-        "{nobody:?}"
+        !no_identity.status.success() && no_identity.stderr.contains("uid 1003"),
+        "{no_identity:?}"
     );
     assert_eq!(
-        world.daemon.audit_after(probes + 3)[0]["reason"],
+        env.daemon.audit_after(probes + 3)[0]["reason"],
         "no_identity"
     );
-    let (head, _) = world.curl(1003);
+    let (head, _) = env.curl(1003);
     assert!(head.starts_with("HTTP/1.1 403"), "{head}");
-    assert!(!world.daemon.log().contains("eyJ"), "a token was written");
+    assert!(!env.daemon.log().contains("eyJ"), "a token was written");
     drop(trace);
 }
 
 #[test]
-fn by_delegated_identity_each_process_has_its_own_entry() {
-    each_process_has_its_own_entry(Source::Delegated);
+fn each_process_uses_its_own_entry_with_spire_delegated() {
+    check_entries_per_process(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_each_process_has_its_own_entry() {
-    each_process_has_its_own_entry(Source::Broker);
+fn each_process_uses_its_own_entry_with_spiffe_broker() {
+    check_entries_per_process(Source::Broker);
 }
 
-/// awsvid's own X.509-SVID is another one all the time; each new process is asked about over a connection with the latest.
+/// awsvid's own X.509-SVID changes continuously. The daemon queries each new process over a
+/// connection with the latest.
 #[test]
-fn no_request_fails_while_awsvids_own_identity_is_renewed() {
+fn requests_succeed_during_renewal_of_own_svid() {
     let folder = folder();
     let setting = Setting {
         source: Source::Broker,
         x509_svid_ttl: Some("10s"),
         ..Setting::default()
     };
-    let Some(world) = World::start(folder.path(), &[(1001, "reader")], &setting) else {
+    let Some(env) = Env::start(folder.path(), &[(1001, "reader")], &setting) else {
         return;
     };
     let renewals = || {
-        world
-            .daemon
+        env.daemon
             .log()
             .matches("awsvid's own X.509-SVID is renewed")
             .count()
     };
     let (before, mut requests) = (renewals(), 0);
     while renewals() < before + 5 {
-        let (head, _) = world.curl(1001);
+        let (head, _) = env.curl(1001);
         assert!(head.starts_with("HTTP/1.1 200"), "{head}");
         requests += 1;
     }
-    assert_eq!(world.daemon.issued(), requests);
+    assert_eq!(env.daemon.issued(), requests);
     eprintln!(
         "{requests} processes during {} renewals",
         renewals() - before

@@ -1,4 +1,5 @@
-//! Which facts of a caller decide, over which listener: seen in the audit records. No source is needed for that.
+//! The facts of a caller that decide, by listener, as the audit records show them. No source is
+//! needed for that.
 
 use std::fs;
 use std::path::Path;
@@ -12,9 +13,9 @@ use crate::harness::counterparts::process::run;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// curl as this user and group, in this cgroup, over the listener.
+/// Runs curl as this user and group, in this cgroup, over the listener.
 fn ask(
     daemon: &Daemon,
     listener: &str,
@@ -47,7 +48,7 @@ fn ask(
         .env_clear()
         .env("PATH", "/usr/bin:/bin")
         .args(["-c", &script]);
-    let body = run(command, b"", PATIENCE).success(&script);
+    let body = run(command, b"", TIMEOUT).success(&script);
     serde_json::from_str::<Value>(&body).expect("an answer in JSON");
     daemon
         .audit_after(before)
@@ -73,7 +74,7 @@ role_arn = "arn:aws:iam::123456789012:role/all"
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 
 #[test]
-fn unit_and_cgroup_are_seen_on_the_socket_alone() {
+fn unit_and_cgroup_are_read_from_socket_alone() {
     if !root() {
         return;
     }
@@ -99,12 +100,12 @@ gid = 51009
     let unit = Cgroup::new("seen.service");
     let plain = Cgroup::new("plain");
     let below = plain.below("below");
-    let elsewhere = Cgroup::new("elsewhere");
+    let other_cgroup = Cgroup::new("elsewhere");
     for listener in LISTENERS {
         for (uid, cgroup, id) in [
             (51005, &unit, "unit"),
             (51006, &below, "cgroup"),
-            (51001, &elsewhere, "user"),
+            (51001, &other_cgroup, "user"),
         ] {
             let record = ask(&daemon, listener, (uid, uid, ""), Some(cgroup));
             assert_eq!(
@@ -112,33 +113,39 @@ gid = 51009
                 format!("spiffe://example.org/{id}"),
                 "{listener} {record}"
             );
-            // On TCP nothing else was looked at where the rule names the place: there was no search.
+            // On TCP the daemon read nothing else where the rule names the cgroup: there was no
+            // search.
             assert_eq!(
                 record["pid"].is_null(),
                 listener != "unix" && id != "user",
                 "{listener} {record}"
             );
         }
-        let record = ask(&daemon, listener, (51007, 51007, ""), Some(&elsewhere));
+        let record = ask(&daemon, listener, (51007, 51007, ""), Some(&other_cgroup));
         assert_eq!(
             (&record["reason"], record["pid"].is_null()),
             (&"no_identity".into(), listener != "unix")
         );
         // A rule by group does need the process.
-        let record = ask(&daemon, listener, (51002, 51009, ""), Some(&elsewhere));
+        let record = ask(&daemon, listener, (51002, 51009, ""), Some(&other_cgroup));
         assert_eq!(
             record["spiffe_id"], "spiffe://example.org/group",
             "{listener} {record}"
         );
         assert!(record["pid"].is_number());
-        let record = ask(&daemon, listener, (51002, 51008, "51009"), Some(&elsewhere));
+        let record = ask(
+            &daemon,
+            listener,
+            (51002, 51008, "51009"),
+            Some(&other_cgroup),
+        );
         assert_eq!(record["reason"], "no_identity", "{listener} {record}");
     }
     drop(below);
 }
 
 #[test]
-fn groups_and_executables_are_those_of_the_process() {
+fn groups_and_executable_are_read_from_process() {
     if !root() {
         return;
     }
@@ -170,7 +177,7 @@ fn groups_and_executables_are_those_of_the_process() {
 }
 
 #[test]
-fn a_user_of_the_host_is_not_that_user_in_a_container() {
+fn host_user_rule_does_not_match_in_container() {
     if !root() {
         return;
     }
@@ -198,7 +205,7 @@ fn a_user_of_the_host_is_not_that_user_in_a_container() {
             "{listener}"
         );
         assert_eq!(reason(53001, &container), "no_identity", "{listener}");
-        // A rule that names the container's own cgroup means it.
+        // A rule that names the container's own cgroup covers it.
         assert_eq!(
             reason(53002, &container),
             "spiffe://example.org/named",

@@ -1,4 +1,4 @@
-//! `awsvid config`.
+//! Tests of the command `awsvid config`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -30,7 +30,7 @@ fn config(arguments: &[&str]) -> Output {
 }
 
 #[test]
-fn check_reports_all_mistakes_and_warnings() {
+fn validate_reports_all_errors_and_warnings() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     let name = path.to_str().unwrap();
@@ -59,15 +59,15 @@ fn check_reports_all_mistakes_and_warnings() {
         config(&["--check", "/nonexistent.toml"]).status.code(),
         Some(78)
     );
-    let mut elsewhere = Command::new(PROGRAM);
-    elsewhere
+    let mut other_config = Command::new(PROGRAM);
+    other_config
         .env_clear()
         .env("AWSVID_CONFIG", "/nonexistent.toml")
         .args(["config", "--check", name]);
-    let elsewhere = run(elsewhere, b"", Duration::from_secs(20));
+    let other_config = run(other_config, b"", Duration::from_secs(20));
     assert!(
-        elsewhere.stderr.contains("a.toml:2: "),
-        "the file that is named counts: {elsewhere:?}"
+        other_config.stderr.contains("a.toml:2: "),
+        "the file that is named counts: {other_config:?}"
     );
     assert_eq!(
         config(&[]).status.code(),
@@ -76,7 +76,7 @@ fn check_reports_all_mistakes_and_warnings() {
     );
 }
 
-/// `awsvid config` with this on its standard input.
+/// Runs `awsvid config` with this on its standard input.
 fn piped(arguments: &[&str], text: &str) -> Output {
     let mut command = Command::new(PROGRAM);
     command.env_clear().arg("config").args(arguments);
@@ -84,7 +84,7 @@ fn piped(arguments: &[&str], text: &str) -> Output {
 }
 
 #[test]
-fn standard_input_is_read_as_a_file_is() {
+fn standard_input_is_read_like_a_file() {
     let wrong = GOOD.replace("uid", "iud").replace("eu-central-1", "middle");
     let by_pipe = piped(&["--check", "-"], &wrong);
     assert_eq!(
@@ -116,20 +116,20 @@ fn standard_input_is_read_as_a_file_is() {
 }
 
 #[test]
-fn offline_nothing_of_this_machine_counts() {
+fn offline_validation_ignores_this_machine() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     let name = path.to_str().unwrap();
-    let elsewhere = GOOD.replace(
+    let other_config = GOOD.replace(
         "uid = 54321",
         "user = \"of-another-node\"\nexe = \"/opt/of-another-node\"",
     );
-    let elsewhere = format!("{elsewhere}[audit]\nfile = \"/of-another-node/audit.log\"\n");
-    fs::write(&path, &elsewhere).unwrap();
+    let other_config = format!("{other_config}[audit]\nfile = \"/of-another-node/audit.log\"\n");
+    fs::write(&path, &other_config).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
     for offline in [
         config(&["--check", name, "--offline"]),
-        piped(&["--check", "-", "--offline"], &elsewhere),
+        piped(&["--check", "-", "--offline"], &other_config),
     ] {
         assert_eq!(
             (offline.status.code(), offline.stderr.as_str()),
@@ -137,7 +137,7 @@ fn offline_nothing_of_this_machine_counts() {
             "{offline:?}"
         );
     }
-    let here = piped(&["--check", "-"], &elsewhere);
+    let here = piped(&["--check", "-"], &other_config);
     assert_eq!(here.status.code(), Some(0));
     for words in [
         "-:5: warning: workload.user: the user \"of-another-node\" does not exist on this node",
@@ -146,8 +146,8 @@ fn offline_nothing_of_this_machine_counts() {
     ] {
         assert!(here.stderr.contains(words), "{words} in {here:?}");
     }
-    // What is wrong with the text counts everywhere.
-    fs::write(&path, format!("{elsewhere}nonsense = 1\n")).unwrap();
+    // An error in the text counts on every machine.
+    fs::write(&path, format!("{other_config}nonsense = 1\n")).unwrap();
     let wrong = config(&["--check", name, "--offline"]);
     assert_eq!(wrong.status.code(), Some(78));
     assert!(
@@ -160,7 +160,7 @@ fn offline_nothing_of_this_machine_counts() {
 }
 
 #[test]
-fn a_file_that_others_can_change_is_a_mistake_for_root_and_a_warning_for_others() {
+fn exposed_file_is_error_for_root_and_warning_for_other_users() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     fs::write(&path, GOOD).unwrap();
@@ -199,7 +199,7 @@ fn a_file_that_others_can_change_is_a_mistake_for_root_and_a_warning_for_others(
 }
 
 #[test]
-fn what_explain_prints_is_a_configuration() {
+fn explain_output_is_valid_configuration() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     fs::write(&path, GOOD).unwrap();

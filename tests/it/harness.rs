@@ -1,4 +1,5 @@
-//! What the tests share: the real counterparts, the daemon itself, and a systemd.
+//! Helpers that the tests share: real counterparts, the daemon as a process, a machine with
+//! systemd, a Kubernetes node.
 #![allow(
     dead_code,
     reason = "each counterpart has its whole repertoire, for the tests that come"
@@ -30,7 +31,7 @@ pub(crate) mod tls;
 pub(crate) mod tokens;
 pub(crate) mod upstream;
 
-/// Whether campaigns run in their whole length: `tests/run slow`.
+/// Returns whether campaigns run at full length (`tests/run slow`).
 pub(crate) fn is_slow() -> bool {
     std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow")
 }

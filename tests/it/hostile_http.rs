@@ -1,5 +1,5 @@
-//! Hostile and clumsy clients, bytes in and bytes out. The client is somebody who may have credentials, so that a second
-//! request that anybody could hide in a first one would be answered with some.
+//! Hostile and clumsy clients, bytes in and bytes out. The client may have credentials, so a second
+//! request that is hidden in a first one would return some.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -15,10 +15,10 @@ use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 const ALICE: u32 = 61001;
 const HEADERS: &str = "Host: 127.0.0.1\r\nAuthorization: x\r\n";
-/// What is hidden in others: whole, and welcome if it came by itself.
+/// The request that others hide: whole, and valid by itself.
 const HIDDEN: &str = "GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: x\r\n\r\n";
 
 /// A listener, to which the client connects as a user with a rule, from a cgroup of its own.
@@ -27,28 +27,27 @@ struct Address {
     connector: Connector,
 }
 
-/// What has to come back.
+/// The response that is right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Right {
-    /// Credentials, once.
+enum Expected {
     Credentials,
     /// An error, audited: the status line, and the code in the body.
     Refused(&'static str, &'static str),
-    /// The same for a head that could not be understood: counted as a connection without a request.
+    /// An error for a head that could not be parsed: counted as a connection without a request.
     BadHead(&'static str, &'static str),
 }
 
-const BAD: Right = Right::BadHead("HTTP/1.1 400 Bad Request", "bad_request");
-const LARGE: Right = Right::BadHead(
+const BAD: Expected = Expected::BadHead("HTTP/1.1 400 Bad Request", "bad_request");
+const LARGE: Expected = Expected::BadHead(
     "HTTP/1.1 431 Request Header Fields Too Large",
     "head_too_large",
 );
-const HOST: Right = Right::Refused("HTTP/1.1 400 Bad Request", "host");
-const BODY: Right = Right::Refused("HTTP/1.1 400 Bad Request", "body");
-const PATH: Right = Right::Refused("HTTP/1.1 404 Not Found", "path");
-const METHOD: Right = Right::Refused("HTTP/1.1 405 Method Not Allowed", "method");
-const PROXIED: Right = Right::Refused("HTTP/1.1 403 Forbidden", "proxied");
-const UNAUTHORIZED: Right = Right::Refused("HTTP/1.1 403 Forbidden", "no_authorization");
+const HOST: Expected = Expected::Refused("HTTP/1.1 400 Bad Request", "host");
+const BODY: Expected = Expected::Refused("HTTP/1.1 400 Bad Request", "body");
+const PATH: Expected = Expected::Refused("HTTP/1.1 404 Not Found", "path");
+const METHOD: Expected = Expected::Refused("HTTP/1.1 405 Method Not Allowed", "method");
+const PROXIED: Expected = Expected::Refused("HTTP/1.1 403 Forbidden", "proxied");
+const UNAUTHORIZED: Expected = Expected::Refused("HTTP/1.1 403 Forbidden", "no_authorization");
 
 struct Stage {
     daemon: Daemon,
@@ -58,17 +57,17 @@ struct Stage {
 }
 
 impl Stage {
-    /// `None` after a printed skip.
+    /// Starts it, or returns `None` after a printed skip.
     fn set() -> Option<Self> {
         if !root() {
             return None;
         }
         let folder = folder();
         let upstream = Upstream::start(&[(ALICE, "alice")]);
-        // Her process makes the connections and gives them to the test, so it is the place that decides.
-        let place = "cgroup = \"/awsvid-test-*.slice/**\"";
+        // Alice's process makes the connections and passes them to the test, so the cgroup decides.
+        let cgroup_rule = "cgroup = \"/awsvid-test-*.slice/**\"";
         let rule = format!(
-            "[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = {ALICE}\n{place}\n"
+            "[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = {ALICE}\n{cgroup_rule}\n"
         );
         let daemon = Daemon::start(
             folder.path(),
@@ -99,7 +98,7 @@ impl Stage {
         })
     }
 
-    /// The sum of a counter over all series that have these labels.
+    /// Returns the sum of a counter over all series that have these labels.
     fn counter(&self, name: &str, labels: &str) -> u64 {
         let metrics = self.daemon.metrics();
         let these = metrics
@@ -117,13 +116,14 @@ impl Stage {
         )
     }
 
-    /// Requests whose head arrived. Each has a record too; of refusals that come quickly one stands for several.
+    /// Returns the number of requests with a complete head. Each has a record too, but one stands
+    /// for several refusals in quick succession.
     fn requests(&self, labels: &str) -> u64 {
         self.counter("awsvid_requests_total", labels)
     }
 }
 
-/// A connection of either kind.
+/// A connection over TCP or the unix socket.
 trait Connection: Read + Write + Send {
     fn end_writing(&self);
     fn wait_at_most(&self, time: Duration);
@@ -157,7 +157,7 @@ impl Address {
         } else {
             Box::new(TcpStream::from(fd))
         };
-        stream.wait_at_most(PATIENCE);
+        stream.wait_at_most(TIMEOUT);
         stream
     }
 
@@ -170,7 +170,8 @@ impl Address {
     }
 }
 
-/// Everything until the daemon closes; it may do that with a reset if there was more to read than it wanted.
+/// Reads until the daemon closes. It may do that with a reset if there was more input than it
+/// accepts.
 fn rest(stream: &mut dyn Connection) -> Vec<u8> {
     let (mut all, mut buffer) = (Vec::new(), [0; 4096]);
     loop {
@@ -183,7 +184,7 @@ fn rest(stream: &mut dyn Connection) -> Vec<u8> {
     }
 }
 
-/// One answer and nothing after it: its status line, its headers but `Date`, its body.
+/// Parses one response with nothing after it: its status line, its headers except `Date`, its body.
 fn one_answer(bytes: &[u8]) -> (String, Vec<String>, Vec<u8>) {
     let text = String::from_utf8_lossy(bytes).into_owned();
     let (head, body) = text
@@ -201,7 +202,7 @@ fn one_answer(bytes: &[u8]) -> (String, Vec<String>, Vec<u8>) {
         .iter()
         .find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
     let length: usize = length.unwrap_or_else(|| panic!("no length: {head}"));
-    // An answer to HEAD says how long the body would have been.
+    // The response to HEAD has the length that the body would have had.
     assert!(
         body.is_empty() || body.len() == length,
         "{length} bytes and not one more: {text}"
@@ -209,7 +210,8 @@ fn one_answer(bytes: &[u8]) -> (String, Vec<String>, Vec<u8>) {
     (status, headers, body.as_bytes().to_vec())
 }
 
-/// The body of an error: both spellings, a code, a message that says who speaks, and nothing else.
+/// Checks the body of an error: both spellings, a code, a message that begins with the daemon's
+/// name, and nothing else.
 fn check_error(body: &[u8], code: &str) {
     let body: Value = serde_json::from_slice(body).unwrap();
     let keys: Vec<_> = body
@@ -227,12 +229,12 @@ fn check_error(body: &[u8], code: &str) {
     );
 }
 
-/// Sends `request` and checks the answer and the counters.
-fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
+/// Sends `request` and checks the response and the counters.
+fn check(stage: &Stage, address: &Address, request: &[u8], right: Expected) {
     let shown = String::from_utf8_lossy(&request[..request.len().min(300)]).into_owned();
     let labels = match right {
-        Right::Credentials => "outcome=\"issued\",reason=\"ok\"".to_owned(),
-        Right::Refused(_, code) | Right::BadHead(_, code) => {
+        Expected::Credentials => "outcome=\"issued\",reason=\"ok\"".to_owned(),
+        Expected::Refused(_, code) | Expected::BadHead(_, code) => {
             format!("outcome=\"refused\",reason=\"{code}\"")
         }
     };
@@ -265,7 +267,7 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
     }
     assert_eq!(headers, expected, "{}", context());
     match right {
-        Right::Credentials => {
+        Expected::Credentials => {
             assert!(
                 status == "HTTP/1.1 200 OK" || status == "HTTP/1.0 200 OK",
                 "{}",
@@ -278,9 +280,9 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
                 context()
             );
         }
-        Right::Refused(line, code) | Right::BadHead(line, code) => {
+        Expected::Refused(line, code) | Expected::BadHead(line, code) => {
             // HTTP/1.0 is answered as such.
-            let is_1_0 = shown.contains(" HTTP/1.0\r\n") && !matches!(right, Right::BadHead(..));
+            let is_1_0 = shown.contains(" HTTP/1.0\r\n") && !matches!(right, Expected::BadHead(..));
             let line = if is_1_0 {
                 line.replacen("1.1", "1.0", 1)
             } else {
@@ -294,8 +296,8 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
             }
         }
     }
-    if let Right::BadHead(..) = right {
-        await_some("the connection is counted", PATIENCE, || {
+    if let Expected::BadHead(..) = right {
+        await_some("the connection is counted", TIMEOUT, || {
             (stage.dropped("bad_request") > dropped).then_some(())
         });
         assert_eq!(
@@ -306,7 +308,8 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
         );
         return;
     }
-    // Counted before the answer. Exactly one: what was hidden in the request was not taken for another.
+    // Counted before the response. Exactly one: the text hidden in the request was not read as
+    // another request.
     assert_eq!(
         (stage.requests(""), stage.requests(&labels)),
         (all + 1, these + 1),
@@ -316,15 +319,15 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Right) {
     assert_eq!(stage.dropped("bad_request"), dropped, "{}", context());
 }
 
-fn check_all(cases: &[(Vec<u8>, Right)]) {
+fn check_all(cases: &[(Vec<u8>, Expected)]) {
     let Some(stage) = Stage::set() else { return };
     for address in stage.addresses() {
-        check(&stage, &address, HIDDEN.as_bytes(), Right::Credentials);
+        check(&stage, &address, HIDDEN.as_bytes(), Expected::Credentials);
         for (request, right) in cases {
-            // The unix socket asks for no Authorization.
+            // The unix socket requires no Authorization.
             let is_unix = address.listener == "unix";
             let right = if is_unix && *right == UNAUTHORIZED {
-                Right::Credentials
+                Expected::Credentials
             } else {
                 *right
             };
@@ -333,78 +336,97 @@ fn check_all(cases: &[(Vec<u8>, Right)]) {
     }
 }
 
-/// A good request with this line in place of the first, and these headers beside the usual.
+/// Returns a good request with this line in place of the first, and these headers in addition to
+/// the usual.
 fn request(line: &str, more: &str) -> Vec<u8> {
     format!("{line}\r\n{HEADERS}{more}\r\n").into_bytes()
 }
 
-/// A good request with these headers beside the usual, and these bytes after it.
-fn with(more: &str, after: &str) -> Vec<u8> {
+/// Returns a good request with these headers in addition to the usual, and these bytes after it.
+fn request_with(more: &str, after: &str) -> Vec<u8> {
     let mut bytes = request("GET /v1/credentials HTTP/1.1", more);
     bytes.extend(after.bytes());
     bytes
 }
 
 #[test]
-fn no_second_request_hides_in_a_first() {
+fn hidden_second_request_is_not_answered() {
     let chunked = format!("{:x}\r\n{HIDDEN}\r\n0\r\n\r\n", HIDDEN.len());
     let length = format!("Content-Length: {}\r\n", HIDDEN.len());
     check_all(&[
-        // One answer, then the end: the second is nobody's.
-        (with("", HIDDEN), Right::Credentials),
+        // One response, then the end: the second request gets none.
+        (request_with("", HIDDEN), Expected::Credentials),
         (
-            with("Connection: keep-alive\r\n", HIDDEN),
-            Right::Credentials,
+            request_with("Connection: keep-alive\r\n", HIDDEN),
+            Expected::Credentials,
         ),
-        (with("Content-Length: 0\r\n", HIDDEN), Right::Credentials),
         (
-            with("Content-Length: 0\r\nContent-Length: 0\r\n", HIDDEN),
-            Right::Credentials,
+            request_with("Content-Length: 0\r\n", HIDDEN),
+            Expected::Credentials,
+        ),
+        (
+            request_with("Content-Length: 0\r\nContent-Length: 0\r\n", HIDDEN),
+            Expected::Credentials,
         ),
         // Bodies.
-        (with(&length, HIDDEN), BODY),
-        (with(&format!("{length}{length}"), HIDDEN), BODY),
-        (with("Transfer-Encoding: chunked\r\n", &chunked), BODY),
+        (request_with(&length, HIDDEN), BODY),
+        (request_with(&format!("{length}{length}"), HIDDEN), BODY),
         (
-            with(
+            request_with("Transfer-Encoding: chunked\r\n", &chunked),
+            BODY,
+        ),
+        (
+            request_with(
                 "Transfer-Encoding: chunked\r\n",
                 &format!("0\r\n\r\n{HIDDEN}"),
             ),
             BODY,
         ),
         (
-            with(&format!("{length}Transfer-Encoding: chunked\r\n"), &chunked),
+            request_with(&format!("{length}Transfer-Encoding: chunked\r\n"), &chunked),
             BODY,
         ),
         (
-            with(&format!("Transfer-Encoding: chunked\r\n{length}"), &chunked),
+            request_with(&format!("Transfer-Encoding: chunked\r\n{length}"), &chunked),
             BODY,
         ),
         (
-            with(
+            request_with(
                 "Content-Length: 0\r\nTransfer-Encoding: chunked\r\n",
                 &chunked,
             ),
             BODY,
         ),
-        (with("Transfer-Encoding: gzip, chunked\r\n", &chunked), BODY),
+        (
+            request_with("Transfer-Encoding: gzip, chunked\r\n", &chunked),
+            BODY,
+        ),
         // Lengths and codings that readers would disagree about.
         (
-            with("Content-Length: 5\r\nContent-Length: 0\r\n", HIDDEN),
+            request_with("Content-Length: 5\r\nContent-Length: 0\r\n", HIDDEN),
             BAD,
         ),
-        (with("Content-Length: 0, 5\r\n", HIDDEN), BAD),
-        (with("Content-Length: +5\r\n", HIDDEN), BAD),
-        (with("Content-Length: -1\r\n", HIDDEN), BAD),
-        (with("Content-Length: 0x5\r\n", HIDDEN), BAD),
+        (request_with("Content-Length: 0, 5\r\n", HIDDEN), BAD),
+        (request_with("Content-Length: +5\r\n", HIDDEN), BAD),
+        (request_with("Content-Length: -1\r\n", HIDDEN), BAD),
+        (request_with("Content-Length: 0x5\r\n", HIDDEN), BAD),
         (
-            with("Content-Length: 99999999999999999999\r\n", HIDDEN),
+            request_with("Content-Length: 99999999999999999999\r\n", HIDDEN),
             BAD,
         ),
-        (with("Transfer-Encoding: gzip\r\n", &chunked), BAD),
-        (with("Transfer-Encoding: chunked, gzip\r\n", &chunked), BAD),
-        (with("Transfer-Encoding: xchunked\r\n", &chunked), BAD),
-        (with("Transfer-Encoding : chunked\r\n", &chunked), BAD),
+        (request_with("Transfer-Encoding: gzip\r\n", &chunked), BAD),
+        (
+            request_with("Transfer-Encoding: chunked, gzip\r\n", &chunked),
+            BAD,
+        ),
+        (
+            request_with("Transfer-Encoding: xchunked\r\n", &chunked),
+            BAD,
+        ),
+        (
+            request_with("Transfer-Encoding : chunked\r\n", &chunked),
+            BAD,
+        ),
         (
             [
                 request(
@@ -416,32 +438,32 @@ fn no_second_request_hides_in_a_first() {
             .concat(),
             BAD,
         ),
-        // Headers that are in one reader's eyes and not in another's.
+        // Headers that some parsers accept and others do not.
         (
             b"GET /v1/credentials HTTP/1.1\r\nHost : 127.0.0.1\r\nAuthorization: x\r\n\r\n"
                 .to_vec(),
             BAD,
         ),
-        (with("X: a\r\n Host: other\r\n", ""), BAD),
-        (with("X: a\r\n\tb\r\n", ""), BAD),
+        (request_with("X: a\r\n Host: other\r\n", ""), BAD),
+        (request_with("X: a\r\n\tb\r\n", ""), BAD),
         (
             b"GET /v1/credentials HTTP/1.1\r\n Host: 127.0.0.1\r\nAuthorization: x\r\n\r\n"
                 .to_vec(),
             BAD,
         ),
         (HIDDEN.replace("\r\n", "\n").into_bytes(), BAD),
-        (with("X: a\nY: b\r\n", ""), BAD),
-        (with("X: a\n\r\n", ""), BAD),
-        (with("X: a\rY: b\r\n", ""), BAD),
-        (with("X: a\0b\r\n", ""), BAD),
-        (with("no colon\r\n", ""), BAD),
-        (with(": no name\r\n", ""), BAD),
-        (with("X\u{fc}: a\r\n", ""), BAD),
+        (request_with("X: a\nY: b\r\n", ""), BAD),
+        (request_with("X: a\n\r\n", ""), BAD),
+        (request_with("X: a\rY: b\r\n", ""), BAD),
+        (request_with("X: a\0b\r\n", ""), BAD),
+        (request_with("no colon\r\n", ""), BAD),
+        (request_with(": no name\r\n", ""), BAD),
+        (request_with("X\u{fc}: a\r\n", ""), BAD),
     ]);
 }
 
 #[test]
-fn what_is_no_http_1() {
+fn input_other_than_http_1_is_refused() {
     let hello: &[u8] =
         b"\x16\x03\x01\x00\x2f\x01\x00\x00\x2b\x03\x03GET /v1/credentials HTTP/1.1\r\n\r\n";
     let case = |bytes: &str| (bytes.as_bytes().to_vec(), BAD);
@@ -477,7 +499,7 @@ fn what_is_no_http_1() {
 }
 
 #[test]
-fn heads_over_a_bound() {
+fn oversized_heads_are_refused() {
     let long = |length: usize| "a".repeat(length);
     let many = |count: usize| {
         (0..count)
@@ -486,12 +508,15 @@ fn heads_over_a_bound() {
     };
     check_all(&[
         (
-            with(&format!("X: {}\r\n", long(15_000)), ""),
-            Right::Credentials,
+            request_with(&format!("X: {}\r\n", long(15_000)), ""),
+            Expected::Credentials,
         ),
-        (with(&format!("X: {}\r\n", long(17_000)), ""), LARGE),
-        (with(&format!("X: {}\r\n", long(500_000)), ""), LARGE),
-        (with(&format!("{}: a\r\n", long(17_000)), ""), LARGE),
+        (request_with(&format!("X: {}\r\n", long(17_000)), ""), LARGE),
+        (
+            request_with(&format!("X: {}\r\n", long(500_000)), ""),
+            LARGE,
+        ),
+        (request_with(&format!("{}: a\r\n", long(17_000)), ""), LARGE),
         (
             request(
                 &format!("GET /v1/credentials/{} HTTP/1.1", long(15_000)),
@@ -506,16 +531,16 @@ fn heads_over_a_bound() {
             ),
             LARGE,
         ),
-        (with(&many(62), ""), Right::Credentials),
-        (with(&many(63), ""), LARGE),
-        (with(&many(5_000), ""), LARGE),
+        (request_with(&many(62), ""), Expected::Credentials),
+        (request_with(&many(63), ""), LARGE),
+        (request_with(&many(5_000), ""), LARGE),
         // Without an end.
         (format!("GET /{}", long(20_000)).into_bytes(), LARGE),
     ]);
 }
 
 #[test]
-fn what_is_understood_and_refused() {
+fn valid_but_forbidden_requests_are_refused() {
     let plain = |line: &str, right| (request(line, ""), right);
     let bare = |headers: &str, right| {
         (
@@ -566,17 +591,17 @@ fn what_is_understood_and_refused() {
         plain("GET /v1/credentials/%zz HTTP/1.1", PATH),
         plain("GET /v1%2fcredentials HTTP/1.1", PATH),
         plain("GET /v1\\credentials HTTP/1.1", PATH),
-        plain("GET /v1/credentials? HTTP/1.1", Right::Credentials),
-        plain("GET /v1/credentials/dev? HTTP/1.1", Right::Credentials),
-        plain("GET /v1/credentials#dev HTTP/1.1", Right::Credentials),
+        plain("GET /v1/credentials? HTTP/1.1", Expected::Credentials),
+        plain("GET /v1/credentials/dev? HTTP/1.1", Expected::Credentials),
+        plain("GET /v1/credentials#dev HTTP/1.1", Expected::Credentials),
         plain("GET /v1/credentials?role=dev HTTP/1.1", PATH),
         plain("GET /v1/credentials?? HTTP/1.1", PATH),
         plain("GET /v1/credentials%3f HTTP/1.1", PATH),
         plain("GET http://127.0.0.1/v1/credentials? HTTP/1.1", PROXIED),
         plain("GET /V1/credentials HTTP/1.1", PATH),
-        plain("GET /v1/credentials/%64ev HTTP/1.1", Right::Credentials),
+        plain("GET /v1/credentials/%64ev HTTP/1.1", Expected::Credentials),
         // HTTP/1.0.
-        plain("GET /v1/credentials HTTP/1.0", Right::Credentials),
+        plain("GET /v1/credentials HTTP/1.0", Expected::Credentials),
         (
             b"GET /v1/credentials HTTP/1.0\r\nAuthorization: x\r\n\r\n".to_vec(),
             HOST,
@@ -605,9 +630,9 @@ fn what_is_understood_and_refused() {
         (
             b"GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: \xff\r\n\r\n"
                 .to_vec(),
-            Right::Credentials,
+            Expected::Credentials,
         ),
-        // What the standard lets a server ignore.
+        // The standard lets a server ignore these.
         (
             [
                 b"GET /v1/credentials HTTP/1.1\r\nX: \xff\x80\r\n",
@@ -615,40 +640,47 @@ fn what_is_understood_and_refused() {
                 b"\r\n",
             ]
             .concat(),
-            Right::Credentials,
+            Expected::Credentials,
         ),
         (
             ["\r\n".to_owned(), HIDDEN.to_owned()].concat().into_bytes(),
-            Right::Credentials,
+            Expected::Credentials,
         ),
-        (with("Expect: 100-continue\r\n", ""), Right::Credentials),
-        (with("Expect: something\r\n", ""), Right::Credentials),
         (
-            with(
+            request_with("Expect: 100-continue\r\n", ""),
+            Expected::Credentials,
+        ),
+        (
+            request_with("Expect: something\r\n", ""),
+            Expected::Credentials,
+        ),
+        (
+            request_with(
                 "Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\nConnection: Upgrade\r\n",
                 "",
             ),
-            Right::Credentials,
+            Expected::Credentials,
         ),
         (
-            with("Upgrade: websocket\r\nConnection: Upgrade\r\n", ""),
-            Right::Credentials,
+            request_with("Upgrade: websocket\r\nConnection: Upgrade\r\n", ""),
+            Expected::Credentials,
         ),
         // Without `100 Continue`: the answer is final.
         (
-            with("Expect: 100-continue\r\nContent-Length: 5\r\n", ""),
+            request_with("Expect: 100-continue\r\nContent-Length: 5\r\n", ""),
             BODY,
         ),
         (
-            with("Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n", ""),
+            request_with("Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n", ""),
             BODY,
         ),
     ]);
 }
 
-/// What SDKs send, in pieces of every size: a head is a head however it comes.
+/// Requests as SDKs send them, in pieces of every size: the daemon reads a head however it is
+/// split.
 #[test]
-fn a_request_in_pieces() {
+fn request_in_pieces_is_answered() {
     let Some(stage) = Stage::set() else { return };
     for address in stage.addresses() {
         for size in [1, 2, 7, 64] {
@@ -672,7 +704,8 @@ fn a_request_in_pieces() {
     }
 }
 
-/// A head that doesn't come, or not to its end: closed without a word, and counted.
+/// A head that does not arrive, or not to its end: the daemon closes without a response, and counts
+/// it.
 #[test]
 fn slow_heads_are_closed() {
     let Some(stage) = Stage::set() else { return };
@@ -690,7 +723,7 @@ fn slow_heads_are_closed() {
             stream
         })
         .collect();
-    // And one that sends a byte whenever it has waited a little, which is no progress.
+    // A client that sends a byte whenever it has waited a little, which is not progress.
     let mut dripping = stage.addresses()[0].connect();
     dripping.wait_at_most(Duration::from_millis(100));
     let drops = std::thread::spawn(move || {
@@ -712,14 +745,14 @@ fn slow_heads_are_closed() {
     }
     assert_eq!(drops.join().unwrap(), 0);
     let all = u64::try_from(open.len()).unwrap() + 1;
-    await_some("all are counted", PATIENCE, || {
+    await_some("all are counted", TIMEOUT, || {
         (stage.dropped("slow_head") == all).then_some(())
     });
 }
 
-/// Who goes away before a whole head is there is counted, and is no request.
+/// A client that closes before its whole head has arrived is counted, but not as a request.
 #[test]
-fn clients_that_go_away() {
+fn closing_clients_are_counted() {
     let Some(stage) = Stage::set() else { return };
     let (requests, before) = (stage.requests(""), stage.dropped("closed"));
     for address in stage.addresses() {
@@ -730,7 +763,7 @@ fn clients_that_go_away() {
         // Half a head and its end: nothing to answer.
         assert!(rest(&mut *stream).is_empty());
     }
-    await_some("all are counted", PATIENCE, || {
+    await_some("all are counted", TIMEOUT, || {
         (stage.dropped("closed") == before + 6).then_some(())
     });
     assert_eq!(stage.requests(""), requests);

@@ -1,4 +1,4 @@
-//! A listener is nobody else's, and comes back when it is killed (attack 9).
+//! The daemon shares a listener with no other process, and binds it again when it is killed (T9).
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -29,13 +29,13 @@ spiffe_id = "spiffe://example.org/billing"
 role_arn = "arn:aws:iam::123456789012:role/billing"
 "#;
 
-/// The status of a request; `None` if nobody answers.
+/// Returns the status of a request, or `None` without a response.
 fn status(address: SocketAddr) -> Option<u16> {
     http_get(address, "/v1/credentials").map(|(status, _)| status)
 }
 
 #[test]
-fn a_killed_listener_is_bound_again() {
+fn killed_listener_is_rebound() {
     if !root() {
         return;
     }
@@ -61,13 +61,13 @@ fn a_killed_listener_is_bound_again() {
 }
 
 #[test]
-fn nobody_shares_the_port() {
+fn port_is_not_shared_with_other_process() {
     let folder = folder();
     let daemon = Daemon::start(folder.path(), "", CONFIGURATION);
     let SocketAddr::V4(address) = daemon.tcp() else {
         panic!("an IPv4 address")
     };
-    // The same user as the daemon, which is all that SO_REUSEPORT asks for.
+    // The same user as the daemon, which is all that SO_REUSEPORT requires.
     let fd = socket(
         AddressFamily::Inet,
         SockType::Stream,
@@ -83,9 +83,9 @@ fn nobody_shares_the_port() {
     assert_eq!(error.kind(), ErrorKind::AddrInUse);
 }
 
-/// Whether any user can take a port follows the kernel's value in the daemon's network namespace.
+/// The kernel's setting in the daemon's network namespace decides whether any user can bind a port.
 #[test]
-fn a_port_that_any_user_can_take_is_warned_of() {
+fn unprivileged_port_is_warned_of() {
     if !root() {
         return;
     }

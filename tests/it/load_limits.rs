@@ -1,5 +1,5 @@
-//! One workload in masses, and another that is answered all the while (attacks 9, 20, 21, 23). Only numbers of answers are
-//! looked at here; how long they took is the bench's business.
+//! One workload sends masses of requests, and another is answered meanwhile (T9, T20, T21, T23).
+//! These tests check only the numbers of responses. The bench measures their latency.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -8,17 +8,17 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::harness::actor::{Acting, Counts, ask};
+use crate::harness::actor::{Counts, Repeater, ask};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const ALICE: u32 = 61001;
 const BOB: u32 = 61002;
-/// Nobody has a rule for him.
+/// A user without a rule.
 const MALLORY: u32 = 61003;
 
 struct Stage {
@@ -30,7 +30,7 @@ struct Stage {
 }
 
 impl Stage {
-    /// `rule` is put into each rule, `listen` into `[listen]`.
+    /// Starts it with `rule` in each rule and `listen` in `[listen]`.
     fn set(listen: &str, rule: &str) -> Self {
         let folder = folder();
         let upstream = Upstream::start(&[(ALICE, "alice"), (BOB, "bob")]);
@@ -52,19 +52,19 @@ impl Stage {
         }
     }
 
-    fn alice(&self, act: &str, listener: &str, numbers: &[usize]) -> Acting {
+    fn alice(&self, act: &str, listener: &str, numbers: &[usize]) -> Repeater {
         let numbers = [&[usize::try_from(ALICE).unwrap()], numbers].concat();
-        Acting::start(
+        Repeater::start(
             act,
             listener,
             &self.daemon.listener(listener),
             &numbers,
             self.alice.path(),
         )
-        .begun()
+        .wait_started()
     }
 
-    /// So many requests of Bob's, of which each has to be answered.
+    /// Sends this number of requests as Bob, each of which must be answered.
     fn bob_is_answered(&self, listener: &str, count: usize) {
         let answers = ask(
             listener,
@@ -95,9 +95,10 @@ fn counts(counts: &[(&str, usize)]) -> Counts {
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 const DROPPED: &str = "awsvid_connections_dropped_total{reason=\"too_many_of_one\"}";
 
-/// Attack 20: twice as many idle connections as there may be of all. Alice has her share, and the rest is reset.
+/// T20: twice as many idle connections as all callers together may have. Alice gets one workload's
+/// share, and the rest is reset.
 #[test]
-fn idle_connections_of_one_leave_room_for_others() {
+fn idle_connections_leave_room_for_other_workloads() {
     if !root() {
         return;
     }
@@ -107,8 +108,9 @@ fn idle_connections_of_one_leave_room_for_others() {
     );
     for listener in LISTENERS {
         let before = stage.metric(DROPPED);
-        let held = stage.alice("hold", listener, &[2000]);
-        // Her own requests are refused meanwhile: first, since a connection that sends nothing ends after 5 s.
+        let connections = stage.alice("hold", listener, &[2000]);
+        // Alice's own requests are refused meanwhile: first, since a connection that sends nothing
+        // ends after 5 s.
         let more = ask(
             listener,
             &stage.daemon.listener(listener),
@@ -118,22 +120,23 @@ fn idle_connections_of_one_leave_room_for_others() {
         );
         assert_eq!(more, counts(&[("nothing", 5)]), "over {listener}");
         stage.bob_is_answered(listener, 50);
-        await_some("what is too much is counted", PATIENCE, || {
+        await_some("what is too much is counted", TIMEOUT, || {
             (stage.metric(DROPPED) >= before + 1605).then_some(())
         });
-        let ended = held.enough();
+        let ended = connections.stop();
         let how = if listener == "unix" {
             "closed"
         } else {
             "reset"
         };
         assert_eq!(ended.get(how), Some(&1600), "over {listener}: {ended:?}");
-        // Her places are free again, once the daemon has seen that they are given up: first it has to look for her process,
-        // which has so many descriptors that it looks for one connection at a time. The one that is left asks for the metrics.
-        await_some("her connections are over", PATIENCE, || {
+        // Alice's permits are free again once the daemon has seen that the connections are closed.
+        // First it has to search for Alice's process, one connection at a time because that has so
+        // many descriptors. The one that is left is the request for the metrics.
+        await_some("her connections are over", TIMEOUT, || {
             (stage.metric("awsvid_connections") == 1).then_some(())
         });
-        await_some("she is answered again", PATIENCE, || {
+        await_some("she is answered again", TIMEOUT, || {
             let answers = ask(
                 listener,
                 &stage.daemon.listener(listener),
@@ -151,9 +154,10 @@ fn idle_connections_of_one_leave_room_for_others() {
     );
 }
 
-/// Attack 29: sessions, and ids that a person may use beside its own, are no workloads of their own.
+/// T29: sessions, and ids that a person may use in addition to its own, are not workloads of their
+/// own.
 #[test]
-fn person_with_many_sessions_and_ids_has_one_share() {
+fn sessions_and_ids_of_one_person_share_one_limit() {
     if !root() {
         return;
     }
@@ -167,19 +171,20 @@ fn person_with_many_sessions_and_ids_has_one_share() {
             .map(|number| Cgroup::of_session(MALLORY, number))
             .collect();
         let hold = |(number, session): (usize, &Cgroup)| {
-            // Root in a container of its own has the person's id outside, and its users have subordinate ones.
+            // Root in a container of its own has the person's id outside, and its users have
+            // subordinate ones.
             let uid = if number == 0 {
                 usize::try_from(MALLORY).unwrap()
             } else {
                 165_536 + number
             };
-            Acting::start("hold", listener, &address, &[uid, 30], session.path()).begun()
+            Repeater::start("hold", listener, &address, &[uid, 30], session.path()).wait_started()
         };
-        let held: Vec<_> = sessions.iter().enumerate().map(hold).collect();
+        let connections: Vec<_> = sessions.iter().enumerate().map(hold).collect();
         stage.bob_is_answered(listener, 50);
         let mut open = 0;
-        for one in held {
-            open += one.enough().get("open").copied().unwrap_or_default();
+        for one in connections {
+            open += one.stop().get("open").copied().unwrap_or_default();
         }
         assert!(open <= 40, "{open} over {listener}");
     }
@@ -191,9 +196,9 @@ fn person_with_many_sessions_and_ids_has_one_share() {
     }
 }
 
-/// Attack 29: where there is no connection left for anybody, whoever has the most gives way.
+/// T29: where no connection is left for any caller, the workload with the most gives one up.
 #[test]
-fn workload_with_the_most_connections_gives_way() {
+fn workload_with_most_connections_is_evicted_first() {
     if !root() {
         return;
     }
@@ -215,43 +220,45 @@ fn workload_with_the_most_connections_gives_way() {
             .map(|number| Cgroup::new(&format!("greedy-{number}-{name}")))
             .collect();
         let numbers = [usize::try_from(MALLORY).unwrap(), 40];
-        let held: Vec<_> = units
+        let connections: Vec<_> = units
             .iter()
-            .map(|unit| Acting::start("hold", listener, &address, &numbers, unit.path()).begun())
+            .map(|unit| {
+                Repeater::start("hold", listener, &address, &numbers, unit.path()).wait_started()
+            })
             .collect();
         stage.bob_is_answered(listener, 50);
         stage.bob_is_answered("unix", 50);
         let mut open = 0;
-        for one in held {
-            open += one.enough().get("open").copied().unwrap_or_default();
+        for one in connections {
+            open += one.stop().get("open").copied().unwrap_or_default();
         }
         assert!(open <= 100, "{open} over {listener}");
     }
     assert!(stage.metric("awsvid_connections_dropped_total{reason=\"evicted\"}") > 0);
 }
 
-/// Attack 20: who asks and doesn't read the answer has had his turn all the same.
+/// T20: a caller that does not read its response keeps no other from its own.
 #[test]
-fn answers_that_are_never_read_hold_nobody_up() {
+fn unread_responses_delay_no_other_caller() {
     if !root() {
         return;
     }
     let stage = Stage::set("", "");
     for listener in LISTENERS {
-        let held = stage.alice("mute", listener, &[300]);
-        // The one that is open is the question for the metrics.
-        await_some("all are over for the daemon", PATIENCE, || {
+        let connections = stage.alice("mute", listener, &[300]);
+        // The open one is the request for the metrics.
+        await_some("all are over for the daemon", TIMEOUT, || {
             (stage.metric("awsvid_connections") == 1).then_some(())
         });
         stage.bob_is_answered(listener, 20);
-        let ended = held.enough();
+        let ended = connections.stop();
         assert_eq!(ended, counts(&[("answered", 300)]), "over {listener}");
     }
 }
 
-/// Attack 21: the search for a caller's process is as long as the caller makes it, and no longer than its budget.
+/// T21: the caller makes the search for its process long, but not longer than its budget.
 #[test]
-fn ten_thousand_descriptors_are_their_owners_trouble_alone() {
+fn many_descriptors_delay_only_their_owner() {
     if !root() {
         return;
     }
@@ -260,13 +267,13 @@ fn ten_thousand_descriptors_are_their_owners_trouble_alone() {
         let storm = stage.alice("storm", listener, &[8, 10_000]);
         stage.bob_is_answered(listener, 100);
         stage.bob_is_answered("unix", 100);
-        let refused = storm.enough();
+        let refused = storm.stop();
         assert_eq!(
             refused.keys().collect::<Vec<_>>(),
             ["too_many_descriptors"],
             "{refused:?}"
         );
-        // As does Alice herself, without so many.
+        // So is Alice herself, without that many descriptors.
         let answers = ask(
             listener,
             &stage.daemon.listener(listener),
@@ -278,7 +285,7 @@ fn ten_thousand_descriptors_are_their_owners_trouble_alone() {
     }
 }
 
-/// How many descriptors the process may have from now on; `None` for as many as its hard limit says.
+/// Sets how many descriptors the process may have from now on: `None` for its hard limit.
 #[allow(unsafe_code, reason = "nix has no prlimit")]
 fn set_limit(pid: Pid, wanted: Option<u64>) {
     let mut limit = libc::rlimit {
@@ -302,9 +309,10 @@ fn set_limit(pid: Pid, wanted: Option<u64>) {
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// Attack 9: without descriptors the daemon takes no connections, but it lives, and does so again when it has some.
+/// T9: without descriptors the daemon accepts no connections, but it lives, and accepts them again
+/// once it has some.
 #[test]
-fn a_daemon_out_of_descriptors_recovers() {
+fn daemon_recovers_from_descriptor_exhaustion() {
     if !root() {
         return;
     }
@@ -326,13 +334,13 @@ fn a_daemon_out_of_descriptors_recovers() {
     for (round, listener) in LISTENERS.into_iter().enumerate() {
         // Since unix sockets take three each, a few of these are left for the next.
         limit(Some(u64::try_from(open() + 20).unwrap()));
-        let held = stage.alice("hold", listener, &[100]);
-        await_some("the daemon notices", PATIENCE, || {
+        let connections = stage.alice("hold", listener, &[100]);
+        await_some("the daemon notices", TIMEOUT, || {
             (short() > round).then_some(())
         });
-        held.enough();
-        // By itself, before there is more.
-        await_some("Bob is answered", PATIENCE, || {
+        connections.stop();
+        // It recovers by itself, before there is more.
+        await_some("Bob is answered", TIMEOUT, || {
             let answers = ask(
                 listener,
                 &stage.daemon.listener(listener),
@@ -352,7 +360,7 @@ fn a_daemon_out_of_descriptors_recovers() {
     }
 }
 
-/// The audit records about a user, and how many requests they stand for, by outcome.
+/// Returns the audit records about a user, and the number of requests they stand for, by outcome.
 fn audited(records: &[Value], uid: u32) -> (usize, BTreeMap<String, u64>) {
     let mut requests = BTreeMap::new();
     let these: Vec<_> = records
@@ -366,9 +374,10 @@ fn audited(records: &[Value], uid: u32) -> (usize, BTreeMap<String, u64>) {
     (these.len(), requests)
 }
 
-/// Attack 23: who is refused very often fills neither the disk nor the reader's eyes, and no record of another is missing.
+/// T23: a caller that is refused very often fills neither the disk nor the log, and no record of
+/// another caller is missing.
 #[test]
-fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
+fn refusals_are_aggregated_without_losing_issues() {
     if !root() {
         return;
     }
@@ -377,11 +386,11 @@ fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
     let one = |outcome: &str, count| BTreeMap::from([(outcome.to_owned(), count)]);
     let started = Instant::now();
     let numbers = [usize::try_from(MALLORY).unwrap(), 3000];
-    let flood = Acting::start("ask", "tcp", &address, &numbers, stage.alice.path());
+    let flood = Repeater::start("ask", "tcp", &address, &numbers, stage.alice.path());
     stage.bob_is_answered("tcp", 100);
-    assert_eq!(flood.enough(), counts(&[("no_identity", 3000)]));
-    // The last of them comes without a further request.
-    await_some("all refusals are accounted for", PATIENCE, || {
+    assert_eq!(flood.stop(), counts(&[("no_identity", 3000)]));
+    // The last of them is written without a further request.
+    await_some("all refusals are accounted for", TIMEOUT, || {
         (audited(&stage.daemon.audit(), MALLORY).1 == one("refused", 3000)).then_some(())
     });
     let seconds = usize::try_from(started.elapsed().as_secs()).unwrap() + 1;
@@ -389,7 +398,7 @@ fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
     assert!(records <= 11 * seconds, "{records} records in {seconds} s");
     assert_eq!(audited(&stage.daemon.audit(), BOB).1, one("issued", 100));
 
-    // And what was only counted is written when the daemon ends.
+    // Requests that were only counted are written when the daemon ends.
     assert_eq!(
         ask("tcp", &address, MALLORY, 50, stage.alice.path()),
         counts(&[("no_identity", 50)])
@@ -400,7 +409,7 @@ fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
             .daemon
             .process()
             .owned()
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends")
             .success()
     );
@@ -410,9 +419,10 @@ fn a_flood_of_refusals_is_few_records_and_no_issue_is_lost() {
     );
 }
 
-/// Attack 30: nor does a caller that is answered very often. Its first hit of a key has a record of its own.
+/// T30: a caller that is answered very often does not fill the disk either. Its first hit of a key
+/// has a record of its own.
 #[test]
-fn a_flood_of_hits_is_few_records_with_the_right_counts() {
+fn hits_are_aggregated_with_right_counts() {
     if !root() {
         return;
     }
@@ -424,7 +434,7 @@ fn a_flood_of_hits_is_few_records_with_the_right_counts() {
             stage.daemon.listener(listener),
             usize::try_from(ALICE).unwrap(),
         );
-        let flood = Acting::start(
+        let flood = Repeater::start(
             "ask",
             listener,
             &address,
@@ -433,7 +443,7 @@ fn a_flood_of_hits_is_few_records_with_the_right_counts() {
         );
         stage.bob_is_answered(listener, 1);
         assert_eq!(
-            flood.enough(),
+            flood.stop(),
             counts(&[("Success", 10_000)]),
             "over {listener}"
         );
@@ -441,7 +451,7 @@ fn a_flood_of_hits_is_few_records_with_the_right_counts() {
             let records: Vec<Value> = stage.daemon.audit().split_off(before);
             (audited(&records, ALICE), audited(&records, BOB), records)
         };
-        let ((records, _), bob, all) = await_some("all hits are accounted for", PATIENCE, || {
+        let ((records, _), bob, all) = await_some("all hits are accounted for", TIMEOUT, || {
             let found = alice();
             (found.0.1 == BTreeMap::from([("issued".to_owned(), 10_000)])).then_some(found)
         });

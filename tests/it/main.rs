@@ -1,4 +1,5 @@
-//! The integration and end-to-end tests: the real `awsvid` as a process, beside the real SPIRE, MinIO, AWS CLI and systemd.
+//! The integration and end-to-end tests: the real `awsvid` as a process, with the real SPIRE,
+//! MinIO, AWS CLI and systemd.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -1,4 +1,5 @@
-//! The network between the daemon and its STS: late or missing certificates, variables, proxies, and the host that is called.
+//! The network between the daemon and its STS: late or missing certificates, variables, proxies,
+//! and the host of the calls.
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -20,12 +21,12 @@ use crate::harness::stub_http;
 use crate::harness::tls::TlsFront;
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 const MISSING: &str = "[sts] CA certificates are missing: calls to STS fail until they are there";
 /// No call gets further than the test's own proxy.
 const AWS: &str = "[sts]\nregion = \"us-east-1\"\ntimeout = \"2s\"\n";
 
-/// A workload of this test's own user.
+/// Returns a rule for this test's own user.
 fn rule(upstream: &Upstream) -> String {
     let configuration = upstream.configuration();
     let id = "spiffe://example.org/user/self";
@@ -40,7 +41,7 @@ fn upstream() -> Upstream {
     Upstream::start(&[(geteuid().as_raw(), "self")])
 }
 
-/// The configuration with this `[sts]`.
+/// Returns the configuration with this `[sts]`.
 fn with_sts(upstream: &Upstream, sts: &str) -> String {
     let configuration = upstream.configuration();
     let from = configuration.find("[sts]").unwrap();
@@ -53,7 +54,7 @@ fn with_sts(upstream: &Upstream, sts: &str) -> String {
     )
 }
 
-/// What `awsvid check` finds, with these variables.
+/// Runs `awsvid check` with these variables and returns its findings.
 fn check(folder: &Path, variables: &[&str], configuration: &str) -> Vec<Value> {
     let path = folder.join("check.toml");
     fs::write(&path, configuration).unwrap();
@@ -63,7 +64,7 @@ fn check(folder: &Path, variables: &[&str], configuration: &str) -> Vec<Value> {
         .env("PATH", "/usr/bin:/bin")
         .args(["check", "--json", "--config"])
         .arg(path);
-    let output = run(command, b"", PATIENCE);
+    let output = run(command, b"", TIMEOUT);
     let report: Value =
         serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
     report["findings"].as_array().unwrap().clone()
@@ -124,13 +125,14 @@ fn late_ca_file_fails_only_the_calls_that_need_it() {
 
     fs::create_dir(folder.path().join("late")).unwrap();
     fs::write(&file, front.certificate()).unwrap();
-    let (status, body) = await_some("credentials", PATIENCE, || {
+    let (status, body) = await_some("credentials", TIMEOUT, || {
         Some(request()).filter(|(status, _)| *status == 200)
     });
     assert!(status == 200 && body["AccessKeyId"].is_string(), "{body}");
     daemon.await_line(&["[sts] CA certificates were loaded"]);
     let daemon = daemon.ready();
-    // A reload with a file that is not there yet takes effect; one with a file that is wrong does not.
+    // A reload with a file that does not exist yet takes effect; one with a file that is wrong does
+    // not.
     assert!(daemon.reload("", &text.replace("late/ca.pem", "later.pem")));
     fs::write(folder.path().join("wrong.pem"), "no certificate\n").unwrap();
     assert!(!daemon.reload("", &text.replace("late/ca.pem", "wrong.pem")));
@@ -146,7 +148,7 @@ fn ca_file_without_certificates_is_a_configuration_error() {
         "[sts]\nregion = \"us-east-1\"\nendpoint = \"https://127.0.0.1:9\"\nca_file = {file:?}\n"
     );
     let text = with_sts(&upstream, &sts);
-    let (status, log) = Daemon::refused(&[], folder.path(), &text);
+    let (status, log) = Daemon::run_to_exit(&[], folder.path(), &text);
     assert_eq!(status, Some(78), "{log}");
     assert!(
         log.contains("ca.pem: it is not a valid PEM file")
@@ -165,11 +167,11 @@ fn empty_trust_store_is_logged_at_start_only_where_it_is_used() {
         "SSL_CERT_FILE=/nonexistent/ca.pem",
         "SSL_CERT_DIR=/nonexistent/certs",
     ];
-    let elsewhere = with_sts(
+    let other_sts = with_sts(
         &upstream,
         "[sts]\nendpoint = \"https://127.0.0.1:9\"\ntimeout = \"2s\"\n",
     );
-    for (name, text) in [("aws", with_sts(&upstream, AWS)), ("elsewhere", elsewhere)] {
+    for (name, text) in [("aws", with_sts(&upstream, AWS)), ("elsewhere", other_sts)] {
         let folder = folder.path().join(name);
         fs::create_dir(&folder).unwrap();
         let daemon = Daemon::start_behind(&nowhere, &folder, "", &text);
@@ -219,7 +221,7 @@ fn proxy_variable_is_an_error_only_where_it_is_used() {
     {
         let folder = folder.path().join(number.to_string());
         fs::create_dir(&folder).unwrap();
-        let (status, log) = Daemon::refused(&[&["env"], variables].concat(), &folder, &aws);
+        let (status, log) = Daemon::run_to_exit(&[&["env"], variables].concat(), &folder, &aws);
         assert!(
             status == Some(78) && log.contains(&format!("variable {name} ")),
             "{status:?} {log}"
@@ -411,7 +413,7 @@ fn role_of_another_sts_is_assumed_by_its_own_name() {
         .env_clear()
         .args(["status", "--json", "--config"])
         .arg(folder.path().join("awsvid.toml"));
-    let status = run(status, b"", PATIENCE).success("awsvid status");
+    let status = run(status, b"", TIMEOUT).success("awsvid status");
     assert!(status.contains(name), "{status}");
     let mut policy = Command::new(PROGRAM);
     policy.env_clear().args([
@@ -426,7 +428,7 @@ fn role_of_another_sts_is_assumed_by_its_own_name() {
             policy
         },
         b"",
-        PATIENCE,
+        TIMEOUT,
     );
     assert!(
         policy.status.code() == Some(1)

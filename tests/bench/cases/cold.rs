@@ -1,4 +1,4 @@
-//! What callers wait for when nothing is cached.
+//! The latency of requests with an empty cache.
 
 use std::time::Duration;
 
@@ -10,10 +10,11 @@ use crate::table::{Line, Spread, micros, millis};
 use crate::upstream::Upstream;
 use crate::{Bench, Failed};
 
-/// How long the source and STS take for each answer.
+/// The time that the source and STS take for each reply.
 const DELAY: Duration = Duration::from_millis(50);
 
-/// A thousand callers of one identity at once: four units of one user with 250 each, since one unit may have 512 connections.
+/// Measures a thousand callers of one identity at once: four units of one user with 250 each, since
+/// one unit may have 512 connections.
 pub(crate) fn herd(bench: &Bench) -> Result<Vec<Line>, Failed> {
     const UNITS: usize = 4;
     let folder = bench.folder()?;
@@ -43,7 +44,8 @@ pub(crate) fn herd(bench: &Bench) -> Result<Vec<Line>, Failed> {
     )])
 }
 
-/// Lets `callers` ask at one time, from `units` processes in cgroups of their own; when each of these had its last answer.
+/// Sends a request from each of `callers` at one time, from `units` processes in cgroups of their
+/// own. Returns when each process had its last response.
 pub(crate) fn at_once(
     bench: &Bench,
     address: &str,
@@ -68,7 +70,7 @@ pub(crate) fn at_once(
         })?);
     }
     for load in &mut loads {
-        load.go()?;
+        load.begin()?;
     }
     let mut finished = Vec::new();
     for load in loads {
@@ -79,7 +81,7 @@ pub(crate) fn at_once(
     Ok(finished)
 }
 
-/// One caller after the other, each for a role that nobody has asked for yet.
+/// Measures one caller after the other, each for a role that has not been requested yet.
 pub(crate) fn cold(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let folder = bench.folder()?;
     let upstream = Upstream::start(&folder, DELAY, false)?;
@@ -109,7 +111,7 @@ pub(crate) fn cold(bench: &Bench) -> Result<Vec<Line>, Failed> {
             requests: 1,
             rate: None,
         })?;
-        load.go()?;
+        load.begin()?;
         let report = load.report()?;
         report.all_issued()?;
         added.push(report.max - micros(upstream.counts().spent - before.spent));

@@ -1,4 +1,4 @@
-//! CPU time per request, in multiples of something measured in turn with it.
+//! CPU time per request, in multiples of a baseline that is measured in alternation with it.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -11,12 +11,12 @@ use crate::table::{Line, Spread, micros, millis};
 use crate::upstream::Upstream;
 use crate::{Bench, Failed, machine};
 
-/// Who asks in most rows.
+/// The user of the load in most rows.
 pub(crate) const USER: u32 = 61101;
-/// How many descriptors a caller has in most rows.
+/// The number of a caller's descriptors in most rows.
 pub(crate) const DESCRIPTORS: usize = 20;
 
-/// What has to be known of the caller.
+/// The facts of the caller that the rules need.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Shape {
     name: &'static str,
@@ -69,7 +69,7 @@ impl Shape {
         self.name
     }
 
-    /// The configuration's rule and role.
+    /// Returns the configuration's rule and role.
     pub(crate) fn rules(&self) -> Result<String, Failed> {
         let more = match self.keys {
             Keys::Unit => "systemd_unit = \"load.service\"\n".to_owned(),
@@ -84,7 +84,7 @@ impl Shape {
     }
 }
 
-/// A daemon with all that it needs, and the `direct` that it is compared with.
+/// A daemon with all that it needs, and the `direct` that is its baseline.
 pub(crate) struct Pair {
     pub(crate) daemon: Daemon,
     pub(crate) direct: Direct,
@@ -96,7 +96,8 @@ pub(crate) struct Pair {
 }
 
 impl Pair {
-    /// Starts both. The daemon is asked once, so that it has credentials and `direct` the bytes to answer with.
+    /// Starts both. One request to the daemon gives it credentials, and `direct` the bytes of its
+    /// responses.
     pub(crate) fn start(bench: &Bench, shape: &Shape, caller: Caller) -> Result<Self, Failed> {
         let folder = bench.folder()?;
         let upstream = Upstream::start(&folder, Duration::ZERO, false)?;
@@ -117,7 +118,7 @@ impl Pair {
             requests: 1,
             ..plan.clone()
         })?;
-        once.go()?;
+        once.begin()?;
         let once = once.report()?;
         once.all_issued()?;
         let direct = Direct::start(&folder, shape.transport, &once.body)?;
@@ -134,7 +135,7 @@ impl Pair {
         })
     }
 
-    /// One run on each.
+    /// Does one run on each.
     fn round(&self, bench: &Bench) -> Result<(Run, Run), Failed> {
         Ok((
             measure(bench, self.direct.pid(), &self.direct_plan)?,
@@ -143,7 +144,7 @@ impl Pair {
     }
 }
 
-/// What was measured in one run.
+/// The measurements of one run.
 #[derive(Debug, Clone)]
 pub(crate) struct Run {
     /// CPU time of the server per request, in microseconds.
@@ -151,11 +152,11 @@ pub(crate) struct Run {
     pub(crate) report: Report,
 }
 
-/// Puts one load on a server, from its warm-up to its last answer.
+/// Runs one load on a server, from its warm-up to its last response.
 pub(crate) fn measure(bench: &Bench, server: u32, plan: &Plan) -> Result<Run, Failed> {
     let mut load = Load::start(plan)?;
     let (start, busy, before) = (Instant::now(), machine::busy()?, machine::settled(server)?);
-    load.go()?;
+    load.begin()?;
     let report = load.report()?;
     let cpu = machine::settled(server)? - before;
     report.all_issued()?;
@@ -192,7 +193,7 @@ impl Figures {
         }
     }
 
-    fn beside(self, name: &str, other: Self) -> String {
+    fn compared_with(self, name: &str, other: Self) -> String {
         format!(
             "CPU {} / {name} {}; {:.0} req/s / {:.0}; p50 {} / {}; p99 {} / {}",
             self.cpu.show("us"),
@@ -207,23 +208,23 @@ impl Figures {
     }
 }
 
-/// The line for these runs: `times` the `base`, which is called `name`.
-fn line(row: &str, name: &str, base: &[Run], runs: &[Run], asked: String) -> Line {
+/// Returns the line for these runs, in multiples of `base`, which the table calls `name`.
+fn line(row: &str, name: &str, base: &[Run], runs: &[Run], bound: String) -> Line {
     let (base, figures) = (Figures::of(base), Figures::of(runs));
     let ratio = figures.cpu.median / base.cpu.median;
     Line::new(
         row,
         format!("{ratio:.2} x"),
-        asked,
-        figures.beside(name, base),
+        bound,
+        figures.compared_with(name, base),
     )
 }
 
-fn asked(at_most: f64, aim: f64) -> String {
+fn bound(at_most: f64, aim: f64) -> String {
     format!("at most {at_most}, aim {aim}")
 }
 
-/// A shape, with the load in a cgroup of its own.
+/// Measures a shape, with the load in a cgroup of its own.
 pub(crate) fn own_cgroup(bench: &Bench, shape: &Shape) -> Result<Vec<Line>, Failed> {
     against_direct(
         bench,
@@ -231,11 +232,12 @@ pub(crate) fn own_cgroup(bench: &Bench, shape: &Shape) -> Result<Vec<Line>, Fail
         shape.name,
         &bench.cgroups.unit("load")?,
         DESCRIPTORS,
-        asked(shape.at_most, shape.aim),
+        bound(shape.at_most, shape.aim),
     )
 }
 
-/// With the load in the root cgroup, where nothing of its own tells a process from others.
+/// Measures with the load in the root cgroup, where no cgroup distinguishes it from other
+/// processes.
 pub(crate) fn root_cgroup(bench: &Bench) -> Result<Vec<Line>, Failed> {
     against_direct(
         bench,
@@ -247,7 +249,7 @@ pub(crate) fn root_cgroup(bench: &Bench) -> Result<Vec<Line>, Failed> {
     )
 }
 
-/// The curve over the caller's descriptors.
+/// Measures the curve over the caller's descriptors.
 pub(crate) fn descriptors(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let cgroup = bench.cgroups.unit("load")?;
     let curve = [20, 200, 2000].map(|count| {
@@ -275,7 +277,7 @@ fn against_direct(
     row: &str,
     cgroup: &Path,
     descriptors: usize,
-    asked: String,
+    bound: String,
 ) -> Result<Vec<Line>, Failed> {
     let caller = Caller {
         uid: USER,
@@ -284,7 +286,7 @@ fn against_direct(
     };
     let mut pair = Pair::start(bench, shape, caller)?;
     if descriptors > DESCRIPTORS {
-        // A search of thousands takes milliseconds, so that fewer of them show as much.
+        // A search of thousands takes milliseconds, so that fewer of them are enough.
         for plan in [&mut pair.plan, &mut pair.direct_plan] {
             (plan.requests, plan.warm_up) = (plan.requests / 5, plan.warm_up / 5);
         }
@@ -293,10 +295,10 @@ fn against_direct(
         .map(|_| pair.round(bench))
         .collect::<Result<Vec<_>, _>>()?;
     let (direct, runs): (Vec<_>, Vec<_>) = rounds.into_iter().unzip();
-    Ok(vec![line(row, "direct", &direct, &runs, asked)])
+    Ok(vec![line(row, "direct", &direct, &runs, bound)])
 }
 
-/// Each shape without and with a crowd, which comes and goes in each round.
+/// Measures each shape without and with background load, which starts and ends in each round.
 pub(crate) fn busy_node(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let caller = Caller {
         uid: USER,
@@ -323,7 +325,7 @@ pub(crate) fn busy_node(bench: &Bench) -> Result<Vec<Line>, Failed> {
             "without",
             without,
             with,
-            asked(1.2, 1.1),
+            bound(1.2, 1.1),
         )
     });
     Ok(lines.collect())

@@ -1,4 +1,4 @@
-//! How much memory the daemon takes, and how long it takes to be there.
+//! The daemon's memory, and the time of its start.
 
 use std::os::unix::net::UnixStream;
 use std::thread::sleep;
@@ -15,7 +15,7 @@ use crate::table::{Line, Spread, mebibytes, micros};
 use crate::upstream::Upstream;
 use crate::{Bench, Failed};
 
-/// The daemon's memory after one exchange, and after all kinds of load.
+/// Measures the daemon's memory after one exchange, and after all kinds of load.
 pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let folder = bench.folder()?;
     // A real STS has TLS, and TLS takes memory.
@@ -41,7 +41,7 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
         requests: 1,
         ..plan(Transport::Tcp)?
     })?;
-    once.go()?;
+    once.begin()?;
     once.report()?.all_issued()?;
     let idle = later(&daemon)?;
     measure(bench, daemon.pid(), &plan(Transport::Tcp)?)?;
@@ -60,8 +60,8 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
                     private,
                     resident,
                 },
-                asked| {
-        let beside = format!(
+                bound| {
+        let others = format!(
             "private {}, resident {}",
             mebibytes(private),
             mebibytes(resident)
@@ -69,8 +69,8 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
         Line::new(
             row,
             format!("anonymous {}", mebibytes(anonymous)),
-            asked,
-            beside,
+            bound,
+            others,
         )
     };
     Ok(vec![
@@ -80,14 +80,14 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
     ])
 }
 
-/// Once what it does behind its answers is done.
+/// Measures once its work after the last response is done.
 fn later(daemon: &Daemon) -> Result<Memory, Failed> {
     sleep(Duration::from_secs(1));
     machine::settled(daemon.pid())?;
     machine::memory(daemon.pid())
 }
 
-/// The size of a cache entry, in a process with nothing but a cache.
+/// Measures the size of a cache entry, in a process with nothing but a cache.
 pub(crate) fn entries(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let count = bench.count(100_000, 1000);
     let mut part = Part::start(&["entries", &count.to_string()])?;
@@ -112,7 +112,8 @@ pub(crate) fn entries(bench: &Bench) -> Result<Vec<Line>, Failed> {
     )])
 }
 
-/// From starting the program to being reachable, and to being ready.
+/// Measures the time from the start of the program until it accepts connections, and until it is
+/// ready.
 pub(crate) fn start(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let (mut listening, mut ready) = (Vec::new(), Vec::new());
     for _ in 0..bench.count(10, 2) {
@@ -142,7 +143,7 @@ pub(crate) fn start(bench: &Bench) -> Result<Vec<Line>, Failed> {
             "start ready",
             ready.show("ms"),
             "at most 50 ms",
-            "`/readyz` is 200; asked every 0.5 ms".to_owned(),
+            "`/readyz` is 200; polled every 0.5 ms".to_owned(),
         ),
     ])
 }

@@ -1,4 +1,4 @@
-//! What callers wait for: at a steady rate, and beside somebody who makes the daemon work.
+//! Latencies: at a steady rate, and while another user keeps the daemon busy.
 
 use super::ratio::{
     DESCRIPTORS, Pair, Run, TCP_PID, TCP_SOCKET, UNIX_FACTS, UNIX_UID, USER, measure,
@@ -12,10 +12,10 @@ use crate::{Bench, Failed};
 
 /// The steady rate, in requests a second.
 const RATE: u32 = 1500;
-/// Who asks without end in [`hostile`].
+/// The user of the endless requests in [`hostile`].
 const HOSTILE: u32 = 61102;
 
-/// Latency at 1,500 requests a second.
+/// Measures the latency at 1,500 requests a second.
 pub(crate) fn paced(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let mut lines = Vec::new();
     for shape in [TCP_SOCKET, TCP_PID, UNIX_UID, UNIX_FACTS] {
@@ -65,7 +65,7 @@ pub(crate) fn paced(bench: &Bench) -> Result<Vec<Line>, Failed> {
     Ok(lines)
 }
 
-/// One user's latency while another one makes the daemon search thousands of descriptors.
+/// Measures one user's latency while another one makes the daemon search thousands of descriptors.
 pub(crate) fn hostile(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let folder = bench.folder()?;
     let upstream = Upstream::start(&folder, std::time::Duration::ZERO, false)?;
@@ -102,20 +102,20 @@ pub(crate) fn hostile(bench: &Bench) -> Result<Vec<Line>, Failed> {
     };
     let alone = measure(bench, daemon.pid(), &victim)?.report;
     let mut hostile = Load::start(&plan(HOSTILE, "hostile", 10_000)?)?;
-    hostile.go()?;
+    hostile.begin()?;
     let mut load = Load::start(&victim)?;
-    load.go()?;
-    let beside = load.report()?;
+    load.begin()?;
+    let report = load.report()?;
     let hostile = hostile.stop()?;
-    beside.all_issued()?;
+    report.all_issued()?;
     Ok(vec![Line::new(
         "hostile",
-        format!("p99 {}", millis(beside.p99)),
+        format!("p99 {}", millis(report.p99)),
         "below 10 ms",
         format!(
             "p50 {}, max {}; without it p50 {}, p99 {}; its own p50 {} and answers by status {:?}",
-            millis(beside.p50),
-            millis(beside.max),
+            millis(report.p50),
+            millis(report.max),
             millis(alone.p50),
             millis(alone.p99),
             millis(hostile.p50),

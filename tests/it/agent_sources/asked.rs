@@ -1,5 +1,6 @@
-//! What becomes of a caller while the agent is being asked about its process. The agent is the test's own: it attests as
-//! SPIRE does, and is held before it looks at the process or after that. The table of attacks is in ../attacks/README.md.
+//! Changes of a caller while the daemon queries the agent about its process. The agent is the
+//! test's own: it attests as SPIRE does, and is held before or after it reads the process.
+//! ../attacks/README.md has the table of attacks.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +16,7 @@ use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::env::id;
 use crate::harness::is_slow;
-use crate::harness::outcome::{Made, answered, refused};
+use crate::harness::outcome::{Outcome, credentials_of, refused};
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 const BOB: u32 = 61002;
@@ -27,24 +28,25 @@ struct Stage {
     folder: tempfile::TempDir,
 }
 
-/// When something becomes of the caller.
+/// The time at which the caller changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Moment {
-    /// The agent is asked, and sees what has become of it.
+    /// The agent has the query, and reads the changed caller.
     Before,
-    /// The agent has seen the caller itself, and is about to answer.
+    /// The agent has read the original caller, and is about to reply.
     After,
-    /// The caller has been answered, and is known.
+    /// The caller has been answered and its identity is cached.
     Known,
 }
 
-/// What came of a scene.
+/// The outcomes of a scene.
 #[derive(Debug, PartialEq, Eq)]
-struct Played {
-    /// Of the request about which the agent was asked.
-    made: Made,
-    /// Of a request of whoever is there then, and how many questions to the agent that took.
-    again: (Made, usize),
+struct SceneOutcome {
+    /// The outcome of the request that caused the query.
+    outcome: Outcome,
+    /// The outcome of the next request, by the process that exists then, and the number of queries
+    /// that it took.
+    again: (Outcome, usize),
 }
 
 impl Stage {
@@ -58,7 +60,7 @@ impl Stage {
             ("group", 0o2755),
         ] {
             fs::copy(actor::program(), program(name)).unwrap();
-            // A change of owner takes these bits away.
+            // A change of owner clears these bits.
             chown(
                 program(name),
                 Some(0),
@@ -98,8 +100,8 @@ impl Stage {
         self.folder.path().join("first")
     }
 
-    /// An honest caller that nobody holds up.
-    fn honest(&self, name: &str, listener: &str) -> Made {
+    /// Runs an honest caller, for which the agent replies at once.
+    fn honest(&self, name: &str, listener: &str) -> Outcome {
         let address = self.daemon.listener(listener);
         let answer = actor::play_by(
             &self.first(),
@@ -109,18 +111,19 @@ impl Stage {
             self.daemon.pid(),
             self.cgroup.path(),
         );
-        Made::of(&answer, name, &self.daemon)
+        Outcome::of(&answer, name, &self.daemon)
     }
 
-    /// Plays a scene; `meanwhile` goes on while the agent is about to answer. With `early`, whoever is there then asks before
-    /// that. `None` if it could not be played: somebody has taken the number that was to be used again.
+    /// Plays a scene; `meanwhile` runs while the agent is about to reply. With `early`, the process
+    /// that exists then sends its request before that. Returns `None` if the scene could not be
+    /// played, because another process has the number that was to be reused.
     fn play(
         &self,
         row: &Row,
         listener: &str,
         early: bool,
         meanwhile: impl FnOnce(),
-    ) -> Option<Played> {
+    ) -> Option<SceneOutcome> {
         let Row { scene, moment, .. } = *row;
         let mut steps = Steps::start(
             &self.first(),
@@ -129,21 +132,21 @@ impl Stage {
             &self.daemon.listener(listener),
             self.cgroup.path(),
         );
-        let held = self.agent.hold(steps.caller());
+        let query = self.agent.hold(steps.caller());
         steps.step("ask");
-        if !held.await_asked() {
-            // Whatever came of it; nothing has become of the caller.
-            return Some(Played {
-                made: self.made(scene, &steps.step("alice answer")),
-                again: (Made::Silence, 0),
+        if !query.await_query() {
+            // The outcome counts whatever it is: the caller has not changed.
+            return Some(SceneOutcome {
+                outcome: self.outcome(scene, &steps.step("alice answer")),
+                again: (Outcome::NoResponse, 0),
             });
         }
         if moment == Moment::Before {
-            becomes(&mut steps)?;
+            make_change(&mut steps)?;
         }
-        held.look();
+        query.let_read();
         if moment == Moment::After {
-            becomes(&mut steps)?;
+            make_change(&mut steps)?;
         }
         if moment != Moment::Known && row.is_back() {
             steps.step("back");
@@ -151,14 +154,14 @@ impl Stage {
         meanwhile();
         let before = early.then(|| self.again(&mut steps, scene));
         let exchanged = self.agent.exchanged();
-        held.answer();
+        query.let_reply();
         let answer = steps.step(if moment == Moment::Known {
             "alice answer"
         } else {
             "answer"
         });
-        let made = self.made(scene, &answer);
-        if matches!(made, Made::Refused(_)) {
+        let outcome = self.outcome(scene, &answer);
+        if matches!(outcome, Outcome::Refused(_)) {
             assert_eq!(
                 self.agent.exchanged(),
                 exchanged,
@@ -166,75 +169,84 @@ impl Stage {
             );
         }
         if moment == Moment::Known {
-            becomes(&mut steps)?;
+            make_change(&mut steps)?;
             if row.is_back() {
                 steps.step("back");
             }
         }
-        Some(Played {
-            made,
+        Some(SceneOutcome {
+            outcome,
             again: before.unwrap_or_else(|| self.again(&mut steps, scene)),
         })
     }
 
-    fn again(&self, steps: &mut Steps, scene: &str) -> (Made, usize) {
-        let before = self.agent.questions(self.daemon.pid());
-        let made = self.made(scene, &steps.step("again"));
-        (made, self.agent.questions(self.daemon.pid()) - before)
+    fn again(&self, steps: &mut Steps, scene: &str) -> (Outcome, usize) {
+        let before = self.agent.queries_except(self.daemon.pid());
+        let outcome = self.outcome(scene, &steps.step("again"));
+        (
+            outcome,
+            self.agent.queries_except(self.daemon.pid()) - before,
+        )
     }
 
-    fn made(&self, scene: &str, answer: &str) -> Made {
-        Made::of(answer, scene, &self.daemon)
+    fn outcome(&self, scene: &str, answer: &str) -> Outcome {
+        Outcome::of(answer, scene, &self.daemon)
     }
 }
 
-/// What the scene is about happens to the caller.
-fn becomes(steps: &mut Steps) -> Option<()> {
+/// Makes the change that the scene is about.
+fn make_change(steps: &mut Steps) -> Option<()> {
     (steps.step("change") == "changed").then_some(())
 }
 
-impl Played {
-    /// Whether somebody was answered as another, or where it is right to refuse, or by what was said of another.
+impl SceneOutcome {
+    /// Returns whether a caller was answered as another, or where a refusal is right, or by the
+    /// agent's reply about another.
     fn is_wrong(&self, right: &Self) -> bool {
-        let is_other =
-            |made: &Made, right: &Made| matches!(made, Made::Answered(_)) && made != right;
-        let (again, questions) = &self.again;
-        is_other(&self.made, &right.made)
+        let is_other = |outcome: &Outcome, right: &Outcome| {
+            matches!(outcome, Outcome::Issued(_)) && outcome != right
+        };
+        let (again, queries) = &self.again;
+        is_other(&self.outcome, &right.outcome)
             || is_other(again, &right.again.0)
-            || (matches!(again, Made::Answered(_)) && *questions < right.again.1)
+            || (matches!(again, Outcome::Issued(_)) && *queries < right.again.1)
     }
 }
 
-/// What is right in a scene.
+/// The right outcomes of a scene.
 struct Row {
     scene: &'static str,
     moment: Moment,
-    right: Played,
+    right: SceneOutcome,
 }
 
 impl Row {
-    /// Whether it is back at what it was once the agent has looked, and asks as that.
+    /// Returns whether the caller has its original state again after the agent has read it, and
+    /// sends requests in that state.
     fn is_back(&self) -> bool {
         self.scene.ends_with("-and-back")
     }
 
-    /// Whether another than the one who was asked about can ask while the answer is held.
+    /// Returns whether another process than the one in the query can send a request while the reply
+    /// is held.
     fn is_another(&self) -> bool {
         self.right.again.1 == 1 && self.moment != Moment::Known && !self.is_back()
     }
 }
 
 fn expected(listener: &str) -> Vec<Row> {
-    let first = &answered(&id("first"));
+    let first = &credentials_of(&id("first"));
     let (gone, changed) = (&refused("caller_gone"), &refused("identity_changed"));
-    // It is attested again once it is back. Over TCP it does not have the socket any more by then.
+    // It is attested again in its original state. Over TCP it does not have the socket any more by
+    // then.
     let back = if listener == "unix" { first } else { gone };
-    // What is made of the request, and of the next one: whose it is, and whether the agent is asked about him.
+    // The outcomes of the request and of the next one: the identity, and whether the agent is
+    // queried about it.
     let scenes = [
         ("still", first, "first", 0),
         ("forked", first, "first", 0),
-        // Nobody is there to see an answer.
-        ("vanished", &Made::Silence, "first", 1),
+        // No process is left to read a response.
+        ("vanished", &Outcome::NoResponse, "first", 1),
         ("exited", gone, "first", 1),
         ("zombie", gone, "first", 1),
         ("reused", gone, "bob", 1),
@@ -248,19 +260,19 @@ fn expected(listener: &str) -> Vec<Row> {
     let rows = [Moment::Before, Moment::After, Moment::Known]
         .into_iter()
         .flat_map(|moment| {
-            scenes.iter().map(move |(scene, made, next, questions)| {
-                let known = moment == Moment::Known;
-                let made = if known {
+            scenes.iter().map(move |(scene, outcome, next, queries)| {
+                let is_cached = moment == Moment::Known;
+                let outcome = if is_cached {
                     first.clone()
                 } else {
-                    (*made).clone()
+                    (*outcome).clone()
                 };
                 Row {
                     scene,
                     moment,
-                    right: Played {
-                        made,
-                        again: (answered(&id(next)), *questions),
+                    right: SceneOutcome {
+                        outcome,
+                        again: (credentials_of(&id(next)), *queries),
                     },
                 }
             })
@@ -268,13 +280,13 @@ fn expected(listener: &str) -> Vec<Row> {
     rows.collect()
 }
 
-/// What the audit has of refusals of Alice's processes, by their reasons.
+/// Returns the reasons of the audited refusals of Alice's processes, with their numbers.
 fn refusals(daemon: &Daemon) -> BTreeMap<String, u64> {
     let mut counts = BTreeMap::new();
     for record in
         daemon.audit_where(|_, line| line.contains("\"refused\"") && line.contains("61001"))
     {
-        // Of many within a second the last record stands for several.
+        // The last record stands for several of many within a second.
         let count = record["repeated"].as_u64().unwrap_or(1);
         *counts
             .entry(record["reason"].as_str().unwrap().to_owned())
@@ -284,7 +296,7 @@ fn refusals(daemon: &Daemon) -> BTreeMap<String, u64> {
 }
 
 #[test]
-fn an_answer_counts_only_for_the_process_that_asked() {
+fn agent_reply_counts_only_for_attested_process() {
     if !root() {
         return;
     }
@@ -302,7 +314,7 @@ fn an_answer_counts_only_for_the_process_that_asked() {
                     row.scene, row.moment
                 ));
             }
-            if let Made::Refused(reason) = row.right.made {
+            if let Outcome::Refused(reason) = row.right.outcome {
                 *expected_refusals.entry(reason).or_default() += 1;
             }
         }
@@ -315,11 +327,11 @@ fn an_answer_counts_only_for_the_process_that_asked() {
     );
 }
 
-/// Nobody's answer is another's, however often it is tried, and nobody else waits for a question that is held. As in the
-/// other scenes in random order, what is refused or not answered for another reason, as on a machine that is very busy, has to
-/// be rare.
+/// No caller gets another's credentials in many tries, and no other caller waits for a held query.
+/// As in the other scenes in random order, refusals for other reasons have to be rare. So have
+/// missing responses, as on a busy machine.
 #[test]
-fn many_scenes_in_random_order() {
+fn many_scenes_have_right_outcomes_in_random_order() {
     if !root() {
         return;
     }
@@ -378,20 +390,20 @@ fn many_scenes_in_random_order() {
 
 #[derive(Debug, Default)]
 struct Count {
-    /// Scenes, of which
+    /// Scenes that were played.
     played: usize,
-    /// so many had another outcome than the right one, that hurts nobody.
+    /// Those with a harmless outcome other than the right one.
     otherwise: usize,
-    /// Callers that nothing becomes of, of whom
+    /// Callers that did not change.
     honest: usize,
-    /// so many were not answered.
+    /// Those of them without a response.
     unanswered: usize,
-    /// Answers that nobody should have been given.
+    /// Responses that no caller should have got.
     wrong: usize,
 }
 
 impl Count {
-    fn scene(&mut self, what: &str, played: Option<Played>, row: &Row) {
+    fn scene(&mut self, what: &str, played: Option<SceneOutcome>, row: &Row) {
         self.played += 1;
         match &played {
             Some(played) if *played == row.right => return,
@@ -403,14 +415,16 @@ impl Count {
 
     fn honest(&mut self, stage: &Stage, (name, listener): (&str, &str), when: &str) {
         self.honest += 1;
-        let made = stage.honest(name, listener);
-        match &made {
-            Made::Answered(id) if *id == self::id(if name == "alice" { "first" } else { name }) => {
+        let outcome = stage.honest(name, listener);
+        match &outcome {
+            Outcome::Issued(id)
+                if *id == self::id(if name == "alice" { "first" } else { name }) =>
+            {
                 return;
             }
-            Made::Answered(_) => self.wrong += 1,
+            Outcome::Issued(_) => self.wrong += 1,
             _ => self.unanswered += 1,
         }
-        eprintln!("{name} over {listener}, at {when}: {made:?}");
+        eprintln!("{name} over {listener}, at {when}: {outcome:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! The shipped configurations of the sources that attest callers themselves, as they stand.
+//! The shipped configurations, unchanged, of the sources that attest callers themselves.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,19 +13,20 @@ use crate::harness::env::{AWSVID, Source, awsvid_selectors};
 
 const BILLING: u32 = 51_002;
 const STRANGER: u32 = 51_003;
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Where the examples look for sockets, and what is there.
-type Place = (&'static str, PathBuf);
+/// A socket's path in the examples, and the real socket.
+type SocketMount = (&'static str, PathBuf);
 
-/// Runs a program as on a machine of its own, with these sockets in their places and loopback addresses that nobody else has.
-fn elsewhere(places: &[Place]) -> String {
+/// Runs a program as on a machine of its own, with these sockets at their paths and a loopback
+/// device of its own.
+fn run_isolated(mounts: &[SocketMount]) -> String {
     let mut script =
         String::from("mount -t tmpfs tmpfs /run; mkdir /run/awsvid; ip link set lo up");
-    for (place, socket) in places {
-        let directory = Path::new(place).parent().unwrap();
+    for (mount, socket) in mounts {
+        let directory = Path::new(mount).parent().unwrap();
         script += &format!(
-            "; mkdir -p {}; ln -s {} {place}",
+            "; mkdir -p {}; ln -s {} {mount}",
             directory.display(),
             socket.display()
         );
@@ -33,7 +34,7 @@ fn elsewhere(places: &[Place]) -> String {
     script + "; exec \"$@\""
 }
 
-fn as_it_stands(example: &str, source: Source, places: impl Fn(&Spire) -> Vec<Place>) {
+fn as_it_stands(example: &str, source: Source, mounts: impl Fn(&Spire) -> Vec<SocketMount>) {
     if !root() {
         return;
     }
@@ -51,7 +52,7 @@ fn as_it_stands(example: &str, source: Source, places: impl Fn(&Spire) -> Vec<Pl
         "spiffe://example.org/billing",
         &[&format!("unix:uid:{BILLING}")],
     );
-    let script = elsewhere(&places(&spire));
+    let script = run_isolated(&mounts(&spire));
     let mut command = behind(
         &["unshare", "--mount", "--net", "sh", "-ec", &script, "sh"],
         Path::new(PROGRAM),
@@ -66,7 +67,7 @@ fn as_it_stands(example: &str, source: Source, places: impl Fn(&Spire) -> Vec<Pl
         .arg("--config")
         .arg(file);
     let daemon = Process::start("awsvid", command, &folder.path().join("awsvid.log"));
-    daemon.await_some("its listeners", PATIENCE, || {
+    daemon.await_some("its listeners", TIMEOUT, || {
         daemon.log().contains("serving operators").then_some(())
     });
 
@@ -92,17 +93,17 @@ fn as_it_stands(example: &str, source: Source, places: impl Fn(&Spire) -> Vec<Pl
             "\n%{http_code}",
         ]);
         curl.arg("http://127.0.0.1:974/v1/credentials");
-        let output = run(curl, b"", PATIENCE).success("curl");
+        let output = run(curl, b"", TIMEOUT).success("curl");
         let (body, status) = output.rsplit_once('\n').expect("the status after the body");
         (
             status.parse().expect("a status"),
             serde_json::from_str(body).expect("JSON"),
         )
     };
-    // The example names an account at AWS, which can't be reached from here: one caller gets as far as that. Where a name
-    // server is asked for it, that may take longer than a request is held.
-    let told = || Some(ask(BILLING)).filter(|(_, body)| body["code"] != "pending");
-    let (status, body) = daemon.await_some("what became of it", PATIENCE, told);
+    // The example names an account at AWS, which can't be reached from here: one caller gets as far
+    // as that. Where a name server is queried for it, that may take longer than a request is held.
+    let refusal = || Some(ask(BILLING)).filter(|(_, body)| body["code"] != "pending");
+    let (status, body) = daemon.await_some("what became of it", TIMEOUT, refusal);
     assert_eq!(
         (status, &body["code"]),
         (503, &"sts_unreachable".into()),
@@ -118,14 +119,14 @@ fn as_it_stands(example: &str, source: Source, places: impl Fn(&Spire) -> Vec<Pl
 }
 
 #[test]
-fn the_example_for_delegated_identity() {
+fn example_works_with_spire_delegated() {
     as_it_stands("spire-delegated.toml", Source::Delegated, |spire| {
         vec![("/run/spire/admin/api.sock", spire.admin_socket())]
     });
 }
 
 #[test]
-fn the_example_for_the_broker_api() {
+fn example_works_with_spiffe_broker() {
     as_it_stands("spiffe-broker.toml", Source::Broker, |spire| {
         vec![
             (

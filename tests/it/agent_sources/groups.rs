@@ -1,36 +1,37 @@
-//! The real agent sees supplementary groups (`unix:supplementary_gid`), and so they count: up to a number (attack 27).
+//! The real agent reads supplementary groups (`unix:supplementary_gid`), and so they count, up to a
+//! number (T27).
 
-use crate::harness::actor::{Acting, Counts};
+use crate::harness::actor::{Counts, Repeater};
 use crate::harness::counterparts::folder;
-use crate::harness::env::{Setting, Source, World, id};
+use crate::harness::env::{Env, Setting, Source, id};
 
 const USER: u32 = 51_001;
 /// The actor's processes have those from 100,000 on.
 const GROUP: &str = "unix:supplementary_gid:100000";
 
-fn too_many_groups_are_refused_and_the_agent_is_not_asked(source: Source) {
+fn check_too_many_groups(source: Source) {
     let folder = folder();
     let setting = Setting {
         source,
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &[(51_002, "reader")], &setting) else {
         return;
     };
-    world.register(&id("member"), &[&format!("unix:uid:{USER}"), GROUP], &[]);
+    env.register(&id("member"), &[&format!("unix:uid:{USER}"), GROUP], &[]);
     let ask = |listener: &str, groups: usize, processes: usize| {
         let numbers = [usize::try_from(USER).unwrap(), groups, processes];
-        Acting::start(
+        Repeater::start(
             "grouped",
             listener,
-            &world.daemon.listener(listener),
+            &env.daemon.listener(listener),
             &numbers,
-            world.cgroup().path(),
+            env.cgroup().path(),
         )
-        .enough()
+        .stop()
     };
     let all = |code: &str, count: usize| Counts::from([(code.to_owned(), count)]);
-    let before = world.daemon.memory();
+    let before = env.daemon.memory();
     for listener in ["unix", "tcp", "tcp6"] {
         assert_eq!(
             ask(listener, 0, 1),
@@ -39,19 +40,19 @@ fn too_many_groups_are_refused_and_the_agent_is_not_asked(source: Source) {
         );
         assert_eq!(ask(listener, 1, 1), all("Success", 1), "over {listener}");
         assert_eq!(ask(listener, 1024, 1), all("Success", 1), "over {listener}");
-        let asked = world.spire.attested(&format!("uid:{USER}")).len();
+        let outcomes = env.spire.attested(&format!("uid:{USER}")).len();
         assert_eq!(
             ask(listener, 65_536, 100),
             all("too_many_groups", 100),
             "over {listener}"
         );
         assert_eq!(
-            world.spire.attested(&format!("uid:{USER}")).len(),
-            asked,
+            env.spire.attested(&format!("uid:{USER}")).len(),
+            outcomes,
             "over {listener}"
         );
     }
-    let after = world.daemon.memory();
+    let after = env.daemon.memory();
     assert!(
         after < before + 24 * 1024,
         "{before} KiB before, {after} KiB after"
@@ -59,11 +60,11 @@ fn too_many_groups_are_refused_and_the_agent_is_not_asked(source: Source) {
 }
 
 #[test]
-fn by_delegated_identity_too_many_groups_are_refused() {
-    too_many_groups_are_refused_and_the_agent_is_not_asked(Source::Delegated);
+fn too_many_groups_are_refused_with_spire_delegated() {
+    check_too_many_groups(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_too_many_groups_are_refused() {
-    too_many_groups_are_refused_and_the_agent_is_not_asked(Source::Broker);
+fn too_many_groups_are_refused_with_spiffe_broker() {
+    check_too_many_groups(Source::Broker);
 }

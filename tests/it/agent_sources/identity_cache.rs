@@ -1,5 +1,5 @@
-//! What SPIRE said of a process is remembered: through an outage of the agent, but not past the end of an entry, and it costs
-//! the agent one question for each process.
+//! The daemon caches SPIRE's identity of a process: through an outage of the agent, but not past
+//! the deletion of an entry. It costs the agent one query for each process.
 
 use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
@@ -14,28 +14,28 @@ use crate::harness::actor::{Connector, program};
 use crate::harness::client::ask;
 use crate::harness::counterparts::process::{Process, await_some, behind};
 use crate::harness::counterparts::{folder, minio};
-use crate::harness::env::{Setting, Source, World, id};
+use crate::harness::env::{Env, Setting, Source, id};
 use crate::harness::is_slow;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const READER: u32 = 51_001;
 const OTHER: u32 = 51_002;
-/// Asks once, and then no more for long.
-const QUIET: u32 = 51_003;
-const USERS: [(u32, &str); 3] = [(READER, "reader"), (OTHER, "other"), (QUIET, "quiet")];
+/// Sends one request, and then none for a long time.
+const QUIET_USER: u32 = 51_003;
+const USERS: [(u32, &str); 3] = [(READER, "reader"), (OTHER, "other"), (QUIET_USER, "quiet")];
 
-/// A process that asks on a new connection all the time, until the test has seen enough.
-struct Asking {
+/// A process that sends requests continuously, each on a new connection, until the test stops it.
+struct PollingProcess {
     process: Process,
     name: String,
 }
 
-impl Asking {
-    /// Starts it as this user, over this listener; returns when it has got credentials.
-    fn start(world: &World, folder: &Path, uid: u32, listener: &str) -> Self {
-        let address = world.daemon.listener(listener);
+impl PollingProcess {
+    /// Starts it as this user, over this listener, and returns when it has got credentials.
+    fn start(env: &Env, folder: &Path, uid: u32, listener: &str) -> Self {
+        let address = env.daemon.listener(listener);
         let name = format!("{uid} over {listener}");
-        let mut command = behind(&world.cgroup().enter(), &program());
+        let mut command = behind(&env.cgroup().enter(), &program());
         command.env_clear().env("PATH", "/usr/bin:/bin").args([
             "soak",
             &uid.to_string(),
@@ -53,7 +53,7 @@ impl Asking {
         asking
     }
 
-    /// How many keys it has seen.
+    /// Returns the number of access key ids that it has got.
     fn keys(&self) -> usize {
         self.process
             .log()
@@ -62,7 +62,7 @@ impl Asking {
             .count()
     }
 
-    /// Waits until it has seen so many keys.
+    /// Waits until it has got this number of access key ids.
     fn await_keys(&self, count: usize) {
         let what = format!("{count} keys of {}", self.name);
         self.process
@@ -71,10 +71,10 @@ impl Asking {
             });
     }
 
-    /// How many answers it has got, all of which were credentials.
+    /// Returns the number of responses, all of which had credentials.
     fn answers(mut self) -> u64 {
         self.process.signal(Signal::SIGTERM);
-        self.process.owned().wait(PATIENCE).expect("it ends");
+        self.process.owned().wait(TIMEOUT).expect("it ends");
         let log = self.process.log();
         let counted: Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
         for what in ["errors", "expired", "empty"] {
@@ -84,13 +84,13 @@ impl Asking {
     }
 }
 
-/// A process that asks when the test says so.
-fn connector(world: &World, uid: u32) -> Connector {
+/// Starts a process that sends a request when the test wants it.
+fn connector(env: &Env, uid: u32) -> Connector {
     Connector::start(
         uid,
         "unix",
-        world.daemon.unix().to_str().unwrap(),
-        world.cgroup().path(),
+        env.daemon.unix().to_str().unwrap(),
+        env.cgroup().path(),
     )
 }
 
@@ -98,9 +98,9 @@ fn ask_by(connector: &Connector) -> (u16, Value) {
     ask(UnixStream::from(connector.connect()))
 }
 
-/// A process that is new is told to come back.
-fn assert_told_to_come_back(world: &World, uid: u32) {
-    let (head, body) = world.curl(uid);
+/// Checks that a new process gets a 503 with `Retry-After`.
+fn assert_retry_later(env: &Env, uid: u32) {
+    let (head, body) = env.curl(uid);
     assert!(
         head.starts_with("HTTP/1.1 503 Service Unavailable\r\n"),
         "{head}"
@@ -109,35 +109,37 @@ fn assert_told_to_come_back(world: &World, uid: u32) {
     assert!(body.contains("\"code\":\"source_unavailable\""), "{body}");
 }
 
-fn an_agent_that_is_away_cuts_off_nobody_who_is_known(source: Source) {
+fn check_agent_outage(source: Source) {
     let slow = is_slow();
-    // Everybody is asked about again every 30 s. In ten minutes a session of a quarter of an hour is due for a new one, too.
-    let away = Duration::from_secs(if slow { 600 } else { 38 });
+    // Each cached process is revalidated every 30 s. In ten minutes a session of a quarter of an
+    // hour is also due for a refresh.
+    let outage = Duration::from_secs(if slow { 600 } else { 38 });
     let folder = folder();
     let setting = Setting {
         source,
         role: "duration = \"15m\"",
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &USERS, &setting) else {
         return;
     };
     let asking = [(READER, "unix"), (READER, "tcp"), (OTHER, "unix")]
-        .map(|(uid, listener)| Asking::start(&world, folder.path(), uid, listener));
-    let quiet = connector(&world, QUIET);
+        .map(|(uid, listener)| PollingProcess::start(&env, folder.path(), uid, listener));
+    let quiet = connector(&env, QUIET_USER);
     let (status, first) = ask_by(&quiet);
     assert_eq!(status, 200, "{first}");
     assert_eq!(
-        world.daemon.status(&id("quiet"))["latest_pid"],
+        env.daemon.status(&id("quiet"))["latest_pid"],
         quiet.id().as_raw()
     );
 
-    world.spire.stop_agent();
+    env.spire.stop_agent();
     let began = Instant::now();
-    // Of an identity that is warm, but nobody can say that it is this process's.
-    assert_told_to_come_back(&world, READER);
-    thread::sleep(away.saturating_sub(began.elapsed()));
-    assert_told_to_come_back(&world, OTHER);
+    // A process of an identity that is warm, but only the agent could confirm that it is this
+    // process's.
+    assert_retry_later(&env, READER);
+    thread::sleep(outage.saturating_sub(began.elapsed()));
+    assert_retry_later(&env, OTHER);
     if !slow {
         assert_eq!(
             ask_by(&quiet),
@@ -145,9 +147,9 @@ fn an_agent_that_is_away_cuts_off_nobody_who_is_known(source: Source) {
             "by a connection that is as new as the process is known"
         );
     }
-    world.start_agent();
+    env.start_agent();
     for uid in [READER, OTHER] {
-        let (head, body) = world.curl(uid);
+        let (head, body) = env.curl(uid);
         assert!(
             head.starts_with("HTTP/1.1 200 OK\r\n"),
             "one try: {head} {body}"
@@ -159,7 +161,7 @@ fn an_agent_that_is_away_cuts_off_nobody_who_is_known(source: Source) {
             "the quiet one's credentials are renewed",
             Duration::from_secs(200),
             || {
-                Some(world.daemon.status(&id("quiet"))["access_key_id"].clone())
+                Some(env.daemon.status(&id("quiet"))["access_key_id"].clone())
                     .filter(|key| *key != first["AccessKeyId"])
             },
         );
@@ -171,31 +173,31 @@ fn an_agent_that_is_away_cuts_off_nobody_who_is_known(source: Source) {
             "the same credentials throughout"
         );
     }
-    let answers = asking.map(Asking::answers);
-    eprintln!("away for {away:?}: {answers:?} answers, all of them credentials");
-    let least = u64::try_from(away.as_millis()).unwrap() / 1000;
+    let answers = asking.map(PollingProcess::answers);
+    eprintln!("away for {outage:?}: {answers:?} answers, all of them credentials");
+    let least = u64::try_from(outage.as_millis()).unwrap() / 1000;
     assert!(
         answers.iter().all(|answers| *answers > least),
         "{answers:?}"
     );
 }
 
-fn a_deleted_entry_takes_effect_within_the_minute(source: Source) {
+fn check_deleted_entry(source: Source) {
     let folder = folder();
     let setting = Setting {
         source,
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &USERS, &setting) else {
         return;
     };
-    let [busy, quiet] = [OTHER, QUIET].map(|uid| connector(&world, uid));
-    for known in [&busy, &quiet] {
-        assert_eq!(ask_by(known).0, 200);
+    let [busy, quiet] = [OTHER, QUIET_USER].map(|uid| connector(&env, uid));
+    for cached in [&busy, &quiet] {
+        assert_eq!(ask_by(cached).0, 200);
     }
     let began = Instant::now();
-    world.unregister(&id("other"));
-    world.unregister(&id("quiet"));
+    env.unregister(&id("other"));
+    env.unregister(&id("quiet"));
     assert_eq!(ask_by(&busy).0, 200, "it is known");
     let refused = loop {
         thread::sleep(Duration::from_secs(1));
@@ -213,58 +215,58 @@ fn a_deleted_entry_takes_effect_within_the_minute(source: Source) {
         "an entry that was deleted had an effect after {took:?} for a process that asked each second"
     );
     assert_eq!(refused["code"], "no_identity");
-    // By default the server and the agent take up to 10 s more to notice the deletion, each a half.
+    // By default the server and the agent take up to 10 s more to notice the deletion, half of that
+    // each.
     assert!(took < Duration::from_secs(50), "{took:?}");
-    // The other one has not asked since, and never hears of credentials again.
+    // The other one has sent no request since, and never gets credentials again.
     thread::sleep(Duration::from_secs(60).saturating_sub(began.elapsed()));
     assert_eq!(ask_by(&quiet).1["code"], "no_identity");
-    let (head, _) = world.curl(READER);
+    let (head, _) = env.curl(READER);
     assert!(
         head.starts_with("HTTP/1.1 200"),
         "a neighbour notices nothing: {head}"
     );
-    // It is registered again, and may have to be asked for once more.
-    world.register(&id("other"), &[&format!("unix:uid:{OTHER}")], &[]);
-    await_some("it is answered again", PATIENCE, || {
+    // It is registered again, and may need one more request.
+    env.register(&id("other"), &[&format!("unix:uid:{OTHER}")], &[]);
+    await_some("it is answered again", TIMEOUT, || {
         (ask_by(&busy).0 == 200).then_some(())
     });
 }
 
-fn a_process_that_is_known_costs_the_agent_nothing(source: Source) {
+fn check_known_process(source: Source) {
     let folder = folder();
     let setting = Setting {
         source,
         ..Setting::default()
     };
-    let Some(world) = World::start(folder.path(), &USERS, &setting) else {
+    let Some(env) = Env::start(folder.path(), &USERS, &setting) else {
         return;
     };
-    let trace = world.minio.trace();
+    let trace = env.minio.trace();
     let calls = || {
         ["source", "sts"].map(|to| {
-            world
-                .daemon
+            env.daemon
                 .metric(&format!("awsvid_{to}_calls_total{{result=\"ok\"}}"))
         })
     };
     // Each command is a new process.
     for count in 1..=5 {
         assert_eq!(
-            world.copy(READER).success("aws s3 cp"),
+            env.copy(READER).success("aws s3 cp"),
             "hello from the shop\n"
         );
         assert_eq!(calls(), [count, 1], "by awsvid's own count");
     }
-    let issued = world.daemon.status(&id("reader"));
+    let issued = env.daemon.status(&id("reader"));
     let key = issued["access_key_id"].as_str().unwrap();
-    // By the agent's own log. As a broker it does not say which process it has attested.
-    let attested = || world.spire.attested(&format!("uid:{READER}"));
-    let asked = || match source {
-        Source::Broker => world.spire.jwt_svids_fetched(&id("reader")),
+    // By the agent's own log. As a broker it does not log which process it has attested.
+    let attested = || env.spire.attested(&format!("uid:{READER}"));
+    let requests = || match source {
+        Source::Broker => env.spire.jwt_svids_fetched(&id("reader")),
         Source::Delegated | Source::Rules => attested().len(),
     };
     assert_eq!(
-        (asked(), trace.count(minio::ASSUME_ROLE, key)),
+        (requests(), trace.count(minio::ASSUME_ROLE, key)),
         (5, 1),
         "one question for each"
     );
@@ -272,51 +274,51 @@ fn a_process_that_is_known_costs_the_agent_nothing(source: Source) {
         assert_eq!(attested().into_iter().collect::<BTreeSet<_>>().len(), 5);
     }
 
-    let known = connector(&world, READER);
-    let own = world.spire.attested("uid:0").len();
+    let cached = connector(&env, READER);
+    let own = env.spire.attested("uid:0").len();
     for _ in 0..50 {
-        assert_eq!(ask_by(&known).1["AccessKeyId"], key);
+        assert_eq!(ask_by(&cached).1["AccessKeyId"], key);
     }
     assert_eq!(calls(), [6, 1]);
-    assert_eq!((asked(), trace.count(minio::ASSUME_ROLE, key)), (6, 1));
+    assert_eq!((requests(), trace.count(minio::ASSUME_ROLE, key)), (6, 1));
     if source == Source::Delegated {
         assert_eq!(
-            attested().iter().filter(|pid| **pid == known.id()).count(),
+            attested().iter().filter(|pid| **pid == cached.id()).count(),
             1
         );
     }
-    // The agent attests whoever asks for others, too: here for that one question, and where awsvid asks about itself.
-    let own = world.spire.attested("uid:0").len() - own;
+    // The agent also attests its clients: here for that one query, and for awsvid's own identity.
+    let own = env.spire.attested("uid:0").len() - own;
     assert!(own <= 3, "{own} questions of awsvid's");
     drop(trace);
 }
 
 #[test]
-fn by_delegated_identity_an_agent_that_is_away_cuts_off_nobody_who_is_known() {
-    an_agent_that_is_away_cuts_off_nobody_who_is_known(Source::Delegated);
+fn known_process_is_served_during_agent_outage_with_spire_delegated() {
+    check_agent_outage(Source::Delegated);
 }
 
 #[test]
-fn by_delegated_identity_a_deleted_entry_takes_effect_within_the_minute() {
-    a_deleted_entry_takes_effect_within_the_minute(Source::Delegated);
+fn deleted_entry_takes_effect_within_a_minute_with_spire_delegated() {
+    check_deleted_entry(Source::Delegated);
 }
 
 #[test]
-fn by_delegated_identity_a_process_that_is_known_costs_the_agent_nothing() {
-    a_process_that_is_known_costs_the_agent_nothing(Source::Delegated);
+fn known_process_causes_no_agent_call_with_spire_delegated() {
+    check_known_process(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_an_agent_that_is_away_cuts_off_nobody_who_is_known() {
-    an_agent_that_is_away_cuts_off_nobody_who_is_known(Source::Broker);
+fn known_process_is_served_during_agent_outage_with_spiffe_broker() {
+    check_agent_outage(Source::Broker);
 }
 
 #[test]
-fn by_the_broker_api_a_deleted_entry_takes_effect_within_the_minute() {
-    a_deleted_entry_takes_effect_within_the_minute(Source::Broker);
+fn deleted_entry_takes_effect_within_a_minute_with_spiffe_broker() {
+    check_deleted_entry(Source::Broker);
 }
 
 #[test]
-fn by_the_broker_api_a_process_that_is_known_costs_the_agent_nothing() {
-    a_process_that_is_known_costs_the_agent_nothing(Source::Broker);
+fn known_process_causes_no_agent_call_with_spiffe_broker() {
+    check_known_process(Source::Broker);
 }

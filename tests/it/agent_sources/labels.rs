@@ -1,5 +1,5 @@
-//! An agent that gives one identity several times, or a token under another's name, as one that puts the answers of two others
-//! together does: a token's own `sub` counts.
+//! An agent that returns one identity several times, or a token under another's name, like one that
+//! merges the responses of two others: a token's own `sub` counts.
 
 use crate::harness::actor::play;
 use crate::harness::agent::{Entry, FakeAgent};
@@ -7,13 +7,13 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::env::id;
-use crate::harness::outcome::{Made, answered, refused};
+use crate::harness::outcome::{Outcome, credentials_of, refused};
 
 const ALICE: &str = "unix:uid:61001";
 const BOB: &str = "unix:uid:61002";
 
-/// What comes of a request of each over every listener.
-fn made(entries: Vec<Entry>) -> Vec<[Made; 2]> {
+/// Returns the outcome of a request of each user over every listener.
+fn outcomes(entries: Vec<Entry>) -> Vec<[Outcome; 2]> {
     let folder = folder();
     let agent = FakeAgent::start(folder.path(), entries);
     let daemon = Daemon::start(folder.path(), "", &agent.configuration()).ready();
@@ -22,7 +22,7 @@ fn made(entries: Vec<Entry>) -> Vec<[Made; 2]> {
         folder.path().file_name().unwrap().display()
     ));
     let ask = |scene, listener| {
-        Made::of(
+        Outcome::of(
             &play(
                 scene,
                 listener,
@@ -39,9 +39,9 @@ fn made(entries: Vec<Entry>) -> Vec<[Made; 2]> {
         .to_vec()
 }
 
-/// Alice's credentials are in the cache, and are handed out without a look at a token.
+/// Alice's credentials are in the cache, and are served without a check of any token.
 #[test]
-fn nobody_is_who_is_named_beside_the_token_of_another() {
+fn token_subject_overrides_the_agents_label() {
     if !root() {
         return;
     }
@@ -50,13 +50,13 @@ fn nobody_is_who_is_named_beside_the_token_of_another() {
         Entry::labelled(&id("alice"), &id("bob"), &[BOB]),
     ];
     assert_eq!(
-        made(entries),
-        vec![[answered(&id("alice")), refused("bad_token")]; 3]
+        outcomes(entries),
+        vec![[credentials_of(&id("alice")), refused("bad_token")]; 3]
     );
 }
 
 #[test]
-fn an_identity_that_comes_several_times_is_one() {
+fn repeated_identity_counts_as_one() {
     if !root() {
         return;
     }
@@ -68,7 +68,7 @@ fn an_identity_that_comes_several_times_is_one() {
         Entry::labelled(&id("alice"), &id("bob"), &[BOB]),
     ];
     assert_eq!(
-        made(entries),
-        vec![[answered(&id("alice")), answered(&id("bob"))]; 3]
+        outcomes(entries),
+        vec![[credentials_of(&id("alice")), credentials_of(&id("bob"))]; 3]
     );
 }

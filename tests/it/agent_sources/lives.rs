@@ -1,58 +1,59 @@
-//! JWT-SVIDs that are good for seconds only, from the real SPIRE: they are used as long as STS takes them.
+//! JWT-SVIDs from the real SPIRE that are valid for seconds only: they are used as long as STS
+//! accepts them.
 
 use std::time::Duration;
 
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::env::{Setting, Source, World, id};
+use crate::harness::env::{Env, Setting, Source, id};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 const READER: u32 = 51_001;
 /// SPIRE's default is five minutes.
-const LIVES: [&str; 2] = ["30", "20"];
+const TOKEN_LIFETIMES: [&str; 2] = ["30", "20"];
 
-fn tokens_of_few_seconds_are_exchanged(source: Source) {
+fn check_short_lived_tokens(source: Source) {
     let folder = folder();
-    // Of MinIO's sessions none is shorter than a quarter of an hour, so each life takes a role of its own.
+    // MinIO's shortest session is a quarter of an hour, so each life takes a role of its own.
     let setting = Setting {
         source,
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &[(READER, "reader")], &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &[(READER, "reader")], &setting) else {
         return;
     };
-    let role = world.minio.role_arn();
-    for life in LIVES {
-        world.unregister(&id("reader"));
+    let role = env.minio.role_arn();
+    for life in TOKEN_LIFETIMES {
+        env.unregister(&id("reader"));
         let owner = if source == Source::Rules { 0 } else { READER };
-        world.register(
+        env.register(
             &id("reader"),
             &[&format!("unix:uid:{owner}")],
             &["-jwtSVIDTTL", life],
         );
-        // It would go on to give the token that it has.
-        world.spire.stop_agent();
-        world.start_agent();
+        // The agent would otherwise keep returning the token that it has.
+        env.spire.stop_agent();
+        env.start_agent();
         let name = format!("life-{life}");
         let text = format!(
             "{}\n[[role]]\nname = {name:?}\nspiffe_id = \"{}\"\nrole_arn = \"{role}\"\n",
-            world.daemon.text(),
+            env.daemon.text(),
             id("*")
         );
-        assert!(world.daemon.reload_text(&text));
+        assert!(env.daemon.reload_text(&text));
         for listener in ["unix", "tcp"] {
             let ask = || {
-                world.curl_by(
+                env.curl_by(
                     "/usr/bin/curl".as_ref(),
                     READER,
                     listener,
                     &format!("/{name}"),
                 )
             };
-            // An agent that has just started gives awsvid's own identity a moment later.
+            // An agent that has just started returns awsvid's own identity a moment later.
             await_some(
                 &format!("credentials over {listener} for {life} s"),
-                PATIENCE,
+                TIMEOUT,
                 || ask().0.starts_with("HTTP/1.1 200").then_some(()),
             );
         }
@@ -60,16 +61,16 @@ fn tokens_of_few_seconds_are_exchanged(source: Source) {
 }
 
 #[test]
-fn by_rules_tokens_of_few_seconds_are_exchanged() {
-    tokens_of_few_seconds_are_exchanged(Source::Rules);
+fn short_lived_tokens_are_exchanged_with_rules() {
+    check_short_lived_tokens(Source::Rules);
 }
 
 #[test]
-fn by_delegated_identity_tokens_of_few_seconds_are_exchanged() {
-    tokens_of_few_seconds_are_exchanged(Source::Delegated);
+fn short_lived_tokens_are_exchanged_with_spire_delegated() {
+    check_short_lived_tokens(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_tokens_of_few_seconds_are_exchanged() {
-    tokens_of_few_seconds_are_exchanged(Source::Broker);
+fn short_lived_tokens_are_exchanged_with_spiffe_broker() {
+    check_short_lived_tokens(Source::Broker);
 }

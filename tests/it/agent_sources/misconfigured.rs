@@ -1,5 +1,5 @@
-//! Each way in which awsvid and the agent do not fit together gives one line that names the fix, refuses callers, and ends
-//! awsvid not at all: the agent may be set up otherwise in a moment.
+//! Each mismatch between awsvid and the agent gives one log line that names the fix, and refuses
+//! callers. It never ends awsvid, since the agent's configuration may change at any moment.
 
 use std::fs;
 use std::os::unix::fs::{chown, symlink};
@@ -21,12 +21,13 @@ use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::env::{AWSVID, Source, awsvid_selectors};
 
-/// Not root, nor in any group of the agent's.
+/// Neither root nor in any group of the agent's.
 const USER: u32 = 51_001;
-/// Puts a program into a pid namespace of its own, with the `/proc` of that.
+/// Starts a program in a pid namespace of its own, with the `/proc` of that.
 const OWN_PIDS: [&str; 5] = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
 
-/// `socket` as the admin socket. STS is not there: whoever waits for that has done with the source.
+/// Returns a configuration with `socket` as the admin socket. STS is unavailable: a request that
+/// waits for it has passed the source.
 fn by_delegated_identity(socket: &Path) -> String {
     format!(
         "[identity]\nsource = \"spire-delegated\"\nadmin_socket = \"unix://{}\"\naudience = \"shop\"\n[sts]\nendpoint = \"http://127.0.0.1:1\"\n\
@@ -35,7 +36,7 @@ fn by_delegated_identity(socket: &Path) -> String {
     )
 }
 
-/// An agent that trusts awsvid with others' identities, and does not know it yet.
+/// Starts an agent that trusts awsvid with other processes' identities, and does not know it yet.
 fn spire(folder: &Path) -> Option<Spire> {
     if !root() {
         return None;
@@ -52,14 +53,14 @@ fn register(spire: &Spire) {
     );
 }
 
-/// What the daemon says, once, of the source that keeps it from being ready.
+/// Returns the daemon's single line about the source that prevents readiness.
 fn complaint(daemon: &Daemon, words: &[&str]) -> String {
     let line = daemon.await_line(&[&["not ready: the identity source: "], words].concat());
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
     line
 }
 
-/// Whoever asks is refused, and the agent is asked about nobody.
+/// Asserts that callers are refused, and that the agent gets no query about any.
 fn assert_refused(daemon: &Daemon) {
     let (status, body) = ask(UnixStream::connect(daemon.unix()).unwrap());
     assert_eq!(
@@ -69,8 +70,9 @@ fn assert_refused(daemon: &Daemon) {
     );
 }
 
-/// Whatever it was, it is over: the source answers, and the daemon has said what it had to say only once.
-fn assert_mended(daemon: &Daemon, line: &str) {
+/// Asserts that the fault is over: the source responds, and the daemon has logged its line only
+/// once.
+fn assert_recovered(daemon: &Daemon, line: &str) {
     daemon.await_line(&["not ready: STS: "]);
     assert_eq!(
         daemon
@@ -83,14 +85,14 @@ fn assert_mended(daemon: &Daemon, line: &str) {
 }
 
 #[test]
-fn no_socket() {
+fn missing_socket_is_logged_with_fix() {
     let folder = folder();
     let Some(mut spire) = spire(folder.path()) else {
         return;
     };
     register(&spire);
     spire.stop_agent();
-    // One that has never run.
+    // An agent that has never run.
     fs::remove_file(spire.admin_socket()).unwrap();
     let daemon = Daemon::start(
         folder.path(),
@@ -106,11 +108,11 @@ fn no_socket() {
         ],
     );
     spire.start_agent();
-    assert_mended(&daemon, &line);
+    assert_recovered(&daemon, &line);
 }
 
 #[test]
-fn a_socket_that_awsvid_may_not_open() {
+fn inaccessible_socket_is_logged_with_fix() {
     let folder = folder();
     let Some(spire) = spire(folder.path()) else {
         return;
@@ -146,7 +148,7 @@ fn a_socket_that_awsvid_may_not_open() {
 }
 
 #[test]
-fn awsvid_has_no_entry() {
+fn missing_entry_of_awsvid_is_logged_with_fix() {
     let folder = folder();
     let Some(spire) = spire(folder.path()) else {
         return;
@@ -165,11 +167,11 @@ fn awsvid_has_no_entry() {
         ],
     );
     register(&spire);
-    assert_mended(&daemon, &line);
+    assert_recovered(&daemon, &line);
 }
 
 #[test]
-fn awsvid_is_no_delegate() {
+fn missing_delegation_is_logged_with_fix() {
     if !root() {
         return;
     }
@@ -193,17 +195,17 @@ fn awsvid_is_no_delegate() {
     spire.stop_agent();
     spire.setting = Source::Delegated.of_spire();
     spire.start_agent();
-    assert_mended(&daemon, &line);
+    assert_recovered(&daemon, &line);
 }
 
 #[test]
-fn the_socket_is_another_one() {
+fn wrong_socket_is_logged_with_fix() {
     let folder = folder();
     let Some(spire) = spire(folder.path()) else {
         return;
     };
     register(&spire);
-    // A link, which is led to the right one later.
+    // A link, which later leads to the right socket.
     let socket = folder.path().join("admin.sock");
     symlink(spire.agent_socket(), &socket).unwrap();
     let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&socket));
@@ -215,16 +217,16 @@ fn the_socket_is_another_one() {
     );
     let line = complaint(&daemon, &[words]);
     assert_refused(&daemon);
-    // A change of the configuration is not taken while it is so.
+    // The daemon rejects a change of the configuration meanwhile.
     symlink(spire.agent_socket(), folder.path().join("other.sock")).unwrap();
     assert!(!daemon.reload_text(&daemon.text().replace("admin.sock", "other.sock")));
     fs::remove_file(&socket).unwrap();
     symlink(spire.admin_socket(), &socket).unwrap();
-    assert_mended(&daemon, &line);
+    assert_recovered(&daemon, &line);
 }
 
 #[test]
-fn awsvid_lives_in_another_pid_namespace() {
+fn foreign_pid_namespace_of_awsvid_is_logged_with_fix() {
     let folder = folder();
     let Some(spire) = spire(folder.path()) else {
         return;
@@ -236,7 +238,7 @@ fn awsvid_lives_in_another_pid_namespace() {
         "",
         &by_delegated_identity(&spire.admin_socket()),
     );
-    // It recognizes not even itself over TCP, and so does not come to ask the source whether it is ready.
+    // It cannot attest even itself over TCP, so its readiness probe does not reach the source.
     let log = daemon.log();
     assert!(
         log.contains("in another pid namespace than awsvid") && log.contains("hostPID: true"),
@@ -247,7 +249,7 @@ fn awsvid_lives_in_another_pid_namespace() {
 }
 
 #[test]
-fn the_agent_lives_in_another_pid_namespace() {
+fn foreign_pid_namespace_of_agent_is_logged_with_fix() {
     if !root() {
         return;
     }
@@ -271,11 +273,11 @@ fn the_agent_lives_in_another_pid_namespace() {
     assert_refused(&daemon);
     drop(daemon);
 
-    // One that comes only later is found out as well, and nobody is named to it.
+    // An agent that starts later in there is detected as well, and gets no query about a process.
     spire.stop_agent();
-    let patience = Duration::from_secs(30);
-    // What was killed is the process that has made the namespace; the agent in there ends by that.
-    await_some("the agent has ended", patience, || {
+    let timeout = Duration::from_secs(30);
+    // The killed process is the one that created the namespace, which ends the agent in there.
+    await_some("the agent has ended", timeout, || {
         UnixStream::connect(spire.admin_socket()).err()
     });
     let own = folder.path().join("own");
@@ -288,19 +290,19 @@ fn the_agent_lives_in_another_pid_namespace() {
     );
     assert!(
         !spire.agent_log().contains("PID attested"),
-        "the agent was asked about somebody"
+        "the agent was queried about a process"
     );
 }
 
-/// An agent to which the number of a process means nothing.
-struct Old {
+/// An agent for which a process id has no meaning.
+struct OldAgent {
     answer: Answer,
 }
 
 type Answer = fn() -> Status;
 
 #[tonic::async_trait]
-impl DelegatedIdentity for Old {
+impl DelegatedIdentity for OldAgent {
     async fn fetch_jwtsvi_ds(
         &self,
         request: Request<api::FetchJwtsviDsRequest>,
@@ -312,21 +314,22 @@ impl DelegatedIdentity for Old {
     }
 }
 
-/// That agent at this path, until the value is dropped.
+/// Runs that agent at this path, until the value is dropped.
 fn old_agent(path: &Path, answer: Answer) -> Runtime {
     let runtime = Runtime::new().unwrap();
     let listener = runtime.block_on(async { UnixListener::bind(path).unwrap() });
     runtime.spawn(
         tonic::transport::Server::builder()
-            .add_service(DelegatedIdentityServer::new(Old { answer }))
+            .add_service(DelegatedIdentityServer::new(OldAgent { answer }))
             .serve_with_incoming(UnixListenerStream::new(listener)),
     );
     runtime
 }
 
 #[test]
-fn the_agent_is_too_old() {
-    // One that misses something in the request, and 1.10.1, which looks for entries without selectors and finds none.
+fn old_agent_is_logged_with_fix() {
+    // One that reports a missing field of the request, and 1.10.1, which searches for entries
+    // without selectors and finds none.
     let answers: [(Answer, &str); 2] = [
         (
             || Status::invalid_argument("must provide selectors"),

@@ -1,5 +1,6 @@
-//! Pods, named to the real SPIRE agent by their UIDs. awsvid lives in a pid namespace of its own, and may neither look into
-//! other processes nor open cgroups by their ids, as in a DaemonSet without any of that.
+//! Pods, referenced at the real SPIRE agent by their UIDs. awsvid lives in a pid namespace of its
+//! own. It may neither read other processes nor open cgroups by their ids, as in a DaemonSet
+//! without these privileges.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use crate::harness::namespaces::Node;
 use crate::harness::sts::{AUDIENCE, OneRoleSts};
 
 const V4: &str = "127.0.0.1:974";
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const LEAST: [&str; 8] = [
     "setpriv",
     "--bounding-set=-dac_read_search,-sys_ptrace,-perfmon",
@@ -41,7 +42,7 @@ fn uid(pod: &Cgroup) -> String {
 }
 
 #[test]
-fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
+fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
     if !root() {
         return;
     }
@@ -73,12 +74,12 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
     for (pod, name) in pods.iter().zip(["billing", "orders", "late"]) {
         node.add(name);
         if name != "late" {
-            kubelet.has(&uid(pod), name);
+            kubelet.add_pod(&uid(pod), name);
         }
     }
-    // The daemon's own pod, which is given nothing.
+    // The daemon's own pod, which gets no identity.
     let own = Cgroup::of_pod(243);
-    kubelet.has(&uid(&own), "awsvid");
+    kubelet.add_pod(&uid(&own), "awsvid");
     let mut words = node.enter();
     words.extend(own.enter().map(str::to_owned));
     words.extend(LEAST.map(str::to_owned));
@@ -91,7 +92,7 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
     );
     let daemon =
         Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration).ready();
-    await_some("all are listened in", PATIENCE, || {
+    await_some("all are listened in", TIMEOUT, || {
         (daemon.metric("awsvid_pod_namespaces") == 3).then_some(())
     });
 
@@ -118,12 +119,13 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
     }
     assert_eq!(ask("billing", &pods[1])["reason"], "other_pod");
 
-    // The kubelet does not know it yet when it asks, and is asked by the agent at most twice a second.
+    // The kubelet does not know the pod yet at its first request, and the agent queries it at most
+    // twice a second.
     let late = std::thread::scope(|scope| {
         let asking = scope.spawn(|| ask("late", &pods[2]));
         await_some(
             "the agent has said that it does not know it",
-            PATIENCE,
+            TIMEOUT,
             || {
                 spire
                     .agent_log()
@@ -131,19 +133,19 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
                     .then_some(())
             },
         );
-        kubelet.has(&uid(&pods[2]), "late");
+        kubelet.add_pod(&uid(&pods[2]), "late");
         asking.join().unwrap()
     });
     is_own(&late, &pods[2], "late");
 
-    // The same by hand, from the daemon's place. Without a pod there is nobody to name.
+    // The same by `check`, from the daemon's namespaces. Without a pod there is nothing to name.
     let check = |arguments: &[&str], status: i32| {
         let mut command = behind(&words, std::path::Path::new(PROGRAM));
         command
             .args(["check", "--json", "--config"])
             .arg(folder.path().join("awsvid.toml"))
             .args(arguments);
-        let output = run(command, b"", PATIENCE);
+        let output = run(command, b"", TIMEOUT);
         let findings = serde_json::from_str::<Value>(&output.stdout).unwrap()["findings"].clone();
         let ours = findings
             .as_array()
@@ -154,27 +156,28 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
         (ours.join("\n"), output.status.code() == Some(status))
     };
     // It has fewer privileges than awsvid on a plain node needs, which is a failure of its own.
-    let (said, failed) = check(&["--pod", &uid(&pods[0])], 1);
+    let (message, failed) = check(&["--pod", &uid(&pods[0])], 1);
     assert!(
-        failed && said.contains(&format!("assumed by {}", id("billing"))),
-        "{said}"
+        failed && message.contains(&format!("assumed by {}", id("billing"))),
+        "{message}"
     );
-    let (said, failed) = check(&[], 1);
+    let (message, failed) = check(&[], 1);
     assert!(
-        failed && said.contains("awsvid check --pod UID") && !said.contains("\"failed\""),
-        "{said}"
+        failed && message.contains("awsvid check --pod UID") && !message.contains("\"failed\""),
+        "{message}"
     );
 
-    // Whoever is known notices nothing of a pod that has no entry any more until it has been said twice.
-    kubelet.has_none();
-    let gone = Instant::now();
+    // A cached pod is still served after its entry has been deleted, until the agent has denied it
+    // twice.
+    kubelet.remove_pods();
+    let removed_at = Instant::now();
     is_own(&ask("orders", &pods[1]), &pods[1], "orders");
     await_some("its credentials end", Duration::from_secs(90), || {
         (ask("orders", &pods[1])["outcome"] == "refused").then_some(())
     });
     assert!(
-        gone.elapsed() < Duration::from_secs(60),
+        removed_at.elapsed() < Duration::from_secs(60),
         "{:?}",
-        gone.elapsed()
+        removed_at.elapsed()
     );
 }

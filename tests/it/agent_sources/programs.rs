@@ -1,5 +1,5 @@
-//! What an agent tells by a process's executable, it tells of the caller itself: of two programs of one user, and of awsvid's
-//! own identity.
+//! An agent that selects by a process's executable selects by the caller's own: for two programs of
+//! one user, and for awsvid's own identity.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,19 +7,19 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::harness::counterparts::folder;
-use crate::harness::env::{AWSVID, Setting, Source, World, id};
+use crate::harness::env::{AWSVID, Env, Setting, Source, id};
 
 const USER: u32 = 51_001;
 const LISTENERS: [&str; 2] = ["unix", "tcp"];
 
-/// A copy of curl with a path, and an inode, of its own.
+/// Makes a copy of curl with a path, and an inode, of its own.
 fn curl(folder: &Path, name: &str) -> PathBuf {
     let path = folder.join(format!("curl-{name}"));
     fs::copy("/usr/bin/curl", &path).unwrap();
     path
 }
 
-/// The selectors of a user's program.
+/// Returns the selectors of a user's program.
 fn selectors(uid: u32, program: &Path) -> [String; 2] {
     [
         format!("unix:uid:{uid}"),
@@ -27,20 +27,21 @@ fn selectors(uid: u32, program: &Path) -> [String; 2] {
     ]
 }
 
-fn register(world: &mut World, spiffe_id: &str, uid: u32, program: &Path) {
-    world.register(
+fn register(env: &mut Env, spiffe_id: &str, uid: u32, program: &Path) {
+    env.register(
         spiffe_id,
         &selectors(uid, program).each_ref().map(String::as_str),
         &[],
     );
 }
 
-/// What the last request came to, by its audit record: the SPIFFE ID that it was answered for, or the reason.
-fn outcome(world: &World, uid: u32, program: &Path, listener: &str) -> (String, String) {
-    let before = world.daemon.audit().len();
-    let (_, body) = world.curl_by(program, uid, listener, "");
+/// Returns the outcome of the last request by its audit record: the SPIFFE ID that it was answered
+/// for, or the reason.
+fn outcome(env: &Env, uid: u32, program: &Path, listener: &str) -> (String, String) {
+    let before = env.daemon.audit().len();
+    let (_, body) = env.curl_by(program, uid, listener, "");
     let body: Value = serde_json::from_str(&body).unwrap();
-    let [record] = &world.daemon.audit_after(before)[..] else {
+    let [record] = &env.daemon.audit_after(before)[..] else {
         panic!("one request, one record")
     };
     assert_eq!(
@@ -58,84 +59,82 @@ fn outcome(world: &World, uid: u32, program: &Path, listener: &str) -> (String, 
     )
 }
 
-fn two_programs_of_one_user_are_two(source: Source) {
+fn check_programs_of_one_user(source: Source) {
     let folder = folder();
     let setting = Setting {
         source,
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &[(51_002, "reader")], &setting) else {
         return;
     };
     let [one, two, three] = ["one", "two", "three"].map(|name| curl(folder.path(), name));
-    register(&mut world, &id("one"), USER, &one);
-    register(&mut world, &id("two"), USER, &two);
+    register(&mut env, &id("one"), USER, &one);
+    register(&mut env, &id("two"), USER, &two);
     for listener in LISTENERS {
         assert_eq!(
-            outcome(&world, USER, &one, listener),
+            outcome(&env, USER, &one, listener),
             ("ok".to_owned(), id("one")),
             "over {listener}"
         );
         assert_eq!(
-            outcome(&world, USER, &two, listener),
+            outcome(&env, USER, &two, listener),
             ("ok".to_owned(), id("two")),
             "over {listener}"
         );
-        let nobody = ("no_identity".to_owned(), "-".to_owned());
+        let no_identity = ("no_identity".to_owned(), "-".to_owned());
         assert_eq!(
-            outcome(&world, USER, &three, listener),
-            nobody,
+            outcome(&env, USER, &three, listener),
+            no_identity,
             "a third program over {listener}"
         );
         assert_eq!(
-            outcome(&world, 51_003, &one, listener),
-            nobody,
+            outcome(&env, 51_003, &one, listener),
+            no_identity,
             "another user with the first over {listener}"
         );
     }
 }
 
-/// Whoever SPIRE takes for awsvid itself gets nothing, whatever the roles say.
-fn awsvids_own_identity_is_nobody_elses(source: Source) {
+/// Checks that a process with awsvid's own SPIFFE ID gets nothing, whatever the roles are.
+fn check_own_identity(source: Source) {
     let folder = folder();
     let setting = Setting {
         source,
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &[(51_002, "reader")], &setting) else {
         return;
     };
     let [own, roots] = ["own", "roots"].map(|name| curl(folder.path(), name));
     let role = format!(
         "{}\n[[role]]\nname = \"own\"\nspiffe_id = \"{AWSVID}\"\nrole_arn = \"{}\"\n",
-        world.daemon.text(),
-        world.minio.role_arn()
+        env.daemon.text(),
+        env.minio.role_arn()
     );
-    assert!(world.daemon.reload_text(&role));
+    assert!(env.daemon.reload_text(&role));
     // An entry of the same SPIFFE ID for another program. That of awsvid itself stays.
-    world
-        .spire
+    env.spire
         .register(AWSVID, &selectors(0, &own).each_ref().map(String::as_str));
-    register(&mut world, &id("roots"), 0, &roots);
+    register(&mut env, &id("roots"), 0, &roots);
     for listener in LISTENERS {
-        let nobody = ("no_identity".to_owned(), "-".to_owned());
+        let no_identity = ("no_identity".to_owned(), "-".to_owned());
         assert_eq!(
-            outcome(&world, 0, &own, listener),
-            nobody,
+            outcome(&env, 0, &own, listener),
+            no_identity,
             "over {listener}"
         );
         assert_eq!(
-            outcome(&world, 0, &roots, listener),
+            outcome(&env, 0, &roots, listener),
             ("ok".to_owned(), id("roots")),
             "over {listener}"
         );
     }
-    let (head, _) = world.curl_by(&own, 0, "unix", "/own");
+    let (head, _) = env.curl_by(&own, 0, "unix", "/own");
     assert!(head.starts_with("HTTP/1.1 403"), "{head}");
-    world
-        .daemon
+    env.daemon
         .await_line(&["a process has awsvid's own identity, which no workload gets"]);
-    let keys = world
+    let keys = env
         .daemon
         .audit()
         .into_iter()
@@ -144,21 +143,21 @@ fn awsvids_own_identity_is_nobody_elses(source: Source) {
 }
 
 #[test]
-fn by_delegated_identity_two_programs_of_one_user_are_two() {
-    two_programs_of_one_user_are_two(Source::Delegated);
+fn programs_of_one_user_are_distinguished_with_spire_delegated() {
+    check_programs_of_one_user(Source::Delegated);
 }
 
 #[test]
-fn by_delegated_identity_awsvids_own_identity_is_nobody_elses() {
-    awsvids_own_identity_is_nobody_elses(Source::Delegated);
+fn own_identity_is_never_served_with_spire_delegated() {
+    check_own_identity(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_two_programs_of_one_user_are_two() {
-    two_programs_of_one_user_are_two(Source::Broker);
+fn programs_of_one_user_are_distinguished_with_spiffe_broker() {
+    check_programs_of_one_user(Source::Broker);
 }
 
 #[test]
-fn by_the_broker_api_awsvids_own_identity_is_nobody_elses() {
-    awsvids_own_identity_is_nobody_elses(Source::Broker);
+fn own_identity_is_never_served_with_spiffe_broker() {
+    check_own_identity(Source::Broker);
 }

@@ -1,7 +1,9 @@
-//! More new processes than the agent can attest: it is kept busy all the same, and who is too much is told so at once.
+//! More new processes than the agent can attest: the agent stays busy all the same, and the surplus
+//! gets a 503 at once.
 //!
-//! The agent has one processor, and everything else the others, whoever asks it: else this would compare how many processors
-//! are left for it. `tests/run` looks at the answers to a crowd; `tests/run slow` measures, with the daemon as it is released.
+//! The agent has one processor, and all other programs have the others, for every client of the
+//! agent. Otherwise the test would compare how many processors are left for the agent. `tests/run`
+//! checks the responses to a crowd. `tests/run slow` measures, with the release build.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -28,26 +30,26 @@ use crate::harness::actor::program;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio::AUDIENCE;
 use crate::harness::counterparts::process::{Owned, await_some, behind, run, spawn};
-use crate::harness::daemon::released;
-use crate::harness::env::{AWSVID, Setting, Source, World, id};
+use crate::harness::daemon::release_build;
+use crate::harness::env::{AWSVID, Env, Setting, Source, id};
 use crate::harness::is_slow;
 
-const PATIENCE: Duration = Duration::from_secs(120);
-/// Where rates are measured, other tests are behind the agent and awsvid.
-const BEFORE: [&str; 3] = ["nice", "-n", "-10"];
+const TIMEOUT: Duration = Duration::from_secs(120);
+/// While rates are measured, other tests have a lower priority than the agent and awsvid.
+const RAISED_PRIORITY: [&str; 3] = ["nice", "-n", "-10"];
 const USERS: [(u32, &str); 2] = [(51_001, "one"), (51_002, "two")];
-/// Questions at one time, where the agent is asked without awsvid.
+/// The queries at one time of clients that bypass awsvid.
 const IN_FLIGHT: usize = 16;
-/// How often both are measured, one after the other: what else the machine does comes and goes ...
+/// The number of measurements of each, one after the other, since the machine's other load varies.
 const ROUNDS: u32 = 5;
-/// ... and for how long each time, of which the first quarter is left out.
+/// The length of each measurement. Its first quarter is left out.
 const ROUND: Duration = Duration::from_secs(4);
 
-/// Processors: for the agent, and for all others.
+/// The processors of the agent, and those of all others.
 struct Processors {
     agent: CpuSet,
     others: CpuSet,
-    /// The same as taskset(1) takes it.
+    /// The others as taskset(1) takes them.
     others_list: String,
 }
 
@@ -78,11 +80,11 @@ impl Processors {
         }
     }
 
-    /// Words behind which a command of root's runs in the cgroup of workloads, on the others' processors, behind awsvid: as if
-    /// it was on another machine's.
-    fn behind<'a>(&'a self, world: &'a World) -> Vec<&'a str> {
+    /// Returns words in front of a command of root. They make it run in the cgroup of workloads, on
+    /// the others' processors, at a lower priority than awsvid, as if on another machine.
+    fn behind<'a>(&'a self, env: &'a Env) -> Vec<&'a str> {
         [
-            &world.cgroup().enter()[..],
+            &env.cgroup().enter()[..],
             &[
                 "nice",
                 "-n",
@@ -106,20 +108,20 @@ fn keep_on(process: Pid, processors: &CpuSet) {
             .unwrap()
             .parse()
             .unwrap();
-        // One that has ended meanwhile needs none.
+        // A thread that has ended meanwhile needs none.
         let _ = sched_setaffinity(Pid::from_raw(thread), processors);
     }
 }
 
-/// Processes that are there to be asked about.
+/// Idle processes that queries are about.
 struct Idle {
     _owned: Owned,
     pids: Vec<u32>,
 }
 
 impl Idle {
-    fn start(world: &World, processors: &Processors, uid: u32, count: usize) -> Self {
-        let mut command = behind(&processors.behind(world), &program());
+    fn start(env: &Env, processors: &Processors, uid: u32, count: usize) -> Self {
+        let mut command = behind(&processors.behind(env), &program());
         command.env_clear().env("PATH", "/usr/bin:/bin").args([
             "idle",
             &uid.to_string(),
@@ -137,53 +139,54 @@ impl Idle {
     }
 }
 
-/// The agent, asked without awsvid.
+/// A client of the agent that bypasses awsvid.
 struct Direct {
     runtime: Runtime,
     agent: Arc<dyn AttestingAgent>,
 }
 
 impl Direct {
-    fn new(source: Source, world: &World, processors: &Processors) -> Self {
+    fn new(source: Source, env: &Env, processors: &Processors) -> Self {
         let others = processors.others;
-        let place = move || {
+        let position = move || {
             sched_setaffinity(Pid::from_raw(0), &others).unwrap();
             let mut renice = Command::new("renice");
-            renice.args([&BEFORE[1..], &["-p", &gettid().to_string()]].concat());
-            run(renice, b"", PATIENCE).success("renice");
+            renice.args([&RAISED_PRIORITY[1..], &["-p", &gettid().to_string()]].concat());
+            run(renice, b"", TIMEOUT).success("renice");
         };
         let runtime = Builder::new_multi_thread()
             .worker_threads(2)
-            .on_thread_start(place)
+            .on_thread_start(position)
             .enable_all()
             .build()
             .unwrap();
-        // This test's own process is one that may ask for others.
+        // This test's own process is a permitted client of the agent.
         let own = fs::read_link("/proc/self/exe").unwrap();
-        world.spire.register(
+        env.spire.register(
             AWSVID,
             &["unix:uid:0", &format!("unix:path:{}", own.display())],
         );
         let agent: Arc<dyn AttestingAgent> = match source {
             Source::Broker => {
                 let _within = runtime.enter();
-                let own = OwnSvidSource::at(Endpoint::Unix(world.spire.agent_socket()));
+                let own = OwnSvidSource::at(Endpoint::Unix(env.spire.agent_socket()));
                 Arc::new(BrokerApi::new(
-                    &world.spire.broker_socket(),
+                    &env.spire.broker_socket(),
                     own,
                     None,
-                    PATIENCE,
+                    TIMEOUT,
                 ))
             }
-            _ => Arc::new(SpireDelegated::new(&world.spire.admin_socket(), PATIENCE)),
+            _ => Arc::new(SpireDelegated::new(&env.spire.admin_socket(), TIMEOUT)),
         };
         Self { runtime, agent }
     }
 
-    /// How many processes that are new to it the agent attests in a second, once it is busy.
-    fn rate(&self, world: &World, processors: &Processors) -> f64 {
+    /// Returns how many processes that are new to it the agent attests in a second, once it is
+    /// busy.
+    fn rate(&self, env: &Env, processors: &Processors) -> f64 {
         let most = 2500 * usize::try_from(ROUND.as_secs()).unwrap();
-        let idle = Idle::start(world, processors, USERS[0].0, most);
+        let idle = Idle::start(env, processors, USERS[0].0, most);
         let pids = Arc::new(idle.pids.clone());
         let [next, answered] = [(); 2].map(|()| Arc::new(AtomicUsize::new(0)));
         let ask = || {
@@ -216,10 +219,10 @@ impl Direct {
     }
 }
 
-/// What new processes get that come at this rate, by `tests/actor/herd.rs`.
-fn herd(world: &World, processors: &Processors, rate: f64, length: Duration) -> Value {
+/// Starts new processes at this rate, and returns their responses, by `tests/actor/herd.rs`.
+fn herd(env: &Env, processors: &Processors, rate: f64, length: Duration) -> Value {
     let users = USERS.map(|(uid, _)| uid.to_string()).join(",");
-    let mut command = behind(&processors.behind(world), &program());
+    let mut command = behind(&processors.behind(env), &program());
     command
         .env_clear()
         .env("PATH", "/usr/bin:/bin")
@@ -227,13 +230,13 @@ fn herd(world: &World, processors: &Processors, rate: f64, length: Duration) -> 
     command.args([
         &length.as_secs().to_string(),
         "unix",
-        world.daemon.unix().to_str().unwrap(),
+        env.daemon.unix().to_str().unwrap(),
     ]);
-    serde_json::from_str(&run(command, b"", PATIENCE).success("the herd")).unwrap()
+    serde_json::from_str(&run(command, b"", TIMEOUT).success("the herd")).unwrap()
 }
 
-/// Nobody gets anything but his own credentials, or is told to come back.
-fn assert_right(world: &World, herd: &Value) {
+/// Checks that each process got its own credentials or a 503.
+fn assert_right(env: &Env, herd: &Value) {
     let answers = herd["answers"].as_object().unwrap();
     assert!(
         answers
@@ -247,30 +250,30 @@ fn assert_right(world: &World, herd: &Value) {
         "{herd}"
     );
     for (uid, name) in USERS {
-        let key = &world.daemon.status(&id(name))["access_key_id"];
+        let key = &env.daemon.status(&id(name))["access_key_id"];
         assert_eq!(
             herd["keys"][format!("{uid} 200")],
             Value::from([key.clone()]),
             "{herd}"
         );
         let refused = &herd["keys"][format!("{uid} 503+retry-after")];
-        let known = |code: &Value| {
+        let cached = |code: &Value| {
             ["source_busy", "source_unavailable"]
                 .iter()
-                .any(|known| code == known)
+                .any(|cached| code == cached)
         };
         assert!(
             refused
                 .as_array()
-                .is_none_or(|codes| codes.iter().all(known)),
+                .is_none_or(|codes| codes.iter().all(cached)),
             "{herd}"
         );
     }
 }
 
-/// Resident memory of the daemon in KiB, and its descriptors.
-fn holds(world: &World) -> (u64, usize) {
-    let pid = world.daemon.pid();
+/// Returns the daemon's resident memory in KiB, and the number of its descriptors.
+fn resources(env: &Env) -> (u64, usize) {
+    let pid = env.daemon.pid();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status
         .lines()
@@ -284,63 +287,64 @@ fn holds(world: &World) -> (u64, usize) {
 }
 
 /// Starts everything, with all identities warm, and the agent on a processor of its own.
-fn start(folder: &Path, processors: &Processors, setting: &Setting<'_>) -> Option<World> {
-    let world = World::start(folder, &USERS, setting)?;
-    keep_on(world.spire.agent_pid(), &processors.agent);
-    keep_on(world.daemon.pid(), &processors.others);
+fn start(folder: &Path, processors: &Processors, setting: &Setting<'_>) -> Option<Env> {
+    let env = Env::start(folder, &USERS, setting)?;
+    keep_on(env.spire.agent_pid(), &processors.agent);
+    keep_on(env.daemon.pid(), &processors.others);
     for (uid, _) in USERS {
-        assert!(world.curl(uid).0.starts_with("HTTP/1.1 200"));
+        assert!(env.curl(uid).0.starts_with("HTTP/1.1 200"));
     }
-    Some(world)
+    Some(env)
 }
 
-/// Once the processes of a herd are gone, nothing is left of them.
-fn assert_nothing_left(world: &World, before: (u64, usize)) {
-    let (kib, _) = holds(world);
+/// Checks that nothing is left of a herd's processes once they have ended.
+fn assert_nothing_left(env: &Env, before: (u64, usize)) {
+    let (kib, _) = resources(env);
     assert!(
         kib < before.0 + 64 * 1024,
         "{} KiB of memory, and {kib} after the herd",
         before.0
     );
-    // Of 128 processes the daemon has some open for the next request.
+    // Of 128 processes the daemon keeps some handles for the next request.
     let left = await_some(
         "the descriptors of those that are gone are closed",
-        PATIENCE,
-        || Some(holds(world)).filter(|(_, descriptors)| *descriptors < before.1 + 3 * 128 + 50),
+        TIMEOUT,
+        || Some(resources(env)).filter(|(_, descriptors)| *descriptors < before.1 + 3 * 128 + 50),
     );
     eprintln!("KiB and descriptors: {before:?} before, {kib} KiB at the end, {left:?} later");
 }
 
-fn a_crowd_is_answered_or_told_to_come_back(source: Source) {
+fn check_crowd(source: Source) {
     let (folder, processors) = (folder(), Processors::of_this_machine());
     let setting = Setting {
         source,
         ..Setting::default()
     };
-    let Some(world) = start(folder.path(), &processors, &setting) else {
+    let Some(env) = start(folder.path(), &processors, &setting) else {
         return;
     };
-    let before = holds(&world);
-    // This agent attests some tens in a second: at each question it reads the whole of a large awsvid. They are fewer than
-    // the connections of each user, so that nobody can be reset.
-    let herd = herd(&world, &processors, 400.0, Duration::from_secs(2));
+    let before = resources(&env);
+    // This agent attests some tens in a second: at each query it reads the whole of a large awsvid.
+    // The processes are fewer than the connections of each user, so that no connection is reset.
+    let herd = herd(&env, &processors, 400.0, Duration::from_secs(2));
     eprintln!("{}", herd["answers"]);
-    assert_right(&world, &herd);
+    assert_right(&env, &herd);
     assert!(
         !herd["answers"]["503+retry-after"].is_null(),
         "a crowd that is none: {herd}"
     );
-    assert_nothing_left(&world, before);
+    assert_nothing_left(&env, before);
 }
 
-/// In the measured agent's own rate: how many are attested through awsvid where half as many more come.
+/// Returns how many are attested through awsvid when half as many more arrive, as a share of the
+/// measured agent's own rate.
 fn share_through_awsvid(source: Source, without_hashes: bool) -> Option<f64> {
     let (folder, processors) = (folder(), Processors::of_this_machine());
     let program = folder.path().join("awsvid");
-    fs::copy(released(), &program).unwrap();
+    fs::copy(release_build(), &program).unwrap();
     if !without_hashes {
-        // Where the agent reads the program of whoever asks, it is no longer than this test's own; zeros at the end of a program
-        // are nothing.
+        // If the agent hashes its client's program, awsvid's is as long as this test's own: zeros
+        // at the end of a program have no effect.
         let own = fs::metadata("/proc/self/exe").unwrap().len();
         assert!(fs::metadata(&program).unwrap().len() <= own);
         File::options()
@@ -354,17 +358,17 @@ fn share_through_awsvid(source: Source, without_hashes: bool) -> Option<f64> {
         source,
         without_hashes,
         program: Some(&program),
-        behind: &BEFORE,
+        behind: &RAISED_PRIORITY,
         ..Setting::default()
     };
-    let world = start(folder.path(), &processors, &setting)?;
-    let direct = Direct::new(source, &world, &processors);
-    let before = holds(&world);
+    let env = start(folder.path(), &processors, &setting)?;
+    let direct = Direct::new(source, &env, &processors);
+    let before = resources(&env);
     let (mut alone, mut through) = (0.0, 0.0);
     for _ in 0..ROUNDS {
-        let rate = direct.rate(&world, &processors);
-        let herd = herd(&world, &processors, rate * 1.5, ROUND);
-        assert_right(&world, &herd);
+        let rate = direct.rate(&env, &processors);
+        let herd = herd(&env, &processors, rate * 1.5, ROUND);
+        assert_right(&env, &herd);
         let completed = herd["answered_per_second"].as_f64().unwrap();
         eprintln!(
             "{rate:.0}/s alone, {completed:.0}/s through awsvid: {}",
@@ -374,17 +378,17 @@ fn share_through_awsvid(source: Source, without_hashes: bool) -> Option<f64> {
     }
     let share = through / alone;
     eprintln!("without hashes: {without_hashes}, share {share:.2}");
-    assert_nothing_left(&world, before);
+    assert_nothing_left(&env, before);
     Some(share)
 }
 
 #[test]
-fn by_delegated_identity_a_crowd_is_answered_or_told_to_come_back() {
-    a_crowd_is_answered_or_told_to_come_back(Source::Delegated);
+fn crowd_gets_credentials_or_503_with_spire_delegated() {
+    check_crowd(Source::Delegated);
 }
 
 #[test]
-fn by_delegated_identity_an_agent_as_it_is_by_default_is_kept_busy() {
+fn default_agent_stays_busy_with_spire_delegated() {
     if is_slow()
         && let Some(share) = share_through_awsvid(Source::Delegated, false)
     {
@@ -393,7 +397,7 @@ fn by_delegated_identity_an_agent_as_it_is_by_default_is_kept_busy() {
 }
 
 #[test]
-fn by_delegated_identity_an_agent_that_is_as_fast_as_can_be_is_kept_busy() {
+fn fast_agent_stays_busy_with_spire_delegated() {
     if is_slow()
         && let Some(share) = share_through_awsvid(Source::Delegated, true)
     {
@@ -402,12 +406,12 @@ fn by_delegated_identity_an_agent_that_is_as_fast_as_can_be_is_kept_busy() {
 }
 
 #[test]
-fn by_the_broker_api_a_crowd_is_answered_or_told_to_come_back() {
-    a_crowd_is_answered_or_told_to_come_back(Source::Broker);
+fn crowd_gets_credentials_or_503_with_spiffe_broker() {
+    check_crowd(Source::Broker);
 }
 
 #[test]
-fn by_the_broker_api_an_agent_as_it_is_by_default_is_kept_busy() {
+fn default_agent_stays_busy_with_spiffe_broker() {
     if is_slow()
         && let Some(share) = share_through_awsvid(Source::Broker, false)
     {
@@ -416,7 +420,7 @@ fn by_the_broker_api_an_agent_as_it_is_by_default_is_kept_busy() {
 }
 
 #[test]
-fn by_the_broker_api_an_agent_that_is_as_fast_as_can_be_is_kept_busy() {
+fn fast_agent_stays_busy_with_spiffe_broker() {
     if is_slow()
         && let Some(share) = share_through_awsvid(Source::Broker, true)
     {

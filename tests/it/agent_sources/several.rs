@@ -1,50 +1,51 @@
-//! A process with several identities: which of them a role takes, by the real agent's own answers.
+//! A process with several identities, and the one that a role takes, by the real agent's own
+//! replies.
 
 use serde_json::Value;
 
 use crate::harness::counterparts::folder;
-use crate::harness::env::{Setting, Source, World, id};
+use crate::harness::env::{Env, Setting, Source, id};
 
 const TWO: u32 = 51_001;
 const ADMIN: u32 = 51_003;
 
-/// The SPIFFE ID that a user is given credentials for by a role, or the code of the refusal.
-fn by_role(world: &World, uid: u32, role: &str) -> String {
-    let before = world.daemon.audit().len();
-    let (_, body) = world.curl_by("/usr/bin/curl".as_ref(), uid, "unix", role);
+/// Returns the SPIFFE ID for which a user gets credentials by a role, or the code of the refusal.
+fn by_role(env: &Env, uid: u32, role: &str) -> String {
+    let before = env.daemon.audit().len();
+    let (_, body) = env.curl_by("/usr/bin/curl".as_ref(), uid, "unix", role);
     let body: Value = serde_json::from_str(&body).unwrap();
-    let [record] = &world.daemon.audit_after(before)[..] else {
+    let [record] = &env.daemon.audit_after(before)[..] else {
         panic!("one request, one record")
     };
     assert_eq!(
         record["access_key_id"], body["AccessKeyId"],
         "{record} {body}"
     );
-    let given = record["spiffe_id"]
+    let returned = record["spiffe_id"]
         .as_str()
         .filter(|_| record["outcome"] == "issued");
-    given.or(body["code"].as_str()).unwrap().to_owned()
+    returned.or(body["code"].as_str()).unwrap().to_owned()
 }
 
-/// Roles beside `shop`, which comes first and is for all of `w/*`.
-fn add_roles(world: &World, roles: &[(&str, &str)]) {
+/// Adds roles after `shop`, which is first and is for all of `w/*`.
+fn add_roles(env: &Env, roles: &[(&str, &str)]) {
     let roles = roles.iter().map(|(name, ids)| {
         format!(
             "[[role]]\nname = \"{name}\"\nspiffe_id = \"{ids}\"\nrole_arn = \"{}\"\n",
-            world.minio.role_arn()
+            env.minio.role_arn()
         )
     });
-    let text = format!("{}\n{}", world.daemon.text(), roles.collect::<String>());
-    assert!(world.daemon.reload_text(&text));
+    let text = format!("{}\n{}", env.daemon.text(), roles.collect::<String>());
+    assert!(env.daemon.reload_text(&text));
 }
 
-fn one_is_chosen_by_role_or_hint_and_never_by_its_place(source: Source) {
+fn check_selection(source: Source) {
     let folder = folder();
     let setting = Setting {
         source,
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &[(51_002, "reader")], &setting) else {
         return;
     };
     let of_two = format!("unix:uid:{TWO}");
@@ -53,10 +54,10 @@ fn one_is_chosen_by_role_or_hint_and_never_by_its_place(source: Source) {
         ("second", &["-hint", "second-by-hint"]),
         ("third", &["-hint", "x"]),
     ] {
-        world.register(&id(name), &[&of_two], options);
+        env.register(&id(name), &[&of_two], options);
     }
     add_roles(
-        &world,
+        &env,
         &[
             ("exact-first", &id("first")),
             ("exact-third", &id("third")),
@@ -65,63 +66,65 @@ fn one_is_chosen_by_role_or_hint_and_never_by_its_place(source: Source) {
             ("exact-reader", &id("reader")),
         ],
     );
-    for (role, given) in [
+    for (role, returned) in [
         ("/exact-first", &*id("first")),
         ("/exact-third", &*id("third")),
         ("/second-by-hint", &*id("second")),
-        // A role for all three, without a hint: for none of them, also where no role is asked for by name.
+        // A role for all three, without a hint: it takes none of them, also where the request names
+        // no role.
         ("/shop", "several_identities"),
         ("", "several_identities"),
         ("/of-others", "not_this_role"),
         ("/exact-reader", "not_this_role"),
     ] {
-        assert_eq!(by_role(&world, TWO, role), given, "{role}");
+        assert_eq!(by_role(&env, TWO, role), returned, "{role}");
     }
 }
 
-fn an_admin_entry_is_used_only_if_a_role_names_it(source: Source) {
+fn check_admin_entry(source: Source) {
     let folder = folder();
     let setting = Setting {
         source,
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &[(51_002, "reader")], &setting) else {
         return;
     };
     let of_admin = format!("unix:uid:{ADMIN}");
     let admin = "spiffe://example.org/tools/admin";
-    world.register(admin, &[&of_admin], &["-admin"]);
-    world.register(
+    env.register(admin, &[&of_admin], &["-admin"]);
+    env.register(
         "spiffe://example.org/tools/downstream",
         &[&of_admin],
         &["-downstream"],
     );
     add_roles(
-        &world,
+        &env,
         &[("named", admin), ("all", "spiffe://example.org/**")],
     );
-    // Which agent gives such identities away differs; without a role of their own nobody gets anything by them.
+    // The agents differ in which such identities they return. Without a role of their own these
+    // give no process anything.
     let leaks = source == Source::Broker;
     assert_eq!(
-        by_role(&world, ADMIN, ""),
+        by_role(&env, ADMIN, ""),
         if leaks { admin } else { "no_identity" }
     );
     assert_eq!(
-        by_role(&world, ADMIN, "/named"),
+        by_role(&env, ADMIN, "/named"),
         if leaks { admin } else { "no_identity" }
     );
     assert_eq!(
-        by_role(&world, ADMIN, "/all"),
+        by_role(&env, ADMIN, "/all"),
         if leaks {
             "several_identities"
         } else {
             "no_identity"
         }
     );
-    world.register(&id("plain"), &[&of_admin], &[]);
-    assert_eq!(by_role(&world, ADMIN, "/shop"), id("plain"));
+    env.register(&id("plain"), &[&of_admin], &[]);
+    assert_eq!(by_role(&env, ADMIN, "/shop"), id("plain"));
     assert_eq!(
-        by_role(&world, ADMIN, "/all"),
+        by_role(&env, ADMIN, "/all"),
         if leaks {
             "several_identities".to_owned()
         } else {
@@ -130,17 +133,18 @@ fn an_admin_entry_is_used_only_if_a_role_names_it(source: Source) {
     );
 }
 
-/// Of several registrations for one SPIFFE ID the agent gives one token each, with the hint of that.
-fn an_identity_of_several_registrations_is_one(source: Source) {
+/// Checks an identity with several registrations: the agent returns one token for each, with the
+/// hint of that registration.
+fn check_several_registrations(source: Source) {
     let folder = folder();
     let setting = Setting {
         source,
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &[(51_002, "reader")], &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &[(51_002, "reader")], &setting) else {
         return;
     };
-    // By rules all are awsvid's own.
+    // With rules all are awsvid's own.
     let (uid, owner) = if source == Source::Rules {
         (51_002, 0)
     } else {
@@ -152,18 +156,17 @@ fn an_identity_of_several_registrations_is_one(source: Source) {
         "twice"
     };
     let [user, group] = ["uid", "gid"].map(|kind| format!("unix:{kind}:{owner}"));
-    world.register(&id(name), &[&user, &group], &["-hint", "unused"]);
-    world
-        .spire
+    env.register(&id(name), &[&user, &group], &["-hint", "unused"]);
+    env.spire
         .register_with(&id(name), &[&group], &["-hint", "by-hint"]);
-    add_roles(&world, &[("exact", &id(name)), ("by-hint", &id("*"))]);
-    assert_eq!(by_role(&world, uid, "/exact"), id(name));
-    assert_eq!(by_role(&world, uid, "/shop"), id(name), "the only one");
+    add_roles(&env, &[("exact", &id(name)), ("by-hint", &id("*"))]);
+    assert_eq!(by_role(&env, uid, "/exact"), id(name));
+    assert_eq!(by_role(&env, uid, "/shop"), id(name), "the only one");
     if source != Source::Rules {
-        world.register(&id("other"), &[&user], &["-hint", "other"]);
-        assert_eq!(by_role(&world, uid, "/shop"), "several_identities");
+        env.register(&id("other"), &[&user], &["-hint", "other"]);
+        assert_eq!(by_role(&env, uid, "/shop"), "several_identities");
         assert_eq!(
-            by_role(&world, uid, "/by-hint"),
+            by_role(&env, uid, "/by-hint"),
             id(name),
             "by the hint of either"
         );
@@ -171,36 +174,36 @@ fn an_identity_of_several_registrations_is_one(source: Source) {
 }
 
 #[test]
-fn by_rules_an_identity_of_several_registrations_is_one() {
-    an_identity_of_several_registrations_is_one(Source::Rules);
+fn registrations_of_one_identity_count_as_one_with_rules() {
+    check_several_registrations(Source::Rules);
 }
 
 #[test]
-fn by_delegated_identity_an_identity_of_several_registrations_is_one() {
-    an_identity_of_several_registrations_is_one(Source::Delegated);
+fn registrations_of_one_identity_count_as_one_with_spire_delegated() {
+    check_several_registrations(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_an_identity_of_several_registrations_is_one() {
-    an_identity_of_several_registrations_is_one(Source::Broker);
+fn registrations_of_one_identity_count_as_one_with_spiffe_broker() {
+    check_several_registrations(Source::Broker);
 }
 
 #[test]
-fn by_delegated_identity_one_is_chosen_by_role_or_hint_and_never_by_its_place() {
-    one_is_chosen_by_role_or_hint_and_never_by_its_place(Source::Delegated);
+fn identity_is_selected_by_role_or_hint_with_spire_delegated() {
+    check_selection(Source::Delegated);
 }
 
 #[test]
-fn by_delegated_identity_an_admin_entry_is_used_only_if_a_role_names_it() {
-    an_admin_entry_is_used_only_if_a_role_names_it(Source::Delegated);
+fn admin_entry_is_used_only_for_its_role_with_spire_delegated() {
+    check_admin_entry(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_one_is_chosen_by_role_or_hint_and_never_by_its_place() {
-    one_is_chosen_by_role_or_hint_and_never_by_its_place(Source::Broker);
+fn identity_is_selected_by_role_or_hint_with_spiffe_broker() {
+    check_selection(Source::Broker);
 }
 
 #[test]
-fn by_the_broker_api_an_admin_entry_is_used_only_if_a_role_names_it() {
-    an_admin_entry_is_used_only_if_a_role_names_it(Source::Broker);
+fn admin_entry_is_used_only_for_its_role_with_spiffe_broker() {
+    check_admin_entry(Source::Broker);
 }

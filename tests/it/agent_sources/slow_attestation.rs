@@ -1,5 +1,5 @@
-//! Attack 28 against the real agent, which hashes the program of whoever it attests: a user's program of 200 GB keeps it busy
-//! for minutes. The table of attacks is in ../attacks/README.md.
+//! T28 against the real agent, which hashes the program of each process that it attests: a user's
+//! program of 200 GB keeps it busy for minutes. ../attacks/README.md has the table of attacks.
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
@@ -12,26 +12,27 @@ use serde_json::Value;
 use crate::harness::actor::{Connector, program};
 use crate::harness::client::ask;
 use crate::harness::counterparts::folder;
-use crate::harness::env::{Setting, Source, World, id};
+use crate::harness::env::{Env, Setting, Source, id};
 use crate::harness::is_slow;
 
 const VICTIM: u32 = 51_001;
 const NEIGHBOUR: u32 = 51_002;
 const ATTACKER: u32 = 51_003;
-/// More than four questions of 35 s in a minute.
+/// More than four queries of 35 s in a minute.
 const PROCESSES: usize = 12;
 const PROGRAM: u64 = 200 << 30;
-/// Two questions, half a minute and ten seconds after what was said before, and what the agent needs beside hashing.
-const USUAL: Duration = Duration::from_secs(90);
+/// Two queries, half a minute and ten seconds after the previous reply, and the agent's time apart
+/// from hashing.
+const EXPECTED_DELAY: Duration = Duration::from_secs(90);
 
-fn asked(connector: &Connector) -> (u16, Value) {
+fn request(connector: &Connector) -> (u16, Value) {
     ask(UnixStream::from(connector.connect()))
 }
 
-/// How long it is answered still.
-fn lasts(connector: &Connector, since: Instant, most: Duration) -> (Duration, Value) {
+/// Returns how long the process is still answered.
+fn time_served(connector: &Connector, since: Instant, most: Duration) -> (Duration, Value) {
     loop {
-        let (status, body) = asked(connector);
+        let (status, body) = request(connector);
         if status != 200 {
             return (since.elapsed(), body);
         }
@@ -44,7 +45,7 @@ fn lasts(connector: &Connector, since: Instant, most: Duration) -> (Duration, Va
     }
 }
 
-fn slow_processes_hide_no_deleted_entry(source: Source) {
+fn check_slow_processes(source: Source) {
     if !is_slow() {
         return;
     }
@@ -60,54 +61,54 @@ fn slow_processes_hide_no_deleted_entry(source: Source) {
         without_hashes: true,
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &users, &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &users, &setting) else {
         return;
     };
     let large = folder.path().join("large");
     fs::copy(program(), &large).unwrap();
-    // A hole at its end takes no room, and is as good as zeros to whoever hashes it.
+    // A hole at its end takes no space, and is hashed like zeros.
     File::options()
         .write(true)
         .open(&large)
         .unwrap()
         .set_len(PROGRAM)
         .unwrap();
-    let socket = world.daemon.unix().display().to_string();
+    let socket = env.daemon.unix().display().to_string();
     let connect = |uid, program: &Path| {
-        Connector::start_by(program, uid, "unix", &socket, world.cgroup().path())
+        Connector::start_by(program, uid, "unix", &socket, env.cgroup().path())
     };
     let [victim, neighbour] = [VICTIM, NEIGHBOUR].map(|uid| connect(uid, &program()));
     let attackers: Vec<_> = (0..PROCESSES).map(|_| connect(ATTACKER, &large)).collect();
-    for known in attackers.iter().chain([&victim, &neighbour]) {
-        assert_eq!(asked(known).0, 200);
+    for cached in attackers.iter().chain([&victim, &neighbour]) {
+        assert_eq!(request(cached).0, 200);
     }
-    world.spire.stop_agent();
-    world.spire.setting.without_hashes = false;
-    world.start_agent();
-    // Until the first of them are asked about again.
+    env.spire.stop_agent();
+    env.spire.setting.without_hashes = false;
+    env.start_agent();
+    // Until the first of them are revalidated.
     thread::sleep(Duration::from_secs(35));
     let deleted = Instant::now();
-    world.unregister(&id("victim"));
-    world.unregister(&id("attacker"));
-    let (lasted, refusal) = lasts(&victim, deleted, Duration::from_secs(600));
-    eprintln!("the victim's deleted entry lasted {lasted:?}");
+    env.unregister(&id("victim"));
+    env.unregister(&id("attacker"));
+    let (served_for, refusal) = time_served(&victim, deleted, Duration::from_secs(600));
+    eprintln!("the victim's deleted entry lasted {served_for:?}");
     assert_eq!(refusal["code"], "no_identity");
-    assert!(lasted < USUAL, "{lasted:?}");
-    assert_eq!(asked(&neighbour).0, 200);
-    // Nor does it keep his own for ever: 10 minutes of the agent's time.
+    assert!(served_for < EXPECTED_DELAY, "{served_for:?}");
+    assert_eq!(request(&neighbour).0, 200);
+    // Nor do they keep their own for ever: 10 minutes of the agent's time.
     for attacker in &attackers {
-        let (lasted, refusal) = lasts(attacker, deleted, Duration::from_secs(1200));
-        eprintln!("a slow process kept its own for {lasted:?}: {refusal}");
+        let (served_for, refusal) = time_served(attacker, deleted, Duration::from_secs(1200));
+        eprintln!("a slow process kept its own for {served_for:?}: {refusal}");
     }
-    assert_eq!(asked(&neighbour).0, 200);
+    assert_eq!(request(&neighbour).0, 200);
 }
 
 #[test]
-fn by_delegated_identity_slow_processes_hide_no_deleted_entry() {
-    slow_processes_hide_no_deleted_entry(Source::Delegated);
+fn slow_processes_hide_no_deleted_entry_with_spire_delegated() {
+    check_slow_processes(Source::Delegated);
 }
 
 #[test]
-fn by_the_broker_api_slow_processes_hide_no_deleted_entry() {
-    slow_processes_hide_no_deleted_entry(Source::Broker);
+fn slow_processes_hide_no_deleted_entry_with_spiffe_broker() {
+    check_slow_processes(Source::Broker);
 }

@@ -1,5 +1,5 @@
-//! Attacks 2 and 3 against the real SPIRE agent: it falls for them when it is asked about the process, and awsvid does not.
-//! The table of attacks is in ../attacks/README.md.
+//! T2 and T3 against the real SPIRE agent: they succeed against the agent if it is queried about
+//! the process, and fail against awsvid. ../attacks/README.md has the table of attacks.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -16,17 +16,17 @@ use crate::harness::counterparts::spire::{Spire, SpireSetting};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::env::{AWSVID, awsvid_selectors, id};
-use crate::harness::fake_docker::FakeEngine;
-use crate::harness::outcome::{Made, answered, refused};
-use crate::harness::pausable_proxy::Gate;
+use crate::harness::fake_docker::FakeDocker;
+use crate::harness::outcome::{Outcome, credentials_of, refused};
+use crate::harness::pausable_proxy::PausableProxy;
 use crate::harness::sts::{AUDIENCE, OneRoleSts};
 
 const ALICE: u32 = 61001;
-/// This test's own SPIFFE ID, by which it may ask the agent, too.
+/// This test's own SPIFFE ID, by which it may query the agent, too.
 const TEST: &str = "spiffe://example.org/test";
 const LISTENERS: [&str; 2] = ["unix", "tcp"];
 
-/// SPIRE with a delegate besides awsvid: the test itself.
+/// SPIRE with a second delegate in addition to awsvid: the test itself.
 struct Agents {
     spire: Spire,
     asking: SpireDelegated,
@@ -60,7 +60,7 @@ impl Agents {
         })
     }
 
-    /// Whom the agent itself takes this process for.
+    /// Returns the SPIFFE IDs that the agent itself gives this process.
     fn ids(&self, pid: i32) -> Vec<String> {
         let svids = self
             .runtime
@@ -69,8 +69,8 @@ impl Agents {
         svids.into_iter().map(|svid| svid.spiffe_id).collect()
     }
 
-    /// How often somebody has asked it about another process.
-    fn asked(&self) -> usize {
+    /// Returns the number of queries that other clients made about a process.
+    fn queries(&self) -> usize {
         self.spire
             .agent_log()
             .matches("Caller authorized as delegate")
@@ -90,7 +90,7 @@ fn daemon(folder: &Path, admin_socket: &Path, sts: &OneRoleSts) -> Daemon {
     Daemon::start(folder, "", &configuration).ready()
 }
 
-/// A copy of the actor in the folder, whose path is an entry's.
+/// Makes a copy of the actor in the folder, at a path for an entry.
 fn copy(folder: &Path, name: &str, mode: u32) -> PathBuf {
     let program = folder.join(name);
     fs::copy(actor::program(), &program).unwrap();
@@ -98,7 +98,7 @@ fn copy(folder: &Path, name: &str, mode: u32) -> PathBuf {
     program
 }
 
-/// A cgroup that is handed over to a user, as systemd does it for `user@.service`.
+/// Delegates a cgroup to a user, as systemd does for `user@.service`.
 fn delegate(cgroup: &Cgroup, uid: u32) {
     for name in [
         "",
@@ -114,14 +114,14 @@ fn random_id() -> String {
     (0..64).map(|_| fastrand::char('0'..='9')).collect()
 }
 
-/// Attack 2. The victim is a container that SPIRE knows by a label.
+/// T2: the victim is a container that SPIRE knows by a label.
 #[test]
-fn a_container_is_not_who_has_given_its_cgroup_that_name() {
+fn container_is_not_impersonated_by_cgroup_name() {
     if !root() {
         return;
     }
     let (folder, victim) = (folder(), random_id());
-    let engine = FakeEngine::start(folder.path(), &victim, ("app", "victim"));
+    let engine = FakeDocker::start(folder.path(), &victim, ("app", "victim"));
     let Some(agents) = Agents::start(folder.path(), engine.attestor()) else {
         return;
     };
@@ -129,14 +129,14 @@ fn a_container_is_not_who_has_given_its_cgroup_that_name() {
     agents
         .spire
         .register(&id("victim"), &["docker:label:app:victim"]);
-    // There is no role for this one, so it leaves a choice to nobody.
+    // No role exists for this one, so it leaves no choice.
     let own = "spiffe://example.org/alice".to_owned();
     agents.spire.register(&own, &["unix:uid:61001"]);
     let sts = OneRoleSts::start(&agents.spire.issuer_url());
     let daemon = daemon(folder.path(), &agents.spire.admin_socket(), &sts);
     let docker = Cgroup::new("docker");
     let (container, attacker) = (docker.below(&victim), docker.below(&random_id()));
-    // What root in a container may make below its own cgroup, if that can be written to.
+    // Root in a container may create this below its own cgroup, if that is writable.
     let inner = attacker.path().join("docker").join(&victim);
     fs::create_dir_all(&inner).unwrap();
     let user = Cgroup::new("user@61001.service");
@@ -146,7 +146,7 @@ fn a_container_is_not_who_has_given_its_cgroup_that_name() {
     let other = id("victim");
     for listener in LISTENERS {
         for (start, then, taken_for, right) in [
-            // A container is asked about, and answered with its own.
+            // The query is about a container, and gets that container's identity.
             (container.path(), None, vec![&own, &other], None),
             (
                 user.path(),
@@ -160,7 +160,8 @@ fn a_container_is_not_who_has_given_its_cgroup_that_name() {
                 vec![&own, &other],
                 Some("delegated_cgroup"),
             ),
-            // There and back is seen nowhere, so nobody is asked about who lives in a user's own cgroups.
+            // No event shows a move there and back, so the daemon does not query a process in a
+            // user's own cgroups.
             (user.path(), None, vec![&own], Some("delegated_cgroup")),
             (
                 inner.as_path(),
@@ -187,27 +188,28 @@ fn a_container_is_not_who_has_given_its_cgroup_that_name() {
                 taken_for,
                 "SPIRE by itself: {scene}"
             );
-            let before = (engine.asked(), agents.asked());
+            let before = (engine.queries(), agents.queries());
             steps.step("ask");
-            let made = Made::of(&steps.step("answer"), &scene, &daemon);
+            let outcome = Outcome::of(&steps.step("answer"), &scene, &daemon);
             match right {
                 Some(reason) => {
-                    assert_eq!(made, refused(reason), "{scene}");
+                    assert_eq!(outcome, refused(reason), "{scene}");
                     assert_eq!(
-                        (engine.asked(), agents.asked()),
+                        (engine.queries(), agents.queries()),
                         before,
-                        "{scene}: somebody was asked"
+                        "{scene}: the agent was queried"
                     );
                 }
-                None => assert_eq!(made, answered(&other), "{scene}"),
+                None => assert_eq!(outcome, credentials_of(&other), "{scene}"),
             }
         }
     }
 }
 
-/// Attack 3. The daemon's question to the agent waits at a gate until the caller has become something else.
+/// T3: the daemon's query to the agent waits at a proxy until the caller has executed another
+/// program.
 #[test]
-fn a_setuid_program_is_not_who_has_executed_it() {
+fn setuid_program_is_not_served_to_its_caller() {
     if !root() {
         return;
     }
@@ -230,7 +232,7 @@ fn a_setuid_program_is_not_who_has_executed_it() {
     let socket = folder.path().join("gate.sock");
     let new_gate = || {
         let _ = fs::remove_file(&socket);
-        Gate::start(&socket, &agents.spire.admin_socket())
+        PausableProxy::start(&socket, &agents.spire.admin_socket())
     };
     let gate = new_gate();
     gate.set_open(true);
@@ -238,7 +240,7 @@ fn a_setuid_program_is_not_who_has_executed_it() {
     let cgroup = Cgroup::new("setuid");
 
     for listener in LISTENERS {
-        // The agent's socket is another one, so the next question comes over a new connection.
+        // The agent's socket is replaced, so the next query uses a new connection.
         let gate = new_gate();
         let mut steps = Steps::start(
             &first,
@@ -248,22 +250,22 @@ fn a_setuid_program_is_not_who_has_executed_it() {
             cgroup.path(),
         );
         steps.step("ask");
-        gate.await_came(1);
+        gate.await_arrivals(1);
         assert_eq!(agents.ids(steps.caller()), [id("alice")]);
         steps.step("change");
         assert_eq!(agents.ids(steps.caller()), [id("root")], "SPIRE by itself");
         let exchanged = sts.exchanged();
         gate.set_open(true);
         assert_eq!(
-            Made::of(&steps.step("answer"), "setuid", &daemon),
+            Outcome::of(&steps.step("answer"), "setuid", &daemon),
             refused("identity_changed"),
             "over {listener}"
         );
         assert_eq!(sts.exchanged(), exchanged, "root's token was exchanged");
-        // Asked about for itself it is root, and nothing was kept of the question before.
+        // In a query about itself it is root, and nothing was kept of the previous query.
         assert_eq!(
-            Made::of(&steps.step("again"), "setuid", &daemon),
-            answered(&id("root")),
+            Outcome::of(&steps.step("again"), "setuid", &daemon),
+            credentials_of(&id("root")),
             "over {listener}"
         );
     }

@@ -12,64 +12,64 @@ use super::counterparts::workload::Workload;
 use super::counterparts::{root, tool};
 use super::daemon::{Daemon, PROGRAM};
 
-/// SPIRE and MinIO with the object `shop/test.txt`, and awsvid registered for the identities of some users.
-pub(crate) struct World {
+/// SPIRE and MinIO with the object `shop/test.txt`, and awsvid registered for the identities of
+/// some users.
+pub(crate) struct Env {
     pub(crate) spire: Spire,
     pub(crate) minio: Minio,
     pub(crate) daemon: Daemon,
     aws: PathBuf,
-    /// Registration entries, by SPIFFE ID.
+    /// IDs of registration entries, by SPIFFE ID.
     entries: BTreeMap<String, String>,
-    /// Where curl runs. Over TCP it would otherwise be looked for among half of the machine's processes.
+    /// The cgroup in which curl runs. Without it, a search over TCP would read half of the
+    /// machine's processes.
     workloads: Cgroup,
 }
 
-/// For one request, on a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Bounds one request on a machine that is busy with other tests.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A user's SPIFFE ID.
+/// Returns a user's SPIFFE ID.
 pub(crate) fn id(name: &str) -> String {
     format!("spiffe://example.org/w/{name}")
 }
 
-/// What a world is made with, apart from its users.
+/// The settings of an environment, apart from its users.
 #[derive(Default)]
 pub(crate) struct Setting<'a> {
-    /// Added to each rule, by the uid.
+    /// Returns a text that is added to the rule for a uid.
     pub(crate) rule: Option<&'a dyn Fn(u32) -> String>,
-    /// Added to the role.
+    /// A text that is added to the role.
     pub(crate) role: &'a str,
-    /// What is put before the agent's socket: makes it, and gives its path.
+    /// Makes a proxy in front of the agent's socket, and returns the proxy's path.
     pub(crate) socket: Option<&'a dyn Fn(&Path) -> PathBuf>,
-    /// Who says which user has which identity.
+    /// The source that maps users to identities.
     pub(crate) source: Source,
-    /// SPIRE's `default_x509_svid_ttl`.
     pub(crate) x509_svid_ttl: Option<&'static str>,
-    /// `SpireSetting::without_hashes`.
     pub(crate) without_hashes: bool,
     /// Another build of awsvid.
     pub(crate) program: Option<&'a Path>,
-    /// What the commands of awsvid and of the agent are put behind.
+    /// Words in front of the commands of awsvid and of the agent.
     pub(crate) behind: &'static [&'static str],
 }
 
-/// Where awsvid has its identities from.
+/// The source of awsvid's identities.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// All are registered for awsvid, whose rules give them to users.
+    /// All are registered for awsvid, which maps users to them by its rules.
     #[default]
     Rules,
-    /// Each is registered for its user; SPIRE attests the caller, asked over its admin socket.
+    /// Each is registered for its user. SPIRE attests the caller over its admin socket.
     Delegated,
-    /// The same over the broker socket.
+    /// Each is registered for its user. SPIRE attests the caller over its broker socket.
     Broker,
 }
 
-/// awsvid's own SPIFFE ID, where SPIRE attests callers.
+/// awsvid's own SPIFFE ID, for sources that attest callers.
 pub(crate) const AWSVID: &str = "spiffe://example.org/awsvid";
 
 impl Source {
-    /// What SPIRE is started with for it.
+    /// Returns the SPIRE settings that this source needs.
     pub(crate) fn of_spire(self) -> SpireSetting {
         match self {
             Self::Rules => SpireSetting::default(),
@@ -84,7 +84,7 @@ impl Source {
         }
     }
 
-    /// Its part of `[identity]`, with the agent's Workload API at `socket`.
+    /// Returns its part of `[identity]`, with the agent's Workload API at `socket`.
     fn keys(self, spire: &Spire, socket: &Path) -> String {
         let socket = format!("socket = \"unix://{}\"", socket.display());
         match self {
@@ -107,7 +107,7 @@ impl Source {
     }
 }
 
-/// What SPIRE tells awsvid by.
+/// Returns the selectors by which SPIRE attests awsvid.
 pub(crate) fn awsvid_selectors(program: &Path) -> [String; 2] {
     [
         "unix:uid:0".to_owned(),
@@ -115,8 +115,8 @@ pub(crate) fn awsvid_selectors(program: &Path) -> [String; 2] {
     ]
 }
 
-impl World {
-    /// For these users, by uid and name. The first may read the object, the others not.
+impl Env {
+    /// Starts it for these users (uid, name). Only the first may read the object.
     pub(crate) fn start(
         folder: &Path,
         users: &[(u32, &str)],
@@ -152,7 +152,8 @@ impl World {
             );
         }
         for (uid, name) in users {
-            // The daemon runs as root; by rules all identities are its own at SPIRE, and it gives them to callers.
+            // The daemon runs as root. With rules, SPIRE registers all identities for the daemon,
+            // which maps callers to them.
             let owner = if setting.source == Source::Rules {
                 0
             } else {
@@ -204,7 +205,8 @@ impl World {
         })
     }
 
-    /// `aws s3 cp` as a user that has nothing but the variables which the README names.
+    /// Runs `aws s3 cp` as a user with only those variables in its environment that the README
+    /// names.
     pub(crate) fn copy(&self, uid: u32) -> Output {
         let workload = Workload::new(uid)
             .env("AWS_CONTAINER_CREDENTIALS_FULL_URI", &self.daemon.uri())
@@ -223,12 +225,12 @@ impl World {
         )
     }
 
-    /// curl over the unix socket: the head and the body, as they came.
+    /// Runs curl over the unix socket, and returns the head and body as received.
     pub(crate) fn curl(&self, uid: u32) -> (String, String) {
         self.curl_by(Path::new("/usr/bin/curl"), uid, "unix", "")
     }
 
-    /// The same by a copy of curl, over this listener, for what is at `path` below `/v1/credentials`.
+    /// Runs a copy of curl over this listener, for `path` below `/v1/credentials`.
     pub(crate) fn curl_by(
         &self,
         program: &Path,
@@ -262,19 +264,20 @@ impl World {
                 ]);
             }
         }
-        let answer = run(command, b"", PATIENCE).success("curl");
+        let answer = run(command, b"", TIMEOUT).success("curl");
         let (head, body) = answer
             .split_once("\r\n\r\n")
             .unwrap_or_else(|| panic!("no answer: {answer:?}"));
         (head.to_owned(), body.to_owned())
     }
 
-    /// The cgroup of workloads that a test starts itself.
+    /// Returns the cgroup for workloads that a test starts itself.
     pub(crate) fn cgroup(&self) -> &Cgroup {
         &self.workloads
     }
 
-    /// Registers an identity for processes with these selectors, with further options of `spire-server entry create`.
+    /// Registers an identity for processes with these selectors, with further options of
+    /// `spire-server entry create`.
     pub(crate) fn register(&mut self, spiffe_id: &str, selectors: &[&str], options: &[&str]) {
         self.entries.insert(
             spiffe_id.to_owned(),
@@ -282,13 +285,14 @@ impl World {
         );
     }
 
-    /// Deletes the registration of an identity, and returns once the agent has forgotten it (if it runs).
+    /// Deletes the registration of an identity. If the agent runs, waits until it has dropped it.
     pub(crate) fn unregister(&mut self, spiffe_id: &str) {
         self.spire
             .delete_entry(&self.entries.remove(spiffe_id).expect("it is registered"));
     }
 
-    /// Starts the agent, and returns when it knows every identity again: one that has just started denies them.
+    /// Starts the agent, and waits until it knows every identity again: an agent that has just
+    /// started denies them.
     pub(crate) fn start_agent(&mut self) {
         self.spire.start_agent();
         self.entries

@@ -1,4 +1,4 @@
-//! A Docker engine that knows one container, for SPIRE's attestor `docker`.
+//! A fake Docker engine that knows one container, for SPIRE's attestor `docker`.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -9,8 +9,8 @@ use std::thread;
 
 use serde_json::json;
 
-/// Runs until it is dropped.
-pub(crate) struct FakeEngine {
+/// An engine that runs until it is dropped.
+pub(crate) struct FakeDocker {
     socket: PathBuf,
     state: Arc<State>,
 }
@@ -18,21 +18,21 @@ pub(crate) struct FakeEngine {
 struct State {
     id: String,
     label: (String, String),
-    asked: AtomicUsize,
+    queries: AtomicUsize,
     ended: AtomicBool,
 }
 
-impl FakeEngine {
+impl FakeDocker {
     /// Listens in `folder`, and knows the container `id` with this label.
     pub(crate) fn start(folder: &Path, id: &str, (name, value): (&str, &str)) -> Self {
         let socket = folder.join("docker.sock");
         let listener = UnixListener::bind(&socket).expect("the engine's socket");
         let label = (name.to_owned(), value.to_owned());
-        let (asked, ended) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let (queries, ended) = (AtomicUsize::new(0), AtomicBool::new(false));
         let state = Arc::new(State {
             id: id.to_owned(),
             label,
-            asked,
+            queries,
             ended,
         });
         let engine = Self {
@@ -51,7 +51,7 @@ impl FakeEngine {
         engine
     }
 
-    /// For the agent's configuration.
+    /// Returns the agent's configuration of the attestor.
     pub(crate) fn attestor(&self) -> String {
         let socket = self.socket.display();
         format!(
@@ -59,16 +59,16 @@ impl FakeEngine {
         )
     }
 
-    /// How often it was asked about a container.
-    pub(crate) fn asked(&self) -> usize {
-        self.state.asked.load(Ordering::SeqCst)
+    /// Returns the number of queries about a container.
+    pub(crate) fn queries(&self) -> usize {
+        self.state.queries.load(Ordering::SeqCst)
     }
 }
 
-impl Drop for FakeEngine {
+impl Drop for FakeDocker {
     fn drop(&mut self) {
         self.state.ended.store(true, Ordering::SeqCst);
-        // Wakes the one who accepts.
+        // Wakes the thread in accept(2).
         let _ = UnixStream::connect(&self.socket);
     }
 }
@@ -77,7 +77,7 @@ impl State {
     fn serve(&self, client: UnixStream) {
         let mut lines = BufReader::new(&client).lines().map_while(Result::ok);
         while let Some(request) = lines.next() {
-            // What is asked here has no body.
+            // These requests have no body.
             if lines.by_ref().all(|line| !line.is_empty())
                 || self.answer(&client, &request).is_err()
             {
@@ -86,13 +86,13 @@ impl State {
         }
     }
 
-    /// A request line, as in `GET /v1.47/containers/<id>/json HTTP/1.1`.
+    /// Responds to a request line such as `GET /v1.47/containers/<id>/json HTTP/1.1`.
     fn answer(&self, mut client: &UnixStream, request: &str) -> io::Result<()> {
         let path = request.split(' ').nth(1).unwrap_or_default();
         let (status, body) = if path.ends_with("/_ping") {
             ("200 OK", String::new())
         } else if path.contains("/containers/") {
-            self.asked.fetch_add(1, Ordering::SeqCst);
+            self.queries.fetch_add(1, Ordering::SeqCst);
             let (name, value) = &self.label;
             let container = json!({ "Id": self.id, "Config": { "Labels": { name: value } } });
             if path.contains(&self.id) {

@@ -1,25 +1,26 @@
-//! What the daemon has made of a request.
+//! The outcome of one request at the daemon.
 
 use serde_json::Value;
 
 use super::daemon::Daemon;
 
-/// What it may have made of one.
+/// The outcome of one request.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Made {
+pub(crate) enum Outcome {
     /// Credentials of this identity.
-    Answered(String),
-    /// A refusal, for this reason.
+    Issued(String),
+    /// A refusal with this reason.
     Refused(String),
-    /// Nothing that the client saw.
-    Silence,
+    /// No response that the client received.
+    NoResponse,
 }
 
-impl Made {
-    /// What came of `what`, by the whole answer. Whose credentials are in it is read from the first audit record with their key.
+impl Outcome {
+    /// Reads the outcome from the whole response to the request `what`. The identity is that of the
+    /// first audit record with the response's access key id.
     pub(crate) fn of(answer: &str, what: &str, daemon: &Daemon) -> Self {
         let Some((_, body)) = answer.split_once("\r\n\r\n") else {
-            return Self::Silence;
+            return Self::NoResponse;
         };
         let body: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("{what}: {answer}"));
         if let Some(code) = body["code"].as_str() {
@@ -28,14 +29,14 @@ impl Made {
         let key = body["AccessKeyId"]
             .as_str()
             .expect("credentials or an error");
-        answered(&daemon.first_issued_to(key))
+        credentials_of(&daemon.first_issued_to(key))
     }
 }
 
-pub(crate) fn answered(id: &str) -> Made {
-    Made::Answered(id.to_owned())
+pub(crate) fn credentials_of(id: &str) -> Outcome {
+    Outcome::Issued(id.to_owned())
 }
 
-pub(crate) fn refused(reason: &str) -> Made {
-    Made::Refused(reason.to_owned())
+pub(crate) fn refused(reason: &str) -> Outcome {
+    Outcome::Refused(reason.to_owned())
 }

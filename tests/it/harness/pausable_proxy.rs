@@ -1,4 +1,5 @@
-//! A unix socket in front of another one, for tests of what happens while an answer is awaited.
+//! A proxy in front of a unix socket that a test can pause, for tests of what happens while a
+//! response is awaited.
 
 use std::io;
 use std::net::Shutdown;
@@ -8,10 +9,10 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Takes connections at once, and lets their bytes through when it is open. It is made closed.
-pub(crate) struct Gate {
+/// Accepts connections at once, and forwards their bytes while it is open. It starts closed.
+pub(crate) struct PausableProxy {
     path: PathBuf,
     state: Arc<State>,
 }
@@ -24,12 +25,12 @@ struct State {
 
 #[derive(Default)]
 struct At {
-    came: usize,
+    arrivals: usize,
     open: bool,
     ended: bool,
 }
 
-impl Gate {
+impl PausableProxy {
     /// Listens at `path`, in front of the socket `to`.
     pub(crate) fn start(path: &Path, to: &Path) -> Self {
         let listener = UnixListener::bind(path).expect("the gate's socket");
@@ -50,23 +51,27 @@ impl Gate {
         gate
     }
 
-    /// Waits until `count` connections have come, since it was made, open or not.
-    pub(crate) fn await_came(&self, count: usize) {
+    /// Waits until `count` connections have arrived since the start, open or not.
+    pub(crate) fn await_arrivals(&self, count: usize) {
         let at = self.state.at.lock().unwrap();
         let (at, _) = self
             .state
             .changed
-            .wait_timeout_while(at, PATIENCE, |at| at.came < count)
+            .wait_timeout_while(at, TIMEOUT, |at| at.arrivals < count)
             .unwrap();
-        assert!(at.came >= count, "{} connections came to the gate", at.came);
+        assert!(
+            at.arrivals >= count,
+            "{} connections came to the gate",
+            at.arrivals
+        );
     }
 
-    /// How many have come.
-    pub(crate) fn came(&self) -> usize {
-        self.state.at.lock().unwrap().came
+    /// Returns the number of connections that have arrived.
+    pub(crate) fn arrivals(&self) -> usize {
+        self.state.at.lock().unwrap().arrivals
     }
 
-    /// Opens or closes it, for those who wait and those who will come.
+    /// Opens or closes it, for waiting and for future connections.
     pub(crate) fn set_open(&self, open: bool) {
         self.state.at.lock().unwrap().open = open;
         self.state.changed.notify_all();
@@ -76,7 +81,7 @@ impl Gate {
 impl State {
     fn pass(&self, client: UnixStream, to: &Path) {
         let mut at = self.at.lock().unwrap();
-        at.came += 1;
+        at.arrivals += 1;
         self.changed.notify_all();
         let at = self
             .changed
@@ -97,11 +102,11 @@ fn copy(mut from: UnixStream, mut to: UnixStream) {
     let _ = to.shutdown(Shutdown::Write);
 }
 
-impl Drop for Gate {
+impl Drop for PausableProxy {
     fn drop(&mut self) {
         self.state.at.lock().unwrap().ended = true;
         self.state.changed.notify_all();
-        // Wakes the one who accepts.
+        // Wakes the thread in accept(2).
         let _ = UnixStream::connect(&self.path);
     }
 }

@@ -1,4 +1,4 @@
-//! A way to a server on which what clients say takes its time.
+//! A proxy in front of a server that delays the clients' bytes.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -13,14 +13,14 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{self, Shutdown};
 
-/// Passes connections on until it is dropped, which cuts them: what comes from the client with a delay, however much it is, and
-/// what comes from the server at once.
-pub(crate) struct Delay {
+/// Forwards connections until it is dropped, which cuts them. It delays each read from the client,
+/// whatever its size, and forwards the server's bytes at once.
+pub(crate) struct SlowProxy {
     listener: OwnedFd,
     connections: Arc<Mutex<Vec<OwnedFd>>>,
 }
 
-impl Delay {
+impl SlowProxy {
     /// Listens at `path`, in front of the socket `to`.
     pub(crate) fn unix(path: &Path, to: PathBuf, delay: Duration) -> Self {
         let listener = UnixListener::bind(path).expect("the socket of a delay");
@@ -40,7 +40,8 @@ impl Delay {
         way
     }
 
-    /// Listens on a port of 127.0.0.1 that the kernel picks, in front of `to`; where.
+    /// Listens on a port of 127.0.0.1 that the kernel picks, in front of `to`, and returns the
+    /// address.
     pub(crate) fn tcp(to: SocketAddr, delay: Duration) -> (Self, SocketAddr) {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("the address just bound");
@@ -68,7 +69,8 @@ impl Delay {
     }
 }
 
-/// Copies both ways, in threads that end with the connection. Whoever can't be connected to has hung up.
+/// Copies both ways, in threads that end with the connection. If the server can't be reached, it
+/// closes the connection.
 fn pass(
     connections: &Mutex<Vec<OwnedFd>>,
     client: OwnedFd,
@@ -105,7 +107,7 @@ fn pass(
     });
 }
 
-impl Drop for Delay {
+impl Drop for SlowProxy {
     fn drop(&mut self) {
         // Ends accept(2) in the thread.
         let _ = socket::shutdown(self.listener.as_raw_fd(), Shutdown::Both);

@@ -1,10 +1,10 @@
-//! A server that answers as the test says, for what no real counterpart does on demand.
+//! A stub HTTP server, for responses that no real counterpart gives on demand.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 
-/// Answers each request by what `answer` makes of its first line and its body: everything as it goes over the wire. It ends
-/// with the test process. The URL.
+/// Starts a server that sends what `answer` makes of a request's first line and body, byte for
+/// byte. It runs until the test process ends. Returns its URL.
 pub(crate) fn start(answer: impl Fn(&str, &str) -> String + Send + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let url = format!(
@@ -13,7 +13,7 @@ pub(crate) fn start(answer: impl Fn(&str, &str) -> String + Send + 'static) -> S
     );
     std::thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
-            // A client that goes away loses its answer, and nothing else.
+            // A client that closes its connection loses only its own response.
             let _ = serve(stream, &answer);
         }
     });
@@ -37,7 +37,7 @@ fn serve(stream: TcpStream, answer: &impl Fn(&str, &str) -> String) -> std::io::
         .write_all(answer(&first, &String::from_utf8_lossy(&body)).as_bytes())
 }
 
-/// An answer with this status line, these further lines of the head, and this body.
+/// Formats a response from a status line, further header lines and a body.
 pub(crate) fn http(status: &str, head: &str, body: &str) -> String {
     format!(
         "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n{head}\r\n{body}",

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::thread;
 
 use super::{
-    BILLING, CONFIGURATION, Content, PATIENCE, PROGRAM, TCP, UNIX, ask, assert_known, install,
+    BILLING, CONFIGURATION, Content, PROGRAM, TCP, TIMEOUT, UNIX, ask, assert_known, install,
     newer_version, rule, start, with_rules,
 };
 use crate::harness::counterparts::folder;
@@ -94,7 +94,7 @@ fn documented_first_workload_gets_credentials() {
     );
     sh(&machine, &validate).success(&validate);
     let start = block("install-vm.md", "5. Start and check", "sudo systemctl");
-    await_some("ready", PATIENCE, || {
+    await_some("ready", TIMEOUT, || {
         sh(&machine, &start).status.success().then_some(())
     });
     let curl = block("cli.md", "`awsvid credential-process`", "curl");
@@ -179,7 +179,7 @@ fn assert_revoked(machine: &SystemdMachine, spire: &Spire, entry: &str, text: &s
         "awsvid config validate",
     );
     sh(machine, &reload).success(&reload);
-    await_some("the workload is rejected", PATIENCE, || {
+    await_some("the workload is rejected", TIMEOUT, || {
         let (status, body) = ask(machine, "billing.service", "billing", UNIX);
         (status == 403 && body["code"] == "no_identity").then_some(())
     });
