@@ -94,6 +94,7 @@ pub struct App {
     pub admin: Option<SocketAddr>,
     /// What was listened on at the start, whatever the file has said since.
     listen: config::Listen,
+    pods: config::PodsConfig,
     /// The source in use, and what it was made by.
     source: (IdentityConfig, Arc<dyn IdentitySource>),
     accounts: Accounts,
@@ -182,8 +183,8 @@ impl App {
             CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
         let broker = Arc::new(CredentialService::new(parts.policy, cache.clone()));
         let pod_roots = config
-            .listen
-            .pods_cgroup
+            .pods
+            .cgroup_root
             .clone()
             .map_or_else(PodRoots::defaults, PodRoots::at);
         let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
@@ -203,7 +204,7 @@ impl App {
             metrics.clone(),
             readiness.clone(),
             cache,
-            (attestor.clone(), config.listen.clone()),
+            (attestor.clone(), config.listen.clone(), config.pods.enabled),
         ));
         admin.names_processes(DaemonFeatures::of(&config).names_processes());
         let mut app = Self {
@@ -212,6 +213,7 @@ impl App {
             tcp: Vec::new(),
             admin: None,
             listen: config.listen,
+            pods: config.pods,
             source,
             accounts,
             broker,
@@ -232,11 +234,15 @@ impl App {
         Ok(app)
     }
 
-    /// Goes on with another configuration, but for `[listen]`, which needs a restart, and `[log]`. After an error nothing has
+    /// Goes on with another configuration, but for `[listen]` and `[pods]`, which need a restart, and `[log]`. After an error nothing has
     /// changed.
     pub async fn reload(&mut self, mut config: Config) -> Result<(), AppError> {
-        let changed = self.listen.changed(&config.listen).join(", ");
+        let changed = [
+            ("listen", self.listen.changed(&config.listen)),
+            ("pods", self.pods.changed(&config.pods)),
+        ];
         config.listen = self.listen.clone();
+        config.pods = self.pods.clone();
         // An agent that attests workloads itself is kept with all that it has said.
         let (identity, source) = &self.source;
         let kept = (*identity == config.identity && identity.source != config::Source::WorkloadApi)
@@ -255,9 +261,10 @@ impl App {
             .names_processes(DaemonFeatures::of(&config).names_processes());
         self.broker.reload(parts.policy, parts.issuer, parts.limits);
         self.probe(parts.probes);
-        if !changed.is_empty() {
+        for (table, keys) in changed.iter().filter(|(_, keys)| !keys.is_empty()) {
+            let keys = keys.join(", ");
             tracing::warn!(
-                "[listen] {changed}: what the file says now takes effect when awsvid is started again"
+                "[{table}] {keys}: what the file says now takes effect when awsvid is started again"
             );
         }
         Ok(())
@@ -301,7 +308,7 @@ impl App {
             .chain(self.listen.tcp.iter().copied().map(ListenAddress::Tcp))
             .collect();
         let mut attempts = bind_all(wanted, inherited);
-        if !self.listen.pods && attempts.iter().all(|(_, bound)| bound.is_err()) {
+        if !self.pods.enabled && attempts.iter().all(|(_, bound)| bound.is_err()) {
             let error = attempts.drain(..).find_map(|(_, bound)| bound.err());
             return error.map_or(Ok(()), |error| Err(error.into()));
         }
@@ -318,16 +325,17 @@ impl App {
 
     /// When it returns, those that there are now are listened in, unless another daemon is to hand them over.
     async fn serve_pods(&mut self, front: Arc<CredentialEndpoint>) -> Result<(), AppError> {
-        if self.listen.pods {
+        if self.pods.enabled {
             let cgroups = front.attestor.pod_roots();
             tracing::debug!(?cgroups, "pods are found by the kubelet's cgroup root");
             if cgroups.is_empty() {
                 tracing::warn!(
-                    "[listen] pods: no kubelet's cgroup is seen, and as long as there is none no pod is known; in Kubernetes mount the host's \
-                     /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup, or set `pods_cgroup`"
+                    "[pods] enabled: no kubelet's cgroup is seen, and as long as there is none no pod is known; in Kubernetes mount the host's \
+                     /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup, or set `cgroup_root`"
                 );
             }
-            let (directory, handover) = (&self.listen.pods_dir, self.listen.handover.as_deref());
+            let (directory, handover) =
+                (&self.pods.netns_dir, self.pods.handover_socket.as_deref());
             let (stop, connections) = (
                 self.workloads.stop.subscribe(),
                 self.workloads.connections.clone(),
@@ -410,7 +418,7 @@ async fn identity_source(
                 .collect();
             let rules = LiveRules::new(rules, accounts);
             let source = WorkloadApi::new(
-                identity.socket.clone(),
+                identity.workload_api_socket.clone(),
                 rules,
                 clock.clone(),
                 metrics.clone(),
@@ -425,7 +433,7 @@ async fn identity_source(
             server,
             reference,
         } => {
-            let own = OwnSvidSource::at(identity.socket.clone());
+            let own = OwnSvidSource::at(identity.workload_api_socket.clone());
             let broker = BrokerApi::new(socket, own, server.clone(), svid::CALL_TIMEOUT);
             match reference {
                 config::Reference::Auto => Arc::new(broker.naming_pods()),

@@ -1,15 +1,18 @@
 //! The configuration: read once, all of its errors reported together, valid from then on.
 //!
 //! TOML, as the README describes it. Nothing else configures awsvid but three variables: `AWSVID_CONFIG` (the file),
-//! `AWSVID_LOG` (overrides `[log] level`) and `SPIFFE_ENDPOINT_SOCKET` (if `[identity] socket` is not set).
+//! `AWSVID_LOG` (overrides `[log] level`) and `SPIFFE_ENDPOINT_SOCKET` (if `[identity] workload_api_socket` is not set).
 
 mod aws;
 mod checks;
 mod explain;
 mod exposure;
 mod identity;
+mod keys;
 mod listen;
+mod manual;
 mod output;
+mod pods;
 mod problem;
 mod reader;
 mod role;
@@ -28,7 +31,9 @@ pub(crate) use aws::is_aws as is_aws_sts;
 pub(crate) use exposure::exposures;
 pub use identity::{IdentityConfig, Reference, Source};
 pub use listen::{AuthorizationMode, Listen};
+pub use manual::manual_page;
 pub use output::{AuditConfig, AuditFile, LogConfig, LogFormat};
+pub use pods::PodsConfig;
 pub use problem::{ConfigErrors, Problem};
 pub use sts::StsConfig;
 pub use workload::{ParsedWorkload, WorkloadRuleKey};
@@ -48,6 +53,8 @@ pub const DEV_ACCOUNT: &str = "000000000000";
 pub struct Config {
     /// `[listen]`.
     pub listen: Listen,
+    /// `[pods]`.
+    pub pods: PodsConfig,
     /// `[identity]`.
     pub identity: IdentityConfig,
     /// `[sts]`.
@@ -60,7 +67,7 @@ pub struct Config {
     pub log: LogConfig,
     /// `[[workload]]`, in their order.
     pub workloads: Vec<ParsedWorkload>,
-    /// `[[role]]` and `allow_requested_roles`.
+    /// `[[role]]` and `[requested_roles]`.
     pub roles: Roles,
 }
 
@@ -198,8 +205,9 @@ impl Config {
             .into_inner();
         let rest = Diagnostics::new(&text);
         let region = sts::read(&rest.root(&entries).table("sts")).region;
+        let pods = pods::read(&rest.root(&entries).table("pods"));
         let report = Diagnostics::new(&text);
-        let listen = listen::read(&report.root(&entries).table("listen"));
+        let listen = listen::read(&report.root(&entries).table("listen"), &pods);
         report.finish_table("listen", &entries).map_err(failed)?;
         Ok((listen, region))
     }
@@ -244,13 +252,26 @@ fn parse(
 fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolicy) -> Config {
     let [
         listen_table,
+        pods_table,
         identity_table,
         sts_table,
         cache_table,
         audit_table,
         log_table,
-    ] = ["listen", "identity", "sts", "cache", "audit", "log"].map(|name| root.table(name));
-    let listen = listen::read(&listen_table);
+        requested_table,
+    ] = [
+        "listen",
+        "pods",
+        "identity",
+        "sts",
+        "cache",
+        "audit",
+        "log",
+        "requested_roles",
+    ]
+    .map(|name| root.table(name));
+    let pods = pods::read(&pods_table);
+    let listen = listen::read(&listen_table, &pods);
     let (identity, by_rules) = identity::read(&identity_table, env);
     let sts = sts::read(&sts_table);
     let audit = output::read_audit(&audit_table);
@@ -262,14 +283,14 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         sts_table: &sts_table,
     };
     let workloads = workload::read(root);
-    let requested = role::read_requested(root, &defaults);
-    let roles = role::read(root, &defaults);
+    let requested = role::read_requested(&requested_table, &defaults);
+    let roles = role::read(root, &requested_table, &defaults);
 
     let audit_path = match &audit.file {
         AuditFile::Path(path) => Some(path.as_path()),
         AuditFile::Stdout => None,
     };
-    let source = match &identity.socket {
+    let source = match &identity.workload_api_socket {
         Endpoint::Unix(path) => Some(path.as_path()),
         Endpoint::Tcp(_) => None,
     };
@@ -281,13 +302,17 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
     let (agent_key, agent) = agent.map_or(("admin_socket", None), |(key, path)| (key, Some(path)));
     let named: [checks::PathSetting<'_>; 9] = [
         (&identity_table, agent_key, agent),
-        (&identity_table, "socket", source),
+        (&identity_table, "workload_api_socket", source),
         (&sts_table, "ca_file", sts.ca_file.as_deref()),
         (&listen_table, "unix", listen.unix.as_deref()),
         (&listen_table, "status", listen.status.as_deref()),
-        (&listen_table, "handover", listen.handover.as_deref()),
-        (&listen_table, "pods_dir", Some(&listen.pods_dir)),
         (&listen_table, "token_file", Some(&listen.token_file)),
+        (
+            &pods_table,
+            "handover_socket",
+            pods.handover_socket.as_deref(),
+        ),
+        (&pods_table, "netns_dir", Some(&pods.netns_dir)),
         (&audit_table, "file", audit_path),
     ];
     if by_rules == Some(true) && root.missing("workload") {
@@ -306,7 +331,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
             "remove every [[workload]], or set source = \"workload-api\"",
         );
     }
-    if root.missing("role") && root.missing("allow_requested_roles") {
+    if root.missing("role") && requested_table.missing("allow") {
         root.error(
             "role",
             "nobody has a role, so every request would be refused",
@@ -340,6 +365,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
             requested,
         },
         listen,
+        pods,
         identity,
         sts,
         audit,

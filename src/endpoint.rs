@@ -1,4 +1,4 @@
-//! Where a SPIFFE endpoint listens: the value of `SPIFFE_ENDPOINT_SOCKET` and `[identity] socket`.
+//! Where a SPIFFE endpoint listens: the value of `SPIFFE_ENDPOINT_SOCKET` and `[identity] workload_api_socket`.
 //!
 //! Grammar: SPIFFE_Workload_Endpoint.md, section 4. Nothing else is taken, so that a slip is an error at start, not a
 //! connection to somewhere else.

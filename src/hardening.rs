@@ -40,6 +40,7 @@ impl DaemonFeatures {
     pub fn of(config: &Config) -> Self {
         let Config {
             listen,
+            pods,
             identity,
             workloads,
             ..
@@ -59,7 +60,7 @@ impl DaemonFeatures {
             } => true,
         };
         // On the unix socket the kernel names the process, and tells its groups.
-        let searches = listen.pods || !listen.tcp.is_empty();
+        let searches = pods.enabled || !listen.tcp.is_empty();
         let needs_process =
             |rule: &NamedRule| rule.rule.exe.is_some() || (searches && !rule.socket_decides());
         let rules_look = workloads
@@ -69,8 +70,8 @@ impl DaemonFeatures {
             looks_at_processes: names_processes || rules_look,
             listens_on_host,
             names_processes,
-            enters_namespaces: listen.pods,
-            listens_low: listen.pods
+            enters_namespaces: pods.enabled,
+            listens_low: pods.enabled
                 || listen
                     .tcp
                     .iter()

@@ -89,14 +89,15 @@ Examples:
         /// Which shell.
         shell: Shell,
     },
-    /// Prints a manual page: of awsvid, or of one of its commands.
+    /// Prints a manual page: of awsvid, of one of its commands, or of its configuration file.
     #[command(after_help = "\
 Examples:
   awsvid man | man -l -
   awsvid man exec > awsvid-exec.1
+  awsvid man awsvid.toml > awsvid.toml.5
   sudo awsvid man --directory /usr/share/man/man1       all of them, for man(1)")]
     Man {
-        /// Which command.
+        /// A command, or `awsvid.toml` for its configuration file.
         command: Option<String>,
         /// Writes every page into this directory, which is made if need be, in place of printing one.
         #[arg(long, value_name = "DIR", conflicts_with = "command")]
@@ -155,8 +156,14 @@ fn completions(shell: Shell) -> ExitCode {
     print(&script)
 }
 
-/// Of the definitions above, so that it can't say anything else than `--help`.
+/// The name of the configuration's manual page, of section 5.
+const CONFIGURATION_PAGE: &str = "awsvid.toml";
+
+/// Prints a page made from the definitions above, so that it agrees with `--help`.
 fn man(name: Option<&str>) -> ExitCode {
+    if name == Some(CONFIGURATION_PAGE) {
+        return print(awsvid::config::manual_page().as_bytes());
+    }
     let mut all = defined();
     let command = match name {
         None => all,

@@ -52,12 +52,12 @@ const RESCAN_DEBOUNCE: Duration = Duration::from_millis(100);
 pub enum PodsError {
     /// A capability is missing.
     #[error(
-        "[listen] pods: {0}; in Kubernetes add SYS_ADMIN to the container's securityContext.capabilities.add, under systemd \
+        "[pods] enabled: {0}; in Kubernetes add SYS_ADMIN to the container's securityContext.capabilities.add, under systemd \
          add CAP_SYS_ADMIN to CapabilityBoundingSet= and AmbientCapabilities="
     )]
     Denied(NamespaceError),
     /// The directory can't be watched.
-    #[error("[listen] pods_dir {}: {source}", path.display())]
+    #[error("[pods] netns_dir {}: {source}", path.display())]
     Watch {
         /// Which.
         path: PathBuf,
@@ -272,7 +272,7 @@ impl PodListeners {
     fn warn_no_directory(&mut self) {
         if !self.watch.has_directory() && !std::mem::replace(&mut self.told.no_directory, true) {
             tracing::warn!(
-                "[listen] pods_dir: {} is not there; it is waited for. In Kubernetes mount the host's directory by a hostPath volume",
+                "[pods] netns_dir: {} is not there; it is waited for. In Kubernetes mount the host's directory by a hostPath volume",
                 self.directory.display()
             );
         }

@@ -93,7 +93,7 @@ pub enum RoleDenied {
     /// The named role does not exist, or is not for this caller; the two are not told apart.
     #[error("this workload has no role of that name")]
     NotThisRole,
-    /// The ARN in the path is not in `allow_requested_roles`, or STS is not AWS's.
+    /// The ARN in the path is not in `[requested_roles] allow`, or STS is not AWS's.
     #[error("workloads on this node may not ask for that role ARN")]
     ArnNotAllowed,
     /// Several identities would do.
@@ -122,7 +122,7 @@ pub struct Roles {
     pub requested: Option<RequestedRoles>,
 }
 
-/// `allow_requested_roles`.
+/// `[requested_roles] allow`.
 #[derive(Debug, Clone)]
 pub struct RequestedRoles {
     /// Which ARNs.

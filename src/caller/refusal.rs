@@ -57,7 +57,7 @@ pub enum AttestError {
     /// Its cgroup names a pod where this node's kubelet puts none.
     #[error(
         "the caller's cgroup names a pod in a place that is not the kubelet's; if it is, write the kubelet's cgroup root as \
-         `pods_cgroup` in [listen]"
+         `cgroup_root` in [pods]"
     )]
     MisplacedPod,
     /// It came over a pod's listener, and is in no pod.

@@ -169,7 +169,7 @@ async fn walk(options: &CheckArgs, report: &mut CheckReport) {
     }
     if config.roles.defined.is_empty() {
         report
-            .unchecked("sts", "workloads name their roles themselves (allow_requested_roles), so there is none to try");
+            .unchecked("sts", "workloads name their roles themselves ([requested_roles] allow), so there is none to try");
     }
 }
 

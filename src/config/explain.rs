@@ -7,6 +7,7 @@ use toml::Value;
 
 use super::identity::{IdentityConfig, Reference, Source};
 use super::output::{AuditConfig, AuditFile, LogConfig, LogFormat};
+use super::pods::PodsConfig;
 use super::sts::StsConfig;
 use super::{CacheConfig, Config, listen};
 use crate::role::{Role, StsTarget};
@@ -32,6 +33,7 @@ impl Config {
         // All fields by name: a new one is not forgotten here.
         let Self {
             listen,
+            pods,
             identity,
             sts,
             cache,
@@ -45,17 +47,14 @@ impl Config {
             .iter()
             .flat_map(|requested| &requested.allowed);
         let requested: Vec<&str> = requested.map(glob::Pattern::as_str).collect();
-        let origin = if page.file.contains_key("allow_requested_roles") {
-            ""
-        } else {
-            DEFAULT
-        };
-        page.line("allow_requested_roles", requested, origin);
         page.listen(listen);
+        page.pods(pods);
         page.identity(identity);
         page.sts(sts);
         page.cache(cache);
         page.output(audit, log);
+        page.table("[requested_roles]");
+        page.key("requested_roles", "allow", requested);
         workloads
             .iter()
             .for_each(|workload| page.workload(&workload.rule));
@@ -115,14 +114,10 @@ impl Page<'_> {
         let listen::Listen {
             unix,
             tcp,
-            pods,
-            pods_dir,
-            handover,
             admin,
             status,
             authorization,
             token_file,
-            pods_cgroup,
             max_connections,
             max_connections_per_workload,
         } = listen;
@@ -133,20 +128,6 @@ impl Page<'_> {
             "tcp",
             tcp.iter().map(ToString::to_string).collect::<Vec<_>>(),
         );
-        self.key(TABLE, "pods", *pods);
-        self.key(TABLE, "pods_dir", shown(pods_dir));
-        match pods_cgroup {
-            Some(path) => self.key(TABLE, "pods_cgroup", path.as_str()),
-            None => self.unset("pods_cgroup", "not set: one of the usual places"),
-        }
-        match pods {
-            true => self.key(
-                TABLE,
-                "handover",
-                handover.as_deref().map_or(String::new(), shown),
-            ),
-            false => self.unset("handover", "not used without `pods`"),
-        }
         self.key(
             TABLE,
             "admin",
@@ -172,11 +153,36 @@ impl Page<'_> {
         );
     }
 
+    fn pods(&mut self, pods: &PodsConfig) {
+        const TABLE: &str = "pods";
+        let PodsConfig {
+            enabled,
+            netns_dir,
+            cgroup_root,
+            handover_socket,
+        } = pods;
+        self.table("[pods]");
+        self.key(TABLE, "enabled", *enabled);
+        self.key(TABLE, "netns_dir", shown(netns_dir));
+        match cgroup_root {
+            Some(path) => self.key(TABLE, "cgroup_root", path.as_str()),
+            None => self.unset("cgroup_root", "default: found at the usual paths"),
+        }
+        match enabled {
+            true => self.key(
+                TABLE,
+                "handover_socket",
+                handover_socket.as_deref().map_or(String::new(), shown),
+            ),
+            false => self.unset("handover_socket", "not used unless `enabled`"),
+        }
+    }
+
     fn identity(&mut self, identity: &IdentityConfig) {
         const TABLE: &str = "identity";
         let IdentityConfig {
             source,
-            socket,
+            workload_api_socket,
             audience,
         } = identity;
         self.table("[identity]");
@@ -198,11 +204,11 @@ impl Page<'_> {
                     Reference::Auto => "auto",
                     Reference::Process => "process",
                 };
-                self.key(TABLE, "reference", reference);
+                self.key(TABLE, "workload_reference", reference);
                 match server {
-                    Some(server) => self.key(TABLE, "broker_server", server.as_str()),
+                    Some(server) => self.key(TABLE, "broker_server_id", server.as_str()),
                     None => self.unset(
-                        "broker_server",
+                        "broker_server_id",
                         "default: spiffe://<awsvid's trust domain>/spire/agent/**",
                     ),
                 }
@@ -210,8 +216,8 @@ impl Page<'_> {
         }
         self.key_or_variable(
             TABLE,
-            "socket",
-            socket.to_string(),
+            "workload_api_socket",
+            workload_api_socket.to_string(),
             "SPIFFE_ENDPOINT_SOCKET",
         );
         self.key(TABLE, "audience", audience.as_str());

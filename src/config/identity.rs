@@ -19,8 +19,8 @@ const UNIX_FIX: &str = "write unix:///path/of/the/socket";
 pub struct IdentityConfig {
     /// Which kind of source.
     pub source: Source,
-    /// Where the SPIFFE Workload API listens.
-    pub socket: Endpoint,
+    /// Address of the SPIFFE Workload API.
+    pub workload_api_socket: Endpoint,
     /// The audience of roles that have none of their own.
     pub audience: String,
 }
@@ -59,7 +59,9 @@ impl Default for IdentityConfig {
     fn default() -> Self {
         Self {
             source: Source::WorkloadApi,
-            socket: Endpoint::Unix(PathBuf::from("/run/spire/agent-sockets/spire-agent.sock")),
+            workload_api_socket: Endpoint::Unix(PathBuf::from(
+                "/run/spire/agent-sockets/spire-agent.sock",
+            )),
             audience: "sts.amazonaws.com".to_owned(),
         }
     }
@@ -69,8 +71,8 @@ impl Default for IdentityConfig {
 const KEYS: [(&str, &str); 4] = [
     ("admin_socket", "spire-delegated"),
     ("broker_socket", "spiffe-broker"),
-    ("broker_server", "spiffe-broker"),
-    ("reference", "spiffe-broker"),
+    ("broker_server_id", "spiffe-broker"),
+    ("workload_reference", "spiffe-broker"),
 ];
 
 /// Reads `[identity]`; `env` gives the sockets if the file doesn't. Also says whether the `[[workload]]` rules are to identify
@@ -100,7 +102,14 @@ pub(super) fn read(
     let by_rules = (!table.is_wrong("source")).then(|| name == "workload-api");
     let config = IdentityConfig {
         source: source(table, &name, env).unwrap_or(default.source),
-        socket: socket(table, "socket", SOCKET_VARIABLE, SOCKET_FIX, env).unwrap_or(default.socket),
+        workload_api_socket: socket(
+            table,
+            "workload_api_socket",
+            SOCKET_VARIABLE,
+            SOCKET_FIX,
+            env,
+        )
+        .unwrap_or(default.workload_api_socket),
         audience: table
             .parse(
                 "audience",
@@ -151,9 +160,11 @@ fn source(table: &Table<'_>, name: &str, env: &dyn Fn(&str) -> Option<String>) -
                 "write the agent's broker socket as unix:///path, or set SPIFFE_BROKER_SOCKET";
             let socket = needed("broker_socket", fix, BROKER_VARIABLE);
             let pattern = "write an ID as in \"spiffe://example.org/spire/agent/**\"";
-            let server = table.parse("broker_server", pattern, SpiffeIdPattern::parse);
+            let server = table.parse("broker_server_id", pattern, SpiffeIdPattern::parse);
             let words = [("auto", Reference::Auto), ("process", Reference::Process)];
-            let reference = table.word("reference", &words).unwrap_or(Reference::Auto);
+            let reference = table
+                .word("workload_reference", &words)
+                .unwrap_or(Reference::Auto);
             Some(Source::SpiffeBroker {
                 socket: socket?,
                 server,

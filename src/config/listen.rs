@@ -3,18 +3,14 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
+use super::pods::PodsConfig;
 use super::reader::{Location, Table, absolute};
-use crate::cgroup::CgroupPath;
 
 /// `sun_path` has 108 bytes, the last of which is NUL.
 const UNIX_PATH_MAX: usize = 107;
 const MAX_CONNECTIONS: usize = 1_000_000;
-const CGROUP_FIX: &str = "write the cgroup that holds those of all pods, as in \"/kubepods.slice\"";
 /// Ports below this one need a privilege, so that no other user can take them (attack 9).
 const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
-
-/// Where every daemon of the node finds it. Not beside the other sockets, whose directory is mounted in containers (attack 10).
-const HANDOVER: &str = "/run/awsvid-handover/awsvid.sock";
 
 /// `[listen]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,13 +19,6 @@ pub struct Listen {
     pub unix: Option<PathBuf>,
     /// Loopback addresses. Port 0 lets the kernel pick one.
     pub tcp: Vec<SocketAddr>,
-    /// Whether to listen inside pods' network namespaces.
-    pub pods: bool,
-    /// Where container runtimes mount those.
-    pub pods_dir: PathBuf,
-    /// The unix socket over which pods' listeners pass to the next daemon; `None` if there are none, or (an empty string) if
-    /// they are not to.
-    pub handover: Option<PathBuf>,
     /// Health and metrics; may be an address of the node. `None` (an empty string) switches it off.
     pub admin: Option<SocketAddr>,
     /// The unix socket of `/status`; `None` (an empty string) switches it off.
@@ -38,8 +27,6 @@ pub struct Listen {
     pub authorization: AuthorizationMode,
     /// Where the token is written that callers may (or with [`AuthorizationMode::Token`] must) send.
     pub token_file: PathBuf,
-    /// The kubelet's cgroup root, below which its pods are; `None`: one of the usual places.
-    pub pods_cgroup: Option<CgroupPath>,
     /// Connections at one time, of all callers.
     pub max_connections: usize,
     /// Connections at one time, of one workload.
@@ -65,14 +52,10 @@ impl Default for Listen {
                 (Ipv4Addr::LOCALHOST, 974).into(),
                 (Ipv6Addr::LOCALHOST, 974).into(),
             ],
-            pods: false,
-            pods_dir: PathBuf::from("/run/netns"),
-            handover: None,
             admin: Some((Ipv4Addr::LOCALHOST, 975).into()),
             status: Some(PathBuf::from("/run/awsvid/status.sock")),
             authorization: AuthorizationMode::Present,
             token_file: PathBuf::from("/run/awsvid/token"),
-            pods_cgroup: None,
             max_connections: 4096,
             max_connections_per_workload: 512,
         }
@@ -85,28 +68,20 @@ impl Listen {
         let Self {
             unix,
             tcp,
-            pods,
-            pods_dir,
-            handover,
             admin,
             status,
             authorization,
             token_file,
-            pods_cgroup,
             max_connections,
             max_connections_per_workload,
         } = self;
         let changed = [
             ("unix", *unix != other.unix),
             ("tcp", *tcp != other.tcp),
-            ("pods", *pods != other.pods),
-            ("pods_dir", *pods_dir != other.pods_dir),
-            ("handover", *handover != other.handover),
             ("admin", *admin != other.admin),
             ("status", *status != other.status),
             ("authorization", *authorization != other.authorization),
             ("token_file", *token_file != other.token_file),
-            ("pods_cgroup", *pods_cgroup != other.pods_cgroup),
             ("max_connections", *max_connections != other.max_connections),
             (
                 "max_connections_per_workload",
@@ -121,12 +96,10 @@ impl Listen {
     }
 }
 
-/// Reads `[listen]`.
-pub(super) fn read(table: &Table<'_>) -> Listen {
+/// Reads `[listen]`; `pods` is what `[pods]` has.
+pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> Listen {
     let default = Listen::default();
     table.reserved_key("node");
-    let pods = table.flag("pods").unwrap_or(default.pods);
-    let handover = Some(PathBuf::from(HANDOVER));
     let words = [
         ("present", AuthorizationMode::Present),
         ("token", AuthorizationMode::Token),
@@ -135,15 +108,6 @@ pub(super) fn read(table: &Table<'_>) -> Listen {
     let listen = Listen {
         unix: socket(table, "unix", default.unix),
         tcp: tcp(table).unwrap_or(default.tcp),
-        pods,
-        pods_dir: table
-            .parse(
-                "pods_dir",
-                "write the whole path of a directory, from the first `/`",
-                |text| absolute(text.trim_end_matches('/')),
-            )
-            .unwrap_or(default.pods_dir),
-        handover: socket(table, "handover", handover).filter(|_| pods),
         admin: table
             .parse(
                 "admin",
@@ -162,7 +126,6 @@ pub(super) fn read(table: &Table<'_>) -> Listen {
             .word("authorization", &words)
             .unwrap_or(default.authorization),
         token_file: table.path("token_file").unwrap_or(default.token_file),
-        pods_cgroup: table.parse("pods_cgroup", CGROUP_FIX, cgroup),
         max_connections: table
             .number("max_connections", 1..=MAX_CONNECTIONS)
             .unwrap_or(default.max_connections),
@@ -170,11 +133,16 @@ pub(super) fn read(table: &Table<'_>) -> Listen {
             .number("max_connections_per_workload", 1..=MAX_CONNECTIONS)
             .unwrap_or(default.max_connections_per_workload),
     };
-    check(table, &listen);
+    check(table, &listen, pods.enabled);
     listen
 }
 
-fn socket(table: &Table<'_>, key: &'static str, default: Option<PathBuf>) -> Option<PathBuf> {
+/// Reads the path of a unix socket, which an empty string disables.
+pub(super) fn socket(
+    table: &Table<'_>,
+    key: &'static str,
+    default: Option<PathBuf>,
+) -> Option<PathBuf> {
     let parse = |text: &str| match text {
         "" => Ok(None),
         _ if text.len() > UNIX_PATH_MAX => Err("the path of a socket has at most 107 bytes"),
@@ -187,15 +155,6 @@ fn socket(table: &Table<'_>, key: &'static str, default: Option<PathBuf>) -> Opt
             parse,
         )
         .unwrap_or(default)
-}
-
-/// The path of a cgroup, as `/proc/<pid>/cgroup` shows it to the host.
-fn cgroup(text: &str) -> Result<CgroupPath, &'static str> {
-    if text.starts_with("/sys/") {
-        return Err("it is the path of a cgroup, not of its directory");
-    }
-    let path = CgroupPath::parse(text.trim_end_matches('/')).filter(|path| !path.is_root());
-    path.ok_or("it is no path of a cgroup below the root")
 }
 
 fn tcp(table: &Table<'_>) -> Option<Vec<SocketAddr>> {
@@ -228,12 +187,12 @@ fn tcp(table: &Table<'_>) -> Option<Vec<SocketAddr>> {
     Some(addresses)
 }
 
-fn check(table: &Table<'_>, listen: &Listen) {
-    if listen.unix.is_none() && listen.tcp.is_empty() && !listen.pods {
+fn check(table: &Table<'_>, listen: &Listen, pods: bool) {
+    if listen.unix.is_none() && listen.tcp.is_empty() && !pods {
         table.error(
             "tcp",
             "neither a unix socket nor a TCP address is left to ask",
-            "set `unix`, `tcp` or `pods`",
+            "set `unix`, `tcp` or `enabled` in [pods]",
         );
     }
     if let Some(admin) = listen.admin.filter(|_| !table.is_wrong("admin"))
@@ -259,7 +218,7 @@ fn check(table: &Table<'_>, listen: &Listen) {
             .report
             .error(&at, what, "lower `max_connections_per_workload`");
     }
-    if listen.authorization == AuthorizationMode::Off && (!listen.tcp.is_empty() || listen.pods) {
+    if listen.authorization == AuthorizationMode::Off && (!listen.tcp.is_empty() || pods) {
         let what = "whoever makes a workload fetch a URL can read its credentials";
         table.warn("authorization", what, "use \"present\"");
     }

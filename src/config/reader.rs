@@ -1,9 +1,8 @@
 //! Reads a TOML tree key by key, and goes on after an error: serde would stop at the first wrong type.
 //!
-//! A key that nobody asked for is unknown, so the code that reads the keys is also the list of those that exist.
+//! [`keys`] has the names that exist. A key that is read and not listed there would be reported as unknown.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
@@ -11,10 +10,8 @@ use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
+use super::keys;
 use super::problem::Problem;
-
-/// Names that differ by more edits than this are not the same name mistyped.
-const TYPO: usize = 2;
 
 /// A key or table, and its line if the file has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,10 +25,6 @@ pub(super) struct Diagnostics<'t> {
     text: &'t str,
     errors: RefCell<Vec<Problem>>,
     warnings: RefCell<Vec<Problem>>,
-    /// Each key that was asked for, after its table.
-    asked: RefCell<BTreeSet<(String, &'static str)>>,
-    /// The tables that there may be several of.
-    lists: RefCell<BTreeSet<String>>,
 }
 
 impl<'t> Diagnostics<'t> {
@@ -41,8 +34,6 @@ impl<'t> Diagnostics<'t> {
             text,
             errors,
             warnings,
-            asked: RefCell::default(),
-            lists: RefCell::default(),
         }
     }
 
@@ -104,26 +95,21 @@ impl<'t> Diagnostics<'t> {
         for (key, value) in entries {
             let name = key.get_ref().as_ref();
             let path = join(table, name);
-            if !self
-                .asked
-                .borrow()
-                .iter()
-                .any(|(of, asked)| of == table && *asked == name)
-            {
+            if !keys::is_known(table, name) {
                 let at = Location {
                     line: Some(self.line(key.span())),
                     key: path,
                 };
-                // With the version: the file may be a newer one's.
+                // With the version, because the file may be of a newer one.
                 self.error(
                     &at,
                     concat!("awsvid ", env!("CARGO_PKG_VERSION"), " has no such key"),
-                    self.suggestion(table, name),
+                    keys::suggestion(table, name),
                 );
                 continue;
             }
-            // What is no table of ours has been reported as a wrong type, and its keys mean nothing.
-            if !self.asked.borrow().iter().any(|(of, _)| *of == path) {
+            // A table in place of another value has been reported as a wrong type.
+            if keys::table(&path).is_none() {
                 continue;
             }
             match value.get_ref() {
@@ -136,42 +122,6 @@ impl<'t> Diagnostics<'t> {
                 }
                 _ => {}
             }
-        }
-    }
-
-    /// What the writer of an unknown key probably wanted.
-    fn suggestion(&self, table: &str, name: &str) -> String {
-        let asked = self.asked.borrow();
-        let here: Vec<&str> = asked
-            .iter()
-            .filter(|(of, _)| of == table)
-            .map(|(_, key)| *key)
-            .collect();
-        let distance = |key: &&str| strsim::damerau_levenshtein(name, key);
-        if let Some(near) = here
-            .iter()
-            .copied()
-            .min_by_key(distance)
-            .filter(|key| distance(key) <= TYPO)
-        {
-            return format!("did you mean `{near}`?");
-        }
-        let elsewhere: Vec<_> = asked
-            .iter()
-            .filter(|(_, key)| *key == name)
-            .map(|(of, _)| self.header(of))
-            .collect();
-        if elsewhere.is_empty() {
-            return format!("remove it; known here: {}", here.join(", "));
-        }
-        format!("it belongs {}", elsewhere.join(" or "))
-    }
-
-    fn header(&self, table: &str) -> String {
-        match table {
-            "" => "at the top of the file, before the first [table]".to_owned(),
-            list if self.lists.borrow().contains(list) => format!("to [[{list}]]"),
-            single => format!("to [{single}]"),
         }
     }
 
@@ -256,10 +206,7 @@ impl<'r> Table<'r> {
     }
 
     pub(super) fn value(&self, key: &'static str) -> Option<&'r DeValue<'r>> {
-        self.report
-            .asked
-            .borrow_mut()
-            .insert((self.place.key.clone(), key));
+        debug_assert!(keys::is_known(&self.place.key, key), "{key} is not listed");
         self.entries
             .and_then(|entries| entries.get(key))
             .map(|value| value.get_ref())
@@ -450,10 +397,6 @@ impl<'r> Table<'r> {
 
     /// The tables `[[key]]`.
     pub(super) fn tables(&self, key: &'static str) -> Vec<Table<'r>> {
-        self.report
-            .lists
-            .borrow_mut()
-            .insert(join(&self.place.key, key));
         let Some(value) = self.value(key) else {
             return Vec::new();
         };

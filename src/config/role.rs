@@ -1,4 +1,4 @@
-//! `[[role]]` and `allow_requested_roles`: which SPIFFE IDs may have which roles.
+//! `[[role]]` and `[requested_roles]`: which SPIFFE IDs may have which roles.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,14 +41,18 @@ pub(super) struct Defaults<'a> {
 }
 
 /// Reads all `[[role]]`; one with an error is left out.
-pub(super) fn read(root: &Table<'_>, defaults: &Defaults<'_>) -> Vec<ParsedRole> {
+pub(super) fn read(
+    root: &Table<'_>,
+    requested: &Table<'_>,
+    defaults: &Defaults<'_>,
+) -> Vec<ParsedRole> {
     let tables = root.tables("role");
     let roles = tables
         .iter()
         .filter_map(|table| role(table, defaults))
         .collect();
     let has_region = |table: &Table<'_>| table.contains("region") || table.contains("sts_endpoint");
-    let needs_region = !root.missing("allow_requested_roles") || !tables.iter().all(has_region);
+    let needs_region = !requested.missing("allow") || !tables.iter().all(has_region);
     if needs_region
         && !defaults.sts_table.contains("region")
         && !defaults.sts_table.contains("endpoint")
@@ -317,17 +321,17 @@ fn check(table: &Table<'_>, role: &Role) {
     }
 }
 
-/// Reads `allow_requested_roles`.
-pub(super) fn read_requested(root: &Table<'_>, defaults: &Defaults<'_>) -> Option<RequestedRoles> {
-    const KEY: &str = "allow_requested_roles";
-    let listed = root.strings(KEY)?;
+/// Reads `[requested_roles]`.
+pub(super) fn read_requested(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<RequestedRoles> {
+    const KEY: &str = "allow";
+    let listed = table.strings(KEY)?;
     let mut allowed = Vec::with_capacity(listed.len());
     for (at, text) in &listed {
         match requested_pattern(text) {
             Ok(pattern) => allowed.push(pattern),
             Err(error) => {
                 let fix = "write ARNs as in \"arn:aws:iam::123456789012:role/app-*\"";
-                root.report.error(at, format!("{text:?}: {error}"), fix);
+                table.report.error(at, format!("{text:?}: {error}"), fix);
             }
         }
         if text
@@ -335,7 +339,7 @@ pub(super) fn read_requested(root: &Table<'_>, defaults: &Defaults<'_>) -> Optio
             .nth(4)
             .is_some_and(|account| account.contains(['*', '?', '[']))
         {
-            root.report.warn(
+            table.report.warn(
                 at,
                 "a workload may have roles of anybody's account",
                 "write the account's 12 digits",
@@ -348,7 +352,7 @@ pub(super) fn read_requested(root: &Table<'_>, defaults: &Defaults<'_>) -> Optio
     let sts = target(None, None, defaults)?;
     if !aws::is_aws(sts.endpoint.as_deref()) {
         let what = "only AWS's trust policies bound what a workload may ask for, and [sts] endpoint is not AWS's";
-        root.error(KEY, what, "remove it, and define each role as [[role]]");
+        table.error(KEY, what, "remove it, and define each role as [[role]]");
     }
     Some(RequestedRoles {
         allowed,

@@ -26,24 +26,25 @@ role_arn = "arn:aws:iam::123456789012:role/billing"
 "#;
 
 /// Each key that there is, with another value than its default.
-const EVERY_KEY: &str = r#"allow_requested_roles = ["arn:aws:iam::123456789012:role/app-*"]
+const EVERY_KEY: &str = r#"requested_roles.allow = ["arn:aws:iam::123456789012:role/app-*"]
 [listen]
 unix = ""
 tcp = ["127.0.0.1:80"]
-pods = true
-pods_dir = "/var/run/netns/"
-handover = "/srv/handover"
 node = []
 admin = "10.0.0.7:9100"
 status = "/srv/status"
 authorization = "token"
 token_file = "/srv/token"
-pods_cgroup = "/kubelet/kubepods/"
 max_connections = 1_000
 max_connections_per_workload = 0x10
+[pods]
+enabled = true
+netns_dir = "/var/run/netns/"
+cgroup_root = "/kubelet/kubepods/"
+handover_socket = "/srv/handover"
 [identity]
 source = "workload-api"
-socket = "tcp://127.0.0.1:8081"
+workload_api_socket = "tcp://127.0.0.1:8081"
 audience = "aws"
 [sts]
 region = "eu-west-1"
@@ -114,21 +115,24 @@ fn what_is_not_said_has_the_documented_default() {
     let listen = Listen {
         unix: Some(PathBuf::from("/run/awsvid/awsvid.sock")),
         tcp: vec![address("127.0.0.1:974"), address("[::1]:974")],
-        pods: false,
-        pods_dir: PathBuf::from("/run/netns"),
-        handover: None,
         admin: Some(address("127.0.0.1:975")),
         status: Some(PathBuf::from("/run/awsvid/status.sock")),
         authorization: AuthorizationMode::Present,
         token_file: PathBuf::from("/run/awsvid/token"),
-        pods_cgroup: None,
         max_connections: 4096,
         max_connections_per_workload: 512,
     };
     assert_eq!(config.listen, listen);
+    let pods = PodsConfig {
+        enabled: false,
+        netns_dir: PathBuf::from("/run/netns"),
+        cgroup_root: None,
+        handover_socket: None,
+    };
+    assert_eq!(config.pods, pods);
     assert_eq!(config.identity.source, Source::WorkloadApi);
     assert_eq!(
-        config.identity.socket.to_string(),
+        config.identity.workload_api_socket.to_string(),
         "unix:///run/spire/agent-sockets/spire-agent.sock"
     );
     assert_eq!(config.identity.audience, "sts.amazonaws.com");
@@ -181,9 +185,6 @@ fn every_key_of_the_sections_is_read() {
     let Listen {
         unix,
         tcp,
-        pods,
-        pods_dir,
-        handover,
         admin,
         status,
         authorization,
@@ -201,15 +202,13 @@ fn every_key_of_the_sections_is_read() {
             Some("10.0.0.7:9100".parse().unwrap())
         )
     );
+    let pods = config.pods;
     assert_eq!(
-        (pods, pods_dir, handover),
+        (pods.enabled, pods.netns_dir, pods.handover_socket),
         (true, "/var/run/netns".into(), Some("/srv/handover".into()))
     );
     assert_eq!(authorization, AuthorizationMode::Token);
-    assert_eq!(
-        config.listen.pods_cgroup.unwrap().as_str(),
-        "/kubelet/kubepods"
-    );
+    assert_eq!(pods.cgroup_root.unwrap().as_str(), "/kubelet/kubepods");
     assert_eq!(
         (
             config.listen.max_connections,
@@ -218,7 +217,10 @@ fn every_key_of_the_sections_is_read() {
         (1000, 16)
     );
     assert_eq!(
-        (config.identity.socket.to_string(), config.identity.audience),
+        (
+            config.identity.workload_api_socket.to_string(),
+            config.identity.audience
+        ),
         ("tcp://127.0.0.1:8081".into(), "aws".into())
     );
     assert_eq!(config.sts.region.as_deref(), Some("eu-west-1"));
@@ -283,10 +285,10 @@ fn every_key_of_rules_and_roles_is_read() {
         (Some(user.clone()), None, Some(group.clone()))
     );
     assert_eq!(names(&second.rule), (None, Some(group.clone()), None));
-    assert_eq!((lines(first), lines(second)), (vec![37, 39], vec![46]));
+    assert_eq!((lines(first), lines(second)), (vec![38, 40], vec![47]));
     assert_eq!(
         config.accounts(),
-        [(user, vec![37]), (group, vec![39, 46])].into()
+        [(user, vec![38]), (group, vec![40, 47])].into()
     );
     let (first, second) = (&first.rule.rule, &second.rule.rule);
     assert_eq!(
@@ -380,18 +382,19 @@ fn the_environment_gives_the_socket_and_overrides_the_level() {
     let config = Config::parse(LEAST, &env).unwrap().config;
     assert_eq!(
         (
-            config.identity.socket.to_string().as_str(),
+            config.identity.workload_api_socket.to_string().as_str(),
             config.log.level.as_str()
         ),
         ("unix:///env.sock", "debug")
     );
 
-    let text =
-        format!("{LEAST}[identity]\nsocket = \"unix:///file.sock\"\n[log]\nlevel = \"warn\"\n");
+    let text = format!(
+        "{LEAST}[identity]\nworkload_api_socket = \"unix:///file.sock\"\n[log]\nlevel = \"warn\"\n"
+    );
     let config = Config::parse(&text, &env).unwrap().config;
     assert_eq!(
         (
-            config.identity.socket.to_string().as_str(),
+            config.identity.workload_api_socket.to_string().as_str(),
             config.log.level.as_str()
         ),
         ("unix:///file.sock", "debug")
@@ -400,8 +403,11 @@ fn the_environment_gives_the_socket_and_overrides_the_level() {
     let empty = |_: &str| Some(String::new());
     let config = Config::parse(LEAST, &empty).unwrap().config;
     assert_eq!(
-        (config.identity.socket, config.log.level.as_str()),
-        (IdentityConfig::default().socket, "info")
+        (
+            config.identity.workload_api_socket,
+            config.log.level.as_str()
+        ),
+        (IdentityConfig::default().workload_api_socket, "info")
     );
 
     let wrong = |_: &str| Some("/no/uri=".to_owned());
@@ -500,29 +506,29 @@ fn a_file_that_others_can_change_is_refused_or_warned_of() {
 
 #[test]
 fn listeners_in_pods_are_enough_and_pass_to_the_next_daemon() {
-    let listen = |keys: &str| {
+    let pods = |keys: &str| {
         loaded(&format!(
-            "{LEAST}[listen]\nunix = \"\"\ntcp = []\npods = true\n{keys}"
+            "{LEAST}[listen]\nunix = \"\"\ntcp = []\n[pods]\nenabled = true\n{keys}"
         ))
         .config
-        .listen
+        .pods
     };
-    let default = listen("");
+    let default = pods("");
     assert_eq!(
-        (default.pods_dir, default.handover),
+        (default.netns_dir, default.handover_socket),
         (
             "/run/netns".into(),
             Some("/run/awsvid-handover/awsvid.sock".into())
         )
     );
-    assert_eq!(listen("handover = \"\"").handover, None);
+    assert_eq!(pods("handover_socket = \"\"").handover_socket, None);
 }
 
 #[test]
 fn a_reload_is_told_which_keys_of_listen_differ() {
     let [default, other] = [LEAST, EVERY_KEY].map(|text| loaded(text).config.listen);
     assert!(default.changed(&default).is_empty());
-    let keys = "unix tcp pods pods_dir handover admin status authorization token_file pods_cgroup max_connections \
+    let keys = "unix tcp admin status authorization token_file max_connections \
                 max_connections_per_workload";
     assert_eq!(default.changed(&other).join(" "), keys);
     assert_eq!(
@@ -532,4 +538,8 @@ fn a_reload_is_told_which_keys_of_listen_differ() {
         }),
         ["admin"]
     );
+    let [default, other] = [LEAST, EVERY_KEY].map(|text| loaded(text).config.pods);
+    assert!(default.changed(&default).is_empty());
+    let keys = "enabled netns_dir cgroup_root handover_socket";
+    assert_eq!(default.changed(&other).join(" "), keys);
 }

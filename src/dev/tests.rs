@@ -48,7 +48,7 @@ async fn the_daemons_own_parts_work_with_its_configuration() {
         .unwrap();
 
     let source = crate::svid::WorkloadApi::new(
-        config.identity.socket.clone(),
+        config.identity.workload_api_socket.clone(),
         config
             .workloads
             .iter()

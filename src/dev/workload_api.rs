@@ -88,7 +88,7 @@ impl DevWorkloadApi {
         })
     }
 
-    /// The socket's address as `[identity] socket` takes it: `unix:///...`.
+    /// The socket's address as `[identity] workload_api_socket` takes it: `unix:///...`.
     pub fn address(&self) -> String {
         format!("unix://{}", self.socket.display())
     }

@@ -56,7 +56,7 @@ impl PodListeners {
                     error.kind(),
                     io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
                 ) {
-                    tracing::warn!(%error, "[listen] handover: what answers there is not taken for a daemon before this one");
+                    tracing::warn!(%error, "[pods] handover_socket: what answers there is not taken for a daemon before this one");
                 }
                 self.reconcile().await;
                 self.listen_for_successor();
@@ -74,7 +74,7 @@ impl PodListeners {
                 tracing::debug!(%error, "listeners cannot be handed over yet");
             }
             Err(error) => {
-                tracing::warn!(%error, "[listen] handover: at an update pods' listeners will be bound anew, not handed over");
+                tracing::warn!(%error, "[pods] handover_socket: at an update pods' listeners will be bound anew, not handed over");
             }
         }
     }
@@ -275,7 +275,7 @@ async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> Uni
             Ok(stream) => return stream,
             Err(error) => {
                 if let Some(missed) = successors.refusal() {
-                    tracing::warn!(%error, missed, "[listen] handover: whoever asked there for pods' listeners does not get them");
+                    tracing::warn!(%error, missed, "[pods] handover_socket: whoever asked there for pods' listeners does not get them");
                 }
                 // A lack of descriptors does not pass at once.
                 sleep(MOUNT_POLL).await;

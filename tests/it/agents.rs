@@ -179,7 +179,7 @@ async fn the_broker_api_attests_others() {
     );
     let text = misconfigured(&wrong).await;
     assert!(
-        text.contains(agent_id) && text.contains("`broker_server`"),
+        text.contains(agent_id) && text.contains("`broker_server_id`"),
         "{text}"
     );
 

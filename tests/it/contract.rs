@@ -17,7 +17,7 @@ use crate::harness::daemon::Daemon;
 /// A source that nobody listens at, and a rule for nobody who runs these tests.
 const CONFIGURATION: &str = r#"
 [identity]
-socket = "unix:///nonexistent/agent.sock"
+workload_api_socket = "unix:///nonexistent/agent.sock"
 [sts]
 region = "eu-central-1"
 [[workload]]

@@ -24,7 +24,7 @@ use crate::harness::upstream::Upstream;
 const PATIENCE: Duration = Duration::from_secs(60);
 const REST: &str = r#"
 [identity]
-socket = "unix:///nonexistent/agent.sock"
+workload_api_socket = "unix:///nonexistent/agent.sock"
 [sts]
 region = "eu-central-1"
 [[workload]]
@@ -96,7 +96,7 @@ fn what_another_start_would_not_change_is_78() {
     ] {
         // The file would give the socket.
         let text = if variable.starts_with("SPIFFE") {
-            good.replace("socket = \"unix", "# \"unix")
+            good.replace("workload_api_socket = \"unix", "# \"unix")
         } else {
             good.clone()
         };
@@ -118,7 +118,7 @@ fn what_another_start_would_not_change_is_78() {
         "{namespace:?}"
     );
     let pods = format!(
-        "tcp = []\npods = true\npods_dir = {:?}\nhandover = \"\"",
+        "tcp = []\n[pods]\nenabled = true\nnetns_dir = {:?}\nhandover_socket = \"\"",
         folder.path()
     );
     fs::write(&path, configuration(folder.path(), &pods, "")).unwrap();

@@ -17,7 +17,7 @@ const EX_CONFIG: Option<i32> = Some(78);
 /// For `uid` alone.
 fn configuration(uid: u32) -> String {
     format!(
-        "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
+        "[identity]\nworkload_api_socket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
          [[workload]]\nspiffe_id = \"spiffe://example.org/a\"\nuid = {uid}\n\
          [[role]]\nname = \"a\"\nspiffe_id = \"spiffe://example.org/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n"
     )

@@ -374,7 +374,7 @@ fn the_directory_may_come_later_and_be_another_one() {
     let Some(stage) = Stage::set(|node| fs::remove_dir(node.directory()).unwrap()) else {
         return;
     };
-    stage.daemon.await_line(&["pods_dir", "is not there"]);
+    stage.daemon.await_line(&["netns_dir", "is not there"]);
     fs::create_dir(stage.site.node.directory()).unwrap();
     stage.site.node.add("a");
     stage.await_namespaces(1);

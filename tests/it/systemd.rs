@@ -310,7 +310,7 @@ fn callers_are_told_apart_by_their_unit_with_spire_beside() {
     let configuration = format!(
         r#"
 [identity]
-socket = "unix:///tmp/spire-agent/public/api.sock"
+workload_api_socket = "unix:///tmp/spire-agent/public/api.sock"
 audience = "{}"
 [sts]
 endpoint = "http://{}"

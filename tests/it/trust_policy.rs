@@ -55,7 +55,7 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
     };
     let config = folder.path().join("awsvid.toml");
     let text = format!(
-        "[identity]\nsocket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n\
+        "[identity]\nworkload_api_socket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n\
          [[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n\
          [[role]]\nname = \"app\"\nspiffe_id = \"{READER}\"\nrole_arn = \"arn:aws:iam::123456789012:role/app\"\n",
         spire.agent_socket().display()
@@ -185,7 +185,7 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
         )
     });
     let head = format!(
-        "[identity]\nsocket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n[[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n",
+        "[identity]\nworkload_api_socket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n[[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n",
         spire.agent_socket().display()
     );
     fs::write(&config, head + &text.concat()).unwrap();
@@ -294,7 +294,7 @@ fn thumbprint_of_an_untrusted_chain_has_to_be_accepted() {
     let config = folder.path().join("awsvid.toml");
     let role = "[[role]]\nname = \"app\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/app\"\n";
     let text = format!(
-        "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
+        "[identity]\nworkload_api_socket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
          [[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n{}",
         role.replace("{id}", READER)
     );
@@ -374,7 +374,7 @@ fn cloudformation_takes_the_template() {
             "[[role]]\nname = \"{name}\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/team/{name}\"\n"
         )
     };
-    let text = "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n".to_owned()
+    let text = "[identity]\nworkload_api_socket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n".to_owned()
         + &format!("[[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n")
         + &role("app-1", READER)
         + &role("app_1", "spiffe://example.org/w/*")

@@ -182,7 +182,7 @@ fn readiness_waits_for_the_sts_of_requested_roles() {
         rest[..rest.find("\n\n").unwrap_or(rest.len())].to_owned()
     };
     let configuration = format!(
-        "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n{}\n[sts]\nregion = \"us-east-1\"\n{}",
+        "requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n{}\n[sts]\nregion = \"us-east-1\"\n{}",
         section("[identity]"),
         section("[[workload]]")
     );

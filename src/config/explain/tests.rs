@@ -30,26 +30,27 @@ role_arn = \"arn:aws:iam::123456789012:role/billing\"
 ";
 
 const LARGE: &str = "\
-allow_requested_roles = [\"arn:aws:iam::123456789012:role/app-*\"]
+requested_roles.allow = [\"arn:aws:iam::123456789012:role/app-*\"]
 [listen]
 unix = \"\"
 tcp = [\"127.0.0.1:80\"]
-pods = true
-pods_dir = \"/run/other\"
-pods_cgroup = \"/kubepods\"
-handover = \"\"
 admin = \"\"
 status = \"/run/other/status.sock\"
 authorization = \"token\"
 token_file = \"/run/other/token\"
 max_connections = 100
 max_connections_per_workload = 10
+[pods]
+enabled = true
+netns_dir = \"/run/other\"
+cgroup_root = \"/kubepods\"
+handover_socket = \"\"
 [identity]
 source = \"spiffe-broker\"
-reference = \"process\"
+workload_reference = \"process\"
 broker_socket = \"unix:///run/b.sock\"
-broker_server = \"spiffe://example.org/agent\"
-socket = \"unix:///run/a.sock\"
+broker_server_id = \"spiffe://example.org/agent\"
+workload_api_socket = \"unix:///run/a.sock\"
 audience = \"other\"
 [sts]
 region = \"eu-central-1\"
@@ -113,7 +114,7 @@ fn each_value_says_where_it_is_from() {
         ("unix = \"/run/awsvid/awsvid.sock\"", Some("default")),
         ("tcp = [\"127.0.0.1:974\", \"[::1]:974\"]", Some("default")),
         (
-            "socket = \"unix:///run/other.sock\"",
+            "workload_api_socket = \"unix:///run/other.sock\"",
             Some("from SPIFFE_ENDPOINT_SOCKET"),
         ),
         ("level = \"debug\"", Some("from AWSVID_LOG")),

@@ -40,7 +40,7 @@ fn each(rows: &[(&str, &str, Expected<'_>)]) {
 
 #[test]
 fn all_errors_are_reported_together_in_their_order() {
-    let text = r#"alow_requested_roles = []
+    let text = r#"requested_role.allow = []
 [listen]
 tcp = "127.0.0.1:974"
 admin = "localhost:975"
@@ -59,11 +59,7 @@ duration = "1"
     refused(
         text,
         &[
-            (
-                1,
-                "alow_requested_roles",
-                "did you mean `allow_requested_roles`?",
-            ),
+            (1, "requested_role", "did you mean `requested_roles`?"),
             (3, "listen.tcp", "this is a string, where a list is wanted"),
             (
                 4,
@@ -178,12 +174,21 @@ fn unknown_keys_lead_to_the_known() {
         (
             "",
             "[listen]\nsocket = \"unix:///x\"",
-            (11, "listen.socket", "it belongs to [identity]"),
+            (11, "listen.socket", "remove it; known here: unix, tcp"),
+        ),
+        (
+            "",
+            "[listen]\nworkload_api_socket = \"unix:///x\"",
+            (11, "listen.workload_api_socket", "it belongs to [identity]"),
         ),
         (
             "",
             "[listen]\nallow_requested_roles = []",
-            (11, "listen.allow_requested_roles", "at the top of the file"),
+            (
+                11,
+                "listen.allow_requested_roles",
+                "did you mean `allow` in [requested_roles]?",
+            ),
         ),
         (
             "",
@@ -446,46 +451,50 @@ fn listeners() {
         ),
         (
             "",
-            "[listen]\npods_dir = \"netns\"",
-            (11, "listen.pods_dir", "it is relative"),
+            "[pods]\nnetns_dir = \"netns\"",
+            (11, "pods.netns_dir", "it is relative"),
         ),
         (
             "",
-            "[listen]\npods_dir = \"/\"",
-            (11, "listen.pods_dir", "it is empty"),
+            "[pods]\nnetns_dir = \"/\"",
+            (11, "pods.netns_dir", "it is empty"),
         ),
         (
             "",
-            "[listen]\npods = \"yes\"",
-            (11, "listen.pods", "true or false"),
+            "[pods]\nenabled = \"yes\"",
+            (11, "pods.enabled", "true or false"),
         ),
         (
             "",
-            "[listen]\npods = true\nunix = \"/run/awsvid-handover/awsvid.sock\"",
-            (12, "listen.unix", "is also what `listen.handover` names"),
-        ),
-        (
-            "",
-            "[listen]\npods_cgroup = \"/\"",
+            "[pods]\nenabled = true\n[listen]\nunix = \"/run/awsvid-handover/awsvid.sock\"",
             (
-                11,
-                "listen.pods_cgroup",
-                "no path of a cgroup below the root",
+                13,
+                "listen.unix",
+                "is also what `pods.handover_socket` names",
             ),
         ),
         (
             "",
-            "[listen]\npods_cgroup = \"kubepods\"",
+            "[pods]\ncgroup_root = \"/\"",
             (
                 11,
-                "listen.pods_cgroup",
-                "no path of a cgroup below the root",
+                "pods.cgroup_root",
+                "not a path of a cgroup below the root",
             ),
         ),
         (
             "",
-            "[listen]\npods_cgroup = \"/sys/fs/cgroup/kubepods\"",
-            (11, "listen.pods_cgroup", "not of its directory"),
+            "[pods]\ncgroup_root = \"kubepods\"",
+            (
+                11,
+                "pods.cgroup_root",
+                "not a path of a cgroup below the root",
+            ),
+        ),
+        (
+            "",
+            "[pods]\ncgroup_root = \"/sys/fs/cgroup/kubepods\"",
+            (11, "pods.cgroup_root", "not of its directory"),
         ),
         (
             "",
@@ -508,8 +517,12 @@ fn listeners() {
         ),
         (
             "",
-            "[identity]\nsocket = \"unix:/run/awsvid/awsvid.sock\"",
-            (11, "identity.socket", "what `listen.unix` names"),
+            "[identity]\nworkload_api_socket = \"unix:/run/awsvid/awsvid.sock\"",
+            (
+                11,
+                "identity.workload_api_socket",
+                "what `listen.unix` names",
+            ),
         ),
         (
             "",
@@ -645,18 +658,26 @@ fn identity_source() {
     each(&[
         (
             "",
-            "[identity]\nsocket = \"/run/spire.sock\"",
-            (11, "identity.socket", "write unix:///run/spire.sock"),
+            "[identity]\nworkload_api_socket = \"/run/spire.sock\"",
+            (
+                11,
+                "identity.workload_api_socket",
+                "write unix:///run/spire.sock",
+            ),
         ),
         (
             "",
-            "[identity]\nsocket = \"\"",
-            (11, "identity.socket", "begins with unix:// or tcp://"),
+            "[identity]\nworkload_api_socket = \"\"",
+            (
+                11,
+                "identity.workload_api_socket",
+                "begins with unix:// or tcp://",
+            ),
         ),
         (
             "",
-            "[identity]\nsocket = \"tcp://agent:8081\"",
-            (11, "identity.socket", "no name"),
+            "[identity]\nworkload_api_socket = \"tcp://agent:8081\"",
+            (11, "identity.workload_api_socket", "no name"),
         ),
         (
             "",
@@ -1202,7 +1223,7 @@ fn roles() {
 
 #[test]
 fn requested_roles() {
-    let top = |list: &str| format!("allow_requested_roles = {list}\n{LEAST}");
+    let top = |list: &str| format!("requested_roles.allow = {list}\n{LEAST}");
     let table = [
         (r#"["app-*"]"#, "it is no role's ARN"),
         (r#"["*"]"#, "it is no role's ARN"),
@@ -1219,7 +1240,7 @@ fn requested_roles() {
         ),
     ];
     for (list, words) in table {
-        refused(&top(list), &[(1, "allow_requested_roles", words)]);
+        refused(&top(list), &[(1, "requested_roles.allow", words)]);
     }
     for list in [
         r#"["arn:aws:iam::123456789012:role/app-*"]"#,
@@ -1232,11 +1253,11 @@ fn requested_roles() {
         .replace("region = \"eu-central-1\"", "endpoint = \"https://minio\"");
     refused(
         &format!("{minio}audience = \"minio\"\n"),
-        &[(1, "allow_requested_roles", "[sts] endpoint is not AWS's")],
+        &[(1, "requested_roles.allow", "[sts] endpoint is not AWS's")],
     );
     // With requested roles alone, a region is needed as well.
     refused(
-        "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n[[workload]]\nspiffe_id = \"spiffe://a/b\"\nuid = 1\n",
+        "requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n[[workload]]\nspiffe_id = \"spiffe://a/b\"\nuid = 1\n",
         &[(0, "sts.region", "no AWS region is set")],
     );
 }
@@ -1297,7 +1318,7 @@ fn an_audience_belongs_to_one_endpoint() {
 
     // What a workload asks for goes to AWS with the audience of [identity].
     let requested = format!(
-        "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n{minio}[identity]\naudience = \"m\"\n"
+        "requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n{minio}[identity]\naudience = \"m\"\n"
     );
     refused(
         &requested,

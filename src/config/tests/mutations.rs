@@ -134,7 +134,7 @@ fn holds(config: &Config, text: &str) {
         "{text}"
     );
     assert!(
-        config.listen.unix.is_some() || !config.listen.tcp.is_empty() || config.listen.pods,
+        config.listen.unix.is_some() || !config.listen.tcp.is_empty() || config.pods.enabled,
         "{text}"
     );
     assert!(!config.workloads.is_empty(), "{text}");

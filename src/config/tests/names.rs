@@ -72,10 +72,10 @@ fn names_at_another_sts_are_its_affair() {
     );
     refused(
         &format!(
-            "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n{bucket}[identity]\naudience = \"other\"\n"
+            "requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n{bucket}[identity]\naudience = \"other\"\n"
         ),
         &[
-            (1, "allow_requested_roles", "[sts] endpoint is not AWS's"),
+            (1, "requested_roles.allow", "[sts] endpoint is not AWS's"),
             (7, "role.audience", "could use them at AWS"),
         ],
     );

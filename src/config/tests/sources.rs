@@ -59,7 +59,7 @@ fn sources_that_attest_need_no_workloads_and_have_their_own_socket() {
     );
 
     let all = format!(
-        "{ATTESTED}{BROKER}broker_server = \"spiffe://example.org/agent\"\nreference = \"process\"\naudience = \"minio\"\n"
+        "{ATTESTED}{BROKER}broker_server_id = \"spiffe://example.org/agent\"\nworkload_reference = \"process\"\naudience = \"minio\"\n"
     );
     let env = |name: &str| {
         (name == "SPIFFE_BROKER_SOCKET").then(|| "unix:///run/spire/broker.sock".to_owned())
@@ -103,8 +103,8 @@ fn what_a_source_lacks_or_does_not_have_is_an_error() {
     let admin = format!("{admin}\"unix:///run/spire/admin.sock\"\n");
     let others = [
         ("broker_socket", "unix:///b"),
-        ("broker_server", "x"),
-        ("reference", "process"),
+        ("broker_server_id", "x"),
+        ("workload_reference", "process"),
     ];
     for (key, value) in others {
         let text = format!("{admin}{key} = \"{value}\"\n");
@@ -123,21 +123,21 @@ fn what_a_source_lacks_or_does_not_have_is_an_error() {
         "\"spire-delegated\" has it",
     );
     refused(
-        &format!("{broker}broker_server = \"agent\"\n"),
+        &format!("{broker}broker_server_id = \"agent\"\n"),
         10,
-        "identity.broker_server",
+        "identity.broker_server_id",
         "begins with spiffe://",
     );
     refused(
-        &format!("{broker}reference = \"pod\"\n"),
+        &format!("{broker}workload_reference = \"pod\"\n"),
         10,
-        "identity.reference",
+        "identity.workload_reference",
         "write \"auto\" or \"process\"",
     );
     refused(
-        &format!("{admin}socket = \"unix:///run/spire/admin.sock\"\n"),
+        &format!("{admin}workload_api_socket = \"unix:///run/spire/admin.sock\"\n"),
         10,
-        "identity.socket",
+        "identity.workload_api_socket",
         "is also what",
     );
     let workload = "[[workload]]\nspiffe_id = \"spiffe://example.org/billing\"\nuid = 1001\n";

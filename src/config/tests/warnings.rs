@@ -33,8 +33,8 @@ fn of_one_key() {
         ),
         (
             "",
-            "[identity]\nsocket = \"tcp://10.0.0.1:8081\"",
-            (11, "identity.socket", "in clear text"),
+            "[identity]\nworkload_api_socket = \"tcp://10.0.0.1:8081\"",
+            (11, "identity.workload_api_socket", "in clear text"),
         ),
         (
             "uid = 1001",
@@ -63,7 +63,7 @@ fn of_one_key() {
     for quiet in [
         "duration = \"30m\"",
         "[listen]\nauthorization = \"off\"\ntcp = []",
-        "[identity]\nsocket = \"tcp://[::1]:1\"",
+        "[identity]\nworkload_api_socket = \"tcp://[::1]:1\"",
     ] {
         warned(&format!("{LEAST}{quiet}\n"), &[]);
     }
@@ -236,13 +236,13 @@ fn of_what_nothing_leads_to() {
     );
     // A workload may still ask for roles by their ARN.
     let requested =
-        format!("allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n{other}");
+        format!("requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n{other}");
     warned(&requested, &[(8, "role.name", "no workload on this node")]);
     let any = requested.replace("::123456789012:role/*", "::*:role/*");
     warned(
         &any,
         &[
-            (1, "allow_requested_roles", "anybody's account"),
+            (1, "requested_roles.allow", "anybody's account"),
             (8, "role.name", "no workload"),
         ],
     );

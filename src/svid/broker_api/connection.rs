@@ -147,7 +147,7 @@ impl BrokerConnector {
             {
                 SourceError::Misconfigured(format!(
                     "the server at {endpoint} is not the SPIFFE agent: {other}; if it is the right one, write its SPIFFE \
-                     ID as `broker_server` in [identity]"
+                     ID as `broker_server_id` in [identity]"
                 ))
             }
             // A trust domain that has just got new CAs looks the same until the agent has told of them.

@@ -290,7 +290,7 @@ async fn an_agent_that_is_away_comes_back() {
     until(&own, |now| now.trouble.is_some()).await;
     let error = own.latest().unwrap_err();
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("there is no socket") && text.contains("`socket`")),
+        matches!(&error, SourceError::Unavailable(text) if text.contains("there is no socket") && text.contains("`workload_api_socket`")),
         "{error:?}"
     );
     let mut agent = FakeAgent::at(&place.path);

@@ -84,7 +84,7 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
     words.extend(LEAST.map(str::to_owned));
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let configuration = format!(
-        "[identity]\nsource = \"spiffe-broker\"\nsocket = \"unix://{}\"\nbroker_socket = \"unix://{}\"\naudience = \"{AUDIENCE}\"\n{}",
+        "[identity]\nsource = \"spiffe-broker\"\nworkload_api_socket = \"unix://{}\"\nbroker_socket = \"unix://{}\"\naudience = \"{AUDIENCE}\"\n{}",
         spire.agent_socket().display(),
         spire.broker_socket().display(),
         sts.configuration()

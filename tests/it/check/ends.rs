@@ -45,7 +45,7 @@ fn what_could_not_be_looked_at_has_an_exit_status_of_its_own() {
     let (text, _) = text.split_once("[[role]]").unwrap();
     let text = text.replace(&format!("endpoint = \"{NOBODY}\"\n"), "");
     let text =
-        format!("allow_requested_roles = [\"arn:aws:iam::123456789012:role/app-*\"]\n{text}");
+        format!("requested_roles.allow = [\"arn:aws:iam::123456789012:role/app-*\"]\n{text}");
     let (output, report) = check(folder.path(), &text);
     assert_eq!(
         (output.status.code(), &report["result"]),
@@ -56,7 +56,7 @@ fn what_could_not_be_looked_at_has_an_exit_status_of_its_own() {
     let [unchecked] = &findings(&report, "unchecked")[..] else {
         panic!("{report:#}")
     };
-    assert!(unchecked.contains("allow_requested_roles"), "{report:#}");
+    assert!(unchecked.contains("requested_roles"), "{report:#}");
     // For people the same.
     let mut command = Command::new(PROGRAM);
     command

@@ -52,10 +52,10 @@ impl Node {
         &self.directory
     }
 
-    /// What `[listen]` says of it.
+    /// The table `[pods]` for it, which has to follow the keys of `[listen]`.
     pub(crate) fn listen(&self) -> String {
         format!(
-            "pods = true\npods_dir = {:?}\nhandover = \"\"\n",
+            "[pods]\nenabled = true\nnetns_dir = {:?}\nhandover_socket = \"\"\n",
             self.directory
         )
     }

@@ -100,7 +100,7 @@ fn config(listen: &str, identity: &str) -> Config {
     let rule = "[[workload]]\nspiffe_id = \"spiffe://t/a\"\nuid = 1\ngid = 1\n";
     let rules = if identity.is_empty() { rule } else { "" };
     let text = format!(
-        "[listen]\n{listen}\n[identity]\nsocket = \"unix:///a\"\n{identity}\n[sts]\nregion = \"eu-central-1\"\n{rules}\
+        "[listen]\n{listen}\n[identity]\nworkload_api_socket = \"unix:///a\"\n{identity}\n[sts]\nregion = \"eu-central-1\"\n{rules}\
          [[role]]\nname = \"a\"\nspiffe_id = \"spiffe://t/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n"
     );
     Config::parse(&text, &|_| None)
@@ -180,7 +180,7 @@ fn kernels_that_lack_something() {
         (without_tcp(TcpUnsupported::NoCgroupId), unix, None),
         (
             without_tcp(TcpUnsupported::NoCgroupId),
-            "pods = true",
+            "[pods]\nenabled = true",
             Some((Failed, "does not tell the cgroup", "Linux 5.8")),
         ),
         // TCP is no way out where it is not there.
@@ -310,13 +310,13 @@ fn namespaces_of_others() {
         "not the host's pid namespace",
         "hostPID: true",
     );
-    let pods = "pods = true\ntcp = []\nunix = \"\"";
+    let pods = "tcp = []\nunix = \"\"\n[pods]\nenabled = true";
     assert_eq!(
         pids.faults(&config(pods, BROKER)),
         [],
         "where all callers are pods no process is looked for"
     );
-    let process = format!("{BROKER}\nreference = \"process\"");
+    let process = format!("{BROKER}\nworkload_reference = \"process\"");
     pids.assert_fault(
         &config(pods, &process),
         Verdict::Note,
@@ -324,7 +324,7 @@ fn namespaces_of_others() {
         "hostPID: true",
     );
     pids.assert_fault(
-        &config("pods = true", BROKER),
+        &config("[pods]\nenabled = true", BROKER),
         Verdict::Note,
         "not the host's pid namespace",
         "hostPID: true",
@@ -343,7 +343,7 @@ fn privileges_by_what_the_configuration_needs() {
     };
     let (ptrace, search) = (Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH);
     let (bind, admin) = (Capability::CAP_NET_BIND_SERVICE, Capability::CAP_SYS_ADMIN);
-    let pods = "pods = true\ntcp = []\nunix = \"\"";
+    let pods = "tcp = []\nunix = \"\"\n[pods]\nenabled = true";
     let table: [(Config, &[Capability], &str); 7] = [
         (config("", ""), &[ptrace, search, bind], ""),
         (
@@ -359,7 +359,7 @@ fn privileges_by_what_the_configuration_needs() {
             "without CAP_SYS_PTRACE",
         ),
         (
-            config("pods = true", ""),
+            config("[pods]\nenabled = true", ""),
             &[ptrace, search, bind],
             "without CAP_SYS_ADMIN",
         ),
@@ -415,10 +415,10 @@ fn pods_with_a_kernel_of_their_own_are_seen_by_who_starts_them() {
             "it is of interest where pods are served"
         );
         match name {
-            None => assert_eq!(proc.faults(&config("pods = true", "")), []),
+            None => assert_eq!(proc.faults(&config("[pods]\nenabled = true", "")), []),
             Some(name) => {
                 proc.assert_fault(
-                    &config("pods = true", ""),
+                    &config("[pods]\nenabled = true", ""),
                     Verdict::Note,
                     name,
                     "another runtimeClassName",

@@ -67,7 +67,7 @@ async fn the_server_has_to_be_one_that_is_expected() {
     ] {
         let error = connecting(server, named(id)).await.unwrap_err();
         assert!(
-            matches!(&error, SourceError::Misconfigured(text) if text.contains(id) && text.contains("`broker_server`")),
+            matches!(&error, SourceError::Misconfigured(text) if text.contains(id) && text.contains("`broker_server_id`")),
             "{server:?} {id}: {error:?}"
         );
     }
