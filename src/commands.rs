@@ -9,6 +9,7 @@ pub mod credential_process;
 pub mod exec;
 mod live;
 mod node;
+mod output;
 pub mod probe;
 mod server;
 pub mod status;

@@ -17,6 +17,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::node;
+use super::output::OutputFormat;
 use super::web::{HttpProbe, Resolve};
 use crate::accounts::Nss;
 use crate::cgroup::PodUid;
@@ -55,9 +56,9 @@ pub struct CheckArgs {
         default_value = "/etc/awsvid/awsvid.toml"
     )]
     config: PathBuf,
-    /// One JSON document in place of lines.
-    #[arg(long)]
-    json: bool,
+    /// Form of the report: lines, or one JSON document.
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: OutputFormat,
     /// Looks at the environment of this process as a workload's, and at nothing else: run it as the workload.
     #[arg(long)]
     workload: bool,
@@ -92,7 +93,7 @@ impl CheckArgs {
 
 /// Walks; the exit status is 0 if all is well, 1 if a step failed, 2 if none did but some could not be looked at.
 pub fn run(options: &CheckArgs) -> ExitCode {
-    let mut report = CheckReport::new(options.json);
+    let mut report = CheckReport::new(options.output == OutputFormat::Json);
     match tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -194,7 +195,7 @@ fn configuration(options: &CheckArgs, report: &mut CheckReport) -> Option<Config
                 STEP,
                 errors.to_string(),
                 format!(
-                    "correct {0}; awsvid config --check {0} says the same",
+                    "correct {0}; awsvid config validate {0} reports the same",
                     options.config.display()
                 ),
             );

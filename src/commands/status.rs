@@ -12,6 +12,7 @@ use clap::Args;
 use nix::unistd::geteuid;
 use serde_json::Value;
 
+use super::output::OutputFormat;
 use super::style::Style;
 use super::{ConfigFile, server};
 
@@ -34,9 +35,9 @@ pub struct StatusCommand {
     /// awsvid's status socket, instead of what the configuration says.
     #[arg(long, value_name = "FILE")]
     socket: Option<PathBuf>,
-    /// JSON, on a terminal too.
-    #[arg(long)]
-    json: bool,
+    /// Form of the output [default: table on a terminal, else json].
+    #[arg(short, long, value_enum)]
+    output: Option<OutputFormat>,
     /// Shows it again every two seconds, or as often as is said, until it is interrupted. As JSON it is one line each time.
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", value_parser = clap::value_parser!(u64).range(1..=3600))]
     watch: Option<u64>,
@@ -51,7 +52,10 @@ impl StatusCommand {
     pub fn run(&self) -> ExitCode {
         let terminal = io::stdout().is_terminal();
         let style = Style::new(terminal, |name| std::env::var(name).ok());
-        let json = self.json || !terminal;
+        let json = match self.output {
+            Some(output) => output == OutputFormat::Json,
+            None => !terminal,
+        };
         loop {
             let shown = self
                 .ask()

@@ -1,4 +1,4 @@
-//! A configuration in full, as `awsvid config --explain` shows it: a file that says the same, with each value's origin.
+//! A configuration in full, as `awsvid config show` shows it: a file that says the same, with each value's origin.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -24,7 +24,7 @@ struct Page<'a> {
 
 impl Config {
     /// This configuration, which `text` was read to with `env`: it can be read again, to the same.
-    pub fn explain(&self, text: &str, env: &dyn Fn(&str) -> Option<String>) -> String {
+    pub fn show(&self, text: &str, env: &dyn Fn(&str) -> Option<String>) -> String {
         let mut page = Page {
             text: String::new(),
             file: text.parse().unwrap_or_default(),

@@ -59,7 +59,7 @@ fn check_with(
     command
         .env_clear()
         .env("PATH", "/usr/bin:/bin")
-        .args(["check", "--json", "--config"])
+        .args(["check", "--output", "json", "--config"])
         .arg(path)
         .args(arguments);
     let output = run(command, b"", PATIENCE);

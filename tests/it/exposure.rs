@@ -160,7 +160,7 @@ fn ca_file_of_another_user_ends_the_start_and_the_reload() {
         let mut check = Command::new(PROGRAM);
         check
             .env_clear()
-            .args(["config", "--check"])
+            .args(["config", "validate"])
             .arg(folder.path().join("awsvid.toml"));
         let checked = run(check, b"", Duration::from_secs(20));
         assert_eq!(checked.status.code(), EX_CONFIG, "{checked:?}");

@@ -162,7 +162,10 @@ fn on_a_terminal_it_is_a_table() {
         shown.contains("EXPIRES") && !shown.contains('\x1b'),
         "{shown:?}"
     );
-    assert!(on_a_terminal(command(folder.path(), &["--json"])).contains("\"credentials\""));
+    let json = on_a_terminal(command(folder.path(), &["--output", "json"]));
+    assert!(json.contains("\"credentials\""), "{json}");
+    let table = run(command(folder.path(), &["-o", "table"]), b"", PATIENCE);
+    assert!(table.success("-o table").contains("EXPIRES"));
 
     // Again and again in the same place; without colours too, since the screen is no colour.
     for variables in [&[("TERM", "xterm")][..], &[("NO_COLOR", "1")]] {

@@ -224,7 +224,7 @@ fn executions_that_are_not_counted_are_reported() {
         );
         let config = folder.path().join("awsvid.toml");
         let config = config.to_str().unwrap();
-        let checked = awsvid(&[], &["check", "--json", "--config", config]);
+        let checked = awsvid(&[], &["check", "--output", "json", "--config", config]);
         let report: Value = serde_json::from_str(&checked.stdout)
             .unwrap_or_else(|error| panic!("{error}: {checked:?}"));
         let findings = report["findings"].as_array().unwrap();

@@ -87,7 +87,7 @@ audience = \"minio\"
 fn what_it_prints_is_read_again_to_the_same() {
     for text in [SMALL, LARGE] {
         let config = parsed(text, &|_| None);
-        let explained = config.explain(text, &|_| None);
+        let explained = config.show(text, &|_| None);
         let again = parsed(&explained, &|_| None);
         let [again, config] = [again, config].map(without_lines);
         assert_eq!(format!("{again:?}"), format!("{config:?}"), "{explained}");
@@ -101,7 +101,7 @@ fn each_value_says_where_it_is_from() {
         "SPIFFE_ENDPOINT_SOCKET" => Some("unix:///run/other.sock".to_owned()),
         _ => None,
     };
-    let explained = parsed(SMALL, &env).explain(SMALL, &env);
+    let explained = parsed(SMALL, &env).show(SMALL, &env);
     let origin = |line: &str| {
         let found = explained
             .lines()

@@ -140,7 +140,7 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
     let check = |arguments: &[&str], status: i32| {
         let mut command = behind(&words, std::path::Path::new(PROGRAM));
         command
-            .args(["check", "--json", "--config"])
+            .args(["check", "--output", "json", "--config"])
             .arg(folder.path().join("awsvid.toml"))
             .args(arguments);
         let output = run(command, b"", PATIENCE);
