@@ -1,4 +1,4 @@
-//! The `awsvid` command.
+//! The entry point of `awsvid`.
 
 use std::fs;
 use std::io::{self, Write};
@@ -16,13 +16,14 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-/// Gives each workload on this machine its own AWS credentials, by its SPIFFE identity.
+/// Gives each workload on this machine its own AWS credentials, by its SPIFFE ID
 ///
-/// awsvid is one daemon per node. AWS SDKs and the AWS CLI ask it over the container credential endpoint, which they all
-/// know; it learns from the kernel who is asking, gets that workload's JWT-SVID from SPIRE (or another SPIFFE provider), and
+/// awsvid is one daemon per node. AWS SDKs and the AWS CLI fetch credentials from it over the
+/// container credential endpoint, which all of them support. awsvid learns from the kernel which
+/// workload is calling, fetches that workload's JWT-SVID from SPIRE or another SPIFFE provider, and
 /// exchanges it at AWS STS.
 ///
-/// New here: `awsvid dev` tries all of it on this machine, with no AWS account and no SPIRE.
+/// To start: `awsvid dev` runs all of it on this machine, without an AWS account and without SPIRE.
 #[derive(Parser)]
 #[command(version, long_version = long_version(), after_help = AFTER)]
 struct Arguments {
@@ -31,26 +32,29 @@ struct Arguments {
 }
 
 const AFTER: &str = "\
-For whom:
-  to try it           dev
-  on a node           serve, config, status, probe, check
-  for its account     trust-policy
-  in a workload       exec, credential-process
+Where to use them:
+  on any machine, to try awsvid    dev
+  on a node                        serve, config, status, probe, check
+  for an AWS account               trust-policy
+  in a workload                    exec, credential-process
 
-The daemon's configuration is /etc/awsvid/awsvid.toml; AWSVID_CONFIG or --config names another.
-Colours are for terminals only, and not where NO_COLOR is set.";
+The daemon reads /etc/awsvid/awsvid.toml, or the file of AWSVID_CONFIG or --config.
+Output is coloured only on a terminal, and never if NO_COLOR is set.";
 
 #[derive(Subcommand)]
 enum Command {
-    /// Runs the daemon.
+    /// Runs the daemon
     ///
-    /// It runs until SIGTERM or SIGINT and then ends without cutting a request off; SIGHUP reads the configuration again. It
-    /// needs root, or the capabilities of deploy/systemd/awsvid.service.
+    /// The daemon runs until SIGTERM or SIGINT, and then finishes open requests. SIGHUP reloads the
+    /// configuration. It needs root, or the capabilities of deploy/systemd/awsvid.service.
     #[command(after_help = "\
-Exit status: 0 after a signal; 78 if the configuration has errors, each of which is on standard error with its line and what
-to do; 1 for anything else that keeps it from starting. Try a configuration first: awsvid config validate FILE")]
+Exit status: 0 after a signal, 78 if the configuration has errors, 1 if the
+daemon cannot start for another reason. Errors of the configuration are on
+standard error, each with its line and a fix.
+
+Validate a configuration before the start: awsvid config validate FILE")]
     Serve {
-        /// The configuration file.
+        /// Path of the configuration file
         #[arg(
             long,
             env = "AWSVID_CONFIG",
@@ -66,27 +70,28 @@ to do; 1 for anything else that keeps it from starting. Try a configuration firs
     TrustPolicy(trust_policy::TrustPolicyArgs),
     Exec(Exec),
     CredentialProcess(CredentialProcess),
-    /// Tries the whole path on this machine: no AWS account and no SPIRE needed.
+    /// Tries awsvid on this machine, without an AWS account and without SPIRE
     ///
-    /// Starts the daemon between a small SPIFFE provider and an STS of its own, all on loopback. They really sign and verify,
-    /// but no AWS account knows them.
+    /// Starts the daemon between a small SPIFFE provider and an STS of its own, all on loopback.
+    /// Both really sign and verify, but AWS does not know the credentials.
     #[command(after_help = "\
 Examples:
-  awsvid dev                                      prints the variables for another terminal
-  awsvid dev -- aws sts get-caller-identity       runs one command with them")]
+  awsvid dev                                  prints variables to copy elsewhere
+  awsvid dev -- aws sts get-caller-identity   runs one command with them")]
     Dev {
-        /// A command to run with the credentials endpoint in its environment; without one, `dev` prints the variables.
+        /// Command to run with the endpoint in its environment. Without one, `dev` prints the
+        /// variables
         #[arg(last = true, value_name = "CMD")]
         command: Vec<std::ffi::OsString>,
     },
-    /// Prints a script that completes awsvid's commands and options in a shell.
+    /// Prints a shell's completion script for awsvid
     #[command(after_help = "\
 Examples:
-  awsvid completions bash | sudo tee /usr/share/bash-completion/completions/awsvid >/dev/null
-  awsvid completions zsh | sudo tee /usr/share/zsh/site-functions/_awsvid >/dev/null
+  awsvid completions bash > ~/.local/share/bash-completion/completions/awsvid
+  awsvid completions zsh > ~/.zfunc/_awsvid
   awsvid completions fish > ~/.config/fish/completions/awsvid.fish")]
     Completions {
-        /// Which shell.
+        /// Shell to print the script for
         shell: Shell,
     },
     /// Prints a manual page: of awsvid, of one of its commands, or of its configuration file.
@@ -129,7 +134,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The facts of this build. The revision is proto/build.rs's.
+/// Returns the facts of this build. The revision is set by proto/build.rs.
 fn long_version() -> String {
     let libc = if cfg!(target_env = "musl") {
         "musl"
@@ -212,23 +217,18 @@ fn defined() -> clap::Command {
     command
 }
 
-/// Renders a page as roff. Its synopsis is not clap's, which leaves out the values of options.
+/// Renders a page as roff. clap's synopsis leaves out the values of options, so it is replaced.
 fn page(command: clap::Command) -> io::Result<Vec<u8>> {
+    const HEADER: &str = ".SH SYNOPSIS\n";
     let synopsis = synopsis(&command);
-    let has_subcommands = subcommands(&command).next().is_some();
-    let man = clap_mangen::Man::new(command).source(concat!("awsvid ", env!("CARGO_PKG_VERSION")));
     let mut page = Vec::new();
-    man.render_title(&mut page)?;
-    man.render_name_section(&mut page)?;
-    write!(page, ".SH SYNOPSIS\n{synopsis}\n")?;
-    man.render_description_section(&mut page)?;
-    man.render_options_section(&mut page)?;
-    if has_subcommands {
-        man.render_subcommands_section(&mut page)?;
-    }
-    man.render_extra_section(&mut page)?;
-    man.render_version_section(&mut page)?;
-    Ok(page)
+    clap_mangen::Man::new(command)
+        .source(concat!("awsvid ", env!("CARGO_PKG_VERSION")))
+        .render(&mut page)?;
+    let page = String::from_utf8(page).map_err(io::Error::other)?;
+    let (before, rest) = page.split_once(HEADER).unwrap_or((&page, ""));
+    let after = rest.find(".SH ").map_or("", |at| &rest[at..]);
+    Ok(format!("{before}{HEADER}{synopsis}\n{after}").into_bytes())
 }
 
 /// Returns the command's line with every option and the names or words of its value.
@@ -268,7 +268,7 @@ fn usage(arg: &clap::Arg) -> String {
     let mut text = match (arg.get_short(), arg.get_long()) {
         (Some(short), _) => format!("\\fB\\-{short}\\fR"),
         (None, Some(long)) => format!("\\fB\\-\\-{}\\fR", literal(long)),
-        (None, None) if arg.is_last_set() => format!("[\\-\\- {value}...]"),
+        (None, None) if arg.is_last_set() => format!("\\-\\- {value}..."),
         (None, None) => value.clone(),
     };
     if !arg.is_positional() && takes_value {
@@ -277,7 +277,7 @@ fn usage(arg: &clap::Arg) -> String {
             false => format!("{text} {value}"),
         };
     }
-    match arg.is_required_set() || (arg.is_positional() && arg.is_last_set()) {
+    match arg.is_required_set() {
         true => text,
         false => format!("[{text}]"),
     }

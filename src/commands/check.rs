@@ -42,11 +42,14 @@ const DEADLINE: Duration = Duration::from_secs(8);
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   sudo awsvid check
-  sudo awsvid check --pid $(systemctl show -p MainPID --value billing)      where SPIRE attests callers
-  sudo awsvid check --resolve oidc.example.org:443:203.0.113.7              the issuer as from outside
-  sudo -u billing awsvid check --workload                                   with that user's environment
+  sudo awsvid check --pid 4711       a workload's identity, if SPIRE attests it
+  sudo awsvid check --resolve oidc.example.org:443:203.0.113.7
+                                     the issuer, as seen from outside
+  sudo -u billing awsvid check --workload
+                                     the environment of that user
 
-Exit status: 0 if all is well; 1 if a step failed, each with what mends it; 2 if none did, but not all could be looked at.")]
+Exit status: 0 if all checks passed, 1 if a step failed, 2 if none failed but
+some could not be checked. Each failure is printed with its fix.")]
 pub struct CheckArgs {
     /// The daemon's configuration file.
     #[arg(

@@ -33,12 +33,13 @@ const EX_CONFIG: u8 = 78;
 /// there is a warning on standard error, with an example.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
-  sudo awsvid trust-policy > iam.sh                       commands of the AWS CLI, to read and then to run
+  sudo awsvid trust-policy > iam.sh          commands to review and run
   sudo awsvid trust-policy --format terraform > awsvid.tf
-  awsvid trust-policy --issuer https://oidc.example.org --format cloudformation > awsvid.json
+  awsvid trust-policy --issuer https://oidc.example.org --format cloudformation
   sudo awsvid trust-policy --account aws-cn:123456789012 --existing-provider
 
-Exit status: 0; 78 if the configuration has errors; 1 if there is no issuer, no role at AWS, or roles of several accounts.")]
+Exit status: 0 on success, 78 if the configuration has errors, 1 if the issuer
+is unknown, no role is at AWS, or the roles are in several accounts.")]
 pub struct TrustPolicyArgs {
     /// The daemon's configuration file.
     #[arg(
