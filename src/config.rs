@@ -1,7 +1,8 @@
-//! The configuration: read once, all of its errors reported together, valid from then on.
+//! The configuration. It is read once, reports all of its errors together, and is valid afterwards.
 //!
-//! TOML, as the README describes it. Nothing else configures awsvid but three variables: `AWSVID_CONFIG` (the file),
-//! `AWSVID_LOG` (overrides `[log] level`) and `SPIFFE_ENDPOINT_SOCKET` (if `[identity] workload_api_socket` is not set).
+//! The format is TOML, as `deploy/docs/configuration.md` describes it. Four variables also count:
+//! `AWSVID_CONFIG` names the file, `AWSVID_LOG` overrides `[log] level`, and
+//! `SPIFFE_ENDPOINT_SOCKET` and `SPIFFE_BROKER_SOCKET` stand in for keys of `[identity]`.
 
 mod aws;
 mod checks;
@@ -45,38 +46,32 @@ use reader::{Diagnostics, Table};
 
 /// The trust domain of `awsvid dev`'s identities.
 pub const DEV_TRUST_DOMAIN: &str = "dev.local";
-/// The account of its role. AWS gives this number to nobody.
+/// The AWS account of `awsvid dev`'s role. AWS does not assign this number.
 pub const DEV_ACCOUNT: &str = "000000000000";
 
-/// Everything that the file says, with defaults for what it doesn't.
+/// The whole configuration, with defaults for all keys that the file leaves out.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the fields are the tables of the file")]
 pub struct Config {
-    /// `[listen]`.
     pub listen: Listen,
-    /// `[pods]`.
     pub pods: PodsConfig,
-    /// `[identity]`.
     pub identity: IdentityConfig,
-    /// `[sts]`.
     pub sts: StsConfig,
-    /// `[cache]`.
     pub cache: CacheConfig,
-    /// `[audit]`.
     pub audit: AuditConfig,
-    /// `[log]`.
     pub log: LogConfig,
-    /// `[[workload]]`, in their order.
+    /// The `[[workload]]` rules, in the order of the file.
     pub workloads: Vec<ParsedWorkload>,
-    /// `[[role]]` and `[requested_roles]`.
+    /// The tables `[[role]]` and `[requested_roles]`.
     pub roles: Roles,
 }
 
-/// `[cache]`.
+/// The table `[cache]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CacheConfig {
-    /// Entries at one time.
+    /// Maximum number of entries at the same time.
     pub max_entries: usize,
-    /// How long credentials are still served after STS has refused to renew them.
+    /// Time for which awsvid serves cached credentials after STS has rejected their refresh.
     pub revocation_grace: Duration,
 }
 
@@ -91,26 +86,27 @@ impl Default for CacheConfig {
 
 /// A configuration without errors.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the type of the field is documented")]
 pub struct Loaded {
-    /// What to do.
     pub config: Config,
-    /// What is allowed but not wise, by line.
+    /// Warnings, by line: settings that are allowed and risky.
     pub warnings: Vec<Problem>,
 }
 
-/// What becomes of a configuration that a user other than root, or than the process itself, could change (T38).
+/// The severity of a configuration that another user than root or the process's own could change
+/// (T38).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names of the variants are the severities")]
 pub enum Exposure {
-    /// It is an error.
     Refused,
-    /// It is a warning.
     Warned,
-    /// It is not checked.
+    /// The owner and mode are not checked.
     Ignored,
 }
 
 impl Exposure {
-    /// For root the verdict of `serve`. Another user may check a file before it is installed.
+    /// Returns the severity for a command. For root it is that of `serve`. Another user may
+    /// validate a file before its installation.
     pub fn of_command() -> Self {
         if nix::unistd::geteuid().is_root() {
             Self::Refused
@@ -121,9 +117,9 @@ impl Exposure {
 }
 
 impl Config {
-    /// Reads the file; `env` gives environment variables. Users and groups are not looked up.
+    /// Reads the file. `env` returns environment variables. Users and groups are not resolved.
     ///
-    /// A syntax error is reported alone. Everything else is reported together.
+    /// A syntax error is reported alone. All other errors are reported together.
     pub fn load(
         path: &Path,
         exposure: Exposure,
@@ -153,7 +149,7 @@ impl Config {
         }
     }
 
-    /// Reads a configuration from the content of a file, as [`Config::parse`] does from its text.
+    /// Parses the content of a file, as [`Config::parse`] does its text.
     pub fn parse_bytes(
         bytes: Vec<u8>,
         env: &dyn Fn(&str) -> Option<String>,
@@ -161,7 +157,7 @@ impl Config {
         Self::parse(&utf8(bytes).map_err(|problem| vec![problem])?, env)
     }
 
-    /// What is wrong where a file, or standard input, can't be read.
+    /// Returns the problem for a file, or standard input, that cannot be read.
     pub fn unreadable(error: &io::Error) -> Problem {
         Problem {
             line: None,
@@ -171,13 +167,14 @@ impl Config {
         }
     }
 
-    /// The rules that match no caller because of an earlier one, with the numbers that users and groups have on one node. What
-    /// shows without the numbers is an error of the text.
+    /// Returns warnings for rules that match no caller because of an earlier rule. `number` returns
+    /// the numbers of users and groups on this node. A rule that is shadowed without them is an
+    /// error already.
     pub fn shadowed(&self, number: impl Fn(&AccountName) -> Known) -> Vec<Problem> {
         checks::shadowed(&self.workloads, number)
     }
 
-    /// The users and groups that rules name, each with its lines.
+    /// Returns the users and groups that rules name, each with its lines.
     pub fn accounts(&self) -> BTreeMap<AccountName, Vec<usize>> {
         let mut lines: BTreeMap<AccountName, Vec<usize>> = BTreeMap::new();
         for (name, (_, line)) in self
@@ -190,9 +187,11 @@ impl Config {
         lines
     }
 
-    /// Of the file only what somebody needs who asks the daemon: `[listen]`, and the region if it is right. Whoever asks is no
-    /// operator, may know fewer users than the daemon and can't mend the rest; but of `[listen]` each error counts, since a
-    /// default in place of what was meant would be another daemon's address.
+    /// Reads the part of the file that a caller of the daemon needs: `[listen]`, and the region if
+    /// it is valid.
+    ///
+    /// A caller cannot correct the rest of the file, and may know fewer users than the daemon. Each
+    /// error in `[listen]` counts, because a default could be the address of another daemon.
     pub fn load_for_callers(path: &Path) -> Result<(Listen, Option<String>), ConfigErrors> {
         let failed = |problems| ConfigErrors {
             path: path.to_owned(),
@@ -212,13 +211,13 @@ impl Config {
         Ok((listen, region))
     }
 
-    /// Reads a configuration from its text; on failure gives at least one problem, in the order of their lines. Names that
-    /// only `awsvid dev` has are refused: its identities and its role are for trying things out.
+    /// Parses a configuration. An error has at least one problem, and they are in the order of
+    /// their lines. The names of `awsvid dev` are errors: its identities and role are for trials.
     pub fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, Vec<Problem>> {
         parse(text, env, NamePolicy::OfServe)
     }
 
-    /// Reads `awsvid dev`'s own configuration.
+    /// Parses the configuration of `awsvid dev`, with its own names.
     pub fn parse_for_dev(
         text: &str,
         env: &dyn Fn(&str) -> Option<String>,
@@ -227,7 +226,7 @@ impl Config {
     }
 }
 
-/// Whose names a configuration may have.
+/// The names that a configuration may have: those of `awsvid dev`, or all others.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum NamePolicy {
     OfServe,
@@ -248,7 +247,8 @@ fn parse(
     Ok(Loaded { config, warnings })
 }
 
-/// Reads all tables. What has an error is replaced by its default or left out, so that the rest can be checked.
+/// Reads all tables. A value with an error is replaced by its default or left out, so that the rest
+/// can be checked.
 fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolicy) -> Config {
     let [
         listen_table,
@@ -318,13 +318,12 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
     if by_rules == Some(true) && root.missing("workload") {
         root.error(
             "workload",
-            "nobody has an identity, so every request would be refused",
+            "no caller has an identity, so every request would be rejected",
             "add a [[workload]]",
         );
     }
     if let (Some(false), Some(first)) = (by_rules, workloads.first()) {
-        let what =
-            "the agent says itself which workload has which identity, so rules are never looked at";
+        let what = "the agent itself identifies callers, so the daemon never uses rules";
         root.report.error(
             &first.at(),
             what,
@@ -334,7 +333,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
     if root.missing("role") && requested_table.missing("allow") {
         root.error(
             "role",
-            "nobody has a role, so every request would be refused",
+            "no caller has a role, so every request would be rejected",
             "add a [[role]]",
         );
     }
@@ -406,7 +405,7 @@ fn syntax_error(text: &str, error: &toml::de::Error) -> Problem {
     }
 }
 
-/// The content of the file, and what was opened.
+/// Returns the content of the file, and the metadata of the file that was opened.
 fn read_file(path: &Path) -> Result<(Vec<u8>, Metadata), Problem> {
     let read = || {
         let mut file = File::open(path)?;

@@ -78,7 +78,7 @@ struct ShowArgs {
 }
 
 impl ConfigArgs {
-    /// Runs the subcommand.
+    /// Runs the subcommand, and returns the exit status.
     pub fn run(&self) -> ExitCode {
         let env = |name: &str| std::env::var(name).ok();
         let status = match &self.command {

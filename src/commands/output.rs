@@ -5,8 +5,8 @@ use clap::ValueEnum;
 /// The form of a command's output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum OutputFormat {
-    /// Lines for people.
+    /// A table, or lines of text
     Table,
-    /// JSON for programs.
+    /// One JSON document for programs
     Json,
 }

@@ -1,4 +1,4 @@
-//! A configuration in full, as `awsvid config show` shows it: a file that says the same, with each value's origin.
+//! The page of `awsvid config show`: the whole configuration as a file, with each value's origin.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::rule::{NamedRule, WorkloadRule};
 
 const DEFAULT: &str = "default";
 
-/// The page that is being written, and the file that it explains.
+/// The page under construction, and the file that it shows.
 struct Page<'a> {
     text: String,
     file: toml::Table,
@@ -23,14 +23,15 @@ struct Page<'a> {
 }
 
 impl Config {
-    /// This configuration, which `text` was read to with `env`: it can be read again, to the same.
+    /// Returns this configuration as a file, which parses to the same configuration. `text` and
+    /// `env` are what it was parsed from.
     pub fn show(&self, text: &str, env: &dyn Fn(&str) -> Option<String>) -> String {
         let mut page = Page {
             text: String::new(),
             file: text.parse().unwrap_or_default(),
             env,
         };
-        // All fields by name: a new one is not forgotten here.
+        // All fields by name, so that the compiler finds a new one.
         let Self {
             listen,
             pods,
@@ -57,7 +58,8 @@ impl Config {
         page.key("requested_roles", "allow", requested);
         workloads
             .iter()
-            .for_each(|workload| page.workload(&workload.rule));
+            .enumerate()
+            .for_each(|(i, workload)| page.workload(i, &workload.rule));
         roles
             .defined
             .iter()
@@ -77,7 +79,7 @@ impl Page<'_> {
         };
     }
 
-    /// What is not set, and what that means.
+    /// Writes a key that is not set, and its meaning.
     fn unset(&mut self, key: &str, meaning: &str) {
         let line = format!("# {key}");
         let _ = writeln!(self.text, "{line:<56} # {meaning}");
@@ -94,13 +96,13 @@ impl Page<'_> {
             .is_some()
     }
 
-    /// A key of one of the tables: as the file has it, or by default.
+    /// Writes a key of a table, marked if it is a default.
     fn key(&mut self, table: &str, key: &str, value: impl Into<Value>) {
         let origin = if self.has(table, key) { "" } else { DEFAULT };
         self.line(key, value, origin);
     }
 
-    /// The same where a variable stands in for the file.
+    /// Writes a key that an environment variable replaces where the file has none.
     fn key_or_variable(&mut self, table: &str, key: &str, value: impl Into<Value>, variable: &str) {
         let is_set = (self.env)(variable).is_some_and(|value| !value.is_empty());
         match is_set && !self.has(table, key) {
@@ -270,7 +272,7 @@ impl Page<'_> {
         self.key("audit", "required", *required);
         let LogConfig { level, format } = log;
         self.table("[log]");
-        // The variable counts before the file.
+        // The variable overrides the file.
         match (self.env)("AWSVID_LOG").filter(|level| !level.is_empty()) {
             Some(_) => self.line("level", level.as_str(), "from AWSVID_LOG"),
             None => self.key("log", "level", level.as_str()),
@@ -283,7 +285,7 @@ impl Page<'_> {
         self.key("log", "format", format);
     }
 
-    fn workload(&mut self, named: &NamedRule) {
+    fn workload(&mut self, index: usize, named: &NamedRule) {
         let NamedRule {
             rule,
             user,
@@ -327,6 +329,11 @@ impl Page<'_> {
         }
         if let Some(cgroup) = cgroup {
             self.line("cgroup", cgroup.as_str(), "");
+        }
+        // It permits a rule, and is not part of it.
+        let entry = self.entry("workload", index);
+        if let Some(allow) = entry.get("allow_exe_only").and_then(Value::as_bool) {
+            self.line("allow_exe_only", allow, "");
         }
     }
 
@@ -395,7 +402,7 @@ impl Page<'_> {
         );
     }
 
-    /// One of the tables of this name, as the file has it.
+    /// Returns one of the tables of this name from the file.
     fn entry(&self, name: &str, index: usize) -> toml::Table {
         let entry = self
             .file

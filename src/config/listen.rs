@@ -1,4 +1,4 @@
-//! `[listen]`: where awsvid is asked.
+//! `[listen]`: the addresses at which workloads and operators reach the daemon.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -9,38 +9,40 @@ use super::reader::{Location, Table, absolute};
 /// `sun_path` has 108 bytes, the last of which is NUL.
 const UNIX_PATH_MAX: usize = 107;
 const MAX_CONNECTIONS: usize = 1_000_000;
-/// Ports below this one need a privilege, so that no other user can take them (attack 9).
+/// Ports below this one need a privilege, so that no other user can take them (T9).
 const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
-/// `[listen]`.
+/// The table `[listen]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listen {
-    /// The unix socket; `None` (in the file: an empty string) switches it off.
+    /// Unix socket for workloads. `None`, an empty string in the file, disables it.
     pub unix: Option<PathBuf>,
-    /// Loopback addresses. Port 0 lets the kernel pick one.
+    /// Loopback addresses for workloads. With port 0 the kernel chooses the port.
     pub tcp: Vec<SocketAddr>,
-    /// Health and metrics; may be an address of the node. `None` (an empty string) switches it off.
+    /// Address for health and metrics, which may be one of the node. `None`, an empty string in the
+    /// file, disables it.
     pub admin: Option<SocketAddr>,
-    /// The unix socket of `/status`; `None` (an empty string) switches it off.
+    /// Unix socket of `/status`. `None`, an empty string in the file, disables it.
     pub status: Option<PathBuf>,
-    /// What TCP callers have to send.
+    /// Rule for the `Authorization` header of callers over TCP.
     pub authorization: AuthorizationMode,
-    /// Where the token is written that callers may (or with [`AuthorizationMode::Token`] must) send.
+    /// File of the token that callers may send, or must with [`AuthorizationMode::Token`].
     pub token_file: PathBuf,
-    /// Connections at one time, of all callers.
+    /// Maximum number of open connections of all callers.
     pub max_connections: usize,
-    /// Connections at one time, of one workload.
+    /// Maximum number of open connections of one workload.
     pub max_connections_per_workload: usize,
 }
 
-/// What a caller over TCP has to send in the `Authorization` header, as proof that it can set one (attack 4).
+/// The `Authorization` header that a caller over TCP must send. It proves that the caller can set
+/// headers (T4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the variants are the words of the file")]
 pub enum AuthorizationMode {
-    /// Any value.
+    /// A header with any value.
     Present,
-    /// The content of the token file.
+    /// A header with the content of the token file.
     Token,
-    /// Nothing.
     Off,
 }
 
@@ -63,7 +65,7 @@ impl Default for Listen {
 }
 
 impl Listen {
-    /// The keys in which `other` differs.
+    /// Returns the keys in which `other` differs.
     pub fn changed(&self, other: &Self) -> Vec<&'static str> {
         let Self {
             unix,
@@ -96,7 +98,7 @@ impl Listen {
     }
 }
 
-/// Reads `[listen]`; `pods` is what `[pods]` has.
+/// Reads `[listen]`. Pods are callers over TCP, too.
 pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> Listen {
     let default = Listen::default();
     table.reserved_key("node");
@@ -163,17 +165,21 @@ fn tcp(table: &Table<'_>) -> Option<Vec<SocketAddr>> {
     let mut addresses: Vec<SocketAddr> = Vec::new();
     for (at, text) in table.strings("tcp")? {
         let Ok(address) = text.parse::<SocketAddr>() else {
-            report.error(&at, format!("{text:?} is no IP address with a port"), FIX);
+            report.error(
+                &at,
+                format!("{text:?} is not an IP address with a port"),
+                FIX,
+            );
             continue;
         };
         if !address.ip().is_loopback() {
             let what = format!(
-                "{address} is not loopback, and only callers on this host can be told apart"
+                "{address} is not loopback, and awsvid can attest callers of this node only"
             );
             report.error(&at, what, FIX);
         }
         if addresses.iter().any(|other| overlap(*other, address)) {
-            report.error(&at, format!("{address} is there twice"), "remove one");
+            report.error(&at, format!("{address} occurs twice"), "remove one");
         }
         if address.port() >= FIRST_UNPRIVILEGED_PORT {
             let what = format!(
@@ -191,7 +197,7 @@ fn check(table: &Table<'_>, listen: &Listen, pods: bool) {
     if listen.unix.is_none() && listen.tcp.is_empty() && !pods {
         table.error(
             "tcp",
-            "neither a unix socket nor a TCP address is left to ask",
+            "neither a unix socket nor a TCP address is left for workloads",
             "set `unix`, `tcp` or `enabled` in [pods]",
         );
     }
@@ -207,7 +213,7 @@ fn check(table: &Table<'_>, listen: &Listen, pods: bool) {
     }
     let counts_are_wrong =
         table.is_wrong("max_connections") || table.is_wrong("max_connections_per_workload");
-    // With as many as all together, one workload could keep every other out (attack 20).
+    // With as many connections as all together, one workload could lock out all others (T20).
     if listen.max_connections_per_workload >= listen.max_connections && !counts_are_wrong {
         let at = location_of_either(table, "max_connections_per_workload", "max_connections");
         let what = format!(
@@ -219,21 +225,21 @@ fn check(table: &Table<'_>, listen: &Listen, pods: bool) {
             .error(&at, what, "lower `max_connections_per_workload`");
     }
     if listen.authorization == AuthorizationMode::Off && (!listen.tcp.is_empty() || pods) {
-        let what = "whoever makes a workload fetch a URL can read its credentials";
+        let what = "a program that makes a workload fetch a URL can read its credentials";
         table.warn("authorization", what, "use \"present\"");
     }
 }
 
-/// The place of the first key, or of the second if only that one is in the file.
+/// Returns the location of the first key, or of the second if only that one is in the file.
 fn location_of_either(table: &Table<'_>, first: &str, second: &str) -> Location {
-    table.place(if table.contains(first) || !table.contains(second) {
+    table.location(if table.contains(first) || !table.contains(second) {
         first
     } else {
         second
     })
 }
 
-/// Whether the kernel would refuse to bind both. Port 0 is another one each time.
+/// Returns whether the kernel would reject a bind of both. Port 0 is another one each time.
 fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
     let covers =
         |all: IpAddr, one: IpAddr| all.is_unspecified() && (all.is_ipv6() || one.is_ipv4());

@@ -12,7 +12,7 @@ const HANDOVER_SOCKET: &str = "/run/awsvid-handover/awsvid.sock";
 const DIR_FIX: &str = "write the whole path of a directory, from the first `/`";
 const CGROUP_FIX: &str = "write the cgroup that holds those of all pods, as in \"/kubepods.slice\"";
 
-/// The table `[pods]`.
+/// The table `[pods]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodsConfig {
     /// Whether the daemon listens in the network namespaces of pods.
@@ -60,7 +60,7 @@ impl PodsConfig {
     }
 }
 
-/// Reads `[pods]`.
+/// Reads the table `[pods]`.
 pub(super) fn read(table: &Table<'_>) -> PodsConfig {
     let default = PodsConfig::default();
     let enabled = table.flag("enabled").unwrap_or(default.enabled);

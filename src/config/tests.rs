@@ -10,10 +10,11 @@ mod names;
 mod sources;
 mod warnings;
 
-/// What an administrator starts from.
+/// The example that is installed first.
 const EXAMPLE: &str = include_str!("../../deploy/awsvid.toml");
 
-/// The least that is complete, for tests to add to: [sts] is lines 1 and 2, [[workload]] 3 to 5, [[role]] 6 to 9.
+/// The smallest complete configuration, for tests to add to: [sts] is lines 1 and 2, [[workload]] 3
+/// to 5, [[role]] 6 to 9.
 const LEAST: &str = r#"[sts]
 region = "eu-central-1"
 [[workload]]
@@ -25,7 +26,7 @@ spiffe_id = "spiffe://example.org/billing"
 role_arn = "arn:aws:iam::123456789012:role/billing"
 "#;
 
-/// Each key that there is, with another value than its default.
+/// Each key with another value than its default.
 const EVERY_KEY: &str = r#"requested_roles.allow = ["arn:aws:iam::123456789012:role/app-*"]
 [listen]
 unix = ""
@@ -108,7 +109,7 @@ fn with(line: &str, new: &str) -> String {
 }
 
 #[test]
-fn what_is_not_said_has_the_documented_default() {
+fn missing_key_has_the_documented_default() {
     let Loaded { config, warnings } = loaded(LEAST);
     assert_eq!(warnings, []);
     let address = |text: &str| text.parse::<SocketAddr>().unwrap();
@@ -180,7 +181,7 @@ fn what_is_not_said_has_the_documented_default() {
 }
 
 #[test]
-fn every_key_of_the_sections_is_read() {
+fn reader_reads_every_key_of_the_tables() {
     let config = loaded(EVERY_KEY).config;
     let Listen {
         unix,
@@ -257,7 +258,7 @@ fn every_key_of_the_sections_is_read() {
 }
 
 #[test]
-fn every_key_of_rules_and_roles_is_read() {
+fn reader_reads_every_key_of_rules_and_roles() {
     let config = loaded(EVERY_KEY).config;
     let [first, second] = &config.workloads[..] else {
         panic!("{:?}", config.workloads)
@@ -349,14 +350,14 @@ fn every_key_of_rules_and_roles_is_read() {
 }
 
 #[test]
-fn the_example_is_a_configuration_without_a_warning() {
+fn example_has_no_warning() {
     let Loaded { config, warnings } = loaded(EXAMPLE);
     assert_eq!(warnings, []);
     assert_eq!((config.workloads.len(), config.roles.defined.len()), (1, 1));
 }
 
 #[test]
-fn the_example_shows_all_defaults_as_they_are() {
+fn example_shows_the_defaults_of_the_code() {
     let is_default = |line: &&str| {
         line.starts_with('#') && line[1..].starts_with(|c: char| c.is_ascii_lowercase())
     };
@@ -367,13 +368,12 @@ fn the_example_shows_all_defaults_as_they_are() {
         .collect();
     let [plain, written] = [loaded(EXAMPLE), loaded(&written.join("\n"))];
     assert_eq!(format!("{plain:?}"), format!("{written:?}"));
-    // One for each field of the sections (without the one of [listen] and the three of [sts] that have no default), and three
-    // of the rest.
+    // One for each key with a default that a file for workload-api may have, and three of the rest.
     assert_eq!(shown, 11 + 3 + 2 + 2 + 2 + 2 + 3);
 }
 
 #[test]
-fn the_environment_gives_the_socket_and_overrides_the_level() {
+fn environment_replaces_the_socket_and_overrides_the_level() {
     let env = |name: &str| match name {
         "SPIFFE_ENDPOINT_SOCKET" => Some("unix:///env.sock".to_owned()),
         "AWSVID_LOG" => Some("debug".to_owned()),
@@ -423,7 +423,7 @@ fn the_environment_gives_the_socket_and_overrides_the_level() {
 }
 
 #[test]
-fn an_endpoint_of_another_kind_needs_no_region() {
+fn endpoint_of_another_kind_needs_no_region() {
     let text = with(
         "region = \"eu-central-1\"",
         "endpoint = \"https://minio:9000\"",
@@ -447,7 +447,7 @@ fn an_endpoint_of_another_kind_needs_no_region() {
 }
 
 #[test]
-fn a_file_is_loaded_from_its_path() {
+fn load_reads_the_file_at_its_path() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("awsvid.toml");
     let load = |exposure| Config::load(&path, exposure, no_env);
@@ -476,7 +476,7 @@ fn a_file_is_loaded_from_its_path() {
 }
 
 #[test]
-fn a_file_that_others_can_change_is_refused_or_warned_of() {
+fn load_rejects_or_warns_of_a_file_that_others_can_change() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("awsvid.toml");
     std::fs::write(&path, LEAST).unwrap();
@@ -505,7 +505,7 @@ fn a_file_that_others_can_change_is_refused_or_warned_of() {
 }
 
 #[test]
-fn listeners_in_pods_are_enough_and_pass_to_the_next_daemon() {
+fn pod_listeners_suffice_and_have_a_handover_socket() {
     let pods = |keys: &str| {
         loaded(&format!(
             "{LEAST}[listen]\nunix = \"\"\ntcp = []\n[pods]\nenabled = true\n{keys}"
@@ -525,7 +525,7 @@ fn listeners_in_pods_are_enough_and_pass_to_the_next_daemon() {
 }
 
 #[test]
-fn a_reload_is_told_which_keys_of_listen_differ() {
+fn changed_names_the_keys_that_differ() {
     let [default, other] = [LEAST, EVERY_KEY].map(|text| loaded(text).config.listen);
     assert!(default.changed(&default).is_empty());
     let keys = "unix tcp admin status authorization token_file max_connections \

@@ -1,4 +1,7 @@
+use std::collections::BTreeSet;
+
 use super::*;
+use crate::config::keys::TABLES;
 
 fn parsed(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Config {
     Config::parse(text, env)
@@ -84,8 +87,8 @@ audience = \"minio\"
 ";
 
 #[test]
-fn what_it_prints_is_read_again_to_the_same() {
-    for text in [SMALL, LARGE] {
+fn page_is_read_again_to_the_same() {
+    for text in [SMALL, LARGE, BY_EXE, BY_NAMES] {
         let config = parsed(text, &|_| None);
         let explained = config.show(text, &|_| None);
         let again = parsed(&explained, &|_| None);
@@ -94,8 +97,81 @@ fn what_it_prints_is_read_again_to_the_same() {
     }
 }
 
+const BY_NAMES: &str = "\
+[sts]
+region = \"eu-central-1\"
+endpoint = \"https://minio.internal:9000\"
+ca_file = \"/etc/awsvid/ca.pem\"
+[identity]
+audience = \"minio\"
+[[workload]]
+uid = 7
+gid = 8
+supplementary_group = \"backup\"
+systemd_unit = \"a.service\"
+cgroup = \"/system.slice/a.service\"
+spiffe_id = \"spiffe://example.org/a\"
+[[workload]]
+user = \"a\"
+group = \"b\"
+exe = \"/opt/a\"
+spiffe_id = \"spiffe://example.org/a\"
+[[role]]
+name = \"a\"
+spiffe_id = \"spiffe://example.org/a\"
+role_arn = \"arn:minio:iam:::role/a\"
+";
+
+const BY_EXE: &str = "\
+[sts]
+region = \"eu-central-1\"
+[[workload]]
+exe = \"/opt/a\"
+allow_exe_only = true
+spiffe_id = \"spiffe://example.org/a\"
+[[role]]
+name = \"a\"
+spiffe_id = \"spiffe://example.org/a\"
+role_arn = \"arn:aws:iam::123456789012:role/a\"
+";
+
 #[test]
-fn each_value_says_where_it_is_from() {
+fn page_names_each_listed_key() {
+    let delegated = LARGE
+        .replace("spiffe-broker", "spire-delegated")
+        .replace("workload_reference = \"process\"\n", "")
+        .replace("broker_server_id = \"spiffe://example.org/agent\"\n", "")
+        .replace("broker_socket", "admin_socket");
+    let mut shown = BTreeSet::new();
+    for text in [SMALL, LARGE, &delegated, BY_EXE, BY_NAMES] {
+        let page = parsed(text, &|_| None).show(text, &|_| None);
+        let mut table = "";
+        for line in page.lines() {
+            if line.starts_with('[') {
+                table = line.trim_matches(['[', ']']);
+            } else if let Some(key) = line.trim_start_matches("# ").split(' ').next()
+                && !table.is_empty()
+                // A policy may have several lines.
+                && key.starts_with(|c: char| c.is_ascii_lowercase())
+            {
+                shown.insert((table.to_owned(), key.to_owned()));
+            }
+        }
+    }
+    let listed: BTreeSet<_> = TABLES
+        .iter()
+        .flat_map(|table| {
+            table
+                .keys
+                .iter()
+                .map(|key| (table.name.into(), key.name.into()))
+        })
+        .collect();
+    assert_eq!(shown, listed);
+}
+
+#[test]
+fn page_names_the_origin_of_each_value() {
     let env = |name: &str| match name {
         "AWSVID_LOG" => Some("debug".to_owned()),
         "SPIFFE_ENDPOINT_SOCKET" => Some("unix:///run/other.sock".to_owned()),

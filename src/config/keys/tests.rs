@@ -220,6 +220,57 @@ fn example_file_shows_each_default() {
     }
 }
 
+/// Returns the cells of the reference's tables, without the links of their texts.
+fn reference_rows(text: &str) -> Vec<(String, [String; 4])> {
+    let mut rows = Vec::new();
+    let mut header = String::new();
+    for line in text.lines() {
+        if let Some(title) = line.strip_prefix("## ") {
+            header = title.trim_matches('`').to_owned();
+        }
+        let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
+        if let ([name, value, default, meaning], true) = (&cells[..], line.starts_with("| `"))
+            && header.starts_with('[')
+        {
+            let cells = [name.trim_matches('`'), value, default, meaning];
+            rows.push((header.clone(), cells.map(without_links)));
+        }
+    }
+    rows
+}
+
+/// Replaces each `[text](address)` by its text.
+fn without_links(cell: &str) -> String {
+    let mut text = cell.to_owned();
+    while let Some(middle) = text.find("](") {
+        let begin = text[..middle].rfind('[').unwrap();
+        let end = middle + text[middle..].find(')').unwrap();
+        let shown = text[begin + 1..middle].to_owned();
+        text.replace_range(begin..=end, &shown);
+    }
+    text
+}
+
+/// Compares `deploy/docs/configuration.md`: one row for each key, in the order of the list.
+#[test]
+fn reference_has_each_key_as_it_is_listed() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/docs/configuration.md");
+    let Ok(text) = std::fs::read_to_string(path) else {
+        assert!(!std::path::Path::new(path).parent().unwrap().exists());
+        return;
+    };
+    let row = |(table, key): (&TableSpec, &KeySpec)| {
+        let cells = [key.name, key.value, key.default, key.meaning];
+        (table.header(), cells.map(str::to_owned))
+    };
+    let listed: Vec<_> = all().map(row).collect();
+    let documented = reference_rows(&text);
+    for (listed, documented) in listed.iter().zip(&documented) {
+        assert_eq!(documented, listed);
+    }
+    assert_eq!(documented.len(), listed.len());
+}
+
 fn table_default(name: &str, key: &str) -> &'static str {
     let key = table(name).and_then(|table| table.key(key)).unwrap();
     example_default(key).unwrap()

@@ -3,7 +3,8 @@
 use super::*;
 use crate::identity::SpiffeIdPattern;
 
-/// What is complete where the agent attests workloads itself: [sts] is lines 1 and 2, [[role]] 3 to 6, [identity] line 7.
+/// The smallest configuration for an agent that attests workloads itself: [sts] is lines 1 and 2,
+/// [[role]] 3 to 6, [identity] line 7.
 const ATTESTED: &str = r#"[sts]
 region = "eu-central-1"
 [[role]]
@@ -30,7 +31,7 @@ fn refused(identity: &str, line: usize, key: &str, words: &str) {
 }
 
 #[test]
-fn sources_that_attest_need_no_workloads_and_have_their_own_socket() {
+fn attesting_source_needs_no_rules() {
     let delegated = loaded(&format!(
         "{ATTESTED}{DELEGATED}admin_socket = \"unix:///run/spire/admin.sock\"\n"
     ));
@@ -78,12 +79,12 @@ fn sources_that_attest_need_no_workloads_and_have_their_own_socket() {
 }
 
 #[test]
-fn what_a_source_lacks_or_does_not_have_is_an_error() {
+fn wrong_keys_of_a_source_are_errors() {
     refused(
         "source = \"vault\"\n",
         8,
         "identity.source",
-        "there is no such source",
+        "this source does not exist",
     );
     refused(DELEGATED, 8, "identity.source", "needs `admin_socket`");
     refused(BROKER, 8, "identity.source", "needs `broker_socket`");
@@ -145,6 +146,6 @@ fn what_a_source_lacks_or_does_not_have_is_an_error() {
         &format!("{admin}{workload}"),
         10,
         "workload",
-        "rules are never looked at",
+        "the daemon never uses rules",
     );
 }
