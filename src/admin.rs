@@ -118,6 +118,7 @@ pub struct Admin {
     cache: CredentialCache,
     attestor: Arc<Attestor>,
     listen: Listen,
+    serves_pods: bool,
     /// Whether the configuration's source names processes to an agent.
     names_processes: AtomicBool,
     /// By source address; at the unix socket all are one source.
@@ -144,16 +145,18 @@ struct StatusReport {
 }
 
 impl Admin {
-    /// Answers for these. `attestor` attests the callers of `listen`.
+    /// Answers for these. `attestor` attests the callers of `listen`,
+    /// and those in pods if `serves_pods`.
     pub fn new(
         metrics: Metrics,
         readiness: Arc<Readiness>,
         cache: CredentialCache,
-        (attestor, listen): (Arc<Attestor>, Listen),
+        (attestor, listen, serves_pods): (Arc<Attestor>, Listen, bool),
     ) -> Self {
         Self {
             attestor,
             listen,
+            serves_pods,
             names_processes: AtomicBool::default(),
             metrics,
             readiness,
@@ -268,7 +271,7 @@ impl Admin {
     }
 
     fn unsupported_kernel(&self) -> Vec<String> {
-        let uses_tcp = self.listen.pods || !self.listen.tcp.is_empty();
+        let uses_tcp = self.serves_pods || !self.listen.tcp.is_empty();
         let over_tcp = uses_tcp.then(|| self.attestor.missing_for_tcp()).flatten();
         let over_tcp = over_tcp.map(|missing| format!("callers over TCP are refused: {missing}"));
         let on_unix = self

@@ -96,6 +96,8 @@ pub struct App {
     pub admin: Option<SocketAddr>,
     /// The `[listen]` section of the start. A reload does not change it.
     listen: config::Listen,
+    /// The `[pods]` section of the start. A reload does not change it.
+    pods: config::PodsConfig,
     /// The source in use, with the configuration that it was built from.
     source: (IdentityConfig, Arc<dyn IdentitySource>),
     accounts: Accounts,
@@ -185,8 +187,8 @@ impl App {
             CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
         let broker = Arc::new(CredentialService::new(parts.policy, cache.clone()));
         let pod_roots = config
-            .listen
-            .pods_cgroup
+            .pods
+            .cgroup_root
             .clone()
             .map_or_else(PodRoots::defaults, PodRoots::at);
         let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
@@ -206,7 +208,7 @@ impl App {
             metrics.clone(),
             readiness.clone(),
             cache,
-            (attestor.clone(), config.listen.clone()),
+            (attestor.clone(), config.listen.clone(), config.pods.enabled),
         ));
         admin.names_processes(DaemonFeatures::of(&config).names_processes());
         let mut app = Self {
@@ -215,6 +217,7 @@ impl App {
             tcp: Vec::new(),
             admin: None,
             listen: config.listen,
+            pods: config.pods,
             source,
             accounts,
             broker,
@@ -235,11 +238,15 @@ impl App {
         Ok(app)
     }
 
-    /// Applies another configuration, except `[listen]`, which needs a restart, and `[log]`. An
-    /// error changes nothing.
+    /// Applies another configuration, except `[listen]` and `[pods]`, which need a
+    /// restart, and `[log]`. An error changes nothing.
     pub async fn reload(&mut self, mut config: Config) -> Result<(), AppError> {
-        let changed = self.listen.changed(&config.listen).join(", ");
+        let changed = [
+            ("listen", self.listen.changed(&config.listen)),
+            ("pods", self.pods.changed(&config.pods)),
+        ];
         config.listen = self.listen.clone();
+        config.pods = self.pods.clone();
         // An agent that attests workloads itself is kept, with the identities cached from it.
         let (identity, source) = &self.source;
         let reusable = (*identity == config.identity
@@ -259,8 +266,9 @@ impl App {
             .names_processes(DaemonFeatures::of(&config).names_processes());
         self.broker.reload(parts.policy, parts.issuer, parts.limits);
         self.probe(parts.probes);
-        if !changed.is_empty() {
-            tracing::warn!("[listen] {changed}: the change needs a restart; restart awsvid");
+        for (table, keys) in changed.iter().filter(|(_, keys)| !keys.is_empty()) {
+            let keys = keys.join(", ");
+            tracing::warn!("[{table}] {keys}: the change needs a restart; restart awsvid");
         }
         Ok(())
     }
@@ -305,7 +313,7 @@ impl App {
             .chain(self.listen.tcp.iter().copied().map(ListenAddress::Tcp))
             .collect();
         let mut attempts = bind_all(addresses, inherited);
-        if !self.listen.pods && attempts.iter().all(|(_, bound)| bound.is_err()) {
+        if !self.pods.enabled && attempts.iter().all(|(_, bound)| bound.is_err()) {
             let error = attempts.drain(..).find_map(|(_, bound)| bound.err());
             return error.map_or(Ok(()), |error| Err(error.into()));
         }
@@ -323,16 +331,17 @@ impl App {
     /// Serves pods. On return the present pods are served, unless another daemon is going to pass
     /// their listeners.
     async fn serve_pods(&mut self, front: Arc<CredentialEndpoint>) -> Result<(), AppError> {
-        if self.listen.pods {
+        if self.pods.enabled {
             let cgroups = front.attestor.pod_roots();
             tracing::debug!(?cgroups, "found the kubelet's cgroup root");
             if cgroups.is_empty() {
                 tracing::warn!(
-                    "[listen] pods: pods cannot be identified: the kubelet's cgroup is missing; in Kubernetes mount the host's \
-                     /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup, or set `pods_cgroup`"
+                    "[pods] enabled: pods cannot be identified: the kubelet's cgroup is missing; in Kubernetes mount the host's \
+                     /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup, or set `cgroup_root`"
                 );
             }
-            let (directory, handover) = (&self.listen.pods_dir, self.listen.handover.as_deref());
+            let (directory, handover) =
+                (&self.pods.netns_dir, self.pods.handover_socket.as_deref());
             let (stop, connections) = (
                 self.workloads.stop.subscribe(),
                 self.workloads.connections.clone(),
@@ -417,7 +426,7 @@ async fn identity_source(
                 .collect();
             let rules = LiveRules::new(rules, accounts);
             let source = WorkloadApi::new(
-                identity.socket.clone(),
+                identity.workload_api_socket.clone(),
                 rules,
                 clock.clone(),
                 metrics.clone(),
@@ -432,7 +441,7 @@ async fn identity_source(
             server,
             reference,
         } => {
-            let own = OwnSvidSource::at(identity.socket.clone());
+            let own = OwnSvidSource::at(identity.workload_api_socket.clone());
             let broker = BrokerApi::new(socket, own, server.clone(), svid::CALL_TIMEOUT);
             match reference {
                 config::Reference::Auto => Arc::new(broker.naming_pods()),

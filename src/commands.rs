@@ -11,6 +11,7 @@ mod http_client;
 mod https_probe;
 mod live_token;
 mod node;
+mod output;
 pub mod probe;
 pub mod status;
 mod style;

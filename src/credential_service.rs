@@ -30,7 +30,7 @@ pub struct CredentialService {
 pub struct Policy {
     /// Who identifies callers.
     pub source: Arc<dyn IdentitySource>,
-    /// `[[role]]` and `allow_requested_roles`.
+    /// `[[role]]` and `[requested_roles]`.
     pub roles: Roles,
 }
 

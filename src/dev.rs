@@ -188,7 +188,7 @@ impl Dev {
         format!(
             "[listen]\nunix = {unix}\ntcp = [\"127.0.0.1:{port}\"]\nadmin = \"127.0.0.1:0\"\nstatus = {status}\n\
              token_file = {token}\n\n\
-             [identity]\nsource = \"workload-api\"\nsocket = {socket}\naudience = \"{AUDIENCE}\"\n\n\
+             [identity]\nsource = \"workload-api\"\nworkload_api_socket = {socket}\naudience = \"{AUDIENCE}\"\n\n\
              [sts]\nregion = \"{REGION}\"\nendpoint = \"{sts}\"\n\n\
              [audit]\nfile = {audit}\n\n\
              [log]\nlevel = \"{level}\"\n\n\

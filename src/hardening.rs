@@ -42,6 +42,7 @@ impl DaemonFeatures {
     pub fn of(config: &Config) -> Self {
         let Config {
             listen,
+            pods,
             identity,
             workloads,
             ..
@@ -61,7 +62,7 @@ impl DaemonFeatures {
             } => true,
         };
         // On the unix socket the kernel reports the process and its groups.
-        let searches = listen.pods || !listen.tcp.is_empty();
+        let searches = pods.enabled || !listen.tcp.is_empty();
         let needs_process =
             |rule: &NamedRule| rule.rule.exe.is_some() || (searches && !rule.socket_decides());
         let rules_inspect = workloads
@@ -71,8 +72,8 @@ impl DaemonFeatures {
             inspects_processes: names_processes || rules_inspect,
             listens_on_host,
             names_processes,
-            enters_namespaces: listen.pods,
-            listens_low: listen.pods
+            enters_namespaces: pods.enabled,
+            listens_low: pods.enabled
                 || listen
                     .tcp
                     .iter()

@@ -53,7 +53,7 @@ Exit status: 0 after a signal, 78 if the configuration has errors, 1 if the
 daemon cannot start for another reason. Errors of the configuration are on
 standard error, each with its line and a fix.
 
-Check a configuration before the start: awsvid config --check FILE")]
+Validate a configuration before the start: awsvid config validate FILE")]
     Serve {
         /// Path of the configuration file
         #[arg(
@@ -95,16 +95,18 @@ Examples:
         /// Shell to print the script for
         shell: Shell,
     },
-    /// Prints a manual page: of awsvid, or of one of its commands.
+    /// Prints a manual page: of awsvid, of one of its commands, or of its configuration file.
     #[command(after_help = "\
 Examples:
   awsvid man | man -l -
   awsvid man exec > awsvid-exec.1
-  sudo awsvid man --directory /usr/share/man/man1       all of them, for man(1)")]
+  awsvid man config validate > awsvid-config-validate.1
+  awsvid man awsvid.toml > awsvid.toml.5
+  sudo awsvid man --directory /usr/share/man/man1       every command's page")]
     Man {
-        /// Which command.
-        command: Option<String>,
-        /// Writes every page into this directory, which is made if need be, in place of printing one.
+        /// A command, or `awsvid.toml` for the configuration file.
+        command: Vec<String>,
+        /// Writes the page of every command into this directory, which it creates if necessary.
         #[arg(long, value_name = "DIR", conflicts_with = "command")]
         directory: Option<PathBuf>,
     },
@@ -129,7 +131,7 @@ fn main() -> ExitCode {
         Command::Man {
             command,
             directory: None,
-        } => man(command.as_deref()),
+        } => man(&command),
     }
 }
 
@@ -161,40 +163,33 @@ fn completions(shell: Shell) -> ExitCode {
     print(&script)
 }
 
-/// Of the definitions above, so that it can't say anything else than `--help`.
-fn man(name: Option<&str>) -> ExitCode {
-    let mut all = defined();
-    let command = match name {
-        None => all,
-        Some(name) => match all.find_subcommand(name) {
+/// The name of the configuration's manual page, of section 5.
+const CONFIGURATION_PAGE: &str = "awsvid.toml";
+
+/// Prints a page made from the definitions above, so that it agrees with `--help`.
+fn man(names: &[String]) -> ExitCode {
+    if names == [CONFIGURATION_PAGE] {
+        return print(awsvid::config::manual_page().as_bytes());
+    }
+    let mut command = defined();
+    for name in names {
+        command = match command.find_subcommand(name) {
             Some(found) => found.clone(),
-            None => all
+            None => command
                 .error(
                     ErrorKind::InvalidValue,
                     format!("there is no command {name:?}"),
                 )
                 .exit(),
-        },
-    };
+        };
+    }
     page(command).map_or(ExitCode::FAILURE, |page| print(&page))
 }
 
-/// All manual pages, in files that are called as man(1) looks for them.
+/// Writes the page of every command, in files with the names that man(1) expects.
 #[expect(clippy::print_stderr, reason = "a command that a person runs")]
 fn pages(directory: &Path) -> ExitCode {
-    let all = defined();
-    let commands = all
-        .get_subcommands()
-        .filter(|command| command.get_name() != "help")
-        .cloned();
-    let mut commands: Vec<clap::Command> = commands.collect();
-    commands.push(all);
-    let written = fs::create_dir_all(directory).and_then(|()| {
-        commands.into_iter().try_for_each(|command| {
-            let name = command.get_display_name().unwrap_or("awsvid").to_owned();
-            fs::write(directory.join(name + ".1"), page(command)?)
-        })
-    });
+    let written = fs::create_dir_all(directory).and_then(|()| write_pages(directory, &defined()));
     match written {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -204,19 +199,89 @@ fn pages(directory: &Path) -> ExitCode {
     }
 }
 
-/// With the whole names of subcommands, as in awsvid-exec(1).
+fn write_pages(directory: &Path, command: &clap::Command) -> io::Result<()> {
+    let name = command.get_display_name().unwrap_or("awsvid");
+    fs::write(directory.join(format!("{name}.1")), page(command.clone())?)?;
+    subcommands(command).try_for_each(|command| write_pages(directory, command))
+}
+
+fn subcommands(command: &clap::Command) -> impl Iterator<Item = &clap::Command> {
+    command
+        .get_subcommands()
+        .filter(|command| command.get_name() != "help")
+}
+
+/// Returns the command with the whole names of its subcommands, as in awsvid-exec(1).
 fn defined() -> clap::Command {
     let mut command = Arguments::command();
     command.build();
     command
 }
 
+/// Renders a page as roff. clap's synopsis leaves out the values of options, so it is replaced.
 fn page(command: clap::Command) -> io::Result<Vec<u8>> {
+    const HEADER: &str = ".SH SYNOPSIS\n";
+    let synopsis = synopsis(&command);
     let mut page = Vec::new();
     clap_mangen::Man::new(command)
         .source(concat!("awsvid ", env!("CARGO_PKG_VERSION")))
         .render(&mut page)?;
-    Ok(page)
+    let page = String::from_utf8(page).map_err(io::Error::other)?;
+    let (before, rest) = page.split_once(HEADER).unwrap_or((&page, ""));
+    let after = rest.find(".SH ").map_or("", |at| &rest[at..]);
+    Ok(format!("{before}{HEADER}{synopsis}\n{after}").into_bytes())
+}
+
+/// Returns the command's line with every option and the names or words of its value.
+fn synopsis(command: &clap::Command) -> String {
+    let name = command.get_bin_name().unwrap_or("awsvid");
+    let mut words = vec![format!("\\fB{}\\fR", name.replace('-', "\\-"))];
+    let is_shown = |arg: &&clap::Arg| !matches!(arg.get_id().as_str(), "help" | "version");
+    let (positional, options): (Vec<_>, Vec<_>) = command
+        .get_arguments()
+        .filter(is_shown)
+        .partition(|arg| arg.is_positional());
+    for arg in options.into_iter().chain(positional) {
+        words.push(usage(arg));
+    }
+    if subcommands(command).next().is_some() {
+        words.push("\\fICOMMAND\\fR".to_owned());
+    }
+    words.join(" ")
+}
+
+fn usage(arg: &clap::Arg) -> String {
+    let literal = |text: &str| text.replace('-', "\\-");
+    let known: Vec<String> = arg
+        .get_possible_values()
+        .iter()
+        .map(|value| literal(value.get_name()))
+        .collect();
+    let names = arg.get_value_names().unwrap_or_default();
+    let value = match known.is_empty() {
+        true => format!("\\fI{}\\fR", literal(&names.join(" "))),
+        false => format!("\\fB{}\\fR", known.join("|")),
+    };
+    let takes_value = arg.get_action().takes_values();
+    let value_is_optional = arg
+        .get_num_args()
+        .is_some_and(|range| range.min_values() == 0);
+    let mut text = match (arg.get_short(), arg.get_long()) {
+        (Some(short), _) => format!("\\fB\\-{short}\\fR"),
+        (None, Some(long)) => format!("\\fB\\-\\-{}\\fR", literal(long)),
+        (None, None) if arg.is_last_set() => format!("\\-\\- {value}..."),
+        (None, None) => value.clone(),
+    };
+    if !arg.is_positional() && takes_value {
+        text = match value_is_optional {
+            true => format!("{text} [{value}]"),
+            false => format!("{text} {value}"),
+        };
+    }
+    match arg.is_required_set() {
+        true => text,
+        false => format!("[{text}]"),
+    }
 }
 
 /// Whoever has stopped reading has had enough.

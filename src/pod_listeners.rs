@@ -54,12 +54,12 @@ const RESCAN_DEBOUNCE: Duration = Duration::from_millis(100);
 pub enum PodsError {
     /// The daemon may not enter network namespaces.
     #[error(
-        "[listen] pods: {0}; in Kubernetes add SYS_ADMIN to the container's securityContext.capabilities.add, under systemd \
+        "[pods] enabled: {0}; in Kubernetes add SYS_ADMIN to the container's securityContext.capabilities.add, under systemd \
          add CAP_SYS_ADMIN to CapabilityBoundingSet= and AmbientCapabilities="
     )]
     Denied(NamespaceError),
     /// The directory of namespaces cannot be watched.
-    #[error("[listen] pods_dir {}: {source}", path.display())]
+    #[error("[pods] netns_dir {}: {source}", path.display())]
     Watch {
         /// Path of the directory.
         path: PathBuf,
@@ -281,7 +281,7 @@ impl PodListeners {
     fn warn_no_directory(&mut self) {
         if !self.watch.has_directory() && !std::mem::replace(&mut self.logged.no_directory, true) {
             tracing::warn!(
-                "[listen] pods_dir: {} does not exist yet; in Kubernetes mount the host's directory by a hostPath volume",
+                "[pods] netns_dir: {} does not exist yet; in Kubernetes mount the host's directory by a hostPath volume",
                 self.directory.display()
             );
         }

@@ -53,7 +53,7 @@ pub struct ReadinessProbes {
 impl ReadinessProbes {
     /// Takes what is to be asked from the configuration.
     pub fn new(config: &Config, source: Arc<dyn IdentitySource>, sts: Arc<Sts>) -> Self {
-        // That of `allow_requested_roles` too: STS answers without a role, so none has to be known.
+        // That of `[requested_roles]` too: STS answers without a role, so none has to be known.
         let targets = config.roles.sts_targets().into_iter().cloned().collect();
         let audience = config
             .roles
@@ -406,8 +406,8 @@ mod tests {
 
     #[test]
     fn sts_of_requested_roles_is_asked_without_any_role() {
-        let requested = "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n";
-        let rest = "[identity]\nsocket = \"unix:///a\"\naudience = \"a\"\n[sts]\nregion = \"eu-central-1\"\n\
+        let requested = "requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n";
+        let rest = "[identity]\nworkload_api_socket = \"unix:///a\"\naudience = \"a\"\n[sts]\nregion = \"eu-central-1\"\n\
                     [[workload]]\nspiffe_id = \"spiffe://t/a\"\nuid = 1\n";
         let role = "[[role]]\nname = \"a\"\nspiffe_id = \"spiffe://t/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n";
         let other = "region = \"eu-north-1\"\n";
@@ -425,7 +425,7 @@ mod tests {
                 .config;
             let (clock, metrics) = (Clock::system(), Metrics::default());
             let source = WorkloadApi::new(
-                config.identity.socket.clone(),
+                config.identity.workload_api_socket.clone(),
                 Vec::new(),
                 clock.clone(),
                 metrics,

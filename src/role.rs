@@ -94,7 +94,7 @@ pub enum RoleDenied {
     /// that a caller cannot probe for names.
     #[error("this workload has no role of that name")]
     NotThisRole,
-    /// The ARN in the path is not in `allow_requested_roles`, or the STS is not AWS's.
+    /// The ARN in the path is not in `[requested_roles] allow`, or the STS is not AWS's.
     #[error("this role ARN is not one that workloads on this node may request")]
     ArnNotAllowed,
     /// Several identities of the caller match the role.
@@ -125,7 +125,7 @@ pub struct Roles {
     pub requested: Option<RequestedRoles>,
 }
 
-/// Settings of `allow_requested_roles`, the list of ARNs.
+/// Settings of `[requested_roles] allow`, the list of ARNs.
 #[derive(Debug, Clone)]
 pub struct RequestedRoles {
     /// Patterns of the allowed ARNs.

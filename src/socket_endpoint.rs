@@ -1,4 +1,5 @@
-//! The address of a SPIFFE endpoint: the value of `SPIFFE_ENDPOINT_SOCKET` and `[identity] socket`.
+//! The address of a SPIFFE endpoint: the value of `SPIFFE_ENDPOINT_SOCKET`
+//! and `[identity] workload_api_socket`.
 //!
 //! Grammar: SPIFFE_Workload_Endpoint.md, section 4. Other forms are rejected, so a typing error
 //! fails at the start and does not connect to another address.

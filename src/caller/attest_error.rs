@@ -58,7 +58,7 @@ pub enum AttestError {
     NestedContainer,
     /// The cgroup names a pod at a path where this node's kubelet creates none.
     #[error(
-        "the caller's cgroup names a pod at a path outside the kubelet's cgroup root; if the kubelet has another root, set `pods_cgroup` in [listen]"
+        "the caller's cgroup names a pod at a path outside the kubelet's cgroup root; if the kubelet has another root, set `cgroup_root` in [pods]"
     )]
     MisplacedPod,
     /// The caller connected to a pod's listener and does not belong to a pod.

@@ -20,6 +20,7 @@ use clap::Args;
 
 use super::https_probe::{HttpProbe, Resolve};
 use super::node;
+use super::output::OutputFormat;
 use crate::accounts::Nss;
 use crate::cgroup::PodUid;
 use crate::clock::Clock;
@@ -44,7 +45,7 @@ const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(8);
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   sudo awsvid check
-  sudo awsvid check --pid 4711       a workload, where SPIRE attests it
+  sudo awsvid check --pid 4711       a workload's identity, if SPIRE attests it
   sudo awsvid check --resolve oidc.example.org:443:203.0.113.7
                                      the issuer, as seen from outside
   sudo -u billing awsvid check --workload
@@ -61,9 +62,9 @@ pub struct CheckArgs {
         default_value = "/etc/awsvid/awsvid.toml"
     )]
     config: PathBuf,
-    /// One JSON document in place of lines.
-    #[arg(long)]
-    json: bool,
+    /// Form of the report: lines, or one JSON document.
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: OutputFormat,
     /// Checks only the environment of this process, as a workload's. Run it as the workload
     #[arg(long)]
     workload: bool,
@@ -101,7 +102,7 @@ impl CheckArgs {
 /// Runs all checks. Exit status: 0 if all passed, 1 if a step failed, 2 if none failed but some
 /// could not be checked.
 pub fn run(options: &CheckArgs) -> ExitCode {
-    let mut report = CheckReport::new(options.json);
+    let mut report = CheckReport::new(options.output == OutputFormat::Json);
     match tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -178,7 +179,7 @@ async fn run_steps(options: &CheckArgs, report: &mut CheckReport) {
     }
     if config.roles.defined.is_empty() {
         report
-            .unchecked("sts", "workloads name their roles themselves (allow_requested_roles), so there is none to try");
+            .unchecked("sts", "workloads name their roles themselves ([requested_roles] allow), so there is none to try");
     }
 }
 
@@ -203,7 +204,7 @@ fn configuration(options: &CheckArgs, report: &mut CheckReport) -> Option<Config
                 STEP,
                 errors.to_string(),
                 format!(
-                    "correct {0}; awsvid config --check {0} says the same",
+                    "correct {0}; awsvid config validate {0} reports the same",
                     options.config.display()
                 ),
             );

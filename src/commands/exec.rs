@@ -39,7 +39,7 @@ const CONTAINER_HOSTS: [&str; 3] = ["169.254.170.2", "169.254.170.23", "fd00:ec2
 #[command(after_help = "Examples:
   awsvid exec -- aws sts get-caller-identity
   awsvid exec --role backup -- restic backup /srv
-  awsvid exec --url http://127.0.0.1:974 -- ./server   in a container
+  awsvid exec --url http://127.0.0.1:974 -- ./server   without a configuration
 
 Exit status: that of the command, 127 if the command does not exist, 126 if it
 cannot be run, 125 if awsvid itself fails.")]

@@ -31,7 +31,7 @@ impl LiveToken {
         deadline: Duration,
     ) -> Result<Self, SourceError> {
         let source = WorkloadApi::new(
-            config.identity.socket.clone(),
+            config.identity.workload_api_socket.clone(),
             Vec::new(),
             Clock::system(),
             Metrics::default(),
@@ -86,7 +86,7 @@ pub(super) fn example(config: &Config, role: &Role) -> Option<SpiffeId> {
 /// Returns awsvid's own identity. Where the agent attests callers, it issues tokens of others for
 /// living processes only.
 pub(super) async fn own(config: &Config, deadline: Duration) -> Result<SpiffeId, SourceError> {
-    let own = OwnSvidSource::at(config.identity.socket.clone());
+    let own = OwnSvidSource::at(config.identity.workload_api_socket.clone());
     Ok(own.first(deadline).await?.spiffe_id.clone())
 }
 

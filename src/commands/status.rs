@@ -13,6 +13,7 @@ use clap::Args;
 use nix::unistd::geteuid;
 use serde_json::Value;
 
+use super::output::OutputFormat;
 use super::style::Style;
 use super::{ConfigFile, trusted_socket};
 
@@ -35,9 +36,9 @@ pub struct StatusCommand {
     /// Path of awsvid's status socket, instead of the configuration's
     #[arg(long, value_name = "FILE")]
     socket: Option<PathBuf>,
-    /// JSON, on a terminal too.
-    #[arg(long)]
-    json: bool,
+    /// Form of the output [default: table on a terminal, else json]
+    #[arg(short, long, value_enum)]
+    output: Option<OutputFormat>,
     /// Repeats the output every two seconds, or every SECONDS, until it is interrupted. JSON is one
     /// line each time
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", value_parser = clap::value_parser!(u64).range(1..=3600))]
@@ -53,7 +54,10 @@ impl StatusCommand {
     pub fn run(&self) -> ExitCode {
         let terminal = io::stdout().is_terminal();
         let style = Style::new(terminal, |name| std::env::var(name).ok());
-        let json = self.json || !terminal;
+        let json = match self.output {
+            Some(output) => output == OutputFormat::Json,
+            None => !terminal,
+        };
         loop {
             let shown = self
                 .fetch()

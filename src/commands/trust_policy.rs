@@ -35,7 +35,7 @@ const EX_CONFIG: u8 = 78;
 /// on standard error.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
-  sudo awsvid trust-policy > iam.sh          a script for the AWS CLI to review and run
+  sudo awsvid trust-policy > iam.sh          commands to review and run
   sudo awsvid trust-policy --format terraform > awsvid.tf
   awsvid trust-policy --issuer https://oidc.example.org --format cloudformation
   sudo awsvid trust-policy --account aws-cn:123456789012 --existing-provider

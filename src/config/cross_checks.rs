@@ -1,5 +1,5 @@
-//! What only several tables together tell: rules that hide others, names and audiences that are there twice, and identities
-//! or roles that nothing leads to.
+//! Checks across tables: rules that hide others, duplicate names and audiences, and identities or
+//! roles without use.
 
 use std::path::Path;
 
@@ -30,17 +30,17 @@ pub(super) fn rules(report: &Diagnostics<'_>, workloads: &[ParsedWorkload]) {
             .find(|other| differ_only_by_exe(&other.rule, &later.rule))
         {
             let what = format!(
-                "only `exe` tells its callers from those of {}",
+                "only `exe` separates its callers from those of {}",
                 line_ref(&other.at())
             );
             let fix =
-                "give each program its own user: programs of one user can take each other's place";
+                "give each program its own user: programs of one user can impersonate each other";
             report.warn(&later.at(), what, fix);
         }
     }
 }
 
-/// The same by the numbers that users and groups have.
+/// Warns of shadowed rules by the numbers of users and groups on this node.
 pub(super) fn shadowed(
     workloads: &[ParsedWorkload],
     number: impl Fn(&AccountName) -> Known,
@@ -85,7 +85,7 @@ fn line_ref(at: &Location) -> String {
     )
 }
 
-/// Whether every caller that `later` matches is matched by `earlier`.
+/// Returns whether every caller that `later` matches is matched by `earlier`.
 fn covers(earlier: &NamedRule, later: &NamedRule) -> bool {
     fn implied<T: PartialEq>(earlier: &Option<T>, later: &Option<T>) -> bool {
         earlier.is_none() || earlier == later
@@ -96,7 +96,8 @@ fn covers(earlier: &NamedRule, later: &NamedRule) -> bool {
     let (earlier, later) = (&earlier.rule, &later.rule);
     let cgroup = match (&earlier.cgroup, &later.cgroup) {
         (None, None) => true,
-        // Without `cgroup` a rule is for callers outside containers only; the later one may be about those inside.
+        // Without `cgroup` a rule is for callers outside containers. The later one may be for those
+        // inside.
         (None, Some(_)) | (Some(_), None) => false,
         (Some(a), Some(b)) => glob_covers(a, b),
     };
@@ -109,7 +110,8 @@ fn covers(earlier: &NamedRule, later: &NamedRule) -> bool {
         && implied(&earlier.systemd_unit, &later.systemd_unit)
 }
 
-/// Whether each path that `b` matches is matched by `a`, as far as that shows without comparing two patterns in general.
+/// Returns whether `a` surely matches each path that `b` matches. It does not compare two patterns
+/// in general.
 fn glob_covers(a: &glob::Pattern, b: &glob::Pattern) -> bool {
     let below = a
         .as_str()
@@ -120,7 +122,7 @@ fn glob_covers(a: &glob::Pattern, b: &glob::Pattern) -> bool {
         || below.is_some_and(|prefix| b.as_str().starts_with(prefix))
 }
 
-/// Whether two identities are kept apart by the executable alone (attack 7).
+/// Returns whether the executable alone separates two identities (T7).
 fn differ_only_by_exe(a: &NamedRule, b: &NamedRule) -> bool {
     let exe = WorkloadRule {
         spiffe_id: a.spiffe_id().clone(),
@@ -137,7 +139,7 @@ fn differ_only_by_exe(a: &NamedRule, b: &NamedRule) -> bool {
         && *a == with_its_exe
 }
 
-/// Checks the roles against one another, and where their tokens go.
+/// Checks the roles against one another, and the destinations of their tokens.
 pub(super) fn roles(
     report: &Diagnostics<'_>,
     roles: &[ParsedRole],
@@ -152,7 +154,7 @@ pub(super) fn roles(
             report.error(&later.name_at, what, "give each role its own name");
         } else if let Some(earlier) = roles[..i].iter().find(|earlier| hides(earlier, later)) {
             let what = format!(
-                "/v1/credentials gives its workloads {} instead, which covers all of them; this one is given by its name alone",
+                "/v1/credentials answers its workloads with {} instead, which covers all of them; this role is served by its name only",
                 line_ref(&earlier.name_at)
             );
             report.warn(
@@ -165,14 +167,15 @@ pub(super) fn roles(
     audiences(report, roles, requested);
 }
 
-/// Returns whether `later` is narrower than `earlier`, so that its workloads never get it by default. Two roles for the same IDs are
-/// intended: one of them is requested by its name.
+/// Returns whether `later` is narrower than `earlier`, so that its workloads never get it by
+/// default. Two roles for the same IDs are intended: workloads request one of them by its name.
 fn hides(earlier: &ParsedRole, later: &ParsedRole) -> bool {
     let (wide, narrow) = (&earlier.role.spiffe_id, &later.role.spiffe_id);
     wide.covers(narrow) && !narrow.covers(wide)
 }
 
-/// A token can be used wherever its audience is accepted, so an audience belongs to one endpoint (attack 8).
+/// Checks that an audience belongs to one endpoint. Each STS that accepts it could use a token
+/// (T8).
 fn audiences(report: &Diagnostics<'_>, roles: &[ParsedRole], requested: Option<&RequestedRoles>) {
     let at_aws = requested.map(|requested| (requested.audience.as_str(), "AWS"));
     let mut seen: Vec<(&str, &str)> = at_aws.into_iter().collect();
@@ -197,7 +200,7 @@ fn audiences(report: &Diagnostics<'_>, roles: &[ParsedRole], requested: Option<&
         };
         if let Some(other) = other {
             let what = format!(
-                "tokens for {audience:?} go to {operator}, whose operator could use them at {other}"
+                "tokens for {audience:?} go to {operator}, and its operator could use them at {other}"
             );
             let fix = "set an `audience` that only this endpoint accepts, or `allow_shared_audience = true` in the role";
             report.error(&defined.audience_at, what, fix);
@@ -206,7 +209,7 @@ fn audiences(report: &Diagnostics<'_>, roles: &[ParsedRole], requested: Option<&
     }
 }
 
-/// What `awsvid dev` gives out ends with it, and proves nothing to anybody else.
+/// Rejects the names of `awsvid dev`. Its tokens end with it, and prove nothing elsewhere.
 pub(super) fn names_of_dev(
     report: &Diagnostics<'_>,
     workloads: &[ParsedWorkload],
@@ -215,7 +218,7 @@ pub(super) fn names_of_dev(
     const FIX: &str = "use the names of your own SPIFFE provider and AWS account";
     let what = || {
         format!(
-            "{DEV_TRUST_DOMAIN} is the trust domain of `awsvid dev`, which is no provider for production"
+            "{DEV_TRUST_DOMAIN} is the trust domain of `awsvid dev`, which is not a provider for production"
         )
     };
     for workload in workloads
@@ -238,7 +241,7 @@ pub(super) fn names_of_dev(
     }
 }
 
-/// Warns of identities and roles that nothing leads to.
+/// Warns of identities without a role, and of roles without an identity.
 pub(super) fn coverage(
     report: &Diagnostics<'_>,
     workloads: &[ParsedWorkload],
@@ -283,10 +286,10 @@ pub(super) fn coverage(
     }
 }
 
-/// What is read, bound or written by its path, with the table and key that say so.
+/// A table and key, and the path of the file or socket that they name.
 pub(super) type PathSetting<'a> = (&'a Table<'a>, &'a str, Option<&'a Path>);
 
-/// Two things can't have the same path.
+/// Checks that no two keys name the same path.
 pub(super) fn paths(report: &Diagnostics<'_>, named: &[PathSetting<'_>]) {
     for (i, (table, key, path)) in named.iter().enumerate() {
         let Some(path) = path.filter(|_| !table.is_wrong(key)) else {
@@ -299,7 +302,7 @@ pub(super) fn paths(report: &Diagnostics<'_>, named: &[PathSetting<'_>]) {
         };
         // One of the two may be a default; then the other is the one that the file has.
         let in_file = table.contains(key) || !other.contains(other_key);
-        let (at, other) = match (table.place(key), other.place(other_key)) {
+        let (at, other) = match (table.location(key), other.location(other_key)) {
             (here, there) if in_file => (here, there),
             (here, there) => (there, here),
         };

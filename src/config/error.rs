@@ -1,20 +1,21 @@
-//! What is wrong with a configuration, in words for whoever wrote it.
+//! Errors and warnings about a configuration, for the person that wrote it.
 
 use std::fmt;
 use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// One thing that is wrong, or (as a warning) not wise.
+/// An error, or a warning about a risky setting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// The line in the file, from 1. `None` for what no line holds: a table that is missing, the environment.
+    /// Line in the file, from 1. `None` for a missing table and for the environment.
     pub line: Option<usize>,
-    /// The key's path, for example `listen.tcp`, or the environment variable; empty if it is about the file itself.
+    /// Path of the key, such as `listen.tcp`, or the environment variable. Empty if the problem is
+    /// the file itself.
     pub key: String,
-    /// What is wrong.
+    /// Failure and its cause, in words.
     pub what: String,
-    /// What to do about it.
+    /// Fix as an imperative, in words.
     pub fix: String,
 }
 
@@ -27,12 +28,12 @@ impl fmt::Display for Problem {
     }
 }
 
-/// All that keeps a configuration from being used, by line. It prints as one line each: `file:line: key: what; fix`.
+/// All errors of a configuration, by line. Each prints as one line: `file:line: key: what; fix`.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub struct ConfigErrors {
-    /// The file.
+    /// Path of the file as it was named.
     pub path: PathBuf,
-    /// At least one.
+    /// At least one problem, by line.
     pub problems: Vec<Problem>,
 }
 

@@ -1,9 +1,10 @@
-//! Reads a TOML tree key by key, and goes on after an error: serde would stop at the first wrong type.
+//! Reads a TOML tree key by key, and goes on after an error. serde would stop at the first wrong
+//! type.
 //!
-//! A key that nobody asked for is unknown, so the code that reads the keys is also the list of those that exist.
+//! [`keys`] has the names that exist. A key that is read and not listed there would be reported as
+//! unknown.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
@@ -12,26 +13,20 @@ use std::time::Duration;
 use toml::de::{DeTable, DeValue};
 
 use super::error::Problem;
+use super::keys;
 
-/// Names that differ by more edits than this are not the same name mistyped.
-const TYPO: usize = 2;
-
-/// A key or table, and its line if the file has it.
+/// A key or table, with its line if the file has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Location {
     pub(super) line: Option<usize>,
     pub(super) key: String,
 }
 
-/// Collects what is found while a file is read.
+/// Collects the errors and warnings of a file.
 pub(super) struct Diagnostics<'t> {
     text: &'t str,
     errors: RefCell<Vec<Problem>>,
     warnings: RefCell<Vec<Problem>>,
-    /// Each key that was asked for, after its table.
-    asked: RefCell<BTreeSet<(String, &'static str)>>,
-    /// The tables that there may be several of.
-    lists: RefCell<BTreeSet<String>>,
 }
 
 impl<'t> Diagnostics<'t> {
@@ -41,16 +36,14 @@ impl<'t> Diagnostics<'t> {
             text,
             errors,
             warnings,
-            asked: RefCell::default(),
-            lists: RefCell::default(),
         }
     }
 
-    /// The file's text as a table.
+    /// Returns the table at the top of the file.
     pub(super) fn root<'r>(&'r self, entries: &'r DeTable<'r>) -> Table<'r> {
         Table {
             report: self,
-            place: Location {
+            location: Location {
                 line: None,
                 key: String::new(),
             },
@@ -66,13 +59,14 @@ impl<'t> Diagnostics<'t> {
         self.warnings.borrow_mut().push(problem(at, what, fix));
     }
 
-    /// The warnings if there was no error, else the errors, either by line; to be called when all keys have been asked for.
+    /// Returns the errors if there are any, else the warnings, both by line. Unknown keys are
+    /// errors.
     pub(super) fn finish(self, entries: &DeTable<'_>) -> Result<Vec<Problem>, Vec<Problem>> {
         self.unknown_keys("", entries);
         self.sorted()
     }
 
-    /// The same where only this table was read.
+    /// Returns the same for a file of which only this table was read.
     pub(super) fn finish_table(
         self,
         table: &str,
@@ -104,26 +98,21 @@ impl<'t> Diagnostics<'t> {
         for (key, value) in entries {
             let name = key.get_ref().as_ref();
             let path = join(table, name);
-            if !self
-                .asked
-                .borrow()
-                .iter()
-                .any(|(of, asked)| of == table && *asked == name)
-            {
+            if !keys::is_known(table, name) {
                 let at = Location {
                     line: Some(self.line(key.span())),
                     key: path,
                 };
-                // With the version: the file may be a newer one's.
+                // With the version, because the file may be of a newer one.
                 self.error(
                     &at,
                     concat!("awsvid ", env!("CARGO_PKG_VERSION"), " has no such key"),
-                    self.suggestion(table, name),
+                    keys::suggestion(table, name),
                 );
                 continue;
             }
-            // What is no table of ours has been reported as a wrong type, and its keys mean nothing.
-            if !self.asked.borrow().iter().any(|(of, _)| *of == path) {
+            // A table in place of another value has been reported as a wrong type.
+            if keys::table(&path).is_none() {
                 continue;
             }
             match value.get_ref() {
@@ -136,42 +125,6 @@ impl<'t> Diagnostics<'t> {
                 }
                 _ => {}
             }
-        }
-    }
-
-    /// What the writer of an unknown key probably wanted.
-    fn suggestion(&self, table: &str, name: &str) -> String {
-        let asked = self.asked.borrow();
-        let here: Vec<&str> = asked
-            .iter()
-            .filter(|(of, _)| of == table)
-            .map(|(_, key)| *key)
-            .collect();
-        let distance = |key: &&str| strsim::damerau_levenshtein(name, key);
-        if let Some(near) = here
-            .iter()
-            .copied()
-            .min_by_key(distance)
-            .filter(|key| distance(key) <= TYPO)
-        {
-            return format!("did you mean `{near}`?");
-        }
-        let elsewhere: Vec<_> = asked
-            .iter()
-            .filter(|(_, key)| *key == name)
-            .map(|(of, _)| self.header(of))
-            .collect();
-        if elsewhere.is_empty() {
-            return format!("remove it; known here: {}", here.join(", "));
-        }
-        format!("it belongs {}", elsewhere.join(" or "))
-    }
-
-    fn header(&self, table: &str) -> String {
-        match table {
-            "" => "at the top of the file, before the first [table]".to_owned(),
-            list if self.lists.borrow().contains(list) => format!("to [[{list}]]"),
-            single => format!("to [{single}]"),
         }
     }
 
@@ -197,33 +150,33 @@ fn join(table: &str, key: &str) -> String {
     }
 }
 
-/// The line, from 1, that this byte of the text is in.
+/// Returns the line, from 1, of this byte of the text.
 pub(super) fn line_at(text: &str, byte: usize) -> usize {
     text.bytes().take(byte).filter(|b| *b == b'\n').count() + 1
 }
 
-/// A table that is being read; one that the file doesn't have reads as empty.
+/// A table of the file. A missing table reads as empty.
 pub(super) struct Table<'r> {
     pub(super) report: &'r Diagnostics<'r>,
-    place: Location,
+    location: Location,
     entries: Option<&'r DeTable<'r>>,
 }
 
 impl<'r> Table<'r> {
-    /// Where the table begins.
+    /// Returns the location of the table's header.
     pub(super) fn at(&self) -> Location {
-        self.place.clone()
+        self.location.clone()
     }
 
-    /// Where the key is, or else where it would be.
-    pub(super) fn place(&self, key: &str) -> Location {
+    /// Returns the location of the key, or of its table if the key is missing.
+    pub(super) fn location(&self, key: &str) -> Location {
         let found = self.entries.and_then(|entries| entries.get_key_value(key));
         let line = found
             .map(|(_, value)| self.report.line(value.span()))
-            .or(self.place.line);
+            .or(self.location.line);
         Location {
             line,
-            key: join(&self.place.key, key),
+            key: join(&self.location.key, key),
         }
     }
 
@@ -232,7 +185,7 @@ impl<'r> Table<'r> {
             .is_some_and(|entries| entries.contains_key(key))
     }
 
-    /// Whether the key is missing or an empty list.
+    /// Returns whether the key is missing or an empty list.
     pub(super) fn missing(&self, key: &str) -> bool {
         let value = self.entries.and_then(|entries| entries.get(key));
         value.is_none_or(|value| {
@@ -243,9 +196,9 @@ impl<'r> Table<'r> {
         })
     }
 
-    /// Whether an error has been reported of this key, so that what is used in its place means nothing.
+    /// Returns whether this key has an error, so that its stand-in means nothing.
     pub(super) fn is_wrong(&self, key: &str) -> bool {
-        let at = self.place(key);
+        let at = self.location(key);
         self.contains(key)
             && self
                 .report
@@ -256,27 +209,27 @@ impl<'r> Table<'r> {
     }
 
     pub(super) fn value(&self, key: &'static str) -> Option<&'r DeValue<'r>> {
-        self.report
-            .asked
-            .borrow_mut()
-            .insert((self.place.key.clone(), key));
+        debug_assert!(
+            keys::is_known(&self.location.key, key),
+            "{key} is not listed"
+        );
         self.entries
             .and_then(|entries| entries.get(key))
             .map(|value| value.get_ref())
     }
 
     pub(super) fn error(&self, key: &str, what: impl Into<String>, fix: impl Into<String>) {
-        self.report.error(&self.place(key), what, fix);
+        self.report.error(&self.location(key), what, fix);
     }
 
     pub(super) fn warn(&self, key: &str, what: impl Into<String>, fix: impl Into<String>) {
-        self.report.warn(&self.place(key), what, fix);
+        self.report.warn(&self.location(key), what, fix);
     }
 
-    /// Reports a key that has to be there and is not.
+    /// Reports a required key that is missing.
     pub(super) fn require(&self, key: &'static str, fix: &str) {
         if !self.contains(key) {
-            self.report.error(&self.place(key), "it is missing", fix);
+            self.report.error(&self.location(key), "it is missing", fix);
         }
     }
 
@@ -298,7 +251,7 @@ impl<'r> Table<'r> {
         let value = self.value(key)?;
         if value.as_str().is_none() {
             self.wrong_type(
-                &self.place(key),
+                &self.location(key),
                 "a string",
                 value,
                 "write a string in quotes",
@@ -307,7 +260,7 @@ impl<'r> Table<'r> {
         value.as_str()
     }
 
-    /// A string that `parse` understands; its error says what is wrong with the string.
+    /// Reads a string by `parse`, and reports its error.
     pub(super) fn parse<T, E: Display>(
         &self,
         key: &'static str,
@@ -324,7 +277,7 @@ impl<'r> Table<'r> {
         let value = self.value(key)?;
         if value.as_bool().is_none() {
             self.wrong_type(
-                &self.place(key),
+                &self.location(key),
                 "true or false",
                 value,
                 "write true or false, without quotes",
@@ -345,7 +298,7 @@ impl<'r> Table<'r> {
             range.end()
         );
         let Some(integer) = value.as_integer() else {
-            self.wrong_type(&self.place(key), "a number", value, &fix);
+            self.wrong_type(&self.location(key), "a number", value, &fix);
             return None;
         };
         let number = i128::from_str_radix(integer.as_str(), integer.radix())
@@ -376,9 +329,9 @@ impl<'r> Table<'r> {
                         fix,
                     );
                 }
-                Err(error) => self.error(key, format!("{text:?} is no duration: {error}"), fix),
+                Err(error) => self.error(key, format!("{text:?} is not a duration: {error}"), fix),
             },
-            other => self.wrong_type(&self.place(key), "a duration", other, &fix),
+            other => self.wrong_type(&self.location(key), "a duration", other, &fix),
         }
         None
     }
@@ -391,7 +344,7 @@ impl<'r> Table<'r> {
         )
     }
 
-    /// One of the words that `known` gives a meaning.
+    /// Reads one of the words of `known`, and returns its meaning.
     pub(super) fn word<T: Copy>(&self, key: &'static str, known: &[(&str, T)]) -> Option<T> {
         let words: Vec<_> = known
             .iter()
@@ -406,19 +359,20 @@ impl<'r> Table<'r> {
         })
     }
 
-    /// The strings of a list with the place of each; `None` if the key is not there or no list.
+    /// Reads the strings of a list with their locations. `None` if the key is missing or not a
+    /// list.
     pub(super) fn strings(&self, key: &'static str) -> Option<Vec<(Location, &'r str)>> {
         const FIX: &str = "write a list of strings: [\"...\", \"...\"]";
         let value = self.value(key)?;
         let Some(elements) = value.as_array() else {
-            self.wrong_type(&self.place(key), "a list", value, FIX);
+            self.wrong_type(&self.location(key), "a list", value, FIX);
             return None;
         };
         let mut strings = Vec::with_capacity(elements.len());
         for element in elements.iter() {
             let at = Location {
                 line: Some(self.report.line(element.span())),
-                ..self.place(key)
+                ..self.location(key)
             };
             match element.get_ref().as_str() {
                 Some(text) => strings.push((at, text)),
@@ -428,66 +382,62 @@ impl<'r> Table<'r> {
         Some(strings)
     }
 
-    /// The table `[key]`.
+    /// Returns the table `[key]`, which may be missing.
     pub(super) fn table(&self, key: &'static str) -> Table<'r> {
         let entries = self.value(key).and_then(|value| {
             if value.as_table().is_none() {
                 let fix = format!("write it as [{key}], with its keys below");
-                self.wrong_type(&self.place(key), "a table", value, &fix);
+                self.wrong_type(&self.location(key), "a table", value, &fix);
             }
             value.as_table()
         });
-        let line = entries.and(self.place(key).line);
+        let line = entries.and(self.location(key).line);
         Table {
             report: self.report,
-            place: Location {
+            location: Location {
                 line,
-                key: join(&self.place.key, key),
+                key: join(&self.location.key, key),
             },
             entries,
         }
     }
 
-    /// The tables `[[key]]`.
+    /// Returns the tables `[[key]]`, without those of a wrong type.
     pub(super) fn tables(&self, key: &'static str) -> Vec<Table<'r>> {
-        self.report
-            .lists
-            .borrow_mut()
-            .insert(join(&self.place.key, key));
         let Some(value) = self.value(key) else {
             return Vec::new();
         };
         let fix = format!("write each as [[{key}]], with its keys below");
         let Some(elements) = value.as_array() else {
-            self.wrong_type(&self.place(key), "a list of tables", value, &fix);
+            self.wrong_type(&self.location(key), "a list of tables", value, &fix);
             return Vec::new();
         };
         let mut tables = Vec::with_capacity(elements.len());
         for element in elements.iter() {
-            let place = Location {
+            let location = Location {
                 line: Some(self.report.line(element.span())),
-                key: join(&self.place.key, key),
+                key: join(&self.location.key, key),
             };
             match element.get_ref().as_table() {
                 Some(entries) => tables.push(Table {
                     report: self.report,
-                    place,
+                    location,
                     entries: Some(entries),
                 }),
-                None => self.wrong_type(&place, "a table", element.get_ref(), &fix),
+                None => self.wrong_type(&location, "a table", element.get_ref(), &fix),
             }
         }
         tables
     }
 
-    /// A key of a later version: it may be there as long as it asks for nothing.
+    /// Reports a key of a later version, unless its value requests nothing.
     pub(super) fn reserved_key(&self, key: &'static str) {
-        let asks_nothing = |value: &DeValue<'_>| match value {
+        let is_empty = |value: &DeValue<'_>| match value {
             DeValue::Boolean(on) => !on,
             DeValue::Array(elements) => elements.is_empty(),
             _ => false,
         };
-        if self.value(key).is_some_and(|value| !asks_nothing(value)) {
+        if self.value(key).is_some_and(|value| !is_empty(value)) {
             self.error(
                 key,
                 "this version of awsvid does not have it yet",
@@ -497,7 +447,7 @@ impl<'r> Table<'r> {
     }
 }
 
-/// A path that means the same whatever directory the daemon is started in.
+/// Parses a path that does not depend on the daemon's working directory.
 pub(super) fn absolute(text: &str) -> Result<PathBuf, &'static str> {
     match text {
         "" => Err("it is empty"),

@@ -51,7 +51,7 @@ async fn configuration_works_with_the_daemons_parts() {
         .unwrap();
 
     let source = crate::svid::WorkloadApi::new(
-        config.identity.socket.clone(),
+        config.identity.workload_api_socket.clone(),
         config
             .workloads
             .iter()

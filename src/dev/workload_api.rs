@@ -89,7 +89,7 @@ impl DevWorkloadApi {
         })
     }
 
-    /// Returns the socket's address in the form of `[identity] socket`: `unix:///...`.
+    /// Returns the socket's address in the form of `[identity] workload_api_socket`: `unix:///...`.
     pub fn address(&self) -> String {
         format!("unix://{}", self.socket.display())
     }

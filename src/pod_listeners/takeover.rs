@@ -54,7 +54,7 @@ impl PodListeners {
                     error.kind(),
                     io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
                 ) {
-                    tracing::warn!(%error, "[listen] handover: ignoring the socket: its peer is not a previous instance of awsvid");
+                    tracing::warn!(%error, "[pods] handover_socket: ignoring the socket: its peer is not a previous instance of awsvid");
                 }
                 self.reconcile().await;
                 self.listen_for_successor();
@@ -72,7 +72,7 @@ impl PodListeners {
                 tracing::debug!(%error, "the handover socket cannot be bound yet");
             }
             Err(error) => {
-                tracing::warn!(%error, "[listen] handover: the socket cannot be bound: an update will interrupt pods' listeners");
+                tracing::warn!(%error, "[pods] handover_socket: the socket cannot be bound: an update will interrupt pods' listeners");
             }
         }
     }
@@ -272,7 +272,7 @@ async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> Uni
             Ok(stream) => return stream,
             Err(error) => {
                 if let Some(missed) = successors.refusal() {
-                    tracing::warn!(%error, missed, "[listen] handover: rejected a request for pods' listeners");
+                    tracing::warn!(%error, missed, "[pods] handover_socket: rejected a request for pods' listeners");
                 }
                 // A lack of descriptors does not pass at once.
                 sleep(MOUNT_POLL).await;

@@ -174,7 +174,7 @@ impl StreamTask {
             Endpoint::Tcp(address) => open(TcpStream::connect(address)).await,
         };
         let channel = channel.map_err(|error| {
-            SourceError::Unavailable(unreachable(&self.endpoint, "socket", &error))
+            SourceError::Unavailable(unreachable(&self.endpoint, "workload_api_socket", &error))
         })?;
         let mut request = Request::new(X509svidRequest {});
         // The standard's protection against request forgery. SPIRE rejects a request that has it

@@ -134,7 +134,7 @@ impl WorkloadApi {
             Endpoint::Tcp(address) => open(TcpStream::connect(address)).await,
         };
         channel.map_err(|error| {
-            SourceError::Unavailable(unreachable(&self.endpoint, "socket", &error))
+            SourceError::Unavailable(unreachable(&self.endpoint, "workload_api_socket", &error))
         })
     }
 

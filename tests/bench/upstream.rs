@@ -128,7 +128,7 @@ impl Upstream {
             .unwrap_or_default();
         let socket = format!("unix://{}", self.socket.display());
         format!(
-            "[identity]\nsocket = {socket:?}\naudience = \"bench\"\n\n\
+            "[identity]\nworkload_api_socket = {socket:?}\naudience = \"bench\"\n\n\
              [sts]\nregion = \"eu-central-1\"\nendpoint = {:?}\n{ca}",
             self.sts
         )

@@ -18,7 +18,7 @@ const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 
 /// Starts a daemon without an agent. The audit shows a caller's identity.
 fn start(folder: &Path, directory: &Directory, rules: &str) -> Daemon {
-    let rest = "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
+    let rest = "[identity]\nworkload_api_socket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
         [[role]]\nname = \"all\"\nspiffe_id = \"spiffe://example.org/**\"\nrole_arn = \"arn:aws:iam::123456789012:role/all\"\n";
     Daemon::start_behind(&directory.words(), folder, "", &format!("{rest}{rules}"))
 }

@@ -181,7 +181,7 @@ async fn broker_api_attests_other_processes() {
     );
     let text = misconfigured(&wrong).await;
     assert!(
-        text.contains(agent_id) && text.contains("`broker_server`"),
+        text.contains(agent_id) && text.contains("`broker_server_id`"),
         "{text}"
     );
 

@@ -60,7 +60,7 @@ fn ask(
 fn daemon(folder: &Path, rules: &str) -> Daemon {
     let rest = r#"
 [identity]
-socket = "unix:///nonexistent/agent.sock"
+workload_api_socket = "unix:///nonexistent/agent.sock"
 [sts]
 region = "eu-central-1"
 [[role]]

@@ -38,7 +38,7 @@ const UNREACHABLE: &str = "http://127.0.0.1:1";
 /// Returns a configuration with this STS and one workload of this name.
 fn configuration(socket: &Path, sts: &str, arn: &str, audience: &str) -> String {
     format!(
-        "[identity]\nsocket = \"unix://{}\"\naudience = \"{audience}\"\n[sts]\nregion = \"us-east-1\"\nendpoint = \"{sts}\"\ntimeout = \"5s\"\n\
+        "[identity]\nworkload_api_socket = \"unix://{}\"\naudience = \"{audience}\"\n[sts]\nregion = \"us-east-1\"\nendpoint = \"{sts}\"\ntimeout = \"5s\"\n\
          [[workload]]\nspiffe_id = \"{}\"\nuid = 1001\n\
          [[role]]\nname = \"shop\"\nspiffe_id = \"{}\"\nrole_arn = \"{arn}\"\n",
         socket.display(),
@@ -59,7 +59,7 @@ fn check_with(
     command
         .env_clear()
         .env("PATH", "/usr/bin:/bin")
-        .args(["check", "--json", "--config"])
+        .args(["check", "--output", "json", "--config"])
         .arg(path)
         .args(arguments);
     let output = run(command, b"", TIMEOUT);

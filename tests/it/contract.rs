@@ -18,7 +18,7 @@ use crate::harness::daemon::Daemon;
 /// A source at which no agent listens, and a rule for a user that does not run these tests.
 const CONFIGURATION: &str = r#"
 [identity]
-socket = "unix:///nonexistent/agent.sock"
+workload_api_socket = "unix:///nonexistent/agent.sock"
 [sts]
 region = "eu-central-1"
 [[workload]]

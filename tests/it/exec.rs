@@ -116,7 +116,7 @@ fn exec_finds_daemon_by_configuration() {
     let folder = folder();
     let config = folder.path().join("awsvid.toml");
     let configuration = "[listen]\ntcp = [\"[::1]:974\", \"127.0.0.1:975\"]\nadmin = \"\"\ntoken_file = \"/nonexistent/token\"\n\
-        [identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
+        [identity]\nworkload_api_socket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
         [[workload]]\nspiffe_id = \"spiffe://example.org/a\"\nuid = 54321\n\
         [[role]]\nname = \"a\"\nspiffe_id = \"spiffe://example.org/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n";
     fs::write(&config, configuration).unwrap();

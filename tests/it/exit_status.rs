@@ -26,7 +26,7 @@ use crate::harness::upstream::Upstream;
 const TIMEOUT: Duration = Duration::from_secs(60);
 const REST: &str = r#"
 [identity]
-socket = "unix:///nonexistent/agent.sock"
+workload_api_socket = "unix:///nonexistent/agent.sock"
 [sts]
 region = "eu-central-1"
 [[workload]]
@@ -98,7 +98,7 @@ fn permanent_error_exits_with_78() {
     ] {
         // The file would give the socket.
         let text = if variable.starts_with("SPIFFE") {
-            good.replace("socket = \"unix", "# \"unix")
+            good.replace("workload_api_socket = \"unix", "# \"unix")
         } else {
             good.clone()
         };
@@ -120,7 +120,7 @@ fn permanent_error_exits_with_78() {
         "{namespace:?}"
     );
     let pods = format!(
-        "tcp = []\npods = true\npods_dir = {:?}\nhandover = \"\"",
+        "tcp = []\n[pods]\nenabled = true\nnetns_dir = {:?}\nhandover_socket = \"\"",
         folder.path()
     );
     fs::write(&path, configuration(folder.path(), &pods, "")).unwrap();

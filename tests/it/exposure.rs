@@ -18,7 +18,7 @@ const EX_CONFIG: Option<i32> = Some(78);
 /// Returns a configuration for `uid` alone.
 fn configuration(uid: u32) -> String {
     format!(
-        "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
+        "[identity]\nworkload_api_socket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
          [[workload]]\nspiffe_id = \"spiffe://example.org/a\"\nuid = {uid}\n\
          [[role]]\nname = \"a\"\nspiffe_id = \"spiffe://example.org/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n"
     )
@@ -164,7 +164,7 @@ fn exposed_ca_file_ends_start_and_reload() {
         let mut check = Command::new(PROGRAM);
         check
             .env_clear()
-            .args(["config", "--check"])
+            .args(["config", "validate"])
             .arg(folder.path().join("awsvid.toml"));
         let checked = run(check, b"", Duration::from_secs(20));
         assert_eq!(checked.status.code(), EX_CONFIG, "{checked:?}");

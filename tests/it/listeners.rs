@@ -17,7 +17,7 @@ use crate::harness::daemon::{Daemon, PROGRAM};
 
 const CONFIGURATION: &str = r#"
 [identity]
-socket = "unix:///nonexistent/agent.sock"
+workload_api_socket = "unix:///nonexistent/agent.sock"
 [sts]
 region = "eu-central-1"
 [[workload]]

@@ -384,7 +384,9 @@ fn netns_directory_may_appear_later_and_be_replaced() {
     let Some(stage) = Stage::set(|node| fs::remove_dir(node.directory()).unwrap()) else {
         return;
     };
-    stage.daemon.await_line(&["pods_dir", "does not exist yet"]);
+    stage
+        .daemon
+        .await_line(&["netns_dir", "does not exist yet"]);
     fs::create_dir(stage.site.node.directory()).unwrap();
     stage.site.node.add("a");
     stage.await_namespaces(1);

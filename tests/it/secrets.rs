@@ -88,12 +88,12 @@ fn only_credential_process_prints_secrets() {
         &["status", "--config", config],
         &["status", "--config", config, "--socket", "/nonexistent"],
         &["check", "--config", config],
-        &["check", "--config", config, "--json"],
+        &["check", "--config", config, "-o", "json"],
         &["check", "--config", config, "--url", issuer[1]],
         &["trust-policy", "--config", config],
         &["trust-policy", "--config", config, issuer[0], issuer[1]],
-        &["config", "--config", config, "--explain"],
-        &["config", "--check", config],
+        &["config", "show", "--config", config],
+        &["config", "validate", config],
         &["credential-process", "--config", config, "--role", "other"],
     ];
     for arguments in commands {

@@ -165,7 +165,10 @@ fn status_is_table_on_terminal() {
         shown.contains("EXPIRES") && !shown.contains('\x1b'),
         "{shown:?}"
     );
-    assert!(on_a_terminal(command(folder.path(), &["--json"])).contains("\"credentials\""));
+    let json = on_a_terminal(command(folder.path(), &["--output", "json"]));
+    assert!(json.contains("\"credentials\""), "{json}");
+    let table = run(command(folder.path(), &["-o", "table"]), b"", TIMEOUT);
+    assert!(table.success("-o table").contains("EXPIRES"));
 
     // Repeatedly on the same screen. Without colours too, since clearing the screen is not a
     // colour.

@@ -62,7 +62,7 @@ fn check(folder: &Path, variables: &[&str], configuration: &str) -> Vec<Value> {
     command
         .env_clear()
         .env("PATH", "/usr/bin:/bin")
-        .args(["check", "--json", "--config"])
+        .args(["check", "--output", "json", "--config"])
         .arg(path);
     let output = run(command, b"", TIMEOUT);
     let report: Value =
@@ -411,7 +411,7 @@ fn role_of_another_sts_is_assumed_by_its_own_name() {
     let mut status = Command::new(PROGRAM);
     status
         .env_clear()
-        .args(["status", "--json", "--config"])
+        .args(["status", "--output", "json", "--config"])
         .arg(folder.path().join("awsvid.toml"));
     let status = run(status, b"", TIMEOUT).success("awsvid status");
     assert!(status.contains(name), "{status}");

@@ -171,9 +171,10 @@ fn in_pods() -> BTreeSet<String> {
     let words = node.enter();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let handover = folder.path().join("handover/awsvid.sock");
-    let listen = node
-        .listen()
-        .replace("handover = \"\"", &format!("handover = {handover:?}"));
+    let listen = node.listen().replace(
+        "handover_socket = \"\"",
+        &format!("handover_socket = {handover:?}"),
+    );
     let start = |name: &str| {
         let own = folder.path().join(name);
         fs::create_dir(&own).unwrap();

@@ -312,7 +312,7 @@ fn callers_are_distinguished_by_unit_with_spire() {
     let configuration = format!(
         r#"
 [identity]
-socket = "unix:///tmp/spire-agent/public/api.sock"
+workload_api_socket = "unix:///tmp/spire-agent/public/api.sock"
 audience = "{}"
 [sts]
 endpoint = "http://{}"

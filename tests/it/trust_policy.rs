@@ -56,7 +56,7 @@ fn trust_policy_uses_live_issuer_and_cli_accepts_commands() {
     };
     let config = folder.path().join("awsvid.toml");
     let text = format!(
-        "[identity]\nsocket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n\
+        "[identity]\nworkload_api_socket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n\
          [[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n\
          [[role]]\nname = \"app\"\nspiffe_id = \"{READER}\"\nrole_arn = \"arn:aws:iam::123456789012:role/app\"\n",
         spire.agent_socket().display()
@@ -188,7 +188,7 @@ fn policies_accept_only_the_live_token() {
         )
     });
     let head = format!(
-        "[identity]\nsocket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n[[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n",
+        "[identity]\nworkload_api_socket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n[[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n",
         spire.agent_socket().display()
     );
     fs::write(&config, head + &text.concat()).unwrap();
@@ -299,7 +299,7 @@ fn thumbprint_of_untrusted_chain_needs_option() {
     let config = folder.path().join("awsvid.toml");
     let role = "[[role]]\nname = \"app\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/app\"\n";
     let text = format!(
-        "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
+        "[identity]\nworkload_api_socket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
          [[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n{}",
         role.replace("{id}", READER)
     );
@@ -379,7 +379,7 @@ fn cloudformation_accepts_the_template() {
             "[[role]]\nname = \"{name}\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/team/{name}\"\n"
         )
     };
-    let text = "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n".to_owned()
+    let text = "[identity]\nworkload_api_socket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n".to_owned()
         + &format!("[[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n")
         + &role("app-1", READER)
         + &role("app_1", "spiffe://example.org/w/*")

@@ -183,7 +183,7 @@ fn readiness_waits_for_the_sts_of_requested_roles() {
         rest[..rest.find("\n\n").unwrap_or(rest.len())].to_owned()
     };
     let configuration = format!(
-        "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n{}\n[sts]\nregion = \"us-east-1\"\n{}",
+        "requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n{}\n[sts]\nregion = \"us-east-1\"\n{}",
         section("[identity]"),
         section("[[workload]]")
     );
@@ -225,7 +225,7 @@ fn executions_that_are_not_counted_are_reported() {
         );
         let config = folder.path().join("awsvid.toml");
         let config = config.to_str().unwrap();
-        let checked = awsvid(&[], &["check", "--json", "--config", config]);
+        let checked = awsvid(&[], &["check", "--output", "json", "--config", config]);
         let report: Value = serde_json::from_str(&checked.stdout)
             .unwrap_or_else(|error| panic!("{error}: {checked:?}"));
         let findings = report["findings"].as_array().unwrap();

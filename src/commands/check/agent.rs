@@ -48,8 +48,8 @@ pub(super) async fn connect(
     report: &mut CheckReport,
 ) -> Option<TokenSource> {
     if !opens(
-        &config.identity.socket,
-        "socket",
+        &config.identity.workload_api_socket,
+        "workload_api_socket",
         matches!(config.identity.source, Source::SpireDelegated { .. }),
         report,
     )
@@ -67,7 +67,7 @@ pub(super) async fn connect(
             server,
             reference,
         } => {
-            let own = OwnSvidSource::at(config.identity.socket.clone());
+            let own = OwnSvidSource::at(config.identity.workload_api_socket.clone());
             let broker = BrokerApi::new(socket, own, server.clone(), TOKEN_TIMEOUT);
             match reference {
                 Reference::Auto => (Box::new(broker.naming_pods()), socket),

@@ -56,7 +56,7 @@ pub(super) fn check(config: &Config, proc: &Path, tried: &KernelSupport, report:
     cgroups(config, proc, report);
     privileges(config, proc, report);
     namespaces(config, proc, report);
-    if config.listen.pods {
+    if config.pods.enabled {
         own_kernels(proc, report);
     }
 }
@@ -69,7 +69,7 @@ fn text(proc: &Path, name: &str) -> String {
 fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut CheckReport) {
     let release = text(proc, "sys/kernel/osrelease");
     let release = release.trim();
-    let over_tcp = config.listen.pods || !config.listen.tcp.is_empty();
+    let over_tcp = config.pods.enabled || !config.listen.tcp.is_empty();
     match &tried.tcp {
         Err(missing) if over_tcp => {
             report.failed(

@@ -239,7 +239,7 @@ impl Plan {
         roles.defined.iter().for_each(|role| plan.add(role, ids));
         if roles.requested.is_some() {
             plan.warnings.push(
-                "allow_requested_roles: workloads name these roles themselves, so each needs a trust policy like the ones \
+                "[requested_roles] allow: workloads name these roles themselves, so each needs a trust policy like the ones \
                  here, with the SPIFFE IDs of its workloads"
                     .to_owned(),
             );

@@ -300,7 +300,7 @@ async fn missing_agent_is_found_later() {
     until(&own, |now| now.failure.is_some()).await;
     let error = own.latest().unwrap_err();
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("no socket at") && text.contains("`socket`")),
+        matches!(&error, SourceError::Unavailable(text) if text.contains("no socket at") && text.contains("`workload_api_socket`")),
         "{error:?}"
     );
     let mut agent = FakeAgent::at(&socket_dir.path);

@@ -153,7 +153,7 @@ impl BrokerConnector {
             {
                 SourceError::Misconfigured(format!(
                     "the server at {endpoint} is not the SPIFFE agent: {other}; if it is the right one, write its SPIFFE \
-                     ID as `broker_server` in [identity]"
+                     ID as `broker_server_id` in [identity]"
                 ))
             }
             // A trust domain with new CAs fails in the same way until the agent has sent them.

@@ -85,7 +85,7 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
     words.extend(LEAST.map(str::to_owned));
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let configuration = format!(
-        "[identity]\nsource = \"spiffe-broker\"\nsocket = \"unix://{}\"\nbroker_socket = \"unix://{}\"\naudience = \"{AUDIENCE}\"\n{}",
+        "[identity]\nsource = \"spiffe-broker\"\nworkload_api_socket = \"unix://{}\"\nbroker_socket = \"unix://{}\"\naudience = \"{AUDIENCE}\"\n{}",
         spire.agent_socket().display(),
         spire.broker_socket().display(),
         sts.configuration()
@@ -142,7 +142,7 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
     let check = |arguments: &[&str], status: i32| {
         let mut command = behind(&words, std::path::Path::new(PROGRAM));
         command
-            .args(["check", "--json", "--config"])
+            .args(["check", "--output", "json", "--config"])
             .arg(folder.path().join("awsvid.toml"))
             .args(arguments);
         let output = run(command, b"", TIMEOUT);

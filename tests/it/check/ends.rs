@@ -45,7 +45,7 @@ fn unchecked_steps_have_own_exit_status() {
     let (text, _) = text.split_once("[[role]]").unwrap();
     let text = text.replace(&format!("endpoint = \"{UNREACHABLE}\"\n"), "");
     let text =
-        format!("allow_requested_roles = [\"arn:aws:iam::123456789012:role/app-*\"]\n{text}");
+        format!("requested_roles.allow = [\"arn:aws:iam::123456789012:role/app-*\"]\n{text}");
     let (output, report) = check(folder.path(), &text);
     assert_eq!(
         (output.status.code(), &report["result"]),
@@ -56,7 +56,7 @@ fn unchecked_steps_have_own_exit_status() {
     let [unchecked] = &findings(&report, "unchecked")[..] else {
         panic!("{report:#}")
     };
-    assert!(unchecked.contains("allow_requested_roles"), "{report:#}");
+    assert!(unchecked.contains("requested_roles"), "{report:#}");
     // The report for people shows the same.
     let mut command = Command::new(PROGRAM);
     command

@@ -190,7 +190,7 @@ impl Stage {
             .clone()
             .unwrap_or_else(|| self.spire.agent_socket());
         let configuration = format!(
-            "[identity]\nsocket = \"unix://{}\"\naudience = \"{}\"\n[sts]\nendpoint = \"{}\"\n{rules}\
+            "[identity]\nworkload_api_socket = \"unix://{}\"\naudience = \"{}\"\n[sts]\nendpoint = \"{}\"\n{rules}\
              [[role]]\nname = \"{ROLE}\"\nspiffe_id = \"{}\"\nrole_arn = \"{}\"\n{}\n",
             socket.display(),
             minio::AUDIENCE,

@@ -86,7 +86,7 @@ impl Source {
 
     /// Returns its part of `[identity]`, with the agent's Workload API at `socket`.
     fn keys(self, spire: &Spire, socket: &Path) -> String {
-        let socket = format!("socket = \"unix://{}\"", socket.display());
+        let socket = format!("workload_api_socket = \"unix://{}\"", socket.display());
         match self {
             Self::Rules => socket,
             Self::Delegated => {

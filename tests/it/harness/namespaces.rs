@@ -53,10 +53,10 @@ impl Node {
         &self.directory
     }
 
-    /// Returns the part of the daemon's configuration about pods.
+    /// Returns the daemon's table `[pods]`, which has to follow the keys of `[listen]`.
     pub(crate) fn listen(&self) -> String {
         format!(
-            "pods = true\npods_dir = {:?}\nhandover = \"\"\n",
+            "[pods]\nenabled = true\nnetns_dir = {:?}\nhandover_socket = \"\"\n",
             self.directory
         )
     }

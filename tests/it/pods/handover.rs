@@ -14,7 +14,7 @@ use crate::harness::namespaces::{Node, Peer};
 
 pub(super) fn handing_over(folder: &Path, node: &Node) -> String {
     format!(
-        "pods = true\npods_dir = {:?}\nhandover = {:?}\n",
+        "[pods]\nenabled = true\nnetns_dir = {:?}\nhandover_socket = {:?}\n",
         node.directory(),
         folder.join("handover/awsvid.sock")
     )

@@ -100,7 +100,7 @@ fn config(listen: &str, identity: &str) -> Config {
     let rule = "[[workload]]\nspiffe_id = \"spiffe://t/a\"\nuid = 1\ngid = 1\n";
     let rules = if identity.is_empty() { rule } else { "" };
     let text = format!(
-        "[listen]\n{listen}\n[identity]\nsocket = \"unix:///a\"\n{identity}\n[sts]\nregion = \"eu-central-1\"\n{rules}\
+        "[listen]\n{listen}\n[identity]\nworkload_api_socket = \"unix:///a\"\n{identity}\n[sts]\nregion = \"eu-central-1\"\n{rules}\
          [[role]]\nname = \"a\"\nspiffe_id = \"spiffe://t/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n"
     );
     Config::parse(&text, &|_| None)
@@ -181,7 +181,7 @@ fn missing_kernel_features_are_reported() {
         (without_tcp(TcpUnsupported::NoCgroupId), unix, None),
         (
             without_tcp(TcpUnsupported::NoCgroupId),
-            "pods = true",
+            "[pods]\nenabled = true",
             Some((Failed, "does not report the cgroup", "Linux 5.8")),
         ),
         // Without TCP support the fix does not propose TCP.
@@ -311,13 +311,13 @@ fn foreign_namespaces_are_reported() {
         "not the host's pid namespace",
         "hostPID: true",
     );
-    let pods = "pods = true\ntcp = []\nunix = \"\"";
+    let pods = "tcp = []\nunix = \"\"\n[pods]\nenabled = true";
     assert_eq!(
         pids.faults(&config(pods, BROKER)),
         [],
         "where all callers are pods no process is looked for"
     );
-    let process = format!("{BROKER}\nreference = \"process\"");
+    let process = format!("{BROKER}\nworkload_reference = \"process\"");
     pids.assert_fault(
         &config(pods, &process),
         Verdict::Note,
@@ -325,7 +325,7 @@ fn foreign_namespaces_are_reported() {
         "hostPID: true",
     );
     pids.assert_fault(
-        &config("pods = true", BROKER),
+        &config("[pods]\nenabled = true", BROKER),
         Verdict::Note,
         "not the host's pid namespace",
         "hostPID: true",
@@ -344,7 +344,7 @@ fn privileges_depend_on_the_configuration() {
     };
     let (ptrace, search) = (Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH);
     let (bind, admin) = (Capability::CAP_NET_BIND_SERVICE, Capability::CAP_SYS_ADMIN);
-    let pods = "pods = true\ntcp = []\nunix = \"\"";
+    let pods = "tcp = []\nunix = \"\"\n[pods]\nenabled = true";
     let table: [(Config, &[Capability], &str); 7] = [
         (config("", ""), &[ptrace, search, bind], ""),
         (
@@ -360,7 +360,7 @@ fn privileges_depend_on_the_configuration() {
             "without CAP_SYS_PTRACE",
         ),
         (
-            config("pods = true", ""),
+            config("[pods]\nenabled = true", ""),
             &[ptrace, search, bind],
             "without CAP_SYS_ADMIN",
         ),
@@ -416,10 +416,10 @@ fn pods_with_own_kernels_are_found_by_their_shims() {
             "it is of interest where pods are served"
         );
         match name {
-            None => assert_eq!(proc.faults(&config("pods = true", "")), []),
+            None => assert_eq!(proc.faults(&config("[pods]\nenabled = true", "")), []),
             Some(name) => {
                 proc.assert_fault(
-                    &config("pods = true", ""),
+                    &config("[pods]\nenabled = true", ""),
                     Verdict::Note,
                     name,
                     "another runtimeClassName",

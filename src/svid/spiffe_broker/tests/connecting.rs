@@ -67,7 +67,7 @@ async fn server_must_have_an_expected_id() {
     ] {
         let error = connect_error(server, named(id)).await.unwrap_err();
         assert!(
-            matches!(&error, SourceError::Misconfigured(text) if text.contains(id) && text.contains("`broker_server`")),
+            matches!(&error, SourceError::Misconfigured(text) if text.contains(id) && text.contains("`broker_server_id`")),
             "{server:?} {id}: {error:?}"
         );
     }
