@@ -132,7 +132,7 @@ impl TokenExchanger {
 
     /// Exchanges a token that the source gives `caller` for the credentials of `grant`.
     ///
-    /// Outages are retried for [`RETRY_WINDOW`]. A token that STS refuses is replaced once.
+    /// Outages are retried for `RETRY_WINDOW`. A token that STS refuses is replaced once.
     pub async fn exchange(
         &self,
         caller: &Arc<Caller>,
