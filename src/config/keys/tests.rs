@@ -220,17 +220,20 @@ fn example_file_shows_each_default() {
     }
 }
 
+const HEAD: &str = "| key | type | default | meaning |";
+
 /// Returns the cells of the reference's tables, without the links of their texts.
 fn reference_rows(text: &str) -> Vec<(String, [String; 4])> {
     let mut rows = Vec::new();
-    let mut header = String::new();
+    let (mut header, mut is_reference) = (String::new(), false);
     for line in text.lines() {
+        is_reference = line == HEAD || (is_reference && !line.is_empty());
         if let Some(title) = line.strip_prefix("## ") {
             header = title.trim_matches('`').to_owned();
         }
         let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
         if let ([name, value, default, meaning], true) = (&cells[..], line.starts_with("| `"))
-            && header.starts_with('[')
+            && is_reference
         {
             let cells = [name.trim_matches('`'), value, default, meaning];
             rows.push((header.clone(), cells.map(without_links)));
