@@ -1,13 +1,14 @@
-//! Which revision of the source is built, as git knows it.
+//! The revision of the source, as git knows it.
 
 use std::path::Path;
 use std::process::Command;
 
-/// What the program is made of.
+/// The files and folders that the program is built from.
 pub(crate) const SOURCES: [&str; 4] = ["src", "proto", "Cargo.toml", "Cargo.lock"];
 
-/// The commit of the working copy whose root is `folder`, with `+changes` if the sources are not as it has them. `None` where
-/// there is no such thing: in a tarball, also in one that was unpacked within another repository, and without git.
+/// Returns the commit of the working copy with the root `folder`, with `+changes` if the sources
+/// differ from it. Returns `None` without a working copy or without git: in a tarball, even if it
+/// was unpacked inside another repository.
 pub(crate) fn revision(folder: &Path) -> Option<String> {
     // Empty at the root of a working copy, and only there.
     if !git(folder, &["rev-parse", "--show-prefix"])?.is_empty() {

@@ -178,7 +178,7 @@ fn man(names: &[String]) -> ExitCode {
             None => command
                 .error(
                     ErrorKind::InvalidValue,
-                    format!("there is no command {name:?}"),
+                    format!("the command {name:?} does not exist"),
                 )
                 .exit(),
         };
@@ -284,7 +284,7 @@ fn usage(arg: &clap::Arg) -> String {
     }
 }
 
-/// Whoever has stopped reading has had enough.
+/// Prints the text. A reader that stops early is not an error.
 fn print(text: &[u8]) -> ExitCode {
     match io::stdout().write_all(text) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => ExitCode::FAILURE,

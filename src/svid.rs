@@ -121,7 +121,8 @@ pub enum SourceError {
 }
 
 impl SourceError {
-    /// Returns the error for [`crate::upstream_status`]. Errors that concern one caller are not an outage.
+    /// Returns the error for [`crate::upstream_status`]. Errors that concern one caller are not an
+    /// outage.
     fn of_source<T>(result: &Result<T, Self>) -> Option<LastError> {
         let error = result.as_ref().err()?;
         let outage = matches!(

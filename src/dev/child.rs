@@ -17,8 +17,8 @@ use crate::sdk_environment::Environment;
 /// Runs `command` to its end. Returns its exit status, or `128 + n` if signal `n` ended it.
 ///
 /// SIGTERM, SIGHUP, SIGINT and SIGQUIT end the command, and `dev` ends after it. An error means
-/// that the command could not be started. [`crate::sdk_environment::exit_code`] is the exit status for
-/// that.
+/// that the command could not be started; [`crate::sdk_environment::exit_code`] has the exit
+/// status for it.
 pub async fn run(command: &[OsString], environment: &Environment) -> io::Result<u8> {
     let (program, arguments) = command
         .split_first()

@@ -1,9 +1,9 @@
 //! Every AWS SDK and client, real and unmodified, gets its credentials from the real daemon, SPIRE
 //! and MinIO.
 //!
-//! Each runs as a user of its own behind `awsvid exec`. A table in deploy/docs/sdks.md has the results, and
-//! these tests compare it; with `AWSVID_WRITE_TABLE=1` they write it. `tests/run` tries one read
-//! and one refusal each, `tests/run slow` all columns.
+//! Each runs as a user of its own behind `awsvid exec`. A table in deploy/docs/sdks.md has the
+//! results, and these tests compare it; with `AWSVID_WRITE_TABLE=1` they write it. `tests/run`
+//! tries one read and one refusal each, `tests/run slow` all columns.
 
 mod catalogue;
 mod ending;

@@ -70,7 +70,8 @@ fn the_cli_has_the_role_whatever_else_the_user_has_configured() {
     );
 }
 
-/// The README's first command, word by word but for the build, prints what the README shows for a user of another name.
+/// Runs the README's first command as it is, except the build. Its output has to be that of the
+/// README, for a user of another name.
 #[test]
 fn readme_command_prints_the_output_in_the_readme() {
     let (_, section) = include_str!("../../README.md")
@@ -272,7 +273,7 @@ fn without_a_command_it_prints_what_another_terminal_needs() {
             .run("/usr/bin/curl", &curl)
             .success("curl");
         assert!(refused.contains("\"code\":\"no_identity\""), "{refused}");
-        // The API that signs for everybody is behind a door of its own.
+        // Other users cannot enter the directory of the API that signs for all users.
         let api = directory.join("workload-api");
         let mut ls = Command::new("/bin/ls");
         ls.arg(&api).uid(1777).gid(1777);

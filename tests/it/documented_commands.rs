@@ -225,8 +225,8 @@ fn every_command_block_is_tested_or_excused() {
     }
 }
 
-/// Fills a folder with the files that the commands need: `awsvid` in `bin`, a configuration, and the
-/// records of audit-log.md.
+/// Fills a folder with the files that the commands need: `awsvid` in `bin`, a configuration, and
+/// the records of audit-log.md.
 fn stage(folder: &Path) {
     fs::create_dir(folder.join("bin")).unwrap();
     symlink(PROGRAM, folder.join("bin/awsvid")).unwrap();

@@ -30,7 +30,7 @@ fn files(folder: &Path, extension: &str, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Reads all documents.
+/// Reads all documents of the project.
 fn documents() -> Vec<(PathBuf, String)> {
     let mut found = vec![root().join("README.md")];
     for folder in ["deploy", ".github", "tests"] {
@@ -161,8 +161,8 @@ fn readme_is_short() {
     );
 }
 
-/// Returns the production sources, each with its strings as the compiler has them: a string goes on at the first
-/// character of its next line.
+/// Returns the production sources, each with its strings as the compiler has them: a string
+/// continues at the first character of its next line.
 fn sources() -> Vec<String> {
     let mut found = Vec::new();
     files(&root().join("src"), "rs", &mut found);

@@ -1,4 +1,4 @@
-//! What `awsvid` says about itself: help, version, completions, manual pages.
+//! Help, version, completions and manual pages of `awsvid`.
 
 #[path = "../../proto/revision.rs"]
 mod revision;
@@ -219,7 +219,7 @@ fn the_version_has_the_builds_facts() {
     }
 }
 
-/// What is typed, and the last word of it as a shell completes it.
+/// Typed text, and its last word as a shell completes it.
 const TYPED: [(&str, &str); 3] = [
     ("awsvid cred", "credential-process"),
     ("awsvid credential-process --sa", "--same-user"),
@@ -258,7 +258,8 @@ fn bash_completes() {
     assert_eq!(awsvid(&["completions", "cmd"]).status.code(), Some(2));
 }
 
-/// At its own prompt, which it only has on a terminal: the tab completes the word, and the line is then run.
+/// Runs at zsh's own prompt, which it has on a terminal only. The tab key completes the word, and
+/// the line is then run.
 #[test]
 fn zsh_completes() {
     if !has("zsh") {
@@ -359,7 +360,7 @@ fn all_manual_pages_go_where_man_looks() {
     assert!(refused.stderr.contains("/dev/null/man1: "), "{refused:?}");
 }
 
-/// What proto/build.rs records.
+/// Compares the revision that proto/build.rs records.
 #[test]
 fn the_revision_is_that_of_the_working_copy() {
     let folder = folder();

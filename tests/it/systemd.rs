@@ -682,7 +682,7 @@ fn documented_rollback_interrupts_no_caller() {
     };
     start(&machine);
     assert_known(ask(&machine, "billing.service", "billing", TCP));
-    // What CI says before such a file is anywhere.
+    // The check that CI runs before such a file is installed.
     let check = documents::block("upgrade.md", "The order of steps", "awsvid.previous");
     let check = check.replace("awsvid.toml", CONFIGURATION);
     let checked = machine.run(&["sh", "-euc", &check]);

@@ -1,5 +1,5 @@
-//! The table in `deploy/docs/troubleshooting.md`: for tests that every finding of check is in it, here and (they include this
-//! file as it is) with real counterparts.
+//! Reads the table in `deploy/docs/troubleshooting.md`. Unit tests compare every finding of check
+//! with it. The integration tests include this file and compare findings with real counterparts.
 
 const DOCUMENT: &str = include_str!("../../../deploy/docs/troubleshooting.md");
 const HEADER: &str = "| symptom | step | output of check |";
