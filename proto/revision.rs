@@ -25,7 +25,7 @@ pub(crate) fn revision(folder: &Path) -> Option<String> {
     })
 }
 
-/// The files, relative to `folder`, of which one changes when another commit is checked out or made.
+/// Returns files, relative to `folder`. One of them changes when a commit is checked out or made.
 pub(crate) fn moves(folder: &Path) -> Vec<String> {
     let paths = ["HEAD", "logs/HEAD"].map(|name| git(folder, &["rev-parse", "--git-path", name]));
     paths
@@ -37,7 +37,7 @@ pub(crate) fn moves(folder: &Path) -> Vec<String> {
 
 fn git(folder: &Path, arguments: &[&str]) -> Option<String> {
     let mut command = Command::new("git");
-    // A hook's variables would lead to the repository that it runs for; and a look takes no lock.
+    // The variables of a git hook would lead to the repository that it runs for. Reading needs no lock.
     for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX"] {
         command.env_remove(variable);
     }

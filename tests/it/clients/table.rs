@@ -197,8 +197,8 @@ fn write(seen: &[Cell]) {
     fs::write(document(), format!("{before}{HEADER}{rows}{after}")).expect("sdks.md");
 }
 
-/// Returns the part of a cell that the tests compare. Text in parentheses is for people: seconds and
-/// counts that differ between machines and runs.
+/// Returns the part of a cell that the tests compare. Text in parentheses is for people: seconds
+/// and counts that differ between machines and runs.
 fn compared(column: Column, text: &str) -> String {
     if matches!(column, Column::Client | Column::Version | Column::Note) {
         return text.to_owned();
