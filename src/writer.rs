@@ -4,6 +4,11 @@
 //! The queue is bounded, in all and for each workload, so that a workload that causes very many lines loses its own first (attack
 //! 30). Lost lines are counted, and noted as soon as a line can be written again.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "the thread of a writer has no runtime"
+)]
+
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::fs::File;

@@ -1,7 +1,7 @@
 //! What a request must look like: method, path, and the headers that keep browsers, proxies and other deputies out.
 //!
 //! hyper and httparse refuse before this what is no HTTP/1.1: spaces before a colon, folded lines, control characters, two
-//! lengths that differ, a coding other than chunked. [`Wire`](super::wire::GuardedStream) refuses line feeds alone. What is ignored,
+//! lengths that differ, a coding other than chunked. [`Wire`](super::guarded_stream::GuardedStream) refuses line feeds alone. What is ignored,
 //! as the standard allows: `Upgrade` (one Java client offers HTTP/2 with every request), `Expect` without a body, headers
 //! that nobody knows, bytes above 127 in their values, everything after the first request. HTTP/1.0 is answered as such, if
 //! it has a `Host`: small clients and probes speak it.

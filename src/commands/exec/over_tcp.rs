@@ -1,6 +1,11 @@
 //! Check that the daemon attests callers over TCP, because the command's SDK has no other way to
 //! it.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
+
 use std::net::{TcpStream, ToSocketAddrs};
 use std::path::Path;
 use std::time::{Duration, Instant};
