@@ -75,7 +75,7 @@ fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut Chec
             report.failed(
                 STEP,
                 format!("Linux {release}: callers over TCP are refused: {missing}"),
-                missing.fix(),
+                missing.fix(tried.unix),
             );
         }
         _ => report.ok(STEP, format!("Linux {release}")),
