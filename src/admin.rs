@@ -29,7 +29,11 @@ use crate::config::Listen;
 use crate::health::UpstreamReport;
 use crate::limits::FairSemaphore;
 use crate::listen::{AcceptedStream, LazySocket, PendingConnection};
-use crate::metrics::{Metrics, ReasonLabel};
+use crate::metrics::{Exposition, Metrics, ReasonLabel};
+
+mod format;
+
+use format::{MetricsFormat, Rendered};
 
 /// For the whole head. A probe sends it with its connection.
 const HEAD: Duration = Duration::from_secs(1);
@@ -40,6 +44,8 @@ const RENDER_EVERY: Duration = Duration::from_secs(1);
 /// At the TCP address, in all and from one source address. More than the daemon accepts before it reads the first of them.
 const CONNECTIONS: usize = 512;
 const CONNECTIONS_OF_ONE: usize = 160;
+/// The reason of a connection that gives way to a newer one.
+pub const TOO_MANY_OPERATORS: &str = "too_many_operators";
 /// On the unix socket.
 const LOCAL_CONNECTIONS: usize = 160;
 
@@ -124,7 +130,7 @@ pub struct Admin {
     remote: FairSemaphore<IpAddr>,
     local: FairSemaphore<IpAddr>,
     /// The metrics as they were rendered last. Scrapes that come during a rendering wait for it.
-    rendered: tokio::sync::Mutex<Option<(Instant, Bytes)>>,
+    rendered: tokio::sync::Mutex<Option<(Instant, Rendered)>>,
 }
 
 #[derive(Serialize)]
@@ -195,13 +201,7 @@ impl Admin {
         };
         let service = service_fn(|request: Request<Incoming>| {
             let admin = &self;
-            async move {
-                Ok::<_, Infallible>(
-                    admin
-                        .answer(address, request.method(), request.uri().path())
-                        .await,
-                )
-            }
+            async move { Ok::<_, Infallible>(admin.answer(address, &request).await) }
         });
         let mut builder = http1::Builder::new();
         builder
@@ -217,21 +217,22 @@ impl Admin {
             // A client that is slow or gone needs no further care.
             _ = served => {}
             () = permit.evicted() => {
-                self.metrics.connections_dropped.get_or_create(&ReasonLabel { reason: "too_many_operators" }).inc();
+                self.metrics.connections_dropped.get_or_create(&ReasonLabel { reason: TOO_MANY_OPERATORS }).inc();
                 LazySocket::reset_on_close(&descriptor);
             }
         }
     }
 
-    async fn answer(&self, address: Address, method: &Method, path: &str) -> Response<Full<Bytes>> {
-        if method != Method::GET {
+    async fn answer(&self, address: Address, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        if request.method() != Method::GET {
             return text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n");
         }
-        match (address, path) {
+        let format = MetricsFormat::negotiate(request.headers());
+        match (address, request.uri().path()) {
             (_, "/healthz") => text(StatusCode::OK, "ok\n"),
             (_, "/readyz") => self.ready(address),
-            (Address::Admin, "/metrics") => metrics(self.rendered().await),
-            (Address::Status, "/metrics") => metrics(self.render()),
+            (Address::Admin, "/metrics") => format.reply(&self.rendered().await),
+            (Address::Status, "/metrics") => format.reply(&self.render()),
             (Address::Status, "/status") => self.status(),
             _ => text(StatusCode::NOT_FOUND, "not found\n"),
         }
@@ -249,22 +250,26 @@ impl Admin {
         }
     }
 
-    fn render(&self) -> Bytes {
+    fn render(&self) -> Rendered {
         self.cache.count();
-        self.metrics.encode().into()
+        let Exposition { openmetrics, text } = self.metrics.exposition();
+        Rendered {
+            openmetrics: openmetrics.into(),
+            text: text.into(),
+        }
     }
 
     /// The metrics, rendered at most once in [`RENDER_EVERY`]: rendering walks over each entry of the cache.
-    async fn rendered(&self) -> Bytes {
+    async fn rendered(&self) -> Rendered {
         let mut rendered = self.rendered.lock().await;
-        if let Some((at, text)) = &*rendered
+        if let Some((at, latest)) = &*rendered
             && at.elapsed() < RENDER_EVERY
         {
-            return text.clone();
+            return latest.clone();
         }
-        let text = self.render();
-        *rendered = Some((Instant::now(), text.clone()));
-        text
+        let latest = self.render();
+        *rendered = Some((Instant::now(), latest.clone()));
+        latest
     }
 
     fn unsupported_kernel(&self) -> Vec<String> {
@@ -308,14 +313,6 @@ const PLAIN: &str = "text/plain; charset=utf-8";
 
 fn text(status: StatusCode, body: &'static str) -> Response<Full<Bytes>> {
     reply(status, PLAIN, Bytes::from_static(body.as_bytes()))
-}
-
-fn metrics(text: Bytes) -> Response<Full<Bytes>> {
-    reply(
-        StatusCode::OK,
-        "application/openmetrics-text; version=1.0.0; charset=utf-8",
-        text,
-    )
 }
 
 fn reply(status: StatusCode, kind: &'static str, body: Bytes) -> Response<Full<Bytes>> {

@@ -36,6 +36,7 @@ use crate::svid::{self, AgentSource, IdentitySource, SourceError, SpireDelegated
 
 mod audit_file;
 mod listeners;
+mod series;
 mod token;
 
 use audit_file::{audit_error, open_audit};
@@ -96,6 +97,8 @@ pub struct App {
     listen: config::Listen,
     /// The source in use, and what it was made by.
     source: (IdentityConfig, Arc<dyn IdentitySource>),
+    /// The STS endpoints in use.
+    sts: Vec<String>,
     accounts: Accounts,
     broker: Arc<CredentialService>,
     audit: Arc<Audit>,
@@ -157,7 +160,7 @@ impl Components {
                 metrics.clone(),
             ),
             limits: limits(&config.cache),
-            probes: ReadinessProbes::new(config, source.clone(), sts),
+            probes: ReadinessProbes::new(config, source.clone(), sts, metrics.clone()),
             policy: Policy {
                 source,
                 roles: config.roles.clone(),
@@ -175,6 +178,8 @@ impl App {
             metrics,
         } = startup;
         let clock = Clock::system();
+        series::create(&metrics);
+        let (sts, sha256) = (sts_names(&config), config.sha256.clone());
         let accounts = Accounts::new(Nss, metrics.clone());
         let parts = Components::new(&config, (None, false), &accounts, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
@@ -213,6 +218,7 @@ impl App {
             admin: None,
             listen: config.listen,
             source,
+            sts,
             accounts,
             broker,
             audit: front.audit.clone(),
@@ -228,6 +234,7 @@ impl App {
         app.serve_pods(front).await?;
         app.serve_operators(&mut inherited, &admin);
         app.workloads.refuse_rest(&mut inherited);
+        app.metrics.config_loaded(&sha256, app.clock.now());
         app.probe(parts.probes);
         Ok(app)
     }
@@ -254,6 +261,13 @@ impl App {
         self.status
             .names_processes(DaemonFeatures::of(&config).names_processes());
         self.broker.reload(parts.policy, parts.issuer, parts.limits);
+        let endpoints = sts_names(&config);
+        for removed in std::mem::replace(&mut self.sts, endpoints) {
+            if !self.sts.contains(&removed) {
+                self.metrics.remove_sts(removed);
+            }
+        }
+        self.metrics.config_loaded(&config.sha256, self.clock.now());
         self.probe(parts.probes);
         if !changed.is_empty() {
             tracing::warn!(
@@ -261,6 +275,11 @@ impl App {
             );
         }
         Ok(())
+    }
+
+    /// Records that a reload failed, so that the previous configuration stays in effect.
+    pub fn reload_failed(&self) {
+        self.metrics.config_rejected();
     }
 
     /// Whether it is noticed that a caller's process executes a program, without which none is named to an agent.
@@ -383,6 +402,12 @@ impl App {
         // Whoever reads metrics slowly keeps nobody waiting.
         let _ = timeout(ADMIN_DRAIN_TIMEOUT, self.operators.end()).await;
     }
+}
+
+/// Returns the names by which metrics and `/status` know the STS endpoints of a configuration.
+fn sts_names(config: &Config) -> Vec<String> {
+    let targets = config.roles.sts_targets();
+    targets.iter().map(ToString::to_string).collect()
 }
 
 fn limits(cache: &config::CacheConfig) -> cache::Limits {

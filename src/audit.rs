@@ -64,6 +64,20 @@ pub enum CacheResult {
     Stale,
 }
 
+impl CacheResult {
+    /// All results of a lookup.
+    pub const ALL: [Self; 3] = [Self::Hit, Self::Miss, Self::Stale];
+
+    /// Returns the label in metrics, which is also the field `cache` of audit records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::Miss => "miss",
+            Self::Stale => "stale",
+        }
+    }
+}
+
 /// What a request came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
@@ -76,7 +90,8 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    fn name(self) -> &'static str {
+    /// Returns the label in metrics and audit records.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Issued => "issued",
             Self::Refused => "refused",
@@ -84,6 +99,11 @@ impl Outcome {
         }
     }
 }
+
+/// The reason of a request that was answered with credentials.
+pub const OK: &str = "ok";
+/// The outcome, and the reason, of a request whose client closed the connection before the answer.
+pub const ABORTED: &str = "aborted";
 
 /// What was handed out.
 #[derive(Debug, Clone, Copy)]

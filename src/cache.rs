@@ -27,7 +27,7 @@ use crate::clock::Clock;
 use crate::identity::SpiffeId;
 use crate::issue::{ExchangeError, TokenExchanger};
 use crate::limits::FairSemaphore;
-use crate::metrics::{EntryStateLabel, Metrics, ReasonLabel};
+use crate::metrics::{CallLabel, EntryStateLabel, EvictionReason, Metrics};
 use crate::role::Grant;
 
 mod entry;
@@ -160,7 +160,8 @@ impl CredentialCache {
         self.0.places.retain(|slot| {
             let kept = (setup.keep)(&slot.grant);
             if !kept {
-                self.0.retire(slot, &mut slot.state(), "reload");
+                self.0
+                    .retire(slot, &mut slot.state(), EvictionReason::Reload);
             }
             kept
         });
@@ -172,7 +173,16 @@ impl CredentialCache {
         grant: &Grant,
         caller: &Arc<Caller>,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), CacheError> {
-        match self.0.find(grant, caller)? {
+        let found = self.0.find(grant, caller);
+        let result = match &found {
+            Ok(Lookup::Credentials(_, freshness)) => *freshness,
+            Ok(Lookup::Flight(_)) | Err(_) => CacheResult::Miss,
+        };
+        let label = CallLabel {
+            result: result.name(),
+        };
+        self.0.metrics.cache_requests.get_or_create(&label).inc();
+        match found? {
             Lookup::Credentials(issued, freshness) => Ok((issued, freshness)),
             Lookup::Flight(waiter) => Ok((waiter.wait().await?, CacheResult::Miss)),
         }
@@ -187,12 +197,18 @@ impl CredentialCache {
         entries
     }
 
-    /// Counts the entries by what they are in, for `/metrics`.
+    /// Counts the entries by state and finds the earliest expiry, for `/metrics`.
     pub fn count(&self) {
         let mut counts = [0; EntryStateLabel::ALL.len()];
-        self.0
-            .places
-            .for_each(|slot| counts[slot.status(&self.0.clock) as usize] += 1);
+        let mut earliest: Option<Duration> = None;
+        self.0.places.for_each(|slot| {
+            counts[slot.status(&self.0.clock) as usize] += 1;
+            if let Some(issued) = slot.current.load().as_ref() {
+                let remaining = issued.remaining(&self.0.clock);
+                earliest = Some(earliest.map_or(remaining, |least| least.min(remaining)));
+            }
+        });
+        self.0.metrics.set_earliest_expiry(earliest);
         for state in EntryStateLabel::ALL {
             self.0
                 .metrics
@@ -233,8 +249,9 @@ impl CacheInner {
         if let Some(slot) = self.places.find(grant) {
             return Ok(slot);
         }
-        let make_room =
-            |slot: &Arc<Entry>, state: &mut CachedState| self.retire(slot, state, "evicted");
+        let make_room = |slot: &Arc<Entry>, state: &mut CachedState| {
+            self.retire(slot, state, EvictionReason::Evicted)
+        };
         self.places
             .find_or_add(grant, &|| self.setup.load_full(), make_room)
     }
@@ -289,7 +306,7 @@ impl CacheInner {
     }
 
     /// Takes the credentials out of a place. From now on nothing is handed out of it, and nothing put in.
-    fn retire(&self, slot: &Arc<Entry>, state: &mut CachedState, reason: &'static str) {
+    fn retire(&self, slot: &Arc<Entry>, state: &mut CachedState, reason: EvictionReason) {
         state.ended = true;
         if let Some(flight) = &state.flight {
             flight.finish(Err(CacheError::Pending));
@@ -298,11 +315,11 @@ impl CacheInner {
         self.schedule.put(slot, &mut state.next, None);
     }
 
-    fn clear_credentials(&self, slot: &Entry, reason: &'static str) {
+    fn clear_credentials(&self, slot: &Entry, reason: EvictionReason) {
         if slot.current.swap(None).is_some() {
             self.metrics
-                .cache_removed
-                .get_or_create(&ReasonLabel { reason })
+                .cache_evictions
+                .get_or_create(&reason.into())
                 .inc();
         }
     }

@@ -29,6 +29,9 @@ pub enum ListenerKind {
 }
 
 impl ListenerKind {
+    /// All kinds of listeners.
+    pub const ALL: [Self; 3] = [Self::Unix, Self::Tcp, Self::Pod];
+
     /// The name in audit records and metrics.
     pub fn name(self) -> &'static str {
         match self {

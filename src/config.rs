@@ -22,6 +22,7 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::time::Duration;
 
+use sha2::{Digest, Sha256};
 use toml::de::DeTable;
 
 pub(crate) use aws::is_aws as is_aws_sts;
@@ -62,6 +63,8 @@ pub struct Config {
     pub workloads: Vec<ParsedWorkload>,
     /// `[[role]]` and `allow_requested_roles`.
     pub roles: Roles,
+    /// The SHA-256 of the text, in hexadecimal.
+    pub sha256: String,
 }
 
 /// `[cache]`.
@@ -235,7 +238,8 @@ fn parse(
         .map_err(|error| vec![syntax_error(text, &error)])?
         .into_inner();
     let report = Diagnostics::new(text);
-    let config = read(&report.root(&entries), env, names);
+    let mut config = read(&report.root(&entries), env, names);
+    config.sha256 = sha256(text);
     let warnings = report.finish(&entries)?;
     Ok(Loaded { config, warnings })
 }
@@ -343,6 +347,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         identity,
         sts,
         audit,
+        sha256: String::new(),
     }
 }
 
@@ -389,6 +394,11 @@ fn read_file(path: &Path) -> Result<(Vec<u8>, Metadata), Problem> {
         Ok((bytes, found))
     };
     read().map_err(|error: io::Error| Config::unreadable(&error))
+}
+
+fn sha256(text: &str) -> String {
+    let digest = Sha256::digest(text);
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn utf8(bytes: Vec<u8>) -> Result<String, Problem> {

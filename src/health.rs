@@ -52,8 +52,8 @@ pub struct UpstreamReport {
 }
 
 impl UpstreamStatus {
-    /// The source called `name` was asked; `error` if it gave nothing.
-    pub fn source(&self, name: String, error: Option<LastError>, at: SystemTime) {
+    /// Records a call to the source called `name`, and returns whether the source is up.
+    pub fn source(&self, name: String, error: Option<LastError>, at: SystemTime) -> bool {
         let mut known = self.known();
         // After a reload it may be another one.
         let answers = known
@@ -63,12 +63,22 @@ impl UpstreamStatus {
             .map(|(_, answers)| answers);
         let mut answers = answers.unwrap_or_default();
         answers.note(error, at);
+        let is_up = !answers.is_failing();
         known.source = Some((name, answers));
+        is_up
     }
 
-    /// The STS called `name` was asked; `error` if it gave nothing.
-    pub fn sts(&self, name: String, error: Option<LastError>, at: SystemTime) {
-        self.known().sts.entry(name).or_default().note(error, at);
+    /// Records a call to the STS called `name`, and returns whether that STS is up.
+    pub fn sts(&self, name: &str, error: Option<LastError>, at: SystemTime) -> bool {
+        let mut known = self.known();
+        let answers = known.sts.entry(name.to_owned()).or_default();
+        answers.note(error, at);
+        !answers.is_failing()
+    }
+
+    /// Drops the answers of the STS called `name`.
+    pub fn remove_sts(&self, name: &str) {
+        self.known().sts.remove(name);
     }
 
     /// The source, if it was asked, and each STS that was.
@@ -152,7 +162,9 @@ mod tests {
     fn an_outage_is_told_from_a_refusal_and_ends_with_a_success() {
         let health = UpstreamStatus::default();
         assert_eq!(health.reports(), (None, Vec::new()));
-        let note = |error, second| health.source("a".to_owned(), error, at(second));
+        let note = |error, second| {
+            health.source("a".to_owned(), error, at(second));
+        };
         note(None, 1);
         assert_eq!(seen(&health), ("ok", None));
         note(error("denied", false), 2);
@@ -171,8 +183,8 @@ mod tests {
     #[test]
     fn each_sts_has_its_own_and_another_source_starts_anew() {
         let health = UpstreamStatus::default();
-        health.sts("b".to_owned(), error("away", true), at(1));
-        health.sts("a".to_owned(), None, at(1));
+        health.sts("b", error("away", true), at(1));
+        health.sts("a", None, at(1));
         let states: Vec<_> = health
             .reports()
             .1

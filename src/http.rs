@@ -2,6 +2,7 @@
 //!
 //! hyper parses. Everything that is refused here has its own reason, which is counted, and audited if a head arrived.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::pin::pin;
 use std::sync::Arc;
@@ -302,6 +303,19 @@ impl CredentialEndpoint {
         }
         Ok((issued, freshness))
     }
+}
+
+/// Returns the outcome and the reason of each way in which a request ends without credentials.
+pub fn request_failures() -> BTreeSet<(&'static str, &'static str)> {
+    let samples = RequestError::samples().into_iter();
+    samples
+        .map(|error| (error.outcome().name(), error.reason()))
+        .collect()
+}
+
+/// Returns the reasons for which a connection of a workload ends without a request.
+pub fn drop_reasons() -> impl Iterator<Item = &'static str> {
+    DropReason::ALL.into_iter().map(DropReason::reason)
 }
 
 /// Lets hyper write the cached body without a copy of the secrets.

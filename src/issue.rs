@@ -6,13 +6,13 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::time::{Instant, sleep};
 
-use crate::caller::Caller;
+use crate::caller::{AttestError, Caller};
 use crate::clock::Clock;
 use crate::credentials::Credentials;
 use crate::health::LastError;
 use crate::identity::SpiffeId;
 use crate::limits::{FairSemaphore, KeyedRateLimiter};
-use crate::metrics::{CallLabel, Metrics};
+use crate::metrics::{CallLabel, Metrics, UpstreamCall};
 use crate::role::Grant;
 use crate::sts::{AssumeRole, RetryPolicy, StsError};
 use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError, TTL_FIX};
@@ -78,6 +78,15 @@ impl ExchangeError {
         ))
     }
 
+    /// Returns an error of each kind, for their labels.
+    pub fn samples() -> Vec<Self> {
+        let callers = AttestError::ALL.map(|error| Self::Source(SourceError::Caller(error)));
+        let sources = SourceError::samples().into_iter().map(Self::Source);
+        let sts = StsError::samples().into_iter().map(Self::Sts);
+        let own = [Self::TooOften, Self::TooShort];
+        sources.chain(callers).chain(sts).chain(own).collect()
+    }
+
     /// Whether it may pass without anybody doing anything: an outage, not a refusal.
     pub fn is_transient(&self) -> bool {
         match self {
@@ -138,6 +147,7 @@ impl TokenExchanger {
         if !self.allowance.take(&grant.spiffe_id) {
             return Err(ExchangeError::TooOften);
         }
+        let _running = self.metrics.exchange_started();
         let mut patience = RetryBudget::new();
         let token = self.token(caller, grant, &mut patience).await?;
         let refused = match self.assume(grant, &token, &mut patience).await {
@@ -215,16 +225,15 @@ impl TokenExchanger {
         patience: &mut RetryBudget,
     ) -> Result<Credentials, StsError> {
         loop {
+            let start = Instant::now();
             let result = self.sts.assume(grant, token).await;
-            self.metrics
-                .sts_calls
-                .get_or_create(&CallLabel::of(&result, |error| error.reason))
-                .inc();
-            self.metrics.health.sts(
-                grant.role.sts.to_string(),
-                last_error(&result),
-                self.clock.now(),
-            );
+            self.metrics.sts_call(UpstreamCall {
+                name: grant.role.sts.to_string(),
+                result: CallLabel::of(&result, |error| error.reason),
+                error: last_error(&result),
+                took: start.elapsed(),
+                at: self.clock.now(),
+            });
             match result {
                 Err(error) if error.again == RetryPolicy::Later => {
                     if !patience.pause().await || token.expires() <= self.clock.now() {

@@ -18,6 +18,7 @@ use zeroize::Zeroizing;
 use crate::admin::Readiness;
 use crate::attest::Attestor;
 use crate::config::{self, Config};
+use crate::metrics::Metrics;
 use crate::pods::TakeoverGate;
 use crate::role::StsTarget;
 use crate::sts::Sts;
@@ -48,11 +49,17 @@ pub struct ReadinessProbes {
     audience: String,
     sts: Arc<Sts>,
     targets: Vec<StsTarget>,
+    metrics: Metrics,
 }
 
 impl ReadinessProbes {
     /// Takes what is to be asked from the configuration.
-    pub fn new(config: &Config, source: Arc<dyn IdentitySource>, sts: Arc<Sts>) -> Self {
+    pub fn new(
+        config: &Config,
+        source: Arc<dyn IdentitySource>,
+        sts: Arc<Sts>,
+        metrics: Metrics,
+    ) -> Self {
         // That of `allow_requested_roles` too: STS answers without a role, so none has to be known.
         let targets = config.roles.sts_targets().into_iter().cloned().collect();
         let audience = config
@@ -71,6 +78,7 @@ impl ReadinessProbes {
             audience,
             sts,
             targets,
+            metrics,
         }
     }
 
@@ -135,11 +143,16 @@ impl ReadinessProbes {
                 missing.push(format!("{NOTHING_SERVED}: {}", for_tcp.unwrap_or_default()));
             }
         }
-        if let Err(error) = self.source.ready(&self.audience).await {
+        let source = self.source.ready(&self.audience).await;
+        let is_up = source.as_ref().err().is_none_or(|error| !error.is_outage());
+        self.metrics.set_source_up(is_up);
+        if let Err(error) = source {
             missing.push(format!("the identity source: {error}"));
         }
         for target in &self.targets {
-            if let Err(error) = self.sts.probe(target).await {
+            let sts = self.sts.probe(target).await;
+            self.metrics.set_sts_up(target.to_string(), sts.is_ok());
+            if let Err(error) = sts {
                 missing.push(format!("STS: {error}"));
             }
         }
@@ -324,7 +337,6 @@ fn judge(answer: &[u8]) -> Option<ProbeAnswer> {
 mod tests {
     use super::*;
     use crate::clock::Clock;
-    use crate::metrics::Metrics;
     use crate::sts::{NetworkSettings, Settings};
     use crate::svid::WorkloadApi;
 
@@ -428,7 +440,7 @@ mod tests {
                 config.identity.socket.clone(),
                 Vec::new(),
                 clock.clone(),
-                metrics,
+                metrics.clone(),
             );
             let network = NetworkSettings::from_env(|_| None);
             let settings = Settings {
@@ -441,6 +453,7 @@ mod tests {
                 &config,
                 Arc::new(source),
                 Arc::new(Sts::new(settings, clock)),
+                metrics,
             );
             let asked: Vec<_> = probes
                 .targets

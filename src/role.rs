@@ -102,6 +102,14 @@ pub enum RoleDenied {
 }
 
 impl RoleDenied {
+    /// All reasons for a denial.
+    pub const ALL: [Self; 4] = [
+        Self::NoRole,
+        Self::NotThisRole,
+        Self::ArnNotAllowed,
+        Self::SeveralIdentities,
+    ];
+
     /// The label in metrics and audit records.
     pub fn reason(&self) -> &'static str {
         match self {

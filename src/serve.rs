@@ -44,7 +44,7 @@ pub fn serve(path: &Path) -> ExitCode {
     let log = match telemetry::init(
         &config.log.level,
         config.log.format,
-        metrics.log_lost.clone(),
+        metrics.log_lines_dropped.clone(),
     ) {
         Ok(log) => log,
         Err(error) => {
@@ -190,6 +190,7 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
             "Reloaded"
         }
         Err(errors) => {
+            app.reload_failed();
             errors.lines().for_each(|line| tracing::error!("{line}"));
             tracing::error!("the configuration was not reloaded: the one before stays in effect");
             "The configuration has errors, see the log: the one before stays in effect"

@@ -120,15 +120,34 @@ impl SourceError {
     /// For [`crate::health`]. What is about one caller is nothing of the source's.
     fn of_source<T>(result: &Result<T, Self>) -> Option<LastError> {
         let error = result.as_ref().err()?;
-        let outage = matches!(
-            error,
-            Self::Unavailable(_) | Self::Misconfigured(_) | Self::Busy
-        );
         Some(LastError {
             text: error.to_string(),
             reason: error.reason(),
-            outage,
+            outage: error.is_outage(),
         })
+    }
+
+    /// Returns whether the error concerns all callers, and not one of them.
+    pub fn is_outage(&self) -> bool {
+        matches!(
+            self,
+            Self::Unavailable(_) | Self::Misconfigured(_) | Self::Busy
+        )
+    }
+
+    /// Returns an error of each kind but [`SourceError::Caller`], for their labels.
+    pub fn samples() -> Vec<Self> {
+        let text = String::new;
+        vec![
+            Self::Denied(text()),
+            Self::Unavailable(text()),
+            Self::Misconfigured(text()),
+            Self::Busy,
+            Self::Reloaded,
+            Self::UnknownAccount,
+            Self::BadToken(BadToken::Expiring(text())),
+            Self::BadToken(BadToken::Wrong(text())),
+        ]
     }
 
     /// Whether it may pass without anybody doing anything, so that credentials issued before are still right.

@@ -6,10 +6,10 @@ use tokio::time::Instant;
 
 use crate::audit::flood::{AggregateKey, RefusalAggregator};
 use crate::audit::line::{DisplayAsStr, JsonLine, moment, render, second};
-use crate::audit::{Audit, CacheResult, IssuedFields, Outcome, RequestId};
+use crate::audit::{ABORTED, Audit, CacheResult, IssuedFields, Outcome, RequestId};
 use crate::caller::{Caller, ListenerKind, PeerFacts, WorkloadKey};
 use crate::cgroup::{CgroupPath, Pod};
-use crate::metrics::RequestLabel;
+use crate::metrics::{CacheLabel, RequestLabel};
 use crate::role::Grant;
 use crate::writer::{self, Priority};
 
@@ -23,8 +23,17 @@ pub struct Record {
     caller: Option<Arc<Caller>>,
     stranger: Option<PeerFacts>,
     grant: Option<Grant>,
-    /// How it ended: outcome, reason, and how many seconds after the head; for the metrics.
-    ended: Option<(&'static str, &'static str, f64)>,
+    /// The end of the request, for the metrics.
+    ended: Option<RequestEnd>,
+}
+
+/// The end of a request as metrics count it.
+#[derive(Debug, Clone, Copy)]
+struct RequestEnd {
+    outcome: &'static str,
+    reason: &'static str,
+    cache: CacheLabel,
+    seconds: f64,
 }
 
 /// What the socket or the connector told.
@@ -43,6 +52,21 @@ struct End<'a> {
     reason: &'static str,
     issued: Option<IssuedFields<'a>>,
     seconds: f64,
+}
+
+impl End<'_> {
+    fn counted(&self) -> RequestEnd {
+        RequestEnd {
+            outcome: self.outcome,
+            reason: self.reason,
+            cache: match self.issued.map(|issued| issued.freshness) {
+                Some(CacheResult::Hit | CacheResult::Stale) => CacheLabel::HIT,
+                Some(CacheResult::Miss) => CacheLabel::MISS,
+                None => CacheLabel::NONE,
+            },
+            seconds: self.seconds,
+        }
+    }
 }
 
 impl Record {
@@ -98,7 +122,7 @@ impl Record {
     ) -> bool {
         let end = self.end(outcome.name(), reason, issued);
         // hyper drops this future if the client disconnects while the record is written.
-        self.ended = Some((end.outcome, end.reason, end.seconds));
+        self.ended = Some(end.counted());
         let written = match issued.map(|issued| issued.freshness) {
             // Very few of these come, since each costs an exchange.
             Some(CacheResult::Miss) => self.write_alone(end, Priority::High).await,
@@ -114,7 +138,12 @@ impl Record {
         };
         let released = issued.is_none() || written || !self.audit.is_required();
         if !released {
-            self.ended = Some(("failed", "not_audited", end.seconds));
+            self.ended = Some(RequestEnd {
+                outcome: Outcome::Failed.name(),
+                reason: "not_audited",
+                cache: CacheLabel::NONE,
+                seconds: end.seconds,
+            });
         }
         released
     }
@@ -248,8 +277,8 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        let (outcome, reason, seconds) = self.ended.unwrap_or_else(|| {
-            let end = self.end("aborted", "aborted", None);
+        let ended = self.ended.take().unwrap_or_else(|| {
+            let end = self.end(ABORTED, ABORTED, None);
             if self.count_in(end, |audit| &audit.refusals) {
                 let (bytes, owner) = (self.line(end, true), Some(self.owner()));
                 self.audit.put([writer::Line {
@@ -259,17 +288,12 @@ impl Drop for Record {
                     priority: Priority::Ordinary,
                 }]);
             }
-            (end.outcome, end.reason, end.seconds)
+            end.counted()
         });
         let metrics = &self.audit.metrics;
-        metrics
-            .requests
-            .get_or_create(&RequestLabel {
-                listener: self.listener.name(),
-                outcome,
-                reason,
-            })
-            .inc();
-        metrics.latency.0.observe(seconds);
+        let label = RequestLabel::new(self.listener, ended.outcome, ended.reason);
+        metrics.requests.get_or_create(&label).inc();
+        let duration = metrics.request_duration.get_or_create(&ended.cache);
+        duration.observe(ended.seconds);
     }
 }

@@ -148,7 +148,7 @@ struct LostRecords {
 
 impl LossObserver for LostRecords {
     fn lost(&self, loss: &LineLoss) {
-        self.metrics.audit_lost.inc();
+        self.metrics.audit_records_dropped.inc();
         if let Some(before) = self
             .said
             .lock()

@@ -219,7 +219,7 @@ async fn what_is_required_and_cannot_be_written_says_so() {
         {
             assert_eq!(issue(&audit, freshness).await, !required);
             assert_eq!(
-                audit.metrics.audit_lost.get(),
+                audit.metrics.audit_records_dropped.get(),
                 u64::try_from(count).unwrap() + 1
             );
         }
@@ -329,8 +329,8 @@ async fn a_reader_that_has_stopped_stops_nothing() {
     for _ in 0..20_000 {
         assert!(issue(&audit, CacheResult::Miss).await);
     }
-    assert!(audit.metrics.audit_lost.get() > 0);
-    let lost = audit.metrics.audit_lost.get();
+    assert!(audit.metrics.audit_records_dropped.get() > 0);
+    let lost = audit.metrics.audit_records_dropped.get();
     let strict = open_at(&AuditFile::Path(path), true);
     assert!(!issue(&strict, CacheResult::Miss).await);
     // The reader reads again, to the end: the sum is the number of requests.

@@ -15,7 +15,7 @@ use crate::credentials::Credentials;
 use crate::identity::SpiffeId;
 use crate::issue::ExchangeError;
 use crate::limits::FairPermit;
-use crate::metrics::CallLabel;
+use crate::metrics::{CallLabel, EvictionReason};
 
 /// What becomes of a flight.
 enum FlightOutcome {
@@ -80,7 +80,7 @@ impl CacheInner {
             }
         }
         self.metrics
-            .issues
+            .exchanges
             .get_or_create(&CallLabel::of(&result, ExchangeError::reason))
             .inc();
         state.flight = None;
@@ -121,7 +121,7 @@ impl CacheInner {
         ));
         let kept = slot.current.load().is_some();
         let news = if trouble.withdrawn && kept {
-            self.clear_credentials(slot, "withdrawn");
+            self.clear_credentials(slot, EvictionReason::Withdrawn);
             Some(CacheEvent::Withdrawn(error.clone()))
         } else if is_news && FailureKind::of(error) != FailureKind::CallerGone {
             let missed = self.log.allows();

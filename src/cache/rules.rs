@@ -6,14 +6,15 @@ use super::entry::{CachedState, Entry};
 use super::issued::MIN_REMAINING;
 use super::trouble::negative_ttl;
 use super::{CacheInner, Generation};
+use crate::metrics::EvictionReason;
 
 /// What to do with a place.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Action {
     /// Take its credentials away, for this reason.
-    Clear(&'static str),
+    Clear(EvictionReason),
     /// Take it out, for this reason.
-    Remove(&'static str),
+    Remove(EvictionReason),
     /// Refresh it, or look again at this time at the latest if that can't be.
     Refresh(Instant),
     /// Look again.
@@ -38,7 +39,8 @@ impl CacheInner {
             return if forget > now {
                 Action::Wait(forget)
             } else {
-                Action::Remove("empty")
+                // It has no credentials, so this is not counted as an eviction.
+                Action::Remove(EvictionReason::Unused)
             };
         };
         let left = issued.remaining(&self.clock);
@@ -50,9 +52,9 @@ impl CacheInner {
             .min(now + left.saturating_sub(MIN_REMAINING));
         if end <= now {
             return Action::Clear(if left <= MIN_REMAINING {
-                "expired"
+                EvictionReason::Expired
             } else {
-                "refused"
+                EvictionReason::Refused
             });
         }
         if state.flight.is_some() {
@@ -62,7 +64,7 @@ impl CacheInner {
             return Action::Wait(end.min(now + (left - issued.refresh_left)));
         }
         if slot.last_used() + issued.lifetime < self.start.elapsed() {
-            return Action::Remove("unused");
+            return Action::Remove(EvictionReason::Unused);
         }
         match trouble {
             Some(trouble) if trouble.retry_at > now => Action::Wait(end.min(trouble.retry_at)),

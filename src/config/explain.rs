@@ -39,6 +39,7 @@ impl Config {
             log,
             workloads,
             roles,
+            sha256: _,
         } = self;
         let requested = roles
             .requested

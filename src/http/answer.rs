@@ -65,6 +65,37 @@ struct ErrorBody<'a> {
 }
 
 impl RequestError {
+    /// Returns an error of each kind, for their labels.
+    pub(super) fn samples() -> Vec<Self> {
+        let own = [
+            Self::Host,
+            Self::Browser,
+            Self::Proxied,
+            Self::Malformed,
+            Self::HeadTooLarge,
+            Self::Method,
+            Self::Body,
+            Self::Path,
+            Self::BadArn,
+            Self::NoAuthorization,
+            Self::WrongToken,
+            Self::NoIdentity(String::new()),
+            Self::Pending,
+            Self::Full,
+            Self::TooManyRoles,
+            Self::NotAudited,
+        ];
+        let callers = AttestError::ALL.map(Self::Caller);
+        let denials = RoleDenied::ALL.map(Self::Denied);
+        // An exchange that fails because of its caller ends as an error of that caller.
+        let is_of_caller =
+            |error: &ExchangeError| matches!(error, ExchangeError::Source(SourceError::Caller(_)));
+        let exchanges = ExchangeError::samples();
+        let exchanges = exchanges.into_iter().filter(|error| !is_of_caller(error));
+        let own = own.into_iter().chain(callers).chain(denials);
+        own.chain(exchanges.map(Self::Issue)).collect()
+    }
+
     pub(super) fn broker(error: ServiceError, caller: &Caller) -> Self {
         match error {
             ServiceError::Refused(refusal) => Self::Caller(refusal),

@@ -35,7 +35,19 @@ pub(super) enum DropReason {
 }
 
 impl DropReason {
-    fn reason(self) -> &'static str {
+    /// All reasons for which a connection ends without a request.
+    pub(super) const ALL: [Self; 8] = [
+        Self::OverShare,
+        Self::TooMany,
+        Self::Evicted,
+        Self::SlowHead,
+        Self::BadRequest,
+        Self::Closed,
+        Self::TooSlow,
+        Self::Unresponsive,
+    ];
+
+    pub(super) fn reason(self) -> &'static str {
         match self {
             Self::OverShare => "too_many_of_one",
             Self::TooMany => "too_many",

@@ -193,7 +193,7 @@ impl PodListeners {
         let given = self.send_listeners(&next).await?;
         self.successors = None;
         self.pods.values_mut().for_each(|pod| pod.pause(&given));
-        self.metrics.pod_namespaces.set(0);
+        self.metrics.pod_listeners.set(0);
         tracing::info!(listeners = given.len(), "the next daemon serves pods now");
         // If it can't be told it is gone, which is seen next.
         let _ = timeout(DEADLINE, handover::send_message(&next, DONE)).await;

@@ -210,7 +210,7 @@ fn an_audit_file_that_cannot_be_opened_yet_is_opened_later() {
             == 2)
             .then_some(())
     });
-    assert_eq!(daemon.metric("awsvid_audit_lost_total"), 0);
+    assert_eq!(daemon.metric("awsvid_audit_records_dropped_total"), 0);
 }
 
 #[test]

@@ -74,7 +74,7 @@ impl Stage {
             node.add(name);
         }
         await_some("both are listened in", PATIENCE, || {
-            (daemon.metric("awsvid_pod_namespaces") == 2).then_some(())
+            (daemon.metric("awsvid_pod_listeners") == 2).then_some(())
         });
         let pods = [Cgroup::of_pod(first_pod), Cgroup::of_pod(first_pod + 1)];
         Self {
@@ -171,7 +171,7 @@ fn check(kind: Kind, first_pod: u16) {
     // One who was there first keeps the pod from its own network as long as he lives, and no longer.
     stage.node.add("c");
     await_some("it is listened in", PATIENCE, || {
-        (stage.daemon.metric("awsvid_pod_namespaces") == 3).then_some(())
+        (stage.daemon.metric("awsvid_pod_listeners") == 3).then_some(())
     });
     let first = Cgroup::of_pod(first_pod + 3);
     stage.is(&stage.ask("c", &first), "ok", Some(&first));

@@ -105,7 +105,7 @@ fn await_namespaces(daemon: &Daemon, count: u64) {
     await_some(
         &format!("{count} namespaces are listened in"),
         PATIENCE,
-        || (daemon.metric("awsvid_pod_namespaces") == count).then_some(()),
+        || (daemon.metric("awsvid_pod_listeners") == count).then_some(()),
     );
 }
 
@@ -121,7 +121,7 @@ fn a_pod_is_served_from_its_first_act_and_leaves_nothing_behind() {
     };
     let peers = [Peer::new(1), Peer::new(2)];
     assert_eq!(
-        stage.daemon.metric("awsvid_pod_namespaces"),
+        stage.daemon.metric("awsvid_pod_listeners"),
         1,
         "those that are there at the start come before it is ready"
     );
@@ -345,7 +345,7 @@ fn a_port_that_is_taken_is_waited_for() {
     assert_eq!(
         stage
             .daemon
-            .metric("awsvid_pod_namespaces_failed_total{reason=\"port_taken\"}"),
+            .metric("awsvid_pod_listener_failures_total{reason=\"port_taken\"}"),
         1
     );
 }
@@ -418,7 +418,7 @@ fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
     await_some("both are counted", PATIENCE, || {
         let counted = stage
             .daemon
-            .metric("awsvid_pod_namespaces_failed_total{reason=\"not_mounted\"}");
+            .metric("awsvid_pod_listener_failures_total{reason=\"not_mounted\"}");
         (counted == 2).then_some(())
     });
     assert_eq!(
@@ -492,7 +492,7 @@ fn many_namespaces_are_listened_in_soon() {
     }) else {
         return;
     };
-    assert_eq!(stage.daemon.metric("awsvid_pod_namespaces"), count);
+    assert_eq!(stage.daemon.metric("awsvid_pod_listeners"), count);
     let took = stage.daemon.listening_in_pods_after();
     eprintln!("{count} namespaces: all listened in {took:?} after the start of the process");
     let mut longest = Duration::ZERO;

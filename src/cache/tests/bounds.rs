@@ -62,7 +62,7 @@ async fn over_its_bound_a_workload_loses_what_it_used_least_recently() {
         world
             .metrics
             .encode()
-            .contains("awsvid_cache_removed_total{reason=\"evicted\"} 1\n")
+            .contains("awsvid_cache_evictions_total{reason=\"evicted\"} 1\n")
     );
     // What was taken out is not refreshed, either.
     pass(MINUTE * 34).await;

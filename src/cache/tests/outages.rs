@@ -366,7 +366,7 @@ async fn ten_thousand_identities_come_out_of_an_outage_without_a_stampede() {
         world
             .metrics
             .encode()
-            .matches("cache_removed_total{")
+            .matches("cache_evictions_total{")
             .count(),
         0
     );

@@ -92,7 +92,7 @@ fn by_the_broker_api_each_pod_has_its_own_entry_and_no_process_is_known() {
     let daemon =
         Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration).ready();
     await_some("all are listened in", PATIENCE, || {
-        (daemon.metric("awsvid_pod_namespaces") == 3).then_some(())
+        (daemon.metric("awsvid_pod_listeners") == 3).then_some(())
     });
 
     let ask = |name: &str, cgroup: &Cgroup| {

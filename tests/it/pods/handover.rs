@@ -155,7 +155,7 @@ fn a_daemon_that_was_killed_is_followed_by_one_that_binds_anew() {
     stage.daemon.process().owned().end();
     let folder = folder();
     let next = stage.site.next(folder.path());
-    assert_eq!(next.metric("awsvid_pod_namespaces"), 1);
+    assert_eq!(next.metric("awsvid_pod_listeners"), 1);
     assert!(stage.site.serves("a", &Cgroup::of_pod(51), V4));
 }
 
