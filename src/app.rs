@@ -21,7 +21,7 @@ use crate::cgroup::PodRoots;
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
 use crate::hardening::DaemonFeatures;
-use crate::http::{Authorization, CredentialEndpoint};
+use crate::http::{Authorization, CredentialEndpoint, OwnProbe};
 use crate::issue::TokenExchanger;
 use crate::limits::FairSemaphore;
 use crate::listen::{self, ActivatedSockets, ListenError};
@@ -99,6 +99,7 @@ pub struct App {
     source: (IdentityConfig, Arc<dyn IdentitySource>),
     /// The STS endpoints in use.
     sts: Vec<String>,
+    own_probe: OwnProbe,
     accounts: Accounts,
     broker: Arc<CredentialService>,
     audit: Arc<Audit>,
@@ -179,7 +180,7 @@ impl App {
         } = startup;
         let clock = Clock::system();
         series::create(&metrics);
-        let (sts, sha256) = (sts_names(&config), config.sha256.clone());
+        let (sts, digest) = (sts_names(&config), config.digest.clone());
         let accounts = Accounts::new(Nss, metrics.clone());
         let parts = Components::new(&config, (None, false), &accounts, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
@@ -192,12 +193,14 @@ impl App {
             .clone()
             .map_or_else(PodRoots::defaults, PodRoots::at);
         let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
+        let own_probe = OwnProbe::new();
         let front = Arc::new(CredentialEndpoint {
             attestor: attestor.clone(),
             broker: broker.clone(),
             audit: open_audit(&config.audit, clock.clone(), metrics.clone()),
             metrics: metrics.clone(),
             authorization: authorization(&config.listen)?,
+            own_probe: own_probe.clone(),
             connections: FairSemaphore::new(
                 config.listen.max_connections,
                 config.listen.max_connections_per_workload,
@@ -219,6 +222,7 @@ impl App {
             listen: config.listen,
             source,
             sts,
+            own_probe,
             accounts,
             broker,
             audit: front.audit.clone(),
@@ -234,7 +238,8 @@ impl App {
         app.serve_pods(front).await?;
         app.serve_operators(&mut inherited, &admin);
         app.workloads.refuse_rest(&mut inherited);
-        app.metrics.config_loaded(&sha256, app.clock.now());
+        app.metrics
+            .config_loaded(digest.to_string(), app.clock.now());
         app.probe(parts.probes);
         Ok(app)
     }
@@ -267,7 +272,8 @@ impl App {
                 self.metrics.remove_sts(removed);
             }
         }
-        self.metrics.config_loaded(&config.sha256, self.clock.now());
+        self.metrics
+            .config_loaded(config.digest.to_string(), self.clock.now());
         self.probe(parts.probes);
         if !changed.is_empty() {
             tracing::warn!(
@@ -299,6 +305,7 @@ impl App {
         }
         if !self.readiness.is_ready() {
             let (attestor, readiness) = (self.attestor.clone(), self.readiness.clone());
+            let probes = probes.marked_by(self.own_probe.clone());
             let asking =
                 probes.until_ready(self.tcp.clone(), self.gate.clone(), attestor, readiness);
             self.probing = Some(tokio::spawn(asking));

@@ -2,12 +2,20 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::time::Instant;
 
 /// How long a request is held while what it needs is asked for. The most patient SDKs give up after 5 s.
 pub const REQUEST_HOLD: Duration = Duration::from_millis(4500);
+
+/// The last second of the year 9999, in which RFC 3339 ends.
+pub const LAST_TIME: Duration = Duration::from_secs(253_402_300_799);
+
+/// Returns the time, or the nearest one that RFC 3339 can express.
+pub fn printable(time: SystemTime) -> SystemTime {
+    time.clamp(UNIX_EPOCH, UNIX_EPOCH + LAST_TIME)
+}
 
 /// Reads the time. A value, so that tests can stand anywhere in time.
 #[derive(Debug, Clone, Default)]

@@ -5,6 +5,7 @@
 
 mod aws;
 mod checks;
+mod digest;
 mod explain;
 mod exposure;
 mod identity;
@@ -22,10 +23,10 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::time::Duration;
 
-use sha2::{Digest, Sha256};
 use toml::de::DeTable;
 
 pub(crate) use aws::is_aws as is_aws_sts;
+pub use digest::ConfigDigest;
 pub(crate) use exposure::exposures;
 pub use identity::{IdentityConfig, Reference, Source};
 pub use listen::{AuthorizationMode, Listen};
@@ -63,8 +64,8 @@ pub struct Config {
     pub workloads: Vec<ParsedWorkload>,
     /// `[[role]]` and `allow_requested_roles`.
     pub roles: Roles,
-    /// The SHA-256 of the text, in hexadecimal.
-    pub sha256: String,
+    /// The digest of the text.
+    pub digest: ConfigDigest,
 }
 
 /// `[cache]`.
@@ -239,7 +240,7 @@ fn parse(
         .into_inner();
     let report = Diagnostics::new(text);
     let mut config = read(&report.root(&entries), env, names);
-    config.sha256 = sha256(text);
+    config.digest = ConfigDigest::of(text);
     let warnings = report.finish(&entries)?;
     Ok(Loaded { config, warnings })
 }
@@ -347,7 +348,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         identity,
         sts,
         audit,
-        sha256: String::new(),
+        digest: ConfigDigest::default(),
     }
 }
 
@@ -394,11 +395,6 @@ fn read_file(path: &Path) -> Result<(Vec<u8>, Metadata), Problem> {
         Ok((bytes, found))
     };
     read().map_err(|error: io::Error| Config::unreadable(&error))
-}
-
-fn sha256(text: &str) -> String {
-    let digest = Sha256::digest(text);
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn utf8(bytes: Vec<u8>) -> Result<String, Problem> {

@@ -29,10 +29,10 @@ use process::ProcessStart;
 /// A family of request durations by [`CacheLabel`].
 type DurationFamily = Family<CacheLabel, Histogram, fn() -> Histogram>;
 
-/// The handles of every metric, so that a clone is cheap and counts in the same place.
+/// The handles of every metric. A clone is cheap and shares its values.
 #[derive(Debug, Clone)]
 pub struct Metrics {
-    /// Requests whose head arrived.
+    /// Requests that sent a complete head.
     pub requests: Family<RequestLabel, Counter>,
     /// Time from a request's head to its answer, in seconds.
     pub request_duration: DurationFamily,
@@ -210,12 +210,11 @@ impl Metrics {
     }
 
     /// Records that the configuration with this digest took effect at `at`.
-    pub fn config_loaded(&self, sha256: &str, at: SystemTime) {
+    pub fn config_loaded(&self, sha256: String, at: SystemTime) {
         self.config_info.clear();
-        let label = ConfigLabel {
-            sha256: sha256.to_owned(),
-        };
-        self.config_info.get_or_create(&label).set(1);
+        self.config_info
+            .get_or_create(&ConfigLabel { sha256 })
+            .set(1);
         self.reload_successful.set(1);
         let seconds = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         self.reload_success_timestamp

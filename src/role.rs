@@ -71,6 +71,17 @@ pub enum RequestedRole {
     ByArn(RoleArn),
 }
 
+impl RequestedRole {
+    /// Returns the name or the ARN in the path; `None` if the path names no role.
+    pub fn name(&self) -> Option<&str> {
+        match self {
+            Self::Default => None,
+            Self::ByName(name) => Some(name),
+            Self::ByArn(arn) => Some(arn.as_str()),
+        }
+    }
+}
+
 /// What is to be issued: everything that distinguishes one set of credentials from another.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Grant {

@@ -19,7 +19,7 @@ pub(super) struct Rendered {
 /// A format in which metrics are served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum MetricsFormat {
-    /// OpenMetrics 1.0.
+    /// Version 1.0 of OpenMetrics.
     OpenMetrics,
     /// Version 0.0.4 of Prometheus's text format.
     Text,

@@ -16,6 +16,7 @@ use crate::identity::SpiffeId;
 use crate::issue::ExchangeError;
 use crate::limits::FairPermit;
 use crate::metrics::{CallLabel, EvictionReason};
+use crate::telemetry::in_current_request;
 
 /// What becomes of a flight.
 enum FlightOutcome {
@@ -36,13 +37,13 @@ impl CacheInner {
     ) -> Arc<Flight> {
         let flight = Flight::new();
         state.flight = Some(flight.clone());
-        tokio::spawn(run_flight(
+        tokio::spawn(in_current_request(run_flight(
             self.clone(),
             slot.clone(),
             flight.clone(),
             caller,
             turn,
-        ));
+        )));
         flight
     }
 
@@ -150,7 +151,9 @@ async fn run_flight(
         let issuer = shared.setup.load().issuer.clone();
         let flying = {
             let (slot, caller) = (slot.clone(), caller.clone());
-            tokio::spawn(async move { issuer.exchange(&caller, &slot.grant).await })
+            tokio::spawn(in_current_request(async move {
+                issuer.exchange(&caller, &slot.grant).await
+            }))
         };
         // A panic in a library below ends that flight, not the place that it was for.
         let result = flying

@@ -39,7 +39,7 @@ impl Config {
             log,
             workloads,
             roles,
-            sha256: _,
+            digest: _,
         } = self;
         let requested = roles
             .requested

@@ -24,8 +24,8 @@ impl Exposition {
 
 /// Converts OpenMetrics to version 0.0.4 of the text format.
 ///
-/// Samples are the same in both. Version 0.0.4 names a counter by its sample, with `_total`, and has
-/// neither units nor a line for the end.
+/// Samples are the same in both. Version 0.0.4 names a counter by its sample, with `_total`, and
+/// has neither units nor a line for the end.
 fn text_format(openmetrics: &str) -> String {
     let mut text = String::with_capacity(openmetrics.len());
     let mut help = None;

@@ -17,7 +17,7 @@ pub struct RequestLabel {
 
 /// The label of families that have only a reason.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-#[expect(missing_docs, reason = "the name of the field says what it is")]
+#[expect(missing_docs, reason = "the name of the field is its meaning")]
 pub struct ReasonLabel {
     pub reason: &'static str,
 }
@@ -183,7 +183,7 @@ pub enum PodListenerFailure {
     NotMounted,
     /// Another process of the pod has the port.
     PortTaken,
-    /// `CAP_NET_BIND_SERVICE` is missing.
+    /// The daemon does not have `CAP_NET_BIND_SERVICE`.
     PortDenied,
     /// The kernel does not report the cgroup of a socket.
     UnsupportedKernel,

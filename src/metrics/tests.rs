@@ -16,7 +16,7 @@ fn metrics() -> Metrics {
             .get_or_create(&label)
             .observe(0.001);
     }
-    metrics.config_loaded("abc", UNIX_EPOCH + Duration::from_secs(7));
+    metrics.config_loaded("abc".to_owned(), UNIX_EPOCH + Duration::from_secs(7));
     metrics
 }
 

@@ -216,7 +216,7 @@ fn refused(stage: &Stage) -> Vec<Cell> {
             ..Reading::once(member, &serving)
         };
         let said = format!(
-            "No identity is configured on this node for uid {}",
+            "no SPIFFE identity: this node has none for uid {}",
             member.stranger
         );
         told(stage, member, &serving, &reading, &said)
