@@ -8,9 +8,9 @@ use crate::cgroup::PodUid;
 
 /// Collects the lines of a log.
 #[derive(Clone, Default)]
-struct Lines(Arc<Mutex<Vec<u8>>>);
+struct LogBuffer(Arc<Mutex<Vec<u8>>>);
 
-impl Write for Lines {
+impl Write for LogBuffer {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.lock().unwrap().write(bytes)
     }
@@ -20,7 +20,7 @@ impl Write for Lines {
     }
 }
 
-impl<'a> MakeWriter<'a> for Lines {
+impl<'a> MakeWriter<'a> for LogBuffer {
     type Writer = Self;
 
     fn make_writer(&'a self) -> Self {
@@ -28,7 +28,7 @@ impl<'a> MakeWriter<'a> for Lines {
     }
 }
 
-impl Lines {
+impl LogBuffer {
     fn text(&self) -> String {
         String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
     }
@@ -48,7 +48,7 @@ fn request() -> RequestScope {
 
 #[tokio::test]
 async fn json_line_has_the_fields_of_its_request() {
-    let lines = Lines::default();
+    let lines = LogBuffer::default();
     let layer = fmt::layer()
         .with_writer(lines.clone())
         .event_format(JsonLines);
@@ -94,7 +94,7 @@ async fn json_line_has_the_fields_of_its_request() {
 
 #[tokio::test]
 async fn text_line_ends_with_the_fields_of_its_request() {
-    let lines = Lines::default();
+    let lines = LogBuffer::default();
     let layer = fmt::layer()
         .with_writer(lines.clone())
         .fmt_fields(TextFields)

@@ -50,12 +50,16 @@ func openmetrics(input io.Reader) error {
 	}
 	parser := textparse.NewOpenMetricsParser(metrics, labels.NewSymbolTable())
 	for {
-		if _, err := parser.Next(); errors.Is(err, io.EOF) {
+		entry, err := parser.Next()
+		if errors.Is(err, io.EOF) {
 			return nil
-		} else if err != nil {
+		}
+		if err != nil {
 			return err
 		}
-		var series labels.Labels
-		parser.Labels(&series)
+		if entry == textparse.EntrySeries {
+			var series labels.Labels
+			parser.Labels(&series)
+		}
 	}
 }
