@@ -111,7 +111,7 @@ impl Log {
         Ok(())
     }
 
-    /// Waits until all lines so far are written, at most [`FLUSH_TIMEOUT`]. Call it before the
+    /// Waits until all lines so far are written, at most one second. Call it before the
     /// process ends.
     pub fn flush(&self) {
         self.lines.0.flush(FLUSH_TIMEOUT);

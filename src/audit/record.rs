@@ -135,8 +135,7 @@ impl Record {
         self.requested = role.name().map(str::to_owned);
     }
 
-    /// Records the SPIFFE IDs of a caller that gets no role with them, at most
-    /// [`MAX_SPIFFE_IDS`].
+    /// Records the SPIFFE IDs of a caller that gets no role with them, at most eight.
     pub fn identified(&mut self, spiffe_ids: &[SpiffeId]) {
         let spiffe_ids = spiffe_ids.iter().take(MAX_SPIFFE_IDS);
         self.spiffe_ids = spiffe_ids.map(ToString::to_string).collect();
