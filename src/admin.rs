@@ -27,10 +27,10 @@ use tokio::time::{Instant, timeout};
 use crate::attest::Attestor;
 use crate::cache::{CredentialCache, EntryStatus};
 use crate::config::Listen;
-use crate::health::UpstreamReport;
 use crate::limits::FairSemaphore;
 use crate::listen::{AcceptedStream, LazySocket, PendingConnection};
 use crate::metrics::{Exposition, Metrics, ReasonLabel};
+use crate::upstream_status::UpstreamReport;
 
 mod format;
 
@@ -128,6 +128,7 @@ pub struct Admin {
     cache: CredentialCache,
     attestor: Arc<Attestor>,
     listen: Listen,
+    serves_pods: bool,
     /// The configuration's source names processes to an agent.
     names_processes: AtomicBool,
     /// Connections by source address. All at the unix socket have the same one.
@@ -154,16 +155,18 @@ struct StatusReport {
 }
 
 impl Admin {
-    /// Returns a server for these parts. `attestor` attests the callers of `listen`.
+    /// Returns a server for these parts. `attestor` attests the callers of `listen`, and those in
+    /// pods if `serves_pods`.
     pub fn new(
         metrics: Metrics,
         readiness: Arc<Readiness>,
         cache: CredentialCache,
-        (attestor, listen): (Arc<Attestor>, Listen),
+        (attestor, listen, serves_pods): (Arc<Attestor>, Listen, bool),
     ) -> Self {
         Self {
             attestor,
             listen,
+            serves_pods,
             names_processes: AtomicBool::default(),
             metrics,
             readiness,
@@ -278,7 +281,7 @@ impl Admin {
     }
 
     fn unsupported_kernel(&self) -> Vec<String> {
-        let uses_tcp = self.listen.pods || !self.listen.tcp.is_empty();
+        let uses_tcp = self.serves_pods || !self.listen.tcp.is_empty();
         let over_tcp = uses_tcp.then(|| self.attestor.missing_for_tcp()).flatten();
         let over_tcp = over_tcp.map(|missing| format!("callers over TCP are refused: {missing}"));
         let on_unix = self

@@ -1,4 +1,4 @@
-//! Wires the daemon from its configuration. The only file that knows every module.
+//! Wires the daemon from its configuration. This is the only file that knows every module.
 
 use std::io;
 use std::net::SocketAddr;
@@ -15,87 +15,91 @@ use crate::accounts::{Accounts, LiveRules, Nss};
 use crate::admin::{Address, Admin, Readiness};
 use crate::attest::{Attestor, ExecMonitor, StartError};
 use crate::audit::Audit;
-use crate::broker::{CredentialService, Policy};
 use crate::cache::{self, CredentialCache};
 use crate::cgroup::PodRoots;
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
+use crate::credential_service::{CredentialService, Policy};
+use crate::exchange::TokenExchanger;
 use crate::hardening::DaemonFeatures;
 use crate::http::{Authorization, CredentialEndpoint, OwnProbe};
-use crate::issue::TokenExchanger;
 use crate::limits::FairSemaphore;
 use crate::listen::{self, ActivatedSockets, ListenError};
 use crate::metrics::Metrics;
-use crate::pods::{PodListeners, PodsError, TakeoverGate};
+use crate::pod_listeners::{PodListeners, PodsError, TakeoverGate};
 use crate::readiness::ReadinessProbes;
 use crate::sts::{InvalidSetting, NetworkSettings, Settings, Sts};
 use crate::svid::agent::AttestingAgent;
-use crate::svid::broker_api::BrokerApi;
-use crate::svid::own::OwnSvidSource;
+use crate::svid::own_svid::OwnSvidSource;
+use crate::svid::spiffe_broker::BrokerApi;
 use crate::svid::{self, AgentSource, IdentitySource, SourceError, SpireDelegated, WorkloadApi};
 
 mod audit_file;
 mod listeners;
 mod series;
-mod token;
+mod token_file;
 
 use audit_file::{audit_error, open_audit};
 use listeners::{AcceptLoops, ListenAddress, bind_all, tcp_address};
-use token::{NodeToken, write_later};
+use token_file::{NodeToken, write_later};
 
-/// How long operators' connections may take to end, once those of workloads have.
+/// Time that operators' connections have to end after the workloads' connections have ended.
 const ADMIN_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long the start waits to find out whether the identity source is of any use. An agent on this machine needs a few
-/// milliseconds, more on a busy one; only one that hangs makes a start wait.
+/// Maximum time that a start waits for the check of the identity source.
+///
+/// A local agent needs a few milliseconds, more on a busy machine. Only an agent that hangs uses
+/// all of it.
 const SOURCE_CHECK_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Why the daemon does not start, or goes on with its old configuration.
+/// Reason why the daemon does not start, or keeps its old configuration.
 #[derive(Debug, Error)]
 pub enum AppError {
-    /// Nobody could be attested.
+    /// The attestor cannot be started.
     #[error(transparent)]
     Attest(#[from] StartError),
-    /// An address can't be had.
+    /// An address cannot be bound.
     #[error(transparent)]
     Listen(#[from] ListenError),
-    /// No audit log.
+    /// The audit file cannot be opened.
     #[error("[audit] file {path}: {source}", path = path.display())]
     Audit {
-        /// Which.
+        /// Path of the audit file.
         path: PathBuf,
-        /// Why.
+        /// Error of the open call.
         source: io::Error,
     },
-    /// No token file.
+    /// The token file cannot be read or written.
     #[error("[listen] token_file {path}: {source}", path = path.display())]
     Token {
-        /// Which.
+        /// Path of the token file.
         path: PathBuf,
-        /// Why.
+        /// Error of the system call.
         source: io::Error,
     },
-    /// Pods can't be listened in.
+    /// Pods' network namespaces cannot be served.
     #[error(transparent)]
     Pods(#[from] PodsError),
-    /// The identity source is of no use as it is set up.
+    /// The identity source is misconfigured and cannot work.
     #[error("[identity] {0}")]
     Source(SourceError),
-    /// The client for STS can't be made.
+    /// The STS client cannot be built.
     #[error(transparent)]
     Sts(#[from] InvalidSetting),
 }
 
-/// A running daemon.
+/// The running daemon, with its listeners and tasks.
 #[derive(Debug)]
 pub struct App {
-    /// The TCP addresses for workloads, with the ports that the kernel chose.
+    /// TCP addresses for workloads, with the ports that the kernel chose.
     pub tcp: Vec<SocketAddr>,
-    /// The operators' address.
+    /// Address for operators, if one is bound.
     pub admin: Option<SocketAddr>,
-    /// What was listened on at the start, whatever the file has said since.
+    /// The `[listen]` section of the start. A reload does not change it.
     listen: config::Listen,
-    /// The source in use, and what it was made by.
+    /// The `[pods]` section of the start. A reload does not change it.
+    pods: config::PodsConfig,
+    /// The source in use, with the configuration that it was built from.
     source: (IdentityConfig, Arc<dyn IdentitySource>),
     /// The STS endpoints in use.
     sts: Vec<String>,
@@ -109,24 +113,24 @@ pub struct App {
     attestor: Arc<Attestor>,
     status: Arc<Admin>,
     probing: Option<JoinHandle<()>>,
-    /// Where pods are served.
+    /// Set while pods are served.
     gate: Option<TakeoverGate>,
     workloads: AcceptLoops,
     operators: AcceptLoops,
 }
 
-/// What the daemon has before it starts anything.
+/// Resources that are acquired before the daemon starts anything.
 #[derive(Debug)]
 pub struct Startup {
-    /// The sockets that systemd holds.
+    /// Sockets that systemd passed to the daemon.
     pub inherited: ActivatedSockets,
-    /// What notices executions; without it no process is named to an agent.
+    /// Monitor of program executions. Without it the daemon refers no process to an agent.
     pub exec_monitor: Option<ExecMonitor>,
-    /// What everything counts in, the log too.
+    /// Registry of all metrics, those of the log included.
     pub metrics: Metrics,
 }
 
-/// What a configuration comes to, apart from `[listen]`, `[audit]` and `[log]`.
+/// Parts that a reload replaces: all but `[listen]`, `[audit]` and `[log]`.
 struct Components {
     identity: IdentityConfig,
     policy: Policy,
@@ -136,14 +140,15 @@ struct Components {
 }
 
 impl Components {
-    /// With `source` if there is one that this configuration may go on with.
+    /// Builds the parts, around `source` if this configuration can keep using one.
     async fn new(
         config: &Config,
         (source, is_reload): (Option<Arc<dyn IdentitySource>>, bool),
         accounts: &Accounts,
         (clock, metrics): (&Clock, &Metrics),
     ) -> Result<Self, AppError> {
-        // Before the rules are in effect, so that nearly always each name in them has its number by then.
+        // This runs before the rules take effect, so that the names in them nearly always have
+        // their numbers by then.
         accounts
             .follow(config.accounts(), SOURCE_CHECK_TIMEOUT)
             .await;
@@ -171,7 +176,7 @@ impl Components {
 }
 
 impl App {
-    /// Starts everything. When it returns each address is bound; it serves until [`App::drain`].
+    /// Starts all parts. On return each address is bound. The daemon serves until [`App::drain`].
     pub async fn start(config: Config, startup: Startup) -> Result<Self, AppError> {
         let Startup {
             mut inherited,
@@ -188,8 +193,8 @@ impl App {
             CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
         let broker = Arc::new(CredentialService::new(parts.policy, cache.clone()));
         let pod_roots = config
-            .listen
-            .pods_cgroup
+            .pods
+            .cgroup_root
             .clone()
             .map_or_else(PodRoots::defaults, PodRoots::at);
         let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
@@ -211,7 +216,7 @@ impl App {
             metrics.clone(),
             readiness.clone(),
             cache,
-            (attestor.clone(), config.listen.clone()),
+            (attestor.clone(), config.listen.clone(), config.pods.enabled),
         ));
         admin.names_processes(DaemonFeatures::of(&config).names_processes());
         let mut app = Self {
@@ -220,6 +225,7 @@ impl App {
             tcp: Vec::new(),
             admin: None,
             listen: config.listen,
+            pods: config.pods,
             source,
             sts,
             own_probe,
@@ -244,18 +250,23 @@ impl App {
         Ok(app)
     }
 
-    /// Goes on with another configuration, but for `[listen]`, which needs a restart, and `[log]`. After an error nothing has
-    /// changed.
+    /// Applies another configuration, except `[listen]` and `[pods]`, which need a
+    /// restart, and `[log]`. An error changes nothing.
     pub async fn reload(&mut self, mut config: Config) -> Result<(), AppError> {
-        let changed = self.listen.changed(&config.listen).join(", ");
+        let changed = [
+            ("listen", self.listen.changed(&config.listen)),
+            ("pods", self.pods.changed(&config.pods)),
+        ];
         config.listen = self.listen.clone();
-        // An agent that attests workloads itself is kept with all that it has said.
+        config.pods = self.pods.clone();
+        // An agent that attests workloads itself is kept, with the identities cached from it.
         let (identity, source) = &self.source;
-        let kept = (*identity == config.identity && identity.source != config::Source::WorkloadApi)
+        let reusable = (*identity == config.identity
+            && identity.source != config::Source::WorkloadApi)
             .then(|| source.clone());
         let parts = Components::new(
             &config,
-            (kept, true),
+            (reusable, true),
             &self.accounts,
             (&self.clock, &self.metrics),
         )
@@ -275,10 +286,9 @@ impl App {
         self.metrics
             .config_loaded(config.digest.to_string(), self.clock.now());
         self.probe(parts.probes);
-        if !changed.is_empty() {
-            tracing::warn!(
-                "[listen] {changed}: what the file says now takes effect when awsvid is started again"
-            );
+        for (table, keys) in changed.iter().filter(|(_, keys)| !keys.is_empty()) {
+            let keys = keys.join(", ");
+            tracing::warn!("[{table}] {keys}: the change needs a restart; restart awsvid");
         }
         Ok(())
     }
@@ -288,17 +298,18 @@ impl App {
         self.metrics.config_rejected();
     }
 
-    /// Whether it is noticed that a caller's process executes a program, without which none is named to an agent.
+    /// Reports whether executions by callers' processes are observed. Without that no process is
+    /// referred to an agent.
     pub fn counts_executions(&self) -> bool {
         self.attestor.counts_executions()
     }
 
-    /// See [`Attestor::missing_for_tcp`].
+    /// Forwards the call to [`Attestor::missing_for_tcp`].
     pub fn missing_for_tcp(&self) -> Option<String> {
         self.attestor.missing_for_tcp()
     }
 
-    /// Asks until everything that is needed has answered; once it has, it is not asked again.
+    /// Probes each dependency until it has answered once, then stops probing it.
     fn probe(&mut self, probes: ReadinessProbes) {
         if let Some(before) = self.probing.take() {
             before.abort();
@@ -312,7 +323,8 @@ impl App {
         }
     }
 
-    /// Fails if no address at all could be bound: then another daemon has them, or none can be served.
+    /// Binds and serves the workload addresses. Fails if no address could be bound: another daemon
+    /// has them, or none can be served.
     fn serve_workloads(
         &mut self,
         inherited: &mut ActivatedSockets,
@@ -323,11 +335,11 @@ impl App {
             .unix
             .iter()
             .map(|path| ListenAddress::Unix(path.clone(), 0o666));
-        let wanted = unix
+        let addresses = unix
             .chain(self.listen.tcp.iter().copied().map(ListenAddress::Tcp))
             .collect();
-        let mut attempts = bind_all(wanted, inherited);
-        if !self.listen.pods && attempts.iter().all(|(_, bound)| bound.is_err()) {
+        let mut attempts = bind_all(addresses, inherited);
+        if !self.pods.enabled && attempts.iter().all(|(_, bound)| bound.is_err()) {
             let error = attempts.drain(..).find_map(|(_, bound)| bound.err());
             return error.map_or(Ok(()), |error| Err(error.into()));
         }
@@ -342,18 +354,20 @@ impl App {
         Ok(())
     }
 
-    /// When it returns, those that there are now are listened in, unless another daemon is to hand them over.
+    /// Serves pods. On return the present pods are served, unless another daemon is going to pass
+    /// their listeners.
     async fn serve_pods(&mut self, front: Arc<CredentialEndpoint>) -> Result<(), AppError> {
-        if self.listen.pods {
+        if self.pods.enabled {
             let cgroups = front.attestor.pod_roots();
-            tracing::debug!(?cgroups, "pods are found by the kubelet's cgroup root");
+            tracing::debug!(?cgroups, "found the kubelet's cgroup root");
             if cgroups.is_empty() {
                 tracing::warn!(
-                    "[listen] pods: no kubelet's cgroup is seen, and as long as there is none no pod is known; in Kubernetes mount the host's \
-                     /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup, or set `pods_cgroup`"
+                    "[pods] enabled: pods cannot be identified: the kubelet's cgroup is missing; in Kubernetes mount the host's \
+                     /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup, or set `cgroup_root`"
                 );
             }
-            let (directory, handover) = (&self.listen.pods_dir, self.listen.handover.as_deref());
+            let (directory, handover) =
+                (&self.pods.netns_dir, self.pods.handover_socket.as_deref());
             let (stop, connections) = (
                 self.workloads.stop.subscribe(),
                 self.workloads.connections.clone(),
@@ -373,7 +387,8 @@ impl App {
         Ok(())
     }
 
-    /// With bounds of their own, which are `Admin`'s: workloads that use up theirs don't hide the daemon's state.
+    /// Serves operators within `Admin`'s own limits: workloads that exhaust theirs do not block
+    /// access to the daemon's state.
     fn serve_operators(&mut self, inherited: &mut ActivatedSockets, admin: &Arc<Admin>) {
         let address = self
             .listen
@@ -396,17 +411,18 @@ impl App {
         }
     }
 
-    /// Takes no more connections, and returns when those that are open have ended. Operators are answered until then:
-    /// `/readyz` says that the daemon ends.
+    /// Stops accepting, and returns when the open connections have ended. Operators are served
+    /// until then: `/readyz` reports that the daemon is draining.
     pub async fn drain(mut self) {
         self.readiness.set_draining();
         if let Some(probing) = self.probing.take() {
             probing.abort();
-            // After that it connects nowhere any more, and whatever it had connected to ends with the others.
+            // After that the prober opens no more connections, and its open ones end with the
+            // others.
             let _ = probing.await;
         }
         self.workloads.end().await;
-        // Whoever reads metrics slowly keeps nobody waiting.
+        // A slow reader of metrics does not delay the end.
         let _ = timeout(ADMIN_DRAIN_TIMEOUT, self.operators.end()).await;
     }
 }
@@ -424,8 +440,8 @@ fn limits(cache: &config::CacheConfig) -> cache::Limits {
     }
 }
 
-/// The source that the configuration names. One that is set up so that it could only err keeps a reload from taking effect; one
-/// that does not answer yet does not.
+/// Builds the source that the configuration names. A source that is misconfigured makes a reload
+/// fail. A source that does not answer yet does not.
 async fn identity_source(
     config: &Config,
     accounts: &Accounts,
@@ -442,7 +458,7 @@ async fn identity_source(
                 .collect();
             let rules = LiveRules::new(rules, accounts);
             let source = WorkloadApi::new(
-                identity.socket.clone(),
+                identity.workload_api_socket.clone(),
                 rules,
                 clock.clone(),
                 metrics.clone(),
@@ -457,7 +473,7 @@ async fn identity_source(
             server,
             reference,
         } => {
-            let own = OwnSvidSource::at(identity.socket.clone());
+            let own = OwnSvidSource::at(identity.workload_api_socket.clone());
             let broker = BrokerApi::new(socket, own, server.clone(), svid::CALL_TIMEOUT);
             match reference {
                 config::Reference::Auto => Arc::new(broker.naming_pods()),
@@ -465,15 +481,16 @@ async fn identity_source(
             }
         }
     };
-    // What it has not said by then is found out while callers are served.
+    // An agent that answers later than that is checked while callers are served.
     if let Ok(Err(error @ SourceError::Misconfigured(_))) =
         timeout(SOURCE_CHECK_TIMEOUT, agent.connect()).await
     {
         if is_reload {
             return Err(AppError::Source(error));
         }
-        // Another agent may listen there in a moment. Until then each question is refused in the same way.
-        tracing::error!(%error, "the identity source is of no use as it is set up: callers are refused");
+        // Another agent may listen there in a moment. Until then each query fails with the same
+        // error.
+        tracing::error!(%error, "the identity source is misconfigured: callers are refused");
     }
     let most = remembered_processes();
     Ok(Arc::new(AgentSource::new(
@@ -485,7 +502,8 @@ async fn identity_source(
     )))
 }
 
-/// Each process that is remembered takes up to three descriptors. There are enough for connections besides.
+/// Returns how many processes may be cached. Each needs up to three descriptors, and connections
+/// need some too.
 fn remembered_processes() -> usize {
     const MAX_REMEMBERED_PROCESSES: u64 = 8192;
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
@@ -504,7 +522,8 @@ async fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {
     Ok(sts)
 }
 
-/// The token file is there as soon as it can be written: one SDK uses the endpoint only if it is given a token by file.
+/// Loads the token, and starts writing its file. One SDK uses the endpoint only if it gets the
+/// token by a file.
 fn authorization(listen: &config::Listen) -> Result<Authorization, AppError> {
     let path = &listen.token_file;
     let node = NodeToken::load(path).map_err(|source| AppError::Token {
@@ -513,7 +532,7 @@ fn authorization(listen: &config::Listen) -> Result<Authorization, AppError> {
     })?;
     if let Some(error) = node.unwritten {
         let path = path.display();
-        tracing::warn!(%path, %error, "[listen] token_file cannot be written yet: it is retried every few seconds");
+        tracing::warn!(%path, %error, "[listen] token_file cannot be written yet: retrying every 5 seconds");
         tokio::spawn(write_later(listen.token_file.clone(), node.token.clone()));
     }
     Ok(match listen.authorization {

@@ -21,12 +21,12 @@ use crate::config::AuditFile;
 use crate::metrics::Metrics;
 use crate::writer::Line;
 
-mod flood;
+mod aggregate;
 mod line;
 mod record;
 mod sink;
 
-use flood::{Beyond, RefusalAggregator, SWEEP};
+use aggregate::{Beyond, RefusalAggregator, SWEEP};
 use sink::Sink;
 
 pub use crate::telemetry::RequestId;

@@ -21,27 +21,27 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 
 use crate::attest::{Attestor, PodAttestor, Unattested};
 use crate::audit::{self, Audit, CacheResult, Outcome, Record};
-use crate::broker::CredentialService;
 use crate::cache::{CachedBody, CachedCredentials};
 use crate::caller::{AttestError, Caller, ListenerKind, PeerFacts, ProcessFacts, WorkloadKey};
+use crate::credential_service::CredentialService;
 use crate::limits::{FairPermit, FairSemaphore};
 use crate::listen::{AcceptedStream, LazySocket, PendingConnection, PendingPermit};
 use crate::metrics::Metrics;
 
-mod answer;
+mod connection_bounds;
+mod error_response;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
-mod life;
+mod guarded_stream;
 mod own_probe;
-mod rules;
-mod wire;
+mod request_validation;
 
 pub use own_probe::OwnProbe;
-pub use rules::{Authorization, RequestHead};
+pub use request_validation::{Authorization, RequestHead};
 
-use answer::RequestError;
-use life::{ConnectionLife, DropReason};
-use wire::{GuardedStream, ResponseState};
+use connection_bounds::{ConnectionLife, DropReason};
+use error_response::RequestError;
+use guarded_stream::{GuardedStream, ResponseState};
 
 /// The longest time for a complete head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
@@ -219,7 +219,7 @@ impl CredentialEndpoint {
         let service = service_fn(|request: Request<Incoming>| {
             state.answering();
             permit.set_in_use();
-            has_body.store(rules::has_body(&request), Ordering::Relaxed);
+            has_body.store(request_validation::has_body(&request), Ordering::Relaxed);
             let (caller, state) = (caller.clone(), &state);
             async move {
                 let answer = state
@@ -316,7 +316,8 @@ impl CredentialEndpoint {
         record: &mut Record,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), RequestError> {
         let caller = caller.map_err(RequestError::Caller)?;
-        let wanted = rules::validate(&RequestHead::of(request), listener, &self.authorization)?;
+        let wanted =
+            request_validation::validate(&RequestHead::of(request), listener, &self.authorization)?;
         let (issued, freshness) = self
             .broker
             .credentials_for(&caller, &wanted, record)

@@ -11,7 +11,7 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::health::{LastError, UpstreamStatus};
+use crate::upstream_status::{LastError, UpstreamStatus};
 
 mod exposition;
 mod labels;

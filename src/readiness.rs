@@ -21,7 +21,7 @@ use crate::attest::Attestor;
 use crate::config::{self, Config};
 use crate::http::OwnProbe;
 use crate::metrics::Metrics;
-use crate::pods::TakeoverGate;
+use crate::pod_listeners::TakeoverGate;
 use crate::role::StsTarget;
 use crate::sts::Sts;
 use crate::svid::IdentitySource;
@@ -63,7 +63,7 @@ impl ReadinessProbes {
         sts: Arc<Sts>,
         metrics: Metrics,
     ) -> Self {
-        // The STS of `allow_requested_roles` is one of them. It answers without a known role.
+        // The STS of `[requested_roles]` is one of them. It answers without a known role.
         let targets = config.roles.sts_targets().into_iter().cloned().collect();
         let audience = config
             .roles

@@ -1,4 +1,4 @@
-//! The file of the audit log, which may come to be there later.
+//! Opening the file of the audit log, which may be on a file system that is mounted later.
 
 use std::io;
 use std::path::PathBuf;
@@ -14,31 +14,33 @@ use crate::clock::Clock;
 use crate::config::{AuditConfig, AuditFile};
 use crate::metrics::Metrics;
 
-/// How often a file is tried again that could not be opened.
-const RETRY: Duration = Duration::from_secs(5);
+/// Interval between attempts to open the file.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// A file that can't be opened yet, as on a file system that is mounted later, is opened as soon as it can be. Until then
-/// records wait, as many as there is room for, and with `required` no credentials are issued.
+/// Opens the audit file, or retries in the background until it can be opened.
+///
+/// Until then records wait in a bounded queue, and with `required` the daemon returns no
+/// credentials.
 pub(super) fn open_audit(config: &AuditConfig, clock: Clock, metrics: Metrics) -> Arc<Audit> {
     let audit = Audit::unopened(config.required, clock, metrics);
     if let Err(source) = audit.reopen(&config.file, config.required) {
         let error = audit_error(&config.file, source);
-        tracing::error!(%error, "no audit record can be written yet: opening the file is retried every few seconds");
+        tracing::error!(%error, "the audit file cannot be opened yet: retrying every 5 seconds");
         tokio::spawn(open_later(audit.clone(), config.clone()));
     }
     audit
 }
 
 async fn open_later(audit: Arc<Audit>, config: AuditConfig) {
-    // A reload may open it, too, or another one.
+    // A reload may open this file, or another one.
     while audit.is_unopened() {
-        sleep(RETRY).await;
+        sleep(RETRY_INTERVAL).await;
         let (opening, config) = (audit.clone(), config.clone());
         let opened = spawn_blocking(move || {
             opening.is_unopened() && opening.reopen(&config.file, config.required).is_ok()
         });
         if opened.await.unwrap_or(false) {
-            tracing::info!("the audit file is open");
+            tracing::info!("audit file opened");
         }
     }
 }

@@ -5,8 +5,8 @@
 use crate::admin::TOO_MANY_OPERATORS;
 use crate::audit::{ABORTED, CacheResult, OK, Outcome};
 use crate::caller::ListenerKind;
+use crate::exchange::ExchangeError;
 use crate::http;
-use crate::issue::ExchangeError;
 use crate::metrics::{
     CacheLabel, CallLabel, EntryStateLabel, EvictionReason, Metrics, PodListenerFailure,
     ReasonLabel, RequestLabel,

@@ -1,4 +1,4 @@
-//! Where the facts of this machine are found.
+//! The sources of facts on this machine.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -7,12 +7,12 @@ use std::sync::Arc;
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{FsType, fstatfs};
 
-use crate::attest::cgroups::CgroupTree;
+use crate::attest::cgroup_mounts::CgroupMounts;
+use crate::attest::cgroup_tree::CgroupTree;
 use crate::attest::exec_monitor::ExecMonitor;
-use crate::attest::hierarchies::CgroupMounts;
-use crate::attest::known::{ProcessCache, ProcessHandle};
 use crate::attest::lookups::LookupThreads;
-use crate::attest::pods::{PodLookup, ResolvedPod};
+use crate::attest::pod_lookup::{PodLookup, ResolvedPod};
+use crate::attest::process_cache::{ProcessCache, ProcessHandle};
 use crate::attest::sys;
 use crate::caller::AttestError;
 use crate::cgroup::{CgroupPath, PodRoots};
@@ -20,7 +20,7 @@ use crate::cgroup::{CgroupPath, PodRoots};
 /// The machine, as the daemon sees it.
 #[derive(Debug)]
 pub(crate) struct Host {
-    /// `/proc`, of the pid namespace in which callers are named.
+    /// The mount of `/proc`, in the pid namespace that pids of callers refer to.
     pub(crate) proc_root: PathBuf,
     /// The cgroup v2 hierarchy, if there is one.
     pub(crate) cgroups: Option<Arc<CgroupTree>>,
@@ -28,15 +28,16 @@ pub(crate) struct Host {
     pub(crate) pods: Option<PodLookup>,
     /// All cgroup hierarchies, v1's too.
     pub(crate) hierarchies: CgroupMounts,
-    /// Those that were looked at before.
+    /// The processes that were read before.
     pub(crate) processes: ProcessCache,
-    /// Counts what processes execute, where the daemon was given what that takes.
+    /// Counts executions of programs, if the daemon has the privileges for that.
     pub(crate) exec_monitor: Option<Arc<ExecMonitor>>,
-    /// Where looks run that may have to wait.
+    /// The threads for reads that may block.
     pub(crate) lookups: LookupThreads,
-    /// From Linux 6.9 on a pidfd has an inode that no other process ever has.
+    /// From Linux 6.9 on a pidfd has an inode that is unique to its process.
     pidfds_have_inodes: bool,
-    /// From Linux 6.13 on it tells the ids of its process; else its `status` does, which is as long as it has groups.
+    /// From Linux 6.13 on a pidfd reports the ids of its process. Before, they are read from its
+    /// `status`, which is as long as the list of its groups.
     pub(crate) pidfds_tell_ids: bool,
 }
 
@@ -44,7 +45,7 @@ pub(crate) struct Host {
 const PID_FS: FsType = FsType(0x5049_4446);
 
 impl Host {
-    /// Looks at the daemon's own process below `proc_root`.
+    /// Detects what the kernel supports, by the daemon's own process below `proc_root`.
     pub(crate) fn new(
         proc_root: PathBuf,
         hierarchies: CgroupMounts,
@@ -71,8 +72,8 @@ impl Host {
         }
     }
 
-    /// The process behind `pidfd`, whose number is or was `pid`: as it is known, if it has been looked at before. Where its
-    /// pidfd does not tell that, it is taken for a new one.
+    /// Returns the handle of the process behind `pidfd`, with the number that is or was `pid`.
+    /// Reuses a cached handle if the inode of the pidfd proves that it is the same process.
     pub(crate) fn process(
         &self,
         pid: u32,
@@ -82,19 +83,19 @@ impl Host {
             true => Some(fstat(&pidfd).map_err(|_| AttestError::Kernel)?.st_ino),
             false => None,
         };
-        if let Some(known) = self
+        if let Some(handle) = self
             .processes
-            .of(pid)
-            .filter(|known| inode.is_some() && known.inode() == inode)
+            .get(pid)
+            .filter(|handle| inode.is_some() && handle.inode() == inode)
         {
-            return Ok(known);
+            return Ok(handle);
         }
-        let known = Arc::new(ProcessHandle::new(pid, pidfd, inode));
-        self.processes.insert(known.clone());
-        Ok(known)
+        let handle = Arc::new(ProcessHandle::new(pid, pidfd, inode));
+        self.processes.insert(handle.clone());
+        Ok(handle)
     }
 
-    /// The pod that a process or socket in this cgroup is in.
+    /// Returns the pod that a process or socket in this cgroup belongs to.
     pub(crate) fn pod(
         &self,
         cgroup: Option<&CgroupPath>,

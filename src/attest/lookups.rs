@@ -1,26 +1,30 @@
-//! Looks at a caller's process, which may have to wait for what the caller controls (T25).
+//! Reads of a caller's process, which may block on something that the caller controls (T25).
 //!
-//! A process that executes a program holds a lock of its own (`exec_update_lock`), and can be made to hold it without end: by
-//! then it waits for the lock of its memory, which a helper that shares the memory holds in mmap(2) of a file whose server
-//! does not answer. Kernels from 6.18 on take that lock wherever `ptrace_may_access` decides, so for most of `/proc/<pid>`.
+//! A process that executes a program holds a lock of its own (`exec_update_lock`), and can hold it
+//! for as long as it likes. At that time it waits for the lock of its memory. A helper that shares
+//! the memory holds that lock in mmap(2) of a file, if the server of the file does not reply.
+//! Kernels from 6.18 on take `exec_update_lock` wherever `ptrace_may_access` decides, so for most
+//! of `/proc/<pid>`.
 //!
-//! | call | may wait for | so it runs |
+//! | call | may block on | so it runs |
 //! |---|---|---|
 //! | `/proc/<pid>/fd/N`, `stat`, `exe` (readlink, read) | the lock of the process | here |
-//! | statx(2) of `/proc/<pid>/exe` | the same, and the server of the file system that the program is on: NFS and 9p ask it, whatever the flags | here |
-//! | the list of a process's descriptors, its groups in `status` | nothing, but are as long as the caller makes them | here, the first bounded in time ([`super::search`]), the second in number |
-//! | statx(2) of a rule's `exe` | the server of its file system, and what is mounted on the way (autofs, FUSE) | on a thread, one for each file ([`crate::rule::ExeMatcher`]) |
-//! | `/proc/<pid>/status` for ids, `cgroup`, `uid_map`, `PIDFD_GET_INFO`, a pidfd's own `fdinfo` | spin locks and RCU; `cgroup` also for the kernel's one lock of all cgroups, and whoever holds that up stops systemd and the kubelet, too | at once |
+//! | statx(2) of `/proc/<pid>/exe` | the same, and the server of the program's file system: NFS and 9p query it, whatever the flags | here |
+//! | the list of a process's descriptors, its groups in `status` | nothing, but the caller determines their length | here, the first bounded in time ([`super::socket_owner`]), the second in number |
+//! | statx(2) of a rule's `exe` | the server of its file system, and mounts on the path (autofs, FUSE) | on a thread, one for each file ([`crate::workload_rule::ExeMatcher`]) |
+//! | `/proc/<pid>/status` for ids, `cgroup`, `uid_map`, `PIDFD_GET_INFO`, a pidfd's own `fdinfo` | spin locks and RCU; `cgroup` also on the kernel's one lock of all cgroups, and a process that blocks that stops systemd and the kubelet, too | at once |
 //! | `sock_diag` without extensions, `SO_PEERCRED`, `SO_PEERPIDFD`, `SO_PEERGROUPS` | nothing: none takes the lock of the caller's socket, which it could hold in sendmsg(2) | at once |
-//! | cgroup directories and `cgroup.procs` | kernfs, which waits for nobody's process | at once |
-//! | what a process executes meanwhile | nothing: a number in memory ([`super::exec_monitor`]) | at once |
+//! | cgroup directories and `cgroup.procs` | kernfs, which waits for no other process | at once |
+//! | executions in the meantime | nothing: a number in memory ([`super::exec_monitor`]) | at once |
 //!
-//! Not used at all, since each takes the lock of the process: perf_event_open(2), kcmp(2), pidfd_getfd(2), the links in
-//! `/proc/<pid>/ns`, `/proc/<pid>/{mem,maps,auxv,environ,cmdline,wchan}`.
+//! These are not used at all, since each takes the lock of the process: perf_event_open(2),
+//! kcmp(2), pidfd_getfd(2), the links in `/proc/<pid>/ns`,
+//! `/proc/<pid>/{mem,maps,auxv,environ,cmdline,wchan}`.
 //!
-//! *Here* is on a thread of [`LookupThreads`], two at a time for each workload: where a connection goes on, or a look alone where
-//! the connection has waited for something meanwhile. Connections themselves never wait for a client: sockets do not block, and a
-//! whole connection has a deadline.
+//! *Here* means on a thread of [`LookupThreads`], two at a time for each workload. A connection
+//! continues there, or only the read runs there if the connection has waited for something else.
+//! Connections themselves never wait for a client: sockets do not block, and a whole connection has
+//! a deadline.
 
 use tokio::sync::oneshot;
 
@@ -31,35 +35,39 @@ mod threads;
 pub use threads::LookupThreads;
 
 impl LookupThreads {
-    /// Runs `look` right here if this is one of these threads, else on one of them. [`AttestError::SearchBusy`] if none is free for this
-    /// workload as long as a request is held, [`AttestError::ProcessUnresponsive`] if the look takes as long as that.
+    /// Runs `read` on the current thread if that is a lookup thread, or else on one of them.
+    ///
+    /// Fails with [`AttestError::SearchBusy`] if the workload gets no thread for as long as a
+    /// request is held. Fails with [`AttestError::ProcessUnresponsive`] if the read itself takes
+    /// that long.
     pub(crate) async fn run<T: Send + 'static>(
         &self,
         owner: &WorkloadKey,
-        look: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
+        read: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
     ) -> Result<T, AttestError> {
         if threads::on_lookup_thread() {
-            look()
+            read()
         } else {
-            self.run_offloaded(owner, look).await
+            self.run_offloaded(owner, read).await
         }
     }
 
-    /// The same, never right here: the caller can do something else meanwhile.
+    /// Runs `read` on a lookup thread, never on the current one. The caller of this function can do
+    /// something else in the meantime.
     pub(crate) async fn run_offloaded<T: Send + 'static>(
         &self,
         owner: &WorkloadKey,
-        look: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
+        read: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
     ) -> Result<T, AttestError> {
         let (answer, answered) = oneshot::channel();
         let (give_up, given_up) = oneshot::channel();
-        let look = async {
-            let _ = answer.send(look());
+        let read = async {
+            let _ = answer.send(read());
         };
         let give_up = || {
             let _ = give_up.send(());
         };
-        self.spawn_here(owner.clone(), look, give_up);
+        self.spawn_here(owner.clone(), read, give_up);
         tokio::select! {
             biased;
             result = answered => result.unwrap_or(Err(AttestError::SearchBusy)),
@@ -75,20 +83,20 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn look_that_does_not_come_back_stops_its_own_workload_alone() {
+    async fn blocked_reads_stop_only_their_own_workload() {
         let threads = LookupThreads::default();
         let (mut held, mut stuck) = (Vec::new(), Vec::new());
         for uid in 0..20 {
-            // As many as there may be of one workload, and some more.
+            // More reads than one workload may run.
             for _ in 0..4 {
                 let (release, wait) = mpsc::channel::<()>();
                 held.push(release);
-                let (threads, look) = (threads.clone(), move || {
+                let (threads, read) = (threads.clone(), move || {
                     let _ = wait.recv();
                     Ok(())
                 });
                 stuck.push(tokio::spawn(async move {
-                    threads.run(&WorkloadKey::user(uid), look).await
+                    threads.run(&WorkloadKey::user(uid), read).await
                 }));
             }
         }

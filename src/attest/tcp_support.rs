@@ -1,5 +1,8 @@
-//! Whether callers over TCP can be told apart, looked at again when that may have changed: a kernel module is loaded or
-//! unloaded, a cgroup v1 controller is mounted. Nobody has to start the daemon again for that.
+//! Tests whether callers over TCP can be distinguished, and repeats the test when the result may
+//! have changed.
+//!
+//! It changes when a kernel module is loaded or unloaded, or a cgroup v1 controller is mounted. The
+//! daemon does not need a restart for that.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,16 +13,17 @@ use tokio::time::Instant;
 
 use crate::attest::Unattested;
 use crate::attest::host::Host;
-use crate::attest::inet_diag::SockDiag;
 use crate::attest::kernel::{TcpUnsupported, no_sock_diag, try_tcp_of};
+use crate::attest::sock_diag::SockDiag;
 use crate::attest::tcp::{SocketProof, TcpAttestor};
 use crate::caller::AttestError;
 use crate::limits::FairSemaphore;
 
-/// Between two tries, however often somebody asks.
+/// The shortest interval between two tests, whatever the number of requests.
 const RETRY: Duration = Duration::from_secs(2);
 
-/// What attests callers over TCP in the daemon's own network namespace, while the kernel tells what that takes.
+/// The attestor of callers over TCP in the daemon's own network namespace, while the kernel
+/// supports it.
 #[derive(Debug)]
 pub(crate) struct TcpSupport {
     host: Arc<Host>,
@@ -30,7 +34,7 @@ pub(crate) struct TcpSupport {
 #[derive(Debug)]
 struct SupportCheck {
     at: Instant,
-    /// What the kernel lacks, and the fix. `None` while there is an attestor.
+    /// The interface that the kernel lacks, and the fix. `None` while there is an attestor.
     missing: Option<String>,
 }
 
@@ -46,7 +50,7 @@ impl SupportCheck {
 }
 
 impl TcpSupport {
-    /// Tries it, and says in the log what is missing.
+    /// Tests the support, and logs what is missing.
     pub(crate) fn new(host: Arc<Host>) -> Self {
         let attestor = attestor(&host);
         if let Err(error) = &attestor {
@@ -63,7 +67,8 @@ impl TcpSupport {
         }
     }
 
-    /// What callers over TCP lack, and the fix, as of the latest attempt. `None` if they are attested.
+    /// Returns what callers over TCP lack, and the fix, by the latest test. `None` if they are
+    /// attested.
     pub(crate) fn missing(&self) -> Option<String> {
         self.attempt
             .lock()
@@ -76,7 +81,7 @@ impl TcpSupport {
         self.attestor.load().as_deref().cloned()
     }
 
-    /// See [`TcpAttestor::look`].
+    /// Finds the socket of a peer, as [`TcpAttestor::find_socket`] does.
     pub(crate) async fn check(
         &self,
         addresses: (SocketAddr, SocketAddr),
@@ -87,17 +92,18 @@ impl TcpSupport {
         }
         let Some(attestor) = self.attestor() else {
             return Err(AttestError::Unsupported(
-                "over TCP; awsvid's log says at the start what is missing",
+                "it lacks an interface for TCP; see the warning in awsvid's log",
             )
             .into());
         };
-        let found = attestor.look(addresses, on_wait).await;
-        // A socket that is not there, or has lost its cgroup: as it is for everybody, once the kernel tells no more.
-        let is_odd = match &found {
+        let found = attestor.find_socket(addresses, on_wait).await;
+        // The socket does not exist, or has lost its cgroup. It is the same for all callers once
+        // the kernel reports nothing any more.
+        let is_suspect = match &found {
             Err(unattested) => unattested.refusal == AttestError::CallerGone,
             Ok(proof) => proof.is_in_root_cgroup(),
         };
-        if is_odd {
+        if is_suspect {
             self.retry();
         }
         found
@@ -110,19 +116,17 @@ impl TcpSupport {
         }
         let before = self.attestor.load();
         let result = match before.as_deref() {
-            Some(attestor) => attestor.works(),
+            Some(attestor) => attestor.test_support(),
             None => {
                 attestor(&self.host).map(|attestor| self.attestor.store(Some(Arc::new(attestor))))
             }
         };
         *attempt = SupportCheck::current(result.as_ref().copied());
         match (result, before.is_some()) {
-            (Ok(()), false) => tracing::info!("callers over TCP are attested from now on"),
+            (Ok(()), false) => tracing::info!("callers over TCP are attested again"),
             (Err(error), true) => {
                 let fix = error.fix();
-                tracing::warn!(
-                    "callers over TCP are refused from now on (unsupported_kernel): {error}; {fix}"
-                );
+                tracing::warn!("callers over TCP are refused (unsupported_kernel): {error}; {fix}");
                 self.attestor.store(None);
             }
             _ => {}
@@ -135,7 +139,7 @@ fn attestor(host: &Arc<Host>) -> Result<TcpAttestor, TcpUnsupported> {
     let diag = SockDiag::open_per_cpu().map_err(no_sock_diag)?;
     try_tcp_of(host, &diag)?;
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    // However many ask for them, half of the processors are for what is quickly done.
+    // Half of the CPUs remain for short work, whatever the number of searches.
     let searches = FairSemaphore::new(processors.div_ceil(2), 1);
     Ok(TcpAttestor::new(host.clone(), diag, cgroups, searches))
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use crate::audit::flood::{AggregateKey, RefusalAggregator};
+use crate::audit::aggregate::{AggregateKey, RefusalAggregator};
 use crate::audit::line::{DisplayAsStr, JsonLine, moment, render, second};
 use crate::audit::{ABORTED, Audit, CacheResult, IssuedFields, Outcome, RequestId};
 use crate::caller::{Caller, ListenerKind, PeerFacts, WorkloadKey};

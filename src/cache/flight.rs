@@ -1,4 +1,4 @@
-//! What requests wait for while credentials are being issued.
+//! Flights: the exchanges that run, and the requests that wait for them.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,13 +13,13 @@ use crate::clock::REQUEST_HOLD;
 
 pub(super) type FlightResult = Result<Arc<CachedCredentials>, CacheError>;
 
-/// One exchange under way.
+/// One exchange that is running.
 pub(super) struct Flight {
-    landed: watch::Sender<Option<FlightResult>>,
+    result: watch::Sender<Option<FlightResult>>,
     waiting: Mutex<Waiting>,
 }
 
-/// The callers that wait, in the order in which they came.
+/// The callers that wait, in order of arrival.
 #[derive(Default)]
 struct Waiting {
     callers: BTreeMap<u64, Arc<Caller>>,
@@ -35,7 +35,7 @@ pub(super) struct Waiter {
 impl Flight {
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self {
-            landed: watch::Sender::new(None),
+            result: watch::Sender::new(None),
             waiting: Mutex::default(),
         })
     }
@@ -51,23 +51,23 @@ impl Flight {
         }
     }
 
-    /// How many callers wait.
+    /// Returns the number of callers that wait.
     pub(super) fn waiting(&self) -> usize {
         self.lock().callers.len()
     }
 
-    /// Tells all who wait. What they were told first stays.
-    pub(super) fn finish(&self, landed: FlightResult) {
-        self.landed.send_if_modified(|told| {
-            let first = told.is_none();
+    /// Sends the result to all waiters. Only the first result counts.
+    pub(super) fn finish(&self, result: FlightResult) {
+        self.result.send_if_modified(|current| {
+            let first = current.is_none();
             if first {
-                *told = Some(landed);
+                *current = Some(result);
             }
             first
         });
     }
 
-    /// The caller that came last and still waits, but for the one that is gone.
+    /// Returns the latest caller that still waits, except `gone`.
     pub(super) fn another_caller(&self, gone: &Arc<Caller>) -> Option<Arc<Caller>> {
         let mut waiting = self.lock();
         waiting
@@ -85,16 +85,16 @@ impl Flight {
 }
 
 impl Waiter {
-    /// Waits, but not for ever.
+    /// Waits for the result, at most [`REQUEST_HOLD`].
     pub(super) async fn wait(&self) -> FlightResult {
-        let mut landed = self.flight.landed.subscribe();
-        let landed = timeout(REQUEST_HOLD, landed.wait_for(Option::is_some))
+        let mut result = self.flight.result.subscribe();
+        let result = timeout(REQUEST_HOLD, result.wait_for(Option::is_some))
             .await
             .map_err(|_| CacheError::Pending)?;
-        // The sender is this waiter's own flight, so there is a result.
-        landed
+        // The waiter holds its flight, and thus the sender, so there is a result.
+        result
             .ok()
-            .and_then(|landed| landed.clone())
+            .and_then(|result| result.clone())
             .unwrap_or(Err(CacheError::Pending))
     }
 }

@@ -1,4 +1,4 @@
-//! Credentials as they are handed out, and how long that may be.
+//! Cached credentials as they are served, and for how long.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,33 +11,35 @@ use crate::clock::Clock;
 use crate::credentials::Credentials;
 use crate::role::Grant;
 
-/// Credentials with less than this left are not handed out any more.
+/// Credentials with at most this remaining lifetime are not served.
 pub(super) const MIN_REMAINING: Duration = Duration::from_secs(60);
-/// SDKs (botocore, Java, .NET) fetch again on each call what has less than this left ...
+/// SDKs (botocore, Java, .NET) fetch on each call once less than this remains.
 const SDK_REFRESH_WINDOW: Duration = Duration::from_secs(15 * 60);
-/// ... so a refresh has this long before they do ...
+/// Lead of the daemon's refresh over that of the SDKs.
 const SDK_MARGIN: Duration = Duration::from_secs(90);
-/// ... where the session is longer by at least this; shorter ones would be refreshed all the time.
+/// Sessions that exceed [`SDK_REFRESH_WINDOW`] by less than this are refreshed at half their life,
+/// not before the SDKs. Otherwise they would be refreshed all the time.
 const MIN_REFRESH_GAIN: Duration = Duration::from_secs(5 * 60);
 
-/// Credentials as they are handed out: the secrets are in the body alone.
+/// Credentials as they are served. Only the body has the secrets.
 #[derive(Debug)]
 pub struct CachedCredentials {
-    /// Not secret.
+    /// Access key ID, which is not a secret.
     pub access_key_id: Arc<str>,
-    /// When AWS stops to accept them.
+    /// Time at which AWS stops accepting the credentials.
     pub expiration: SystemTime,
-    /// The body for SDKs, rendered once.
+    /// Response body for SDKs, rendered once.
     pub body: CachedBody,
-    /// The same by the monotonic clock.
+    /// The expiration by the monotonic clock.
     expires: Instant,
-    /// How long they last when they are issued.
+    /// The lifetime at the time of issue.
     pub(super) lifetime: Duration,
-    /// With this much left they are due for a refresh.
-    pub(super) refresh_left: Duration,
+    /// The remaining lifetime at which a refresh is due.
+    pub(super) refresh_at_remaining: Duration,
 }
 
-/// A rendered answer. Zeroized when the last holder drops it, and not printed.
+/// A rendered response body. It is zeroized when its last holder drops it, and `Debug` does not
+/// print it.
 #[derive(Clone)]
 pub struct CachedBody(pub Arc<Zeroizing<Vec<u8>>>);
 
@@ -48,8 +50,8 @@ impl fmt::Debug for CachedBody {
 }
 
 impl CachedCredentials {
-    /// Of credentials that were issued now. No session lasts longer than was asked for, whatever this node's clock says:
-    /// with a clock that is behind, `Expiration` alone looks further away than it is.
+    /// Wraps credentials that STS has just issued. The lifetime is bounded by the requested
+    /// duration. If this node's clock is behind, `Expiration` alone seems further off than it is.
     pub(super) fn new(grant: &Grant, credentials: &Credentials, clock: &Clock) -> Self {
         let lifetime = clock.until(credentials.expiration).min(grant.role.duration);
         Self {
@@ -58,12 +60,13 @@ impl CachedCredentials {
             body: CachedBody(Arc::new(credentials.body(&grant.role_arn))),
             expires: Instant::now() + lifetime,
             lifetime,
-            refresh_left: refresh_at_remaining(lifetime),
+            refresh_at_remaining: refresh_at_remaining(lifetime),
         }
     }
 
-    /// How long they last still: by the monotonic clock or by the wall clock, whichever says less. A suspended machine's
-    /// monotonic clock stands still; a wall clock that is set back says too much.
+    /// Returns the remaining lifetime, by the monotonic or the wall clock, whichever is less. The
+    /// monotonic clock of a suspended machine stands still. A wall clock that is set back gives too
+    /// much.
     pub(super) fn remaining(&self, clock: &Clock) -> Duration {
         self.expires
             .saturating_duration_since(Instant::now())
@@ -71,8 +74,9 @@ impl CachedCredentials {
     }
 }
 
-/// With how much left credentials of this lifetime are due for a refresh: about half, spread so that a node's identities
-/// don't refresh together, and before SDKs that refresh early begin to ask for better ones.
+/// Returns the remaining lifetime at which credentials of this lifetime are refreshed. It is about
+/// half, with jitter so that the identities of a node do not refresh together. It is before the
+/// time at which SDKs begin to fetch on each call.
 pub(super) fn refresh_at_remaining(lifetime: Duration) -> Duration {
     let half = lifetime.mul_f64(0.45 + 0.1 * fastrand::f64());
     if lifetime < SDK_REFRESH_WINDOW + MIN_REFRESH_GAIN {

@@ -1,70 +1,71 @@
-//! Issuing for one place, for all who wait for it.
+//! Exchanges that run for an entry, and the storage of their results.
 
 use std::sync::Arc;
 
 use tokio::time::Instant;
 
 use super::entry::{CachedState, Entry};
+use super::events::CacheEvent;
+use super::failure::{FailureKind, FailureState};
 use super::flight::{Flight, FlightResult};
 use super::issued::{CachedCredentials, MIN_REMAINING};
-use super::news::CacheEvent;
-use super::trouble::{FailureKind, FailureState};
 use super::{CacheError, CacheInner};
 use crate::caller::Caller;
 use crate::credentials::Credentials;
+use crate::exchange::ExchangeError;
 use crate::identity::SpiffeId;
-use crate::issue::ExchangeError;
 use crate::limits::FairPermit;
 use crate::metrics::{CallLabel, EvictionReason};
 use crate::telemetry::in_current_request;
 
-/// What becomes of a flight.
+/// Next step after an exchange ended.
 enum FlightOutcome {
-    /// It ends.
+    /// The flight ends with this result.
     Done(FlightResult),
-    /// It goes on, for another caller of the same identity.
-    Again(Arc<Caller>),
+    /// The flight continues with another caller of the same identity.
+    Retry(Arc<Caller>),
 }
 
 impl CacheInner {
-    /// Starts the one flight of this place, with `caller`'s token. It goes on whatever becomes of `caller`'s connection.
+    /// Starts the one flight of this entry, with `caller`'s token. A closed connection of `caller`
+    /// does not cancel it.
     pub(super) fn start_flight(
         self: &Arc<Self>,
-        slot: &Arc<Entry>,
+        entry: &Arc<Entry>,
         caller: Arc<Caller>,
         state: &mut CachedState,
-        turn: Option<FairPermit<SpiffeId>>,
+        permit: Option<FairPermit<SpiffeId>>,
     ) -> Arc<Flight> {
         let flight = Flight::new();
         state.flight = Some(flight.clone());
         tokio::spawn(in_current_request(run_flight(
             self.clone(),
-            slot.clone(),
+            entry.clone(),
             flight.clone(),
             caller,
-            turn,
+            permit,
         )));
         flight
     }
 
-    /// Puts a flight's result in its place.
+    /// Stores the result of an exchange in the entry, and plans what is due next.
     fn complete(
         self: &Arc<Self>,
-        slot: &Arc<Entry>,
+        entry: &Arc<Entry>,
         flight: &Flight,
         result: Result<Credentials, ExchangeError>,
         caller: &Arc<Caller>,
     ) -> FlightOutcome {
-        let mut state = slot.state();
-        if state.ended {
+        let mut state = entry.state();
+        if state.retired {
             state.flight = None;
             return FlightOutcome::Done(Err(CacheError::Pending));
         }
         let result = result.and_then(|credentials| {
-            let issued = CachedCredentials::new(&slot.grant, &credentials, &self.clock);
-            // Too short to be handed out, ever: nobody may be told that there are credentials.
-            if issued.remaining(&self.clock) > MIN_REMAINING {
-                Ok(Arc::new(issued))
+            let cached = CachedCredentials::new(&entry.grant, &credentials, &self.clock);
+            // Credentials this short can never be served, so they are a failure.
+            if cached.remaining(&self.clock) > MIN_REMAINING {
+                Ok(Arc::new(cached))
             } else {
                 Err(ExchangeError::TooShort)
             }
@@ -72,12 +73,12 @@ impl CacheInner {
         if let Err(error) = &result
             && FailureKind::of(error) == FailureKind::CallerGone
         {
-            slot.drop_caller(caller);
+            entry.drop_caller(caller);
             if let Some(other) = flight
                 .another_caller(caller)
-                .or_else(|| slot.latest.load_full())
+                .or_else(|| entry.latest.load_full())
             {
-                return FlightOutcome::Again(other);
+                return FlightOutcome::Retry(other);
             }
         }
         self.metrics
@@ -85,48 +86,48 @@ impl CacheInner {
             .get_or_create(&CallLabel::of(&result, ExchangeError::reason))
             .inc();
         state.flight = None;
-        let news = match &result {
-            Ok(issued) => {
-                slot.current.store(Some(issued.clone()));
+        let event = match &result {
+            Ok(cached) => {
+                entry.current.store(Some(cached.clone()));
                 state
-                    .trouble
+                    .failure
                     .take()
-                    .is_some_and(|trouble| trouble.logged)
-                    .then_some(CacheEvent::Again)
+                    .is_some_and(|failure| failure.logged)
+                    .then_some(CacheEvent::Recovered)
             }
-            Err(error) => self.failed(slot, error, &mut state),
+            Err(error) => self.record_failure(entry, error, &mut state),
         };
-        self.plan(slot, &mut state);
+        self.plan(entry, &mut state);
         drop(state);
-        if let Some(news) = news {
-            news.emit(slot, &self.log);
+        if let Some(event) = event {
+            event.emit(entry, &self.log);
         }
         FlightOutcome::Done(result.map_err(CacheError::from))
     }
 
-    fn failed(
+    fn record_failure(
         &self,
-        slot: &Entry,
+        entry: &Entry,
         error: &ExchangeError,
         state: &mut CachedState,
     ) -> Option<CacheEvent> {
-        let before = state.trouble.take();
-        let is_news = before
+        let previous = state.failure.take();
+        let is_new_kind = previous
             .as_ref()
-            .is_none_or(|before| !before.logged || before.error.reason() != error.reason());
-        let mut trouble = Box::new(FailureState::record(
-            before.as_deref(),
+            .is_none_or(|previous| !previous.logged || previous.error.reason() != error.reason());
+        let mut failure = Box::new(FailureState::record(
+            previous.as_deref(),
             error,
             Instant::now(),
             self.clock.now(),
         ));
-        let kept = slot.current.load().is_some();
-        let news = if trouble.withdrawn && kept {
-            self.clear_credentials(slot, EvictionReason::Withdrawn);
+        let kept = entry.current.load().is_some();
+        let event = if failure.withdrawn && kept {
+            self.clear_credentials(entry, EvictionReason::Withdrawn);
             Some(CacheEvent::Withdrawn(error.clone()))
-        } else if is_news && FailureKind::of(error) != FailureKind::CallerGone {
+        } else if is_new_kind && FailureKind::of(error) != FailureKind::CallerGone {
             let missed = self.log.allows();
-            trouble.logged = missed.is_some();
+            failure.logged = missed.is_some();
             missed.map(|missed| CacheEvent::Failed {
                 error: error.clone(),
                 kept,
@@ -135,35 +136,36 @@ impl CacheInner {
         } else {
             None
         };
-        state.trouble = Some(trouble);
-        news
+        state.failure = Some(failure);
+        event
     }
 }
 
 async fn run_flight(
-    shared: Arc<CacheInner>,
-    slot: Arc<Entry>,
+    inner: Arc<CacheInner>,
+    entry: Arc<Entry>,
     flight: Arc<Flight>,
     mut caller: Arc<Caller>,
-    turn: Option<FairPermit<SpiffeId>>,
+    permit: Option<FairPermit<SpiffeId>>,
 ) {
-    let landed = loop {
-        let issuer = shared.setup.load().issuer.clone();
-        let flying = {
-            let (slot, caller) = (slot.clone(), caller.clone());
+    let result = loop {
+        let exchanger = inner.generation.load().exchanger.clone();
+        let task = {
+            let (entry, caller) = (entry.clone(), caller.clone());
             tokio::spawn(in_current_request(async move {
-                issuer.exchange(&caller, &slot.grant).await
+                exchanger.exchange(&caller, &entry.grant).await
             }))
         };
-        // A panic in a library below ends that flight, not the place that it was for.
-        let result = flying
+        // The exchange has its own task, so that a panic in a library fails this flight and leaves
+        // the entry usable.
+        let result = task
             .await
             .unwrap_or_else(|_| Err(ExchangeError::task_panicked()));
-        match shared.complete(&slot, &flight, result, &caller) {
-            FlightOutcome::Again(other) => caller = other,
-            FlightOutcome::Done(landed) => break landed,
+        match inner.complete(&entry, &flight, result, &caller) {
+            FlightOutcome::Retry(other) => caller = other,
+            FlightOutcome::Done(result) => break result,
         }
     };
-    drop(turn);
-    flight.finish(landed);
+    drop(permit);
+    flight.finish(result);
 }

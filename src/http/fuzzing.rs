@@ -3,7 +3,7 @@
 use hyper::header::{HOST, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Method, Uri};
 
-use super::rules::{Authorization, RequestHead, validate};
+use super::request_validation::{Authorization, RequestHead, validate};
 use crate::caller::ListenerKind;
 use crate::role::RequestedRole;
 

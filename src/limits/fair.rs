@@ -1,4 +1,5 @@
-//! One limit for all, with a share for each key, and fair where the limit of all is reached.
+//! A semaphore with a total limit and a limit per key, which stays fair when the total limit is
+//! reached.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,32 +11,34 @@ use tokio::time::timeout;
 
 use super::FairKey;
 
-/// The longest wait of [`FairSemaphore::acquire`]. A token has at least 30 s of life when its exchange begins to wait.
+/// The longest wait of [`FairSemaphore::acquire`]. A token is valid for at least 30 s more when its
+/// exchange begins to wait.
 pub const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Gives out `total` permits, at most `per_key` of them to one key. Cheap to clone.
+/// A semaphore with `total` permits, at most `per_key` of them for one key. Clones share one state.
 ///
-/// A permit that is given back goes to a waiter whose group holds the fewest, the longest waiting of these. Where more
-/// wait than may, the newest waiter of the group with the most waiters gives way.
+/// A released permit goes to a waiter of the group that holds the fewest permits, and among equals
+/// to the one that has waited longest. When the queue is full, the newest waiter of the group with
+/// the most waiters is dropped.
 #[derive(Debug)]
 pub struct FairSemaphore<K: FairKey>(Arc<Inner<K>>);
 
-/// Why there is no permit now.
+/// The reason why no permit is available now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exhausted {
-    /// This key has as many as it may.
+    /// This key holds as many permits as one key may.
     Key,
-    /// All permits are out, and no other key has more of them.
+    /// All permits are held, and no other key holds more of them than this one.
     Total,
 }
 
-/// A permit, given back when it is dropped.
+/// A permit, which is released when it is dropped.
 #[derive(Debug)]
 pub struct FairPermit<K: FairKey> {
     limit: Arc<Inner<K>>,
     key: K,
     id: u64,
-    /// Whether it has been taken out of the number of all permits already.
+    /// Whether `detach` has already taken the permit out of the total.
     released: AtomicBool,
     eviction: Option<Arc<Notify>>,
 }
@@ -51,14 +54,14 @@ struct Inner<K: FairKey> {
 #[derive(Debug)]
 struct State<K: FairKey> {
     next_id: u64,
-    /// Permits that count towards the number of all.
+    /// The number of permits that count towards the total.
     held: usize,
     keys: HashMap<K, usize>,
     groups: HashMap<K::Group, usize>,
-    /// By age.
+    /// The waiters, the oldest first.
     waiting: BTreeMap<u64, PermitWaiter<K>>,
     waiting_of: HashMap<K::Group, usize>,
-    /// Permits that give way where others have none, by age.
+    /// Permits that may be evicted in favour of other keys, oldest first.
     evictable: BTreeMap<u64, Evictable<K>>,
 }
 
@@ -75,7 +78,7 @@ struct Evictable<K: FairKey> {
     notify: Arc<Notify>,
 }
 
-/// Takes a waiter out of the queue that stops waiting.
+/// Removes its waiter from the queue when the wait ends.
 struct WaitGuard<'l, K: FairKey> {
     limit: &'l Inner<K>,
     id: u64,
@@ -88,12 +91,13 @@ impl<K: FairKey> Clone for FairSemaphore<K> {
 }
 
 impl<K: FairKey> FairSemaphore<K> {
-    /// `total` permits, `per_key` for one key; neither is less than one. Any number may wait.
+    /// Creates a semaphore of `total` permits, `per_key` for one key, each at least one. Any number
+    /// of tasks may wait.
     pub fn new(total: usize, per_key: usize) -> Self {
         Self::with_waiting(total, per_key, usize::MAX)
     }
 
-    /// The same, where at most `max_waiting` wait for a permit.
+    /// Creates a semaphore that lets at most `max_waiting` tasks wait for a permit.
     pub fn with_waiting(total: usize, per_key: usize, max_waiting: usize) -> Self {
         let state = State {
             next_id: 0,
@@ -118,20 +122,20 @@ impl<K: FairKey> FairSemaphore<K> {
         self.acquire_within(ACQUIRE_TIMEOUT, key).await
     }
 
-    /// Waits for a permit, at most for `patience`; `None` also where too many wait, and this key's group has the most of
-    /// them.
-    pub async fn acquire_within(&self, patience: Duration, key: &K) -> Option<FairPermit<K>> {
+    /// Waits for a permit, at most for `max_wait`. Returns `None` on timeout, or if the queue is
+    /// full and no group has more waiters than this key's.
+    pub async fn acquire_within(&self, max_wait: Duration, key: &K) -> Option<FairPermit<K>> {
         let (granted, guard) = match self.0.acquire_or_wait(key) {
             Ok(permit) => return Some(permit),
             Err(None) => return None,
             Err(Some((granted, id))) => (granted, WaitGuard { limit: &self.0, id }),
         };
-        let permit = timeout(patience, granted).await;
+        let permit = timeout(max_wait, granted).await;
         drop(guard);
         permit.ok()?.ok()
     }
 
-    /// A permit, if there is one now.
+    /// Returns a permit if one is available now.
     pub fn try_acquire(&self, key: &K) -> Result<FairPermit<K>, Exhausted> {
         let mut state = self.0.state();
         self.0.check_key(&state, key)?;
@@ -141,8 +145,11 @@ impl<K: FairKey> FairSemaphore<K> {
         Ok(self.0.grant(&mut state, key, None))
     }
 
-    /// A permit in any case, which may have to give way ([`FairPermit::evicted`]). Where this key has as many as it may, its
-    /// oldest gives way; where all are out, one as in [`FairSemaphore::try_acquire_evicting`], else its own oldest.
+    /// Returns a permit at once and always. It can be evicted later ([`FairPermit::evicted`]).
+    ///
+    /// At the key's own limit, the key's oldest permit is evicted. At the total limit, the victim
+    /// is chosen as in [`FairSemaphore::try_acquire_evicting`], or else is the key's own oldest
+    /// permit.
     pub fn admit(&self, key: &K) -> FairPermit<K> {
         let mut state = self.0.state();
         let is_key_full = self.0.check_key(&state, key).is_err();
@@ -152,8 +159,11 @@ impl<K: FairKey> FairSemaphore<K> {
         self.0.grant(&mut state, key, Some(Arc::new(Notify::new())))
     }
 
-    /// A permit that may have to give way ([`FairPermit::evicted`]). Where all are out, a permit is taken from the group
-    /// that has the most of them, and in it from the key that has: the oldest that is idle, else the newest.
+    /// Returns a permit that can be evicted later ([`FairPermit::evicted`]).
+    ///
+    /// At the total limit, one permit is evicted: from the group that holds the most, and within it
+    /// from the key that holds the most. The oldest idle permit goes first, or else the newest
+    /// permit.
     pub fn try_acquire_evicting(&self, key: &K) -> Result<FairPermit<K>, Exhausted> {
         let mut state = self.0.state();
         self.0.check_key(&state, key)?;
@@ -206,7 +216,7 @@ impl<K: FairKey> Inner<K> {
         }
     }
 
-    /// A permit, or a place in the queue; `None` if there is no room in it for this key.
+    /// Returns a permit, or an entry in the queue, or `None` if the queue has no room for this key.
     #[expect(clippy::type_complexity, reason = "used once, right above")]
     fn acquire_or_wait(
         self: &Arc<Self>,
@@ -233,15 +243,16 @@ impl<K: FairKey> Inner<K> {
         Err(Some((receiver, id)))
     }
 
-    /// Gives free permits to waiters.
-    fn hand_on(self: &Arc<Self>, mut state: MutexGuard<'_, State<K>>) {
+    /// Grants free permits to waiters.
+    fn grant_to_waiters(self: &Arc<Self>, mut state: MutexGuard<'_, State<K>>) {
         let mut unclaimed = Vec::new();
         while state.held < self.total {
             let Some(waiter) = state.next_waiter(self.per_key) else {
                 break;
             };
             let permit = self.grant(&mut state, &waiter.key, None);
-            // One that has stopped waiting: its permit is given back below, outside the lock that this takes.
+            // A waiter that has stopped waiting returns its permit here. It is dropped below, after
+            // the lock that its drop takes.
             unclaimed.extend(waiter.granted.send(permit).err());
         }
         drop(state);
@@ -261,7 +272,8 @@ impl<K: FairKey> State<K> {
         self.evictable.remove(&id);
     }
 
-    /// Of those who may have a permit now, the one whose group holds the fewest, the longest waiting of these.
+    /// Removes and returns a waiter that may have a permit now: one of the group that holds the
+    /// fewest. Among equals, the longest wait wins.
     fn next_waiter(&mut self, per_key: usize) -> Option<PermitWaiter<K>> {
         let mut best: Option<(usize, u64)> = None;
         for (id, waiter) in &self.waiting {
@@ -285,8 +297,8 @@ impl<K: FairKey> State<K> {
         Some(waiter)
     }
 
-    /// Makes room in the queue for one of `group`: the newest of the group that has the most there stops waiting. `false` if
-    /// that is this group.
+    /// Makes room in the queue for `group`: drops the newest waiter of the group that has the most.
+    /// Returns `false` if no group has more waiters than this one.
     fn drop_waiter_for(&mut self, group: &K::Group) -> bool {
         let own = count(&self.waiting_of, group);
         let most = self.waiting_of.iter().max_by_key(|(_, waiting)| **waiting);
@@ -302,7 +314,8 @@ impl<K: FairKey> State<K> {
         newest.and_then(|id| self.remove_waiter(id)).is_some()
     }
 
-    /// Takes a permit from the group that has the most of them, and in it from the key that has, if `key` has fewer.
+    /// Evicts a permit of the key that holds the most, in the group that holds the most. Returns
+    /// `false` if that key holds no more than `key`.
     fn evict_for(&mut self, key: &K) -> bool {
         let (own_group, own) = (key.group(), count(&self.keys, key));
         let Some((group, most)) = self.groups.iter().max_by_key(|(_, held)| **held) else {
@@ -345,12 +358,12 @@ impl<K: FairKey> State<K> {
 }
 
 impl<K: FairKey> FairPermit<K> {
-    /// Whose it is.
+    /// Returns the key that holds this permit.
     pub fn key(&self) -> &K {
         &self.key
     }
 
-    /// Resolves when this permit has to give way to another key's. It counts no more by then.
+    /// Waits until this permit has been evicted. By then it no longer counts.
     pub async fn evicted(&self) {
         match &self.eviction {
             Some(notify) => notify.notified().await,
@@ -358,19 +371,19 @@ impl<K: FairKey> FairPermit<K> {
         }
     }
 
-    /// Of permits of one key, those that are in use give way last.
+    /// Marks the permit as in use: among one key's permits, those in use are evicted last.
     pub fn set_in_use(&self) {
         if let Some(one) = self.limit.state().evictable.get_mut(&self.id) {
             one.idle = false;
         }
     }
 
-    /// Gives the permit back to all others, for work that does not come to an end. It still counts for its key.
+    /// Returns the permit to the total, for work that does not end. It still counts for its key.
     pub fn detach(&self) {
         let mut state = self.limit.state();
         if !self.released.swap(true, Ordering::Relaxed) {
             state.release(self.id, &self.key);
-            self.limit.hand_on(state);
+            self.limit.grant_to_waiters(state);
         }
     }
 }
@@ -378,7 +391,7 @@ impl<K: FairKey> FairPermit<K> {
 impl<K: FairKey> Drop for FairPermit<K> {
     fn drop(&mut self) {
         let mut state = self.limit.state();
-        // An evicted one counts no more.
+        // An evicted permit no longer counts.
         let evicted = self.eviction.is_some() && !state.evictable.contains_key(&self.id);
         if !evicted {
             decrement(&mut state.keys, &self.key);
@@ -386,7 +399,7 @@ impl<K: FairKey> Drop for FairPermit<K> {
                 state.release(self.id, &self.key);
             }
         }
-        self.limit.hand_on(state);
+        self.limit.grant_to_waiters(state);
     }
 }
 

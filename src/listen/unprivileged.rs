@@ -1,27 +1,28 @@
-//! Ports that any user may bind. A process that takes the endpoint's port while awsvid does not have it can answer with
-//! credentials of another account (attack 9).
+//! Ports that any user may bind. A process that takes the endpoint's port while awsvid does not
+//! hold it can return credentials of another account (T9).
 
 use std::fs;
 use std::net::SocketAddr;
 
-/// Where the kernel has no other value: `PROT_SOCK` of ip(7).
+/// The value where the sysctl is not readable: `PROT_SOCK` of ip(7).
 const DEFAULT_FIRST_PORT: u16 = 1024;
-/// Of the calling thread's network namespace; for IPv6, too.
+/// The sysctl of the calling thread's network namespace. It covers IPv6 too.
 const SYSCTL_PATH: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
 
-/// The first port that a process without `CAP_NET_BIND_SERVICE` may bind in the calling thread's network namespace.
+/// Returns the first port that a process without `CAP_NET_BIND_SERVICE` may bind in the calling
+/// thread's network namespace.
 pub fn first_unprivileged_port() -> u16 {
     let value = fs::read_to_string(SYSCTL_PATH)
         .ok()
         .and_then(|text| text.trim().parse::<u32>().ok());
-    // 65536 leaves none.
+    // 65536 means that every port is privileged.
     value.map_or(DEFAULT_FIRST_PORT, |value| {
         u16::try_from(value).unwrap_or(u16::MAX)
     })
 }
 
-/// The ports that any user may bind by this setting, and not by the kernel's default. The configuration's reader warns of ports
-/// above the default.
+/// Returns the ports that any user may bind because the sysctl is lower than the kernel's default.
+/// The configuration's reader warns of ports above the default.
 pub fn unprivileged_ports(addresses: &[SocketAddr], first_unprivileged: u16) -> Vec<u16> {
     let mut ports: Vec<u16> = addresses.iter().map(SocketAddr::port).collect();
     ports.retain(|port| (first_unprivileged..DEFAULT_FIRST_PORT).contains(port));
@@ -30,15 +31,16 @@ pub fn unprivileged_ports(addresses: &[SocketAddr], first_unprivileged: u16) -> 
     ports
 }
 
-/// Warns of them in the daemon's own network namespace.
+/// Logs a warning about such ports in the daemon's own network namespace.
 pub fn warn_of_unprivileged_ports(addresses: &[SocketAddr]) {
     let first = first_unprivileged_port();
     let ports = unprivileged_ports(addresses, first);
     if !ports.is_empty() {
         tracing::warn!(
             ?ports,
-            "any user of this machine can bind a port of awsvid's while it is free, and answer with credentials of another account: \
-             net.ipv4.ip_unprivileged_port_start is {first}; set it to 1024 by sysctl"
+            ip_unprivileged_port_start = first,
+            "any user can bind awsvid's port while it is free and return credentials of another account; \
+             set net.ipv4.ip_unprivileged_port_start to 1024"
         );
     }
 }
@@ -48,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernels_value_decides_below_its_default() {
+    fn sysctl_decides_for_ports_below_the_default() {
         let addresses: Vec<SocketAddr> = [
             "127.0.0.1:974",
             "[::1]:974",

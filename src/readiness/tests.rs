@@ -81,8 +81,8 @@ fn kernel_that_supports_no_listener_serves_nobody() {
 
 #[test]
 fn sts_of_requested_roles_is_probed_without_any_role() {
-    let requested = "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n";
-    let rest = "[identity]\nsocket = \"unix:///a\"\naudience = \"a\"\n[sts]\nregion = \"eu-central-1\"\n\
+    let requested = "requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n";
+    let rest = "[identity]\nworkload_api_socket = \"unix:///a\"\naudience = \"a\"\n[sts]\nregion = \"eu-central-1\"\n\
                 [[workload]]\nspiffe_id = \"spiffe://t/a\"\nuid = 1\n";
     let role = "[[role]]\nname = \"a\"\nspiffe_id = \"spiffe://t/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n";
     let other = "region = \"eu-north-1\"\n";
@@ -100,7 +100,7 @@ fn sts_of_requested_roles_is_probed_without_any_role() {
             .config;
         let (clock, metrics) = (Clock::system(), Metrics::default());
         let source = WorkloadApi::new(
-            config.identity.socket.clone(),
+            config.identity.workload_api_socket.clone(),
             Vec::new(),
             clock.clone(),
             metrics.clone(),

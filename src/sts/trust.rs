@@ -1,10 +1,11 @@
-//! The certificates that an STS is verified by: the system's, or those of a file.
+//! CA certificates that verify an STS: the system's, or those of a file.
 //!
-//! Neither has to be there when the daemon starts: a mount comes late, or certificates are installed later. Missing ones are loaded
-//! again at a call and in the background. The calls that need them fail until then.
+//! Either may be missing when the daemon starts: a mount can be late, or certificates are installed
+//! later. Missing certificates are loaded again at a call and in the background. Calls that need
+//! them fail until then.
 //!
-//! Whoever writes such a file decides which server the daemon takes for STS. A file that another user could change or replace is
-//! therefore not used (T38), like a configuration of that kind.
+//! A user that can write such a file decides which server the daemon takes for STS. So a file that
+//! another user could change or replace is not used (T38), like a configuration of that kind.
 
 use std::ffi::OsString;
 use std::fmt::Write;
@@ -26,22 +27,22 @@ use tokio::time::{Instant, sleep};
 
 use crate::config::exposures;
 
-/// What the errors call the file.
+/// Name of the file in error messages.
 const NOUN: &str = "CA file";
-/// The least time between two attempts to load missing certificates.
+/// Minimum time between two attempts to load missing certificates.
 const RELOAD_PAUSE: Duration = Duration::from_secs(1);
-/// The time between two attempts in the background.
+/// Time between two attempts in the background.
 const BACKGROUND_PAUSE: Duration = Duration::from_secs(5);
 /// The first of the paths that `rustls-native-certs` reads.
-const SYSTEM_PLACES: &str = "/etc/ssl/certs/ca-certificates.crt, /etc/pki/tls/certs/ca-bundle.crt, /etc/ssl/cert.pem, /etc/ssl/certs and other usual places";
+const SYSTEM_PATHS: &str = "/etc/ssl/certs/ca-certificates.crt, /etc/pki/tls/certs/ca-bundle.crt, /etc/ssl/cert.pem, /etc/ssl/certs and other usual places";
 const SYSTEM_VARIABLES: [&str; 2] = ["SSL_CERT_FILE", "SSL_CERT_DIR"];
 
-/// Why there are no certificates. The text is for the operator.
+/// Reason why there are no certificates. The text is for the operator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum NoRoots {
-    /// They are not there yet, or can't be read yet.
+    /// The certificates do not exist yet, or are not readable yet.
     Missing(String),
-    /// What is there is not a file of certificates, or another user could change it.
+    /// The file does not contain valid certificates, or another user could change it.
     Invalid(String),
 }
 
@@ -56,23 +57,24 @@ impl NoRoots {
 /// One set of certificates.
 #[derive(Debug)]
 pub(super) struct Roots {
-    /// `None`: the system's.
+    /// Path of the file. `None` stands for the system's certificates.
     file: Option<PathBuf>,
     state: Mutex<RootsState>,
 }
 
 #[derive(Debug, Default)]
 struct RootsState {
-    /// In PEM, every one of them usable: the SDK panics at one that is not.
+    /// Valid certificates in PEM. The SDK panics at an invalid one.
     pem: Option<Arc<[u8]>>,
     problem: Option<(NoRoots, Instant)>,
-    /// The read that is under way. It outlives the call that started it: a file system may answer late, or never.
+    /// The read that is running. It outlives the call that started it, since a file system may
+    /// respond late or never.
     read: Option<JoinHandle<Result<Vec<u8>, NoRoots>>>,
     is_watched: bool,
 }
 
 impl Roots {
-    /// The certificates in a file.
+    /// Creates the certificates of a file, without I/O.
     pub(super) fn of_file(path: &Path) -> Arc<Self> {
         Arc::new(Self {
             file: Some(path.to_owned()),
@@ -80,7 +82,7 @@ impl Roots {
         })
     }
 
-    /// Those that this system trusts.
+    /// Creates the certificates that this system trusts, without I/O.
     pub(super) fn of_system() -> Arc<Self> {
         Arc::new(Self {
             file: None,
@@ -88,9 +90,10 @@ impl Roots {
         })
     }
 
-    /// Returns the certificates, which are loaded once and then kept. If they are missing, the error is logged once, and a task in
-    /// the background goes on loading them. Within [`RELOAD_PAUSE`] of a failure the same error is returned without I/O. Waits for
-    /// the file system; dropping the future is safe.
+    /// Returns the certificates, which are loaded once and then kept. If they are missing, the
+    /// error is logged once, and a background task keeps loading them. Within [`RELOAD_PAUSE`] of a
+    /// failure the same error is returned without I/O. Waits for the file system; dropping the
+    /// future is safe.
     pub(super) async fn store(self: &Arc<Self>) -> Result<TrustStore, NoRoots> {
         let mut state = self.state.lock().await;
         if state.pem.is_none() {
@@ -155,7 +158,7 @@ impl Roots {
     }
 }
 
-/// Loads them until they are there, or no STS client needs them any more.
+/// Loads the certificates until they exist, or no STS client needs them any more.
 async fn watch(roots: Weak<Roots>) {
     loop {
         sleep(BACKGROUND_PAUSE).await;
@@ -175,10 +178,10 @@ fn read_file(path: &Path) -> Result<Vec<u8>, NoRoots> {
         return Err(invalid(&exposed));
     }
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-    let certificates = certificates.map_err(|_| invalid("it is no valid PEM file"))?;
+    let certificates = certificates.map_err(|_| invalid("it is not a valid PEM file"))?;
     if certificates.is_empty() {
         return Err(invalid(
-            "there is no certificate in it (`-----BEGIN CERTIFICATE-----`)",
+            "it has no certificate (`-----BEGIN CERTIFICATE-----`)",
         ));
     }
     let mut store = RootCertStore::empty();
@@ -190,7 +193,8 @@ fn read_file(path: &Path) -> Result<Vec<u8>, NoRoots> {
     Ok(pem)
 }
 
-/// The content, and each way in which another user could change it. The file that is checked is the one that is read.
+/// Reads the file, and returns each way in which another user could change it. The file that is
+/// checked is the one that is read.
 fn read_unexposed(path: &Path) -> io::Result<(Vec<u8>, Option<String>)> {
     let mut file = File::open(path)?;
     let exposed: Vec<_> = exposures(path, &file.metadata()?, NOUN)
@@ -203,7 +207,7 @@ fn read_unexposed(path: &Path) -> io::Result<(Vec<u8>, Option<String>)> {
 }
 
 fn read_system() -> Result<Vec<u8>, NoRoots> {
-    // The usual places are the system's own. A variable can name any other.
+    // The default paths are the system's own. A variable can name any other.
     check_variables(|name| std::env::var_os(name)).map_err(NoRoots::Invalid)?;
     let loaded = rustls_native_certs::load_native_certs();
     let mut store = RootCertStore::empty();
@@ -225,17 +229,18 @@ fn read_system() -> Result<Vec<u8>, NoRoots> {
     });
     let variables: Vec<String> = variables.collect();
     let places = if variables.is_empty() {
-        SYSTEM_PLACES.to_owned()
+        SYSTEM_PATHS.to_owned()
     } else {
         variables.join(", ")
     };
     Err(NoRoots::Missing(format!(
-        "this system trusts no CA certificates: there are none in {places}; install its package of them (ca-certificates), or set \
+        "this system trusts no CA certificates: there are none in {places}; install its CA package (ca-certificates), or set \
          SSL_CERT_FILE"
     )))
 }
 
-/// Checks each file that `rustls-native-certs` reads because of a variable. One that is not there is not a problem here.
+/// Checks each file that `rustls-native-certs` reads because of a variable. A missing file is not a
+/// fault here.
 fn check_variables(env: impl Fn(&str) -> Option<OsString>) -> Result<(), String> {
     for name in SYSTEM_VARIABLES {
         let value = env(name).unwrap_or_default();
@@ -258,7 +263,7 @@ fn check_variables(env: impl Fn(&str) -> Option<OsString>) -> Result<(), String>
     Ok(())
 }
 
-/// RFC 7468, section 3.
+/// Encodes a certificate as PEM (RFC 7468, section 3).
 fn to_pem(certificate: &CertificateDer<'_>) -> String {
     let text = STANDARD.encode(certificate);
     let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");

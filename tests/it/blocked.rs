@@ -1,4 +1,4 @@
-//! Callers that keep whoever looks at them waiting, and what comes of the others (attack 25).
+//! Callers that block each read of their `/proc` files, and the effect on other callers (T25).
 
 use std::fs::File;
 use std::io::Read;
@@ -8,24 +8,24 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
-use crate::harness::actor::{self, Acting, Connector};
+use crate::harness::actor::{self, Connector, Repeater};
 use crate::harness::agent::{Entry, FakeAgent};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::client;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
+use crate::harness::env::id;
 use crate::harness::hanging::HangingFiles;
-use crate::harness::made::{Made, answered, refused};
+use crate::harness::outcome::{Outcome, credentials_of, refused};
 use crate::harness::upstream::Upstream;
-use crate::harness::world::id;
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 /// Each with processes of its own: together they are more than the daemon has threads.
 const WORKLOADS: usize = 6;
 const CALLERS: usize = 3;
 
-/// Bob is answered while Alice's processes are stuck; they belong to several workloads.
+/// Checks that Bob is answered while Alice's processes are stuck. They belong to several workloads.
 fn others_are_answered(daemon: &Daemon, folder: &Path, bob: &str) {
     let name = folder.file_name().unwrap().display().to_string();
     let honest = Cgroup::new(&format!("honest-{name}"));
@@ -35,7 +35,8 @@ fn others_are_answered(daemon: &Daemon, folder: &Path, bob: &str) {
             .map(|number| Cgroup::new(&format!("stuck-{number}-{name}")))
             .collect();
         let paths: Vec<_> = cgroups.iter().map(Cgroup::path).collect();
-        let stuck = Acting::block(CALLERS, listener, &address, daemon.pid(), &paths).begun();
+        let stuck =
+            Repeater::block(CALLERS, listener, &address, daemon.pid(), &paths).wait_started();
         for other in LISTENERS {
             for _ in 0..10 {
                 let answer = actor::play(
@@ -45,20 +46,20 @@ fn others_are_answered(daemon: &Daemon, folder: &Path, bob: &str) {
                     daemon.pid(),
                     honest.path(),
                 );
-                let made = Made::of(&answer, "bob", daemon);
+                let outcome = Outcome::of(&answer, "bob", daemon);
                 assert_eq!(
-                    made,
-                    answered(bob),
+                    outcome,
+                    credentials_of(bob),
                     "over {other}, while callers over {listener} are stuck"
                 );
             }
         }
-        stuck.enough();
+        stuck.stop();
     }
 }
 
 #[test]
-fn callers_that_hold_their_own_locks_stop_nobody_else() {
+fn blocked_callers_do_not_stop_others_with_rules() {
     if !root() {
         return;
     }
@@ -77,7 +78,7 @@ fn callers_that_hold_their_own_locks_stop_nobody_else() {
 }
 
 #[test]
-fn callers_that_hold_their_own_locks_stop_nobody_else_where_an_agent_attests() {
+fn blocked_callers_do_not_stop_others_with_agent() {
     if !root() {
         return;
     }
@@ -91,10 +92,10 @@ fn callers_that_hold_their_own_locks_stop_nobody_else_where_an_agent_attests() {
     others_are_answered(&daemon, folder.path(), &id("bob"));
 }
 
-/// A rule names a program on a file system that hangs. Alice has that rule, and another one for whatever else she runs; Bob's
-/// rules name a program that is elsewhere.
+/// A rule names a program on a file system that hangs. Alice has that rule, and one for all other
+/// programs. Bob's rules name a program on another file system.
 struct HangingRule {
-    /// First, so that it ends first.
+    /// The first field, so that it ends first.
     files: HangingFiles,
     daemon: Daemon,
     configuration: String,
@@ -106,7 +107,7 @@ struct HangingRule {
 const PROGRAM: &str = "spiffe://example.org/user/program";
 const ALICE: &str = "spiffe://example.org/user/alice";
 const BOB: &str = "spiffe://example.org/user/bob";
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 impl HangingRule {
     fn start() -> Self {
@@ -148,24 +149,24 @@ impl HangingRule {
         }
     }
 
-    /// A caller that runs the file on that file system.
+    /// Connects as a caller that runs the file on that file system.
     fn runs_it(&self, uid: u32, listener: &str) -> Connector {
         let address = self.daemon.listener(listener);
         let (words, program) = (self.files.enter(), self.files.program());
         Connector::start_behind(&words, program, uid, listener, &address, self.cgroup.path())
     }
 
-    /// What comes of a request.
-    fn made(&self, mut asked: File) -> Made {
+    /// Returns the outcome of a request.
+    fn outcome(&self, mut connection: File) -> Outcome {
         let mut answer = String::new();
-        let patience = TimeVal::seconds(PATIENCE.as_secs().cast_signed());
-        setsockopt(&asked, sockopt::ReceiveTimeout, &patience).unwrap();
-        asked.read_to_string(&mut answer).expect("an answer");
-        Made::of(&answer, "a request", &self.daemon)
+        let timeout = TimeVal::seconds(TIMEOUT.as_secs().cast_signed());
+        setsockopt(&connection, sockopt::ReceiveTimeout, &timeout).unwrap();
+        connection.read_to_string(&mut answer).expect("an answer");
+        Outcome::of(&answer, "a request", &self.daemon)
     }
 
-    fn ask(&self, caller: &Connector) -> Made {
-        self.made(send(caller))
+    fn ask(&self, caller: &Connector) -> Outcome {
+        self.outcome(send(caller))
     }
 }
 
@@ -173,9 +174,10 @@ fn send(caller: &Connector) -> File {
     client::send(File::from(caller.connect_and_keep()))
 }
 
-/// Nobody knows which of Alice's rules is right as long as the file cannot be looked at. Bob may run what he likes.
+/// While the file does not respond, the daemon cannot decide which of Alice's rules is right. Bob
+/// may run any program.
 #[test]
-fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
+fn hanging_exe_rule_affects_only_its_user() {
     if !root() {
         return;
     }
@@ -202,24 +204,31 @@ fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
     let bob_is_answered = |stage: &HangingRule, when: &str| {
         for (listener, _, bobs) in &callers {
             for bob in bobs {
-                assert_eq!(stage.ask(bob), answered(BOB), "over {listener} {when}");
+                assert_eq!(
+                    stage.ask(bob),
+                    credentials_of(BOB),
+                    "over {listener} {when}"
+                );
             }
         }
     };
     let alices = || callers.iter().flat_map(|(_, alices, _)| alices);
     for (alice, id) in alices() {
-        assert_eq!(stage.ask(alice), answered(id));
+        assert_eq!(stage.ask(alice), credentials_of(id));
     }
     bob_is_answered(&stage, "before");
 
     stage.files.hang();
-    // What was seen of the file counts for a moment.
+    // The daemon keeps the file's status for a moment.
     let unresponsive = refused("process_unresponsive");
-    await_some("the file is looked at again", PATIENCE, || {
+    await_some("the file is read again", TIMEOUT, || {
         let (alice, id) = &callers[0].1[0];
-        let made = stage.ask(alice);
-        assert!(made == unresponsive || made == answered(id), "{made:?}");
-        (made == unresponsive).then_some(())
+        let outcome = stage.ask(alice);
+        assert!(
+            outcome == unresponsive || outcome == credentials_of(id),
+            "{outcome:?}"
+        );
+        (outcome == unresponsive).then_some(())
     });
     assert!(
         stage.daemon.reload("", &stage.configuration),
@@ -227,18 +236,18 @@ fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
     );
     let waiting: Vec<File> = alices().map(|(alice, _)| send(alice)).collect();
     bob_is_answered(&stage, "while it hangs");
-    for asked in waiting {
-        assert_eq!(stage.made(asked), unresponsive, "while it hangs");
+    for connection in waiting {
+        assert_eq!(stage.outcome(connection), unresponsive, "while it hangs");
     }
 
-    // What runs from there may end with the server, when it needs more of its file.
+    // Programs that run from there may end with the server, when they need more of their file.
     let connected: Vec<File> = alices()
         .map(|(alice, _)| File::from(alice.connect_and_keep()))
         .collect();
     stage.files.end_server();
-    for asked in connected {
+    for connection in connected {
         assert_eq!(
-            stage.made(client::send(asked)),
+            stage.outcome(client::send(connection)),
             unresponsive,
             "without its server"
         );
@@ -246,7 +255,7 @@ fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
     for (listener, _, [_, bob]) in &callers {
         assert_eq!(
             stage.ask(bob),
-            answered(BOB),
+            credentials_of(BOB),
             "over {listener} without its server"
         );
     }

@@ -17,7 +17,7 @@ use crate::harness::counterparts::{folder, root, tool};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn ask(arguments: &[&str]) -> Output {
     let mut command = Command::new(PROGRAM);
@@ -25,10 +25,10 @@ fn ask(arguments: &[&str]) -> Output {
         .env_clear()
         .args(["credential-process", "--same-user"])
         .args(arguments);
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
-/// A daemon that serves the user of this test.
+/// Starts a daemon that serves the user of this test.
 fn daemon(folder: &Path) -> (Daemon, Upstream) {
     let uid = getuid().as_raw();
     let upstream = Upstream::start(&[(uid, "me")]);
@@ -43,7 +43,7 @@ fn daemon(folder: &Path) -> (Daemon, Upstream) {
 }
 
 #[test]
-fn the_cli_takes_what_it_prints() {
+fn output_is_accepted_by_cli() {
     let folder = folder();
     let (daemon, upstream) = daemon(folder.path());
     let socket = daemon.unix().display().to_string();
@@ -73,17 +73,18 @@ fn the_cli_takes_what_it_prints() {
     );
     assert_eq!(printed["Expiration"], status["expiration"]);
 
-    // The socket is the configuration's, whatever else is wrong with that; unless it is `[listen]` itself.
+    // The socket is the configuration's, even if other tables have errors, but not if `[listen]`
+    // itself has one.
     let path = folder.path().join("other.toml");
-    let asked = |text: &str| {
+    let recorded = |text: &str| {
         fs::write(&path, text).unwrap();
         ask(&["--config", path.to_str().unwrap()])
     };
     let text = format!(
         "[listen]\nunix = \"{socket}\"\n[[role]]\nuser = \"nobody-of-that-name\"\n[[workload]]\n"
     );
-    assert_eq!(asked(&text).status.code(), Some(0));
-    let refused = asked(&text.replace("unix", "unx"));
+    assert_eq!(recorded(&text).status.code(), Some(0));
+    let refused = recorded(&text.replace("unix", "unx"));
     assert_eq!(
         (refused.status.code(), refused.stdout.as_str()),
         (Some(1), "")
@@ -109,7 +110,7 @@ fn the_cli_takes_what_it_prints() {
         "text",
     ]);
     command.args(["sts", "get-caller-identity", "--query", "Arn"]);
-    let arn = run(command, b"", PATIENCE).success("aws sts get-caller-identity");
+    let arn = run(command, b"", TIMEOUT).success("aws sts get-caller-identity");
     assert_eq!(
         arn.trim(),
         "arn:aws:sts::123456789012:assumed-role/dev/example.org=user=me"
@@ -117,7 +118,7 @@ fn the_cli_takes_what_it_prints() {
 }
 
 #[test]
-fn a_refusal_says_what_to_do_and_prints_nothing_else() {
+fn refusal_prints_only_the_fix() {
     let folder = folder();
     let (mut daemon, _upstream) = daemon(folder.path());
     let socket = daemon.unix().display().to_string();
@@ -135,30 +136,37 @@ fn a_refusal_says_what_to_do_and_prints_nothing_else() {
         "{refused:?}"
     );
     if root() {
-        // Where this was built may be a place that others can't enter.
+        // Other users may be unable to enter the build folder.
         let program = folder.path().join("awsvid");
         fs::copy(PROGRAM, &program).unwrap();
-        let nobody =
+        let no_identity =
             Workload::new(1777).run(&program, &["credential-process", "--socket", &socket]);
         assert_eq!(
-            (nobody.status.code(), nobody.stdout.as_str()),
+            (no_identity.status.code(), no_identity.stdout.as_str()),
             (Some(1), "")
         );
         assert!(
-            nobody.stderr.contains("uid 1777") && nobody.stderr.contains("`exe` never match"),
-            "{nobody:?}"
+            no_identity.stderr.contains("uid 1777")
+                && no_identity.stderr.contains("`exe` never match"),
+            "{no_identity:?}"
         );
     }
     daemon.process().signal(Signal::SIGTERM);
-    daemon.process().owned().wait(PATIENCE).expect("it ends");
-    let gone = ask(&["--socket", &socket]);
-    assert_eq!((gone.status.code(), gone.stdout.as_str()), (Some(1), ""));
-    assert!(gone.stderr.contains("systemctl"), "{gone:?}");
+    daemon.process().owned().wait(TIMEOUT).expect("it ends");
+    let missing_socket = ask(&["--socket", &socket]);
+    assert_eq!(
+        (missing_socket.status.code(), missing_socket.stdout.as_str()),
+        (Some(1), "")
+    );
+    assert!(
+        missing_socket.stderr.contains("systemctl"),
+        "{missing_socket:?}"
+    );
 }
 
-/// Attack 12: a server of another user in the socket's place would give out credentials of his account.
+/// T12: a server of another user at the socket's path would return credentials of its own account.
 #[test]
-fn a_socket_of_somebody_else_is_not_asked() {
+fn socket_of_other_user_gets_no_request() {
     if !root() {
         return;
     }
@@ -174,7 +182,7 @@ fn a_socket_of_somebody_else_is_not_asked() {
         .args(["-c", server, socket.to_str().unwrap()])
         .current_dir("/");
     let process = Process::start("a false server", command, &folder.path().join("log"));
-    process.await_some("it listens", PATIENCE, || {
+    process.await_some("it listens", TIMEOUT, || {
         process.log().contains("listening").then_some(())
     });
     let refused = |path: &Path, why: &str| {
@@ -197,7 +205,7 @@ fn a_socket_of_somebody_else_is_not_asked() {
     fs::rename(&socket, &moved).unwrap();
     refused(&moved, "the socket belongs to uid 1777");
     chown(&moved, Some(0), Some(0)).unwrap();
-    refused(&moved, "whoever listens there is uid 1777");
-    // A connection tells nothing; the role that is asked for would.
+    refused(&moved, "its listener runs as uid 1777");
+    // A connection reveals nothing; the requested role would.
     assert!(!process.log().contains("asked b'G"), "{}", process.log());
 }

@@ -70,6 +70,59 @@ fn the_cli_has_the_role_whatever_else_the_user_has_configured() {
     );
 }
 
+/// Runs the README's first command as it is, except the build. Its output has to be that of the
+/// README, for a user of another name.
+#[test]
+fn readme_command_prints_the_output_in_the_readme() {
+    let (_, section) = include_str!("../../README.md")
+        .split_once("\n## Try it\n")
+        .expect("the section");
+    let mut blocks = section.split("```").skip(1).step_by(2);
+    let mut block = |kind: &str| {
+        blocks
+            .next()
+            .and_then(|block| block.strip_prefix(kind))
+            .expect(kind)
+            .trim()
+    };
+    let (command, shown, tests) = (block("sh\n"), block("json\n"), block("sh\n"));
+    let arguments = command
+        .strip_prefix("cargo run --release -- ")
+        .expect("a run of the default program");
+    assert_eq!((command.lines().count(), tests), (1, "tests/run"));
+    let Some(aws) = tool("aws") else { return };
+    let home = folder();
+    let mut shell = Command::new("sh");
+    shell.args([
+        "-euc",
+        &format!("exec \"$0\" {arguments}"),
+        env!("CARGO_BIN_EXE_awsvid"),
+    ]);
+    let path = [aws.parent().unwrap().to_str().unwrap(), "/usr/bin", "/bin"].join(":");
+    shell.env("PATH", path).env("HOME", home.path());
+    let printed = output(shell).success(command);
+    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).expect("JSON");
+    let (printed, shown) = (
+        json(&printed),
+        json(&shown.replace("user=alice", &format!("user={}", own_name()))),
+    );
+    assert_eq!(
+        (&printed["Account"], &printed["Arn"]),
+        (&shown["Account"], &shown["Arn"])
+    );
+    // The part before the colon is random.
+    let name = |value: &serde_json::Value| {
+        value["UserId"]
+            .as_str()
+            .unwrap()
+            .split_once(':')
+            .unwrap()
+            .1
+            .to_owned()
+    };
+    assert_eq!(name(&printed), name(&shown));
+}
+
 #[test]
 fn a_user_without_privileges_can_run_it() {
     if !root() {
@@ -220,7 +273,7 @@ fn without_a_command_it_prints_what_another_terminal_needs() {
             .run("/usr/bin/curl", &curl)
             .success("curl");
         assert!(refused.contains("\"code\":\"no_identity\""), "{refused}");
-        // The API that signs for everybody is behind a door of its own.
+        // Other users cannot enter the directory of the API that signs for all users.
         let api = directory.join("workload-api");
         let mut ls = Command::new("/bin/ls");
         ls.arg(&api).uid(1777).gid(1777);

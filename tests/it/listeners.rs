@@ -1,4 +1,4 @@
-//! A listener is nobody else's, and comes back when it is killed (attack 9).
+//! The daemon shares a listener with no other process, and binds it again when it is killed (T9).
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -17,7 +17,7 @@ use crate::harness::daemon::{Daemon, PROGRAM};
 
 const CONFIGURATION: &str = r#"
 [identity]
-socket = "unix:///nonexistent/agent.sock"
+workload_api_socket = "unix:///nonexistent/agent.sock"
 [sts]
 region = "eu-central-1"
 [[workload]]
@@ -29,13 +29,13 @@ spiffe_id = "spiffe://example.org/billing"
 role_arn = "arn:aws:iam::123456789012:role/billing"
 "#;
 
-/// The status of a request; `None` if nobody answers.
+/// Returns the status of a request, or `None` without a response.
 fn status(address: SocketAddr) -> Option<u16> {
     http_get(address, "/v1/credentials").map(|(status, _)| status)
 }
 
 #[test]
-fn a_killed_listener_is_bound_again() {
+fn killed_listener_is_rebound() {
     if !root() {
         return;
     }
@@ -53,17 +53,21 @@ fn a_killed_listener_is_bound_again() {
         assert_eq!(status(address), Some(403));
     }
     let log = daemon.log();
-    assert_eq!(log.matches("the listener was killed").count(), 2, "{log}");
+    assert_eq!(
+        log.matches("listener was killed; rebinding").count(),
+        2,
+        "{log}"
+    );
 }
 
 #[test]
-fn nobody_shares_the_port() {
+fn port_is_not_shared_with_other_process() {
     let folder = folder();
     let daemon = Daemon::start(folder.path(), "", CONFIGURATION);
     let SocketAddr::V4(address) = daemon.tcp() else {
         panic!("an IPv4 address")
     };
-    // The same user as the daemon, which is all that SO_REUSEPORT asks for.
+    // The same user as the daemon, which is all that SO_REUSEPORT requires.
     let fd = socket(
         AddressFamily::Inet,
         SockType::Stream,
@@ -79,9 +83,9 @@ fn nobody_shares_the_port() {
     assert_eq!(error.kind(), ErrorKind::AddrInUse);
 }
 
-/// Whether any user can take a port follows the kernel's value in the daemon's network namespace.
+/// The kernel's setting in the daemon's network namespace decides whether any user can bind a port.
 #[test]
-fn a_port_that_any_user_can_take_is_warned_of() {
+fn unprivileged_port_is_warned_of() {
     if !root() {
         return;
     }
@@ -105,7 +109,7 @@ fn a_port_that_any_user_can_take_is_warned_of() {
         });
         let log = daemon.log();
         assert_eq!(
-            log.contains("ip_unprivileged_port_start is"),
+            log.contains("any user can bind awsvid's port"),
             is_warned,
             "{log}"
         );

@@ -1,4 +1,4 @@
-//! The audit and the log where their readers have stopped, or the disk is full (attack 30).
+//! The audit and the log when their readers have stopped, or the disk is full (T30).
 
 use std::fs;
 use std::io::{Read, Write};
@@ -18,7 +18,7 @@ use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn rule() -> String {
     let uid = nix::unistd::geteuid().as_raw();
@@ -32,7 +32,7 @@ fn upstream() -> Upstream {
     Upstream::start(&[(nix::unistd::geteuid().as_raw(), "me")])
 }
 
-/// A pipe that is full from the beginning: its reader, and an end for a program to write to.
+/// Returns a pipe that is full from the start: its reader, and an end for a program to write to.
 fn full_pipe() -> (fs::File, std::os::fd::OwnedFd) {
     let (from, to) = nix::unistd::pipe().unwrap();
     fcntl(&to, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
@@ -43,7 +43,7 @@ fn full_pipe() -> (fs::File, std::os::fd::OwnedFd) {
 
 /// Standard error and standard output without a reader: the log and the audit.
 #[test]
-fn readers_that_have_stopped_stop_nothing() {
+fn stopped_log_readers_do_not_stop_daemon() {
     let upstream = upstream();
     for reads_again in [false, true] {
         let folder = folder();
@@ -70,7 +70,7 @@ fn readers_that_have_stopped_stop_nothing() {
         })
         .unwrap();
         for _ in 0..500 {
-            let stream = await_some("it listens", PATIENCE, || UnixStream::connect(&socket).ok());
+            let stream = await_some("it listens", TIMEOUT, || UnixStream::connect(&socket).ok());
             assert_eq!(ask(stream).0, 200);
         }
         let ready = || {
@@ -80,7 +80,7 @@ fn readers_that_have_stopped_stop_nothing() {
             stream.read_to_string(&mut answer).unwrap();
             answer.contains("\r\n\r\nready\n").then_some(())
         };
-        await_some("it is ready", PATIENCE, ready);
+        await_some("it is ready", TIMEOUT, ready);
         let reading = reads_again.then(|| {
             [&mut log, &mut audit].map(|pipe| {
                 let mut pipe = pipe.try_clone().unwrap();
@@ -96,7 +96,7 @@ fn readers_that_have_stopped_stop_nothing() {
         });
         kill(daemon.id(), Signal::SIGTERM).unwrap();
         let status = daemon
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends, whether anybody reads or not");
         assert!(status.success(), "{status}");
         let Some(reading) = reading else { continue };
@@ -119,7 +119,7 @@ fn readers_that_have_stopped_stop_nothing() {
     }
 }
 
-/// How many requests these records stand for. One line may be broken.
+/// Returns the number of requests that these records stand for. One line may be broken.
 fn sum(text: &str) -> u64 {
     let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
     let records: Vec<Value> = lines
@@ -134,7 +134,7 @@ fn sum(text: &str) -> u64 {
 }
 
 #[test]
-fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
+fn required_audit_blocks_credentials_on_full_disk() {
     if !root() {
         return;
     }
@@ -175,11 +175,11 @@ fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
     for listener in listeners {
         assert_eq!(answer(listener).0, 200);
     }
-    // Some are written still, and some hits only counted.
+    // Some are still being written, and some hits are only counted.
     let mut all = fs::File::create(inside(&filler)).unwrap();
     while all.write_all(&[b'x'; 4096]).is_ok() {}
     for listener in listeners {
-        await_some("nothing is handed out", PATIENCE, || {
+        await_some("nothing is handed out", TIMEOUT, || {
             let (status, body) = answer(listener);
             assert!(status == 200 || body["code"] == "not_audited", "{body}");
             (status == 503).then_some(())
@@ -200,7 +200,7 @@ fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
         assert_eq!(answer(listener).0, 200, "over {listener}");
     }
     daemon.await_line(&["audit records can be written again"]);
-    // With what was lost the records stand for all requests.
+    // With those that were lost the records stand for all requests.
     let requests: u64 = daemon
         .metrics()
         .lines()
@@ -218,7 +218,7 @@ fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
         daemon
             .process()
             .owned()
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends")
             .success()
     );

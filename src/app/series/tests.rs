@@ -31,12 +31,12 @@ fn lists_have_every_label_that_the_code_uses() {
     let exchanges: BTreeSet<String> = own(exchanges);
     let drops: BTreeSet<String> = own(http::drop_reasons().collect());
     let table = [
-        (include_str!("../../caller/refusal.rs"), &requests),
-        (include_str!("../../http/answer.rs"), &requests),
+        (include_str!("../../caller/attest_error.rs"), &requests),
+        (include_str!("../../http/error_response.rs"), &requests),
         (include_str!("../../role.rs"), &requests),
         (include_str!("../../svid.rs"), &exchanges),
-        (include_str!("../../issue.rs"), &exchanges),
-        (include_str!("../../http/life.rs"), &drops),
+        (include_str!("../../exchange.rs"), &exchanges),
+        (include_str!("../../http/connection_bounds.rs"), &drops),
     ];
     for (source, listed) in table {
         let used = literals(source, REASON);

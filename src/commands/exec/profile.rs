@@ -1,8 +1,9 @@
-//! Profiles that lead to other credentials than awsvid's: the command gets another one instead, and the files stay
-//! visible with all else that they hold.
+//! Replacement of profiles that lead to other credentials than awsvid's. The profile files stay
+//! visible otherwise.
 //!
-//! The other profile has all settings of the replaced one but those that lead to credentials. It is written to a copy of the
-//! config file: nothing of the credentials file, which holds secrets, is copied.
+//! The replacement has all settings of the profile except those that lead to credentials. It is
+//! written to a copy of the config file. Nothing is copied from the credentials file, which
+//! contains secrets.
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
@@ -12,46 +13,46 @@ use std::path::{Path, PathBuf};
 use nix::unistd::geteuid;
 use sha2::{Digest, Sha256};
 
-use crate::environment::Environment;
-use crate::environment::profiles::{DEFAULT, Lead, Profiles};
+use crate::sdk_environment::Environment;
+use crate::sdk_environment::profiles::{DEFAULT, Lead, Profiles};
 
-/// What the other profile is called.
+/// Name of the replacement profile.
 const PROFILE: &str = "awsvid-exec";
-/// Name the profile that SDKs use. Python and the AWS CLI read the second one first.
+/// Variables that select the profile. Python and the AWS CLI read the second one first.
 pub(super) const VARIABLES: [&str; 2] = ["AWS_PROFILE", "AWS_DEFAULT_PROFILE"];
 const FILES: [&str; 2] = ["AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"];
 
-/// What became of the profiles.
-pub(super) struct Judged {
-    /// Whether the command sees a profile with a region.
+/// Result of the replacement.
+pub(super) struct ReplacedProfiles {
+    /// Set if the command gets a profile with a region.
     pub(super) has_region: bool,
-    /// The region of a profile that the command does not see.
+    /// Region of a profile that is hidden from the command.
     pub(super) hidden_region: Option<String>,
 }
 
-/// Keeps each profile that leads to awsvid, or to no credentials, and replaces one that leads elsewhere by
-/// another profile.
-pub(super) fn judge(
+/// Keeps each profile that leads to awsvid or to no credentials, and replaces each other one.
+pub(super) fn replace(
     environment: &mut Environment,
     notes: &mut Vec<String>,
     inherited: &impl Fn(&str) -> Option<String>,
-) -> Judged {
-    judge_in(environment, notes, inherited, &std::env::temp_dir())
+) -> ReplacedProfiles {
+    replace_in(environment, notes, inherited, &std::env::temp_dir())
 }
 
-/// The same with this as the system's directory for temporary files.
-pub(super) fn judge_in(
+/// Does the same with `temporary` as the directory of temporary files.
+pub(super) fn replace_in(
     environment: &mut Environment,
     notes: &mut Vec<String>,
     inherited: &impl Fn(&str) -> Option<String>,
     temporary: &Path,
-) -> Judged {
+) -> ReplacedProfiles {
     let profiles = Profiles::read(inherited);
-    let named = VARIABLES.map(|variable| inherited(variable).filter(|name| !name.is_empty()));
+    let profile_names =
+        VARIABLES.map(|variable| inherited(variable).filter(|name| !name.is_empty()));
     let mut used: Vec<&str> = Vec::new();
     for (variable, name) in VARIABLES
         .into_iter()
-        .zip(named.iter().map(Option::as_deref))
+        .zip(profile_names.iter().map(Option::as_deref))
     {
         let Some(name) = name else { continue };
         if profiles.lead(name) == Lead::Missing {
@@ -63,8 +64,8 @@ pub(super) fn judge_in(
             used.push(name);
         }
     }
-    // Without AWS_PROFILE most SDKs take this one.
-    if named[0].is_none() || environment.removed().contains(&VARIABLES[0]) {
+    // Without AWS_PROFILE most SDKs use this one.
+    if profile_names[0].is_none() || environment.removed().contains(&VARIABLES[0]) {
         used.push(DEFAULT);
     }
     let elsewhere = used.iter().find_map(|name| match profiles.lead(name) {
@@ -73,7 +74,7 @@ pub(super) fn judge_in(
     });
     let region = |name: &str| profiles.region(name).map(str::to_owned);
     let Some((name, keys)) = elsewhere else {
-        return Judged {
+        return ReplacedProfiles {
             has_region: used.iter().any(|name| region(name).is_some()),
             hidden_region: None,
         };
@@ -83,11 +84,11 @@ pub(super) fn judge_in(
         .map(|(file, key)| format!("{key} in {}", file.display()))
         .collect();
     let keys = keys.join(", ");
-    // Python would take it before the other one.
+    // Python would prefer it to the replacement.
     VARIABLES
         .iter()
         .for_each(|variable| environment.remove(variable));
-    let why = "which would come before awsvid";
+    let why = "which would take precedence over awsvid";
     match write(&profiles, name, &directories(inherited, temporary)) {
         Ok(copy) => {
             notes.push(format!(
@@ -96,7 +97,7 @@ pub(super) fn judge_in(
             ));
             environment.set("AWS_CONFIG_FILE", copy.display().to_string());
             environment.set("AWS_PROFILE", PROFILE);
-            Judged {
+            ReplacedProfiles {
                 has_region: region(name).is_some(),
                 hidden_region: None,
             }
@@ -109,7 +110,7 @@ pub(super) fn judge_in(
             FILES
                 .iter()
                 .for_each(|variable| environment.set(variable, "/dev/null"));
-            Judged {
+            ReplacedProfiles {
                 has_region: false,
                 hidden_region: region(name),
             }
@@ -117,7 +118,8 @@ pub(super) fn judge_in(
     }
 }
 
-/// Writes the copy of the config file. Each config file and profile has one copy, which the next command finds.
+/// Writes the copy of the config file. Each config file and profile has one copy, which later
+/// commands reuse.
 fn write(
     profiles: &Profiles,
     name: &str,
@@ -136,7 +138,7 @@ fn write(
     if fs::read_to_string(&path).is_ok_and(|found| found == text) {
         return Ok(path);
     }
-    // Of its own process, so that two commands that start together don't write into one.
+    // A file per process, so that two commands that start together do not write to the same one.
     let new = directory.join(format!(".exec-{hash}.{}", std::process::id()));
     let mut file = OpenOptions::new()
         .write(true)
@@ -149,7 +151,7 @@ fn write(
     Ok(path)
 }
 
-/// Where a directory for it may be made, and its name there; the best first.
+/// Returns the parents and names of possible directories for the copy, the best first.
 fn directories(
     inherited: &impl Fn(&str) -> Option<String>,
     temporary: &Path,
@@ -171,7 +173,8 @@ fn directories(
         .collect()
 }
 
-/// The first that is this user's alone: a config file can name a program that the SDK runs.
+/// Returns the first directory that only this user can access: a config file can name a program
+/// that the SDK runs.
 pub(super) fn private_directory(directories: &[(PathBuf, String)]) -> io::Result<PathBuf> {
     let own = geteuid().as_raw();
     let mut last = io::Error::from(io::ErrorKind::NotFound);

@@ -16,7 +16,7 @@ fn certificate() -> (String, String) {
 }
 
 #[test]
-fn file_is_read_before_the_sdk_sees_it() {
+fn file_is_validated_before_the_sdk_reads_it() {
     let folder = tempfile::tempdir().unwrap();
     let (certificate, key) = certificate();
     let broken: Vec<_> = certificate
@@ -35,13 +35,13 @@ fn file_is_read_before_the_sdk_sees_it() {
         (
             "cut.pem",
             certificate[..certificate.len() / 2].to_owned(),
-            Some("no valid PEM"),
+            Some("not a valid PEM"),
         ),
         ("broken.pem", broken.join("\n"), Some("cannot be read")),
         (
             "half.pem",
             format!("{certificate}-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n"),
-            Some("no valid PEM"),
+            Some("not a valid PEM"),
         ),
     ];
     for (name, content, reason) in table {
@@ -58,7 +58,7 @@ fn file_is_read_before_the_sdk_sees_it() {
             (result, _) => panic!("{name}: {:?}", result.map(|_| ())),
         }
     }
-    // A missing file, or a directory in its place, is not a mistake in the configuration.
+    // A missing file, or a directory at its path, is not a mistake in the configuration.
     for path in [folder.path().join("absent.pem"), folder.path().to_owned()] {
         assert!(
             matches!(read_file(&path), Err(NoRoots::Missing(_))),
@@ -77,7 +77,7 @@ fn file_that_others_can_change_is_not_used() {
     let path = folder.path().join("ca.pem");
     fs::write(&path, certificate().0).unwrap();
     assert!(read_file(&path).is_ok());
-    for (exposed, mode, words) in [
+    for (exposed, mode, fragments) in [
         (
             &*path,
             0o646,
@@ -92,7 +92,7 @@ fn file_that_others_can_change_is_not_used() {
         set_mode(exposed, mode);
         let error = read_file(&path).unwrap_err();
         assert!(
-            matches!(&error, NoRoots::Invalid(text) if text.contains(words)),
+            matches!(&error, NoRoots::Invalid(text) if text.contains(fragments)),
             "{error:?}"
         );
         set_mode(exposed, 0o755);
@@ -150,7 +150,7 @@ async fn late_file_is_loaded_in_the_background() {
             sleep(Duration::from_millis(100)).await;
         }
     };
-    // The clock moves only by sleeps like this one.
+    // The paused clock moves only in sleeps like this one.
     tokio::time::timeout(2 * BACKGROUND_PAUSE, found)
         .await
         .expect("it was found");

@@ -1,4 +1,4 @@
-//! The table in README.md, which the tests make and keep true.
+//! The table of clients in `deploy/docs/sdks.md`, which these tests write and compare.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -9,32 +9,32 @@ use super::catalogue::{self, Client};
 
 const BEGIN: &str = "<!-- The clients: made by tests/it/clients.rs. -->\n";
 const END: &str = "<!-- The end of the clients. -->\n";
-const HEADER: &str = "| client | version | works | waits | asks | each call | told no (403) | told to wait (503) | note |\n|---|---|---|---|---|---|---|---|---|\n";
+const HEADER: &str = "| client | version | works | cold wait | fetches | re-fetches | on a 403 | on a 503 | note |\n|---|---|---|---|---|---|---|---|---|\n";
 
-/// In the order of the header.
+/// A column of the table, in the order of the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Column {
     Client,
-    /// With the registry.
+    /// The version, with the name of its registry.
     Version,
-    /// Which of the ways to the daemon.
+    /// The ways to the daemon that work.
     Works,
-    /// How long its first credentials may take.
+    /// The time that its first credentials may take.
     Waits,
-    /// How often, with sessions of an hour.
+    /// The number of requests with sessions of an hour.
     Asks,
-    /// With how much left it asks anew on each call.
+    /// The remaining lifetime below which it sends a request for each call.
     EachCall,
-    /// What it makes of a 403 ...
+    /// The client's behaviour after a 403.
     Refused,
-    /// ... and of a 503.
+    /// The client's behaviour after a 503.
     Unavailable,
     Note,
 }
 
 const COLUMNS: usize = 9;
 
-/// What a test has seen of one client.
+/// The result of a test with one client.
 pub(crate) struct Cell {
     pub(crate) client: &'static str,
     pub(crate) column: Column,
@@ -51,15 +51,15 @@ impl Cell {
     }
 }
 
-/// The table as it stands in the README.
+/// The table as it is in the document.
 pub(crate) struct Table {
     rows: Vec<[String; COLUMNS]>,
 }
 
 impl Table {
-    /// Reads it.
+    /// Reads the table of the document.
     pub(crate) fn committed() -> Self {
-        let text = fs::read_to_string(readme()).expect("README.md");
+        let text = fs::read_to_string(document()).expect("sdks.md");
         let (_, table, _) = split(&text);
         let row = |line: &str| {
             let cells: Vec<String> = line
@@ -147,7 +147,7 @@ pub(crate) fn settle(seen: &[Cell]) {
         .collect();
     assert!(
         wrong.is_empty(),
-        "README.md's table of clients is not true any more (AWSVID_WRITE_TABLE=1 writes what is):\n{}",
+        "sdks.md's table of clients is not true any more (AWSVID_WRITE_TABLE=1 writes what is):\n{}",
         wrong.join("\n")
     );
 }
@@ -158,10 +158,10 @@ pub(crate) fn settle_rows() {
     if is_written() {
         return;
     }
-    let text = fs::read_to_string(readme()).expect("README.md");
+    let text = fs::read_to_string(document()).expect("sdks.md");
     assert!(
         split(&text).1.starts_with(HEADER),
-        "README.md's table of clients has another header"
+        "sdks.md's table of clients has another header"
     );
     let rows: Vec<String> = Table::committed()
         .rows
@@ -170,7 +170,7 @@ pub(crate) fn settle_rows() {
         .collect();
     assert_eq!(
         rows, clients,
-        "README.md's table of clients has other rows (AWSVID_WRITE_TABLE=1 writes them)"
+        "sdks.md's table of clients has other rows (AWSVID_WRITE_TABLE=1 writes them)"
     );
 }
 
@@ -181,23 +181,24 @@ fn is_written() -> bool {
 fn write(seen: &[Cell]) {
     // Another test may write its own columns at the same time.
     let _lock = Flock::lock(
-        File::open(readme()).expect("README.md"),
+        File::open(document()).expect("sdks.md"),
         FlockArg::LockExclusive,
     )
     .expect("a lock");
     let mut table = Table::committed().in_order();
     seen.iter().for_each(|cell| table.set(cell));
-    let text = fs::read_to_string(readme()).expect("README.md");
+    let text = fs::read_to_string(document()).expect("sdks.md");
     let (before, _, after) = split(&text);
     let rows: String = table
         .rows
         .iter()
         .map(|row| format!("| {} |\n", row.join(" | ")))
         .collect();
-    fs::write(readme(), format!("{before}{HEADER}{rows}{after}")).expect("README.md");
+    fs::write(document(), format!("{before}{HEADER}{rows}{after}")).expect("sdks.md");
 }
 
-/// What stands in parentheses is for people: seconds and counts that are others on each machine and in each run.
+/// Returns the part of a cell that the tests compare. Text in parentheses is for people: seconds
+/// and counts that differ between machines and runs.
 fn compared(column: Column, text: &str) -> String {
     if matches!(column, Column::Client | Column::Version | Column::Note) {
         return text.to_owned();
@@ -208,21 +209,21 @@ fn compared(column: Column, text: &str) -> String {
     parts.collect::<Vec<_>>().join(" ").trim().to_owned()
 }
 
-/// What comes before the table, with its marker; the table; and the rest.
+/// Splits the document: the text before the table with the marker, the table, and the rest.
 fn split(text: &str) -> (&str, &str, &str) {
     let begin = text
         .find(BEGIN)
-        .expect("README.md has the table's first marker")
+        .expect("sdks.md has the table's first marker")
         + BEGIN.len();
     let end = begin
         + text[begin..]
             .find(END)
-            .expect("README.md has the table's last marker");
+            .expect("sdks.md has the table's last marker");
     (&text[..begin], &text[begin..end], &text[end..])
 }
 
-fn readme() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")
+fn document() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/docs/sdks.md")
 }
 
 #[cfg(test)]

@@ -16,10 +16,10 @@ use tokio_rustls::TlsAcceptor;
 use super::counterparts::process::run;
 use super::forward::Network;
 
-/// For what takes milliseconds.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Bounds steps that take milliseconds.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// It ends when this is dropped.
+/// A TLS proxy that ends when this is dropped.
 pub(crate) struct TlsFront {
     certificate: String,
     address: SocketAddr,
@@ -27,7 +27,8 @@ pub(crate) struct TlsFront {
 }
 
 impl TlsFront {
-    /// Listens in `network` at `address`, with a certificate of its own, for what is at `target` in the test's network.
+    /// Listens in `network` at `address`, with a certificate of its own, and forwards to `target`
+    /// in the test's network.
     pub(crate) fn start(network: Network, address: SocketAddr, target: SocketAddr) -> Self {
         let listener = network.bind(address);
         let address = listener.local_addr().expect("its own address");
@@ -69,17 +70,18 @@ impl TlsFront {
         }
     }
 
-    /// By which clients know it.
+    /// Returns the certificate by which clients verify it.
     pub(crate) fn certificate(&self) -> &str {
         &self.certificate
     }
 
-    /// What IAM calls the certificate's thumbprint, as OpenSSL has it.
+    /// Returns the certificate's thumbprint in IAM's sense, as OpenSSL computes it.
     pub(crate) fn thumbprint(&self) -> String {
         let mut command = Command::new("openssl");
         command.args(["x509", "-noout", "-fingerprint", "-sha1"]);
-        let said = run(command, self.certificate.as_bytes(), PATIENCE).success("openssl x509");
-        said.trim()
+        let output = run(command, self.certificate.as_bytes(), TIMEOUT).success("openssl x509");
+        output
+            .trim()
             .rsplit('=')
             .next()
             .expect("a fingerprint")
@@ -87,7 +89,6 @@ impl TlsFront {
             .to_lowercase()
     }
 
-    /// Its URL.
     pub(crate) fn url(&self) -> String {
         format!("https://{}", self.address)
     }

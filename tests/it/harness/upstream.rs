@@ -1,20 +1,20 @@
-//! The Workload API and the verifying STS of `awsvid dev`, for tests of what lies before them.
+//! The Workload API and the verifying STS of `awsvid dev`, for tests of the daemon alone.
 
 use std::path::{Path, PathBuf};
 
-use awsvid::dev::users::User;
+use awsvid::dev::local_users::User;
 use awsvid::dev::{Dev, DevNames};
 use tokio::runtime::Runtime;
 
-/// Runs until it is dropped.
+/// Both servers, which run until this is dropped.
 pub(crate) struct Upstream {
     dev: Dev,
     _runtime: Runtime,
 }
 
 impl Upstream {
-    /// Serves these users' identities: (uid, name), which are `spiffe://example.org/user/<name>`: `serve` takes none of
-    /// `dev`'s own names.
+    /// Serves the identities `spiffe://example.org/user/<name>` of these users (uid, name). `serve`
+    /// accepts none of `dev`'s own names.
     pub(crate) fn start(users: &[(u32, &str)]) -> Self {
         let runtime = Runtime::new().expect("a runtime");
         let users = users.iter().map(|(uid, name)| User {
@@ -37,7 +37,7 @@ impl Upstream {
         }
     }
 
-    /// The socket of the Workload API.
+    /// Returns the socket of the Workload API.
     pub(crate) fn socket(&self) -> PathBuf {
         let configuration = self.configuration();
         let (_, rest) = configuration
@@ -46,12 +46,12 @@ impl Upstream {
         rest.split_once('"').expect("a string").0.into()
     }
 
-    /// The URL of the STS.
+    /// Returns the URL of the STS.
     pub(crate) fn sts(&self) -> &str {
         self.dev.sts().url()
     }
 
-    /// The same as `configuration`, with another path for that socket.
+    /// Returns the text of `configuration`, with another path for that socket.
     pub(crate) fn configuration_at(&self, path: &Path) -> String {
         self.configuration().replace(
             &self.socket().display().to_string(),
@@ -59,7 +59,7 @@ impl Upstream {
         )
     }
 
-    /// `[identity]`, `[sts]` and the role, without rules.
+    /// Returns `[identity]`, `[sts]` and the role, without rules.
     pub(crate) fn configuration(&self) -> String {
         let all = self.dev.configuration(0, true);
         let section = |name: &str| {

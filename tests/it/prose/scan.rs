@@ -26,7 +26,7 @@ pub(super) fn texts(file: &str, source: &str) -> Vec<Text> {
     }
 }
 
-/// Returns whether messages in this file are the tests' own data, such as the bytes of a bad request.
+/// Returns whether messages in this file are the tests' own data, such as bytes of a bad request.
 fn is_test(file: &str) -> bool {
     !file.starts_with("src/")
         || file.ends_with("tests.rs")
@@ -133,7 +133,7 @@ fn string(source: &str, at: usize) -> Option<(usize, String)> {
     None
 }
 
-/// Returns the length of what is neither a comment nor a string: a character literal, or one character of code.
+/// Returns the length of a character literal, or of one character of code.
 fn character(rest: &str) -> usize {
     for literal in ["'\"'", "'\\''", "'\\\\'", "'\\\"'"] {
         if rest.starts_with(literal) {

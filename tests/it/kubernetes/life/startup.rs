@@ -1,8 +1,8 @@
-//! A node that has just come, whose pods wait for awsvid by a taint.
+//! A node that has just joined. Its pods wait for awsvid by a taint.
 
 use std::path::Path;
 
-use super::{PATIENCE, asker};
+use super::{TIMEOUT, asker};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::kubernetes::{Image, NAME, root_of};
 use crate::kubernetes::cluster::{Cluster, READER};
@@ -40,7 +40,7 @@ pub(in crate::kubernetes) fn pods_wait_until_awsvid_is_ready(cluster: &Cluster, 
             .flatten()
             .any(|one| one["reason"] == reason)
     };
-    await_some("the pod waits", PATIENCE, || {
+    await_some("the pod waits", TIMEOUT, || {
         waits("Unschedulable").then_some(())
     });
     cluster.install_with("spiffe-broker", &["environment", "startup-taint"]);

@@ -1,0 +1,410 @@
+//! Runs the command blocks of deploy/docs, here or by a test that this file names, and parses the
+//! blocks with JSON and configurations.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::harness::counterparts::process::{Output, run};
+use crate::harness::counterparts::spire::Spire;
+use crate::harness::counterparts::{folder, root, skip, tool};
+use crate::harness::daemon::PROGRAM;
+use crate::harness::documents::{Block, block, blocks};
+
+const PAGES: [&str; 10] = [
+    "install-vm.md",
+    "install-kubernetes.md",
+    "spire-setup.md",
+    "configuration.md",
+    "cli.md",
+    "metrics-and-alerts.md",
+    "audit-log.md",
+    "upgrade.md",
+    "migrate.md",
+    "revoke.md",
+];
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The parent of entries in the documents, whose last part depends on the installation.
+const PARENT: &str = "spiffe://example.org/spire/agent/...";
+const AUDIT_LOG: &str = "/var/log/awsvid/audit.log";
+
+/// How a command block is tested.
+#[derive(Debug, Clone, Copy)]
+enum Tested {
+    /// By a shell with a configuration, an audit log and `awsvid`.
+    ByShell,
+    /// By a real SPIRE server.
+    BySpire,
+    /// By the AWS CLI, which parses the command and calls nothing.
+    ByAwsCli,
+    /// By this function of this file of tests/it.
+    In(&'static str, &'static str),
+    /// Not at all, for this reason.
+    Not(&'static str),
+}
+
+use Tested::{ByAwsCli, ByShell, BySpire, In, Not};
+
+const INSTALLATION: Tested = In("systemd.rs", "documented_installation_works");
+const FIRST_WORKLOAD: Tested = In(
+    "systemd/documented.rs",
+    "documented_first_workload_gets_credentials",
+);
+const UPGRADE: Tested = In(
+    "systemd/documented.rs",
+    "documented_upgrade_interrupts_no_caller",
+);
+const ROLLBACK: Tested = In("systemd.rs", "documented_rollback_interrupts_no_caller");
+const NODE: Tested = In("kubernetes.rs", "documented_commands_work");
+const DEV: Tested = In(
+    "dev.rs",
+    "the_cli_has_the_role_whatever_else_the_user_has_configured",
+);
+const AT_AWS: Tested = Not(
+    "only AWS's own STS answers it; tests/it/dev.rs runs the same command at that of awsvid dev",
+);
+
+/// Each command block: its page, its first words, how it is tested.
+const COMMANDS: [(&str, &str, Tested); 48] = [
+    ("install-vm.md", "cargo build --release", INSTALLATION),
+    ("install-vm.md", "spire-server entry create", BySpire),
+    (
+        "install-vm.md",
+        "sudo awsvid config validate",
+        FIRST_WORKLOAD,
+    ),
+    (
+        "install-vm.md",
+        "sudo systemctl enable --now",
+        FIRST_WORKLOAD,
+    ),
+    ("install-vm.md", "sudo awsvid check", FIRST_WORKLOAD),
+    (
+        "install-vm.md",
+        "sudo -u billing awsvid exec -- aws sts",
+        AT_AWS,
+    ),
+    ("install-vm.md", "sudo awsvid status", FIRST_WORKLOAD),
+    (
+        "install-vm.md",
+        "sudo -u billing awsvid check --workload",
+        FIRST_WORKLOAD,
+    ),
+    (
+        "install-kubernetes.md",
+        "spire-server entry create",
+        BySpire,
+    ),
+    ("install-kubernetes.md", "kubectl apply -k", NODE),
+    (
+        "install-kubernetes.md",
+        "kubectl --namespace awsvid rollout",
+        NODE,
+    ),
+    (
+        "spire-setup.md",
+        "spire-server entry create -parentID spiffe://example.org/spire/agent/... \\\n  -spiffeID spiffe://example.org/awsvid",
+        BySpire,
+    ),
+    (
+        "spire-setup.md",
+        "spire-server entry create -parentID spiffe://example.org/spire/agent/... \\\n  -spiffeID spiffe://example.org/billing -selector unix:uid",
+        BySpire,
+    ),
+    (
+        "spire-setup.md",
+        "spire-server entry create -parentID spiffe://example.org/spire/agent/... \\\n  -spiffeID spiffe://example.org/billing -selector unix:user",
+        BySpire,
+    ),
+    ("cli.md", "awsvid config validate awsvid.toml", ByShell),
+    ("cli.md", "awsvid config validate - --offline", ByShell),
+    ("cli.md", "awsvid config show", ByShell),
+    ("cli.md", "sudo awsvid status", FIRST_WORKLOAD),
+    ("cli.md", "sudo awsvid probe live", FIRST_WORKLOAD),
+    (
+        "cli.md",
+        "sudo awsvid check",
+        Not(
+            "they need a running workload, and an issuer outside this network; tests/it/check.rs has the options",
+        ),
+    ),
+    ("cli.md", "awsvid trust-policy", ByShell),
+    (
+        "cli.md",
+        "awsvid exec",
+        Not("examples with programs of others; tests/it/exec.rs has the options"),
+    ),
+    ("cli.md", "curl --unix-socket", FIRST_WORKLOAD),
+    ("cli.md", "awsvid dev", DEV),
+    ("cli.md", "sudo awsvid man", INSTALLATION),
+    ("cli.md", "awsvid completions", INSTALLATION),
+    (
+        "metrics-and-alerts.md",
+        "curl --silent http://127.0.0.1:975/metrics",
+        FIRST_WORKLOAD,
+    ),
+    ("audit-log.md", "jq -n", ByShell),
+    ("audit-log.md", "jq -c", ByShell),
+    ("audit-log.md", "jq -r", ByShell),
+    ("audit-log.md", "aws cloudtrail", ByAwsCli),
+    ("upgrade.md", "awsvid.previous config validate", ROLLBACK),
+    ("upgrade.md", "cp --preserve", UPGRADE),
+    ("upgrade.md", "install -m 0644", ROLLBACK),
+    ("migrate.md", "awsvid exec", AT_AWS),
+    ("migrate.md", "awsvid check --workload", FIRST_WORKLOAD),
+    ("migrate.md", "aws iam get-access-key-last-used", ByAwsCli),
+    ("migrate.md", "aws iam update-access-key", ByAwsCli),
+    ("migrate.md", "aws rolesanywhere", ByAwsCli),
+    ("revoke.md", "jq -r", ByShell),
+    ("revoke.md", "aws iam put-role-policy", ByAwsCli),
+    ("revoke.md", "spire-server entry show", FIRST_WORKLOAD),
+    ("revoke.md", "awsvid config validate", FIRST_WORKLOAD),
+    ("revoke.md", "jq -c", ByShell),
+    ("revoke.md", "awsvid status", FIRST_WORKLOAD),
+    ("revoke.md", "aws cloudtrail", ByAwsCli),
+    ("revoke.md", "aws iam delete-role-policy", ByAwsCli),
+    ("revoke.md", "spire-server agent ban", BySpire),
+];
+
+/// Returns the command blocks that are tested in this way, in the order of the pages.
+fn commands(is_meant: impl Fn(Tested) -> bool) -> Vec<(&'static str, String)> {
+    let mut found = Vec::new();
+    for page in PAGES {
+        for block in blocks(page)
+            .into_iter()
+            .filter(|block| block.language == "sh")
+        {
+            if is_meant(tested(page, &block)) {
+                found.push((page, block.text));
+            }
+        }
+    }
+    found
+}
+
+fn tested(page: &str, block: &Block) -> Tested {
+    let fits =
+        |(of, begin, _): &&(&str, &str, Tested)| *of == page && block.text.starts_with(begin);
+    let found: Vec<_> = COMMANDS.iter().filter(fits).collect();
+    let [(_, _, tested)] = &found[..] else {
+        panic!("{page}: in the table {} times: {}", found.len(), block.text)
+    };
+    *tested
+}
+
+/// Replaces the placeholders of a block by names of this machine.
+fn with_names(text: &str, log: &Path) -> String {
+    text.replace(AUDIT_LOG, log.to_str().unwrap())
+}
+
+#[test]
+fn every_command_block_is_tested_or_excused() {
+    let count = commands(|_| true).len();
+    assert_eq!(count, COMMANDS.len(), "a row of the table has no block");
+    for (page, begin, tested) in COMMANDS {
+        match tested {
+            In(file, function) => {
+                let file = Path::new(env!("CARGO_MANIFEST_DIR"))
+                    .join("tests/it")
+                    .join(file);
+                let source = fs::read_to_string(&file)
+                    .unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+                assert!(
+                    source.contains(&format!("fn {function}(")),
+                    "{page}, {begin}: {function}"
+                );
+            }
+            Not(reason) => assert!(reason.len() > 20, "{page}, {begin}: {reason}"),
+            ByShell | BySpire | ByAwsCli => {}
+        }
+    }
+}
+
+/// Fills a folder with the files that the commands need: `awsvid` in `bin`, a configuration, and
+/// the records of audit-log.md.
+fn stage(folder: &Path) {
+    fs::create_dir(folder.join("bin")).unwrap();
+    symlink(PROGRAM, folder.join("bin/awsvid")).unwrap();
+    fs::copy(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/awsvid.toml"),
+        folder.join("awsvid.toml"),
+    )
+    .unwrap();
+    let records: String = blocks("audit-log.md")
+        .into_iter()
+        .filter(|block| block.language == "json")
+        .map(|block| block.text)
+        .collect();
+    fs::write(folder.join("audit.log"), records).unwrap();
+    fs::write(
+        folder.join("revoke.json"),
+        block("revoke.md", "1. Deny the sessions in AWS", "{"),
+    )
+    .unwrap();
+}
+
+fn shell(folder: &Path, script: &str) -> Output {
+    let mut command = Command::new("sh");
+    let path = format!(
+        "{}:/usr/sbin:/usr/bin:/sbin:/bin",
+        folder.join("bin").display()
+    );
+    command
+        .env_clear()
+        .env("PATH", path)
+        .env("AWSVID_CONFIG", folder.join("awsvid.toml"))
+        .env("HOME", folder);
+    command
+        .current_dir(folder)
+        .args(["-euc", &format!("sudo() {{ \"$@\"; }}\n{script}")]);
+    run(command, b"", PATIENCE)
+}
+
+#[test]
+fn documented_commands_work_in_a_shell() {
+    if !root() {
+        return;
+    }
+    if !Path::new("/usr/bin/jq").exists() {
+        return skip("jq is missing: run tests/counterparts/get shells");
+    }
+    let folder = folder();
+    let folder = folder.path();
+    stage(folder);
+    let log = folder.join("audit.log");
+    for (page, text) in commands(|tested| matches!(tested, ByShell)) {
+        let output = shell(folder, &with_names(&text, &log));
+        let is_file = text.contains(" > ");
+        assert!(output.status.success(), "{page}: {text}{output:?}");
+        assert!(
+            is_file || !output.stdout.trim().is_empty(),
+            "{page}: it prints nothing: {text}{output:?}"
+        );
+    }
+    // Of three records, one stands for many requests.
+    let sum = block(
+        "audit-log.md",
+        "Which requests have a record of their own",
+        "jq",
+    );
+    assert_eq!(
+        shell(folder, &with_names(&sum, &log))
+            .success("the sum")
+            .trim(),
+        "1202"
+    );
+    for written in ["iam.sh", "awsvid.tf", "awsvid.json"] {
+        let text = fs::read_to_string(folder.join(written)).unwrap();
+        assert!(
+            text.contains("oidc.example.org") && text.contains("role"),
+            "{written}: {text}"
+        );
+    }
+}
+
+#[test]
+fn documented_commands_are_right_for_the_aws_cli() {
+    let folder = folder();
+    let Some(aws) = tool("aws") else { return };
+    let folder = folder.path();
+    stage(folder);
+    symlink(aws, folder.join("bin/aws")).unwrap();
+    for (page, text) in commands(|tested| matches!(tested, ByAwsCli)) {
+        // With this option the CLI parses a command, calls nothing and prints an example.
+        let script = text.trim_end().to_owned() + " --generate-cli-skeleton";
+        let output = shell(folder, &script);
+        assert!(
+            output.status.success() && output.stdout.trim_start().starts_with('{'),
+            "{page}: {text}{output:?}"
+        );
+        let wrong = shell(folder, &(script + " --no-such-option"));
+        assert!(
+            !wrong.status.success(),
+            "the CLI parses its options: {wrong:?}"
+        );
+    }
+}
+
+#[test]
+fn documented_commands_work_with_spire() {
+    let folder = folder();
+    let Some(spire) = Spire::start(folder.path()) else {
+        return;
+    };
+    let mut created = 0;
+    for (page, text) in commands(|tested| matches!(tested, BySpire)) {
+        let text = text.replace("\\\n", " ").replace(PARENT, spire.agent_id());
+        for line in text.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let output = spire.server_command(&words[1..]);
+            // Two pages create the same entry.
+            let is_known =
+                output.stderr.contains("AlreadyExists") || output.stdout.contains("AlreadyExists");
+            assert!(
+                output.status.success() || is_known,
+                "{page}: {line}: {output:?}"
+            );
+            created += usize::from(output.stdout.contains("Entry ID"));
+        }
+    }
+    assert!(created >= 4, "{created} entries");
+}
+
+#[test]
+fn documented_json_can_be_parsed() {
+    for page in PAGES {
+        for block in blocks(page).iter().filter(|block| block.language == "json") {
+            let parsed: Result<Value, _> = serde_json::from_str(&block.text);
+            assert!(parsed.is_ok(), "{page}: {parsed:?}: {}", block.text);
+        }
+    }
+}
+
+/// Adds the rest of the smallest configuration to a block that shows a part of one.
+fn completed(text: &str) -> String {
+    let mut text = text.to_owned();
+    let sources_of_spire = ["spire-delegated", "spiffe-broker"];
+    if !text.contains("[[workload]]")
+        && !sources_of_spire.iter().any(|source| text.contains(source))
+    {
+        text.push_str(
+            "\n[[workload]]\nuser = \"billing\"\nspiffe_id = \"spiffe://example.org/billing\"\n",
+        );
+    }
+    if !text.contains("[sts]") {
+        text.push_str("\n[sts]\nregion = \"eu-central-1\"\n");
+    }
+    if !text.contains("[[role]]") {
+        text.push_str(
+            "\n[[role]]\nname = \"billing\"\nspiffe_id = \"spiffe://example.org/billing\"\n\
+             role_arn = \"arn:aws:iam::123456789012:role/billing\"\n",
+        );
+    }
+    text
+}
+
+#[test]
+fn documented_configurations_have_no_mistakes() {
+    let mut count = 0;
+    for page in PAGES {
+        for block in blocks(page).iter().filter(|block| block.language == "toml") {
+            let mut command = Command::new(PROGRAM);
+            command
+                .env_clear()
+                .args(["config", "validate", "-", "--offline"]);
+            let output = run(command, completed(&block.text).as_bytes(), PATIENCE);
+            assert!(
+                output.status.success() && output.stderr.is_empty(),
+                "{page}: {output:?}: {}",
+                block.text
+            );
+            count += 1;
+        }
+    }
+    assert!(count >= 8, "{count} configurations");
+}
