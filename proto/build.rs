@@ -15,8 +15,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Records the revision for `awsvid --version`: the variable `AWSVID_REVISION`, or the commit of
-/// the working copy. The commit is recorded in release builds only, because each commit would otherwise
-/// rebuild a developer's debug builds.
+/// the working copy. The commit is recorded in release builds only, because each commit would
+/// otherwise rebuild a developer's debug builds.
 fn record_revision() {
     println!("cargo:rerun-if-env-changed=AWSVID_REVISION");
     let is_release = env::var("PROFILE").is_ok_and(|profile| profile == "release");

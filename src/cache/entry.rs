@@ -38,7 +38,7 @@ pub(super) struct CachedState {
     pub(super) flight: Option<Arc<Flight>>,
     /// True once the entry is retired: the table drops it, and a flight must not store into it.
     pub(super) retired: bool,
-    /// Time of this entry in the [`Schedule`](super::rounds::Schedule).
+    /// Time of this entry in the [`Schedule`](super::refresh::Schedule).
     pub(super) next: Option<Instant>,
     /// The failures since the last success.
     pub(super) failure: Option<Box<FailureState>>,

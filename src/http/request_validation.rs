@@ -3,9 +3,10 @@
 //!
 //! hyper and httparse reject malformed HTTP/1.1 before this: spaces before a colon, folded lines,
 //! control characters, two lengths that differ, a coding other than chunked.
-//! [`GuardedStream`](super::guarded_stream::GuardedStream) rejects line feeds alone. The standard allows to
-//! ignore these: `Upgrade` (one Java client offers HTTP/2 with every request), `Expect` without a
-//! body, unknown headers, bytes above 127 in their values, everything after the first request.
+//! [`GuardedStream`](super::guarded_stream::GuardedStream) rejects line feeds alone. The standard
+//! allows to ignore these: `Upgrade` (one Java client offers HTTP/2 with every request), `Expect`
+//! without a body, unknown headers, bytes above 127 in their values, everything after the first
+//! request.
 //! HTTP/1.0 with a `Host` is answered as such, because small clients and probes use it.
 
 use std::net::IpAddr;

@@ -205,7 +205,8 @@ fn classify_status(status: u16) -> (RetryPolicy, &'static str) {
 }
 
 impl StsError {
-    /// All policies and labels of errors. A refusal of a second token may become one to retry later.
+    /// All policies and labels of errors. STS may reject a second token, which is then retried
+    /// later.
     const KINDS: [(RetryPolicy, &'static str); 17] = [
         (RetryPolicy::Later, "sts_bad_answer"),
         (RetryPolicy::Later, "sts_busy"),
