@@ -22,7 +22,7 @@ use crate::config::{self, Config, IdentityConfig};
 use crate::credential_service::{CredentialService, Policy};
 use crate::exchange::TokenExchanger;
 use crate::hardening::DaemonFeatures;
-use crate::http::{Authorization, CredentialEndpoint};
+use crate::http::{Authorization, CredentialEndpoint, OwnProbe};
 use crate::limits::FairSemaphore;
 use crate::listen::{self, ActivatedSockets, ListenError};
 use crate::metrics::Metrics;
@@ -36,6 +36,7 @@ use crate::svid::{self, AgentSource, IdentitySource, SourceError, SpireDelegated
 
 mod audit_file;
 mod listeners;
+mod series;
 mod token_file;
 
 use audit_file::{audit_error, open_audit};
@@ -100,6 +101,9 @@ pub struct App {
     pods: config::PodsConfig,
     /// The source in use, with the configuration that it was built from.
     source: (IdentityConfig, Arc<dyn IdentitySource>),
+    /// The STS endpoints in use.
+    sts: Vec<String>,
+    own_probe: OwnProbe,
     accounts: Accounts,
     broker: Arc<CredentialService>,
     audit: Arc<Audit>,
@@ -162,7 +166,7 @@ impl Components {
                 metrics.clone(),
             ),
             limits: limits(&config.cache),
-            probes: ReadinessProbes::new(config, source.clone(), sts),
+            probes: ReadinessProbes::new(config, source.clone(), sts, metrics.clone()),
             policy: Policy {
                 source,
                 roles: config.roles.clone(),
@@ -180,6 +184,8 @@ impl App {
             metrics,
         } = startup;
         let clock = Clock::system();
+        series::create(&metrics);
+        let (sts, digest) = (sts_names(&config), config.digest.clone());
         let accounts = Accounts::new(Nss, metrics.clone());
         let parts = Components::new(&config, (None, false), &accounts, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
@@ -192,12 +198,14 @@ impl App {
             .clone()
             .map_or_else(PodRoots::defaults, PodRoots::at);
         let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
+        let own_probe = OwnProbe::new();
         let front = Arc::new(CredentialEndpoint {
             attestor: attestor.clone(),
             broker: broker.clone(),
             audit: open_audit(&config.audit, clock.clone(), metrics.clone()),
             metrics: metrics.clone(),
             authorization: authorization(&config.listen)?,
+            own_probe: own_probe.clone(),
             connections: FairSemaphore::new(
                 config.listen.max_connections,
                 config.listen.max_connections_per_workload,
@@ -219,6 +227,8 @@ impl App {
             listen: config.listen,
             pods: config.pods,
             source,
+            sts,
+            own_probe,
             accounts,
             broker,
             audit: front.audit.clone(),
@@ -234,6 +244,8 @@ impl App {
         app.serve_pods(front).await?;
         app.serve_operators(&mut inherited, &admin);
         app.workloads.refuse_rest(&mut inherited);
+        app.metrics
+            .config_loaded(digest.to_string(), app.clock.now());
         app.probe(parts.probes);
         Ok(app)
     }
@@ -265,12 +277,25 @@ impl App {
         self.status
             .names_processes(DaemonFeatures::of(&config).names_processes());
         self.broker.reload(parts.policy, parts.issuer, parts.limits);
+        let endpoints = sts_names(&config);
+        for removed in std::mem::replace(&mut self.sts, endpoints) {
+            if !self.sts.contains(&removed) {
+                self.metrics.remove_sts(removed);
+            }
+        }
+        self.metrics
+            .config_loaded(config.digest.to_string(), self.clock.now());
         self.probe(parts.probes);
         for (table, keys) in changed.iter().filter(|(_, keys)| !keys.is_empty()) {
             let keys = keys.join(", ");
             tracing::warn!("[{table}] {keys}: the change needs a restart; restart awsvid");
         }
         Ok(())
+    }
+
+    /// Records that a reload failed, so that the previous configuration stays in effect.
+    pub fn reload_failed(&self) {
+        self.metrics.config_rejected();
     }
 
     /// Reports whether executions by callers' processes are observed. Without that no process is
@@ -291,6 +316,7 @@ impl App {
         }
         if !self.readiness.is_ready() {
             let (attestor, readiness) = (self.attestor.clone(), self.readiness.clone());
+            let probes = probes.marked_by(self.own_probe.clone());
             let asking =
                 probes.until_ready(self.tcp.clone(), self.gate.clone(), attestor, readiness);
             self.probing = Some(tokio::spawn(asking));
@@ -399,6 +425,12 @@ impl App {
         // A slow reader of metrics does not delay the end.
         let _ = timeout(ADMIN_DRAIN_TIMEOUT, self.operators.end()).await;
     }
+}
+
+/// Returns the names by which metrics and `/status` know the STS endpoints of a configuration.
+fn sts_names(config: &Config) -> Vec<String> {
+    let targets = config.roles.sts_targets();
+    targets.iter().map(ToString::to_string).collect()
 }
 
 fn limits(cache: &config::CacheConfig) -> cache::Limits {

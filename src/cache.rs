@@ -9,13 +9,13 @@
 //! |---|---|
 //! | `entry` | one entry: its credentials, refresh state and failure state |
 //! | `table` | the table of entries by SPIFFE ID, and its bounds |
-//! | `cached` | cached credentials, and how long they are served |
+//! | `issued` | cached credentials, and how long they are served |
 //! | `failure` | the kinds of failure, and their effect on cached credentials |
 //! | `flight` | the result that concurrent requests wait for |
 //! | `issuing` | running an exchange for an entry, and storing its result |
-//! | `rules` | the rule of what is due for an entry, and when |
-//! | `rounds` | the one task that does what is due |
-//! | `event` | the events that the cache logs |
+//! | `next_action` | the rule of what is due for an entry, and when |
+//! | `refresh` | the one task that does what is due |
+//! | `events` | the events that the cache logs |
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +30,7 @@ use crate::clock::Clock;
 use crate::exchange::{ExchangeError, TokenExchanger};
 use crate::identity::SpiffeId;
 use crate::limits::FairSemaphore;
-use crate::metrics::{EntryStateLabel, Metrics, ReasonLabel};
+use crate::metrics::{CallLabel, EntryStateLabel, EvictionReason, Metrics};
 use crate::role::Grant;
 
 mod entry;
@@ -167,7 +167,8 @@ impl CredentialCache {
         self.0.table.retain(|entry| {
             let kept = (generation.keep)(&entry.grant);
             if !kept {
-                self.0.retire(entry, &mut entry.state(), "reload");
+                self.0
+                    .retire(entry, &mut entry.state(), EvictionReason::Reload);
             }
             kept
         });
@@ -179,7 +180,16 @@ impl CredentialCache {
         grant: &Grant,
         caller: &Arc<Caller>,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), CacheError> {
-        match self.0.find(grant, caller)? {
+        let found = self.0.find(grant, caller);
+        let result = match &found {
+            Ok(Lookup::Credentials(_, freshness)) => *freshness,
+            Ok(Lookup::Flight(_)) | Err(_) => CacheResult::Miss,
+        };
+        let label = CallLabel {
+            result: result.name(),
+        };
+        self.0.metrics.cache_requests.get_or_create(&label).inc();
+        match found? {
             Lookup::Credentials(cached, freshness) => Ok((cached, freshness)),
             Lookup::Flight(waiter) => Ok((waiter.wait().await?, CacheResult::Miss)),
         }
@@ -194,12 +204,18 @@ impl CredentialCache {
         entries
     }
 
-    /// Sets the gauge of entries by state, for `/metrics`.
+    /// Sets the gauges of entries by state and of the earliest expiry, for `/metrics`.
     pub fn count(&self) {
         let mut counts = [0; EntryStateLabel::ALL.len()];
-        self.0
-            .table
-            .for_each(|entry| counts[entry.status(&self.0.clock) as usize] += 1);
+        let mut earliest: Option<Duration> = None;
+        self.0.table.for_each(|entry| {
+            counts[entry.status(&self.0.clock) as usize] += 1;
+            if let Some(cached) = entry.current.load().as_ref() {
+                let remaining = cached.remaining(&self.0.clock);
+                earliest = Some(earliest.map_or(remaining, |least| least.min(remaining)));
+            }
+        });
+        self.0.metrics.set_earliest_expiry(earliest);
         for state in EntryStateLabel::ALL {
             self.0
                 .metrics
@@ -241,8 +257,9 @@ impl CacheInner {
         if let Some(entry) = self.table.find(grant) {
             return Ok(entry);
         }
-        let evict =
-            |entry: &Arc<Entry>, state: &mut CachedState| self.retire(entry, state, "evicted");
+        let evict = |entry: &Arc<Entry>, state: &mut CachedState| {
+            self.retire(entry, state, EvictionReason::Evicted)
+        };
         self.table
             .find_or_add(grant, &|| self.generation.load_full(), evict)
     }
@@ -299,7 +316,7 @@ impl CacheInner {
 
     /// Clears the credentials of an entry for good: it serves nothing and accepts no result from
     /// now on.
-    fn retire(&self, entry: &Arc<Entry>, state: &mut CachedState, reason: &'static str) {
+    fn retire(&self, entry: &Arc<Entry>, state: &mut CachedState, reason: EvictionReason) {
         state.retired = true;
         if let Some(flight) = &state.flight {
             flight.finish(Err(CacheError::Pending));
@@ -308,11 +325,11 @@ impl CacheInner {
         self.schedule.put(entry, &mut state.next, None);
     }
 
-    fn clear_credentials(&self, entry: &Entry, reason: &'static str) {
+    fn clear_credentials(&self, entry: &Entry, reason: EvictionReason) {
         if entry.current.swap(None).is_some() {
             self.metrics
-                .cache_removed
-                .get_or_create(&ReasonLabel { reason })
+                .cache_evictions
+                .get_or_create(&reason.into())
                 .inc();
         }
     }

@@ -30,6 +30,9 @@ pub enum ListenerKind {
 }
 
 impl ListenerKind {
+    /// All kinds of listeners.
+    pub const ALL: [Self; 3] = [Self::Unix, Self::Tcp, Self::Pod];
+
     /// Returns the name that audit records and metrics use.
     pub fn name(self) -> &'static str {
         match self {

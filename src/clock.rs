@@ -4,13 +4,21 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::time::Instant;
 
 /// The longest time that a request is held while the daemon fetches what it needs. The most patient
 /// SDKs give up after 5 s.
 pub const REQUEST_HOLD: Duration = Duration::from_millis(4500);
+
+/// The last second of the year 9999, in which RFC 3339 ends.
+pub const LAST_TIME: Duration = Duration::from_secs(253_402_300_799);
+
+/// Returns the time, or the nearest one that RFC 3339 can express.
+pub fn printable(time: SystemTime) -> SystemTime {
+    time.clamp(UNIX_EPOCH, UNIX_EPOCH + LAST_TIME)
+}
 
 /// A source of the wall-clock time. Tests can start it at any time.
 #[derive(Debug, Clone, Default)]

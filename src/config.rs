@@ -6,6 +6,7 @@
 
 mod aws;
 mod cross_checks;
+mod digest;
 mod error;
 mod explain;
 mod exposure;
@@ -29,6 +30,7 @@ use std::time::Duration;
 use toml::de::DeTable;
 
 pub(crate) use aws::is_aws as is_aws_sts;
+pub use digest::ConfigDigest;
 pub use error::{ConfigErrors, Problem};
 pub(crate) use exposure::exposures;
 pub use identity::{IdentityConfig, Reference, Source};
@@ -64,6 +66,8 @@ pub struct Config {
     pub workloads: Vec<ParsedWorkload>,
     /// The tables `[[role]]` and `[requested_roles]`.
     pub roles: Roles,
+    /// The digest of the text.
+    pub digest: ConfigDigest,
 }
 
 /// The table `[cache]` of the file.
@@ -242,7 +246,8 @@ fn parse(
         .map_err(|error| vec![syntax_error(text, &error)])?
         .into_inner();
     let report = Diagnostics::new(text);
-    let config = read(&report.root(&entries), env, names);
+    let mut config = read(&report.root(&entries), env, names);
+    config.digest = ConfigDigest::of(text);
     let warnings = report.finish(&entries)?;
     Ok(Loaded { config, warnings })
 }
@@ -368,6 +373,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         identity,
         sts,
         audit,
+        digest: ConfigDigest::default(),
     }
 }
 

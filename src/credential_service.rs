@@ -1,4 +1,5 @@
-//! What happens to a request, without HTTP: identify, choose, take from the cache, look at the caller once more.
+//! The path of a request without HTTP: identify the caller, select the role, get the credentials,
+//! and verify the caller once more.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,46 +17,51 @@ use crate::identity::SpiffeId;
 use crate::role::{Grant, RequestedRole, RoleDenied, Roles};
 use crate::svid::{IdentityBasis, IdentitySource, SourceError};
 
-/// The request path.
+/// The service that answers attested callers.
 #[derive(Debug)]
 pub struct CredentialService {
     policy: ArcSwap<Policy>,
-    /// How often a reload has begun or ended: odd while one is under way.
+    /// The number of starts and ends of reloads. It is odd while one runs.
     reloads: AtomicU64,
     cache: CredentialCache,
 }
 
-/// Who has which identity and which role, by one configuration.
+/// The identities and roles of callers by one configuration.
 #[derive(Debug)]
 pub struct Policy {
-    /// Who identifies callers.
+    /// The source of identities.
     pub source: Arc<dyn IdentitySource>,
-    /// `[[role]]` and `[requested_roles]`.
+    /// The roles of `[[role]]` and `[requested_roles]`.
     pub roles: Roles,
 }
 
-/// Why a caller gets nothing.
+/// The reason for which a caller gets no credentials.
 #[derive(Debug, Clone, Error)]
 pub enum ServiceError {
-    /// It was not attested, or is no longer what it was.
+    /// The caller was not attested, or has changed since.
     #[error(transparent)]
     Refused(#[from] AttestError),
-    /// The source has no identity for it.
+    /// The source has no identity for the caller.
     #[error("no identity is configured for this workload")]
     NoIdentity,
-    /// The source could not say.
+    /// The source did not answer.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// No role is for it.
-    #[error(transparent)]
-    Denied(#[from] RoleDenied),
-    /// There are no credentials to be had.
+    /// No role is for any of its identities.
+    #[error("{denied}")]
+    Denied {
+        /// The reason for the denial.
+        denied: RoleDenied,
+        /// The caller's own SPIFFE IDs.
+        spiffe_ids: Vec<SpiffeId>,
+    },
+    /// The cache has no credentials, and no exchange succeeded.
     #[error(transparent)]
     Cache(#[from] CacheError),
 }
 
 impl CredentialService {
-    /// Puts the parts together. `cache` was made by the same configuration as `policy`.
+    /// Returns a service. `cache` and `policy` have to be of the same configuration.
     pub fn new(policy: Policy, cache: CredentialCache) -> Self {
         Self {
             policy: ArcSwap::from_pointee(policy),
@@ -64,14 +70,14 @@ impl CredentialService {
         }
     }
 
-    /// Answers `caller`, who asks for `wanted`; notes in `record` what it turned out to be for.
+    /// Returns credentials for `caller` and the requested role, and records the selection.
     pub async fn credentials_for(
         &self,
         caller: &Arc<Caller>,
         wanted: &RequestedRole,
         record: &mut Record,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), ServiceError> {
-        // For all that it waits for together: whoever it is has given up by then.
+        // One deadline for all waits, because clients give up by then.
         let until = Instant::now() + REQUEST_HOLD;
         loop {
             let begun = self.reloads.load(Ordering::SeqCst);
@@ -81,7 +87,8 @@ impl CredentialService {
             if !under_way && self.reloads.load(Ordering::SeqCst) == begun {
                 return answer;
             }
-            // Nothing that was decided by the old configuration, a refusal neither, is released under the new one.
+            // No decision of the old configuration is released under the new one, not even a
+            // denial.
             record.clear_decision();
             tokio::task::yield_now().await;
         }
@@ -98,7 +105,17 @@ impl CredentialService {
         if identities.is_empty() {
             return Err(ServiceError::NoIdentity);
         }
-        let grant = policy.roles.select(&identities, wanted)?;
+        let grant = policy.roles.select(&identities, wanted);
+        let grant = grant.map_err(|denied| {
+            let mut spiffe_ids: Vec<_> = identities
+                .iter()
+                .map(|identity| identity.spiffe_id.clone())
+                .collect();
+            // An identity with several entries comes several times.
+            spiffe_ids.dedup();
+            record.identified(&spiffe_ids);
+            ServiceError::Denied { denied, spiffe_ids }
+        })?;
         record.granted(&grant);
         let issued = timeout_at(until, self.cache.get(&grant, caller))
             .await
@@ -107,20 +124,22 @@ impl CredentialService {
         Ok(issued)
     }
 
-    /// What a decision about this caller needs to know of its process; `None` if it needs nothing more.
+    /// Returns the facts about the caller's process that a decision needs; `None` if it needs none.
     pub fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts> {
         self.policy.load().source.facts_needed(caller)
     }
 
-    /// Goes on with another configuration, by one caller at a time. Credentials are kept where the rules for their SPIFFE
-    /// ID are the same as before, and the new roles give just the same; all others are never handed out again (attack 17).
+    /// Changes the configuration. Call it for one reload at a time.
+    ///
+    /// Credentials are kept if the rules of their SPIFFE ID are unchanged and the new roles grant
+    /// exactly the same. All others are never served again (T17).
     pub fn reload(&self, policy: Policy, issuer: TokenExchanger, limits: Limits) {
         self.reloads.fetch_add(1, Ordering::SeqCst);
         let (old, new) = (self.policy.load_full(), Arc::new(policy));
         let swept = Arc::new(AtomicBool::new(false));
         let keep = {
             let (new, swept) = (new.clone(), swept.clone());
-            // The cache also asks for entries that are yet to be made, which have nothing of the old source.
+            // The cache also checks new entries, which have nothing of the old source.
             move |grant: &Grant| {
                 new.allows(grant)
                     && (swept.load(Ordering::SeqCst) || new.has_same_basis(&old, &grant.spiffe_id))
@@ -134,7 +153,7 @@ impl CredentialService {
 }
 
 impl Policy {
-    /// Whether a caller could be given just this.
+    /// Returns whether a caller could get exactly this grant.
     fn allows(&self, grant: &Grant) -> bool {
         self.source.basis(&grant.spiffe_id) != IdentityBasis::Rules(Vec::new())
             && self.roles.can_grant(grant)

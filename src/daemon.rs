@@ -49,7 +49,7 @@ pub fn serve(path: &Path) -> ExitCode {
     let log = match telemetry::init(
         &config.log.level,
         config.log.format,
-        metrics.log_lost.clone(),
+        metrics.log_lines_dropped.clone(),
     ) {
         Ok(log) => log,
         Err(error) => {
@@ -196,6 +196,7 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
             "Reloaded"
         }
         Err(errors) => {
+            app.reload_failed();
             errors.lines().for_each(|line| tracing::error!("{line}"));
             tracing::error!("configuration not reloaded: the previous one stays in effect");
             "The new configuration has errors, see the log; the previous one stays in effect"

@@ -7,12 +7,12 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::time::{Instant, sleep};
 
-use crate::caller::Caller;
+use crate::caller::{AttestError, Caller};
 use crate::clock::Clock;
 use crate::credentials::Credentials;
 use crate::identity::SpiffeId;
 use crate::limits::{FairSemaphore, KeyedRateLimiter};
-use crate::metrics::{CallLabel, Metrics};
+use crate::metrics::{CallLabel, Metrics, UpstreamCall};
 use crate::role::Grant;
 use crate::sts::{AssumeRole, RetryPolicy, StsError};
 use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError, TTL_FIX};
@@ -81,6 +81,15 @@ impl ExchangeError {
         ))
     }
 
+    /// Returns an error of each kind, for their labels.
+    pub fn samples() -> Vec<Self> {
+        let callers = AttestError::ALL.map(|error| Self::Source(SourceError::Caller(error)));
+        let sources = SourceError::samples().into_iter().map(Self::Source);
+        let sts = StsError::samples().into_iter().map(Self::Sts);
+        let own = [Self::TooOften, Self::TooShort];
+        sources.chain(callers).chain(sts).chain(own).collect()
+    }
+
     /// Returns true if the failure may pass by itself: an outage or a rate limit, not a refusal.
     pub fn is_transient(&self) -> bool {
         match self {
@@ -141,6 +150,7 @@ impl TokenExchanger {
         if !self.rate_limit.take(&grant.spiffe_id) {
             return Err(ExchangeError::TooOften);
         }
+        let _running = self.metrics.exchange_started();
         let mut budget = RetryBudget::new();
         let token = self.token(caller, grant, &mut budget).await?;
         let refused = match self.assume(grant, &token, &mut budget).await {
@@ -221,16 +231,15 @@ impl TokenExchanger {
         budget: &mut RetryBudget,
     ) -> Result<Credentials, StsError> {
         loop {
+            let start = Instant::now();
             let result = self.sts.assume(grant, token).await;
-            self.metrics
-                .sts_calls
-                .get_or_create(&CallLabel::of(&result, |error| error.reason))
-                .inc();
-            self.metrics.health.sts(
-                grant.role.sts.to_string(),
-                last_error(&result),
-                self.clock.now(),
-            );
+            self.metrics.sts_call(UpstreamCall {
+                name: grant.role.sts.to_string(),
+                result: CallLabel::of(&result, |error| error.reason),
+                error: last_error(&result),
+                took: start.elapsed(),
+                at: self.clock.now(),
+            });
             match result {
                 Err(error) if error.retry == RetryPolicy::Later => {
                     if !budget.pause().await || token.expires() <= self.clock.now() {

@@ -1,7 +1,9 @@
-//! The front: one connection, one request, one answer, in the contract of the container credential endpoint.
+//! The container credential endpoint: one connection, one request, one answer.
 //!
-//! hyper parses. Everything that is refused here has its own reason, which is counted, and audited if a head arrived.
+//! hyper parses the request. Each rejection has a reason of its own, which is counted, and audited
+//! once the head is complete.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::pin::pin;
 use std::sync::Arc;
@@ -31,43 +33,47 @@ mod error_response;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod guarded_stream;
+mod own_probe;
 mod request_validation;
 
+pub use own_probe::OwnProbe;
 pub use request_validation::{Authorization, RequestHead};
 
 use connection_bounds::{ConnectionLife, DropReason};
 use error_response::RequestError;
 use guarded_stream::{GuardedStream, ResponseState};
 
-/// A head that is not complete after this is given up.
+/// The longest time for a complete head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
-/// The largest head. SDKs send well under 2 kB.
+/// The largest head in bytes. SDKs send less than 2 kB.
 const MAX_HEAD_BYTES: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
 
-/// Serves connections of all listeners.
+/// The endpoint that serves the connections of all listeners.
 #[derive(Debug)]
 pub struct CredentialEndpoint {
-    /// Who asks.
+    /// Attests the caller of a connection.
     pub attestor: Arc<Attestor>,
-    /// What they get.
+    /// Selects the role, and returns the credentials.
     pub broker: Arc<CredentialService>,
-    /// Who got what.
+    /// The destination of a record for each request.
     pub audit: Arc<Audit>,
-    /// Counts.
+    /// The metrics of connections and requests.
     pub metrics: Metrics,
-    /// What TCP callers have to show.
+    /// The header that callers over TCP have to send.
     pub authorization: Authorization,
-    /// How many connections there may be, and each workload may have.
+    /// The mark of the daemon's own requests.
+    pub own_probe: OwnProbe,
+    /// The limit of connections, in total and for each workload.
     pub connections: FairSemaphore<WorkloadKey>,
 }
 
 type HttpResponse = Response<Full<Bytes>>;
 
-/// A connection that has a place among those of its workload.
+/// A connection that counts among those of its workload.
 struct AdmittedConnection {
     peer: Result<Caller, Unattested>,
-    /// What is to be seen of the caller's process; `None` if no rule depends on it.
+    /// The facts of the caller's process that the rules need; `None` if they need none.
     looks: Option<ProcessFacts>,
     permit: FairPermit<WorkloadKey>,
 }
@@ -79,7 +85,7 @@ impl AdmittedConnection {
 }
 
 impl CredentialEndpoint {
-    /// Serves one connection to its end, to a listener of the host's or in a pod's network namespace.
+    /// Serves one connection to its end. `pod` is `None` for a listener of the host.
     pub async fn connection(
         self: Arc<Self>,
         stream: AcceptedStream,
@@ -121,7 +127,8 @@ impl CredentialEndpoint {
         lookups.spawn(owner, served, give_up);
     }
 
-    /// The peer by its socket, and a permit for its workload: nothing is read before it is known who has sent it.
+    /// Attests the peer by its socket, and acquires a permit for its workload. Nothing is read from
+    /// the connection before.
     async fn admit(
         &self,
         stream: &AcceptedStream,
@@ -129,7 +136,7 @@ impl CredentialEndpoint {
         pod: Option<&PodAttestor>,
     ) -> Result<AdmittedConnection, DropReason> {
         let peer = self.peer(stream, arriving, pod).await;
-        // Those who are not attested are read and answered, too, so they have a share as well.
+        // Peers that are not attested are read and answered too, so they need a permit as well.
         let owner = peer
             .as_ref()
             .map_or_else(Unattested::owner, WorkloadKey::of);
@@ -145,8 +152,8 @@ impl CredentialEndpoint {
         })
     }
 
-    /// The caller by its process where the policy needs that, and then the request, until the connection ends or has to give
-    /// way.
+    /// Reads the caller's process if the rules need it, and then serves the request, until the
+    /// connection ends or gives way to another.
     async fn attested(
         &self,
         stream: LazySocket,
@@ -179,7 +186,7 @@ impl CredentialEndpoint {
         }
     }
 
-    /// What the socket alone tells.
+    /// Attests the peer by its socket alone.
     async fn peer(
         &self,
         stream: &AcceptedStream,
@@ -198,7 +205,8 @@ impl CredentialEndpoint {
         }
     }
 
-    /// Reads one request and answers it. A refused caller is still read and answered, so that its SDK shows why.
+    /// Reads one request and answers it. Rejected callers get an answer too, so that their SDK
+    /// shows the reason.
     async fn request(
         &self,
         stream: LazySocket,
@@ -207,20 +215,20 @@ impl CredentialEndpoint {
         permit: &FairPermit<WorkloadKey>,
     ) -> Result<(), DropReason> {
         let caller = caller.map(Arc::new);
-        let (stage, more_comes) = (ResponseState::default(), AtomicBool::new(false));
+        let (state, has_body) = (ResponseState::default(), AtomicBool::new(false));
         let service = service_fn(|request: Request<Incoming>| {
-            stage.answering();
+            state.answering();
             permit.set_in_use();
-            more_comes.store(request_validation::has_body(&request), Ordering::Relaxed);
-            let (caller, stage) = (caller.clone(), &stage);
+            has_body.store(request_validation::has_body(&request), Ordering::Relaxed);
+            let (caller, state) = (caller.clone(), &state);
             async move {
-                let answer = stage
+                let answer = state
                     .waiting(pin!(self.answer(&request, listener, caller)))
                     .await;
                 Ok::<_, Infallible>(answer)
             }
         });
-        let mut wire = GuardedStream::new(stream, listener != ListenerKind::Unix, &stage);
+        let mut wire = GuardedStream::new(stream, listener != ListenerKind::Unix, &state);
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_TIMEOUT)
@@ -231,8 +239,8 @@ impl CredentialEndpoint {
             .serve_connection(TokioIo::new(&mut wire), service)
             .await;
         let refused = match served {
-            Ok(()) if stage.is_answering() => {
-                if more_comes.load(Ordering::Relaxed) {
+            Ok(()) if state.is_answering() => {
+                if has_body.load(Ordering::Relaxed) {
                     wire.drain_input().await;
                 }
                 return Ok(());
@@ -243,13 +251,14 @@ impl CredentialEndpoint {
             Err(error) if error.is_parse() => RequestError::Malformed,
             Ok(()) | Err(_) => return Err(DropReason::Closed),
         };
-        // A client that is gone by now is no further concern.
+        // A client that is gone by now gets no answer.
         let _ = wire.write_raw(&refused.raw_response()).await;
         wire.drain_input().await;
         Err(DropReason::BadRequest)
     }
 
-    /// Opens the audit record, decides, closes it. If the client goes away hyper drops this future, and the record says so.
+    /// Answers one request, and records it. hyper drops this future if the client closes the
+    /// connection; the record is then `aborted`.
     async fn answer(
         &self,
         request: &Request<Incoming>,
@@ -261,6 +270,22 @@ impl CredentialEndpoint {
             record.unattested(peer);
             refusal
         });
+        if self.own_probe.sent(request.uri().path(), request.headers()) {
+            record.own_probe();
+        }
+        record
+            .scope()
+            .run(self.respond(request, listener, caller, record))
+            .await
+    }
+
+    async fn respond(
+        &self,
+        request: &Request<Incoming>,
+        listener: ListenerKind,
+        caller: Result<Arc<Caller>, AttestError>,
+        mut record: Record,
+    ) -> HttpResponse {
         let id = record.request_id();
         match self.decide(request, listener, caller, &mut record).await {
             Ok((issued, freshness)) => {
@@ -297,7 +322,10 @@ impl CredentialEndpoint {
             .broker
             .credentials_for(&caller, &wanted, record)
             .await
-            .map_err(|error| RequestError::broker(error, &caller))?;
+            .map_err(|error| {
+                record.requested(&wanted);
+                RequestError::broker(error, &caller, &wanted)
+            })?;
         if freshness == CacheResult::Stale {
             tracing::debug!("answered from credentials that are due for a refresh");
         }
@@ -305,7 +333,20 @@ impl CredentialEndpoint {
     }
 }
 
-/// Lets hyper write the cached body without a copy of the secrets.
+/// Returns the outcome and the reason of each way in which a request ends without credentials.
+pub fn request_failures() -> BTreeSet<(&'static str, &'static str)> {
+    let samples = RequestError::samples().into_iter();
+    samples
+        .map(|error| (error.outcome().name(), error.reason()))
+        .collect()
+}
+
+/// Returns the reasons for which a connection of a workload ends without a request.
+pub fn drop_reasons() -> impl Iterator<Item = &'static str> {
+    DropReason::ALL.into_iter().map(DropReason::reason)
+}
+
+/// A cached body that hyper writes without a copy of the secrets.
 struct SharedBody(CachedBody);
 
 impl AsRef<[u8]> for SharedBody {
@@ -329,7 +370,8 @@ fn refuse(refused: &RequestError, id: audit::RequestId) -> HttpResponse {
     response
 }
 
-/// `Connection: close` on every answer: one connection is one attestation, and one SDK never closes its own.
+/// Returns an answer with `Connection: close`: one connection is one attestation, and one SDK never
+/// closes its own.
 fn respond(status: u16, body: Bytes) -> HttpResponse {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() =

@@ -6,12 +6,12 @@
 //! `tests/it/layout.rs` checks that.
 //!
 //! Values, without I/O: [`identity`] (SPIFFE IDs), [`cgroup`] (facts of a cgroup path), [`caller`]
-//! (the attested peer), [`workload_rule`] (the SPIFFE ID of a caller), [`role`] (the roles of a SPIFFE ID),
-//! [`credentials`], [`clock`].
+//! (the attested peer), [`workload_rule`] (the SPIFFE ID of a caller), [`role`] (the roles of a
+//! SPIFFE ID), [`credentials`], [`clock`].
 //!
 //! Parts that all others need: [`config`], [`writer`] (lines, without blocking the callers),
-//! [`telemetry`] (the log), [`metrics`], [`upstream_status`] (state of the upstreams), [`audit`] (one record
-//! per request), [`accounts`] (uids and gids of names).
+//! [`telemetry`] (the log), [`metrics`], [`upstream_status`] (state of the upstreams), [`audit`] (one
+//! record per request), [`accounts`] (uids and gids of names).
 //!
 //! A request passes these modules, in this order:
 //!
@@ -24,9 +24,9 @@
 //! | cache | [`cache`] | credentials by SPIFFE ID and role, refreshed before they expire |
 //! | exchange | [`exchange`] | JWT-SVID from [`svid`], credentials from [`sts`], within [`limits`] that are fair between workloads |
 //!
-//! Around the request path: [`pod_listeners`] listens in each pod's network [`netns`], [`admin`] serves
-//! health and metrics, [`readiness`] decides when the daemon is ready, and [`hardening`] drops
-//! privileges. [`app`] wires all of it, and [`daemon`] runs it.
+//! Around the request path: [`pod_listeners`] listens in each pod's network namespace ([`netns`]),
+//! [`admin`] serves health and metrics, [`readiness`] decides when the daemon is ready, and
+//! [`hardening`] drops privileges. [`app`] wires all of it, and [`daemon`] runs it.
 //!
 //! Outside the daemon: [`commands`] for users and operators, [`sdk_environment`] (the SDK variables
 //! that commands set for child processes), and [`dev`] (the servers that the `dev` command starts

@@ -20,7 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::http::CredentialEndpoint;
 use crate::listen::{ConnectionTracker, NetnsRef, POD_ADDRESSES};
-use crate::metrics::{Metrics, ReasonLabel};
+use crate::metrics::{Metrics, PodListenerFailure};
 use crate::netns::{NamespaceError, NamespaceId, NetNs};
 use crate::telemetry::LogQuota;
 
@@ -244,7 +244,7 @@ impl PodListeners {
         self.check_ports().await;
         self.first_scan.send_replace(true);
         self.metrics
-            .pod_namespaces
+            .pod_listeners
             .set(i64::try_from(self.pods.len()).unwrap_or(i64::MAX));
     }
 
@@ -294,10 +294,8 @@ impl PodListeners {
             }
             *since = None;
             self.metrics
-                .pod_namespaces_failed
-                .get_or_create(&ReasonLabel {
-                    reason: "not_mounted",
-                })
+                .pod_listener_failures
+                .get_or_create(&PodListenerFailure::NotMounted.into())
                 .inc();
             if !std::mem::replace(&mut self.logged.not_mounted, true) {
                 tracing::warn!(
@@ -337,7 +335,7 @@ impl PodListeners {
                 }
                 Ok(None) => {
                     self.unserved.insert(id);
-                    self.record_failures("unsupported_kernel");
+                    self.record_failures(PodListenerFailure::UnsupportedKernel);
                 }
                 Err(error @ NamespaceError::Machines) => {
                     self.unserved.insert(id);
@@ -352,7 +350,7 @@ impl PodListeners {
                     if self.failed.insert(id) {
                         let path = netns.path();
                         tracing::warn!(%error, "a pod's network namespace cannot be served: {}", path.display());
-                        self.record_failures("error");
+                        self.record_failures(PodListenerFailure::Error);
                     }
                 }
             }
@@ -395,26 +393,26 @@ impl PodListeners {
         }
     }
 
-    fn record_failures(&self, reason: &'static str) {
+    fn record_failures(&self, failure: PodListenerFailure) {
         self.metrics
-            .pod_namespaces_failed
-            .get_or_create(&ReasonLabel { reason })
+            .pod_listener_failures
+            .get_or_create(&failure.into())
             .inc();
     }
 
     fn warn_unbound(&mut self, pod: &ListenedPod, unbound: Vec<BindFailure>) {
         let path = pod.path();
         for (i, unbound) in unbound.into_iter().enumerate() {
-            let reason = match &unbound {
-                BindFailure::Taken => "port_taken",
-                BindFailure::Denied => "port_denied",
-                BindFailure::Failed(_) => "error",
+            let failure = match &unbound {
+                BindFailure::Taken => PodListenerFailure::PortTaken,
+                BindFailure::Denied => PodListenerFailure::PortDenied,
+                BindFailure::Failed(_) => PodListenerFailure::Error,
             };
             // The other address failed for the same reason.
             if i > 0 {
                 continue;
             }
-            self.record_failures(reason);
+            self.record_failures(failure);
             match unbound {
                 BindFailure::Taken => tracing::warn!(
                     "port 974 is in use in the network namespace {}: the pod is not served; stop the process that \

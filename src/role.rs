@@ -71,6 +71,17 @@ pub enum RequestedRole {
     ByArn(RoleArn),
 }
 
+impl RequestedRole {
+    /// Returns the name or the ARN in the path; `None` if the path names no role.
+    pub fn name(&self) -> Option<&str> {
+        match self {
+            Self::Default => None,
+            Self::ByName(name) => Some(name),
+            Self::ByArn(arn) => Some(arn.as_str()),
+        }
+    }
+}
+
 /// Everything that distinguishes one set of credentials from another.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Grant {
@@ -105,6 +116,14 @@ pub enum RoleDenied {
 }
 
 impl RoleDenied {
+    /// All reasons for a denial.
+    pub const ALL: [Self; 4] = [
+        Self::NoRole,
+        Self::NotThisRole,
+        Self::ArnNotAllowed,
+        Self::SeveralIdentities,
+    ];
+
     /// Returns the label in metrics and audit records.
     pub fn reason(&self) -> &'static str {
         match self {

@@ -125,15 +125,34 @@ impl SourceError {
     /// outage.
     fn of_source<T>(result: &Result<T, Self>) -> Option<LastError> {
         let error = result.as_ref().err()?;
-        let outage = matches!(
-            error,
-            Self::Unavailable(_) | Self::Misconfigured(_) | Self::Busy
-        );
         Some(LastError {
             text: error.to_string(),
             reason: error.reason(),
-            outage,
+            outage: error.is_outage(),
         })
+    }
+
+    /// Returns whether the error concerns all callers, and not one of them.
+    pub fn is_outage(&self) -> bool {
+        matches!(
+            self,
+            Self::Unavailable(_) | Self::Misconfigured(_) | Self::Busy
+        )
+    }
+
+    /// Returns an error of each kind but [`SourceError::Caller`], for their labels.
+    pub fn samples() -> Vec<Self> {
+        let text = String::new;
+        vec![
+            Self::Denied(text()),
+            Self::Unavailable(text()),
+            Self::Misconfigured(text()),
+            Self::Busy,
+            Self::Reloaded,
+            Self::UnknownAccount,
+            Self::BadToken(BadToken::Expiring(text())),
+            Self::BadToken(BadToken::Wrong(text())),
+        ]
     }
 
     /// Returns true if the failure may pass by itself, so that cached credentials are still right.

@@ -1,5 +1,5 @@
-//! How the identity source and each STS have answered, for `/status`: what metrics can't say, which is the words of the last
-//! error. It never has a secret, since errors have none.
+//! The state of the identity source and of each STS, for `/status` and for metrics. It includes the
+//! text of the latest error, which contains no secret.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use serde::Serialize;
 
-/// The last answers. Cheap to clone: all clones are one.
+/// The latest answers of all upstreams. A clone is cheap and shares them.
 #[derive(Debug, Clone, Default)]
 pub struct UpstreamStatus(Arc<Mutex<KnownStatus>>);
 
@@ -23,39 +23,39 @@ struct AnswerTimes {
     error: Option<(SystemTime, LastError)>,
 }
 
-/// Why something was not given.
+/// The error of a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LastError {
-    /// In words.
+    /// The error in words.
     pub text: String,
-    /// Its label in metrics.
+    /// The label of the error in metrics.
     pub reason: &'static str,
-    /// Whether it hits everybody: an outage, and not the refusal of one workload.
+    /// The error concerns all workloads: an outage, not the denial of one of them.
     pub outage: bool,
 }
 
-/// How one of them has answered, for people. Times are in UTC.
+/// The state of one upstream, for people. Times are in UTC.
 #[derive(Debug, Serialize, PartialEq, Eq)]
 pub struct UpstreamReport {
     /// The source's name, or the STS endpoint: its URL, or AWS's region.
     pub name: String,
-    /// `ok`, or `failing` where nobody gets anything.
+    /// `ok`, or `failing` during an outage.
     pub state: &'static str,
-    /// When it last gave what it was asked for.
+    /// The time of the latest success.
     pub last_success_at: Option<String>,
-    /// What it failed with, or refused, if it has given nothing since.
+    /// The latest error or denial, if there was no success since.
     pub last_error: Option<String>,
-    /// Its label in metrics.
+    /// The label of that error in metrics.
     pub last_error_reason: Option<&'static str>,
-    /// When that was.
+    /// The time of that error.
     pub last_error_at: Option<String>,
 }
 
 impl UpstreamStatus {
-    /// The source called `name` was asked; `error` if it gave nothing.
-    pub fn source(&self, name: String, error: Option<LastError>, at: SystemTime) {
+    /// Records a call to the source called `name`, and returns whether the source is up.
+    pub fn source(&self, name: String, error: Option<LastError>, at: SystemTime) -> bool {
         let mut known = self.known();
-        // After a reload it may be another one.
+        // After a reload the source may be another one.
         let answers = known
             .source
             .take()
@@ -63,15 +63,25 @@ impl UpstreamStatus {
             .map(|(_, answers)| answers);
         let mut answers = answers.unwrap_or_default();
         answers.note(error, at);
+        let is_up = !answers.is_failing();
         known.source = Some((name, answers));
+        is_up
     }
 
-    /// The STS called `name` was asked; `error` if it gave nothing.
-    pub fn sts(&self, name: String, error: Option<LastError>, at: SystemTime) {
-        self.known().sts.entry(name).or_default().note(error, at);
+    /// Records a call to the STS called `name`, and returns whether that STS is up.
+    pub fn sts(&self, name: &str, error: Option<LastError>, at: SystemTime) -> bool {
+        let mut known = self.known();
+        let answers = known.sts.entry(name.to_owned()).or_default();
+        answers.note(error, at);
+        !answers.is_failing()
     }
 
-    /// The source, if it was asked, and each STS that was.
+    /// Drops the answers of the STS called `name`.
+    pub fn remove_sts(&self, name: &str) {
+        self.known().sts.remove(name);
+    }
+
+    /// Returns the source, if it was called, and each STS that was.
     pub fn reports(&self) -> (Option<UpstreamReport>, Vec<UpstreamReport>) {
         let known = self.known();
         let source = known
@@ -102,7 +112,7 @@ impl AnswerTimes {
                     error: None,
                 }
             }
-            // The refusal of one workload does not hide that nobody gets anything.
+            // The denial of one workload does not hide an outage.
             Some(error) if !error.outage && self.is_failing() => {}
             Some(error) => self.error = Some((at, error)),
         }
@@ -149,10 +159,12 @@ mod tests {
     }
 
     #[test]
-    fn an_outage_is_told_from_a_refusal_and_ends_with_a_success() {
+    fn outage_outlasts_denial_and_ends_with_success() {
         let health = UpstreamStatus::default();
         assert_eq!(health.reports(), (None, Vec::new()));
-        let note = |error, second| health.source("a".to_owned(), error, at(second));
+        let note = |error, second| {
+            health.source("a".to_owned(), error, at(second));
+        };
         note(None, 1);
         assert_eq!(seen(&health), ("ok", None));
         note(error("denied", false), 2);
@@ -169,10 +181,10 @@ mod tests {
     }
 
     #[test]
-    fn each_sts_has_its_own_and_another_source_starts_anew() {
+    fn each_sts_has_its_own_state_and_new_source_has_none() {
         let health = UpstreamStatus::default();
-        health.sts("b".to_owned(), error("away", true), at(1));
-        health.sts("a".to_owned(), None, at(1));
+        health.sts("b", error("away", true), at(1));
+        health.sts("a", None, at(1));
         let states: Vec<_> = health
             .reports()
             .1

@@ -1,5 +1,5 @@
-//! Requests of one kind that come in masses become one record with a count, so that one workload cannot drown the records of
-//! others (attacks 23 and 30).
+//! Many requests of one kind become one record with a number, so that one workload cannot drown the
+//! records of others (T23, T30).
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,36 +11,36 @@ use crate::audit::CacheResult;
 use crate::caller::{ListenerKind, WorkloadKey};
 use crate::writer::{Line, Priority};
 
-/// So many requests of one caller that are alike are written one by one,
+/// The requests of one kind and caller that have records of their own in each [`WINDOW`].
 const MAX_INDIVIDUAL: u64 = 10;
-/// in each stretch of this length.
+/// The time in which requests of one kind are counted together.
 const WINDOW: Duration = Duration::from_secs(1);
-/// How often stretches that are over are looked for, while there are any.
+/// The time between searches for windows that have ended.
 pub(super) const SWEEP: Duration = Duration::from_millis(500);
-/// Callers and kinds that have a count of their own at one time.
+/// The windows that are open at one time, one for each kind and caller.
 const MAX_KEYS: usize = 1024;
 
-/// What is counted together.
+/// The kind and the caller of requests that are counted together.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct AggregateKey {
-    /// `None`: of any caller.
+    /// The workload; `None` for requests of any.
     pub(super) owner: Option<WorkloadKey>,
     pub(super) listener: ListenerKind,
     pub(super) reason: &'static str,
-    /// The access key id of the credentials, and whether they were due for a refresh.
+    /// The access key id of the credentials, and the result of the lookup.
     pub(super) issued: Option<(String, CacheResult)>,
 }
 
-/// What comes of requests beyond the keys that there are at one time.
+/// The treatment of requests beyond [`MAX_KEYS`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Beyond {
-    /// They are counted by their reason alone.
+    /// They are counted by their listener and reason.
     Counted,
-    /// Each is written.
+    /// Each of them has a record.
     Written,
 }
 
-/// Counts requests.
+/// Counts requests by kind and caller, and combines those that are many.
 #[derive(Debug)]
 pub(super) struct RefusalAggregator {
     beyond: Beyond,
@@ -49,26 +49,26 @@ pub(super) struct RefusalAggregator {
 
 #[derive(Debug, Default)]
 struct AggregateState {
-    stretches: HashMap<AggregateKey, Window>,
+    windows: HashMap<AggregateKey, Window>,
     swept: bool,
 }
 
 #[derive(Debug)]
 struct Window {
     since: Instant,
-    seen: u64,
-    /// The first one that is not written singly; it stands for all that follow.
+    count: u64,
+    /// The record of the first request that has none of its own. It stands for all that follow.
     held: Vec<u8>,
 }
 
-/// What comes of one request.
+/// The records to write after one request.
 #[derive(Debug, Default)]
 pub(super) struct Emission {
-    /// The record that stands for several before it.
+    /// The combined record of the window before.
     pub(super) before: Option<Line>,
-    /// Its own record is to be written now.
+    /// The request has a record of its own.
     pub(super) singly: bool,
-    /// Somebody has to call [`RefusalAggregator::sweep`] from now on, until it says that it is done.
+    /// The caller has to call [`RefusalAggregator::sweep`] from now on, until it returns true.
     pub(super) begin_sweep: bool,
 }
 
@@ -80,7 +80,8 @@ impl RefusalAggregator {
         }
     }
 
-    /// Takes one request. `line` renders the record that stands for it and others, with the caller or without.
+    /// Counts one request. `line` renders its record for the case that it stands for others too;
+    /// its argument is false if those are of several callers.
     pub(super) fn take(
         &self,
         mut key: AggregateKey,
@@ -88,45 +89,42 @@ impl RefusalAggregator {
         line: impl FnOnce(bool) -> Vec<u8>,
     ) -> Emission {
         let mut state = self.state();
-        let mut turn = Emission::default();
-        if state.stretches.len() >= MAX_KEYS && !state.stretches.contains_key(&key) {
+        let mut emission = Emission::default();
+        if state.windows.len() >= MAX_KEYS && !state.windows.contains_key(&key) {
             match self.beyond {
                 Beyond::Counted => key.owner = None,
                 Beyond::Written => {
                     return Emission {
                         singly: true,
-                        ..turn
+                        ..emission
                     };
                 }
             }
         }
-        turn.begin_sweep = !std::mem::replace(&mut state.swept, true);
+        emission.begin_sweep = !std::mem::replace(&mut state.swept, true);
         let owner = key.owner.clone();
-        let stretch = state
-            .stretches
-            .entry(key)
-            .or_insert_with(|| Window::new(now));
-        if now >= stretch.since + WINDOW {
-            turn.before = std::mem::replace(stretch, Window::new(now)).summary(owner.clone());
+        let window = state.windows.entry(key).or_insert_with(|| Window::new(now));
+        if now >= window.since + WINDOW {
+            emission.before = std::mem::replace(window, Window::new(now)).summary(owner.clone());
         }
-        stretch.seen += 1;
-        turn.singly = stretch.seen <= MAX_INDIVIDUAL;
-        if stretch.seen == MAX_INDIVIDUAL + 1 {
-            stretch.held = line(owner.is_some());
+        window.count += 1;
+        emission.singly = window.count <= MAX_INDIVIDUAL;
+        if window.count == MAX_INDIVIDUAL + 1 {
+            window.held = line(owner.is_some());
         }
-        turn
+        emission
     }
 
-    /// Ends the stretches that are over, all of them if `now` is `None`. Gives what is to be written, and whether none is
-    /// left, in which case sweeping ends.
+    /// Closes the windows that have ended, or all if `now` is `None`. Returns the combined records,
+    /// and whether no window is left.
     pub(super) fn sweep(&self, now: Option<Instant>) -> (Vec<Line>, bool) {
         let mut state = self.state();
-        let is_over = |stretch: &Window| now.is_none_or(|now| now >= stretch.since + WINDOW);
-        let over = state.stretches.extract_if(|_, stretch| is_over(stretch));
+        let is_over = |window: &Window| now.is_none_or(|now| now >= window.since + WINDOW);
+        let over = state.windows.extract_if(|_, window| is_over(window));
         let lines = over
-            .filter_map(|(key, stretch)| stretch.summary(key.owner))
+            .filter_map(|(key, window)| window.summary(key.owner))
             .collect();
-        state.swept = !state.stretches.is_empty();
+        state.swept = !state.windows.is_empty();
         (lines, !state.swept)
     }
 
@@ -139,18 +137,18 @@ impl Window {
     fn new(since: Instant) -> Self {
         Self {
             since,
-            seen: 0,
+            count: 0,
             held: Vec::new(),
         }
     }
 
-    /// The held record, as one that stands for several.
+    /// Returns the held record with the number of requests for which it stands.
     fn summary(mut self, owner: Option<WorkloadKey>) -> Option<Line> {
         let stands_for = self
-            .seen
+            .count
             .checked_sub(MAX_INDIVIDUAL)
             .filter(|more| *more > 0)?;
-        // It ends with `}` and a newline, and has fields before that.
+        // The record ends with `}` and a line feed, and has fields before that.
         self.held.truncate(self.held.len().saturating_sub(2));
         self.held
             .extend(format!(",\"repeated\":{stands_for}}}\n").bytes());
@@ -180,7 +178,7 @@ mod tests {
         RefusalAggregator::new(Beyond::Counted)
     }
 
-    /// Takes `count` requests; the lines that came of them.
+    /// Counts `count` requests and returns the lines to write.
     fn take(
         floods: &RefusalAggregator,
         key: &AggregateKey,
@@ -190,12 +188,12 @@ mod tests {
         let line = |of_one: bool| {
             format!("{{\"reason\":\"{}\",\"uid\":{of_one}}}\n", key.reason).into_bytes()
         };
-        let turns = (0..count).map(|_| floods.take(key.clone(), now, line));
-        turns
-            .flat_map(|turn| {
-                text(turn.before)
+        let emissions = (0..count).map(|_| floods.take(key.clone(), now, line));
+        emissions
+            .flat_map(|emission| {
+                text(emission.before)
                     .into_iter()
-                    .chain(turn.singly.then(|| "single".to_owned()))
+                    .chain(emission.singly.then(|| "single".to_owned()))
             })
             .collect()
     }
@@ -206,11 +204,11 @@ mod tests {
     }
 
     #[test]
-    fn ten_a_second_are_written_and_the_rest_counted() {
+    fn ten_requests_a_second_have_records_of_their_own() {
         let (floods, start) = (floods(), Instant::now());
         assert_eq!(take(&floods, &key("host", 1), start, 10).len(), 10);
         assert!(take(&floods, &key("host", 1), start + WINDOW / 2, 90).is_empty());
-        // Neither another caller nor another reason is concerned, nor other credentials.
+        // Another caller, another reason and other credentials have windows of their own.
         assert_eq!(take(&floods, &key("host", 2), start, 10).len(), 10);
         assert_eq!(take(&floods, &key("path", 1), start, 10).len(), 10);
         let issued = |id: &str| AggregateKey {
@@ -219,7 +217,7 @@ mod tests {
         };
         assert_eq!(take(&floods, &issued("ASIA1"), start, 100).len(), 10);
         assert_eq!(take(&floods, &issued("ASIA2"), start, 100).len(), 10);
-        // The next stretch begins with what is left of the one before.
+        // The next window begins with the combined record of the one before.
         let lines = take(&floods, &key("host", 1), start + WINDOW, 1);
         assert_eq!(
             lines,
@@ -228,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn sweeping_ends_what_is_over_and_then_itself() {
+    fn sweep_closes_ended_windows() {
         let (floods, start) = (floods(), Instant::now());
         let line = |_| b"{\"reason\":\"host\"}\n".to_vec();
         assert!(floods.take(key("host", 1), start, line).begin_sweep);
@@ -258,15 +256,15 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_callers_that_are_told_apart_is_bounded() {
+    fn number_of_windows_is_bounded() {
         let (floods, start) = (floods(), Instant::now());
         let written: usize = (0..100_000)
             .map(|number| take(&floods, &key("host", number), start, 1).len())
             .sum();
         assert_eq!(written, MAX_KEYS + 10);
-        let kept = floods.state().stretches.len();
+        let kept = floods.state().windows.len();
         assert_eq!(kept, MAX_KEYS + 1);
-        // Those beyond are nobody's in particular.
+        // The requests beyond the bound have no caller.
         let (lines, done) = floods.sweep(None);
         let beyond = 100_000 - MAX_KEYS - 10;
         assert_eq!(
@@ -279,12 +277,12 @@ mod tests {
     }
 
     #[test]
-    fn where_each_first_one_counts_it_is_written_however_many_there_are() {
+    fn first_request_is_written_beyond_the_bound() {
         let (floods, start) = (RefusalAggregator::new(Beyond::Written), Instant::now());
         let written: usize = (0..10_000)
             .map(|number| take(&floods, &key("ok", number), start, 1).len())
             .sum();
         assert_eq!(written, 10_000);
-        assert_eq!(floods.state().stretches.len(), MAX_KEYS);
+        assert_eq!(floods.state().windows.len(), MAX_KEYS);
     }
 }

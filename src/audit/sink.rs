@@ -1,4 +1,4 @@
-//! The destination of audit records, and the account of those that could not be written.
+//! The destination of audit records, and the number of those that could not be written.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -16,25 +16,26 @@ use crate::metrics::Metrics;
 use crate::telemetry::LogQuota;
 use crate::writer::{Line, LineLoss, LossObserver, Priority, Writer};
 
-/// How long an answer waits for its record: where one is required, and where the answer goes out all the same. A write takes
-/// microseconds, unless the destination stalls.
+/// The longest time for which an answer waits for a required record. A write takes microseconds,
+/// unless the destination stalls.
 const REQUIRED_TIMEOUT: Duration = Duration::from_secs(1);
+/// The same where the answer is sent without a written record.
 const WRITE_TIMEOUT: Duration = Duration::from_millis(100);
-/// How long the end of the daemon waits for a destination that stalls.
+/// The longest time for which the end of the daemon waits for a destination that stalls.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often the log has a line about lost records.
+/// The shortest time between log lines about lost records.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A destination.
+/// The destination, with the queue of records for it.
 #[derive(Debug)]
 pub(super) struct Sink {
-    /// What it is, once it is open.
+    /// The file, once it is open.
     to: Mutex<Option<AuditFile>>,
     writer: Writer,
 }
 
 impl Sink {
-    /// One that is still to be opened. What is written meanwhile waits.
+    /// Returns a destination that is not open. Records wait until it is.
     pub(super) fn unopened(clock: Clock, metrics: &Metrics) -> Self {
         let said = Mutex::new(LogQuota::new(1, LOG_INTERVAL));
         let lost = LostRecords {
@@ -48,7 +49,7 @@ impl Sink {
         }
     }
 
-    /// Opens it, unless somebody else has meanwhile.
+    /// Opens the destination, unless it is open already.
     pub(super) fn open(&self, to: &AuditFile) -> io::Result<()> {
         let file = match to {
             AuditFile::Stdout => File::from(io::stdout().as_fd().try_clone_to_owned()?),
@@ -82,13 +83,16 @@ impl Sink {
         self.to.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hands a line over. What is lost of such lines is counted, and noted in the stream.
+    /// Queues a line. If it is lost, it is counted, and a later record has the number.
     pub(super) fn put(&self, line: Line) {
         drop(self.writer.push(line));
     }
 
-    /// Writes a line, and waits until it is written. `false`: it was not, or, with `required`, not in time. Without that it is
-    /// waited for but shortly, and not at all while the destination stalls or is not there.
+    /// Writes a line and waits until it is written. Returns false if it was lost, or, with
+    /// `required`, not written in time.
+    ///
+    /// Without `required` the wait is short. There is none while the destination stalls or is not
+    /// open.
     pub(super) async fn write(&self, line: Line, required: bool) -> bool {
         let Some(written) = self.writer.push(line) else {
             return false;
@@ -114,12 +118,12 @@ impl Sink {
         }
     }
 
-    /// Whether lines can't be written at this moment.
+    /// Returns whether lines cannot be written at present.
     pub(super) fn is_failing(&self) -> bool {
         self.writer.is_failing() || self.writer.is_behind() || self.is_unopened()
     }
 
-    /// Notes what the previous destination has lost and could not note itself.
+    /// Records what the previous destination lost and could not record itself.
     pub(super) fn succeed(&self, before: &Self, clock: &Clock) {
         let requests = before.writer.take_lost();
         if requests > 0 {
@@ -133,7 +137,7 @@ impl Sink {
         }
     }
 
-    /// At the daemon's end, which would otherwise take along what is still queued. A reader that stalls is not waited for.
+    /// Writes the queue before the daemon ends, at most for [`FLUSH_TIMEOUT`].
     pub(super) fn flush(&self) {
         self.writer.flush(FLUSH_TIMEOUT);
     }
@@ -148,7 +152,7 @@ struct LostRecords {
 
 impl LossObserver for LostRecords {
     fn lost(&self, loss: &LineLoss) {
-        self.metrics.audit_lost.inc();
+        self.metrics.audit_records_dropped.inc();
         if let Some(before) = self
             .said
             .lock()
@@ -159,7 +163,7 @@ impl LossObserver for LostRecords {
         }
     }
 
-    /// So the sum over all records stays the number of requests.
+    /// Returns a record for the lost ones, so that the sum over all records stays right.
     fn over(&self, requests: u64) -> Vec<u8> {
         tracing::warn!(
             requests,

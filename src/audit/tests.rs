@@ -2,7 +2,7 @@ use super::*;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::audit::line::{LAST_TIME, printable};
+use crate::clock::{LAST_TIME, printable};
 
 fn open(path: &Path) -> Arc<Audit> {
     open_at(&AuditFile::Path(path.to_owned()), false)
@@ -16,7 +16,7 @@ fn lines(path: &Path) -> Vec<serde_json::Value> {
 }
 
 #[tokio::test]
-async fn after_a_rotation_records_go_to_the_new_file() {
+async fn records_go_to_new_file_after_rotation() {
     let folder = tempfile::tempdir().unwrap();
     let (path, moved) = (
         folder.path().join("audit.log"),
@@ -62,7 +62,7 @@ async fn after_a_rotation_records_go_to_the_new_file() {
 }
 
 #[tokio::test]
-async fn what_is_queued_is_written_at_the_end() {
+async fn queue_is_written_when_audit_ends() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("fifo");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -142,12 +142,12 @@ fn check(lines: &[serde_json::Value], count: usize, started: Instant) {
 }
 
 #[tokio::test]
-async fn of_a_flood_none_is_uncounted_and_few_are_written() {
+async fn flood_is_counted_in_few_records() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.log");
     let (audit, started) = (open(&path), Instant::now());
     flood(&audit, 1000).await;
-    // Nobody asks any more: what was counted comes by itself.
+    // Without further requests a task writes what was counted.
     let all = loop {
         let lines = lines(&path);
         if ["refused", "aborted", "issued"]
@@ -177,7 +177,7 @@ async fn of_a_flood_none_is_uncounted_and_few_are_written() {
 
 /// The first release of a key to a caller is in the audit, whatever others do.
 #[tokio::test]
-async fn the_first_hit_of_each_key_is_written_at_once() {
+async fn first_hit_of_each_key_is_written_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.log");
     let audit = open(&path);
@@ -209,7 +209,7 @@ fn open_at(to: &AuditFile, required: bool) -> Arc<Audit> {
 }
 
 #[tokio::test]
-async fn what_is_required_and_cannot_be_written_says_so() {
+async fn required_record_that_fails_prevents_release() {
     let full = AuditFile::Path("/dev/full".into());
     for required in [true, false] {
         let audit = open_at(&full, required);
@@ -219,7 +219,7 @@ async fn what_is_required_and_cannot_be_written_says_so() {
         {
             assert_eq!(issue(&audit, freshness).await, !required);
             assert_eq!(
-                audit.metrics.audit_lost.get(),
+                audit.metrics.audit_records_dropped.get(),
                 u64::try_from(count).unwrap() + 1
             );
         }
@@ -236,7 +236,7 @@ async fn what_is_required_and_cannot_be_written_says_so() {
 
 /// Hits that would only be counted are not released while the destination fails.
 #[tokio::test]
-async fn what_is_required_is_tried_each_time_while_it_fails() {
+async fn required_record_is_retried_while_destination_fails() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.log");
     let audit = open_at(&AuditFile::Path(path), true);
@@ -254,7 +254,7 @@ async fn what_is_required_is_tried_each_time_while_it_fails() {
 
 /// The repair of a full disk may be another file.
 #[tokio::test]
-async fn what_was_lost_is_said_in_the_next_file() {
+async fn next_file_has_number_of_lost_records() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.log");
     let audit = open_at(&AuditFile::Path("/dev/full".into()), false);
@@ -273,7 +273,7 @@ async fn what_was_lost_is_said_in_the_next_file() {
 
 /// A client that disconnects while its record is written counts once.
 #[tokio::test]
-async fn a_client_that_goes_away_meanwhile_is_counted() {
+async fn request_is_counted_when_client_closes_during_write() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("fifo");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -313,9 +313,10 @@ fn futures_are_pending(future: &mut std::pin::Pin<Box<impl Future>>) -> bool {
         .is_pending()
 }
 
-/// A pipe without a reader: credentials that require a record are not released, others are not held up for long.
+/// A pipe without a reader: credentials that require a record are not released, others are not held
+/// up for long.
 #[tokio::test]
-async fn a_reader_that_has_stopped_stops_nothing() {
+async fn stalled_reader_blocks_no_request() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("fifo");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -329,8 +330,8 @@ async fn a_reader_that_has_stopped_stops_nothing() {
     for _ in 0..20_000 {
         assert!(issue(&audit, CacheResult::Miss).await);
     }
-    assert!(audit.metrics.audit_lost.get() > 0);
-    let lost = audit.metrics.audit_lost.get();
+    assert!(audit.metrics.audit_records_dropped.get() > 0);
+    let lost = audit.metrics.audit_records_dropped.get();
     let strict = open_at(&AuditFile::Path(path), true);
     assert!(!issue(&strict, CacheResult::Miss).await);
     // The reader reads again, to the end: the sum is the number of requests.
@@ -363,7 +364,7 @@ async fn a_reader_that_has_stopped_stops_nothing() {
 }
 
 #[test]
-fn moments_outside_the_format_are_shown_as_its_ends() {
+fn time_outside_rfc_3339_is_clamped() {
     let shown = |time| humantime::format_rfc3339_seconds(printable(time)).to_string();
     assert_eq!(
         shown(UNIX_EPOCH - Duration::from_secs(1)),

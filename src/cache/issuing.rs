@@ -15,7 +15,8 @@ use crate::credentials::Credentials;
 use crate::exchange::ExchangeError;
 use crate::identity::SpiffeId;
 use crate::limits::FairPermit;
-use crate::metrics::CallLabel;
+use crate::metrics::{CallLabel, EvictionReason};
+use crate::telemetry::in_current_request;
 
 /// Next step after an exchange ended.
 enum FlightOutcome {
@@ -37,13 +38,13 @@ impl CacheInner {
     ) -> Arc<Flight> {
         let flight = Flight::new();
         state.flight = Some(flight.clone());
-        tokio::spawn(run_flight(
+        tokio::spawn(in_current_request(run_flight(
             self.clone(),
             entry.clone(),
             flight.clone(),
             caller,
             permit,
-        ));
+        )));
         flight
     }
 
@@ -81,7 +82,7 @@ impl CacheInner {
             }
         }
         self.metrics
-            .issues
+            .exchanges
             .get_or_create(&CallLabel::of(&result, ExchangeError::reason))
             .inc();
         state.flight = None;
@@ -122,7 +123,7 @@ impl CacheInner {
         ));
         let kept = entry.current.load().is_some();
         let event = if failure.withdrawn && kept {
-            self.clear_credentials(entry, "withdrawn");
+            self.clear_credentials(entry, EvictionReason::Withdrawn);
             Some(CacheEvent::Withdrawn(error.clone()))
         } else if is_new_kind && FailureKind::of(error) != FailureKind::CallerGone {
             let missed = self.log.allows();
@@ -151,7 +152,9 @@ async fn run_flight(
         let exchanger = inner.generation.load().exchanger.clone();
         let task = {
             let (entry, caller) = (entry.clone(), caller.clone());
-            tokio::spawn(async move { exchanger.exchange(&caller, &entry.grant).await })
+            tokio::spawn(in_current_request(async move {
+                exchanger.exchange(&caller, &entry.grant).await
+            }))
         };
         // The exchange has its own task, so that a panic in a library fails this flight and leaves
         // the entry usable.

@@ -6,14 +6,15 @@ use super::entry::{CachedState, Entry};
 use super::failure::negative_ttl;
 use super::issued::MIN_REMAINING;
 use super::{CacheInner, Generation};
+use crate::metrics::EvictionReason;
 
 /// Action that is due for an entry.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Action {
     /// Clear the credentials, for this reason.
-    Clear(&'static str),
+    Clear(EvictionReason),
     /// Remove the entry, for this reason.
-    Remove(&'static str),
+    Remove(EvictionReason),
     /// Refresh now. If that is not possible, check again at this time at the latest.
     Refresh(Instant),
     /// Check again at this time.
@@ -38,7 +39,8 @@ impl CacheInner {
             return if forget > now {
                 Action::Wait(forget)
             } else {
-                Action::Remove("empty")
+                // It has no credentials, so this is not counted as an eviction.
+                Action::Remove(EvictionReason::Unused)
             };
         };
         let remaining = cached.remaining(&self.clock);
@@ -50,9 +52,9 @@ impl CacheInner {
             .min(now + remaining.saturating_sub(MIN_REMAINING));
         if end <= now {
             return Action::Clear(if remaining <= MIN_REMAINING {
-                "expired"
+                EvictionReason::Expired
             } else {
-                "refused"
+                EvictionReason::Refused
             });
         }
         if state.flight.is_some() {
@@ -62,7 +64,7 @@ impl CacheInner {
             return Action::Wait(end.min(now + (remaining - cached.refresh_at_remaining)));
         }
         if entry.last_used() + cached.lifetime < self.start.elapsed() {
-            return Action::Remove("unused");
+            return Action::Remove(EvictionReason::Unused);
         }
         match failure {
             Some(failure) if failure.retry_at > now => Action::Wait(end.min(failure.retry_at)),

@@ -770,13 +770,13 @@ async fn metrics_show_an_outage() {
         "awsvid_cache_entries{state=\"fresh\"} 0\n",
         "awsvid_cache_entries{state=\"failing\"} 1\n",
         "awsvid_sts_calls_total{result=\"ok\"} 1\n",
-        "awsvid_issues_total{result=\"source_unavailable\"} ",
+        "awsvid_exchanges_total{result=\"source_unavailable\"} ",
     ] {
         assert!(during.contains(line), "{line}: {during}");
     }
     pass(MINUTE * 27).await;
     assert!(
-        metrics().contains("awsvid_cache_removed_total{reason=\"expired\"} 1\n"),
+        metrics().contains("awsvid_cache_evictions_total{reason=\"expired\"} 1\n"),
         "{}",
         metrics()
     );

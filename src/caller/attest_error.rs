@@ -107,6 +107,31 @@ pub enum AttestError {
 }
 
 impl AttestError {
+    /// One error of each kind, for their labels.
+    pub const ALL: [Self; 21] = [
+        Self::CallerGone,
+        Self::NotLoopback,
+        Self::InvisibleProcess,
+        Self::Ambiguous,
+        Self::NoSocketOwner,
+        Self::TooManyDescriptors,
+        Self::IdentityChanged,
+        Self::UnreadableCgroup,
+        Self::SearchBusy,
+        Self::DelegatedCgroup,
+        Self::NestedContainer,
+        Self::MisplacedPod,
+        Self::NotAPod,
+        Self::OtherPod,
+        Self::TooManyGroups,
+        Self::ManagerSocket,
+        Self::ExecUnobservable,
+        Self::ProcessExecuting,
+        Self::ProcessUnresponsive,
+        Self::Unsupported(""),
+        Self::Kernel,
+    ];
+
     /// Returns whether the error may pass by itself, so that the caller should retry.
     pub fn is_transient(&self) -> bool {
         matches!(

@@ -42,6 +42,7 @@ impl Config {
             log,
             workloads,
             roles,
+            digest: _,
         } = self;
         let requested = roles
             .requested

@@ -18,7 +18,7 @@ use crate::svid::JwtSvid;
 
 const ID: &str = "spiffe://example.org/shop";
 
-/// Says who everybody is after this time, and gives no token before somebody stops waiting.
+/// A source and an STS that answer identities after this time, and never a token.
 #[derive(Debug)]
 struct Slow(Duration);
 
@@ -74,7 +74,7 @@ fn role() -> Arc<Role> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_slow_source_and_a_slow_exchange_hold_a_request_no_longer_than_one_of_them() {
+async fn slow_source_and_exchange_share_one_deadline() {
     let slow = Arc::new(Slow(Duration::from_secs(3)));
     let (clock, metrics) = (
         Clock::starting_at(SystemTime::UNIX_EPOCH),

@@ -76,7 +76,7 @@ async fn start(dev: &Dev, quiet: bool) -> Result<(Log, App), Box<dyn Error>> {
     let log = telemetry::init(
         &config.log.level,
         config.log.format,
-        metrics.log_lost.clone(),
+        metrics.log_lines_dropped.clone(),
     )?;
     log.start()?;
     match App::start(

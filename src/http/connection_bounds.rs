@@ -1,4 +1,4 @@
-//! How long a connection may last, and what is noted of its end.
+//! The bounds of a connection, and the reason for its end.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -13,29 +13,41 @@ use crate::limits::Exhausted;
 use crate::listen::{CONNECTION_TIMEOUT, LazySocket, OpenConnection};
 use crate::metrics::{Metrics, ReasonLabel};
 
-/// Why a connection ended without a request.
+/// The reason for which a connection ended without a request.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum DropReason {
-    /// Its workload has too many.
+    /// Its workload has too many connections.
     OverShare,
-    /// All together have too many, and no other workload has more than its own.
+    /// All workloads together have too many, and none has more than its own.
     TooMany,
-    /// All together have too many, and its workload had the most.
+    /// All workloads together have too many, and its own had the most.
     Evicted,
-    /// The head did not come in time.
+    /// The head did not arrive in time.
     SlowHead,
-    /// What came is no head of HTTP/1, or too long a one.
+    /// The bytes are not a head of HTTP/1, or are too many.
     BadRequest,
-    /// The client went away.
+    /// The client closed the connection.
     Closed,
     /// The whole connection took too long.
     TooSlow,
-    /// A look at the caller's process does not come back.
+    /// A read of the caller's process does not return.
     Unresponsive,
 }
 
 impl DropReason {
-    fn reason(self) -> &'static str {
+    /// All reasons for which a connection ends without a request.
+    pub(super) const ALL: [Self; 8] = [
+        Self::OverShare,
+        Self::TooMany,
+        Self::Evicted,
+        Self::SlowHead,
+        Self::BadRequest,
+        Self::Closed,
+        Self::TooSlow,
+        Self::Unresponsive,
+    ];
+
+    pub(super) fn reason(self) -> &'static str {
         match self {
             Self::OverShare => "too_many_of_one",
             Self::TooMany => "too_many",
@@ -48,7 +60,7 @@ impl DropReason {
         }
     }
 
-    /// Whether the client is told by a reset, which leaves no port waiting.
+    /// Returns whether the connection is reset, which leaves no port in TIME_WAIT.
     fn resets(self) -> bool {
         matches!(self, Self::OverShare | Self::TooMany | Self::Evicted)
     }
@@ -63,19 +75,19 @@ impl From<Exhausted> for DropReason {
     }
 }
 
-/// The bounds of one connection, from its beginning to its end. They go with it from thread to thread.
+/// The bounds of one connection, which move with it from thread to thread.
 pub(super) struct ConnectionLife {
     deadline: Instant,
     descriptor: Arc<OwnedFd>,
-    /// In whose network namespace it is, if not in the host's.
+    /// The pod that has the network namespace of the connection; `None` for the host's.
     pod: Option<Arc<PodAttestor>>,
-    /// All that it needs of the metrics: to clone those takes as long as a system call.
+    /// The only metric that it needs. A clone of all of them takes as long as a system call.
     dropped: Family<ReasonLabel, Counter>,
     _open: OpenConnection,
 }
 
 impl ConnectionLife {
-    /// Begins now.
+    /// Starts the time of the connection.
     pub(super) fn new(
         descriptor: Arc<OwnedFd>,
         pod: Option<Arc<PodAttestor>>,
@@ -92,7 +104,8 @@ impl ConnectionLife {
         }
     }
 
-    /// Runs a part of the connection. `None` if the connection ends with it; why, has been counted.
+    /// Runs a part of the connection. Returns `None` if the connection ended, after its reason was
+    /// counted.
     pub(super) async fn run<T>(
         &self,
         part: impl Future<Output = Result<T, DropReason>>,
@@ -117,14 +130,15 @@ impl ConnectionLife {
         None
     }
 
-    /// Ends the connection with `answer` from outside, where its task keeps a thread waiting and will not do it.
+    /// Returns a function that ends the connection with `answer`, for the case that the task of the
+    /// connection blocks its thread.
     pub(super) fn give_up(
         &self,
         answer: impl FnOnce() -> Vec<u8> + Send + 'static,
     ) -> impl FnOnce() + Send + 'static {
         let (descriptor, dropped) = (self.descriptor.clone(), self.dropped.clone());
         move || {
-            // A client that is gone, or does not read, is no further concern.
+            // A client that is gone, or does not read, gets no answer.
             let _ = send(
                 descriptor.as_raw_fd(),
                 &answer(),

@@ -1,4 +1,6 @@
-//! From a reason to what the client is told: status, code, words. One place, every case.
+//! The answers to requests without credentials: status, code and message of each reason.
+
+use std::fmt;
 
 use serde::Serialize;
 
@@ -7,53 +9,65 @@ use crate::cache::CacheError;
 use crate::caller::{AttestError, Caller};
 use crate::credential_service::ServiceError;
 use crate::exchange::ExchangeError;
-use crate::role::RoleDenied;
+use crate::identity::SpiffeId;
+use crate::role::{RequestedRole, RoleDenied};
 use crate::svid::SourceError;
 
-/// Why a request gets no credentials, with what the client may know of it.
+/// The reason for which a request gets no credentials, with the facts that its caller may see.
 #[derive(Debug)]
 pub(crate) enum RequestError {
-    /// The caller was not attested, or is no longer what it was.
+    /// The caller was not attested, or has changed since.
     Caller(AttestError),
-    /// `Host` is missing, twice there, or not loopback.
+    /// The header `Host` is missing, is there twice, or is not loopback.
     Host,
-    /// A browser asks.
+    /// The headers are those of a browser.
     Browser,
-    /// A proxy asks for somebody.
+    /// The request came through a proxy, or takes this endpoint for one.
     Proxied,
-    /// What came is no head of HTTP/1.
+    /// The bytes are not a head of HTTP/1.
     Malformed,
-    /// The head is over a bound.
+    /// The head is larger than its bound.
     HeadTooLarge,
-    /// Not GET.
+    /// The method is not GET.
     Method,
-    /// A body, which no GET of an SDK has.
+    /// The request has a body, which no GET of an SDK has.
     Body,
-    /// No such path.
+    /// The path does not exist.
     Path,
-    /// The ARN in the path is none.
+    /// The path contains an invalid ARN.
     BadArn,
-    /// No `Authorization` header.
+    /// The header `Authorization` is missing.
     NoAuthorization,
-    /// Not the token.
+    /// The header `Authorization` is not the token.
     WrongToken,
-    /// No rule matches; with what the caller is, which it knows itself.
+    /// The caller, which is described, has no identity.
     NoIdentity(String),
-    /// No role.
-    Denied(RoleDenied),
-    /// The source or STS failed or refused.
+    /// No role is for this caller.
+    Denied(Denial),
+    /// The source or STS failed, or rejected the exchange.
     Issue(ExchangeError),
-    /// Still under way.
+    /// The exchange has not ended yet.
     Pending,
-    /// The cache's bound.
+    /// The cache is at its bound.
     Full,
-    /// The cache's bound for one SPIFFE ID.
+    /// The cache is at its bound for this SPIFFE ID.
     TooManyRoles,
-    /// The audit record can't be written, and the configuration requires it.
+    /// The audit record could not be written, and the configuration requires it.
     NotAudited,
 }
 
-/// Both spellings, since SDKs read one or the other.
+/// A denial, with the caller's own facts.
+#[derive(Debug)]
+pub(crate) struct Denial {
+    denied: RoleDenied,
+    spiffe_ids: Vec<SpiffeId>,
+    requested: Option<String>,
+}
+
+/// The SPIFFE IDs in one answer.
+const MAX_SPIFFE_IDS: usize = 4;
+
+/// An error body with both spellings, since SDKs read one or the other.
 #[derive(Serialize)]
 struct ErrorBody<'a> {
     code: &'a str,
@@ -65,17 +79,58 @@ struct ErrorBody<'a> {
 }
 
 impl RequestError {
-    pub(super) fn broker(error: ServiceError, caller: &Caller) -> Self {
+    /// Returns an error of each kind, for their labels.
+    pub(super) fn samples() -> Vec<Self> {
+        let own = [
+            Self::Host,
+            Self::Browser,
+            Self::Proxied,
+            Self::Malformed,
+            Self::HeadTooLarge,
+            Self::Method,
+            Self::Body,
+            Self::Path,
+            Self::BadArn,
+            Self::NoAuthorization,
+            Self::WrongToken,
+            Self::NoIdentity(String::new()),
+            Self::Pending,
+            Self::Full,
+            Self::TooManyRoles,
+            Self::NotAudited,
+        ];
+        let callers = AttestError::ALL.map(Self::Caller);
+        let denials = RoleDenied::ALL.map(|denied| {
+            Self::Denied(Denial {
+                denied,
+                spiffe_ids: Vec::new(),
+                requested: None,
+            })
+        });
+        // An exchange that fails because of its caller ends as an error of that caller.
+        let is_of_caller =
+            |error: &ExchangeError| matches!(error, ExchangeError::Source(SourceError::Caller(_)));
+        let exchanges = ExchangeError::samples();
+        let exchanges = exchanges.into_iter().filter(|error| !is_of_caller(error));
+        let own = own.into_iter().chain(callers).chain(denials);
+        own.chain(exchanges.map(Self::Issue)).collect()
+    }
+
+    pub(super) fn broker(error: ServiceError, caller: &Caller, requested: &RequestedRole) -> Self {
         match error {
             ServiceError::Refused(refusal) => Self::Caller(refusal),
             ServiceError::NoIdentity => Self::NoIdentity(describe(caller)),
-            // The process that the source was asked about is the caller, or one that waits with it.
+            // The source attested the caller, or a process that waits with it.
             ServiceError::Source(SourceError::Caller(refusal))
             | ServiceError::Cache(CacheError::Issue(ExchangeError::Source(SourceError::Caller(
                 refusal,
             )))) => Self::Caller(refusal),
             ServiceError::Source(error) => Self::Issue(ExchangeError::Source(error)),
-            ServiceError::Denied(denied) => Self::Denied(denied),
+            ServiceError::Denied { denied, spiffe_ids } => Self::Denied(Denial {
+                denied,
+                spiffe_ids,
+                requested: requested.name().map(str::to_owned),
+            }),
             ServiceError::Cache(CacheError::Issue(error)) => Self::Issue(error),
             ServiceError::Cache(CacheError::Pending) => Self::Pending,
             ServiceError::Cache(CacheError::Full) => Self::Full,
@@ -83,7 +138,7 @@ impl RequestError {
         }
     }
 
-    /// The label in metrics and audit records.
+    /// Returns the label in metrics and audit records.
     pub(super) fn reason(&self) -> &'static str {
         match self {
             Self::Caller(refusal) => refusal.reason(),
@@ -99,7 +154,7 @@ impl RequestError {
             Self::NoAuthorization => "no_authorization",
             Self::WrongToken => "wrong_token",
             Self::NoIdentity(_) => "no_identity",
-            Self::Denied(denied) => denied.reason(),
+            Self::Denied(denial) => denial.denied.reason(),
             Self::Issue(error) => error.reason(),
             Self::Pending => "pending",
             Self::Full => "cache_full",
@@ -137,7 +192,7 @@ impl RequestError {
         }
     }
 
-    /// Transient is 503, which SDKs try again; never 429, which some don't.
+    /// Returns 503 for a transient error, which SDKs retry; never 429, which some do not.
     pub(super) fn status(&self) -> u16 {
         match self {
             Self::Path => 404,
@@ -149,43 +204,44 @@ impl RequestError {
         }
     }
 
-    /// Seconds.
+    /// Returns the value of `Retry-After` in seconds.
     pub(super) fn retry_after(&self) -> Option<u64> {
         self.is_transient().then_some(1)
     }
 
-    /// RFC 9110, section 15.5.6: whoever is told that a method is wrong is told which are right.
+    /// Returns the methods that are right, which RFC 9110, section 15.5.6, requires of a 405.
     pub(super) fn allow(&self) -> Option<&'static str> {
         matches!(self, Self::Method).then_some("GET")
     }
 
-    /// What happened, why, and what to do: nothing of other workloads, nothing secret.
+    /// Returns the cause and the fix. It contains no secret and nothing of other workloads.
     fn message(&self) -> String {
-        let asks = "Ask with the variables that `awsvid` documents: the URI is http://127.0.0.1:<port>/v1/credentials";
+        let uri =
+            "set AWS_CONTAINER_CREDENTIALS_FULL_URI to http://127.0.0.1:<port>/v1/credentials";
         match self {
-            Self::Caller(refusal) => format!("The caller was not recognized: {refusal}. Connect anew and ask again; if this repeats, the node's log has the details"),
-            Self::Host => "The Host header must be one, and a loopback address or localhost: requests for other names are refused because of DNS rebinding".to_owned(),
-            Self::Browser => "This endpoint does not answer browsers".to_owned(),
-            Self::Proxied => "The request came through a proxy or takes this endpoint for one, so the one who asks is not the one who is attested. Set NO_PROXY=127.0.0.1,localhost".to_owned(),
-            Self::Malformed => "This is no request of HTTP/1.1 that can be understood. Plain HTTP is spoken here, neither TLS nor HTTP/2".to_owned(),
-            Self::HeadTooLarge => "The head of the request is larger than 16 KiB or has more than 64 headers".to_owned(),
-            Self::Method => "Only GET is answered here".to_owned(),
-            Self::Body => "The request has a body, which is not read here; ask without one".to_owned(),
-            Self::Path => format!("There is nothing at this path. {asks}, or /v1/credentials/<role>"),
-            Self::BadArn => "The role ARN in the path is none; it has the form arn:aws:iam::123456789012:role/name, percent-encoded once".to_owned(),
-            Self::NoAuthorization => "The Authorization header is missing. Set AWS_CONTAINER_AUTHORIZATION_TOKEN to any value, or AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to the node's token file".to_owned(),
-            Self::WrongToken => "The Authorization header is missing or is not this node's token. Set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to the node's token file".to_owned(),
-            Self::NoIdentity(caller) => format!("No identity is configured on this node for {caller}. Whoever runs the node can add a [[workload]] rule or, where SPIRE attests workloads, a registration entry for it"),
-            Self::Denied(denied) => format!("{}. Whoever runs the node can add or widen a [[role]]", sentence(&denied.to_string())),
-            Self::Issue(error) => sentence(&error.to_string()),
-            Self::Pending => "The credentials are being issued; ask again".to_owned(),
-            Self::Full => "This node holds as many credentials as it may; raise [cache] max_entries".to_owned(),
-            Self::TooManyRoles => "Credentials for 16 roles of this workload are being issued at this moment; ask again".to_owned(),
-            Self::NotAudited => "The audit record could not be written, and this node hands out nothing without one".to_owned(),
+            Self::Caller(refusal) => format!("caller not attested: {refusal}; retry on a new connection, and see the node's log if this repeats"),
+            Self::Host => "invalid Host header: other names than localhost and loopback addresses are rejected because of DNS rebinding; send one Host header with such a name".to_owned(),
+            Self::Browser => "request of a browser: this endpoint serves AWS SDKs only; use an SDK or the AWS CLI".to_owned(),
+            Self::Proxied => "request through a proxy: awsvid would attest the proxy in place of the caller; set NO_PROXY=127.0.0.1,localhost".to_owned(),
+            Self::Malformed => "malformed request: it is not HTTP/1.1; use plain HTTP, neither TLS nor HTTP/2".to_owned(),
+            Self::HeadTooLarge => "request head too large: the bounds are 16 KiB and 64 headers; send fewer or shorter headers".to_owned(),
+            Self::Method => "method not allowed: this endpoint serves GET only; send a GET request".to_owned(),
+            Self::Body => "unexpected body: this endpoint reads none; send the request without one".to_owned(),
+            Self::Path => format!("unknown path: this endpoint serves only credentials; {uri}, or to /v1/credentials/<role>"),
+            Self::BadArn => "invalid role ARN in the path: it is not of the form arn:aws:iam::123456789012:role/name; correct it, and percent-encode it once".to_owned(),
+            Self::NoAuthorization => "missing Authorization header: it is required over TCP; set AWS_CONTAINER_AUTHORIZATION_TOKEN to any value, or AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to the node's token file".to_owned(),
+            Self::WrongToken => "wrong Authorization header: it is not this node's token; set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to the node's token file".to_owned(),
+            Self::NoIdentity(caller) => format!("no SPIFFE identity: this node has none for {caller}; add a [[workload]] rule for it or, where SPIRE attests workloads, a registration entry"),
+            Self::Denied(denial) => format!("{denial}; add or widen a [[role]] on the node"),
+            Self::Issue(error) => error.to_string(),
+            Self::Pending => "exchange not finished: the identity source or STS is slow; retry".to_owned(),
+            Self::Full => "cache full: this node has [cache] max_entries sets of credentials; raise that number".to_owned(),
+            Self::TooManyRoles => "too many roles: exchanges for 16 roles of this workload run now; retry".to_owned(),
+            Self::NotAudited => "audit record not written: this node serves no credentials without one; retry, and see the node's log if this repeats".to_owned(),
         }
     }
 
-    /// `request` is `None` where there is no audit record.
+    /// Returns the body. `request` is `None` without an audit record.
     pub(super) fn body(&self, request: Option<RequestId>) -> Vec<u8> {
         let request = request
             .map(|id| format!(" (request {id})"))
@@ -198,11 +254,12 @@ impl RequestError {
             code_too: code,
             message_too: &message,
         };
-        // Strings: writing them to memory cannot fail.
+        // Serializing strings into memory cannot fail.
         serde_json::to_vec(&body).unwrap_or_default()
     }
 
-    /// The whole answer to a head that hyper did not understand, and so doesn't answer in our words.
+    /// Returns the whole answer for a head that hyper rejects, because hyper's own answer has no
+    /// body.
     pub(super) fn raw_response(&self) -> Vec<u8> {
         let status =
             hyper::StatusCode::from_u16(self.status()).unwrap_or(hyper::StatusCode::BAD_REQUEST);
@@ -217,7 +274,25 @@ impl RequestError {
     }
 }
 
-/// What the caller is, as it knows itself.
+impl fmt::Display for Denial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.denied)?;
+        let ids: Vec<_> = self.spiffe_ids.iter().map(SpiffeId::as_str).collect();
+        if !ids.is_empty() {
+            let shown = ids.len().min(MAX_SPIFFE_IDS);
+            write!(f, ": it has {}", ids[..shown].join(" and "))?;
+            if shown < ids.len() {
+                write!(f, " and {} more SPIFFE IDs", ids.len() - shown)?;
+            }
+        }
+        match &self.requested {
+            Some(role) => write!(f, ", and requested {role}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Describes the caller by facts that it knows itself.
 fn describe(caller: &Caller) -> String {
     let unit = caller
         .cgroup
@@ -228,13 +303,6 @@ fn describe(caller: &Caller) -> String {
         (Some(unit), _) => format!("uid {} in {unit}", caller.uid),
         (None, _) => format!("uid {}", caller.uid),
     }
-}
-
-fn sentence(text: &str) -> String {
-    let mut letters = text.chars();
-    letters.next().map_or_else(String::new, |first| {
-        first.to_uppercase().chain(letters).collect()
-    })
 }
 
 #[cfg(test)]

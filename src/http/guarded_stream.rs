@@ -1,4 +1,5 @@
-//! The stream under hyper: what hyper would say by itself does not reach the client, and a line ends as the standard says.
+//! The stream below hyper. It withholds hyper's own answers, and rejects lines that end with a line
+//! feed alone.
 
 use std::future::poll_fn;
 use std::io;
@@ -10,16 +11,16 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::timeout;
 
-/// How much of what nobody wants is read before the connection is closed, and for how long.
+/// The bytes that are read and dropped before the connection is closed, and the time for that.
 const DRAIN_BYTES: u64 = 1024 * 1024;
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How far a connection has come.
+/// The progress of a connection towards its answer.
 #[derive(Debug, Default)]
 pub(super) struct ResponseState {
-    /// A request was understood: only what is written from then on is the daemon's answer.
+    /// hyper has read a request. Bytes that it wrote before are not the daemon's answer.
     answering: AtomicBool,
-    /// The answer was not there at once, so the client may go away meanwhile.
+    /// The answer takes time, so the client may close the connection in between.
     waiting: AtomicBool,
 }
 
@@ -32,8 +33,9 @@ impl ResponseState {
         self.answering.load(Ordering::Relaxed)
     }
 
-    /// The answer, once it is there. If that is not at once, the connection is polled again, so that hyper looks whether the
-    /// client is still there: it does so before it asks for the answer, and then it is too early ([`GuardedStream::poll_read`]).
+    /// Waits for the answer. If it is not ready at once, the connection is polled again, so that
+    /// hyper checks whether the client is still there. Its first check is before it polls the
+    /// answer, and is suppressed ([`GuardedStream::poll_read`]).
     pub(super) async fn waiting<A>(&self, mut answer: Pin<&mut impl Future<Output = A>>) -> A {
         poll_fn(|cx| {
             let polled = answer.as_mut().poll(cx);
@@ -50,11 +52,11 @@ impl ResponseState {
     }
 }
 
-/// A client's stream.
+/// The stream of one client.
 pub(super) struct GuardedStream<'a, S> {
     stream: S,
-    /// Whether the stream is shut down before it is closed. Over TCP the answer is sent with that; on a unix socket closing
-    /// says the same, and wakes the client once less.
+    /// The stream is shut down before it is closed. Over TCP this sends the answer. On a unix
+    /// socket close(2) is enough, and wakes the client once less.
     shuts_down: bool,
     stage: &'a ResponseState,
     last_byte: u8,
@@ -72,24 +74,24 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> GuardedStream<'a, S> {
         }
     }
 
-    /// Whether the head was given up because of a line feed without a carriage return.
+    /// Returns whether the head has a line feed without a carriage return.
     pub(super) fn saw_bare_lf(&self) -> bool {
         self.line_feed_alone
     }
 
-    /// Answers a head that hyper did not understand.
+    /// Writes the answer to a head that hyper rejects.
     pub(super) async fn write_raw(&mut self, answer: &[u8]) -> io::Result<()> {
         self.stream.write_all(answer).await?;
         self.stream.shutdown().await
     }
 
-    /// Reads what the client still sends, within bounds. Closed with unread bytes, the kernel would reset the connection,
-    /// and the client might never see the answer.
+    /// Reads and drops bytes of the client, within bounds. If a socket is closed with unread bytes,
+    /// the kernel resets the connection, and the client may lose the answer.
     pub(super) async fn drain_input(&mut self) {
         let unwanted = async {
-            // The client sees the end of the answer, whether it goes on to send or not.
+            // The client sees the end of the answer also while it sends.
             let _ = self.stream.shutdown().await;
-            // Not in the future of each connection, of which hardly one comes here.
+            // The buffer is on the heap: few connections need it, and each future would contain it.
             let mut buffer = vec![0; 4096];
             let mut rest = (&mut self.stream).take(DRAIN_BYTES);
             while rest.read(&mut buffer).await.is_ok_and(|length| length > 0) {}
@@ -97,8 +99,9 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> GuardedStream<'a, S> {
         let _ = timeout(DRAIN_TIMEOUT, unwanted).await;
     }
 
-    /// Whether a line feed follows something else than a carriage return. Many parsers take that for the end of a line,
-    /// others for a part of it; whoever lets a stranger write into one header must not have let him write the next.
+    /// Returns whether a line feed follows another byte than a carriage return. Some parsers end a
+    /// line there and others do not, so text that a client passes on in one header could become a
+    /// second.
     fn has_line_feed_alone(&mut self, bytes: &[u8]) -> bool {
         let before = |at: usize| at.checked_sub(1).map_or(self.last_byte, |at| bytes[at]);
         let alone = bytes
@@ -116,8 +119,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for GuardedStream<'_, S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        // hyper wants to know whether the client is still there, and polls again if the answer has to be waited for. Mostly it
-        // has not, and then this would be a system call for nothing.
+        // hyper checks here whether the client is still there, and polls again while the answer
+        // takes time. Most answers take none, and this would be one more system call.
         if self.stage.is_answering() && !self.stage.is_waiting() {
             return Poll::Pending;
         }

@@ -1,10 +1,13 @@
-//! What a request must look like: method, path, and the headers that keep browsers, proxies and other deputies out.
+//! Validation of a request: its method, its path, and the headers that keep out browsers, proxies
+//! and other deputies.
 //!
-//! hyper and httparse refuse before this what is no HTTP/1.1: spaces before a colon, folded lines, control characters, two
-//! lengths that differ, a coding other than chunked. [`Wire`](super::guarded_stream::GuardedStream) refuses line feeds alone. What is ignored,
-//! as the standard allows: `Upgrade` (one Java client offers HTTP/2 with every request), `Expect` without a body, headers
-//! that nobody knows, bytes above 127 in their values, everything after the first request. HTTP/1.0 is answered as such, if
-//! it has a `Host`: small clients and probes speak it.
+//! hyper and httparse reject malformed HTTP/1.1 before this: spaces before a colon, folded lines,
+//! control characters, two lengths that differ, a coding other than chunked.
+//! [`GuardedStream`](super::guarded_stream::GuardedStream) rejects line feeds alone. The standard
+//! allows to ignore these: `Upgrade` (one Java client offers HTTP/2 with every request), `Expect`
+//! without a body, unknown headers, bytes above 127 in their values, everything after the first
+//! request.
+//! HTTP/1.0 with a `Host` is answered as such, because small clients and probes use it.
 
 use std::net::IpAddr;
 
@@ -19,15 +22,15 @@ use crate::http::error_response::RequestError;
 use crate::identity::RoleArn;
 use crate::role::RequestedRole;
 
-/// `[listen] authorization`: what a TCP caller has to send. It proves that the caller can set headers, which a deputy that
-/// merely fetches URLs for somebody can't (attack 4).
+/// `[listen] authorization`: the header that a caller over TCP has to send. It proves that the
+/// caller can set headers. A deputy that only fetches URLs for others cannot (T4).
 #[derive(Clone)]
 pub enum Authorization {
-    /// Any value.
+    /// Any value is right.
     Present,
-    /// This one, with or without `Bearer `.
+    /// This value is right, with or without `Bearer `.
     Token(zeroize::Zeroizing<String>),
-    /// Nothing.
+    /// The header is not required.
     Off,
 }
 
@@ -41,25 +44,26 @@ impl std::fmt::Debug for Authorization {
     }
 }
 
-/// The parts of a request's head that are judged.
+/// The parts of a request's head that are validated.
 #[derive(Debug)]
 pub struct RequestHead<'a> {
-    /// The method.
+    /// The method of the request.
     pub method: &'a Method,
-    /// Whether the target is more than a path: `http://host/path`, as proxies are asked, or `host:port`.
+    /// The target is more than a path: `http://host/path`, as clients of a proxy send it, or
+    /// `host:port`.
     pub names_server: bool,
     /// The path, percent-encoded as it came.
     pub path: &'a str,
     /// The query, if there was a `?`.
     pub query: Option<&'a str>,
-    /// The headers.
+    /// The headers of the request.
     pub headers: &'a HeaderMap,
-    /// Whether a body follows.
+    /// A body follows the head.
     pub has_body: bool,
 }
 
 impl<'a> RequestHead<'a> {
-    /// Takes them from a request.
+    /// Returns the parts of a request.
     pub fn of<B: Body>(request: &'a Request<B>) -> Self {
         let uri = request.uri();
         Self {
@@ -73,30 +77,32 @@ impl<'a> RequestHead<'a> {
     }
 }
 
-/// Whether a body follows the head, or may: a length of 0 is none, a transfer coding always counts.
+/// Returns whether a body follows the head, or may. A length of 0 is none; a transfer coding always
+/// counts.
 pub(super) fn has_body<B: Body>(request: &Request<B>) -> bool {
     !request.body().is_end_stream() || request.headers().contains_key(TRANSFER_ENCODING)
 }
 
 const PATH: &str = "/v1/credentials";
-/// Headers that only a page in a browser makes a client send (Fetch, section 3.2; RFC 9110, section 10.1.3).
+/// Headers that a client sends only for a page in a browser (Fetch, section 3.2; RFC 9110, section
+/// 10.1.3).
 const PAGE: [&str; 3] = ["origin", "referer", "sec-fetch-user"];
-/// Headers of Fetch Metadata, with the values that clients without a page send, too: undici's `fetch` sends the mode alone,
-/// Electron's `net` all three. A request for a page has another site than `none`; a typed address has another mode and
-/// destination than these.
+/// Headers of Fetch Metadata, with the values that clients without a page send too. undici's
+/// `fetch` sends the mode alone, Electron's `net` all three. A request for a page has another site
+/// than `none`; a typed address has another mode and destination than these.
 const METADATA: [(&str, &[&str]); 3] = [
     ("sec-fetch-site", &["none"]),
     ("sec-fetch-mode", &["cors", "no-cors", "same-origin"]),
     ("sec-fetch-dest", &["empty"]),
 ];
-/// Set by proxies, on the way to this listener: the attested process is then the proxy, not the client.
-/// `Via` counts by itself, since a forward proxy may set nothing else (tinyproxy 1.11 does so).
+/// Headers that proxies set. The attested process is then the proxy, not the client. A forward
+/// proxy may set `Via` alone (tinyproxy 1.11 does).
 const PROXY: [&str; 3] = ["forwarded", "via", "x-real-ip"];
 const PROXY_PREFIX: &str = "x-forwarded-";
-/// As the configuration has it.
+/// The longest name of a role in bytes, as in the configuration.
 const ROLE_NAME_MAX: usize = 64;
 
-/// Judges a request; says which role it asks for.
+/// Validates a request, and returns the role that it requests.
 pub(super) fn validate(
     asked: &RequestHead<'_>,
     listener: ListenerKind,
@@ -113,8 +119,8 @@ pub(super) fn validate(
     if browser {
         return Err(RequestError::Browser);
     }
-    // RFC 9112 would have a server that is no proxy take such a target, too. But no SDK sends one unless it was told that
-    // this is a proxy, and then it asks for somebody else's resource.
+    // RFC 9112 wants origin servers to accept such a target too. But an SDK sends one only if it is
+    // configured to use this address as a proxy, and then the target is another server's.
     if asked.names_server && asked.method != Method::CONNECT {
         return Err(RequestError::Proxied);
     }
@@ -124,7 +130,7 @@ pub(super) fn validate(
     if asked.method != Method::GET {
         return Err(RequestError::Method);
     }
-    // No SDK sends one. Whatever is in it, a second request even, is never looked at.
+    // No SDK sends a body. Its content, even if it is a second request, is never read.
     if asked.has_body {
         return Err(RequestError::Body);
     }
@@ -134,11 +140,11 @@ pub(super) fn validate(
             Authorization::Present | Authorization::Off => RequestError::NoAuthorization,
         });
     }
-    wanted(asked.path, asked.query)
+    requested_role(asked.path, asked.query)
 }
 
-/// One `Host`, which is a loopback address or `localhost`, with or without a port: a name that somebody points at
-/// 127.0.0.1 (DNS rebinding) is neither.
+/// Returns whether there is one `Host`, and it is a loopback address or `localhost`, with or
+/// without a port. A name that an attacker points at 127.0.0.1 (DNS rebinding) is neither.
 fn host_is_loopback(headers: &HeaderMap) -> bool {
     let mut hosts = headers.get_all(HOST).iter();
     let (Some(host), None) = (hosts.next(), hosts.next()) else {
@@ -156,14 +162,14 @@ fn host_is_loopback(headers: &HeaderMap) -> bool {
         bare.eq_ignore_ascii_case("localhost") || bare.parse().is_ok_and(loopback)
     };
     let is_port = |port: &str| !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit());
-    // AWS's SDKs in C write `::1` without brackets, which is no host with a port.
+    // AWS's SDKs in C write `::1` without brackets, which has no port.
     is_loopback(host)
         || host
             .rsplit_once(':')
             .is_some_and(|(name, port)| is_port(port) && is_loopback(name))
 }
 
-/// Whether only a browser sends this header with this value.
+/// Returns whether only a browser sends this header with this value.
 fn is_of_a_page(name: &str, value: &HeaderValue) -> bool {
     let others = METADATA.iter().find(|(metadata, _)| *metadata == name);
     PAGE.contains(&name)
@@ -186,10 +192,11 @@ fn authorized(headers: &HeaderMap, authorization: &Authorization) -> bool {
     }
 }
 
-/// `/v1/credentials`, `/v1/credentials/<name>` or `/v1/credentials/<ARN>`, decoded once. A trailing `/` is as without it.
-fn wanted(path: &str, query: Option<&str>) -> Result<RequestedRole, RequestError> {
+/// Parses `/v1/credentials`, `/v1/credentials/<name>` or `/v1/credentials/<ARN>`, decoded once. A
+/// trailing `/` is ignored.
+fn requested_role(path: &str, query: Option<&str>) -> Result<RequestedRole, RequestError> {
     let rest = path.strip_prefix(PATH).ok_or(RequestError::Path)?;
-    // An empty one asks for nothing: some clients write the `?` wherever they have no parameter to write.
+    // An empty query is right: some clients write the `?` also without a parameter.
     if query.is_some_and(|query| !query.is_empty()) {
         return Err(RequestError::Path);
     }
@@ -205,7 +212,7 @@ fn wanted(path: &str, query: Option<&str>) -> Result<RequestedRole, RequestError
             .map(RequestedRole::ByArn)
             .map_err(|_| RequestError::BadArn);
     }
-    // Nothing else can be a role's name: no `..`, no NUL, no `%` of a path that was encoded twice.
+    // No role's name has other bytes: no NUL, no `%` of a path that was encoded twice.
     let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
     if name.len() > ROLE_NAME_MAX || !name.bytes().all(allowed) || matches!(&*name, "." | "..") {
         return Err(RequestError::Path);

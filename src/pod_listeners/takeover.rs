@@ -186,7 +186,7 @@ impl PodListeners {
         let sent = self.send_listeners(&next).await?;
         self.successors = None;
         self.pods.values_mut().for_each(|pod| pod.pause(&sent));
-        self.metrics.pod_namespaces.set(0);
+        self.metrics.pod_listeners.set(0);
         tracing::info!(
             listeners = sent.len(),
             "passed pods' listeners to the next instance"

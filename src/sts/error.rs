@@ -205,6 +205,40 @@ fn classify_status(status: u16) -> (RetryPolicy, &'static str) {
 }
 
 impl StsError {
+    /// All policies and labels of errors. STS may reject a second token, which is then retried
+    /// later.
+    const KINDS: [(RetryPolicy, &'static str); 17] = [
+        (RetryPolicy::Later, "sts_bad_answer"),
+        (RetryPolicy::Later, "sts_busy"),
+        (RetryPolicy::Later, "sts_expired_token"),
+        (RetryPolicy::Later, "sts_invalid_token"),
+        (RetryPolicy::Later, "sts_issuer_unreachable"),
+        (RetryPolicy::Later, "sts_no_ca"),
+        (RetryPolicy::Later, "sts_throttled"),
+        (RetryPolicy::Later, "sts_unavailable"),
+        (RetryPolicy::Later, "sts_unreachable"),
+        (RetryPolicy::Never, "sts_access_denied"),
+        (RetryPolicy::Never, "sts_bad_policy"),
+        (RetryPolicy::Never, "sts_bad_request"),
+        (RetryPolicy::Never, "sts_misconfigured"),
+        (RetryPolicy::Never, "sts_refused"),
+        (RetryPolicy::Never, "sts_region_disabled"),
+        (RetryPolicy::NewToken, "sts_expired_token"),
+        (RetryPolicy::NewToken, "sts_invalid_token"),
+    ];
+
+    /// Returns an error of each kind, for their labels.
+    pub fn samples() -> Vec<Self> {
+        let sample = |(retry, reason)| Self {
+            retry,
+            reason,
+            code: String::new(),
+            what: String::new(),
+            fix: None,
+        };
+        Self::KINDS.map(sample).into()
+    }
+
     /// Creates the error of a call to `at`. `call` is the exchange that failed.
     pub(super) fn new(
         failure: &Failure,

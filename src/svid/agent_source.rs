@@ -27,7 +27,7 @@ use crate::cgroup::PodUid;
 use crate::clock::{Clock, REQUEST_HOLD};
 use crate::identity::SpiffeId;
 use crate::limits::FairSemaphore;
-use crate::metrics::{CallLabel, Metrics};
+use crate::metrics::{CallLabel, Metrics, UpstreamCall};
 use crate::role::Identity;
 use crate::workload_rule::OVERFLOW_ID;
 
@@ -363,8 +363,9 @@ impl AgentSourceInner {
         for pause in EXEC_RETRY_PAUSES {
             let watch = caller.evidence.watch_exec()?;
             let previous = caller.evidence.for_agent().await?;
+            let start = Instant::now();
             let result = self.agent.fetch_for_pid(previous.pid, audience).await;
-            self.count(&result);
+            self.count(&result, start);
             if caller.evidence.for_agent().await? != previous {
                 return Err(AttestError::IdentityChanged.into());
             }
@@ -385,21 +386,21 @@ impl AgentSourceInner {
         audience: &str,
     ) -> Result<AgentReply, SourceError> {
         caller.evidence.verify_pod()?;
+        let start = Instant::now();
         let result = self.agent.fetch_for_pod(pod, audience).await;
-        self.count(&result);
+        self.count(&result, start);
         caller.evidence.verify_pod()?;
         Ok(result)
     }
 
-    fn count(&self, result: &AgentReply) {
-        self.metrics
-            .source_calls
-            .get_or_create(&CallLabel::of(result, SourceError::reason))
-            .inc();
-        let agent = self.agent.endpoint().to_string();
-        self.metrics
-            .health
-            .source(agent, SourceError::of_source(result), self.clock.now());
+    fn count(&self, result: &AgentReply, start: Instant) {
+        self.metrics.source_call(UpstreamCall {
+            name: self.agent.endpoint().to_string(),
+            result: CallLabel::of(result, SourceError::reason),
+            error: SourceError::of_source(result),
+            took: start.elapsed(),
+            at: self.clock.now(),
+        });
     }
 
     /// Logs the agent's reason for a denial, which the caller does not learn.

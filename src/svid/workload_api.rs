@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::net::{TcpStream, UnixStream};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
@@ -21,7 +21,7 @@ use crate::accounts::{LiveRules, Undecided};
 use crate::caller::{AttestError, Caller, ProcessFacts};
 use crate::clock::Clock;
 use crate::identity::SpiffeId;
-use crate::metrics::{CallLabel, Metrics};
+use crate::metrics::{CallLabel, Metrics, UpstreamCall};
 use crate::role::Identity;
 use crate::socket_endpoint::Endpoint;
 
@@ -68,16 +68,15 @@ impl WorkloadApi {
 
     /// Fetches a token for one of the daemon's identities, for any caller.
     pub async fn fetch(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+        let start = Instant::now();
         let result = self.fetch_checked(id, audience).await;
-        self.metrics
-            .source_calls
-            .get_or_create(&CallLabel::of(&result, SourceError::reason))
-            .inc();
-        self.metrics.health.source(
-            self.endpoint.to_string(),
-            SourceError::of_source(&result),
-            self.clock.now(),
-        );
+        self.metrics.source_call(UpstreamCall {
+            name: self.endpoint.to_string(),
+            result: CallLabel::of(&result, SourceError::reason),
+            error: SourceError::of_source(&result),
+            took: start.elapsed(),
+            at: self.clock.now(),
+        });
         result
     }
 

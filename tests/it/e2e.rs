@@ -99,7 +99,7 @@ fn each_process_gets_its_own_credentials() {
     assert!(
         output
             .stderr
-            .contains("No identity is configured on this node for uid 1003"),
+            .contains("no SPIFFE identity: this node has none for uid 1003"),
         "{output:?}"
     );
     assert_eq!(curl(&env, 1003)["code"], "no_identity");

@@ -212,7 +212,7 @@ fn audit_file_is_opened_once_possible() {
             == 2)
             .then_some(())
     });
-    assert_eq!(daemon.metric("awsvid_audit_lost_total"), 0);
+    assert_eq!(daemon.metric("awsvid_audit_records_dropped_total"), 0);
 }
 
 #[test]

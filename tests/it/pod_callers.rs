@@ -75,7 +75,7 @@ impl Stage {
             node.add(name);
         }
         await_some("both are listened in", TIMEOUT, || {
-            (daemon.metric("awsvid_pod_namespaces") == 2).then_some(())
+            (daemon.metric("awsvid_pod_listeners") == 2).then_some(())
         });
         let pods = [Cgroup::of_pod(first_pod), Cgroup::of_pod(first_pod + 1)];
         Self {
@@ -173,7 +173,7 @@ fn check(kind: Kind, first_pod: u16) {
     // longer.
     stage.node.add("c");
     await_some("it is listened in", TIMEOUT, || {
-        (stage.daemon.metric("awsvid_pod_namespaces") == 3).then_some(())
+        (stage.daemon.metric("awsvid_pod_listeners") == 3).then_some(())
     });
     let first = Cgroup::of_pod(first_pod + 3);
     stage.assert_record(&stage.ask("c", &first), "ok", Some(&first));

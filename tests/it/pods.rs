@@ -107,7 +107,7 @@ fn await_namespaces(daemon: &Daemon, count: u64) {
     await_some(
         &format!("{count} namespaces are listened in"),
         TIMEOUT,
-        || (daemon.metric("awsvid_pod_namespaces") == count).then_some(()),
+        || (daemon.metric("awsvid_pod_listeners") == count).then_some(()),
     );
 }
 
@@ -123,7 +123,7 @@ fn pod_is_served_from_first_act_and_leaves_nothing() {
     };
     let peers = [Peer::new(1), Peer::new(2)];
     assert_eq!(
-        stage.daemon.metric("awsvid_pod_namespaces"),
+        stage.daemon.metric("awsvid_pod_listeners"),
         1,
         "those that are there at the start come before it is ready"
     );
@@ -355,7 +355,7 @@ fn occupied_pod_port_is_bound_once_free() {
     assert_eq!(
         stage
             .daemon
-            .metric("awsvid_pod_namespaces_failed_total{reason=\"port_taken\"}"),
+            .metric("awsvid_pod_listener_failures_total{reason=\"port_taken\"}"),
         1
     );
 }
@@ -430,7 +430,7 @@ fn missing_mount_or_privilege_is_logged_with_manifest_field() {
     await_some("both are counted", TIMEOUT, || {
         let counted = stage
             .daemon
-            .metric("awsvid_pod_namespaces_failed_total{reason=\"not_mounted\"}");
+            .metric("awsvid_pod_listener_failures_total{reason=\"not_mounted\"}");
         (counted == 2).then_some(())
     });
     assert_eq!(
@@ -505,7 +505,7 @@ fn many_namespaces_are_served_soon() {
     }) else {
         return;
     };
-    assert_eq!(stage.daemon.metric("awsvid_pod_namespaces"), count);
+    assert_eq!(stage.daemon.metric("awsvid_pod_listeners"), count);
     let took = stage.daemon.listening_in_pods_after();
     eprintln!("{count} namespaces: all listened in {took:?} after the start of the process");
     let mut longest = Duration::ZERO;

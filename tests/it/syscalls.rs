@@ -187,7 +187,7 @@ fn in_pods() -> BTreeSet<String> {
     let second = start("second");
     node.add("cni-2");
     await_some("the second daemon listens", TIMEOUT, || {
-        (second.daemon.metric("awsvid_pod_namespaces") == 2).then_some(())
+        (second.daemon.metric("awsvid_pod_listeners") == 2).then_some(())
     });
     let calls = first.end();
     node.remove("cni-1");

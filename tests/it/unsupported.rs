@@ -155,7 +155,7 @@ fn daemon_without_any_listener_is_not_ready() {
     let listen = listen.replace(&unix, "unix = \"\"");
     let daemon = Daemon::start_text_behind(&WITHOUT_CGROUP_V2, folder.path(), &listen);
     let reason = daemon.await_line(&[
-        "not ready: this kernel lets nobody attest",
+        "not ready: this kernel cannot attest",
         "no cgroup v2 tree is mounted",
     ]);
     assert!(reason.contains("mount -t cgroup2"), "{reason}");

@@ -61,7 +61,7 @@ async fn cache_evicts_least_recently_used_role_of_a_workload() {
     assert!(
         env.metrics
             .encode()
-            .contains("awsvid_cache_removed_total{reason=\"evicted\"} 1\n")
+            .contains("awsvid_cache_evictions_total{reason=\"evicted\"} 1\n")
     );
     // An evicted entry is not refreshed.
     pass(MINUTE * 34).await;

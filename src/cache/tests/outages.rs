@@ -360,7 +360,10 @@ async fn refreshes_are_spread_after_an_outage_of_ten_thousand() {
         assert_eq!(result, CacheResult::Hit, "nobody's ended, and all are new");
     }
     assert_eq!(
-        env.metrics.encode().matches("cache_removed_total{").count(),
+        env.metrics
+            .encode()
+            .matches("cache_evictions_total{")
+            .count(),
         0
     );
 }

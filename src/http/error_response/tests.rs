@@ -1,7 +1,7 @@
 use super::*;
 
 #[test]
-fn every_refusal_is_json_that_all_sdks_can_read() {
+fn error_body_is_json_that_all_sdks_read() {
     let cases = [
         (
             RequestError::Caller(AttestError::CallerGone),
@@ -45,7 +45,11 @@ fn every_refusal_is_json_that_all_sdks_can_read() {
             None,
         ),
         (
-            RequestError::Denied(RoleDenied::NoRole),
+            RequestError::Denied(Denial {
+                denied: RoleDenied::NoRole,
+                spiffe_ids: Vec::new(),
+                requested: None,
+            }),
             403,
             "no_role",
             None,
@@ -86,7 +90,7 @@ fn every_refusal_is_json_that_all_sdks_can_read() {
 }
 
 #[test]
-fn nobody_learns_of_other_workloads() {
+fn error_body_has_nothing_of_other_workloads() {
     let refused = RequestError::NoIdentity("uid 1003 in shop.service".to_owned());
     let text = String::from_utf8(refused.body(None)).unwrap();
     assert!(text.contains("uid 1003 in shop.service"));

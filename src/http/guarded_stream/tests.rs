@@ -40,7 +40,7 @@ async fn answered(client: &mut DuplexStream) -> String {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_answer_comes_at_once_or_later() {
+async fn answer_is_written_at_once_or_later() {
     for after in [Duration::ZERO, Duration::from_secs(4)] {
         let (mut client, server) = duplex(4096);
         client.write_all(REQUEST).await.unwrap();
@@ -57,10 +57,10 @@ async fn an_answer_comes_at_once_or_later() {
     }
 }
 
-/// What is done for a client alone ends with it, so that its record says so.
+/// The answer's future is dropped when the client closes, so that the record is `aborted`.
 #[tokio::test(start_paused = true)]
-async fn a_client_that_goes_away_is_not_waited_for() {
-    // Gone before the answer is asked for, and while it is waited for.
+async fn answer_is_dropped_when_client_closes() {
+    // The client closes before the answer is polled, and while it is pending.
     for stays in [Duration::ZERO, Duration::from_secs(1)] {
         let (mut client, server) = duplex(4096);
         client.write_all(REQUEST).await.unwrap();

@@ -52,7 +52,7 @@ fn over_tcp(path: &str, changes: &[(&str, &str)]) -> Result<RequestedRole, &'sta
 }
 
 #[test]
-fn hosts_that_are_loopback_are_answered() {
+fn loopback_host_is_accepted() {
     for host in [
         "127.0.0.1",
         "127.0.0.1:974",
@@ -73,7 +73,7 @@ fn hosts_that_are_loopback_are_answered() {
 }
 
 #[test]
-fn other_hosts_are_refused() {
+fn other_host_is_rejected() {
     let hosts = [
         "",
         "evil.example",
@@ -121,7 +121,7 @@ fn other_hosts_are_refused() {
 }
 
 #[test]
-fn deputies_are_refused() {
+fn deputy_is_rejected() {
     for (name, value) in [
         ("Origin", "http://127.0.0.1:974"),
         ("Origin", "null"),
@@ -214,9 +214,10 @@ fn heads() -> Vec<Head> {
     heads
 }
 
-/// Captured requests: those of programs are answered, those that a page makes a browser send are refused.
+/// Captured requests: those of programs are answered, those that a page makes a browser send are
+/// refused.
 #[test]
-fn clients_are_answered_and_pages_are_not() {
+fn client_is_accepted_and_page_is_rejected() {
     let judge = |head: &Head, headers: &HeaderMap, authorization: &Authorization| {
         let (path, query) = head
             .path
@@ -248,7 +249,7 @@ fn clients_are_answered_and_pages_are_not() {
             answered += 1;
             continue;
         }
-        // The endpoint may ask for no Authorization, and a page can leave out the Referer.
+        // The endpoint may require no Authorization, and a page can leave out the Referer.
         let mut bare = head.headers.clone();
         bare.remove("referer");
         for headers in [&head.headers, &bare] {
@@ -265,7 +266,7 @@ fn clients_are_answered_and_pages_are_not() {
 }
 
 #[test]
-fn only_get_is_answered() {
+fn other_method_than_get_is_rejected() {
     let headers = request(&[]);
     for method in [
         Method::POST,
@@ -295,11 +296,12 @@ fn only_get_is_answered() {
 }
 
 #[test]
-fn a_target_is_a_path_and_a_request_has_no_body() {
+fn target_with_server_or_body_is_rejected() {
     let cases = [
         ("/v1/credentials", 0, Ok(RequestedRole::Default)),
         ("/v1/credentials?", 0, Ok(RequestedRole::Default)),
-        // No target has a fragment (RFC 9112, section 3.2). The reader of targets leaves out what a client sends.
+        // No target has a fragment (RFC 9112, section 3.2). The reader of targets leaves out what a
+        // client sends.
         ("/v1/credentials#", 0, Ok(RequestedRole::Default)),
         ("/v1/credentials#role", 0, Ok(RequestedRole::Default)),
         ("/v1/credentials?#role", 0, Ok(RequestedRole::Default)),
@@ -343,7 +345,7 @@ fn a_target_is_a_path_and_a_request_has_no_body() {
 }
 
 #[test]
-fn authorization_is_asked_for_on_tcp() {
+fn authorization_is_required_over_tcp() {
     let token = Authorization::Token(zeroize::Zeroizing::new("s3cret".to_owned()));
     let cases = [
         (

@@ -93,7 +93,7 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
     let daemon =
         Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration).ready();
     await_some("all are listened in", TIMEOUT, || {
-        (daemon.metric("awsvid_pod_namespaces") == 3).then_some(())
+        (daemon.metric("awsvid_pod_listeners") == 3).then_some(())
     });
 
     let ask = |name: &str, cgroup: &Cgroup| {

@@ -223,7 +223,7 @@ fn refused(stage: &Stage) -> Vec<Cell> {
             ..Reading::single_read(member, &serving)
         };
         let message = format!(
-            "No identity is configured on this node for uid {}",
+            "no SPIFFE identity: this node has none for uid {}",
             member.stranger
         );
         shown_message(stage, member, &serving, &reading, &message)

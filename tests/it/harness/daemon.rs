@@ -277,8 +277,7 @@ impl Daemon {
             .log_lines()
             .find(|line| line["message"] == "serving workloads in pods")
             .expect("the line");
-        let at =
-            humantime::parse_rfc3339(line["timestamp"].as_str().expect("a time")).expect("a time");
+        let at = humantime::parse_rfc3339(line["time"].as_str().expect("a time")).expect("a time");
         let stat =
             std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("its times");
         let (_, fields) = stat.rsplit_once(')').expect("a name");

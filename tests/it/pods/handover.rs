@@ -156,7 +156,7 @@ fn killed_daemon_is_replaced_by_one_that_binds() {
     stage.daemon.process().owned().end();
     let folder = folder();
     let next = stage.site.next(folder.path());
-    assert_eq!(next.metric("awsvid_pod_namespaces"), 1);
+    assert_eq!(next.metric("awsvid_pod_listeners"), 1);
     assert!(stage.site.serves("a", &Cgroup::of_pod(51), V4));
 }
 

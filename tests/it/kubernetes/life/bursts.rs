@@ -194,7 +194,7 @@ fn listening(cluster: &Cluster) -> Vec<(String, Duration)> {
                     file.ctime().try_into().ok()?,
                     file.ctime_nsec().try_into().ok()?,
                 );
-            let at = humantime::parse_rfc3339(line["timestamp"].as_str()?).ok()?;
+            let at = humantime::parse_rfc3339(line["time"].as_str()?).ok()?;
             Some((path.to_owned(), at.duration_since(made).unwrap_or_default()))
         });
     times.collect()

@@ -63,7 +63,7 @@ pub(super) fn listening_after(cluster: &Cluster, process: u32) -> Duration {
             .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
         let listening = lines.filter(|line| line["message"] == "serving workloads in pods");
         let times =
-            listening.filter_map(|line| humantime::parse_rfc3339(line["timestamp"].as_str()?).ok());
+            listening.filter_map(|line| humantime::parse_rfc3339(line["time"].as_str()?).ok());
         times
             .filter_map(|at| at.duration_since(started).ok())
             .next()
