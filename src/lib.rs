@@ -10,8 +10,8 @@
 //! SPIFFE ID), [`credentials`], [`clock`].
 //!
 //! Parts that all others need: [`config`], [`writer`] (lines, without blocking the callers),
-//! [`telemetry`] (the log), [`metrics`], [`upstream_status`] (state of the upstreams), [`audit`] (one
-//! record per request), [`accounts`] (uids and gids of names).
+//! [`telemetry`] (the log), [`metrics`], [`upstream_status`] (state of the upstreams), [`audit`]
+//! (one record per request), [`accounts`] (uids and gids of names).
 //!
 //! A request passes these modules, in this order:
 //!
