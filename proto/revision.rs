@@ -37,8 +37,7 @@ pub(crate) fn moves(folder: &Path) -> Vec<String> {
 
 fn git(folder: &Path, arguments: &[&str]) -> Option<String> {
     let mut command = Command::new("git");
-    // The variables of a git hook would lead to the repository that it runs for. Reading needs no
-    // lock.
+    // The variables of a git hook would lead to the repository of the hook. Reading needs no lock.
     for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX"] {
         command.env_remove(variable);
     }

@@ -9,13 +9,13 @@
 //! |---|---|
 //! | `entry` | one entry: its credentials, refresh state and failure state |
 //! | `table` | the table of entries by SPIFFE ID, and its bounds |
-//! | `cached` | cached credentials, and how long they are served |
+//! | `issued` | cached credentials, and how long they are served |
 //! | `failure` | the kinds of failure, and their effect on cached credentials |
 //! | `flight` | the result that concurrent requests wait for |
 //! | `issuing` | running an exchange for an entry, and storing its result |
-//! | `rules` | the rule of what is due for an entry, and when |
-//! | `rounds` | the one task that does what is due |
-//! | `event` | the events that the cache logs |
+//! | `next_action` | the rule of what is due for an entry, and when |
+//! | `refresh` | the one task that does what is due |
+//! | `events` | the events that the cache logs |
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,5 +1,7 @@
 //! Wall-clock time, for `Expiration` and tokens only. Everything else uses tokio's monotonic clock.
 
+#![expect(clippy::disallowed_methods, reason = "this is the clock")]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

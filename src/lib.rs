@@ -31,6 +31,13 @@
 //! Outside the daemon: [`commands`] for users and operators, [`sdk_environment`] (the SDK variables
 //! that commands set for child processes), and [`dev`] (the servers that the `dev` command starts
 //! around the daemon). Only main.rs imports `commands` and `dev`.
+#![cfg_attr(
+    test,
+    allow(
+        clippy::disallowed_methods,
+        reason = "tests measure and wait in real time"
+    )
+)]
 
 pub mod identity;
 

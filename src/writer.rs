@@ -5,6 +5,11 @@
 //! loses its own first (T30). Lost lines are counted, and the output gets a note of them as soon as
 //! a line can be written again.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "the thread of a writer has no runtime"
+)]
+
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::fs::File;

@@ -1,6 +1,11 @@
 //! Scans of the cgroup tree, for kernels that do not open a directory by its id for this process.
 //! It finds the directories that exist, and limits how often that may be done.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "scans run on threads, and are throttled by real time"
+)]
+
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs;

@@ -1,5 +1,10 @@
 //! The host's cgroup v2 tree: maps ids of cgroups to paths, and lists the processes of a cgroup.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "paths are looked up on threads without a runtime"
+)]
+
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd};

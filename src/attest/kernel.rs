@@ -40,24 +40,27 @@ pub enum TcpUnsupported {
 }
 
 impl TcpUnsupported {
-    /// Returns the fix, as an imperative.
-    pub fn fix(&self) -> &'static str {
-        match self {
+    /// Returns the fix, as an imperative. It proposes the unix socket only if `unix` serves callers.
+    pub fn fix(&self, unix: UnixSupport) -> String {
+        let fix = match self {
             Self::NoCgroups => {
                 "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified, and restart \
-                 awsvid; or use the unix socket only ([listen] tcp = [])"
+                 awsvid"
             }
             Self::NoSockDiag(_) => {
-                "load the kernel modules inet_diag and tcp_diag (CONFIG_INET_DIAG); or use the unix socket only ([listen] tcp = [])"
+                "load the kernel modules inet_diag and tcp_diag (CONFIG_INET_DIAG)"
             }
-            Self::NoCgroupId => {
-                "use a kernel from Linux 5.8 on with CONFIG_SOCK_CGROUP_DATA; or the unix socket only ([listen] tcp = [])"
-            }
+            Self::NoCgroupId => "use a kernel from Linux 5.8 on with CONFIG_SOCK_CGROUP_DATA",
             Self::WrongCgroupId => {
-                "unmount the cgroup v1 controllers net_cls and net_prio, or use Linux 5.15; or the unix socket only \
-                 ([listen] tcp = [])"
+                "unmount the cgroup v1 controllers net_cls and net_prio, or use Linux 5.15"
             }
             Self::NoLoopback(_) => "bring the device lo up (ip link set lo up)",
+        };
+        match unix {
+            UnixSupport::Nothing => fix.to_owned(),
+            UnixSupport::Process | UnixSupport::Number => {
+                format!("{fix}; or use the unix socket only ([listen] tcp = [])")
+            }
         }
     }
 }

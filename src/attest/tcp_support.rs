@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use crate::attest::Unattested;
 use crate::attest::host::Host;
-use crate::attest::kernel::{TcpUnsupported, no_sock_diag, try_tcp_of};
+use crate::attest::kernel::{TcpUnsupported, no_sock_diag, try_tcp_of, unix_support};
 use crate::attest::sock_diag::SockDiag;
 use crate::attest::tcp::{SocketProof, TcpAttestor};
 use crate::caller::AttestError;
@@ -44,7 +44,7 @@ impl SupportCheck {
             at: Instant::now(),
             missing: result
                 .err()
-                .map(|error| format!("{error}; {}", error.fix())),
+                .map(|error| format!("{error}; {}", error.fix(unix_support()))),
         }
     }
 }
@@ -56,7 +56,7 @@ impl TcpSupport {
         if let Err(error) = &attestor {
             tracing::warn!(
                 "callers over TCP are refused (unsupported_kernel): {error}; {}",
-                error.fix()
+                error.fix(unix_support())
             );
         }
         let attempt = Mutex::new(SupportCheck::current(attestor.as_ref().map(drop)));
@@ -125,7 +125,7 @@ impl TcpSupport {
         match (result, before.is_some()) {
             (Ok(()), false) => tracing::info!("callers over TCP are attested again"),
             (Err(error), true) => {
-                let fix = error.fix();
+                let fix = error.fix(unix_support());
                 tracing::warn!("callers over TCP are refused (unsupported_kernel): {error}; {fix}");
                 self.attestor.store(None);
             }

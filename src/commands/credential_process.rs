@@ -1,5 +1,10 @@
 //! `awsvid credential-process`, for `~/.aws/config`: fetches credentials over the unix socket.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
+
 use std::borrow::Cow;
 use std::io::{self, Write};
 use std::path::PathBuf;

@@ -2,16 +2,21 @@
 //! exposes.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use crate::accounts::NameService;
 use crate::config::{AuditFile, Config, Problem, exposures};
 use crate::workload_rule::{AccountName, ExeMatcher, Known, OVERFLOW_ID};
 
 const OTHERS_WRITE: u32 = 0o022;
+/// Time limit of the metadata of a rule's program.
+const METADATA_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Returns warnings about this node. None of them prevents the start, because what is missing may
 /// appear. Blocks while the name service does not answer.
@@ -100,9 +105,21 @@ fn programs(config: &Config) -> impl Iterator<Item = Problem> {
     })
 }
 
+/// Returns the metadata of a file. Fails with `TimedOut` if its file system does not answer: NFS, or
+/// a user's FUSE mount (T25).
+fn metadata(path: &Path) -> io::Result<Metadata> {
+    let (sender, result) = mpsc::channel();
+    let path = path.to_owned();
+    // The thread ends with the command.
+    thread::spawn(move || sender.send(fs::metadata(path)));
+    result
+        .recv_timeout(METADATA_TIMEOUT)
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
 fn program(path: &Path) -> Option<(String, &'static str)> {
     let shown = path.display();
-    match fs::metadata(path) {
+    match metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Some((
             format!("{shown} does not exist, so the rule matches no caller yet"),
             "correct the path if it is wrong",

@@ -1,5 +1,10 @@
 //! `awsvid probe`: liveness and readiness of the local daemon, over the status socket.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};

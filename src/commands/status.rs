@@ -1,6 +1,11 @@
 //! `awsvid status`: the daemon's cache entries and the state of its upstreams, over the status
 //! socket.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
+
 mod table;
 
 use std::io::{self, IsTerminal, Write};

@@ -1,5 +1,10 @@
 //! The file of a unix socket: created safely, and removed at the end.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "the lock is taken before the runtime runs"
+)]
+
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};

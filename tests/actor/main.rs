@@ -10,6 +10,10 @@
 //! Two users take part: [`ALICE`] and [`BOB`]. The test knows which of them may be answered in a
 //! scene.
 #![allow(
+    clippy::disallowed_methods,
+    reason = "it measures and waits in real time"
+)]
+#![allow(
     unsafe_code,
     reason = "fork, clone3 and setuid are what this program is for; it has one thread"
 )]

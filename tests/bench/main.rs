@@ -2,6 +2,10 @@
 //! for a short form that shows only that each row runs. tests/bench/README.md explains each row. A
 //! slow figure does not fail.
 #![allow(
+    clippy::disallowed_methods,
+    reason = "it measures and waits in real time"
+)]
+#![allow(
     clippy::print_stdout,
     clippy::print_stderr,
     reason = "the table is what this program is for"

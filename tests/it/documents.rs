@@ -126,7 +126,6 @@ fn relative_links_resolve() {
 }
 
 #[test]
-#[ignore = "until `awsvid config validate` and the keys of the contract are merged"]
 fn complete_configurations_are_valid() {
     let mut seen = 0;
     for (document, text) in documents() {
@@ -249,7 +248,6 @@ fn troubleshooting_quotes_log_lines_of_the_code() {
 }
 
 #[test]
-#[ignore = "until the modules and tests have their new names"]
 fn files_in_architecture_and_threat_model_exist() {
     let pages = [
         (include_str!("../../deploy/docs/architecture.md"), "src"),

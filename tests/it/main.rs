@@ -1,6 +1,10 @@
 //! The integration and end-to-end tests: the real `awsvid` as a process, with the real SPIRE,
 //! MinIO, AWS CLI and systemd.
 #![allow(
+    clippy::disallowed_methods,
+    reason = "it measures and waits in real time"
+)]
+#![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::print_stderr,

@@ -101,3 +101,16 @@ fn try_tcp_agrees_with_a_real_lookup() {
         connected.is_ok_and(|pidfd| pidfd.is_some())
     );
 }
+
+#[test]
+fn fix_proposes_the_unix_socket_only_where_it_serves_callers() {
+    let missing = TcpUnsupported::NoCgroupId;
+    for unix in [UnixSupport::Process, UnixSupport::Number] {
+        assert!(missing.fix(unix).contains("unix socket"), "{unix:?}");
+    }
+    let fix = missing.fix(UnixSupport::Nothing);
+    assert!(
+        !fix.contains("unix socket") && fix.contains("Linux 5.8"),
+        "{fix}"
+    );
+}

@@ -6,6 +6,8 @@
 //! runtime that it came from. So it changes threads once, and a lookup thread is never one that the
 //! runtime needs to notice events.
 
+#![expect(clippy::disallowed_methods, reason = "these threads have no runtime")]
+
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;

@@ -1,5 +1,10 @@
 //! Checks of the agent: its socket, its identity for this process, and a token.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
+
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 

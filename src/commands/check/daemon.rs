@@ -1,5 +1,10 @@
 //! The running daemon, where its state can differ from that of this process.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
+
 use std::path::Path;
 use std::time::{Duration, Instant};
 

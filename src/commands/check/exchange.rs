@@ -1,5 +1,10 @@
 //! Checks of STS: its clock, and a real exchange.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
+
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 

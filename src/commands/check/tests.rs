@@ -35,9 +35,9 @@ fn documented_table_has_only_texts_and_steps_of_check() {
     let words = sources(&[
         "commands/check",
         "commands/check.rs",
-        "commands/web.rs",
-        "commands/web",
-        "environment.rs",
+        "commands/https_probe.rs",
+        "commands/https_probe",
+        "sdk_environment.rs",
         "sts",
         "sts.rs",
         "svid",

@@ -1,6 +1,11 @@
 //! Check that the daemon attests callers over TCP, because the command's SDK has no other way to
 //! it.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
+
 use std::net::{TcpStream, ToSocketAddrs};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -8,7 +13,7 @@ use std::time::{Duration, Instant};
 use hyper::Uri;
 use serde_json::Value;
 
-use crate::attest;
+use crate::attest::{self, UnixSupport};
 use crate::commands::http_client;
 
 /// Time limit of the daemon's response. A slow or missing daemon is left to the command.
@@ -30,10 +35,17 @@ pub(super) fn check(uri: &str) -> Result<(), String> {
     if !is_unsupported(uri).unwrap_or(false) {
         return Ok(());
     }
+    let unix = attest::unix_support();
+    let over_unix = match unix {
+        UnixSupport::Nothing => "",
+        UnixSupport::Process | UnixSupport::Number => {
+            "set `credential_process = awsvid credential-process` in a profile of ~/.aws/config, which uses the unix socket; \
+             for TCP "
+        }
+    };
     Err(format!(
-        "awsvid rejects all callers over TCP ({UNSUPPORTED}): {missing}; set `credential_process = awsvid credential-process` in \
-         a profile of ~/.aws/config, which uses the unix socket; for TCP {}",
-        missing.fix()
+        "awsvid rejects all callers over TCP ({UNSUPPORTED}): {missing}; {over_unix}{}",
+        missing.fix(unix)
     ))
 }
 

@@ -393,22 +393,30 @@ fn privileges_depend_on_the_configuration() {
 
 #[test]
 fn pods_with_own_kernels_are_found_by_their_shims() {
-    let table: [(&[u8], Option<&str>); 5] = [
+    let shim = "Name:\tcontainerd-shim\nUid:\t0\t0\t0\t0\n";
+    let users = "Name:\tcontainerd-shim\nUid:\t1000\t1000\t1000\t1000\n";
+    let other = "Name:\tgrep\nUid:\t0\t0\t0\t0\n";
+    let table: [(&str, &[u8], Option<&str>); 7] = [
         (
+            shim,
             b"/opt/bin/containerd-shim-kata-v2\0-namespace\0k8s.io\0",
             Some("Kata"),
         ),
-        (b"containerd-shim-runsc-v1\0", Some("gVisor")),
+        (shim, b"containerd-shim-runsc-v1\0", Some("gVisor")),
+        (users, b"containerd-shim-runsc-v1\0", None),
+        (other, b"containerd-shim-runsc-v1\0", None),
         (
+            shim,
             b"/usr/bin/containerd-shim-runc-v2\0-id\0containerd-shim-kata-v2\0",
             None,
         ),
-        (b"grep\0containerd-shim-runsc-v1\0", None),
-        (b"", None),
+        (shim, b"grep\0containerd-shim-runsc-v1\0", None),
+        (shim, b"", None),
     ];
-    for (line, name) in table {
+    for (status, line, name) in table {
         let proc = Proc::right();
         fs::create_dir(proc.0.path().join("7")).unwrap();
+        fs::write(proc.0.path().join("7/status"), status).unwrap();
         fs::write(proc.0.path().join("7/cmdline"), line).unwrap();
         assert_eq!(
             proc.faults(&config("", "")),
