@@ -2,7 +2,7 @@
 
 #![expect(
     clippy::disallowed_methods,
-    reason = "paths are looked up on threads without a runtime"
+    reason = "paths are found on threads without a runtime"
 )]
 
 use std::collections::HashMap;

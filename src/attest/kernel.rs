@@ -40,7 +40,8 @@ pub enum TcpUnsupported {
 }
 
 impl TcpUnsupported {
-    /// Returns the fix, as an imperative. It proposes the unix socket only if `unix` serves callers.
+    /// Returns the fix, as an imperative. It proposes the unix socket only if `unix` serves
+    /// callers.
     pub fn fix(&self, unix: UnixSupport) -> String {
         let fix = match self {
             Self::NoCgroups => {

@@ -105,13 +105,15 @@ fn programs(config: &Config) -> impl Iterator<Item = Problem> {
     })
 }
 
-/// Returns the metadata of a file. Fails with `TimedOut` if its file system does not answer: NFS, or
-/// a user's FUSE mount (T25).
+/// Returns the metadata of a file. Fails with `TimedOut` if its file system does not answer: NFS,
+/// or a user's FUSE mount (T25).
 fn metadata(path: &Path) -> io::Result<Metadata> {
     let (sender, result) = mpsc::channel();
     let path = path.to_owned();
     // The thread ends with the command.
-    thread::spawn(move || sender.send(fs::metadata(path)));
+    thread::spawn(move || {
+        let _ = sender.send(fs::metadata(path));
+    });
     result
         .recv_timeout(METADATA_TIMEOUT)
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
