@@ -198,8 +198,9 @@ fn reasons() -> BTreeSet<String> {
             .filter(|text| text.starts_with("sts_") && is_reason(text));
         found.extend(strings.map(str::to_owned));
     }
-    // A metric and a key of the configuration.
-    found.retain(|name| !matches!(name.as_str(), "sts_calls" | "sts_endpoint"));
+    // Metrics, and a key of the configuration.
+    let others = ["sts_calls", "sts_call_duration", "sts_up", "sts_endpoint"];
+    found.retain(|name| !others.contains(&name.as_str()));
     found
 }
 

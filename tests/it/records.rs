@@ -101,7 +101,7 @@ fn stopped_log_readers_do_not_stop_daemon() {
         assert!(status.success(), "{status}");
         let Some(reading) = reading else { continue };
         let [log, audit]: [Vec<Value>; 2] = reading.map(|thread| thread.join().unwrap());
-        for message in ["serving workloads", "ready", "ending"] {
+        for message in ["serving workloads", "ready", "draining"] {
             let has = |line: &Value| {
                 line["message"]
                     .as_str()
