@@ -333,7 +333,7 @@ fn old_agent_is_logged_with_fix() {
     let answers: [(Answer, &str); 2] = [
         (
             || Status::invalid_argument("must provide selectors"),
-            "that takes SPIRE 1.10.2 or newer",
+            "upgrade SPIRE to 1.10.2 or newer",
         ),
         (
             || Status::permission_denied("no identity issued"),
