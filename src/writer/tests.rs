@@ -62,9 +62,17 @@ fn lines_of(user: u32, lines: &[String]) -> u64 {
 #[test]
 fn stalled_destination_blocks_no_caller_and_sheds_the_flooder() {
     let (from, to) = pipe().unwrap();
+    // The smallest pipe, which is one page.
+    let size = fcntl(&to, FcntlArg::F_SETPIPE_SZ(1)).unwrap();
     let (writer, losses) = writer(to);
     let mut taken = [0; 20];
-    taken[1] = fill(&writer, 1, Priority::Ordinary);
+    // The pipe is full before a line is lost, so that the stream has one note of all losses.
+    for number in 0..usize::try_from(size).unwrap() / 1003 {
+        let is_written = writer.push(line(number, 1, Priority::Ordinary)).unwrap();
+        assert!(is_written.blocking_recv().unwrap());
+        taken[1] += 1;
+    }
+    taken[1] += fill(&writer, 1, Priority::Ordinary);
     // One that was refused.
     assert_eq!(losses.0.load(Ordering::Relaxed), 1);
     let share = u64::try_from(MAX_QUEUED_BYTES / 16 / (1003 + LINE_OVERHEAD_BYTES)).unwrap();
