@@ -29,6 +29,8 @@ use crate::caller::{Owner, Refusal};
 mod threads;
 
 pub use threads::LookupThreads;
+#[cfg(test)]
+pub(crate) use threads::let_wait;
 
 impl LookupThreads {
     /// Runs `look` right here if this is one of these threads, else on one of them. [`Refusal::Busy`] if none is free for this

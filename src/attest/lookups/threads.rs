@@ -40,6 +40,12 @@ pub(super) fn is_one_of_them() -> bool {
     MAY_WAIT.get()
 }
 
+/// Has looks run right on this thread, as on one of [`LookupThreads`].
+#[cfg(test)]
+pub(crate) fn let_wait(may: bool) {
+    MAY_WAIT.set(may);
+}
+
 /// Runs connections. Cheap to clone; the threads end with the process.
 #[derive(Clone)]
 pub struct LookupThreads(Arc<Shared>);
