@@ -100,8 +100,7 @@ fn holding(
     let (known, descriptor) = match (known, hinted) {
         (Some(known), Some(number)) => (known, number),
         (known, _) => {
-            let mut others = Vec::new();
-            let Some(number) = descriptor(directory, socket.inode, &mut others, spent)? else { return Ok(None) };
+            let Some((number, others)) = descriptor(directory, socket.inode, spent)? else { return Ok(None) };
             // The number may be another process's by now. One that exits meanwhile holds nothing any more.
             match known.filter(|known| known.alive().is_ok()).map_or_else(|| opened(host, pid), Ok) {
                 Ok(known) => {
@@ -134,14 +133,9 @@ fn opened(host: &Host, pid: u32) -> Result<Arc<Known>, Refusal> {
 }
 
 /// The number of the descriptor that is the socket, of the process whose directory this is. The highest come first: a
-/// connection that was just made has the number of the last one that was free. `others` gets the sockets before it, by inode
-/// and number.
-fn descriptor(
-    directory: &Path,
-    inode: u32,
-    others: &mut Vec<(u32, u32)>,
-    spent: &mut Spent,
-) -> Result<Option<u32>, Refusal> {
+/// connection that was just made has the number of the last one that was free. With it the sockets that were come across before
+/// it, by inode and number.
+fn descriptor(directory: &Path, inode: u32, spent: &mut Spent) -> Result<Option<(u32, Vec<(u32, u32)>)>, Refusal> {
     // A process that is gone, or (kernel threads, no privilege) shows nothing.
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let Ok(mut open) = Dir::open(&directory.join("fd"), flags, Mode::empty()) else { return Ok(None) };
@@ -151,10 +145,11 @@ fn descriptor(
         numbers.extend(entry.ok().and_then(|entry| entry.file_name().to_str().ok()?.parse::<u32>().ok()));
     }
     numbers.sort_unstable_by(|a, b| b.cmp(a));
+    let mut others = Vec::new();
     for number in numbers {
         spent.in_time()?;
         match known::socket(open.as_fd(), number) {
-            Some(found) if found == inode => return Ok(Some(number)),
+            Some(found) if found == inode => return Ok(Some((number, others))),
             Some(other) => others.push((other, number)),
             None => {}
         }
