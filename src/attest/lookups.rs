@@ -33,6 +33,8 @@ use crate::caller::{AttestError, WorkloadKey};
 mod threads;
 
 pub use threads::LookupThreads;
+#[cfg(test)]
+pub(crate) use threads::set_lookup_thread;
 
 impl LookupThreads {
     /// Runs `read` on the current thread if that is a lookup thread, or else on one of them.

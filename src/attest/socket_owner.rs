@@ -118,8 +118,7 @@ fn process_owning(
     let (handle, descriptor) = match (handle, hint) {
         (Some(handle), Some(number)) => (handle, number),
         (handle, _) => {
-            let mut others = Vec::new();
-            let Some(number) = scan_fds(directory, socket.inode, &mut others, tracker)? else {
+            let Some((number, others)) = scan_fds(directory, socket.inode, tracker)? else {
                 return Ok(None);
             };
             // The pid may belong to another process by now. A process that has exited holds
@@ -166,14 +165,13 @@ fn open_process(host: &Host, pid: u32) -> Result<Arc<ProcessHandle>, AttestError
 }
 
 /// Returns the descriptor number of the socket in the process with this directory. The highest
-/// numbers come first: a new connection mostly has the last free number. `others` gets the sockets
+/// numbers come first: a new connection mostly has the last free number. Also returns the sockets
 /// before it, by inode and number.
 fn scan_fds(
     directory: &Path,
     inode: u32,
-    others: &mut Vec<(u32, u32)>,
     tracker: &mut BudgetTracker,
-) -> Result<Option<u32>, AttestError> {
+) -> Result<Option<(u32, Vec<(u32, u32)>)>, AttestError> {
     // The process has exited, or shows nothing (kernel threads, missing privilege).
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let Ok(mut open) = Dir::open(&directory.join("fd"), flags, Mode::empty()) else {
@@ -189,10 +187,11 @@ fn scan_fds(
         );
     }
     numbers.sort_unstable_by(|a, b| b.cmp(a));
+    let mut others = Vec::new();
     for number in numbers {
         tracker.check_time()?;
         match process_cache::socket(open.as_fd(), number) {
-            Some(found) if found == inode => return Ok(Some(number)),
+            Some(found) if found == inode => return Ok(Some((number, others))),
             Some(other) => others.push((other, number)),
             None => {}
         }

@@ -45,6 +45,12 @@ pub(super) fn on_lookup_thread() -> bool {
     MAY_WAIT.get()
 }
 
+/// Makes reads run on the current thread, as on a lookup thread.
+#[cfg(test)]
+pub(crate) fn set_lookup_thread(is_one: bool) {
+    MAY_WAIT.set(is_one);
+}
+
 /// The pool of lookup threads. Clones share one pool, and the threads end with the process.
 #[derive(Clone)]
 pub struct LookupThreads(Arc<ThreadPool>);
