@@ -179,7 +179,7 @@ fn empty_trust_store_is_logged_at_start_only_where_it_is_used() {
         let log = daemon.log();
         let places = "/nonexistent/ca.pem (SSL_CERT_FILE), /nonexistent/certs (SSL_CERT_DIR)";
         assert!(
-            log.contains(places) && log.contains("install its package of them"),
+            log.contains(places) && log.contains("install its CA package"),
             "{log}"
         );
         let findings = check(&folder, &nowhere[1..], &text);

@@ -26,7 +26,7 @@ const OF_PODS: [Missing<'_>; 2] = [
             "CAP_NET_BIND_SERVICE is missing: ports below 1024, such as 974 in pods, may not be bound; in Kubernetes add NET_BIND_SERVICE to",
             "/run/netns does not exist yet; in Kubernetes mount the host's directory by a hostPath volume",
             "mount the host's /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup",
-            "in Kubernetes the agent's directory has to be there by a hostPath volume and a volumeMount",
+            "in Kubernetes mount the agent's directory with a hostPath volume and a volumeMount",
         ],
     },
 ];
