@@ -1,4 +1,4 @@
-//! Wires the daemon from its configuration. This is the only file that knows every module.
+//! Wires the daemon from its configuration. Only this module knows every other one.
 
 use std::io;
 use std::net::SocketAddr;
@@ -6,21 +6,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::accounts::{Accounts, LiveRules, Nss};
+use crate::accounts::{Accounts, Nss};
 use crate::admin::{Address, Admin, Readiness};
 use crate::attest::{Attestor, ExecMonitor, StartError};
 use crate::audit::Audit;
-use crate::cache::{self, CredentialCache};
+use crate::cache::CredentialCache;
 use crate::cgroup::PodRoots;
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
-use crate::credential_service::{CredentialService, Policy};
-use crate::exchange::TokenExchanger;
+use crate::credential_service::CredentialService;
 use crate::hardening::DaemonFeatures;
 use crate::http::{Authorization, CredentialEndpoint, OwnProbe};
 use crate::limits::FairSemaphore;
@@ -28,29 +26,22 @@ use crate::listen::{self, ActivatedSockets, ListenError};
 use crate::metrics::Metrics;
 use crate::pod_listeners::{PodListeners, PodsError, TakeoverGate};
 use crate::readiness::ReadinessProbes;
-use crate::sts::{InvalidSetting, NetworkSettings, Settings, Sts};
-use crate::svid::agent::AttestingAgent;
-use crate::svid::own_svid::OwnSvidSource;
-use crate::svid::spiffe_broker::BrokerApi;
-use crate::svid::{self, AgentSource, IdentitySource, SourceError, SpireDelegated, WorkloadApi};
+use crate::sts::InvalidSetting;
+use crate::svid::{IdentitySource, SourceError};
 
 mod audit_file;
+mod components;
 mod listeners;
 mod series;
 mod token_file;
 
 use audit_file::{audit_error, open_audit};
+use components::Components;
 use listeners::{AcceptLoops, ListenAddress, bind_all, tcp_address};
 use token_file::{NodeToken, write_later};
 
 /// Time that operators' connections have to end after the workloads' connections have ended.
 const ADMIN_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// Maximum time that a start waits for the check of the identity source.
-///
-/// A local agent needs a few milliseconds, more on a busy machine. Only an agent that hangs uses
-/// all of it.
-const SOURCE_CHECK_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Reason why the daemon does not start, or keeps its old configuration.
 #[derive(Debug, Error)]
@@ -105,7 +96,7 @@ pub struct App {
     sts: Vec<String>,
     own_probe: OwnProbe,
     accounts: Accounts,
-    broker: Arc<CredentialService>,
+    service: Arc<CredentialService>,
     audit: Arc<Audit>,
     clock: Clock,
     metrics: Metrics,
@@ -130,51 +121,6 @@ pub struct Startup {
     pub metrics: Metrics,
 }
 
-/// Parts that a reload replaces: all but `[listen]`, `[audit]` and `[log]`.
-struct Components {
-    identity: IdentityConfig,
-    policy: Policy,
-    issuer: TokenExchanger,
-    limits: cache::Limits,
-    probes: ReadinessProbes,
-}
-
-impl Components {
-    /// Builds the parts, around `source` if this configuration can keep using one.
-    async fn new(
-        config: &Config,
-        (source, is_reload): (Option<Arc<dyn IdentitySource>>, bool),
-        accounts: &Accounts,
-        (clock, metrics): (&Clock, &Metrics),
-    ) -> Result<Self, AppError> {
-        // This runs before the rules take effect, so that the names in them nearly always have
-        // their numbers by then.
-        accounts
-            .follow(config.accounts(), SOURCE_CHECK_TIMEOUT)
-            .await;
-        let source = match source {
-            Some(source) => source,
-            None => identity_source(config, accounts, is_reload, (clock, metrics)).await?,
-        };
-        let sts = Arc::new(sts(config, clock.clone()).await?);
-        Ok(Self {
-            identity: config.identity.clone(),
-            issuer: TokenExchanger::new(
-                source.clone(),
-                sts.clone(),
-                clock.clone(),
-                metrics.clone(),
-            ),
-            limits: limits(&config.cache),
-            probes: ReadinessProbes::new(config, source.clone(), sts, metrics.clone()),
-            policy: Policy {
-                source,
-                roles: config.roles.clone(),
-            },
-        })
-    }
-}
-
 impl App {
     /// Starts all parts. On return each address is bound. The daemon serves until [`App::drain`].
     pub async fn start(config: Config, startup: Startup) -> Result<Self, AppError> {
@@ -187,11 +133,15 @@ impl App {
         series::create(&metrics);
         let (sts, digest) = (sts_names(&config), config.digest.clone());
         let accounts = Accounts::new(Nss, metrics.clone());
-        let parts = Components::new(&config, (None, false), &accounts, (&clock, &metrics)).await?;
+        let parts = Components::new(&config, None, false, &accounts, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
-        let cache =
-            CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
-        let broker = Arc::new(CredentialService::new(parts.policy, cache.clone()));
+        let cache = CredentialCache::new(
+            parts.exchanger,
+            clock.clone(),
+            metrics.clone(),
+            parts.limits,
+        );
+        let service = Arc::new(CredentialService::new(parts.policy, cache.clone()));
         let pod_roots = config
             .pods
             .cgroup_root
@@ -199,9 +149,9 @@ impl App {
             .map_or_else(PodRoots::defaults, PodRoots::at);
         let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
         let own_probe = OwnProbe::new();
-        let front = Arc::new(CredentialEndpoint {
+        let endpoint = Arc::new(CredentialEndpoint {
             attestor: attestor.clone(),
-            broker: broker.clone(),
+            service: service.clone(),
             audit: open_audit(&config.audit, clock.clone(), metrics.clone()),
             metrics: metrics.clone(),
             authorization: authorization(&config.listen)?,
@@ -230,8 +180,8 @@ impl App {
             sts,
             own_probe,
             accounts,
-            broker,
-            audit: front.audit.clone(),
+            service,
+            audit: endpoint.audit.clone(),
             clock,
             readiness,
             probing: None,
@@ -240,8 +190,8 @@ impl App {
             operators: AcceptLoops::new(&metrics),
             metrics,
         };
-        app.serve_workloads(&mut inherited, &front)?;
-        app.serve_pods(front).await?;
+        app.serve_workloads(&mut inherited, &endpoint)?;
+        app.serve_pods(endpoint).await?;
         app.serve_operators(&mut inherited, &admin);
         app.workloads.refuse_rest(&mut inherited);
         app.metrics
@@ -266,7 +216,8 @@ impl App {
             .then(|| source.clone());
         let parts = Components::new(
             &config,
-            (reusable, true),
+            reusable,
+            true,
             &self.accounts,
             (&self.clock, &self.metrics),
         )
@@ -276,7 +227,8 @@ impl App {
         self.source = (parts.identity, parts.policy.source.clone());
         self.status
             .names_processes(DaemonFeatures::of(&config).names_processes());
-        self.broker.reload(parts.policy, parts.issuer, parts.limits);
+        self.service
+            .reload(parts.policy, parts.exchanger, parts.limits);
         let endpoints = sts_names(&config);
         for removed in std::mem::replace(&mut self.sts, endpoints) {
             if !self.sts.contains(&removed) {
@@ -328,7 +280,7 @@ impl App {
     fn serve_workloads(
         &mut self,
         inherited: &mut ActivatedSockets,
-        front: &Arc<CredentialEndpoint>,
+        endpoint: &Arc<CredentialEndpoint>,
     ) -> Result<(), AppError> {
         let unix = self
             .listen
@@ -346,8 +298,9 @@ impl App {
         self.tcp = attempts.iter().filter_map(tcp_address).collect();
         listen::warn_of_unprivileged_ports(&self.tcp);
         for attempt in attempts {
-            let front = front.clone();
-            let connection = move |stream, arrival| front.clone().connection(stream, arrival, None);
+            let endpoint = endpoint.clone();
+            let connection =
+                move |stream, arrival| endpoint.clone().connection(stream, arrival, None);
             self.workloads
                 .serve(attempt, "serving workloads", connection);
         }
@@ -356,9 +309,9 @@ impl App {
 
     /// Serves pods. On return the present pods are served, unless another daemon is going to pass
     /// their listeners.
-    async fn serve_pods(&mut self, front: Arc<CredentialEndpoint>) -> Result<(), AppError> {
+    async fn serve_pods(&mut self, endpoint: Arc<CredentialEndpoint>) -> Result<(), AppError> {
         if self.pods.enabled {
-            let cgroups = front.attestor.pod_roots();
+            let cgroups = endpoint.attestor.pod_roots();
             tracing::debug!(?cgroups, "found the kubelet's cgroup root");
             if cgroups.is_empty() {
                 tracing::warn!(
@@ -374,7 +327,7 @@ impl App {
             );
             let (pods, gate) = PodListeners::start(
                 (directory, handover),
-                front,
+                endpoint,
                 connections,
                 self.metrics.clone(),
                 stop,
@@ -431,95 +384,6 @@ impl App {
 fn sts_names(config: &Config) -> Vec<String> {
     let targets = config.roles.sts_targets();
     targets.iter().map(ToString::to_string).collect()
-}
-
-fn limits(cache: &config::CacheConfig) -> cache::Limits {
-    cache::Limits {
-        max_entries: cache.max_entries,
-        revocation_grace: cache.revocation_grace,
-    }
-}
-
-/// Builds the source that the configuration names. A source that is misconfigured makes a reload
-/// fail. A source that does not answer yet does not.
-async fn identity_source(
-    config: &Config,
-    accounts: &Accounts,
-    is_reload: bool,
-    (clock, metrics): (&Clock, &Metrics),
-) -> Result<Arc<dyn IdentitySource>, AppError> {
-    let identity = &config.identity;
-    let agent: Arc<dyn AttestingAgent> = match &identity.source {
-        config::Source::WorkloadApi => {
-            let rules: Vec<_> = config
-                .workloads
-                .iter()
-                .map(|workload| workload.rule.clone())
-                .collect();
-            let rules = LiveRules::new(rules, accounts);
-            let source = WorkloadApi::new(
-                identity.workload_api_socket.clone(),
-                rules,
-                clock.clone(),
-                metrics.clone(),
-            );
-            return Ok(Arc::new(source));
-        }
-        config::Source::SpireDelegated { socket } => {
-            Arc::new(SpireDelegated::new(socket, svid::CALL_TIMEOUT))
-        }
-        config::Source::SpiffeBroker {
-            socket,
-            server,
-            reference,
-        } => {
-            let own = OwnSvidSource::at(identity.workload_api_socket.clone());
-            let broker = BrokerApi::new(socket, own, server.clone(), svid::CALL_TIMEOUT);
-            match reference {
-                config::Reference::Auto => Arc::new(broker.naming_pods()),
-                config::Reference::Process => Arc::new(broker),
-            }
-        }
-    };
-    // An agent that answers later than that is checked while callers are served.
-    if let Ok(Err(error @ SourceError::Misconfigured(_))) =
-        timeout(SOURCE_CHECK_TIMEOUT, agent.connect()).await
-    {
-        if is_reload {
-            return Err(AppError::Source(error));
-        }
-        // Another agent may listen there in a moment. Until then each query fails with the same
-        // error.
-        tracing::error!(%error, "the identity source is misconfigured: callers are refused");
-    }
-    let most = remembered_processes();
-    Ok(Arc::new(AgentSource::new(
-        agent,
-        identity.audience.clone(),
-        most,
-        clock.clone(),
-        metrics.clone(),
-    )))
-}
-
-/// Returns how many processes may be cached. Each needs up to three descriptors, and connections
-/// need some too.
-fn remembered_processes() -> usize {
-    const MAX_REMEMBERED_PROCESSES: u64 = 8192;
-    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
-    usize::try_from((descriptors / 8).min(MAX_REMEMBERED_PROCESSES)).unwrap_or(1024)
-}
-
-async fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {
-    let settings = Settings {
-        timeout: config.sts.timeout,
-        max_concurrent: config.sts.max_concurrent,
-        ca_file: config.sts.ca_file.clone(),
-        network: NetworkSettings::from_env(|name| std::env::var(name).ok()),
-    };
-    let sts = Sts::new(settings, clock);
-    sts.prepare(&config.roles.sts_targets()).await?;
-    Ok(sts)
 }
 
 /// Loads the token, and starts writing its file. One SDK uses the endpoint only if it gets the

@@ -133,7 +133,7 @@ impl CredentialService {
     ///
     /// Credentials are kept if the rules of their SPIFFE ID are unchanged and the new roles grant
     /// exactly the same. All others are never served again (T17).
-    pub fn reload(&self, policy: Policy, issuer: TokenExchanger, limits: Limits) {
+    pub fn reload(&self, policy: Policy, exchanger: TokenExchanger, limits: Limits) {
         self.reloads.fetch_add(1, Ordering::SeqCst);
         let (old, new) = (self.policy.load_full(), Arc::new(policy));
         let swept = Arc::new(AtomicBool::new(false));
@@ -145,7 +145,7 @@ impl CredentialService {
                     && (swept.load(Ordering::SeqCst) || new.has_same_basis(&old, &grant.spiffe_id))
             }
         };
-        self.cache.reconfigure(issuer, limits, keep);
+        self.cache.reconfigure(exchanger, limits, keep);
         swept.store(true, Ordering::SeqCst);
         self.policy.store(new);
         self.reloads.fetch_add(1, Ordering::SeqCst);

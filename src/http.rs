@@ -55,7 +55,7 @@ pub struct CredentialEndpoint {
     /// Attests the caller of a connection.
     pub attestor: Arc<Attestor>,
     /// Selects the role, and returns the credentials.
-    pub broker: Arc<CredentialService>,
+    pub service: Arc<CredentialService>,
     /// The destination of a record for each request.
     pub audit: Arc<Audit>,
     /// The metrics of connections and requests.
@@ -144,7 +144,7 @@ impl CredentialEndpoint {
         let looks = peer
             .as_ref()
             .ok()
-            .and_then(|caller| self.broker.facts_needed(caller));
+            .and_then(|caller| self.service.facts_needed(caller));
         Ok(AdmittedConnection {
             peer,
             looks,
@@ -319,12 +319,12 @@ impl CredentialEndpoint {
         let wanted =
             request_validation::validate(&RequestHead::of(request), listener, &self.authorization)?;
         let (issued, freshness) = self
-            .broker
+            .service
             .credentials_for(&caller, &wanted, record)
             .await
             .map_err(|error| {
                 record.requested(&wanted);
-                RequestError::broker(error, &caller, &wanted)
+                RequestError::service(error, &caller, &wanted)
             })?;
         if freshness == CacheResult::Stale {
             tracing::debug!("answered from credentials that are due for a refresh");

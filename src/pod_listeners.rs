@@ -144,7 +144,7 @@ impl PodListeners {
     /// its listeners once the gate is passed.
     pub async fn start(
         (directory, handover): (&Path, Option<&Path>),
-        front: Arc<CredentialEndpoint>,
+        endpoint: Arc<CredentialEndpoint>,
         connections: ConnectionTracker,
         metrics: Metrics,
         stop: watch::Receiver<bool>,
@@ -158,7 +158,7 @@ impl PodListeners {
             .and_then(|own| own.run_in(|| ()).map(|()| own.id()))
             .map_err(PodsError::Denied)?;
         let service = PodService {
-            front,
+            endpoint,
             connections,
             stop,
             loops: TaskTracker::new(),

@@ -80,12 +80,12 @@ async fn slow_source_and_exchange_share_one_deadline() {
         Clock::starting_at(SystemTime::UNIX_EPOCH),
         Metrics::default(),
     );
-    let issuer = TokenExchanger::new(slow.clone(), slow.clone(), clock.clone(), metrics.clone());
+    let exchanger = TokenExchanger::new(slow.clone(), slow.clone(), clock.clone(), metrics.clone());
     let limits = Limits {
         max_entries: 10,
         revocation_grace: Duration::from_secs(300),
     };
-    let cache = CredentialCache::new(issuer, clock.clone(), metrics.clone(), limits);
+    let cache = CredentialCache::new(exchanger, clock.clone(), metrics.clone(), limits);
     let policy = Policy {
         source: slow,
         roles: Roles {
@@ -93,7 +93,7 @@ async fn slow_source_and_exchange_share_one_deadline() {
             requested: None,
         },
     };
-    let broker = CredentialService::new(policy, cache);
+    let service = CredentialService::new(policy, cache);
     let audit = Audit::unopened(false, clock, metrics);
     audit
         .reopen(&AuditFile::Path(Path::new("/dev/null").to_owned()), false)
@@ -101,7 +101,7 @@ async fn slow_source_and_exchange_share_one_deadline() {
     let caller = Arc::new(Caller::synthetic());
     let mut record = audit.begin(ListenerKind::Unix, Some(caller.clone()));
     let begun = Instant::now();
-    let answer = broker
+    let answer = service
         .credentials_for(&caller, &RequestedRole::Default, &mut record)
         .await;
     assert!(

@@ -107,13 +107,13 @@ async fn exchange_once(
     source: &Arc<Tokens>,
     sts: &Arc<FakeStsReplies>,
 ) -> Result<Credentials, ExchangeError> {
-    let issuer = TokenExchanger::new(
+    let exchanger = TokenExchanger::new(
         source.clone(),
         sts.clone(),
         Clock::starting_at(now()),
         Metrics::default(),
     );
-    issuer.exchange(&caller(), &grant(&target())).await
+    exchanger.exchange(&caller(), &grant(&target())).await
 }
 
 fn token(serial: u32) -> Result<JwtSvid, SourceError> {
@@ -333,14 +333,14 @@ async fn exchange_replaces_a_refused_token_once() {
 async fn exchange_does_not_resend_an_expired_token() {
     let brief = svid_for(&billing(), 30, 1);
     let sts = ScriptedReplies::slow(Duration::from_secs(2), [refused(RetryPolicy::Later)]);
-    let issuer = TokenExchanger::new(
+    let exchanger = TokenExchanger::new(
         ScriptedReplies::new([Ok(brief.clone())]),
         sts.clone(),
         // The token has a second left: a source or a queue has delayed it.
         Clock::starting_at(brief.expires() - Duration::from_secs(1)),
         Metrics::default(),
     );
-    issuer
+    exchanger
         .exchange(&caller(), &grant(&target()))
         .await
         .unwrap_err();
@@ -411,13 +411,13 @@ async fn sts_client_error_replaces_an_expired_token() {
     let server = server.await;
     let clock = Clock::starting_at(now());
     let sts = Arc::new(Sts::new(settings(), clock.clone()));
-    let issuer = TokenExchanger::new(
+    let exchanger = TokenExchanger::new(
         ScriptedReplies::new([token(1), token(2)]),
         sts,
         clock,
         Metrics::default(),
     );
-    let issued = issuer
+    let issued = exchanger
         .exchange(&caller(), &grant(&plain(&server)))
         .await
         .unwrap();

@@ -116,7 +116,7 @@ impl RequestError {
         own.chain(exchanges.map(Self::Issue)).collect()
     }
 
-    pub(super) fn broker(error: ServiceError, caller: &Caller, requested: &RequestedRole) -> Self {
+    pub(super) fn service(error: ServiceError, caller: &Caller, requested: &RequestedRole) -> Self {
         match error {
             ServiceError::Refused(refusal) => Self::Caller(refusal),
             ServiceError::NoIdentity => Self::NoIdentity(describe(caller)),

@@ -25,7 +25,7 @@ use crate::pod_listeners::sys;
 /// Parts that all pods share.
 #[derive(Debug)]
 pub(super) struct PodService {
-    pub(super) front: Arc<CredentialEndpoint>,
+    pub(super) endpoint: Arc<CredentialEndpoint>,
     pub(super) connections: ConnectionTracker,
     /// Ends all accept loops.
     pub(super) stop: watch::Receiver<bool>,
@@ -131,7 +131,7 @@ impl ListenedPod {
         made: NamespaceSockets,
         service: &PodService,
     ) -> io::Result<Option<(Self, Vec<BindFailure>)>> {
-        let Some(attestor) = service.front.attestor.in_pod(made.diag?) else {
+        let Some(attestor) = service.endpoint.attestor.in_pod(made.diag?) else {
             return Ok(None);
         };
         let mut pod = Self {
@@ -182,9 +182,9 @@ impl ListenedPod {
             ListenError::Pod { source, .. } => source,
             other => io::Error::other(other),
         })?;
-        let (front, attestor) = (service.front.clone(), self.attestor.clone());
+        let (endpoint, attestor) = (service.endpoint.clone(), self.attestor.clone());
         let connection = move |stream, arrival| {
-            front
+            endpoint
                 .clone()
                 .connection(stream, arrival, Some(attestor.clone()))
         };

@@ -15,7 +15,7 @@ use super::*;
 
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
-/// Serves one connection as the front does, where the answer comes after `answer`.
+/// Serves one connection as the endpoint does, where the answer comes after `answer`.
 async fn serve(stream: DuplexStream, answer: impl AsyncFn()) -> hyper::Result<()> {
     let (stage, answer) = (ResponseState::default(), &answer);
     let service = service_fn(|_: Request<hyper::body::Incoming>| {
