@@ -44,7 +44,8 @@ const ABSENT_GRACE: Duration = Duration::from_secs(300);
 /// may run in addition.
 const MAX_LOOKUPS: usize = 8;
 
-/// All names in the configuration, with their numbers. Clones share the state.
+/// All names in the configuration, with their numbers. During a reload also the names of the new
+/// configuration. Clones share the state.
 #[derive(Clone)]
 pub struct Accounts(Arc<AccountsInner>);
 
@@ -62,7 +63,7 @@ struct AccountsState {
     is_running: bool,
 }
 
-/// Numbers of the names of one configuration.
+/// Numbers of the names.
 #[derive(Debug, Default)]
 pub struct Numbers {
     known: BTreeMap<AccountName, Known>,
@@ -135,18 +136,37 @@ impl Accounts {
         }))
     }
 
-    /// Switches to the names of another configuration, each with the lines that contain it.
+    /// Returns the names, each with the lines of the configuration that contain it.
+    pub fn names(&self) -> BTreeMap<AccountName, Vec<usize>> {
+        let state = self.0.state();
+        let lines =
+            |(name, entry): (&AccountName, &AccountEntry)| (name.clone(), entry.lines.clone());
+        state.names.iter().map(lines).collect()
+    }
+
+    /// Adds the names of another configuration, which does not count yet.
     ///
     /// Starts a lookup of all of them and waits for at most `patience`. Until a lookup ends, a name
     /// keeps its state. Has to be called within a tokio runtime.
-    pub async fn follow(&self, names: BTreeMap<AccountName, Vec<usize>>, patience: Duration) {
+    pub async fn add(&self, names: BTreeMap<AccountName, Vec<usize>>, patience: Duration) {
         let wanted: Vec<AccountName> = names.keys().cloned().collect();
-        if self.0.set(names) {
+        if self.0.add(names) {
             tokio::spawn(run(self.0.clone()));
         }
         if !self.await_lookup(&wanted, patience).await {
             self.0.log_silence();
         }
+    }
+
+    /// Drops all other names, and gives these their lines.
+    pub fn keep(&self, names: &BTreeMap<AccountName, Vec<usize>>) {
+        let mut state = self.0.state();
+        state.names.retain(|name, entry| {
+            let lines = names.get(name);
+            entry.lines = lines.cloned().unwrap_or_default();
+            lines.is_some()
+        });
+        self.0.publish(&state, None);
     }
 
     /// Returns the numbers of this moment.
@@ -187,14 +207,12 @@ impl AccountsInner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Replaces the names. Returns whether the background task has to be started.
-    fn set(&self, names: BTreeMap<AccountName, Vec<usize>>) -> bool {
+    /// Adds names. Returns whether the background task has to be started.
+    fn add(&self, names: BTreeMap<AccountName, Vec<usize>>) -> bool {
         let mut state = self.state();
-        let mut before = std::mem::take(&mut state.names);
         for (name, lines) in names {
-            let mut entry = before.remove(&name).unwrap_or_else(AccountEntry::new);
+            let entry = state.names.entry(name).or_insert_with(AccountEntry::new);
             entry.lines = lines;
-            state.names.insert(name, entry);
         }
         let start = !state.is_running && !state.names.is_empty();
         state.is_running |= start;

@@ -200,9 +200,18 @@ impl App {
         Ok(app)
     }
 
-    /// Applies another configuration, except `[listen]` and `[pods]`, which need a
-    /// restart, and `[log]`. An error changes nothing.
-    pub async fn reload(&mut self, mut config: Config) -> Result<(), AppError> {
+    /// Applies another configuration, except `[listen]` and `[pods]`, which need a restart, and
+    /// `[log]`, which the caller applies. An error changes nothing.
+    pub async fn reload(&mut self, config: Config) -> Result<(), AppError> {
+        let (before, names) = (self.accounts.names(), config.accounts());
+        let applied = self.apply(config).await;
+        // The names of both configurations are known while it is open which one will count.
+        self.accounts
+            .keep(if applied.is_ok() { &names } else { &before });
+        applied
+    }
+
+    async fn apply(&mut self, mut config: Config) -> Result<(), AppError> {
         let changed = [
             ("listen", self.listen.changed(&config.listen)),
             ("pods", self.pods.changed(&config.pods)),

@@ -161,7 +161,7 @@ impl Attestor {
     }
 
     /// Attests the peer `client` of a TCP connection that was accepted on `server`, by its socket
-    /// alone. Calls `on_wait` before it waits.
+    /// alone. Calls `on_wait` before it waits for a cgroup scan, which has limits of its own.
     pub async fn tcp(
         &self,
         client: SocketAddr,
@@ -235,7 +235,7 @@ mod tests {
             .map_while(|uid| tcp.searches().try_acquire(&WorkloadKey::user(uid)).ok())
             .collect();
         assert!(!all.is_empty());
-        // More descriptors than the inline search may read.
+        // More descriptors than the short search may read.
         let _descriptors: Vec<_> = (0..300).map(|_| File::open("/dev/null").unwrap()).collect();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let server = listener.local_addr().unwrap();

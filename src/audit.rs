@@ -1,7 +1,8 @@
 //! Audit records, one for each request that sent a complete head: the caller, its SPIFFE ID, the
-//! role, and the issued key.
+//! role, and the issued key. Many equal ones become one record with a count ([`aggregate`]).
 //!
-//! A record is one line of JSON, written with one write(2) before the answer is sent. Its fields
+//! A record is one line of JSON, written with one write(2). The answer waits for that up to 0.1 s,
+//! or with `required` for as long as it may take. Its fields
 //! are a contract, described in `deploy/docs/audit-log.md`. It contains no secret. The access key
 //! id joins it with CloudTrail.
 

@@ -54,11 +54,11 @@ use next_action::Action;
 use refresh::Schedule;
 use table::EntryTable;
 
-/// Bound of concurrent refreshes. An outage that ends, or an agent that hangs, must not delay
-/// requests for first credentials.
+/// Bound of concurrent refreshes that the task starts. An outage that ends, or an agent that hangs,
+/// must not delay requests for first credentials. A refresh that a request starts needs no permit.
 const MAX_REFRESHES: usize = 64;
 /// The part of [`MAX_REFRESHES`] that one SPIFFE ID may use.
-const MAX_REFRESHES_PER_WORKLOAD: usize = 4;
+const MAX_REFRESHES_PER_SPIFFE_ID: usize = 4;
 
 /// Handle of the cache, cheap to clone.
 #[derive(Debug, Clone)]
@@ -134,7 +134,7 @@ impl CredentialCache {
             metrics,
             table: EntryTable::default(),
             schedule: schedule.clone(),
-            refreshes: FairSemaphore::new(MAX_REFRESHES, MAX_REFRESHES_PER_WORKLOAD),
+            refreshes: FairSemaphore::new(MAX_REFRESHES, MAX_REFRESHES_PER_SPIFFE_ID),
             log: EventLog::default(),
             synthetic_caller: Arc::new(Caller::synthetic()),
             start: Instant::now(),

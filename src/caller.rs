@@ -45,9 +45,9 @@ impl ListenerKind {
 
 /// The attested peer of one connection.
 ///
-/// The kernel fixed `uid` and `cgroup`. On the unix socket they are those of the process that
-/// connected, on TCP those of the process that made the socket. `process` is always set on the unix
-/// socket. On TCP it is set only if a decision needs it.
+/// On TCP `uid` and `cgroup` are those of the process that made the socket. On the unix socket
+/// `uid` is that of the process that connected, and `cgroup` is the one that it has now. `process`
+/// is always set on the unix socket. On TCP it is set only if a decision needs it.
 #[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug)]
 pub struct Caller {

@@ -1,4 +1,5 @@
-//! Wall-clock time, for `Expiration` and tokens only. Everything else uses tokio's monotonic clock.
+//! Wall-clock time, for `Expiration`, tokens, and times that are shown. Everything else uses
+//! tokio's monotonic clock.
 
 #![expect(clippy::disallowed_methods, reason = "this is the clock")]
 

@@ -77,7 +77,8 @@ impl CredentialService {
         wanted: &RequestedRole,
         record: &mut Record,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), ServiceError> {
-        // One deadline for all waits, because clients give up by then.
+        // The deadline of the wait for the cache includes the time of `identify`: clients give up
+        // by then.
         let until = Instant::now() + REQUEST_HOLD;
         loop {
             let begun = self.reloads.load(Ordering::SeqCst);

@@ -29,7 +29,7 @@ const NOT_COUNTED: &str =
 
 /// Runs the daemon with the configuration at `path` until SIGTERM or SIGINT. SIGHUP reloads it.
 ///
-/// Has to be called before any thread is started. The exit statuses are in deploy/README.md.
+/// Has to be called before any thread is started. The exit statuses are in deploy/docs/cli.md.
 #[expect(
     clippy::print_stderr,
     reason = "before the log is started, errors go to standard error"

@@ -32,7 +32,7 @@ const RETRY_PAUSE: Duration = Duration::from_millis(250);
 const MAX_SOURCE_CALLS: usize = 64;
 /// The part of [`MAX_SOURCE_CALLS`] that one SPIFFE ID may use. SPIRE can delay the calls of one
 /// workload for up to 30 s; permits for others remain.
-const MAX_SOURCE_CALLS_PER_WORKLOAD: usize = 4;
+const MAX_SOURCE_CALLS_PER_SPIFFE_ID: usize = 4;
 /// Number of exchanges that one SPIFFE ID may start at once: its 16 cached roles, and each of them
 /// once more.
 const EXCHANGE_BURST: u32 = 32;
@@ -122,7 +122,7 @@ impl TokenExchanger {
         clock: Clock,
         metrics: Metrics,
     ) -> Self {
-        let source_permits = FairSemaphore::new(MAX_SOURCE_CALLS, MAX_SOURCE_CALLS_PER_WORKLOAD);
+        let source_permits = FairSemaphore::new(MAX_SOURCE_CALLS, MAX_SOURCE_CALLS_PER_SPIFFE_ID);
         let rate_limit = Arc::new(KeyedRateLimiter::new(EXCHANGE_BURST, EXCHANGE_INTERVAL));
         Self {
             source,

@@ -341,7 +341,7 @@ pub fn request_failures() -> BTreeSet<(&'static str, &'static str)> {
         .collect()
 }
 
-/// Returns the reasons for which a connection of a workload ends without a request.
+/// Returns the reasons for which a connection of a workload ends without an answer.
 pub fn drop_reasons() -> impl Iterator<Item = &'static str> {
     DropReason::ALL.into_iter().map(DropReason::reason)
 }

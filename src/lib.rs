@@ -17,9 +17,9 @@
 //!
 //! | step | module | |
 //! |---|---|---|
-//! | connect | [`listen`] | accepts, and takes the peer's facts before it reads a byte |
+//! | connect | [`listen`] | accepts, with at most 64 connections per listener that are not attested yet |
 //! | attest | [`attest`] | peer -> [`caller::Caller`], by facts that only the kernel sets |
-//! | request | [`http`] | method, path, header rules; opens the audit record |
+//! | request | [`http`] | attests the peer, then reads and validates the request; opens the audit record |
 //! | decide | [`credential_service`] | **the request path**: identify, select the role, cache or exchange, verify the caller again |
 //! | cache | [`cache`] | credentials by SPIFFE ID and role, refreshed before they expire |
 //! | exchange | [`exchange`] | JWT-SVID from [`svid`], credentials from [`sts`], within [`limits`] that are fair between workloads |

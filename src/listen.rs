@@ -112,8 +112,8 @@ pub struct ConnectionTracker {
 /// A connection that is accepted and not yet attested.
 #[derive(Debug)]
 pub struct PendingConnection {
-    /// The permit to drop as soon as the workload is known, or only the workload's own limit is
-    /// waited for.
+    /// The permit to drop as soon as the workload is known, or before a wait for a cgroup scan,
+    /// which has limits of its own.
     pub permit: PendingPermit,
     /// The guard to drop when the connection has ended.
     pub open: OpenConnection,
@@ -183,7 +183,8 @@ impl ConnectionTracker {
 }
 
 /// Accepts connections until `stop` is true, then closes the listener. Accepting never waits for a
-/// client.
+/// client. `connection` serves each one: `CredentialEndpoint::connection` for workloads,
+/// `Admin::connection` for operators.
 pub async fn serve<F, C>(
     mut listener: Listener,
     connections: ConnectionTracker,

@@ -264,7 +264,7 @@ impl Metrics {
         );
         own.register(
             "connections_dropped",
-            "Connections that ended without a request",
+            "Connections that ended without an answer",
             self.connections_dropped.clone(),
         );
     }

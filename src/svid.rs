@@ -1,7 +1,9 @@
 //! Identity sources: the SPIFFE IDs of a caller, and the JWT-SVIDs that prove them.
 //!
 //! [`workload_api`] fetches the identities of the daemon itself from any SPIFFE provider, and
-//! assigns them to callers by `[[workload]]` rules. [`jwt`] checks every token, from every source.
+//! assigns them to callers by `[[workload]]` rules. [`spire_delegated`] and [`spiffe_broker`] query
+//! an agent that attests the caller. [`agent_source`] caches and revalidates its replies. [`jwt`]
+//! checks every token, from every source.
 
 use std::fmt;
 use std::sync::Arc;

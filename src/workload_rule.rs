@@ -143,7 +143,8 @@ enum UndecidedFact<'a> {
 }
 
 /// Returns the first rule that matches. Stops at the first rule that cannot be decided by the known
-/// facts. Uses only stats of rules' files since `since`, or returns the file that has to be read.
+/// facts. Uses only stats of rules' files since `since`, or slightly older ones that prove the
+/// result. Otherwise returns the file that has to be read.
 pub fn decide<'a>(rules: &'a [WorkloadRule], caller: &Caller, since: Instant) -> Decision<'a> {
     for rule in rules {
         match rule.matches(caller, since) {

@@ -88,7 +88,7 @@ const WAIT: Duration = Duration::from_secs(3);
 
 async fn following(service: &Arc<FakeNameService>, wanted: &[&str]) -> Accounts {
     let accounts = Accounts::new(service.clone(), Metrics::default());
-    accounts.follow(names(wanted), WAIT).await;
+    accounts.add(names(wanted), WAIT).await;
     accounts
 }
 
@@ -197,9 +197,7 @@ async fn hanging_lookup_does_not_delay_others() {
     let accounts = Accounts::new(service.clone(), Metrics::default());
     let all = [&many[..], &["alice"]].concat();
     // More names hang than may be resolved at one time. A local name is resolved all the same.
-    accounts
-        .follow(names(&all), Duration::from_millis(100))
-        .await;
+    accounts.add(names(&all), Duration::from_millis(100)).await;
     await_state(&accounts, "alice", Known::Number(1001)).await;
     assert_eq!(state_of(&accounts, "remote0"), Known::Unanswered);
     assert_eq!(service.lookups.lock().unwrap().len(), MAX_LOOKUPS + 1);
@@ -213,12 +211,13 @@ async fn numbers_survive_another_configuration() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001))), ("bob", Ok(Some(1002)))]);
     let accounts = following(&service, &["alice"]).await;
     service.set("alice", Err(Errno::EIO));
-    accounts.follow(names(&["alice", "bob"]), WAIT).await;
+    accounts.add(names(&["bob"]), WAIT).await;
     assert_eq!(
         [state_of(&accounts, "alice"), state_of(&accounts, "bob")],
         [Known::Number(1001), Known::Number(1002)]
     );
-    accounts.follow(names(&["bob"]), WAIT).await;
+    accounts.keep(&names(&["bob"]));
+    assert_eq!(accounts.names(), names(&["bob"]));
     assert_eq!(state_of(&accounts, "alice"), Known::Unanswered);
 }
 

@@ -48,7 +48,7 @@ impl Components {
     ) -> Result<Self, AppError> {
         // This runs before the rules take effect, so that the names in them nearly always have
         // their numbers by then.
-        accounts.follow(config.accounts(), SOURCE_CHECK_TIMEOUT).await;
+        accounts.add(config.accounts(), SOURCE_CHECK_TIMEOUT).await;
         let source = match source {
             Some(source) => source,
             None => identity_source(config, accounts, is_reload, (clock, metrics)).await?,

@@ -20,7 +20,7 @@ const NLMSG_HEADER: usize = 16;
 /// The size of the request: the header and `struct inet_diag_req_v2`.
 const REQUEST_BYTES: u32 = 16 + 56;
 /// The size of `struct inet_diag_msg`, before its attributes.
-const MAX_MESSAGE_BYTES: usize = 72;
+const INET_DIAG_MSG_BYTES: usize = 72;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const IPPROTO_TCP: u8 = 6;
@@ -237,7 +237,7 @@ pub(crate) fn parse(
     let length = read_u32(reply, 0).map_or(0, |length| length as usize);
     let message = reply
         .get(NLMSG_HEADER..length)
-        .filter(|message| message.len() >= MAX_MESSAGE_BYTES)
+        .filter(|message| message.len() >= INET_DIAG_MSG_BYTES)
         .ok_or(AttestError::Kernel)?;
     if kind != SOCK_DIAG_BY_FAMILY {
         return Err(AttestError::Kernel);
@@ -263,7 +263,7 @@ pub(crate) fn parse(
         uid,
         inode,
         cookie,
-        cgroup_id: attribute(&message[MAX_MESSAGE_BYTES..], INET_DIAG_CGROUP_ID),
+        cgroup_id: attribute(&message[INET_DIAG_MSG_BYTES..], INET_DIAG_CGROUP_ID),
     })
 }
 

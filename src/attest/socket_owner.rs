@@ -32,14 +32,14 @@ pub(crate) struct Budget {
 }
 
 impl Budget {
-    /// The budget on an I/O thread: as much as a small program needs, well under a millisecond.
-    pub(crate) const INLINE: Self = Self {
+    /// The budget of the first search: as much as a small program needs, well under a millisecond.
+    pub(crate) const SHORT: Self = Self {
         list: 1024,
         descriptors: 256,
         time: Duration::from_millis(1),
     };
-    /// The budget on a lookup thread, the most that one search may use.
-    pub(crate) const OFFLOADED: Self = Self {
+    /// The most that one search may use.
+    pub(crate) const LONG: Self = Self {
         list: 64 * 1024,
         descriptors: 4096,
         time: Duration::from_millis(20),
@@ -118,7 +118,7 @@ fn process_owning(
     let (handle, descriptor) = match (handle, hint) {
         (Some(handle), Some(number)) => (handle, number),
         (handle, _) => {
-            let Some((number, others)) = scan_fds(directory, socket.inode, tracker)? else {
+            let Some(found) = scan_fds(directory, socket.inode, tracker)? else {
                 return Ok(None);
             };
             // The pid may belong to another process by now. A process that has exited holds
@@ -128,8 +128,8 @@ fn process_owning(
                 .map_or_else(|| open_process(host, pid), Ok)
             {
                 Ok(handle) => {
-                    handle.replace_socket_hints(others.into_iter());
-                    (handle, number)
+                    handle.replace_socket_hints(found.others.into_iter());
+                    (handle, found.descriptor)
                 }
                 Err(AttestError::CallerGone) => return Ok(None),
                 Err(refusal) => return Err(refusal),
@@ -164,14 +164,20 @@ fn open_process(host: &Host, pid: u32) -> Result<Arc<ProcessHandle>, AttestError
     )
 }
 
-/// Returns the descriptor number of the socket in the process with this directory. The highest
-/// numbers come first: a new connection mostly has the last free number. Also returns the sockets
-/// before it, by inode and number.
+/// A socket in the descriptor table of a process.
+struct FoundSocket {
+    descriptor: u32,
+    /// The inode and descriptor of each other socket that was read before it.
+    others: Vec<(u32, u32)>,
+}
+
+/// Finds the socket in the process with this directory. The highest descriptors come first: a new
+/// connection mostly has the last free number.
 fn scan_fds(
     directory: &Path,
     inode: u32,
     tracker: &mut BudgetTracker,
-) -> Result<Option<(u32, Vec<(u32, u32)>)>, AttestError> {
+) -> Result<Option<FoundSocket>, AttestError> {
     // The process has exited, or shows nothing (kernel threads, missing privilege).
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let Ok(mut open) = Dir::open(&directory.join("fd"), flags, Mode::empty()) else {
@@ -188,11 +194,13 @@ fn scan_fds(
     }
     numbers.sort_unstable_by(|a, b| b.cmp(a));
     let mut others = Vec::new();
-    for number in numbers {
+    for descriptor in numbers {
         tracker.check_time()?;
-        match process_cache::socket(open.as_fd(), number) {
-            Some(found) if found == inode => return Ok(Some((number, others))),
-            Some(other) => others.push((other, number)),
+        match process_cache::socket(open.as_fd(), descriptor) {
+            Some(found) if found == inode => {
+                return Ok(Some(FoundSocket { descriptor, others }));
+            }
+            Some(other) => others.push((other, descriptor)),
             None => {}
         }
     }

@@ -256,7 +256,7 @@ impl SocketProof {
         match query
             .host
             .lookups
-            .run(owner, self.search(facts, Budget::INLINE))
+            .run(owner, self.search(facts, Budget::SHORT))
             .await
         {
             Err(AttestError::TooManyDescriptors) => {}
@@ -276,7 +276,7 @@ impl SocketProof {
             query
                 .host
                 .lookups
-                .run_offloaded(owner, self.search(facts, Budget::OFFLOADED))
+                .run_offloaded(owner, self.search(facts, Budget::LONG))
         );
         if let Ok(done) = timeout(SEARCH_SHARE, &mut search).await {
             return done;

@@ -118,7 +118,6 @@ impl Entry {
                 .as_ref()
                 .map(|cached| cached.access_key_id.to_string()),
             expiration: current.as_ref().map(|cached| date(cached.expiration)),
-            // No scheduled time is later than the next refresh or retry.
             next_try: state
                 .next
                 .map(|at| date(clock.now() + at.saturating_duration_since(Instant::now()))),
@@ -153,7 +152,8 @@ pub struct EntryStatus {
     pub access_key_id: Option<String>,
     /// Time at which AWS stops accepting the credentials.
     pub expiration: Option<String>,
-    /// Time of the next refresh or retry.
+    /// Time at which the cache examines the entry next: a refresh, a retry, or the end of its
+    /// credentials.
     pub next_try: Option<String>,
     /// Text of the last failure, if no exchange has succeeded since.
     pub last_error: Option<String>,

@@ -22,8 +22,9 @@ pub(super) const DENIAL_CONFIRMATION: Duration = Duration::from_secs(10);
 pub(super) enum FailureKind {
     /// An outage or a rate limit. It has no effect.
     Outage,
-    /// The caller is gone. It has no effect, but a try without another caller is useless.
-    CallerGone,
+    /// The caller cannot be attested again. It has no effect, but a try without another caller is
+    /// useless.
+    CallerUnusable,
     /// The source does not give this identity to the caller any more.
     Denied,
     /// STS refuses, or the source's reply is unusable. The credentials could not be issued now.
@@ -33,7 +34,7 @@ pub(super) enum FailureKind {
 impl FailureKind {
     pub(super) fn of(error: &ExchangeError) -> Self {
         match error {
-            ExchangeError::Source(SourceError::Caller(_)) => Self::CallerGone,
+            ExchangeError::Source(SourceError::Caller(_)) => Self::CallerUnusable,
             ExchangeError::Source(SourceError::Denied(_)) => Self::Denied,
             error if error.is_transient() => Self::Outage,
             _ => Self::Refused,
@@ -49,10 +50,7 @@ pub(super) fn negative_ttl(error: &ExchangeError) -> Duration {
         error if error.is_transient() => 1,
         // An operator may be creating the registration entry right now.
         ExchangeError::Source(SourceError::Denied(_)) => 3,
-        ExchangeError::Source(_)
-        | ExchangeError::Sts(_)
-        | ExchangeError::TooOften
-        | ExchangeError::TooShort => 5,
+        _ => 5,
     })
 }
 
@@ -107,7 +105,7 @@ impl FailureState {
                 (FailureKind::Denied, Some(since)) if !confirmed => {
                     since + DENIAL_CONFIRMATION + BACKOFF_FIRST.mul_f64(fastrand::f64())
                 }
-                (FailureKind::CallerGone, _) => at + BACKOFF_FIRST,
+                (FailureKind::CallerUnusable, _) => at + BACKOFF_FIRST,
                 _ => at + (BACKOFF_FIRST * (1 << tries)).mul_f64(0.5 + fastrand::f64()),
             },
             tries: (tries + 1).min(BACKOFF_STEPS),

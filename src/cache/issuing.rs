@@ -71,7 +71,7 @@ impl CacheInner {
             }
         });
         if let Err(error) = &result
-            && FailureKind::of(error) == FailureKind::CallerGone
+            && FailureKind::of(error) == FailureKind::CallerUnusable
         {
             entry.drop_caller(caller);
             if let Some(other) = flight
@@ -125,7 +125,7 @@ impl CacheInner {
         let event = if failure.withdrawn && kept {
             self.clear_credentials(entry, EvictionReason::Withdrawn);
             Some(CacheEvent::Withdrawn(error.clone()))
-        } else if is_new_kind && FailureKind::of(error) != FailureKind::CallerGone {
+        } else if is_new_kind && FailureKind::of(error) != FailureKind::CallerUnusable {
             let missed = self.log.allows();
             failure.logged = missed.is_some();
             missed.map(|missed| CacheEvent::Failed {

@@ -166,7 +166,7 @@ impl CacheInner {
             let failure = state
                 .failure
                 .as_ref()
-                .filter(|failure| FailureKind::of(&failure.error) != FailureKind::CallerGone);
+                .filter(|failure| FailureKind::of(&failure.error) != FailureKind::CallerUnusable);
             event = failure.map(|failure| CacheEvent::Expired(failure.error.clone()));
             self.clear_credentials(entry, reason);
             next = self.next_action(entry, &state, &generation);

@@ -41,7 +41,7 @@ pub enum AttestError {
     /// The cgroup is removed, cannot be listed, or is not in the tree that the daemon sees.
     #[error("the caller's cgroup cannot be read")]
     UnreadableCgroup,
-    /// Searches for other callers use up the time for searches.
+    /// All searches that the caller's workload, or the node, may run at a time are running.
     #[error("cannot find the caller: too many searches run on this node; retry in a moment")]
     SearchBusy,
     /// A user other than root can name cgroups next to the caller's own. So an agent may take the

@@ -13,7 +13,7 @@ use crate::limits::Exhausted;
 use crate::listen::{CONNECTION_TIMEOUT, LazySocket, OpenConnection};
 use crate::metrics::{Metrics, ReasonLabel};
 
-/// The reason for which a connection ended without a request.
+/// The reason for which a connection ended without an answer.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum DropReason {
     /// Its workload has too many connections.
@@ -26,7 +26,7 @@ pub(super) enum DropReason {
     SlowHead,
     /// The bytes are not a head of HTTP/1, or are too many.
     BadRequest,
-    /// The client closed the connection.
+    /// The client closed the connection before its answer.
     Closed,
     /// The whole connection took too long.
     TooSlow,
@@ -35,7 +35,7 @@ pub(super) enum DropReason {
 }
 
 impl DropReason {
-    /// All reasons for which a connection ends without a request.
+    /// All reasons for which a connection ends without an answer.
     pub(super) const ALL: [Self; 8] = [
         Self::OverShare,
         Self::TooMany,
@@ -105,7 +105,7 @@ impl ConnectionLife {
     }
 
     /// Runs a part of the connection. Returns `None` if the connection ended, after its reason was
-    /// counted.
+    /// counted. The end of a pod's namespace is not counted.
     pub(super) async fn run<T>(
         &self,
         part: impl Future<Output = Result<T, DropReason>>,

@@ -11,8 +11,8 @@ use tokio::time::timeout;
 
 use super::FairKey;
 
-/// The longest wait of [`FairSemaphore::acquire`]. A token is valid for at least 30 s more when its
-/// exchange begins to wait.
+/// The longest wait of [`FairSemaphore::acquire`]. A token that waits in an exchange is valid for
+/// at least 30 s more, or for a third of a shorter life.
 pub const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A semaphore with `total` permits, at most `per_key` of them for one key. Clones share one state.
@@ -28,7 +28,8 @@ pub struct FairSemaphore<K: FairKey>(Arc<Inner<K>>);
 pub enum Exhausted {
     /// This key holds as many permits as one key may.
     Key,
-    /// All permits are held, and no other key holds more of them than this one.
+    /// All permits are held. This key's group holds the most, and no key of the group holds more
+    /// than this one.
     Total,
 }
 
@@ -315,7 +316,7 @@ impl<K: FairKey> State<K> {
     }
 
     /// Evicts a permit of the key that holds the most, in the group that holds the most. Returns
-    /// `false` if that key holds no more than `key`.
+    /// `false` if that is the group of `key`, and none of its keys holds more than `key`.
     fn evict_for(&mut self, key: &K) -> bool {
         let (own_group, own) = (key.group(), count(&self.keys, key));
         let Some((group, most)) = self.groups.iter().max_by_key(|(_, held)| **held) else {

@@ -39,7 +39,7 @@ pub struct KeyedRateLimiter {
 }
 
 /// The number of buckets below which full ones are not removed.
-const MAX_BUCKETS: usize = 1024;
+const SWEEP_FROM_BUCKETS: usize = 1024;
 
 impl KeyedRateLimiter {
     /// Creates a limiter that allows a burst of `burst`, and after it one operation per `every`.
@@ -56,7 +56,7 @@ impl KeyedRateLimiter {
         let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
         // A full bucket is the same as none. The table doubles between two sweeps, so a sweep costs
         // little per call.
-        if buckets.len() >= MAX_BUCKETS && buckets.len() == buckets.capacity() {
+        if buckets.len() >= SWEEP_FROM_BUCKETS && buckets.len() == buckets.capacity() {
             buckets.retain(|_, bucket| !bucket.is_full());
         }
         buckets

@@ -2,7 +2,7 @@
 
 #![expect(
     clippy::disallowed_methods,
-    reason = "the lock is taken before the runtime runs"
+    reason = "a bind waits at most 200 ms for the lock"
 )]
 
 use std::fs::{self, File, OpenOptions, Permissions};

@@ -3,7 +3,7 @@
 //!
 //! An agent reads whatever process has the number at some moment of the call. So the daemon holds
 //! the process by its pidfd, and reads it before and after. The reply counts only if all facts were
-//! equal both times (T03), and if the agent cannot misread the process's cgroups (T02). It is then
+//! equal both times (T3), and if the agent cannot misread the process's cgroups (T2). It is then
 //! cached for that process.
 
 use std::collections::{BTreeSet, VecDeque};

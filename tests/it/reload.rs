@@ -230,6 +230,31 @@ fn invalid_configuration_changes_nothing() {
     assert_eq!(key(&daemon), before);
 }
 
+#[test]
+fn failed_reload_keeps_numbers_of_names() {
+    let stage = Stage::set();
+    let uid = nix::unistd::getuid();
+    let user = nix::unistd::User::from_uid(uid).unwrap().unwrap().name;
+    let by_name = |name: &str| {
+        let by_number = format!("uid = {uid}\n");
+        assert!(stage.with_rule("").contains(&by_number));
+        stage
+            .with_rule("")
+            .replace(&by_number, &format!("user = \"{name}\"\n"))
+    };
+    let daemon = stage.start(&by_name(&user));
+    let before = key(&daemon);
+    let good = daemon.text();
+    // The rule with another name is valid. The audit file cannot be opened.
+    let wrong = good
+        .replace(&format!("\"{user}\""), "\"daemon\"")
+        .replace("audit.log", "missing/audit.log");
+    assert_ne!(wrong, good);
+    assert!(!daemon.reload_text(&wrong));
+    assert!(daemon.log().contains("missing/audit.log"));
+    assert_eq!(key(&daemon), before);
+}
+
 /// Sends SIGHUP without a file, and checks that nothing changes.
 fn assert_sighup_fails(daemon: &Daemon) {
     let count = || daemon.log().matches("configuration not reloaded").count();

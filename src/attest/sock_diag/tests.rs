@@ -55,7 +55,7 @@ impl DiagReply {
         message.extend([0; 12]);
         message.extend(self.uid.to_ne_bytes());
         message.extend(self.inode.to_ne_bytes());
-        assert_eq!(message.len(), MAX_MESSAGE_BYTES);
+        assert_eq!(message.len(), INET_DIAG_MSG_BYTES);
         message.extend(&self.attributes);
         let mut out = Vec::new();
         out.extend(
@@ -163,7 +163,7 @@ fn parse_rejects_replies_for_other_sockets() {
 #[test]
 fn parse_fails_for_replies_of_every_shorter_length() {
     let bytes = DiagReply::good().bytes();
-    for length in 0..NLMSG_HEADER + MAX_MESSAGE_BYTES {
+    for length in 0..NLMSG_HEADER + INET_DIAG_MSG_BYTES {
         assert!(
             parse(
                 &bytes[..length],

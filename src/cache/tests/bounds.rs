@@ -201,5 +201,5 @@ async fn hanging_source_leaves_refreshes_for_others() {
     }
     *env.takes.lock().unwrap() = HOUR;
     pass(MINUTE * 35).await;
-    assert_eq!(flights(&cache), MAX_REFRESHES_PER_WORKLOAD);
+    assert_eq!(flights(&cache), MAX_REFRESHES_PER_SPIFFE_ID);
 }
