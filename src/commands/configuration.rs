@@ -56,7 +56,7 @@ struct ValidateArgs {
     file: Option<PathBuf>,
     #[command(flatten)]
     config: ConfigFile,
-    /// Validates the text alone, and nothing of this node.
+    /// Validates the text alone, without facts of this node.
     #[arg(long)]
     offline: bool,
 }

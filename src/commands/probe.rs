@@ -31,8 +31,8 @@ Examples:
 
 Exit status: 0 if the condition holds, 1 if not.")]
 pub struct Probe {
-    /// Condition of the daemon to check
-    condition: Condition,
+    /// ProbeKind of the daemon to check
+    condition: ProbeKind,
     #[command(flatten)]
     config: ConfigFile,
     /// Path of awsvid's status socket, instead of the configuration's
@@ -40,9 +40,9 @@ pub struct Probe {
     socket: Option<PathBuf>,
 }
 
-/// Condition of the daemon that a probe checks.
+/// ProbeKind of the daemon that a probe checks.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Condition {
+enum ProbeKind {
     /// The daemon answers. If it does not for some time, restart it.
     Live,
     /// Workloads are served, as in `/readyz`.
@@ -64,8 +64,8 @@ impl Probe {
     fn fetch(&self) -> Result<(u16, String), String> {
         let socket = self.config.status_socket(self.socket.as_deref())?;
         let path = match self.condition {
-            Condition::Live => "/healthz",
-            Condition::Ready => "/readyz",
+            ProbeKind::Live => "/healthz",
+            ProbeKind::Ready => "/readyz",
         };
         let owners = [0, geteuid().as_raw()];
         let answer = trusted_socket::get(

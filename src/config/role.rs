@@ -286,7 +286,7 @@ fn check(table: &Table<'_>, role: &Role) {
         );
     }
     if role.spiffe_id.has_open_wildcard(&role.role_arn.segments()) {
-        let what = "a new name in place of `*` is enough to have this role";
+        let what = "a new name instead of `*` is enough to have this role";
         table.warn(
             "spiffe_id",
             what,
@@ -363,7 +363,7 @@ pub(super) fn read_requested(table: &Table<'_>, defaults: &Defaults<'_>) -> Opti
     })
 }
 
-/// Parses a glob for role ARNs. With text in place of its wildcards it must be the ARN of a role at
+/// Parses a glob for role ARNs. With text instead of its wildcards it must be the ARN of a role at
 /// AWS.
 fn requested_pattern(text: &str) -> Result<glob::Pattern, String> {
     let pattern = glob::Pattern::new(text).map_err(|error| error.msg.to_owned())?;

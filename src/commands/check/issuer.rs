@@ -124,8 +124,8 @@ async fn fetch_concurrently(url: &str, web: &HttpProbe, report: &mut CheckReport
     report.failed(
         KEYS,
         format!("of {CONCURRENT_FETCHES} requests at once {failed} fail: {}", failures.join("; ")),
-        "STS asks as often as workloads do: take rate limits and bot protection off the keys and the discovery document, or \
-         let a cache answer in their place",
+        "STS fetches as often as workloads call: take rate limits and bot protection off the keys and the discovery document, or \
+         put a cache in front of them",
     );
 }
 

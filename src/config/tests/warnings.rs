@@ -97,7 +97,7 @@ fn open_wildcard_has_a_warning() {
             "{text}[[role]]\nname = \"x\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/{arn}\"\n{more}\n"
         )
     };
-    let claim = (15, "role.spiffe_id", "a new name in place of `*` is enough");
+    let claim = (15, "role.spiffe_id", "a new name instead of `*` is enough");
     warned(&role("spiffe://example.org/ns/*/sa/x", "x", ""), &[claim]);
     warned(
         &role("spiffe://example.org/ns/*/sa/x", "{path[1]}", ""),
