@@ -30,14 +30,14 @@ enum Rules {
 
 const ALL_RULES: [Rules; 3] = [Rules::Place, Rules::User, Rules::UserAndGroup];
 
-struct Stage {
+struct AttackStage {
     daemon: Daemon,
     _upstream: Upstream,
     cgroup: Cgroup,
     _folder: tempfile::TempDir,
 }
 
-impl Stage {
+impl AttackStage {
     fn set(rules: Rules) -> Self {
         let key = |uid: u32| match rules {
             Rules::Place => "cgroup = \"/awsvid-test-*.slice/**\"".to_owned(),
@@ -249,7 +249,7 @@ fn check(rules: Rules) {
     if !root() {
         return;
     }
-    let stage = Stage::set(rules);
+    let stage = AttackStage::set(rules);
     let mut wrong = Vec::new();
     for row in expected() {
         for listener in LISTENERS {
@@ -302,7 +302,7 @@ fn exe_rule_matches_file_not_path() {
     for name in ["program", "forged"] {
         std::fs::copy(actor::program(), folder.path().join(name)).unwrap();
     }
-    let stage = Stage::start_with(folder, |_| format!("exe = {program:?}"));
+    let stage = AttackStage::start_with(folder, |_| format!("exe = {program:?}"));
     let mut wrong = Vec::new();
     for listener in LISTENERS {
         for (scene, right) in [
@@ -339,7 +339,7 @@ fn group_rule_uses_groups_at_connect() {
     if !root() {
         return;
     }
-    let stage = Stage::start_with(folder(), |uid| {
+    let stage = AttackStage::start_with(folder(), |uid| {
         if uid == 0 {
             "supplementary_group = 61002".to_owned()
         } else {
@@ -385,7 +385,7 @@ fn many_scenes_have_right_outcomes_in_random_order() {
         .unwrap_or_else(|| fastrand::u64(..));
     eprintln!("AWSVID_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
-    let stages = ALL_RULES.map(|rules| (rules, Stage::set(rules)));
+    let stages = ALL_RULES.map(|rules| (rules, AttackStage::set(rules)));
     let rows = expected();
     let (mut wrong, mut otherwise, mut played, mut honest, mut unanswered) =
         (Vec::new(), 0, 0, 0, 0);

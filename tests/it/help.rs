@@ -53,7 +53,7 @@ fn shell(program: &str, arguments: &[&str], input: &str) -> Output {
 }
 
 #[test]
-fn each_command_has_a_line_a_help_and_a_manual_page() {
+fn command_has_summary_help_and_manual_page() {
     let all = awsvid(&["--help"]).success("--help");
     let page = awsvid(&["man"]).success("man");
     let listed = all
@@ -187,7 +187,7 @@ fn configuration_has_a_manual_page() {
 }
 
 #[test]
-fn colours_are_for_terminals_and_who_wants_them() {
+fn help_is_coloured_only_on_a_terminal_without_no_color() {
     let help = |variables: &[(&str, &str)]| {
         let mut command = Command::new(PROGRAM);
         command
@@ -202,7 +202,7 @@ fn colours_are_for_terminals_and_who_wants_them() {
 }
 
 #[test]
-fn the_version_has_the_builds_facts() {
+fn version_names_revision_and_features() {
     let short = awsvid(&["-V"]).success("-V");
     assert_eq!(short, format!("awsvid {}\n", env!("CARGO_PKG_VERSION")));
     let long = awsvid(&["--version"]).success("--version");
@@ -245,9 +245,9 @@ fn bash_completes() {
         let [.., before, last] = words[..] else {
             panic!("{typed}")
         };
-        let place = words.len() - 1;
+        let index = words.len() - 1;
         let asked = format!(
-            "{script}\nCOMP_WORDS=({typed}); COMP_CWORD={place}\n\
+            "{script}\nCOMP_WORDS=({typed}); COMP_CWORD={index}\n\
              _awsvid awsvid {last} {before}; echo \"${{COMPREPLY[@]}}\"\n"
         );
         assert_eq!(
@@ -324,7 +324,7 @@ fn fish_completes() {
 }
 
 #[test]
-fn all_manual_pages_go_where_man_looks() {
+fn man_writes_all_pages_to_a_directory() {
     let folder = folder();
     let directory = folder.path().join("man/man1");
     let written = awsvid(&["man", "--directory", directory.to_str().unwrap()]);
@@ -362,7 +362,7 @@ fn all_manual_pages_go_where_man_looks() {
 
 /// Compares the revision that proto/build.rs records.
 #[test]
-fn the_revision_is_that_of_the_working_copy() {
+fn revision_follows_the_working_copy() {
     let folder = folder();
     let git = |arguments: &[&str]| {
         let mut command = Command::new("git");

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket};
 
 use crate::harness::cgroup::own_rule;
+use crate::harness::client::EndLater;
 use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::{Daemon, PROGRAM};
@@ -125,14 +126,6 @@ fn probes_are_answered_during_flood_from_other_address() {
         );
     }
     assert!(daemon.metric("awsvid_connections_dropped_total{reason=\"too_many_operators\"}") > 0);
-}
-
-struct EndLater<'a>(&'a AtomicBool);
-
-impl Drop for EndLater<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 /// They are rendered at most once a second, however often they are requested. In between something

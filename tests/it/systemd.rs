@@ -574,7 +574,7 @@ fn invalid_configuration_is_not_restarted() {
     );
     assert!(
         journal.contains("spifee_id"),
-        "the journal tells what is wrong:\n{journal}"
+        "the journal has the mistake:\n{journal}"
     );
     assert_eq!(machine.property("awsvid.socket", "ActiveState"), "inactive");
 
@@ -616,7 +616,7 @@ fn reload_reads_the_configuration_again() {
     );
     assert!(
         machine.journal().contains("spifee_id"),
-        "the journal tells what is wrong"
+        "the journal has the mistake"
     );
     assert_answered(&machine, UNIX);
     // In its sandbox it can reopen the audit file, and the other changes take effect.

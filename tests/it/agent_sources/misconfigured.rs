@@ -296,10 +296,10 @@ fn foreign_pid_namespace_of_agent_is_logged_with_fix() {
 
 /// An agent for which a process id has no meaning.
 struct OldAgent {
-    answer: Answer,
+    answer: ResponseFn,
 }
 
-type Answer = fn() -> Status;
+type ResponseFn = fn() -> Status;
 
 #[tonic::async_trait]
 impl DelegatedIdentity for OldAgent {
@@ -315,7 +315,7 @@ impl DelegatedIdentity for OldAgent {
 }
 
 /// Runs that agent at this path, until the value is dropped.
-fn old_agent(path: &Path, answer: Answer) -> Runtime {
+fn old_agent(path: &Path, answer: ResponseFn) -> Runtime {
     let runtime = Runtime::new().unwrap();
     let listener = runtime.block_on(async { UnixListener::bind(path).unwrap() });
     runtime.spawn(
@@ -330,7 +330,7 @@ fn old_agent(path: &Path, answer: Answer) -> Runtime {
 fn old_agent_is_logged_with_fix() {
     // One that reports a missing field of the request, and 1.10.1, which searches for entries
     // without selectors and finds none.
-    let answers: [(Answer, &str); 2] = [
+    let answers: [(ResponseFn, &str); 2] = [
         (
             || Status::invalid_argument("must provide selectors"),
             "upgrade SPIRE to 1.10.2 or newer",

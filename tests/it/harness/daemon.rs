@@ -486,7 +486,7 @@ impl Daemon {
             })
         };
         let of = |records: &[Value]| {
-            let record = records.first().expect("what is handed out is in the audit");
+            let record = records.first().expect("each issue is in the audit");
             assert_eq!(record["access_key_id"], access_key_id);
             record["spiffe_id"]
                 .as_str()
