@@ -31,7 +31,7 @@ Examples:
 
 Exit status: 0 if the condition holds, 1 if not.")]
 pub struct Probe {
-    /// ProbeKind of the daemon to check
+    /// Condition of the daemon to check
     condition: ProbeKind,
     #[command(flatten)]
     config: ConfigFile,
@@ -40,7 +40,7 @@ pub struct Probe {
     socket: Option<PathBuf>,
 }
 
-/// ProbeKind of the daemon that a probe checks.
+/// Condition of the daemon that a probe checks.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum ProbeKind {
     /// The daemon answers. If it does not for some time, restart it.

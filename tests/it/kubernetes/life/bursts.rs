@@ -54,7 +54,7 @@ impl PodTraces {
         } == *self
     }
 
-    /// PodTraces until two counts in a row are equal.
+    /// Counts until two counts in a row are equal.
     fn settled(cluster: &Cluster) -> Self {
         let mut before = Self::of(cluster);
         await_some("nothing comes or goes", TIMEOUT, || {
