@@ -131,9 +131,15 @@ pub fn warn_missing(features: DaemonFeatures) {
     {
         let name = capability.to_string();
         let short = name.trim_start_matches("CAP_");
+        let fix = format!(
+            "in Kubernetes add {short} to the container's securityContext.capabilities.add, under systemd {name} to \
+             CapabilityBoundingSet=; if a reload has made it needed, restart awsvid"
+        );
         tracing::warn!(
-            "{name} is missing: {fails}; in Kubernetes add {short} to the container's securityContext.capabilities.add, under \
-             systemd {name} to CapabilityBoundingSet=; if a reload has made it needed, restart awsvid"
+            capability = name,
+            consequence = fails,
+            fix,
+            "a capability is missing"
         );
     }
 }
@@ -181,9 +187,14 @@ fn log_forbidden_calls(features: DaemonFeatures) {
     } in features.uses()
     {
         if effective.contains(&capability) && attempt() == Errno::EPERM {
+            let fix =
+                format!("under systemd {unit}, in a container allow {call} in its seccomp profile");
             tracing::warn!(
-                "{call} is forbidden although {capability} is held: {fails}; under systemd {unit}, in a container allow \
-                 {call} in its seccomp profile"
+                %capability,
+                call,
+                consequence = fails,
+                fix,
+                "a system call is forbidden although its capability is held"
             );
         }
     }
@@ -196,7 +207,10 @@ pub fn harden_before_threads(features: DaemonFeatures) {
     log_forbidden_calls(features);
     let log = |what: &str, failed: bool| {
         if failed {
-            tracing::warn!("{what} failed: the daemon runs with less protection");
+            tracing::warn!(
+                what,
+                "hardening failed: the daemon runs with less protection"
+            );
         }
     };
     // No core dump. Processes of the same user cannot read its memory through /proc or ptrace.

@@ -54,10 +54,8 @@ impl TcpSupport {
     pub(crate) fn new(host: Arc<Host>) -> Self {
         let attestor = attestor(&host);
         if let Err(error) = &attestor {
-            tracing::warn!(
-                "callers over TCP are refused (unsupported_kernel): {error}; {}",
-                error.fix(unix_support())
-            );
+            let fix = error.fix(unix_support());
+            tracing::warn!(%error, %fix, "callers over TCP are refused (unsupported_kernel)");
         }
         let attempt = Mutex::new(SupportCheck::current(attestor.as_ref().map(drop)));
         Self {
@@ -126,7 +124,7 @@ impl TcpSupport {
             (Ok(()), false) => tracing::info!("callers over TCP are attested again"),
             (Err(error), true) => {
                 let fix = error.fix(unix_support());
-                tracing::warn!("callers over TCP are refused (unsupported_kernel): {error}; {fix}");
+                tracing::warn!(%error, %fix, "callers over TCP are refused (unsupported_kernel)");
                 self.attestor.store(None);
             }
             _ => {}

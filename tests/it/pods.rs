@@ -335,11 +335,10 @@ fn occupied_pod_port_is_bound_once_free() {
         .trim_start_matches("pod");
     stage
         .daemon
-        .await_line(&["/netns/taken", "the network namespace of the pod", pod]);
-    stage.daemon.await_line(&[
-        "port 974 is in use in the network namespace",
-        "/netns/taken",
-    ]);
+        .await_line(&["/netns/taken", "a network namespace of this pod", pod]);
+    stage
+        .daemon
+        .await_line(&["port 974 is in use: the pod is not served", "/netns/taken"]);
     drop(taken);
     stage.daemon.await_line(&["/netns/taken", "is free now"]);
     assert!(stage.site.serves("taken", &cgroup, V4));
@@ -347,7 +346,7 @@ fn occupied_pod_port_is_bound_once_free() {
         stage
             .daemon
             .log()
-            .matches("port 974 is in use in the network namespace")
+            .matches("port 974 is in use: the pod is not served")
             .count(),
         1,
         "it is logged once, whatever is tried"
@@ -472,7 +471,7 @@ fn unprivileged_pod_port_is_logged_once() {
         "enable_unprivileged_ports = false",
     ]);
     assert!(
-        line.contains("ip_unprivileged_port_start is 974 in ") && line.contains("/open"),
+        line.contains("ip_unprivileged_port_start=974") && line.contains("/open"),
         "{line}"
     );
     stage.site.node.add("last");

@@ -376,7 +376,8 @@ fn reload_makes_daemon_ready() {
     await_some("it reports what is missing", TIMEOUT, || {
         daemon
             .log()
-            .contains("not ready: the identity source")
+            .lines()
+            .any(|line| line.contains("not ready") && line.contains("the identity source"))
             .then_some(())
     });
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
