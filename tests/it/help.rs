@@ -132,6 +132,7 @@ fn synopsis_has_the_values_of_options() {
         let (_, rest) = page.split_once(".SH SYNOPSIS\n").expect(&page);
         let (synopsis, _) = rest.split_once(".SH ").expect(&page);
         assert!(synopsis.contains(words), "{words} in {synopsis}");
+        assert!(!page.contains(".SH EXTRA"), "{page}");
     }
 }
 
@@ -174,6 +175,27 @@ fn help_examples_fit_80_columns() {
         for line in help.lines().filter(is_fixed) {
             assert!(line.chars().count() <= 80, "{words:?}: {line}");
         }
+    }
+}
+
+/// A default is part of the sentence, as `[default: table]`, in every command alike.
+#[test]
+fn help_has_one_layout_of_defaults() {
+    for words in commands_with_help() {
+        let help = help_at(100, &words);
+        let lone = help
+            .lines()
+            .find(|line| line.trim_start().starts_with("[default: "));
+        assert_eq!(lone, None, "{words:?}");
+    }
+}
+
+#[test]
+fn summaries_end_without_full_stop() {
+    for words in commands_with_help() {
+        let help = help_at(100, &words);
+        let summary = help.split("\n\n").next().unwrap();
+        assert!(!summary.ends_with('.'), "{words:?}: {summary}");
     }
 }
 
