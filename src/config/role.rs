@@ -195,7 +195,7 @@ fn role_name(text: &str) -> Result<String, &'static str> {
         }
         _ if text.len() > MAX_ROLE_NAME_BYTES => Err("it is too long"),
         _ if !text.bytes().all(allowed) => {
-            Err("it holds a character that the path of a URL can't hold as it is")
+            Err("it holds a character that the path of a URL cannot hold as it is")
         }
         _ => Ok(text.to_owned()),
     }
@@ -318,7 +318,7 @@ fn check(table: &Table<'_>, role: &Role) {
     }
     let partition = role.role_arn.as_str().split(':').nth(1).unwrap_or_default();
     if endpoint.is_none() && partition != aws::partition(region) {
-        let what = format!("a role in `{partition}` can't be assumed in {region}");
+        let what = format!("a role in `{partition}` cannot be assumed in {region}");
         table.warn("role_arn", what, "set `region` to one of that partition");
     }
 }

@@ -189,6 +189,15 @@ fn faults(file: &str, text: &Text) -> Vec<String> {
     if text.kind != TextKind::Message && has_ellipsis(&text.prose) {
         faults.push("an ellipsis".to_owned());
     }
+    let contraction = words
+        .iter()
+        .find(|word| word.ends_with("n't") && !is_allowed(file, word));
+    if let Some(word) = contraction
+        && text.kind == TextKind::Message
+        && file.starts_with("src/")
+    {
+        faults.push(format!("the contraction {word:?} in a message"));
+    }
     if text.kind == TextKind::Doc {
         let first = text.prose.split_whitespace().next().unwrap_or_default();
         if BANNED_OPENINGS.contains(&first) {

@@ -49,7 +49,7 @@ fn risky_key_has_a_warning() {
         (
             "",
             "region = \"cn-north-1\"",
-            (9, "role.role_arn", "can't be assumed in cn-north-1"),
+            (9, "role.role_arn", "cannot be assumed in cn-north-1"),
         ),
     ];
     for (line, new, expected) in table {
@@ -205,7 +205,7 @@ fn long_role_name_has_a_warning() {
         "spiffe_id = \"spiffe://example.org/billing\"",
         "spiffe_id = \"spiffe://example.org/*\"",
     );
-    let words = format!("spiffe://example.org/{long} can't have it");
+    let words = format!("spiffe://example.org/{long} cannot have it");
     warned(
         &text.replace("role/billing", "role/{path[0]}"),
         &[(7, "role.name", &words)],
