@@ -44,7 +44,9 @@ pub(super) fn documented_recipe_explains_a_403(cluster: &Cluster, folder: &Path)
     let reason = recipe("kubectl -n shop debug")
         .replace(" -it ", " -i ")
         .replace("docker.io/curlimages/curl", CURL);
-    let output = cluster.node.shell(&reason).success(&reason);
+    // kubectl detaches at the end of its input.
+    let output = cluster.node.shell(&format!("sleep 20 | {reason}"));
+    let output = output.success(&reason);
     assert!(output.contains("\"code\":\"no_identity\""), "{output}");
 
     let record = recipe("uid=$(kubectl");
