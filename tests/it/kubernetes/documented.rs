@@ -3,11 +3,15 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::time::Duration;
 
 use super::cluster::{Cluster, READER};
+use crate::harness::counterparts::process::await_some;
 use crate::harness::documents::block;
 use crate::harness::kubernetes::{Image, root_of};
 
+/// Bounds several rounds of the first step. A pod counts as new for ten seconds.
+const TIMEOUT: Duration = Duration::from_secs(180);
 const CURL: &str = "docker.io/curlimages/curl:test";
 
 /// Imports an image with curl and the shell, as the documented one has them.
@@ -44,10 +48,14 @@ pub(super) fn documented_recipe_explains_a_403(cluster: &Cluster, folder: &Path)
     let reason = recipe("kubectl -n shop debug")
         .replace(" -it ", " -i ")
         .replace("docker.io/curlimages/curl", CURL);
-    // kubectl detaches at the end of its input.
-    let output = cluster.node.shell(&format!("sleep 20 | {reason}"));
-    let output = output.success(&reason);
-    assert!(output.contains("\"code\":\"no_identity\""), "{output}");
+    // kubectl detaches at the end of its input. The agent may still learn about a new pod, so that
+    // it gets `source_unavailable` at first.
+    let reason = format!("sleep 20 | {reason}");
+    await_some("the reason", TIMEOUT, || {
+        let output = cluster.node.shell(&reason).success(&reason);
+        assert!(output.contains("\"code\":"), "{output}");
+        output.contains("\"code\":\"no_identity\"").then_some(())
+    });
 
     let record = recipe("uid=$(kubectl");
     let output = cluster.node.shell(&record).success(&record);
