@@ -194,8 +194,7 @@ impl App {
         app.serve_pods(endpoint).await?;
         app.serve_operators(&mut inherited, &admin);
         app.workloads.refuse_rest(&mut inherited);
-        app.metrics
-            .config_loaded(digest.to_string(), app.clock.now());
+        app.config_loaded(digest.to_string());
         app.probe(parts.probes);
         Ok(app)
     }
@@ -244,14 +243,21 @@ impl App {
                 self.metrics.remove_sts(removed);
             }
         }
-        self.metrics
-            .config_loaded(config.digest.to_string(), self.clock.now());
+        self.config_loaded(config.digest.to_string());
         self.probe(parts.probes);
         for (table, keys) in changed.iter().filter(|(_, keys)| !keys.is_empty()) {
             let keys = keys.join(", ");
             tracing::warn!("[{table}] {keys}: the change needs a restart; restart awsvid");
         }
         Ok(())
+    }
+
+    /// Records the configuration that is in effect now.
+    fn config_loaded(&self, digest: String) {
+        for endpoint in &self.sts {
+            self.metrics.add_sts(endpoint.clone());
+        }
+        self.metrics.config_loaded(digest, self.clock.now());
     }
 
     /// Records that a reload failed, so that the previous configuration stays in effect.

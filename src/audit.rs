@@ -151,18 +151,22 @@ impl Audit {
         Ok(())
     }
 
+    /// Returns the id of the request that a new connection is going to send.
+    pub fn next_request(&self) -> RequestId {
+        RequestId {
+            boot: self.boot,
+            number: self.next.fetch_add(1, Ordering::Relaxed),
+        }
+    }
+
     /// Begins the record of a request. `caller` is `None` if it could not be attested.
-    pub fn begin(self: &Arc<Self>, listener: ListenerKind, caller: Option<Arc<Caller>>) -> Record {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        Record::new(
-            self.clone(),
-            RequestId {
-                boot: self.boot,
-                number,
-            },
-            listener,
-            caller,
-        )
+    pub fn begin(
+        self: &Arc<Self>,
+        id: RequestId,
+        listener: ListenerKind,
+        caller: Option<Arc<Caller>>,
+    ) -> Record {
+        Record::new(self.clone(), id, listener, caller)
     }
 
     fn is_required(&self) -> bool {

@@ -14,7 +14,7 @@ use crate::caller::{AttestError, Caller, ProcessFacts};
 use crate::clock::REQUEST_HOLD;
 use crate::exchange::TokenExchanger;
 use crate::identity::SpiffeId;
-use crate::role::{Grant, RequestedRole, RoleDenied, Roles};
+use crate::role::{Grant, Identity, RequestedRole, RoleDenied, Roles};
 use crate::svid::{IdentityBasis, IdentitySource, SourceError};
 
 /// The service that answers attested callers.
@@ -108,12 +108,13 @@ impl CredentialService {
         }
         let grant = policy.roles.select(&identities, wanted);
         let grant = grant.map_err(|denied| {
-            let mut spiffe_ids: Vec<_> = identities
-                .iter()
-                .map(|identity| identity.spiffe_id.clone())
-                .collect();
             // An identity with several entries comes several times.
-            spiffe_ids.dedup();
+            let mut spiffe_ids: Vec<SpiffeId> = Vec::new();
+            for Identity { spiffe_id, .. } in &identities {
+                if !spiffe_ids.contains(spiffe_id) {
+                    spiffe_ids.push(spiffe_id.clone());
+                }
+            }
             record.identified(&spiffe_ids);
             ServiceError::Denied { denied, spiffe_ids }
         })?;

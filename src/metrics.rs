@@ -188,6 +188,11 @@ impl Metrics {
         up.set(i64::from(is_up));
     }
 
+    /// Creates the series of the STS called `endpoint`: 0 until its first answer.
+    pub fn add_sts(&self, endpoint: String) {
+        drop(self.sts_up.get_or_create_owned(&EndpointLabel { endpoint }));
+    }
+
     /// Drops the state of the STS called `endpoint`, which a reload has removed.
     pub fn remove_sts(&self, endpoint: String) {
         self.health.remove_sts(&endpoint);

@@ -12,7 +12,6 @@ use crate::cgroup::{CgroupPath, Pod};
 use crate::identity::SpiffeId;
 use crate::metrics::{CacheLabel, RequestLabel};
 use crate::role::{Grant, RequestedRole};
-use crate::telemetry::RequestScope;
 use crate::writer::{self, Priority};
 
 /// The SPIFFE IDs in one record, so that no registration makes records long.
@@ -101,22 +100,6 @@ impl Record {
             spiffe_ids: Vec::new(),
             is_own_probe: false,
             ended: None,
-        }
-    }
-
-    /// Returns the id of the request in answers and in the log.
-    pub fn request_id(&self) -> RequestId {
-        self.request_id
-    }
-
-    /// Returns the fields that join lines of the log with this record.
-    pub fn scope(&self) -> RequestScope {
-        let peer = self.audited_peer();
-        RequestScope {
-            id: self.request_id,
-            listener: self.listener,
-            uid: peer.map(|peer| peer.uid),
-            pod: peer.and_then(|peer| peer.pod).map(|pod| pod.uid.clone()),
         }
     }
 

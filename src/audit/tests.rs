@@ -4,6 +4,8 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use crate::clock::{LAST_TIME, printable};
 
+const REQUEST: RequestId = RequestId { boot: 0, number: 0 };
+
 fn open(path: &Path) -> Arc<Audit> {
     open_at(&AuditFile::Path(path.to_owned()), false)
 }
@@ -24,17 +26,17 @@ async fn records_go_to_new_file_after_rotation() {
     );
     let audit = open(&path);
     audit
-        .begin(ListenerKind::Unix, None)
+        .begin(REQUEST, ListenerKind::Unix, None)
         .finish(Outcome::Refused, "host", None)
         .await;
     std::fs::rename(&path, &moved).unwrap();
     audit
-        .begin(ListenerKind::Unix, None)
+        .begin(REQUEST, ListenerKind::Unix, None)
         .finish(Outcome::Refused, "path", None)
         .await;
     audit.reopen(&AuditFile::Path(path.clone()), false).unwrap();
     audit
-        .begin(ListenerKind::Unix, None)
+        .begin(REQUEST, ListenerKind::Unix, None)
         .finish(Outcome::Refused, "method", None)
         .await;
     let reasons = |path| {
@@ -55,7 +57,7 @@ async fn records_go_to_new_file_after_rotation() {
             .is_err()
     );
     audit
-        .begin(ListenerKind::Unix, None)
+        .begin(REQUEST, ListenerKind::Unix, None)
         .finish(Outcome::Refused, "browser", None)
         .await;
     assert_eq!(reasons(&path), ["method", "browser"]);
@@ -72,7 +74,7 @@ async fn queue_is_written_when_audit_ends() {
     };
     let audit = open(&path);
     for _ in 0..3 {
-        audit.begin(ListenerKind::Tcp, None);
+        audit.begin(REQUEST, ListenerKind::Tcp, None);
     }
     drop(audit);
     assert_eq!(reader.join().unwrap().lines().count(), 3);
@@ -88,7 +90,7 @@ fn issued(freshness: CacheResult) -> IssuedFields<'static> {
 
 async fn issue(audit: &Arc<Audit>, freshness: CacheResult) -> bool {
     audit
-        .begin(ListenerKind::Tcp, None)
+        .begin(REQUEST, ListenerKind::Tcp, None)
         .finish(Outcome::Issued, "ok", Some(issued(freshness)))
         .await
 }
@@ -97,12 +99,12 @@ async fn issue(audit: &Arc<Audit>, freshness: CacheResult) -> bool {
 async fn flood(audit: &Arc<Audit>, count: usize) {
     for _ in 0..count {
         audit
-            .begin(ListenerKind::Tcp, None)
+            .begin(REQUEST, ListenerKind::Tcp, None)
             .finish(Outcome::Refused, "host", None)
             .await;
         issue(audit, CacheResult::Hit).await;
         issue(audit, CacheResult::Miss).await;
-        drop(audit.begin(ListenerKind::Tcp, None));
+        drop(audit.begin(REQUEST, ListenerKind::Tcp, None));
     }
 }
 
@@ -187,8 +189,9 @@ async fn first_hit_of_each_key_is_written_at_once() {
             access_key_id: &access_key_id,
             ..issued(CacheResult::Hit)
         };
-        let record = audit.begin(ListenerKind::Tcp, None);
-        let id = record.request_id().to_string();
+        let request = audit.next_request();
+        let record = audit.begin(request, ListenerKind::Tcp, None);
+        let id = request.to_string();
         assert!(record.finish(Outcome::Issued, "ok", Some(issued)).await);
         // Some of them, since reading all of it each time takes long.
         if number % 500 == 0 {

@@ -241,12 +241,9 @@ impl RequestError {
         }
     }
 
-    /// Returns the body. `request` is `None` without an audit record.
-    pub(super) fn body(&self, request: Option<RequestId>) -> Vec<u8> {
-        let request = request
-            .map(|id| format!(" (request {id})"))
-            .unwrap_or_default();
-        let message = format!("awsvid: {}.{request}", self.message());
+    /// Returns the body.
+    pub(super) fn body(&self, id: RequestId) -> Vec<u8> {
+        let message = format!("awsvid: {}. (request {id})", self.message());
         let code = self.reason();
         let body = ErrorBody {
             code,
@@ -260,10 +257,10 @@ impl RequestError {
 
     /// Returns the whole answer for a head that hyper rejects, because hyper's own answer has no
     /// body.
-    pub(super) fn raw_response(&self) -> Vec<u8> {
+    pub(super) fn raw_response(&self, id: RequestId) -> Vec<u8> {
         let status =
             hyper::StatusCode::from_u16(self.status()).unwrap_or(hyper::StatusCode::BAD_REQUEST);
-        let body = self.body(None);
+        let body = self.body(id);
         let length = body.len();
         let mut answer = format!(
             "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncache-control: no-store\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n"

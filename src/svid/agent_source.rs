@@ -29,6 +29,7 @@ use crate::identity::SpiffeId;
 use crate::limits::FairSemaphore;
 use crate::metrics::{CallLabel, Metrics, UpstreamCall};
 use crate::role::Identity;
+use crate::telemetry::in_current_request;
 use crate::workload_rule::OVERFLOW_ID;
 
 mod revalidation;
@@ -154,7 +155,9 @@ impl IdentitySource for AgentSource {
             IdentityLookup::InFlight(receiver) => receiver,
             IdentityLookup::Unknown(receiver) => {
                 // The query continues after the caller disconnects.
-                tokio::spawn(self.0.clone().query_new(subject, caller.clone()));
+                tokio::spawn(in_current_request(
+                    self.0.clone().query_new(subject, caller.clone()),
+                ));
                 receiver
             }
         };
@@ -259,7 +262,7 @@ impl AgentSourceInner {
         keep: Option<&Subject>,
     ) -> IdentityResult {
         let (inner, keep, caller) = (self.clone(), keep.cloned(), caller.clone());
-        let query = AbortOnDropHandle::new(tokio::spawn(async move {
+        let query = AbortOnDropHandle::new(tokio::spawn(in_current_request(async move {
             match inner.query(&caller, &inner.audience).await {
                 Ok(svids) => inner.exclude_own_identities(svids, keep.as_ref()).await,
                 Err(SourceError::Denied(reply)) => {
@@ -268,7 +271,7 @@ impl AgentSourceInner {
                 }
                 Err(error) => Err(error),
             }
-        }));
+        })));
         // The query has its own task, so that a panic in a library fails this query and leaves the
         // cache usable.
         query.await.unwrap_or_else(|_| {

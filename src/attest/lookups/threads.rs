@@ -22,7 +22,7 @@ use tokio::time::sleep;
 
 use crate::caller::WorkloadKey;
 use crate::clock::REQUEST_HOLD;
-use crate::telemetry::LogQuota;
+use crate::telemetry::{LogQuota, in_current_request};
 
 /// The number of reads of one workload that may run at a time. If one of them blocks, another one
 /// remains.
@@ -145,14 +145,15 @@ impl LookupThreads {
         );
     }
 
-    /// Runs a task that never waits for events. It is dropped if it has waited too long for a
-    /// thread.
+    /// Runs a task that never waits for events, for the current request. It is dropped if it has
+    /// waited too long for a thread.
     pub(super) fn spawn_here(
         &self,
         owner: WorkloadKey,
         task: impl Future<Output = ()> + Send + 'static,
         give_up: impl FnOnce() + Send + 'static,
     ) {
+        let task = in_current_request(task);
         self.push(owner, Box::pin(task), Box::new(give_up), None);
     }
 
