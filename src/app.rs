@@ -102,7 +102,7 @@ pub struct App {
     metrics: Metrics,
     readiness: Arc<Readiness>,
     attestor: Arc<Attestor>,
-    status: Arc<Admin>,
+    admin_api: Arc<Admin>,
     probing: Option<JoinHandle<()>>,
     /// Set while pods are served.
     gate: Option<TakeoverGate>,
@@ -171,7 +171,7 @@ impl App {
         admin.names_processes(DaemonFeatures::of(&config).names_processes());
         let mut app = Self {
             attestor,
-            status: admin.clone(),
+            admin_api: admin.clone(),
             tcp: Vec::new(),
             admin: None,
             listen: config.listen,
@@ -233,7 +233,7 @@ impl App {
         let reopened = self.audit.reopen(&config.audit.file, config.audit.required);
         reopened.map_err(|source| audit_error(&config.audit.file, source))?;
         self.source = (parts.identity, parts.policy.source.clone());
-        self.status
+        self.admin_api
             .names_processes(DaemonFeatures::of(&config).names_processes());
         self.service
             .reload(parts.policy, parts.exchanger, parts.limits);
@@ -284,9 +284,9 @@ impl App {
         if !self.readiness.is_ready() {
             let (attestor, readiness) = (self.attestor.clone(), self.readiness.clone());
             let probes = probes.marked_by(self.own_probe.clone());
-            let asking =
+            let probe_task =
                 probes.until_ready(self.tcp.clone(), self.gate.clone(), attestor, readiness);
-            self.probing = Some(tokio::spawn(asking));
+            self.probing = Some(tokio::spawn(probe_task));
         }
     }
 
@@ -315,7 +315,7 @@ impl App {
         for attempt in attempts {
             let endpoint = endpoint.clone();
             let connection =
-                move |stream, arrival| endpoint.clone().connection(stream, arrival, None);
+                move |stream, pending| endpoint.clone().serve_connection(stream, pending, None);
             self.workloads
                 .serve(attempt, "serving workloads", connection);
         }
@@ -372,7 +372,7 @@ impl App {
                 self.admin = self.admin.or(tcp_address(&attempt));
                 let admin = admin.clone();
                 let connection =
-                    move |stream, arrival| admin.clone().connection(kind, stream, arrival);
+                    move |stream, pending| admin.clone().connection(kind, stream, pending);
                 self.operators
                     .serve(attempt, "serving operators", connection);
             }

@@ -107,7 +107,7 @@ pub const ABORTED: &str = "aborted";
 pub struct IssuedFields<'a> {
     pub access_key_id: &'a str,
     pub expiration: SystemTime,
-    pub freshness: CacheResult,
+    pub cache_result: CacheResult,
 }
 
 impl Audit {
@@ -184,7 +184,7 @@ impl Audit {
     }
 
     /// Spawns a task that writes records for several requests, until there are none to combine.
-    fn sweep(self: &Arc<Self>, floods: fn(&Self) -> &RefusalAggregator) {
+    fn sweep(self: &Arc<Self>, aggregator: fn(&Self) -> &RefusalAggregator) {
         // Without a runtime, as when the daemon ends, `Drop` writes them.
         let Ok(runtime) = Handle::try_current() else {
             return;
@@ -194,7 +194,7 @@ impl Audit {
             loop {
                 sleep(SWEEP).await;
                 let Some(audit) = audit.upgrade() else { return };
-                let (lines, done) = floods(&audit).sweep(Some(Instant::now()));
+                let (lines, done) = aggregator(&audit).sweep(Some(Instant::now()));
                 audit.put(lines);
                 if done {
                     return;
@@ -206,8 +206,8 @@ impl Audit {
 
 impl Drop for Audit {
     fn drop(&mut self) {
-        for floods in [&self.refusals, &self.hits] {
-            self.put(floods.sweep(None).0);
+        for aggregator in [&self.refusals, &self.hits] {
+            self.put(aggregator.sweep(None).0);
         }
         self.sink.load().flush();
     }

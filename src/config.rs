@@ -43,7 +43,7 @@ pub use workload::{ParsedWorkload, WorkloadRuleKey};
 
 use crate::role::Roles;
 use crate::socket_endpoint::Endpoint;
-use crate::workload_rule::{AccountName, Known};
+use crate::workload_rule::{AccountName, AccountState};
 use toml_reader::{Diagnostics, Table};
 
 /// The trust domain of `awsvid dev`'s identities.
@@ -174,7 +174,7 @@ impl Config {
     /// Returns warnings for rules that match no caller because of an earlier rule. `number` returns
     /// the numbers of users and groups on this node. A rule that is shadowed without them is an
     /// error already.
-    pub fn shadowed(&self, number: impl Fn(&AccountName) -> Known) -> Vec<Problem> {
+    pub fn shadowed(&self, number: impl Fn(&AccountName) -> AccountState) -> Vec<Problem> {
         cross_checks::shadowed(&self.workloads, number)
     }
 

@@ -40,7 +40,7 @@ mod request_validation;
 pub use own_probe::OwnProbe;
 pub use request_validation::{Authorization, RequestHead};
 
-use connection_bounds::{ConnectionLife, DropReason};
+use connection_bounds::{ConnectionBounds, DropReason};
 use error_response::RequestError;
 use guarded_stream::{GuardedStream, ResponseState};
 
@@ -111,10 +111,10 @@ impl AdmittedConnection {
 
 impl CredentialEndpoint {
     /// Serves one connection to its end. `pod` is `None` for a listener of the host.
-    pub async fn connection(
+    pub async fn serve_connection(
         self: Arc<Self>,
         stream: AcceptedStream,
-        arrival: PendingConnection,
+        pending: PendingConnection,
         pod: Option<Arc<PodAttestor>>,
     ) {
         let listener = match (&stream, &pod) {
@@ -123,15 +123,15 @@ impl CredentialEndpoint {
             (AcceptedStream::Tcp { .. }, Some(_)) => ListenerKind::Pod,
         };
         let PendingConnection {
-            permit: arriving,
+            permit: pending_permit,
             open,
-        } = arrival;
+        } = pending;
         let (id, descriptor) = (
             self.audit.next_request(),
             stream.socket().descriptor().clone(),
         );
         let origin = RequestOrigin { id, listener };
-        let life = ConnectionLife::new(descriptor, pod.clone(), &self.metrics, open);
+        let life = ConnectionBounds::new(descriptor, pod.clone(), &self.metrics, open);
         let unattested = RequestScope {
             id,
             listener,
@@ -139,14 +139,14 @@ impl CredentialEndpoint {
             pod: None,
         };
         let admitted = unattested
-            .run(life.run(self.admit(&stream, arriving, pod.as_deref())))
+            .run(life.run(self.admit(&stream, pending_permit, pod.as_deref())))
             .await;
         let Some(admitted) = admitted else {
             return;
         };
         let scope = admitted.scope(origin);
         if !admitted.may_wait() {
-            let served = self.attested(stream.into_socket(), origin, admitted);
+            let served = self.serve_admitted(stream.into_socket(), origin, admitted);
             scope.run(life.run(served)).await;
             return;
         }
@@ -158,7 +158,7 @@ impl CredentialEndpoint {
             RequestError::Caller(AttestError::ProcessUnresponsive).raw_response(id)
         });
         let served = scope.run(async move {
-            life.run(self.attested(stream.into_socket(), origin, admitted))
+            life.run(self.serve_admitted(stream.into_socket(), origin, admitted))
                 .await;
         });
         lookups.spawn(owner, served, give_up);
@@ -169,10 +169,10 @@ impl CredentialEndpoint {
     async fn admit(
         &self,
         stream: &AcceptedStream,
-        arriving: PendingPermit,
+        pending_permit: PendingPermit,
         pod: Option<&PodAttestor>,
     ) -> Result<AdmittedConnection, DropReason> {
-        let peer = self.peer(stream, arriving, pod).await;
+        let peer = self.attest_socket(stream, pending_permit, pod).await;
         // Peers that are not attested are read and answered too, so they need a permit as well.
         let owner = peer
             .as_ref()
@@ -191,7 +191,7 @@ impl CredentialEndpoint {
 
     /// Reads the caller's process if the rules need it, and then serves the request, until the
     /// connection ends or gives way to another.
-    async fn attested(
+    async fn serve_admitted(
         &self,
         stream: LazySocket,
         origin: RequestOrigin,
@@ -214,7 +214,7 @@ impl CredentialEndpoint {
                 }
                 (peer, _) => peer,
             };
-            self.request(stream, origin, caller, &permit).await
+            self.serve_request(stream, origin, caller, &permit).await
         };
         tokio::select! {
             biased;
@@ -224,13 +224,13 @@ impl CredentialEndpoint {
     }
 
     /// Attests the peer by its socket alone.
-    async fn peer(
+    async fn attest_socket(
         &self,
         stream: &AcceptedStream,
-        arriving: PendingPermit,
+        pending_permit: PendingPermit,
         pod: Option<&PodAttestor>,
     ) -> Result<Caller, Unattested> {
-        let on_wait = || drop(arriving);
+        let on_wait = || drop(pending_permit);
         match (stream, pod) {
             (AcceptedStream::Unix(stream), _) => self.attestor.unix(stream),
             (AcceptedStream::Tcp { client, server, .. }, None) => {
@@ -244,7 +244,7 @@ impl CredentialEndpoint {
 
     /// Reads one request and answers it. Rejected callers get an answer too, so that their SDK
     /// shows the reason.
-    async fn request(
+    async fn serve_request(
         &self,
         stream: LazySocket,
         origin: RequestOrigin,
@@ -307,18 +307,18 @@ impl CredentialEndpoint {
             .audit
             .begin(id, listener, caller.as_ref().ok().cloned());
         let caller = caller.map_err(|Unattested { refusal, peer }| {
-            record.unattested(peer);
+            record.set_peer(peer);
             refusal
         });
         if self.own_probe.sent(request.uri().path(), request.headers()) {
-            record.own_probe();
+            record.mark_own_probe();
         }
-        match self.decide(request, listener, caller, &mut record).await {
-            Ok((issued, freshness)) => {
+        match self.issue(request, listener, caller, &mut record).await {
+            Ok((issued, cache_result)) => {
                 let fields = audit::IssuedFields {
                     access_key_id: &issued.access_key_id,
                     expiration: issued.expiration,
-                    freshness,
+                    cache_result,
                 };
                 match record.finish(Outcome::Issued, "ok", Some(fields)).await {
                     true => json_response(200, Bytes::from_owner(SharedBody(issued.body.clone()))),
@@ -334,7 +334,7 @@ impl CredentialEndpoint {
         }
     }
 
-    async fn decide(
+    async fn issue(
         &self,
         request: &Request<Incoming>,
         listener: ListenerKind,
@@ -342,20 +342,20 @@ impl CredentialEndpoint {
         record: &mut Record,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), RequestError> {
         let caller = caller.map_err(RequestError::Caller)?;
-        let wanted =
+        let requested =
             request_validation::validate(&RequestHead::of(request), listener, &self.authorization)?;
-        let (issued, freshness) = self
+        let (issued, cache_result) = self
             .service
-            .credentials_for(&caller, &wanted, record)
+            .credentials_for(&caller, &requested, record)
             .await
             .map_err(|error| {
-                record.requested(&wanted);
-                RequestError::service(error, &caller, &wanted)
+                record.set_requested_role(&requested);
+                RequestError::from_service(error, &caller, &requested)
             })?;
-        if freshness == CacheResult::Stale {
+        if cache_result == CacheResult::Stale {
             tracing::debug!("answered from credentials that are due for a refresh");
         }
-        Ok((issued, freshness))
+        Ok((issued, cache_result))
     }
 }
 

@@ -58,19 +58,19 @@ struct AuditedPeer<'a> {
 
 /// The end of a request, with the fields of its record.
 #[derive(Clone, Copy)]
-struct End<'a> {
+struct RecordEnd<'a> {
     outcome: &'static str,
     reason: &'static str,
     issued: Option<IssuedFields<'a>>,
     seconds: f64,
 }
 
-impl End<'_> {
+impl RecordEnd<'_> {
     fn counted(&self) -> RequestEnd {
         RequestEnd {
             outcome: self.outcome,
             reason: self.reason,
-            cache: match self.issued.map(|issued| issued.freshness) {
+            cache: match self.issued.map(|issued| issued.cache_result) {
                 Some(CacheResult::Hit | CacheResult::Stale) => CacheLabel::HIT,
                 Some(CacheResult::Miss) => CacheLabel::MISS,
                 None => CacheLabel::NONE,
@@ -104,29 +104,29 @@ impl Record {
     }
 
     /// Records the facts about a peer that could not be attested.
-    pub fn unattested(&mut self, peer: Option<PeerFacts>) {
+    pub fn set_peer(&mut self, peer: Option<PeerFacts>) {
         self.peer = peer;
     }
 
     /// Records the SPIFFE ID and the role that were selected.
-    pub fn granted(&mut self, grant: &Grant) {
+    pub fn set_grant(&mut self, grant: &Grant) {
         self.grant = Some(grant.clone());
     }
 
     /// Records the role that the caller requested by name or by ARN.
-    pub fn requested(&mut self, role: &RequestedRole) {
+    pub fn set_requested_role(&mut self, role: &RequestedRole) {
         self.requested = role.name().map(str::to_owned);
     }
 
     /// Records the SPIFFE IDs of a caller that gets no role with them, at most eight.
-    pub fn identified(&mut self, spiffe_ids: &[SpiffeId]) {
+    pub fn set_spiffe_ids(&mut self, spiffe_ids: &[SpiffeId]) {
         let spiffe_ids = spiffe_ids.iter().take(MAX_SPIFFE_IDS);
         self.spiffe_ids = spiffe_ids.map(ToString::to_string).collect();
     }
 
     /// Marks a request that the daemon itself sent to see whether it is ready. Such a request is
     /// neither written nor counted, unless it gets credentials.
-    pub fn own_probe(&mut self) {
+    pub fn mark_own_probe(&mut self) {
         self.is_own_probe = true;
     }
 
@@ -166,7 +166,7 @@ impl Record {
         }
         // hyper drops this future if the client disconnects during the write.
         self.ended = Some(end.counted());
-        let written = match issued.map(|issued| issued.freshness) {
+        let written = match issued.map(|issued| issued.cache_result) {
             // These are few, since each costs an exchange.
             Some(CacheResult::Miss) => self.write_alone(end, Priority::High).await,
             Some(CacheResult::Hit | CacheResult::Stale)
@@ -196,8 +196,8 @@ impl Record {
         outcome: &'static str,
         reason: &'static str,
         issued: Option<IssuedFields<'a>>,
-    ) -> End<'a> {
-        End {
+    ) -> RecordEnd<'a> {
+        RecordEnd {
             outcome,
             reason,
             issued,
@@ -205,7 +205,7 @@ impl Record {
         }
     }
 
-    async fn write_alone(&self, end: End<'_>, priority: Priority) -> bool {
+    async fn write_alone(&self, end: RecordEnd<'_>, priority: Priority) -> bool {
         let owner = Some(self.owner());
         self.audit
             .write(writer::Line {
@@ -218,15 +218,19 @@ impl Record {
     }
 
     /// Writes the record, unless many requests of its kind are combined into one.
-    async fn write_few(&self, end: End<'_>, aggregator: fn(&Audit) -> &RefusalAggregator) -> bool {
+    async fn write_few(
+        &self,
+        end: RecordEnd<'_>,
+        aggregator: fn(&Audit) -> &RefusalAggregator,
+    ) -> bool {
         !self.count_in(end, aggregator) || self.write_alone(end, Priority::Ordinary).await
     }
 
     /// Counts the request among those of its kind. Returns whether it has a record of its own.
-    fn count_in(&self, end: End<'_>, aggregator: fn(&Audit) -> &RefusalAggregator) -> bool {
+    fn count_in(&self, end: RecordEnd<'_>, aggregator: fn(&Audit) -> &RefusalAggregator) -> bool {
         let issued = end
             .issued
-            .map(|issued| (issued.access_key_id.to_owned(), issued.freshness));
+            .map(|issued| (issued.access_key_id.to_owned(), issued.cache_result));
         let key = AggregateKey {
             owner: Some(self.owner()),
             listener: self.listener,
@@ -282,7 +286,7 @@ impl Record {
     }
 
     /// Renders the record, without the fields of the caller if it stands for several callers.
-    fn line(&self, end: End<'_>, of_one: bool) -> Vec<u8> {
+    fn line(&self, end: RecordEnd<'_>, of_one: bool) -> Vec<u8> {
         let grant = self.grant.as_ref().filter(|_| of_one);
         let caller = self.caller.as_deref().filter(|_| of_one);
         let peer = self.audited_peer().filter(|_| of_one);
@@ -318,7 +322,7 @@ impl Record {
             session_name: grant.map(|grant| grant.session_name.as_str()),
             access_key_id: issued.map(|issued| issued.access_key_id),
             expiration: issued.map(|issued| second(issued.expiration)),
-            cache: issued.map(|issued| issued.freshness),
+            cache: issued.map(|issued| issued.cache_result),
             milliseconds: (end.seconds * 1e6).round() / 1e3,
         })
     }

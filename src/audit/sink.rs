@@ -37,11 +37,11 @@ pub(super) struct Sink {
 impl Sink {
     /// Returns a destination that is not open. Records wait until it is.
     pub(super) fn unopened(clock: Clock, metrics: &Metrics) -> Self {
-        let said = Mutex::new(LogQuota::new(1, LOG_INTERVAL));
+        let log_quota = Mutex::new(LogQuota::new(1, LOG_INTERVAL));
         let lost = LostRecords {
             clock,
             metrics: metrics.clone(),
-            said,
+            log_quota,
         };
         Self {
             to: Mutex::default(),
@@ -147,14 +147,14 @@ impl Sink {
 struct LostRecords {
     clock: Clock,
     metrics: Metrics,
-    said: Mutex<LogQuota>,
+    log_quota: Mutex<LogQuota>,
 }
 
 impl LossObserver for LostRecords {
     fn lost(&self, loss: &LineLoss) {
         self.metrics.audit_records_dropped.inc();
         if let Some(before) = self
-            .said
+            .log_quota
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take()

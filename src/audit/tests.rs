@@ -80,18 +80,18 @@ async fn queue_is_written_when_audit_ends() {
     assert_eq!(reader.join().unwrap().lines().count(), 3);
 }
 
-fn issued(freshness: CacheResult) -> IssuedFields<'static> {
+fn issued(cache_result: CacheResult) -> IssuedFields<'static> {
     IssuedFields {
         access_key_id: "ASIAX",
         expiration: UNIX_EPOCH,
-        freshness,
+        cache_result,
     }
 }
 
-async fn issue(audit: &Arc<Audit>, freshness: CacheResult) -> bool {
+async fn issue(audit: &Arc<Audit>, cache_result: CacheResult) -> bool {
     audit
         .begin(REQUEST, ListenerKind::Tcp, None)
-        .finish(Outcome::Issued, "ok", Some(issued(freshness)))
+        .finish(Outcome::Issued, "ok", Some(issued(cache_result)))
         .await
 }
 
@@ -216,11 +216,11 @@ async fn required_record_that_fails_prevents_release() {
     let full = AuditFile::Path("/dev/full".into());
     for required in [true, false] {
         let audit = open_at(&full, required);
-        for (count, freshness) in [CacheResult::Miss, CacheResult::Hit, CacheResult::Stale]
+        for (count, cache_result) in [CacheResult::Miss, CacheResult::Hit, CacheResult::Stale]
             .into_iter()
             .enumerate()
         {
-            assert_eq!(issue(&audit, freshness).await, !required);
+            assert_eq!(issue(&audit, cache_result).await, !required);
             assert_eq!(
                 audit.metrics.audit_records_dropped.get(),
                 u64::try_from(count).unwrap() + 1

@@ -308,7 +308,7 @@ async fn key(cache: &CredentialCache) -> Result<(String, CacheResult), CacheErro
 /// Returns the label of the failure of a request.
 async fn reason(cache: &CredentialCache) -> &'static str {
     match key(cache).await {
-        Err(CacheError::Issue(error)) => error.reason(),
+        Err(CacheError::Exchange(error)) => error.reason(),
         other => panic!("{other:?}"),
     }
 }
@@ -439,7 +439,7 @@ async fn cache_serves_through_outage_until_a_minute_before_expiry() {
     advance(Duration::from_secs(59)).await;
     assert_eq!(key(&cache).await.unwrap().0, "KEY1");
     advance(Duration::from_secs(2)).await;
-    assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
+    assert!(matches!(key(&cache).await, Err(CacheError::Exchange(_))));
     env.fail(None);
     advance(Duration::from_secs(1)).await;
     assert_ne!(key(&cache).await.unwrap().0, "KEY1");
@@ -449,9 +449,9 @@ async fn cache_serves_through_outage_until_a_minute_before_expiry() {
 async fn failure_is_cached_for_its_negative_ttl() {
     let (env, cache) = env(10_000);
     env.fail(denied());
-    assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
+    assert!(matches!(key(&cache).await, Err(CacheError::Exchange(_))));
     let requesters = env.fetched();
-    assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
+    assert!(matches!(key(&cache).await, Err(CacheError::Exchange(_))));
     assert_eq!(env.fetched(), requesters);
     env.fail(None);
     advance(failure::negative_ttl(&denied().into())).await;
@@ -462,7 +462,7 @@ async fn failure_is_cached_for_its_negative_ttl() {
 async fn entry_is_usable_after_a_panic_in_its_flight() {
     let (env, cache) = env(10_000);
     env.panics.store(true, Ordering::SeqCst);
-    assert!(matches!(key(&cache).await, Err(CacheError::Issue(error)) if error.is_transient()));
+    assert!(matches!(key(&cache).await, Err(CacheError::Exchange(error)) if error.is_transient()));
     env.panics.store(false, Ordering::SeqCst);
     advance(failure::negative_ttl(&ExchangeError::task_panicked())).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
@@ -605,7 +605,7 @@ fn refresh_point_is_spread_and_ahead_of_sdks() {
     for minutes in [20, 25, 30, 45, 60, 12 * 60] {
         let lifetime = MINUTE * minutes;
         let points: Vec<_> = (0..1000)
-            .map(|_| issued::refresh_at_remaining(lifetime))
+            .map(|_| cached_credentials::refresh_at_remaining(lifetime))
             .collect();
         let (first, last) = (points.iter().max().unwrap(), points.iter().min().unwrap());
         assert!(
@@ -618,7 +618,7 @@ fn refresh_point_is_spread_and_ahead_of_sdks() {
         );
     }
     let hour: Vec<_> = (0..1000)
-        .map(|_| issued::refresh_at_remaining(HOUR).as_secs_f64() / 3600.0)
+        .map(|_| cached_credentials::refresh_at_remaining(HOUR).as_secs_f64() / 3600.0)
         .collect();
     assert!(
         hour.iter()
@@ -627,7 +627,7 @@ fn refresh_point_is_spread_and_ahead_of_sdks() {
     let mean = hour.iter().sum::<f64>() / 1000.0;
     assert!((0.48..0.52).contains(&mean), "{mean}");
     assert!(
-        issued::refresh_at_remaining(MINUTE * 15) < MINUTE * 9,
+        cached_credentials::refresh_at_remaining(MINUTE * 15) < MINUTE * 9,
         "not all the time"
     );
 }

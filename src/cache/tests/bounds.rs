@@ -139,7 +139,7 @@ async fn workload_that_invents_roles_is_limited_alone() {
     let mut refusals = HashSet::new();
     for role in roles(2000) {
         match cache.get(&grant_of("greedy", &role), &caller()).await {
-            Err(CacheError::Issue(error)) => {
+            Err(CacheError::Exchange(error)) => {
                 refusals.insert((error.reason(), error.is_transient()))
             }
             other => panic!("{other:?}"),

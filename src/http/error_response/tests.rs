@@ -63,7 +63,7 @@ fn error_body_is_json_that_all_sdks_read() {
         (RequestError::Full, 503, "cache_full", Some(1)),
         (RequestError::TooManyRoles, 503, "too_many_roles", Some(1)),
         (
-            RequestError::Issue(ExchangeError::TooOften),
+            RequestError::Exchange(ExchangeError::TooOften),
             503,
             "too_many_exchanges",
             Some(1),
