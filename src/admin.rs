@@ -43,8 +43,8 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum age of rendered metrics that are served at the TCP address. Prometheus scrapes every few
 /// seconds.
 const RENDER_INTERVAL: Duration = Duration::from_secs(1);
-/// Maximum number of connections at the TCP address. This is more than the daemon accepts before it reads the
-/// first.
+/// Maximum number of connections at the TCP address. This is more than the daemon accepts before it
+/// reads the first.
 const MAX_CONNECTIONS: usize = 512;
 /// Maximum number of connections at the TCP address from one source address.
 const MAX_CONNECTIONS_PER_PEER: usize = 160;
