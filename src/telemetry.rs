@@ -99,7 +99,7 @@ impl Log {
     pub fn start(&self) -> io::Result<()> {
         self.lines
             .0
-            .start("log", File::from(stderr().as_fd().try_clone_to_owned()?))
+            .start("awsvid-log", File::from(stderr().as_fd().try_clone_to_owned()?))
     }
 
     /// Changes the level and the format of all later lines.
