@@ -208,7 +208,7 @@ fn documented_upgrade_interrupts_no_caller() {
                 assert_known(ask(machine, "asker.service", "billing", UNIX));
             }
         });
-        let upgrade = block("upgrade.md", "Upgrade on a VM", "cp --preserve");
+        let upgrade = block("upgrade.md", "Upgrade on a VM", "cp --preserve /usr/bin");
         sh(machine, &format!("cd /source\n{upgrade}")).success("the documented upgrade");
         asker.join().unwrap();
     });
