@@ -73,6 +73,8 @@ const AT_AWS: Tested = Not(
 const COMMANDS: &[(&str, &str, Tested)] = &[
     ("install-vm.md", "cargo build --release", INSTALLATION),
     ("install-vm.md", "spire-server entry create", BySpire),
+    ("install-vm.md", "awsvid trust-policy", ByShell),
+    ("install-vm.md", "aws iam attach-role-policy", ByAwsCli),
     (
         "install-vm.md",
         "sudo awsvid config validate",
