@@ -102,12 +102,15 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
         "spire-server entry create",
         BySpire,
     ),
+    ("install-kubernetes.md", "kubectl create clusterrolebinding", NODE),
     ("install-kubernetes.md", "kubectl apply -k", NODE),
     (
         "install-kubernetes.md",
         "kubectl --namespace awsvid rollout",
         NODE,
     ),
+    ("install-kubernetes.md", "awsvid trust-policy", ByShell),
+    ("install-kubernetes.md", "aws iam attach-role-policy", ByAwsCli),
     (
         "spire-setup.md",
         "spire-server entry create -parentID spiffe://example.org/spire/agent/... \\\n  -spiffeID spiffe://example.org/awsvid",
