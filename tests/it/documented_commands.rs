@@ -102,7 +102,11 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
         "spire-server entry create",
         BySpire,
     ),
-    ("install-kubernetes.md", "kubectl create clusterrolebinding", NODE),
+    (
+        "install-kubernetes.md",
+        "kubectl create clusterrolebinding",
+        NODE,
+    ),
     ("install-kubernetes.md", "kubectl apply -k", NODE),
     (
         "install-kubernetes.md",
@@ -110,7 +114,11 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
         NODE,
     ),
     ("install-kubernetes.md", "awsvid trust-policy", ByShell),
-    ("install-kubernetes.md", "aws iam attach-role-policy", ByAwsCli),
+    (
+        "install-kubernetes.md",
+        "aws iam attach-role-policy",
+        ByAwsCli,
+    ),
     (
         "spire-setup.md",
         "spire-server entry create -parentID spiffe://example.org/spire/agent/... \\\n  -spiffeID spiffe://example.org/awsvid",
@@ -277,7 +285,11 @@ fn stage(folder: &Path) {
     .unwrap();
     fs::write(
         folder.join("trust.json"),
-        block("install-vm.md", "4. Let AWS trust your SPIFFE provider", "{"),
+        block(
+            "install-vm.md",
+            "4. Let AWS trust your SPIFFE provider",
+            "{",
+        ),
     )
     .unwrap();
 }

@@ -171,7 +171,10 @@ fn assert_revoked(machine: &SystemdMachine, spire: &Spire, entry: &str, text: &s
     }
     // A role for another identity replaces the workload's.
     let (rest, role) = text.split_once("[[role]]").expect("a role");
-    let other = format!("{rest}[[role]]{}", role.replace(BILLING, "spiffe://example.org/shop"));
+    let other = format!(
+        "{rest}[[role]]{}",
+        role.replace(BILLING, "spiffe://example.org/shop")
+    );
     assert_ne!(other, text);
     fs::write(machine.path(CONFIGURATION), other).unwrap();
     let reload = block(
