@@ -160,7 +160,7 @@ impl NetNs {
         };
         thread::scope(|scope| {
             let thread = thread::Builder::new()
-                .name("namespace".to_owned())
+                .name("awsvid-netns".to_owned())
                 .spawn_scoped(scope, enter)?;
             thread
                 .join()

@@ -65,7 +65,7 @@ impl Sink {
     pub(super) fn open_as(&self, to: &AuditFile, file: File) -> io::Result<()> {
         let mut opened = self.to();
         if opened.is_none() {
-            self.writer.start("audit", file)?;
+            self.writer.start("awsvid-audit", file)?;
             *opened = Some(to.clone());
         }
         Ok(())

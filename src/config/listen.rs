@@ -228,6 +228,10 @@ fn check(table: &Table<'_>, listen: &Listen, pods: bool) {
         let what = "a program that makes a workload fetch a URL can read its credentials";
         table.warn("authorization", what, "use \"present\"");
     }
+    if listen.authorization == AuthorizationMode::Token && pods {
+        let what = "pods do not have `token_file`, so awsvid rejects their requests";
+        table.warn("authorization", what, "use \"present\"");
+    }
 }
 
 /// Returns the location of the first key, or of the second if only that one is in the file.

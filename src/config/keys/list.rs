@@ -119,7 +119,7 @@ pub(in crate::config) const TABLES: &[TableSpec] = &[
                 "workload_api_socket",
                 "socket URI",
                 "`SPIFFE_ENDPOINT_SOCKET`, else `\"unix:///run/spire/agent-sockets/spire-agent.sock\"`",
-                "the SPIFFE Workload API; `spire-delegated` does not use it",
+                "the SPIFFE Workload API; `spire-delegated` uses it only in `awsvid trust-policy`, for a live token",
             ),
             key(
                 "admin_socket",

@@ -33,6 +33,11 @@ fn risky_key_has_a_warning() {
         ),
         (
             "",
+            "[pods]\nenabled = true\n[listen]\nauthorization = \"token\"",
+            (13, "listen.authorization", "pods do not have `token_file`"),
+        ),
+        (
+            "",
             "[identity]\nworkload_api_socket = \"tcp://10.0.0.1:8081\"",
             (11, "identity.workload_api_socket", "in clear text"),
         ),
@@ -63,6 +68,7 @@ fn risky_key_has_a_warning() {
     for quiet in [
         "duration = \"30m\"",
         "[listen]\nauthorization = \"off\"\ntcp = []",
+        "[listen]\nauthorization = \"token\"",
         "[identity]\nworkload_api_socket = \"tcp://[::1]:1\"",
     ] {
         warned(&format!("{LEAST}{quiet}\n"), &[]);
