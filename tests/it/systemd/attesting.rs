@@ -136,7 +136,10 @@ fn check_unit(source: Source, example: &str) {
     fs::write(machine.path(CONFIGURATION), text).unwrap();
     attested.restart_with("");
     assert!(
-        attested.open_files().iter().any(|link| link.contains("bpf")),
+        attested
+            .open_files()
+            .iter()
+            .any(|link| link.contains("bpf")),
         "the program that counts executions is attached: {:?}",
         attested.open_files()
     );

@@ -402,7 +402,12 @@ impl Spire {
     fn run_agent(&mut self, arguments: &[&str]) {
         self.agent_log_start = self.agent_log().len();
         let config = self.write("agent.conf", &self.agent_config());
-        let words: Vec<&str> = self.setting.agent_behind.iter().map(String::as_str).collect();
+        let words: Vec<&str> = self
+            .setting
+            .agent_behind
+            .iter()
+            .map(String::as_str)
+            .collect();
         let mut command = behind(&words, &self.programs[1]);
         command
             .arg("run")
