@@ -35,7 +35,7 @@ mod listeners;
 mod series;
 mod token_file;
 
-use audit_file::{audit_error, open_audit};
+use audit_file::{audit_error, open_audit, reopen};
 use components::Components;
 use listeners::{AcceptLoops, ListenAddress, bind_all, tcp_address};
 use token_file::{NodeToken, write_later};
@@ -152,7 +152,7 @@ impl App {
         let endpoint = Arc::new(CredentialEndpoint {
             attestor: attestor.clone(),
             service: service.clone(),
-            audit: open_audit(&config.audit, clock.clone(), metrics.clone()),
+            audit: open_audit(&config.audit, clock.clone(), metrics.clone()).await,
             metrics: metrics.clone(),
             authorization: authorization(&config.listen)?,
             own_probe: own_probe.clone(),
@@ -230,7 +230,7 @@ impl App {
             (&self.clock, &self.metrics),
         )
         .await?;
-        let reopened = self.audit.reopen(&config.audit.file, config.audit.required);
+        let reopened = reopen(&self.audit, &config.audit).await;
         reopened.map_err(|source| audit_error(&config.audit.file, source))?;
         self.source = (parts.identity, parts.policy.source.clone());
         self.admin_api

@@ -6,6 +6,7 @@
 //! are a contract, described in `deploy/docs/audit-log.md`. It contains no secret. The access key
 //! id joins it with CloudTrail.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -132,19 +133,25 @@ impl Audit {
         self.sink.load().is_unopened()
     }
 
-    /// Opens the destination. A rotation may have renamed the file, so a reload opens it again.
+    /// Opens the destination. Blocks while the file's server does not respond.
+    pub fn open(to: &AuditFile) -> io::Result<File> {
+        sink::open(to)
+    }
+
+    /// Writes to `opened`, the destination `to`. A rotation may have renamed the file, so a reload
+    /// opens it again.
     ///
-    /// Records go to the previous destination until the new one is open. The thread of the previous
-    /// one then writes its queue and ends.
-    pub fn reopen(&self, to: &AuditFile, required: bool) -> io::Result<()> {
+    /// Records go to the previous destination until then. The thread of the previous one then
+    /// writes its queue and ends.
+    pub fn redirect(&self, to: &AuditFile, opened: File, required: bool) -> io::Result<()> {
         let before = self.sink.load_full();
         if before.is_unopened() {
-            before.open(to)?;
+            before.open_as(to, opened)?;
         } else if *to != AuditFile::Stdout || !before.is_stdout() {
             // Standard output is still the same. If it stalls, each reload would leave one more
             // thread.
             let new = Arc::new(Sink::unopened(self.clock.clone(), &self.metrics));
-            new.open(to)?;
+            new.open_as(to, opened)?;
             new.succeed(&self.sink.swap(new.clone()), &self.clock);
         }
         self.required.store(required, Ordering::Relaxed);
@@ -157,6 +164,12 @@ impl Audit {
             boot: self.boot,
             number: self.next.fetch_add(1, Ordering::Relaxed),
         }
+    }
+
+    /// Opens the destination and writes to it.
+    #[cfg(test)]
+    pub(crate) fn reopen(&self, to: &AuditFile, required: bool) -> io::Result<()> {
+        self.redirect(to, Self::open(to)?, required)
     }
 
     /// Begins the record of a request. `caller` is `None` if it could not be attested.

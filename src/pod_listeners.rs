@@ -209,14 +209,11 @@ impl PodListeners {
 
     /// Does the same with listeners received from the previous instance.
     async fn reconcile_dir(&mut self, mut received: HashMap<HandoverKey, OwnedFd>) {
-        if let Err(error) = self.watch.renew()
-            && let Some(missed) = self.logged.unwatched_quota()
-        {
-            let directory = self.directory.display();
-            tracing::error!(%error, %directory, missed, "the directory of network namespaces cannot be watched");
-        }
-        self.warn_no_directory();
-        let found = self.scan();
+        // Only root can mount there, but a mount that hangs must not stop an I/O thread.
+        let found = tokio::task::block_in_place(|| {
+            self.renew_watch();
+            self.scan()
+        });
         self.pods.retain(|id, pod| {
             let path = found.get(id);
             match path {
@@ -246,6 +243,16 @@ impl PodListeners {
         self.metrics
             .pod_listeners
             .set(i64::try_from(self.pods.len()).unwrap_or(i64::MAX));
+    }
+
+    fn renew_watch(&mut self) {
+        if let Err(error) = self.watch.renew()
+            && let Some(missed) = self.logged.unwatched_quota()
+        {
+            let directory = self.directory.display();
+            tracing::error!(%error, %directory, missed, "the directory of network namespaces cannot be watched");
+        }
+        self.warn_no_directory();
     }
 
     /// Scans the directory. Returns the namespaces in it, each with one of its files, and records

@@ -384,19 +384,14 @@ fn in_other_namespaces(host: &Host, handle: &ProcessHandle) -> Result<bool, Atte
     }
 }
 
-/// Returns whether the process with this pid lives in this process's pid namespace. If its link
-/// must not be read, the number of its pids decides.
+/// Returns whether the process with this pid, which is visible here, lives in this process's pid
+/// namespace: then it has one pid only. Like [`in_other_namespaces`], this does not read the link
+/// to its namespace.
 pub(crate) fn shares_pid_namespace(proc_root: &Path, pid: i32) -> bool {
-    let directory = proc_root.join(pid.to_string());
-    let namespace = |of: &Path| fcntl::readlink(&of.join("ns/pid"));
-    match (namespace(&directory), namespace(&proc_root.join("self"))) {
-        (Ok(other), Ok(own)) => other == own,
-        (Err(Errno::EACCES | Errno::EPERM), _) => std::fs::File::open(directory.join("status"))
-            .is_ok_and(|file| {
-                status::numbers(file, [NAMESPACE_PIDS]).is_ok_and(|[pids]| pids.len() == 1)
-            }),
-        _ => false,
-    }
+    let status = std::fs::File::open(proc_root.join(pid.to_string()).join("status"));
+    status.is_ok_and(|file| {
+        status::numbers(file, [NAMESPACE_PIDS]).is_ok_and(|[pids]| pids.len() == 1)
+    })
 }
 
 /// Returns device and inode: the parts of an executable that cannot be forged (T11).

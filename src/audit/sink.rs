@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -49,19 +50,7 @@ impl Sink {
         }
     }
 
-    /// Opens the destination, unless it is open already.
-    pub(super) fn open(&self, to: &AuditFile) -> io::Result<()> {
-        let file = match to {
-            AuditFile::Stdout => File::from(io::stdout().as_fd().try_clone_to_owned()?),
-            AuditFile::Path(path) => OpenOptions::new()
-                .append(true)
-                .create(true)
-                .mode(0o600)
-                .open(path)?,
-        };
-        self.open_as(to, file)
-    }
-
+    /// Writes to this open file, unless the destination is open already.
     pub(super) fn open_as(&self, to: &AuditFile, file: File) -> io::Result<()> {
         let mut opened = self.to();
         if opened.is_none() {
@@ -141,6 +130,29 @@ impl Sink {
     pub(super) fn flush(&self) {
         self.writer.flush(FLUSH_TIMEOUT);
     }
+}
+
+/// Opens the destination. Blocks while the file's server does not respond.
+pub(super) fn open(to: &AuditFile) -> io::Result<File> {
+    match to {
+        AuditFile::Stdout => Ok(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
+        AuditFile::Path(path) => open_file(path),
+    }
+}
+
+/// Opens the file. A pipe without a reader is an error, and is not waited for. The writer waits for
+/// a pipe that is full, in its own thread.
+fn open_file(path: &Path) -> io::Result<File> {
+    let opened = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path);
+    opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ENXIO) => io::Error::other("no process reads from this pipe; start its reader"),
+        _ => error,
+    })
 }
 
 #[derive(Debug)]

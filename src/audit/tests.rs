@@ -68,16 +68,31 @@ async fn queue_is_written_when_audit_ends() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("fifo");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let reader = {
-        let path = path.clone();
-        std::thread::spawn(move || std::fs::read_to_string(path).unwrap())
-    };
+    // Opened for both directions, since a pipe without a reader cannot be opened for writes.
+    let both = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
     let audit = open(&path);
+    let mut reader = std::fs::File::open(&path).unwrap();
+    drop(both);
     for _ in 0..3 {
         audit.begin(REQUEST, ListenerKind::Tcp, None);
     }
     drop(audit);
-    assert_eq!(reader.join().unwrap().lines().count(), 3);
+    let mut text = String::new();
+    std::io::Read::read_to_string(&mut reader, &mut text).unwrap();
+    assert_eq!(text.lines().count(), 3);
+}
+
+#[test]
+fn pipe_without_reader_is_not_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("fifo");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let error = Audit::open(&AuditFile::Path(path)).unwrap_err().to_string();
+    assert!(error.contains("no process reads from this pipe"), "{error}");
 }
 
 fn issued(cache_result: CacheResult) -> IssuedFields<'static> {

@@ -77,6 +77,7 @@ fn main() {
                 &raw_http::Address::parse(listener, address),
             );
         }
+        ["blocked-agent", socket] => blocked::agent(socket),
         ["hanging-files"] => fuse::obey(),
         ["activated", listener, address] => {
             print!(

@@ -1,6 +1,7 @@
 //! The shipped units, unchanged, under a real systemd: `deploy/systemd` and the example
 //! configuration.
 
+mod attesting;
 mod documented;
 
 use std::collections::BTreeSet;
