@@ -55,7 +55,8 @@ use refresh::Schedule;
 use table::EntryTable;
 
 /// Bound of concurrent refreshes. An outage that ends, or an agent that hangs, must not delay
-/// requests for first credentials.
+/// requests for first credentials. At this bound the SPIFFE ID with the most loses its newest one,
+/// unless no other one holds fewer (T29).
 const MAX_REFRESHES: usize = 64;
 /// The part of [`MAX_REFRESHES`] that one SPIFFE ID may use.
 const MAX_REFRESHES_PER_WORKLOAD: usize = 4;

@@ -63,7 +63,7 @@ pub struct Settings {
     /// Timeout of one call, from the connection to the last byte of the response.
     pub timeout: Duration,
     /// Maximum number of concurrent calls. One SPIFFE ID may use a quarter of them; further calls
-    /// wait.
+    /// wait. At the limit the SPIFFE ID with the most loses its newest call to one with fewer (T29).
     pub max_concurrent: usize,
     /// PEM file with the only certificates that verify an `endpoint` outside AWS. The system's
     /// certificates always verify AWS's STS.
@@ -228,14 +228,15 @@ impl Sts {
 impl AssumeRole for Sts {
     async fn assume(&self, grant: &Grant, token: &JwtSvid) -> Result<Credentials, StsError> {
         let target = &grant.role.sts;
-        let result = match self.permits.acquire(&grant.spiffe_id).await {
+        let result = match self.permits.acquire_evicting(&grant.spiffe_id).await {
             None => Err(Failure::Busy),
-            Some(_permit) => {
-                let answer = self
-                    .call(target, |call| build_request(call, grant, token))
-                    .await;
-                answer.and_then(|answer| self.credentials(answer))
-            }
+            Some(permit) => tokio::select! {
+                biased;
+                answer = self.call(target, |call| build_request(call, grant, token)) => {
+                    answer.and_then(|answer| self.credentials(answer))
+                }
+                () = permit.evicted() => Err(Failure::Busy),
+            },
         };
         match result {
             Ok(credentials) => Ok(credentials),

@@ -641,7 +641,7 @@ async fn call_without_permit_fails_after_the_timeout() {
     });
     let _other = sts
         .permits
-        .acquire(&SpiffeId::parse("spiffe://example.org/other").unwrap())
+        .acquire_evicting(&SpiffeId::parse("spiffe://example.org/other").unwrap())
         .await
         .unwrap();
     let start = tokio::time::Instant::now();
@@ -663,7 +663,7 @@ async fn workload_may_use_a_quarter_of_the_permits() {
     let sts = sts(settings());
     let mut held = Vec::new();
     for _ in 0..4 {
-        held.push(sts.permits.acquire(&billing()).await.unwrap());
+        held.push(sts.permits.acquire_evicting(&billing()).await.unwrap());
     }
     let mine = grant(&endpoint("http://127.0.0.1:9".to_owned()));
     let other = Grant {
