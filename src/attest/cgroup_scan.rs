@@ -203,8 +203,8 @@ fn charge(directories: usize, left: Option<&Rc<Cell<usize>>>) -> bool {
     less.is_some()
 }
 
-/// The throttle of scans for one part of the tree.
-#[derive(Debug, Default)]
+/// The throttle of scans for one part of the tree. Clones share its state.
+#[derive(Debug, Default, Clone)]
 pub(crate) struct ScanThrottle(Arc<tokio::sync::Mutex<ScanTimes>>);
 
 #[derive(Debug, Default)]

@@ -682,6 +682,49 @@ async fn workload_may_use_a_quarter_of_the_permits() {
     );
 }
 
+/// Covers T29: calls that hang, such as those to an endpoint that does not respond.
+#[tokio::test]
+async fn workload_is_served_while_four_others_hold_all_permits() {
+    const HANGING: usize = 16;
+    let arrived = Arc::new(tokio::sync::Semaphore::new(0));
+    let server = {
+        let arrived = arrived.clone();
+        FakeSts::start(move |number, _| {
+            arrived.add_permits(1);
+            if number < HANGING {
+                StsReply::Never
+            } else {
+                good()
+            }
+        })
+        .await
+    };
+    let sts = Arc::new(sts(settings()));
+    let mut hanging = tokio::task::JoinSet::new();
+    for number in 0..HANGING {
+        let id = SpiffeId::parse(&format!("spiffe://example.org/hostile-{}", number % 4)).unwrap();
+        let grant = Grant {
+            spiffe_id: id,
+            ..grant(&plain(&server))
+        };
+        let sts = sts.clone();
+        hanging.spawn(async move { sts.assume(&grant, &svid_for(&billing(), 300, 1)).await });
+    }
+    let all = arrived.acquire_many(HANGING.try_into().unwrap()).await;
+    all.unwrap().forget();
+    let token = svid_for(&billing(), 300, 1);
+    sts.assume(&grant(&plain(&server)), &token).await.unwrap();
+    let evicted = hanging.join_next().await.unwrap().unwrap().unwrap_err();
+    assert_eq!(
+        (evicted.reason, evicted.retry),
+        ("sts_busy", RetryPolicy::Later)
+    );
+    // Its permit is free now.
+    sts.assume(&grant(&plain(&server)), &token).await.unwrap();
+    assert_eq!(hanging.len(), HANGING - 1);
+    assert!(hanging.try_join_next().is_none());
+}
+
 #[tokio::test]
 async fn target_has_one_client_and_one_connection() {
     let server = FakeSts::start(|_, _| good()).await;
