@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
@@ -149,12 +150,14 @@ impl App {
             .map_or_else(PodRoots::defaults, PodRoots::at);
         let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
         let own_probe = OwnProbe::new();
+        let token_needed = Arc::<Notify>::default();
         let endpoint = Arc::new(CredentialEndpoint {
             attestor: attestor.clone(),
             service: service.clone(),
             audit: open_audit(&config.audit, clock.clone(), metrics.clone()).await,
             metrics: metrics.clone(),
-            authorization: authorization(&config.listen)?,
+            authorization: authorization(&config.listen, &token_needed)?,
+            token_needed,
             own_probe: own_probe.clone(),
             connections: FairSemaphore::new(
                 config.listen.max_connections,
@@ -403,7 +406,10 @@ fn sts_names(config: &Config) -> Vec<String> {
 
 /// Loads the token, and starts writing its file. One SDK uses the endpoint only if it gets the
 /// token by a file.
-fn authorization(listen: &config::Listen) -> Result<Authorization, AppError> {
+fn authorization(
+    listen: &config::Listen,
+    token_needed: &Arc<Notify>,
+) -> Result<Authorization, AppError> {
     let path = &listen.token_file;
     let node = NodeToken::load(path).map_err(|source| AppError::Token {
         path: path.clone(),
@@ -412,7 +418,8 @@ fn authorization(listen: &config::Listen) -> Result<Authorization, AppError> {
     if let Some(error) = node.unwritten {
         let path = path.display();
         tracing::warn!(%path, %error, "[listen] token_file cannot be written yet: retrying every 5 seconds");
-        tokio::spawn(write_later(listen.token_file.clone(), node.token.clone()));
+        let (path, token) = (listen.token_file.clone(), node.token.clone());
+        tokio::spawn(write_later(path, token, token_needed.clone()));
     }
     Ok(match listen.authorization {
         config::AuthorizationMode::Present => Authorization::Present,

@@ -28,7 +28,7 @@ mod line;
 mod record;
 mod sink;
 
-use aggregate::{Beyond, RefusalAggregator, SWEEP};
+use aggregate::{RefusalAggregator, SWEEP};
 use sink::Sink;
 
 pub use crate::telemetry::RequestId;
@@ -122,15 +122,19 @@ impl Audit {
             metrics,
             boot: fastrand::u32(..),
             next: AtomicU64::new(0),
-            refusals: RefusalAggregator::new(Beyond::Counted),
-            // The first request by which a caller gets a key always has a record.
-            hits: RefusalAggregator::new(Beyond::Written),
+            refusals: RefusalAggregator::default(),
+            hits: RefusalAggregator::default(),
         })
     }
 
     /// Returns whether the log has no destination yet.
     pub fn is_unopened(&self) -> bool {
         self.sink.load().is_unopened()
+    }
+
+    /// Waits for a record that needs the destination before it is open.
+    pub async fn needs_destination(&self) {
+        self.sink.load_full().needed().await;
     }
 
     /// Opens the destination. Blocks while the file's server does not respond.

@@ -54,6 +54,8 @@ use table::EntryTable;
 
 /// Bound of concurrent refreshes that the task starts. An outage that ends, or an agent that hangs,
 /// must not delay requests for first credentials. A refresh that a request starts needs no permit.
+/// At this bound the SPIFFE ID with the most loses its newest one, unless no other one holds fewer
+/// (T29).
 const MAX_REFRESHES: usize = 64;
 /// The part of [`MAX_REFRESHES`] that one SPIFFE ID may use.
 const MAX_REFRESHES_PER_SPIFFE_ID: usize = 4;

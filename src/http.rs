@@ -18,6 +18,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::Notify;
 
 use crate::attest::{Attestor, PodAttestor, Unattested};
 use crate::audit::{self, Audit, CacheResult, Outcome, Record};
@@ -63,6 +64,8 @@ pub struct CredentialEndpoint {
     pub metrics: Metrics,
     /// The header that callers over TCP have to send.
     pub authorization: Authorization,
+    /// Is notified when a request over TCP lacks the header, or has another token.
+    pub token_needed: Arc<Notify>,
     /// The mark of the daemon's own requests.
     pub own_probe: OwnProbe,
     /// The limit of connections, in total and for each workload.
@@ -342,8 +345,16 @@ impl CredentialEndpoint {
         record: &mut Record,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), RequestError> {
         let caller = caller.map_err(RequestError::Caller)?;
-        let requested =
-            request_validation::validate(&RequestHead::of(request), listener, &self.authorization)?;
+        let head = RequestHead::of(request);
+        let requested = request_validation::validate(&head, listener, &self.authorization)
+            .inspect_err(|error| {
+                if matches!(
+                    error,
+                    RequestError::NoAuthorization | RequestError::WrongToken
+                ) {
+                    self.token_needed.notify_one();
+                }
+            })?;
         let (issued, cache_result) = self
             .service
             .credentials_for(&caller, &requested, record)

@@ -169,6 +169,13 @@ impl Metrics {
         self.set_source_up(is_up);
     }
 
+    /// Counts a call to the identity source that was cancelled in favour of another workload's. It
+    /// shows nothing about the source.
+    pub fn source_call_evicted(&self, result: CallLabel, took: Duration) {
+        self.source_calls.get_or_create(&result).inc();
+        self.source_call_duration.observe(took.as_secs_f64());
+    }
+
     /// Records a call to an STS.
     pub fn sts_call(&self, call: UpstreamCall) {
         self.sts_calls.get_or_create(&call.result).inc();

@@ -15,13 +15,16 @@ use crate::clock::Clock;
 use crate::config::{AuditConfig, AuditFile};
 use crate::metrics::Metrics;
 
-/// Interval between attempts to open the file.
+/// Interval between attempts to open the file, unless a record needs it.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// Minimum interval between two attempts.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// Time for which a start or a reload waits for the file's server.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Opens the audit file, or retries in the background until it can be opened.
+/// Opens the audit file, or retries until it can be opened: in the background, and at once for a
+/// record that needs it.
 ///
 /// Until then records wait in a bounded queue, and with `required` the daemon returns no
 /// credentials.
@@ -54,9 +57,11 @@ async fn open(config: &AuditConfig) -> io::Result<File> {
 async fn open_later(audit: Arc<Audit>, config: AuditConfig) {
     // A reload may open this file, or another one.
     while audit.is_unopened() {
-        sleep(RETRY_INTERVAL).await;
+        // A timeout and a record both mean: try it.
+        let _ = timeout(RETRY_INTERVAL, audit.needs_destination()).await;
         // Waits for a server that does not respond, so that only one thread does.
         let Ok(opened) = open(&config).await else {
+            sleep(RETRY_PAUSE).await;
             continue;
         };
         if !audit.is_unopened() {
@@ -65,7 +70,9 @@ async fn open_later(audit: Arc<Audit>, config: AuditConfig) {
         let redirected = audit.redirect(&config.file, opened, config.required);
         if redirected.is_ok() {
             tracing::info!("audit file opened");
+            return;
         }
+        sleep(RETRY_PAUSE).await;
     }
 }
 
@@ -75,4 +82,39 @@ pub(super) fn audit_error(file: &AuditFile, source: io::Error) -> AppError {
         AuditFile::Stdout => PathBuf::from("standard output"),
     };
     AppError::Audit { path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audit::Outcome;
+    use crate::caller::ListenerKind;
+
+    /// Returns whether the record of a request for credentials was written.
+    async fn is_written(audit: &Arc<Audit>) -> bool {
+        let issued = crate::audit::IssuedFields {
+            access_key_id: "ASIA1",
+            expiration: std::time::SystemTime::now(),
+            cache_result: crate::audit::CacheResult::Miss,
+        };
+        let record = audit.begin(audit.next_request(), ListenerKind::Unix, None);
+        record.finish(Outcome::Issued, "ok", Some(issued)).await
+    }
+
+    #[tokio::test]
+    async fn record_that_needs_the_file_opens_it_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("later").join("audit.log");
+        let config = AuditConfig {
+            file: AuditFile::Path(path.clone()),
+            required: true,
+        };
+        let audit = open_audit(&config, Clock::system(), Metrics::default()).await;
+        assert!(audit.is_unopened());
+        std::fs::create_dir(path.parent().unwrap()).unwrap();
+        // It waits a second for its record, and the background has another try after five.
+        assert!(is_written(&audit).await);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains("ASIA1"), "{text}");
+    }
 }

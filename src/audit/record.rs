@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use crate::audit::aggregate::{AggregateKey, RefusalAggregator};
+use crate::audit::aggregate::{AggregateKey, RecordScope, RefusalAggregator};
 use crate::audit::line::{DisplayAsStr, JsonLine, moment, render, second};
 use crate::audit::{ABORTED, Audit, CacheResult, IssuedFields, Outcome, RequestId};
 use crate::caller::{Caller, ListenerKind, PeerFacts, WorkloadKey};
@@ -209,7 +209,7 @@ impl Record {
         let owner = Some(self.owner());
         self.audit
             .write(writer::Line {
-                bytes: self.line(end, true),
+                bytes: self.line(end, RecordScope::OneKind),
                 stands_for: 1,
                 owner,
                 priority,
@@ -238,7 +238,7 @@ impl Record {
             issued,
         };
         let emission =
-            aggregator(&self.audit).take(key, Instant::now(), |of_one| self.line(end, of_one));
+            aggregator(&self.audit).take(key, Instant::now(), |scope| self.line(end, scope));
         self.audit.put(emission.before);
         if emission.begin_sweep {
             self.audit.sweep(aggregator);
@@ -285,9 +285,11 @@ impl Record {
         }
     }
 
-    /// Renders the record, without the fields of the caller if it stands for several callers.
-    fn line(&self, end: RecordEnd<'_>, of_one: bool) -> Vec<u8> {
-        let grant = self.grant.as_ref().filter(|_| of_one);
+    /// Renders the record, without the fields in which the requests of this scope differ.
+    fn line(&self, end: RecordEnd<'_>, scope: RecordScope) -> Vec<u8> {
+        let of_one = scope != RecordScope::ManyCallers;
+        let is_exact = scope == RecordScope::OneKind;
+        let grant = self.grant.as_ref().filter(|_| is_exact);
         let caller = self.caller.as_deref().filter(|_| of_one);
         let peer = self.audited_peer().filter(|_| of_one);
         let (cgroup, pod) = (
@@ -295,7 +297,7 @@ impl Record {
             peer.and_then(|peer| peer.pod),
         );
         let process = caller.and_then(|caller| caller.process.as_ref());
-        let issued = end.issued;
+        let issued = end.issued.filter(|_| is_exact);
         render(&JsonLine {
             time: moment(self.audit.clock.now()),
             target: "audit",
@@ -315,8 +317,8 @@ impl Record {
             requested_role: self
                 .requested
                 .as_deref()
-                .filter(|_| of_one && issued.is_none()),
-            spiffe_ids: if of_one { &self.spiffe_ids } else { &[] },
+                .filter(|_| is_exact && issued.is_none()),
+            spiffe_ids: if is_exact { &self.spiffe_ids } else { &[] },
             spiffe_id: grant.map(|grant| grant.spiffe_id.as_str()),
             role_arn: grant.map(|grant| grant.role_arn.as_str()),
             session_name: grant.map(|grant| grant.session_name.as_str()),
@@ -336,7 +338,7 @@ impl Drop for Record {
         let ended = self.ended.take().unwrap_or_else(|| {
             let end = self.end(ABORTED, ABORTED, None);
             if self.count_in(end, |audit| &audit.refusals) {
-                let (bytes, owner) = (self.line(end, true), Some(self.owner()));
+                let (bytes, owner) = (self.line(end, RecordScope::OneKind), Some(self.owner()));
                 self.audit.put([writer::Line {
                     bytes,
                     stands_for: 1,

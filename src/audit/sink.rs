@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use crate::audit::line::{LostRecordsLine, moment, render};
@@ -33,6 +34,8 @@ pub(super) struct Sink {
     /// The file, once it is open.
     to: Mutex<Option<AuditFile>>,
     writer: Writer,
+    /// Is notified when a record arrives while the file is not open.
+    needed: Notify,
 }
 
 impl Sink {
@@ -47,6 +50,7 @@ impl Sink {
         Self {
             to: Mutex::default(),
             writer: Writer::new(Box::new(lost)),
+            needed: Notify::new(),
         }
     }
 
@@ -75,6 +79,14 @@ impl Sink {
     /// Queues a line. If it is lost, it is counted, and a later record has the number.
     pub(super) fn put(&self, line: Line) {
         drop(self.writer.push(line));
+        if self.is_unopened() {
+            self.needed.notify_one();
+        }
+    }
+
+    /// Waits for a record that arrives while the destination is not open.
+    pub(super) async fn needed(&self) {
+        self.needed.notified().await;
     }
 
     /// Writes a line and waits until it is written. Returns false if it was lost, or, with
@@ -86,7 +98,11 @@ impl Sink {
         let Some(written) = self.writer.push(line) else {
             return false;
         };
-        if !required && (self.writer.is_behind() || self.is_unopened()) {
+        let is_unopened = self.is_unopened();
+        if is_unopened {
+            self.needed.notify_one();
+        }
+        if !required && (self.writer.is_behind() || is_unopened) {
             return true;
         }
         match timeout(

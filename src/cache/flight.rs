@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::cached_credentials::{CachedCredentials, MIN_REMAINING};
 use super::entry::{Entry, EntryState};
@@ -249,15 +250,17 @@ async fn run_flight(
         let exchanger = inner.generation.load().exchanger.clone();
         let task = {
             let (entry, caller) = (entry.clone(), caller.clone());
-            tokio::spawn(in_current_request(async move {
+            AbortOnDropHandle::new(tokio::spawn(in_current_request(async move {
                 exchanger.exchange(&caller, &entry.grant).await
-            }))
+            })))
         };
         // The exchange has its own task, so that a panic in a library fails this flight and leaves
         // the entry usable.
-        let result = task
-            .await
-            .unwrap_or_else(|_| Err(ExchangeError::task_panicked()));
+        let result = tokio::select! {
+            biased;
+            result = task => result.unwrap_or_else(|_| Err(ExchangeError::task_panicked())),
+            () = evicted(permit.as_ref()) => Err(ExchangeError::TooOften),
+        };
         match inner.complete(&entry, &flight, result, &caller) {
             FlightOutcome::Retry(other) => caller = other,
             FlightOutcome::Done(result) => break result,
@@ -265,4 +268,12 @@ async fn run_flight(
     };
     drop(permit);
     flight.finish(result);
+}
+
+/// Waits until the permit of a refresh is evicted: for ever if there is none.
+async fn evicted(permit: Option<&FairPermit<SpiffeId>>) {
+    match permit {
+        Some(permit) => permit.evicted().await,
+        None => std::future::pending().await,
+    }
 }

@@ -207,9 +207,10 @@ impl CacheInner {
         };
         // Without a live caller, the next request starts the refresh.
         let caller = caller?;
-        let Ok(permit) = self.refreshes.try_acquire(&entry.grant.spiffe_id) else {
+        let Ok(permit) = self.refreshes.try_acquire_evicting(&entry.grant.spiffe_id) else {
             return Some(Instant::now() + LIMITER_RETRY.mul_f64(0.5 + fastrand::f64()));
         };
+        permit.set_in_use();
         self.start_flight(entry, caller, state, Some(permit));
         None
     }

@@ -103,6 +103,22 @@ impl CacheEnv {
     }
 }
 
+/// Counts a call to the source until it ends, or is cancelled.
+struct BusyCall<'a>(&'a AtomicUsize);
+
+impl<'a> BusyCall<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for BusyCall<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 #[async_trait]
 impl IdentitySource for CacheEnv {
     async fn identify(&self, _: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
@@ -115,10 +131,8 @@ impl IdentitySource for CacheEnv {
         id: &SpiffeId,
         audience: &str,
     ) -> Result<JwtSvid, SourceError> {
-        self.busy.fetch_add(1, Ordering::SeqCst);
-        let answer = self.answer(caller, id, audience).await;
-        self.busy.fetch_sub(1, Ordering::SeqCst);
-        answer
+        let _busy = BusyCall::new(&self.busy);
+        self.answer(caller, id, audience).await
     }
 
     fn facts_needed(&self, _: &Caller) -> Option<ProcessFacts> {

@@ -2,6 +2,7 @@
 //! real agent.
 
 mod asked;
+mod crowded;
 mod examples;
 mod groups;
 mod identity_cache;
