@@ -29,6 +29,7 @@ mod blocked;
 mod cgroup_moves;
 mod daemon;
 mod floods;
+mod forged_exe;
 mod fuse;
 mod handed_on;
 mod process;
@@ -105,6 +106,10 @@ fn main() {
         }
         ["become", listener, address, program] => {
             programs::become_another(&raw_http::Address::parse(listener, address), program)
+        }
+        ["forge", when, listener, address, file] => {
+            let to = raw_http::Address::parse(listener, address);
+            print!("{}", programs::ask_as(file.as_ref(), when, &to));
         }
         ["conclude", descriptor] => {
             print!("{}", raw_http::conclude_on(descriptor.parse().unwrap()))

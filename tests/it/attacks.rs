@@ -2,6 +2,7 @@
 //! attacks and of the checks that stop each.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::time::Duration;
 
 use crate::harness::actor::{self, play};
@@ -107,6 +108,27 @@ impl Stage {
             }
             other => Outcome::Issued(format!("{other:?}")),
         }
+    }
+
+    /// Plays scenes about the program that a caller runs over each listener, and compares their
+    /// outcomes.
+    fn check_programs(&self, program: &Path, scenes: &[(&str, Outcome)]) {
+        let mut wrong = Vec::new();
+        for listener in LISTENERS {
+            for (scene, right) in scenes {
+                let address = self.daemon.listener(listener);
+                let (daemon, cgroup) = (self.daemon.pid(), self.cgroup.path());
+                let answer =
+                    actor::play_program(scene, listener, &address, daemon, cgroup, program);
+                let outcome = Outcome::of(&answer, scene, &self.daemon);
+                if outcome != *right {
+                    wrong.push(format!(
+                        "{scene} over {listener}: {outcome:?}, not {right:?}"
+                    ));
+                }
+            }
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     }
 
     /// Returns the counters of requests, and of connections that ended without one: the labels with
@@ -303,33 +325,43 @@ fn exe_rule_matches_file_not_path() {
         std::fs::copy(actor::program(), folder.path().join(name)).unwrap();
     }
     let stage = Stage::start_with(folder, |_| format!("exe = {program:?}"));
-    let mut wrong = Vec::new();
-    for listener in LISTENERS {
-        for (scene, right) in [
+    stage.check_programs(
+        &program,
+        &[
             ("program", credentials_of(ALICE)),
             ("other-program", refused("no_identity")),
             ("forged-path", refused("no_identity")),
             ("forged-path-in-user-namespace", refused("no_identity")),
             ("replaced", refused("identity_changed")),
-        ] {
-            let address = stage.daemon.listener(listener);
-            let answer = actor::play_program(
-                scene,
-                listener,
-                &address,
-                stage.daemon.pid(),
-                stage.cgroup.path(),
-                &program,
-            );
-            let outcome = Outcome::of(&answer, scene, &stage.daemon);
-            if outcome != right {
-                wrong.push(format!(
-                    "{scene} over {listener}: {outcome:?}, not {right:?}"
-                ));
-            }
-        }
+        ],
+    );
+}
+
+/// T37: a program of Alice passes as the program that the rule names. So `exe` does not separate
+/// programs of one user. Bob's program remains Bob's, and a change during the request is noticed.
+#[test]
+fn forged_executable_passes_only_as_program_of_same_user() {
+    if !root() {
+        return;
     }
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    let folder = folder();
+    let program = folder.path().join("program");
+    for name in ["program", "forged"] {
+        std::fs::copy(actor::program(), folder.path().join(name)).unwrap();
+    }
+    let stage = Stage::start_with(folder, |uid| match uid {
+        61001 => format!("exe = {program:?}"),
+        _ => String::new(),
+    });
+    stage.check_programs(
+        &program,
+        &[
+            ("other-program", refused("no_identity")),
+            ("forged-file", credentials_of(ALICE)),
+            ("forged-file-by-bob", credentials_of(BOB)),
+            ("forged-file-late", refused("identity_changed")),
+        ],
+    );
 }
 
 /// A rule may name supplementary groups. Root is in Bob's group when it connects, and later in
