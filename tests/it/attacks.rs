@@ -2,10 +2,9 @@
 //! attacks and of the checks that stop each.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::time::Duration;
 
-use crate::harness::actor::{self, play};
+use crate::harness::actor::play;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
@@ -13,6 +12,8 @@ use crate::harness::daemon::Daemon;
 use crate::harness::is_slow;
 use crate::harness::outcome::{Outcome, credentials_of, refused};
 use crate::harness::upstream::Upstream;
+
+mod executables;
 
 const ALICE: &str = "spiffe://example.org/user/alice";
 const BOB: &str = "spiffe://example.org/user/bob";
@@ -108,27 +109,6 @@ impl Stage {
             }
             other => Outcome::Issued(format!("{other:?}")),
         }
-    }
-
-    /// Plays scenes about the program that a caller runs over each listener, and compares their
-    /// outcomes.
-    fn check_programs(&self, program: &Path, scenes: &[(&str, Outcome)]) {
-        let mut wrong = Vec::new();
-        for listener in LISTENERS {
-            for (scene, right) in scenes {
-                let address = self.daemon.listener(listener);
-                let (daemon, cgroup) = (self.daemon.pid(), self.cgroup.path());
-                let answer =
-                    actor::play_program(scene, listener, &address, daemon, cgroup, program);
-                let outcome = Outcome::of(&answer, scene, &self.daemon);
-                if outcome != *right {
-                    wrong.push(format!(
-                        "{scene} over {listener}: {outcome:?}, not {right:?}"
-                    ));
-                }
-            }
-        }
-        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     }
 
     /// Returns the counters of requests, and of connections that ended without one: the labels with
@@ -311,57 +291,6 @@ fn scenes_have_right_outcomes_by_user() {
 #[test]
 fn scenes_have_right_outcomes_by_user_and_group() {
     check(Rules::UserAndGroup);
-}
-
-/// T11: in a mount namespace of its own any process can show any path.
-#[test]
-fn exe_rule_matches_file_not_path() {
-    if !root() {
-        return;
-    }
-    let folder = folder();
-    let program = folder.path().join("program");
-    for name in ["program", "forged"] {
-        std::fs::copy(actor::program(), folder.path().join(name)).unwrap();
-    }
-    let stage = Stage::start_with(folder, |_| format!("exe = {program:?}"));
-    stage.check_programs(
-        &program,
-        &[
-            ("program", credentials_of(ALICE)),
-            ("other-program", refused("no_identity")),
-            ("forged-path", refused("no_identity")),
-            ("forged-path-in-user-namespace", refused("no_identity")),
-            ("replaced", refused("identity_changed")),
-        ],
-    );
-}
-
-/// T37: a program of Alice passes as the program that the rule names. So `exe` does not separate
-/// programs of one user. Bob's program remains Bob's, and a change during the request is noticed.
-#[test]
-fn forged_executable_passes_only_as_program_of_same_user() {
-    if !root() {
-        return;
-    }
-    let folder = folder();
-    let program = folder.path().join("program");
-    for name in ["program", "forged"] {
-        std::fs::copy(actor::program(), folder.path().join(name)).unwrap();
-    }
-    let stage = Stage::start_with(folder, |uid| match uid {
-        61001 => format!("exe = {program:?}"),
-        _ => String::new(),
-    });
-    stage.check_programs(
-        &program,
-        &[
-            ("other-program", refused("no_identity")),
-            ("forged-file", credentials_of(ALICE)),
-            ("forged-file-by-bob", credentials_of(BOB)),
-            ("forged-file-late", refused("identity_changed")),
-        ],
-    );
 }
 
 /// A rule may name supplementary groups. Root is in Bob's group when it connects, and later in
