@@ -57,6 +57,10 @@ impl OneRoleSts {
         )
     }
 
+    pub(crate) fn url(&self) -> &str {
+        self.sts.url()
+    }
+
     /// Returns the number of exchanged tokens.
     pub(crate) fn exchanged(&self) -> u64 {
         self.sts.issued()
