@@ -66,8 +66,7 @@ pub struct Config {
     pub workloads: Vec<ParsedWorkload>,
     /// The tables `[[role]]` and `[requested_roles]`.
     pub roles: Roles,
-    /// The line of each TCP address in `[listen]`, if the file has them.
-    tcp_lines: Vec<Option<usize>>,
+    tcp_lines: listen::TcpLines,
     /// The digest of the text.
     pub digest: ConfigDigest,
 }
@@ -180,9 +179,11 @@ impl Config {
         cross_checks::shadowed(&self.workloads, number)
     }
 
-    /// Returns warnings for TCP addresses in `[listen]` that any user can take. `first` is the first
-    /// port that needs no privilege: [`FIRST_UNPRIVILEGED_PORT`], or this node's.
-    pub fn unprivileged_ports(&self, first: u32) -> Vec<Problem> {
+    /// Returns warnings for TCP addresses in `[listen]` that any user can take.
+    ///
+    /// `first` is the first port that needs no privilege: this node's, or
+    /// [`FIRST_UNPRIVILEGED_PORT`].
+    pub fn unprivileged_ports(&self, first: u16) -> Vec<Problem> {
         listen::unprivileged_ports(&self.listen, &self.tcp_lines, first)
     }
 

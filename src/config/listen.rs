@@ -1,5 +1,6 @@
 //! `[listen]`: the addresses at which workloads and operators reach the daemon.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
@@ -11,7 +12,7 @@ use super::toml_reader::{Location, Table, absolute};
 const UNIX_PATH_MAX: usize = 107;
 const MAX_CONNECTIONS: usize = 1_000_000;
 /// The first port that needs no privilege, by the kernel's default: `PROT_SOCK` of ip(7).
-pub const FIRST_UNPRIVILEGED_PORT: u32 = 1024;
+pub const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
 /// The table `[listen]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +34,18 @@ pub struct Listen {
     pub max_connections: usize,
     /// Maximum number of open connections of one workload.
     pub max_connections_per_workload: usize,
+}
+
+/// The line of each TCP address, if the file has them.
+///
+/// `Debug` leaves them out, because configurations with other lines may be equal.
+#[derive(Clone, Default)]
+pub(super) struct TcpLines(Vec<Option<usize>>);
+
+impl fmt::Debug for TcpLines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TcpLines")
+    }
 }
 
 /// The `Authorization` header that a caller over TCP must send. It proves that the caller can set
@@ -100,7 +113,7 @@ impl Listen {
 }
 
 /// Reads `[listen]`, and the line of each TCP address. Pods are callers over TCP, too.
-pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> (Listen, Vec<Option<usize>>) {
+pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> (Listen, TcpLines) {
     let default = Listen::default();
     let (tcp, lines) =
         tcp(table).map_or((default.tcp, Vec::new()), |read| read.into_iter().unzip());
@@ -139,15 +152,15 @@ pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> (Listen, Vec<Option<
             .unwrap_or(default.max_connections_per_workload),
     };
     check(table, &listen, pods.enabled);
-    (listen, lines)
+    (listen, TcpLines(lines))
 }
 
 /// Returns a warning for each TCP address with a port that needs no privilege, so that any user can
 /// take it (T9). `first` is the first of these ports.
 pub(super) fn unprivileged_ports(
     listen: &Listen,
-    lines: &[Option<usize>],
-    first: u32,
+    TcpLines(lines): &TcpLines,
+    first: u16,
 ) -> Vec<Problem> {
     let lines = lines.iter().copied().chain(std::iter::repeat(None));
     listen
@@ -155,7 +168,7 @@ pub(super) fn unprivileged_ports(
         .iter()
         .zip(lines)
         // The kernel chooses another port for 0.
-        .filter(|(address, _)| address.port() != 0 && u32::from(address.port()) >= first)
+        .filter(|(address, _)| address.port() != 0 && address.port() >= first)
         .map(|(address, line)| Problem {
             line,
             key: "listen.tcp".to_owned(),

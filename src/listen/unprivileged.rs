@@ -12,9 +12,8 @@ const SYSCTL_PATH: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
 /// Returns the first port that a process without `CAP_NET_BIND_SERVICE` may bind in the calling
 /// thread's network namespace.
 ///
-/// 65536 means that every port is privileged. Where the sysctl is not readable, it is the kernel's
-/// default.
-pub fn first_unprivileged_port() -> u32 {
+/// Where the sysctl is not readable, it is the kernel's default.
+pub fn first_unprivileged_port() -> u16 {
     fs::read_to_string(SYSCTL_PATH)
         .ok()
         .and_then(|text| text.trim().parse().ok())
@@ -22,9 +21,9 @@ pub fn first_unprivileged_port() -> u32 {
 }
 
 /// Returns the ports that any user may bind.
-pub fn unprivileged_ports(addresses: &[SocketAddr], first_unprivileged: u32) -> Vec<u16> {
+pub fn unprivileged_ports(addresses: &[SocketAddr], first_unprivileged: u16) -> Vec<u16> {
     let mut ports: Vec<u16> = addresses.iter().map(SocketAddr::port).collect();
-    ports.retain(|port| u32::from(*port) >= first_unprivileged);
+    ports.retain(|port| *port >= first_unprivileged);
     ports.sort_unstable();
     ports.dedup();
     ports
@@ -67,7 +66,7 @@ mod tests {
             (80, &[80, 974, 8080]),
             (0, &[80, 974, 8080]),
             (8081, &[]),
-            (65536, &[]),
+            (u16::MAX, &[]),
         ] {
             assert_eq!(unprivileged_ports(&addresses, first), expected, "{first}");
         }

@@ -98,7 +98,7 @@ fn unprivileged_port_is_warned_of() {
         (1024, 8974, true),
         (8974, 8974, true),
         (8975, 8974, false),
-        (65_536, 8974, false),
+        (32_768, 8974, false),
     ] {
         let folder = folder();
         let path = |name: &str| folder.path().join(name).display().to_string();

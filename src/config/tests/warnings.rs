@@ -271,7 +271,7 @@ fn port_has_a_warning_where_any_user_can_take_it() {
         format!("{LEAST}[listen]\ntcp = [\"127.0.0.1:80\",\n\"127.0.0.1:1024\", \"[::1]:0\"]\n");
     let loaded = loaded(&text);
     assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
-    let warned = |first: u32| -> Vec<(Option<usize>, String)> {
+    let warned = |first: u16| -> Vec<(Option<usize>, String)> {
         let problems = loaded.config.unprivileged_ports(first);
         assert!(problems.iter().all(|problem| problem.key == "listen.tcp"));
         problems
@@ -283,7 +283,7 @@ fn port_has_a_warning_where_any_user_can_take_it() {
         format!("any user can take port {port} while awsvid is down, and answer for it; {fix}")
     };
     let low = "set net.ipv4.ip_unprivileged_port_start to 1024";
-    assert_eq!(warned(65_536), []);
+    assert_eq!(warned(u16::MAX), []);
     assert_eq!(warned(1025), []);
     assert_eq!(
         warned(FIRST_UNPRIVILEGED_PORT),
