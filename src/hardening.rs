@@ -138,54 +138,89 @@ pub fn warn_missing(features: DaemonFeatures) {
     }
 }
 
-/// A system call that needs a capability, the failure without it, and a harmless attempt of it.
-struct SyscallUse {
-    capability: Capability,
+/// A use of the kernel, the failure without it, the fix, and a harmless attempt of it.
+///
+/// No attempt reads another process: that process may block the read (T25), and a security module
+/// may protect just that one.
+struct KernelUse {
+    /// The capability that it needs, if it needs one.
+    capability: Option<Capability>,
     call: &'static str,
     fails: &'static str,
-    unit: &'static str,
-    attempt: fn() -> Errno,
+    fix: &'static str,
+    attempt: fn() -> Result<(), Errno>,
 }
 
 impl DaemonFeatures {
-    fn uses(self) -> impl Iterator<Item = SyscallUse> {
-        let cgroups = SyscallUse {
-            capability: Capability::CAP_DAC_READ_SEARCH,
+    fn uses(self) -> impl Iterator<Item = KernelUse> {
+        let cgroups = KernelUse {
+            capability: Some(Capability::CAP_DAC_READ_SEARCH),
             call: "open_by_handle_at",
             fails: "cgroups cannot be opened by their id, so callers beyond the first 512 cgroups of a unit are refused",
-            unit: "add it to SystemCallFilter=",
+            fix: "under systemd add it to SystemCallFilter=, in a container allow it in the seccomp profile",
             attempt: sys::open_by_handle_at,
         };
-        let namespaces = SyscallUse {
-            capability: Capability::CAP_SYS_ADMIN,
+        let namespaces = KernelUse {
+            capability: Some(Capability::CAP_SYS_ADMIN),
             call: "setns",
             fails: "pods' network namespaces cannot be entered",
-            unit: "set RestrictNamespaces=net, and allow it in SystemCallFilter=",
+            fix: "under systemd set RestrictNamespaces=net, and allow it in SystemCallFilter=, in a container allow it in the \
+                  seccomp profile",
             attempt: sys::setns_net,
         };
-        [(true, cgroups), (self.enters_namespaces, namespaces)]
-            .into_iter()
-            .filter_map(|(used, one)| used.then_some(one))
+        let processes = KernelUse {
+            capability: None,
+            call: "pidfd_open",
+            fails: "callers over TCP are refused where a rule or an agent needs their process (no_holder)",
+            fix: "under systemd add it to SystemCallFilter=, in a container allow it in the seccomp profile",
+            attempt: sys::pidfd_open,
+        };
+        let executables = KernelUse {
+            capability: None,
+            call: "statx",
+            fails: "executables are not visible, so no rule with `exe` matches and an agent is not queried",
+            fix: "under systemd add it to SystemCallFilter=, in a container allow it in the seccomp profile",
+            attempt: sys::statx,
+        };
+        [
+            (true, cgroups),
+            (self.enters_namespaces, namespaces),
+            (self.inspects_processes, processes),
+            (self.inspects_processes, executables),
+        ]
+        .into_iter()
+        .filter_map(|(used, one)| used.then_some(one))
     }
 }
 
-/// Logs each capability that is held but useless, because a seccomp filter forbids its system call.
-fn log_forbidden_calls(features: DaemonFeatures) {
-    let effective = caps::read(None, CapSet::Effective).unwrap_or_default();
-    for SyscallUse {
-        capability,
-        call,
-        fails,
-        unit,
-        attempt,
-    } in features.uses()
-    {
-        if effective.contains(&capability) && attempt() == Errno::EPERM {
-            tracing::warn!(
-                "{call} is forbidden although {capability} is held: {fails}; under systemd {unit}, in a container allow \
-                 {call} in its seccomp profile"
-            );
-        }
+/// Returns a line for each use that is forbidden although its capability is held, as by a seccomp
+/// filter.
+fn forbidden(uses: impl Iterator<Item = KernelUse>, held: &CapsHashSet) -> Vec<String> {
+    let is_forbidden = |one: &KernelUse| {
+        one.capability.is_none_or(|needed| held.contains(&needed))
+            && matches!((one.attempt)(), Err(Errno::EPERM | Errno::EACCES))
+    };
+    uses.filter(is_forbidden)
+        .map(|one| {
+            let although = one
+                .capability
+                .map(|held| format!(" although {held} is held"));
+            let KernelUse {
+                call, fails, fix, ..
+            } = one;
+            format!(
+                "{call} is forbidden{}: {fails}; {fix}",
+                although.unwrap_or_default()
+            )
+        })
+        .collect()
+}
+
+/// Logs each use that is forbidden, once, because callers see only its effects.
+fn log_forbidden(features: DaemonFeatures) {
+    let held = caps::read(None, CapSet::Effective).unwrap_or_default();
+    for line in forbidden(features.uses(), &held) {
+        tracing::warn!("{line}");
     }
 }
 
@@ -193,7 +228,7 @@ fn log_forbidden_calls(features: DaemonFeatures) {
 /// started, because capabilities belong to threads.
 pub fn harden_before_threads(features: DaemonFeatures) {
     warn_missing(features);
-    log_forbidden_calls(features);
+    log_forbidden(features);
     let log = |what: &str, failed: bool| {
         if failed {
             tracing::warn!("{what} failed: the daemon runs with less protection");
@@ -236,4 +271,49 @@ fn drop_capabilities(features: DaemonFeatures) -> Result<(), caps::errors::CapsE
     caps::clear(None, CapSet::Inheritable)?;
     caps::set(None, CapSet::Effective, &capabilities)?;
     caps::set(None, CapSet::Permitted, &capabilities)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attempted(
+        capability: Option<Capability>,
+        attempt: fn() -> Result<(), Errno>,
+        held: &[Capability],
+    ) -> Vec<String> {
+        let one = KernelUse {
+            capability,
+            call: "call",
+            fails: "it fails",
+            fix: "allow it",
+            attempt,
+        };
+        forbidden(std::iter::once(one), &held.iter().copied().collect())
+    }
+
+    #[test]
+    fn forbidden_use_has_a_line_if_its_capability_is_held() {
+        let ptrace = Capability::CAP_SYS_PTRACE;
+        let line = "call is forbidden although CAP_SYS_PTRACE is held: it fails; allow it";
+        for denied in [|| Err(Errno::EPERM), || Err(Errno::EACCES)] {
+            assert_eq!(attempted(Some(ptrace), denied, &[ptrace]), [line]);
+            // Another line names the missing capability.
+            assert_eq!(attempted(Some(ptrace), denied, &[]), [""; 0]);
+            let line = "call is forbidden: it fails; allow it";
+            assert_eq!(attempted(None, denied, &[]), [line]);
+        }
+        // Other errors have other causes: a bad address, a kernel without the call.
+        for allowed in [|| Ok(()), || Err(Errno::EFAULT), || Err(Errno::ENOSYS)] {
+            assert_eq!(attempted(Some(ptrace), allowed, &[ptrace]), [""; 0]);
+            assert_eq!(attempted(None, allowed, &[]), [""; 0]);
+        }
+    }
+
+    #[test]
+    fn attempts_succeed_or_fail_harmlessly() {
+        assert_eq!(sys::open_by_handle_at(), Err(Errno::EFAULT));
+        assert_eq!(sys::pidfd_open(), Ok(()));
+        assert_eq!(sys::statx(), Ok(()));
+    }
 }

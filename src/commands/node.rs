@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use crate::accounts::NameService;
 use crate::config::{AuditFile, Config, Problem, exposures};
+use crate::listen::first_unprivileged_port;
 use crate::workload_rule::{AccountName, AccountState, ExeMatcher, OVERFLOW_ID};
 
 const OTHERS_WRITE: u32 = 0o022;
@@ -29,6 +30,7 @@ pub(super) fn warnings(config: &Config, service: &dyn NameService) -> Vec<Proble
             .copied()
             .unwrap_or(AccountState::Unanswered)
     }));
+    warnings.extend(config.unprivileged_ports(first_unprivileged_port()));
     warnings.extend(programs(config));
     warnings.extend(files(config));
     warnings

@@ -65,6 +65,11 @@ impl OneRoleSts {
         address.parse().expect("an address in its URL")
     }
 
+    /// Returns the URL at which it listens.
+    pub(crate) fn url(&self) -> &str {
+        self.sts.url()
+    }
+
     /// Returns the number of exchanged tokens.
     pub(crate) fn exchanged(&self) -> u64 {
         self.sts.issued()
