@@ -1,9 +1,9 @@
 //! The endpoints for operators: health and metrics over TCP, and on a unix socket of mode 0600 also
 //! the state of the cache.
 //!
-//! The TCP address may be open to the network, so it shows nothing of single workloads (T19). One
-//! client cannot block another (T26): at the bound of connections, the oldest gives way to a new
-//! one. The unix socket is root's, has a bound of its own, and serves the probes of the node.
+//! The TCP address may be open to the network, so it shows no facts about single workloads (T19).
+//! One client cannot block another (T26): at the bound of connections, the oldest gives way to a
+//! new one. The unix socket is root's, has a bound of its own, and serves the probes of the node.
 
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr};

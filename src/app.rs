@@ -250,7 +250,7 @@ impl App {
         self.probe(parts.probes);
         for (table, keys) in changed.iter().filter(|(_, keys)| !keys.is_empty()) {
             let keys = keys.join(", ");
-            tracing::warn!("[{table}] {keys}: the change needs a restart; restart awsvid");
+            tracing::warn!(table, keys, "the change needs a restart; restart awsvid");
         }
         Ok(())
     }

@@ -130,7 +130,7 @@ impl Attestor {
         ));
         let unix = kernel::unix_support();
         if let Some(missing) = unix.missing() {
-            tracing::warn!("{missing} (unsupported_kernel)");
+            tracing::warn!(%missing, "callers on the unix socket are rejected (unsupported_kernel)");
         }
         Ok(Self {
             tcp: TcpSupport::new(host.clone()),

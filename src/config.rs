@@ -167,7 +167,7 @@ impl Config {
         Problem {
             line: None,
             key: String::new(),
-            what: format!("the file can't be read: {error}"),
+            what: format!("the file cannot be read: {error}"),
             fix: "name a file with --config or AWSVID_CONFIG".to_owned(),
         }
     }

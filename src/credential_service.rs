@@ -143,7 +143,7 @@ impl CredentialService {
         let swept = Arc::new(AtomicBool::new(false));
         let keep = {
             let (new, swept) = (new.clone(), swept.clone());
-            // The cache also checks new entries, which have nothing of the old source.
+            // The cache also checks new entries, which have no identity of the old source.
             move |grant: &Grant| {
                 new.allows(grant)
                     && (swept.load(Ordering::SeqCst) || new.has_same_basis(&old, &grant.spiffe_id))

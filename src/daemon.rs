@@ -67,7 +67,9 @@ pub fn serve(path: &Path) -> ExitCode {
         return ExitCode::FAILURE;
     }
     // The default hook writes to standard error directly, and would block on its reader.
-    std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
+    std::panic::set_hook(Box::new(
+        |panic| tracing::error!(%panic, "a thread panicked"),
+    ));
     let status = start(path, config, (&log, metrics), exec_monitor).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
         // Errors that another start would repeat: an environment variable, or a lack of the unit or
@@ -89,7 +91,7 @@ pub fn serve(path: &Path) -> ExitCode {
 /// log has the reason.
 fn exec_monitor() -> Option<ExecMonitor> {
     ExecMonitor::start()
-        .inspect_err(|error| tracing::error!("{NOT_COUNTED}: {error}; {}", error.fix()))
+        .inspect_err(|error| tracing::error!(%error, fix = error.fix(), "{NOT_COUNTED}"))
         .ok()
 }
 
@@ -175,17 +177,22 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
                 loaded.config.log.clone(),
                 DaemonFeatures::of(&loaded.config),
             );
-            app.reload(loaded.config).await.map_err(|error| error.to_string()).inspect(|()| {
-                // It was checked with the configuration, so it cannot fail here.
-                let _ = log.change(&log_config.level, log_config.format);
-                warn(path, &loaded.warnings);
-                hardening::warn_missing(features);
-                if features.names_processes() && !app.counts_executions() {
-                    tracing::error!(
-                        "{NOT_COUNTED}: the privileges for that were dropped at the start; restart awsvid"
-                    );
-                }
-            })
+            app.reload(loaded.config)
+                .await
+                .map_err(|error| error.to_string())
+                .inspect(|()| {
+                    // It was checked with the configuration, so it cannot fail here.
+                    let _ = log.change(&log_config.level, log_config.format);
+                    warn(path, &loaded.warnings);
+                    hardening::warn_missing(features);
+                    if features.names_processes() && !app.counts_executions() {
+                        tracing::error!(
+                            error = "the privileges for that were dropped at the start",
+                            fix = "restart awsvid",
+                            "{NOT_COUNTED}"
+                        );
+                    }
+                })
         }
         Ok(Err(errors)) => Err(errors.to_string()),
         Err(error) => Err(error.to_string()),
@@ -197,7 +204,9 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
         }
         Err(errors) => {
             app.reload_failed();
-            errors.lines().for_each(|line| tracing::error!("{line}"));
+            for error in errors.lines() {
+                tracing::error!(%error, "the configuration has a mistake");
+            }
             tracing::error!("configuration not reloaded: the previous one stays in effect");
             "The new configuration has errors, see the log; the previous one stays in effect"
         }
@@ -207,7 +216,8 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
 
 fn warn(path: &Path, warnings: &[Problem]) {
     for warning in warnings {
-        tracing::warn!("{}: {warning}", path.display());
+        let warning = format!("{}: {warning}", path.display());
+        tracing::warn!(%warning, "the configuration has a warning");
     }
 }
 

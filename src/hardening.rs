@@ -131,9 +131,15 @@ pub fn warn_missing(features: DaemonFeatures) {
     {
         let name = capability.to_string();
         let short = name.trim_start_matches("CAP_");
+        let fix = format!(
+            "in Kubernetes add {short} to the container's securityContext.capabilities.add, under systemd {name} to \
+             CapabilityBoundingSet=; if a reload has made it needed, restart awsvid"
+        );
         tracing::warn!(
-            "{name} is missing: {fails}; in Kubernetes add {short} to the container's securityContext.capabilities.add, under \
-             systemd {name} to CapabilityBoundingSet=; if a reload has made it needed, restart awsvid"
+            capability = name,
+            consequence = fails,
+            fix,
+            "a capability is missing"
         );
     }
 }
@@ -193,34 +199,28 @@ impl DaemonFeatures {
     }
 }
 
-/// Returns a line for each use that is forbidden although its capability is held, as by a seccomp
-/// filter.
-fn forbidden(uses: impl Iterator<Item = KernelUse>, held: &CapsHashSet) -> Vec<String> {
-    let is_forbidden = |one: &KernelUse| {
+/// Returns the uses that are forbidden although their capability is held, as by a seccomp filter.
+fn forbidden(
+    uses: impl Iterator<Item = KernelUse>,
+    held: &CapsHashSet,
+) -> impl Iterator<Item = KernelUse> {
+    uses.filter(|one| {
         one.capability.is_none_or(|needed| held.contains(&needed))
             && matches!((one.attempt)(), Err(Errno::EPERM | Errno::EACCES))
-    };
-    uses.filter(is_forbidden)
-        .map(|one| {
-            let although = one
-                .capability
-                .map(|held| format!(" although {held} is held"));
-            let KernelUse {
-                call, fails, fix, ..
-            } = one;
-            format!(
-                "{call} is forbidden{}: {fails}; {fix}",
-                although.unwrap_or_default()
-            )
-        })
-        .collect()
+    })
 }
 
 /// Logs each use that is forbidden, once, because callers see only its effects.
 fn log_forbidden(features: DaemonFeatures) {
     let held = caps::read(None, CapSet::Effective).unwrap_or_default();
-    for line in forbidden(features.uses(), &held) {
-        tracing::warn!("{line}");
+    for one in forbidden(features.uses(), &held) {
+        tracing::warn!(
+            call = one.call,
+            held = one.capability.map(tracing::field::display),
+            consequence = one.fails,
+            fix = one.fix,
+            "a system call is forbidden"
+        );
     }
 }
 
@@ -231,7 +231,10 @@ pub fn harden_before_threads(features: DaemonFeatures) {
     log_forbidden(features);
     let log = |what: &str, failed: bool| {
         if failed {
-            tracing::warn!("{what} failed: the daemon runs with less protection");
+            tracing::warn!(
+                what,
+                "hardening failed: the daemon runs with less protection"
+            );
         }
     };
     // No core dump. Processes of the same user cannot read its memory through /proc or ptrace.
@@ -277,11 +280,11 @@ fn drop_capabilities(features: DaemonFeatures) -> Result<(), caps::errors::CapsE
 mod tests {
     use super::*;
 
-    fn attempted(
+    fn is_forbidden(
         capability: Option<Capability>,
         attempt: fn() -> Result<(), Errno>,
         held: &[Capability],
-    ) -> Vec<String> {
+    ) -> bool {
         let one = KernelUse {
             capability,
             call: "call",
@@ -289,24 +292,23 @@ mod tests {
             fix: "allow it",
             attempt,
         };
-        forbidden(std::iter::once(one), &held.iter().copied().collect())
+        let held = held.iter().copied().collect();
+        forbidden(std::iter::once(one), &held).count() == 1
     }
 
     #[test]
-    fn forbidden_use_has_a_line_if_its_capability_is_held() {
+    fn forbidden_use_is_logged_if_its_capability_is_held() {
         let ptrace = Capability::CAP_SYS_PTRACE;
-        let line = "call is forbidden although CAP_SYS_PTRACE is held: it fails; allow it";
         for denied in [|| Err(Errno::EPERM), || Err(Errno::EACCES)] {
-            assert_eq!(attempted(Some(ptrace), denied, &[ptrace]), [line]);
+            assert!(is_forbidden(Some(ptrace), denied, &[ptrace]));
             // Another line names the missing capability.
-            assert_eq!(attempted(Some(ptrace), denied, &[]), [""; 0]);
-            let line = "call is forbidden: it fails; allow it";
-            assert_eq!(attempted(None, denied, &[]), [line]);
+            assert!(!is_forbidden(Some(ptrace), denied, &[]));
+            assert!(is_forbidden(None, denied, &[]));
         }
         // Other errors have other causes: a bad address, a kernel without the call.
         for allowed in [|| Ok(()), || Err(Errno::EFAULT), || Err(Errno::ENOSYS)] {
-            assert_eq!(attempted(Some(ptrace), allowed, &[ptrace]), [""; 0]);
-            assert_eq!(attempted(None, allowed, &[]), [""; 0]);
+            assert!(!is_forbidden(Some(ptrace), allowed, &[ptrace]));
+            assert!(!is_forbidden(None, allowed, &[]));
         }
     }
 

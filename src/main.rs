@@ -49,18 +49,21 @@ enum Command {
     /// The daemon runs until SIGTERM or SIGINT, and then finishes open requests. SIGHUP reloads the
     /// configuration. It needs root, or the capabilities of deploy/systemd/awsvid.service.
     #[command(after_help = "\
-Exit status: 0 after a signal, 78 if the configuration has errors, 1 if the
-daemon cannot start for another reason. Errors of the configuration are on
-standard error, each with its line and a fix.
+Exit status: 0 after a signal, 130 or 143 after a second one with requests still
+open, 78 if the configuration has errors, 2 for an unknown argument, 1 if the
+daemon cannot start for another reason.
+
+Errors of the configuration are on standard error, each with its line and a fix.
 
 Validate a configuration before the start: awsvid config validate FILE")]
     Serve {
-        /// Path of the configuration file
+        /// Path of the daemon's configuration file [default: /etc/awsvid/awsvid.toml]
         #[arg(
             long,
             env = "AWSVID_CONFIG",
             value_name = "FILE",
-            default_value = "/etc/awsvid/awsvid.toml"
+            default_value = "/etc/awsvid/awsvid.toml",
+            hide_default_value = true
         )]
         config: PathBuf,
     },
@@ -105,6 +108,7 @@ Examples:
   sudo awsvid man --directory /usr/share/man/man1       all pages")]
     Man {
         /// A command, or `awsvid.toml` for the configuration file.
+        #[arg(value_name = "COMMAND|awsvid.toml")]
         command: Vec<String>,
         /// Writes all pages into this directory, which it creates if necessary. The page of
         /// `awsvid.toml` goes into the directory `man5` next to it, if its name is `man1`.
@@ -240,7 +244,10 @@ fn page(command: clap::Command) -> io::Result<Vec<u8>> {
     clap_mangen::Man::new(command)
         .source(concat!("awsvid ", env!("CARGO_PKG_VERSION")))
         .render(&mut page)?;
-    let page = String::from_utf8(page).map_err(io::Error::other)?;
+    // clap_mangen's heading of the help's last part, which has examples and exit statuses.
+    let page = String::from_utf8(page)
+        .map_err(io::Error::other)?
+        .replace(".SH EXTRA\n", ".SH NOTES\n");
     let (before, rest) = page.split_once(HEADER).unwrap_or((&page, ""));
     let after = rest.find(".SH ").map_or("", |at| &rest[at..]);
     Ok(format!("{before}{HEADER}{synopsis}\n{after}").into_bytes())
@@ -286,15 +293,19 @@ fn usage(arg: &clap::Arg) -> String {
         (None, None) if arg.is_last_set() => format!("\\-\\- {value}..."),
         (None, None) => value.clone(),
     };
+    let is_repeated = arg
+        .get_num_args()
+        .is_some_and(|range| range.max_values() > 1);
     if !arg.is_positional() && takes_value {
         text = match value_is_optional {
             true => format!("{text} [{value}]"),
             false => format!("{text} {value}"),
         };
     }
-    match arg.is_required_set() {
-        true => text,
-        false => format!("[{text}]"),
+    match (arg.is_required_set(), is_repeated && !arg.is_last_set()) {
+        (true, _) => text,
+        (false, true) => format!("[{text}]..."),
+        (false, false) => format!("[{text}]"),
     }
 }
 

@@ -299,8 +299,8 @@ impl PodListeners {
     fn warn_no_directory(&mut self) {
         if !self.watch.has_directory() && !std::mem::replace(&mut self.logged.no_directory, true) {
             tracing::warn!(
-                "[pods] netns_dir: {} does not exist yet; in Kubernetes mount the host's directory by a hostPath volume",
-                self.directory.display()
+                directory = %self.directory.display(),
+                "[pods] netns_dir does not exist yet; in Kubernetes mount the host's directory by a hostPath volume"
             );
         }
     }
@@ -317,10 +317,10 @@ impl PodListeners {
                 .inc();
             if !std::mem::replace(&mut self.logged.not_mounted, true) {
                 tracing::warn!(
-                    "no network namespace is mounted on {}: the host's mounts may not reach this daemon; in \
-                     Kubernetes set mountPropagation: HostToContainer on the volumeMount of {}",
-                    path.display(),
-                    self.directory.display()
+                    path = %path.display(),
+                    directory = %self.directory.display(),
+                    "no network namespace is mounted on a file in [pods] netns_dir; in Kubernetes set \
+                     mountPropagation: HostToContainer on the directory's volumeMount"
                 );
             }
         }
@@ -357,17 +357,15 @@ impl PodListeners {
                 }
                 Err(error @ NamespaceError::Machines) => {
                     self.unserved.insert(id);
-                    tracing::warn!(
-                        "network namespace {} is not served as a pod's: {error}",
-                        netns.path().display()
-                    );
+                    let namespace = netns.path();
+                    tracing::warn!(%error, namespace = %namespace.display(), "a network namespace is not a pod's");
                 }
                 // It was removed meanwhile. Otherwise an event follows.
                 Err(NamespaceError::NotMounted) => {}
                 Err(error) => {
                     if self.failed.insert(id) {
                         let path = netns.path();
-                        tracing::warn!(%error, "a pod's network namespace cannot be served: {}", path.display());
+                        tracing::warn!(%error, namespace = %path.display(), "a pod's network namespace cannot be served");
                         self.record_failures(PodListenerFailure::Error);
                     }
                 }
@@ -397,14 +395,15 @@ impl PodListeners {
                 pod.add(bound, &self.service);
                 if pod.missing.len() < missing_before {
                     tracing::info!(
-                        "port 974 is served in {}: it is free now",
-                        pod.path().display()
+                        namespace = %pod.path().display(),
+                        "port 974 is served in a pod's network namespace: it is free now"
                     );
                 }
                 if let Some(owner) = pod.warn_missing_with_owner() {
                     tracing::warn!(
-                        "port 974 is in use in {}, the network namespace of the pod {owner}",
-                        pod.path().display()
+                        namespace = %pod.path().display(),
+                        pod = %owner,
+                        "port 974 is in use in a network namespace of this pod"
                     );
                 }
             }
@@ -433,19 +432,18 @@ impl PodListeners {
             self.record_failures(failure);
             match unbound {
                 BindFailure::Taken => tracing::warn!(
-                    "port 974 is in use in the network namespace {}: the pod is not served; stop the process that \
-                     listens on it",
-                    path.display()
+                    namespace = %path.display(),
+                    "port 974 is in use: the pod is not served; stop the process that listens on it"
                 ),
                 BindFailure::Denied if std::mem::replace(&mut self.logged.denied, true) => {}
                 BindFailure::Denied => tracing::warn!(
-                    "port 974 cannot be bound in {}: CAP_NET_BIND_SERVICE is missing; in Kubernetes add NET_BIND_SERVICE to the \
-                     container's securityContext.capabilities.add, under systemd CAP_NET_BIND_SERVICE to \
-                     CapabilityBoundingSet= and AmbientCapabilities=",
-                    path.display()
+                    namespace = %path.display(),
+                    "port 974 cannot be bound: CAP_NET_BIND_SERVICE is missing; in Kubernetes add NET_BIND_SERVICE to \
+                     the container's securityContext.capabilities.add, under systemd CAP_NET_BIND_SERVICE to \
+                     CapabilityBoundingSet= and AmbientCapabilities="
                 ),
                 BindFailure::Failed(error) => {
-                    tracing::warn!(%error, "port 974 cannot be bound in {}", path.display());
+                    tracing::warn!(%error, namespace = %path.display(), "port 974 cannot be bound");
                 }
             }
         }

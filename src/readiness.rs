@@ -126,7 +126,7 @@ impl ReadinessProbes {
             let missing = one_line(&missing.join("; "));
             readiness.missing(&missing);
             if logged.is_new(&missing) {
-                tracing::warn!("not ready: {missing}");
+                tracing::warn!(%missing, "not ready");
             }
             sleep(PROBE_INTERVAL).await;
         }
@@ -254,8 +254,9 @@ impl ProbedListeners {
             .or(attestor.missing_for_unix())
             .unwrap_or("see the lines before");
         tracing::warn!(
-            "readiness leaves out {}: this kernel cannot attest the callers there (unsupported_kernel): {missing}",
-            listeners.join(", ")
+            listeners = listeners.join(", "),
+            missing,
+            "readiness leaves out listeners with callers that this kernel cannot attest (unsupported_kernel)"
         );
     }
 }

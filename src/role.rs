@@ -22,7 +22,7 @@ pub struct Role {
     pub audience: String,
     /// Duration of the session: 15 minutes to 12 hours.
     pub duration: Duration,
-    /// Fixed session name, in place of the one made from the SPIFFE ID.
+    /// Fixed session name, instead of the one made from the SPIFFE ID.
     pub session_name: Option<SessionName>,
     /// The STS that the role is assumed at.
     pub sts: StsTarget,
@@ -37,7 +37,7 @@ pub struct Role {
 pub struct StsTarget {
     /// The AWS region. An endpoint outside AWS gets it as a parameter.
     pub region: String,
-    /// Endpoint in place of AWS's endpoint of that region.
+    /// Endpoint instead of AWS's endpoint of that region.
     pub endpoint: Option<String>,
 }
 

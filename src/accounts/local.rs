@@ -50,7 +50,7 @@ impl LocalAccounts {
         })
     }
 
-    /// Parses these texts in place of the files.
+    /// Parses these texts instead of the files.
     #[cfg(test)]
     pub(super) fn of(passwd: &str, group: &str) -> Arc<Self> {
         let [users, groups] = [passwd, group].map(|text| LocalNames::parse(text.as_bytes()));

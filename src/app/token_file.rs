@@ -61,7 +61,7 @@ fn read(path: &Path) -> io::Result<String> {
         .custom_flags(libc::O_NONBLOCK)
         .open(path)?;
     if let Some(exposed) = exposures(path, &file.metadata()?, "token file").first() {
-        tracing::warn!("[listen] token_file: {exposed}; the token in it is replaced");
+        tracing::warn!(error = %exposed, "replacing the token in [listen] token_file");
         return Err(io::ErrorKind::PermissionDenied.into());
     }
     let mut text = String::new();

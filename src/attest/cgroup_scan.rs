@@ -356,7 +356,8 @@ mod tests {
         assert_eq!(walk(), "/ /a /a/b /a/b/c /a/d /e");
         make("a/b/f");
         assert_eq!(walk(), "/ /a /a/b /a/b/c /a/b/f /a/d /e");
-        // Another directory of the same name, and one in place of another: no counts have changed.
+        // Another directory of the same name, and one that replaced another: no counts have
+        // changed.
         let kept = fs::File::open(tree.path().join("e")).unwrap();
         fs::remove_dir(tree.path().join("e")).unwrap();
         make("e");

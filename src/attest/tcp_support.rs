@@ -147,10 +147,8 @@ fn described(missing: &TcpUnsupported) -> String {
 }
 
 fn log_missing(missing: &TcpUnsupported) {
-    tracing::warn!(
-        "callers over TCP are refused (unsupported_kernel): {}",
-        described(missing)
-    );
+    let fix = missing.fix(unix_support());
+    tracing::warn!(error = %missing, %fix, "callers over TCP are refused (unsupported_kernel)");
 }
 
 fn attestor(host: &Arc<Host>) -> Result<TcpAttestor, TcpUnsupported> {

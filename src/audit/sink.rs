@@ -187,7 +187,7 @@ impl LossObserver for LostRecords {
             .unwrap_or_else(PoisonError::into_inner)
             .take()
         {
-            tracing::error!(before, "an audit record cannot be written: {loss}");
+            tracing::error!(before, error = %loss, "an audit record cannot be written");
         }
     }
 

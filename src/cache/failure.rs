@@ -44,7 +44,7 @@ impl FailureKind {
 
 /// Returns how long a failure is cached where no credentials are. SDKs repeat even a rejected
 /// request three to six times within seconds. A transient failure is cached no longer than clients
-/// are asked to wait.
+/// have to wait.
 pub(super) fn negative_ttl(error: &ExchangeError) -> Duration {
     Duration::from_secs(match error {
         error if error.is_transient() => 1,

@@ -35,7 +35,7 @@ pub(super) struct Schedule {
 }
 
 impl Schedule {
-    /// Schedules `entry` for `at` in place of its previous time. `next` is its
+    /// Schedules `entry` for `at` instead of its previous time. `next` is its
     /// [`CachedState::next`].
     pub(super) fn put(&self, entry: &Arc<Entry>, next: &mut Option<Instant>, at: Option<Instant>) {
         let address = Arc::as_ptr(entry) as usize;

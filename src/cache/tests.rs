@@ -86,7 +86,7 @@ impl CacheEnv {
         let takes = *self.takes.lock().unwrap();
         sleep(takes).await;
         self.fetched.fetch_add(1, Ordering::SeqCst);
-        assert!(!self.panics.load(Ordering::SeqCst), "asked to");
+        assert!(!self.panics.load(Ordering::SeqCst), "a panic was requested");
         if self.gone.lock().unwrap().contains(&caller.uid) {
             return Err(SourceError::Caller(AttestError::CallerGone));
         }
@@ -588,7 +588,7 @@ async fn entry_is_separate_for_each_role_definition() {
     assert_eq!(
         key(&cache).await.unwrap(),
         ("KEY1".to_owned(), CacheResult::Hit),
-        "the same definition, made anew"
+        "a new object with the same definition"
     );
 }
 

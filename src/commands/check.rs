@@ -54,16 +54,23 @@ const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(8);
 Exit status: 0 if all checks passed, 1 if a step failed, 2 if none failed but
 some could not be checked. Each failure is printed with its fix.")]
 pub struct CheckArgs {
-    /// Path of the daemon's configuration file
+    /// Path of the daemon's configuration file [default: /etc/awsvid/awsvid.toml]
     #[arg(
         long,
         env = "AWSVID_CONFIG",
         value_name = "FILE",
-        default_value = "/etc/awsvid/awsvid.toml"
+        default_value = "/etc/awsvid/awsvid.toml",
+        hide_default_value = true
     )]
     config: PathBuf,
-    /// Form of the report: lines, or one JSON document.
-    #[arg(short, long, value_enum, default_value = "table")]
+    /// Form of the report: lines, or one JSON document [default: table]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        default_value = "table",
+        hide_default_value = true
+    )]
     output: OutputFormat,
     /// Checks only the environment of this process, as a workload's. Run it as the workload
     #[arg(long)]

@@ -15,7 +15,7 @@ const EX_CONFIG: u8 = 78;
 /// The name of standard input.
 const STDIN: &str = "-";
 
-/// Validates a configuration file, or shows the effective configuration.
+/// Validates a configuration file, or shows the effective configuration
 ///
 /// Nothing is started and no agent is called.
 #[derive(Debug, Args)]
@@ -36,7 +36,7 @@ enum ConfigCommand {
     Show(ShowArgs),
 }
 
-/// Reports every mistake of a configuration file, each with its line and its fix.
+/// Reports every mistake of a configuration file, each with its line and its fix
 ///
 /// It also examines this node: users and groups, the named files, and the owner and mode of the
 /// configuration.
@@ -51,17 +51,17 @@ A warning has `warning:` before the key, and does not change the status.
 
 Exit status: 0, or 78 if the file has mistakes.")]
 struct ValidateArgs {
-    /// The file, or `-` for standard input [default: the file of --config].
+    /// The file, or `-` for standard input [default: the file of --config]
     #[arg(value_name = "FILE|-")]
     file: Option<PathBuf>,
     #[command(flatten)]
     config: ConfigFile,
-    /// Validates the text alone, and nothing of this node.
+    /// Validates the text alone, without facts of this node.
     #[arg(long)]
     offline: bool,
 }
 
-/// Prints the effective configuration as a file.
+/// Prints the effective configuration as a file
 ///
 /// It has every key, and marks each default and each value that comes from elsewhere. The
 /// environment is that of this command. The daemon may have another.

@@ -44,7 +44,12 @@ const MAX_RESPONSE: usize = 64 * 1024;
 /// groups and cgroup are those of the process that runs it. Programs with the
 /// variables of `awsvid exec` fetch credentials themselves, and match.
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
+#[command(
+    verbatim_doc_comment,
+    after_help = "\
+Exit status: 0 with the credentials on standard output, 1 with the reason on
+standard error."
+)]
 pub struct CredentialProcess {
     #[command(flatten)]
     config: ConfigFile,

@@ -32,7 +32,7 @@ Examples:
 Exit status: 0 if the condition holds, 1 if not.")]
 pub struct Probe {
     /// Condition of the daemon to check
-    condition: Condition,
+    condition: ProbeKind,
     #[command(flatten)]
     config: ConfigFile,
     /// Path of awsvid's status socket, instead of the configuration's
@@ -42,7 +42,7 @@ pub struct Probe {
 
 /// Condition of the daemon that a probe checks.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Condition {
+enum ProbeKind {
     /// The daemon answers. If it does not for some time, restart it.
     Live,
     /// Workloads are served, as in `/readyz`.
@@ -64,8 +64,8 @@ impl Probe {
     fn fetch(&self) -> Result<(u16, String), String> {
         let socket = self.config.status_socket(self.socket.as_deref())?;
         let path = match self.condition {
-            Condition::Live => "/healthz",
-            Condition::Ready => "/readyz",
+            ProbeKind::Live => "/healthz",
+            ProbeKind::Ready => "/readyz",
         };
         let owners = [0, geteuid().as_raw()];
         let answer = trusted_socket::get(

@@ -43,16 +43,17 @@ const EX_CONFIG: u8 = 78;
 Exit status: 0 on success, 78 if the configuration has errors, 1 if the issuer
 is unknown, no role is at AWS, or the roles are in several accounts.")]
 pub struct TrustPolicyArgs {
-    /// Path of the daemon's configuration file
+    /// Path of the daemon's configuration file [default: /etc/awsvid/awsvid.toml]
     #[arg(
         long,
         env = "AWSVID_CONFIG",
         value_name = "FILE",
-        default_value = "/etc/awsvid/awsvid.toml"
+        default_value = "/etc/awsvid/awsvid.toml",
+        hide_default_value = true
     )]
     config: PathBuf,
-    /// Language of the output
-    #[arg(long, value_enum, default_value = "aws-cli")]
+    /// Language of the output [default: aws-cli]
+    #[arg(long, value_enum, default_value = "aws-cli", hide_default_value = true)]
     format: Format,
     /// Issuer of the tokens (SPIRE's `jwt_issuer`). Without it, the issuer of a live token
     #[arg(long, value_name = "URL")]

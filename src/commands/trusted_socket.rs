@@ -70,14 +70,14 @@ pub(super) fn get(
 fn explain_connect_error(error: &io::Error) -> String {
     let fix = match error.kind() {
         ErrorKind::NotFound => {
-            "is awsvid installed and running here (systemctl status awsvid)? In a container its socket has to be mounted"
+            "start awsvid (systemctl start awsvid), or mount its socket into this container"
         }
-        ErrorKind::ConnectionRefused => "no process listens there: systemctl start awsvid",
+        ErrorKind::ConnectionRefused => "start awsvid (systemctl start awsvid)",
         ErrorKind::PermissionDenied => {
-            "this user may not open it: use sudo, or see the modes of the socket and of its directory"
+            "use sudo, or correct the modes of the socket and of its directory"
         }
-        ErrorKind::TimedOut => "awsvid does not answer: journalctl -u awsvid",
-        _ => "see journalctl -u awsvid",
+        ErrorKind::TimedOut => "find the cause in the log (journalctl -u awsvid)",
+        _ => "find the cause in the log (journalctl -u awsvid)",
     };
     format!("{error}; {fix}")
 }
@@ -101,7 +101,7 @@ mod tests {
         let own = geteuid().as_raw();
         let error = |owners: &[u32]| connect(&path, owners).unwrap_err();
         mode(0o755);
-        assert!(error(&[own]).contains("is awsvid installed"));
+        assert!(error(&[own]).contains("start awsvid"));
         fs::write(&path, "").unwrap();
         assert!(error(&[own]).contains("not a socket"));
         fs::remove_file(&path).unwrap();

@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn regions() {
+    fn region_is_parsed_from_sts_host() {
         let table = [
             ("us-east-1", "aws"),
             ("ap-southeast-7", "aws"),

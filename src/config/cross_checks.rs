@@ -275,7 +275,7 @@ pub(super) fn coverage(
         }
         if let Some(id) = ids.find(|id| defined.role.role_arn.render(id).is_none()) {
             let what = format!(
-                "{id} can't have it: with its path `role_arn` is longer than a role's name may be"
+                "{id} cannot have it: with its path `role_arn` is longer than a role's name may be"
             );
             report.warn(
                 &defined.name_at,

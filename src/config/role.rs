@@ -195,7 +195,7 @@ fn role_name(text: &str) -> Result<String, &'static str> {
         }
         _ if text.len() > MAX_ROLE_NAME_BYTES => Err("it is too long"),
         _ if !text.bytes().all(allowed) => {
-            Err("it holds a character that the path of a URL can't hold as it is")
+            Err("it holds a character that the path of a URL cannot hold as it is")
         }
         _ => Ok(text.to_owned()),
     }
@@ -286,7 +286,7 @@ fn check(table: &Table<'_>, role: &Role) {
         );
     }
     if role.spiffe_id.has_open_wildcard(&role.role_arn.segments()) {
-        let what = "a new name in place of `*` is enough to have this role";
+        let what = "a new name instead of `*` is enough to have this role";
         table.warn(
             "spiffe_id",
             what,
@@ -318,7 +318,7 @@ fn check(table: &Table<'_>, role: &Role) {
     }
     let partition = role.role_arn.as_str().split(':').nth(1).unwrap_or_default();
     if endpoint.is_none() && partition != aws::partition(region) {
-        let what = format!("a role in `{partition}` can't be assumed in {region}");
+        let what = format!("a role in `{partition}` cannot be assumed in {region}");
         table.warn("role_arn", what, "set `region` to one of that partition");
     }
 }
@@ -363,7 +363,7 @@ pub(super) fn read_requested(table: &Table<'_>, defaults: &Defaults<'_>) -> Opti
     })
 }
 
-/// Parses a glob for role ARNs. With text in place of its wildcards it must be the ARN of a role at
+/// Parses a glob for role ARNs. With text instead of its wildcards it must be the ARN of a role at
 /// AWS.
 fn requested_pattern(text: &str) -> Result<glob::Pattern, String> {
     let pattern = glob::Pattern::new(text).map_err(|error| error.msg.to_owned())?;

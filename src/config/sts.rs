@@ -18,7 +18,7 @@ pub(super) const ENDPOINT_FIX: &str = "write a URL as in \"https://minio.interna
 pub struct StsConfig {
     /// AWS region of roles without one of their own.
     pub region: Option<String>,
-    /// Endpoint in place of AWS's, for roles without one of their own:
+    /// Endpoint instead of AWS's, for roles without one of their own:
     /// `scheme://host[:port][/path]` without a trailing slash.
     pub endpoint: Option<String>,
     /// PEM certificates of the authority that signed the endpoint's certificate.

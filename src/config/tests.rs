@@ -453,7 +453,7 @@ fn load_reads_the_file_at_its_path() {
     let load = |exposure| Config::load(&path, exposure, no_env);
     let missing = load(Exposure::Refused).unwrap_err().to_string();
     let expected = format!(
-        "{}: the file can't be read: No such file or directory (os error 2); name a",
+        "{}: the file cannot be read: No such file or directory (os error 2); name a",
         path.display()
     );
     assert!(missing.starts_with(&expected), "{missing}");

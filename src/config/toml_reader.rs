@@ -111,7 +111,7 @@ impl<'t> Diagnostics<'t> {
                 );
                 continue;
             }
-            // A table in place of another value has been reported as a wrong type.
+            // A table instead of another value has been reported as a wrong type.
             if keys::table(&path).is_none() {
                 continue;
             }

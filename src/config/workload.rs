@@ -180,7 +180,7 @@ fn account_name(name: &str) -> Result<String, &'static str> {
 fn exists(table: &Table<'_>, key: &str, id: u32) -> bool {
     if id == OVERFLOW_ID {
         let what = format!(
-            "{id} is what the kernel shows for an id that it can't map, so no caller matches it"
+            "{id} is what the kernel shows for an id that it cannot map, so no caller matches it"
         );
         table.error(key, what, "give the workload a user or group of its own");
     }

@@ -60,7 +60,7 @@ type FakeStsReplies = ScriptedReplies<Result<Credentials, StsError>>;
 #[async_trait]
 impl IdentitySource for Tokens {
     async fn identify(&self, _: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
-        panic!("nobody asks here")
+        panic!("no test calls this")
     }
 
     async fn token(

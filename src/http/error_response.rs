@@ -218,7 +218,7 @@ impl RequestError {
         matches!(self, Self::Method).then_some("GET")
     }
 
-    /// Returns the cause and the fix. It contains no secret and nothing of other workloads.
+    /// Returns the cause and the fix. It contains no secret and no fact about other workloads.
     fn message(&self) -> String {
         let uri =
             "set AWS_CONTAINER_CREDENTIALS_FULL_URI to http://127.0.0.1:<port>/v1/credentials";
@@ -226,7 +226,7 @@ impl RequestError {
             Self::Caller(refusal) => format!("caller not attested: {refusal}; retry on a new connection, and see the node's log if this repeats"),
             Self::Host => "invalid Host header: other names than localhost and loopback addresses are rejected because of DNS rebinding; send one Host header with such a name".to_owned(),
             Self::Browser => "request of a browser: this endpoint serves AWS SDKs only; use an SDK or the AWS CLI".to_owned(),
-            Self::Proxied => "request through a proxy: awsvid would attest the proxy in place of the caller; set NO_PROXY=127.0.0.1,localhost".to_owned(),
+            Self::Proxied => "request through a proxy: awsvid would attest the proxy instead of the caller; set NO_PROXY=127.0.0.1,localhost".to_owned(),
             Self::Malformed => "malformed request: it is not HTTP/1.1; use plain HTTP, neither TLS nor HTTP/2".to_owned(),
             Self::HeadTooLarge => "request head too large: the bounds are 16 KiB and 64 headers; send fewer or shorter headers".to_owned(),
             Self::Method => "method not allowed: this endpoint serves GET only; send a GET request".to_owned(),

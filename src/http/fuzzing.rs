@@ -38,7 +38,7 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
         .map(|listener| validate(&asked, listener, &Authorization::Present).ok());
     assert!(
         tcp.is_none() || tcp == unix,
-        "the unix socket asks for less, never for something else"
+        "the unix socket requires less, never something else"
     );
     let Some(wanted) = unix else { return false };
     assert_eq!(method, Method::GET);

@@ -246,7 +246,7 @@ impl Listener {
         Ok(waiting.filter_map(Result::ok).collect())
     }
 
-    /// Binds a new listener in place of one that was killed, as `ss -K` can do (T9).
+    /// Binds a new listener instead of one that was killed, as `ss -K` can do (T9).
     pub(super) async fn rebind(&self) -> Result<Self, ListenError> {
         match self {
             Self::Tcp {

@@ -102,7 +102,7 @@ impl PodListener {
         lock(&self.listener).clone()
     }
 
-    /// Binds a new socket in place of one that was killed.
+    /// Binds a new socket instead of one that was killed.
     pub(super) fn rebind(&self) -> Result<(), ListenError> {
         let bound = self
             .netns

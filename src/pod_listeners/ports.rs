@@ -47,10 +47,11 @@ impl PodListeners {
         if let Some((path, first)) = looking.await.unwrap_or_default() {
             self.logged.unguarded = true;
             tracing::warn!(
-                "any user of a pod can bind port 974 in the pod's network while it is free, and answer the pod's other containers: \
-                 net.ipv4.ip_unprivileged_port_start is {first} in {}, and perhaps in others; set `enable_unprivileged_ports = false` in \
-                 containerd's configuration, or that sysctl to 1024 in the pods' securityContext",
-                path.display()
+                namespace = %path.display(),
+                ip_unprivileged_port_start = first,
+                "any user of a pod can bind port 974 while it is free, and answer the pod's other containers; set \
+                 `enable_unprivileged_ports = false` in containerd's configuration, or the sysctl \
+                 net.ipv4.ip_unprivileged_port_start to 1024 in the pods' securityContext"
             );
         }
     }

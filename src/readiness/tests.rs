@@ -30,7 +30,7 @@ async fn reason_is_logged_when_it_is_new_and_not_each_second() {
 }
 
 #[test]
-fn answer_tells_an_attested_caller_from_an_unsupported_kernel() {
+fn answer_distinguishes_attested_caller_from_unsupported_kernel() {
     let refused =
         |code: &str| format!("HTTP/1.1 403 Forbidden\r\na: b\r\n\r\n{{\"code\":\"{code}\"}}");
     let table = [
@@ -50,7 +50,7 @@ fn answer_tells_an_attested_caller_from_an_unsupported_kernel() {
 }
 
 #[test]
-fn kernel_that_supports_no_listener_serves_nobody() {
+fn kernel_without_supported_listener_serves_no_caller() {
     let unix = || ProbeTarget::Unix(PathBuf::from("/a"));
     let with = |unsupported: Vec<ProbeTarget>, serves| ProbedListeners {
         unanswered: Vec::new(),

@@ -48,7 +48,7 @@ fn general(reason: &str) -> Option<&'static str> {
             "set `region`, or `endpoint` in [sts], to an STS that takes AssumeRoleWithWebIdentity without a signature"
         }
         "sts_refused" => {
-            "find out what answers there: an STS, or a proxy, a load balancer or another service in its place?"
+            "find out what answers there, which may be a proxy, a load balancer or another service"
         }
         "sts_expired_token" => "set this node's clock and the SPIRE server's: timedatectl",
         "sts_bad_policy" => "correct `policy` or `policy_arns` of this role",

@@ -53,7 +53,7 @@ impl fmt::Display for StsError {
 /// Everything that can fail in a call.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Failure {
-    /// STS refused, or a server in its place did.
+    /// STS refused, or a server that answers instead of it.
     Refused {
         code: Option<String>,
         status: u16,

@@ -36,7 +36,7 @@ const RELOAD_PAUSE: Duration = Duration::from_secs(1);
 /// Time between two attempts in the background.
 const BACKGROUND_PAUSE: Duration = Duration::from_secs(5);
 /// The first of the paths that `rustls-native-certs` reads.
-const SYSTEM_PATHS: &str = "/etc/ssl/certs/ca-certificates.crt, /etc/pki/tls/certs/ca-bundle.crt, /etc/ssl/cert.pem, /etc/ssl/certs and other usual places";
+const SYSTEM_PATHS: &str = "/etc/ssl/certs/ca-certificates.crt, /etc/pki/tls/certs/ca-bundle.crt, /etc/ssl/cert.pem, /etc/ssl/certs and other usual paths";
 const SYSTEM_VARIABLES: [&str; 2] = ["SSL_CERT_FILE", "SSL_CERT_DIR"];
 
 /// Reason why there are no certificates. The text is for the operator.
@@ -264,13 +264,13 @@ fn read_system() -> Result<Vec<u8>, NoRoots> {
         Some(format!("{} ({name})", value.display()))
     });
     let variables: Vec<String> = variables.collect();
-    let places = if variables.is_empty() {
+    let paths = if variables.is_empty() {
         SYSTEM_PATHS.to_owned()
     } else {
         variables.join(", ")
     };
     Err(NoRoots::Missing(format!(
-        "this system trusts no CA certificates: there are none in {places}; install its CA package (ca-certificates), or set \
+        "this system trusts no CA certificates: there are none in {paths}; install its CA package (ca-certificates), or set \
          SSL_CERT_FILE"
     )))
 }

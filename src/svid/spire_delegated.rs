@@ -77,7 +77,7 @@ impl SpireDelegated {
                  1.10.2, which sends this for every process ({reply})"
             )),
             Code::InvalidArgument => SourceError::Misconfigured(format!(
-                "the SPIRE agent at {endpoint} cannot be asked about a process: upgrade SPIRE to 1.10.2 or newer ({reply})"
+                "the SPIRE agent at {endpoint} accepts no query about a process: upgrade SPIRE to 1.10.2 or newer ({reply})"
             )),
             Code::Unimplemented => SourceError::Misconfigured(format!(
                 "{endpoint} is not the admin socket of a SPIRE agent: set `admin_socket` in [identity] to its \

@@ -132,7 +132,7 @@ fn stalled_destination_blocks_no_caller_and_sheds_the_flooder() {
             .filter(|line| **line == format!("lost {refused}"))
             .count(),
         1,
-        "it is said once"
+        "it is logged once"
     );
     let whole = |line: &&String| line.len() > 1000 || line.starts_with("lost ");
     assert_eq!(lines.iter().filter(whole).count(), lines.len());

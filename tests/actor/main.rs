@@ -105,7 +105,7 @@ fn main() {
         ["soak", uid, listener, address, pause] => {
             soak::ask(uid, &raw_http::Address::parse(listener, address), pause)
         }
-        ["asked", scene, listener, address] => requests::play(scene, [listener, address]),
+        ["requests", scene, listener, address] => requests::play(scene, [listener, address]),
         ["obey", descriptor, listener, address] => {
             requests::obey_on(descriptor, [listener, address])
         }

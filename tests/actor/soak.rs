@@ -17,7 +17,7 @@ const KEYS: [&str; 4] = ["AccessKeyId", "SecretAccessKey", "Token", "Expiration"
 const SHOWN: usize = 3;
 
 #[derive(Default)]
-struct Results {
+struct SoakResults {
     answers: usize,
     errors: usize,
     expired: usize,
@@ -35,11 +35,11 @@ pub(crate) fn ask(uid: &str, to: &Address, pause: &str) {
     let ended = SignalFd::with_flags(&end, SfdFlags::SFD_CLOEXEC).unwrap();
     become_user(uid.parse().unwrap());
     let pause = PollTimeout::from(pause.parse::<u8>().unwrap());
-    let mut results = Results::default();
+    let mut results = SoakResults::default();
     while poll(&mut [PollFd::new(ended.as_fd(), PollFlags::POLLIN)], pause).unwrap() == 0 {
         results.add(&answer(to));
     }
-    let Results {
+    let SoakResults {
         answers,
         errors,
         expired,
@@ -56,7 +56,7 @@ fn answer(to: &Address) -> io::Result<String> {
     Ok(raw_http::ask(&to.try_connect()?))
 }
 
-impl Results {
+impl SoakResults {
     fn add(&mut self, answer: &io::Result<String>) {
         self.answers += 1;
         let body: Option<Value> = answer.as_ref().ok().and_then(|answer| {

@@ -38,7 +38,7 @@ impl Crowd {
         ])?;
         match part.hear()?.as_str() {
             "ready" => Ok(Self(part)),
-            other => Err(format!("the crowd says {other:?}").into()),
+            other => Err(format!("unexpected line of the crowd: {other:?}").into()),
         }
     }
 

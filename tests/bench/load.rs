@@ -66,7 +66,7 @@ impl Report {
             return Ok(());
         }
         Err(format!(
-            "answers by status (0: none): {:?}; one body that is no credentials: {}",
+            "answers by status (0: none): {:?}; one body without credentials: {}",
             self.answers, self.body
         )
         .into())
@@ -91,7 +91,7 @@ impl Load {
         let mut part = Part::start(&[name, &serde_json::to_string(plan)?])?;
         match part.hear()?.as_str() {
             "ready" => Ok(Self(part)),
-            other => Err(format!("the load says {other:?}").into()),
+            other => Err(format!("unexpected line of the load: {other:?}").into()),
         }
     }
 

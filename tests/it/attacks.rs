@@ -32,14 +32,14 @@ enum Rules {
 
 const ALL_RULES: [Rules; 3] = [Rules::Place, Rules::User, Rules::UserAndGroup];
 
-struct Stage {
+struct AttackStage {
     daemon: Daemon,
     _upstream: Upstream,
     cgroup: Cgroup,
     _folder: tempfile::TempDir,
 }
 
-impl Stage {
+impl AttackStage {
     fn set(rules: Rules) -> Self {
         let key = |uid: u32| match rules {
             Rules::Place => "cgroup = \"/awsvid-test-*.slice/**\"".to_owned(),
@@ -251,7 +251,7 @@ fn check(rules: Rules) {
     if !root() {
         return;
     }
-    let stage = Stage::set(rules);
+    let stage = AttackStage::set(rules);
     let mut wrong = Vec::new();
     for row in expected() {
         for listener in LISTENERS {
@@ -300,7 +300,7 @@ fn group_rule_uses_groups_at_connect() {
     if !root() {
         return;
     }
-    let stage = Stage::start_with(folder(), |uid| {
+    let stage = AttackStage::start_with(folder(), |uid| {
         if uid == 0 {
             "supplementary_group = 61002".to_owned()
         } else {
@@ -346,7 +346,7 @@ fn many_scenes_have_right_outcomes_in_random_order() {
         .unwrap_or_else(|| fastrand::u64(..));
     eprintln!("AWSVID_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
-    let stages = ALL_RULES.map(|rules| (rules, Stage::set(rules)));
+    let stages = ALL_RULES.map(|rules| (rules, AttackStage::set(rules)));
     let rows = expected();
     let (mut wrong, mut otherwise, mut played, mut honest, mut unanswered) =
         (Vec::new(), 0, 0, 0, 0);

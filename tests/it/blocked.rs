@@ -17,7 +17,7 @@ use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::env::{Env, Setting, Source, id};
 use crate::harness::hanging::HangingFiles;
-use crate::harness::namespaces::Node;
+use crate::harness::namespaces::NetnsNode;
 use crate::harness::outcome::{Outcome, credentials_of, refused};
 use crate::harness::upstream::Upstream;
 
@@ -117,7 +117,7 @@ fn blocked_callers_in_pods_do_not_stop_others() {
         return;
     }
     let folder = folder();
-    let node = Node::start(folder.path());
+    let node = NetnsNode::start(folder.path());
     let names: Vec<String> = (0..WORKLOADS).map(|pod| format!("stuck-{pod}")).collect();
     names.iter().for_each(|name| node.add(name));
     node.add("honest");

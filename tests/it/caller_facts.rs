@@ -158,19 +158,19 @@ fn groups_and_executable_are_read_from_process() {
     );
     let daemon = daemon(folder.path(), &rules);
     for listener in LISTENERS {
-        for (who, expected) in [
+        for (caller, expected) in [
             ((52001, 1, "52008,52009"), "spiffe://example.org/extra"),
             ((52001, 52009, ""), "no_identity"),
             ((52002, 1, ""), "spiffe://example.org/exe"),
             ((52003, 1, ""), "no_identity"),
         ] {
-            let record = ask(&daemon, listener, who, None);
+            let record = ask(&daemon, listener, caller, None);
             let got = if record["spiffe_id"].is_null() {
                 &record["reason"]
             } else {
                 &record["spiffe_id"]
             };
-            assert_eq!(got, expected, "{listener} {who:?} {record}");
+            assert_eq!(got, expected, "{listener} {caller:?} {record}");
             assert!(record["pid"].is_number());
         }
     }

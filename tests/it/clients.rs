@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::harness::counterparts::folder;
 use reading::{Reading, for_each, read};
-use stage::{Member, Setting, Stage};
+use stage::{ClientSetting, ClientStage, Member};
 use table::{Cell, Column, Table};
 
 /// As many as the machine has processors, since most of their work is to start.
@@ -27,10 +27,10 @@ const MAX_CONCURRENT: usize = 2;
 fn each_client_reads_only_its_own_object() {
     table::settle_rows();
     let folder = folder();
-    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else {
+    let Some(stage) = ClientStage::start(folder.path(), &Table::committed()) else {
         return;
     };
-    let serving = stage.daemon("short", &Setting::default());
+    let serving = stage.daemon("short", &ClientSetting::default());
     let others: Vec<String> = stage
         .members()
         .into_iter()

@@ -72,7 +72,7 @@ fn validate_reports_all_errors_and_warnings() {
     assert_eq!(
         config(&[]).status.code(),
         Some(2),
-        "one of the two has to be said"
+        "one of the two has to be set"
     );
 }
 

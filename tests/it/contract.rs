@@ -15,6 +15,7 @@ use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::Daemon;
 
+mod commands;
 mod lists;
 
 /// A source at which no agent listens, and a rule for a user that does not run these tests.

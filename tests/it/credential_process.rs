@@ -176,7 +176,7 @@ fn socket_of_other_user_gets_no_request() {
     chown(&theirs, Some(1777), Some(1777)).unwrap();
     let socket = theirs.join("awsvid.sock");
     let server = "import socket, sys\ns = socket.socket(socket.AF_UNIX)\ns.bind(sys.argv[1])\ns.listen()\n\
-        print('listening', flush=True)\nwhile True:\n    print('asked', s.accept()[0].recv(9), flush=True)\n";
+        print('listening', flush=True)\nwhile True:\n    print('received', s.accept()[0].recv(9), flush=True)\n";
     let mut command = Workload::new(1777).command("/usr/bin/python3");
     command
         .args(["-c", server, socket.to_str().unwrap()])
@@ -207,5 +207,5 @@ fn socket_of_other_user_gets_no_request() {
     chown(&moved, Some(0), Some(0)).unwrap();
     refused(&moved, "its listener runs as uid 1777");
     // A connection reveals nothing; the requested role would.
-    assert!(!process.log().contains("asked b'G"), "{}", process.log());
+    assert!(!process.log().contains("received b'G"), "{}", process.log());
 }

@@ -61,10 +61,7 @@ const UPGRADE: Tested = In(
 );
 const ROLLBACK: Tested = In("systemd.rs", "documented_rollback_interrupts_no_caller");
 const NODE: Tested = In("kubernetes.rs", "documented_commands_work");
-const DEV: Tested = In(
-    "dev.rs",
-    "the_cli_has_the_role_whatever_else_the_user_has_configured",
-);
+const DEV: Tested = In("dev.rs", "dev_gives_cli_its_role_despite_other_settings");
 const AT_AWS: Tested = Not(
     "only AWS's own STS answers it; tests/it/dev.rs runs the same command at that of awsvid dev",
 );

@@ -253,6 +253,81 @@ fn troubleshooting_quotes_log_lines_of_the_code() {
     assert!(unknown.is_empty(), "{unknown:?}");
 }
 
+/// Returns the events that a source logs at `warn` and `error`.
+fn events(source: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for call in ["warn!(", "error!("] {
+        for (at, _) in source.match_indices(call) {
+            let rest = &source[at + call.len()..];
+            let (mut depth, mut in_string, mut escaped) = (1, false, false);
+            let mut text = String::new();
+            for c in rest.chars() {
+                match c {
+                    _ if escaped => escaped = false,
+                    '\\' if in_string => escaped = true,
+                    '"' => {
+                        in_string = !in_string;
+                        // The event is the last string.
+                        if in_string {
+                            text.clear();
+                        }
+                        continue;
+                    }
+                    '(' if !in_string => depth += 1,
+                    ')' if !in_string => depth -= 1,
+                    _ => {}
+                }
+                if depth == 0 {
+                    break;
+                }
+                if in_string {
+                    text.push(c);
+                }
+            }
+            found.push(text);
+        }
+    }
+    found
+}
+
+/// Returns the value of the constant that the event names as `{NAME}`, or the event.
+fn resolved(event: &str, code: &str) -> String {
+    let name = event
+        .strip_prefix('{')
+        .and_then(|rest| rest.strip_suffix('}'));
+    let value = name.and_then(|name| {
+        let (_, rest) = code.split_once(&format!("const {name}: &str ="))?;
+        rest.split('"').nth(1)
+    });
+    value.unwrap_or(event).to_owned()
+}
+
+#[test]
+fn log_events_are_constant_and_in_troubleshooting() {
+    let code = sources().join("\n");
+    let (_, section) = TROUBLESHOOTING.split_once("\n## Log lines\n").unwrap();
+    let (section, _) = section.split_once("\n## ").unwrap();
+    let quoted: Vec<&str> = section
+        .lines()
+        .filter_map(|line| line.strip_prefix("| \"")?.split('"').next())
+        .collect();
+    let mut count = 0;
+    let mut wrong = Vec::new();
+    // `awsvid dev` logs on the terminal of its user.
+    let is_of_dev = |event: &str| event.starts_with("dev: ");
+    for event in sources().iter().flat_map(|source| events(source)) {
+        count += 1;
+        let event = resolved(&event, &code);
+        if event.contains('{') {
+            wrong.push(format!("not constant: {event}"));
+        } else if !is_of_dev(&event) && !quoted.iter().any(|words| event.contains(words)) {
+            wrong.push(format!("not in troubleshooting.md: {event}"));
+        }
+    }
+    assert!(count > 70, "{count} events");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
 #[test]
 fn files_in_architecture_and_threat_model_exist() {
     let pages = [

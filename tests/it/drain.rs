@@ -24,14 +24,14 @@ use crate::harness::upstream::Upstream;
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A daemon that serves the user of this test, and a pausable proxy in front of its source.
-struct Stage {
+struct DrainStage {
     daemon: Daemon,
     gate: PausableProxy,
     _upstream: Upstream,
     _folder: tempfile::TempDir,
 }
 
-impl Stage {
+impl DrainStage {
     /// Starts it, waits until it is ready, and closes the proxy. The cache is empty.
     fn set() -> Self {
         let folder = folder();
@@ -97,7 +97,7 @@ impl Stage {
 
 #[test]
 fn cold_request_gets_credentials_during_drain() {
-    let mut stage = Stage::set();
+    let mut stage = DrainStage::set();
     let mut waiting = stage.held_request();
     stage.end(Signal::SIGTERM);
     assert_eq!(
@@ -118,7 +118,7 @@ fn cold_request_gets_credentials_during_drain() {
 
 #[test]
 fn cold_request_gets_503_at_end_of_drain() {
-    let mut stage = Stage::set();
+    let mut stage = DrainStage::set();
     let mut waiting = stage.held_request();
     stage.end(Signal::SIGINT);
     let (status, body) = answer(&mut waiting);
@@ -133,7 +133,7 @@ fn cold_request_gets_503_at_end_of_drain() {
 #[test]
 fn pending_connection_is_answered_during_drain() {
     const CONNECTIONS_PER_LISTENER: usize = 150;
-    let mut stage = Stage::set();
+    let mut stage = DrainStage::set();
     stage.gate.set_open(true);
     let warm = ask(UnixStream::connect(stage.daemon.unix()).unwrap()).1["AccessKeyId"].clone();
     let (unix, tcp, tcp6) = (stage.daemon.unix(), stage.daemon.tcp(), stage.daemon.tcp6());
@@ -165,7 +165,7 @@ fn pending_connection_is_answered_during_drain() {
 
 #[test]
 fn slow_reader_gets_whole_response_during_drain() {
-    let mut stage = Stage::set();
+    let mut stage = DrainStage::set();
     let waiting = stage.held_request();
     let slow = [stage.daemon.tcp(), stage.daemon.tcp6()].map(|address| {
         let stream = TcpStream::connect(address).unwrap();
@@ -186,7 +186,7 @@ fn slow_reader_gets_whole_response_during_drain() {
 #[test]
 fn second_signal_ends_daemon_at_once() {
     for (second, status) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
-        let mut stage = Stage::set();
+        let mut stage = DrainStage::set();
         let mut waiting = stage.held_request();
         stage.end(Signal::SIGTERM);
         stage.daemon.process().signal(second);

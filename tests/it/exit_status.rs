@@ -87,7 +87,7 @@ fn permanent_error_exits_with_78() {
     }
     let missing = serve(&[], &[], &folder.path().join("missing.toml"));
     assert!(
-        missing.status.code() == Some(78) && missing.stderr.contains("can't be read"),
+        missing.status.code() == Some(78) && missing.stderr.contains("cannot be read"),
         "{missing:?}"
     );
     fs::write(&path, &good).unwrap();

@@ -106,7 +106,7 @@ fn groups_count_only_for_group_rules_with_rules() {
             assert_eq!(
                 ask(BOB, NGROUPS_MAX, 50),
                 all("Success", 50),
-                "over {listener}: no rule of his names a group"
+                "over {listener}: no rule of that user names a group"
             );
         }
     });

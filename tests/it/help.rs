@@ -53,7 +53,7 @@ fn shell(program: &str, arguments: &[&str], input: &str) -> Output {
 }
 
 #[test]
-fn each_command_has_a_line_a_help_and_a_manual_page() {
+fn command_has_summary_help_and_manual_page() {
     let all = awsvid(&["--help"]).success("--help");
     let page = awsvid(&["man"]).success("man");
     let listed = all
@@ -132,6 +132,7 @@ fn synopsis_has_the_values_of_options() {
         let (_, rest) = page.split_once(".SH SYNOPSIS\n").expect(&page);
         let (synopsis, _) = rest.split_once(".SH ").expect(&page);
         assert!(synopsis.contains(words), "{words} in {synopsis}");
+        assert!(!page.contains(".SH EXTRA"), "{page}");
     }
 }
 
@@ -177,6 +178,27 @@ fn help_examples_fit_80_columns() {
     }
 }
 
+/// A default is part of the sentence, as `[default: table]`, in every command alike.
+#[test]
+fn help_has_one_layout_of_defaults() {
+    for words in commands_with_help() {
+        let help = help_at(100, &words);
+        let lone = help
+            .lines()
+            .find(|line| line.trim_start().starts_with("[default: "));
+        assert_eq!(lone, None, "{words:?}");
+    }
+}
+
+#[test]
+fn summaries_end_without_full_stop() {
+    for words in commands_with_help() {
+        let help = help_at(100, &words);
+        let summary = help.split("\n\n").next().unwrap();
+        assert!(!summary.ends_with('.'), "{words:?}: {summary}");
+    }
+}
+
 #[test]
 fn configuration_has_a_manual_page() {
     let page = awsvid(&["man", "awsvid.toml"]).success("man awsvid.toml");
@@ -187,7 +209,7 @@ fn configuration_has_a_manual_page() {
 }
 
 #[test]
-fn colours_are_for_terminals_and_who_wants_them() {
+fn help_is_coloured_only_on_a_terminal_without_no_color() {
     let help = |variables: &[(&str, &str)]| {
         let mut command = Command::new(PROGRAM);
         command
@@ -202,7 +224,7 @@ fn colours_are_for_terminals_and_who_wants_them() {
 }
 
 #[test]
-fn the_version_has_the_builds_facts() {
+fn version_names_revision_and_features() {
     let short = awsvid(&["-V"]).success("-V");
     assert_eq!(short, format!("awsvid {}\n", env!("CARGO_PKG_VERSION")));
     let long = awsvid(&["--version"]).success("--version");
@@ -245,9 +267,9 @@ fn bash_completes() {
         let [.., before, last] = words[..] else {
             panic!("{typed}")
         };
-        let place = words.len() - 1;
+        let index = words.len() - 1;
         let asked = format!(
-            "{script}\nCOMP_WORDS=({typed}); COMP_CWORD={place}\n\
+            "{script}\nCOMP_WORDS=({typed}); COMP_CWORD={index}\n\
              _awsvid awsvid {last} {before}; echo \"${{COMPREPLY[@]}}\"\n"
         );
         assert_eq!(
@@ -324,7 +346,7 @@ fn fish_completes() {
 }
 
 #[test]
-fn all_manual_pages_go_where_man_looks() {
+fn man_writes_all_pages_to_a_directory() {
     let folder = folder();
     let directory = folder.path().join("man/man1");
     let written = awsvid(&["man", "--directory", directory.to_str().unwrap()]);
@@ -371,7 +393,7 @@ fn all_manual_pages_go_where_man_looks() {
 
 /// Compares the revision that proto/build.rs records.
 #[test]
-fn the_revision_is_that_of_the_working_copy() {
+fn revision_follows_the_working_copy() {
     let folder = folder();
     let git = |arguments: &[&str]| {
         let mut command = Command::new("git");

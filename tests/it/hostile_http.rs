@@ -49,14 +49,14 @@ const METHOD: Expected = Expected::Refused("HTTP/1.1 405 Method Not Allowed", "m
 const PROXIED: Expected = Expected::Refused("HTTP/1.1 403 Forbidden", "proxied");
 const UNAUTHORIZED: Expected = Expected::Refused("HTTP/1.1 403 Forbidden", "no_authorization");
 
-struct Stage {
+struct HttpStage {
     daemon: Daemon,
     _upstream: Upstream,
     cgroup: Cgroup,
     _folder: tempfile::TempDir,
 }
 
-impl Stage {
+impl HttpStage {
     /// Starts it, or returns `None` after a printed skip.
     fn set() -> Option<Self> {
         if !root() {
@@ -231,7 +231,7 @@ fn check_error(body: &[u8], code: &str) {
 }
 
 /// Sends `request` and checks the response and the counters.
-fn check(stage: &Stage, address: &Address, request: &[u8], right: Expected) {
+fn check(stage: &HttpStage, address: &Address, request: &[u8], right: Expected) {
     let shown = String::from_utf8_lossy(&request[..request.len().min(300)]).into_owned();
     let labels = match right {
         Expected::Credentials => "outcome=\"issued\",reason=\"ok\"".to_owned(),
@@ -321,7 +321,9 @@ fn check(stage: &Stage, address: &Address, request: &[u8], right: Expected) {
 }
 
 fn check_all(cases: &[(Vec<u8>, Expected)]) {
-    let Some(stage) = Stage::set() else { return };
+    let Some(stage) = HttpStage::set() else {
+        return;
+    };
     for address in stage.addresses() {
         check(&stage, &address, HIDDEN.as_bytes(), Expected::Credentials);
         for (request, right) in cases {
@@ -337,7 +339,7 @@ fn check_all(cases: &[(Vec<u8>, Expected)]) {
     }
 }
 
-/// Returns a good request with this line in place of the first, and these headers in addition to
+/// Returns a good request with this line instead of the first, and these headers in addition to
 /// the usual.
 fn request(line: &str, more: &str) -> Vec<u8> {
     format!("{line}\r\n{HEADERS}{more}\r\n").into_bytes()
@@ -682,7 +684,9 @@ fn valid_but_forbidden_requests_are_refused() {
 /// split.
 #[test]
 fn request_in_pieces_is_answered() {
-    let Some(stage) = Stage::set() else { return };
+    let Some(stage) = HttpStage::set() else {
+        return;
+    };
     for address in stage.addresses() {
         for size in [1, 2, 7, 64] {
             let mut stream = address.connect();
@@ -709,7 +713,9 @@ fn request_in_pieces_is_answered() {
 /// it.
 #[test]
 fn slow_heads_are_closed() {
-    let Some(stage) = Stage::set() else { return };
+    let Some(stage) = HttpStage::set() else {
+        return;
+    };
     let begun = [
         &b""[..],
         b"GET /v1/cre",
@@ -754,7 +760,9 @@ fn slow_heads_are_closed() {
 /// A client that closes before its whole head has arrived is counted, but not as a request.
 #[test]
 fn closing_clients_are_counted() {
-    let Some(stage) = Stage::set() else { return };
+    let Some(stage) = HttpStage::set() else {
+        return;
+    };
     let (requests, before) = (stage.requests(""), stage.dropped("closed"));
     for address in stage.addresses() {
         drop(address.connect());

@@ -21,7 +21,7 @@ const BOB: u32 = 61002;
 /// A user without a rule.
 const MALLORY: u32 = 61003;
 
-struct Stage {
+struct LoadStage {
     daemon: Daemon,
     _upstream: Upstream,
     alice: Cgroup,
@@ -29,7 +29,7 @@ struct Stage {
     _folder: tempfile::TempDir,
 }
 
-impl Stage {
+impl LoadStage {
     /// Starts it with `rule` in each rule and `listen` in `[listen]`.
     fn set(listen: &str, rule: &str) -> Self {
         let folder = folder();
@@ -102,7 +102,7 @@ fn idle_connections_leave_room_for_other_workloads() {
     if !root() {
         return;
     }
-    let stage = Stage::set(
+    let stage = LoadStage::set(
         "max_connections = 1000\nmax_connections_per_workload = 400",
         "",
     );
@@ -133,10 +133,10 @@ fn idle_connections_leave_room_for_other_workloads() {
         // Alice's permits are free again once the daemon has seen that the connections are closed.
         // First it has to search for Alice's process, one connection at a time because that has so
         // many descriptors. The one that is left is the request for the metrics.
-        await_some("her connections are over", TIMEOUT, || {
+        await_some("Alice's connections are over", TIMEOUT, || {
             (stage.metric("awsvid_connections") == 1).then_some(())
         });
-        await_some("she is answered again", TIMEOUT, || {
+        await_some("Alice is answered again", TIMEOUT, || {
             let answers = ask(
                 listener,
                 &stage.daemon.listener(listener),
@@ -161,7 +161,7 @@ fn sessions_and_ids_of_one_person_share_one_limit() {
     if !root() {
         return;
     }
-    let stage = Stage::set(
+    let stage = LoadStage::set(
         "max_connections = 200\nmax_connections_per_workload = 40",
         "",
     );
@@ -202,7 +202,7 @@ fn workload_with_most_connections_is_evicted_first() {
     if !root() {
         return;
     }
-    let stage = Stage::set(
+    let stage = LoadStage::set(
         "max_connections = 100\nmax_connections_per_workload = 40",
         "",
     );
@@ -243,7 +243,7 @@ fn unread_responses_delay_no_other_caller() {
     if !root() {
         return;
     }
-    let stage = Stage::set("", "");
+    let stage = LoadStage::set("", "");
     for listener in LISTENERS {
         let connections = stage.alice("mute", listener, &[300]);
         // The open one is the request for the metrics.
@@ -262,7 +262,7 @@ fn many_descriptors_delay_only_their_owner() {
     if !root() {
         return;
     }
-    let stage = Stage::set("", "gid = UID");
+    let stage = LoadStage::set("", "gid = UID");
     for listener in ["tcp", "tcp6"] {
         let storm = stage.alice("storm", listener, &[8, 10_000]);
         stage.bob_is_answered(listener, 100);
@@ -316,7 +316,7 @@ fn daemon_recovers_from_descriptor_exhaustion() {
     if !root() {
         return;
     }
-    let mut stage = Stage::set("", "");
+    let mut stage = LoadStage::set("", "");
     let pid = stage.daemon.process().owned().id();
     let limit = |wanted: Option<u64>| set_limit(pid, wanted);
     let open = || {
@@ -381,7 +381,7 @@ fn refusals_are_aggregated_without_losing_issues() {
     if !root() {
         return;
     }
-    let mut stage = Stage::set("", "");
+    let mut stage = LoadStage::set("", "");
     let address = stage.daemon.listener("tcp");
     let one = |outcome: &str, count| BTreeMap::from([(outcome.to_owned(), count)]);
     let started = Instant::now();
@@ -426,7 +426,7 @@ fn hits_are_aggregated_with_right_counts() {
     if !root() {
         return;
     }
-    let stage = Stage::set("", "");
+    let stage = LoadStage::set("", "");
     for (round, listener) in LISTENERS.into_iter().enumerate() {
         let started = Instant::now();
         let before = stage.daemon.audit().len();

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket};
 
 use crate::harness::cgroup::own_rule;
+use crate::harness::client::EndLater;
 use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::{Daemon, PROGRAM};
@@ -127,14 +128,6 @@ fn probes_are_answered_during_flood_from_other_address() {
     assert!(daemon.metric("awsvid_connections_dropped_total{reason=\"too_many_operators\"}") > 0);
 }
 
-struct EndLater<'a>(&'a AtomicBool);
-
-impl Drop for EndLater<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 /// They are rendered at most once a second, however often they are requested. In between something
 /// happens that they show.
 #[test]
@@ -208,7 +201,8 @@ fn failed_probe_explains_the_reason() {
         "",
         &(upstream.configuration_at(&agent) + &rule),
     );
-    let line = daemon.await_line(&["not ready: the identity source"]);
+    let line = daemon.await_line(&["not ready", "the identity source"]);
+    let line = line.replace("not ready missing=", "not ready: ");
     let output = probe(folder.path(), "ready");
     assert!(
         !output.status.success() && output.stdout.trim_end() == line,

@@ -66,7 +66,7 @@ fn assert_retry_later(env: &Env, reason: &str) {
     let shown = format!(
         "Received non 200 response 503 from container metadata: {{\"code\":\"{reason}\",\"message\":\"awsvid: "
     );
-    await_some("the CLI shows what awsvid says", TIMEOUT, || {
+    await_some("the CLI shows awsvid's message", TIMEOUT, || {
         let output = env.copy(COLD[0]);
         assert!(!output.status.success(), "{output:?}");
         output.stderr.contains(&shown).then_some(())

@@ -15,7 +15,7 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::{await_some, behind, run};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
-use crate::harness::namespaces::Node;
+use crate::harness::namespaces::NetnsNode;
 use crate::harness::upstream::Upstream;
 
 const V4: &str = "127.0.0.1:974";
@@ -41,9 +41,9 @@ enum Kind {
 }
 
 /// A daemon and two pods, `a` and `b`, each with a container and a network.
-struct Stage {
+struct PodCallersStage {
     daemon: Daemon,
-    node: Node,
+    node: NetnsNode,
     pods: [Cgroup; 2],
     kind: Kind,
     _upstream: Upstream,
@@ -51,10 +51,10 @@ struct Stage {
     _folder: tempfile::TempDir,
 }
 
-impl Stage {
+impl PodCallersStage {
     fn set(kind: Kind, first_pod: u16) -> Self {
         let folder = folder();
-        let node = Node::start(folder.path());
+        let node = NetnsNode::start(folder.path());
         let own = Cgroup::of_pod(first_pod + 2);
         let mount = folder.path().join("own-cgroup");
         fs::create_dir(&mount).unwrap();
@@ -144,7 +144,7 @@ fn check(kind: Kind, first_pod: u16) {
     if !root() {
         return;
     }
-    let stage = Stage::set(kind, first_pod);
+    let stage = PodCallersStage::set(kind, first_pod);
     let [a, b] = &stage.pods;
     // A process of the host that enters before the pod itself is not taken for the pod.
     let host = Cgroup::new(&format!("host-{first_pod}"));

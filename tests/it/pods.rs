@@ -14,7 +14,7 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root, skip};
 use crate::harness::daemon::Daemon;
 use crate::harness::is_slow;
-use crate::harness::namespaces::{Node, Peer, ip};
+use crate::harness::namespaces::{NetnsNode, Peer, ip};
 use crate::harness::upstream::Upstream;
 
 mod handover;
@@ -28,38 +28,38 @@ const RULE: &str =
     "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
 
 /// A daemon that serves every pod, by a rule that names all of their cgroups.
-struct Stage {
+struct PodsStage {
     daemon: Daemon,
-    site: Site,
+    site: PodSite,
 }
 
 /// The parts that daemons of one node share.
-struct Site {
-    node: Node,
+struct PodSite {
+    node: NetnsNode,
     upstream: Upstream,
     folder: tempfile::TempDir,
 }
 
-impl Stage {
+impl PodsStage {
     /// Starts it, or returns `None` if the test is not root. `before` prepares the node before the
     /// daemon starts.
-    fn set(before: impl FnOnce(&Node)) -> Option<Self> {
+    fn set(before: impl FnOnce(&NetnsNode)) -> Option<Self> {
         Self::set_with(before, |_, node| node.listen())
     }
 
     /// Starts it with the configuration that `listen` makes of the folder and the node.
     fn set_with(
-        before: impl FnOnce(&Node),
-        listen: impl FnOnce(&Path, &Node) -> String,
+        before: impl FnOnce(&NetnsNode),
+        listen: impl FnOnce(&Path, &NetnsNode) -> String,
     ) -> Option<Self> {
         if !root() {
             return None;
         }
         let folder = folder();
-        let node = Node::start(folder.path());
+        let node = NetnsNode::start(folder.path());
         before(&node);
         let upstream = Upstream::start(&[(0, "pod")]);
-        let site = Site {
+        let site = PodSite {
             node,
             upstream,
             folder,
@@ -74,7 +74,7 @@ impl Stage {
     }
 }
 
-impl Site {
+impl PodSite {
     /// Starts a daemon with its files in `folder`.
     fn start(&self, folder: &Path, listen: &str) -> Daemon {
         let words = self.node.enter();
@@ -112,13 +112,13 @@ fn await_namespaces(daemon: &Daemon, count: u64) {
 }
 
 /// Returns whether a process listens there.
-fn listens(node: &Node, name: &str, address: &str) -> bool {
+fn listens(node: &NetnsNode, name: &str, address: &str) -> bool {
     node.connect(name, address.parse().unwrap()).is_ok()
 }
 
 #[test]
 fn pod_is_served_from_first_act_and_leaves_nothing() {
-    let Some(stage) = Stage::set(|node| node.add("early")) else {
+    let Some(stage) = PodsStage::set(|node| node.add("early")) else {
         return;
     };
     let peers = [Peer::new(1), Peer::new(2)];
@@ -170,7 +170,7 @@ fn pod_is_served_from_first_act_and_leaves_nothing() {
 
 #[test]
 fn connections_are_cut_when_namespace_file_is_removed() {
-    let Some(stage) = Stage::set(|_| {}) else {
+    let Some(stage) = PodsStage::set(|_| {}) else {
         return;
     };
     stage.site.node.add("a");
@@ -195,7 +195,7 @@ fn connections_are_cut_when_namespace_file_is_removed() {
 
 #[test]
 fn namespace_is_entered_once_and_own_never() {
-    let Some(stage) = Stage::set(|node| node.add_own("host")) else {
+    let Some(stage) = PodsStage::set(|node| node.add_own("host")) else {
         return;
     };
     let peer = Peer::new(3);
@@ -234,7 +234,7 @@ fn node_network_is_not_a_pod() {
         return;
     }
     let folder = folder();
-    let node = Node::start(folder.path());
+    let node = NetnsNode::start(folder.path());
     node.add_own("node");
     ["daemon", "a"].into_iter().for_each(|name| node.add(name));
     let network = format!("--net={}", node.path("daemon").display());
@@ -278,7 +278,7 @@ fn is_in_the_machines_network() -> bool {
 }
 
 /// Kills a pod's listeners, as a pod with CAP_NET_ADMIN can.
-fn kill(node: &Node, name: &str) {
+fn kill(node: &NetnsNode, name: &str) {
     let killed = node.inside(name, || {
         Command::new("ss")
             .args(["-K", "-lnt", "sport = :974"])
@@ -291,7 +291,7 @@ fn kill(node: &Node, name: &str) {
 
 #[test]
 fn listener_killed_by_pod_is_rebound() {
-    let Some(stage) = Stage::set(|node| node.add("a")) else {
+    let Some(stage) = PodsStage::set(|node| node.add("a")) else {
         return;
     };
     let cgroup = Cgroup::of_pod(10);
@@ -312,7 +312,7 @@ fn listener_killed_by_pod_is_rebound() {
 
 #[test]
 fn occupied_pod_port_is_bound_once_free() {
-    let Some(stage) = Stage::set(|_| {}) else {
+    let Some(stage) = PodsStage::set(|_| {}) else {
         return;
     };
     let mut taken: Option<TcpListener> = None;
@@ -335,11 +335,10 @@ fn occupied_pod_port_is_bound_once_free() {
         .trim_start_matches("pod");
     stage
         .daemon
-        .await_line(&["/netns/taken", "the network namespace of the pod", pod]);
-    stage.daemon.await_line(&[
-        "port 974 is in use in the network namespace",
-        "/netns/taken",
-    ]);
+        .await_line(&["/netns/taken", "a network namespace of this pod", pod]);
+    stage
+        .daemon
+        .await_line(&["port 974 is in use: the pod is not served", "/netns/taken"]);
     drop(taken);
     stage.daemon.await_line(&["/netns/taken", "is free now"]);
     assert!(stage.site.serves("taken", &cgroup, V4));
@@ -347,10 +346,10 @@ fn occupied_pod_port_is_bound_once_free() {
         stage
             .daemon
             .log()
-            .matches("port 974 is in use in the network namespace")
+            .matches("port 974 is in use: the pod is not served")
             .count(),
         1,
-        "it is said once, whatever is tried"
+        "it is logged once, whatever is tried"
     );
     assert_eq!(
         stage
@@ -362,7 +361,7 @@ fn occupied_pod_port_is_bound_once_free() {
 
 #[test]
 fn pod_with_one_address_family_is_served() {
-    let Some(stage) = Stage::set(|_| {}) else {
+    let Some(stage) = PodsStage::set(|_| {}) else {
         return;
     };
     stage.site.node.add_with("v4", |_| {
@@ -381,7 +380,7 @@ fn pod_with_one_address_family_is_served() {
 
 #[test]
 fn netns_directory_may_appear_later_and_be_replaced() {
-    let Some(stage) = Stage::set(|node| fs::remove_dir(node.directory()).unwrap()) else {
+    let Some(stage) = PodsStage::set(|node| fs::remove_dir(node.directory()).unwrap()) else {
         return;
     };
     stage
@@ -417,7 +416,7 @@ fn netns_directory_may_appear_later_and_be_replaced() {
 
 #[test]
 fn missing_mount_or_privilege_is_logged_with_manifest_field() {
-    let Some(stage) = Stage::set(|_| {}) else {
+    let Some(stage) = PodsStage::set(|_| {}) else {
         return;
     };
     // A daemon without the host's mounts sees files without namespaces.
@@ -458,7 +457,7 @@ fn missing_mount_or_privilege_is_logged_with_manifest_field() {
 /// containerd sets it with the pod's first container, long after the namespace is mounted.
 #[test]
 fn unprivileged_pod_port_is_logged_once() {
-    let Some(stage) = Stage::set(|node| node.add("guarded")) else {
+    let Some(stage) = PodsStage::set(|node| node.add("guarded")) else {
         return;
     };
     for name in ["open", "open-too"] {
@@ -472,7 +471,7 @@ fn unprivileged_pod_port_is_logged_once() {
         "enable_unprivileged_ports = false",
     ]);
     assert!(
-        line.contains("ip_unprivileged_port_start is 974 in ") && line.contains("/open"),
+        line.contains("ip_unprivileged_port_start=974") && line.contains("/open"),
         "{line}"
     );
     stage.site.node.add("last");
@@ -496,7 +495,7 @@ fn many_namespaces_are_served_soon() {
     let count = if slow { 250 } else { 40 };
     let names = (0..count).map(|i| format!("cni-{i}")).collect::<Vec<_>>();
     let mut peers = Vec::new();
-    let Some(stage) = Stage::set(|node| {
+    let Some(stage) = PodsStage::set(|node| {
         for (i, name) in names.iter().enumerate() {
             let peer = (i % 10 == 0).then(|| Peer::new(100 + i));
             node.add_with(name, |_| peer.iter().for_each(Peer::make));

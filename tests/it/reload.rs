@@ -24,13 +24,13 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The servers of `awsvid dev`, with an open proxy in front of the source, and the parts of
 /// configurations for them. The user of this test is the only one.
-struct Stage {
+struct ReloadStage {
     gate: PausableProxy,
     upstream: Upstream,
     folder: tempfile::TempDir,
 }
 
-impl Stage {
+impl ReloadStage {
     fn set() -> Self {
         let folder = folder();
         let upstream = Upstream::start(&[(nix::unistd::getuid().as_raw(), "me")]);
@@ -101,7 +101,7 @@ fn lifetime(body: &Value) -> Duration {
 
 #[test]
 fn rule_takes_effect_and_ends_with_reload() {
-    let stage = Stage::set();
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.without_rule());
     assert_eq!(refusal(&daemon), "no_identity");
     assert!(daemon.reload("", &stage.with_rule("")));
@@ -118,7 +118,7 @@ fn rule_takes_effect_and_ends_with_reload() {
 
 #[test]
 fn narrowed_role_serves_no_wider_credentials() {
-    let stage = Stage::set();
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let mut observed = HashSet::from([key(&daemon)]);
     let policies = [
@@ -134,7 +134,7 @@ fn narrowed_role_serves_no_wider_credentials() {
     assert!(daemon.reload("", &other));
     assert!(
         refusal(&daemon).starts_with("sts_"),
-        "STS was asked about the other ARN"
+        "STS was called for the other ARN"
     );
     // Going back does not restore what was cached then.
     assert!(daemon.reload("", &stage.with_rule("")));
@@ -143,7 +143,7 @@ fn narrowed_role_serves_no_wider_credentials() {
 
 #[test]
 fn waiting_request_is_decided_by_new_configuration() {
-    let stage = Stage::set();
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.with_rule("duration = \"2h\""));
     // Three callers wait for what the old configuration would give: a longer session, and then an
     // identity that no rule gives any more.
@@ -193,7 +193,7 @@ fn waiting_request_is_decided_by_new_configuration() {
 
 #[test]
 fn invalid_configuration_changes_nothing() {
-    let stage = Stage::set();
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let before = key(&daemon);
     let good = daemon.text();
@@ -232,7 +232,7 @@ fn invalid_configuration_changes_nothing() {
 
 #[test]
 fn failed_reload_keeps_numbers_of_names() {
-    let stage = Stage::set();
+    let stage = ReloadStage::set();
     let uid = nix::unistd::getuid();
     let user = nix::unistd::User::from_uid(uid).unwrap().unwrap().name;
     let by_name = |name: &str| {
@@ -269,7 +269,7 @@ fn assert_sighup_fails(daemon: &Daemon) {
 
 #[test]
 fn reload_keeps_listeners_and_applies_other_changes() {
-    let stage = Stage::set();
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.without_rule());
     let socket = daemon.unix();
     let text = daemon
@@ -302,7 +302,7 @@ fn reload_keeps_listeners_and_applies_other_changes() {
 
 #[test]
 fn reload_reopens_the_audit_file() {
-    let stage = Stage::set();
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let first = key(&daemon);
     let (current, rotated) = (
@@ -334,7 +334,7 @@ fn reload_reopens_the_audit_file() {
 
 #[test]
 fn reload_changes_log_level_and_format() {
-    let stage = Stage::set();
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let text = daemon.text();
     let quiet = text
@@ -370,13 +370,14 @@ fn reload_changes_log_level_and_format() {
 
 #[test]
 fn reload_makes_daemon_ready() {
-    let stage = Stage::set();
+    let stage = ReloadStage::set();
     let wrong = stage.with_rule("").replace("gate.sock", "unused.sock");
     let daemon = Daemon::start(stage.folder.path(), "", &wrong);
-    await_some("it says what is missing", TIMEOUT, || {
+    await_some("it reports what is missing", TIMEOUT, || {
         daemon
             .log()
-            .contains("not ready: the identity source")
+            .lines()
+            .any(|line| line.contains("not ready") && line.contains("the identity source"))
             .then_some(())
     });
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
@@ -390,7 +391,7 @@ fn reload_makes_daemon_ready() {
 
 #[test]
 fn callers_see_no_error_during_fifty_reloads() {
-    let stage = Stage::set();
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let path = daemon.unix();
     let askers = [

@@ -82,7 +82,7 @@ impl Form {
 }
 
 /// One process that sends requests.
-struct Poller {
+struct SoakClient {
     process: Process,
     user: &'static str,
 }
@@ -136,7 +136,7 @@ fn workloads_see_no_error_during_random_outages() {
     let idle = descriptors(pid, sts);
 
     let began = Instant::now();
-    let mut askers: Vec<Poller> = (0..PROCESSES)
+    let mut askers: Vec<SoakClient> = (0..PROCESSES)
         .map(|number| start(&env, folder.path(), number, &cgroups))
         .collect();
     thread::sleep(form.settled);
@@ -204,7 +204,7 @@ fn workloads_see_no_error_during_random_outages() {
 }
 
 /// Starts such a process, in its user's cgroup, over one of the listeners.
-fn start(env: &Env, folder: &Path, number: usize, cgroups: &[Cgroup]) -> Poller {
+fn start(env: &Env, folder: &Path, number: usize, cgroups: &[Cgroup]) -> SoakClient {
     let (uid, user) = USERS[number % USERS.len()];
     let listeners = ["unix", "tcp", "tcp6"];
     // A search has 20 ms, which is little on a machine that is busy with other tests. The unix
@@ -234,7 +234,7 @@ fn start(env: &Env, folder: &Path, number: usize, cgroups: &[Cgroup]) -> Poller 
         command,
         &folder.join(format!("asker-{number}.log")),
     );
-    Poller { process, user }
+    SoakClient { process, user }
 }
 
 /// Stops the agent, STS or both for a while, and returns for how long.
@@ -273,7 +273,7 @@ struct Observations {
 }
 
 impl Observations {
-    fn add(&mut self, asker: &Poller) {
+    fn add(&mut self, asker: &SoakClient) {
         let lines: Vec<Value> = asker
             .process
             .log()

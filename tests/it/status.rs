@@ -21,12 +21,12 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 const ME: &str = "spiffe://example.org/user/me";
 
 /// A daemon that has credentials for the user of this test.
-struct Stage {
+struct StatusStage {
     daemon: Daemon,
     _upstream: Upstream,
 }
 
-fn stage(folder: &Path) -> Stage {
+fn stage(folder: &Path) -> StatusStage {
     let uid = getuid().as_raw();
     let upstream = Upstream::start(&[(uid, "me")]);
     let path = folder.join("agent.sock");
@@ -38,7 +38,7 @@ fn stage(folder: &Path) -> Stage {
     let daemon = Daemon::start(folder, "", &(upstream.configuration_at(&path) + &rule)).ready();
     let (status, _) = ask(std::os::unix::net::UnixStream::connect(daemon.unix()).unwrap());
     assert_eq!(status, 200);
-    Stage {
+    StatusStage {
         daemon,
         _upstream: upstream,
     }

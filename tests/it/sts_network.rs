@@ -120,7 +120,7 @@ fn late_ca_file_fails_only_the_calls_that_need_it() {
         &[&front.url(), "cannot be verified", "late/ca.pem"],
     );
     // The file was read more than once, and logged once.
-    daemon.await_line(&["not ready: STS: "]);
+    daemon.await_line(&["not ready", "STS: "]);
     assert_eq!(daemon.log().matches(MISSING).count(), 1, "{}", daemon.log());
 
     fs::create_dir(folder.path().join("late")).unwrap();

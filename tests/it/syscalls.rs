@@ -16,7 +16,7 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get, root, skip};
 use crate::harness::daemon::Daemon;
 use crate::harness::env::id;
-use crate::harness::namespaces::Node;
+use crate::harness::namespaces::NetnsNode;
 use crate::harness::upstream::Upstream;
 
 mod tls;
@@ -167,7 +167,7 @@ fn by_agent() -> BTreeSet<String> {
 /// Listeners in pods, which pass to the next daemon.
 fn in_pods() -> BTreeSet<String> {
     let (folder, upstream) = (folder(), Upstream::start(&[(0, "pod")]));
-    let node = Node::start(folder.path());
+    let node = NetnsNode::start(folder.path());
     node.add("cni-1");
     let rule = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
     let words = node.enter();

@@ -157,7 +157,8 @@ fn daemon_without_any_listener_is_not_ready() {
     let listen = listen.replace(&unix, "unix = \"\"");
     let daemon = Daemon::start_text_behind(&WITHOUT_CGROUP_V2, folder.path(), &listen);
     let reason = daemon.await_line(&[
-        "not ready: this kernel cannot attest",
+        "not ready",
+        "this kernel cannot attest",
         "no cgroup v2 tree is mounted",
     ]);
     assert!(reason.contains("mount -t cgroup2"), "{reason}");
@@ -191,7 +192,7 @@ fn readiness_waits_for_the_sts_of_requested_roles() {
     );
     let proxy = ["env", "HTTPS_PROXY=http://127.0.0.1:1"];
     let daemon = Daemon::start_behind(&proxy, folder.path(), "", &configuration);
-    daemon.await_line(&["not ready: STS: ", "us-east-1"]);
+    daemon.await_line(&["not ready", "STS: ", "us-east-1"]);
     assert_eq!(status(&daemon)["ready"], false);
 }
 

@@ -174,7 +174,7 @@ fn find_prefers_the_hosts_tree_in_a_container() {
             Some(("/host/cgroup", "", 0)),
         ),
         (mount(&own, "/sys/fs/cgroup"), None),
-        // The kubelet's part of the tree is mounted in place of the whole.
+        // The kubelet's part of the tree is mounted instead of the whole.
         (
             mount(&own, "/sys/fs/cgroup") + &mount("/kubepods.slice", "/host/pods"),
             Some(("/host/pods", "/kubepods.slice", 0)),

@@ -276,13 +276,13 @@ async fn unknown_ids_cost_a_tenth_of_a_cpu_and_block_no_lookup() {
         })
     });
     let hostile: Vec<_> = hostile.collect();
-    let (mut longest_known, mut longest_new, mut news) = (Duration::ZERO, Duration::ZERO, 0);
+    let (mut longest_known, mut longest_new, mut new_ones) = (Duration::ZERO, Duration::ZERO, 0);
     while Instant::now() < end {
         let start = Instant::now();
         path_of(&tree, 0, known).await.unwrap();
         longest_known = longest_known.max(start.elapsed());
-        news += 1;
-        let directory = part.0.join(format!("kubepods/burstable/{:064x}", news));
+        new_ones += 1;
+        let directory = part.0.join(format!("kubepods/burstable/{:064x}", new_ones));
         fs::create_dir(&directory).unwrap();
         let start = Instant::now();
         path_of(&tree, 0, id_of(&directory)).await.unwrap();
@@ -294,7 +294,7 @@ async fn unknown_ids_cost_a_tenth_of_a_cpu_and_block_no_lookup() {
     }
     eprintln!(
         "the first scan: {first:?}; {requests} ids that are nowhere; at most {longest_known:?} for a known one, {longest_new:?} for \
-         each of {news} new ones"
+         each of {new_ones} new ones"
     );
     assert!(
         longest_known < Duration::from_millis(100) && longest_new < MAX_PAUSE * 3,

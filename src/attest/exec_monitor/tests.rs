@@ -62,7 +62,7 @@ fn monitor_detects_exec_of_the_watched_process_only() {
     assert!(of_other.no_exec_seen() || watch.index == of_other.index);
     assert!(
         monitor.watch(key(one.id())).no_exec_seen(),
-        "a watch begins anew"
+        "a new watch begins"
     );
     for child in [&mut one, &mut other] {
         child.kill().unwrap();

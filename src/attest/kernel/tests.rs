@@ -32,7 +32,7 @@ fn classify_uses_the_version_only_in_doubt() {
         (Some(77), Some(77), false, false, "works"),
         (Some(77), Some(77), true, false, "works"),
         (Some(77), Some(77), true, true, "works"),
-        // The root's cgroup in place of the own: a 5.10 with net_prio.
+        // The root's cgroup instead of the own: a 5.10 with net_prio.
         (Some(1), Some(77), true, false, "wrong"),
         (Some(1), Some(77), false, false, "wrong"),
         (Some(78), Some(77), false, true, "wrong"),

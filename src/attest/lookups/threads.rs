@@ -27,7 +27,7 @@ use crate::telemetry::{LogQuota, in_current_request};
 /// The number of reads of one workload that may run at a time. If one of them blocks, another one
 /// remains.
 const MAX_PER_WORKLOAD: usize = 2;
-/// The time after which a thread counts as blocked, and another one is started in its place. Most
+/// The time after which a thread counts as blocked, and another one is started to replace it. Most
 /// connections take 50 us.
 const STUCK_AFTER: Duration = Duration::from_millis(10);
 /// The shortest interval between two log lines about threads that cannot be started.
@@ -181,7 +181,7 @@ impl LookupThreads {
         }
     }
 
-    /// Watches the threads while a job runs or waits: starts threads in place of blocked ones, and
+    /// Watches the threads while a job runs or waits: starts threads to replace blocked ones, and
     /// gives up jobs that block too long.
     async fn watch(self) {
         loop {

@@ -174,7 +174,7 @@ async fn workload_that_invents_roles_is_limited_alone() {
         3,
         "refusals are forgotten after seconds"
     );
-    assert_eq!(cache.0.table.len(), 3, "and their places are free");
+    assert_eq!(cache.0.table.len(), 3, "and their entries are free");
 }
 
 #[tokio::test(start_paused = true)]

@@ -131,7 +131,7 @@ async fn second_denial_after_ten_seconds_removes_credentials() {
         pass(SECOND).await;
     }
     pass(SECOND * 12).await;
-    assert_eq!(env.fetched(), 3, "asked once more, by itself");
+    assert_eq!(env.fetched(), 3, "fetched once more, by itself");
     assert!(
         cache
             .entries()
@@ -176,7 +176,7 @@ async fn refresh_backs_off_in_an_outage() {
     }
     pass(MINUTE * 20).await;
     let tries = env.fetched() - 2;
-    // 1, 2, 4 ... 32 s, then 64, each half as long to half as long again.
+    // 1, 2, 4, 8, 16, 32 s, then 64, each half as long to half as long again.
     assert!((18..=45).contains(&tries), "{tries}");
     // Requests do not add tries.
     for _ in 0..100 {
@@ -237,7 +237,7 @@ async fn log_has_a_failure_once_per_change() {
     assert_eq!(
         count("exchange succeeded again"),
         0,
-        "a new entry, which knows nothing of the old one"
+        "a new entry without the old one's state"
     );
 }
 
@@ -278,7 +278,7 @@ async fn log_has_recovery_and_is_bounded_in_an_outage() {
 }
 
 #[test]
-fn negative_ttl_of_each_failure() {
+fn negative_ttl_depends_on_the_failure() {
     let sts = |retry| ExchangeError::from(StsError { retry, ..refused() });
     let table = [
         (ExchangeError::from(unavailable()), 1),
@@ -314,7 +314,7 @@ async fn refusal_without_credentials_is_cached_for_seconds() {
     }
     assert_eq!(env.fetched(), 1);
     pass(SECOND).await;
-    assert!(cache.entries().is_empty(), "it takes up no place");
+    assert!(cache.entries().is_empty(), "it takes up no entry");
     assert_eq!(reason(&cache).await, "sts_access_denied");
     assert_eq!(env.fetched(), 2);
 }
@@ -345,7 +345,7 @@ async fn refreshes_are_spread_after_an_outage_of_ten_thousand() {
     assert_eq!(
         flights(&cache),
         MAX_REFRESHES,
-        "as many as there are turns for"
+        "as many as there are permits for"
     );
     let during = env.fetched() - MANY;
     assert!(during > MANY, "each was tried: {during}");

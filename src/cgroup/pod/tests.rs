@@ -9,13 +9,13 @@ const STATIC: &str = "2732ca68f6358eba7703fb6f82a25c94";
 
 /// The expected result: the pod's UID and directory, the container's id and directory.
 #[derive(Debug, PartialEq)]
-enum Expected {
+enum ExpectedPod {
     Pod(String, String, Option<(String, String)>),
     No,
     Misplaced,
 }
 
-fn find(roots: &PodRoots, path: &str) -> Expected {
+fn find(roots: &PodRoots, path: &str) -> ExpectedPod {
     let parsed = CgroupPath::parse(path).unwrap();
     match roots.find(&parsed) {
         Ok(Some(PodSegment {
@@ -26,10 +26,10 @@ fn find(roots: &PodRoots, path: &str) -> Expected {
             let container = pod
                 .container
                 .map(|id| (id.to_string(), path[..container.unwrap()].to_owned()));
-            Expected::Pod(pod.uid.to_string(), path[..directory].to_owned(), container)
+            ExpectedPod::Pod(pod.uid.to_string(), path[..directory].to_owned(), container)
         }
-        Ok(None) => Expected::No,
-        Err(MisplacedPod) => Expected::Misplaced,
+        Ok(None) => ExpectedPod::No,
+        Err(MisplacedPod) => ExpectedPod::Misplaced,
     }
 }
 
@@ -61,7 +61,7 @@ fn check(roots: &PodRoots, table: &[(&str, &str, &str, &str)]) {
         let container = (!id.is_empty()).then(|| (text(id), own));
         assert_eq!(
             find(roots, &path),
-            Expected::Pod(text(uid), pod, container),
+            ExpectedPod::Pod(text(uid), pod, container),
             "{path}"
         );
     }
@@ -143,7 +143,7 @@ fn find_returns_pods_below_the_kubelets_roots() {
     let upper = format!("/kubepods/pod{U}/{}", C.to_uppercase());
     assert_eq!(
         find(&PodRoots::defaults(), &upper),
-        Expected::Pod(U.to_owned(), upper[..upper.len() - 65].to_owned(), None)
+        ExpectedPod::Pod(U.to_owned(), upper[..upper.len() - 65].to_owned(), None)
     );
 }
 
@@ -176,7 +176,7 @@ fn find_rejects_pod_names_at_other_paths() {
     for template in table {
         assert_eq!(
             find(&PodRoots::defaults(), &text(template)),
-            Expected::Misplaced,
+            ExpectedPod::Misplaced,
             "{template}"
         );
     }
@@ -185,7 +185,7 @@ fn find_rejects_pod_names_at_other_paths() {
             &PodRoots::defaults(),
             &format!("/kubepods/pod{}/{C}", U.to_uppercase())
         ),
-        Expected::Misplaced
+        ExpectedPod::Misplaced
     );
 }
 
@@ -208,7 +208,7 @@ fn find_returns_none_outside_pods() {
     for template in table {
         assert_eq!(
             find(&PodRoots::defaults(), &text(template)),
-            Expected::No,
+            ExpectedPod::No,
             "{template}"
         );
     }
@@ -241,7 +241,7 @@ fn configured_root_replaces_the_defaults() {
             &at("/docker/{D}/kubelet/kubepods"),
             &text("/kubepods/pod{U}/{C}")
         ),
-        Expected::Misplaced
+        ExpectedPod::Misplaced
     );
 }
 

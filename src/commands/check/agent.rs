@@ -40,7 +40,7 @@ pub(super) enum TokenSource {
 /// The process or pod that an agent attests for the check.
 #[derive(Debug, Clone)]
 pub(super) enum CheckTarget {
-    /// This process, in place of awsvid.
+    /// This process, instead of awsvid.
     Itself,
     Process(u32),
     Pod(PodUid),

@@ -38,7 +38,7 @@ pub(super) fn check(config: &Config, report: &mut CheckReport) {
                 .unwrap_or((&error, "journalctl -u awsvid"));
             report.info(
                 STEP,
-                format!("the running daemon cannot be asked: {saw}"),
+                format!("the running daemon does not answer: {saw}"),
                 fix,
             );
         }

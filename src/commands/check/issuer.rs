@@ -124,8 +124,8 @@ async fn fetch_concurrently(url: &str, web: &HttpProbe, report: &mut CheckReport
     report.failed(
         KEYS,
         format!("of {CONCURRENT_FETCHES} requests at once {failed} fail: {}", failures.join("; ")),
-        "STS asks as often as workloads do: take rate limits and bot protection off the keys and the discovery document, or \
-         let a cache answer in their place",
+        "STS fetches as often as workloads call: take rate limits and bot protection off the keys and the discovery document, or \
+         put a cache in front of them",
     );
 }
 
@@ -408,7 +408,7 @@ fn signature(live: &LiveToken, keys: &Value, url: &str, report: &mut CheckReport
         let known: Vec<&str> = list.iter().filter_map(|key| key["kid"].as_str()).collect();
         report.failed(
             KEYS,
-            format!("the token is signed with the key {id:?}, and {url} has {known:?}: a copy from before the last rotation?"),
+            format!("the token is signed with the key {id:?}, and {url} has {known:?}, probably a copy from before the last rotation"),
             "publish the current keys: SPIRE's provider polls every 10 s (poll_interval), a bucket or a CDN keeps the old copy",
         );
         return;

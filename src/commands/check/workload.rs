@@ -267,7 +267,7 @@ fn authorization(
 fn fix_for(path: &str) -> String {
     match Path::new(path).exists() {
         true => "let this user read it: awsvid writes it with mode 0644".to_owned(),
-        false => "is awsvid running, and is its directory mounted here?".to_owned(),
+        false => "start awsvid, and mount its directory here".to_owned(),
     }
 }
 
@@ -284,8 +284,8 @@ async fn request_credentials(uri: &str, authorization: &str, report: &mut CheckR
             report.failed(
                 ENDPOINT,
                 format!("{uri}: {error}"),
-                "systemctl status awsvid; is the port the one in `[listen] tcp`? A pod of gVisor or Kata has a loopback of its own, \
-                 which awsvid is not in",
+                "start awsvid (systemctl status awsvid), and use the port of `[listen] tcp`; a pod of gVisor or Kata has a loopback \
+                 of its own, which awsvid is not in",
             );
             return;
         }

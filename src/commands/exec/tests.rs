@@ -357,7 +357,7 @@ fn profile_files_are_hidden_if_no_copy_can_be_written() {
         "[default]\nregion = eu-west-1\n",
         &format!("[default]\n{KEYS}"),
     );
-    // A file in place of each directory.
+    // A file instead of each directory.
     let file = home.0.path().join("file");
     fs::write(&file, "").unwrap();
     let mut environment = Environment::new(String::new(), "", |_| None);

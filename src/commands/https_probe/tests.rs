@@ -190,7 +190,7 @@ async fn get_uses_the_proxy_of_sts() {
         .err()
         .unwrap();
     assert!(error.contains("does not resolve"), "{error}");
-    assert!(heads.try_recv().is_err(), "nobody else asked it");
+    assert!(heads.try_recv().is_err(), "no other request arrived");
 }
 
 #[tokio::test]

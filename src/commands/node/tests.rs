@@ -14,7 +14,7 @@ impl NameService for NodeService {
         match name.as_str() {
             "alice" => Ok(Some(1001)),
             "nobody" => Ok(Some(OVERFLOW_ID)),
-            "away" => Err(Errno::EIO),
+            "absent" => Err(Errno::EIO),
             _ => Ok(None),
         }
     }
@@ -55,7 +55,7 @@ fn assert_warning(rules: &[&str], rest: &str, words: &[&str]) {
 }
 
 #[test]
-fn accounts_of_this_node() {
+fn missing_accounts_are_reported() {
     assert_eq!(warnings_of(&["user = \"alice\""], ""), [] as [&str; 0]);
     assert_warning(
         &["user = \"ghost\""],
@@ -68,7 +68,7 @@ fn accounts_of_this_node() {
         &["10: workload.group: the group \"ghosts\" does not exist on this node"],
     );
     assert_warning(
-        &["uid = 7\nsupplementary_group = \"away\""],
+        &["uid = 7\nsupplementary_group = \"absent\""],
         "",
         &["10: workload.supplementary_group", "I/O error"],
     );
@@ -98,13 +98,13 @@ fn rules_with_equal_numbers_hide_later_ones() {
     );
     // Without a number nothing can be compared.
     assert_eq!(
-        warnings_of(&["user = \"away\"", "user = \"alice\""], "").len(),
+        warnings_of(&["user = \"absent\"", "user = \"alice\""], "").len(),
         1
     );
 }
 
 #[test]
-fn programs_of_this_node() {
+fn missing_programs_are_reported() {
     assert_eq!(
         warnings_of(&["uid = 7\nexe = \"/usr/bin/env\""], ""),
         [] as [&str; 0]
@@ -135,7 +135,7 @@ fn programs_of_this_node() {
 }
 
 #[test]
-fn files_of_this_node() {
+fn missing_files_are_reported() {
     let rest = "[audit]\nfile = \"/nonexistent/audit.log\"\n";
     assert_warning(
         &["uid = 7"],

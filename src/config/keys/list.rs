@@ -274,7 +274,7 @@ pub(in crate::config) const TABLES: &[TableSpec] = &[
                 "uid",
                 "integer",
                 "any",
-                "number of the caller's user, in place of `user`",
+                "number of the caller's user, instead of `user`",
             ),
             key(
                 "group",
@@ -286,7 +286,7 @@ pub(in crate::config) const TABLES: &[TableSpec] = &[
                 "gid",
                 "integer",
                 "any",
-                "number of the primary group, in place of `group`",
+                "number of the primary group, instead of `group`",
             ),
             key(
                 "supplementary_group",

@@ -49,7 +49,7 @@ fn risky_key_has_a_warning() {
         (
             "",
             "region = \"cn-north-1\"",
-            (9, "role.role_arn", "can't be assumed in cn-north-1"),
+            (9, "role.role_arn", "cannot be assumed in cn-north-1"),
         ),
     ];
     for (line, new, expected) in table {
@@ -98,7 +98,7 @@ fn open_wildcard_has_a_warning() {
             "{text}[[role]]\nname = \"x\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/{arn}\"\n{more}\n"
         )
     };
-    let claim = (15, "role.spiffe_id", "a new name in place of `*` is enough");
+    let claim = (15, "role.spiffe_id", "a new name instead of `*` is enough");
     warned(&role("spiffe://example.org/ns/*/sa/x", "x", ""), &[claim]);
     warned(
         &role("spiffe://example.org/ns/*/sa/x", "{path[1]}", ""),
@@ -206,7 +206,7 @@ fn long_role_name_has_a_warning() {
         "spiffe_id = \"spiffe://example.org/billing\"",
         "spiffe_id = \"spiffe://example.org/*\"",
     );
-    let words = format!("spiffe://example.org/{long} can't have it");
+    let words = format!("spiffe://example.org/{long} cannot have it");
     warned(
         &text.replace("role/billing", "role/{path[0]}"),
         &[(7, "role.name", &words)],

@@ -95,7 +95,7 @@ fn error_body_is_json_that_all_sdks_read() {
 }
 
 #[test]
-fn error_body_has_nothing_of_other_workloads() {
+fn error_body_shows_no_fact_about_other_workloads() {
     let refused = RequestError::NoIdentity("uid 1003 in shop.service".to_owned());
     let text = String::from_utf8(refused.body(REQUEST)).unwrap();
     assert!(text.contains("uid 1003 in shop.service"));

@@ -399,7 +399,7 @@ fn authorization_is_required_over_tcp() {
 }
 
 #[test]
-fn paths() {
+fn path_selects_role_or_is_rejected() {
     let arn = "arn:aws:iam::123456789012:role/app-1";
     let named = |name: &str| Ok(RequestedRole::ByName(name.to_owned()));
     let cases = [

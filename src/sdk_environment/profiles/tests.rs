@@ -189,7 +189,7 @@ fn copy_has_all_keys_except_credentials() {
     assert_eq!(
         kept,
         config.replace("[profile new]\nregion = old\n", ""),
-        "nothing of the file is hidden"
+        "no part of the file is hidden"
     );
     assert_eq!(
         new,

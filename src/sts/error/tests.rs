@@ -353,10 +353,7 @@ fn causes_are_unique_and_without_structures() {
             ][..],
             "client error (Connect): invalid certificate",
         ),
-        (
-            &["the SDK's own words say nothing"],
-            "the connection failed",
-        ),
+        (&["the SDK's own words"], "the connection failed"),
         (
             &["other", "failed to apply to `Request { body: ... }`"],
             "the connection failed",

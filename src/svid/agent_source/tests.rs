@@ -407,7 +407,7 @@ async fn reply_is_discarded_if_the_process_changed() {
     assert_eq!(
         ids(source.identify(&caller(1)).await),
         [SHOP],
-        "nothing of it is remembered"
+        "no part of it is remembered"
     );
     assert_eq!(agent.calls(), 5);
 }
@@ -495,7 +495,7 @@ async fn known_process_keeps_its_identity_in_an_outage() {
         sleep(Duration::from_secs(1)).await;
         assert_eq!(ids(source.identify(&caller(1)).await), [SHOP]);
     }
-    assert!(agent.calls() > 10, "it is asked again all the time");
+    assert!(agent.calls() > 10, "it is queried again all the time");
     assert_eq!(
         source.identify(&caller(2)).await,
         Err(SourceError::Unavailable("away".to_owned()))
@@ -576,7 +576,7 @@ async fn excess_queries_are_rejected_and_other_workloads_get_permits() {
     assert_eq!(
         source.0.cache().len(),
         MAX_QUERIES_PER_WORKLOAD + 1,
-        "those that were not asked about are not remembered"
+        "those without a query are not remembered"
     );
 }
 

@@ -72,7 +72,7 @@ mod tests {
             );
         }
         assert_eq!(clock.age(at(180)), Duration::from_secs(5));
-        assert_eq!(clock.age(at(190)), Duration::ZERO, "its turn has not come");
+        assert_eq!(clock.age(at(190)), Duration::ZERO, "it is not due yet");
     }
 
     #[test]

@@ -116,7 +116,7 @@ async fn query_is_shared_and_its_result_cached() {
         Ok(IdentityLookup::Unknown(_))
     ));
     let Ok(IdentityLookup::InFlight(mut queried)) = cache.find(&subject, &caller) else {
-        panic!("it is being asked for")
+        panic!("its query is running")
     };
     note(&mut cache, &caller, Ok(ids(&["shop"])));
     let result = queried
@@ -222,11 +222,11 @@ async fn identity_is_revalidated_and_survives_an_outage() {
     for _ in 0..100 {
         advance(REVALIDATE_AFTER).await;
         assert_eq!(due(&mut cache), 1);
-        assert_eq!(due(&mut cache), 0, "it is being asked for");
+        assert_eq!(due(&mut cache), 0, "its query is running");
         assert_eq!(
             found(&mut cache, &caller),
             Some(ids(&["shop"])),
-            "nobody waits"
+            "no caller waits"
         );
         note(&mut cache, &caller, unavailable());
     }
@@ -257,7 +257,7 @@ async fn second_denial_after_ten_seconds_removes_the_identity() {
     assert_eq!(
         found(&mut cache, &caller),
         Some(ids(&[])),
-        "it is told so without a question"
+        "it gets that result without a query"
     );
     advance(NO_IDENTITY_TTL).await;
     assert_eq!(found(&mut cache, &caller), None, "for a moment");
@@ -396,7 +396,7 @@ async fn waiting_requests_of_a_workload_are_bounded() {
     assert_eq!(
         found(&mut cache, &process(2, 1).0),
         None,
-        "another workload's is asked about"
+        "another workload's is queried"
     );
     // A slot is free as soon as one of the queries ends, with any result.
     let ends = [

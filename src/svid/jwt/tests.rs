@@ -23,7 +23,7 @@ pub(crate) fn raw_token(header: &str, claims: &str) -> String {
         "{}.{}.{}",
         part(header),
         part(claims),
-        part("a signature that nobody verifies here")
+        part("a signature that no test verifies")
     )
 }
 
@@ -46,14 +46,14 @@ pub(crate) fn svid_for(id: &SpiffeId, life: u64, serial: u32) -> JwtSvid {
 
 /// Captures everything that any crate logs on this thread while it exists, at every level.
 pub(crate) struct CapturedLog {
-    lines: Lines,
+    lines: CapturedBytes,
     _until_dropped: tracing::subscriber::DefaultGuard,
 }
 
 #[derive(Clone, Default)]
-struct Lines(Arc<Mutex<Vec<u8>>>);
+struct CapturedBytes(Arc<Mutex<Vec<u8>>>);
 
-impl io::Write for Lines {
+impl io::Write for CapturedBytes {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.lock().unwrap().extend_from_slice(bytes);
         Ok(bytes.len())
@@ -66,7 +66,7 @@ impl io::Write for Lines {
 
 impl CapturedLog {
     pub(crate) fn start() -> Self {
-        let lines = Lines::default();
+        let lines = CapturedBytes::default();
         let writer = lines.clone();
         let subscriber = tracing_subscriber::fmt()
             .with_max_level(tracing::Level::TRACE)

@@ -331,7 +331,7 @@ async fn replaced_agent_is_used_while_the_old_one_runs() {
     let (_old, stream, own) = source_with_svid(&socket_dir, &authority).await;
     std::fs::rename(&socket_dir.path, socket_dir.dir.path().join("old.sock")).unwrap();
     tokio::time::sleep(3 * SOCKET_POLL).await;
-    assert!(own.failure().is_none(), "nobody has taken its place yet");
+    assert!(own.failure().is_none(), "no successor is known yet");
     let mut new = FakeAgent::at(&socket_dir.path);
     new.next_client().await.accept().send(authority.message(ID));
     stream.closed().await;

@@ -99,7 +99,7 @@ impl ServerCertVerifier for Verifier {
     ) -> Result<ServerCertVerified, Error> {
         let certificate = ParsedCertificate::try_from(end_entity)?;
         let algorithms = self.algorithms.all;
-        // This also rejects the certificate of a CA in place of the server's.
+        // This also rejects the certificate of a CA instead of the server's.
         verify_server_cert_signed_by_trust_anchor(
             &certificate,
             &self.roots,

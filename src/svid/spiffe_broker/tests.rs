@@ -12,7 +12,7 @@ use crate::svid::CALL_TIMEOUT;
 use crate::svid::own_svid::tests::fake::{Authority, FakeAgent, Stream, TestCertificate};
 use crate::svid::proto::broker::Jwtsvid;
 use crate::svid::proto::workload::X509svidResponse;
-use fake::{Answer, BrokerRequest, FakeBroker};
+use fake::{BrokerReply, BrokerRequest, FakeBroker};
 
 const ID: &str = "spiffe://example.org/awsvid";
 const AGENT: &str = "spiffe://example.org/spire/agent/join_token/7";
@@ -77,7 +77,7 @@ impl Node {
     /// Serves a correct broker socket.
     fn serve<F>(&self, script: impl Fn(BrokerRequest) -> F + Send + Sync + 'static) -> FakeBroker
     where
-        F: Future<Output = Answer> + Send + 'static,
+        F: Future<Output = BrokerReply> + Send + 'static,
     {
         FakeBroker::at(
             &self.broker,
@@ -149,7 +149,7 @@ async fn query_refers_to_the_process_and_returns_every_svid() {
     assert_eq!(header, ["true"]);
     assert!(
         received.metadata.contains_key("grpc-timeout"),
-        "the agent may give up when nobody waits any more"
+        "the agent may give up when no caller waits any more"
     );
     let reference = received
         .request
@@ -442,7 +442,7 @@ async fn refusal_names_the_fix() {
         ),
         (
             Code::Unauthenticated,
-            "who are you",
+            "unknown client",
             "source_unavailable",
             "gave no answer",
         ),

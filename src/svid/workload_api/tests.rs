@@ -160,7 +160,7 @@ async fn status_code_is_classified() {
         (Code::Unauthenticated, "source_unavailable"),
     ];
     for (code, reason) in table {
-        let (result, fake) = fetch_of(Err(Status::new(code, "what the agent\nsays"))).await;
+        let (result, fake) = fetch_of(Err(Status::new(code, "the agent's\nmessage"))).await;
         let error = result.unwrap_err();
         assert_eq!(error.reason(), reason, "{code:?}");
         assert_eq!(
@@ -169,7 +169,7 @@ async fn status_code_is_classified() {
             "{code:?}"
         );
         assert!(
-            error.to_string().contains("what the agent says"),
+            error.to_string().contains("the agent's message"),
             "{code:?}: {error}"
         );
         assert_eq!(

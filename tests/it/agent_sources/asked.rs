@@ -21,7 +21,7 @@ use crate::harness::outcome::{Outcome, credentials_of, refused};
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 const BOB: u32 = 61002;
 
-struct Stage {
+struct AttestationStage {
     daemon: Daemon,
     agent: FakeAgent,
     cgroup: Cgroup,
@@ -49,7 +49,7 @@ struct SceneOutcome {
     again: (Outcome, usize),
 }
 
-impl Stage {
+impl AttestationStage {
     fn set() -> Self {
         let folder = folder();
         let program = |name: &str| folder.path().join(name);
@@ -119,12 +119,12 @@ impl Stage {
     /// played, because another process has the number that was to be reused.
     fn play(
         &self,
-        row: &Row,
+        row: &AttestationRow,
         listener: &str,
         early: bool,
         meanwhile: impl FnOnce(),
     ) -> Option<SceneOutcome> {
-        let Row { scene, moment, .. } = *row;
+        let AttestationRow { scene, moment, .. } = *row;
         let mut steps = Steps::start(
             &self.first(),
             scene,
@@ -214,13 +214,13 @@ impl SceneOutcome {
 }
 
 /// The right outcomes of a scene.
-struct Row {
+struct AttestationRow {
     scene: &'static str,
     moment: Moment,
     right: SceneOutcome,
 }
 
-impl Row {
+impl AttestationRow {
     /// Returns whether the caller has its original state again after the agent has read it, and
     /// sends requests in that state.
     fn is_back(&self) -> bool {
@@ -234,7 +234,7 @@ impl Row {
     }
 }
 
-fn expected(listener: &str) -> Vec<Row> {
+fn expected(listener: &str) -> Vec<AttestationRow> {
     let [first, second] = &["first", "second"].map(|name| credentials_of(&id(name)));
     let (gone, changed) = (&refused("caller_gone"), &refused("identity_changed"));
     // It is attested again in its original state. Over TCP it does not have the socket any more by
@@ -274,7 +274,7 @@ fn expected(listener: &str) -> Vec<Row> {
                 } else {
                     outcome.clone()
                 };
-                Row {
+                AttestationRow {
                     scene,
                     moment,
                     right: SceneOutcome {
@@ -307,7 +307,7 @@ fn agent_reply_counts_only_for_attested_process() {
     if !root() {
         return;
     }
-    let stage = Stage::set();
+    let stage = AttestationStage::set();
     let (mut wrong, mut expected_refusals) = (Vec::new(), BTreeMap::new());
     for listener in LISTENERS {
         for row in expected(listener) {
@@ -349,7 +349,7 @@ fn many_scenes_have_right_outcomes_in_random_order() {
         .unwrap_or_else(|| fastrand::u64(..));
     eprintln!("AWSVID_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
-    let stage = Stage::set();
+    let stage = AttestationStage::set();
     let rows: Vec<_> = LISTENERS
         .into_iter()
         .flat_map(|listener| {
@@ -410,7 +410,7 @@ struct Count {
 }
 
 impl Count {
-    fn scene(&mut self, what: &str, played: Option<SceneOutcome>, row: &Row) {
+    fn scene(&mut self, what: &str, played: Option<SceneOutcome>, row: &AttestationRow) {
         self.played += 1;
         match &played {
             Some(played) if *played == row.right => return,
@@ -420,7 +420,7 @@ impl Count {
         eprintln!("{what}: {played:?}");
     }
 
-    fn honest(&mut self, stage: &Stage, (name, listener): (&str, &str), when: &str) {
+    fn honest(&mut self, stage: &AttestationStage, (name, listener): (&str, &str), when: &str) {
         self.honest += 1;
         let outcome = stage.honest(name, listener);
         match &outcome {

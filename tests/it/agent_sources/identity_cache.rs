@@ -174,7 +174,7 @@ fn check_agent_outage(source: Source) {
         );
     }
     let answers = asking.map(PollingProcess::answers);
-    eprintln!("away for {outage:?}: {answers:?} answers, all of them credentials");
+    eprintln!("unavailable for {outage:?}: {answers:?} answers, all of them credentials");
     let least = u64::try_from(outage.as_millis()).unwrap() / 1000;
     assert!(
         answers.iter().all(|answers| *answers > least),
@@ -212,7 +212,7 @@ fn check_deleted_entry(source: Source) {
     };
     let took = began.elapsed();
     eprintln!(
-        "an entry that was deleted had an effect after {took:?} for a process that asked each second"
+        "an entry that was deleted had an effect after {took:?} for a process with a request each second"
     );
     assert_eq!(refused["code"], "no_identity");
     // By default the server and the agent take up to 10 s more to notice the deletion, half of that

@@ -14,7 +14,7 @@ use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::env::{AWSVID, awsvid_selectors, id};
 use crate::harness::kubelet::FakeKubelet;
-use crate::harness::namespaces::Node;
+use crate::harness::namespaces::NetnsNode;
 use crate::harness::sts::{AUDIENCE, OneRoleSts};
 
 const V4: &str = "127.0.0.1:974";
@@ -69,7 +69,7 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
         spire.register(&id(account), &["k8s:ns:shop", &format!("k8s:sa:{account}")]);
     }
     let sts = OneRoleSts::start(&spire.issuer_url());
-    let node = Node::start(folder.path());
+    let node = NetnsNode::start(folder.path());
     let pods = [240, 241, 242].map(Cgroup::of_pod);
     for (pod, name) in pods.iter().zip(["billing", "orders", "late"]) {
         node.add(name);
@@ -124,7 +124,7 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
     let late = std::thread::scope(|scope| {
         let asking = scope.spawn(|| ask("late", &pods[2]));
         await_some(
-            "the agent has said that it does not know it",
+            "the agent has answered that it does not know it",
             TIMEOUT,
             || {
                 spire

@@ -211,7 +211,7 @@ impl Direct {
             let (took, more) = (began.elapsed(), answered.load(Ordering::Relaxed) - before);
             asking.abort_all();
             while let Some(ended) = asking.join_next().await {
-                let error = ended.expect_err("there were processes to ask about until the end");
+                let error = ended.expect_err("there were unknown processes until the end");
                 assert!(error.is_cancelled(), "{error}");
             }
             f64::from(u32::try_from(more).unwrap()) / took.as_secs_f64()

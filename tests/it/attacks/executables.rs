@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use super::{ALICE, BOB, LISTENERS, Stage};
+use super::{ALICE, AttackStage, BOB, LISTENERS};
 use crate::harness::actor;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::outcome::{Outcome, credentials_of, refused};
 
-impl Stage {
+impl AttackStage {
     /// Plays scenes about the program that a caller runs over each listener, and compares their
     /// outcomes.
     fn check_programs(&self, program: &Path, scenes: &[(&str, Outcome)]) {
@@ -41,7 +41,7 @@ fn exe_rule_matches_file_not_path() {
     for name in ["program", "forged"] {
         std::fs::copy(actor::program(), folder.path().join(name)).unwrap();
     }
-    let stage = Stage::start_with(folder, |_| format!("exe = {program:?}"));
+    let stage = AttackStage::start_with(folder, |_| format!("exe = {program:?}"));
     stage.check_programs(
         &program,
         &[
@@ -66,7 +66,7 @@ fn forged_executable_passes_only_as_program_of_same_user() {
     for name in ["program", "forged"] {
         std::fs::copy(actor::program(), folder.path().join(name)).unwrap();
     }
-    let stage = Stage::start_with(folder, |uid| match uid {
+    let stage = AttackStage::start_with(folder, |uid| match uid {
         61001 => format!("exe = {program:?}"),
         _ => String::new(),
     });

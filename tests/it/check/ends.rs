@@ -183,7 +183,7 @@ fn hanging_issuer_ends_at_deadline() {
 
 /// On a terminal that can move its cursor, the line of a pending step is replaced by the next one.
 #[test]
-fn colours_are_for_terminals_and_who_wants_them() {
+fn check_is_coloured_only_on_a_terminal_without_no_color() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
     let text = configuration(

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use super::catalogue::Start;
 use super::reading::{Reading, for_each, read};
-use super::stage::{Setting, Stage};
+use super::stage::{ClientSetting, ClientStage};
 use super::table::{self, Cell, Column, Table};
 use crate::harness::counterparts::folder;
 use crate::harness::is_slow;
@@ -26,15 +26,15 @@ fn clients_refetch_near_session_end_as_documented() {
         return;
     }
     let folder = folder();
-    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else {
+    let Some(stage) = ClientStage::start(folder.path(), &Table::committed()) else {
         return;
     };
     let (way, address) = SlowProxy::tcp(stage.sts(), Duration::ZERO);
     let role = format!("duration = \"{}m\"", REMAINING_MINUTES[0]);
-    let setting = Setting {
+    let setting = ClientSetting {
         role: &role,
         sts: Some(format!("http://{address}")),
-        ..Setting::default()
+        ..ClientSetting::default()
     };
     let serving = stage.daemon("ending", &setting);
     let request_counts = |remaining: u64| {

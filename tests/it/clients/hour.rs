@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::catalogue::Start;
 use super::reading::{Reading, for_each, read};
-use super::stage::{Setting, Stage};
+use super::stage::{ClientSetting, ClientStage};
 use super::table::{self, Cell, Column, Table};
 use crate::harness::counterparts::folder;
 use crate::harness::is_slow;
@@ -30,10 +30,10 @@ fn clients_see_no_error_at_session_end() {
         return;
     }
     let folder = folder();
-    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else {
+    let Some(stage) = ClientStage::start(folder.path(), &Table::committed()) else {
         return;
     };
-    let serving = stage.daemon("hour", &Setting::default());
+    let serving = stage.daemon("hour", &ClientSetting::default());
     let all = for_each(&stage.members(), stage.members().len(), |_, member| {
         let pause = if matches!(member.client.start, Start::Command(_)) {
             BETWEEN_RUNS
@@ -72,7 +72,7 @@ fn clients_see_no_error_at_session_end() {
         .min();
     let least = least.expect("a client sent a request");
     eprintln!(
-        "the least that was left of what was handed out: {} min",
+        "the least that was left of what was issued: {} min",
         least.as_secs() / 60
     );
     assert!(least > EARLIEST, "{least:?}");

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::reading::{Reading, Reads, TIMEOUT, for_each, read};
-use super::stage::{Member, ROLE, Serving, Setting, Stage};
+use super::stage::{ClientSetting, ClientStage, Member, ROLE, Serving};
 use super::table::{self, Cell, Column, Table};
 use super::{MAX_CONCURRENT, facts};
 use crate::harness::counterparts::{folder, minio};
@@ -21,7 +21,7 @@ fn clients_match_the_documented_matrix() {
     }
     table::settle_rows();
     let folder = folder();
-    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else {
+    let Some(stage) = ClientStage::start(folder.path(), &Table::committed()) else {
         return;
     };
     let mut cells: Vec<Cell> = stage.members().into_iter().flat_map(facts).collect();
@@ -34,7 +34,7 @@ fn clients_match_the_documented_matrix() {
 
 /// Makes a cell for each client from its results.
 fn cells<T>(
-    stage: &Stage,
+    stage: &ClientStage,
     column: Column,
     results: Vec<T>,
     text: impl Fn(T) -> String,
@@ -48,12 +48,12 @@ fn cells<T>(
 }
 
 /// Checks a token that has to be right, from its file alone; IPv6; a host name; a role's name.
-fn ways(stage: &Stage) -> Vec<Cell> {
+fn ways(stage: &ClientStage) -> Vec<Cell> {
     let serving = stage.daemon(
         "ways",
-        &Setting {
+        &ClientSetting {
             listen: "authorization = \"token\"",
-            ..Setting::default()
+            ..ClientSetting::default()
         },
     );
     let (tcp, tcp6) = (serving.daemon.tcp(), serving.daemon.tcp6());
@@ -97,7 +97,7 @@ fn ways(stage: &Stage) -> Vec<Cell> {
             failed.then(|| {
                 let request_count = serving.requests(member.uid).pop();
                 eprintln!(
-                    "{}, {name:?}: {reads:?}, last asked: {request_count:?}",
+                    "{}, {name:?}: {reads:?}, requests at last: {request_count:?}",
                     member.client.name
                 );
                 name
@@ -120,7 +120,7 @@ const UPSTREAM_TAKES: [f64; 3] = [0.3, 1.5, 4.0];
 const TRIES: u32 = 3;
 
 /// Measures the first read of all, with nothing cached, and then a second one.
-fn cold(stage: &Stage) -> Vec<Cell> {
+fn cold(stage: &ClientStage) -> Vec<Cell> {
     let waited = stage.members().into_iter().map(|member| (member.uid, 0.0));
     let mut waited: BTreeMap<u32, f64> = waited.collect();
     for seconds in UPSTREAM_TAKES {
@@ -148,7 +148,7 @@ fn cold(stage: &Stage) -> Vec<Cell> {
 }
 
 /// Returns whether the first read of each of these got its object.
-fn with_delay(stage: &Stage, seconds: f64, number: u32, members: &[&Member]) -> Vec<bool> {
+fn with_delay(stage: &ClientStage, seconds: f64, number: u32, members: &[&Member]) -> Vec<bool> {
     let (each, name) = (
         Duration::from_secs_f64(seconds / 2.0),
         format!("cold-{seconds}-{number}"),
@@ -156,10 +156,10 @@ fn with_delay(stage: &Stage, seconds: f64, number: u32, members: &[&Member]) -> 
     let socket = stage.path(&format!("{name}.sock"));
     let _source = SlowProxy::unix(&socket, stage.spire.agent_socket(), each);
     let (_sts, address) = SlowProxy::tcp(stage.sts(), each);
-    let setting = Setting {
+    let setting = ClientSetting {
         source: Some(socket),
         sts: Some(format!("http://{address}")),
-        ..Setting::default()
+        ..ClientSetting::default()
     };
     let serving = stage.daemon(&name, &setting);
     let trace = stage.minio.trace();
@@ -215,8 +215,8 @@ const MAX_CONCURRENT_WAITING: usize = 6;
 const MIN_UNCOMPARED_TRIES: u64 = 7;
 
 /// Checks the 403 of users without an identity.
-fn refused(stage: &Stage) -> Vec<Cell> {
-    let serving = stage.daemon("refused", &Setting::default());
+fn refused(stage: &ClientStage) -> Vec<Cell> {
+    let serving = stage.daemon("refused", &ClientSetting::default());
     let results = for_each(&stage.members(), MAX_CONCURRENT_WAITING, |_, member| {
         let reading = Reading {
             uid: member.stranger,
@@ -232,11 +232,11 @@ fn refused(stage: &Stage) -> Vec<Cell> {
 }
 
 /// Checks the 503 while STS is unavailable.
-fn unavailable(stage: &Stage) -> Vec<Cell> {
+fn unavailable(stage: &ClientStage) -> Vec<Cell> {
     let (way, address) = SlowProxy::tcp(stage.sts(), Duration::ZERO);
-    let setting = Setting {
+    let setting = ClientSetting {
         sts: Some(format!("http://{address}")),
-        ..Setting::default()
+        ..ClientSetting::default()
     };
     let serving = stage.daemon("unavailable", &setting);
     drop(way);
@@ -255,7 +255,7 @@ fn unavailable(stage: &Stage) -> Vec<Cell> {
 /// Returns whether the client shows the daemon's message, with the number of its requests and the
 /// time that they took.
 fn shown_message(
-    stage: &Stage,
+    stage: &ClientStage,
     member: &Member,
     serving: &Serving,
     reading: &Reading<'_>,

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::catalogue::Start;
-use super::stage::{BUCKET, Member, Serving, Stage};
+use super::stage::{BUCKET, ClientStage, Member, Serving};
 use crate::harness::counterparts::process::{Output, behind, run};
 
 /// Bounds one task of a client, with all its tries, on a machine that is busy with others.
@@ -66,7 +66,7 @@ impl Reads {
 
 /// Runs a client's reads.
 pub(crate) fn read(
-    stage: &Stage,
+    stage: &ClientStage,
     member: &Member,
     serving: &Serving,
     reading: &Reading<'_>,
@@ -139,7 +139,7 @@ fn content(output: Output) -> Result<String, String> {
 /// Returns the client behind `awsvid exec`, as its user, in its cgroup, with nothing else in its
 /// environment.
 fn command(
-    stage: &Stage,
+    stage: &ClientStage,
     member: &Member,
     serving: &Serving,
     reading: &Reading<'_>,
@@ -201,7 +201,7 @@ fn command(
 }
 
 /// Fills in a word of the catalogue.
-fn filled(stage: &Stage, word: &str, reading: &Reading<'_>) -> OsString {
+fn filled(stage: &ClientStage, word: &str, reading: &Reading<'_>) -> OsString {
     if word.starts_with("tests/") {
         return stage.file(word).into();
     }

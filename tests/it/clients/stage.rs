@@ -57,7 +57,7 @@ fn content(slug: &str) -> String {
 }
 
 /// The counterparts that run while the daemons change.
-pub(crate) struct Stage {
+pub(crate) struct ClientStage {
     pub(crate) spire: Spire,
     pub(crate) minio: Minio,
     members: Vec<Member>,
@@ -66,7 +66,7 @@ pub(crate) struct Stage {
 
 /// The settings of one daemon.
 #[derive(Default)]
-pub(crate) struct Setting<'a> {
+pub(crate) struct ClientSetting<'a> {
     /// Added to `[listen]` of the configuration.
     pub(crate) listen: &'a str,
     /// Added to the role.
@@ -77,7 +77,7 @@ pub(crate) struct Setting<'a> {
     pub(crate) sts: Option<String>,
 }
 
-impl Stage {
+impl ClientStage {
     /// Starts it with the installed clients, in the versions of the table. Returns `None` after a
     /// printed skip.
     pub(crate) fn start(folder: &Path, table: &Table) -> Option<Self> {
@@ -173,7 +173,7 @@ impl Stage {
     }
 
     /// Starts a daemon with an empty cache, with its files in a folder of its own.
-    pub(crate) fn daemon(&self, name: &str, setting: &Setting<'_>) -> Serving {
+    pub(crate) fn daemon(&self, name: &str, setting: &ClientSetting<'_>) -> Serving {
         let folder = self.folder.join(name);
         std::fs::create_dir(&folder).expect("a new folder");
         let users = self

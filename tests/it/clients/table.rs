@@ -231,7 +231,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_stands_in_parentheses_may_differ() {
+    fn cells_may_differ_only_in_parentheses() {
         let same = |a, b| compared(Column::Refused, a) == compared(Column::Refused, b);
         assert!(same(
             "shows why, 3 tries (9 s)",

@@ -25,7 +25,7 @@ struct MetricFamily {
 }
 
 /// Starts a daemon that has issued credentials, so that no family is without a sample.
-fn issued() -> (tempfile::TempDir, Daemon, Upstream) {
+pub(super) fn issued() -> (tempfile::TempDir, Daemon, Upstream) {
     let folder = folder();
     let uid = nix::unistd::geteuid().as_raw();
     let upstream = Upstream::start(&[(uid, "me")]);
@@ -53,7 +53,7 @@ fn table<'a>(page: &'a str, heading: &str) -> Vec<Vec<&'a str>> {
 }
 
 /// Returns the words in backticks.
-fn code(text: &str) -> BTreeSet<String> {
+pub(super) fn code(text: &str) -> BTreeSet<String> {
     text.split('`')
         .skip(1)
         .step_by(2)

@@ -124,14 +124,14 @@ fn clients(sts: &str) -> Option<Vec<(&'static str, Vec<String>)>> {
     ])
 }
 
-struct Stage {
+struct ExecStage {
     daemon: Daemon,
     sts: PermissiveSts,
     _upstream: Upstream,
     folder: tempfile::TempDir,
 }
 
-impl Stage {
+impl ExecStage {
     fn write(&self, config: &str, credentials: &str) {
         fs::create_dir_all(self.folder.path().join(".aws")).unwrap();
         fs::write(self.folder.path().join(".aws/config"), config).unwrap();
@@ -179,10 +179,10 @@ impl Stage {
 
 const KEYS: &str = "[default]\naws_access_key_id = AKIAEXAMPLE\naws_secret_access_key = s3cret\n";
 
-fn stage() -> Stage {
+fn stage() -> ExecStage {
     let folder = folder();
     let (daemon, upstream) = daemon(folder.path(), "authorization = \"token\"");
-    Stage {
+    ExecStage {
         daemon,
         sts: PermissiveSts::start(),
         _upstream: upstream,

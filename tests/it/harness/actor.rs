@@ -341,7 +341,10 @@ impl Steps {
     ) -> Self {
         let mut command = in_cgroup(
             cgroup,
-            &format!("{} asked {scene} {listener} {address}", program.display()),
+            &format!(
+                "{} requests {scene} {listener} {address}",
+                program.display()
+            ),
         );
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut owned = spawn(command).expect("the actor");

@@ -41,7 +41,7 @@ pub(crate) struct Poller<'a> {
 }
 
 /// Ends the requests when dropped, also by a panic.
-pub(crate) struct EndLater<'a>(&'a AtomicBool);
+pub(crate) struct EndLater<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for EndLater<'_> {
     fn drop(&mut self) {

@@ -232,18 +232,23 @@ impl Daemon {
         self
     }
 
-    /// Waits for a log line with all of these words in its message. Returns the message.
+    /// Waits for a log line with all of these words in its event and fields. Returns both as text.
     pub(crate) fn await_line(&self, words: &[&str]) -> String {
         self.process.await_some(
             &format!("a line with {words:?} in the log"),
             TIMEOUT,
             || {
-                let mut messages = self
-                    .log_lines()
-                    .filter_map(|line| Some(line["message"].as_str()?.to_owned()));
-                messages.find(|message| words.iter().all(|word| message.contains(word)))
+                let mut texts = self.log_lines().filter_map(|line| event_text(&line));
+                texts.find(|message| words.iter().all(|word| message.contains(word)))
             },
         )
+    }
+
+    /// Returns the number of log lines with exactly this event and these fields.
+    pub(crate) fn line_count(&self, text: &str) -> usize {
+        self.log_lines()
+            .filter(|line| event_text(line).as_deref() == Some(text))
+            .count()
     }
 
     pub(crate) fn pid(&self) -> Pid {
@@ -486,7 +491,7 @@ impl Daemon {
             })
         };
         let of = |records: &[Value]| {
-            let record = records.first().expect("what is handed out is in the audit");
+            let record = records.first().expect("each issue is in the audit");
             assert_eq!(record["access_key_id"], access_key_id);
             record["spiffe_id"]
                 .as_str()
@@ -498,4 +503,18 @@ impl Daemon {
             .or_insert_with(|| of(&first()))
             .clone()
     }
+}
+
+/// Returns a log line's event, and its fields as `name=value`.
+fn event_text(line: &Value) -> Option<String> {
+    let mut text = line["message"].as_str()?.to_owned();
+    for (name, value) in line.as_object()? {
+        if !["message", "target", "level", "time"].contains(&name.as_str()) {
+            let value = value
+                .as_str()
+                .map_or_else(|| value.to_string(), str::to_owned);
+            text.push_str(&format!(" {name}={value}"));
+        }
+    }
+    Some(text)
 }

@@ -12,10 +12,10 @@ use serde_json::json;
 /// An engine that runs until it is dropped.
 pub(crate) struct FakeDocker {
     socket: PathBuf,
-    state: Arc<State>,
+    state: Arc<EngineState>,
 }
 
-struct State {
+struct EngineState {
     id: String,
     label: (String, String),
     queries: AtomicUsize,
@@ -29,7 +29,7 @@ impl FakeDocker {
         let listener = UnixListener::bind(&socket).expect("the engine's socket");
         let label = (name.to_owned(), value.to_owned());
         let (queries, ended) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let state = Arc::new(State {
+        let state = Arc::new(EngineState {
             id: id.to_owned(),
             label,
             queries,
@@ -73,7 +73,7 @@ impl Drop for FakeDocker {
     }
 }
 
-impl State {
+impl EngineState {
     fn serve(&self, client: UnixStream) {
         let mut lines = BufReader::new(&client).lines().map_while(Result::ok);
         while let Some(request) = lines.next() {

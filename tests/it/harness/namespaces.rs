@@ -18,7 +18,7 @@ use super::cgroup::Cgroup;
 use super::counterparts::process::{Owned, behind, run, spawn};
 
 /// A node's mounts, and the directory of its pods' network namespaces.
-pub(crate) struct Node {
+pub(crate) struct NetnsNode {
     anchor: Owned,
     directory: PathBuf,
 }
@@ -26,7 +26,7 @@ pub(crate) struct Node {
 /// The program that gives a process that it starts other mounts and another network.
 const NSENTER: &str = "nsenter";
 
-impl Node {
+impl NetnsNode {
     /// Starts it with its directory below `folder`.
     pub(crate) fn start(folder: &Path) -> Self {
         let mut command = behind(

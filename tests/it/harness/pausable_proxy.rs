@@ -14,11 +14,11 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// Accepts connections at once, and forwards their bytes while it is open. It starts closed.
 pub(crate) struct PausableProxy {
     path: PathBuf,
-    state: Arc<State>,
+    state: Arc<ProxyState>,
 }
 
 #[derive(Default)]
-struct State {
+struct ProxyState {
     at: Mutex<At>,
     changed: Condvar,
 }
@@ -61,7 +61,7 @@ impl PausableProxy {
             .unwrap();
         assert!(
             at.arrivals >= count,
-            "{} connections came to the gate",
+            "{} connections reached the gate",
             at.arrivals
         );
     }
@@ -78,7 +78,7 @@ impl PausableProxy {
     }
 }
 
-impl State {
+impl ProxyState {
     fn pass(&self, client: UnixStream, to: &Path) {
         let mut at = self.at.lock().unwrap();
         at.arrivals += 1;

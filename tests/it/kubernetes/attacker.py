@@ -1,5 +1,6 @@
-# The program in the pods of attacks.rs: `victim` runs until the pod ends, each other scene once. Every line of
-# output has the result of one attempt: the status of a response, or the name of the kernel's error.
+# The program in the pods of attacks.rs: `victim` runs until the pod ends, each other scene once.
+# Every line of output has the result of one attempt: the status of a response, or the name of the
+# kernel's error.
 import ctypes
 import errno
 import fcntl
@@ -182,10 +183,11 @@ def mounted():
     path = "/run/awsvid/awsvid.sock"
     attempt("remove", lambda: os.unlink(path))
     attempt("replace", lambda: socket.socket(socket.AF_UNIX).bind(path + ".fake"))
-    attempt("mount again", lambda: system_call(libc.mount(b"none", b"/run/awsvid", None, 0x20, None)))  # MS_REMOUNT
+    remount = 0x20
+    attempt("mount again", lambda: system_call(libc.mount(b"none", b"/run/awsvid", None, remount, None)))
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
-    attempt("ask", lambda: answer(connection))
+    attempt("request", lambda: answer(connection))
 
 
 SCENES = {
@@ -199,6 +201,6 @@ SCENES = {
     "enter": enter,
     "destroy": destroy,
     "mounted": mounted,
-    "ask": lambda: attempt("ask", lambda: answer(tcp())),
+    "request": lambda: attempt("request", lambda: answer(tcp())),
 }
 SCENES[sys.argv[1]](*sys.argv[2:])

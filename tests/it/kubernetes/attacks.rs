@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::cluster::{AWS, Account, Cluster, OTHER, READER};
+use super::cluster::{AWS, Cluster, OTHER, READER, ServiceAccount};
 use crate::harness::counterparts::process::await_some;
 
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -28,7 +28,7 @@ echo $$ >"$unit/cgroup.procs"
 exec "$0" "$@""#;
 
 /// The pod that the others attack, and awsvid's source.
-pub(super) struct Site<'a> {
+pub(super) struct AttackSite<'a> {
     cluster: &'a Cluster,
     source: &'a str,
     victim: Value,
@@ -56,7 +56,7 @@ struct AttackSetup<'a> {
     mounts: &'a [(&'a str, &'a str)],
 }
 
-impl<'a> Site<'a> {
+impl<'a> AttackSite<'a> {
     /// Starts the victim, and waits until the daemon knows it as the owner of its network
     /// namespace.
     pub(super) fn set(cluster: &'a Cluster, source: &'a str, name: &str) -> Self {
@@ -171,7 +171,7 @@ impl AttackResult {
     }
 }
 
-fn pod(account: Account, name: &str, scene: &str, with: &AttackSetup<'_>) -> Value {
+fn pod(account: ServiceAccount, name: &str, scene: &str, with: &AttackSetup<'_>) -> Value {
     let (mut volumes, mut mounts) = (Vec::new(), Vec::new());
     for (number, (directory, inside)) in with.mounts.iter().enumerate() {
         let name = format!("directory-{number}");
@@ -206,7 +206,7 @@ fn pod(account: Account, name: &str, scene: &str, with: &AttackSetup<'_>) -> Val
 
 /// Runs all attacks on a pod's own listener.
 pub(super) fn pod_listeners_attest_each_pod(cluster: &Cluster, source: &str) {
-    let site = Site::set(cluster, source, &format!("victim-{source}"));
+    let site = AttackSite::set(cluster, source, &format!("victim-{source}"));
     let victim = &site.victim;
     let (uid, address) = (
         victim["metadata"]["uid"].as_str().unwrap(),
@@ -246,7 +246,7 @@ pub(super) fn pod_listeners_attest_each_pod(cluster: &Cluster, source: &str) {
         },
     );
     site.start(
-        "ask",
+        "request",
         &AttackSetup {
             host_network: true,
             ..AttackSetup::default()
@@ -277,14 +277,14 @@ pub(super) fn pod_listeners_attest_each_pod(cluster: &Cluster, source: &str) {
     socket_maker_is_answered(&site);
     host_process_is_refused_in_pod(&site, address);
     // T5: the node has no listener unless it is configured.
-    site.attack_result("ask")
-        .assert_outcome(&["ask: ECONNREFUSED"], &[]);
+    site.attack_result("request")
+        .assert_outcome(&["request: ECONNREFUSED"], &[]);
     site.end();
 }
 
 /// Checks that a network namespace of one's own has no listener, and that an earlier socket is
 /// still the pod's.
-fn sockets_stay_in_their_network(site: &Site<'_>) {
+fn sockets_stay_in_their_network(site: &AttackSite<'_>) {
     site.attack_result("unshared").assert_outcome(
         &[
             "new network: ECONNREFUSED",
@@ -295,7 +295,7 @@ fn sockets_stay_in_their_network(site: &Site<'_>) {
     );
 }
 
-fn spoofed_addresses_are_ignored(site: &Site<'_>) {
+fn spoofed_addresses_are_ignored(site: &AttackSite<'_>) {
     let result = site.attack_result("source");
     result.assert_outcome(
         &[
@@ -319,7 +319,7 @@ fn spoofed_addresses_are_ignored(site: &Site<'_>) {
 }
 
 /// Checks T2: an agent that gets the process would read the victim's name.
-fn cgroup_names_below_container_are_ignored(site: &Site<'_>) {
+fn cgroup_names_below_container_are_ignored(site: &AttackSite<'_>) {
     let result = site.attack_result("nested");
     let (printed, reason) = match site.source {
         "spiffe-broker" => ("nested: 200", "ok"),
@@ -343,7 +343,7 @@ fn cgroup_names_below_container_are_ignored(site: &Site<'_>) {
     );
 }
 
-fn pod_network_serves_only_its_pod(site: &Site<'_>) {
+fn pod_network_serves_only_its_pod(site: &AttackSite<'_>) {
     let result = site.attack_result("enter");
     result.assert_outcome(&["own: 200", "entered: 403"], &["ok", "other_pod"]);
     let [own, entered] = &result.records[..] else {
@@ -354,7 +354,7 @@ fn pod_network_serves_only_its_pod(site: &Site<'_>) {
 }
 
 /// Checks a process of the node that enters the pod's network.
-fn host_process_is_refused_in_pod(site: &Site<'_>, address: &str) {
+fn host_process_is_refused_in_pod(site: &AttackSite<'_>, address: &str) {
     let find = r#"for file in /run/netns/*; do nsenter --net="$file" ip -o address | grep -qF " $0/" && echo "$file"; done"#;
     let found = site.cluster.node.run(&["sh", "-c", find, address]).stdout;
     let record = site.plain(PLAIN, &["nsenter", &format!("--net={}", found.trim())]);
@@ -367,7 +367,7 @@ fn host_process_is_refused_in_pod(site: &Site<'_>, address: &str) {
 }
 
 /// Checks T9 on a node: a killed listener is bound again.
-fn killed_listener_is_rebound(site: &Site<'_>) {
+fn killed_listener_is_rebound(site: &AttackSite<'_>) {
     site.attack_result("destroy").assert_outcome(
         &["before: 200", "destroyed: 0", "destroyed: 0", "after: 200"],
         &["ok", "ok"],
@@ -375,7 +375,7 @@ fn killed_listener_is_rebound(site: &Site<'_>) {
 }
 
 /// Checks a connection that is passed over a volume of both pods.
-fn socket_maker_is_answered(site: &Site<'_>) {
+fn socket_maker_is_answered(site: &AttackSite<'_>) {
     // Its maker has passed it on, and sends a request through the other pod, which has connected
     // it: in the maker's network.
     let taken = site.attack_result("taken");
@@ -421,10 +421,10 @@ pub(super) fn node_listeners_attest_each_caller(cluster: &Cluster, source: &str)
         .spire
         .register(PLAIN_ID, &[&format!("unix:uid:{PLAIN}")]);
     cluster.install_for_host(source);
-    let site = Site::set(cluster, source, &format!("host-victim-{source}"));
+    let site = AttackSite::set(cluster, source, &format!("host-victim-{source}"));
     let by_process = source == "spire-delegated";
     site.start(
-        "ask",
+        "request",
         &AttackSetup {
             host_network: true,
             ..AttackSetup::default()
@@ -437,15 +437,15 @@ pub(super) fn node_listeners_attest_each_caller(cluster: &Cluster, source: &str)
             ..AttackSetup::default()
         },
     );
-    let result = site.attack_result("ask");
-    result.assert_outcome(&["ask: 200"], &["ok"]);
+    let result = site.attack_result("request");
+    result.assert_outcome(&["request: 200"], &["ok"]);
     assert_eq!(result.records[0]["listener"], "tcp");
 
     // T10 and T12 on the node's listeners.
     let (answer, reasons): (_, &[&str]) = if by_process {
-        ("ask: 200", &["ok"])
+        ("request: 200", &["ok"])
     } else {
-        ("ask: 403", &[])
+        ("request: 403", &[])
     };
     let files = "files: awsvid.sock awsvid.sock.lock";
     site.attack_result("mounted").assert_outcome(
@@ -481,7 +481,7 @@ pub(super) fn node_listeners_attest_each_caller(cluster: &Cluster, source: &str)
     site.end();
 }
 
-impl Site<'_> {
+impl AttackSite<'_> {
     /// Returns the audit record of a process of the node, in no pod, that sends a request on the
     /// loopback address: that of the node, or of the network that `behind` enters.
     fn plain(&self, uid: u32, behind: &[&str]) -> Value {

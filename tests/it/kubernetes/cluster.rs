@@ -36,21 +36,21 @@ pub(super) struct Cluster {
 /// A service account. Its pods may read the object `test.txt` in the bucket of its namespace's
 /// name.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Account {
+pub(super) struct ServiceAccount {
     pub(super) namespace: &'static str,
     pub(super) name: &'static str,
 }
 
-pub(super) const READER: Account = Account {
+pub(super) const READER: ServiceAccount = ServiceAccount {
     namespace: "shop",
     name: "reader",
 };
-pub(super) const OTHER: Account = Account {
+pub(super) const OTHER: ServiceAccount = ServiceAccount {
     namespace: "office",
     name: "other",
 };
 
-impl Account {
+impl ServiceAccount {
     pub(super) fn id(self) -> String {
         format!(
             "spiffe://example.org/ns/{}/sa/{}",
@@ -195,7 +195,7 @@ impl Cluster {
             json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": name, "namespace": "spire" },
                 "data": { "bundle.crt": bundle } }),
         ];
-        for account @ Account { namespace, name } in [READER, OTHER] {
+        for account @ ServiceAccount { namespace, name } in [READER, OTHER] {
             let labels = json!({ "awsvid.io/environment": "true" });
             items.push(json!({ "apiVersion": "v1", "kind": "Namespace",
                 "metadata": { "name": namespace, "labels": labels } }));
@@ -215,7 +215,7 @@ impl Cluster {
             .apply(&json!({ "apiVersion": "v1", "kind": "List", "items": items }));
     }
 
-    /// Installs the manifests of this directory, with MinIO in place of AWS.
+    /// Installs the manifests of this directory, with MinIO instead of AWS.
     pub(super) fn install(&self, source: &str) {
         self.install_with(source, &["environment"]);
     }
@@ -289,7 +289,7 @@ impl Cluster {
 
     /// Returns a pod of an account that runs a shell script with the AWS CLI, and no setting that
     /// names credentials.
-    pub(super) fn pod(&self, account: Account, name: &str, script: &str) -> Value {
+    pub(super) fn pod(&self, account: ServiceAccount, name: &str, script: &str) -> Value {
         json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": { "name": name, "namespace": account.namespace },
@@ -329,7 +329,7 @@ pub(super) fn container(name: &str, script: &str) -> Value {
 }
 
 /// Returns the command that prints an account's object.
-pub(super) fn copy(account: Account) -> String {
-    let Account { namespace, .. } = account;
+pub(super) fn copy(account: ServiceAccount) -> String {
+    let ServiceAccount { namespace, .. } = account;
     format!("aws --endpoint-url http://{ADDRESS}:{MINIO_PORT} s3 cp s3://{namespace}/test.txt -")
 }

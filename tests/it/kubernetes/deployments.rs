@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::cluster::{Account, Cluster, READER, container, copy, overlay};
+use super::cluster::{Cluster, READER, ServiceAccount, container, copy, overlay};
 use crate::harness::counterparts::process::await_some;
 
-fn deployment(account: Account, name: &str, script: &str, annotations: &Value) -> Value {
+fn deployment(account: ServiceAccount, name: &str, script: &str, annotations: &Value) -> Value {
     let labels = json!({ "app": name });
     json!({
         "apiVersion": "apps/v1", "kind": "Deployment",
@@ -29,7 +29,7 @@ fn deployment(account: Account, name: &str, script: &str, annotations: &Value) -
 }
 
 /// Asserts that a pod of the Deployment has read the object.
-fn has_read(cluster: &Cluster, account: Account, name: &str) {
+fn has_read(cluster: &Cluster, account: ServiceAccount, name: &str) {
     let expected = format!("hello from the {}\n", account.namespace);
     await_some(
         &format!("{name} has read the object"),

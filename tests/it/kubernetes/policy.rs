@@ -12,7 +12,7 @@ const TOKEN: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN";
 const FILE: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE";
 const METADATA: &str = "AWS_EC2_METADATA_DISABLED";
 
-/// Returns the pod that the API server would store in place of this one.
+/// Returns the pod that the API server would store instead of this one.
 fn admitted(cluster: &Cluster, pod: &Value) -> Value {
     let arguments = [
         "create",

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::cluster::{Account, Cluster, READER, overlay};
+use super::cluster::{Cluster, READER, ServiceAccount, overlay};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::kubernetes::NAME;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 const STARTUP_TAINT: &str = "system:serviceaccount:awsvid:startup-taint";
-const AGENT: Account = Account {
+const AGENT: ServiceAccount = ServiceAccount {
     namespace: "spire",
     name: "spire-agent",
 };
@@ -255,7 +255,7 @@ pub(super) fn agent_token_runs_nothing_in_pods(cluster: &Cluster, folder: &Path)
 
 /// Requests from the kubelet to run a command in the pod with an account's token. Returns the head
 /// of the response, and the command's output.
-fn entered(cluster: &Cluster, account: Account) -> String {
+fn entered(cluster: &Cluster, account: ServiceAccount) -> String {
     let token = [
         "create",
         "token",

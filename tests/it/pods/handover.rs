@@ -4,15 +4,15 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 
-use super::{RULE, Stage, TIMEOUT, V4, V6, await_namespaces, listens};
+use super::{PodsStage, RULE, TIMEOUT, V4, V6, await_namespaces, listens};
 use crate::harness::actor::Repeater;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::daemon::Daemon;
-use crate::harness::namespaces::{Node, Peer};
+use crate::harness::namespaces::{NetnsNode, Peer};
 
-pub(super) fn handing_over(folder: &Path, node: &Node) -> String {
+pub(super) fn handing_over(folder: &Path, node: &NetnsNode) -> String {
     format!(
         "[pods]\nenabled = true\nnetns_dir = {:?}\nhandover_socket = {:?}\n",
         node.directory(),
@@ -21,7 +21,7 @@ pub(super) fn handing_over(folder: &Path, node: &Node) -> String {
 }
 
 /// Sends requests from a pod repeatedly, each on a new connection, until it is stopped.
-fn start_polling(node: &Node, name: &str, cgroup: &Cgroup, address: &str) -> Repeater {
+fn start_polling(node: &NetnsNode, name: &str, cgroup: &Cgroup, address: &str) -> Repeater {
     let words = node.enter_pod(name, cgroup);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     Repeater::start_behind(&words, "tcp", address).wait_started()
@@ -29,10 +29,10 @@ fn start_polling(node: &Node, name: &str, cgroup: &Cgroup, address: &str) -> Rep
 
 #[test]
 fn update_refuses_no_connection() {
-    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+    let Some(stage) = PodsStage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };
-    let Stage {
+    let PodsStage {
         daemon: mut old,
         site,
     } = stage;
@@ -75,7 +75,7 @@ fn update_refuses_no_connection() {
 
 #[test]
 fn failed_update_leaves_previous_daemon_active() {
-    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+    let Some(stage) = PodsStage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };
     let cgroup = Cgroup::of_pod(50);
@@ -114,12 +114,12 @@ fn failed_update_leaves_previous_daemon_active() {
 /// with a 503.
 #[test]
 fn ending_daemon_hands_over_to_standby_not_yet_ready() {
-    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+    let Some(stage) = PodsStage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };
     let cgroup = Cgroup::of_pod(53);
     let folder = folder();
-    let Stage {
+    let PodsStage {
         daemon: mut old,
         site,
     } = stage;
@@ -150,7 +150,7 @@ fn ending_daemon_hands_over_to_standby_not_yet_ready() {
 
 #[test]
 fn killed_daemon_is_replaced_by_one_that_binds() {
-    let Some(mut stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+    let Some(mut stage) = PodsStage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };
     stage.daemon.process().owned().end();
@@ -164,10 +164,10 @@ fn killed_daemon_is_replaced_by_one_that_binds() {
 /// last one.
 #[test]
 fn superseded_daemon_resumes_only_without_successors() {
-    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+    let Some(stage) = PodsStage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };
-    let Stage {
+    let PodsStage {
         daemon: first,
         site,
     } = stage;

@@ -315,7 +315,7 @@ fn foreign_namespaces_are_reported() {
     assert_eq!(
         pids.faults(&config(pods, BROKER)),
         [],
-        "where all callers are pods no process is looked for"
+        "where all callers are pods no process is searched for"
     );
     let process = format!("{BROKER}\nworkload_reference = \"process\"");
     pids.assert_fault(

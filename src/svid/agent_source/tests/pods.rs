@@ -335,11 +335,7 @@ async fn waiting_new_pods_hold_no_permit() {
         tokio::spawn(async move { source.identify(&Arc::new(caller)).await });
     }
     sleep(Duration::from_millis(50)).await;
-    assert_eq!(
-        agent.queried().len(),
-        32,
-        "each was asked about once, and waits"
-    );
+    assert_eq!(agent.queried().len(), 32, "each had one query, and waits");
     *agent.reply.lock().unwrap() = VecDeque::from([Ok(vec![SHOP])]);
     let start = Instant::now();
     assert_eq!(ids(source.identify(&caller(99)).await), [SHOP]);

@@ -128,13 +128,13 @@ async fn slow_process_loses_its_own_deleted_entry() {
         while source.identify(&of(1000, 1)).await.is_ok() {
             assert!(
                 deleted.elapsed() < MINUTE * 15,
-                "beside {others}: it lasts for ever"
+                "with {others}: it lasts for ever"
             );
             sleep(Duration::from_secs(1)).await;
         }
         assert!(
             deleted.elapsed() > MINUTE * 9,
-            "beside {others}: {:?}",
+            "with {others}: {:?}",
             deleted.elapsed()
         );
         for pid in 1..=others {

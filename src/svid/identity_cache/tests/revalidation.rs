@@ -42,7 +42,7 @@ async fn take_due_returns_the_most_overdue_of_each_workload() {
         [1, 2],
         "its next one, after one of its has ended"
     );
-    assert_eq!(due_pids(&mut cache, 9, 9), [0; 0], "nobody else's is due");
+    assert_eq!(due_pids(&mut cache, 9, 9), [0; 0], "no other one is due");
     assert!(
         cache
             .take_due(Capacity { quick: 9, slow: 9 })
@@ -197,7 +197,7 @@ async fn unconfirmed_identity_expires_while_others_are_confirmed() {
         "not before its time"
     );
     revalidate(&mut cache, REVALIDATE_AFTER * 4, &all, is_slow).await;
-    assert_eq!(cache.len(), 5, "what is believed no longer takes no place");
+    assert_eq!(cache.len(), 5, "an expired identity takes up no entry");
     let (slow, quick) = all.split_at(5);
     assert!(
         quick
@@ -207,7 +207,7 @@ async fn unconfirmed_identity_expires_while_others_are_confirmed() {
     assert!(
         slow.iter()
             .all(|caller| found(&mut cache, caller).is_none()),
-        "it has to be asked for"
+        "it has to be queried"
     );
     // An outage at that moment does not restore it.
     slow.iter()
@@ -237,7 +237,7 @@ async fn query_in_flight_does_not_delay_expiry() {
     let Ok(IdentityLookup::InFlight(mut result)) =
         cache.find(&Subject::of(queried, true).unwrap(), queried)
     else {
-        panic!("it is not believed, and being asked for")
+        panic!("it has expired, and its query is running")
     };
     note(&mut cache, queried, unavailable());
     assert_eq!(
@@ -255,7 +255,7 @@ async fn outage_or_queue_does_not_age_identities() {
     revalidate(&mut cache, Duration::from_secs(7200), &all, |_| true).await;
     assert!(
         all_are_known(&mut cache),
-        "an agent that is away takes nothing away"
+        "an unavailable agent removes nothing"
     );
     // After the outage the agent answers one query in five seconds. A pass takes longer than
     // `MAX_UNCONFIRMED`.

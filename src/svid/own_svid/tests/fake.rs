@@ -124,7 +124,7 @@ impl FakeAgent {
     pub(in crate::svid) async fn next_client(&mut self) -> Opening {
         timeout(Duration::from_secs(120), self.opened.recv())
             .await
-            .expect("somebody asks")
+            .expect("a request")
             .unwrap()
     }
 

@@ -45,9 +45,9 @@ pub(super) struct BrokerRequest {
 }
 
 /// A reply, or `None` for no reply at all.
-pub(super) type Answer = Option<Result<FetchJwtsvidResponse, Status>>;
+pub(super) type BrokerReply = Option<Result<FetchJwtsvidResponse, Status>>;
 type BrokerScript =
-    dyn Fn(BrokerRequest) -> Pin<Box<dyn Future<Output = Answer> + Send>> + Send + Sync;
+    dyn Fn(BrokerRequest) -> Pin<Box<dyn Future<Output = BrokerReply> + Send>> + Send + Sync;
 
 /// A running broker socket. It stops with its connections when the value is dropped.
 pub(super) struct FakeBroker {
@@ -96,7 +96,7 @@ impl FakeBroker {
         script: impl Fn(BrokerRequest) -> F + Send + Sync + 'static,
     ) -> Self
     where
-        F: Future<Output = Answer> + Send + 'static,
+        F: Future<Output = BrokerReply> + Send + 'static,
     {
         let script: Arc<BrokerScript> = Arc::new(move |received| Box::pin(script(received)));
         let (received, connections) = (

@@ -31,7 +31,7 @@ pub(super) fn clients() -> Vec<Client> {
             "name = \"object_store\"\n",
         ),
         Client {
-            note: "from 3.171 on (Debian 13); a client object that got no credentials when it was made never asks again",
+            note: "from 3.171 on (Debian 13); a client object that got no credentials when it was made never requests them again",
             ..program(
                 "Ruby",
                 "Debian",

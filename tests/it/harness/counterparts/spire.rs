@@ -59,7 +59,7 @@ pub(crate) struct SpireSetting {
     pub(crate) oidc_server: Option<&'static str>,
     /// Another `WorkloadAttestor` in addition to `unix`, as the agent's configuration has it.
     pub(crate) attestor: String,
-    /// An agent on another machine, in place of one on the server's.
+    /// An agent on another machine, instead of one on the server's.
     pub(crate) remote_agent: Option<RemoteAgent>,
 }
 

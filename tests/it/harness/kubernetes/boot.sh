@@ -24,7 +24,8 @@ mkdir -m 0755 dev etc home overlay overlay/upper overlay/work proc root run sys 
 ln -s usr/bin usr/sbin usr/lib usr/lib64 .
 ln -s /run var/run
 
-# The programs of this computer, under a layer for writes. Of its configuration only the files that those need.
+# The programs of this computer, under a layer for writes. Of its configuration only the files that
+# those need.
 mount -t overlay node -o "lowerdir=/usr,upperdir=$root/overlay/upper,workdir=$root/overlay/work" usr
 for name in alternatives ld.so.cache ld.so.conf ld.so.conf.d ssl/certs; do
     [ ! -e "/etc/$name" ] || cp -a --parents "/etc/$name" .
@@ -64,7 +65,8 @@ done <"$1/mounts"
 
 echo node >/proc/sys/kernel/hostname
 ip link set lo up
-# The node's addresses, and that of the API server's service: with it on the node, pods need no kube-proxy to reach it.
+# The node's addresses, and that of the API server's service: with it on the node, pods need no
+# kube-proxy to reach it.
 ip addr add "$2/32" dev lo
 ip addr add "$3/128" dev lo nodad
 ip addr add "$4/32" dev lo

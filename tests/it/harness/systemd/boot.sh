@@ -21,19 +21,21 @@ ln -s usr/bin usr/sbin usr/lib usr/lib64 .
 
 # The programs of this computer, under a layer for writes.
 mount -t overlay machine -o "lowerdir=/usr,upperdir=$root/overlay/upper,workdir=$root/overlay/work" usr
-# Of its configuration only the files that programs need to run: no unit, mount, user or secret of the computer.
+# Of its configuration only the files that programs need to run: no unit, mount, user or secret of
+# the computer.
 for name in alternatives ld.so.cache ld.so.conf ld.so.conf.d ssl/certs pki/tls/certs pki/ca-trust/extracted; do
     [ ! -e "/etc/$name" ] || cp -a --parents "/etc/$name" .
 done
 echo 'passwd: files systemd
 group: files systemd
 hosts: files' >etc/nsswitch.conf
-# With an id the first boot is no "first boot", which would enable every unit that the computer has installed.
+# With an id this is not a "first boot", which would enable all units that the computer has.
 echo 0123456789abcdef0123456789abcdef >etc/machine-id
 cp -a "$1/files/." .
 
 mount -t proc -o nosuid,nodev,noexec proc proc
-# Without this systemd-sysctl would change the computer's kernel. Settings of the network namespace stay writable.
+# Without this systemd-sysctl would change the computer's kernel. Settings of the network namespace
+# stay writable.
 mount --bind proc/sys proc/sys
 mount --bind proc/sys/net proc/sys/net
 mount -o remount,bind,ro proc/sys
@@ -61,7 +63,8 @@ mkdir outside
 pivot_root . outside
 umount -l /outside
 rmdir /outside
-# The variable shows systemd that it is in a container. The dropped capabilities are those over the whole computer.
+# The variable shows systemd that it is in a container. The dropped capabilities are those over the
+# whole computer.
 exec env -i container=awsvid-test PATH=/usr/sbin:/usr/bin \
     setpriv --bounding-set -sys_module,-sys_rawio,-sys_time,-syslog,-sys_boot \
     /usr/lib/systemd/systemd --unit=basic.target

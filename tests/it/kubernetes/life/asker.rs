@@ -6,13 +6,14 @@ use super::TIMEOUT;
 use crate::harness::counterparts::process::await_some;
 
 use crate::harness::kubernetes::BUSYBOX;
-use crate::kubernetes::cluster::{Account, Cluster, READER};
+use crate::kubernetes::cluster::{Cluster, READER, ServiceAccount};
 
 /// A shell function that sends a request to an address of the pod's own, on a new connection.
-const ASK: &str = "ask() { busybox wget -q -O /dev/null --header 'Authorization: any' \"http://$1:974/v1/credentials\" 2>&1; }";
+const FETCH: &str = "fetch() { busybox wget -q -O /dev/null --header 'Authorization: any' \"http://$1:974/v1/credentials\" 2>&1; }";
 
-/// Returns a pod that runs a script which can `ask` an address. It is light, so that many can run.
-pub(super) fn pod(account: Account, name: &str, script: &str) -> Value {
+/// Returns a pod that runs a script which can `fetch` from an address. It is light, so that many
+/// can run.
+pub(super) fn pod(account: ServiceAccount, name: &str, script: &str) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": { "name": name, "namespace": account.namespace, "labels": {} },
@@ -20,7 +21,7 @@ pub(super) fn pod(account: Account, name: &str, script: &str) -> Value {
             "serviceAccountName": account.name, "restartPolicy": "Never", "terminationGracePeriodSeconds": 1,
             "automountServiceAccountToken": false,
             "containers": [{
-                "name": "main", "image": BUSYBOX, "command": ["/bin/busybox", "sh", "-ec", format!("{ASK}\n{script}")],
+                "name": "main", "image": BUSYBOX, "command": ["/bin/busybox", "sh", "-ec", format!("{FETCH}\n{script}")],
             }],
         },
     })
@@ -36,7 +37,7 @@ impl<'a> PollingPod<'a> {
     /// Starts it, and waits for its first response.
     pub(super) fn start(cluster: &'a Cluster, name: &'static str) -> Self {
         let script = "while [ ! -e /enough ]; do
-                if why=$(ask 127.0.0.1); then echo answered; else echo \"failed: $why\"; fi
+                if why=$(fetch 127.0.0.1); then echo answered; else echo \"failed: $why\"; fi
                 read now rest </proc/uptime; echo \"at $now\"
                 busybox usleep 20000
             done";

@@ -14,13 +14,13 @@ use crate::kubernetes::cluster::{Cluster, READER};
 
 /// The traces that a pod must not leave on the node.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Counts {
+struct PodTraces {
     files: usize,
     namespaces: usize,
     descriptors: usize,
 }
 
-impl Counts {
+impl PodTraces {
     fn of(cluster: &Cluster) -> Self {
         let awsvid = process(&cluster.node, "awsvid");
         let count = |directory: &str| {
@@ -74,8 +74,8 @@ fn create(cluster: &Cluster, burst: usize, count: usize) -> BTreeSet<String> {
         .map(|i| {
             // As often as SDKs do: on a machine with too much load, a response may be that it takes
             // longer.
-            let script = "again() { busybox sleep 1; ask 127.0.0.1; }
-                ask 127.0.0.1 || again || again; echo answered; exec busybox sleep 36000";
+            let script = "again() { busybox sleep 1; fetch 127.0.0.1; }
+                fetch 127.0.0.1 || again || again; echo answered; exec busybox sleep 36000";
             let mut pod = asker::pod(READER, &format!("{prefix}{i}"), script);
             pod["metadata"]["labels"] = json!({ "burst": burst.to_string() });
             pod
@@ -132,7 +132,7 @@ fn delete(cluster: &Cluster, burst: usize) -> Duration {
 
 pub(in crate::kubernetes) fn pods_start_and_end(cluster: &Cluster) {
     let (bursts, size) = if is_slow() { (20, 25) } else { (2, 10) };
-    let before = Counts::settled(cluster);
+    let before = PodTraces::settled(cluster);
     let (mut uids, mut longest) = (BTreeSet::new(), Duration::ZERO);
     let start = Instant::now();
     for burst in 0..bursts {
@@ -142,7 +142,7 @@ pub(in crate::kubernetes) fn pods_start_and_end(cluster: &Cluster) {
     let took = start.elapsed();
     let mut after = None;
     await_some("as much is left as there was before", TIMEOUT, || {
-        let now = Counts::of(cluster);
+        let now = PodTraces::of(cluster);
         let back = now.are_back_to(&before);
         after = Some(now);
         back.then_some(())

@@ -19,7 +19,7 @@ pub(in crate::kubernetes) fn pods_are_served_in_each_address_family(cluster: &Cl
         // changed.
         let found = (0..20).find(|attempt| {
             let name = format!("{families:?}-{attempt}").to_lowercase();
-            let script = "ask 127.0.0.1; ask '[::1]'; echo answered twice";
+            let script = "fetch 127.0.0.1; fetch '[::1]'; echo answered twice";
             let ended = cluster.node.run_pod(&asker::pod(READER, &name, script));
             assert!(
                 ended.succeeded && ended.log.contains("answered twice"),

@@ -23,8 +23,9 @@ const OF_PODS: [Missing<'_>; 2] = [
         capabilities: &["NET_BIND_SERVICE"],
         mounts: &["/run/netns", "/host/cgroup", "/run/spire/broker"],
         lines: &[
-            "CAP_NET_BIND_SERVICE is missing: ports below 1024, such as 974 in pods, may not be bound; in Kubernetes add NET_BIND_SERVICE to",
-            "/run/netns does not exist yet; in Kubernetes mount the host's directory by a hostPath volume",
+            "ports below 1024, such as 974 in pods, may not be bound",
+            "in Kubernetes add NET_BIND_SERVICE to the container's securityContext.capabilities.add",
+            "[pods] netns_dir does not exist yet; in Kubernetes mount the host's directory by a hostPath volume",
             "mount the host's /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup",
             "in Kubernetes mount the agent's directory with a hostPath volume and a volumeMount",
         ],

@@ -35,14 +35,14 @@ pub(in crate::kubernetes) fn warm_pods_see_no_error(cluster: &Cluster) {
         });
     };
     place_agent(json!("true"));
-    await_some("the agent is away", TIMEOUT, || {
+    await_some("the agent is unavailable", TIMEOUT, || {
         processes(node, "spire-agent").is_empty().then_some(())
     });
     warm.await_more();
     // Its standard input stays open until the response, else the client would be taken for gone.
     let raw = "printf 'GET /v1/credentials HTTP/1.1\\r\\nHost: localhost\\r\\nAuthorization: any\\r\\nConnection: close\\r\\n\\r\\n'";
     let script = format!(
-        "{{ {raw}; busybox sleep 5; }} | busybox nc 127.0.0.1 974; echo; echo refused; until ask 127.0.0.1; do busybox sleep 1; done"
+        "{{ {raw}; busybox sleep 5; }} | busybox nc 127.0.0.1 974; echo; echo refused; until fetch 127.0.0.1; do busybox sleep 1; done"
     );
     node.apply(&asker::pod(
         READER,

@@ -31,7 +31,11 @@ pub(in crate::kubernetes) fn pods_wait_until_awsvid_is_ready(cluster: &Cluster, 
     // As `kubelet --register-with-taints` does.
     node.kubectl(&["taint", "node", NAME, "awsvid.io/not-ready=:NoSchedule"])
         .success("a taint");
-    node.apply(&asker::pod(READER, "early", "ask 127.0.0.1; echo answered"));
+    node.apply(&asker::pod(
+        READER,
+        "early",
+        "fetch 127.0.0.1; echo answered",
+    ));
     let waits = |reason: &str| {
         let pod = node.get(&["pod", "--namespace", READER.namespace, "early"]);
         pod["status"]["conditions"]
