@@ -13,6 +13,7 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::{await_some, run};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
+use crate::harness::namespaces::Node;
 use crate::harness::upstream::Upstream;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -147,4 +148,43 @@ fn sock_diag_is_used_again_when_its_module_is_loaded() {
         2
     );
     assert_eq!(count("callers over TCP are attested again"), 2);
+}
+
+/// Namespaces that could not be served at first are served without an event of their own.
+#[test]
+fn pods_are_served_when_a_cgroup_tree_is_mounted_later() {
+    if !root() {
+        return;
+    }
+    let (folder, upstream) = (folder(), Upstream::start(&[(0, "pod")]));
+    let node = Node::start(folder.path());
+    node.add("cni-1");
+    let rule = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
+    let words = node.enter();
+    let words: Vec<&str> = words
+        .iter()
+        .map(String::as_str)
+        .chain(WITHOUT_CGROUP_V2)
+        .collect();
+    let configuration = upstream.configuration() + rule;
+    let daemon = Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration);
+    daemon.await_line(&["pods cannot be identified"]);
+    let failed = "awsvid_pod_listener_failures_total{reason=\"unsupported_kernel\"}";
+    await_some("the namespace is not served", TIMEOUT, || {
+        (daemon.metric(failed) == 1).then_some(())
+    });
+    assert_eq!(daemon.metric("awsvid_pod_listeners"), 0);
+
+    let mount = folder.path().join("tree");
+    fs::create_dir(&mount).unwrap();
+    let mount = mount.to_str().unwrap();
+    in_mounts_of(&daemon, &["mount", "-t", "cgroup2", "none", mount]);
+    await_some("the namespace is served", TIMEOUT, || {
+        (daemon.metric("awsvid_pod_listeners") == 1).then_some(())
+    });
+    let pod = Cgroup::of_pod(78);
+    let answer = node.ask("cni-1", &pod, "127.0.0.1:974".parse().unwrap());
+    assert!(answer.contains("AccessKeyId"), "{answer}");
+    assert_eq!(daemon.metric(failed), 1, "one failure for each namespace");
+    node.remove("cni-1");
 }
