@@ -245,7 +245,7 @@ impl RequestError {
         }
     }
 
-    /// Returns the body.
+    /// Returns the JSON body of the answer.
     pub(super) fn body(&self, id: RequestId) -> Vec<u8> {
         let message = format!("awsvid: {}. (request {id})", self.message());
         let code = self.reason();

@@ -120,8 +120,8 @@ fn stopped_log_readers_do_not_stop_daemon() {
     }
 }
 
-/// The audit file is a pipe without a reader, or on a file system that hangs: the daemon starts, and
-/// answers. Its records are written when the file can be opened.
+/// The audit file is a pipe without a reader, or on a file system that hangs: the daemon starts,
+/// and answers. Its records are written when the file can be opened.
 #[test]
 fn audit_file_that_blocks_does_not_stop_daemon() {
     if !root() {
