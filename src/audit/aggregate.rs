@@ -23,8 +23,8 @@ pub(super) const SWEEP: Duration = Duration::from_millis(500);
 const MAX_KEYS: usize = 1024;
 /// The windows of those callers. Further requests are counted without a caller.
 const MAX_CALLERS: usize = 1024;
-/// The pairs of a caller and a key beyond [`MAX_KEYS`] whose first request in a [`WINDOW`] still has
-/// a record of its own.
+/// The pairs of a caller and a key beyond [`MAX_KEYS`] whose first request in a [`WINDOW`] still
+/// has a record of its own.
 const MAX_FIRST: usize = 16_384;
 
 /// The kind and the caller of requests that are counted together.
@@ -59,8 +59,8 @@ pub(super) struct RefusalAggregator {
 struct AggregateState {
     windows: HashMap<AggregateKey, Window>,
     swept: bool,
-    /// The keys beyond [`MAX_KEYS`] that had a request since `first_since`, as hashes to save memory.
-    /// No caller can choose keys with equal hashes.
+    /// The keys beyond [`MAX_KEYS`] that had a request since `first_since`, as hashes to save
+    /// memory. No caller can choose keys with equal hashes.
     first: HashSet<u64>,
     first_since: Option<Instant>,
     hasher: RandomState,
@@ -138,8 +138,8 @@ impl RefusalAggregator {
 }
 
 impl AggregateState {
-    /// Makes the key less exact if there is no room for its window. Returns the scope of that
-    /// window.
+    /// Makes the key less exact if its window does not fit. Returns the scope of the window that it
+    /// has then.
     fn find_room(&self, key: &mut AggregateKey) -> RecordScope {
         let is_open = |key: &AggregateKey| self.windows.contains_key(key);
         if self.windows.len() < MAX_KEYS || is_open(key) {

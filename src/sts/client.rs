@@ -112,8 +112,8 @@ impl HttpConnector {
         Ok(Client::from_conf(config))
     }
 
-    /// Returns the number of times that certificates were replaced. Clients that were created before
-    /// the latest time are outdated.
+    /// Returns the number of times that certificates were replaced. Clients that were created
+    /// before the latest time are outdated.
     pub(super) fn replaced_roots(&self) -> usize {
         let roots = [Some(&self.system), self.ca_file.as_ref()];
         roots

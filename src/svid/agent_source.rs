@@ -252,8 +252,8 @@ impl AgentSourceInner {
         self.cache().record(&subject, reply, duration);
     }
 
-    /// Queries the identities of an unknown subject. If the permit is evicted, the call to the agent
-    /// is cancelled, and the requests that wait fail with [`SourceError::Busy`].
+    /// Queries the identities of an unknown subject. If the permit is evicted, the call to the
+    /// agent is cancelled, and the requests that wait fail with [`SourceError::Busy`].
     async fn query_until_evicted(
         self: &Arc<Self>,
         permit: &FairPermit<WorkloadKey>,
