@@ -63,8 +63,7 @@ pub struct Settings {
     /// Timeout of one call, from the connection to the last byte of the response.
     pub timeout: Duration,
     /// Maximum number of concurrent calls. One SPIFFE ID may use a quarter of them; further calls
-    /// wait. At the limit the SPIFFE ID with the most loses its newest call to one with fewer
-    /// (T29).
+    /// wait. At the limit the SPIFFE ID with the most loses its newest call to one with fewer.
     pub max_concurrent: usize,
     /// PEM file with the only certificates that verify an `endpoint` outside AWS. The system's
     /// certificates always verify AWS's STS.

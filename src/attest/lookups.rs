@@ -22,7 +22,8 @@
 //! kcmp(2), pidfd_getfd(2), the links in `/proc/<pid>/ns`,
 //! `/proc/<pid>/{mem,maps,auxv,environ,cmdline,wchan}`.
 //!
-//! *Here* means on a thread of [`LookupThreads`], two at a time for each workload. A connection
+//! *Here* means on a thread of [`LookupThreads`], two at a time for each workload. Blocked reads of
+//! one scope (T29) leave half of the threads for others. A connection
 //! continues there, or only the read runs there if the connection has waited for something else.
 //! Connections themselves never wait for a client: sockets do not block, and a whole connection has
 //! a deadline.

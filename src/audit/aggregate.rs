@@ -138,8 +138,8 @@ impl RefusalAggregator {
 }
 
 impl AggregateState {
-    /// Makes the key less exact where its own window would be too many. Returns the scope of the
-    /// window.
+    /// Makes the key less exact if its window does not fit. Returns the scope of the window that it
+    /// has then.
     fn find_room(&self, key: &mut AggregateKey) -> RecordScope {
         let is_open = |key: &AggregateKey| self.windows.contains_key(key);
         if self.windows.len() < MAX_KEYS || is_open(key) {

@@ -15,8 +15,8 @@ mod permit;
 
 pub use permit::FairPermit;
 
-/// The longest wait of [`FairSemaphore::acquire`]. A token that waits in an exchange is valid for
-/// at least 30 s more, or for a third of a shorter life.
+/// The longest wait of [`FairSemaphore::acquire_evicting`]. A token that waits in an exchange is
+/// valid for at least 30 s more, or for a third of a shorter life.
 pub const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A semaphore with `total` permits, at most `per_key` of them for one key. Clones share one state.

@@ -237,6 +237,36 @@ fn workload_with_most_connections_is_evicted_first() {
     assert!(stage.metric("awsvid_connections_dropped_total{reason=\"evicted\"}") > 0);
 }
 
+/// T38: callers that are not attested have limits of their own, by what their sockets show.
+#[test]
+fn rejected_callers_do_not_share_one_limit() {
+    if !root() {
+        return;
+    }
+    let stage = Stage::set(
+        "max_connections = 1000\nmax_connections_per_workload = 40",
+        "",
+    );
+    let alice = stage.alice.path().file_stem().unwrap().to_str().unwrap();
+    // The service manager's sockets, so that no caller here is attested.
+    let [flooding, other] =
+        ["flooding", "other"].map(|unit| Cgroup::new(&format!("{unit}-{alice}.socket")));
+    for listener in ["tcp", "tcp6"] {
+        let address = stage.daemon.listener(listener);
+        let numbers = [usize::try_from(ALICE).unwrap(), 200];
+        let connections =
+            Repeater::start("hold", listener, &address, &numbers, flooding.path()).wait_started();
+        let refused = ask(listener, &address, BOB, 20, other.path());
+        assert_eq!(
+            refused,
+            counts(&[("manager_socket", 20)]),
+            "over {listener}"
+        );
+        assert!(stage.metric(DROPPED) > 0, "the flood has reached its limit");
+        connections.stop();
+    }
+}
+
 /// T20: a caller that does not read its response keeps no other from its own.
 #[test]
 fn unread_responses_delay_no_other_caller() {

@@ -417,7 +417,8 @@ async fn evicted_waiter_is_refused() {
         uid: Some(9),
     };
     let permit = tree.waiting.try_acquire_evicting(&honest);
-    let evicted = waiting.join_next().await.unwrap().unwrap();
+    let evicted = tokio::time::timeout(Duration::from_secs(60), waiting.join_next()).await;
+    let evicted = evicted.expect("one gives way").unwrap().unwrap();
     assert_eq!(evicted, Err(AttestError::SearchBusy));
     drop((permit, end));
     scan.await.unwrap();

@@ -29,8 +29,8 @@ struct Hanging<'a> {
     _process: Connector,
 }
 
-fn hang<'a>(daemon: &Daemon, agent: &'a FakeAgent, listener: &str, unit: &Cgroup) -> Hanging<'a> {
-    let process = Connector::start(ALICE, listener, &daemon.listener(listener), unit.path());
+/// Sends the request of a process, and waits until the query is at the agent.
+fn hang(process: Connector, agent: &FakeAgent) -> Hanging<'_> {
     let query = agent.hold(process.id().as_raw());
     let connection = send(File::from(process.connect_and_keep()));
     assert!(query.await_query(), "the query is at the agent");
@@ -55,11 +55,17 @@ fn workload_is_answered_while_four_others_hold_all_queries() {
     let units: Vec<_> = (0..OWNERS)
         .map(|number| unit(&format!("hostile-{number}")))
         .collect();
-    let mut hanging = Vec::new();
-    for (number, unit) in units.iter().enumerate() {
+    // A query ends after 35 s, so all processes start before the first one of them.
+    let start = |number: usize| {
         let listener = LISTENERS[number % LISTENERS.len()];
-        hanging.extend((0..QUERIES).map(|_| hang(&daemon, &agent, listener, unit)));
-    }
+        let unit = &units[number % OWNERS];
+        Connector::start(ALICE, listener, &daemon.listener(listener), unit.path())
+    };
+    let processes: Vec<_> = (0..OWNERS * QUERIES).map(start).collect();
+    let hanging: Vec<_> = processes
+        .into_iter()
+        .map(|process| hang(process, &agent))
+        .collect();
     assert_eq!(agent.cancelled(), 0);
     let honest = unit("honest");
     // Each of these is a new process, so that the agent has to attest it.

@@ -153,8 +153,8 @@ fn person(number: u32) -> WorkloadKey {
     .owner()
 }
 
-/// Covers T29: one party with many users, such as subordinate ids of a machine without systemd, blocks
-/// as many threads as it can.
+/// Covers T29: one party with many users, such as subordinate ids without systemd, blocks as many
+/// threads as it can.
 #[tokio::test]
 async fn scope_that_blocks_leaves_threads_for_others() {
     let threads = LookupThreads::new(2);
