@@ -120,7 +120,7 @@ fn stopped_log_readers_do_not_stop_daemon() {
     }
 }
 
-/// The audit file is a pipe without a reader, or on a file system that hangs: the daemon starts, and
+/// The audit file is a pipe without a reader, or on a file system that hangs: the daemon starts and
 /// answers. Its records are written when the file can be opened.
 #[test]
 fn audit_file_that_blocks_does_not_stop_daemon() {
@@ -143,8 +143,8 @@ fn audit_file_that_blocks_does_not_stop_daemon() {
         };
         let (socket, config) = (path("awsvid.sock"), path("awsvid.toml"));
         let text = format!(
-            "{}\n{}\n[listen]\nunix = {socket:?}\ntcp = []\nadmin = \"\"\nstatus = {:?}\ntoken_file = {:?}\n\
-             [audit]\nfile = {file:?}\n",
+            "{}\n{}\n[audit]\nfile = {file:?}\n[listen]\nunix = {socket:?}\ntcp = []\nadmin = \"\"\n\
+             status = {:?}\ntoken_file = {:?}\n",
             upstream.configuration(),
             rule(),
             path("status.sock"),
