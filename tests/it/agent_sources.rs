@@ -13,6 +13,7 @@ mod programs;
 mod rates;
 mod several;
 mod slow_attestation;
+mod sockets;
 mod spire;
 
 use serde_json::Value;
