@@ -14,6 +14,7 @@ mod programs;
 mod rates;
 mod several;
 mod slow_attestation;
+mod sockets;
 mod spire;
 
 use serde_json::Value;

@@ -98,7 +98,7 @@ fn stopped_log_readers_do_not_stop_daemon() {
         kill(daemon.id(), Signal::SIGTERM).unwrap();
         let status = daemon
             .wait(TIMEOUT)
-            .expect("it ends, with a reader or without");
+            .expect("it ends, whether anybody reads or not");
         assert!(status.success(), "{status}");
         let Some(reading) = reading else { continue };
         let [log, audit]: [Vec<Value>; 2] = reading.map(|thread| thread.join().unwrap());
@@ -120,8 +120,8 @@ fn stopped_log_readers_do_not_stop_daemon() {
     }
 }
 
-/// The audit file is a pipe without a reader, or on a file system that hangs: the daemon starts,
-/// and answers. Its records are written when the file can be opened.
+/// The audit file is a pipe without a reader, or on a file system that hangs: the daemon starts and
+/// answers. Its records are written when the file can be opened.
 #[test]
 fn audit_file_that_blocks_does_not_stop_daemon() {
     if !root() {
@@ -143,8 +143,8 @@ fn audit_file_that_blocks_does_not_stop_daemon() {
         };
         let (socket, config) = (path("awsvid.sock"), path("awsvid.toml"));
         let text = format!(
-            "{}\n{}\n[listen]\nunix = {socket:?}\ntcp = []\nadmin = \"\"\nstatus = {:?}\ntoken_file = {:?}\n\
-             [audit]\nfile = {file:?}\n",
+            "{}\n{}\n[audit]\nfile = {file:?}\n[listen]\nunix = {socket:?}\ntcp = []\nadmin = \"\"\n\
+             status = {:?}\ntoken_file = {:?}\n",
             upstream.configuration(),
             rule(),
             path("status.sock"),
@@ -249,7 +249,7 @@ fn required_audit_blocks_credentials_on_full_disk() {
     let mut all = fs::File::create(inside(&filler)).unwrap();
     while all.write_all(&[b'x'; 4096]).is_ok() {}
     for listener in listeners {
-        await_some("nothing is issued", TIMEOUT, || {
+        await_some("nothing is handed out", TIMEOUT, || {
             let (status, body) = answer(listener);
             assert!(status == 200 || body["code"] == "not_audited", "{body}");
             (status == 503).then_some(())
