@@ -1,6 +1,6 @@
 //! The documents agree with the code and with each other: links, reasons, log lines.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
@@ -355,4 +355,172 @@ fn files_in_architecture_and_threat_model_exist() {
         }
     }
     assert!(missing.is_empty(), "{}", missing.join("\n"));
+}
+
+/// Reads the Rust sources of the project, by their paths relative to its root.
+fn rust_sources() -> BTreeMap<String, String> {
+    let mut found = Vec::new();
+    for folder in ["src", "tests", "proto"] {
+        files(&root().join(folder), "rs", &mut found);
+    }
+    let named = |path: PathBuf| {
+        let text = fs::read_to_string(&path).unwrap();
+        let name = path.strip_prefix(root()).unwrap().to_str().unwrap();
+        (name.to_owned(), text)
+    };
+    found.into_iter().map(named).collect()
+}
+
+fn is_identifier(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || c == '_')
+}
+
+/// Returns whether one of these keywords defines `name` in the source.
+fn has_item(source: &str, keywords: &[&str], name: &str) -> bool {
+    keywords.iter().any(|keyword| {
+        let item = format!("{keyword} {name}");
+        source.match_indices(&item).any(|(at, _)| {
+            !source[at + item.len()..].starts_with(|c: char| c.is_alphanumeric() || c == '_')
+        })
+    })
+}
+
+/// Returns whether the source has a field or a variant of this name.
+fn has_field(source: &str, name: &str) -> bool {
+    source.lines().any(|line| {
+        let line = line.trim_start();
+        let line = line
+            .strip_prefix("pub(super) ")
+            .or_else(|| line.strip_prefix("pub(crate) "))
+            .or_else(|| line.strip_prefix("pub "))
+            .unwrap_or(line);
+        line.strip_prefix(name)
+            .is_some_and(|rest| rest.starts_with([':', ',', '(', ' ', '{']))
+    })
+}
+
+const TYPES: [&str; 5] = ["struct", "enum", "trait", "type", "union"];
+
+/// Returns whether `Type::member` or `module::item` exists.
+fn has_path(sources: &BTreeMap<String, String>, owner: &str, member: &str) -> bool {
+    if owner.starts_with(char::is_uppercase) {
+        let is_of_type = |source: &str| {
+            has_item(source, &TYPES, owner)
+                || source
+                    .lines()
+                    .any(|line| line.starts_with("impl") && line.contains(owner))
+        };
+        return sources
+            .values()
+            .any(|source| has_item(source, &TYPES, owner))
+            && sources.values().any(|source| {
+                is_of_type(source)
+                    && (has_item(source, &["fn", "const", "type"], member)
+                        || has_field(source, member))
+            });
+    }
+    let (file, folder) = (format!("/{owner}.rs"), format!("/{owner}/"));
+    let items = ["fn", "const", "static", "mod"];
+    sources
+        .iter()
+        .filter(|(path, _)| path.ends_with(&file) || path.contains(&folder))
+        .any(|(_, source)| has_item(source, &TYPES, member) || has_item(source, &items, member))
+}
+
+#[test]
+fn code_that_documents_name_exists() {
+    let sources = rust_sources();
+    let mut count = 0;
+    let mut missing = Vec::new();
+    for (document, text) in documents() {
+        let name = document.strip_prefix(root()).unwrap().display().to_string();
+        let folder = document.parent().unwrap();
+        let own_folder = folder.file_name().unwrap_or_default().to_str().unwrap();
+        let code = prose(&text).flat_map(|line| line.split('`').skip(1).step_by(2));
+        for span in code {
+            let span = span.trim_end_matches("()");
+            let (path, rest) = match span.split_once(".rs") {
+                Some((path, rest)) => (format!("{path}.rs"), rest),
+                None => (String::new(), span),
+            };
+            let is_path = path
+                .chars()
+                .all(|c| c.is_alphanumeric() || "_-/.".contains(c));
+            if !path.is_empty() && is_path && (rest.is_empty() || rest.starts_with("::")) {
+                count += 1;
+                let parents = ["", "src/", "tests/it/", &format!("tests/it/{own_folder}/")];
+                let exists = parents
+                    .iter()
+                    .any(|parent| sources.contains_key(&format!("{parent}{path}")))
+                    || folder.join(&path).exists();
+                if !exists {
+                    missing.push(format!("{name}: {span}"));
+                }
+                continue;
+            }
+            let words: Vec<&str> = span.split("::").collect();
+            if let [.., owner, member] = words[..]
+                && words.iter().all(|word| is_identifier(word))
+            {
+                count += 1;
+                if !has_path(&sources, owner, member) {
+                    missing.push(format!("{name}: {span}"));
+                }
+            }
+        }
+    }
+    assert!(count > 100, "{count} names");
+    assert!(missing.is_empty(), "{}", missing.join("\n"));
+}
+
+/// Returns the threats that a text refers to: `T` and a number without a leading zero.
+fn threats(text: &str) -> BTreeSet<String> {
+    text.split(|c: char| !c.is_alphanumeric() && c != '_')
+        .filter(|word| {
+            word.strip_prefix('T').is_some_and(|number| {
+                (1..3).contains(&number.len()) && number.chars().all(|c| c.is_ascii_digit())
+            })
+        })
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn threats_that_sources_name_are_in_the_threat_model() {
+    let model = include_str!("../../deploy/docs/threat-model.md");
+    let known: BTreeSet<String> = model
+        .lines()
+        .filter_map(|line| Some(line.strip_prefix("| T")?.split(' ').next()?.to_owned()))
+        .map(|number| format!("T{number}"))
+        .collect();
+    assert!(known.len() >= 38, "{known:?}");
+    let documents = documents().into_iter().map(|(path, text)| {
+        let name = path.strip_prefix(root()).unwrap().display().to_string();
+        (name, text)
+    });
+    let mut wrong = Vec::new();
+    for (name, text) in rust_sources()
+        .into_iter()
+        .chain(documents)
+        .filter(|(name, _)| name != "tests/it/documents.rs")
+    {
+        let unknown = threats(&text)
+            .into_iter()
+            .filter(|one| !known.contains(one));
+        wrong.extend(unknown.map(|threat| format!("{name}: {threat}")));
+        // The numbers of a list outside the repository, and letters for sources.
+        let has_number = |rest: &str| rest.starts_with(|c: char| c.is_ascii_digit());
+        if text.split("(attack ").skip(1).any(has_number) {
+            wrong.push(format!("{name}: (attack N)"));
+        }
+        let letters = ["source A", "source B", "source C", "source D"];
+        let is_letter = |rest: &str| !rest.starts_with(char::is_alphanumeric);
+        if letters
+            .iter()
+            .any(|letter| text.split(letter).skip(1).any(is_letter))
+        {
+            wrong.push(format!("{name}: a source by its letter"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
