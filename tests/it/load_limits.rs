@@ -243,7 +243,7 @@ fn rejected_callers_do_not_share_one_limit() {
     if !root() {
         return;
     }
-    let stage = Stage::set(
+    let stage = LoadStage::set(
         "max_connections = 1000\nmax_connections_per_workload = 40",
         "",
     );

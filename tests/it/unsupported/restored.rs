@@ -13,7 +13,7 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::{await_some, run};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
-use crate::harness::namespaces::Node;
+use crate::harness::namespaces::NetnsNode;
 use crate::harness::upstream::Upstream;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -157,7 +157,7 @@ fn pods_are_served_when_a_cgroup_tree_is_mounted_later() {
         return;
     }
     let (folder, upstream) = (folder(), Upstream::start(&[(0, "pod")]));
-    let node = Node::start(folder.path());
+    let node = NetnsNode::start(folder.path());
     node.add("cni-1");
     let rule = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
     let words = node.enter();
