@@ -215,7 +215,7 @@ struct ScanTimes {
 
 impl ScanThrottle {
     /// Waits until a scan that began after this call is over. One scan serves all calls before it.
-    /// A scan whose turn has come continues if the caller of this function is dropped, so that no
+    /// A scan that has begun, or is next, continues if the caller of this function is dropped, so that no
     /// caller gets around the pause.
     pub(crate) async fn run_after(&self, scan: impl FnOnce() + Send + 'static) {
         let called = Instant::now();

@@ -43,7 +43,7 @@
 //!
 //! The tests stop these calls by FUSE and by pipes without a reader (`tests/it/blocked.rs`,
 //! `tests/it/records.rs`). FUSE stands for NFS and 9p, which the kernel of the test machines lacks.
-//! The daemon waits in the same place for all three: in the VFS, for the reply of a server.
+//! The daemon waits in the VFS for all three: for the reply of a server.
 //!
 //! *Here* means on a thread of [`LookupThreads`], two at a time for each workload. Blocked reads of
 //! one scope (T29) leave half of the threads for others. A connection

@@ -91,7 +91,7 @@ pub(crate) fn callers(count: usize, cgroups: &[&str], to: &Address) {
     stuck.keep();
 }
 
-/// Does the same for one process, which listens at this path in place of an agent.
+/// Does the same for one process, which listens at this path instead of an agent.
 pub(crate) fn agent(socket: &str) {
     let mut stuck = StuckProcesses::new();
     stuck.add(|| {

@@ -2,7 +2,7 @@
 //! exists.
 //!
 //! A seccomp filter passes each `socket(AF_NETLINK, _, NETLINK_SOCK_DIAG)` of the program to a
-//! supervisor (seccomp_unotify(2)). The program gets a socket to the supervisor in place of the
+//! supervisor (seccomp_unotify(2)). The program gets a socket to the supervisor instead of the
 //! kernel's. The supervisor forwards requests to the kernel, or replies as the kernel does without
 //! the module `tcp_diag`.
 

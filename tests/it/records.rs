@@ -98,7 +98,7 @@ fn stopped_log_readers_do_not_stop_daemon() {
         kill(daemon.id(), Signal::SIGTERM).unwrap();
         let status = daemon
             .wait(TIMEOUT)
-            .expect("it ends, whether anybody reads or not");
+            .expect("it ends without a reader as well");
         assert!(status.success(), "{status}");
         let Some(reading) = reading else { continue };
         let [log, audit]: [Vec<Value>; 2] = reading.map(|thread| thread.join().unwrap());
@@ -249,7 +249,7 @@ fn required_audit_blocks_credentials_on_full_disk() {
     let mut all = fs::File::create(inside(&filler)).unwrap();
     while all.write_all(&[b'x'; 4096]).is_ok() {}
     for listener in listeners {
-        await_some("nothing is handed out", TIMEOUT, || {
+        await_some("no credentials are served", TIMEOUT, || {
             let (status, body) = answer(listener);
             assert!(status == 200 || body["code"] == "not_audited", "{body}");
             (status == 503).then_some(())

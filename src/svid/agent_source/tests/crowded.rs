@@ -17,7 +17,7 @@ fn caller_in(cgroup: &str, uid: u32, pid: u32) -> Arc<Caller> {
 }
 
 /// A query, and the time that it took.
-type Query = tokio::task::JoinHandle<(Result<Vec<Identity>, SourceError>, Duration)>;
+type PendingQuery = tokio::task::JoinHandle<(Result<Vec<Identity>, SourceError>, Duration)>;
 
 struct Crowd {
     agent: Arc<AgentScript>,
@@ -38,7 +38,7 @@ impl Crowd {
 
     /// Starts a query about a new process of this user. It has begun at the agent when this
     /// returns, if it could.
-    async fn query(&mut self, cgroup: &str, uid: u32, hangs: bool) -> Query {
+    async fn query(&mut self, cgroup: &str, uid: u32, hangs: bool) -> PendingQuery {
         let pid = self.next_pid;
         self.next_pid += 1;
         if hangs {
@@ -56,7 +56,7 @@ impl Crowd {
     }
 
     /// Starts queries about new processes, for which the agent never replies.
-    async fn hang(&mut self, cgroup: &str, uid: u32, count: usize) -> Vec<Query> {
+    async fn hang(&mut self, cgroup: &str, uid: u32, count: usize) -> Vec<PendingQuery> {
         let mut queries = Vec::new();
         for _ in 0..count {
             queries.push(self.query(cgroup, uid, true).await);
@@ -79,7 +79,7 @@ impl Crowd {
 }
 
 /// Returns the results that are there by now.
-async fn finished(queries: &mut Vec<Query>) -> Vec<Result<Vec<Identity>, SourceError>> {
+async fn finished(queries: &mut Vec<PendingQuery>) -> Vec<Result<Vec<Identity>, SourceError>> {
     let mut results = Vec::new();
     for query in queries.extract_if(.., |query| query.is_finished()) {
         results.push(query.await.unwrap().0);
