@@ -503,3 +503,52 @@ fn hits_are_aggregated_with_right_counts() {
         );
     }
 }
+
+/// T33: sockets of removed cgroups, at a daemon that has to search for cgroups.
+#[test]
+fn callers_of_removed_cgroups_do_not_stop_others() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let upstream = Upstream::start(&[(ALICE, "alice"), (BOB, "bob")]);
+    let rules = [(ALICE, "alice"), (BOB, "bob")].map(|(uid, name)| {
+        format!(
+            "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/{name}\"\nuid = {uid}\n\
+             cgroup = \"/awsvid-test-*.slice/**\"\n"
+        )
+    });
+    let words = [
+        "setpriv",
+        "--bounding-set=-dac_read_search",
+        "--inh-caps=-dac_read_search",
+    ];
+    let configuration = upstream.configuration() + &rules.concat();
+    let daemon = Daemon::start_behind(&words, folder.path(), "", &configuration).ready();
+    for listener in ["tcp", "tcp6"] {
+        let address = daemon.listener(listener);
+        let busy = || {
+            daemon.metric(
+                "awsvid_requests_total{listener=\"tcp\",outcome=\"failed\",reason=\"search_busy\"}",
+            )
+        };
+        let before = busy();
+        let hostile_cgroup = Cgroup::new(&format!("orphaned-{listener}"));
+        let hostile = Repeater::start(
+            "orphaned",
+            listener,
+            &address,
+            &[usize::try_from(ALICE).unwrap(), 200],
+            hostile_cgroup.path(),
+        )
+        .wait_started();
+        for number in 0..20 {
+            // The daemon has not seen this cgroup before.
+            let cgroup = Cgroup::new(&format!("new-{listener}-{number}"));
+            let counts = ask(listener, &address, BOB, 1, cgroup.path());
+            assert_eq!(counts.get("Success"), Some(&1), "{listener}: {counts:?}");
+        }
+        hostile.stop();
+        assert!(busy() > before, "{listener}: all of them wait for a scan");
+    }
+}
