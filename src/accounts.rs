@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::metrics::Metrics;
-use crate::workload_rule::{AccountName, Known, OVERFLOW_ID};
+use crate::workload_rule::{AccountName, AccountState, OVERFLOW_ID};
 
 mod local;
 mod nss;
@@ -25,7 +25,7 @@ mod rules;
 
 pub use local::LocalAccounts;
 pub use nss::{NameService, Nss};
-pub use rules::{LiveRules, Undecided};
+pub use rules::{IdentifyError, LiveRules};
 
 /// Interval between lookups of a name with a number. It bounds the time until a changed number
 /// takes effect.
@@ -52,7 +52,7 @@ pub struct Accounts(Arc<AccountsInner>);
 struct AccountsInner {
     service: Arc<dyn NameService>,
     state: Mutex<AccountsState>,
-    numbers: watch::Sender<Arc<Numbers>>,
+    numbers: watch::Sender<Arc<AccountIds>>,
     wake: Notify,
     metrics: Metrics,
 }
@@ -65,8 +65,8 @@ struct AccountsState {
 
 /// Numbers of the names.
 #[derive(Debug, Default)]
-pub struct Numbers {
-    known: BTreeMap<AccountName, Known>,
+pub struct AccountIds {
+    known: BTreeMap<AccountName, AccountState>,
     local: Arc<LocalAccounts>,
 }
 
@@ -74,7 +74,7 @@ pub struct Numbers {
 struct AccountEntry {
     /// Lines of the configuration that contain the name.
     lines: Vec<usize>,
-    known: Known,
+    known: AccountState,
     /// Error of the last lookup, if it failed.
     error: Option<Errno>,
     /// Time of the last answer or failure.
@@ -104,10 +104,13 @@ impl fmt::Debug for Accounts {
     }
 }
 
-impl Numbers {
+impl AccountIds {
     /// Returns the state of `name`.
-    pub fn get(&self, name: &AccountName) -> Known {
-        self.known.get(name).copied().unwrap_or(Known::Unanswered)
+    pub fn get(&self, name: &AccountName) -> AccountState {
+        self.known
+            .get(name)
+            .copied()
+            .unwrap_or(AccountState::Unanswered)
     }
 
     /// Reports whether a user or group with this number has another name than `name`: by the local
@@ -115,8 +118,8 @@ impl Numbers {
     pub fn is_other(&self, name: &AccountName, id: u32) -> bool {
         let is_same_kind =
             |other: &AccountName| std::mem::discriminant(other) == std::mem::discriminant(name);
-        let has_id = |(other, known): (&AccountName, &Known)| {
-            other != name && is_same_kind(other) && *known == Known::Number(id)
+        let has_id = |(other, known): (&AccountName, &AccountState)| {
+            other != name && is_same_kind(other) && *known == AccountState::Number(id)
         };
         self.local.is_other(name, id) || self.known.iter().any(has_id)
     }
@@ -170,12 +173,12 @@ impl Accounts {
     }
 
     /// Returns the numbers of this moment.
-    pub fn numbers(&self) -> Arc<Numbers> {
+    pub fn numbers(&self) -> Arc<AccountIds> {
         self.0.numbers.borrow().clone()
     }
 
     /// Schedules lookups of these names, without waiting for them.
-    pub fn want(&self, names: &[AccountName]) {
+    pub fn request_lookup(&self, names: &[AccountName]) {
         let now = Instant::now();
         let mut state = self.0.state();
         for name in names {
@@ -193,7 +196,7 @@ impl Accounts {
     /// them. Returns `false` after `patience`.
     async fn await_lookup(&self, names: &[AccountName], patience: Duration) -> bool {
         let since = Instant::now().checked_sub(MIN_LOOKUP_INTERVAL);
-        self.want(names);
+        self.request_lookup(names);
         self.0
             .wait(patience, |state| {
                 names.iter().all(|name| state.has_answer(name, since))
@@ -242,7 +245,7 @@ impl AccountsInner {
             .collect();
         let unknown = known
             .values()
-            .filter(|known| !matches!(known, Known::Number(_)))
+            .filter(|known| !matches!(known, AccountState::Number(_)))
             .count();
         self.metrics
             .unknown_accounts
@@ -250,18 +253,18 @@ impl AccountsInner {
         self.numbers.send_modify(|numbers| {
             let local = local.unwrap_or_else(|| numbers.local.clone());
             if numbers.known != known || !Arc::ptr_eq(&numbers.local, &local) {
-                *numbers = Arc::new(Numbers { known, local });
+                *numbers = Arc::new(AccountIds { known, local });
             }
         });
     }
 
     /// Applies the result of a lookup.
-    fn take(&self, finding: LookupResult) {
+    fn take(&self, result: LookupResult) {
         let mut state = self.state();
-        if let Some(entry) = state.names.get_mut(&finding.name) {
-            entry.take(&finding, Instant::now());
+        if let Some(entry) = state.names.get_mut(&result.name) {
+            entry.take(&result, Instant::now());
         }
-        self.publish(&state, Some(finding.local));
+        self.publish(&state, Some(result.local));
     }
 
     fn log_silence(&self) {
@@ -311,8 +314,8 @@ impl AccountsState {
             allowed.min_by_key(|(name, entry)| (!local.has(name), entry.answered))?;
         (entry.is_running, entry.is_wanted) = (true, false);
         let number = match entry.known {
-            Known::Number(number) => Some(number),
-            Known::Absent | Known::Unanswered => None,
+            AccountState::Number(number) => Some(number),
+            AccountState::Absent | AccountState::Unanswered => None,
         };
         Some((name.clone(), number))
     }
@@ -332,7 +335,7 @@ impl AccountEntry {
     fn new() -> Self {
         Self {
             lines: Vec::new(),
-            known: Known::Unanswered,
+            known: AccountState::Unanswered,
             error: None,
             answered: None,
             absent_since: None,
@@ -343,57 +346,63 @@ impl AccountEntry {
         }
     }
 
-    fn take(&mut self, finding: &LookupResult, now: Instant) {
+    fn take(&mut self, result: &LookupResult, now: Instant) {
         let before = (self.known, self.error, self.answered.is_none());
         (self.is_running, self.answered) = (false, Some(now));
-        match (finding.number, self.known) {
+        match (result.number, self.known) {
             (Ok(Some(number)), _) => {
-                (self.known, self.error, self.absent_since) = (Known::Number(number), None, None);
+                (self.known, self.error, self.absent_since) =
+                    (AccountState::Number(number), None, None);
             }
-            (Ok(None), Known::Number(_)) => {
+            (Ok(None), AccountState::Number(_)) => {
                 let since = *self.absent_since.get_or_insert(now);
-                if finding.successor.is_some() || now >= since + ABSENT_GRACE {
-                    (self.known, self.error, self.absent_since) = (Known::Absent, None, None);
+                if result.successor.is_some() || now >= since + ABSENT_GRACE {
+                    (self.known, self.error, self.absent_since) =
+                        (AccountState::Absent, None, None);
                 }
             }
-            (Ok(None), _) => (self.known, self.error) = (Known::Absent, None),
+            (Ok(None), _) => (self.known, self.error) = (AccountState::Absent, None),
             // The last number stays valid: a failed lookup is not evidence against it.
-            (Err(error), Known::Number(_)) => self.error = Some(error),
-            (Err(error), _) => (self.known, self.error) = (Known::Unanswered, Some(error)),
+            (Err(error), AccountState::Number(_)) => self.error = Some(error),
+            (Err(error), _) => (self.known, self.error) = (AccountState::Unanswered, Some(error)),
         }
-        if matches!(finding.number, Ok(Some(_))) {
+        if matches!(result.number, Ok(Some(_))) {
             (self.retry, self.next) = (RETRY_DELAY, now + RECHECK_INTERVAL);
         } else {
             self.next = now + self.retry;
             self.retry = (self.retry * 2).min(RECHECK_INTERVAL);
         }
-        self.log(finding, before);
+        self.log(result, before);
     }
 
-    fn log(&self, finding: &LookupResult, (known, error, is_first): (Known, Option<Errno>, bool)) {
-        let (account, lines) = (&finding.name, &self.lines);
+    fn log(
+        &self,
+        result: &LookupResult,
+        (known, error, is_first): (AccountState, Option<Errno>, bool),
+    ) {
+        let (account, lines) = (&result.name, &self.lines);
         let cause = self.error.map(Errno::desc);
         match (known, self.known) {
-            (before, Known::Number(OVERFLOW_ID)) if before != self.known => tracing::warn!(
+            (before, AccountState::Number(OVERFLOW_ID)) if before != self.known => tracing::warn!(
                 %account, ?lines, number = OVERFLOW_ID,
                 "workload rule matches no caller: the kernel shows this number for ids that it cannot map"
             ),
-            (Known::Number(before), Known::Number(number)) if before != number => {
+            (AccountState::Number(before), AccountState::Number(number)) if before != number => {
                 tracing::warn!(%account, ?lines, before, number, "account number changed");
             }
-            (Known::Number(_), Known::Number(_)) => {
+            (AccountState::Number(_), AccountState::Number(_)) => {
                 if error.is_none()
                     && let Some(cause) = cause
                 {
                     tracing::warn!(%account, ?lines, cause, "account lookup failed: its last number stays in use");
                 }
             }
-            (_, Known::Number(number)) if !is_first => {
+            (_, AccountState::Number(number)) if !is_first => {
                 tracing::info!(%account, ?lines, number, "workload rule active: the account has a number");
             }
-            (_, Known::Number(_)) => {}
-            (Known::Number(_), _) => {
-                let successor = finding.successor.as_deref();
+            (_, AccountState::Number(_)) => {}
+            (AccountState::Number(_), _) => {
+                let successor = result.successor.as_deref();
                 tracing::warn!(
                     %account, ?lines, successor, "workload rule inactive: the account was removed"
                 );
@@ -424,9 +433,9 @@ async fn run(shared: Arc<AccountsInner>) {
         let due = shared.state().due_after(now);
         tokio::select! {
             Some(found) = running.join_next() => match found {
-                Ok(finding) => {
-                    local = finding.local.clone();
-                    shared.take(finding);
+                Ok(result) => {
+                    local = result.local.clone();
+                    shared.take(result);
                 }
                 // The name keeps its state.
                 Err(error) => tracing::error!(%error, "account lookup panicked"),

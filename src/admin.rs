@@ -36,22 +36,22 @@ mod format;
 
 use format::{MetricsFormat, Rendered};
 
-/// The longest time for a complete head. A probe sends it with its connection.
-const HEAD: Duration = Duration::from_secs(1);
-/// The longest time for a connection. `/status` may have some megabytes over a slow network.
-const CONNECTION: Duration = Duration::from_secs(5);
-/// The age up to which rendered metrics are served at the TCP address. Prometheus scrapes every few
+/// Maximum time for a complete head. A probe sends it with its connection.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(1);
+/// Maximum time of a connection. `/status` may have some megabytes over a slow network.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum age of rendered metrics that are served at the TCP address. Prometheus scrapes every few
 /// seconds.
-const RENDER_EVERY: Duration = Duration::from_secs(1);
-/// The connections at the TCP address. This is more than the daemon accepts before it reads the
-/// first.
-const CONNECTIONS: usize = 512;
-/// The connections at the TCP address from one source address.
-const CONNECTIONS_OF_ONE: usize = 160;
+const RENDER_INTERVAL: Duration = Duration::from_secs(1);
+/// Maximum number of connections at the TCP address. This is more than the daemon accepts before it
+/// reads the first.
+const MAX_CONNECTIONS: usize = 512;
+/// Maximum number of connections at the TCP address from one source address.
+const MAX_CONNECTIONS_PER_PEER: usize = 160;
 /// The reason of a connection that gives way to a newer one.
 pub const TOO_MANY_OPERATORS: &str = "too_many_operators";
-/// The connections at the unix socket.
-const LOCAL_CONNECTIONS: usize = 160;
+/// Maximum number of connections at the unix socket.
+const MAX_STATUS_CONNECTIONS: usize = 160;
 
 /// The readiness of the daemon. It stays ready through outages of the source and of STS, because it
 /// still serves cached credentials. The metrics show such outages.
@@ -171,8 +171,8 @@ impl Admin {
             metrics,
             readiness,
             cache,
-            remote: FairSemaphore::new(CONNECTIONS, CONNECTIONS_OF_ONE),
-            local: FairSemaphore::new(LOCAL_CONNECTIONS, LOCAL_CONNECTIONS),
+            remote: FairSemaphore::new(MAX_CONNECTIONS, MAX_CONNECTIONS_PER_PEER),
+            local: FairSemaphore::new(MAX_STATUS_CONNECTIONS, MAX_STATUS_CONNECTIONS),
             rendered: tokio::sync::Mutex::default(),
         }
     }
@@ -191,12 +191,12 @@ impl Admin {
         self: Arc<Self>,
         address: Address,
         stream: AcceptedStream,
-        arrival: PendingConnection,
+        pending: PendingConnection,
     ) {
         let PendingConnection {
             permit: arriving,
             open: _open,
-        } = arrival;
+        } = pending;
         // From here on the connection is counted by its client's address.
         drop(arriving);
         let permit = match (address, &stream) {
@@ -213,11 +213,11 @@ impl Admin {
         let mut builder = http1::Builder::new();
         builder
             .timer(TokioTimer::new())
-            .header_read_timeout(HEAD)
+            .header_read_timeout(HEAD_TIMEOUT)
             .keep_alive(false);
         let descriptor = stream.socket().descriptor().clone();
         let served = timeout(
-            CONNECTION,
+            CONNECTION_TIMEOUT,
             builder.serve_connection(TokioIo::new(stream.into_socket()), service),
         );
         tokio::select! {
@@ -271,7 +271,7 @@ impl Admin {
     async fn rendered(&self) -> Rendered {
         let mut rendered = self.rendered.lock().await;
         if let Some((at, latest)) = &*rendered
-            && at.elapsed() < RENDER_EVERY
+            && at.elapsed() < RENDER_INTERVAL
         {
             return latest.clone();
         }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
@@ -35,7 +36,7 @@ mod listeners;
 mod series;
 mod token_file;
 
-use audit_file::{audit_error, open_audit};
+use audit_file::{audit_error, open_audit, reopen};
 use components::Components;
 use listeners::{AcceptLoops, ListenAddress, bind_all, tcp_address};
 use token_file::{NodeToken, write_later};
@@ -102,7 +103,7 @@ pub struct App {
     metrics: Metrics,
     readiness: Arc<Readiness>,
     attestor: Arc<Attestor>,
-    status: Arc<Admin>,
+    admin_api: Arc<Admin>,
     probing: Option<JoinHandle<()>>,
     /// Set while pods are served.
     gate: Option<TakeoverGate>,
@@ -149,12 +150,14 @@ impl App {
             .map_or_else(PodRoots::defaults, PodRoots::at);
         let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
         let own_probe = OwnProbe::new();
+        let token_needed = Arc::<Notify>::default();
         let endpoint = Arc::new(CredentialEndpoint {
             attestor: attestor.clone(),
             service: service.clone(),
-            audit: open_audit(&config.audit, clock.clone(), metrics.clone()),
+            audit: open_audit(&config.audit, clock.clone(), metrics.clone()).await,
             metrics: metrics.clone(),
-            authorization: authorization(&config.listen)?,
+            authorization: authorization(&config.listen, &token_needed)?,
+            token_needed,
             own_probe: own_probe.clone(),
             connections: FairSemaphore::new(
                 config.listen.max_connections,
@@ -171,7 +174,7 @@ impl App {
         admin.names_processes(DaemonFeatures::of(&config).names_processes());
         let mut app = Self {
             attestor,
-            status: admin.clone(),
+            admin_api: admin.clone(),
             tcp: Vec::new(),
             admin: None,
             listen: config.listen,
@@ -194,8 +197,7 @@ impl App {
         app.serve_pods(endpoint).await?;
         app.serve_operators(&mut inherited, &admin);
         app.workloads.refuse_rest(&mut inherited);
-        app.metrics
-            .config_loaded(digest.to_string(), app.clock.now());
+        app.config_loaded(digest.to_string());
         app.probe(parts.probes);
         Ok(app)
     }
@@ -231,10 +233,10 @@ impl App {
             (&self.clock, &self.metrics),
         )
         .await?;
-        let reopened = self.audit.reopen(&config.audit.file, config.audit.required);
+        let reopened = reopen(&self.audit, &config.audit).await;
         reopened.map_err(|source| audit_error(&config.audit.file, source))?;
         self.source = (parts.identity, parts.policy.source.clone());
-        self.status
+        self.admin_api
             .names_processes(DaemonFeatures::of(&config).names_processes());
         self.service
             .reload(parts.policy, parts.exchanger, parts.limits);
@@ -244,14 +246,21 @@ impl App {
                 self.metrics.remove_sts(removed);
             }
         }
-        self.metrics
-            .config_loaded(config.digest.to_string(), self.clock.now());
+        self.config_loaded(config.digest.to_string());
         self.probe(parts.probes);
         for (table, keys) in changed.iter().filter(|(_, keys)| !keys.is_empty()) {
             let keys = keys.join(", ");
             tracing::warn!(table, keys, "the change needs a restart; restart awsvid");
         }
         Ok(())
+    }
+
+    /// Records the configuration that is in effect now.
+    fn config_loaded(&self, digest: String) {
+        for endpoint in &self.sts {
+            self.metrics.add_sts(endpoint.clone());
+        }
+        self.metrics.config_loaded(digest, self.clock.now());
     }
 
     /// Records that a reload failed, so that the previous configuration stays in effect.
@@ -278,9 +287,9 @@ impl App {
         if !self.readiness.is_ready() {
             let (attestor, readiness) = (self.attestor.clone(), self.readiness.clone());
             let probes = probes.marked_by(self.own_probe.clone());
-            let asking =
+            let probe_task =
                 probes.until_ready(self.tcp.clone(), self.gate.clone(), attestor, readiness);
-            self.probing = Some(tokio::spawn(asking));
+            self.probing = Some(tokio::spawn(probe_task));
         }
     }
 
@@ -305,11 +314,21 @@ impl App {
             return error.map_or(Ok(()), |error| Err(error.into()));
         }
         self.tcp = attempts.iter().filter_map(tcp_address).collect();
-        listen::warn_of_unprivileged_ports(&self.tcp);
+        let chosen = |bound: &SocketAddr| {
+            let is_it = |address: &SocketAddr| address.port() == 0 && address.ip() == bound.ip();
+            self.listen.tcp.iter().any(is_it)
+        };
+        let named: Vec<_> = self
+            .tcp
+            .iter()
+            .filter(|bound| !chosen(bound))
+            .copied()
+            .collect();
+        listen::warn_of_unprivileged_ports(&named);
         for attempt in attempts {
             let endpoint = endpoint.clone();
             let connection =
-                move |stream, arrival| endpoint.clone().connection(stream, arrival, None);
+                move |stream, pending| endpoint.clone().serve_connection(stream, pending, None);
             self.workloads
                 .serve(attempt, "serving workloads", connection);
         }
@@ -366,7 +385,7 @@ impl App {
                 self.admin = self.admin.or(tcp_address(&attempt));
                 let admin = admin.clone();
                 let connection =
-                    move |stream, arrival| admin.clone().connection(kind, stream, arrival);
+                    move |stream, pending| admin.clone().connection(kind, stream, pending);
                 self.operators
                     .serve(attempt, "serving operators", connection);
             }
@@ -397,7 +416,10 @@ fn sts_names(config: &Config) -> Vec<String> {
 
 /// Loads the token, and starts writing its file. One SDK uses the endpoint only if it gets the
 /// token by a file.
-fn authorization(listen: &config::Listen) -> Result<Authorization, AppError> {
+fn authorization(
+    listen: &config::Listen,
+    token_needed: &Arc<Notify>,
+) -> Result<Authorization, AppError> {
     let path = &listen.token_file;
     let node = NodeToken::load(path).map_err(|source| AppError::Token {
         path: path.clone(),
@@ -406,7 +428,8 @@ fn authorization(listen: &config::Listen) -> Result<Authorization, AppError> {
     if let Some(error) = node.unwritten {
         let path = path.display();
         tracing::warn!(%path, %error, "[listen] token_file cannot be written yet: retrying every 5 seconds");
-        tokio::spawn(write_later(listen.token_file.clone(), node.token.clone()));
+        let (path, token) = (listen.token_file.clone(), node.token.clone());
+        tokio::spawn(write_later(path, token, token_needed.clone()));
     }
     Ok(match listen.authorization {
         config::AuthorizationMode::Present => Authorization::Present,

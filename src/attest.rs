@@ -141,12 +141,8 @@ impl Attestor {
 
     /// Returns the cgroups below which a kubelet creates its pods, as far as they are visible here.
     /// Without any, no pod is known.
-    pub fn pod_roots(&self) -> Vec<&CgroupPath> {
-        self.host
-            .pods
-            .as_ref()
-            .map(|pods| pods.discover_roots())
-            .unwrap_or_default()
+    pub fn pod_roots(&self) -> Vec<CgroupPath> {
+        self.host.cgroups().pod_roots()
     }
 
     /// Returns the threads to which connections move before their callers' processes are read.
@@ -156,6 +152,10 @@ impl Attestor {
 
     /// Attests the peer of a unix stream, by the facts that the kernel recorded when it connected.
     pub fn unix(&self, stream: &LazySocket) -> Result<Caller, Unattested> {
+        if self.host.cgroups().tree.is_none() {
+            // A rule by cgroup or unit matches no caller until there is one.
+            self.tcp.retry();
+        }
         let stream = stream.descriptor();
         unix::attest(&self.host, unix::Peer::of(stream.as_fd())?, stream)
     }

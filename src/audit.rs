@@ -6,6 +6,7 @@
 //! are a contract, described in `deploy/docs/audit-log.md`. It contains no secret. The access key
 //! id joins it with CloudTrail.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -27,7 +28,7 @@ mod line;
 mod record;
 mod sink;
 
-use aggregate::{Beyond, RefusalAggregator, SWEEP};
+use aggregate::{RefusalAggregator, SWEEP};
 use sink::Sink;
 
 pub use crate::telemetry::RequestId;
@@ -107,7 +108,7 @@ pub const ABORTED: &str = "aborted";
 pub struct IssuedFields<'a> {
     pub access_key_id: &'a str,
     pub expiration: SystemTime,
-    pub freshness: CacheResult,
+    pub cache_result: CacheResult,
 }
 
 impl Audit {
@@ -121,9 +122,8 @@ impl Audit {
             metrics,
             boot: fastrand::u32(..),
             next: AtomicU64::new(0),
-            refusals: RefusalAggregator::new(Beyond::Counted),
-            // The first request by which a caller gets a key always has a record.
-            hits: RefusalAggregator::new(Beyond::Written),
+            refusals: RefusalAggregator::default(),
+            hits: RefusalAggregator::default(),
         })
     }
 
@@ -132,37 +132,58 @@ impl Audit {
         self.sink.load().is_unopened()
     }
 
-    /// Opens the destination. A rotation may have renamed the file, so a reload opens it again.
+    /// Waits for a record that needs the destination before it is open.
+    pub async fn needs_destination(&self) {
+        self.sink.load_full().needed().await;
+    }
+
+    /// Opens the destination. Blocks while the file's server does not respond.
+    pub fn open(to: &AuditFile) -> io::Result<File> {
+        sink::open(to)
+    }
+
+    /// Writes to `opened`, the destination `to`. A rotation may have renamed the file, so a reload
+    /// opens it again.
     ///
-    /// Records go to the previous destination until the new one is open. The thread of the previous
-    /// one then writes its queue and ends.
-    pub fn reopen(&self, to: &AuditFile, required: bool) -> io::Result<()> {
+    /// Records go to the previous destination until then. The thread of the previous one then
+    /// writes its queue and ends.
+    pub fn redirect(&self, to: &AuditFile, opened: File, required: bool) -> io::Result<()> {
         let before = self.sink.load_full();
         if before.is_unopened() {
-            before.open(to)?;
+            before.open_as(to, opened)?;
         } else if *to != AuditFile::Stdout || !before.is_stdout() {
             // Standard output is still the same. If it stalls, each reload would leave one more
             // thread.
             let new = Arc::new(Sink::unopened(self.clock.clone(), &self.metrics));
-            new.open(to)?;
+            new.open_as(to, opened)?;
             new.succeed(&self.sink.swap(new.clone()), &self.clock);
         }
         self.required.store(required, Ordering::Relaxed);
         Ok(())
     }
 
+    /// Returns the id of the request that a new connection is going to send.
+    pub fn next_request(&self) -> RequestId {
+        RequestId {
+            boot: self.boot,
+            number: self.next.fetch_add(1, Ordering::Relaxed),
+        }
+    }
+
+    /// Opens the destination and writes to it.
+    #[cfg(test)]
+    pub(crate) fn reopen(&self, to: &AuditFile, required: bool) -> io::Result<()> {
+        self.redirect(to, Self::open(to)?, required)
+    }
+
     /// Begins the record of a request. `caller` is `None` if it could not be attested.
-    pub fn begin(self: &Arc<Self>, listener: ListenerKind, caller: Option<Arc<Caller>>) -> Record {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        Record::new(
-            self.clone(),
-            RequestId {
-                boot: self.boot,
-                number,
-            },
-            listener,
-            caller,
-        )
+    pub fn begin(
+        self: &Arc<Self>,
+        id: RequestId,
+        listener: ListenerKind,
+        caller: Option<Arc<Caller>>,
+    ) -> Record {
+        Record::new(self.clone(), id, listener, caller)
     }
 
     fn is_required(&self) -> bool {
@@ -180,7 +201,7 @@ impl Audit {
     }
 
     /// Spawns a task that writes records for several requests, until there are none to combine.
-    fn sweep(self: &Arc<Self>, floods: fn(&Self) -> &RefusalAggregator) {
+    fn sweep(self: &Arc<Self>, aggregator: fn(&Self) -> &RefusalAggregator) {
         // Without a runtime, as when the daemon ends, `Drop` writes them.
         let Ok(runtime) = Handle::try_current() else {
             return;
@@ -190,7 +211,7 @@ impl Audit {
             loop {
                 sleep(SWEEP).await;
                 let Some(audit) = audit.upgrade() else { return };
-                let (lines, done) = floods(&audit).sweep(Some(Instant::now()));
+                let (lines, done) = aggregator(&audit).sweep(Some(Instant::now()));
                 audit.put(lines);
                 if done {
                     return;
@@ -202,8 +223,8 @@ impl Audit {
 
 impl Drop for Audit {
     fn drop(&mut self) {
-        for floods in [&self.refusals, &self.hits] {
-            self.put(floods.sweep(None).0);
+        for aggregator in [&self.refusals, &self.hits] {
+            self.put(aggregator.sweep(None).0);
         }
         self.sink.load().flush();
     }

@@ -9,10 +9,9 @@
 //! |---|---|
 //! | `entry` | one entry: its credentials, refresh state and failure state |
 //! | `table` | the table of entries by SPIFFE ID, and its bounds |
-//! | `issued` | cached credentials, and how long they are served |
+//! | `cached_credentials` | credentials as they are served, and for how long |
 //! | `failure` | the kinds of failure, and their effect on cached credentials |
-//! | `flight` | the result that concurrent requests wait for |
-//! | `issuing` | running an exchange for an entry, and storing its result |
+//! | `flight` | an exchange that runs for an entry, the requests that wait for it, and the storage of its result |
 //! | `next_action` | the rule of what is due for an entry, and when |
 //! | `refresh` | the one task that does what is due |
 //! | `events` | the events that the cache logs |
@@ -33,29 +32,30 @@ use crate::limits::FairSemaphore;
 use crate::metrics::{CallLabel, EntryStateLabel, EvictionReason, Metrics};
 use crate::role::Grant;
 
+mod cached_credentials;
 mod entry;
 mod events;
 mod failure;
 mod flight;
-mod issued;
-mod issuing;
 mod next_action;
 mod refresh;
 mod table;
 
+pub use cached_credentials::{CachedBody, CachedCredentials};
 pub use entry::EntryStatus;
-pub use issued::{CachedBody, CachedCredentials};
 
-use entry::{CachedState, Entry};
+use cached_credentials::MIN_REMAINING;
+use entry::{Entry, EntryState};
 use events::EventLog;
 use flight::Waiter;
-use issued::MIN_REMAINING;
 use next_action::Action;
 use refresh::Schedule;
 use table::EntryTable;
 
 /// Bound of concurrent refreshes that the task starts. An outage that ends, or an agent that hangs,
 /// must not delay requests for first credentials. A refresh that a request starts needs no permit.
+/// At this bound the SPIFFE ID with the most loses its newest one, unless no other one holds fewer
+/// (T29).
 const MAX_REFRESHES: usize = 64;
 /// The part of [`MAX_REFRESHES`] that one SPIFFE ID may use.
 const MAX_REFRESHES_PER_SPIFFE_ID: usize = 4;
@@ -99,7 +99,7 @@ pub struct Limits {
 pub enum CacheError {
     /// The exchange failed with this error.
     #[error(transparent)]
-    Issue(#[from] ExchangeError),
+    Exchange(#[from] ExchangeError),
     /// The exchange is still running, or a reload replaced the entry. A retry finds the result.
     #[error("credentials are not ready: the exchange is still running; retry the request")]
     Pending,
@@ -257,7 +257,7 @@ impl CacheInner {
         if let Some(entry) = self.table.find(grant) {
             return Ok(entry);
         }
-        let evict = |entry: &Arc<Entry>, state: &mut CachedState| {
+        let evict = |entry: &Arc<Entry>, state: &mut EntryState| {
             self.retire(entry, state, EvictionReason::Evicted)
         };
         self.table
@@ -316,7 +316,7 @@ impl CacheInner {
 
     /// Clears the credentials of an entry for good: it serves nothing and accepts no result from
     /// now on.
-    fn retire(&self, entry: &Arc<Entry>, state: &mut CachedState, reason: EvictionReason) {
+    fn retire(&self, entry: &Arc<Entry>, state: &mut EntryState, reason: EvictionReason) {
         state.retired = true;
         if let Some(flight) = &state.flight {
             flight.finish(Err(CacheError::Pending));

@@ -34,7 +34,7 @@ pub use digest::ConfigDigest;
 pub use error::{ConfigErrors, Problem};
 pub(crate) use exposure::exposures;
 pub use identity::{IdentityConfig, Reference, Source};
-pub use listen::{AuthorizationMode, Listen};
+pub use listen::{AuthorizationMode, FIRST_UNPRIVILEGED_PORT, Listen};
 pub use manual::manual_page;
 pub use output::{AuditConfig, AuditFile, LogConfig, LogFormat};
 pub use pods::PodsConfig;
@@ -43,7 +43,7 @@ pub use workload::{ParsedWorkload, WorkloadRuleKey};
 
 use crate::role::Roles;
 use crate::socket_endpoint::Endpoint;
-use crate::workload_rule::{AccountName, Known};
+use crate::workload_rule::{AccountName, AccountState};
 use toml_reader::{Diagnostics, Table};
 
 /// The trust domain of `awsvid dev`'s identities.
@@ -66,6 +66,7 @@ pub struct Config {
     pub workloads: Vec<ParsedWorkload>,
     /// The tables `[[role]]` and `[requested_roles]`.
     pub roles: Roles,
+    tcp_lines: listen::TcpLines,
     /// The digest of the text.
     pub digest: ConfigDigest,
 }
@@ -174,8 +175,16 @@ impl Config {
     /// Returns warnings for rules that match no caller because of an earlier rule. `number` returns
     /// the numbers of users and groups on this node. A rule that is shadowed without them is an
     /// error already.
-    pub fn shadowed(&self, number: impl Fn(&AccountName) -> Known) -> Vec<Problem> {
+    pub fn shadowed(&self, number: impl Fn(&AccountName) -> AccountState) -> Vec<Problem> {
         cross_checks::shadowed(&self.workloads, number)
+    }
+
+    /// Returns warnings for TCP addresses in `[listen]` that any user can take.
+    ///
+    /// `first` is the first port that needs no privilege: this node's, or
+    /// [`FIRST_UNPRIVILEGED_PORT`].
+    pub fn unprivileged_ports(&self, first: u16) -> Vec<Problem> {
+        listen::unprivileged_ports(&self.listen, &self.tcp_lines, first)
     }
 
     /// Returns the users and groups that rules name, each with its lines.
@@ -210,7 +219,7 @@ impl Config {
         let region = sts::read(&rest.root(&entries).table("sts")).region;
         let pods = pods::read(&rest.root(&entries).table("pods"));
         let report = Diagnostics::new(&text);
-        let listen = listen::read(&report.root(&entries).table("listen"), &pods);
+        let (listen, _) = listen::read(&report.root(&entries).table("listen"), &pods);
         report.finish_table("listen", &entries).map_err(failed)?;
         Ok((listen, region))
     }
@@ -276,7 +285,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
     ]
     .map(|name| root.table(name));
     let pods = pods::read(&pods_table);
-    let listen = listen::read(&listen_table, &pods);
+    let (listen, tcp_lines) = listen::read(&listen_table, &pods);
     let (identity, by_rules) = identity::read(&identity_table, env);
     let sts = sts::read(&sts_table);
     let audit = output::read_audit(&audit_table);
@@ -373,6 +382,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         identity,
         sts,
         audit,
+        tcp_lines,
         digest: ConfigDigest::default(),
     }
 }

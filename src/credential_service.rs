@@ -14,7 +14,7 @@ use crate::caller::{AttestError, Caller, ProcessFacts};
 use crate::clock::REQUEST_HOLD;
 use crate::exchange::TokenExchanger;
 use crate::identity::SpiffeId;
-use crate::role::{Grant, RequestedRole, RoleDenied, Roles};
+use crate::role::{Grant, Identity, RequestedRole, RoleDenied, Roles};
 use crate::svid::{IdentityBasis, IdentitySource, SourceError};
 
 /// The service that answers attested callers.
@@ -74,7 +74,7 @@ impl CredentialService {
     pub async fn credentials_for(
         &self,
         caller: &Arc<Caller>,
-        wanted: &RequestedRole,
+        requested: &RequestedRole,
         record: &mut Record,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), ServiceError> {
         // The deadline of the wait for the cache includes the time of `identify`: clients give up
@@ -83,7 +83,9 @@ impl CredentialService {
         loop {
             let begun = self.reloads.load(Ordering::SeqCst);
             let policy = self.policy.load_full();
-            let answer = self.decide(&policy, (caller, wanted), until, record).await;
+            let answer = self
+                .try_once(&policy, (caller, requested), until, record)
+                .await;
             let under_way = !begun.is_multiple_of(2);
             if !under_way && self.reloads.load(Ordering::SeqCst) == begun {
                 return answer;
@@ -95,10 +97,10 @@ impl CredentialService {
         }
     }
 
-    async fn decide(
+    async fn try_once(
         &self,
         policy: &Policy,
-        (caller, wanted): (&Arc<Caller>, &RequestedRole),
+        (caller, requested): (&Arc<Caller>, &RequestedRole),
         until: Instant,
         record: &mut Record,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), ServiceError> {
@@ -106,23 +108,24 @@ impl CredentialService {
         if identities.is_empty() {
             return Err(ServiceError::NoIdentity);
         }
-        let grant = policy.roles.select(&identities, wanted);
+        let grant = policy.roles.select(&identities, requested);
         let grant = grant.map_err(|denied| {
-            let mut spiffe_ids: Vec<_> = identities
-                .iter()
-                .map(|identity| identity.spiffe_id.clone())
-                .collect();
             // An identity with several entries comes several times.
-            spiffe_ids.dedup();
-            record.identified(&spiffe_ids);
+            let mut spiffe_ids: Vec<SpiffeId> = Vec::new();
+            for Identity { spiffe_id, .. } in &identities {
+                if !spiffe_ids.contains(spiffe_id) {
+                    spiffe_ids.push(spiffe_id.clone());
+                }
+            }
+            record.set_spiffe_ids(&spiffe_ids);
             ServiceError::Denied { denied, spiffe_ids }
         })?;
-        record.granted(&grant);
-        let issued = timeout_at(until, self.cache.get(&grant, caller))
+        record.set_grant(&grant);
+        let credentials = timeout_at(until, self.cache.get(&grant, caller))
             .await
             .unwrap_or(Err(CacheError::Pending))?;
         caller.still_same().await?;
-        Ok(issued)
+        Ok(credentials)
     }
 
     /// Returns the facts about the caller's process that a decision needs; `None` if it needs none.

@@ -28,7 +28,8 @@ const MAX_RETRIES: u32 = 3;
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
 
 /// Maximum number of concurrent calls to the source. An agent answers most of them from its cache,
-/// and each has a connection of its own.
+/// and each has a connection of its own. At this limit the SPIFFE ID with the most loses its newest
+/// call, unless no other one holds fewer (T29).
 const MAX_SOURCE_CALLS: usize = 64;
 /// The part of [`MAX_SOURCE_CALLS`] that one SPIFFE ID may use. SPIRE can delay the calls of one
 /// workload for up to 30 s; permits for others remain.
@@ -181,10 +182,19 @@ impl TokenExchanger {
         loop {
             let permit = self
                 .source_permits
-                .acquire(&grant.spiffe_id)
+                .acquire_evicting(&grant.spiffe_id)
                 .await
                 .ok_or(ExchangeError::TooOften)?;
-            let result = self.source.token(caller, &grant.spiffe_id, audience).await;
+            let result = tokio::select! {
+                biased;
+                result = self.source.token(caller, &grant.spiffe_id, audience) => result,
+                () = permit.evicted() => {
+                    if budget.pause().await {
+                        continue;
+                    }
+                    return Err(ExchangeError::TooOften);
+                }
+            };
             drop(permit);
             match result {
                 Err(SourceError::Unavailable(_)) if budget.pause().await => {}

@@ -144,59 +144,83 @@ pub fn warn_missing(features: DaemonFeatures) {
     }
 }
 
-/// A system call that needs a capability, the failure without it, and a harmless attempt of it.
-struct SyscallUse {
-    capability: Capability,
+/// A use of the kernel, the failure without it, the fix, and a harmless attempt of it.
+///
+/// No attempt reads another process: that process may block the read (T25), and a security module
+/// may protect just that one.
+struct KernelUse {
+    /// The capability that it needs, if it needs one.
+    capability: Option<Capability>,
     call: &'static str,
     fails: &'static str,
-    unit: &'static str,
-    attempt: fn() -> Errno,
+    fix: &'static str,
+    attempt: fn() -> Result<(), Errno>,
 }
 
 impl DaemonFeatures {
-    fn uses(self) -> impl Iterator<Item = SyscallUse> {
-        let cgroups = SyscallUse {
-            capability: Capability::CAP_DAC_READ_SEARCH,
+    fn uses(self) -> impl Iterator<Item = KernelUse> {
+        let cgroups = KernelUse {
+            capability: Some(Capability::CAP_DAC_READ_SEARCH),
             call: "open_by_handle_at",
             fails: "cgroups cannot be opened by their id, so callers beyond the first 512 cgroups of a unit are refused",
-            unit: "add it to SystemCallFilter=",
+            fix: "under systemd add it to SystemCallFilter=, in a container allow it in the seccomp profile",
             attempt: sys::open_by_handle_at,
         };
-        let namespaces = SyscallUse {
-            capability: Capability::CAP_SYS_ADMIN,
+        let namespaces = KernelUse {
+            capability: Some(Capability::CAP_SYS_ADMIN),
             call: "setns",
             fails: "pods' network namespaces cannot be entered",
-            unit: "set RestrictNamespaces=net, and allow it in SystemCallFilter=",
+            fix: "under systemd set RestrictNamespaces=net, and allow it in SystemCallFilter=, in a container allow it in the \
+                  seccomp profile",
             attempt: sys::setns_net,
         };
-        [(true, cgroups), (self.enters_namespaces, namespaces)]
-            .into_iter()
-            .filter_map(|(used, one)| used.then_some(one))
+        let processes = KernelUse {
+            capability: None,
+            call: "pidfd_open",
+            fails: "callers over TCP are refused where a rule or an agent needs their process (no_holder)",
+            fix: "under systemd add it to SystemCallFilter=, in a container allow it in the seccomp profile",
+            attempt: sys::pidfd_open,
+        };
+        let executables = KernelUse {
+            capability: None,
+            call: "statx",
+            fails: "executables are not visible, so no rule with `exe` matches and an agent is not queried",
+            fix: "under systemd add it to SystemCallFilter=, in a container allow it in the seccomp profile",
+            attempt: sys::statx,
+        };
+        [
+            (true, cgroups),
+            (self.enters_namespaces, namespaces),
+            (self.inspects_processes, processes),
+            (self.inspects_processes, executables),
+        ]
+        .into_iter()
+        .filter_map(|(used, one)| used.then_some(one))
     }
 }
 
-/// Logs each capability that is held but useless, because a seccomp filter forbids its system call.
-fn log_forbidden_calls(features: DaemonFeatures) {
-    let effective = caps::read(None, CapSet::Effective).unwrap_or_default();
-    for SyscallUse {
-        capability,
-        call,
-        fails,
-        unit,
-        attempt,
-    } in features.uses()
-    {
-        if effective.contains(&capability) && attempt() == Errno::EPERM {
-            let fix =
-                format!("under systemd {unit}, in a container allow {call} in its seccomp profile");
-            tracing::warn!(
-                %capability,
-                call,
-                consequence = fails,
-                fix,
-                "a system call is forbidden although its capability is held"
-            );
-        }
+/// Returns the uses that are forbidden although their capability is held, as by a seccomp filter.
+fn forbidden(
+    uses: impl Iterator<Item = KernelUse>,
+    held: &CapsHashSet,
+) -> impl Iterator<Item = KernelUse> {
+    uses.filter(|one| {
+        one.capability.is_none_or(|needed| held.contains(&needed))
+            && matches!((one.attempt)(), Err(Errno::EPERM | Errno::EACCES))
+    })
+}
+
+/// Logs each use that is forbidden, once, because callers see only its effects.
+fn log_forbidden(features: DaemonFeatures) {
+    let held = caps::read(None, CapSet::Effective).unwrap_or_default();
+    for one in forbidden(features.uses(), &held) {
+        tracing::warn!(
+            call = one.call,
+            held = one.capability.map(tracing::field::display),
+            consequence = one.fails,
+            fix = one.fix,
+            "a system call is forbidden"
+        );
     }
 }
 
@@ -204,7 +228,7 @@ fn log_forbidden_calls(features: DaemonFeatures) {
 /// started, because capabilities belong to threads.
 pub fn harden_before_threads(features: DaemonFeatures) {
     warn_missing(features);
-    log_forbidden_calls(features);
+    log_forbidden(features);
     let log = |what: &str, failed: bool| {
         if failed {
             tracing::warn!(
@@ -250,4 +274,48 @@ fn drop_capabilities(features: DaemonFeatures) -> Result<(), caps::errors::CapsE
     caps::clear(None, CapSet::Inheritable)?;
     caps::set(None, CapSet::Effective, &capabilities)?;
     caps::set(None, CapSet::Permitted, &capabilities)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_forbidden(
+        capability: Option<Capability>,
+        attempt: fn() -> Result<(), Errno>,
+        held: &[Capability],
+    ) -> bool {
+        let one = KernelUse {
+            capability,
+            call: "call",
+            fails: "it fails",
+            fix: "allow it",
+            attempt,
+        };
+        let held = held.iter().copied().collect();
+        forbidden(std::iter::once(one), &held).count() == 1
+    }
+
+    #[test]
+    fn forbidden_use_is_logged_if_its_capability_is_held() {
+        let ptrace = Capability::CAP_SYS_PTRACE;
+        for denied in [|| Err(Errno::EPERM), || Err(Errno::EACCES)] {
+            assert!(is_forbidden(Some(ptrace), denied, &[ptrace]));
+            // Another line names the missing capability.
+            assert!(!is_forbidden(Some(ptrace), denied, &[]));
+            assert!(is_forbidden(None, denied, &[]));
+        }
+        // Other errors have other causes: a bad address, a kernel without the call.
+        for allowed in [|| Ok(()), || Err(Errno::EFAULT), || Err(Errno::ENOSYS)] {
+            assert!(!is_forbidden(Some(ptrace), allowed, &[ptrace]));
+            assert!(!is_forbidden(None, allowed, &[]));
+        }
+    }
+
+    #[test]
+    fn attempts_succeed_or_fail_harmlessly() {
+        assert_eq!(sys::open_by_handle_at(), Err(Errno::EFAULT));
+        assert_eq!(sys::pidfd_open(), Ok(()));
+        assert_eq!(sys::statx(), Ok(()));
+    }
 }

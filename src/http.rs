@@ -18,6 +18,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::Notify;
 
 use crate::attest::{Attestor, PodAttestor, Unattested};
 use crate::audit::{self, Audit, CacheResult, Outcome, Record};
@@ -27,6 +28,7 @@ use crate::credential_service::CredentialService;
 use crate::limits::{FairPermit, FairSemaphore};
 use crate::listen::{AcceptedStream, LazySocket, PendingConnection, PendingPermit};
 use crate::metrics::Metrics;
+use crate::telemetry::{RequestId, RequestScope};
 
 mod connection_bounds;
 mod error_response;
@@ -39,7 +41,7 @@ mod request_validation;
 pub use own_probe::OwnProbe;
 pub use request_validation::{Authorization, RequestHead};
 
-use connection_bounds::{ConnectionLife, DropReason};
+use connection_bounds::{ConnectionBounds, DropReason};
 use error_response::RequestError;
 use guarded_stream::{GuardedStream, ResponseState};
 
@@ -62,6 +64,8 @@ pub struct CredentialEndpoint {
     pub metrics: Metrics,
     /// The header that callers over TCP have to send.
     pub authorization: Authorization,
+    /// Is notified when a request over TCP lacks the header, or has another token.
+    pub token_needed: Arc<Notify>,
     /// The mark of the daemon's own requests.
     pub own_probe: OwnProbe,
     /// The limit of connections, in total and for each workload.
@@ -70,26 +74,50 @@ pub struct CredentialEndpoint {
 
 type HttpResponse = Response<Full<Bytes>>;
 
+/// The facts about a request that are known before its peer is attested.
+#[derive(Clone, Copy)]
+struct RequestOrigin {
+    id: RequestId,
+    listener: ListenerKind,
+}
+
 /// A connection that counts among those of its workload.
 struct AdmittedConnection {
     peer: Result<Caller, Unattested>,
     /// The facts of the caller's process that the rules need; `None` if they need none.
-    looks: Option<ProcessFacts>,
+    facts_needed: Option<ProcessFacts>,
     permit: FairPermit<WorkloadKey>,
 }
 
 impl AdmittedConnection {
     fn may_wait(&self) -> bool {
-        matches!((&self.peer, self.looks), (Ok(caller), Some(looks)) if caller.may_wait(looks))
+        matches!((&self.peer, self.facts_needed), (Ok(caller), Some(facts)) if caller.may_wait(facts))
+    }
+
+    /// Returns what each line of the log about this connection contains.
+    fn scope(&self, RequestOrigin { id, listener }: RequestOrigin) -> RequestScope {
+        let (uid, pod) = match &self.peer {
+            Ok(caller) => (Some(caller.uid), caller.pod.as_ref()),
+            Err(Unattested {
+                peer: Some(peer), ..
+            }) => (Some(peer.uid), peer.pod.as_ref()),
+            Err(Unattested { peer: None, .. }) => (None, None),
+        };
+        RequestScope {
+            id,
+            listener,
+            uid,
+            pod: pod.map(|pod| pod.uid.clone()),
+        }
     }
 }
 
 impl CredentialEndpoint {
     /// Serves one connection to its end. `pod` is `None` for a listener of the host.
-    pub async fn connection(
+    pub async fn serve_connection(
         self: Arc<Self>,
         stream: AcceptedStream,
-        arrival: PendingConnection,
+        pending: PendingConnection,
         pod: Option<Arc<PodAttestor>>,
     ) {
         let listener = match (&stream, &pod) {
@@ -98,32 +126,44 @@ impl CredentialEndpoint {
             (AcceptedStream::Tcp { .. }, Some(_)) => ListenerKind::Pod,
         };
         let PendingConnection {
-            permit: arriving,
+            permit: pending_permit,
             open,
-        } = arrival;
-        let descriptor = stream.socket().descriptor().clone();
-        let life = ConnectionLife::new(descriptor, pod.clone(), &self.metrics, open);
-        let Some(admitted) = life
-            .run(self.admit(&stream, arriving, pod.as_deref()))
-            .await
-        else {
+        } = pending;
+        let (id, descriptor) = (
+            self.audit.next_request(),
+            stream.socket().descriptor().clone(),
+        );
+        let origin = RequestOrigin { id, listener };
+        let life = ConnectionBounds::new(descriptor, pod.clone(), &self.metrics, open);
+        let unattested = RequestScope {
+            id,
+            listener,
+            uid: None,
+            pod: None,
+        };
+        let admitted = unattested
+            .run(life.run(self.admit(&stream, pending_permit, pod.as_deref())))
+            .await;
+        let Some(admitted) = admitted else {
             return;
         };
+        let scope = admitted.scope(origin);
         if !admitted.may_wait() {
-            life.run(self.attested(stream.into_socket(), listener, admitted))
-                .await;
+            let served = self.serve_admitted(stream.into_socket(), origin, admitted);
+            scope.run(life.run(served)).await;
             return;
         }
         let (owner, lookups) = (
             admitted.permit.key().clone(),
             self.attestor.lookup_threads().clone(),
         );
-        let give_up =
-            life.give_up(|| RequestError::Caller(AttestError::ProcessUnresponsive).raw_response());
-        let served = async move {
-            life.run(self.attested(stream.into_socket(), listener, admitted))
+        let give_up = life.give_up(move || {
+            RequestError::Caller(AttestError::ProcessUnresponsive).raw_response(id)
+        });
+        let served = scope.run(async move {
+            life.run(self.serve_admitted(stream.into_socket(), origin, admitted))
                 .await;
-        };
+        });
         lookups.spawn(owner, served, give_up);
     }
 
@@ -132,44 +172,44 @@ impl CredentialEndpoint {
     async fn admit(
         &self,
         stream: &AcceptedStream,
-        arriving: PendingPermit,
+        pending_permit: PendingPermit,
         pod: Option<&PodAttestor>,
     ) -> Result<AdmittedConnection, DropReason> {
-        let peer = self.peer(stream, arriving, pod).await;
+        let peer = self.attest_socket(stream, pending_permit, pod).await;
         // Peers that are not attested are read and answered too, so they need a permit as well.
         let owner = peer
             .as_ref()
             .map_or_else(Unattested::owner, WorkloadKey::of);
         let permit = self.connections.try_acquire_evicting(&owner)?;
-        let looks = peer
+        let facts_needed = peer
             .as_ref()
             .ok()
             .and_then(|caller| self.service.facts_needed(caller));
         Ok(AdmittedConnection {
             peer,
-            looks,
+            facts_needed,
             permit,
         })
     }
 
     /// Reads the caller's process if the rules need it, and then serves the request, until the
     /// connection ends or gives way to another.
-    async fn attested(
+    async fn serve_admitted(
         &self,
         stream: LazySocket,
-        listener: ListenerKind,
+        origin: RequestOrigin,
         admitted: AdmittedConnection,
     ) -> Result<(), DropReason> {
         let AdmittedConnection {
             peer,
-            looks,
+            facts_needed,
             permit,
         } = admitted;
         let served = async {
-            let caller = match (peer, looks) {
-                (Ok(caller), Some(looks)) => {
+            let caller = match (peer, facts_needed) {
+                (Ok(caller), Some(facts)) => {
                     let seen = PeerFacts::of(&caller);
-                    let caller = caller.with_process(looks).await;
+                    let caller = caller.with_process(facts).await;
                     caller.map_err(|refusal| Unattested {
                         refusal,
                         peer: Some(seen),
@@ -177,7 +217,7 @@ impl CredentialEndpoint {
                 }
                 (peer, _) => peer,
             };
-            self.request(stream, listener, caller, &permit).await
+            self.serve_request(stream, origin, caller, &permit).await
         };
         tokio::select! {
             biased;
@@ -187,13 +227,13 @@ impl CredentialEndpoint {
     }
 
     /// Attests the peer by its socket alone.
-    async fn peer(
+    async fn attest_socket(
         &self,
         stream: &AcceptedStream,
-        arriving: PendingPermit,
+        pending_permit: PendingPermit,
         pod: Option<&PodAttestor>,
     ) -> Result<Caller, Unattested> {
-        let on_wait = || drop(arriving);
+        let on_wait = || drop(pending_permit);
         match (stream, pod) {
             (AcceptedStream::Unix(stream), _) => self.attestor.unix(stream),
             (AcceptedStream::Tcp { client, server, .. }, None) => {
@@ -207,10 +247,10 @@ impl CredentialEndpoint {
 
     /// Reads one request and answers it. Rejected callers get an answer too, so that their SDK
     /// shows the reason.
-    async fn request(
+    async fn serve_request(
         &self,
         stream: LazySocket,
-        listener: ListenerKind,
+        origin: RequestOrigin,
         caller: Result<Caller, Unattested>,
         permit: &FairPermit<WorkloadKey>,
     ) -> Result<(), DropReason> {
@@ -223,12 +263,12 @@ impl CredentialEndpoint {
             let (caller, state) = (caller.clone(), &state);
             async move {
                 let answer = state
-                    .waiting(pin!(self.answer(&request, listener, caller)))
+                    .waiting(pin!(self.answer(&request, origin, caller)))
                     .await;
                 Ok::<_, Infallible>(answer)
             }
         });
-        let mut wire = GuardedStream::new(stream, listener != ListenerKind::Unix, &state);
+        let mut wire = GuardedStream::new(stream, origin.listener != ListenerKind::Unix, &state);
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_TIMEOUT)
@@ -251,8 +291,9 @@ impl CredentialEndpoint {
             Err(error) if error.is_parse() => RequestError::Malformed,
             Ok(()) | Err(_) => return Err(DropReason::Closed),
         };
+        tracing::debug!(reason = refused.reason(), "head rejected");
         // A client that is gone by now gets no answer.
-        let _ = wire.write_raw(&refused.raw_response()).await;
+        let _ = wire.write_raw(&refused.raw_response(origin.id)).await;
         wire.drain_input().await;
         Err(DropReason::BadRequest)
     }
@@ -262,53 +303,41 @@ impl CredentialEndpoint {
     async fn answer(
         &self,
         request: &Request<Incoming>,
-        listener: ListenerKind,
+        RequestOrigin { id, listener }: RequestOrigin,
         caller: Result<Arc<Caller>, Unattested>,
     ) -> HttpResponse {
-        let mut record = self.audit.begin(listener, caller.as_ref().ok().cloned());
+        let mut record = self
+            .audit
+            .begin(id, listener, caller.as_ref().ok().cloned());
         let caller = caller.map_err(|Unattested { refusal, peer }| {
-            record.unattested(peer);
+            record.set_peer(peer);
             refusal
         });
         if self.own_probe.sent(request.uri().path(), request.headers()) {
-            record.own_probe();
+            record.mark_own_probe();
         }
-        record
-            .scope()
-            .run(self.respond(request, listener, caller, record))
-            .await
-    }
-
-    async fn respond(
-        &self,
-        request: &Request<Incoming>,
-        listener: ListenerKind,
-        caller: Result<Arc<Caller>, AttestError>,
-        mut record: Record,
-    ) -> HttpResponse {
-        let id = record.request_id();
-        match self.decide(request, listener, caller, &mut record).await {
-            Ok((issued, freshness)) => {
-                let said = audit::IssuedFields {
+        match self.issue(request, listener, caller, &mut record).await {
+            Ok((issued, cache_result)) => {
+                let fields = audit::IssuedFields {
                     access_key_id: &issued.access_key_id,
                     expiration: issued.expiration,
-                    freshness,
+                    cache_result,
                 };
-                match record.finish(Outcome::Issued, "ok", Some(said)).await {
-                    true => respond(200, Bytes::from_owner(SharedBody(issued.body.clone()))),
-                    false => refuse(&RequestError::NotAudited, id),
+                match record.finish(Outcome::Issued, "ok", Some(fields)).await {
+                    true => json_response(200, Bytes::from_owner(SharedBody(issued.body.clone()))),
+                    false => error_response(&RequestError::NotAudited, id),
                 }
             }
             Err(refused) => {
                 record
                     .finish(refused.outcome(), refused.reason(), None)
                     .await;
-                refuse(&refused, id)
+                error_response(&refused, id)
             }
         }
     }
 
-    async fn decide(
+    async fn issue(
         &self,
         request: &Request<Incoming>,
         listener: ListenerKind,
@@ -316,20 +345,28 @@ impl CredentialEndpoint {
         record: &mut Record,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), RequestError> {
         let caller = caller.map_err(RequestError::Caller)?;
-        let wanted =
-            request_validation::validate(&RequestHead::of(request), listener, &self.authorization)?;
-        let (issued, freshness) = self
+        let head = RequestHead::of(request);
+        let requested = request_validation::validate(&head, listener, &self.authorization)
+            .inspect_err(|error| {
+                if matches!(
+                    error,
+                    RequestError::NoAuthorization | RequestError::WrongToken
+                ) {
+                    self.token_needed.notify_one();
+                }
+            })?;
+        let (issued, cache_result) = self
             .service
-            .credentials_for(&caller, &wanted, record)
+            .credentials_for(&caller, &requested, record)
             .await
             .map_err(|error| {
-                record.requested(&wanted);
-                RequestError::service(error, &caller, &wanted)
+                record.set_requested_role(&requested);
+                RequestError::from_service(error, &caller, &requested)
             })?;
-        if freshness == CacheResult::Stale {
+        if cache_result == CacheResult::Stale {
             tracing::debug!("answered from credentials that are due for a refresh");
         }
-        Ok((issued, freshness))
+        Ok((issued, cache_result))
     }
 }
 
@@ -355,8 +392,8 @@ impl AsRef<[u8]> for SharedBody {
     }
 }
 
-fn refuse(refused: &RequestError, id: audit::RequestId) -> HttpResponse {
-    let mut response = respond(refused.status(), Bytes::from(refused.body(Some(id))));
+fn error_response(refused: &RequestError, id: RequestId) -> HttpResponse {
+    let mut response = json_response(refused.status(), Bytes::from(refused.body(id)));
     if let Some(seconds) = refused.retry_after() {
         response
             .headers_mut()
@@ -372,7 +409,7 @@ fn refuse(refused: &RequestError, id: audit::RequestId) -> HttpResponse {
 
 /// Returns an answer with `Connection: close`: one connection is one attestation, and one SDK never
 /// closes its own.
-fn respond(status: u16, body: Bytes) -> HttpResponse {
+fn json_response(status: u16, body: Bytes) -> HttpResponse {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() =
         hyper::StatusCode::from_u16(status).unwrap_or(hyper::StatusCode::INTERNAL_SERVER_ERROR);

@@ -183,7 +183,7 @@ impl ConnectionTracker {
 }
 
 /// Accepts connections until `stop` is true, then closes the listener. Accepting never waits for a
-/// client. `connection` serves each one: `CredentialEndpoint::connection` for workloads,
+/// client. `connection` serves each one: `CredentialEndpoint::serve_connection` for workloads,
 /// `Admin::connection` for operators.
 pub async fn serve<F, C>(
     mut listener: Listener,

@@ -105,12 +105,13 @@ Examples:
   awsvid man exec > awsvid-exec.1
   awsvid man config validate > awsvid-config-validate.1
   awsvid man awsvid.toml > awsvid.toml.5
-  sudo awsvid man --directory /usr/share/man/man1       every command's page")]
+  sudo awsvid man --directory /usr/share/man/man1       all pages")]
     Man {
         /// A command, or `awsvid.toml` for the configuration file.
         #[arg(value_name = "COMMAND|awsvid.toml")]
         command: Vec<String>,
-        /// Writes the page of every command into this directory, which it creates if necessary.
+        /// Writes all pages into this directory, which it creates if necessary. The page of
+        /// `awsvid.toml` goes into the directory `man5` next to it, if its name is `man1`.
         #[arg(long, value_name = "DIR", conflicts_with = "command")]
         directory: Option<PathBuf>,
     },
@@ -190,10 +191,12 @@ fn man(names: &[String]) -> ExitCode {
     page(command).map_or(ExitCode::FAILURE, |page| print(&page))
 }
 
-/// Writes the page of every command, in files with the names that man(1) expects.
+/// Writes all pages, in files with the names that man(1) expects.
 #[expect(clippy::print_stderr, reason = "a command that a person runs")]
 fn pages(directory: &Path) -> ExitCode {
-    let written = fs::create_dir_all(directory).and_then(|()| write_pages(directory, &defined()));
+    let written = fs::create_dir_all(directory)
+        .and_then(|()| write_pages(directory, &defined()))
+        .and_then(|()| write_configuration_page(directory));
     match written {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -207,6 +210,17 @@ fn write_pages(directory: &Path, command: &clap::Command) -> io::Result<()> {
     let name = command.get_display_name().unwrap_or("awsvid");
     fs::write(directory.join(format!("{name}.1")), page(command.clone())?)?;
     subcommands(command).try_for_each(|command| write_pages(directory, command))
+}
+
+/// Writes the page of the configuration file. man(1) finds section 5 only in a directory `man5`.
+fn write_configuration_page(directory: &Path) -> io::Result<()> {
+    let directory = match directory.ends_with("man1") {
+        true => directory.with_file_name("man5"),
+        false => directory.to_owned(),
+    };
+    fs::create_dir_all(&directory)?;
+    let page = awsvid::config::manual_page();
+    fs::write(directory.join(format!("{CONFIGURATION_PAGE}.5")), page)
 }
 
 fn subcommands(command: &clap::Command) -> impl Iterator<Item = &clap::Command> {

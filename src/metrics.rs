@@ -169,6 +169,13 @@ impl Metrics {
         self.set_source_up(is_up);
     }
 
+    /// Counts a call to the identity source that was cancelled in favour of another workload's. It
+    /// shows nothing about the source.
+    pub fn source_call_evicted(&self, result: CallLabel, took: Duration) {
+        self.source_calls.get_or_create(&result).inc();
+        self.source_call_duration.observe(took.as_secs_f64());
+    }
+
     /// Records a call to an STS.
     pub fn sts_call(&self, call: UpstreamCall) {
         self.sts_calls.get_or_create(&call.result).inc();
@@ -186,6 +193,11 @@ impl Metrics {
     pub fn set_sts_up(&self, endpoint: String, is_up: bool) {
         let up = self.sts_up.get_or_create_owned(&EndpointLabel { endpoint });
         up.set(i64::from(is_up));
+    }
+
+    /// Creates the series of the STS called `endpoint`: 0 until its first answer.
+    pub fn add_sts(&self, endpoint: String) {
+        drop(self.sts_up.get_or_create_owned(&EndpointLabel { endpoint }));
     }
 
     /// Drops the state of the STS called `endpoint`, which a reload has removed.

@@ -15,7 +15,7 @@ use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 use thiserror::Error;
 
 /// The namespace of the calling thread.
-const OWN: &str = "/proc/thread-self/ns/net";
+const OWN_NETNS: &str = "/proc/thread-self/ns/net";
 
 /// The inode of the machine's initial network namespace since Linux 6.17 (`NET_NS_INIT_INO` of
 /// linux/nsfs.h).
@@ -61,7 +61,7 @@ pub enum NamespaceError {
 impl NamespaceId {
     /// Returns the namespace of the calling thread, which is the daemon's.
     pub fn own() -> io::Result<Self> {
-        Ok(Self::of(&std::fs::metadata(OWN)?))
+        Ok(Self::of(&std::fs::metadata(OWN_NETNS)?))
     }
 
     /// Returns the namespace that is mounted on the file. `None` if none is, or if the file is a
@@ -110,7 +110,7 @@ impl NamespaceId {
 impl NetNs {
     /// Opens the namespace of the calling thread.
     pub fn own() -> Result<Self, NamespaceError> {
-        Self::of(File::open(OWN)?)
+        Self::of(File::open(OWN_NETNS)?)
     }
 
     /// Opens the namespace that is mounted on this file.
@@ -145,7 +145,7 @@ impl NetNs {
     /// own, since a namespace belongs to a thread.
     pub fn run_in<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
         let enter = || {
-            let own = File::open(OWN)?;
+            let own = File::open(OWN_NETNS)?;
             match setns(&self.file, CloneFlags::CLONE_NEWNET) {
                 Ok(()) => {}
                 Err(error @ (Errno::EPERM | Errno::EACCES)) => {
@@ -160,7 +160,7 @@ impl NetNs {
         };
         thread::scope(|scope| {
             let thread = thread::Builder::new()
-                .name("namespace".to_owned())
+                .name("awsvid-netns".to_owned())
                 .spawn_scoped(scope, enter)?;
             thread
                 .join()

@@ -82,8 +82,10 @@ pub struct PodListeners {
     waiting: HashMap<PathBuf, Option<Instant>>,
     /// Namespaces that could not be entered or served, for a retry.
     failed: HashSet<NamespaceId>,
-    /// Namespaces that are not to be served, or cannot be served on this kernel.
+    /// Namespaces that are not to be served.
     unserved: HashSet<NamespaceId>,
+    /// Namespaces that cannot be served until the kernel attests callers over TCP.
+    unsupported: HashSet<NamespaceId>,
     logged: LoggedOnce,
     /// Path of the socket on which the next instance gets the listeners.
     handover: Option<PathBuf>,
@@ -175,6 +177,7 @@ impl PodListeners {
             waiting: HashMap::new(),
             failed: HashSet::new(),
             unserved: HashSet::new(),
+            unsupported: HashSet::new(),
             logged: LoggedOnce {
                 no_directory: false,
                 not_mounted: false,
@@ -209,14 +212,11 @@ impl PodListeners {
 
     /// Does the same with listeners received from the previous instance.
     async fn reconcile_dir(&mut self, mut received: HashMap<HandoverKey, OwnedFd>) {
-        if let Err(error) = self.watch.renew()
-            && let Some(missed) = self.logged.unwatched_quota()
-        {
-            let directory = self.directory.display();
-            tracing::error!(%error, %directory, missed, "the directory of network namespaces cannot be watched");
-        }
-        self.warn_no_directory();
-        let found = self.scan();
+        // Only root can mount there, but a mount that hangs must not stop an I/O thread.
+        let found = tokio::task::block_in_place(|| {
+            self.renew_watch();
+            self.scan()
+        });
         self.pods.retain(|id, pod| {
             let path = found.get(id);
             match path {
@@ -229,9 +229,17 @@ impl PodListeners {
         });
         self.failed.retain(|id| found.contains_key(id));
         self.unserved.retain(|id| found.contains_key(id));
-        let new = found
-            .into_iter()
-            .filter(|(id, _)| !self.pods.contains_key(id) && !self.unserved.contains(id));
+        self.unsupported.retain(|id| found.contains_key(id));
+        if !self.unsupported.is_empty()
+            && self.service.endpoint.attestor.missing_for_tcp().is_none()
+        {
+            self.unsupported.clear();
+        }
+        let new = found.into_iter().filter(|(id, _)| {
+            !self.pods.contains_key(id)
+                && !self.unserved.contains(id)
+                && !self.unsupported.contains(id)
+        });
         let mut received = |id| {
             POD_ADDRESSES
                 .into_iter()
@@ -246,6 +254,16 @@ impl PodListeners {
         self.metrics
             .pod_listeners
             .set(i64::try_from(self.pods.len()).unwrap_or(i64::MAX));
+    }
+
+    fn renew_watch(&mut self) {
+        if let Err(error) = self.watch.renew()
+            && let Some(missed) = self.logged.unwatched_quota()
+        {
+            let directory = self.directory.display();
+            tracing::error!(%error, %directory, missed, "the directory of network namespaces cannot be watched");
+        }
+        self.warn_no_directory();
     }
 
     /// Scans the directory. Returns the namespaces in it, each with one of its files, and records
@@ -334,7 +352,7 @@ impl PodListeners {
                     self.pods.insert(id, pod);
                 }
                 Ok(None) => {
-                    self.unserved.insert(id);
+                    self.unsupported.insert(id);
                     self.record_failures(PodListenerFailure::UnsupportedKernel);
                 }
                 Err(error @ NamespaceError::Machines) => {
@@ -434,8 +452,9 @@ impl PodListeners {
     /// Waits until the directory has to be scanned, or a bind retried.
     async fn wait_for_change(&self) {
         let waiting = self.waiting.values().any(Option::is_some);
-        let failed =
-            self.pods.values().any(|pod| !pod.missing.is_empty()) || !self.failed.is_empty();
+        let failed = self.pods.values().any(|pod| !pod.missing.is_empty())
+            || !self.failed.is_empty()
+            || !self.unsupported.is_empty();
         let again = match (
             waiting,
             failed || (self.handover.is_some() && self.successors.is_none()),

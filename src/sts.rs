@@ -63,7 +63,7 @@ pub struct Settings {
     /// Timeout of one call, from the connection to the last byte of the response.
     pub timeout: Duration,
     /// Maximum number of concurrent calls. One SPIFFE ID may use a quarter of them; further calls
-    /// wait.
+    /// wait. At the limit the SPIFFE ID with the most loses its newest call to one with fewer.
     pub max_concurrent: usize,
     /// PEM file with the only certificates that verify an `endpoint` outside AWS. The system's
     /// certificates always verify AWS's STS.
@@ -75,8 +75,9 @@ pub struct Settings {
 /// Client of AWS's STS, and of other servers that speak its protocol.
 pub struct Sts {
     connections: HttpConnector,
-    /// One client, and with it one pool of connections, per target.
-    clients: Mutex<HashMap<StsTarget, Client>>,
+    /// One client, and with it one pool of connections, per target. With it the number of times
+    /// that CA certificates had been replaced.
+    clients: Mutex<HashMap<StsTarget, (usize, Client)>>,
     permits: FairSemaphore<SpiffeId>,
     timeout: Duration,
     clock: Clock,
@@ -158,13 +159,10 @@ impl Sts {
     }
 
     async fn client(&self, target: &StsTarget) -> Result<Client, Failure> {
-        let existing = self
-            .clients
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(target)
-            .cloned();
-        if let Some(client) = existing {
+        let replaced = self.connections.replaced_roots();
+        let clients = || self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let existing = clients().get(target).cloned();
+        if let Some((_, client)) = existing.filter(|(before, _)| *before == replaced) {
             return Ok(client);
         }
         let url = self
@@ -172,9 +170,15 @@ impl Sts {
             .await
             .map_err(|InvalidSetting(text)| Failure::InvalidRequest(text))?;
         let client = self.connections.client(target, &url).await?;
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut clients = clients();
         // Keep the client of a concurrent call, and with it one pool of connections.
-        Ok(clients.entry(target.clone()).or_insert(client).clone())
+        if clients
+            .get(target)
+            .is_none_or(|(before, _)| *before != replaced)
+        {
+            clients.insert(target.clone(), (replaced, client));
+        }
+        Ok(clients[target].1.clone())
     }
 
     async fn destination(&self, target: &StsTarget) -> StsDestination {
@@ -228,14 +232,15 @@ impl Sts {
 impl AssumeRole for Sts {
     async fn assume(&self, grant: &Grant, token: &JwtSvid) -> Result<Credentials, StsError> {
         let target = &grant.role.sts;
-        let result = match self.permits.acquire(&grant.spiffe_id).await {
+        let result = match self.permits.acquire_evicting(&grant.spiffe_id).await {
             None => Err(Failure::Busy),
-            Some(_permit) => {
-                let answer = self
-                    .call(target, |call| build_request(call, grant, token))
-                    .await;
-                answer.and_then(|answer| self.credentials(answer))
-            }
+            Some(permit) => tokio::select! {
+                biased;
+                answer = self.call(target, |call| build_request(call, grant, token)) => {
+                    answer.and_then(|answer| self.credentials(answer))
+                }
+                () = permit.evicted() => Err(Failure::Busy),
+            },
         };
         match result {
             Ok(credentials) => Ok(credentials),

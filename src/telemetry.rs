@@ -97,9 +97,10 @@ impl Log {
     ///
     /// Call it once, after the process has dropped the privileges that its threads must not have.
     pub fn start(&self) -> io::Result<()> {
-        self.lines
-            .0
-            .start("log", File::from(stderr().as_fd().try_clone_to_owned()?))
+        self.lines.0.start(
+            "awsvid-log",
+            File::from(stderr().as_fd().try_clone_to_owned()?),
+        )
     }
 
     /// Changes the level and the format of all later lines.

@@ -20,7 +20,7 @@ use crate::identity::SpiffeId;
 
 mod named;
 
-pub use named::{AccountName, Known, MissingNames, NamedRule, Resolved};
+pub use named::{AccountName, AccountState, MissingNames, NamedRule, Resolved};
 
 /// The kernel's placeholder for an id without a mapping in the reader's user namespace. It
 /// identifies no user, so it matches no rule (T14).
@@ -289,7 +289,7 @@ impl ExeMatcher {
     /// Reads the file at the path now, and returns whether that succeeded. An upgrade replaces the
     /// file by another inode, so the file is read repeatedly. The read runs on a blocking thread,
     /// since its file system may not respond.
-    pub async fn look(&self) -> bool {
+    pub async fn refresh_stat(&self) -> bool {
         let start = Instant::now();
         let stat_lock = self.stat_lock.clone().lock_owned().await;
         let is_readable = |cached: CachedStat| cached.file != StatResult::Unreadable;

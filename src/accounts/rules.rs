@@ -5,12 +5,12 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use tokio::time::{Instant, timeout};
 
-use super::{Accounts, LOOKUP_WAIT, Numbers};
+use super::{AccountIds, Accounts, LOOKUP_WAIT};
 use crate::caller::{Caller, ProcessFacts};
 use crate::clock::REQUEST_HOLD;
 use crate::identity::SpiffeId;
 use crate::workload_rule::{
-    AccountName, Decision, ExeMatcher, Known, NamedRule, Resolved, WorkloadRule,
+    AccountName, AccountState, Decision, ExeMatcher, NamedRule, Resolved, WorkloadRule,
 };
 
 /// The `[[workload]]` rules of one configuration.
@@ -23,13 +23,13 @@ pub struct LiveRules {
 
 #[derive(Debug)]
 struct CurrentRules {
-    numbers: Arc<Numbers>,
+    numbers: Arc<AccountIds>,
     resolved: Resolved,
 }
 
 /// Reason why the rules cannot identify a caller.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Undecided {
+pub enum IdentifyError {
     /// The decision depends on the process, which was not read.
     NeedsProcess,
     /// The decision depends on a user or group without a number, because the name service does not
@@ -57,7 +57,7 @@ impl LiveRules {
     ///
     /// Waits for a bounded time for the file systems of programs. Does the same for the name
     /// service where the result depends on a name without an answer or with a recent denial.
-    pub async fn identify(&self, caller: &Caller) -> Result<Option<SpiffeId>, Undecided> {
+    pub async fn identify(&self, caller: &Caller) -> Result<Option<SpiffeId>, IdentifyError> {
         let request_time = Instant::now();
         let mut was_looked_up = false;
         loop {
@@ -65,8 +65,11 @@ impl LiveRules {
                 RulesOutcome::Decided(decided) => return decided,
                 RulesOutcome::NeedsFile(file) => {
                     // A file system that hangs delays only callers that its rule may match.
-                    if !timeout(REQUEST_HOLD, file.look()).await.unwrap_or(false) {
-                        return Err(Undecided::Unresponsive);
+                    if !timeout(REQUEST_HOLD, file.refresh_stat())
+                        .await
+                        .unwrap_or(false)
+                    {
+                        return Err(IdentifyError::Unresponsive);
                     }
                     continue;
                 }
@@ -74,7 +77,7 @@ impl LiveRules {
                     return names
                         .into_iter()
                         .next()
-                        .map_or(Ok(None), |name| Err(Undecided::UnknownAccount(name)));
+                        .map_or(Ok(None), |name| Err(IdentifyError::UnknownAccount(name)));
                 }
                 RulesOutcome::NoMatchYet(_) if was_looked_up => return Ok(None),
                 RulesOutcome::Unanswered(names) | RulesOutcome::NoMatchYet(names) => names,
@@ -102,7 +105,7 @@ impl LiveRules {
             return RulesOutcome::Unanswered(missing.unanswered);
         }
         match decision {
-            Decision::NeedsProcess => RulesOutcome::Decided(Err(Undecided::NeedsProcess)),
+            Decision::NeedsProcess => RulesOutcome::Decided(Err(IdentifyError::NeedsProcess)),
             Decision::NeedsFile(file) => RulesOutcome::NeedsFile(file.clone()),
             Decision::NoMatch if missing.absent.is_empty() => RulesOutcome::Decided(Ok(None)),
             Decision::NoMatch => RulesOutcome::NoMatchYet(missing.absent),
@@ -113,7 +116,7 @@ impl LiveRules {
                     .as_ref()
                     .filter(|_| !missing.absent.is_empty())
                 {
-                    accounts.want(&missing.absent);
+                    accounts.request_lookup(&missing.absent);
                 }
                 RulesOutcome::Decided(Ok(Some(rule.spiffe_id.clone())))
             }
@@ -166,7 +169,7 @@ impl LiveRules {
 
 /// Result of the rules for a caller, with the numbers of one moment.
 enum RulesOutcome {
-    Decided(Result<Option<SpiffeId>, Undecided>),
+    Decided(Result<Option<SpiffeId>, IdentifyError>),
     /// The result depends on the current state of this file.
     NeedsFile(ExeMatcher),
     /// The result depends on these names.
@@ -176,7 +179,7 @@ enum RulesOutcome {
 }
 
 impl CurrentRules {
-    fn new(rules: &[NamedRule], numbers: Arc<Numbers>) -> Self {
+    fn new(rules: &[NamedRule], numbers: Arc<AccountIds>) -> Self {
         let resolved = Resolved::new(rules, |name| numbers.get(name));
         Self { numbers, resolved }
     }
@@ -186,8 +189,8 @@ impl CurrentRules {
 impl<T: IntoIterator<Item = WorkloadRule>> From<T> for LiveRules {
     fn from(rules: T) -> Self {
         let rules: Arc<[NamedRule]> = rules.into_iter().map(NamedRule::from).collect();
-        let numbers = Arc::<Numbers>::default();
-        let resolved = Resolved::new(&rules, |_| Known::Unanswered);
+        let numbers = Arc::<AccountIds>::default();
+        let resolved = Resolved::new(&rules, |_| AccountState::Unanswered);
         Self {
             rules,
             accounts: None,

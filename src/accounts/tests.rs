@@ -92,12 +92,12 @@ async fn following(service: &Arc<FakeNameService>, wanted: &[&str]) -> Accounts 
     accounts
 }
 
-fn state_of(accounts: &Accounts, name: &str) -> Known {
+fn state_of(accounts: &Accounts, name: &str) -> AccountState {
     accounts.numbers().get(&user(name))
 }
 
 /// Waits until `name` has this state. The test's clock advances while nothing else happens.
-async fn await_state(accounts: &Accounts, name: &str, expected: Known) {
+async fn await_state(accounts: &Accounts, name: &str, expected: AccountState) {
     let mut numbers = accounts.0.numbers.subscribe();
     numbers
         .wait_for(|numbers| numbers.get(&user(name)) == expected)
@@ -109,16 +109,16 @@ async fn await_state(accounts: &Accounts, name: &str, expected: Known) {
 async fn lookup_finds_a_user_created_later() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001))), ("away", Err(Errno::EIO))]);
     let accounts = following(&service, &["alice", "away", "late"]).await;
-    assert_eq!(state_of(&accounts, "alice"), Known::Number(1001));
+    assert_eq!(state_of(&accounts, "alice"), AccountState::Number(1001));
     assert_eq!(
         (state_of(&accounts, "away"), state_of(&accounts, "late")),
-        (Known::Unanswered, Known::Absent)
+        (AccountState::Unanswered, AccountState::Absent)
     );
     assert_eq!(accounts.0.metrics.unknown_accounts.get(), 2);
     service.set("late", Ok(Some(1002)));
     service.set("away", Ok(Some(1003)));
-    await_state(&accounts, "late", Known::Number(1002)).await;
-    await_state(&accounts, "away", Known::Number(1003)).await;
+    await_state(&accounts, "late", AccountState::Number(1002)).await;
+    await_state(&accounts, "away", AccountState::Number(1003)).await;
     assert_eq!(accounts.0.metrics.unknown_accounts.get(), 0);
     // A stable number is resolved about once a minute.
     let before = service.count("alice");
@@ -153,12 +153,12 @@ async fn lookup_follows_a_changed_number_and_a_successor() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001)))]);
     let accounts = following(&service, &["alice"]).await;
     service.set("alice", Ok(Some(2001)));
-    await_state(&accounts, "alice", Known::Number(2001)).await;
+    await_state(&accounts, "alice", AccountState::Number(2001)).await;
     // The user is deleted, and another one gets its number.
     service.set("alice", Ok(None));
     service.set("bob", Ok(Some(2001)));
     let start = Instant::now();
-    await_state(&accounts, "alice", Known::Absent).await;
+    await_state(&accounts, "alice", AccountState::Absent).await;
     assert!(
         start.elapsed() <= RECHECK_INTERVAL + MIN_LOOKUP_INTERVAL,
         "{:?}",
@@ -172,16 +172,16 @@ async fn number_survives_failures_and_restarts_of_the_name_service() {
     let accounts = following(&service, &["alice"]).await;
     service.set("alice", Err(Errno::ECONNREFUSED));
     tokio::time::sleep(Duration::from_secs(7200)).await;
-    assert_eq!(state_of(&accounts, "alice"), Known::Number(1001));
+    assert_eq!(state_of(&accounts, "alice"), AccountState::Number(1001));
     // Some name services report that a name does not exist while they restart.
     service.set("alice", Ok(None));
     tokio::time::sleep(ABSENT_GRACE).await;
-    assert_eq!(state_of(&accounts, "alice"), Known::Number(1001));
+    assert_eq!(state_of(&accounts, "alice"), AccountState::Number(1001));
     service.set("alice", Ok(Some(1001)));
     tokio::time::sleep(2 * RECHECK_INTERVAL).await;
     service.set("alice", Ok(None));
     let start = Instant::now();
-    await_state(&accounts, "alice", Known::Absent).await;
+    await_state(&accounts, "alice", AccountState::Absent).await;
     assert!(start.elapsed() >= ABSENT_GRACE, "{:?}", start.elapsed());
 }
 
@@ -198,12 +198,12 @@ async fn hanging_lookup_does_not_delay_others() {
     let all = [&many[..], &["alice"]].concat();
     // More names hang than may be resolved at one time. A local name is resolved all the same.
     accounts.add(names(&all), Duration::from_millis(100)).await;
-    await_state(&accounts, "alice", Known::Number(1001)).await;
-    assert_eq!(state_of(&accounts, "remote0"), Known::Unanswered);
+    await_state(&accounts, "alice", AccountState::Number(1001)).await;
+    assert_eq!(state_of(&accounts, "remote0"), AccountState::Unanswered);
     assert_eq!(service.lookups.lock().unwrap().len(), MAX_LOOKUPS + 1);
     service.set("remote0", Ok(Some(5)));
     service.hang(&[]);
-    await_state(&accounts, "remote0", Known::Number(5)).await;
+    await_state(&accounts, "remote0", AccountState::Number(5)).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -214,11 +214,11 @@ async fn numbers_survive_another_configuration() {
     accounts.add(names(&["bob"]), WAIT).await;
     assert_eq!(
         [state_of(&accounts, "alice"), state_of(&accounts, "bob")],
-        [Known::Number(1001), Known::Number(1002)]
+        [AccountState::Number(1001), AccountState::Number(1002)]
     );
     accounts.keep(&names(&["bob"]));
     assert_eq!(accounts.names(), names(&["bob"]));
-    assert_eq!(state_of(&accounts, "alice"), Known::Unanswered);
+    assert_eq!(state_of(&accounts, "alice"), AccountState::Unanswered);
 }
 
 fn caller(uid: u32) -> Caller {
@@ -259,7 +259,7 @@ async fn rules(service: &Arc<FakeNameService>) -> LiveRules {
     )
 }
 
-async fn identity(rules: &LiveRules, uid: u32) -> Result<String, Undecided> {
+async fn identity(rules: &LiveRules, uid: u32) -> Result<String, IdentifyError> {
     let id = rules.identify(&caller(uid)).await?;
     Ok(id.map_or_else(String::new, |id| {
         id.segments().collect::<Vec<_>>().join("/")
@@ -278,7 +278,7 @@ async fn caller_is_undecided_while_an_earlier_rule_may_match() {
     assert_eq!(identity(&rules, 61_200).await, Ok("app".to_owned()));
     assert_eq!(
         identity(&rules, 1002).await,
-        Err(Undecided::UnknownAccount(user("away")))
+        Err(IdentifyError::UnknownAccount(user("away")))
     );
     // The dependent request causes the lookup. Without it the lookup would run once a minute.
     tokio::time::sleep(Duration::from_secs(3610)).await;

@@ -14,8 +14,8 @@ use crate::metrics::{
 use crate::sts::StsError;
 use crate::svid::SourceError;
 
-/// Creates each time series with a zero. Those of STS endpoints come with the first answer or error
-/// of an endpoint, which readiness provides within seconds.
+/// Creates each time series with a zero. Those of STS endpoints follow with each configuration
+/// ([`Metrics::add_sts`]).
 pub(super) fn create(metrics: &Metrics) {
     let failures = http::request_failures();
     for listener in ListenerKind::ALL {

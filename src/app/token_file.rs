@@ -4,18 +4,22 @@ use std::fs::{OpenOptions, Permissions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use tokio::sync::Notify;
 use tokio::task::spawn_blocking;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use zeroize::Zeroizing;
 
 use crate::config::exposures;
 
-/// Interval between attempts to write the file.
+/// Interval between attempts to write the file, unless a request needs it.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// Minimum interval between two attempts.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// The node's token, and the reason why its file is missing.
 pub(super) struct NodeToken {
@@ -66,14 +70,18 @@ fn read(path: &Path) -> io::Result<String> {
 }
 
 /// Retries until the file is written: its directory may be on a file system that is mounted later.
-pub(super) async fn write_later(path: PathBuf, token: Zeroizing<String>) {
+/// It tries in the background, and at once after a request without the token (`needed`), which its
+/// SDK repeats.
+pub(super) async fn write_later(path: PathBuf, token: Zeroizing<String>, needed: Arc<Notify>) {
     loop {
-        sleep(RETRY_INTERVAL).await;
+        // A timeout and a request both mean: try it.
+        let _ = timeout(RETRY_INTERVAL, needed.notified()).await;
         let (to, text) = (path.clone(), token.clone());
         if let Ok(Ok(())) = spawn_blocking(move || write(&to, &text)).await {
             tracing::info!(path = %path.display(), "token file written");
             return;
         }
+        sleep(RETRY_PAUSE).await;
     }
 }
 
@@ -117,5 +125,16 @@ mod tests {
         assert_eq!(token(), second);
         fs::set_permissions(folder.path(), Permissions::from_mode(0o777)).unwrap();
         assert_ne!(token(), second);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn request_without_the_token_writes_the_file_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        let (needed, start) = (Arc::<Notify>::default(), tokio::time::Instant::now());
+        needed.notify_one();
+        write_later(path.clone(), "text".to_owned().into(), needed).await;
+        assert_eq!(start.elapsed(), Duration::ZERO);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "text");
     }
 }

@@ -11,7 +11,7 @@ use crate::caller::AttestError;
 use crate::cgroup::{self, CgroupPath, ContainerName};
 
 /// The mounts of the cgroup hierarchies on this machine.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct CgroupMounts(Vec<CgroupMount>);
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -203,9 +203,9 @@ fn charge(directories: usize, left: Option<&Rc<Cell<usize>>>) -> bool {
     less.is_some()
 }
 
-/// The throttle of scans for one part of the tree.
-#[derive(Debug, Default)]
-pub(crate) struct ScanThrottle(tokio::sync::Mutex<ScanTimes>);
+/// The throttle of scans for one part of the tree. Clones share its state.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct ScanThrottle(Arc<tokio::sync::Mutex<ScanTimes>>);
 
 #[derive(Debug, Default)]
 struct ScanTimes {
@@ -215,15 +215,15 @@ struct ScanTimes {
 
 impl ScanThrottle {
     /// Waits until a scan that began after this call is over. One scan serves all calls before it.
-    /// It continues if the caller of this function is dropped, so that no caller gets around the
-    /// pause.
-    pub(crate) async fn run_after(self: &Arc<Self>, scan: impl FnOnce() + Send + 'static) {
-        let (called, throttle) = (Instant::now(), self.clone());
+    /// A scan that has begun, or is next, continues if the caller of this function is dropped, so that no
+    /// caller gets around the pause.
+    pub(crate) async fn run_after(&self, scan: impl FnOnce() + Send + 'static) {
+        let called = Instant::now();
+        let mut times = self.0.clone().lock_owned().await;
+        if times.started.is_some_and(|started| started > called) {
+            return;
+        }
         let scan_task = tokio::spawn(async move {
-            let mut times = throttle.0.lock().await;
-            if times.started.is_some_and(|started| started > called) {
-                return;
-            }
             if let Some(next) = times.next {
                 tokio::time::sleep_until(next.into()).await;
             }

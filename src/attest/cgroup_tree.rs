@@ -53,7 +53,7 @@ pub(crate) struct CgroupTree {
     sweep_at: AtomicUsize,
     paths: Mutex<HashMap<u64, CachedPath>>,
     /// The throttles for scans of the whole tree and of the kubelet's part.
-    throttles: [Arc<ScanThrottle>; 2],
+    throttles: [ScanThrottle; 2],
     /// Limits the peers that wait for a scan.
     waiting: FairSemaphore<ScanKey>,
     /// The directories that the last scans found.
@@ -68,6 +68,8 @@ const MAX_WAITING: usize = 512;
 /// The number of peers of one user, or in one pod's network, that may wait for a scan. A scan never
 /// finds removed cgroups, and any user can have those.
 const MAX_WAITING_PER_KEY: usize = 16;
+/// The lowest uid that is not a user of the host. User namespaces get blocks of as many ids.
+const UID_BLOCK: u32 = 65_536;
 
 /// The key by which peers that wait for a scan are counted, by the facts that are known before it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -80,8 +82,17 @@ pub(crate) struct ScanKey {
 impl FairKey for ScanKey {
     type Group = Self;
 
+    /// Subordinate ids are in groups by blocks of 65,536. A person usually has as many, so they are
+    /// in one or two groups.
     fn group(&self) -> Self {
-        self.clone()
+        let of_block = |uid: u32| match uid {
+            0..UID_BLOCK => uid,
+            _ => uid - uid % UID_BLOCK,
+        };
+        Self {
+            namespace: self.namespace,
+            uid: self.uid.map(of_block),
+        }
     }
 }
 
@@ -185,15 +196,18 @@ impl CgroupTree {
         if let Some(found) = self.cached_path(id) {
             return found;
         }
-        let _waiting = self
+        let waiting = self
             .waiting
-            .try_acquire(&key)
+            .try_acquire_evicting(&key)
             .map_err(|_| AttestError::SearchBusy)?;
+        waiting.set_in_use();
         on_wait();
         let tree = self.clone();
-        self.throttles[scope as usize]
-            .run_after(move || tree.scan(scope))
-            .await;
+        tokio::select! {
+            biased;
+            () = self.throttles[scope as usize].run_after(move || tree.scan(scope)) => {}
+            () = waiting.evicted() => return Err(AttestError::SearchBusy),
+        }
         self.paths()
             .get(&id)
             .map(|cached| cached.path.clone())

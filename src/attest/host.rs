@@ -7,6 +7,8 @@ use std::sync::Arc;
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{FsType, fstatfs};
 
+use arc_swap::{ArcSwap, Guard};
+
 use crate::attest::cgroup_mounts::CgroupMounts;
 use crate::attest::cgroup_tree::CgroupTree;
 use crate::attest::exec_monitor::ExecMonitor;
@@ -22,12 +24,10 @@ use crate::cgroup::{CgroupPath, PodRoots};
 pub(crate) struct Host {
     /// The mount of `/proc`, in the pid namespace that pids of callers refer to.
     pub(crate) proc_root: PathBuf,
-    /// The cgroup v2 hierarchy, if there is one.
-    pub(crate) cgroups: Option<Arc<CgroupTree>>,
-    /// The pods in that hierarchy.
-    pub(crate) pods: Option<PodLookup>,
-    /// All cgroup hierarchies, v1's too.
-    pub(crate) hierarchies: CgroupMounts,
+    /// The kubelet's cgroup roots.
+    roots: PodRoots,
+    /// The cgroup hierarchies, as they were mounted at the latest test.
+    cgroups: ArcSwap<Cgroups>,
     /// The processes that were read before.
     pub(crate) processes: ProcessCache,
     /// Counts executions of programs, if the daemon has the privileges for that.
@@ -39,6 +39,36 @@ pub(crate) struct Host {
     /// From Linux 6.13 on a pidfd reports the ids of its process. Before, they are read from its
     /// `status`, which is as long as the list of its groups.
     pub(crate) pidfds_tell_ids: bool,
+}
+
+/// The cgroup hierarchies of the machine.
+#[derive(Debug)]
+pub(crate) struct Cgroups {
+    /// All of them, v1's too.
+    pub(crate) hierarchies: CgroupMounts,
+    /// The v2 hierarchy, if it is mounted.
+    pub(crate) tree: Option<Arc<CgroupTree>>,
+    /// The pods in that hierarchy.
+    pods: Option<PodLookup>,
+}
+
+impl Cgroups {
+    fn new(hierarchies: CgroupMounts, roots: &PodRoots) -> Self {
+        let tree = CgroupTree::find(&hierarchies, roots.clone()).map(Arc::new);
+        Self {
+            pods: tree.clone().map(PodLookup::new),
+            tree,
+            hierarchies,
+        }
+    }
+
+    /// Returns the kubelet's cgroup roots that exist.
+    pub(crate) fn pod_roots(&self) -> Vec<CgroupPath> {
+        self.pods
+            .as_ref()
+            .map(PodLookup::discover_roots)
+            .unwrap_or_default()
+    }
 }
 
 /// `PID_FS_MAGIC` of linux/magic.h.
@@ -58,17 +88,42 @@ impl Host {
             .and_then(|pidfd| sys::pidfd_info(pidfd.as_fd()).ok().flatten())
             .is_some();
         let kind = own_pidfd.and_then(|pidfd| Some(fstatfs(pidfd).ok()?.filesystem_type()));
-        let cgroups = CgroupTree::find(&hierarchies, roots).map(Arc::new);
         Self {
             proc_root,
-            pods: cgroups.clone().map(PodLookup::new),
-            cgroups,
-            hierarchies,
+            cgroups: ArcSwap::from_pointee(Cgroups::new(hierarchies, &roots)),
+            roots,
             processes: ProcessCache::default(),
             exec_monitor,
             lookups: LookupThreads::default(),
             pidfds_tell_ids: tells_ids,
             pidfds_have_inodes: kind == Some(PID_FS),
+        }
+    }
+
+    /// Returns the cgroup hierarchies that are mounted.
+    pub(crate) fn cgroups(&self) -> Guard<Arc<Cgroups>> {
+        self.cgroups.load()
+    }
+
+    /// Returns the v2 hierarchy, if it is mounted.
+    pub(crate) fn cgroup_tree(&self) -> Option<Arc<CgroupTree>> {
+        self.cgroups().tree.clone()
+    }
+
+    /// Reads again which hierarchies are mounted. Keeps what is known of them if that is unchanged.
+    ///
+    /// Only root can mount a cgroup hierarchy where this process sees it, so no caller chooses the
+    /// tree. The kernel's ids of cgroups are the same in each mount. A request keeps the facts by
+    /// which it was decided.
+    pub(crate) fn find_cgroups_again(&self) {
+        let Ok(mountinfo) = std::fs::read_to_string(self.proc_root.join("self/mountinfo")) else {
+            return;
+        };
+        let hierarchies = CgroupMounts::find(&mountinfo);
+        if hierarchies != self.cgroups().hierarchies {
+            tracing::info!("the mounts of cgroup hierarchies have changed");
+            self.cgroups
+                .store(Arc::new(Cgroups::new(hierarchies, &self.roots)));
         }
     }
 
@@ -100,7 +155,7 @@ impl Host {
         &self,
         cgroup: Option<&CgroupPath>,
     ) -> Result<Option<ResolvedPod>, AttestError> {
-        match (&self.pods, cgroup) {
+        match (&self.cgroups().pods, cgroup) {
             (Some(pods), Some(cgroup)) => pods.of(cgroup),
             _ => Ok(None),
         }

@@ -26,7 +26,7 @@ pub enum TcpUnsupported {
     #[error("no cgroup v2 tree is mounted")]
     NoCgroups,
     /// The kernel does not reply to queries about TCP sockets.
-    #[error("sock_diag does not work for TCP ({0})")]
+    #[error("sock_diag(7) does not work for TCP: {0}")]
     NoSockDiag(String),
     /// The reply does not contain a cgroup.
     #[error("the kernel does not report the cgroup of a socket")]
@@ -45,11 +45,10 @@ impl TcpUnsupported {
     pub fn fix(&self, unix: UnixSupport) -> String {
         let fix = match self {
             Self::NoCgroups => {
-                "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified, and restart \
-                 awsvid"
+                "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified"
             }
             Self::NoSockDiag(_) => {
-                "load the kernel modules inet_diag and tcp_diag (CONFIG_INET_DIAG)"
+                "load the kernel modules inet_diag and tcp_diag (CONFIG_INET_DIAG, CONFIG_INET_TCP_DIAG)"
             }
             Self::NoCgroupId => "use a kernel from Linux 5.8 on with CONFIG_SOCK_CGROUP_DATA",
             Self::WrongCgroupId => {
@@ -63,6 +62,21 @@ impl TcpUnsupported {
                 format!("{fix}; or use the unix socket only ([listen] tcp = [])")
             }
         }
+    }
+}
+
+impl TcpUnsupported {
+    /// Returns the refusal of a caller, which names what is missing.
+    pub(super) fn refusal(&self) -> AttestError {
+        AttestError::Unsupported(match self {
+            Self::NoCgroups => "no cgroup v2 tree is mounted, which callers over TCP need",
+            Self::NoSockDiag(_) => {
+                "it does not find a TCP socket (sock_diag(7), in the modules inet_diag and tcp_diag)"
+            }
+            Self::NoCgroupId => "it does not report the cgroup of a TCP socket",
+            Self::WrongCgroupId => "it reports a wrong cgroup of a TCP socket",
+            Self::NoLoopback(_) => "the device lo is missing or down, so that TCP cannot be tested",
+        })
     }
 }
 
@@ -117,8 +131,9 @@ pub fn try_tcp(proc_root: &Path) -> Result<(), TcpUnsupported> {
 
 /// Runs the same test with the daemon's own sources.
 pub(super) fn try_tcp_of(host: &Host, diag: &SockDiag) -> Result<(), TcpUnsupported> {
-    let cgroups = host.cgroups.as_ref().ok_or(TcpUnsupported::NoCgroups)?;
-    test_tcp(&host.hierarchies, cgroups, diag, &host.proc_root)
+    let cgroups = host.cgroups();
+    let tree = cgroups.tree.as_ref().ok_or(TcpUnsupported::NoCgroups)?;
+    test_tcp(&cgroups.hierarchies, tree, diag, &host.proc_root)
 }
 
 pub(super) fn no_sock_diag(error: io::Error) -> TcpUnsupported {
@@ -207,12 +222,14 @@ fn own_socket(diag: &SockDiag) -> Result<SocketInfo, TcpUnsupported> {
     });
     let (client, server, _listener) = connection.map_err(TcpUnsupported::NoLoopback)?;
     let address = client.local_addr().map_err(TcpUnsupported::NoLoopback)?;
-    // The socket exists. A lookup that does not find it has no support for TCP sockets.
-    diag.client_socket(address, server)
-        .map_err(|refusal| match refusal {
-            AttestError::CallerGone => no_sock_diag(io::Error::from_raw_os_error(libc::ENOENT)),
-            refusal => TcpUnsupported::NoSockDiag(refusal.to_string()),
+    // ENOENT has two meanings: the kernel has no such socket, or no handler for TCP sockets. This
+    // socket exists.
+    diag.client_socket(address, server).map_err(|refusal| {
+        TcpUnsupported::NoSockDiag(match refusal {
+            AttestError::CallerGone => "it does not find a socket that exists".to_owned(),
+            refusal => refusal.to_string(),
         })
+    })
 }
 
 #[cfg(test)]

@@ -14,14 +14,39 @@
 //! | statx(2) of a rule's `exe` | the server of its file system, and mounts on the path (autofs, FUSE) | on a thread, one for each file ([`crate::workload_rule::ExeMatcher`]) |
 //! | `/proc/<pid>/status` for ids, `cgroup`, `uid_map`, `PIDFD_GET_INFO`, a pidfd's own `fdinfo` | spin locks and RCU; `cgroup` also on the kernel's one lock of all cgroups, and a process that blocks that stops systemd and the kubelet, too | at once |
 //! | `sock_diag` without extensions, `SO_PEERCRED`, `SO_PEERPIDFD`, `SO_PEERGROUPS` | nothing: none takes the lock of the caller's socket, which it could hold in sendmsg(2) | at once |
+//! | `/proc/self/mountinfo` | the kernel's lock of this mount namespace, which no caller can hold while it waits for a server | at once, every 2 s at most ([`super::tcp_support`]) |
 //! | cgroup directories and `cgroup.procs` | kernfs, which waits for no other process | at once |
 //! | executions in the meantime | nothing: a number in memory ([`super::exec_monitor`]) | at once |
 //!
 //! These are not used at all, since each takes the lock of the process: perf_event_open(2),
 //! kcmp(2), pidfd_getfd(2), the links in `/proc/<pid>/ns`,
-//! `/proc/<pid>/{mem,maps,auxv,environ,cmdline,wchan}`.
+//! `/proc/<pid>/{mem,maps,auxv,environ,cmdline,wchan}`. That holds for each process: callers, and
+//! the process at the agent's end of its socket ([`super::shares_pid_namespace_with_peer`] reads
+//! its `status`), since another one may have its pid by now. The daemon reads the links of its own.
 //!
-//! *Here* means on a thread of [`LookupThreads`], two at a time for each workload. A connection
+//! Other calls wait for something that a caller does not control, or controls only in part:
+//!
+//! | call | may block on | where it runs, and its bound |
+//! |---|---|---|
+//! | the name service: users, groups, `/etc/passwd` | a directory server | up to 9 threads; a request waits for 2 s ([`crate::accounts`]) |
+//! | the name service: hosts | a DNS server | a thread for each connection that is opened; the timeout of the exchange ([`crate::sts`]) |
+//! | writes of the log and the audit log: pipes, sockets, files | their reader, or a disk | one thread for each, with a bounded queue ([`crate::writer`]); a required record is awaited for 1 s |
+//! | open(2) of the audit file | the server of its file system; never a pipe's reader (`O_NONBLOCK`) | another thread; 1 s |
+//! | connections to the agent and to STS | their servers | sockets that do not block; a timeout for each |
+//! | the directory of network namespaces, and its files | the server of a file system that is mounted there, which only root can do, or a pod that may do anything (`mountPropagation: Bidirectional`) | not on an I/O thread (`block_in_place`); not bounded: pods that start meanwhile have no listener yet |
+//! | setns(2), and making sockets in a pod's network namespace | nothing: a namespace has no lock that its processes could hold | a thread of its own |
+//! | `/proc/self/mountinfo` | the kernel's one lock of all mounts, which no file server delays | at the start; later it is only polled |
+//! | a pod's directories: kubelet's cgroups | kernfs, as above. No file of a pod is read, and no volume | at once |
+//! | the configuration and the trust store, after the start | a file system that the operator chose | another thread |
+//! | stat(2) of the agent's socket, the token's file | a file system that the operator chose: `/run` | at once |
+//! | sd_notify(3) | pid 1 | at the start, at a reload and at the end, on the main thread |
+//!
+//! The tests stop these calls by FUSE and by pipes without a reader (`tests/it/blocked.rs`,
+//! `tests/it/records.rs`). FUSE stands for NFS and 9p, which the kernel of the test machines lacks.
+//! The daemon waits in the VFS for all three: for the reply of a server.
+//!
+//! *Here* means on a thread of [`LookupThreads`], two at a time for each workload. Blocked reads of
+//! one scope (T29) leave half of the threads for others. A connection
 //! continues there, or only the read runs there if the connection has waited for something else.
 //! Connections themselves never wait for a client: sockets do not block, and a whole connection has
 //! a deadline.

@@ -38,11 +38,12 @@ impl PodLookup {
     }
 
     /// Returns the kubelet's cgroup roots that exist.
-    pub(crate) fn discover_roots(&self) -> Vec<&CgroupPath> {
+    pub(crate) fn discover_roots(&self) -> Vec<CgroupPath> {
         self.tree
             .roots()
             .iter()
             .filter(|root| self.tree.directory(root).is_dir())
+            .cloned()
             .collect()
     }
 

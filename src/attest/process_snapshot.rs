@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::fcntl::{self, OFlag};
 use nix::sys::stat::Mode;
 
+use crate::attest::cgroup_mounts::CgroupMounts;
 use crate::attest::exec_monitor::ExecCountWatch;
 use crate::attest::host::Host;
 use crate::attest::process_cache::ProcessHandle;
@@ -68,20 +69,22 @@ impl ProcessSnapshot {
     ) -> Result<Self, AttestError> {
         let directory = || handle.directory(&host.proc_root);
         let credentials = ProcessIds::read(handle.pidfd(), directory)?;
-        let cgroup = match (&credentials.cgroup, &host.cgroups) {
-            (CgroupMembership::Shown(shown), _) => shown
-                .as_ref()
-                .and_then(|shown| host.hierarchies.path("", shown)),
+        let cgroups = host.cgroups();
+        let hierarchies = &cgroups.hierarchies;
+        let cgroup = match (&credentials.cgroup, &cgroups.tree) {
+            (CgroupMembership::Shown(shown), _) => {
+                shown.as_ref().and_then(|shown| hierarchies.path("", shown))
+            }
             (CgroupMembership::Id(id), Some(tree)) => {
                 let shown = || {
                     Ok(v2(&read(directory()?, "cgroup")?)
-                        .and_then(|shown| host.hierarchies.path("", shown)))
+                        .and_then(|shown| hierarchies.path("", shown)))
                 };
                 Some(tree.path_of_live_process(*id, shown)?)
             }
             (CgroupMembership::Id(_), None) => None,
         };
-        let in_container = names_container(host, cgroup.as_ref(), directory)?
+        let in_container = names_container(hierarchies, cgroup.as_ref(), directory)?
             || handle.in_other_namespaces(|| in_other_namespaces(host, &handle))?;
         Ok(Self {
             host: host.clone(),
@@ -208,7 +211,7 @@ impl ProcessSnapshot {
             .run(owner, move || process.verify_unchanged())
             .await?;
         let cgroups = read(self.directory()?, "cgroup")?;
-        self.host.hierarchies.check(&cgroups)?;
+        self.host.cgroups().hierarchies.check(&cgroups)?;
         Ok(AgentProcessRef {
             pid: self.handle.pid(),
             cgroups,
@@ -231,7 +234,8 @@ impl ProcessSnapshot {
 
     /// Returns the id of the cgroup of its workload.
     fn workload_id(&self) -> Result<u64, AttestError> {
-        let (Some(cgroup), Some(tree)) = (&self.cgroup, &self.host.cgroups) else {
+        let cgroups = self.host.cgroups();
+        let (Some(cgroup), Some(tree)) = (&self.cgroup, &cgroups.tree) else {
             return Err(AttestError::ExecUnobservable);
         };
         let (workload, _) = cgroup.workload();
@@ -344,7 +348,7 @@ fn v2(cgroups: &str) -> Option<&str> {
 /// Returns whether any of its cgroups names a container. On a host that also has cgroup v1, a
 /// container may be in the root of the v2 hierarchy, and only v1 names it.
 fn names_container<'d>(
-    host: &Host,
+    hierarchies: &CgroupMounts,
     cgroup: Option<&CgroupPath>,
     directory: impl FnOnce() -> Result<&'d OwnedFd, AttestError>,
 ) -> Result<bool, AttestError> {
@@ -352,7 +356,7 @@ fn names_container<'d>(
         return Ok(path.names_container());
     }
     let text = read(directory()?, "cgroup")?;
-    let mut paths = cgroup::lines(&text).map(|(names, path)| host.hierarchies.path(names, path));
+    let mut paths = cgroup::lines(&text).map(|(names, path)| hierarchies.path(names, path));
     Ok(paths.any(|path| path.is_none_or(|path| path.names_container())))
 }
 
@@ -384,19 +388,14 @@ fn in_other_namespaces(host: &Host, handle: &ProcessHandle) -> Result<bool, Atte
     }
 }
 
-/// Returns whether the process with this pid lives in this process's pid namespace. If its link
-/// must not be read, the number of its pids decides.
+/// Returns whether the process with this pid, which is visible here, lives in this process's pid
+/// namespace: then it has one pid only. Like [`in_other_namespaces`], this does not read the link
+/// to its namespace.
 pub(crate) fn shares_pid_namespace(proc_root: &Path, pid: i32) -> bool {
-    let directory = proc_root.join(pid.to_string());
-    let namespace = |of: &Path| fcntl::readlink(&of.join("ns/pid"));
-    match (namespace(&directory), namespace(&proc_root.join("self"))) {
-        (Ok(other), Ok(own)) => other == own,
-        (Err(Errno::EACCES | Errno::EPERM), _) => std::fs::File::open(directory.join("status"))
-            .is_ok_and(|file| {
-                status::numbers(file, [NAMESPACE_PIDS]).is_ok_and(|[pids]| pids.len() == 1)
-            }),
-        _ => false,
-    }
+    let status = std::fs::File::open(proc_root.join(pid.to_string()).join("status"));
+    status.is_ok_and(|file| {
+        status::numbers(file, [NAMESPACE_PIDS]).is_ok_and(|[pids]| pids.len() == 1)
+    })
 }
 
 /// Returns device and inode: the parts of an executable that cannot be forged (T11).

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use tokio::time::timeout;
 
 use crate::attest::Unattested;
-use crate::attest::cgroup_tree::{CgroupTree, ScanKey, TreeScope};
+use crate::attest::cgroup_tree::{ScanKey, TreeScope};
 use crate::attest::host::Host;
 use crate::attest::kernel::{TcpUnsupported, try_tcp_of};
 use crate::attest::pod_lookup::ResolvedPod;
@@ -36,7 +36,6 @@ pub(crate) struct TcpAttestor(Arc<SocketQuery>);
 struct SocketQuery {
     host: Arc<Host>,
     diag: SockDiag,
-    cgroups: Arc<CgroupTree>,
     /// Limits long searches: one at a time per workload, and few in total.
     searches: FairSemaphore<WorkloadKey>,
     /// The inode of the network namespace, if that is a pod's.
@@ -67,13 +66,11 @@ impl TcpAttestor {
     pub(crate) fn new(
         host: Arc<Host>,
         diag: SockDiag,
-        cgroups: Arc<CgroupTree>,
         searches: FairSemaphore<WorkloadKey>,
     ) -> Self {
         Self(Arc::new(SocketQuery {
             host,
             diag,
-            cgroups,
             searches,
             namespace: None,
         }))
@@ -86,18 +83,11 @@ impl TcpAttestor {
 
     /// Creates an attestor for the network namespace of a pod, in which `diag` was opened.
     pub(crate) fn in_pod(&self, diag: SockDiag) -> Self {
-        let SocketQuery {
-            host,
-            cgroups,
-            searches,
-            ..
-        } = &*self.0;
-        let (host, cgroups, searches) = (host.clone(), cgroups.clone(), searches.clone());
+        let (host, searches) = (self.0.host.clone(), self.0.searches.clone());
         Self(Arc::new(SocketQuery {
             namespace: Some(diag.namespace()),
             host,
             diag,
-            cgroups,
             searches,
         }))
     }
@@ -163,9 +153,9 @@ impl TcpAttestor {
         socket: &SocketInfo,
         on_wait: impl FnOnce(),
     ) -> Result<CgroupPath, AttestError> {
-        let SocketQuery {
-            cgroups, namespace, ..
-        } = &*self.0;
+        let namespace = &self.0.namespace;
+        let cgroups = self.0.host.cgroup_tree();
+        let cgroups = cgroups.ok_or(TcpUnsupported::NoCgroups.refusal())?;
         let uid = namespace.is_none().then_some(socket.uid);
         let key = ScanKey {
             namespace: *namespace,
@@ -173,9 +163,7 @@ impl TcpAttestor {
         };
         if namespace.is_none() {
             let id = socket.cgroup_id;
-            let id = id.ok_or(AttestError::Unsupported(
-                "TCP callers need Linux 5.15 or newer, built with cgroups",
-            ))?;
+            let id = id.ok_or(TcpUnsupported::NoCgroupId.refusal())?;
             return cgroups.path_of(id, (TreeScope::All, key), on_wait).await;
         }
         let id = socket.cgroup_id.ok_or(AttestError::NotAPod)?;
@@ -298,10 +286,11 @@ impl SocketProof {
             ..
         } = self.clone();
         move || {
-            let query = &attestor.0;
+            let host = &attestor.0.host;
+            let cgroups = host.cgroup_tree();
             socket_owner::find_socket_owner(
-                &query.host,
-                &query.cgroups,
+                host,
+                &*cgroups.ok_or(TcpUnsupported::NoCgroups.refusal())?,
                 &socket,
                 &cgroup,
                 (facts, budget),

@@ -197,7 +197,7 @@ fn read_unpinned(
     accepted: u64,
 ) -> Result<ProcessSnapshot, AttestError> {
     let pidfd = sys::pidfd_open(pid).map_err(|error| match error.raw_os_error() {
-        Some(libc::ENOSYS) => AttestError::Unsupported("the unix socket needs Linux 5.3 or newer"),
+        Some(libc::ENOSYS) => AttestError::Unsupported("it lacks pidfd_open(2) (Linux 5.3)"),
         _ => AttestError::CallerGone,
     })?;
     let process = ProcessSnapshot::read_snapshot(host, host.process(pid, pidfd)?)?;
@@ -206,7 +206,7 @@ fn read_unpinned(
     }
     if process.in_container() {
         return Err(AttestError::Unsupported(
-            "callers in containers need Linux 6.5 or newer on the unix socket",
+            "it lacks SO_PEERPIDFD (Linux 6.5), which callers in containers need on the unix socket",
         ));
     }
     Ok(process)

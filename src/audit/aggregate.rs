@@ -1,7 +1,8 @@
 //! Many requests of one kind become one record with a number, so that one workload cannot drown the
 //! records of others (T23, T30).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,8 +18,14 @@ const MAX_INDIVIDUAL: u64 = 10;
 const WINDOW: Duration = Duration::from_secs(1);
 /// The time between searches for windows that have ended.
 pub(super) const SWEEP: Duration = Duration::from_millis(500);
-/// The windows that are open at one time, one for each kind and caller.
+/// The windows that are open at one time, one for each kind and caller. Further requests are
+/// counted by their caller, whatever their credentials.
 const MAX_KEYS: usize = 1024;
+/// The windows of those callers. Further requests are counted without a caller.
+const MAX_CALLERS: usize = 1024;
+/// The pairs of a caller and a key beyond [`MAX_KEYS`] whose first request in a [`WINDOW`] still
+/// has a record of its own.
+const MAX_FIRST: usize = 16_384;
 
 /// The kind and the caller of requests that are counted together.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -31,19 +38,20 @@ pub(super) struct AggregateKey {
     pub(super) issued: Option<(String, CacheResult)>,
 }
 
-/// The treatment of requests beyond [`MAX_KEYS`].
+/// The requests for which a record stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Beyond {
-    /// They are counted by their listener and reason.
-    Counted,
-    /// Each of them has a record.
-    Written,
+pub(super) enum RecordScope {
+    /// Requests of one kind and caller.
+    OneKind,
+    /// Requests of one caller for several credentials.
+    OneCaller,
+    /// Requests of several callers.
+    ManyCallers,
 }
 
 /// Counts requests by kind and caller, and combines those that are many.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct RefusalAggregator {
-    beyond: Beyond,
     state: Mutex<AggregateState>,
 }
 
@@ -51,6 +59,11 @@ pub(super) struct RefusalAggregator {
 struct AggregateState {
     windows: HashMap<AggregateKey, Window>,
     swept: bool,
+    /// The keys beyond [`MAX_KEYS`] that had a request since `first_since`, as hashes to save
+    /// memory. No caller can choose keys with equal hashes.
+    first: HashSet<u64>,
+    first_since: Option<Instant>,
+    hasher: RandomState,
 }
 
 #[derive(Debug)]
@@ -73,33 +86,21 @@ pub(super) struct Emission {
 }
 
 impl RefusalAggregator {
-    pub(super) fn new(beyond: Beyond) -> Self {
-        Self {
-            beyond,
-            state: Mutex::default(),
-        }
-    }
-
-    /// Counts one request. `line` renders its record for the case that it stands for others too;
-    /// its argument is false if those are of several callers.
+    /// Counts one request. `line` renders its record for the case that it stands for others too.
     pub(super) fn take(
         &self,
         mut key: AggregateKey,
         now: Instant,
-        line: impl FnOnce(bool) -> Vec<u8>,
+        line: impl FnOnce(RecordScope) -> Vec<u8>,
     ) -> Emission {
         let mut state = self.state();
         let mut emission = Emission::default();
-        if state.windows.len() >= MAX_KEYS && !state.windows.contains_key(&key) {
-            match self.beyond {
-                Beyond::Counted => key.owner = None,
-                Beyond::Written => {
-                    return Emission {
-                        singly: true,
-                        ..emission
-                    };
-                }
-            }
+        let is_hit = key.issued.is_some();
+        let exact = state.hasher.hash_one(&key);
+        let scope = state.find_room(&mut key);
+        if scope != RecordScope::OneKind && is_hit && state.is_first(exact, now) {
+            emission.singly = true;
+            return emission;
         }
         emission.begin_sweep = !std::mem::replace(&mut state.swept, true);
         let owner = key.owner.clone();
@@ -110,7 +111,7 @@ impl RefusalAggregator {
         window.count += 1;
         emission.singly = window.count <= MAX_INDIVIDUAL;
         if window.count == MAX_INDIVIDUAL + 1 {
-            window.held = line(owner.is_some());
+            window.held = line(scope);
         }
         emission
     }
@@ -125,11 +126,41 @@ impl RefusalAggregator {
             .filter_map(|(key, window)| window.summary(key.owner))
             .collect();
         state.swept = !state.windows.is_empty();
+        if !state.swept {
+            state.first = HashSet::new();
+        }
         (lines, !state.swept)
     }
 
     fn state(&self) -> MutexGuard<'_, AggregateState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AggregateState {
+    /// Makes the key less exact if its window does not fit. Returns the scope of the window that it
+    /// has then.
+    fn find_room(&self, key: &mut AggregateKey) -> RecordScope {
+        let is_open = |key: &AggregateKey| self.windows.contains_key(key);
+        if self.windows.len() < MAX_KEYS || is_open(key) {
+            return RecordScope::OneKind;
+        }
+        if key.issued.take().is_some()
+            && (self.windows.len() < MAX_KEYS + MAX_CALLERS || is_open(key))
+        {
+            return RecordScope::OneCaller;
+        }
+        key.owner = None;
+        RecordScope::ManyCallers
+    }
+
+    /// Returns whether this is the first request of a key without a window of its own.
+    fn is_first(&mut self, key: u64, now: Instant) -> bool {
+        if self.first_since.is_none_or(|since| now >= since + WINDOW) {
+            self.first.clear();
+            self.first_since = Some(now);
+        }
+        self.first.len() < MAX_FIRST && self.first.insert(key)
     }
 }
 
@@ -175,7 +206,7 @@ mod tests {
     }
 
     fn floods() -> RefusalAggregator {
-        RefusalAggregator::new(Beyond::Counted)
+        RefusalAggregator::default()
     }
 
     /// Counts `count` requests and returns the lines to write.
@@ -185,7 +216,8 @@ mod tests {
         now: Instant,
         count: usize,
     ) -> Vec<String> {
-        let line = |of_one: bool| {
+        let line = |scope: RecordScope| {
+            let of_one = scope != RecordScope::ManyCallers;
             format!("{{\"reason\":\"{}\",\"uid\":{of_one}}}\n", key.reason).into_bytes()
         };
         let emissions = (0..count).map(|_| floods.take(key.clone(), now, line));
@@ -276,13 +308,54 @@ mod tests {
         assert!(done);
     }
 
+    fn hit(workload: u32, key_id: u32) -> AggregateKey {
+        AggregateKey {
+            issued: Some((format!("ASIA{key_id}"), CacheResult::Hit)),
+            ..key("ok", workload)
+        }
+    }
+
+    /// Covers T30: workloads with many roles use up all windows.
     #[test]
-    fn first_request_is_written_beyond_the_bound() {
-        let (floods, start) = (RefusalAggregator::new(Beyond::Written), Instant::now());
-        let written: usize = (0..10_000)
-            .map(|number| take(&floods, &key("ok", number), start, 1).len())
+    fn hits_beyond_the_bound_are_counted_by_their_caller() {
+        let (floods, start) = (floods(), Instant::now());
+        for number in 0..u32::try_from(MAX_KEYS).unwrap() {
+            take(&floods, &hit(number / 96, number), start, 1);
+        }
+        // Neither these workloads nor others write as many records as they send requests.
+        let flood = |workload: u32, first: u32| -> usize {
+            (0..1000)
+                .map(|number| take(&floods, &hit(workload, first + number % 16), start, 1).len())
+                .sum()
+        };
+        assert_eq!(flood(5, 10_000), 16 + 10);
+        assert_eq!(flood(7000, 20_000), 16 + 10);
+        // The first request of another caller still has a record.
+        assert_eq!(take(&floods, &hit(8000, 30_000), start, 1), ["single"]);
+        let mut counted = text(floods.sweep(None).0);
+        counted.sort();
+        assert_eq!(counted, [r#"{"reason":"ok","uid":true,"repeated":974}"#; 2]);
+    }
+
+    #[test]
+    fn number_of_windows_of_hits_is_bounded() {
+        let (floods, start) = (floods(), Instant::now());
+        let written: usize = (0..100_000)
+            .map(|number| take(&floods, &hit(number, number), start, 1).len())
             .sum();
-        assert_eq!(written, 10_000);
-        assert_eq!(floods.state().windows.len(), MAX_KEYS);
+        assert_eq!(written, MAX_KEYS + MAX_FIRST + MAX_CALLERS + 10);
+        {
+            let state = floods.state();
+            let kept = (state.windows.len(), state.first.len());
+            assert_eq!(kept, (MAX_KEYS + MAX_CALLERS + 1, MAX_FIRST));
+        }
+        let beyond = 100_000 - written;
+        assert_eq!(
+            text(floods.sweep(None).0),
+            [format!(
+                r#"{{"reason":"ok","uid":false,"repeated":{beyond}}}"#
+            )]
+        );
+        assert!(floods.state().first.is_empty());
     }
 }

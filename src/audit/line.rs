@@ -9,7 +9,7 @@ use crate::audit::{CacheResult, RequestId};
 use crate::clock::printable;
 
 /// The capacity of a line in bytes. Most records are shorter and need one allocation.
-const LINE: usize = 768;
+const LINE_CAPACITY: usize = 768;
 
 /// The record of a request. Fields without a value are left out.
 #[derive(Serialize)]
@@ -78,7 +78,7 @@ impl<T: fmt::Display> Serialize for DisplayAsStr<T> {
 
 /// Returns the line with its line feed.
 pub(super) fn render(line: &impl Serialize) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(LINE);
+    let mut bytes = Vec::with_capacity(LINE_CAPACITY);
     // Strings and numbers: writing them to memory cannot fail.
     let _ = serde_json::to_writer(&mut bytes, line);
     bytes.push(b'\n');

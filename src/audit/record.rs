@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use crate::audit::aggregate::{AggregateKey, RefusalAggregator};
+use crate::audit::aggregate::{AggregateKey, RecordScope, RefusalAggregator};
 use crate::audit::line::{DisplayAsStr, JsonLine, moment, render, second};
 use crate::audit::{ABORTED, Audit, CacheResult, IssuedFields, Outcome, RequestId};
 use crate::caller::{Caller, ListenerKind, PeerFacts, WorkloadKey};
@@ -12,7 +12,6 @@ use crate::cgroup::{CgroupPath, Pod};
 use crate::identity::SpiffeId;
 use crate::metrics::{CacheLabel, RequestLabel};
 use crate::role::{Grant, RequestedRole};
-use crate::telemetry::RequestScope;
 use crate::writer::{self, Priority};
 
 /// The SPIFFE IDs in one record, so that no registration makes records long.
@@ -59,19 +58,19 @@ struct AuditedPeer<'a> {
 
 /// The end of a request, with the fields of its record.
 #[derive(Clone, Copy)]
-struct End<'a> {
+struct RecordEnd<'a> {
     outcome: &'static str,
     reason: &'static str,
     issued: Option<IssuedFields<'a>>,
     seconds: f64,
 }
 
-impl End<'_> {
+impl RecordEnd<'_> {
     fn counted(&self) -> RequestEnd {
         RequestEnd {
             outcome: self.outcome,
             reason: self.reason,
-            cache: match self.issued.map(|issued| issued.freshness) {
+            cache: match self.issued.map(|issued| issued.cache_result) {
                 Some(CacheResult::Hit | CacheResult::Stale) => CacheLabel::HIT,
                 Some(CacheResult::Miss) => CacheLabel::MISS,
                 None => CacheLabel::NONE,
@@ -104,46 +103,30 @@ impl Record {
         }
     }
 
-    /// Returns the id of the request in answers and in the log.
-    pub fn request_id(&self) -> RequestId {
-        self.request_id
-    }
-
-    /// Returns the fields that join lines of the log with this record.
-    pub fn scope(&self) -> RequestScope {
-        let peer = self.audited_peer();
-        RequestScope {
-            id: self.request_id,
-            listener: self.listener,
-            uid: peer.map(|peer| peer.uid),
-            pod: peer.and_then(|peer| peer.pod).map(|pod| pod.uid.clone()),
-        }
-    }
-
     /// Records the facts about a peer that could not be attested.
-    pub fn unattested(&mut self, peer: Option<PeerFacts>) {
+    pub fn set_peer(&mut self, peer: Option<PeerFacts>) {
         self.peer = peer;
     }
 
     /// Records the SPIFFE ID and the role that were selected.
-    pub fn granted(&mut self, grant: &Grant) {
+    pub fn set_grant(&mut self, grant: &Grant) {
         self.grant = Some(grant.clone());
     }
 
     /// Records the role that the caller requested by name or by ARN.
-    pub fn requested(&mut self, role: &RequestedRole) {
+    pub fn set_requested_role(&mut self, role: &RequestedRole) {
         self.requested = role.name().map(str::to_owned);
     }
 
     /// Records the SPIFFE IDs of a caller that gets no role with them, at most eight.
-    pub fn identified(&mut self, spiffe_ids: &[SpiffeId]) {
+    pub fn set_spiffe_ids(&mut self, spiffe_ids: &[SpiffeId]) {
         let spiffe_ids = spiffe_ids.iter().take(MAX_SPIFFE_IDS);
         self.spiffe_ids = spiffe_ids.map(ToString::to_string).collect();
     }
 
     /// Marks a request that the daemon itself sent to see whether it is ready. Such a request is
     /// neither written nor counted, unless it gets credentials.
-    pub fn own_probe(&mut self) {
+    pub fn mark_own_probe(&mut self) {
         self.is_own_probe = true;
     }
 
@@ -183,7 +166,7 @@ impl Record {
         }
         // hyper drops this future if the client disconnects during the write.
         self.ended = Some(end.counted());
-        let written = match issued.map(|issued| issued.freshness) {
+        let written = match issued.map(|issued| issued.cache_result) {
             // These are few, since each costs an exchange.
             Some(CacheResult::Miss) => self.write_alone(end, Priority::High).await,
             Some(CacheResult::Hit | CacheResult::Stale)
@@ -213,8 +196,8 @@ impl Record {
         outcome: &'static str,
         reason: &'static str,
         issued: Option<IssuedFields<'a>>,
-    ) -> End<'a> {
-        End {
+    ) -> RecordEnd<'a> {
+        RecordEnd {
             outcome,
             reason,
             issued,
@@ -222,11 +205,11 @@ impl Record {
         }
     }
 
-    async fn write_alone(&self, end: End<'_>, priority: Priority) -> bool {
+    async fn write_alone(&self, end: RecordEnd<'_>, priority: Priority) -> bool {
         let owner = Some(self.owner());
         self.audit
             .write(writer::Line {
-                bytes: self.line(end, true),
+                bytes: self.line(end, RecordScope::OneKind),
                 stands_for: 1,
                 owner,
                 priority,
@@ -235,15 +218,19 @@ impl Record {
     }
 
     /// Writes the record, unless many requests of its kind are combined into one.
-    async fn write_few(&self, end: End<'_>, aggregator: fn(&Audit) -> &RefusalAggregator) -> bool {
+    async fn write_few(
+        &self,
+        end: RecordEnd<'_>,
+        aggregator: fn(&Audit) -> &RefusalAggregator,
+    ) -> bool {
         !self.count_in(end, aggregator) || self.write_alone(end, Priority::Ordinary).await
     }
 
     /// Counts the request among those of its kind. Returns whether it has a record of its own.
-    fn count_in(&self, end: End<'_>, aggregator: fn(&Audit) -> &RefusalAggregator) -> bool {
+    fn count_in(&self, end: RecordEnd<'_>, aggregator: fn(&Audit) -> &RefusalAggregator) -> bool {
         let issued = end
             .issued
-            .map(|issued| (issued.access_key_id.to_owned(), issued.freshness));
+            .map(|issued| (issued.access_key_id.to_owned(), issued.cache_result));
         let key = AggregateKey {
             owner: Some(self.owner()),
             listener: self.listener,
@@ -251,7 +238,7 @@ impl Record {
             issued,
         };
         let emission =
-            aggregator(&self.audit).take(key, Instant::now(), |of_one| self.line(end, of_one));
+            aggregator(&self.audit).take(key, Instant::now(), |scope| self.line(end, scope));
         self.audit.put(emission.before);
         if emission.begin_sweep {
             self.audit.sweep(aggregator);
@@ -298,9 +285,11 @@ impl Record {
         }
     }
 
-    /// Renders the record, without the fields of the caller if it stands for several callers.
-    fn line(&self, end: End<'_>, of_one: bool) -> Vec<u8> {
-        let grant = self.grant.as_ref().filter(|_| of_one);
+    /// Renders the record, without the fields in which the requests of this scope differ.
+    fn line(&self, end: RecordEnd<'_>, scope: RecordScope) -> Vec<u8> {
+        let of_one = scope != RecordScope::ManyCallers;
+        let is_exact = scope == RecordScope::OneKind;
+        let grant = self.grant.as_ref().filter(|_| is_exact);
         let caller = self.caller.as_deref().filter(|_| of_one);
         let peer = self.audited_peer().filter(|_| of_one);
         let (cgroup, pod) = (
@@ -308,7 +297,7 @@ impl Record {
             peer.and_then(|peer| peer.pod),
         );
         let process = caller.and_then(|caller| caller.process.as_ref());
-        let issued = end.issued;
+        let issued = end.issued.filter(|_| is_exact);
         render(&JsonLine {
             time: moment(self.audit.clock.now()),
             target: "audit",
@@ -328,14 +317,14 @@ impl Record {
             requested_role: self
                 .requested
                 .as_deref()
-                .filter(|_| of_one && issued.is_none()),
-            spiffe_ids: if of_one { &self.spiffe_ids } else { &[] },
+                .filter(|_| is_exact && issued.is_none()),
+            spiffe_ids: if is_exact { &self.spiffe_ids } else { &[] },
             spiffe_id: grant.map(|grant| grant.spiffe_id.as_str()),
             role_arn: grant.map(|grant| grant.role_arn.as_str()),
             session_name: grant.map(|grant| grant.session_name.as_str()),
             access_key_id: issued.map(|issued| issued.access_key_id),
             expiration: issued.map(|issued| second(issued.expiration)),
-            cache: issued.map(|issued| issued.freshness),
+            cache: issued.map(|issued| issued.cache_result),
             milliseconds: (end.seconds * 1e6).round() / 1e3,
         })
     }
@@ -349,7 +338,7 @@ impl Drop for Record {
         let ended = self.ended.take().unwrap_or_else(|| {
             let end = self.end(ABORTED, ABORTED, None);
             if self.count_in(end, |audit| &audit.refusals) {
-                let (bytes, owner) = (self.line(end, true), Some(self.owner()));
+                let (bytes, owner) = (self.line(end, RecordScope::OneKind), Some(self.owner()));
                 self.audit.put([writer::Line {
                     bytes,
                     stands_for: 1,

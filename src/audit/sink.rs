@@ -4,9 +4,11 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use crate::audit::line::{LostRecordsLine, moment, render};
@@ -32,40 +34,31 @@ pub(super) struct Sink {
     /// The file, once it is open.
     to: Mutex<Option<AuditFile>>,
     writer: Writer,
+    /// Is notified when a record arrives while the file is not open.
+    needed: Notify,
 }
 
 impl Sink {
     /// Returns a destination that is not open. Records wait until it is.
     pub(super) fn unopened(clock: Clock, metrics: &Metrics) -> Self {
-        let said = Mutex::new(LogQuota::new(1, LOG_INTERVAL));
+        let log_quota = Mutex::new(LogQuota::new(1, LOG_INTERVAL));
         let lost = LostRecords {
             clock,
             metrics: metrics.clone(),
-            said,
+            log_quota,
         };
         Self {
             to: Mutex::default(),
             writer: Writer::new(Box::new(lost)),
+            needed: Notify::new(),
         }
     }
 
-    /// Opens the destination, unless it is open already.
-    pub(super) fn open(&self, to: &AuditFile) -> io::Result<()> {
-        let file = match to {
-            AuditFile::Stdout => File::from(io::stdout().as_fd().try_clone_to_owned()?),
-            AuditFile::Path(path) => OpenOptions::new()
-                .append(true)
-                .create(true)
-                .mode(0o600)
-                .open(path)?,
-        };
-        self.open_as(to, file)
-    }
-
+    /// Writes to this open file, unless the destination is open already.
     pub(super) fn open_as(&self, to: &AuditFile, file: File) -> io::Result<()> {
         let mut opened = self.to();
         if opened.is_none() {
-            self.writer.start("audit", file)?;
+            self.writer.start("awsvid-audit", file)?;
             *opened = Some(to.clone());
         }
         Ok(())
@@ -86,6 +79,14 @@ impl Sink {
     /// Queues a line. If it is lost, it is counted, and a later record has the number.
     pub(super) fn put(&self, line: Line) {
         drop(self.writer.push(line));
+        if self.is_unopened() {
+            self.needed.notify_one();
+        }
+    }
+
+    /// Waits for a record that arrives while the destination is not open.
+    pub(super) async fn needed(&self) {
+        self.needed.notified().await;
     }
 
     /// Writes a line and waits until it is written. Returns false if it was lost, or, with
@@ -97,7 +98,11 @@ impl Sink {
         let Some(written) = self.writer.push(line) else {
             return false;
         };
-        if !required && (self.writer.is_behind() || self.is_unopened()) {
+        let is_unopened = self.is_unopened();
+        if is_unopened {
+            self.needed.notify_one();
+        }
+        if !required && (self.writer.is_behind() || is_unopened) {
             return true;
         }
         match timeout(
@@ -143,18 +148,41 @@ impl Sink {
     }
 }
 
+/// Opens the destination. Blocks while the file's server does not respond.
+pub(super) fn open(to: &AuditFile) -> io::Result<File> {
+    match to {
+        AuditFile::Stdout => Ok(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
+        AuditFile::Path(path) => open_file(path),
+    }
+}
+
+/// Opens the file. A pipe without a reader is an error, and is not waited for. The writer waits for
+/// a pipe that is full, in its own thread.
+fn open_file(path: &Path) -> io::Result<File> {
+    let opened = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path);
+    opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ENXIO) => io::Error::other("no process reads from this pipe; start its reader"),
+        _ => error,
+    })
+}
+
 #[derive(Debug)]
 struct LostRecords {
     clock: Clock,
     metrics: Metrics,
-    said: Mutex<LogQuota>,
+    log_quota: Mutex<LogQuota>,
 }
 
 impl LossObserver for LostRecords {
     fn lost(&self, loss: &LineLoss) {
         self.metrics.audit_records_dropped.inc();
         if let Some(before) = self
-            .said
+            .log_quota
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take()

@@ -4,6 +4,8 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use crate::clock::{LAST_TIME, printable};
 
+const REQUEST: RequestId = RequestId { boot: 0, number: 0 };
+
 fn open(path: &Path) -> Arc<Audit> {
     open_at(&AuditFile::Path(path.to_owned()), false)
 }
@@ -24,17 +26,17 @@ async fn records_go_to_new_file_after_rotation() {
     );
     let audit = open(&path);
     audit
-        .begin(ListenerKind::Unix, None)
+        .begin(REQUEST, ListenerKind::Unix, None)
         .finish(Outcome::Refused, "host", None)
         .await;
     std::fs::rename(&path, &moved).unwrap();
     audit
-        .begin(ListenerKind::Unix, None)
+        .begin(REQUEST, ListenerKind::Unix, None)
         .finish(Outcome::Refused, "path", None)
         .await;
     audit.reopen(&AuditFile::Path(path.clone()), false).unwrap();
     audit
-        .begin(ListenerKind::Unix, None)
+        .begin(REQUEST, ListenerKind::Unix, None)
         .finish(Outcome::Refused, "method", None)
         .await;
     let reasons = |path| {
@@ -55,7 +57,7 @@ async fn records_go_to_new_file_after_rotation() {
             .is_err()
     );
     audit
-        .begin(ListenerKind::Unix, None)
+        .begin(REQUEST, ListenerKind::Unix, None)
         .finish(Outcome::Refused, "browser", None)
         .await;
     assert_eq!(reasons(&path), ["method", "browser"]);
@@ -66,30 +68,45 @@ async fn queue_is_written_when_audit_ends() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("fifo");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let reader = {
-        let path = path.clone();
-        std::thread::spawn(move || std::fs::read_to_string(path).unwrap())
-    };
+    // Opened for both directions, since a pipe without a reader cannot be opened for writes.
+    let both = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
     let audit = open(&path);
+    let mut reader = std::fs::File::open(&path).unwrap();
+    drop(both);
     for _ in 0..3 {
-        audit.begin(ListenerKind::Tcp, None);
+        audit.begin(REQUEST, ListenerKind::Tcp, None);
     }
     drop(audit);
-    assert_eq!(reader.join().unwrap().lines().count(), 3);
+    let mut text = String::new();
+    std::io::Read::read_to_string(&mut reader, &mut text).unwrap();
+    assert_eq!(text.lines().count(), 3);
 }
 
-fn issued(freshness: CacheResult) -> IssuedFields<'static> {
+#[test]
+fn pipe_without_reader_is_not_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("fifo");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let error = Audit::open(&AuditFile::Path(path)).unwrap_err().to_string();
+    assert!(error.contains("no process reads from this pipe"), "{error}");
+}
+
+fn issued(cache_result: CacheResult) -> IssuedFields<'static> {
     IssuedFields {
         access_key_id: "ASIAX",
         expiration: UNIX_EPOCH,
-        freshness,
+        cache_result,
     }
 }
 
-async fn issue(audit: &Arc<Audit>, freshness: CacheResult) -> bool {
+async fn issue(audit: &Arc<Audit>, cache_result: CacheResult) -> bool {
     audit
-        .begin(ListenerKind::Tcp, None)
-        .finish(Outcome::Issued, "ok", Some(issued(freshness)))
+        .begin(REQUEST, ListenerKind::Tcp, None)
+        .finish(Outcome::Issued, "ok", Some(issued(cache_result)))
         .await
 }
 
@@ -97,12 +114,12 @@ async fn issue(audit: &Arc<Audit>, freshness: CacheResult) -> bool {
 async fn flood(audit: &Arc<Audit>, count: usize) {
     for _ in 0..count {
         audit
-            .begin(ListenerKind::Tcp, None)
+            .begin(REQUEST, ListenerKind::Tcp, None)
             .finish(Outcome::Refused, "host", None)
             .await;
         issue(audit, CacheResult::Hit).await;
         issue(audit, CacheResult::Miss).await;
-        drop(audit.begin(ListenerKind::Tcp, None));
+        drop(audit.begin(REQUEST, ListenerKind::Tcp, None));
     }
 }
 
@@ -187,8 +204,9 @@ async fn first_hit_of_each_key_is_written_at_once() {
             access_key_id: &access_key_id,
             ..issued(CacheResult::Hit)
         };
-        let record = audit.begin(ListenerKind::Tcp, None);
-        let id = record.request_id().to_string();
+        let request = audit.next_request();
+        let record = audit.begin(request, ListenerKind::Tcp, None);
+        let id = request.to_string();
         assert!(record.finish(Outcome::Issued, "ok", Some(issued)).await);
         // Some of them, since reading all of it each time takes long.
         if number % 500 == 0 {
@@ -213,11 +231,11 @@ async fn required_record_that_fails_prevents_release() {
     let full = AuditFile::Path("/dev/full".into());
     for required in [true, false] {
         let audit = open_at(&full, required);
-        for (count, freshness) in [CacheResult::Miss, CacheResult::Hit, CacheResult::Stale]
+        for (count, cache_result) in [CacheResult::Miss, CacheResult::Hit, CacheResult::Stale]
             .into_iter()
             .enumerate()
         {
-            assert_eq!(issue(&audit, freshness).await, !required);
+            assert_eq!(issue(&audit, cache_result).await, !required);
             assert_eq!(
                 audit.metrics.audit_records_dropped.get(),
                 u64::try_from(count).unwrap() + 1

@@ -8,9 +8,9 @@ use arc_swap::ArcSwapOption;
 use serde::Serialize;
 use tokio::time::Instant;
 
+use super::cached_credentials::CachedCredentials;
 use super::failure::FailureState;
 use super::flight::Flight;
-use super::issued::CachedCredentials;
 use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::metrics::EntryStateLabel;
@@ -29,12 +29,12 @@ pub(super) struct Entry {
     /// User id of the latest caller, for `/status`. It is kept where `latest` is not. [`NO_UID`]
     /// before the first request.
     last_uid: AtomicU32,
-    state: Mutex<CachedState>,
+    state: Mutex<EntryState>,
 }
 
 /// The part of an entry that flights change, behind its lock.
 #[derive(Default)]
-pub(super) struct CachedState {
+pub(super) struct EntryState {
     pub(super) flight: Option<Arc<Flight>>,
     /// True once the entry is retired: the table drops it, and a flight must not store into it.
     pub(super) retired: bool,
@@ -58,7 +58,7 @@ impl Entry {
 
     /// Locks the state for a moment, never across an await. A thread that holds this lock must not
     /// use the table. The table locks its shard first and an entry second.
-    pub(super) fn state(&self) -> MutexGuard<'_, CachedState> {
+    pub(super) fn state(&self) -> MutexGuard<'_, EntryState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

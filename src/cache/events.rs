@@ -9,9 +9,9 @@ use crate::exchange::ExchangeError;
 use crate::telemetry::LogQuota;
 
 /// Number of log lines at once.
-const BURST: u32 = 20;
+const LOG_BURST: u32 = 20;
 /// Interval between log lines after [`BURST`].
-const EVERY: Duration = Duration::from_secs(10);
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Limiter of the log lines, which counts those it drops.
 #[derive(Debug)]
@@ -19,14 +19,14 @@ pub(super) struct EventLog(Mutex<LogQuota>);
 
 impl Default for EventLog {
     fn default() -> Self {
-        Self(Mutex::new(LogQuota::new(BURST, EVERY)))
+        Self(Mutex::new(LogQuota::new(LOG_BURST, LOG_INTERVAL)))
     }
 }
 
 impl EventLog {
     /// Returns the number of lines dropped since the last one if a line may be written now, else
     /// `None`.
-    pub(super) fn allows(&self) -> Option<u64> {
+    pub(super) fn take(&self) -> Option<u64> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
@@ -60,7 +60,7 @@ impl CacheEvent {
             tracing::warn!(%spiffe_id, %role_arn, %error, kept, missed, "exchange failed");
             return;
         }
-        let Some(missed) = log.allows() else { return };
+        let Some(missed) = log.take() else { return };
         match self {
             Self::Failed { .. } => {}
             Self::Recovered => {

@@ -2,9 +2,9 @@
 
 use tokio::time::Instant;
 
-use super::entry::{CachedState, Entry};
+use super::cached_credentials::MIN_REMAINING;
+use super::entry::{Entry, EntryState};
 use super::failure::negative_ttl;
-use super::issued::MIN_REMAINING;
 use super::{CacheInner, Generation};
 use crate::metrics::EvictionReason;
 
@@ -26,7 +26,7 @@ impl CacheInner {
     pub(super) fn next_action(
         &self,
         entry: &Entry,
-        state: &CachedState,
+        state: &EntryState,
         generation: &Generation,
     ) -> Action {
         let now = Instant::now();

@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
-use super::entry::{CachedState, Entry};
+use super::entry::{Entry, EntryState};
 use super::events::CacheEvent;
 use super::failure::FailureKind;
 use super::next_action::Action;
@@ -198,7 +198,7 @@ impl CacheInner {
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         generation: &Generation,
-        state: &mut CachedState,
+        state: &mut EntryState,
     ) -> Option<Instant> {
         let caller = if generation.exchanger.requires_live_caller() {
             entry.latest.load_full()
@@ -207,15 +207,16 @@ impl CacheInner {
         };
         // Without a live caller, the next request starts the refresh.
         let caller = caller?;
-        let Ok(permit) = self.refreshes.try_acquire(&entry.grant.spiffe_id) else {
+        let Ok(permit) = self.refreshes.try_acquire_evicting(&entry.grant.spiffe_id) else {
             return Some(Instant::now() + LIMITER_RETRY.mul_f64(0.5 + fastrand::f64()));
         };
+        permit.set_in_use();
         self.start_flight(entry, caller, state, Some(permit));
         None
     }
 
     /// Schedules the entry for its next action.
-    pub(super) fn plan(&self, entry: &Arc<Entry>, state: &mut CachedState) {
+    pub(super) fn plan(&self, entry: &Arc<Entry>, state: &mut EntryState) {
         let at = match self.next_action(entry, state, &self.generation.load()) {
             Action::Wait(at) => at,
             Action::Refresh(_) | Action::Clear(_) | Action::Remove(_) => Instant::now(),

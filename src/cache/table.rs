@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as At;
 
-use super::entry::{CachedState, Entry};
+use super::entry::{Entry, EntryState};
 use super::{CacheError, Generation};
 use crate::identity::SpiffeId;
 use crate::role::Grant;
@@ -44,7 +44,7 @@ impl EntryTable {
         &self,
         grant: &Grant,
         generation: &dyn Fn() -> Arc<Generation>,
-        retire: impl Fn(&Arc<Entry>, &mut CachedState),
+        retire: impl Fn(&Arc<Entry>, &mut EntryState),
     ) -> Result<Arc<Entry>, CacheError> {
         let mut at = self.by_spiffe_id.entry(grant.spiffe_id.clone());
         if let At::Occupied(occupied) = &at
@@ -128,7 +128,7 @@ impl EntryTable {
 /// running flight stays, since callers wait for it.
 fn evict_one(
     entries: &mut Vec<Arc<Entry>>,
-    retire: &impl Fn(&Arc<Entry>, &mut CachedState),
+    retire: &impl Fn(&Arc<Entry>, &mut EntryState),
 ) -> bool {
     let mut order: Vec<usize> = (0..entries.len()).collect();
     order.sort_by_key(|index| {

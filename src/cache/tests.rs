@@ -103,6 +103,22 @@ impl CacheEnv {
     }
 }
 
+/// Counts a call to the source until it ends, or is cancelled.
+struct BusyCall<'a>(&'a AtomicUsize);
+
+impl<'a> BusyCall<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for BusyCall<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 #[async_trait]
 impl IdentitySource for CacheEnv {
     async fn identify(&self, _: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
@@ -115,10 +131,8 @@ impl IdentitySource for CacheEnv {
         id: &SpiffeId,
         audience: &str,
     ) -> Result<JwtSvid, SourceError> {
-        self.busy.fetch_add(1, Ordering::SeqCst);
-        let answer = self.answer(caller, id, audience).await;
-        self.busy.fetch_sub(1, Ordering::SeqCst);
-        answer
+        let _busy = BusyCall::new(&self.busy);
+        self.answer(caller, id, audience).await
     }
 
     fn facts_needed(&self, _: &Caller) -> Option<ProcessFacts> {
@@ -308,7 +322,7 @@ async fn key(cache: &CredentialCache) -> Result<(String, CacheResult), CacheErro
 /// Returns the label of the failure of a request.
 async fn reason(cache: &CredentialCache) -> &'static str {
     match key(cache).await {
-        Err(CacheError::Issue(error)) => error.reason(),
+        Err(CacheError::Exchange(error)) => error.reason(),
         other => panic!("{other:?}"),
     }
 }
@@ -439,7 +453,7 @@ async fn cache_serves_through_outage_until_a_minute_before_expiry() {
     advance(Duration::from_secs(59)).await;
     assert_eq!(key(&cache).await.unwrap().0, "KEY1");
     advance(Duration::from_secs(2)).await;
-    assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
+    assert!(matches!(key(&cache).await, Err(CacheError::Exchange(_))));
     env.fail(None);
     advance(Duration::from_secs(1)).await;
     assert_ne!(key(&cache).await.unwrap().0, "KEY1");
@@ -449,9 +463,9 @@ async fn cache_serves_through_outage_until_a_minute_before_expiry() {
 async fn failure_is_cached_for_its_negative_ttl() {
     let (env, cache) = env(10_000);
     env.fail(denied());
-    assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
+    assert!(matches!(key(&cache).await, Err(CacheError::Exchange(_))));
     let requesters = env.fetched();
-    assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
+    assert!(matches!(key(&cache).await, Err(CacheError::Exchange(_))));
     assert_eq!(env.fetched(), requesters);
     env.fail(None);
     advance(failure::negative_ttl(&denied().into())).await;
@@ -462,7 +476,7 @@ async fn failure_is_cached_for_its_negative_ttl() {
 async fn entry_is_usable_after_a_panic_in_its_flight() {
     let (env, cache) = env(10_000);
     env.panics.store(true, Ordering::SeqCst);
-    assert!(matches!(key(&cache).await, Err(CacheError::Issue(error)) if error.is_transient()));
+    assert!(matches!(key(&cache).await, Err(CacheError::Exchange(error)) if error.is_transient()));
     env.panics.store(false, Ordering::SeqCst);
     advance(failure::negative_ttl(&ExchangeError::task_panicked())).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
@@ -605,7 +619,7 @@ fn refresh_point_is_spread_and_ahead_of_sdks() {
     for minutes in [20, 25, 30, 45, 60, 12 * 60] {
         let lifetime = MINUTE * minutes;
         let points: Vec<_> = (0..1000)
-            .map(|_| issued::refresh_at_remaining(lifetime))
+            .map(|_| cached_credentials::refresh_at_remaining(lifetime))
             .collect();
         let (first, last) = (points.iter().max().unwrap(), points.iter().min().unwrap());
         assert!(
@@ -618,7 +632,7 @@ fn refresh_point_is_spread_and_ahead_of_sdks() {
         );
     }
     let hour: Vec<_> = (0..1000)
-        .map(|_| issued::refresh_at_remaining(HOUR).as_secs_f64() / 3600.0)
+        .map(|_| cached_credentials::refresh_at_remaining(HOUR).as_secs_f64() / 3600.0)
         .collect();
     assert!(
         hour.iter()
@@ -627,7 +641,7 @@ fn refresh_point_is_spread_and_ahead_of_sdks() {
     let mean = hour.iter().sum::<f64>() / 1000.0;
     assert!((0.48..0.52).contains(&mean), "{mean}");
     assert!(
-        issued::refresh_at_remaining(MINUTE * 15) < MINUTE * 9,
+        cached_credentials::refresh_at_remaining(MINUTE * 15) < MINUTE * 9,
         "not all the time"
     );
 }

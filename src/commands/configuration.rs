@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 
 use super::{ConfigFile, node};
 use crate::accounts::Nss;
-use crate::config::{Config, ConfigErrors, Exposure, Loaded};
+use crate::config::{Config, ConfigErrors, Exposure, FIRST_UNPRIVILEGED_PORT, Loaded, Problem};
 
 /// EX_CONFIG of sysexits.h, as for `awsvid serve`.
 const EX_CONFIG: u8 = 78;
@@ -102,8 +102,11 @@ fn validate(
         (false, true) => Config::load(path, Exposure::Ignored, env),
         (false, false) => Config::load(path, Exposure::of_command(), env),
     };
-    let loaded = loaded.and_then(|loaded| {
+    let loaded = loaded.and_then(|mut loaded| {
         if offline {
+            let ports = loaded.config.unprivileged_ports(FIRST_UNPRIVILEGED_PORT);
+            loaded.warnings.extend(ports);
+            sort(&mut loaded.warnings);
             Ok(loaded)
         } else {
             with_files_of_node(path, loaded)
@@ -124,10 +127,12 @@ fn with_files_of_node(path: &Path, mut loaded: Loaded) -> Result<Loaded, ConfigE
     }
     loaded.warnings.extend(exposed);
     loaded.warnings.extend(node::warnings(&loaded.config, &Nss));
-    loaded
-        .warnings
-        .sort_by_key(|warning| warning.line.unwrap_or(usize::MAX));
+    sort(&mut loaded.warnings);
     Ok(loaded)
+}
+
+fn sort(warnings: &mut [Problem]) {
+    warnings.sort_by_key(|warning| warning.line.unwrap_or(usize::MAX));
 }
 
 fn read_stdin(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, ConfigErrors> {

@@ -150,12 +150,12 @@ impl Exec {
                 present.join(", ")
             ));
         }
-        let profiles = profile::replace(&mut environment, &mut notes, &inherited);
+        let has_region = profile::replace(&mut environment, &mut notes, &inherited)?;
         let is_set = inherited("AWS_REGION")
             .or_else(|| inherited("AWS_DEFAULT_REGION"))
             .is_some()
-            || profiles.has_region;
-        let region = profiles.hidden_region.or(daemon.region).filter(|_| !is_set);
+            || has_region;
+        let region = daemon.region.filter(|_| !is_set);
         if let Some(region) = region {
             environment.set("AWS_REGION", region.as_str());
             environment.set("AWS_DEFAULT_REGION", region);

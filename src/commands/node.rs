@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use crate::accounts::NameService;
 use crate::config::{AuditFile, Config, Problem, exposures};
-use crate::workload_rule::{AccountName, ExeMatcher, Known, OVERFLOW_ID};
+use crate::listen::first_unprivileged_port;
+use crate::workload_rule::{AccountName, AccountState, ExeMatcher, OVERFLOW_ID};
 
 const OTHERS_WRITE: u32 = 0o022;
 /// Time limit of the metadata of a rule's program.
@@ -23,8 +24,13 @@ const METADATA_TIMEOUT: Duration = Duration::from_secs(2);
 pub(super) fn warnings(config: &Config, service: &dyn NameService) -> Vec<Problem> {
     let mut numbers = BTreeMap::new();
     let mut warnings = accounts(config, service, &mut numbers);
-    warnings
-        .extend(config.shadowed(|name| numbers.get(name).copied().unwrap_or(Known::Unanswered)));
+    warnings.extend(config.shadowed(|name| {
+        numbers
+            .get(name)
+            .copied()
+            .unwrap_or(AccountState::Unanswered)
+    }));
+    warnings.extend(config.unprivileged_ports(first_unprivileged_port()));
     warnings.extend(programs(config));
     warnings.extend(files(config));
     warnings
@@ -50,7 +56,7 @@ pub(super) fn exposed(config: &Config) -> Vec<Problem> {
 fn accounts(
     config: &Config,
     service: &dyn NameService,
-    numbers: &mut BTreeMap<AccountName, Known>,
+    numbers: &mut BTreeMap<AccountName, AccountState>,
 ) -> Vec<Problem> {
     let mut warnings = Vec::new();
     for (name, (key, line)) in config
@@ -65,27 +71,27 @@ fn accounts(
             fix: fix.to_owned(),
         };
         let known = match service.number(name) {
-            Ok(Some(number)) => Known::Number(number),
-            Ok(None) => Known::Absent,
+            Ok(Some(number)) => AccountState::Number(number),
+            Ok(None) => AccountState::Absent,
             Err(error) => {
                 let what = format!("the lookup of the {name} failed: {}", error.desc());
                 warnings.push(warning(
                     what,
                     "check /etc/nsswitch.conf and the services that it names",
                 ));
-                Known::Unanswered
+                AccountState::Unanswered
             }
         };
         match known {
-            Known::Number(OVERFLOW_ID) => warnings.push(warning(
+            AccountState::Number(OVERFLOW_ID) => warnings.push(warning(
                 format!("the {name} has the number {OVERFLOW_ID}, which the kernel shows for an id that it cannot map"),
                 "give the workload a user or group of its own: no caller matches this one",
             )),
-            Known::Absent => warnings.push(warning(
+            AccountState::Absent => warnings.push(warning(
                 format!("the {name} does not exist on this node, so the rule matches no caller yet"),
                 "correct the name if it is wrong",
             )),
-            Known::Number(_) | Known::Unanswered => {}
+            AccountState::Number(_) | AccountState::Unanswered => {}
         }
         numbers.insert(name.clone(), known);
     }

@@ -9,7 +9,7 @@ use super::toml_reader::{Diagnostics, Location, Table};
 use super::workload::{ParsedWorkload, literal};
 use super::{DEV_ACCOUNT, DEV_TRUST_DOMAIN, aws};
 use crate::role::RequestedRoles;
-use crate::workload_rule::{AccountName, CGROUP_GLOB, Known, NamedRule, WorkloadRule};
+use crate::workload_rule::{AccountName, AccountState, CGROUP_GLOB, NamedRule, WorkloadRule};
 
 const HIDDEN_FIX: &str = "move it up, or remove one of the two";
 
@@ -43,7 +43,7 @@ pub(super) fn rules(report: &Diagnostics<'_>, workloads: &[ParsedWorkload]) {
 /// Warns of shadowed rules by the numbers of users and groups on this node.
 pub(super) fn shadowed(
     workloads: &[ParsedWorkload],
-    number: impl Fn(&AccountName) -> Known,
+    number: impl Fn(&AccountName) -> AccountState,
 ) -> Vec<Problem> {
     let resolved: Vec<Option<NamedRule>> = workloads
         .iter()

@@ -1,16 +1,18 @@
 //! `[listen]`: the addresses at which workloads and operators reach the daemon.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
+use super::error::Problem;
 use super::pods::PodsConfig;
 use super::toml_reader::{Location, Table, absolute};
 
 /// `sun_path` has 108 bytes, the last of which is NUL.
 const UNIX_PATH_MAX: usize = 107;
 const MAX_CONNECTIONS: usize = 1_000_000;
-/// Ports below this one need a privilege, so that no other user can take them (T9).
-const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
+/// The first port that needs no privilege, by the kernel's default: `PROT_SOCK` of ip(7).
+pub const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
 /// The table `[listen]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +34,18 @@ pub struct Listen {
     pub max_connections: usize,
     /// Maximum number of open connections of one workload.
     pub max_connections_per_workload: usize,
+}
+
+/// The line of each TCP address, if the file has them.
+///
+/// `Debug` leaves them out, because configurations with other lines may be equal.
+#[derive(Clone, Default)]
+pub(super) struct TcpLines(Vec<Option<usize>>);
+
+impl fmt::Debug for TcpLines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TcpLines")
+    }
 }
 
 /// The `Authorization` header that a caller over TCP must send. It proves that the caller can set
@@ -98,9 +112,11 @@ impl Listen {
     }
 }
 
-/// Reads `[listen]`. Pods are callers over TCP, too.
-pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> Listen {
+/// Reads `[listen]`, and the line of each TCP address. Pods are callers over TCP, too.
+pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> (Listen, TcpLines) {
     let default = Listen::default();
+    let (tcp, lines) =
+        tcp(table).map_or((default.tcp, Vec::new()), |read| read.into_iter().unzip());
     table.reserved_key("node");
     let words = [
         ("present", AuthorizationMode::Present),
@@ -109,7 +125,7 @@ pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> Listen {
     ];
     let listen = Listen {
         unix: socket(table, "unix", default.unix),
-        tcp: tcp(table).unwrap_or(default.tcp),
+        tcp,
         admin: table
             .parse(
                 "admin",
@@ -136,7 +152,36 @@ pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> Listen {
             .unwrap_or(default.max_connections_per_workload),
     };
     check(table, &listen, pods.enabled);
+    (listen, TcpLines(lines))
+}
+
+/// Returns a warning for each TCP address with a port that needs no privilege, so that any user can
+/// take it (T9). `first` is the first of these ports.
+pub(super) fn unprivileged_ports(
+    listen: &Listen,
+    TcpLines(lines): &TcpLines,
+    first: u16,
+) -> Vec<Problem> {
+    let lines = lines.iter().copied().chain(std::iter::repeat(None));
     listen
+        .tcp
+        .iter()
+        .zip(lines)
+        // The kernel chooses another port for 0.
+        .filter(|(address, _)| address.port() != 0 && address.port() >= first)
+        .map(|(address, line)| Problem {
+            line,
+            key: "listen.tcp".to_owned(),
+            what: format!(
+                "any user can take port {} while awsvid is down, and answer for it",
+                address.port()
+            ),
+            fix: match first {
+                0..=974 => "set net.ipv4.ip_unprivileged_port_start to 1024".to_owned(),
+                _ => format!("use a port below {first}"),
+            },
+        })
+        .collect()
 }
 
 /// Reads the path of a unix socket, which an empty string disables.
@@ -159,10 +204,10 @@ pub(super) fn socket(
         .unwrap_or(default)
 }
 
-fn tcp(table: &Table<'_>) -> Option<Vec<SocketAddr>> {
+fn tcp(table: &Table<'_>) -> Option<Vec<(SocketAddr, Option<usize>)>> {
     const FIX: &str = "write an address as \"127.0.0.1:974\" or \"[::1]:974\"";
     let report = table.report;
-    let mut addresses: Vec<SocketAddr> = Vec::new();
+    let mut addresses: Vec<(SocketAddr, Option<usize>)> = Vec::new();
     for (at, text) in table.strings("tcp")? {
         let Ok(address) = text.parse::<SocketAddr>() else {
             report.error(
@@ -178,17 +223,10 @@ fn tcp(table: &Table<'_>) -> Option<Vec<SocketAddr>> {
             );
             report.error(&at, what, FIX);
         }
-        if addresses.iter().any(|other| overlap(*other, address)) {
+        if addresses.iter().any(|(other, _)| overlap(*other, address)) {
             report.error(&at, format!("{address} occurs twice"), "remove one");
         }
-        if address.port() >= FIRST_UNPRIVILEGED_PORT {
-            let what = format!(
-                "any user can take port {} while awsvid is down, and answer for it",
-                address.port()
-            );
-            report.warn(&at, what, "use a port below 1024");
-        }
-        addresses.push(address);
+        addresses.push((address, at.line));
     }
     Some(addresses)
 }
@@ -226,6 +264,10 @@ fn check(table: &Table<'_>, listen: &Listen, pods: bool) {
     }
     if listen.authorization == AuthorizationMode::Off && (!listen.tcp.is_empty() || pods) {
         let what = "a program that makes a workload fetch a URL can read its credentials";
+        table.warn("authorization", what, "use \"present\"");
+    }
+    if listen.authorization == AuthorizationMode::Token && pods {
+        let what = "pods do not have `token_file`, so awsvid rejects their requests";
         table.warn("authorization", what, "use \"present\"");
     }
 }

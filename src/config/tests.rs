@@ -368,8 +368,8 @@ fn example_shows_the_defaults_of_the_code() {
         .collect();
     let [plain, written] = [loaded(EXAMPLE), loaded(&written.join("\n"))];
     assert_eq!(format!("{plain:?}"), format!("{written:?}"));
-    // One for each key with a default that a file for workload-api may have, and three of the rest.
-    assert_eq!(shown, 11 + 3 + 2 + 2 + 2 + 2 + 3);
+    // One for each key with a default that a file for workload-api may have.
+    assert_eq!(shown, 11 + 3 + 2 + 2 + 2 + 2 + 6);
 }
 
 #[test]

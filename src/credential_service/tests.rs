@@ -99,7 +99,11 @@ async fn slow_source_and_exchange_share_one_deadline() {
         .reopen(&AuditFile::Path(Path::new("/dev/null").to_owned()), false)
         .unwrap();
     let caller = Arc::new(Caller::synthetic());
-    let mut record = audit.begin(ListenerKind::Unix, Some(caller.clone()));
+    let mut record = audit.begin(
+        audit.next_request(),
+        ListenerKind::Unix,
+        Some(caller.clone()),
+    );
     let begun = Instant::now();
     let answer = service
         .credentials_for(&caller, &RequestedRole::Default, &mut record)

@@ -17,9 +17,9 @@ use crate::metrics::{Metrics, ReasonLabel};
 #[derive(Debug, Clone, Copy)]
 pub(super) enum DropReason {
     /// Its workload has too many connections.
-    OverShare,
+    WorkloadLimit,
     /// All workloads together have too many, and none has more than its own.
-    TooMany,
+    TotalLimit,
     /// All workloads together have too many, and its own had the most.
     Evicted,
     /// The head did not arrive in time.
@@ -37,8 +37,8 @@ pub(super) enum DropReason {
 impl DropReason {
     /// All reasons for which a connection ends without an answer.
     pub(super) const ALL: [Self; 8] = [
-        Self::OverShare,
-        Self::TooMany,
+        Self::WorkloadLimit,
+        Self::TotalLimit,
         Self::Evicted,
         Self::SlowHead,
         Self::BadRequest,
@@ -49,8 +49,8 @@ impl DropReason {
 
     pub(super) fn reason(self) -> &'static str {
         match self {
-            Self::OverShare => "too_many_of_one",
-            Self::TooMany => "too_many",
+            Self::WorkloadLimit => "too_many_of_one",
+            Self::TotalLimit => "too_many",
             Self::Evicted => "evicted",
             Self::SlowHead => "slow_head",
             Self::BadRequest => "bad_request",
@@ -62,21 +62,21 @@ impl DropReason {
 
     /// Returns whether the connection is reset, which leaves no port in TIME_WAIT.
     fn resets(self) -> bool {
-        matches!(self, Self::OverShare | Self::TooMany | Self::Evicted)
+        matches!(self, Self::WorkloadLimit | Self::TotalLimit | Self::Evicted)
     }
 }
 
 impl From<Exhausted> for DropReason {
     fn from(exhausted: Exhausted) -> Self {
         match exhausted {
-            Exhausted::Key => Self::OverShare,
-            Exhausted::Total => Self::TooMany,
+            Exhausted::Key => Self::WorkloadLimit,
+            Exhausted::Total => Self::TotalLimit,
         }
     }
 }
 
 /// The bounds of one connection, which move with it from thread to thread.
-pub(super) struct ConnectionLife {
+pub(super) struct ConnectionBounds {
     deadline: Instant,
     descriptor: Arc<OwnedFd>,
     /// The pod that has the network namespace of the connection; `None` for the host's.
@@ -86,7 +86,7 @@ pub(super) struct ConnectionLife {
     _open: OpenConnection,
 }
 
-impl ConnectionLife {
+impl ConnectionBounds {
     /// Starts the time of the connection.
     pub(super) fn new(
         descriptor: Arc<OwnedFd>,

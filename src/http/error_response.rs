@@ -45,7 +45,7 @@ pub(crate) enum RequestError {
     /// No role is for this caller.
     Denied(Denial),
     /// The source or STS failed, or rejected the exchange.
-    Issue(ExchangeError),
+    Exchange(ExchangeError),
     /// The exchange has not ended yet.
     Pending,
     /// The cache is at its bound.
@@ -113,25 +113,29 @@ impl RequestError {
         let exchanges = ExchangeError::samples();
         let exchanges = exchanges.into_iter().filter(|error| !is_of_caller(error));
         let own = own.into_iter().chain(callers).chain(denials);
-        own.chain(exchanges.map(Self::Issue)).collect()
+        own.chain(exchanges.map(Self::Exchange)).collect()
     }
 
-    pub(super) fn service(error: ServiceError, caller: &Caller, requested: &RequestedRole) -> Self {
+    pub(super) fn from_service(
+        error: ServiceError,
+        caller: &Caller,
+        requested: &RequestedRole,
+    ) -> Self {
         match error {
             ServiceError::Refused(refusal) => Self::Caller(refusal),
             ServiceError::NoIdentity => Self::NoIdentity(describe(caller)),
             // The source attested the caller, or a process that waits with it.
             ServiceError::Source(SourceError::Caller(refusal))
-            | ServiceError::Cache(CacheError::Issue(ExchangeError::Source(SourceError::Caller(
-                refusal,
-            )))) => Self::Caller(refusal),
-            ServiceError::Source(error) => Self::Issue(ExchangeError::Source(error)),
+            | ServiceError::Cache(CacheError::Exchange(ExchangeError::Source(
+                SourceError::Caller(refusal),
+            ))) => Self::Caller(refusal),
+            ServiceError::Source(error) => Self::Exchange(ExchangeError::Source(error)),
             ServiceError::Denied { denied, spiffe_ids } => Self::Denied(Denial {
                 denied,
                 spiffe_ids,
                 requested: requested.name().map(str::to_owned),
             }),
-            ServiceError::Cache(CacheError::Issue(error)) => Self::Issue(error),
+            ServiceError::Cache(CacheError::Exchange(error)) => Self::Exchange(error),
             ServiceError::Cache(CacheError::Pending) => Self::Pending,
             ServiceError::Cache(CacheError::Full) => Self::Full,
             ServiceError::Cache(CacheError::TooManyRoles) => Self::TooManyRoles,
@@ -155,7 +159,7 @@ impl RequestError {
             Self::WrongToken => "wrong_token",
             Self::NoIdentity(_) => "no_identity",
             Self::Denied(denial) => denial.denied.reason(),
-            Self::Issue(error) => error.reason(),
+            Self::Exchange(error) => error.reason(),
             Self::Pending => "pending",
             Self::Full => "cache_full",
             Self::TooManyRoles => "too_many_roles",
@@ -165,7 +169,7 @@ impl RequestError {
 
     fn is_transient(&self) -> bool {
         match self {
-            Self::Issue(error) => error.is_transient(),
+            Self::Exchange(error) => error.is_transient(),
             Self::Caller(refusal) => refusal.is_transient(),
             Self::Pending | Self::Full | Self::TooManyRoles | Self::NotAudited => true,
             Self::Host
@@ -233,7 +237,7 @@ impl RequestError {
             Self::WrongToken => "wrong Authorization header: it is not this node's token; set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to the node's token file".to_owned(),
             Self::NoIdentity(caller) => format!("no SPIFFE identity: this node has none for {caller}; add a [[workload]] rule for it or, where SPIRE attests workloads, a registration entry"),
             Self::Denied(denial) => format!("{denial}; add or widen a [[role]] on the node"),
-            Self::Issue(error) => error.to_string(),
+            Self::Exchange(error) => error.to_string(),
             Self::Pending => "exchange not finished: the identity source or STS is slow; retry".to_owned(),
             Self::Full => "cache full: this node has [cache] max_entries sets of credentials; raise that number".to_owned(),
             Self::TooManyRoles => "too many roles: exchanges for 16 roles of this workload run now; retry".to_owned(),
@@ -241,12 +245,9 @@ impl RequestError {
         }
     }
 
-    /// Returns the body. `request` is `None` without an audit record.
-    pub(super) fn body(&self, request: Option<RequestId>) -> Vec<u8> {
-        let request = request
-            .map(|id| format!(" (request {id})"))
-            .unwrap_or_default();
-        let message = format!("awsvid: {}.{request}", self.message());
+    /// Returns the JSON body of the answer.
+    pub(super) fn body(&self, id: RequestId) -> Vec<u8> {
+        let message = format!("awsvid: {}. (request {id})", self.message());
         let code = self.reason();
         let body = ErrorBody {
             code,
@@ -260,10 +261,10 @@ impl RequestError {
 
     /// Returns the whole answer for a head that hyper rejects, because hyper's own answer has no
     /// body.
-    pub(super) fn raw_response(&self) -> Vec<u8> {
+    pub(super) fn raw_response(&self, id: RequestId) -> Vec<u8> {
         let status =
             hyper::StatusCode::from_u16(self.status()).unwrap_or(hyper::StatusCode::BAD_REQUEST);
-        let body = self.body(None);
+        let body = self.body(id);
         let length = body.len();
         let mut answer = format!(
             "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncache-control: no-store\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n"

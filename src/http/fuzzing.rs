@@ -28,7 +28,7 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
     }
     let asked = RequestHead {
         method: &method,
-        names_server: uri.authority().is_some() || uri.scheme().is_some(),
+        has_authority: uri.authority().is_some() || uri.scheme().is_some(),
         path: uri.path(),
         query: uri.query(),
         headers: &headers,
@@ -43,7 +43,7 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
     let Some(wanted) = unix else { return false };
     assert_eq!(method, Method::GET);
     let no_query = uri.query().is_none_or(str::is_empty);
-    assert!(!asked.names_server && uri.path().starts_with("/v1/credentials") && no_query);
+    assert!(!asked.has_authority && uri.path().starts_with("/v1/credentials") && no_query);
     assert_eq!(headers.get_all(HOST).iter().count(), 1);
     for (name, value) in &headers {
         let name = name.as_str();

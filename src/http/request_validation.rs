@@ -51,7 +51,7 @@ pub struct RequestHead<'a> {
     pub method: &'a Method,
     /// The target is more than a path: `http://host/path`, as clients of a proxy send it, or
     /// `host:port`.
-    pub names_server: bool,
+    pub has_authority: bool,
     /// The path, percent-encoded as it came.
     pub path: &'a str,
     /// The query, if there was a `?`.
@@ -68,7 +68,7 @@ impl<'a> RequestHead<'a> {
         let uri = request.uri();
         Self {
             method: request.method(),
-            names_server: uri.authority().is_some() || uri.scheme().is_some(),
+            has_authority: uri.authority().is_some() || uri.scheme().is_some(),
             path: uri.path(),
             query: uri.query(),
             headers: request.headers(),
@@ -83,64 +83,64 @@ pub(super) fn has_body<B: Body>(request: &Request<B>) -> bool {
     !request.body().is_end_stream() || request.headers().contains_key(TRANSFER_ENCODING)
 }
 
-const PATH: &str = "/v1/credentials";
+const CREDENTIALS_PATH: &str = "/v1/credentials";
 /// Headers that a client sends only for a page in a browser (Fetch, section 3.2; RFC 9110, section
 /// 10.1.3).
-const PAGE: [&str; 3] = ["origin", "referer", "sec-fetch-user"];
+const BROWSER_HEADERS: [&str; 3] = ["origin", "referer", "sec-fetch-user"];
 /// Headers of Fetch Metadata, with the values that clients without a page send too. undici's
 /// `fetch` sends the mode alone, Electron's `net` all three. A request for a page has another site
 /// than `none`; a typed address has another mode and destination than these.
-const METADATA: [(&str, &[&str]); 3] = [
+const FETCH_METADATA: [(&str, &[&str]); 3] = [
     ("sec-fetch-site", &["none"]),
     ("sec-fetch-mode", &["cors", "no-cors", "same-origin"]),
     ("sec-fetch-dest", &["empty"]),
 ];
 /// Headers that proxies set. The attested process is then the proxy, not the client. A forward
 /// proxy may set `Via` alone (tinyproxy 1.11 does).
-const PROXY: [&str; 3] = ["forwarded", "via", "x-real-ip"];
+const PROXY_HEADERS: [&str; 3] = ["forwarded", "via", "x-real-ip"];
 const PROXY_PREFIX: &str = "x-forwarded-";
 /// The longest name of a role in bytes, as in the configuration.
-const ROLE_NAME_MAX: usize = 64;
+const MAX_ROLE_NAME_BYTES: usize = 64;
 
 /// Validates a request, and returns the role that it requests.
 pub(super) fn validate(
-    asked: &RequestHead<'_>,
+    head: &RequestHead<'_>,
     listener: ListenerKind,
     authorization: &Authorization,
 ) -> Result<RequestedRole, RequestError> {
-    if !host_is_loopback(asked.headers) {
+    if !host_is_loopback(head.headers) {
         return Err(RequestError::Host);
     }
     let (mut browser, mut proxy) = (false, false);
-    for (name, value) in asked.headers {
-        browser |= is_of_a_page(name.as_str(), value);
-        proxy |= PROXY.contains(&name.as_str()) || name.as_str().starts_with(PROXY_PREFIX);
+    for (name, value) in head.headers {
+        browser |= is_browser_header(name.as_str(), value);
+        proxy |= PROXY_HEADERS.contains(&name.as_str()) || name.as_str().starts_with(PROXY_PREFIX);
     }
     if browser {
         return Err(RequestError::Browser);
     }
     // RFC 9112 wants origin servers to accept such a target too. But an SDK sends one only if it is
     // configured to use this address as a proxy, and then the target is another server's.
-    if asked.names_server && asked.method != Method::CONNECT {
+    if head.has_authority && head.method != Method::CONNECT {
         return Err(RequestError::Proxied);
     }
     if proxy {
         return Err(RequestError::Proxied);
     }
-    if asked.method != Method::GET {
+    if head.method != Method::GET {
         return Err(RequestError::Method);
     }
     // No SDK sends a body. Its content, even if it is a second request, is never read.
-    if asked.has_body {
+    if head.has_body {
         return Err(RequestError::Body);
     }
-    if listener != ListenerKind::Unix && !authorized(asked.headers, authorization) {
+    if listener != ListenerKind::Unix && !authorized(head.headers, authorization) {
         return Err(match authorization {
             Authorization::Token(_) => RequestError::WrongToken,
             Authorization::Present | Authorization::Off => RequestError::NoAuthorization,
         });
     }
-    requested_role(asked.path, asked.query)
+    requested_role(head.path, head.query)
 }
 
 /// Returns whether there is one `Host`, and it is a loopback address or `localhost`, with or
@@ -170,9 +170,11 @@ fn host_is_loopback(headers: &HeaderMap) -> bool {
 }
 
 /// Returns whether only a browser sends this header with this value.
-fn is_of_a_page(name: &str, value: &HeaderValue) -> bool {
-    let others = METADATA.iter().find(|(metadata, _)| *metadata == name);
-    PAGE.contains(&name)
+fn is_browser_header(name: &str, value: &HeaderValue) -> bool {
+    let others = FETCH_METADATA
+        .iter()
+        .find(|(metadata, _)| *metadata == name);
+    BROWSER_HEADERS.contains(&name)
         || others.is_some_and(|(_, others)| !others.iter().any(|other| value == other))
 }
 
@@ -195,7 +197,9 @@ fn authorized(headers: &HeaderMap, authorization: &Authorization) -> bool {
 /// Parses `/v1/credentials`, `/v1/credentials/<name>` or `/v1/credentials/<ARN>`, decoded once. A
 /// trailing `/` is ignored.
 fn requested_role(path: &str, query: Option<&str>) -> Result<RequestedRole, RequestError> {
-    let rest = path.strip_prefix(PATH).ok_or(RequestError::Path)?;
+    let rest = path
+        .strip_prefix(CREDENTIALS_PATH)
+        .ok_or(RequestError::Path)?;
     // An empty query is right: some clients write the `?` also without a parameter.
     if query.is_some_and(|query| !query.is_empty()) {
         return Err(RequestError::Path);
@@ -214,7 +218,10 @@ fn requested_role(path: &str, query: Option<&str>) -> Result<RequestedRole, Requ
     }
     // No role's name has other bytes: no NUL, no `%` of a path that was encoded twice.
     let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
-    if name.len() > ROLE_NAME_MAX || !name.bytes().all(allowed) || matches!(&*name, "." | "..") {
+    if name.len() > MAX_ROLE_NAME_BYTES
+        || !name.bytes().all(allowed)
+        || matches!(&*name, "." | "..")
+    {
         return Err(RequestError::Path);
     }
     Ok(RequestedRole::ByName(name.into_owned()))

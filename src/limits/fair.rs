@@ -2,7 +2,7 @@
 //! reached.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -11,8 +11,12 @@ use tokio::time::timeout;
 
 use super::FairKey;
 
-/// The longest wait of [`FairSemaphore::acquire`]. A token that waits in an exchange is valid for
-/// at least 30 s more, or for a third of a shorter life.
+mod permit;
+
+pub use permit::FairPermit;
+
+/// The longest wait of [`FairSemaphore::acquire_evicting`]. A token that waits in an exchange is
+/// valid for at least 30 s more, or for a third of a shorter life.
 pub const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A semaphore with `total` permits, at most `per_key` of them for one key. Clones share one state.
@@ -20,6 +24,12 @@ pub const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(20);
 /// A released permit goes to a waiter of the group that holds the fewest permits, and among equals
 /// to the one that has waited longest. When the queue is full, the newest waiter of the group with
 /// the most waiters is dropped.
+///
+/// At the total limit, a permit that can be evicted gives way to a key that holds fewer: one of the
+/// group that holds the most, and within it of the key that holds the most. The oldest idle permit
+/// goes first, or else the newest. A permit in use gives way only if its group then still holds as
+/// many as the other. Equal groups would otherwise evict each other without an end, and no long
+/// work would ever be done.
 #[derive(Debug)]
 pub struct FairSemaphore<K: FairKey>(Arc<Inner<K>>);
 
@@ -31,17 +41,6 @@ pub enum Exhausted {
     /// All permits are held. This key's group holds the most, and no key of the group holds more
     /// than this one.
     Total,
-}
-
-/// A permit, which is released when it is dropped.
-#[derive(Debug)]
-pub struct FairPermit<K: FairKey> {
-    limit: Arc<Inner<K>>,
-    key: K,
-    id: u64,
-    /// Whether `detach` has already taken the permit out of the total.
-    released: AtomicBool,
-    eviction: Option<Arc<Notify>>,
 }
 
 #[derive(Debug)]
@@ -62,13 +61,14 @@ struct State<K: FairKey> {
     /// The waiters, the oldest first.
     waiting: BTreeMap<u64, PermitWaiter<K>>,
     waiting_of: HashMap<K::Group, usize>,
-    /// Permits that may be evicted in favour of other keys, oldest first.
+    /// Permits that may be evicted in favour of other keys, the oldest first.
     evictable: BTreeMap<u64, Evictable<K>>,
 }
 
 #[derive(Debug)]
 struct PermitWaiter<K: FairKey> {
     key: K,
+    kind: PermitKind,
     granted: oneshot::Sender<FairPermit<K>>,
 }
 
@@ -77,6 +77,22 @@ struct Evictable<K: FairKey> {
     key: K,
     idle: bool,
     notify: Arc<Notify>,
+}
+
+/// Whether a permit can be evicted, and its state when it is granted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum PermitKind {
+    Permanent,
+    Idle,
+    InUse,
+}
+
+/// A permit that may be evicted next.
+struct Candidate {
+    id: u64,
+    idle: bool,
+    /// The number of permits that its key holds.
+    held: usize,
 }
 
 /// Removes its waiter from the queue when the wait ends.
@@ -118,15 +134,34 @@ impl<K: FairKey> FairSemaphore<K> {
         }))
     }
 
-    /// Waits for a permit, at most for [`ACQUIRE_TIMEOUT`].
-    pub async fn acquire(&self, key: &K) -> Option<FairPermit<K>> {
-        self.acquire_within(ACQUIRE_TIMEOUT, key).await
+    /// Does what [`FairSemaphore::acquire_evicting_within`] does, with [`ACQUIRE_TIMEOUT`].
+    pub async fn acquire_evicting(&self, key: &K) -> Option<FairPermit<K>> {
+        self.acquire_evicting_within(ACQUIRE_TIMEOUT, key).await
     }
 
     /// Waits for a permit, at most for `max_wait`. Returns `None` on timeout, or if the queue is
     /// full and no group has more waiters than this key's.
     pub async fn acquire_within(&self, max_wait: Duration, key: &K) -> Option<FairPermit<K>> {
-        let (granted, guard) = match self.0.acquire_or_wait(key) {
+        self.wait_within(max_wait, key, PermitKind::Permanent).await
+    }
+
+    /// Does the same for a permit that is in use at once, and that can be evicted later
+    /// ([`FairPermit::evicted`]). At the total limit it evicts another permit instead of waiting.
+    pub async fn acquire_evicting_within(
+        &self,
+        max_wait: Duration,
+        key: &K,
+    ) -> Option<FairPermit<K>> {
+        self.wait_within(max_wait, key, PermitKind::InUse).await
+    }
+
+    async fn wait_within(
+        &self,
+        max_wait: Duration,
+        key: &K,
+        kind: PermitKind,
+    ) -> Option<FairPermit<K>> {
+        let (granted, guard) = match self.0.acquire_or_wait(key, kind) {
             Ok(permit) => return Some(permit),
             Err(None) => return None,
             Err(Some((granted, id))) => (granted, WaitGuard { limit: &self.0, id }),
@@ -143,7 +178,7 @@ impl<K: FairKey> FairSemaphore<K> {
         if state.held >= self.0.total {
             return Err(Exhausted::Total);
         }
-        Ok(self.0.grant(&mut state, key, None))
+        Ok(self.0.grant(&mut state, key, PermitKind::Permanent))
     }
 
     /// Returns a permit at once and always. It can be evicted later ([`FairPermit::evicted`]).
@@ -157,21 +192,18 @@ impl<K: FairKey> FairSemaphore<K> {
         if is_key_full || (state.held >= self.0.total && !state.evict_for(key)) {
             state.evict_oldest(key);
         }
-        self.0.grant(&mut state, key, Some(Arc::new(Notify::new())))
+        self.0.grant(&mut state, key, PermitKind::Idle)
     }
 
-    /// Returns a permit that can be evicted later ([`FairPermit::evicted`]).
-    ///
-    /// At the total limit, one permit is evicted: from the group that holds the most, and within it
-    /// from the key that holds the most. The oldest idle permit goes first, or else the newest
-    /// permit.
+    /// Returns an idle permit that can be evicted later ([`FairPermit::evicted`]). At the total
+    /// limit it evicts another permit.
     pub fn try_acquire_evicting(&self, key: &K) -> Result<FairPermit<K>, Exhausted> {
         let mut state = self.0.state();
         self.0.check_key(&state, key)?;
         if state.held >= self.0.total && !state.evict_for(key) {
             return Err(Exhausted::Total);
         }
-        Ok(self.0.grant(&mut state, key, Some(Arc::new(Notify::new()))))
+        Ok(self.0.grant(&mut state, key, PermitKind::Idle))
     }
 }
 
@@ -188,26 +220,21 @@ impl<K: FairKey> Inner<K> {
         }
     }
 
-    fn grant(
-        self: &Arc<Self>,
-        state: &mut State<K>,
-        key: &K,
-        eviction: Option<Arc<Notify>>,
-    ) -> FairPermit<K> {
+    fn grant(self: &Arc<Self>, state: &mut State<K>, key: &K, kind: PermitKind) -> FairPermit<K> {
         let id = state.next_id();
         state.held += 1;
         *state.keys.entry(key.clone()).or_default() += 1;
         *state.groups.entry(key.group()).or_default() += 1;
-        if let Some(notify) = eviction.clone() {
-            state.evictable.insert(
-                id,
-                Evictable {
-                    key: key.clone(),
-                    idle: true,
-                    notify,
-                },
-            );
-        }
+        let eviction = (kind != PermitKind::Permanent).then(|| {
+            let notify = Arc::new(Notify::new());
+            let evictable = Evictable {
+                key: key.clone(),
+                idle: kind == PermitKind::Idle,
+                notify: notify.clone(),
+            };
+            state.evictable.insert(id, evictable);
+            notify
+        });
         FairPermit {
             limit: self.clone(),
             key: key.clone(),
@@ -222,11 +249,14 @@ impl<K: FairKey> Inner<K> {
     fn acquire_or_wait(
         self: &Arc<Self>,
         key: &K,
+        kind: PermitKind,
     ) -> Result<FairPermit<K>, Option<(oneshot::Receiver<FairPermit<K>>, u64)>> {
         let mut state = self.state();
-        let is_free = state.held < self.total && self.check_key(&state, key).is_ok();
-        if is_free {
-            return Ok(self.grant(&mut state, key, None));
+        let may_evict = kind != PermitKind::Permanent;
+        if self.check_key(&state, key).is_ok()
+            && (state.held < self.total || (may_evict && state.evict_for(key)))
+        {
+            return Ok(self.grant(&mut state, key, kind));
         }
         if state.waiting.len() >= self.max_waiting && !state.drop_waiter_for(&key.group()) {
             return Err(None);
@@ -238,6 +268,7 @@ impl<K: FairKey> Inner<K> {
             id,
             PermitWaiter {
                 key: key.clone(),
+                kind,
                 granted,
             },
         );
@@ -251,7 +282,7 @@ impl<K: FairKey> Inner<K> {
             let Some(waiter) = state.next_waiter(self.per_key) else {
                 break;
             };
-            let permit = self.grant(&mut state, &waiter.key, None);
+            let permit = self.grant(&mut state, &waiter.key, waiter.kind);
             // A waiter that has stopped waiting returns its permit here. It is dropped below, after
             // the lock that its drop takes.
             unclaimed.extend(waiter.granted.send(permit).err());
@@ -315,25 +346,36 @@ impl<K: FairKey> State<K> {
         newest.and_then(|id| self.remove_waiter(id)).is_some()
     }
 
-    /// Evicts a permit of the key that holds the most, in the group that holds the most. Returns
-    /// `false` if that is the group of `key`, and none of its keys holds more than `key`.
+    /// Evicts a permit of another group that holds more than this key's, or else of another key in
+    /// the same group. Returns `false` if no permit has to give way to this key.
     fn evict_for(&mut self, key: &K) -> bool {
         let (own_group, own) = (key.group(), count(&self.keys, key));
-        let Some((group, most)) = self.groups.iter().max_by_key(|(_, held)| **held) else {
-            return false;
-        };
-        let is_own = count(&self.groups, &own_group) >= *most;
-        let group = if is_own { &own_group } else { group };
+        let own_of_group = count(&self.groups, &own_group);
+        let largest = self.groups.iter().max_by_key(|(_, held)| **held);
+        let of_other = largest
+            .filter(|(_, held)| **held > own_of_group)
+            .and_then(|(group, held)| Some((self.candidate(group)?, *held)))
+            .filter(|(candidate, held)| candidate.gives_way(*held, own_of_group));
+        let victim = of_other.map(|(candidate, _)| candidate).or_else(|| {
+            self.candidate(&own_group)
+                .filter(|candidate| candidate.gives_way(candidate.held, own))
+        });
+        victim.is_some_and(|victim| self.evict(victim.id))
+    }
+
+    /// Returns the permit that this group loses first.
+    fn candidate(&self, group: &K::Group) -> Option<Candidate> {
         let of_group = self.keys.iter().filter(|(key, _)| key.group() == *group);
-        let most = of_group
-            .max_by_key(|(_, held)| **held)
-            .filter(|(_, held)| !is_own || **held > own);
-        let Some((most, _)) = most else { return false };
+        let (most, held) = of_group.max_by_key(|(_, held)| **held)?;
         let of_most = || self.evictable.iter().filter(|(_, one)| one.key == *most);
-        let victim = of_most()
+        let (id, permit) = of_most()
             .find(|(_, one)| one.idle)
-            .or_else(|| of_most().next_back());
-        victim.map(|(id, _)| *id).is_some_and(|id| self.evict(id))
+            .or_else(|| of_most().next_back())?;
+        Some(Candidate {
+            id: *id,
+            idle: permit.idle,
+            held: *held,
+        })
     }
 
     fn evict_oldest(&mut self, key: &K) {
@@ -358,49 +400,10 @@ impl<K: FairKey> State<K> {
     }
 }
 
-impl<K: FairKey> FairPermit<K> {
-    /// Returns the key that holds this permit.
-    pub fn key(&self) -> &K {
-        &self.key
-    }
-
-    /// Waits until this permit has been evicted. By then it no longer counts.
-    pub async fn evicted(&self) {
-        match &self.eviction {
-            Some(notify) => notify.notified().await,
-            None => std::future::pending().await,
-        }
-    }
-
-    /// Marks the permit as in use: among one key's permits, those in use are evicted last.
-    pub fn set_in_use(&self) {
-        if let Some(one) = self.limit.state().evictable.get_mut(&self.id) {
-            one.idle = false;
-        }
-    }
-
-    /// Returns the permit to the total, for work that does not end. It still counts for its key.
-    pub fn detach(&self) {
-        let mut state = self.limit.state();
-        if !self.released.swap(true, Ordering::Relaxed) {
-            state.release(self.id, &self.key);
-            self.limit.grant_to_waiters(state);
-        }
-    }
-}
-
-impl<K: FairKey> Drop for FairPermit<K> {
-    fn drop(&mut self) {
-        let mut state = self.limit.state();
-        // An evicted permit no longer counts.
-        let evicted = self.eviction.is_some() && !state.evictable.contains_key(&self.id);
-        if !evicted {
-            decrement(&mut state.keys, &self.key);
-            if !self.released.load(Ordering::Relaxed) {
-                state.release(self.id, &self.key);
-            }
-        }
-        self.limit.grant_to_waiters(state);
+impl Candidate {
+    /// Returns whether a permit of a holder of `held` gives way to a holder of `other`.
+    fn gives_way(&self, held: usize, other: usize) -> bool {
+        held > other + usize::from(!self.idle)
     }
 }
 

@@ -48,7 +48,7 @@ pub enum ListenerSource {
     /// The daemon bound it, in its own network namespace.
     Own,
     /// systemd passed it and holds it, too.
-    Inherited,
+    Activated,
     /// The daemon bound it in a pod's network namespace.
     Pod(Arc<PodListener>),
 }
@@ -99,7 +99,7 @@ impl Listener {
         let (listener, origin) = match inherited.take_tcp(address) {
             Some(listener) => {
                 bound_buffers(&listener).map_err(failed)?;
-                (listener.into(), ListenerSource::Inherited)
+                (listener.into(), ListenerSource::Activated)
             }
             None => (
                 bind(address, FreeBind::Denied).map_err(failed)?,
@@ -146,7 +146,7 @@ impl Listener {
         Ok(Self::Tcp {
             listener,
             address,
-            origin: ListenerSource::Inherited,
+            origin: ListenerSource::Activated,
         })
     }
 

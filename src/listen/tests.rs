@@ -89,7 +89,7 @@ async fn close_drains_the_backlog_that_systemd_holds() {
     let bound = Listener::Tcp {
         listener,
         address,
-        origin: ListenerSource::Inherited,
+        origin: ListenerSource::Activated,
     };
     let _before = TcpStream::connect(address).unwrap();
     assert_eq!(bound.close_and_drain_backlog().unwrap().len(), 1);

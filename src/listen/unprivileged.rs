@@ -4,34 +4,33 @@
 use std::fs;
 use std::net::SocketAddr;
 
-/// The value where the sysctl is not readable: `PROT_SOCK` of ip(7).
-const DEFAULT_FIRST_PORT: u16 = 1024;
+use crate::config::FIRST_UNPRIVILEGED_PORT;
+
 /// The sysctl of the calling thread's network namespace. It covers IPv6 too.
 const SYSCTL_PATH: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
 
 /// Returns the first port that a process without `CAP_NET_BIND_SERVICE` may bind in the calling
 /// thread's network namespace.
+///
+/// Where the sysctl is not readable, it is the kernel's default.
 pub fn first_unprivileged_port() -> u16 {
-    let value = fs::read_to_string(SYSCTL_PATH)
+    fs::read_to_string(SYSCTL_PATH)
         .ok()
-        .and_then(|text| text.trim().parse::<u32>().ok());
-    // 65536 means that every port is privileged.
-    value.map_or(DEFAULT_FIRST_PORT, |value| {
-        u16::try_from(value).unwrap_or(u16::MAX)
-    })
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(FIRST_UNPRIVILEGED_PORT)
 }
 
-/// Returns the ports that any user may bind because the sysctl is lower than the kernel's default.
-/// The configuration's reader warns of ports above the default.
+/// Returns the ports that any user may bind.
 pub fn unprivileged_ports(addresses: &[SocketAddr], first_unprivileged: u16) -> Vec<u16> {
     let mut ports: Vec<u16> = addresses.iter().map(SocketAddr::port).collect();
-    ports.retain(|port| (first_unprivileged..DEFAULT_FIRST_PORT).contains(port));
+    ports.retain(|port| *port >= first_unprivileged);
     ports.sort_unstable();
     ports.dedup();
     ports
 }
 
-/// Logs a warning about such ports in the daemon's own network namespace.
+/// Logs a warning about such ports in the daemon's own network namespace. For a port that the
+/// kernel has chosen, as for trials, there is none.
 pub fn warn_of_unprivileged_ports(addresses: &[SocketAddr]) {
     let first = first_unprivileged_port();
     let ports = unprivileged_ports(addresses, first);
@@ -40,7 +39,7 @@ pub fn warn_of_unprivileged_ports(addresses: &[SocketAddr]) {
             ?ports,
             ip_unprivileged_port_start = first,
             "any user can bind awsvid's port while it is free and return credentials of another account; \
-             set net.ipv4.ip_unprivileged_port_start to 1024"
+             use a port below net.ipv4.ip_unprivileged_port_start, and set that to 1024 if it is lower"
         );
     }
 }
@@ -50,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sysctl_decides_for_ports_below_the_default() {
+    fn sysctl_decides_which_ports_any_user_may_bind() {
         let addresses: Vec<SocketAddr> = [
             "127.0.0.1:974",
             "[::1]:974",
@@ -60,12 +59,13 @@ mod tests {
         .map(|text| text.parse().unwrap())
         .into();
         for (first, expected) in [
-            (1024, &[][..]),
-            (975, &[]),
-            (974, &[974]),
-            (81, &[974]),
-            (80, &[80, 974]),
-            (0, &[80, 974]),
+            (1024, &[8080][..]),
+            (975, &[8080]),
+            (974, &[974, 8080]),
+            (81, &[974, 8080]),
+            (80, &[80, 974, 8080]),
+            (0, &[80, 974, 8080]),
+            (8081, &[]),
             (u16::MAX, &[]),
         ] {
             assert_eq!(unprivileged_ports(&addresses, first), expected, "{first}");

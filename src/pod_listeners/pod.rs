@@ -183,10 +183,10 @@ impl ListenedPod {
             other => io::Error::other(other),
         })?;
         let (endpoint, attestor) = (service.endpoint.clone(), self.attestor.clone());
-        let connection = move |stream, arrival| {
+        let connection = move |stream, pending| {
             endpoint
                 .clone()
-                .connection(stream, arrival, Some(attestor.clone()))
+                .serve_connection(stream, pending, Some(attestor.clone()))
         };
         let accepting = listen::serve(
             bound,

@@ -112,6 +112,17 @@ impl HttpConnector {
         Ok(Client::from_conf(config))
     }
 
+    /// Returns the number of times that certificates were replaced. Clients that were created
+    /// before the latest time are outdated.
+    pub(super) fn replaced_roots(&self) -> usize {
+        let roots = [Some(&self.system), self.ca_file.as_ref()];
+        roots
+            .into_iter()
+            .flatten()
+            .map(|roots| roots.replaced())
+            .sum()
+    }
+
     /// Returns the certificates that verify the server at `url`, or `None` without TLS. `ca_file`
     /// never verifies AWS's STS: the holder of that private key could pass for AWS.
     fn roots(&self, target: &StsTarget, url: &str) -> Option<&Arc<Roots>> {

@@ -71,12 +71,12 @@ pub(super) enum Failure {
     Busy,
 }
 
-type CallError = SdkError<AssumeRoleWithWebIdentityError, HttpResponse>;
+type StsCallError = SdkError<AssumeRoleWithWebIdentityError, HttpResponse>;
 
 impl Failure {
     /// Converts the SDK's error. Its `Debug` is never used, since that of a dispatch failure may
     /// hold the request.
-    pub(super) fn of(error: &CallError) -> Self {
+    pub(super) fn of(error: &StsCallError) -> Self {
         match error {
             SdkError::ServiceError(refused) => {
                 let status = refused.raw().status();

@@ -641,7 +641,7 @@ async fn call_without_permit_fails_after_the_timeout() {
     });
     let _other = sts
         .permits
-        .acquire(&SpiffeId::parse("spiffe://example.org/other").unwrap())
+        .acquire_evicting(&SpiffeId::parse("spiffe://example.org/other").unwrap())
         .await
         .unwrap();
     let start = tokio::time::Instant::now();
@@ -663,7 +663,7 @@ async fn workload_may_use_a_quarter_of_the_permits() {
     let sts = sts(settings());
     let mut held = Vec::new();
     for _ in 0..4 {
-        held.push(sts.permits.acquire(&billing()).await.unwrap());
+        held.push(sts.permits.acquire_evicting(&billing()).await.unwrap());
     }
     let mine = grant(&endpoint("http://127.0.0.1:9".to_owned()));
     let other = Grant {
@@ -680,6 +680,49 @@ async fn workload_may_use_a_quarter_of_the_permits() {
         "sts_unreachable",
         "it was sent"
     );
+}
+
+/// Covers T29: calls that hang, such as those to an endpoint that does not respond.
+#[tokio::test]
+async fn workload_is_served_while_four_others_hold_all_permits() {
+    const HANGING: usize = 16;
+    let arrived = Arc::new(tokio::sync::Semaphore::new(0));
+    let server = {
+        let arrived = arrived.clone();
+        FakeSts::start(move |number, _| {
+            arrived.add_permits(1);
+            if number < HANGING {
+                StsReply::Never
+            } else {
+                good()
+            }
+        })
+        .await
+    };
+    let sts = Arc::new(sts(settings()));
+    let mut hanging = tokio::task::JoinSet::new();
+    for number in 0..HANGING {
+        let id = SpiffeId::parse(&format!("spiffe://example.org/hostile-{}", number % 4)).unwrap();
+        let grant = Grant {
+            spiffe_id: id,
+            ..grant(&plain(&server))
+        };
+        let sts = sts.clone();
+        hanging.spawn(async move { sts.assume(&grant, &svid_for(&billing(), 300, 1)).await });
+    }
+    let all = arrived.acquire_many(HANGING.try_into().unwrap()).await;
+    all.unwrap().forget();
+    let token = svid_for(&billing(), 300, 1);
+    sts.assume(&grant(&plain(&server)), &token).await.unwrap();
+    let evicted = hanging.join_next().await.unwrap().unwrap().unwrap_err();
+    assert_eq!(
+        (evicted.reason, evicted.retry),
+        ("sts_busy", RetryPolicy::Later)
+    );
+    // Its permit is free now.
+    sts.assume(&grant(&plain(&server)), &token).await.unwrap();
+    assert_eq!(hanging.len(), HANGING - 1);
+    assert!(hanging.try_join_next().is_none());
 }
 
 #[tokio::test]

@@ -2,7 +2,8 @@
 //!
 //! Either may be missing when the daemon starts: a mount can be late, or certificates are installed
 //! later. Missing certificates are loaded again at a call and in the background. Calls that need
-//! them fail until then.
+//! them fail until then. Certificates that were late may still be written when they are first read.
+//! So they are read again until two reads agree.
 //!
 //! A user that can write such a file decides which server the daemon takes for STS. So a file that
 //! another user could change or replace is not used (T38), like a configuration of that kind.
@@ -12,6 +13,7 @@ use std::fmt::Write;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -60,6 +62,8 @@ pub(super) struct Roots {
     /// Path of the file. `None` stands for the system's certificates.
     file: Option<PathBuf>,
     state: Mutex<RootsState>,
+    /// The number of times that other certificates replaced those in use.
+    replaced: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -79,6 +83,7 @@ impl Roots {
         Arc::new(Self {
             file: Some(path.to_owned()),
             state: Mutex::default(),
+            replaced: AtomicUsize::new(0),
         })
     }
 
@@ -87,6 +92,7 @@ impl Roots {
         Arc::new(Self {
             file: None,
             state: Mutex::default(),
+            replaced: AtomicUsize::new(0),
         })
     }
 
@@ -111,17 +117,41 @@ impl Roots {
         Ok(TrustStore::empty().with_pem_certificate(pem))
     }
 
+    /// Returns the number of times that the certificates were replaced. A client with earlier ones
+    /// is outdated.
+    pub(super) fn replaced(&self) -> usize {
+        self.replaced.load(Ordering::Acquire)
+    }
+
     async fn load(&self, state: &mut RootsState) -> Result<Vec<u8>, NoRoots> {
-        let file = self.file.clone();
-        let read = state.read.get_or_insert_with(|| {
-            spawn_blocking(move || match file {
-                Some(path) => read_file(&path),
-                None => read_system(),
-            })
-        });
+        let read = state.read.get_or_insert_with(|| self.start_read());
         let found = read.await;
         state.read = None;
         found.unwrap_or_else(|error| Err(NoRoots::Missing(error.to_string())))
+    }
+
+    fn start_read(&self) -> JoinHandle<Result<Vec<u8>, NoRoots>> {
+        let file = self.file.clone();
+        spawn_blocking(move || match file {
+            Some(path) => read_file(&path),
+            None => read_system(),
+        })
+    }
+
+    /// Reads certificates that were late once more. Returns whether they are still the same.
+    async fn confirm(&self) -> bool {
+        // Calls do not wait for this read, which may block.
+        let Ok(Ok(pem)) = self.start_read().await else {
+            return false;
+        };
+        let mut state = self.state.lock().await;
+        if state.pem.as_deref() == Some(&*pem) {
+            return true;
+        }
+        state.pem = Some(pem.into());
+        self.replaced.fetch_add(1, Ordering::Release);
+        tracing::info!(file = ?self.file, "[sts] CA certificates have changed and were loaded again");
+        false
     }
 
     fn note(
@@ -158,13 +188,19 @@ impl Roots {
     }
 }
 
-/// Loads the certificates until they exist, or no STS client needs them any more.
+/// Loads the certificates until they exist and are complete, or no STS client needs them any more.
 async fn watch(roots: Weak<Roots>) {
     loop {
         sleep(BACKGROUND_PAUSE).await;
-        match roots.upgrade() {
-            Some(roots) if roots.store().await.is_err() => {}
-            _ => return,
+        let Some(roots) = roots.upgrade() else { return };
+        let was_loaded = roots.state.lock().await.pem.is_some();
+        if was_loaded {
+            if roots.confirm().await {
+                return;
+            }
+        } else {
+            // The error was logged, and is returned to calls.
+            let _ = roots.store().await;
         }
     }
 }

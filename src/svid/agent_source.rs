@@ -26,9 +26,10 @@ use crate::caller::{AttestError, Caller, ProcessFacts, WorkloadKey};
 use crate::cgroup::PodUid;
 use crate::clock::{Clock, REQUEST_HOLD};
 use crate::identity::SpiffeId;
-use crate::limits::FairSemaphore;
+use crate::limits::{FairPermit, FairSemaphore};
 use crate::metrics::{CallLabel, Metrics, UpstreamCall};
 use crate::role::Identity;
+use crate::telemetry::in_current_request;
 use crate::workload_rule::OVERFLOW_ID;
 
 mod revalidation;
@@ -36,7 +37,8 @@ mod revalidation;
 /// Maximum wait for a permit. SDKs give up after a second, and on such a busy machine the query
 /// needs a part of it.
 const QUERY_WAIT: Duration = Duration::from_millis(600);
-/// Maximum number of concurrent queries about unknown subjects.
+/// Maximum number of concurrent queries about unknown subjects. At this limit the workload with the
+/// most loses its newest query, unless no other workload holds fewer (T29).
 const MAX_QUERIES: usize = 32;
 /// The part of [`MAX_QUERIES`] that one workload may use.
 const MAX_QUERIES_PER_WORKLOAD: usize = 8;
@@ -154,7 +156,9 @@ impl IdentitySource for AgentSource {
             IdentityLookup::InFlight(receiver) => receiver,
             IdentityLookup::Unknown(receiver) => {
                 // The query continues after the caller disconnects.
-                tokio::spawn(self.0.clone().query_new(subject, caller.clone()));
+                tokio::spawn(in_current_request(
+                    self.0.clone().query_new(subject, caller.clone()),
+                ));
                 receiver
             }
         };
@@ -227,10 +231,10 @@ impl AgentSourceInner {
             let start = Instant::now();
             let reply = match self
                 .query_permits
-                .acquire_within(QUERY_WAIT, &WorkloadKey::of(&caller))
+                .acquire_evicting_within(QUERY_WAIT, &WorkloadKey::of(&caller))
                 .await
             {
-                Some(_permit) => self.clone().identities(&caller, Some(&subject)).await,
+                Some(permit) => self.query_until_evicted(&permit, &subject, &caller).await,
                 None => Err(SourceError::Busy),
             };
             let is_denied = reply.as_ref().is_ok_and(|identities| identities.is_empty());
@@ -251,6 +255,37 @@ impl AgentSourceInner {
         self.cache().record(&subject, reply, duration);
     }
 
+    /// Queries the identities of an unknown subject. If the permit is evicted, the call to the
+    /// agent is cancelled, and the requests that wait fail with [`SourceError::Busy`].
+    async fn query_until_evicted(
+        self: &Arc<Self>,
+        permit: &FairPermit<WorkloadKey>,
+        subject: &Subject,
+        caller: &Arc<Caller>,
+    ) -> IdentityResult {
+        let start = Instant::now();
+        tokio::select! {
+            biased;
+            reply = self.clone().identities(caller, Some(subject)) => reply,
+            () = permit.evicted() => {
+                let evicted = Err(SourceError::Busy);
+                self.metrics.source_call_evicted(
+                    CallLabel::of(&evicted, SourceError::reason),
+                    start.elapsed(),
+                );
+                if let Some(LogPermit { missed }) = self.log.admit("evicted") {
+                    let workload = permit.key();
+                    tracing::warn!(
+                        ?workload,
+                        missed,
+                        "query to the SPIFFE agent cancelled: all queries are in use, and this workload has the most"
+                    );
+                }
+                evicted
+            }
+        }
+    }
+
     /// Queries the identities of this caller now; an empty list is a valid reply. Holds the tokens
     /// if an exchange may follow.
     async fn identities(
@@ -259,7 +294,7 @@ impl AgentSourceInner {
         keep: Option<&Subject>,
     ) -> IdentityResult {
         let (inner, keep, caller) = (self.clone(), keep.cloned(), caller.clone());
-        let query = AbortOnDropHandle::new(tokio::spawn(async move {
+        let query = AbortOnDropHandle::new(tokio::spawn(in_current_request(async move {
             match inner.query(&caller, &inner.audience).await {
                 Ok(svids) => inner.exclude_own_identities(svids, keep.as_ref()).await,
                 Err(SourceError::Denied(reply)) => {
@@ -268,7 +303,7 @@ impl AgentSourceInner {
                 }
                 Err(error) => Err(error),
             }
-        }));
+        })));
         // The query has its own task, so that a panic in a library fails this query and leaves the
         // cache usable.
         query.await.unwrap_or_else(|_| {

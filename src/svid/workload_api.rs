@@ -17,7 +17,7 @@ use super::channel::{is_broken, open, unreachable};
 use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use super::proto::workload::{JwtsvidRequest, JwtsvidResponse};
 use super::{CALL_TIMEOUT, IdentityBasis, IdentitySource, JwtSvid, SourceError, one_line};
-use crate::accounts::{LiveRules, Undecided};
+use crate::accounts::{IdentifyError, LiveRules};
 use crate::caller::{AttestError, Caller, ProcessFacts};
 use crate::clock::Clock;
 use crate::identity::SpiffeId;
@@ -196,9 +196,9 @@ impl IdentitySource for WorkloadApi {
                 .into_iter()
                 .collect()),
             // The caller was attested by other rules, which did not need its process.
-            Err(Undecided::NeedsProcess) => Err(SourceError::Reloaded),
-            Err(Undecided::UnknownAccount(_)) => Err(SourceError::UnknownAccount),
-            Err(Undecided::Unresponsive) => Err(AttestError::ProcessUnresponsive.into()),
+            Err(IdentifyError::NeedsProcess) => Err(SourceError::Reloaded),
+            Err(IdentifyError::UnknownAccount(_)) => Err(SourceError::UnknownAccount),
+            Err(IdentifyError::Unresponsive) => Err(AttestError::ProcessUnresponsive.into()),
         }
     }
 

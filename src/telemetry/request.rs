@@ -17,7 +17,7 @@ use crate::cgroup::PodUid;
 pub struct RequestId {
     /// A random number of this run of the daemon.
     pub boot: u32,
-    /// The requests since its start.
+    /// The number of the connection since its start. One connection is one request.
     pub number: u64,
 }
 

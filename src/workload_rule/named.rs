@@ -19,7 +19,7 @@ pub enum AccountName {
 
 /// The answer of the name service about a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Known {
+pub enum AccountState {
     /// The number of the user or group.
     Number(u32),
     /// The user or group does not exist.
@@ -63,7 +63,7 @@ struct Incomplete {
 }
 
 /// A name, and the reason why its number is unknown.
-type UnknownName = Option<(AccountName, Known)>;
+type UnknownName = Option<(AccountName, AccountState)>;
 
 /// The names on which the decision about one caller depends.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -126,18 +126,18 @@ impl NamedRule {
     }
 
     /// Returns the rule with all numbers, or `None` if one is unknown.
-    pub fn resolve(&self, number: impl Fn(&AccountName) -> Known) -> Option<WorkloadRule> {
-        let is_known = |name: &AccountName| matches!(number(name), Known::Number(_));
+    pub fn resolve(&self, number: impl Fn(&AccountName) -> AccountState) -> Option<WorkloadRule> {
+        let is_known = |name: &AccountName| matches!(number(name), AccountState::Number(_));
         self.names()
             .all(is_known)
             .then(|| self.with_numbers(&number))
     }
 
-    fn with_numbers(&self, number: impl Fn(&AccountName) -> Known) -> WorkloadRule {
+    fn with_numbers(&self, number: impl Fn(&AccountName) -> AccountState) -> WorkloadRule {
         let id = |name: &Option<AccountName>| {
             name.as_ref().map(|name| match number(name) {
-                Known::Number(id) => id,
-                Known::Absent | Known::Unanswered => OVERFLOW_ID,
+                AccountState::Number(id) => id,
+                AccountState::Absent | AccountState::Unanswered => OVERFLOW_ID,
             })
         };
         WorkloadRule {
@@ -151,11 +151,11 @@ impl NamedRule {
 
 impl Resolved {
     /// Resolves the rules. `number` returns the known answer for a name.
-    pub fn new(rules: &[NamedRule], number: impl Fn(&AccountName) -> Known) -> Self {
+    pub fn new(rules: &[NamedRule], number: impl Fn(&AccountName) -> AccountState) -> Self {
         let unknown = |name: &Option<AccountName>| {
             let name = name.clone()?;
             let known = number(&name);
-            (!matches!(known, Known::Number(_))).then_some((name, known))
+            (!matches!(known, AccountState::Number(_))).then_some((name, known))
         };
         let incomplete = rules.iter().enumerate().filter_map(|(index, named)| {
             let [user, group, supplementary_group] =
@@ -285,14 +285,14 @@ impl Incomplete {
                 .into_iter()
                 .flatten()
         };
-        let is_absent = unknown().any(|(_, known)| *known == Known::Absent);
+        let is_absent = unknown().any(|(_, known)| *known == AccountState::Absent);
         for (name, known) in unknown() {
             let list = if is_absent {
                 &mut missing.absent
             } else {
                 &mut missing.unanswered
             };
-            if is_absent == (*known == Known::Absent) && !list.contains(name) {
+            if is_absent == (*known == AccountState::Absent) && !list.contains(name) {
                 list.push(name.clone());
             }
         }

@@ -62,7 +62,7 @@ fn decide_with_files<'a>(rules: &'a [WorkloadRule], caller: &Caller) -> Decision
         .unwrap();
     loop {
         match decide(rules, caller, since) {
-            Decision::NeedsFile(file) => assert!(runtime.block_on(file.look())),
+            Decision::NeedsFile(file) => assert!(runtime.block_on(file.refresh_stat())),
             decision => return decision,
         }
     }
@@ -532,7 +532,7 @@ fn exe_does_not_match_a_file_that_was_moved() {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .unwrap();
-    assert!(runtime.block_on(file.look()));
+    assert!(runtime.block_on(file.refresh_stat()));
     assert_eq!(runs(), Some(true));
     std::fs::rename(&old, &new).unwrap();
     file.cached.lock().unwrap().as_mut().unwrap().at -= STAT_TTL;
@@ -552,10 +552,10 @@ fn unreadable_exe_is_undecided() {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .unwrap();
-    assert!(!runtime.block_on(file.look()));
+    assert!(!runtime.block_on(file.refresh_stat()));
     assert_eq!(runs(), None);
     std::fs::remove_file(&path).unwrap();
-    assert!(runtime.block_on(file.look()));
+    assert!(runtime.block_on(file.refresh_stat()));
     assert_eq!(runs(), Some(false));
 }
 

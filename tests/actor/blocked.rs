@@ -4,7 +4,7 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::IntoRawFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 
 use nix::sys::signal::{Signal, kill};
@@ -17,6 +17,53 @@ use crate::process::{Child, become_user, child, share_memory};
 use crate::raw_http::{self, Address};
 use crate::{ALICE, BOB};
 
+/// Processes that are stuck until this value is dropped.
+struct StuckProcesses {
+    files: HangingFiles,
+    reader: Child,
+    processes: Vec<(Child, Pid)>,
+}
+
+impl StuckProcesses {
+    fn new() -> Self {
+        let files = HangingFiles::mount_privately(Hangs::Read);
+        // Its pages are locked until the server responds.
+        let reader = child(|_| {
+            let _ = File::open(files.file()).unwrap().read(&mut [0]);
+            String::new()
+        });
+        files.await_hanging_request();
+        Self {
+            files,
+            reader,
+            processes: Vec::new(),
+        }
+    }
+
+    /// Adds one: see [`caller`].
+    fn add(&mut self, begin: impl FnOnce() -> Vec<CString>) {
+        self.processes.push(caller(&self.files, begin));
+    }
+
+    /// Prints a line, waits for the end of the input, and ends the processes.
+    fn keep(mut self) {
+        println!("begun");
+        std::io::stdout().flush().unwrap();
+        let _ = std::io::stdin().read(&mut [0]);
+        for (process, helper) in &self.processes {
+            let _ = kill(*helper, Signal::SIGKILL);
+            let _ = kill(process.pid, Signal::SIGKILL);
+        }
+        // They end when the server does.
+        drop(self.files);
+        self.reader.cue();
+        self.reader.reap();
+        for (process, _) in self.processes {
+            process.reap();
+        }
+    }
+}
+
 /// Starts this number of processes of Alice in each of these cgroups. Each sends a request and then
 /// executes a program. That locks the process against changes of its memory (`exec_update_lock`),
 /// and waits for the lock of its memory. A helper that shares the memory holds that lock: it maps a
@@ -24,19 +71,13 @@ use crate::{ALICE, BOB};
 ///
 /// Prints a line when all of them are stuck, and ends when its input does.
 pub(crate) fn callers(count: usize, cgroups: &[&str], to: &Address) {
-    let files = HangingFiles::mount_privately(Hangs::Read);
-    // Its pages are locked until the server responds.
-    let mut reader = child(|_| {
-        let _ = File::open(files.file()).unwrap().read(&mut [0]);
-        String::new()
-    });
-    files.await_hanging_request();
+    let mut stuck = StuckProcesses::new();
     let stopped = daemon::hold();
     let each = cgroups
         .iter()
         .flat_map(|cgroup| (0..count).map(move |_| cgroup));
-    let callers = each.map(|cgroup| {
-        caller(&files, || {
+    for cgroup in each {
+        stuck.add(|| {
             std::fs::write(format!("{cgroup}/cgroup.procs"), "0").unwrap();
             become_user(ALICE);
             let fd = to.connect();
@@ -44,24 +85,20 @@ pub(crate) fn callers(count: usize, cgroups: &[&str], to: &Address) {
             // Until it executes that.
             let _ = fd.into_raw_fd();
             vec![c"/bin/true".to_owned()]
-        })
-    });
-    let callers: Vec<(Child, Pid)> = callers.collect();
+        });
+    }
     drop(stopped);
-    println!("begun");
-    std::io::stdout().flush().unwrap();
-    let _ = std::io::stdin().read(&mut [0]);
-    for (caller, helper) in &callers {
-        let _ = kill(*helper, Signal::SIGKILL);
-        let _ = kill(caller.pid, Signal::SIGKILL);
-    }
-    // They end when the server does.
-    drop(files);
-    reader.cue();
-    reader.reap();
-    for (caller, _) in callers {
-        caller.reap();
-    }
+    stuck.keep();
+}
+
+/// Does the same for one process, which listens at this path instead of an agent.
+pub(crate) fn agent(socket: &str) {
+    let mut stuck = StuckProcesses::new();
+    stuck.add(|| {
+        let _ = UnixListener::bind(socket).unwrap().into_raw_fd();
+        vec![c"/bin/true".to_owned()]
+    });
+    stuck.keep();
 }
 
 /// Plays a blocked caller of Alice, which goes on when a thread of the daemon waits for it, or has

@@ -26,8 +26,9 @@ pub(crate) fn hold() -> StoppedDaemon {
     let pid = pid();
     let held = StoppedDaemon(Pid::from_raw(pid));
     kill(held.0, Signal::SIGSTOP).unwrap();
-    // A thread that runs on another processor stops a little later.
-    while !states(pid).all(|state| state == 'T') {
+    // A thread that runs on another processor stops a little later. One that is blocked in the
+    // kernel stops before it leaves it.
+    while !states(pid).all(|state| matches!(state, 'T' | 'D')) {
         thread::yield_now();
     }
     held

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{MsgFlags, recv};
 
+use crate::cgroup_moves::{Cgroup, own_cgroup};
 use crate::process::{become_user, become_with_groups, child};
 use crate::raw_http::{self, Address};
 
@@ -31,6 +32,9 @@ pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
     }
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    if let ("orphaned", [uid, count]) = (what, numbers) {
+        return orphaned(to, u32::try_from(*uid).unwrap(), *count);
+    }
     become_user(u32::try_from(numbers[0]).unwrap());
     match (what, numbers) {
         ("ask", [_, count]) => show(&send_requests(to, *count)),
@@ -179,4 +183,52 @@ fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
     });
     assert!(open.iter().all(|file| file.as_raw_fd() > 2));
     show(&counts)
+}
+
+/// Sends requests of a user until the test closes standard input, this number at a time. Each has a
+/// socket from a cgroup that was removed before (T33).
+fn orphaned(to: &Address, uid: u32, count: usize) -> String {
+    let stopped = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            wait_for_stop();
+            stopped.store(true, Ordering::Relaxed);
+        });
+        orphaned_burst(to, uid, count);
+        report_start();
+        while !stopped.load(Ordering::Relaxed) {
+            orphaned_burst(to, uid, count);
+        }
+    });
+    String::new()
+}
+
+fn orphaned_burst(to: &Address, uid: u32, count: usize) {
+    let (mut here, there) = UnixStream::pair().unwrap();
+    let removed = Cgroup::new(&own_cgroup(), "removed");
+    let mut user = child(|_| {
+        let mut steps = &there;
+        steps.read_exact(&mut [0]).unwrap();
+        become_user(uid);
+        let sockets: Vec<OwnedFd> = (0..count).map(|_| to.socket()).collect();
+        steps.write_all(b"x").unwrap();
+        steps.read_exact(&mut [0]).unwrap();
+        for socket in &sockets {
+            to.connect_from(socket);
+            raw_http::send(socket);
+        }
+        for socket in sockets {
+            // Until it is answered or reset.
+            let _ = File::from(socket).read_to_end(&mut Vec::new());
+        }
+        String::new()
+    });
+    removed.write("cgroup.procs", &user.pid.to_string());
+    here.write_all(b"x").unwrap();
+    here.read_exact(&mut [0]).unwrap();
+    std::fs::write(own_cgroup().join("cgroup.procs"), user.pid.to_string()).unwrap();
+    drop(removed);
+    here.write_all(b"x").unwrap();
+    user.output();
+    user.reap();
 }

@@ -1,10 +1,12 @@
 //! A process that an integration test starts as root, to play attackers and odd honest clients with
 //! real processes: `actor SCENE LISTENER ADDRESS [PROGRAM]`, with the daemon's pid in `DAEMON`. It
-//! prints the daemon's response on standard output. There are three more forms.
+//! prints the daemon's response on standard output. There are four more forms.
 //!
 //! - `actor connect UID LISTENER ADDRESS` only connects, for a test that sends the request itself.
 //! - `actor in-numbers ACT LISTENER ADDRESS NUMBER...` is for acts that one user repeats very
 //!   often.
+//! - `actor without-sock-diag FILE PROGRAM...` executes a program where sock_diag(7) does not work
+//!   while the file exists.
 //! - `actor asked SCENE LISTENER ADDRESS` goes on step by step, at the test's words.
 //!
 //! Two users take part: [`ALICE`] and [`BOB`]. The test knows which of them may be answered in a
@@ -29,6 +31,7 @@ mod blocked;
 mod cgroup_moves;
 mod daemon;
 mod floods;
+mod forged_exe;
 mod fuse;
 mod handed_on;
 mod process;
@@ -37,6 +40,7 @@ mod raw_http;
 mod requests;
 mod short_lived;
 mod soak;
+mod sock_diag;
 
 /// A user with a rule.
 pub(crate) const ALICE: u32 = 61001;
@@ -77,6 +81,7 @@ fn main() {
                 &raw_http::Address::parse(listener, address),
             );
         }
+        ["blocked-agent", socket] => blocked::agent(socket),
         ["hanging-files"] => fuse::obey(),
         ["activated", listener, address] => {
             print!(
@@ -96,6 +101,7 @@ fn main() {
             );
         }
         ["idle", uid, count] => short_lived::idle(uid, count),
+        ["without-sock-diag", lost, ref words @ ..] => sock_diag::run_without(lost, words),
         ["soak", uid, listener, address, pause] => {
             soak::ask(uid, &raw_http::Address::parse(listener, address), pause)
         }
@@ -105,6 +111,10 @@ fn main() {
         }
         ["become", listener, address, program] => {
             programs::become_another(&raw_http::Address::parse(listener, address), program)
+        }
+        ["forge", when, listener, address, file] => {
+            let to = raw_http::Address::parse(listener, address);
+            print!("{}", programs::ask_as(file.as_ref(), when, &to));
         }
         ["conclude", descriptor] => {
             print!("{}", raw_http::conclude_on(descriptor.parse().unwrap()))

@@ -1,5 +1,5 @@
-//! Scenes about the program that a caller runs (T11): a forged executable path, and a replaced
-//! executable.
+//! Scenes about the program that a caller runs: a forged executable path and a replaced executable
+//! (T11), and a forged executable (T37).
 
 use std::ffi::CString;
 use std::path::Path;
@@ -8,9 +8,9 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::execv;
 
-use crate::ALICE;
 use crate::process::become_user;
 use crate::raw_http::{self, Address};
+use crate::{ALICE, BOB, forged_exe};
 
 /// Plays a request by `program`, or by another file that Alice has mounted at its path.
 pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
@@ -35,9 +35,35 @@ pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
             become_user(ALICE);
             execute(program, &["become", listener, address, &forged(program)]);
         }
+        // Another program makes the kernel report the rule's file as its executable.
+        "forged-file" | "forged-file-by-bob" => {
+            become_user(if scene == "forged-file" { ALICE } else { BOB });
+            execute(
+                &forged(program),
+                &["forge", "before", listener, address, program],
+            );
+        }
+        // The rule's program does so with another file, when the daemon has attested it.
+        "forged-file-late" => {
+            become_user(ALICE);
+            let other = forged(program);
+            execute(program, &["forge", "late", listener, address, &other]);
+        }
         other => panic!("no scene {other}"),
     }
     execute(program, &["ask", listener, address]);
+}
+
+/// Sends a request with this file as the executable, from the beginning or late.
+pub(crate) fn ask_as(file: &Path, when: &str, to: &Address) -> String {
+    if when != "late" {
+        forged_exe::show_as(file);
+        return raw_http::ask(&to.connect());
+    }
+    let fd = to.connect();
+    raw_http::begin(to, &fd);
+    forged_exe::show_as(file);
+    raw_http::conclude(&fd)
 }
 
 /// Begins a request, and leaves the rest of it to another program.

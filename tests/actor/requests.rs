@@ -10,7 +10,7 @@ use std::fs;
 use std::io::{BufRead, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::sys::wait::{Id, WaitPidFlag, waitid, waitpid};
 use nix::unistd::{Pid, Uid, execv, getegid, geteuid, setresgid, setresuid};
@@ -18,7 +18,7 @@ use nix::unistd::{Pid, Uid, execv, getegid, geteuid, setresgid, setresuid};
 use crate::cgroup_moves::{self, Cgroup};
 use crate::process::{become_user, child, reuse};
 use crate::raw_http::{self, Address};
-use crate::{ALICE, BOB};
+use crate::{ALICE, BOB, forged_exe};
 
 /// A process that obeys words, whatever program it runs.
 struct ScriptedProcess {
@@ -70,10 +70,11 @@ impl Stage<'_> {
         match word {
             "ask" => self.alice.send_word("ask"),
             "change" => self.change(),
+            "back" if self.scene == "forged-and-back" => self.alice.send_word("show first"),
             // As `newgrp` and busybox's `su` do: from privileges back to the user, and to any
             // program.
             "back" => self.alice.send_word("back"),
-            "answer" if matches!(self.scene, "still" | "moved") => self.alice.send_word("answer"),
+            "answer" if self.keeps_connection() => self.alice.send_word("answer"),
             "answer" if self.scene == "vanished" => "\"\"".to_owned(),
             "answer" => self.heir.send_word("answer"),
             "again" => self.request_again(),
@@ -82,9 +83,14 @@ impl Stage<'_> {
         }
     }
 
+    /// Returns whether the caller itself reads the response.
+    fn keeps_connection(&self) -> bool {
+        matches!(self.scene, "still" | "moved" | "forged" | "forged-and-back")
+    }
+
     /// Makes the change of the caller that the scene is about.
     fn change(&mut self) -> String {
-        if !matches!(self.scene, "still" | "moved" | "vanished") {
+        if !self.keeps_connection() && self.scene != "vanished" {
             self.alice.send_word("give");
             self.heir.send_word("take");
         }
@@ -102,6 +108,7 @@ impl Stage<'_> {
             "executed" => drop(self.alice.send_word("become second")),
             "setuid" | "setuid-and-back" => drop(self.alice.send_word("become root")),
             "setgid" | "setgid-and-back" => drop(self.alice.send_word("become group")),
+            "forged" | "forged-and-back" => drop(self.alice.send_word("show second")),
             "moved" => {
                 let cgroup = self
                     .cgroup
@@ -246,6 +253,10 @@ impl<'a> Part<'a> {
                 fs::create_dir_all(cgroup).unwrap();
                 fs::write(cgroup.join("cgroup.procs"), "0").unwrap();
             }
+            // It goes on with the same code, under the name of another program.
+            shown if shown.starts_with("show ") => {
+                forged_exe::show_as(&neighbour(&shown["show ".len()..]));
+            }
             "settle" => {
                 let (uid, gid) = (geteuid(), getegid());
                 setresgid(gid, gid, gid).unwrap();
@@ -265,7 +276,7 @@ impl<'a> Part<'a> {
 
     /// Executes another program of the folder, which reports itself that it runs.
     fn execute(&self, program: &str) -> ! {
-        let program = std::env::current_exe().unwrap().with_file_name(program);
+        let program = neighbour(program);
         let words = raw_http::inheritable(self.words.try_clone().unwrap().into()).to_string();
         let words = [
             program.to_str().unwrap(),
@@ -278,6 +289,11 @@ impl<'a> Part<'a> {
         let Err(error) = execv(&words[0], &words);
         panic!("{}: {error}", program.display());
     }
+}
+
+/// Returns the path of another program in the folder.
+fn neighbour(program: &str) -> PathBuf {
+    std::env::current_exe().unwrap().with_file_name(program)
 }
 
 fn quoted(text: &str) -> String {

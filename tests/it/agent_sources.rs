@@ -2,6 +2,7 @@
 //! real agent.
 
 mod asked;
+mod crowded;
 mod examples;
 mod groups;
 mod identity_cache;
@@ -13,6 +14,7 @@ mod programs;
 mod rates;
 mod several;
 mod slow_attestation;
+mod sockets;
 mod spire;
 
 use serde_json::Value;

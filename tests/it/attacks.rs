@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::harness::actor::{self, play};
+use crate::harness::actor::play;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
@@ -12,6 +12,8 @@ use crate::harness::daemon::Daemon;
 use crate::harness::is_slow;
 use crate::harness::outcome::{Outcome, credentials_of, refused};
 use crate::harness::upstream::Upstream;
+
+mod executables;
 
 const ALICE: &str = "spiffe://example.org/user/alice";
 const BOB: &str = "spiffe://example.org/user/bob";
@@ -289,47 +291,6 @@ fn scenes_have_right_outcomes_by_user() {
 #[test]
 fn scenes_have_right_outcomes_by_user_and_group() {
     check(Rules::UserAndGroup);
-}
-
-/// T11: in a mount namespace of its own any process can show any path.
-#[test]
-fn exe_rule_matches_file_not_path() {
-    if !root() {
-        return;
-    }
-    let folder = folder();
-    let program = folder.path().join("program");
-    for name in ["program", "forged"] {
-        std::fs::copy(actor::program(), folder.path().join(name)).unwrap();
-    }
-    let stage = AttackStage::start_with(folder, |_| format!("exe = {program:?}"));
-    let mut wrong = Vec::new();
-    for listener in LISTENERS {
-        for (scene, right) in [
-            ("program", credentials_of(ALICE)),
-            ("other-program", refused("no_identity")),
-            ("forged-path", refused("no_identity")),
-            ("forged-path-in-user-namespace", refused("no_identity")),
-            ("replaced", refused("identity_changed")),
-        ] {
-            let address = stage.daemon.listener(listener);
-            let answer = actor::play_program(
-                scene,
-                listener,
-                &address,
-                stage.daemon.pid(),
-                stage.cgroup.path(),
-                &program,
-            );
-            let outcome = Outcome::of(&answer, scene, &stage.daemon);
-            if outcome != right {
-                wrong.push(format!(
-                    "{scene} over {listener}: {outcome:?}, not {right:?}"
-                ));
-            }
-        }
-    }
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 /// A rule may name supplementary groups. Root is in Bob's group when it connects, and later in

@@ -15,14 +15,18 @@ use crate::harness::client;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
-use crate::harness::env::id;
+use crate::harness::env::{Env, Setting, Source, id};
 use crate::harness::hanging::HangingFiles;
+use crate::harness::namespaces::NetnsNode;
 use crate::harness::outcome::{Outcome, credentials_of, refused};
 use crate::harness::upstream::Upstream;
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 /// Each with processes of its own: together they are more than the daemon has threads.
 const WORKLOADS: usize = 6;
+/// The numbers of this test's pods begin here. Other tests have other ones.
+const FIRST_POD: u16 = 700;
+const POD_ADDRESS: &str = "127.0.0.1:974";
 const CALLERS: usize = 3;
 
 /// Checks that Bob is answered while Alice's processes are stuck. They belong to several workloads.
@@ -90,6 +94,98 @@ fn blocked_callers_do_not_stop_others_with_agent() {
     let agent = FakeAgent::start(folder.path(), entries);
     let daemon = Daemon::start(folder.path(), "", &agent.configuration()).ready();
     others_are_answered(&daemon, folder.path(), &id("bob"));
+}
+
+/// The real agent attests the callers, by a reference to the process.
+#[test]
+fn blocked_callers_do_not_stop_others_with_spiffe_broker() {
+    let folder = folder();
+    let setting = Setting {
+        source: Source::Broker,
+        ..Setting::default()
+    };
+    let Some(env) = Env::start(folder.path(), &[(61001, "alice"), (61002, "bob")], &setting) else {
+        return;
+    };
+    others_are_answered(&env.daemon, folder.path(), &id("bob"));
+}
+
+/// The blocked callers are in pods, each with a listener of its own.
+#[test]
+fn blocked_callers_in_pods_do_not_stop_others() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let node = NetnsNode::start(folder.path());
+    let names: Vec<String> = (0..WORKLOADS).map(|pod| format!("stuck-{pod}")).collect();
+    names.iter().for_each(|name| node.add(name));
+    node.add("honest");
+    let upstream = Upstream::start(&[(0, "pod"), (61002, "bob")]);
+    // The first rule makes the daemon read each caller's program.
+    let rules = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/true\"\n\
+                 cgroup = \"/kubepods/**\"\nexe = \"/bin/true\"\n\
+                 [[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n\
+                 [[workload]]\nspiffe_id = \"spiffe://example.org/user/bob\"\nuid = 61002\n";
+    let words = node.enter();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let configuration = format!("{}{rules}", upstream.configuration());
+    let daemon =
+        Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration).ready();
+
+    let pods: Vec<Cgroup> = (0..WORKLOADS)
+        .map(|pod| Cgroup::of_pod(FIRST_POD + u16::try_from(pod).unwrap()))
+        .collect();
+    let stuck: Vec<Repeater> = names
+        .iter()
+        .zip(&pods)
+        .map(|(name, pod)| {
+            let network = format!("--net={}", node.path(name).display());
+            let words = [&words[..], &["nsenter", &network, "--"]].concat();
+            let pods = [pod.path()];
+            Repeater::block_behind(&words, CALLERS, ("tcp", POD_ADDRESS), daemon.pid(), &pods)
+                .wait_started()
+        })
+        .collect();
+    let honest = Cgroup::of_pod(FIRST_POD + 100);
+    let bobs = Cgroup::new("honest-beside-pods");
+    for _ in 0..10 {
+        let answer = node.ask("honest", &honest, POD_ADDRESS.parse().unwrap());
+        let outcome = Outcome::of(&answer, "another pod", &daemon);
+        assert_eq!(outcome, credentials_of("spiffe://example.org/user/pod"));
+        for listener in LISTENERS {
+            let address = daemon.listener(listener);
+            let answer = actor::play("bob", listener, &address, daemon.pid(), bobs.path());
+            let outcome = Outcome::of(&answer, "bob", &daemon);
+            assert_eq!(outcome, credentials_of(BOB), "over {listener}");
+        }
+    }
+    stuck.into_iter().for_each(|stuck| drop(stuck.stop()));
+}
+
+/// The daemon has to find out about the process at the agent's end of the socket, and that process
+/// blocks reads of its `/proc` files.
+#[test]
+fn blocked_agent_does_not_stop_threads() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let socket = folder.path().join("agent.sock");
+    let stuck = Repeater::block_agent(&socket).wait_started();
+    let configuration = format!(
+        "[identity]\nsource = \"spire-delegated\"\nadmin_socket = \"unix://{}\"\n\
+         [sts]\nregion = \"us-east-1\"\n\
+         [[role]]\nname = \"all\"\nspiffe_id = \"{}\"\nrole_arn = \"arn:aws:iam::123456789012:role/all\"\n",
+        socket.display(),
+        id("*"),
+    );
+    let daemon = Daemon::start(folder.path(), "", &configuration);
+    // A call that has no response ends on time, since its thread is free.
+    await_some("the call ends", TIMEOUT, || {
+        daemon.log().contains("did not answer within").then_some(())
+    });
+    stuck.stop();
 }
 
 /// A rule names a program on a file system that hangs. Alice has that rule, and one for all other

@@ -1,8 +1,8 @@
 //! Runs the command blocks of deploy/docs, here or by a test that this file names, and parses the
 //! blocks with JSON and configurations.
 
-use std::fs;
-use std::os::unix::fs::symlink;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -69,9 +69,11 @@ const AT_AWS: Tested = Not(
 );
 
 /// Each command block: its page, its first words, how it is tested.
-const COMMANDS: [(&str, &str, Tested); 48] = [
+const COMMANDS: &[(&str, &str, Tested)] = &[
     ("install-vm.md", "cargo build --release", INSTALLATION),
     ("install-vm.md", "spire-server entry create", BySpire),
+    ("install-vm.md", "awsvid trust-policy", ByShell),
+    ("install-vm.md", "aws iam attach-role-policy", ByAwsCli),
     (
         "install-vm.md",
         "sudo awsvid config validate",
@@ -99,11 +101,22 @@ const COMMANDS: [(&str, &str, Tested); 48] = [
         "spire-server entry create",
         BySpire,
     ),
+    (
+        "install-kubernetes.md",
+        "kubectl create clusterrolebinding",
+        NODE,
+    ),
     ("install-kubernetes.md", "kubectl apply -k", NODE),
     (
         "install-kubernetes.md",
         "kubectl --namespace awsvid rollout",
         NODE,
+    ),
+    ("install-kubernetes.md", "awsvid trust-policy", ByShell),
+    (
+        "install-kubernetes.md",
+        "aws iam attach-role-policy",
+        ByAwsCli,
     ),
     (
         "spire-setup.md",
@@ -147,24 +160,39 @@ const COMMANDS: [(&str, &str, Tested); 48] = [
         "curl --silent http://127.0.0.1:975/metrics",
         FIRST_WORKLOAD,
     ),
+    ("audit-log.md", "# By default, on a VM", ByShell),
     ("audit-log.md", "jq -n", ByShell),
     ("audit-log.md", "jq -c", ByShell),
     ("audit-log.md", "jq -r", ByShell),
     ("audit-log.md", "aws cloudtrail", ByAwsCli),
     ("upgrade.md", "awsvid.previous config validate", ROLLBACK),
-    ("upgrade.md", "cp --preserve", UPGRADE),
+    ("upgrade.md", "cp --preserve /usr/bin", UPGRADE),
+    (
+        "upgrade.md",
+        "cp --preserve /etc/systemd",
+        Not("no version has another unit yet; documented_installation_works installs the units"),
+    ),
     ("upgrade.md", "install -m 0644", ROLLBACK),
+    (
+        "upgrade.md",
+        "kubectl apply -k .",
+        Not("it needs a kustomization of an operator; tests/it/kubernetes.rs applies its own"),
+    ),
     ("migrate.md", "awsvid exec", AT_AWS),
+    ("migrate.md", "awsvid trust-policy", ByShell),
+    ("migrate.md", "aws iam get-role ", ByAwsCli),
+    ("migrate.md", "aws iam update-assume-role-policy", ByAwsCli),
     ("migrate.md", "awsvid check --workload", FIRST_WORKLOAD),
     ("migrate.md", "aws iam get-access-key-last-used", ByAwsCli),
     ("migrate.md", "aws iam update-access-key", ByAwsCli),
     ("migrate.md", "aws rolesanywhere", ByAwsCli),
+    ("revoke.md", "# By default, on a VM", ByShell),
     ("revoke.md", "jq -r", ByShell),
     ("revoke.md", "aws iam put-role-policy", ByAwsCli),
     ("revoke.md", "spire-server entry show", FIRST_WORKLOAD),
-    ("revoke.md", "awsvid config validate", FIRST_WORKLOAD),
+    ("revoke.md", "sudo awsvid config validate", FIRST_WORKLOAD),
     ("revoke.md", "jq -c", ByShell),
-    ("revoke.md", "awsvid status", FIRST_WORKLOAD),
+    ("revoke.md", "sudo awsvid status", FIRST_WORKLOAD),
     ("revoke.md", "aws cloudtrail", ByAwsCli),
     ("revoke.md", "aws iam delete-role-policy", ByAwsCli),
     ("revoke.md", "spire-server agent ban", BySpire),
@@ -194,6 +222,17 @@ const MORE_COMMANDS: &[(&str, &str, Tested)] = &[
         "sudo -u billing awsvid credential-process",
         FIRST_WORKLOAD,
     ),
+    (
+        "troubleshooting.md",
+        "kubectl -n shop exec billing-0",
+        Not("images of the tests have no env; tests/it/kubernetes/policy.rs has the variables"),
+    ),
+    (
+        "troubleshooting.md",
+        "sudo systemd-run",
+        Not("it needs a rule for a unit of that name; tests/it/systemd.rs has callers by unit"),
+    ),
+    ("troubleshooting.md", "sudo journalctl", ByShell),
 ];
 
 fn all_commands() -> impl Iterator<Item = &'static (&'static str, &'static str, Tested)> {
@@ -310,8 +349,11 @@ fn every_command_block_is_tested_or_excused() {
     }
 }
 
+/// The audit log of the daemon, as [`stage`] writes it.
+const STAGED_LOG: &str = "daemon.log";
+
 /// Fills a folder with the files that the commands need: `awsvid` in `bin`, a configuration, and
-/// the records of audit-log.md.
+/// the records of audit-log.md. Stand-ins for journalctl and kubectl print the same records.
 fn stage(folder: &Path) {
     fs::create_dir(folder.join("bin")).unwrap();
     symlink(PROGRAM, folder.join("bin/awsvid")).unwrap();
@@ -325,10 +367,25 @@ fn stage(folder: &Path) {
         .filter(|block| block.language == "json")
         .map(|block| block.text)
         .collect();
-    fs::write(folder.join("audit.log"), records).unwrap();
+    let log = folder.join(STAGED_LOG);
+    fs::write(&log, records).unwrap();
+    for source in ["journalctl", "kubectl"] {
+        let program = folder.join("bin").join(source);
+        fs::write(&program, format!("#!/bin/sh\ncat {}\n", log.display())).unwrap();
+        fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    }
     fs::write(
         folder.join("revoke.json"),
         block("revoke.md", "1. Deny the sessions in AWS", "{"),
+    )
+    .unwrap();
+    fs::write(
+        folder.join("trust.json"),
+        block(
+            "install-vm.md",
+            "4. Let AWS trust your SPIFFE provider",
+            "{",
+        ),
     )
     .unwrap();
 }
@@ -361,7 +418,7 @@ fn documented_commands_work_in_a_shell() {
     let folder = folder();
     let folder = folder.path();
     stage(folder);
-    let log = folder.join("audit.log");
+    let log = folder.join(STAGED_LOG);
     for (page, text) in commands(|tested| matches!(tested, ByShell)) {
         let output = shell(folder, &with_names(&text, &log));
         let is_file = text.contains(" > ");
@@ -451,8 +508,14 @@ fn documented_json_can_be_parsed() {
 }
 
 /// Adds the rest of the smallest configuration to a block that shows a part of one.
-fn completed(text: &str) -> String {
+fn completed(page: &str, text: &str) -> String {
     let mut text = text.to_owned();
+    if page == "install-kubernetes.md" && !text.contains("[identity]") {
+        text.push_str(
+            "\n[identity]\nsource = \"spiffe-broker\"\n\
+             broker_socket = \"unix:///run/spire/broker/api.sock\"\n",
+        );
+    }
     let sources_of_spire = ["spire-delegated", "spiffe-broker"];
     if !text.contains("[[workload]]")
         && !sources_of_spire.iter().any(|source| text.contains(source))
@@ -482,7 +545,7 @@ fn documented_configurations_have_no_mistakes() {
             command
                 .env_clear()
                 .args(["config", "validate", "-", "--offline"]);
-            let output = run(command, completed(&block.text).as_bytes(), PATIENCE);
+            let output = run(command, completed(page, &block.text).as_bytes(), PATIENCE);
             assert!(
                 output.status.success() && output.stderr.is_empty(),
                 "{page}: {output:?}: {}",

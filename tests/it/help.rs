@@ -374,6 +374,15 @@ fn man_writes_all_pages_to_a_directory() {
         let page = fs::read_to_string(directory.join(format!("awsvid-{command}.1"))).unwrap();
         assert_eq!(page, awsvid(&["man", command]).success("man"), "{command}");
     }
+    let configuration = awsvid(&["man", "awsvid.toml"]).success("man awsvid.toml");
+    let page = folder.path().join("man/man5/awsvid.toml.5");
+    assert_eq!(fs::read_to_string(page).unwrap(), configuration);
+    // A directory of another name gets all pages.
+    let flat = folder.path().join("flat");
+    awsvid(&["man", "--directory", flat.to_str().unwrap()]).success("man --directory");
+    let page = fs::read_to_string(flat.join("awsvid.toml.5")).unwrap();
+    assert_eq!(page, configuration);
+    assert_eq!(fs::read_dir(&flat).unwrap().count(), expected.len() + 1);
     let refused = awsvid(&["man", "--directory", "/dev/null/man1"]);
     assert_eq!(
         (refused.status.code(), refused.stdout.as_str()),

@@ -223,8 +223,9 @@ fn check_error(body: &[u8], code: &str) {
     assert_eq!(keys, ["Code", "Message", "code", "message"]);
     assert_eq!((&body["code"], &body["Code"]), (&code.into(), &code.into()));
     assert_eq!(body["message"], body["Message"]);
+    let message = body["message"].as_str().unwrap();
     assert!(
-        body["message"].as_str().unwrap().starts_with("awsvid: "),
+        message.starts_with("awsvid: ") && message.contains(". (request "),
         "{body}"
     );
 }

@@ -180,6 +180,11 @@ fn documented_commands_work(cluster: &Cluster) {
             cluster.node.kubectl(&words[1..]).success(&line);
         }
     }
+    let heading = "If SPIRE runs already";
+    let binding = documents::block("install-kubernetes.md", heading, "kubectl create");
+    let mut words: Vec<&str> = binding.split_whitespace().collect();
+    words.push("--dry-run=server");
+    cluster.node.kubectl(&words[1..]).success(&binding);
 }
 
 /// Applies all that can be applied, unchanged, in a dry run.
@@ -216,7 +221,13 @@ fn manifests_are_accepted(cluster: &Cluster, folder: &Path) {
             .kubectl(&arguments)
             .success(&format!("kubectl apply -k {}", directory.display()));
     };
-    for directory in ["", "spiffe-broker", "spire-delegated"] {
+    for directory in [
+        "",
+        "spiffe-broker",
+        "spiffe-broker/awsvid",
+        "spire-delegated",
+        "spire-delegated/awsvid",
+    ] {
         accepted(&manifests().join(directory));
     }
     for component in [

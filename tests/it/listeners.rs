@@ -15,6 +15,7 @@ use crate::harness::counterparts::process::{Process, await_some, run};
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
 
+const TIMEOUT: Duration = Duration::from_secs(60);
 const CONFIGURATION: &str = r#"
 [identity]
 workload_api_socket = "unix:///nonexistent/agent.sock"
@@ -89,22 +90,54 @@ fn unprivileged_port_is_warned_of() {
     if !root() {
         return;
     }
-    for (first, is_warned) in [(1024, false), (975, false), (974, true), (0, true)] {
+    for (first, port, is_warned) in [
+        (1024, 974, false),
+        (975, 974, false),
+        (974, 974, true),
+        (0, 974, true),
+        (1024, 8974, true),
+        (8974, 8974, true),
+        (8975, 8974, false),
+        (32_768, 8974, false),
+    ] {
         let folder = folder();
         let path = |name: &str| folder.path().join(name).display().to_string();
         let [unix, status, token] = ["awsvid.sock", "status.sock", "token"].map(path);
-        let listen =
+        let mut listen =
             format!("[listen]\nunix = {unix:?}\nstatus = {status:?}\ntoken_file = {token:?}\n");
+        if port != 974 {
+            listen += &format!("tcp = [\"127.0.0.1:{port}\"]\n");
+        }
         std::fs::write(path("awsvid.toml"), format!("{CONFIGURATION}{listen}")).unwrap();
         let script = format!(
-            "ip link set lo up && echo {first} >/proc/sys/net/ipv4/ip_unprivileged_port_start && exec \"$0\" serve --config \"$1\""
+            "ip link set lo up && echo {first} >/proc/sys/net/ipv4/ip_unprivileged_port_start && exec \"$0\" \"$@\""
         );
-        let mut command = Command::new("unshare");
-        command
-            .args(["--net", "sh", "-c", &script, PROGRAM])
-            .arg(path("awsvid.toml"));
+        let inside = |words: &[&str]| {
+            let mut command = Command::new("unshare");
+            command
+                .args(["--net", "sh", "-c", &script, PROGRAM])
+                .args(words);
+            command
+        };
+        let file = path("awsvid.toml");
+        let taken = format!("any user can take port {port} ");
+        let validated = run(inside(&["config", "validate", &file]), b"", TIMEOUT);
+        assert_eq!(
+            validated.stderr.contains(&taken),
+            is_warned,
+            "{first}: {validated:?}"
+        );
+        // In CI the kernel's default decides.
+        let offline = ["config", "validate", "--offline", &file];
+        let validated = run(inside(&offline), b"", TIMEOUT);
+        assert_eq!(
+            validated.stderr.contains(&taken),
+            port >= 1024,
+            "{first}: {validated:?}"
+        );
+        let command = inside(&["serve", "--config", &file]);
         let daemon = Process::start("awsvid", command, &folder.path().join("log"));
-        daemon.await_some("it listens", Duration::from_secs(30), || {
+        daemon.await_some("it listens", TIMEOUT, || {
             daemon.log().contains("serving operators").then_some(())
         });
         let log = daemon.log();
@@ -113,6 +146,6 @@ fn unprivileged_port_is_warned_of() {
             is_warned,
             "{log}"
         );
-        assert_eq!(log.contains("[974]"), is_warned, "{log}");
+        assert_eq!(log.contains(&format!("[{port}]")), is_warned, "{log}");
     }
 }

@@ -237,6 +237,36 @@ fn workload_with_most_connections_is_evicted_first() {
     assert!(stage.metric("awsvid_connections_dropped_total{reason=\"evicted\"}") > 0);
 }
 
+/// T38: callers that are not attested have limits of their own, by what their sockets show.
+#[test]
+fn rejected_callers_do_not_share_one_limit() {
+    if !root() {
+        return;
+    }
+    let stage = LoadStage::set(
+        "max_connections = 1000\nmax_connections_per_workload = 40",
+        "",
+    );
+    let alice = stage.alice.path().file_stem().unwrap().to_str().unwrap();
+    // The service manager's sockets, so that no caller here is attested.
+    let [flooding, other] =
+        ["flooding", "other"].map(|unit| Cgroup::new(&format!("{unit}-{alice}.socket")));
+    for listener in ["tcp", "tcp6"] {
+        let address = stage.daemon.listener(listener);
+        let numbers = [usize::try_from(ALICE).unwrap(), 200];
+        let connections =
+            Repeater::start("hold", listener, &address, &numbers, flooding.path()).wait_started();
+        let refused = ask(listener, &address, BOB, 20, other.path());
+        assert_eq!(
+            refused,
+            counts(&[("manager_socket", 20)]),
+            "over {listener}"
+        );
+        assert!(stage.metric(DROPPED) > 0, "the flood has reached its limit");
+        connections.stop();
+    }
+}
+
 /// T20: a caller that does not read its response keeps no other from its own.
 #[test]
 fn unread_responses_delay_no_other_caller() {
@@ -471,5 +501,54 @@ fn hits_are_aggregated_with_right_counts() {
             first["repeated"].is_null() && first["access_key_id"].is_string(),
             "{first}"
         );
+    }
+}
+
+/// T33: sockets of removed cgroups, at a daemon that has to search for cgroups.
+#[test]
+fn callers_of_removed_cgroups_do_not_stop_others() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let upstream = Upstream::start(&[(ALICE, "alice"), (BOB, "bob")]);
+    let rules = [(ALICE, "alice"), (BOB, "bob")].map(|(uid, name)| {
+        format!(
+            "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/{name}\"\nuid = {uid}\n\
+             cgroup = \"/awsvid-test-*.slice/**\"\n"
+        )
+    });
+    let words = [
+        "setpriv",
+        "--bounding-set=-dac_read_search",
+        "--inh-caps=-dac_read_search",
+    ];
+    let configuration = upstream.configuration() + &rules.concat();
+    let daemon = Daemon::start_behind(&words, folder.path(), "", &configuration).ready();
+    for listener in ["tcp", "tcp6"] {
+        let address = daemon.listener(listener);
+        let busy = || {
+            daemon.metric(
+                "awsvid_requests_total{listener=\"tcp\",outcome=\"failed\",reason=\"search_busy\"}",
+            )
+        };
+        let before = busy();
+        let hostile_cgroup = Cgroup::new(&format!("orphaned-{listener}"));
+        let hostile = Repeater::start(
+            "orphaned",
+            listener,
+            &address,
+            &[usize::try_from(ALICE).unwrap(), 200],
+            hostile_cgroup.path(),
+        )
+        .wait_started();
+        for number in 0..20 {
+            // The daemon has not seen this cgroup before.
+            let cgroup = Cgroup::new(&format!("new-{listener}-{number}"));
+            let counts = ask(listener, &address, BOB, 1, cgroup.path());
+            assert_eq!(counts.get("Success"), Some(&1), "{listener}: {counts:?}");
+        }
+        hostile.stop();
+        assert!(busy() > before, "{listener}: all of them wait for a scan");
     }
 }

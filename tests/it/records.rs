@@ -1,7 +1,7 @@
 //! The audit and the log when their readers have stopped, or the disk is full (T30).
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,9 +13,10 @@ use serde_json::Value;
 
 use crate::harness::cgroup::own_rule;
 use crate::harness::client::ask;
-use crate::harness::counterparts::process::{await_some, spawn};
+use crate::harness::counterparts::process::{Process, await_some, behind, spawn};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
+use crate::harness::hanging::HangingFiles;
 use crate::harness::upstream::Upstream;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -97,7 +98,7 @@ fn stopped_log_readers_do_not_stop_daemon() {
         kill(daemon.id(), Signal::SIGTERM).unwrap();
         let status = daemon
             .wait(TIMEOUT)
-            .expect("it ends, with a reader or without");
+            .expect("it ends without a reader as well");
         assert!(status.success(), "{status}");
         let Some(reading) = reading else { continue };
         let [log, audit]: [Vec<Value>; 2] = reading.map(|thread| thread.join().unwrap());
@@ -116,6 +117,75 @@ fn stopped_log_readers_do_not_stop_daemon() {
                 .sum::<u64>(),
             500
         );
+    }
+}
+
+/// The audit file is a pipe without a reader, or on a file system that hangs: the daemon starts and
+/// answers. Its records are written when the file can be opened.
+#[test]
+fn audit_file_that_blocks_does_not_stop_daemon() {
+    if !root() {
+        return;
+    }
+    let upstream = upstream();
+    for hangs in [false, true] {
+        let folder = folder();
+        let mut files = HangingFiles::mount();
+        files.hang();
+        let enter = files.enter();
+        let enter: Vec<&str> = enter.iter().map(String::as_str).collect();
+        let path = |name: &str| folder.path().join(name);
+        let pipe = path("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let (words, file) = match hangs {
+            true => (&enter[..], files.program()),
+            false => (&[][..], &*pipe),
+        };
+        let (socket, config) = (path("awsvid.sock"), path("awsvid.toml"));
+        let text = format!(
+            "{}\n{}\n[audit]\nfile = {file:?}\n[listen]\nunix = {socket:?}\ntcp = []\nadmin = \"\"\n\
+             status = {:?}\ntoken_file = {:?}\n",
+            upstream.configuration(),
+            rule(),
+            path("status.sock"),
+            path("token"),
+        );
+        fs::write(&config, text).unwrap();
+        let mut command = behind(words, Path::new(PROGRAM));
+        command.env_clear().env("PATH", "/usr/bin:/bin");
+        command.args(["serve", "--config"]).arg(&config);
+        let daemon = Process::start("awsvid", command, &path("log"));
+        // The server ends first, since the daemon cannot end before.
+        let stage = (files, daemon);
+        let daemon = &stage.1;
+        let stream = || UnixStream::connect(&socket).ok();
+        let answer = |stream| ask(stream).0;
+        let connected = daemon.await_some("it listens", TIMEOUT, stream);
+        assert_eq!(answer(connected), 200);
+        let why = if hangs {
+            "the server of its file system does not respond"
+        } else {
+            "no process reads from this pipe"
+        };
+        assert!(daemon.log().contains(why), "{}", daemon.log());
+        if !hangs {
+            let mut line = String::new();
+            BufReader::new(fs::File::open(&pipe).unwrap())
+                .read_line(&mut line)
+                .unwrap();
+            assert!(line.contains("\"outcome\":\"issued\""), "{line}");
+        }
+        // A reload with such a file changes nothing, and ends.
+        kill(daemon.id(), Signal::SIGHUP).unwrap();
+        if hangs {
+            daemon.await_some("the reload ends", TIMEOUT, || {
+                let log = daemon.log();
+                (log.matches(why).count() == 2).then_some(())
+            });
+        }
+        assert_eq!(answer(stream().unwrap()), 200);
+        kill(daemon.id(), Signal::SIGTERM).unwrap();
+        await_some("it ends", TIMEOUT, || (!socket.exists()).then_some(()));
     }
 }
 
@@ -179,7 +249,7 @@ fn required_audit_blocks_credentials_on_full_disk() {
     let mut all = fs::File::create(inside(&filler)).unwrap();
     while all.write_all(&[b'x'; 4096]).is_ok() {}
     for listener in listeners {
-        await_some("nothing is issued", TIMEOUT, || {
+        await_some("no credentials are served", TIMEOUT, || {
             let (status, body) = answer(listener);
             assert!(status == 200 || body["code"] == "not_audited", "{body}");
             (status == 503).then_some(())

@@ -19,6 +19,8 @@ use crate::harness::env::id;
 use crate::harness::namespaces::NetnsNode;
 use crate::harness::upstream::Upstream;
 
+mod tls;
+
 const TIMEOUT: Duration = Duration::from_secs(60);
 const ALICE: u32 = 61_001;
 
@@ -249,6 +251,28 @@ fn allowed(unit: &str) -> BTreeSet<String> {
     allowed
 }
 
+/// Returns those of these calls that the unit does not allow.
+fn blocked<'c>(unit: &str, called: &'c BTreeSet<String>) -> Vec<&'c str> {
+    let allowed = allowed(unit);
+    called
+        .iter()
+        .filter(|name| !allowed.contains(*name))
+        .map(String::as_str)
+        .collect()
+}
+
+/// Returns the unit without this name in its filter.
+fn without(unit: &str, name: &str) -> String {
+    let line = |line: &str| match line.strip_prefix("SystemCallFilter=") {
+        Some(names) => {
+            let names = names.split(' ').filter(|other| *other != name);
+            format!("SystemCallFilter={}\n", names.collect::<Vec<_>>().join(" "))
+        }
+        None => format!("{line}\n"),
+    };
+    unit.lines().map(line).collect()
+}
+
 #[test]
 fn unit_allows_all_system_calls_of_daemon() {
     if !root() || !tools() {
@@ -260,27 +284,34 @@ fn unit_allows_all_system_calls_of_daemon() {
         allowed.len() > 100 && allowed.contains("accept4") && !allowed.contains("mount"),
         "{allowed:?}"
     );
-    let [rules, agent, pods] = [by_rules(), by_agent(), in_pods()];
-    let called: BTreeSet<&str> = rules
-        .iter()
-        .chain(&agent)
-        .chain(&pods)
-        .map(String::as_str)
+    let Some(broker) = tls::by_broker() else {
+        return;
+    };
+    let (rules, agent) = (by_rules(), by_agent());
+    let called: BTreeSet<String> = [&rules, &agent, &in_pods(), &broker]
+        .into_iter()
+        .flatten()
+        .cloned()
         .collect();
     assert!(
         called.len() > 60 && called.contains("accept4") && called.contains("setns"),
         "{called:?}"
     );
-    let blocked: Vec<&&str> = called
-        .iter()
-        .filter(|name| !allowed.contains(**name))
-        .collect();
-    assert!(
-        blocked.is_empty(),
-        "the unit's SystemCallFilter= lacks {blocked:?}"
+    assert_eq!(
+        blocked(unit, &called),
+        [] as [&str; 0],
+        "what the unit's SystemCallFilter= lacks"
     );
-    // Each privileged call is allowed for a use that exists.
-    for (name, calls) in [("capset", &rules), ("open_by_handle_at", &rules)] {
-        assert!(allowed.contains(name) && calls.contains(name), "{name}");
+    // Each privileged call is allowed for a use that exists, and would be missed.
+    for (name, calls) in [
+        ("capset", [&rules, &broker]),
+        ("open_by_handle_at", [&rules, &broker]),
+        ("bpf", [&agent, &broker]),
+    ] {
+        assert!(calls.iter().all(|calls| calls.contains(name)), "{name}");
+        assert_eq!(blocked(&without(unit, name), &called), [name]);
     }
+    // So would a call of the group that has all others.
+    let lacking = format!("{unit}SystemCallFilter=~connect accept4\n");
+    assert_eq!(blocked(&lacking, &called), ["accept4", "connect"]);
 }

@@ -14,6 +14,8 @@ use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::{Daemon, PROGRAM, text};
 use crate::harness::upstream::Upstream;
 
+mod restored;
+
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// Starts a program where no cgroup v2 is mounted, so that no caller over TCP can be attested.
 const WITHOUT_CGROUP_V2: [&str; 8] = [

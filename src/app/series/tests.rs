@@ -63,7 +63,24 @@ fn lists_have_every_label_that_the_code_uses() {
 fn each_family_has_its_series_from_the_start() {
     let metrics = Metrics::default();
     create(&metrics);
+    metrics.add_sts("AWS in eu-central-1".to_owned());
+    metrics.config_loaded("digest".to_owned(), std::time::SystemTime::UNIX_EPOCH);
     let text = metrics.exposition().text;
+    let document = include_str!("../../../deploy/docs/metrics-and-alerts.md");
+    let families = document.lines().filter_map(|line| {
+        let (family, _) = line.strip_prefix("| `awsvid_")?.split_once('`')?;
+        Some(format!("awsvid_{family}"))
+    });
+    let has_sample = |family: &str| {
+        let is_sample = |line: &str| {
+            let rest = line.strip_prefix(family);
+            rest.is_some_and(|rest| rest.starts_with(['_', '{', ' ']))
+        };
+        text.lines().any(is_sample)
+    };
+    let without: Vec<String> = families.filter(|family| !has_sample(family)).collect();
+    // There are no credentials yet.
+    assert_eq!(without, ["awsvid_credentials_earliest_expiry_seconds"]);
     for series in [
         "awsvid_requests_total{listener=\"pod\",outcome=\"refused\",reason=\"no_identity\"} 0\n",
         "awsvid_requests_total{listener=\"unix\",outcome=\"failed\",reason=\"sts_unavailable\"} 0\n",
@@ -72,6 +89,7 @@ fn each_family_has_its_series_from_the_start() {
         "awsvid_connections_dropped_total{reason=\"slow_head\"} 0\n",
         "awsvid_source_calls_total{result=\"source_unavailable\"} 0\n",
         "awsvid_sts_calls_total{result=\"sts_access_denied\"} 0\n",
+        "awsvid_sts_up{endpoint=\"AWS in eu-central-1\"} 0\n",
         "awsvid_exchanges_total{result=\"too_many_exchanges\"} 0\n",
         "awsvid_cache_requests_total{result=\"miss\"} 0\n",
         "awsvid_cache_evictions_total{reason=\"expired\"} 0\n",

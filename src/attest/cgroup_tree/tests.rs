@@ -337,3 +337,89 @@ async fn waiters_for_scans_are_limited_per_user_and_pod() {
     }
     drop(held);
 }
+
+/// Covers T29: a person with subordinate ids fills the queue for scans.
+#[tokio::test]
+async fn waiters_with_subordinate_ids_give_way_to_others() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("new")).unwrap();
+    let tree = Arc::new(CgroupTree::at(
+        folder.path().to_owned(),
+        PodRoots::defaults(),
+    ));
+    let id = id_of(&folder.path().join("new"));
+    let key = |uid| ScanKey {
+        namespace: None,
+        uid: Some(uid),
+    };
+    // The permit in use of an honest user is not one of those.
+    let mut held = Vec::new();
+    let mut hold = |uid| {
+        let permit = tree.waiting.try_acquire_evicting(&key(uid)).unwrap();
+        permit.set_in_use();
+        held.push(permit);
+    };
+    hold(8);
+    (0..511).for_each(|number| hold(100_000 + number));
+    let is_evicted = |permit: &crate::limits::FairPermit<ScanKey>| {
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        std::pin::pin!(permit.evicted())
+            .poll(&mut context)
+            .is_ready()
+    };
+    let (honest, hostile) = held.split_first().unwrap();
+    // One more of those ids takes no permit of another.
+    let refused = tree.path_of(id, (TreeScope::All, key(130_000)), || {
+        panic!("it does not wait")
+    });
+    assert_eq!(refused.await, Err(AttestError::SearchBusy));
+    let found = tree.path_of(id, (TreeScope::All, key(9)), || ()).await;
+    assert_eq!(found.unwrap().as_str(), "/new");
+    assert_eq!(
+        hostile.iter().filter(|permit| is_evicted(permit)).count(),
+        1
+    );
+    assert!(!is_evicted(honest));
+}
+
+#[tokio::test]
+async fn evicted_waiter_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let tree = Arc::new(CgroupTree::at(
+        folder.path().to_owned(),
+        PodRoots::defaults(),
+    ));
+    // A scan runs, and does not end.
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    let throttle = tree.throttles[TreeScope::All as usize].clone();
+    let scan = tokio::spawn(async move {
+        throttle
+            .run_after(move || {
+                let _ = ended.recv();
+            })
+            .await;
+    });
+    tokio::task::yield_now().await;
+    let mut waiting = tokio::task::JoinSet::new();
+    for number in 0..MAX_WAITING {
+        let (tree, uid) = (tree.clone(), 100_000 + u32::try_from(number).unwrap());
+        waiting.spawn(async move {
+            let key = ScanKey {
+                namespace: None,
+                uid: Some(uid),
+            };
+            tree.path_of(1, (TreeScope::All, key), || ()).await
+        });
+    }
+    tokio::task::yield_now().await;
+    let honest = ScanKey {
+        namespace: None,
+        uid: Some(9),
+    };
+    let permit = tree.waiting.try_acquire_evicting(&honest);
+    let evicted = tokio::time::timeout(Duration::from_secs(60), waiting.join_next()).await;
+    let evicted = evicted.expect("one gives way").unwrap().unwrap();
+    assert_eq!(evicted, Err(AttestError::SearchBusy));
+    drop((permit, end));
+    scan.await.unwrap();
+}

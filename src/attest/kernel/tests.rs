@@ -1,4 +1,7 @@
+use std::os::unix::net::UnixDatagram;
+
 use super::*;
+use crate::attest::sock_diag::tests::error_reply;
 
 fn classified(
     reported: Option<u64>,
@@ -100,6 +103,78 @@ fn try_tcp_agrees_with_a_real_lookup() {
         unix_support() == UnixSupport::Process,
         connected.is_ok_and(|pidfd| pidfd.is_some())
     );
+}
+
+/// Tests with a kernel that replies with this error about each socket. `None` is a socket for
+/// queries that does not work at all.
+fn with_replies(errno: Option<i32>) -> TcpUnsupported {
+    let (ours, kernel) = UnixDatagram::pair().unwrap();
+    match errno {
+        Some(errno) => {
+            let reply = std::thread::spawn(move || {
+                let mut request = [0; 128];
+                kernel.recv(&mut request).unwrap();
+                let sequence = [request[8], request[9], request[10], request[11]];
+                kernel.send(&error_reply(errno, sequence)).unwrap();
+                kernel
+            });
+            let result = own_socket(&SockDiag::over(ours.into()));
+            reply.join().unwrap();
+            result.unwrap_err()
+        }
+        None => {
+            drop(kernel);
+            own_socket(&SockDiag::over(ours.into())).unwrap_err()
+        }
+    }
+}
+
+/// For a caller's socket ENOENT means that the caller has gone. For this process's own, which
+/// exists, it means that the kernel has no handler for TCP.
+#[test]
+fn missing_handler_is_not_taken_for_a_missing_socket() {
+    let failed = "a query to the kernel for the caller failed";
+    for (errno, cause) in [
+        (Some(libc::ENOENT), "it does not find a socket that exists"),
+        (Some(libc::EINVAL), failed),
+        (Some(libc::EPERM), failed),
+        (None, failed),
+    ] {
+        let missing = with_replies(errno);
+        assert_eq!(
+            missing.to_string(),
+            format!("sock_diag(7) does not work for TCP: {cause}"),
+            "{errno:?}"
+        );
+        assert!(
+            missing
+                .fix(UnixSupport::Nothing)
+                .contains("inet_diag and tcp_diag"),
+            "{errno:?}"
+        );
+        let refusal = missing.refusal();
+        assert_eq!(refusal.reason(), "unsupported_kernel", "{errno:?}");
+        assert!(refusal.to_string().contains("tcp_diag"), "{errno:?}");
+    }
+}
+
+/// Versions prove little: a refusal names the interface.
+#[test]
+fn refusals_name_what_is_missing() {
+    let io = || io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
+    for (missing, words) in [
+        (TcpUnsupported::NoCgroups, "no cgroup v2 tree is mounted"),
+        (
+            TcpUnsupported::NoCgroupId,
+            "does not report the cgroup of a",
+        ),
+        (TcpUnsupported::WrongCgroupId, "wrong cgroup"),
+        (TcpUnsupported::NoLoopback(io()), "the device lo"),
+        (no_sock_diag(io()), "sock_diag(7)"),
+    ] {
+        let text = missing.refusal().to_string();
+        assert!(text.contains(words) && !text.contains("5.15"), "{text}");
+    }
 }
 
 #[test]

@@ -22,7 +22,7 @@ use tokio::time::sleep;
 
 use crate::caller::WorkloadKey;
 use crate::clock::REQUEST_HOLD;
-use crate::telemetry::LogQuota;
+use crate::telemetry::{LogQuota, in_current_request};
 
 /// The number of reads of one workload that may run at a time. If one of them blocks, another one
 /// remains.
@@ -32,7 +32,9 @@ const MAX_PER_WORKLOAD: usize = 2;
 const STUCK_AFTER: Duration = Duration::from_millis(10);
 /// The shortest interval between two log lines about threads that cannot be started.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
-/// The number of all threads, with those that are blocked.
+/// The number of all threads, with those that are blocked. A scope (T29) gets another one only
+/// while more are left than it has. So one scope blocks half of them, and ten leave an eleventh of
+/// them. Only 256 scopes, each with two blocked reads, can block all.
 const MAX_THREADS: usize = 512;
 
 thread_local! {
@@ -145,14 +147,15 @@ impl LookupThreads {
         );
     }
 
-    /// Runs a task that never waits for events. It is dropped if it has waited too long for a
-    /// thread.
+    /// Runs a task that never waits for events, for the current request. It is dropped if it has
+    /// waited too long for a thread.
     pub(super) fn spawn_here(
         &self,
         owner: WorkloadKey,
         task: impl Future<Output = ()> + Send + 'static,
         give_up: impl FnOnce() + Send + 'static,
     ) {
+        let task = in_current_request(task);
         self.push(owner, Box::pin(task), Box::new(give_up), None);
     }
 
@@ -320,9 +323,10 @@ impl PoolState {
 
     /// Registers the threads to start, so that `target` threads are not blocked.
     fn missing(&mut self, target: usize) -> Vec<u64> {
+        let ready = self.ready.iter().filter(|owner| self.may_run(owner));
         let missing = target
             .saturating_sub(self.count_running())
-            .min(self.ready.len());
+            .min(ready.count());
         let missing = missing.min(MAX_THREADS.saturating_sub(self.busy.len()));
         (0..missing).map(|_| self.new_number()).collect()
     }
@@ -335,9 +339,24 @@ impl PoolState {
         }
     }
 
+    /// Returns whether this workload's scope may have another thread.
+    fn may_run(&self, owner: &WorkloadKey) -> bool {
+        let left = MAX_THREADS.saturating_sub(self.busy.len());
+        // The count takes a while, and is needed only while threads are blocked.
+        if left > MAX_THREADS / 2 {
+            return true;
+        }
+        let of_scope = self
+            .workloads
+            .iter()
+            .filter(|(key, _)| key.scope() == owner.scope());
+        of_scope.map(|(_, queue)| queue.running).sum::<usize>() < left
+    }
+
     fn next(&mut self) -> Option<(WorkloadKey, LookupJob)> {
         loop {
-            let owner = self.ready.pop_front()?;
+            let first = self.ready.iter().position(|owner| self.may_run(owner))?;
+            let owner = self.ready.remove(first)?;
             let Some(queue) = self.workloads.get_mut(&owner) else {
                 continue;
             };

@@ -33,7 +33,7 @@ fn pod_exists_as_long_as_its_directory() {
     }
     let pod = format!("kubepods/burstable/pod{U}");
     let (folder, pods) = pods(&[&format!("{pod}/{C}/init"), "system.slice/a.service"]);
-    assert_eq!(pods.discover_roots(), [&path("/kubepods")]);
+    assert_eq!(pods.discover_roots(), [path("/kubepods")]);
     assert!(pods.of(&path("/system.slice/a.service")).unwrap().is_none());
     let resolved = pods
         .of(&path(&format!("/{pod}/{C}/init")))

@@ -160,6 +160,41 @@ fn parse_rejects_replies_for_other_sockets() {
     );
 }
 
+/// Returns a reply with this error, as `struct nlmsghdr` and `struct nlmsgerr`.
+pub(crate) fn error_reply(errno: i32, sequence: [u8; 4]) -> Vec<u8> {
+    let mut reply = 36_u32.to_ne_bytes().to_vec();
+    reply.extend(NLMSG_ERROR.to_ne_bytes());
+    reply.extend([0; 2]);
+    reply.extend(sequence);
+    reply.extend([0; 4]);
+    reply.extend((-errno).to_ne_bytes());
+    reply.extend([0; 16]);
+    reply
+}
+
+/// ENOENT is a missing socket, or a missing handler: the kernel's test distinguishes them.
+#[test]
+fn parse_distinguishes_a_missing_socket_from_failures() {
+    let (client, server) = (CLIENT.parse().unwrap(), SERVER.parse().unwrap());
+    for (errno, refusal) in [
+        (libc::ENOENT, AttestError::CallerGone),
+        (libc::EPERM, AttestError::Kernel),
+        (libc::EINVAL, AttestError::Kernel),
+        (libc::EOPNOTSUPP, AttestError::Kernel),
+        // An acknowledgement describes no socket.
+        (0, AttestError::Kernel),
+    ] {
+        let reply = error_reply(errno, [1, 0, 0, 0]);
+        assert_eq!(parse(&reply, client, server), Err(refusal), "{errno}");
+        // A reply that ends before its number is a failure.
+        let cut = parse(&reply[..NLMSG_HEADER + 3], client, server);
+        assert_eq!(cut, Err(AttestError::Kernel), "{errno}");
+    }
+    let mut other = DiagReply::good().bytes();
+    other[4..6].copy_from_slice(&3_u16.to_ne_bytes());
+    assert_eq!(parse(&other, client, server), Err(AttestError::Kernel));
+}
+
 #[test]
 fn parse_fails_for_replies_of_every_shorter_length() {
     let bytes = DiagReply::good().bytes();

@@ -43,7 +43,7 @@ fn machine() -> (Arc<Host>, Arc<CgroupTree>) {
         PodRoots::defaults(),
         None,
     ));
-    let tree = host.cgroups.clone().expect("cgroup v2");
+    let tree = host.cgroup_tree().expect("cgroup v2");
     (host, tree)
 }
 

@@ -139,7 +139,7 @@ async fn workload_that_invents_roles_is_limited_alone() {
     let mut refusals = HashSet::new();
     for role in roles(2000) {
         match cache.get(&grant_of("greedy", &role), &caller()).await {
-            Err(CacheError::Issue(error)) => {
+            Err(CacheError::Exchange(error)) => {
                 refusals.insert((error.reason(), error.is_transient()))
             }
             other => panic!("{other:?}"),
@@ -202,4 +202,68 @@ async fn hanging_source_leaves_refreshes_for_others() {
     *env.takes.lock().unwrap() = HOUR;
     pass(MINUTE * 35).await;
     assert_eq!(flights(&cache), MAX_REFRESHES_PER_SPIFFE_ID);
+}
+
+/// Requests the credentials of four roles of each of 16 SPIFFE IDs, which are as many calls as the
+/// source gets at once.
+async fn request_for_sixteen(cache: &CredentialCache) -> tokio::task::JoinSet<&'static str> {
+    let mut requests = tokio::task::JoinSet::new();
+    for number in 0..16 {
+        for role in roles(MAX_REFRESHES_PER_SPIFFE_ID) {
+            let (cache, grant) = (cache.clone(), grant_of(&format!("hostile-{number}"), &role));
+            requests.spawn(async move {
+                match cache.get(&grant, &caller()).await {
+                    Ok(_) => "ok",
+                    Err(CacheError::Exchange(error)) => error.reason(),
+                    Err(CacheError::Pending) => "pending",
+                    Err(other) => panic!("{other}"),
+                }
+            });
+        }
+    }
+    settle().await;
+    requests
+}
+
+/// Covers T29, like the next test.
+#[tokio::test(start_paused = true)]
+async fn source_that_hangs_for_many_workloads_delays_no_other() {
+    let (env, cache) = env_of(100_000, MANY);
+    *env.takes.lock().unwrap() = SECOND * 30;
+    let mut hostile = request_for_sixteen(&cache).await;
+    assert_eq!(env.busy.load(Ordering::SeqCst), 64);
+    *env.takes.lock().unwrap() = Duration::from_millis(100);
+    for name in ["b", "c", "d"] {
+        let start = Instant::now();
+        key_for(&cache, name, 1).await.unwrap();
+        assert_eq!(start.elapsed(), Duration::from_millis(100));
+        // One call was cancelled in favour of this one. It tries again, and waits for the end of
+        // another.
+        assert!(env.busy.load(Ordering::SeqCst) <= 64);
+    }
+    let mut results = HashSet::new();
+    while let Some(result) = hostile.join_next().await {
+        results.insert(result.unwrap());
+    }
+    assert!(results.contains("pending"), "{results:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn source_that_hangs_for_many_workloads_leaves_refreshes_for_others() {
+    let (env, cache) = env_of(100_000, MANY);
+    let hostile = request_for_sixteen(&cache).await.join_all().await;
+    assert_eq!(hostile, vec!["ok"; 64]);
+    *env.takes.lock().unwrap() = HOUR;
+    pass(MINUTE * 10).await;
+    *env.takes.lock().unwrap() = Duration::ZERO;
+    let (first, _) = key_for(&cache, "b", 1).await.unwrap();
+    *env.takes.lock().unwrap() = HOUR;
+    // Half of their lives have passed, and not yet of these.
+    pass(MINUTE * 25).await;
+    assert_eq!(flights(&cache), MAX_REFRESHES);
+    *env.takes.lock().unwrap() = Duration::ZERO;
+    pass(MINUTE * 10).await;
+    let (second, result) = key_for(&cache, "b", 1).await.unwrap();
+    assert_eq!(result, CacheResult::Hit);
+    assert_ne!(first, second);
 }

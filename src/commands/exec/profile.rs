@@ -20,32 +20,30 @@ use crate::sdk_environment::profiles::{DEFAULT, Lead, Profiles};
 const PROFILE: &str = "awsvid-exec";
 /// Variables that select the profile. Python and the AWS CLI read the second one first.
 pub(super) const VARIABLES: [&str; 2] = ["AWS_PROFILE", "AWS_DEFAULT_PROFILE"];
-const FILES: [&str; 2] = ["AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"];
-
-/// Result of the replacement.
-pub(super) struct ReplacedProfiles {
-    /// Set if the command gets a profile with a region.
-    pub(super) has_region: bool,
-    /// Region of a profile that is hidden from the command.
-    pub(super) hidden_region: Option<String>,
-}
+/// A directory in memory. Containers whose other directories are read-only have it.
+const SHARED_MEMORY: &str = "/dev/shm";
 
 /// Keeps each profile that leads to awsvid or to no credentials, and replaces each other one.
+/// Returns whether the command gets a profile with a region.
+///
+/// Fails if a profile has to be replaced and its copy cannot be written. Without the copy the
+/// command would lose settings, or use other credentials.
 pub(super) fn replace(
     environment: &mut Environment,
     notes: &mut Vec<String>,
     inherited: &impl Fn(&str) -> Option<String>,
-) -> ReplacedProfiles {
-    replace_in(environment, notes, inherited, &std::env::temp_dir())
+) -> Result<bool, String> {
+    let temporary = [std::env::temp_dir(), SHARED_MEMORY.into()];
+    replace_in(environment, notes, inherited, &temporary)
 }
 
-/// Does the same with `temporary` as the directory of temporary files.
+/// Does the same with `temporary` as the directories of temporary files.
 pub(super) fn replace_in(
     environment: &mut Environment,
     notes: &mut Vec<String>,
     inherited: &impl Fn(&str) -> Option<String>,
-    temporary: &Path,
-) -> ReplacedProfiles {
+    temporary: &[PathBuf],
+) -> Result<bool, String> {
     let profiles = Profiles::read(inherited);
     let profile_names =
         VARIABLES.map(|variable| inherited(variable).filter(|name| !name.is_empty()));
@@ -72,50 +70,32 @@ pub(super) fn replace_in(
         Lead::Elsewhere(keys) => Some((*name, keys)),
         Lead::Missing | Lead::Nowhere | Lead::Awsvid => None,
     });
-    let region = |name: &str| profiles.region(name).map(str::to_owned);
     let Some((name, keys)) = elsewhere else {
-        return ReplacedProfiles {
-            has_region: used.iter().any(|name| region(name).is_some()),
-            hidden_region: None,
-        };
+        return Ok(used.iter().any(|name| profiles.region(name).is_some()));
     };
     let keys: Vec<_> = keys
         .iter()
         .map(|(file, key)| format!("{key} in {}", file.display()))
         .collect();
     let keys = keys.join(", ");
+    let copy = write(&profiles, name, &directories(inherited, temporary)).map_err(|error| {
+        format!(
+            "the profile [{name}], which would take precedence over awsvid, cannot be replaced: no directory for a copy of the \
+             config file: {error}; set TMPDIR to a directory that only this user can write to, or remove {keys}"
+        )
+    })?;
     // Python would prefer it to the replacement.
     VARIABLES
         .iter()
         .for_each(|variable| environment.remove(variable));
-    let why = "which would take precedence over awsvid";
-    match write(&profiles, name, &directories(inherited, temporary)) {
-        Ok(copy) => {
-            notes.push(format!(
-                "the command has the profile [{PROFILE}] instead of [{name}], which has {keys}, {why}; all other settings are in {}",
-                copy.display()
-            ));
-            environment.set("AWS_CONFIG_FILE", copy.display().to_string());
-            environment.set("AWS_PROFILE", PROFILE);
-            ReplacedProfiles {
-                has_region: region(name).is_some(),
-                hidden_region: None,
-            }
-        }
-        Err(error) => {
-            notes.push(format!(
-                "the files of profiles are hidden from the command: [{name}] has {keys}, {why}, and no other profile can be \
-                 written: {error}"
-            ));
-            FILES
-                .iter()
-                .for_each(|variable| environment.set(variable, "/dev/null"));
-            ReplacedProfiles {
-                has_region: false,
-                hidden_region: region(name),
-            }
-        }
-    }
+    notes.push(format!(
+        "the command has the profile [{PROFILE}] instead of [{name}], which has {keys}, which would take precedence over \
+         awsvid; all other settings are in {}",
+        copy.display()
+    ));
+    environment.set("AWS_CONFIG_FILE", copy.display().to_string());
+    environment.set("AWS_PROFILE", PROFILE);
+    Ok(profiles.region(name).is_some())
 }
 
 /// Writes the copy of the config file. Each config file and profile has one copy, which later
@@ -154,7 +134,7 @@ fn write(
 /// Returns the parents and names of possible directories for the copy, the best first.
 fn directories(
     inherited: &impl Fn(&str) -> Option<String>,
-    temporary: &Path,
+    temporary: &[PathBuf],
 ) -> Vec<(PathBuf, String)> {
     let variable = |name: &str| {
         inherited(name)
@@ -165,26 +145,24 @@ fn directories(
     let cache =
         variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")));
     let cache = cache.map(|base| (base, "awsvid".to_owned()));
-    let temporary = (temporary.to_owned(), format!("awsvid-{}", geteuid()));
-    runtime
-        .into_iter()
-        .chain(cache)
-        .chain([temporary])
-        .collect()
+    let temporary = temporary
+        .iter()
+        .map(|base| (base.clone(), format!("awsvid-{}", geteuid())));
+    runtime.into_iter().chain(cache).chain(temporary).collect()
 }
 
 /// Returns the first directory that only this user can access: a config file can name a program
 /// that the SDK runs.
 pub(super) fn private_directory(directories: &[(PathBuf, String)]) -> io::Result<PathBuf> {
     let own = geteuid().as_raw();
-    let mut last = io::Error::from(io::ErrorKind::NotFound);
+    let mut failures = Vec::new();
     for (base, name) in directories {
         match private(base, name, own) {
             Ok(directory) => return Ok(directory),
-            Err(error) => last = error,
+            Err(error) => failures.push(format!("{}: {error}", base.display())),
         }
     }
-    Err(last)
+    Err(io::Error::other(failures.join(", ")))
 }
 
 fn private(base: &Path, name: &str, own: u32) -> io::Result<PathBuf> {

@@ -352,7 +352,7 @@ fn profile_variable_overrides_the_default_profile() {
 }
 
 #[test]
-fn profile_files_are_hidden_if_no_copy_can_be_written() {
+fn command_is_not_started_if_no_copy_can_be_written() {
     let home = Home::with(
         "[default]\nregion = eu-west-1\n",
         &format!("[default]\n{KEYS}"),
@@ -361,24 +361,37 @@ fn profile_files_are_hidden_if_no_copy_can_be_written() {
     let file = home.0.path().join("file");
     fs::write(&file, "").unwrap();
     let mut environment = Environment::new(String::new(), "", |_| None);
-    let (mut notes, file) = (Vec::new(), file.to_str().unwrap().to_owned());
-    let below = home.0.path().to_str().unwrap().to_owned();
+    let (mut notes, below) = (Vec::new(), home.0.path().to_str().unwrap());
     let inherited = |name: &str| match name {
-        "HOME" => Some(below.clone()),
-        "XDG_RUNTIME_DIR" | "XDG_CACHE_HOME" => Some(file.clone()),
+        "HOME" => Some(below.to_owned()),
+        "XDG_RUNTIME_DIR" | "XDG_CACHE_HOME" => Some(file.to_str().unwrap().to_owned()),
         _ => None,
     };
-    let profiles = profile::replace_in(&mut environment, &mut notes, &inherited, Path::new(&file));
-    let set: BTreeMap<_, _> = environment.variables().iter().cloned().collect();
-    assert_eq!(set["AWS_SHARED_CREDENTIALS_FILE"], "/dev/null");
+    let mut replace = |temporary: &[PathBuf]| {
+        profile::replace_in(&mut environment, &mut notes, &inherited, temporary)
+    };
+    let error = replace(std::slice::from_ref(&file)).unwrap_err();
+    for part in [
+        "the profile [default], which would take precedence",
+        &format!("{}: File exists", file.display()),
+        "set TMPDIR to a directory that only this user can write to",
+        "aws_access_key_id in ",
+    ] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    assert!(!error.contains("s3cret"), "{error}");
+    // The second directory of temporary files is used if the first one cannot be written to.
+    let shared_memory = tempfile::tempdir().unwrap();
     assert_eq!(
-        (
-            set["AWS_CONFIG_FILE"].as_str(),
-            profiles.hidden_region.as_deref()
-        ),
-        ("/dev/null", Some("eu-west-1"))
+        replace(&[file.clone(), shared_memory.path().to_owned()]),
+        Ok(true)
     );
-    assert!(notes[0].contains("hidden from the command"), "{notes:?}");
+    let set: BTreeMap<_, _> = environment.variables().iter().cloned().collect();
+    assert!(
+        Path::new(&set["AWS_CONFIG_FILE"]).starts_with(shared_memory.path())
+            && !set.contains_key("AWS_SHARED_CREDENTIALS_FILE"),
+        "{set:?}"
+    );
 }
 
 /// A config file can name a program that the SDK runs, so no other user may have created its

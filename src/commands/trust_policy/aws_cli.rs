@@ -24,7 +24,7 @@ pub(super) fn render(plan: &Plan) -> String {
             let _ = writeln!(text, "\n# {role_arn}\n{}", create(role, &policy));
             let _ = writeln!(
                 text,
-                "# If the role exists already:\n{}",
+                "# If the role exists already (this replaces its whole trust policy):\n{}",
                 commented(&update(role, &policy))
             );
         }

@@ -33,7 +33,7 @@ pub(in crate::config) const TABLES: &[TableSpec] = &[
                 "tcp",
                 "list of addresses",
                 "`[\"127.0.0.1:974\", \"[::1]:974\"]`",
-                "loopback addresses for workloads; `[]` disables TCP; a port from 1024 on causes a warning, because any user can take it while awsvid is down",
+                "loopback addresses for workloads; `[]` disables TCP; a port from `net.ipv4.ip_unprivileged_port_start` on (1024 by default) causes a warning, because any user can take it while awsvid is down",
             ),
             key(
                 "admin",
@@ -119,7 +119,7 @@ pub(in crate::config) const TABLES: &[TableSpec] = &[
                 "workload_api_socket",
                 "socket URI",
                 "`SPIFFE_ENDPOINT_SOCKET`, else `\"unix:///run/spire/agent-sockets/spire-agent.sock\"`",
-                "the SPIFFE Workload API; `spire-delegated` does not use it",
+                "the SPIFFE Workload API; `spire-delegated` uses it only in `awsvid trust-policy`, for a live token",
             ),
             key(
                 "admin_socket",

@@ -23,13 +23,13 @@ fn risky_key_has_a_warning() {
         ),
         (
             "",
-            "[listen]\ntcp = [\"127.0.0.1:80\",\n\"127.0.0.1:1024\"]",
-            (12, "listen.tcp", "any user can take port 1024"),
+            "[listen]\nauthorization = \"off\"",
+            (11, "listen.authorization", "fetch a URL"),
         ),
         (
             "",
-            "[listen]\nauthorization = \"off\"",
-            (11, "listen.authorization", "fetch a URL"),
+            "[pods]\nenabled = true\n[listen]\nauthorization = \"token\"",
+            (13, "listen.authorization", "pods do not have `token_file`"),
         ),
         (
             "",
@@ -63,6 +63,7 @@ fn risky_key_has_a_warning() {
     for quiet in [
         "duration = \"30m\"",
         "[listen]\nauthorization = \"off\"\ntcp = []",
+        "[listen]\nauthorization = \"token\"",
         "[identity]\nworkload_api_socket = \"tcp://[::1]:1\"",
     ] {
         warned(&format!("{LEAST}{quiet}\n"), &[]);
@@ -266,5 +267,42 @@ fn rules_that_differ_by_exe_have_a_warning() {
     warned(
         &two("uid = 1", "uid = 1").replace("/other", "/billing"),
         &[],
+    );
+}
+
+/// The kernel's setting decides which ports any user can take.
+#[test]
+fn port_has_a_warning_where_any_user_can_take_it() {
+    let text =
+        format!("{LEAST}[listen]\ntcp = [\"127.0.0.1:80\",\n\"127.0.0.1:1024\", \"[::1]:0\"]\n");
+    let loaded = loaded(&text);
+    assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
+    let warned = |first: u16| -> Vec<(Option<usize>, String)> {
+        let problems = loaded.config.unprivileged_ports(first);
+        assert!(problems.iter().all(|problem| problem.key == "listen.tcp"));
+        problems
+            .into_iter()
+            .map(|problem| (problem.line, format!("{}; {}", problem.what, problem.fix)))
+            .collect()
+    };
+    let text = |port: u16, fix: &str| {
+        format!("any user can take port {port} while awsvid is down, and answer for it; {fix}")
+    };
+    let low = "set net.ipv4.ip_unprivileged_port_start to 1024";
+    assert_eq!(warned(u16::MAX), []);
+    assert_eq!(warned(1025), []);
+    assert_eq!(
+        warned(FIRST_UNPRIVILEGED_PORT),
+        [(Some(12), text(1024, "use a port below 1024"))]
+    );
+    assert_eq!(
+        warned(80),
+        [(Some(11), text(80, low)), (Some(12), text(1024, low))]
+    );
+    // The default ports have no line.
+    let default = super::loaded(LEAST).config.unprivileged_ports(0);
+    assert!(
+        default.len() == 2 && default.iter().all(|problem| problem.line.is_none()),
+        "{default:?}"
     );
 }

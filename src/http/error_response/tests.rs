@@ -1,5 +1,10 @@
 use super::*;
 
+const REQUEST: RequestId = RequestId {
+    boot: 0x9f2c_41aa,
+    number: 7,
+};
+
 #[test]
 fn error_body_is_json_that_all_sdks_read() {
     let cases = [
@@ -58,7 +63,7 @@ fn error_body_is_json_that_all_sdks_read() {
         (RequestError::Full, 503, "cache_full", Some(1)),
         (RequestError::TooManyRoles, 503, "too_many_roles", Some(1)),
         (
-            RequestError::Issue(ExchangeError::TooOften),
+            RequestError::Exchange(ExchangeError::TooOften),
             503,
             "too_many_exchanges",
             Some(1),
@@ -71,7 +76,7 @@ fn error_body_is_json_that_all_sdks_read() {
             (status, retry_after),
             "{refused:?}"
         );
-        let body: serde_json::Value = serde_json::from_slice(&refused.body(None)).unwrap();
+        let body: serde_json::Value = serde_json::from_slice(&refused.body(REQUEST)).unwrap();
         let keys: Vec<_> = body
             .as_object()
             .unwrap()
@@ -83,7 +88,7 @@ fn error_body_is_json_that_all_sdks_read() {
         assert_eq!(body["message"], body["Message"]);
         let message = body["message"].as_str().unwrap();
         assert!(
-            message.starts_with("awsvid: ") && message.ends_with('.'),
+            message.starts_with("awsvid: ") && message.ends_with(". (request 9f2c41aa-7)"),
             "{message}"
         );
     }
@@ -92,7 +97,7 @@ fn error_body_is_json_that_all_sdks_read() {
 #[test]
 fn error_body_shows_no_fact_about_other_workloads() {
     let refused = RequestError::NoIdentity("uid 1003 in shop.service".to_owned());
-    let text = String::from_utf8(refused.body(None)).unwrap();
+    let text = String::from_utf8(refused.body(REQUEST)).unwrap();
     assert!(text.contains("uid 1003 in shop.service"));
     assert!(!text.contains("spiffe://"));
 }

@@ -33,7 +33,7 @@ fn judge(
         .map_or((path, None), |(path, query)| (path, Some(query)));
     let asked = RequestHead {
         method: &Method::GET,
-        names_server: false,
+        has_authority: false,
         path,
         query,
         headers,
@@ -225,7 +225,7 @@ fn client_is_accepted_and_page_is_rejected() {
             .map_or((head.path, None), |(path, query)| (path, Some(query)));
         let asked = RequestHead {
             method: &head.method,
-            names_server: false,
+            has_authority: false,
             path,
             query,
             headers,
@@ -279,7 +279,7 @@ fn other_method_than_get_is_rejected() {
         let path = "/v1/credentials";
         let asked = RequestHead {
             method: &method,
-            names_server: false,
+            has_authority: false,
             path,
             query: None,
             headers: &headers,

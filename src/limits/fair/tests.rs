@@ -21,6 +21,12 @@ impl FairKey for Key {
     }
 }
 
+impl<K: FairKey> FairSemaphore<K> {
+    async fn acquire(&self, key: &K) -> Option<FairPermit<K>> {
+        self.acquire_within(ACQUIRE_TIMEOUT, key).await
+    }
+}
+
 fn is_empty<K: FairKey>(limit: &FairSemaphore<K>) -> bool {
     let state = limit.0.state();
     state.keys.is_empty()
@@ -232,6 +238,75 @@ async fn permit_in_use_is_evicted_if_none_is_idle() {
     let modest = limit.try_acquire_evicting(&id("modest")).unwrap();
     held[1].evicted().await;
     drop((held, modest));
+    assert!(is_empty(&limit));
+}
+
+#[tokio::test(start_paused = true)]
+async fn permit_in_use_gives_way_only_to_a_smaller_group() {
+    let limit = FairSemaphore::new(6, 3);
+    let acquire = |key: Key| {
+        let limit = limit.clone();
+        async move {
+            limit
+                .acquire_evicting_within(Duration::from_secs(1), &key)
+                .await
+        }
+    };
+    let mut held = Vec::new();
+    for key in [("greedy", 1), ("greedy", 1), ("greedy", 2), ("slow", 1)] {
+        held.push(acquire(Key(key.0, key.1)).await.unwrap());
+    }
+    for _ in 0..2 {
+        held.push(acquire(Key("other", 1)).await.unwrap());
+    }
+    let start = Instant::now();
+    // 3, 1 and 2: the largest group loses the newest of its largest key.
+    held.push(acquire(Key("new", 1)).await.unwrap());
+    let evicted: Vec<bool> = held.iter().map(is_evicted).collect();
+    assert_eq!(
+        evicted,
+        [false, true, false, false, false, false, false],
+        "the newest of the key with two"
+    );
+    // 2, 1, 2 and 1: one of the groups with two, and then the other.
+    held.push(acquire(Key("newest", 1)).await.unwrap());
+    held.push(acquire(Key("crowd", 0)).await.unwrap());
+    assert_eq!(start.elapsed(), Duration::ZERO);
+    // Each of the six groups holds one now. No newcomer takes it, whether of another group or of
+    // another key in one of these.
+    for key in [Key("late", 1), Key("late", 2), Key("crowd", 1)] {
+        assert!(acquire(key).await.is_none());
+    }
+    assert_eq!(held.iter().filter(|permit| is_evicted(permit)).count(), 2);
+    assert!(!is_evicted(&held[3]), "the only one of its group");
+    drop(held);
+    assert!(is_empty(&limit));
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiter_gets_a_permit_that_can_be_evicted() {
+    let limit = FairSemaphore::new(2, 1);
+    let wait = |key: Key| {
+        let limit = limit.clone();
+        tokio::spawn(async move { limit.acquire_evicting(&key).await.unwrap() })
+    };
+    let held = [
+        limit.acquire(&Key("a", 1)).await.unwrap(),
+        limit.acquire(&Key("a", 2)).await.unwrap(),
+    ];
+    let waiting = [wait(Key("b", 1)), wait(Key("b", 2))];
+    tokio::task::yield_now().await;
+    drop(held);
+    let mut granted = Vec::new();
+    for waiting in waiting {
+        granted.push(waiting.await.unwrap());
+    }
+    let c = limit.acquire_evicting(&Key("c", 1)).await.unwrap();
+    assert_eq!(
+        granted.iter().filter(|permit| is_evicted(permit)).count(),
+        1
+    );
+    drop((granted, c));
     assert!(is_empty(&limit));
 }
 

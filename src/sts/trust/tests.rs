@@ -172,3 +172,39 @@ async fn call_after_the_pause_reads_again() {
     tokio::time::advance(RELOAD_PAUSE).await;
     roots.store().await.unwrap();
 }
+
+#[tokio::test(start_paused = true)]
+async fn late_file_is_read_until_it_is_complete() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ca.pem");
+    let roots = Roots::of_file(&path);
+    assert!(roots.store().await.is_err());
+    // A part of the file is valid by itself.
+    let (first, second) = (certificate().0, certificate().0);
+    fs::write(&path, &first).unwrap();
+    tokio::time::advance(RELOAD_PAUSE).await;
+    roots.store().await.unwrap();
+    let until = async |wanted: &str| {
+        while roots.state.lock().await.pem.as_deref() != Some(wanted.as_bytes()) {
+            sleep(Duration::from_millis(100)).await;
+        }
+    };
+    until(&first).await;
+    assert_eq!(roots.replaced(), 0);
+    // What is not valid changes nothing.
+    fs::write(&path, format!("{first}{}", &second[..second.len() / 2])).unwrap();
+    sleep(BACKGROUND_PAUSE).await;
+    until(&first).await;
+    let whole = format!("{first}{second}");
+    fs::write(&path, &whole).unwrap();
+    tokio::time::timeout(2 * BACKGROUND_PAUSE, until(&whole))
+        .await
+        .expect("it was read again");
+    assert_eq!(roots.replaced(), 1);
+    // Two reads agree, so the file is not read any more.
+    sleep(2 * BACKGROUND_PAUSE).await;
+    fs::write(&path, &first).unwrap();
+    sleep(10 * BACKGROUND_PAUSE).await;
+    until(&whole).await;
+    assert_eq!(Arc::weak_count(&roots), 0);
+}

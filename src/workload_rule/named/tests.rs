@@ -60,12 +60,12 @@ fn of_unit(path: &str, unit: &str) -> NamedRule {
 
 /// Returns 1001 for alice and 2001 for ops. The user ghost does not exist, and all other names are
 /// unanswered.
-fn known(name: &AccountName) -> Known {
+fn known(name: &AccountName) -> AccountState {
     match (name, name.as_str()) {
-        (AccountName::User(_), "alice") => Known::Number(1001),
-        (AccountName::Group(_), "ops") => Known::Number(2001),
-        (_, "ghost") => Known::Absent,
-        _ => Known::Unanswered,
+        (AccountName::User(_), "alice") => AccountState::Number(1001),
+        (AccountName::Group(_), "ops") => AccountState::Number(2001),
+        (_, "ghost") => AccountState::Absent,
+        _ => AccountState::Unanswered,
     }
 }
 

@@ -248,7 +248,7 @@ fn foreign_pid_namespace_of_agent_is_logged_with_fix() {
     }
     let folder = folder();
     let setting = SpireSetting {
-        agent_behind: OWN_PIDS.to_vec(),
+        agent_behind: OWN_PIDS.map(str::to_owned).to_vec(),
         ..Source::Delegated.of_spire()
     };
     let Some(mut spire) = Spire::start_with(folder.path(), setting) else {

@@ -1,15 +1,20 @@
 //! A process with several identities, and the one that a role takes, by the real agent's own
 //! replies.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::harness::counterparts::folder;
+use crate::harness::counterparts::process::await_some;
 use crate::harness::env::{Env, Setting, Source, id};
 
+const TIMEOUT: Duration = Duration::from_secs(60);
 const TWO: u32 = 51_001;
 const ADMIN: u32 = 51_003;
 
 /// Returns the SPIFFE ID for which a user gets credentials by a role, or the code of the refusal.
+/// Where no role was selected, the answer, the record and the log have the caller's SPIFFE IDs.
 fn by_role(env: &Env, uid: u32, role: &str) -> String {
     let before = env.daemon.audit().len();
     let (_, body) = env.curl_by("/usr/bin/curl".as_ref(), uid, "unix", role);
@@ -21,10 +26,41 @@ fn by_role(env: &Env, uid: u32, role: &str) -> String {
         record["access_key_id"], body["AccessKeyId"],
         "{record} {body}"
     );
+    let request = record["request_id"].as_str().unwrap();
+    if let Some(spiffe_ids) = record["spiffe_ids"].as_array() {
+        let line = log_line(env, "request without credentials", request);
+        for spiffe_id in spiffe_ids {
+            let spiffe_id = spiffe_id.as_str().unwrap();
+            assert!(
+                body["message"].as_str().unwrap().contains(spiffe_id),
+                "{body}"
+            );
+            assert_eq!(line.matches(spiffe_id).count(), 1, "{line}");
+        }
+        assert!(!spiffe_ids.is_empty());
+    } else {
+        let code = body["code"].as_str();
+        assert!(
+            !matches!(
+                code,
+                Some("several_identities" | "not_this_role" | "no_role")
+            ),
+            "{record}"
+        );
+    }
     let returned = record["spiffe_id"]
         .as_str()
         .filter(|_| record["outcome"] == "issued");
     returned.or(body["code"].as_str()).unwrap().to_owned()
+}
+
+/// Waits for the line of the log with this event and this request.
+fn log_line(env: &Env, event: &str, request: &str) -> String {
+    await_some("its line in the log", TIMEOUT, || {
+        let log = env.daemon.log();
+        let is_it = |line: &&str| line.contains(event) && line.contains(request);
+        log.lines().find(is_it).map(str::to_owned)
+    })
 }
 
 /// Adds roles after `shop`, which is first and is for all of `w/*`.
@@ -105,10 +141,21 @@ fn check_admin_entry(source: Source) {
     // The agents differ in which such identities they return. Without a role of their own these
     // give no process anything.
     let leaks = source == Source::Broker;
+    let before = env.daemon.audit().len();
     assert_eq!(
         by_role(&env, ADMIN, ""),
         if leaks { admin } else { "no_identity" }
     );
+    if !leaks {
+        // The agent's reply belongs to the request for which the agent was queried.
+        let record = &env.daemon.audit_after(before)[0];
+        let line = log_line(
+            &env,
+            "agent has no identity for a workload",
+            record["request_id"].as_str().unwrap(),
+        );
+        assert!(line.contains(&format!("\"uid\":{ADMIN}")), "{line}");
+    }
     assert_eq!(
         by_role(&env, ADMIN, "/named"),
         if leaks { admin } else { "no_identity" }

@@ -206,10 +206,10 @@ fn container_is_not_impersonated_by_cgroup_name() {
     }
 }
 
-/// T3: the daemon's query to the agent waits at a proxy until the caller has executed another
-/// program.
+/// T3 and T37: the daemon's query to the agent waits at a proxy until the caller has executed
+/// another program, or shows another file as its executable.
 #[test]
-fn setuid_program_is_not_served_to_its_caller() {
+fn program_that_changes_during_a_query_is_not_served() {
     if !root() {
         return;
     }
@@ -217,17 +217,17 @@ fn setuid_program_is_not_served_to_its_caller() {
     let Some(agents) = Agents::start(folder.path(), String::new()) else {
         return;
     };
-    let (first, setuid) = (
-        copy(folder.path(), "first", 0o755),
-        copy(folder.path(), "root", 0o4755),
-    );
+    let [first, second] = ["first", "second"].map(|name| copy(folder.path(), name, 0o755));
+    let setuid = copy(folder.path(), "root", 0o4755);
     let path = |program: &Path| format!("unix:path:{}", program.display());
-    agents
-        .spire
-        .register(&id("alice"), &["unix:uid:61001", &path(&first)]);
-    agents
-        .spire
-        .register(&id("root"), &["unix:uid:0", &path(&setuid)]);
+    for (name, uid, program) in [
+        ("alice", ALICE, &first),
+        ("second", ALICE, &second),
+        ("root", 0, &setuid),
+    ] {
+        let user = format!("unix:uid:{uid}");
+        agents.spire.register(&id(name), &[&user, &path(program)]);
+    }
     let sts = OneRoleSts::start(&agents.spire.issuer_url());
     let socket = folder.path().join("gate.sock");
     let new_gate = || {
@@ -239,34 +239,43 @@ fn setuid_program_is_not_served_to_its_caller() {
     let daemon = daemon(folder.path(), &socket, &sts);
     let cgroup = Cgroup::new("setuid");
 
-    for listener in LISTENERS {
+    let scenes = [("setuid", "root"), ("forged", "second")];
+    for (listener, (scene, other)) in LISTENERS
+        .into_iter()
+        .flat_map(|listener| scenes.map(|scene| (listener, scene)))
+    {
+        let what = format!("{scene} over {listener}");
         // The agent's socket is replaced, so the next query uses a new connection.
         let gate = new_gate();
         let mut steps = Steps::start(
             &first,
-            "setuid",
+            scene,
             listener,
             &daemon.listener(listener),
             cgroup.path(),
         );
         steps.step("ask");
         gate.await_arrivals(1);
-        assert_eq!(agents.ids(steps.caller()), [id("alice")]);
+        assert_eq!(agents.ids(steps.caller()), [id("alice")], "{what}");
         steps.step("change");
-        assert_eq!(agents.ids(steps.caller()), [id("root")], "SPIRE by itself");
+        assert_eq!(
+            agents.ids(steps.caller()),
+            [id(other)],
+            "SPIRE by itself: {what}"
+        );
         let exchanged = sts.exchanged();
         gate.set_open(true);
         assert_eq!(
-            Outcome::of(&steps.step("answer"), "setuid", &daemon),
+            Outcome::of(&steps.step("answer"), scene, &daemon),
             refused("identity_changed"),
-            "over {listener}"
+            "{what}"
         );
-        assert_eq!(sts.exchanged(), exchanged, "root's token was exchanged");
-        // In a query about itself it is root, and nothing was kept of the previous query.
+        assert_eq!(sts.exchanged(), exchanged, "a token was exchanged: {what}");
+        // In a query about itself it is the other one, and nothing was kept of the previous query.
         assert_eq!(
-            Outcome::of(&steps.step("again"), "setuid", &daemon),
-            credentials_of(&id("root")),
-            "over {listener}"
+            Outcome::of(&steps.step("again"), scene, &daemon),
+            credentials_of(&id(other)),
+            "{what}"
         );
     }
 }

@@ -5,13 +5,13 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
-use std::process::Command;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use super::{daemon, exec, output};
-use crate::harness::counterparts::{folder, tool};
+use super::{daemon, output};
+use crate::harness::counterparts::process::{Output, behind};
+use crate::harness::counterparts::{folder, root, tool};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::upstream::Upstream;
 
@@ -145,6 +145,14 @@ impl ExecStage {
         client: &[String],
         variables: &[(&str, &str)],
     ) -> (Vec<(String, String, String)>, String) {
+        let output = self.run(&[], client, variables);
+        let output_text = output.stderr.clone();
+        output.success(&format!("{client:?}"));
+        (self.sts.take(), output_text)
+    }
+
+    /// Runs the client behind these words and `awsvid exec`.
+    fn run(&self, words: &[&str], client: &[String], variables: &[(&str, &str)]) -> Output {
         let (url, token) = (
             format!("http://{}", self.daemon.tcp()),
             self.folder.path().join("token"),
@@ -153,17 +161,16 @@ impl ExecStage {
         let client: Vec<&str> = client.iter().map(String::as_str).collect();
         // The AWS CLI keeps the credentials of roles here.
         let _ = fs::remove_dir_all(self.folder.path().join(".aws/cli"));
-        let mut command: Command = exec(&[&options[..], &client].concat());
+        let mut command = behind(words, Path::new(PROGRAM));
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/bin");
+        command.arg("exec").args(options).args(client);
         let sts = format!("http://{}", self.sts.address);
         // A profile's requests to an STS go to the same one.
         command
             .env("HOME", self.folder.path())
             .env("AWS_ENDPOINT_URL_STS", sts)
             .envs(variables.iter().copied());
-        let output = output(command);
-        let output_text = output.stderr.clone();
-        output.success(&format!("{client:?}"));
-        (self.sts.take(), output_text)
+        output(command)
     }
 
     /// Returns the access key ids that awsvid has served.
@@ -225,6 +232,53 @@ fn profile_of_other_provider_is_replaced_except_its_settings() {
             fs::read_to_string(stage.folder.path().join(".aws/config")).unwrap(),
             config
         );
+    }
+}
+
+/// A machine without a writable directory, except for one in memory, and then without any.
+#[test]
+fn settings_are_kept_without_writable_directory() {
+    if !root() {
+        return;
+    }
+    let stage = stage();
+    let Some(clients) = clients(&format!("http://{}", stage.sts.address)) else {
+        return;
+    };
+    stage.write("[default]\nregion = eu-central-1\n", KEYS);
+    let home = stage.folder.path().to_str().unwrap();
+    let variables = [("TMPDIR", home)];
+    for (name, client) in &clients {
+        for (options, is_writable) in [("rw", true), ("ro", false)] {
+            let script = "mount --bind \"$0\" \"$0\"; mount -o remount,bind,ro \"$0\"; \
+                          mount -t tmpfs -o \"$1\" tmpfs /dev/shm; shift; exec \"$@\"";
+            let words = ["unshare", "--mount", "sh", "-euc", script, home, options];
+            let output = stage.run(&words, client, &variables);
+            let requests = stage.sts.take();
+            if is_writable {
+                let [(action, key, region)] = &requests[..] else {
+                    panic!("{name}: {requests:?} {output:?}")
+                };
+                assert_eq!(
+                    (action.as_str(), region.as_str()),
+                    ("GetCallerIdentity", "eu-central-1"),
+                    "{name}"
+                );
+                assert!(stage.issued().contains(key), "{name}: {key}");
+                assert!(
+                    output.stderr.contains("are in /dev/shm/awsvid-0/"),
+                    "{name}: {output:?}"
+                );
+            } else {
+                assert_eq!(output.status.code(), Some(125), "{name}: {output:?}");
+                assert_eq!(requests, [], "{name}: the command was started");
+                assert!(
+                    output.stderr.contains("Read-only file system")
+                        && output.stderr.contains("set TMPDIR to a directory"),
+                    "{name}: {output:?}"
+                );
+            }
+        }
     }
 }
 

@@ -234,7 +234,18 @@ impl Repeater {
         daemon: Pid,
         cgroups: &[&Path],
     ) -> Self {
-        let mut command = Command::new(program());
+        Self::block_behind(&[], count, (listener, address), daemon, cgroups)
+    }
+
+    /// Does the same with these words in front of the command.
+    pub(crate) fn block_behind(
+        words: &[&str],
+        count: usize,
+        (listener, address): (&str, &str),
+        daemon: Pid,
+        cgroups: &[&Path],
+    ) -> Self {
+        let mut command = behind(words, &program());
         command
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
@@ -242,6 +253,14 @@ impl Repeater {
         command
             .args(["blocked", &count.to_string(), listener, address])
             .args(cgroups);
+        Self::of(command)
+    }
+
+    /// Starts a process that listens at this path, and makes reads of its own `/proc` files hang.
+    pub(crate) fn block_agent(socket: &Path) -> Self {
+        let mut command = Command::new(program());
+        command.env_clear().env("PATH", "/usr/bin:/bin");
+        command.arg("blocked-agent").arg(socket);
         Self::of(command)
     }
 

@@ -79,6 +79,22 @@ struct Calls {
     count: HashMap<i32, usize>,
     /// The processes for which the next query is held.
     query: HashMap<i32, watch::Sender<QueryProgress>>,
+    /// The number of queries that the client cancelled.
+    cancelled: usize,
+}
+
+/// Counts a query as cancelled if it is dropped before its reply.
+struct RunningQuery<'a> {
+    calls: &'a Mutex<Calls>,
+    is_replied: bool,
+}
+
+impl Drop for RunningQuery<'_> {
+    fn drop(&mut self) {
+        if !self.is_replied {
+            self.calls.lock().unwrap().cancelled += 1;
+        }
+    }
 }
 
 /// The progress of a held query, in this order.
@@ -173,6 +189,11 @@ impl FakeAgent {
             .sum()
     }
 
+    /// Returns the number of queries that the client cancelled.
+    pub(crate) fn cancelled(&self) -> usize {
+        self.state.calls.lock().unwrap().cancelled
+    }
+
     /// Returns the number of exchanged tokens.
     pub(crate) fn exchanged(&self) -> u64 {
         self.sts.exchanged()
@@ -241,6 +262,10 @@ impl DelegatedIdentity for AgentState {
             *calls.count.entry(pid).or_default() += 1;
             calls.query.remove(&pid)
         };
+        let mut running = RunningQuery {
+            calls: &self.calls,
+            is_replied: false,
+        };
         // The query is released at the latest when its `HeldQuery` is dropped.
         let reached = async |to: QueryProgress, wanted: QueryProgress| {
             if let Some(progress) = &query {
@@ -255,6 +280,7 @@ impl DelegatedIdentity for AgentState {
         reached(QueryProgress::Received, QueryProgress::Reading).await;
         let attested = selectors(pid);
         reached(QueryProgress::Read, QueryProgress::Replied).await;
+        running.is_replied = true;
         let attested = attested.map_err(|_| Status::unavailable("workload attestation failed"))?;
         let has_all = |entry: &&Entry| {
             entry

@@ -130,7 +130,7 @@ impl Env {
         let spire_setting = SpireSetting {
             x509_svid_ttl: setting.x509_svid_ttl,
             without_hashes: setting.without_hashes,
-            agent_behind: setting.behind.to_vec(),
+            agent_behind: setting.behind.iter().map(ToString::to_string).collect(),
             ..setting.source.of_spire()
         };
         let spire = Spire::start_with(folder, spire_setting)?;

@@ -1,6 +1,7 @@
 //! The verifying STS of `awsvid dev` with one role, for each `spiffe://example.org/w/<name>` of one
 //! issuer.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use awsvid::clock::Clock;
@@ -55,6 +56,18 @@ impl OneRoleSts {
             self.sts.url(),
             id("*"),
         )
+    }
+
+    /// Returns the address at which it listens.
+    pub(crate) fn address(&self) -> SocketAddr {
+        let url = self.sts.url();
+        let address = url.trim_start_matches("http://").trim_end_matches('/');
+        address.parse().expect("an address in its URL")
+    }
+
+    /// Returns the URL at which it listens.
+    pub(crate) fn url(&self) -> &str {
+        self.sts.url()
     }
 
     /// Returns the number of exchanged tokens.

@@ -126,17 +126,20 @@ impl SystemdMachine {
     /// Returns a command that runs inside as root, but outside of every unit: for systemd's own
     /// tools. Its environment is empty.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
-        let init = self.init.to_string();
         let namespaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"];
-        let mut command = outside(
-            "nsenter",
-            ["--target", &init]
-                .into_iter()
-                .chain(namespaces)
-                .chain(["--"]),
-        );
+        let words = self.enter(&namespaces);
+        let mut command = outside(&words[0], words[1..].iter().map(String::as_str));
         command.args(arguments);
         command
+    }
+
+    /// Returns the words before a command that runs in these namespaces of the machine, as options
+    /// of nsenter(1).
+    pub(crate) fn enter(&self, namespaces: &[&str]) -> Vec<String> {
+        let init = self.init.to_string();
+        let target = ["nsenter", "--target", &init];
+        let words = target.iter().chain(namespaces).chain(&["--"]);
+        words.map(ToString::to_string).collect()
     }
 
     /// Runs such a command to its end.

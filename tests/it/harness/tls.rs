@@ -19,6 +19,9 @@ use super::forward::Network;
 /// Bounds steps that take milliseconds.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
+/// A name in the certificate that no name service has, for clients that use a proxy.
+pub(crate) const PROXIED_NAME: &str = "sts.behind-the-proxy.invalid";
+
 /// A TLS proxy that ends when this is dropped.
 pub(crate) struct TlsFront {
     certificate: String,
@@ -36,7 +39,12 @@ impl TlsFront {
             .set_nonblocking(true)
             .expect("a listener that does not block");
         let key = KeyPair::generate().expect("a key");
-        let params = CertificateParams::new(vec![address.ip().to_string()]).expect("an address");
+        let names = [
+            address.ip().to_string(),
+            "localhost".into(),
+            PROXIED_NAME.into(),
+        ];
+        let params = CertificateParams::new(names).expect("an address and two names");
         let certificate = params.self_signed(&key).expect("a certificate");
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let config =
@@ -87,6 +95,10 @@ impl TlsFront {
             .expect("a fingerprint")
             .replace(':', "")
             .to_lowercase()
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
     }
 
     pub(crate) fn url(&self) -> String {

@@ -258,7 +258,7 @@ impl Cluster {
         components: &[&str],
         listen: impl Fn(String) -> String,
     ) -> PathBuf {
-        let text = fs::read_to_string(manifests().join(source).join("awsvid.toml")).unwrap();
+        let text = fs::read_to_string(manifests().join(source).join("awsvid/awsvid.toml")).unwrap();
         let (start, _) = text.split_once("[sts]").expect("the example's [sts]");
         let start = listen(start.to_owned());
         let text = format!(

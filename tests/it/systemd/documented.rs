@@ -169,7 +169,7 @@ fn documented_first_workload_gets_credentials() {
 
 /// Runs the documented revocation for the workload.
 fn assert_revoked(machine: &SystemdMachine, spire: &Spire, entry: &str, text: &str) {
-    let count = block("revoke.md", "3. See that it worked", "awsvid status");
+    let count = block("revoke.md", "3. See that it worked", "sudo awsvid status");
     assert_eq!(sh(machine, &count).success(&count).trim(), "1");
     let commands = block(
         "revoke.md",
@@ -181,19 +181,23 @@ fn assert_revoked(machine: &SystemdMachine, spire: &Spire, entry: &str, text: &s
         let words: Vec<&str> = line.split_whitespace().collect();
         spire.server_command(&words[1..]).success(line);
     }
-    // A rule for another user replaces the workload's.
-    let other = text.replace("user      = \"billing\"", "user = \"shop\"");
+    // A role for another identity replaces the workload's.
+    let (rest, role) = text.split_once("[[role]]").expect("a role");
+    let other = format!(
+        "{rest}[[role]]{}",
+        role.replace(BILLING, "spiffe://example.org/shop")
+    );
     assert_ne!(other, text);
     fs::write(machine.path(CONFIGURATION), other).unwrap();
     let reload = block(
         "revoke.md",
         "2. Stop new credentials",
-        "awsvid config validate",
+        "sudo awsvid config validate",
     );
     sh(machine, &reload).success(&reload);
     await_some("the workload is rejected", TIMEOUT, || {
         let (status, body) = ask(machine, "billing.service", "billing", UNIX);
-        (status == 403 && body["code"] == "no_identity").then_some(())
+        (status == 403 && body["code"] == "no_role").then_some(())
     });
     assert_eq!(sh(machine, &count).success(&count).trim(), "0");
 }
@@ -219,7 +223,7 @@ fn documented_upgrade_interrupts_no_caller() {
                 assert_known(ask(machine, "asker.service", "billing", UNIX));
             }
         });
-        let upgrade = block("upgrade.md", "Upgrade on a VM", "cp --preserve");
+        let upgrade = block("upgrade.md", "Upgrade on a VM", "cp --preserve /usr/bin");
         sh(machine, &format!("cd /source\n{upgrade}")).success("the documented upgrade");
         asker.join().unwrap();
     });

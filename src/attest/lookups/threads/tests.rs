@@ -4,6 +4,8 @@ use std::sync::mpsc;
 use tokio::sync::oneshot;
 
 use super::*;
+use crate::caller::PeerFacts;
+use crate::cgroup::CgroupPath;
 
 fn spawn(threads: &LookupThreads, uid: u32, task: impl Future<Output = ()> + Send + 'static) {
     threads.spawn(WorkloadKey::user(uid), task, || {});
@@ -74,10 +76,9 @@ async fn blocked_threads_are_replaced() {
         assert!(runs_on_lookup_thread(&threads, uid).await);
     }
     // The threads that have returned are too many.
-    while count(&threads) > 2 {
+    while count(&threads) > 2 || !threads.0.state().workloads.is_empty() {
         tokio::task::yield_now().await;
     }
-    assert!(threads.0.state().workloads.is_empty());
 }
 
 #[tokio::test]
@@ -137,6 +138,54 @@ async fn blocked_task_is_given_up_once() {
     drop(release);
     assert!(runs_on_lookup_thread(&threads, 1).await);
     while threads.0.state().watched {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Returns the workload of a person.
+fn person(number: u32) -> WorkloadKey {
+    PeerFacts {
+        uid: number,
+        cgroup: CgroupPath::parse(&format!("/user.slice/user-{number}.slice/session-1.scope")),
+        pod: None,
+        namespace: None,
+    }
+    .owner()
+}
+
+/// Covers T29: one party with many users, such as subordinate ids without systemd, blocks as many
+/// threads as it can.
+#[tokio::test]
+async fn scope_that_blocks_leaves_threads_for_others() {
+    let threads = LookupThreads::new(2);
+    let (release, wait) = std::sync::mpsc::channel::<()>();
+    let wait = Arc::new(Mutex::new(wait));
+    for uid in 0..400 {
+        for _ in 0..MAX_PER_WORKLOAD {
+            let wait = wait.clone();
+            spawn(&threads, uid, async move {
+                if on_lookup_thread() {
+                    // All of them wait for the one that waits for the channel.
+                    let _ = wait.lock().map(|wait| wait.recv());
+                }
+            });
+        }
+    }
+    let busy = || threads.0.state().busy.len();
+    while busy() < MAX_THREADS / 2 {
+        tokio::task::yield_now().await;
+    }
+    for number in 0..100 {
+        let (say, said) = oneshot::channel();
+        let task = async move {
+            let _ = say.send(on_lookup_thread());
+        };
+        threads.spawn(person(number), task, || {});
+        assert!(said.await.unwrap());
+    }
+    assert!(busy() <= MAX_THREADS / 2 + 4, "{}", busy());
+    drop(release);
+    while !threads.0.state().workloads.is_empty() {
         tokio::task::yield_now().await;
     }
 }

@@ -46,7 +46,7 @@ pub(crate) struct SpireSetting {
     /// life, and SPIRE dates it back by 10 s: from "10s" down it renews continuously.
     pub(crate) x509_svid_ttl: Option<&'static str>,
     /// Words in front of the agent's command, to run it in other namespaces.
-    pub(crate) agent_behind: Vec<&'static str>,
+    pub(crate) agent_behind: Vec<String>,
     /// Whether the agent leaves out `unix:sha256`. For it, the agent reads the whole executable of
     /// the client and of the process in question at each call.
     pub(crate) without_hashes: bool,
@@ -402,7 +402,13 @@ impl Spire {
     fn run_agent(&mut self, arguments: &[&str]) {
         self.agent_log_start = self.agent_log().len();
         let config = self.write("agent.conf", &self.agent_config());
-        let mut command = behind(&self.setting.agent_behind, &self.programs[1]);
+        let words: Vec<&str> = self
+            .setting
+            .agent_behind
+            .iter()
+            .map(String::as_str)
+            .collect();
+        let mut command = behind(&words, &self.programs[1]);
         command
             .arg("run")
             .arg("-config")
