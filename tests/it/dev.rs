@@ -12,6 +12,7 @@ use nix::unistd::geteuid;
 use crate::harness::counterparts::process::{Output, Process, run};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, root, tool};
+use crate::harness::documents::block;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -50,6 +51,9 @@ fn dev_gives_cli_its_role_despite_other_settings() {
         "--output",
         "text",
     ];
+    // The example of cli.md.
+    let example = block("cli.md", "`awsvid dev`", "awsvid dev -- aws");
+    assert_eq!(example.trim(), "awsvid dev -- aws sts get-caller-identity");
     let mut command = dev(&["--", aws.to_str().unwrap()]);
     command.args(query).env("HOME", home.path());
     command.envs([

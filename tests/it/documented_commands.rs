@@ -15,7 +15,8 @@ use crate::harness::counterparts::{folder, root, skip, tool};
 use crate::harness::daemon::PROGRAM;
 use crate::harness::documents::{Block, block, blocks};
 
-const PAGES: [&str; 10] = [
+const PAGES: [&str; 12] = [
+    "README.md",
     "install-vm.md",
     "install-kubernetes.md",
     "spire-setup.md",
@@ -26,6 +27,7 @@ const PAGES: [&str; 10] = [
     "upgrade.md",
     "migrate.md",
     "revoke.md",
+    "troubleshooting.md",
 ];
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -196,6 +198,36 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
     ("revoke.md", "spire-server agent ban", BySpire),
 ];
 
+const POD_RECIPE: Tested = In(
+    "kubernetes/documented.rs",
+    "documented_recipe_explains_a_403",
+);
+const README_OUTPUT: Tested = In("dev.rs", "dev_prints_the_output_of_the_readme");
+
+/// The same for README.md and troubleshooting.md.
+const MORE_COMMANDS: &[(&str, &str, Tested)] = &[
+    ("README.md", "cargo run --release", README_OUTPUT),
+    (
+        "README.md",
+        "tests/run",
+        Not("it is the run that this test is part of"),
+    ),
+    ("README.md", "kubectl apply -k", NODE),
+    ("README.md", "sudo systemctl enable", FIRST_WORKLOAD),
+    ("troubleshooting.md", "kubectl -n shop debug", POD_RECIPE),
+    ("troubleshooting.md", "uid=$(kubectl", POD_RECIPE),
+    ("troubleshooting.md", "kubectl -n awsvid exec", POD_RECIPE),
+    (
+        "troubleshooting.md",
+        "sudo -u billing awsvid credential-process",
+        FIRST_WORKLOAD,
+    ),
+];
+
+fn all_commands() -> impl Iterator<Item = &'static (&'static str, &'static str, Tested)> {
+    COMMANDS.iter().chain(MORE_COMMANDS)
+}
+
 /// Returns the command blocks that are tested in this way, in the order of the pages.
 fn commands(is_meant: impl Fn(Tested) -> bool) -> Vec<(&'static str, String)> {
     let mut found = Vec::new();
@@ -215,7 +247,7 @@ fn commands(is_meant: impl Fn(Tested) -> bool) -> Vec<(&'static str, String)> {
 fn tested(page: &str, block: &Block) -> Tested {
     let fits =
         |(of, begin, _): &&(&str, &str, Tested)| *of == page && block.text.starts_with(begin);
-    let found: Vec<_> = COMMANDS.iter().filter(fits).collect();
+    let found: Vec<_> = all_commands().filter(fits).collect();
     let [(_, _, tested)] = &found[..] else {
         panic!("{page}: in the table {} times: {}", found.len(), block.text)
     };
@@ -227,11 +259,62 @@ fn with_names(text: &str, log: &Path) -> String {
     text.replace(AUDIT_LOG, log.to_str().unwrap())
 }
 
+/// Returns whether a test's file names this page, and text at the beginning of this block.
+fn reads_block(source: &str, page: &str, begin: &str) -> bool {
+    let literals: Vec<&str> = source.split('"').collect();
+    let text = blocks(page)
+        .into_iter()
+        .find(|block| block.language == "sh" && block.text.starts_with(begin))
+        .map(|block| block.text)
+        .unwrap_or_default();
+    literals.iter().any(|literal| literal.ends_with(page))
+        && literals
+            .iter()
+            .any(|literal| literal.len() > 3 && text.starts_with(literal))
+}
+
+/// Returns whether this cargo filter names a test, by the module and the beginning of the name.
+fn names_a_test(filter: &str) -> bool {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (module, name) = filter.rsplit_once("::").unwrap_or(("", filter));
+    let is_lib = root
+        .join(format!("src/{}.rs", module.split("::").next().unwrap()))
+        .exists();
+    let folder = if is_lib { "src" } else { "tests/it" };
+    let path = root.join(folder).join(module.replace("::", "/") + ".rs");
+    fs::read_to_string(path).is_ok_and(|source| source.contains(&format!("fn {name}")))
+}
+
+/// CONTRIBUTING.md shows how to run one test; its examples have to be tests.
+#[test]
+fn filters_of_contributing_name_tests() {
+    let text = include_str!("../../.github/CONTRIBUTING.md");
+    let mut count = 0;
+    for command in text.split('`').filter(|code| code.contains("cargo test ")) {
+        let Some(filter) = command
+            .split_whitespace()
+            .last()
+            .filter(|word| word.contains("::"))
+        else {
+            continue;
+        };
+        count += 1;
+        let module = filter.trim_end_matches("::");
+        let file = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/it")
+            .join(format!("{module}.rs"));
+        let is_module = filter.ends_with("::") && file.exists();
+        assert!(is_module || names_a_test(filter), "{command}");
+    }
+    assert_eq!(count, 3);
+}
+
 #[test]
 fn every_command_block_is_tested_or_excused() {
     let count = commands(|_| true).len();
-    assert_eq!(count, COMMANDS.len(), "a row of the table has no block");
-    for &(page, begin, tested) in COMMANDS {
+    let rows = all_commands().count();
+    assert_eq!(count, rows, "a row of the table has no block");
+    for &(page, begin, tested) in all_commands() {
         match tested {
             In(file, function) => {
                 let file = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -242,6 +325,11 @@ fn every_command_block_is_tested_or_excused() {
                 assert!(
                     source.contains(&format!("fn {function}(")),
                     "{page}, {begin}: {function}"
+                );
+                assert!(
+                    reads_block(&source, page, begin),
+                    "{page}, {begin}: {} reads no such block",
+                    file.display()
                 );
             }
             Not(reason) => assert!(reason.len() > 20, "{page}, {begin}: {reason}"),

@@ -473,6 +473,24 @@ fn code_that_documents_name_exists() {
     assert!(missing.is_empty(), "{}", missing.join("\n"));
 }
 
+/// CONTRIBUTING.md names tests as examples.
+#[test]
+fn tests_that_contributing_names_exist() {
+    let text = include_str!("../../.github/CONTRIBUTING.md");
+    let (_, rest) = text.split_once("Test functions are named").unwrap();
+    let (examples, _) = rest.split_once("\n\n").unwrap();
+    let names = examples.split('`').skip(1).step_by(2);
+    let names: Vec<&str> = names.filter(|name| is_identifier(name)).collect();
+    assert!(names.len() >= 2, "{names:?}");
+    let sources = rust_sources();
+    for name in names {
+        let exists = sources
+            .values()
+            .any(|source| has_item(source, &["fn"], name));
+        assert!(exists, "{name}");
+    }
+}
+
 /// Returns the threats that a text refers to: `T` and a number without a leading zero.
 fn threats(text: &str) -> BTreeSet<String> {
     text.split(|c: char| !c.is_alphanumeric() && c != '_')

@@ -3,6 +3,7 @@
 mod attacks;
 mod cluster;
 mod deployments;
+mod documented;
 mod life;
 mod policy;
 mod rights;
@@ -42,6 +43,10 @@ fn pods_get_their_own_credentials() {
         done("first acts");
         attacks::pod_listeners_attest_each_pod(&cluster, source);
         done("attacks");
+        if source == "spiffe-broker" {
+            documented::documented_recipe_explains_a_403(&cluster, directory.path());
+            done("the recipe for a 403");
+        }
         life::missing_part_is_named(&cluster, source);
         done("what is missing");
         if source == "spiffe-broker" {
@@ -145,8 +150,16 @@ fn first_act_is_answered(cluster: &Cluster, source: &str) {
 /// Runs the commands of install-kubernetes.md. It applies on trial only, because the example's role
 /// is one of AWS.
 fn documented_commands_work(cluster: &Cluster) {
-    for begin in ["kubectl apply", "kubectl --namespace awsvid rollout"] {
-        let commands = documents::block("install-kubernetes.md", "4. Install", begin);
+    for (page, heading, begin) in [
+        ("install-kubernetes.md", "4. Install", "kubectl apply"),
+        (
+            "install-kubernetes.md",
+            "4. Install",
+            "kubectl --namespace awsvid rollout",
+        ),
+        ("README.md", "Install", "kubectl apply -k"),
+    ] {
+        let commands = documents::block(page, heading, begin);
         for line in commands.lines() {
             let here = manifests();
             let line = line.replace(

@@ -141,6 +141,16 @@ fn documented_installation_works() {
     let block = documents::block("install-vm.md", "1. Install the files", "cargo build");
     let (build, block) = block.split_once('\n').expect("several");
     assert_eq!(build, "cargo build --release");
+    for (heading, begin) in [
+        ("`awsvid man`", "sudo awsvid man"),
+        ("`awsvid completions`", "awsvid completions bash |"),
+    ] {
+        let command = documents::block("cli.md", heading, begin);
+        assert!(
+            block.contains(command.trim().trim_start_matches("sudo ")),
+            "{command}"
+        );
+    }
     let (program, deploy) = (Path::new(env!("CARGO_BIN_EXE_awsvid")), shipped(""));
     let files = [
         ("/source/target/release/awsvid", Content::Copy(program)),

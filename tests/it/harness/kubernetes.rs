@@ -292,6 +292,24 @@ impl Node {
         run(command, input.as_bytes(), TIMEOUT)
     }
 
+    /// Runs a script of the cluster's administrator, which finds kubectl in its path.
+    pub(crate) fn shell(&self, script: &str) -> Output {
+        let init = self.init.to_string();
+        let mut command = outside("nsenter", ["--target", &init, "--net", "--"]);
+        command.args(["sh", "-euc", script]);
+        command
+            .env(
+                "PATH",
+                format!("{}:/usr/sbin:/usr/bin:/bin", self.bin.display()),
+            )
+            .env(
+                "KUBECONFIG",
+                self.folder.join("node/files").join(configuration::ADMIN),
+            )
+            .env("HOME", &self.folder);
+        run(command, b"", TIMEOUT)
+    }
+
     /// Returns the output of `kubectl get` as JSON. Panics if the object does not exist.
     pub(crate) fn get(&self, arguments: &[&str]) -> Value {
         let got = self.kubectl(&[&["get", "--output", "json"], arguments].concat());

@@ -13,7 +13,7 @@ use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::process::{Output, await_some};
 use crate::harness::counterparts::spire::Spire;
-use crate::harness::documents::block;
+use crate::harness::documents::{block, blocks};
 use crate::harness::systemd::SystemdMachine;
 
 fn sh(machine: &SystemdMachine, script: &str) -> Output {
@@ -112,6 +112,8 @@ fn documented_first_workload_gets_credentials() {
         let check = block(page, heading, check);
         sh_of_workload(&machine, &check).success(&check);
     }
+    let reason = block("troubleshooting.md", "On a host", "sudo -u billing awsvid");
+    sh_of_workload(&machine, &reason).success(&reason);
     // The issuer's documents are outside of the machine. Every other step passes.
     let check = sh(
         &machine,
@@ -150,6 +152,16 @@ fn documented_first_workload_gets_credentials() {
         let commands = block(page, heading, begin);
         let output = sh(&machine, &commands).success(&commands);
         assert!(output.contains(expected), "{commands}: {output}");
+    }
+
+    // README.md has commands of the installation.
+    let short = block("README.md", "Install", "sudo systemctl enable");
+    let installation: String = blocks("install-vm.md")
+        .into_iter()
+        .map(|block| block.text)
+        .collect();
+    for line in short.lines() {
+        assert!(installation.lines().any(|known| known == line), "{line}");
     }
 
     assert_revoked(&machine, &spire, &entry, &text);
