@@ -164,6 +164,9 @@ fn open_process(host: &Host, pid: u32) -> Result<Arc<ProcessHandle>, AttestError
     )
 }
 
+/// The descriptor number of a socket, and the sockets before it, by inode and number.
+type FoundSocket = (u32, Vec<(u32, u32)>);
+
 /// Returns the descriptor number of the socket in the process with this directory. The highest
 /// numbers come first: a new connection mostly has the last free number. Also returns the sockets
 /// before it, by inode and number.
@@ -171,7 +174,7 @@ fn scan_fds(
     directory: &Path,
     inode: u32,
     tracker: &mut BudgetTracker,
-) -> Result<Option<(u32, Vec<(u32, u32)>)>, AttestError> {
+) -> Result<Option<FoundSocket>, AttestError> {
     // The process has exited, or shows nothing (kernel threads, missing privilege).
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let Ok(mut open) = Dir::open(&directory.join("fd"), flags, Mode::empty()) else {
