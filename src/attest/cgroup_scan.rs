@@ -215,8 +215,8 @@ struct ScanTimes {
 
 impl ScanThrottle {
     /// Waits until a scan that began after this call is over. One scan serves all calls before it.
-    /// A scan that has begun, or is next, continues if the caller of this function is dropped, so that no
-    /// caller gets around the pause.
+    /// A scan that has begun, or is next, continues if the caller of this function is dropped, so
+    /// that no caller gets around the pause.
     pub(crate) async fn run_after(&self, scan: impl FnOnce() + Send + 'static) {
         let called = Instant::now();
         let mut times = self.0.clone().lock_owned().await;
