@@ -236,10 +236,13 @@ async fn required_record_that_fails_prevents_release() {
             .enumerate()
         {
             assert_eq!(issue(&audit, cache_result).await, !required);
-            assert_eq!(
-                audit.metrics.audit_records_dropped.get(),
-                u64::try_from(count).unwrap() + 1
-            );
+            let dropped = &audit.metrics.audit_records_dropped;
+            let expected = u64::try_from(count).unwrap() + 1;
+            // On a busy machine an answer without `required` is sent before its record is lost.
+            while !required && dropped.get() < expected {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(dropped.get(), expected);
         }
         // Credentials that were not released do not count as issued.
         let text = audit.metrics.encode();

@@ -119,16 +119,21 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
         "--as",
         STARTUP_TAINT,
     ];
-    let refused = node.kubectl_with(
-        &[&apply[..], &["--subresource=status"]].concat(),
-        &whole(NAME, status),
-    );
+    let change_status = || {
+        let apply = [&apply[..], &["--subresource=status"]].concat();
+        node.kubectl_with(&apply, &whole(NAME, status.clone()))
+    };
+    let refused = change_status();
     assert!(
         refused
             .stderr
             .contains("cannot patch resource \"nodes/status\""),
         "{refused:?}"
     );
+    with_right_to_status(cluster, || {
+        let refused = change_status().stderr;
+        assert!(refused.contains("of a node's status"), "{refused}");
+    });
     let refused = node.kubectl_with(&apply, &whole("another", json!({})));
     assert!(
         refused.stderr.contains("cannot create resource \"nodes\""),
@@ -152,6 +157,33 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
         &format!("{}-", OTHER_TAINT.replace('=', "")),
     ])
     .success("the end");
+}
+
+/// Runs `act` while another role gives startup-taint's service account the right to the status of
+/// nodes.
+fn with_right_to_status(cluster: &Cluster, act: impl FnOnce()) {
+    let node = &cluster.node;
+    let role = [
+        "clusterrole",
+        "status",
+        "--verb=patch",
+        "--resource=nodes/status",
+    ];
+    let binding = ["clusterrolebinding", "status", "--clusterrole=status"];
+    let account = ["--serviceaccount=awsvid:startup-taint"];
+    node.kubectl(&[&["create"], &role[..]].concat())
+        .success("a role");
+    node.kubectl(&[&["create"], &binding[..], &account[..]].concat())
+        .success("a binding");
+    let words = ["auth", "can-i", "patch", "nodes", "--subresource=status"];
+    await_some("the right is known", TIMEOUT, || {
+        let may = node.kubectl(&[&words[..], &["--as", STARTUP_TAINT]].concat());
+        may.status.success().then_some(())
+    });
+    act();
+    for kind in ["clusterrolebinding", "clusterrole"] {
+        node.kubectl(&["delete", kind, "status"]).success("its end");
+    }
 }
 
 /// Returns kubectl's output about a patch of the node by startup-taint's service account.
