@@ -259,7 +259,7 @@ impl Admin {
     }
 
     fn render(&self) -> Rendered {
-        self.cache.count();
+        self.cache.update_gauges();
         let Exposition { openmetrics, text } = self.metrics.exposition();
         Rendered {
             openmetrics: openmetrics.into(),

@@ -76,10 +76,10 @@ impl Unattested {
     }
 
     /// Returns the key by which limits count the peer.
-    pub fn owner(&self) -> WorkloadKey {
+    pub fn workload_key(&self) -> WorkloadKey {
         self.peer
             .as_ref()
-            .map_or_else(WorkloadKey::unknown, PeerFacts::owner)
+            .map_or_else(WorkloadKey::unknown, PeerFacts::workload_key)
     }
 }
 
@@ -170,7 +170,7 @@ impl Attestor {
     ) -> Result<Caller, Unattested> {
         Ok(self
             .tcp
-            .check((client, server), on_wait)
+            .find_socket((client, server), on_wait)
             .await?
             .into_caller())
     }

@@ -28,7 +28,7 @@ mod line;
 mod record;
 mod sink;
 
-use aggregate::{RefusalAggregator, SWEEP};
+use aggregate::{RecordAggregator, SWEEP};
 use sink::Sink;
 
 pub use crate::telemetry::RequestId;
@@ -44,9 +44,9 @@ pub struct Audit {
     boot: u32,
     next: AtomicU64,
     /// Requests that got no credentials.
-    refusals: RefusalAggregator,
+    refusals: RecordAggregator,
     /// Requests that were answered from the cache.
-    hits: RefusalAggregator,
+    hits: RecordAggregator,
 }
 
 /// The result of a lookup of credentials in the cache.
@@ -122,8 +122,8 @@ impl Audit {
             metrics,
             boot: fastrand::u32(..),
             next: AtomicU64::new(0),
-            refusals: RefusalAggregator::default(),
-            hits: RefusalAggregator::default(),
+            refusals: RecordAggregator::default(),
+            hits: RecordAggregator::default(),
         })
     }
 
@@ -156,7 +156,7 @@ impl Audit {
             // thread.
             let new = Arc::new(Sink::unopened(self.clock.clone(), &self.metrics));
             new.open_as(to, opened)?;
-            new.succeed(&self.sink.swap(new.clone()), &self.clock);
+            new.take_over_losses(&self.sink.swap(new.clone()), &self.clock);
         }
         self.required.store(required, Ordering::Relaxed);
         Ok(())
@@ -201,7 +201,7 @@ impl Audit {
     }
 
     /// Spawns a task that writes records for several requests, until there are none to combine.
-    fn sweep(self: &Arc<Self>, aggregator: fn(&Self) -> &RefusalAggregator) {
+    fn sweep(self: &Arc<Self>, aggregator: fn(&Self) -> &RecordAggregator) {
         // Without a runtime, as when the daemon ends, `Drop` writes them.
         let Ok(runtime) = Handle::try_current() else {
             return;

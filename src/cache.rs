@@ -205,7 +205,7 @@ impl CredentialCache {
     }
 
     /// Sets the gauges of entries by state and of the earliest expiry, for `/metrics`.
-    pub fn count(&self) {
+    pub fn update_gauges(&self) {
         let mut counts = [0; EntryStateLabel::ALL.len()];
         let mut earliest: Option<Duration> = None;
         self.0.table.for_each(|entry| {
@@ -231,7 +231,7 @@ impl CacheInner {
     fn find(self: &Arc<Self>, grant: &Grant, caller: &Arc<Caller>) -> Result<Lookup, CacheError> {
         loop {
             let entry = self.entry(grant)?;
-            entry.used(self.start.elapsed(), caller.uid);
+            entry.record_use(self.start.elapsed(), caller.uid);
             let requires_live_caller = self.generation.load().exchanger.requires_live_caller();
             if requires_live_caller {
                 entry.latest.store(Some(caller.clone()));

@@ -59,11 +59,11 @@ pub struct Caller {
     /// The pod that the cgroup belongs to.
     pub pod: Option<Pod>,
     /// The inode of the listener's network namespace, if that is a pod's.
-    pub namespace: Option<u64>,
+    pub netns_inode: Option<u64>,
     /// The facts that were read from the process itself.
     pub process: Option<Process>,
     /// The proof that the caller is unchanged since these facts were read.
-    pub evidence: Box<dyn PeerProof>,
+    pub proof: Box<dyn PeerProof>,
 }
 
 /// The key by which per-workload limits count (T20, T29).
@@ -272,16 +272,16 @@ impl Caller {
             uid: u32::MAX,
             cgroup: None,
             pod: None,
-            namespace: None,
+            netns_inode: None,
             process: None,
-            evidence: Box::new(NoPeer),
+            proof: Box::new(NoPeer),
         }
     }
 
     /// Verifies that the caller is unchanged since it was attested: same process, same ids, same
     /// socket.
-    pub async fn still_same(&self) -> Result<(), AttestError> {
-        self.evidence.verify_unchanged().await
+    pub async fn verify_unchanged(&self) -> Result<(), AttestError> {
+        self.proof.verify_unchanged().await
     }
 
     /// Returns whether reading these facts can block on something that the caller controls, now or
@@ -293,12 +293,12 @@ impl Caller {
     /// Reads `facts` from the caller's process, which is searched for if it is not known.
     pub async fn with_process(self, facts: ProcessFacts) -> Result<Self, AttestError> {
         let (process, evidence) = self
-            .evidence
+            .proof
             .with_process(&WorkloadKey::of(&self), facts)
             .await?;
         Ok(Self {
             process: Some(process),
-            evidence,
+            proof: evidence,
             ..self
         })
     }
@@ -380,7 +380,7 @@ pub struct PeerFacts {
     /// The pod, as in [`Caller::pod`].
     pub pod: Option<Pod>,
     /// The network namespace, as in [`Caller::namespace`].
-    pub namespace: Option<u64>,
+    pub netns_inode: Option<u64>,
 }
 
 impl PeerFacts {
@@ -390,19 +390,19 @@ impl PeerFacts {
             uid,
             cgroup,
             pod,
-            namespace,
+            netns_inode: namespace,
             ..
         } = caller;
         Self {
             uid: *uid,
             cgroup: cgroup.clone(),
             pod: pod.clone(),
-            namespace: *namespace,
+            netns_inode: *namespace,
         }
     }
 
     /// Returns the key by which limits count this peer.
-    pub fn owner(&self) -> WorkloadKey {
+    pub fn workload_key(&self) -> WorkloadKey {
         WorkloadKey::at(self.uid, self.cgroup.as_ref(), self.pod.as_ref())
     }
 }

@@ -124,7 +124,7 @@ impl CredentialService {
         let credentials = timeout_at(until, self.cache.get(&grant, caller))
             .await
             .unwrap_or(Err(CacheError::Pending))?;
-        caller.still_same().await?;
+        caller.verify_unchanged().await?;
         Ok(credentials)
     }
 

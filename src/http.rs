@@ -153,7 +153,7 @@ impl CredentialEndpoint {
             scope.run(life.run(served)).await;
             return;
         }
-        let (owner, lookups) = (
+        let (workload, lookups) = (
             admitted.permit.key().clone(),
             self.attestor.lookup_threads().clone(),
         );
@@ -164,7 +164,7 @@ impl CredentialEndpoint {
             life.run(self.serve_admitted(stream.into_socket(), origin, admitted))
                 .await;
         });
-        lookups.spawn(owner, served, give_up);
+        lookups.spawn(workload, served, give_up);
     }
 
     /// Attests the peer by its socket, and acquires a permit for its workload. Nothing is read from
@@ -177,10 +177,10 @@ impl CredentialEndpoint {
     ) -> Result<AdmittedConnection, DropReason> {
         let peer = self.attest_socket(stream, pending_permit, pod).await;
         // Peers that are not attested are read and answered too, so they need a permit as well.
-        let owner = peer
+        let workload = peer
             .as_ref()
-            .map_or_else(Unattested::owner, WorkloadKey::of);
-        let permit = self.connections.try_acquire_evicting(&owner)?;
+            .map_or_else(Unattested::workload_key, WorkloadKey::of);
+        let permit = self.connections.try_acquire_evicting(&workload)?;
         let facts_needed = peer
             .as_ref()
             .ok()

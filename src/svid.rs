@@ -40,6 +40,10 @@ pub use workload_api::WorkloadApi;
 /// Timeout of one call to an agent. SPIRE's agent waits up to 30 s for its server, and then still
 /// sends a cached token. In Kubernetes it waits as long for the kubelet to report a container.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(35);
+/// A denial counts as final when a second one follows at least this much later with no success in
+/// between. A single one may be a registration entry that has not spread yet, or an attestor that
+/// failed for a moment.
+pub(crate) const DENIAL_CONFIRMATION: Duration = Duration::from_secs(10);
 
 /// Source of the identities that the workloads of this node have.
 #[async_trait]

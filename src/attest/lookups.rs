@@ -69,13 +69,13 @@ impl LookupThreads {
     /// that long.
     pub(crate) async fn run<T: Send + 'static>(
         &self,
-        owner: &WorkloadKey,
+        workload: &WorkloadKey,
         read: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
     ) -> Result<T, AttestError> {
         if threads::on_lookup_thread() {
             read()
         } else {
-            self.run_offloaded(owner, read).await
+            self.run_offloaded(workload, read).await
         }
     }
 
@@ -83,7 +83,7 @@ impl LookupThreads {
     /// something else in the meantime.
     pub(crate) async fn run_offloaded<T: Send + 'static>(
         &self,
-        owner: &WorkloadKey,
+        workload: &WorkloadKey,
         read: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
     ) -> Result<T, AttestError> {
         let (answer, answered) = oneshot::channel();
@@ -94,7 +94,7 @@ impl LookupThreads {
         let give_up = || {
             let _ = give_up.send(());
         };
-        self.spawn_here(owner.clone(), read, give_up);
+        self.spawn_read(workload.clone(), read, give_up);
         tokio::select! {
             biased;
             result = answered => result.unwrap_or(Err(AttestError::SearchBusy)),

@@ -51,7 +51,7 @@ pub(crate) enum CgroupMembership {
 pub(crate) struct ProcessSnapshot {
     host: Arc<Host>,
     handle: Arc<ProcessHandle>,
-    credentials: ProcessIds,
+    ids: ProcessIds,
     cgroup: Option<CgroupPath>,
     in_container: bool,
     /// The supplementary groups, if they were read.
@@ -63,10 +63,7 @@ pub(crate) struct ProcessSnapshot {
 
 impl ProcessSnapshot {
     /// Reads the ids and the cgroup of a process. Whether it is alive shows at the next read.
-    pub(crate) fn read_snapshot(
-        host: &Arc<Host>,
-        handle: Arc<ProcessHandle>,
-    ) -> Result<Self, AttestError> {
+    pub(crate) fn read(host: &Arc<Host>, handle: Arc<ProcessHandle>) -> Result<Self, AttestError> {
         let directory = || handle.directory(&host.proc_root);
         let credentials = ProcessIds::read(handle.pidfd(), directory)?;
         let cgroups = host.cgroups();
@@ -89,7 +86,7 @@ impl ProcessSnapshot {
         Ok(Self {
             host: host.clone(),
             handle,
-            credentials,
+            ids: credentials,
             cgroup,
             in_container,
             groups: None,
@@ -99,7 +96,7 @@ impl ProcessSnapshot {
     }
 
     /// Reads these facts in addition. May block: see [`crate::attest::lookups`].
-    pub(crate) fn with(&self, facts: ProcessFacts) -> Result<Self, AttestError> {
+    pub(crate) fn read_facts_blocking(&self, facts: ProcessFacts) -> Result<Self, AttestError> {
         let mut next = self.clone();
         if facts.groups != GroupDetail::None {
             next.groups = Some(read_groups(self.directory()?, facts.groups)?);
@@ -125,18 +122,18 @@ impl ProcessSnapshot {
     }
 
     /// Reads these facts in addition, on a lookup thread if that may block.
-    pub(crate) async fn with_facts(
+    pub(crate) async fn read_facts(
         &self,
-        owner: &WorkloadKey,
+        workload: &WorkloadKey,
         facts: ProcessFacts,
     ) -> Result<Self, AttestError> {
         if !facts.may_wait() {
-            return self.with(facts);
+            return self.read_facts_blocking(facts);
         }
         let process = self.clone();
         self.host
             .lookups
-            .run(owner, move || process.with(facts))
+            .run(workload, move || process.read_facts_blocking(facts))
             .await
     }
 
@@ -161,9 +158,8 @@ impl ProcessSnapshot {
 
     /// Verifies that the process is alive and all facts that were read are unchanged. May block if
     /// the executable was read.
-    pub(crate) fn verify_unchanged(&self) -> Result<(), AttestError> {
-        let credentials =
-            ProcessIds::read(self.handle.pidfd(), || self.directory())? == self.credentials;
+    pub(crate) fn verify_unchanged_blocking(&self) -> Result<(), AttestError> {
+        let credentials = ProcessIds::read(self.handle.pidfd(), || self.directory())? == self.ids;
         let groups = match &self.groups {
             Some(groups) => read_groups(self.directory()?, GroupDetail::Digest)? == *groups,
             None => true,
@@ -183,14 +179,14 @@ impl ProcessSnapshot {
     }
 
     /// Verifies the process on a lookup thread if that may block.
-    pub(crate) async fn verify(&self, owner: &WorkloadKey) -> Result<(), AttestError> {
+    pub(crate) async fn verify_unchanged(&self, workload: &WorkloadKey) -> Result<(), AttestError> {
         if self.program.is_none() && self.groups.is_none() {
-            return self.verify_unchanged();
+            return self.verify_unchanged_blocking();
         }
         let process = self.clone();
         self.host
             .lookups
-            .run(owner, move || process.verify_unchanged())
+            .run(workload, move || process.verify_unchanged_blocking())
             .await
     }
 
@@ -203,12 +199,12 @@ impl ProcessSnapshot {
     /// of another workload.
     pub(crate) async fn for_agent(
         &self,
-        owner: &WorkloadKey,
+        workload: &WorkloadKey,
     ) -> Result<AgentProcessRef, AttestError> {
         let process = self.clone();
         self.host
             .lookups
-            .run(owner, move || process.verify_unchanged())
+            .run(workload, move || process.verify_unchanged_blocking())
             .await?;
         let cgroups = read(self.directory()?, "cgroup")?;
         self.host.cgroups().hierarchies.check(&cgroups)?;
@@ -251,7 +247,7 @@ impl ProcessSnapshot {
                 .and_then(|program| program.exe.as_ref())
                 .map(key)
         };
-        self.credentials == other.credentials
+        self.ids == other.ids
             && self.in_container == other.in_container
             && self.groups == other.groups
             && exe(self) == exe(other)
@@ -259,7 +255,7 @@ impl ProcessSnapshot {
 
     /// Returns the ids and the cgroup.
     pub(crate) fn ids(&self) -> &ProcessIds {
-        &self.credentials
+        &self.ids
     }
 
     /// Returns the path of its cgroup, if there is a v2 hierarchy.
@@ -296,7 +292,7 @@ impl ProcessSnapshot {
     pub(crate) fn to_process(&self) -> Process {
         Process {
             pid: self.handle.pid(),
-            gid: self.credentials.gids[1],
+            gid: self.ids.gids[1],
             groups: self.groups.clone(),
             in_container: self.in_container,
             program: self.program.clone(),

@@ -130,7 +130,7 @@ impl SockDiag {
         let request = request(client, server, self.loopback, sequence);
         let mut buffer = [0_u8; 1024];
         let length = self
-            .exchange(&request, sequence, &mut buffer)
+            .round_trip(&request, sequence, &mut buffer)
             .map_err(|error| {
                 tracing::error!(%error, "sock_diag query failed; rejecting the TCP caller");
                 AttestError::Kernel
@@ -153,7 +153,7 @@ impl SockDiag {
     }
 
     /// Returns the length of the reply, or `None` if the socket is closed.
-    fn exchange(
+    fn round_trip(
         &self,
         request: &[u8],
         sequence: u32,

@@ -137,8 +137,8 @@ fn process_owning(
         }
     };
     handle.record_held(descriptor);
-    let process = match ProcessSnapshot::read_snapshot(host, handle)
-        .and_then(|process| process.with(facts))
+    let process = match ProcessSnapshot::read(host, handle)
+        .and_then(|process| process.read_facts_blocking(facts))
     {
         Ok(process) => process,
         Err(AttestError::CallerGone) => return Ok(None),

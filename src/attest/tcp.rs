@@ -57,7 +57,7 @@ pub(crate) struct SocketProof {
 #[derive(Debug)]
 struct SocketOwnerProof {
     socket: SocketProof,
-    owner: WorkloadKey,
+    workload: WorkloadKey,
     socket_owner: Arc<SocketOwner>,
 }
 
@@ -120,7 +120,7 @@ impl TcpAttestor {
             uid: socket.uid,
             cgroup: None,
             pod: None,
-            namespace: self.0.namespace,
+            netns_inode: self.0.namespace,
         };
         let cgroup = self
             .cgroup(&socket, on_wait)
@@ -199,9 +199,9 @@ impl SocketProof {
             uid: self.socket.uid,
             cgroup: Some(self.cgroup.clone()),
             pod: self.pod.as_ref().map(|resolved| resolved.pod.clone()),
-            namespace,
+            netns_inode: namespace,
             process: None,
-            evidence: Box::new(self),
+            proof: Box::new(self),
         }
     }
 
@@ -213,11 +213,11 @@ impl SocketProof {
             uid: self.socket.uid,
             cgroup: Some(self.cgroup.clone()),
             pod,
-            namespace,
+            netns_inode: namespace,
         }
     }
 
-    fn is_unchanged(&self) -> Result<(), AttestError> {
+    fn verify_socket(&self) -> Result<(), AttestError> {
         let now = self
             .attestor
             .0
@@ -237,14 +237,14 @@ impl SocketProof {
     /// party with many user ids has many workloads.
     async fn find_owner(
         &self,
-        owner: &WorkloadKey,
+        workload: &WorkloadKey,
         facts: ProcessFacts,
     ) -> Result<SocketOwner, AttestError> {
         let query = &self.attestor.0;
         match query
             .host
             .lookups
-            .run(owner, self.search(facts, Budget::SHORT))
+            .run(workload, self.search(facts, Budget::SHORT))
             .await
         {
             Err(AttestError::TooManyDescriptors) => {}
@@ -254,17 +254,17 @@ impl SocketProof {
         // time out without a response.
         let permit = query
             .searches
-            .acquire_within(REQUEST_HOLD, owner)
+            .acquire_within(REQUEST_HOLD, workload)
             .await
             .ok_or(AttestError::SearchBusy)?;
         // Many callers have closed the connection by now. Searches for these would delay those that
         // have connected again.
-        self.is_unchanged().map_err(|_| AttestError::CallerGone)?;
+        self.verify_socket().map_err(|_| AttestError::CallerGone)?;
         let mut search = pin!(
             query
                 .host
                 .lookups
-                .run_offloaded(owner, self.search(facts, Budget::LONG))
+                .run_offloaded(workload, self.search(facts, Budget::LONG))
         );
         if let Ok(done) = timeout(SEARCH_SHARE, &mut search).await {
             return done;
@@ -302,18 +302,18 @@ impl SocketProof {
 #[async_trait]
 impl PeerProof for SocketProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
-        self.is_unchanged()
+        self.verify_socket()
     }
 
     async fn with_process(
         &self,
-        owner: &WorkloadKey,
+        workload: &WorkloadKey,
         facts: ProcessFacts,
     ) -> Result<(Process, Box<dyn PeerProof>), AttestError> {
         if self.cgroup.is_service_managers() {
             return Err(AttestError::ManagerSocket);
         }
-        let socket_owner = self.find_owner(owner, facts).await?;
+        let socket_owner = self.find_owner(workload, facts).await?;
         // Whether the socket changed during the search shows at the next verification, before
         // credentials are released.
         let process = socket_owner.process.to_process();
@@ -321,7 +321,7 @@ impl PeerProof for SocketProof {
             process,
             Box::new(SocketOwnerProof {
                 socket: self.clone(),
-                owner: owner.clone(),
+                workload: workload.clone(),
                 socket_owner: Arc::new(socket_owner),
             }),
         ))
@@ -338,10 +338,10 @@ impl PeerProof for SocketProof {
 #[async_trait]
 impl PeerProof for SocketOwnerProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
-        self.socket.is_unchanged()?;
+        self.socket.verify_socket()?;
         let (socket_owner, inode) = (self.socket_owner.clone(), self.socket.socket.inode);
         let verify = move || {
-            socket_owner.process.verify_unchanged()?;
+            socket_owner.process.verify_unchanged_blocking()?;
             if socket_owner.process.has_fd(socket_owner.descriptor, inode) {
                 Ok(())
             } else {
@@ -353,12 +353,12 @@ impl PeerProof for SocketOwnerProof {
             .0
             .host
             .lookups
-            .run(&self.owner, verify)
+            .run(&self.workload, verify)
             .await
     }
 
     async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
-        self.socket_owner.process.for_agent(&self.owner).await
+        self.socket_owner.process.for_agent(&self.workload).await
     }
 
     fn watch_exec(&self) -> Result<Box<dyn ExecWatch>, AttestError> {

@@ -20,7 +20,7 @@ use crate::caller::AttestError;
 use crate::limits::FairSemaphore;
 
 /// The shortest interval between two tests, whatever the number of requests.
-const RETRY: Duration = Duration::from_secs(2);
+const TEST_INTERVAL: Duration = Duration::from_secs(2);
 
 /// The attestor of callers over TCP in the daemon's own network namespace, while the kernel
 /// supports it.
@@ -72,7 +72,7 @@ impl TcpSupport {
     }
 
     /// Finds the socket of a peer, as [`TcpAttestor::find_socket`] does.
-    pub(crate) async fn check(
+    pub(crate) async fn find_socket(
         &self,
         addresses: (SocketAddr, SocketAddr),
         on_wait: impl FnOnce(),
@@ -115,7 +115,7 @@ impl TcpSupport {
     /// that the support has gone.
     pub(crate) fn retry(&self) -> bool {
         let mut attempt = self.attempt();
-        if attempt.at.elapsed() < RETRY {
+        if attempt.at.elapsed() < TEST_INTERVAL {
             return false;
         }
         self.host.find_cgroups_again();

@@ -24,7 +24,7 @@ use crate::caller::{
 #[derive(Debug)]
 struct ConnectorProof {
     process: ProcessSnapshot,
-    owner: WorkloadKey,
+    workload: WorkloadKey,
     pod: Option<ResolvedPod>,
     /// The connection while it is served. A remembered caller does not keep it open.
     stream: Weak<OwnedFd>,
@@ -33,12 +33,12 @@ struct ConnectorProof {
 #[async_trait]
 impl PeerProof for ConnectorProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
-        self.process.verify(&self.owner).await
+        self.process.verify_unchanged(&self.workload).await
     }
 
     async fn with_process(
         &self,
-        owner: &WorkloadKey,
+        workload: &WorkloadKey,
         facts: ProcessFacts,
     ) -> Result<(Process, Box<dyn PeerProof>), AttestError> {
         // The groups of connect(2) come first: if there are too many, the kernel fails without
@@ -50,14 +50,14 @@ impl PeerProof for ConnectorProof {
                 Some(Groups::new(peer_groups(stream.as_fd())?, detail)?)
             }
         };
-        let process = self.process.with_facts(owner, facts).await?;
+        let process = self.process.read_facts(workload, facts).await?;
         if process.groups() != connect_groups.as_ref() {
             return Err(AttestError::IdentityChanged);
         }
         let described = process.to_process();
         let proof = Self {
             process,
-            owner: owner.clone(),
+            workload: workload.clone(),
             pod: self.pod.clone(),
             stream: Weak::new(),
         };
@@ -65,7 +65,7 @@ impl PeerProof for ConnectorProof {
     }
 
     async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
-        self.process.for_agent(&self.owner).await
+        self.process.for_agent(&self.workload).await
     }
 
     fn watch_exec(&self) -> Result<Box<dyn ExecWatch>, AttestError> {
@@ -112,7 +112,7 @@ impl Peer {
             uid: peer.uid(),
             cgroup: None,
             pod: None,
-            namespace: None,
+            netns_inode: None,
         };
         let refused = |refusal| Unattested::of(refusal, &facts);
         let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0);
@@ -144,7 +144,7 @@ pub(crate) fn attest(
         uid,
         cgroup: None,
         pod: None,
-        namespace: None,
+        netns_inode: None,
     };
     if !host.pidfds_tell_ids {
         // The daemon would have to read its `status` on this thread, which takes milliseconds for
@@ -154,7 +154,7 @@ pub(crate) fn attest(
     let process = match pin {
         PeerPin::ByKernel(pidfd) => host
             .process(pid, pidfd)
-            .and_then(|handle| ProcessSnapshot::read_snapshot(host, handle)),
+            .and_then(|handle| ProcessSnapshot::read(host, handle)),
         PeerPin::SinceAccept(accepted) => read_unpinned(host, pid, accepted),
     };
     let process = process.map_err(|refusal| Unattested::of(refusal, &facts))?;
@@ -167,18 +167,18 @@ pub(crate) fn attest(
         .pod(process.cgroup())
         .map_err(|refusal| Unattested::of(refusal, &facts))?;
     facts.pod = pod.as_ref().map(|resolved| resolved.pod.clone());
-    let owner = facts.owner();
+    let workload = facts.workload_key();
     let described = process.to_process();
     Ok(Caller {
         listener: ListenerKind::Unix,
         uid,
         cgroup: facts.cgroup,
         pod: facts.pod,
-        namespace: None,
+        netns_inode: None,
         process: Some(described),
-        evidence: Box::new(ConnectorProof {
+        proof: Box::new(ConnectorProof {
             process,
-            owner,
+            workload,
             pod,
             stream: Arc::downgrade(stream),
         }),
@@ -200,7 +200,7 @@ fn read_unpinned(
         Some(libc::ENOSYS) => AttestError::Unsupported("it lacks pidfd_open(2) (Linux 5.3)"),
         _ => AttestError::CallerGone,
     })?;
-    let process = ProcessSnapshot::read_snapshot(host, host.process(pid, pidfd)?)?;
+    let process = ProcessSnapshot::read(host, host.process(pid, pidfd)?)?;
     if process.start_time()? > accepted {
         return Err(AttestError::CallerGone);
     }

@@ -51,7 +51,7 @@ pub(super) enum RecordScope {
 
 /// Counts requests by kind and caller, and combines those that are many.
 #[derive(Debug, Default)]
-pub(super) struct RefusalAggregator {
+pub(super) struct RecordAggregator {
     state: Mutex<AggregateState>,
 }
 
@@ -80,12 +80,12 @@ pub(super) struct Emission {
     /// The combined record of the window before.
     pub(super) before: Option<Line>,
     /// The request has a record of its own.
-    pub(super) singly: bool,
+    pub(super) own_record: bool,
     /// The caller has to call [`RefusalAggregator::sweep`] from now on, until it returns true.
     pub(super) begin_sweep: bool,
 }
 
-impl RefusalAggregator {
+impl RecordAggregator {
     /// Counts one request. `line` renders its record for the case that it stands for others too.
     pub(super) fn take(
         &self,
@@ -99,7 +99,7 @@ impl RefusalAggregator {
         let exact = state.hasher.hash_one(&key);
         let scope = state.find_room(&mut key);
         if scope != RecordScope::OneKind && is_hit && state.is_first(exact, now) {
-            emission.singly = true;
+            emission.own_record = true;
             return emission;
         }
         emission.begin_sweep = !std::mem::replace(&mut state.swept, true);
@@ -109,7 +109,7 @@ impl RefusalAggregator {
             emission.before = std::mem::replace(window, Window::new(now)).summary(owner.clone());
         }
         window.count += 1;
-        emission.singly = window.count <= MAX_INDIVIDUAL;
+        emission.own_record = window.count <= MAX_INDIVIDUAL;
         if window.count == MAX_INDIVIDUAL + 1 {
             window.held = line(scope);
         }
@@ -205,13 +205,13 @@ mod tests {
         }
     }
 
-    fn floods() -> RefusalAggregator {
-        RefusalAggregator::default()
+    fn floods() -> RecordAggregator {
+        RecordAggregator::default()
     }
 
     /// Counts `count` requests and returns the lines to write.
     fn take(
-        floods: &RefusalAggregator,
+        floods: &RecordAggregator,
         key: &AggregateKey,
         now: Instant,
         count: usize,
@@ -225,7 +225,7 @@ mod tests {
             .flat_map(|emission| {
                 text(emission.before)
                     .into_iter()
-                    .chain(emission.singly.then(|| "single".to_owned()))
+                    .chain(emission.own_record.then(|| "single".to_owned()))
             })
             .collect()
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use crate::audit::aggregate::{AggregateKey, RecordScope, RefusalAggregator};
+use crate::audit::aggregate::{AggregateKey, RecordAggregator, RecordScope};
 use crate::audit::line::{DisplayAsStr, JsonLine, moment, render, second};
 use crate::audit::{ABORTED, Audit, CacheResult, IssuedFields, Outcome, RequestId};
 use crate::caller::{Caller, ListenerKind, PeerFacts, WorkloadKey};
@@ -175,9 +175,9 @@ impl Record {
                 self.write_alone(end, Priority::Ordinary).await
             }
             Some(CacheResult::Hit | CacheResult::Stale) => {
-                self.write_few(end, |audit| &audit.hits).await
+                self.write_or_combine(end, |audit| &audit.hits).await
             }
-            None => self.write_few(end, |audit| &audit.refusals).await,
+            None => self.write_or_combine(end, |audit| &audit.refusals).await,
         };
         let released = issued.is_none() || written || !self.audit.is_required();
         if !released {
@@ -206,7 +206,7 @@ impl Record {
     }
 
     async fn write_alone(&self, end: RecordEnd<'_>, priority: Priority) -> bool {
-        let owner = Some(self.owner());
+        let owner = Some(self.workload_key());
         self.audit
             .write(writer::Line {
                 bytes: self.line(end, RecordScope::OneKind),
@@ -218,21 +218,21 @@ impl Record {
     }
 
     /// Writes the record, unless many requests of its kind are combined into one.
-    async fn write_few(
+    async fn write_or_combine(
         &self,
         end: RecordEnd<'_>,
-        aggregator: fn(&Audit) -> &RefusalAggregator,
+        aggregator: fn(&Audit) -> &RecordAggregator,
     ) -> bool {
         !self.count_in(end, aggregator) || self.write_alone(end, Priority::Ordinary).await
     }
 
     /// Counts the request among those of its kind. Returns whether it has a record of its own.
-    fn count_in(&self, end: RecordEnd<'_>, aggregator: fn(&Audit) -> &RefusalAggregator) -> bool {
+    fn count_in(&self, end: RecordEnd<'_>, aggregator: fn(&Audit) -> &RecordAggregator) -> bool {
         let issued = end
             .issued
             .map(|issued| (issued.access_key_id.to_owned(), issued.cache_result));
         let key = AggregateKey {
-            owner: Some(self.owner()),
+            owner: Some(self.workload_key()),
             listener: self.listener,
             reason: end.reason,
             issued,
@@ -243,13 +243,13 @@ impl Record {
         if emission.begin_sweep {
             self.audit.sweep(aggregator);
         }
-        emission.singly
+        emission.own_record
     }
 
-    fn owner(&self) -> WorkloadKey {
+    fn workload_key(&self) -> WorkloadKey {
         match (self.caller.as_deref(), &self.peer) {
             (Some(caller), _) => WorkloadKey::of(caller),
-            (None, Some(peer)) => peer.owner(),
+            (None, Some(peer)) => peer.workload_key(),
             (None, None) => WorkloadKey::unknown(),
         }
     }
@@ -262,7 +262,7 @@ impl Record {
                     uid,
                     cgroup,
                     pod,
-                    namespace,
+                    netns_inode: namespace,
                     ..
                 }),
                 _,
@@ -273,7 +273,7 @@ impl Record {
                     uid,
                     cgroup,
                     pod,
-                    namespace,
+                    netns_inode: namespace,
                 }),
             ) => Some(AuditedPeer {
                 uid: *uid,
@@ -338,7 +338,10 @@ impl Drop for Record {
         let ended = self.ended.take().unwrap_or_else(|| {
             let end = self.end(ABORTED, ABORTED, None);
             if self.count_in(end, |audit| &audit.refusals) {
-                let (bytes, owner) = (self.line(end, RecordScope::OneKind), Some(self.owner()));
+                let (bytes, owner) = (
+                    self.line(end, RecordScope::OneKind),
+                    Some(self.workload_key()),
+                );
                 self.audit.put([writer::Line {
                     bytes,
                     stands_for: 1,

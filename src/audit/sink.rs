@@ -129,10 +129,10 @@ impl Sink {
     }
 
     /// Records what the previous destination lost and could not record itself.
-    pub(super) fn succeed(&self, before: &Self, clock: &Clock) {
+    pub(super) fn take_over_losses(&self, before: &Self, clock: &Clock) {
         let requests = before.writer.take_lost();
         if requests > 0 {
-            let (bytes, priority) = (gap(clock, requests), Priority::High);
+            let (bytes, priority) = (lost_records_line(clock, requests), Priority::High);
             self.put(Line {
                 bytes,
                 stands_for: requests,
@@ -197,11 +197,11 @@ impl LossObserver for LostRecords {
             requests,
             "audit records can be written again; those of so many requests were lost"
         );
-        gap(&self.clock, requests)
+        lost_records_line(&self.clock, requests)
     }
 }
 
-fn gap(clock: &Clock, requests: u64) -> Vec<u8> {
+fn lost_records_line(clock: &Clock, requests: u64) -> Vec<u8> {
     let time = moment(clock.now());
     render(&LostRecordsLine {
         time,

@@ -63,7 +63,7 @@ impl Entry {
     }
 
     /// Records a request of user `uid`, `at` this time since the cache's start.
-    pub(super) fn used(&self, at: Duration, uid: u32) {
+    pub(super) fn record_use(&self, at: Duration, uid: u32) {
         self.last_uid.store(uid, Ordering::Relaxed);
         self.last_used.store(
             at.as_millis().try_into().unwrap_or(u64::MAX),

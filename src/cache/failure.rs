@@ -6,16 +6,12 @@ use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 use crate::exchange::ExchangeError;
-use crate::svid::SourceError;
+use crate::svid::{DENIAL_CONFIRMATION, SourceError};
 
 /// First delay between tries to refresh. It doubles with each failure.
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
 /// Number of doublings. Each delay is jittered by half of it.
 const BACKOFF_STEPS: u32 = 6;
-/// A denial counts as final when a second one follows at least this much later with no success in
-/// between. A single one may be a registration entry that has not spread yet, or a part of the
-/// source that has just started.
-pub(super) const DENIAL_CONFIRMATION: Duration = Duration::from_secs(10);
 
 /// Kind of failure, by its effect on credentials that are already cached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -231,9 +231,9 @@ fn caller_of(uid: u32) -> Arc<Caller> {
         uid,
         cgroup: None,
         pod: None,
-        namespace: None,
+        netns_inode: None,
         process,
-        evidence: Box::new(ConstantProof),
+        proof: Box::new(ConstantProof),
     })
 }
 
@@ -768,7 +768,7 @@ async fn status_describes_an_entry() {
 async fn metrics_show_an_outage() {
     let (env, cache) = env(10_000);
     let metrics = || {
-        cache.count();
+        cache.update_gauges();
         env.metrics.encode()
     };
     key(&cache).await.unwrap();

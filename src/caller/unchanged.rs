@@ -28,8 +28,8 @@ pub(crate) fn unchanged(
         uid,
         cgroup,
         pod: None,
-        namespace: None,
+        netns_inode: None,
         process,
-        evidence: Box::new(Unchanged),
+        proof: Box::new(Unchanged),
     }
 }

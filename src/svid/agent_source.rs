@@ -396,12 +396,12 @@ impl AgentSourceInner {
         audience: &str,
     ) -> Result<AgentReply, SourceError> {
         for pause in EXEC_RETRY_PAUSES {
-            let watch = caller.evidence.watch_exec()?;
-            let previous = caller.evidence.for_agent().await?;
+            let watch = caller.proof.watch_exec()?;
+            let previous = caller.proof.for_agent().await?;
             let start = Instant::now();
             let result = self.agent.fetch_for_pid(previous.pid, audience).await;
             self.count(&result, start);
-            if caller.evidence.for_agent().await? != previous {
+            if caller.proof.for_agent().await? != previous {
                 return Err(AttestError::IdentityChanged.into());
             }
             if watch.no_exec_seen() {
@@ -420,11 +420,11 @@ impl AgentSourceInner {
         pod: &PodUid,
         audience: &str,
     ) -> Result<AgentReply, SourceError> {
-        caller.evidence.verify_pod()?;
+        caller.proof.verify_pod()?;
         let start = Instant::now();
         let result = self.agent.fetch_for_pod(pod, audience).await;
         self.count(&result, start);
-        caller.evidence.verify_pod()?;
+        caller.proof.verify_pod()?;
         Ok(result)
     }
 
@@ -537,13 +537,10 @@ impl AgentSourceInner {
 
 /// Returns true if the agent may not know the caller's pod or container because it is new.
 fn is_new_pod(subject: &Subject, caller: &Caller) -> bool {
-    caller
-        .evidence
-        .verify_pod()
-        .is_ok_and(|ages| match subject {
-            Subject::Process { .. } => ages.container < NEW_POD_AGE,
-            Subject::Pod(_) => ages.pod < NEW_POD_AGE,
-        })
+    caller.proof.verify_pod().is_ok_and(|ages| match subject {
+        Subject::Process { .. } => ages.container < NEW_POD_AGE,
+        Subject::Pod(_) => ages.pod < NEW_POD_AGE,
+    })
 }
 
 #[cfg(test)]

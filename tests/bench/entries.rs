@@ -101,9 +101,9 @@ fn caller(number: usize) -> Caller {
         uid: 1000,
         cgroup,
         pod: None,
-        namespace: None,
+        netns_inode: None,
         process: None,
-        evidence: Box::new(Facts([0; 128])),
+        proof: Box::new(Facts([0; 128])),
     }
 }
 

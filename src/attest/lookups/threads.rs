@@ -39,18 +39,18 @@ const MAX_THREADS: usize = 512;
 
 thread_local! {
     /// Whether this thread may block.
-    static MAY_WAIT: Cell<bool> = const { Cell::new(false) };
+    static IS_LOOKUP_THREAD: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Returns whether the current thread is a lookup thread.
 pub(super) fn on_lookup_thread() -> bool {
-    MAY_WAIT.get()
+    IS_LOOKUP_THREAD.get()
 }
 
 /// Makes reads run on the current thread, as on a lookup thread.
 #[cfg(test)]
 pub(crate) fn set_lookup_thread(is_one: bool) {
-    MAY_WAIT.set(is_one);
+    IS_LOOKUP_THREAD.set(is_one);
 }
 
 /// The pool of lookup threads. Clones share one pool, and the threads end with the process.
@@ -92,7 +92,7 @@ struct PoolState {
 /// A thread that runs a job, or is about to.
 struct BusyThread {
     since: Instant,
-    /// The owner and the callback of its job, until the job has returned or was given up.
+    /// The workload and the callback of its job, until the job has returned or was given up.
     give_up: Option<(WorkloadKey, GiveUp)>,
 }
 
@@ -135,12 +135,12 @@ impl LookupThreads {
     /// must not block.
     pub fn spawn(
         &self,
-        owner: WorkloadKey,
+        workload: WorkloadKey,
         task: impl Future<Output = ()> + Send + 'static,
         give_up: impl FnOnce() + Send + 'static,
     ) {
         self.push(
-            owner,
+            workload,
             Box::pin(task),
             Box::new(give_up),
             Some(Handle::current()),
@@ -149,17 +149,17 @@ impl LookupThreads {
 
     /// Runs a task that never waits for events, for the current request. It is dropped if it has
     /// waited too long for a thread.
-    pub(super) fn spawn_here(
+    pub(super) fn spawn_read(
         &self,
-        owner: WorkloadKey,
+        workload: WorkloadKey,
         task: impl Future<Output = ()> + Send + 'static,
         give_up: impl FnOnce() + Send + 'static,
     ) {
         let task = in_current_request(task);
-        self.push(owner, Box::pin(task), Box::new(give_up), None);
+        self.push(workload, Box::pin(task), Box::new(give_up), None);
     }
 
-    fn push(&self, owner: WorkloadKey, task: Task, give_up: GiveUp, runtime: Option<Handle>) {
+    fn push(&self, workload: WorkloadKey, task: Task, give_up: GiveUp, runtime: Option<Handle>) {
         let job = LookupJob {
             task,
             give_up,
@@ -167,7 +167,7 @@ impl LookupThreads {
             queued: Instant::now(),
         };
         let mut state = self.0.state();
-        state.push(owner, job);
+        state.push(workload, job);
         if !std::mem::replace(&mut state.watched, true) {
             tokio::spawn(self.clone().watch());
         }
@@ -198,9 +198,9 @@ impl LookupThreads {
             missing
                 .into_iter()
                 .for_each(|number| self.start_thread(number));
-            for (owner, give_up) in overdue {
+            for (workload, give_up) in overdue {
                 tracing::warn!(
-                    workload = ?owner,
+                    ?workload,
                     "reading a caller's process blocks; giving up its connection"
                 );
                 give_up();
@@ -229,10 +229,10 @@ impl ThreadPool {
     }
 
     fn run(&self, number: u64) {
-        MAY_WAIT.set(true);
+        IS_LOOKUP_THREAD.set(true);
         let mut state = self.state();
         loop {
-            if let Some((owner, job)) = state.next() {
+            if let Some((workload, job)) = state.next() {
                 let LookupJob {
                     task,
                     give_up,
@@ -243,7 +243,7 @@ impl ThreadPool {
                     number,
                     BusyThread {
                         since: Instant::now(),
-                        give_up: Some((owner.clone(), give_up)),
+                        give_up: Some((workload.clone(), give_up)),
                     },
                 );
                 drop(state);
@@ -254,9 +254,12 @@ impl ThreadPool {
                     .insert(number, BusyThread::default())
                     .is_some_and(|busy| busy.give_up.is_none())
                 {
-                    tracing::info!(workload = ?owner, "a blocked read of a caller's process has returned");
+                    tracing::info!(
+                        ?workload,
+                        "a blocked read of a caller's process has returned"
+                    );
                 }
-                state.done(owner);
+                state.done(workload);
                 continue;
             }
             state.busy.remove(&number);
@@ -323,7 +326,7 @@ impl PoolState {
 
     /// Registers the threads to start, so that `target` threads are not blocked.
     fn missing(&mut self, target: usize) -> Vec<u64> {
-        let ready = self.ready.iter().filter(|owner| self.may_run(owner));
+        let ready = self.ready.iter().filter(|workload| self.may_run(workload));
         let missing = target
             .saturating_sub(self.count_running())
             .min(ready.count());
@@ -331,16 +334,16 @@ impl PoolState {
         (0..missing).map(|_| self.new_number()).collect()
     }
 
-    fn push(&mut self, owner: WorkloadKey, job: LookupJob) {
-        let queue = self.workloads.entry(owner.clone()).or_default();
+    fn push(&mut self, workload: WorkloadKey, job: LookupJob) {
+        let queue = self.workloads.entry(workload.clone()).or_default();
         queue.waiting.push_back(job);
         if queue.running < MAX_PER_WORKLOAD && !std::mem::replace(&mut queue.is_ready, true) {
-            self.ready.push_back(owner);
+            self.ready.push_back(workload);
         }
     }
 
     /// Returns whether this workload's scope may have another thread.
-    fn may_run(&self, owner: &WorkloadKey) -> bool {
+    fn may_run(&self, workload: &WorkloadKey) -> bool {
         let left = MAX_THREADS.saturating_sub(self.busy.len());
         // The count takes a while, and is needed only while threads are blocked.
         if left > MAX_THREADS / 2 {
@@ -349,15 +352,18 @@ impl PoolState {
         let of_scope = self
             .workloads
             .iter()
-            .filter(|(key, _)| key.scope() == owner.scope());
+            .filter(|(key, _)| key.scope() == workload.scope());
         of_scope.map(|(_, queue)| queue.running).sum::<usize>() < left
     }
 
     fn next(&mut self) -> Option<(WorkloadKey, LookupJob)> {
         loop {
-            let first = self.ready.iter().position(|owner| self.may_run(owner))?;
-            let owner = self.ready.remove(first)?;
-            let Some(queue) = self.workloads.get_mut(&owner) else {
+            let first = self
+                .ready
+                .iter()
+                .position(|workload| self.may_run(workload))?;
+            let workload = self.ready.remove(first)?;
+            let Some(queue) = self.workloads.get_mut(&workload) else {
                 continue;
             };
             queue.is_ready = false;
@@ -368,23 +374,23 @@ impl PoolState {
             queue.running += 1;
             if queue.running < MAX_PER_WORKLOAD && !queue.waiting.is_empty() {
                 queue.is_ready = true;
-                self.ready.push_back(owner.clone());
+                self.ready.push_back(workload.clone());
             }
-            return Some((owner, job));
+            return Some((workload, job));
         }
     }
 
-    fn done(&mut self, owner: WorkloadKey) {
-        let Some(queue) = self.workloads.get_mut(&owner) else {
+    fn done(&mut self, workload: WorkloadKey) {
+        let Some(queue) = self.workloads.get_mut(&workload) else {
             return;
         };
         queue.running -= 1;
         if queue.waiting.is_empty() {
             if queue.running == 0 {
-                self.workloads.remove(&owner);
+                self.workloads.remove(&workload);
             }
         } else if !std::mem::replace(&mut queue.is_ready, true) {
-            self.ready.push_back(owner);
+            self.ready.push_back(workload);
         }
     }
 

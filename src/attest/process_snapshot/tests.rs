@@ -54,9 +54,8 @@ fn process_is_unchanged_until_it_exits_even_as_a_zombie() {
     let mut child = sleeper();
     let pidfd = crate::attest::sys::pidfd_open(child.id()).unwrap();
     let host = host();
-    let held =
-        ProcessSnapshot::read_snapshot(&host, host.process(child.id(), pidfd).unwrap()).unwrap();
-    assert_eq!(held.verify_unchanged(), Ok(()));
+    let held = ProcessSnapshot::read(&host, host.process(child.id(), pidfd).unwrap()).unwrap();
+    assert_eq!(held.verify_unchanged_blocking(), Ok(()));
     assert_eq!(held.to_process().pid, child.id());
     child.kill().unwrap();
     // The process is dead and not reaped before `wait` below, so /proc/<pid> still exists.
@@ -68,9 +67,15 @@ fn process_is_unchanged_until_it_exits_even_as_a_zombie() {
             .join("stat")
             .exists()
     );
-    assert_eq!(held.verify_unchanged(), Err(AttestError::CallerGone));
+    assert_eq!(
+        held.verify_unchanged_blocking(),
+        Err(AttestError::CallerGone)
+    );
     child.wait().unwrap();
-    assert_eq!(held.verify_unchanged(), Err(AttestError::CallerGone));
+    assert_eq!(
+        held.verify_unchanged_blocking(),
+        Err(AttestError::CallerGone)
+    );
 }
 
 #[test]
@@ -84,7 +89,7 @@ fn reused_pid_is_detected() {
     let host = host();
     let handle = host.process(living.id(), pidfd).unwrap();
     assert_eq!(
-        ProcessSnapshot::read_snapshot(&host, handle).unwrap_err(),
+        ProcessSnapshot::read(&host, handle).unwrap_err(),
         AttestError::CallerGone
     );
     living.kill().unwrap();

@@ -149,7 +149,7 @@ fn search_finds_a_process_with_a_reused_pid() {
     handle.replace_socket_hints([(socket.inode, 0)].into_iter());
     let cgroup = tree.path_of_blocking(socket.cgroup_id.unwrap()).unwrap();
     let found = find_socket_owner(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
-    assert_eq!(found.process.verify_unchanged(), Ok(()));
+    assert_eq!(found.process.verify_unchanged_blocking(), Ok(()));
     assert!(!Arc::ptr_eq(
         &handle,
         &host.processes.get(std::process::id()).unwrap()

@@ -59,7 +59,7 @@ impl Machine {
 
     async fn refusal_of(&self, client: SocketAddr) -> Option<AttestError> {
         let addresses = (client, self.client.peer_addr().unwrap());
-        let found = self.support.check(addresses, || ()).await;
+        let found = self.support.find_socket(addresses, || ()).await;
         found.err().map(|unattested| unattested.refusal)
     }
 }
@@ -83,7 +83,7 @@ async fn cgroup_tree_is_found_that_was_mounted_later() {
         let refusal = machine.refusal().await;
         assert_eq!(refusal, Some(AttestError::Unsupported(NO_CGROUPS)));
     }
-    advance(RETRY).await;
+    advance(TEST_INTERVAL).await;
     assert_eq!(machine.refusal().await, None);
     assert_eq!(machine.support.missing(), None);
     assert!(machine.support.host.cgroup_tree().is_some());
@@ -96,7 +96,7 @@ async fn status_repeats_a_failed_test() {
     };
     machine.write("self/mountinfo", &real("self/mountinfo"));
     assert!(machine.support.missing().is_some());
-    advance(RETRY).await;
+    advance(TEST_INTERVAL).await;
     assert_eq!(machine.support.missing(), None);
 }
 
@@ -107,13 +107,13 @@ async fn unmounted_cgroup_tree_is_noticed_and_found_again() {
     };
     assert_eq!(machine.refusal().await, None);
     machine.write("self/mountinfo", "");
-    advance(RETRY).await;
+    advance(TEST_INTERVAL).await;
     let gone = "127.0.0.1:1".parse().unwrap();
     let unsupported = Some(AttestError::Unsupported(NO_CGROUPS));
     assert_eq!(machine.refusal_of(gone).await, unsupported);
     assert_eq!(machine.refusal().await, unsupported);
     machine.write("self/mountinfo", &real("self/mountinfo"));
-    advance(RETRY).await;
+    advance(TEST_INTERVAL).await;
     assert_eq!(
         machine.refusal_of(gone).await,
         Some(AttestError::CallerGone)
@@ -130,7 +130,7 @@ async fn lost_sock_diag_is_noticed_and_opened_again() {
     machine.support.attestor().unwrap().close();
     // The test at the start is too recent to be repeated.
     assert_eq!(machine.refusal().await, Some(AttestError::CallerGone));
-    advance(RETRY).await;
+    advance(TEST_INTERVAL).await;
     let refusal = machine.refusal().await;
     assert!(
         matches!(refusal, Some(AttestError::Unsupported(text)) if text.contains("tcp_diag")),
@@ -146,7 +146,7 @@ async fn lost_sock_diag_is_noticed_and_opened_again() {
             .as_deref(),
         Some("sock_diag(7) does not work for TCP: it does not find a socket that exists")
     );
-    advance(RETRY).await;
+    advance(TEST_INTERVAL).await;
     assert_eq!(machine.refusal().await, None);
 }
 
@@ -172,7 +172,7 @@ async fn wrong_cgroup_is_noticed_and_passes() {
         return;
     };
     machine.write("self/cgroup", &format!("0::{other}\n"));
-    advance(RETRY).await;
+    advance(TEST_INTERVAL).await;
     let gone = "127.0.0.1:1".parse().unwrap();
     let refusal = machine.refusal_of(gone).await;
     assert_eq!(
@@ -182,6 +182,6 @@ async fn wrong_cgroup_is_noticed_and_passes() {
         ))
     );
     machine.write("self/cgroup", &own);
-    advance(RETRY).await;
+    advance(TEST_INTERVAL).await;
     assert_eq!(machine.refusal().await, None);
 }

@@ -59,7 +59,7 @@ fn end(mut child: Child) {
 fn start_time(child: &Child) -> u64 {
     let pidfd = sys::pidfd_open(child.id()).unwrap();
     let host = host();
-    ProcessSnapshot::read_snapshot(&host, host.process(child.id(), pidfd).unwrap())
+    ProcessSnapshot::read(&host, host.process(child.id(), pidfd).unwrap())
         .unwrap()
         .start_time()
         .unwrap()
@@ -71,9 +71,12 @@ async fn attest_uses_the_pid_without_a_kernel_pidfd() {
     let accepted = start_time(&child);
     let caller = attest_peer(peer(child.id(), accepted)).unwrap();
     assert_eq!(caller.process.as_ref().unwrap().pid, child.id());
-    assert_eq!(caller.still_same().await, Ok(()));
+    assert_eq!(caller.verify_unchanged().await, Ok(()));
     end(child);
-    assert_eq!(caller.still_same().await, Err(AttestError::CallerGone));
+    assert_eq!(
+        caller.verify_unchanged().await,
+        Err(AttestError::CallerGone)
+    );
 }
 
 #[test]
@@ -159,7 +162,7 @@ async fn groups_and_program_are_read_only_if_needed() {
             .path
             .is_absolute()
     );
-    assert_eq!(all.still_same().await, Ok(()));
+    assert_eq!(all.verify_unchanged().await, Ok(()));
     end(child);
 }
 

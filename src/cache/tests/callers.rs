@@ -120,5 +120,5 @@ async fn cache_keeps_no_caller_if_the_source_needs_none() {
     assert_eq!(cache.entries()[0].callers, 0);
     pass(MINUTE * 34).await;
     assert_eq!(requesters(&env), [5, u32::MAX]);
-    assert!(Caller::synthetic().still_same().await.is_err());
+    assert!(Caller::synthetic().verify_unchanged().await.is_err());
 }

@@ -261,9 +261,9 @@ fn caller_by(uid: u32, evidence: ScriptedProof) -> Arc<Caller> {
         uid,
         cgroup: None,
         pod: None,
-        namespace: None,
+        netns_inode: None,
         process: Some(process),
-        evidence: Box::new(evidence),
+        proof: Box::new(evidence),
     })
 }
 

@@ -9,13 +9,10 @@ use tokio::time::Instant;
 use super::agent_clock::AgentClock;
 use crate::caller::{Caller, WorkloadKey};
 use crate::role::Identity;
-use crate::svid::SourceError;
+use crate::svid::{DENIAL_CONFIRMATION, SourceError};
 
 /// Age at which identities are queried again.
 pub(super) const REVALIDATE_AFTER: Duration = Duration::from_secs(30);
-/// A denial counts as final when a second one follows at least this much later with no identity in
-/// between. A single one may be an attestor that failed for a moment.
-pub(super) const DENIAL_CONFIRMATION: Duration = Duration::from_secs(10);
 /// Delay after a failed query, if a query is due.
 pub(super) const RETRY_AFTER: Duration = Duration::from_secs(5);
 /// Time for which the result "no identity" is cached. It is short, since an operator may be

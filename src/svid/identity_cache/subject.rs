@@ -59,8 +59,8 @@ impl Subject {
     /// Returns true if the subject still exists. `caller` is that process, or one in that pod.
     pub(super) fn is_alive(&self, caller: &Caller) -> bool {
         match self {
-            Self::Process { .. } => caller.evidence.is_alive(),
-            Self::Pod(_) => caller.evidence.verify_pod().is_ok(),
+            Self::Process { .. } => caller.proof.is_alive(),
+            Self::Pod(_) => caller.proof.verify_pod().is_ok(),
         }
     }
 }

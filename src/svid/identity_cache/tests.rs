@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::time::advance;
 
-use super::known::{DENIAL_CONFIRMATION, NO_IDENTITY_TTL, RETRY_AFTER};
+use super::known::{NO_IDENTITY_TTL, RETRY_AFTER};
 use super::*;
 use crate::caller::{
     AttestError, Executable, GroupDetail, Groups, ListenerKind, PeerProof, Process, Program,
@@ -11,6 +11,7 @@ use crate::caller::{
 use crate::cgroup::CgroupPath;
 use crate::identity::SpiffeId;
 use crate::role::Identity;
+use crate::svid::DENIAL_CONFIRMATION;
 
 mod revalidation;
 
@@ -55,9 +56,9 @@ fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
         uid,
         cgroup: None,
         pod: None,
-        namespace: None,
+        netns_inode: None,
         process: Some(process),
-        evidence,
+        proof: evidence,
     };
     (Arc::new(caller), lives)
 }

@@ -148,9 +148,9 @@ fn person(number: u32) -> WorkloadKey {
         uid: number,
         cgroup: CgroupPath::parse(&format!("/user.slice/user-{number}.slice/session-1.scope")),
         pod: None,
-        namespace: None,
+        netns_inode: None,
     }
-    .owner()
+    .workload_key()
 }
 
 /// Covers T29: one party with many users, such as subordinate ids without systemd, blocks as many

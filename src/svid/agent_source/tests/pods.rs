@@ -135,9 +135,9 @@ fn caller_in_pod(uid: u32, ages: PodAge, exists_for: u32) -> Arc<Caller> {
         uid,
         cgroup: None,
         pod: Some(pod),
-        namespace: Some(1),
+        netns_inode: Some(1),
         process: None,
-        evidence,
+        proof: evidence,
     })
 }
 
