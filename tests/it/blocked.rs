@@ -172,7 +172,8 @@ fn blocked_agent_does_not_stop_threads() {
     }
     let folder = folder();
     let socket = folder.path().join("agent.sock");
-    let stuck = Repeater::block_agent(&socket).wait_started();
+    let cgroup = Cgroup::new("blocked-agent.service");
+    let stuck = Repeater::block_agent(&socket, &cgroup).wait_started();
     let configuration = format!(
         "[identity]\nsource = \"spire-delegated\"\nadmin_socket = \"unix://{}\"\n\
          [sts]\nregion = \"us-east-1\"\n\

@@ -12,6 +12,7 @@ use std::time::Duration;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::Pid;
 
+use super::cgroup::Cgroup;
 use super::counterparts::process::{Owned, behind, run, spawn};
 
 /// Returns the path of the program. Cargo puts it into the folder next to that of the test
@@ -257,8 +258,9 @@ impl Repeater {
     }
 
     /// Starts a process that listens at this path, and makes reads of its own `/proc` files hang.
-    pub(crate) fn block_agent(socket: &Path) -> Self {
-        let mut command = Command::new(program());
+    /// It runs in this cgroup, so that no other test waits for it.
+    pub(crate) fn block_agent(socket: &Path, cgroup: &Cgroup) -> Self {
+        let mut command = behind(&cgroup.enter(), &program());
         command.env_clear().env("PATH", "/usr/bin:/bin");
         command.arg("blocked-agent").arg(socket);
         Self::of(command)

@@ -106,7 +106,7 @@ fn sock_diag_is_used_again_when_its_module_is_loaded() {
     ] {
         assert!(line.contains(words), "{words}: {line}");
     }
-    let cgroup = Cgroup::new("restored.service");
+    let cgroup = Cgroup::new("restored-module.service");
     await_answer(&daemon, "unix", &cgroup, "AccessKeyId");
     for listener in ["tcp", "tcp6"] {
         let answer = daemon.curl(listener, (ALICE, ALICE), &cgroup);
