@@ -284,8 +284,8 @@ fn reload_keeps_listeners_and_applies_other_changes() {
     assert!(daemon.reload_text(&text));
     daemon.await_line(&[
         "the change needs a restart",
-        "\"table\":\"listen\"",
-        "\"keys\":\"unix, tcp, max_connections_per_workload\"",
+        "listen",
+        "unix, tcp, max_connections_per_workload",
     ]);
     assert!(socket.exists() && !socket.with_file_name("other.sock").exists());
     key(&daemon);
