@@ -267,7 +267,8 @@ impl Admin {
         }
     }
 
-    /// Returns metrics that are at most [`RENDER_EVERY`] old. A rendering visits each cache entry.
+    /// Returns metrics that are at most [`RENDER_INTERVAL`] old. A rendering visits each cache
+    /// entry.
     async fn rendered(&self) -> Rendered {
         let mut rendered = self.rendered.lock().await;
         if let Some((at, latest)) = &*rendered

@@ -1,5 +1,5 @@
 //! Audit records, one for each request that sent a complete head: the caller, its SPIFFE ID, the
-//! role, and the issued key. Many equal ones become one record with a count ([`aggregate`]).
+//! role, and the issued key. Many equal ones become one record with a count (`aggregate`).
 //!
 //! A record is one line of JSON, written with one write(2). The answer waits for that up to 0.1 s,
 //! or with `required` for as long as it may take. Its fields
@@ -112,7 +112,7 @@ pub struct IssuedFields<'a> {
 }
 
 impl Audit {
-    /// Returns an audit log without a destination. Records wait for [`Audit::reopen`], up to the
+    /// Returns an audit log without a destination. Records wait for [`Audit::redirect`], up to the
     /// bound of the queue. With `required`, no credentials are served without a written record.
     pub fn unopened(required: bool, clock: Clock, metrics: Metrics) -> Arc<Self> {
         Arc::new(Self {

@@ -379,7 +379,7 @@ pub struct PeerFacts {
     pub cgroup: Option<CgroupPath>,
     /// The pod, as in [`Caller::pod`].
     pub pod: Option<Pod>,
-    /// The network namespace, as in [`Caller::namespace`].
+    /// The network namespace, as in [`Caller::netns_inode`].
     pub netns_inode: Option<u64>,
 }
 

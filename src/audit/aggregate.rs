@@ -81,7 +81,7 @@ pub(super) struct Emission {
     pub(super) before: Option<Line>,
     /// The request has a record of its own.
     pub(super) own_record: bool,
-    /// The caller has to call [`RefusalAggregator::sweep`] from now on, until it returns true.
+    /// The caller has to call [`RecordAggregator::sweep`] from now on, until it returns true.
     pub(super) begin_sweep: bool,
 }
 

@@ -10,7 +10,7 @@ use crate::telemetry::LogQuota;
 
 /// Number of log lines at once.
 const LOG_BURST: u32 = 20;
-/// Interval between log lines after [`BURST`].
+/// Interval between log lines after [`LOG_BURST`].
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Limiter of the log lines, which counts those it drops.

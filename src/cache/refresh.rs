@@ -36,7 +36,7 @@ pub(super) struct Schedule {
 
 impl Schedule {
     /// Schedules `entry` for `at` instead of its previous time. `next` is its
-    /// [`CachedState::next`].
+    /// [`EntryState::next`].
     pub(super) fn put(&self, entry: &Arc<Entry>, next: &mut Option<Instant>, at: Option<Instant>) {
         let address = Arc::as_ptr(entry) as usize;
         let mut queue = self.lock();
