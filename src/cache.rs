@@ -101,11 +101,11 @@ pub enum CacheError {
     #[error(transparent)]
     Exchange(#[from] ExchangeError),
     /// The exchange is still running, or a reload replaced the entry. A retry finds the result.
-    #[error("credentials are not ready: the exchange is still running; retry the request")]
+    #[error("credentials are not ready: the identity source or STS is slow; retry the request")]
     Pending,
     /// The cache has `max_entries` entries, and none of this SPIFFE ID can be evicted.
     #[error(
-        "cache is full: no entry of this workload can be evicted; raise max_entries in [cache]"
+        "cache is full: no entry of this workload can be evicted; raise max_entries in [cache] on the node"
     )]
     Full,
     /// All entries of this SPIFFE ID have a running flight, so none can be evicted.

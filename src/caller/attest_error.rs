@@ -58,7 +58,7 @@ pub enum AttestError {
     NestedContainer,
     /// The cgroup names a pod at a path where this node's kubelet creates none.
     #[error(
-        "the caller's cgroup names a pod at a path outside the kubelet's cgroup root; if the kubelet has another root, set `cgroup_root` in [pods]"
+        "the caller's cgroup names a pod at a path outside the kubelet's cgroup root; set `cgroup_root` in [pods] if the kubelet has another root"
     )]
     MisplacedPod,
     /// The caller connected to a pod's listener and does not belong to a pod.
@@ -138,6 +138,21 @@ impl AttestError {
             self,
             Self::SearchBusy | Self::ProcessExecuting | Self::ProcessUnresponsive
         )
+    }
+
+    /// Returns the fix, if the text of the error has none.
+    pub fn fix(&self) -> Option<&'static str> {
+        match self {
+            Self::CallerGone => Some("retry on a new connection"),
+            Self::NotLoopback => Some("connect to a loopback address, or to the unix socket"),
+            Self::NestedContainer => Some("run the caller in a container of the node's runtime"),
+            Self::OtherPod => Some("run the caller in the network of its own pod"),
+            Self::NoSocketOwner | Self::UnreadableCgroup | Self::Kernel => {
+                Some("retry on a new connection, and see the node's log if this repeats")
+            }
+            Self::Unsupported(_) => Some("see the node's log"),
+            _ => None,
+        }
     }
 
     /// Returns the label that metrics and audit records use.

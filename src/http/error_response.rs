@@ -223,7 +223,10 @@ impl RequestError {
         let uri =
             "set AWS_CONTAINER_CREDENTIALS_FULL_URI to http://127.0.0.1:<port>/v1/credentials";
         match self {
-            Self::Caller(refusal) => format!("caller not attested: {refusal}; retry on a new connection, and see the node's log if this repeats"),
+            Self::Caller(error) => match error.fix() {
+                Some(fix) => format!("caller not attested: {error}; {fix}"),
+                None => format!("caller not attested: {error}"),
+            },
             Self::Host => "invalid Host header: other names than localhost and loopback addresses are rejected because of DNS rebinding; send one Host header with such a name".to_owned(),
             Self::Browser => "request of a browser: this endpoint serves AWS SDKs only; use an SDK or the AWS CLI".to_owned(),
             Self::Proxied => "request through a proxy: awsvid would attest the proxy instead of the caller; set NO_PROXY=127.0.0.1,localhost".to_owned(),
@@ -238,9 +241,9 @@ impl RequestError {
             Self::NoIdentity(caller) => format!("no SPIFFE identity: this node has none for {caller}; add a [[workload]] rule for it or, where SPIRE attests workloads, a registration entry"),
             Self::Denied(denial) => format!("{denial}; add or widen a [[role]] on the node"),
             Self::Exchange(error) => error.to_string(),
-            Self::Pending => "exchange not finished: the identity source or STS is slow; retry".to_owned(),
-            Self::Full => "cache full: this node has [cache] max_entries sets of credentials; raise that number".to_owned(),
-            Self::TooManyRoles => "too many roles: exchanges for 16 roles of this workload run now; retry".to_owned(),
+            Self::Pending => CacheError::Pending.to_string(),
+            Self::Full => CacheError::Full.to_string(),
+            Self::TooManyRoles => CacheError::TooManyRoles.to_string(),
             Self::NotAudited => "audit record not written: this node serves no credentials without one; retry, and see the node's log if this repeats".to_owned(),
         }
     }

@@ -101,3 +101,11 @@ fn error_body_shows_no_fact_about_other_workloads() {
     assert!(text.contains("uid 1003 in shop.service"));
     assert!(!text.contains("spiffe://"));
 }
+
+#[test]
+fn each_error_about_a_caller_has_one_fix() {
+    for error in AttestError::ALL {
+        let text = RequestError::Caller(error).message();
+        assert_eq!(text.matches("; ").count(), 1, "{text}");
+    }
+}
