@@ -48,8 +48,8 @@ pub(super) fn documented_recipe_explains_a_403(cluster: &Cluster, folder: &Path)
     let reason = recipe("kubectl -n shop debug")
         .replace(" -it ", " -i ")
         .replace("docker.io/curlimages/curl", CURL);
-    // kubectl detaches at the end of its input, and shows nothing if it attaches too late. The agent
-    // may still learn about a new pod, so that it gets `source_unavailable` at first.
+    // kubectl detaches at the end of its input, and shows nothing if it attaches too late. The
+    // agent may still learn about a new pod, so that it gets `source_unavailable` at first.
     let reason = format!("sleep 20 | {reason}");
     await_some("the reason", TIMEOUT, || {
         let output = cluster.node.shell(&reason).success(&reason);
