@@ -142,7 +142,7 @@ impl CredentialEndpoint {
             pod: None,
         };
         let admitted = unattested
-            .run(life.run(self.admit(&stream, pending_permit, pod.as_deref())))
+            .run(life.run(pin!(self.admit(&stream, pending_permit, pod.as_deref()))))
             .await;
         let Some(admitted) = admitted else {
             return;
@@ -150,7 +150,7 @@ impl CredentialEndpoint {
         let scope = admitted.scope(origin);
         if !admitted.may_wait() {
             let served = self.serve_admitted(stream.into_socket(), origin, admitted);
-            scope.run(life.run(served)).await;
+            scope.run(life.run(pin!(served))).await;
             return;
         }
         let (workload, lookups) = (
@@ -161,8 +161,8 @@ impl CredentialEndpoint {
             RequestError::Caller(AttestError::ProcessUnresponsive).raw_response(id)
         });
         let served = scope.run(async move {
-            life.run(self.serve_admitted(stream.into_socket(), origin, admitted))
-                .await;
+            let served = self.serve_admitted(stream.into_socket(), origin, admitted);
+            life.run(pin!(served)).await;
         });
         lookups.spawn(workload, served, give_up);
     }

@@ -1,6 +1,7 @@
 //! The bounds of a connection, and the reason for its end.
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::pin::Pin;
 use std::sync::Arc;
 
 use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
@@ -104,11 +105,12 @@ impl ConnectionBounds {
         }
     }
 
-    /// Runs a part of the connection. Returns `None` if the connection ended, after its reason was
+    /// Runs a part of the connection, which is pinned so that it is not copied into this function's
+    /// state. Returns `None` if the connection ended, after its reason was
     /// counted. The end of a pod's namespace is not counted.
     pub(super) async fn run<T>(
         &self,
-        part: impl Future<Output = Result<T, DropReason>>,
+        part: Pin<&mut impl Future<Output = Result<T, DropReason>>>,
     ) -> Option<T> {
         let ended = tokio::select! {
             biased;

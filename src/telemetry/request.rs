@@ -38,28 +38,26 @@ pub struct RequestScope {
 }
 
 task_local! {
-    static CURRENT: RequestScope;
+    static CURRENT: Option<RequestScope>;
 }
 
 impl RequestScope {
     /// Runs `work` for this request.
-    pub async fn run<F: Future>(self, work: F) -> F::Output {
-        CURRENT.scope(self, work).await
+    pub fn run<F: Future>(self, work: F) -> impl Future<Output = F::Output> {
+        // Not an async function: its state would have `work` twice.
+        CURRENT.scope(Some(self), work)
     }
 
     /// Calls `read` with the current request, if there is one.
     pub(super) fn with_current<T>(read: impl FnOnce(&Self) -> T) -> Option<T> {
-        CURRENT.try_with(read).ok()
+        CURRENT
+            .try_with(|current| current.as_ref().map(read))
+            .ok()
+            .flatten()
     }
 }
 
 /// Returns `work` so that a task of its own runs it for the request that is current now.
 pub fn in_current_request<F: Future>(work: F) -> impl Future<Output = F::Output> {
-    let current = RequestScope::with_current(RequestScope::clone);
-    async move {
-        match current {
-            Some(request) => request.run(work).await,
-            None => work.await,
-        }
-    }
+    CURRENT.scope(RequestScope::with_current(RequestScope::clone), work)
 }
