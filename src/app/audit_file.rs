@@ -7,18 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::spawn_blocking;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
-use super::AppError;
+use super::{AppError, retry};
 use crate::audit::Audit;
 use crate::clock::Clock;
 use crate::config::{AuditConfig, AuditFile};
 use crate::metrics::Metrics;
-
-/// Interval between attempts to open the file, unless a record needs it.
-const RETRY_INTERVAL: Duration = Duration::from_secs(5);
-/// Minimum interval between two attempts.
-const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// Time for which a start or a reload waits for the file's server.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
@@ -57,22 +52,18 @@ async fn open(config: &AuditConfig) -> io::Result<File> {
 async fn open_later(audit: Arc<Audit>, config: AuditConfig) {
     // A reload may open this file, or another one.
     while audit.is_unopened() {
-        // A timeout and a record both mean: try it.
-        let _ = timeout(RETRY_INTERVAL, audit.needs_destination()).await;
+        retry::until_needed(audit.needs_destination()).await;
         // Waits for a server that does not respond, so that only one thread does.
-        let Ok(opened) = open(&config).await else {
-            sleep(RETRY_PAUSE).await;
-            continue;
-        };
-        if !audit.is_unopened() {
-            return;
-        }
-        let redirected = audit.redirect(&config.file, opened, config.required);
-        if redirected.is_ok() {
+        if let Ok(opened) = open(&config).await
+            && audit.is_unopened()
+            && audit
+                .redirect(&config.file, opened, config.required)
+                .is_ok()
+        {
             tracing::info!("audit file opened");
             return;
         }
-        sleep(RETRY_PAUSE).await;
+        retry::pause().await;
     }
 }
 

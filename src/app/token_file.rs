@@ -5,21 +5,15 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use tokio::sync::Notify;
 use tokio::task::spawn_blocking;
-use tokio::time::{sleep, timeout};
 use zeroize::Zeroizing;
 
+use super::retry;
 use crate::config::exposures;
-
-/// Interval between attempts to write the file, unless a request needs it.
-const RETRY_INTERVAL: Duration = Duration::from_secs(5);
-/// Minimum interval between two attempts.
-const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// The node's token, and the reason why its file is missing.
 pub(super) struct NodeToken {
@@ -74,14 +68,13 @@ fn read(path: &Path) -> io::Result<String> {
 /// SDK repeats.
 pub(super) async fn write_later(path: PathBuf, token: Zeroizing<String>, needed: Arc<Notify>) {
     loop {
-        // A timeout and a request both mean: try it.
-        let _ = timeout(RETRY_INTERVAL, needed.notified()).await;
+        retry::until_needed(needed.notified()).await;
         let (to, text) = (path.clone(), token.clone());
         if let Ok(Ok(())) = spawn_blocking(move || write(&to, &text)).await {
             tracing::info!(path = %path.display(), "token file written");
             return;
         }
-        sleep(RETRY_PAUSE).await;
+        retry::pause().await;
     }
 }
 
@@ -134,7 +127,7 @@ mod tests {
         let (needed, start) = (Arc::<Notify>::default(), tokio::time::Instant::now());
         needed.notify_one();
         write_later(path.clone(), "text".to_owned().into(), needed).await;
-        assert_eq!(start.elapsed(), Duration::ZERO);
+        assert_eq!(start.elapsed(), std::time::Duration::ZERO);
         assert_eq!(fs::read_to_string(&path).unwrap(), "text");
     }
 }
