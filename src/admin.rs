@@ -7,6 +7,7 @@
 
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -220,13 +221,14 @@ impl Admin {
             CONNECTION_TIMEOUT,
             builder.serve_connection(TokioIo::new(stream.into_socket()), service),
         );
-        tokio::select! {
-            // A client that is slow or gone gets no answer.
-            _ = served => {}
-            () = permit.evicted() => {
-                self.metrics.connections_dropped.get_or_create(&ReasonLabel { reason: TOO_MANY_OPERATORS }).inc();
-                LazySocket::reset_on_close(&descriptor);
-            }
+        // A client that is slow or gone gets no answer.
+        if permit.run(pin!(served)).await.is_none() {
+            let reason = TOO_MANY_OPERATORS;
+            self.metrics
+                .connections_dropped
+                .get_or_create(&ReasonLabel { reason })
+                .inc();
+            LazySocket::reset_on_close(&descriptor);
         }
     }
 

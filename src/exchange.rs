@@ -185,15 +185,12 @@ impl TokenExchanger {
                 .acquire_evicting(&grant.spiffe_id)
                 .await
                 .ok_or(ExchangeError::TooOften)?;
-            let result = tokio::select! {
-                biased;
-                result = self.source.token(caller, &grant.spiffe_id, audience) => result,
-                () = permit.evicted() => {
-                    if budget.pause().await {
-                        continue;
-                    }
-                    return Err(ExchangeError::TooOften);
+            let call = self.source.token(caller, &grant.spiffe_id, audience);
+            let Some(result) = permit.run(call).await else {
+                if budget.pause().await {
+                    continue;
                 }
+                return Err(ExchangeError::TooOften);
             };
             drop(permit);
             match result {

@@ -219,11 +219,8 @@ impl CredentialEndpoint {
             };
             self.serve_request(stream, origin, caller, &permit).await
         };
-        tokio::select! {
-            biased;
-            served = served => served,
-            () = permit.evicted() => Err(DropReason::Evicted),
-        }
+        let served = pin!(served);
+        permit.run(served).await.unwrap_or(Err(DropReason::Evicted))
     }
 
     /// Attests the peer by its socket alone.

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -234,13 +235,11 @@ impl AssumeRole for Sts {
         let target = &grant.role.sts;
         let result = match self.permits.acquire_evicting(&grant.spiffe_id).await {
             None => Err(Failure::Busy),
-            Some(permit) => tokio::select! {
-                biased;
-                answer = self.call(target, |call| build_request(call, grant, token)) => {
-                    answer.and_then(|answer| self.credentials(answer))
-                }
-                () = permit.evicted() => Err(Failure::Busy),
-            },
+            Some(permit) => {
+                let call = pin!(self.call(target, |call| build_request(call, grant, token)));
+                let answer = permit.run(call).await.unwrap_or(Err(Failure::Busy));
+                answer.and_then(|answer| self.credentials(answer))
+            }
         };
         match result {
             Ok(credentials) => Ok(credentials),

@@ -203,11 +203,8 @@ impl CgroupTree {
         waiting.set_in_use();
         on_wait();
         let tree = self.clone();
-        tokio::select! {
-            biased;
-            () = self.throttles[scope as usize].run_after(move || tree.scan(scope)) => {}
-            () = waiting.evicted() => return Err(AttestError::SearchBusy),
-        }
+        let scan = self.throttles[scope as usize].run_after(move || tree.scan(scope));
+        waiting.run(scan).await.ok_or(AttestError::SearchBusy)?;
         self.paths()
             .get(&id)
             .map(|cached| cached.path.clone())

@@ -256,10 +256,13 @@ async fn run_flight(
         };
         // The exchange has its own task, so that a panic in a library fails this flight and leaves
         // the entry usable.
-        let result = tokio::select! {
-            biased;
-            result = task => result.unwrap_or_else(|_| Err(ExchangeError::task_panicked())),
-            () = evicted(permit.as_ref()) => Err(ExchangeError::TooOften),
+        let ended = match &permit {
+            Some(permit) => permit.run(task).await,
+            None => Some(task.await),
+        };
+        let result = match ended {
+            Some(result) => result.unwrap_or_else(|_| Err(ExchangeError::task_panicked())),
+            None => Err(ExchangeError::TooOften),
         };
         match inner.complete(&entry, &flight, result, &caller) {
             FlightOutcome::Retry(other) => caller = other,
@@ -268,12 +271,4 @@ async fn run_flight(
     };
     drop(permit);
     flight.finish(result);
-}
-
-/// Waits until the permit of a refresh is evicted: for ever if there is none.
-async fn evicted(permit: Option<&FairPermit<SpiffeId>>) {
-    match permit {
-        Some(permit) => permit.evicted().await,
-        None => std::future::pending().await,
-    }
 }

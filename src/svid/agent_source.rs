@@ -264,26 +264,24 @@ impl AgentSourceInner {
         caller: &Arc<Caller>,
     ) -> IdentityResult {
         let start = Instant::now();
-        tokio::select! {
-            biased;
-            reply = self.clone().identities(caller, Some(subject)) => reply,
-            () = permit.evicted() => {
-                let evicted = Err(SourceError::Busy);
-                self.metrics.source_call_evicted(
-                    CallLabel::of(&evicted, SourceError::reason),
-                    start.elapsed(),
-                );
-                if let Some(LogPermit { missed }) = self.log.admit("evicted") {
-                    let workload = permit.key();
-                    tracing::warn!(
-                        ?workload,
-                        missed,
-                        "query to the SPIFFE agent cancelled: all queries are in use, and this workload has the most"
-                    );
-                }
-                evicted
-            }
+        let query = self.clone().identities(caller, Some(subject));
+        if let Some(reply) = permit.run(query).await {
+            return reply;
         }
+        let evicted = Err(SourceError::Busy);
+        self.metrics.source_call_evicted(
+            CallLabel::of(&evicted, SourceError::reason),
+            start.elapsed(),
+        );
+        if let Some(LogPermit { missed }) = self.log.admit("evicted") {
+            let workload = permit.key();
+            tracing::warn!(
+                ?workload,
+                missed,
+                "query to the SPIFFE agent cancelled: all queries are in use, and this workload has the most"
+            );
+        }
+        evicted
     }
 
     /// Queries the identities of this caller now; an empty list is a valid reply. Holds the tokens

@@ -33,6 +33,17 @@ impl<K: FairKey> FairPermit<K> {
         }
     }
 
+    /// Runs `work`, at most until this permit is evicted. By then the permit no longer counts, and
+    /// `work` is dropped. Returns `None` in that case. A large `work` should be pinned, since the
+    /// state of an async function has its arguments twice.
+    pub async fn run<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            biased;
+            done = work => Some(done),
+            () = self.evicted() => None,
+        }
+    }
+
     /// Marks the permit as in use: among one key's permits, those in use are evicted last.
     pub fn set_in_use(&self) {
         if let Some(one) = self.limit.state().evictable.get_mut(&self.id) {
