@@ -33,6 +33,7 @@ use crate::svid::{IdentitySource, SourceError};
 mod audit_file;
 mod components;
 mod listeners;
+mod retry;
 mod series;
 mod token_file;
 

@@ -8,12 +8,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::client::ask;
 use crate::harness::counterparts::process::run;
 use crate::harness::counterparts::{folder, skip};
 use crate::harness::daemon::Daemon;
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{Upstream, my_rule};
 
 /// All ways in which a page makes a browser send a request. `TO` is the endpoint, `REBOUND` the
 /// same by a name of the page's.
@@ -62,17 +61,12 @@ fn browser_page_is_refused() {
         return skip("chromium is missing: run tests/counterparts/get browser");
     }
     let folder = folder();
-    let uid = nix::unistd::geteuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
+    let upstream = Upstream::start_for_me();
     // No other check rejects them.
     let daemon = Daemon::start(
         folder.path(),
         "authorization = \"off\"\n",
-        &(upstream.configuration() + &rule),
+        &(upstream.configuration() + &my_rule()),
     )
     .ready();
     let before = daemon.audit().len();

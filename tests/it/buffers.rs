@@ -8,12 +8,11 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::run;
 use crate::harness::daemon::Daemon;
 use crate::harness::pausable_proxy::PausableProxy;
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{Upstream, my_rule};
 
 const CONNECTIONS: usize = 500;
 /// Each has an incomplete head, or at most one head: well above what SDKs send.
@@ -45,19 +44,14 @@ fn kernel_buffers_of_waiting_callers_stay_small() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
     let folder = folder();
-    let uid = nix::unistd::geteuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
+    let upstream = Upstream::start_for_me();
     // The SPIFFE provider accepts every query, and replies to none.
     let agent = folder.path().join("agent.sock");
     let _gate = PausableProxy::start(&agent, &upstream.socket());
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
     let daemon = Daemon::start(
         folder.path(),
         "",
-        &(upstream.configuration_at(&agent) + &rule),
+        &(upstream.configuration_at(&agent) + &my_rule()),
     );
     for listener in [daemon.tcp(), daemon.tcp6()] {
         let ended = AtomicBool::new(false);

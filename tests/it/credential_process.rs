@@ -7,15 +7,13 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use nix::unistd::getuid;
 use serde_json::Value;
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::counterparts::process::{Output, Process, run};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, root, tool};
 use crate::harness::daemon::{Daemon, PROGRAM};
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{ME, Upstream, my_rule};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -30,14 +28,9 @@ fn ask(arguments: &[&str]) -> Output {
 
 /// Starts a daemon that serves the user of this test.
 fn daemon(folder: &Path) -> (Daemon, Upstream) {
-    let uid = getuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
+    let upstream = Upstream::start_for_me();
     (
-        Daemon::start(folder, "", &(upstream.configuration() + &rule)).ready(),
+        Daemon::start(folder, "", &(upstream.configuration() + &my_rule())).ready(),
         upstream,
     )
 }
@@ -66,7 +59,7 @@ fn output_is_accepted_by_cli() {
             "Version"
         ]
     );
-    let status = daemon.status("spiffe://example.org/user/me");
+    let status = daemon.status(ME);
     assert_eq!(
         (&printed["Version"], &printed["AccessKeyId"]),
         (&Value::from(1), &status["access_key_id"])

@@ -236,15 +236,20 @@ fn troubleshooting_has_every_reason_and_no_other() {
     assert!(unknown.is_empty(), "{unknown:?}");
 }
 
+/// Returns the log lines that troubleshooting.md quotes.
+fn quoted_log_lines() -> Vec<&'static str> {
+    let (_, section) = TROUBLESHOOTING.split_once("\n## Log lines\n").unwrap();
+    let (section, _) = section.split_once("\n## ").unwrap();
+    section
+        .lines()
+        .filter_map(|line| line.strip_prefix("| \"")?.split('"').next())
+        .collect()
+}
+
 #[test]
 fn troubleshooting_quotes_log_lines_of_the_code() {
     let code = sources().join("\n");
-    let (_, section) = TROUBLESHOOTING.split_once("\n## Log lines\n").unwrap();
-    let (section, _) = section.split_once("\n## ").unwrap();
-    let quoted: Vec<&str> = section
-        .lines()
-        .filter_map(|line| line.strip_prefix("| \"")?.split('"').next())
-        .collect();
+    let quoted = quoted_log_lines();
     assert!(quoted.len() > 30, "{quoted:?}");
     let unknown: Vec<&&str> = quoted
         .iter()
@@ -305,12 +310,7 @@ fn resolved(event: &str, code: &str) -> String {
 #[test]
 fn log_events_are_constant_and_in_troubleshooting() {
     let code = sources().join("\n");
-    let (_, section) = TROUBLESHOOTING.split_once("\n## Log lines\n").unwrap();
-    let (section, _) = section.split_once("\n## ").unwrap();
-    let quoted: Vec<&str> = section
-        .lines()
-        .filter_map(|line| line.strip_prefix("| \"")?.split('"').next())
-        .collect();
+    let quoted = quoted_log_lines();
     let mut count = 0;
     let mut wrong = Vec::new();
     // `awsvid dev` logs on the terminal of its user.

@@ -11,13 +11,12 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::client::{answer, ask, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::Daemon;
 use crate::harness::pausable_proxy::PausableProxy;
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{Upstream, my_rule};
 
 /// Bounds steps that take milliseconds, or the daemon's own 16 s, on a machine that is busy with
 /// other tests.
@@ -35,19 +34,14 @@ impl DrainStage {
     /// Starts it, waits until it is ready, and closes the proxy. The cache is empty.
     fn set() -> Self {
         let folder = folder();
-        let uid = nix::unistd::getuid().as_raw();
-        let upstream = Upstream::start(&[(uid, "me")]);
+        let upstream = Upstream::start_for_me();
         let path = folder.path().join("gate.sock");
         let gate = PausableProxy::start(&path, &upstream.socket());
         gate.set_open(true);
-        let rule = format!(
-            "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-            own_rule()
-        );
         let daemon = Daemon::start(
             folder.path(),
             "",
-            &(upstream.configuration_at(&path) + &rule),
+            &(upstream.configuration_at(&path) + &my_rule()),
         )
         .ready();
         gate.set_open(false);

@@ -6,13 +6,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use nix::unistd::getuid;
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::counterparts::process::{Output, Process, run};
 use crate::harness::counterparts::{folder, tool};
 use crate::harness::daemon::{Daemon, PROGRAM};
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{Upstream, my_rule};
 
 mod profiles;
 
@@ -35,14 +33,9 @@ fn output(command: Command) -> Output {
 
 /// Starts a daemon that serves the user of this test.
 fn daemon(folder: &Path, listen: &str) -> (Daemon, Upstream) {
-    let uid = getuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
+    let upstream = Upstream::start_for_me();
     (
-        Daemon::start(folder, listen, &(upstream.configuration() + &rule)).ready(),
+        Daemon::start(folder, listen, &(upstream.configuration() + &my_rule())).ready(),
         upstream,
     )
 }

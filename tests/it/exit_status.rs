@@ -14,14 +14,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use nix::unistd::getuid;
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::client::ask;
 use crate::harness::counterparts::process::{Output, await_some, run};
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::{Daemon, PROGRAM, text};
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{Upstream, my_rule};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 const REST: &str = r#"
@@ -219,13 +217,8 @@ fn audit_file_is_opened_once_possible() {
 fn required_audit_blocks_credentials_until_file_opens() {
     let folder = folder();
     let late = folder.path().join("late");
-    let uid = getuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
-    let text = text(folder.path(), "", &(upstream.configuration() + &rule));
+    let upstream = Upstream::start_for_me();
+    let text = text(folder.path(), "", &(upstream.configuration() + &my_rule()));
     let text = text.replace("audit.log\"", "late/audit.log\"\nrequired = true");
     let daemon = Daemon::start_text(folder.path(), &text).ready();
     assert_eq!(unix(&daemon).1["code"], "not_audited");

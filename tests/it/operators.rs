@@ -11,12 +11,11 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket};
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::client::EndLater;
 use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::{Daemon, PROGRAM};
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{Upstream, my_rule};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// The address of the flood. Probes come from 127.0.0.1.
@@ -39,14 +38,9 @@ fn connect_from_source(to: SocketAddr) -> nix::Result<TcpStream> {
 }
 
 fn stage(folder: &Path) -> (Daemon, Upstream) {
-    let uid = nix::unistd::geteuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
+    let upstream = Upstream::start_for_me();
     (
-        Daemon::start(folder, "", &(upstream.configuration() + &rule)).ready(),
+        Daemon::start(folder, "", &(upstream.configuration() + &my_rule())).ready(),
         upstream,
     )
 }
@@ -189,17 +183,12 @@ fn probe(folder: &Path, what: &str) -> Output {
 #[test]
 fn failed_probe_explains_the_reason() {
     let folder = folder();
-    let uid = nix::unistd::geteuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
+    let upstream = Upstream::start_for_me();
     let agent = folder.path().join("agent.sock");
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
     let daemon = Daemon::start(
         folder.path(),
         "",
-        &(upstream.configuration_at(&agent) + &rule),
+        &(upstream.configuration_at(&agent) + &my_rule()),
     );
     let line = daemon.await_line(&["not ready", "the identity source"]);
     let line = line.replace("not ready missing=", "not ready: ");

@@ -11,27 +11,14 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::client::ask;
 use crate::harness::counterparts::process::{Process, await_some, behind, spawn};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::hanging::HangingFiles;
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{Upstream, my_rule};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
-
-fn rule() -> String {
-    let uid = nix::unistd::geteuid().as_raw();
-    format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    )
-}
-
-fn upstream() -> Upstream {
-    Upstream::start(&[(nix::unistd::geteuid().as_raw(), "me")])
-}
 
 /// Returns a pipe that is full from the start: its reader, and an end for a program to write to.
 fn full_pipe() -> (fs::File, std::os::fd::OwnedFd) {
@@ -45,7 +32,7 @@ fn full_pipe() -> (fs::File, std::os::fd::OwnedFd) {
 /// Standard error and standard output without a reader: the log and the audit.
 #[test]
 fn stopped_log_readers_do_not_stop_daemon() {
-    let upstream = upstream();
+    let upstream = Upstream::start_for_me();
     for reads_again in [false, true] {
         let folder = folder();
         let path = |name: &str| folder.path().join(name);
@@ -53,7 +40,7 @@ fn stopped_log_readers_do_not_stop_daemon() {
         let text = format!(
             "{}\n{}\n[listen]\nunix = {socket:?}\ntcp = []\nadmin = \"\"\nstatus = {:?}\ntoken_file = {:?}\n[log]\nformat = \"json\"\n",
             upstream.configuration(),
-            rule(),
+            my_rule(),
             path("status.sock"),
             path("token"),
         );
@@ -127,7 +114,7 @@ fn audit_file_that_blocks_does_not_stop_daemon() {
     if !root() {
         return;
     }
-    let upstream = upstream();
+    let upstream = Upstream::start_for_me();
     for hangs in [false, true] {
         let folder = folder();
         let mut files = HangingFiles::mount();
@@ -146,7 +133,7 @@ fn audit_file_that_blocks_does_not_stop_daemon() {
             "{}\n{}\n[audit]\nfile = {file:?}\n[listen]\nunix = {socket:?}\ntcp = []\nadmin = \"\"\n\
              status = {:?}\ntoken_file = {:?}\n",
             upstream.configuration(),
-            rule(),
+            my_rule(),
             path("status.sock"),
             path("token"),
         );
@@ -211,7 +198,7 @@ fn required_audit_blocks_credentials_on_full_disk() {
     let folder = folder();
     let small = folder.path().join("small");
     fs::create_dir(&small).unwrap();
-    let upstream = upstream();
+    let upstream = Upstream::start_for_me();
     let script = format!(
         "mount -t tmpfs -o size=128k awsvid {} && exec \"$@\"",
         small.display()
@@ -226,7 +213,7 @@ fn required_audit_blocks_credentials_on_full_disk() {
         &script,
         "sh",
     ];
-    let configuration = upstream.configuration() + &rule();
+    let configuration = upstream.configuration() + &my_rule();
     let mut daemon = Daemon::start_behind(&words, folder.path(), "", &configuration).ready();
     let inside =
         |path: &Path| PathBuf::from(format!("/proc/{}/root{}", daemon.pid(), path.display()));

@@ -15,10 +15,9 @@ use crate::harness::counterparts::process::{Output, Process, await_some, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::env::{Env, Setting, Source, id};
 use crate::harness::terminal::{on_a_terminal, on_a_terminal_until};
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{ME, Upstream};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
-const ME: &str = "spiffe://example.org/user/me";
 
 /// A daemon that has credentials for the user of this test.
 struct StatusStage {

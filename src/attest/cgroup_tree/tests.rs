@@ -302,10 +302,8 @@ async fn unknown_ids_cost_a_tenth_of_a_cpu_and_block_no_lookup() {
     );
 }
 
-/// Covers T33: peers that wait for a scan in vain block others neither from being accepted nor from
-/// a scan.
-#[tokio::test]
-async fn waiters_for_scans_are_limited_per_user_and_pod() {
+/// Returns a tree, and the id of a cgroup in it that no scan has found yet.
+fn tree_with_unknown_cgroup() -> (tempfile::TempDir, Arc<CgroupTree>, u64) {
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir(folder.path().join("new")).unwrap();
     let tree = Arc::new(CgroupTree::at(
@@ -313,6 +311,14 @@ async fn waiters_for_scans_are_limited_per_user_and_pod() {
         PodRoots::defaults(),
     ));
     let id = id_of(&folder.path().join("new"));
+    (folder, tree, id)
+}
+
+/// Covers T33: peers that wait for a scan in vain block others neither from being accepted nor from
+/// a scan.
+#[tokio::test]
+async fn waiters_for_scans_are_limited_per_user_and_pod() {
+    let (_folder, tree, id) = tree_with_unknown_cgroup();
     let hostile = ScanKey {
         namespace: None,
         uid: Some(7),
@@ -341,13 +347,7 @@ async fn waiters_for_scans_are_limited_per_user_and_pod() {
 /// Covers T29: a person with subordinate ids fills the queue for scans.
 #[tokio::test]
 async fn waiters_with_subordinate_ids_give_way_to_others() {
-    let folder = tempfile::tempdir().unwrap();
-    fs::create_dir(folder.path().join("new")).unwrap();
-    let tree = Arc::new(CgroupTree::at(
-        folder.path().to_owned(),
-        PodRoots::defaults(),
-    ));
-    let id = id_of(&folder.path().join("new"));
+    let (_folder, tree, id) = tree_with_unknown_cgroup();
     let key = |uid| ScanKey {
         namespace: None,
         uid: Some(uid),

@@ -1,6 +1,6 @@
 //! Forged and replaced executables, where a rule names one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{ALICE, AttackStage, BOB, LISTENERS};
 use crate::harness::actor;
@@ -30,17 +30,23 @@ impl AttackStage {
     }
 }
 
+/// Returns a folder with the actor by two names, and the path of the one that rules name.
+fn two_programs() -> (tempfile::TempDir, PathBuf) {
+    let folder = folder();
+    let program = folder.path().join("program");
+    for name in ["program", "forged"] {
+        std::fs::copy(actor::program(), folder.path().join(name)).unwrap();
+    }
+    (folder, program)
+}
+
 /// T11: in a mount namespace of its own any process can show any path.
 #[test]
 fn exe_rule_matches_file_not_path() {
     if !root() {
         return;
     }
-    let folder = folder();
-    let program = folder.path().join("program");
-    for name in ["program", "forged"] {
-        std::fs::copy(actor::program(), folder.path().join(name)).unwrap();
-    }
+    let (folder, program) = two_programs();
     let stage = AttackStage::start_with(folder, |_| format!("exe = {program:?}"));
     stage.check_programs(
         &program,
@@ -61,11 +67,7 @@ fn forged_executable_passes_only_as_program_of_same_user() {
     if !root() {
         return;
     }
-    let folder = folder();
-    let program = folder.path().join("program");
-    for name in ["program", "forged"] {
-        std::fs::copy(actor::program(), folder.path().join(name)).unwrap();
-    }
+    let (folder, program) = two_programs();
     let stage = AttackStage::start_with(folder, |uid| match uid {
         61001 => format!("exe = {program:?}"),
         _ => String::new(),

@@ -6,11 +6,10 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, tool};
 use crate::harness::daemon::Daemon;
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{ME, Upstream, my_rule};
 
 const METRICS: &str = include_str!("../../../deploy/docs/metrics-and-alerts.md");
 const AUDIT: &str = include_str!("../../../deploy/docs/audit-log.md");
@@ -27,13 +26,8 @@ struct MetricFamily {
 /// Starts a daemon that has issued credentials, so that no family is without a sample.
 pub(super) fn issued() -> (tempfile::TempDir, Daemon, Upstream) {
     let folder = folder();
-    let uid = nix::unistd::geteuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
-    let daemon = Daemon::start(folder.path(), "", &(upstream.configuration() + &rule)).ready();
+    let upstream = Upstream::start_for_me();
+    let daemon = Daemon::start(folder.path(), "", &(upstream.configuration() + &my_rule())).ready();
     let answer = super::exchange(
         std::os::unix::net::UnixStream::connect(daemon.unix()).unwrap(),
         super::GOOD,
@@ -205,13 +199,8 @@ fn prometheus_reads_both_formats() {
 #[test]
 fn own_probes_are_neither_counted_nor_audited() {
     let folder = folder();
-    let uid = nix::unistd::geteuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
-    let daemon = Daemon::start(folder.path(), "", &(upstream.configuration() + &rule)).ready();
+    let upstream = Upstream::start_for_me();
+    let daemon = Daemon::start(folder.path(), "", &(upstream.configuration() + &my_rule())).ready();
     let metrics = daemon.metrics();
     let counted = metrics
         .lines()
@@ -229,13 +218,8 @@ fn own_probes_are_neither_counted_nor_audited() {
 #[test]
 fn denial_has_the_ids_and_the_requested_role_everywhere() {
     let folder = folder();
-    let uid = nix::unistd::geteuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
-    let configuration = upstream.configuration() + &rule;
+    let upstream = Upstream::start_for_me();
+    let configuration = upstream.configuration() + &my_rule();
     let daemon = Daemon::start(folder.path(), "", &configuration).ready();
     let arn = "arn:aws:iam::123456789012:role/other";
     for (role, code) in [("nothing", "not_this_role"), (arn, "arn_not_allowed")] {
@@ -244,11 +228,11 @@ fn denial_has_the_ids_and_the_requested_role_everywhere() {
         let answer = super::ask(daemon.tcp(), &super::GOOD.replace("/v1/credentials", &path));
         assert_eq!((answer.status, &answer.body["code"]), (403, &code.into()));
         let message = answer.body["message"].as_str().unwrap();
-        let facts = format!("it has spiffe://example.org/user/me, and requested {role}");
+        let facts = format!("it has {ME}, and requested {role}");
         assert!(message.contains(&facts), "{message}");
         let record = &daemon.audit_after(known)[0];
         assert_eq!(record["requested_role"], role);
-        assert_eq!(record["spiffe_ids"][0], "spiffe://example.org/user/me");
+        assert_eq!(record["spiffe_ids"][0], ME);
         let id = record["request_id"].as_str().unwrap();
         assert!(message.contains(&format!("(request {id})")), "{message}");
         let line = await_some("the line of the log", Duration::from_secs(60), || {
@@ -257,7 +241,7 @@ fn denial_has_the_ids_and_the_requested_role_everywhere() {
                 |line: &&str| line.contains("request without credentials") && line.contains(id);
             log.lines().find(is_of_request).map(str::to_owned)
         });
-        for fact in [role, "spiffe://example.org/user/me", code] {
+        for fact in [role, ME, code] {
             assert!(line.contains(fact), "{fact} is not in {line}");
         }
     }

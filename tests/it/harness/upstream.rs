@@ -6,6 +6,21 @@ use awsvid::dev::local_users::User;
 use awsvid::dev::{Dev, DevNames};
 use tokio::runtime::Runtime;
 
+use super::cgroup::own_rule;
+
+/// The identity of the user of this test, by [`Upstream::start_for_me`] and [`my_rule`].
+pub(crate) const ME: &str = "spiffe://example.org/user/me";
+
+/// Returns the rule by which the user of this test has the identity [`ME`], in its own cgroup.
+pub(crate) fn my_rule() -> String {
+    let (uid, cgroup) = (own_uid(), own_rule());
+    format!("\n[[workload]]\nspiffe_id = \"{ME}\"\nuid = {uid}\n{cgroup}")
+}
+
+fn own_uid() -> u32 {
+    nix::unistd::geteuid().as_raw()
+}
+
 /// Both servers, which run until this is dropped.
 pub(crate) struct Upstream {
     dev: Dev,
@@ -35,6 +50,11 @@ impl Upstream {
             dev,
             _runtime: runtime,
         }
+    }
+
+    /// Serves the identity [`ME`] of the user of this test.
+    pub(crate) fn start_for_me() -> Self {
+        Self::start(&[(own_uid(), "me")])
     }
 
     /// Returns the socket of the Workload API.
