@@ -23,7 +23,7 @@ use crate::credential_service::CredentialService;
 use crate::hardening::DaemonFeatures;
 use crate::http::{Authorization, CredentialEndpoint, OwnProbe};
 use crate::limits::FairSemaphore;
-use crate::listen::{self, ActivatedSockets, ListenError};
+use crate::listen::{self, ActivatedSockets, Drain, ListenError};
 use crate::metrics::Metrics;
 use crate::pod_listeners::{PodListeners, PodsError, TakeoverGate};
 use crate::readiness::ReadinessProbes;
@@ -39,7 +39,7 @@ mod token_file;
 
 use audit_file::{audit_error, open_audit, reopen};
 use components::Components;
-use listeners::{AcceptLoops, ListenAddress, bind_all, tcp_address};
+use listeners::{ListenAddress, bind_all, refuse_rest, tcp_address};
 use token_file::{NodeToken, write_later};
 
 /// Time that operators' connections have to end after the workloads' connections have ended.
@@ -108,8 +108,8 @@ pub struct App {
     probing: Option<JoinHandle<()>>,
     /// Set while pods are served.
     gate: Option<TakeoverGate>,
-    workloads: AcceptLoops,
-    operators: AcceptLoops,
+    workloads: Drain,
+    operators: Drain,
 }
 
 /// Resources that are acquired before the daemon starts anything.
@@ -190,14 +190,14 @@ impl App {
             readiness,
             probing: None,
             gate: None,
-            workloads: AcceptLoops::new(&metrics),
-            operators: AcceptLoops::new(&metrics),
+            workloads: Drain::new(metrics.connections.clone()),
+            operators: Drain::new(metrics.connections.clone()),
             metrics,
         };
         app.serve_workloads(&mut inherited, &endpoint)?;
         app.serve_pods(endpoint).await?;
         app.serve_operators(&mut inherited, &admin);
-        app.workloads.refuse_rest(&mut inherited);
+        refuse_rest(&app.workloads, &mut inherited);
         app.config_loaded(digest.to_string());
         app.probe(parts.probes);
         Ok(app)
@@ -330,8 +330,7 @@ impl App {
             let endpoint = endpoint.clone();
             let connection =
                 move |stream, pending| endpoint.clone().serve_connection(stream, pending, None);
-            self.workloads
-                .serve(attempt, "serving workloads", connection);
+            listeners::serve(&self.workloads, attempt, "serving workloads", connection);
         }
         Ok(())
     }
@@ -350,21 +349,17 @@ impl App {
             }
             let (directory, handover) =
                 (&self.pods.netns_dir, self.pods.handover_socket.as_deref());
-            let (stop, connections) = (
-                self.workloads.stop.subscribe(),
-                self.workloads.connections.clone(),
-            );
+            let drain = self.workloads.handle();
             let (pods, gate) = PodListeners::start(
                 (directory, handover),
                 endpoint,
-                connections,
                 self.metrics.clone(),
-                stop,
+                drain.clone(),
             )
             .await?;
             self.gate = Some(gate);
             tracing::info!(directory = %directory.display(), "serving workloads in pods");
-            self.workloads.loops.spawn(pods.run());
+            drain.spawn(pods.run());
         }
         Ok(())
     }
@@ -387,8 +382,7 @@ impl App {
                 let admin = admin.clone();
                 let connection =
                     move |stream, pending| admin.clone().connection(kind, stream, pending);
-                self.operators
-                    .serve(attempt, "serving operators", connection);
+                listeners::serve(&self.operators, attempt, "serving operators", connection);
             }
         }
     }
@@ -403,9 +397,9 @@ impl App {
             // others.
             let _ = probing.await;
         }
-        self.workloads.end().await;
+        self.workloads.drain().await;
         // A slow reader of metrics does not delay the end.
-        let _ = timeout(ADMIN_DRAIN_TIMEOUT, self.operators.end()).await;
+        let _ = timeout(ADMIN_DRAIN_TIMEOUT, self.operators.drain()).await;
     }
 }
 

@@ -5,20 +5,15 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use prometheus_client::metrics::gauge::Gauge;
 use thiserror::Error;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::time::{Instant, timeout, timeout_at};
-use tokio_util::task::TaskTracker;
-use tokio_util::task::task_tracker::TaskTrackerToken;
+use tokio::time::Instant;
 
-use crate::metrics::Metrics;
 use crate::telemetry::LogQuota;
 
+mod drain;
 mod lazy_socket;
 mod listener;
 mod pod_listener;
@@ -28,6 +23,7 @@ mod sys;
 mod tcp;
 mod unprivileged;
 
+pub use drain::{Drain, DrainHandle, OpenConnection, PendingConnection, PendingPermit};
 pub use lazy_socket::LazySocket;
 pub use listener::{AcceptedStream, Listener, ListenerSource};
 pub use pod_listener::{NetnsRef, POD_ADDRESSES, PodListener};
@@ -35,19 +31,16 @@ pub use socket_activation::ActivatedSockets;
 pub use socket_file::SocketFile;
 pub use unprivileged::{first_unprivileged_port, unprivileged_ports, warn_of_unprivileged_ports};
 
+use drain::PendingConnections;
+
 /// The pause of an accept loop while the process or the system is out of descriptors or memory.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// The shortest interval between two log lines for the same error of a listener.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
-/// The number of connections of one listener that may be accepted and not yet attested.
-const MAX_UNATTESTED: usize = 64;
 /// The shortest interval between two rebinds of a listener that was killed.
 const REBIND_INTERVAL: Duration = Duration::from_secs(1);
 /// The lifetime of any connection: the head, a held request (4.5 s), and the response.
 pub const CONNECTION_TIMEOUT: Duration = Duration::from_secs(15);
-/// The longest wait for connections after the daemon has begun to stop. Every connection ends
-/// within [`CONNECTION_TIMEOUT`], so none that keeps to its time is cut off.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(16);
 
 /// The reason why a listener could not be set up.
 #[expect(missing_docs, reason = "the names of the fields describe them")]
@@ -101,122 +94,35 @@ impl ListenError {
     }
 }
 
-/// The open connections of a set of listeners.
-#[derive(Debug, Clone)]
-pub struct ConnectionTracker {
-    gauge: Gauge,
-    // Unlike a JoinSet, it wakes no task when one of many connections ends.
-    open: TaskTracker,
-}
-
-/// A connection that is accepted and not yet attested.
-#[derive(Debug)]
-pub struct PendingConnection {
-    /// The permit to drop as soon as the workload is known, or before a wait for a cgroup scan,
-    /// which has limits of its own.
-    pub permit: PendingPermit,
-    /// The guard to drop when the connection has ended.
-    pub open: OpenConnection,
-}
-
-/// One of the few permits of a listener for connections that are not yet attested.
-#[derive(Debug)]
-pub struct PendingPermit {
-    _permit: Option<OwnedSemaphorePermit>,
-}
-
-/// A guard that counts one open connection.
-#[derive(Debug)]
-pub struct OpenConnection {
-    gauge: Gauge,
-    _token: TaskTrackerToken,
-}
-
-impl Drop for OpenConnection {
-    fn drop(&mut self) {
-        self.gauge.dec();
-    }
-}
-
-impl ConnectionTracker {
-    /// Creates a tracker without connections, which counts in the gauge of `metrics`.
-    pub fn new(metrics: &Metrics) -> Self {
-        Self {
-            gauge: metrics.connections.clone(),
-            open: TaskTracker::new(),
-        }
-    }
-
-    /// Waits until a listener may accept another connection. `unattested` holds the permits for
-    /// connections that are not yet attested.
-    ///
-    /// The wait depends only on the daemon's own work, never on a client: the workload is attested
-    /// before the daemon reads from the connection. Until then the connection counts towards no
-    /// other limit. Each listener has its own permits, so a pod with callers that are slow to
-    /// attest does not block other listeners.
-    async fn acquire_pending(&self, unattested: &Arc<Semaphore>) -> PendingConnection {
-        // The semaphore is never closed, so a permit always follows.
-        let permit = PendingPermit {
-            _permit: unattested.clone().acquire_owned().await.ok(),
-        };
-        self.gauge.inc();
-        PendingConnection {
-            permit,
-            open: OpenConnection {
-                gauge: self.gauge.clone(),
-                _token: self.open.token(),
-            },
-        }
-    }
-
-    /// Waits until all connections have ended, at most for 16 s. The caller has to stop accepting
-    /// first.
-    pub async fn drained(&self) {
-        self.open.close();
-        if timeout(DRAIN_TIMEOUT, self.open.wait()).await.is_err() {
-            tracing::warn!(
-                open = self.open.len(),
-                "drain timed out; closing connections"
-            );
-        }
-    }
-}
-
-/// Accepts connections until `stop` is true, then closes the listener. Accepting never waits for a
-/// client. `connection` serves each one: `CredentialEndpoint::serve_connection` for workloads,
+/// Accepts connections until the daemon stops, then closes the listener. Accepting never waits for
+/// a client. `connection` serves each one: `CredentialEndpoint::serve_connection` for workloads,
 /// `Admin::connection` for operators.
-pub async fn serve<F, C>(
-    mut listener: Listener,
-    connections: ConnectionTracker,
-    mut stop: watch::Receiver<bool>,
-    connection: F,
-) where
+pub async fn serve<F, C>(mut listener: Listener, drain: DrainHandle, connection: F)
+where
     F: Fn(AcceptedStream, PendingConnection) -> C,
     C: Future<Output = ()> + Send + 'static,
 {
-    let (unattested, mut errors) = (
-        Arc::new(Semaphore::new(MAX_UNATTESTED)),
+    let (pending, mut errors) = (
+        PendingConnections::new(drain.clone()),
         AcceptErrorState::default(),
     );
-    let mut stopping = stop.clone();
-    let mut stopped = pin!(stopping.wait_for(|stop| *stop));
+    let mut stopped = pin!(drain.stopped());
     loop {
         let accepted = tokio::select! {
             biased;
-            _ = &mut stopped => break,
-            accepted = accept(&listener, &connections, &unattested) => accepted,
+            () = &mut stopped => break,
+            accepted = accept(&listener, &pending) => accepted,
         };
         match accepted {
             Ok((stream, pending)) => drop(tokio::spawn(connection(stream, pending))),
-            Err(error) => handle_accept_error(&mut listener, &error, &mut stop, &mut errors).await,
+            Err(error) => handle_accept_error(&mut listener, &error, &drain, &mut errors).await,
         }
     }
     let name = listener.name();
     match listener.close_and_drain_backlog() {
         Ok(waiting) => {
             for stream in waiting {
-                let pending = connections.acquire_pending(&unattested).await;
-                tokio::spawn(connection(stream, pending));
+                tokio::spawn(connection(stream, pending.acquire().await));
             }
         }
         Err(error) => {
@@ -228,12 +134,11 @@ pub async fn serve<F, C>(
 /// Waits for the next connection and accepts it.
 async fn accept(
     listener: &Listener,
-    connections: &ConnectionTracker,
-    unattested: &Arc<Semaphore>,
+    pending: &PendingConnections,
 ) -> io::Result<(AcceptedStream, PendingConnection)> {
     loop {
         let mut ready = listener.readable().await?;
-        let pending = connections.acquire_pending(unattested).await;
+        let pending = pending.acquire().await;
         if let Some(accepted) = listener.accept(&mut ready) {
             return accepted.map(|stream| (stream, pending));
         }
@@ -268,7 +173,7 @@ impl Default for AcceptErrorState {
 async fn handle_accept_error(
     listener: &mut Listener,
     error: &io::Error,
-    stop: &mut watch::Receiver<bool>,
+    drain: &DrainHandle,
     errors: &mut AcceptErrorState,
 ) {
     if listener::is_per_connection_error(error) {
@@ -280,13 +185,11 @@ async fn handle_accept_error(
                 tracing::error!(%error, listener = listener.name(), missed, "listener was killed; rebinding");
             }
             // A pod can kill its listener again and again.
-            let soonest = errors
-                .last_rebind
-                .map_or_else(Instant::now, |at| at + REBIND_INTERVAL);
-            if timeout_at(soonest, stop.wait_for(|stop| *stop))
-                .await
-                .is_ok()
-            {
+            let since = errors.last_rebind.map(|at| at.elapsed());
+            let pause = since.map_or(Duration::ZERO, |since| {
+                REBIND_INTERVAL.saturating_sub(since)
+            });
+            if drain.stops_within(pause).await {
                 return;
             }
             errors.last_rebind = Some(Instant::now());
@@ -312,8 +215,7 @@ async fn handle_accept_error(
             ACCEPT_BACKOFF
         }
     };
-    // The pause ends early when the daemon stops.
-    let _ = timeout(pause, stop.wait_for(|stop| *stop)).await;
+    let _ = drain.stops_within(pause).await;
 }
 
 #[cfg(test)]

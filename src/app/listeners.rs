@@ -6,15 +6,12 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tokio::sync::watch;
-use tokio::task::{JoinSet, spawn_blocking};
-use tokio::time::timeout;
+use tokio::task::spawn_blocking;
 
 use crate::listen::{
-    self, AcceptedStream, ActivatedSockets, ConnectionTracker, LazySocket, ListenError, Listener,
+    self, AcceptedStream, ActivatedSockets, Drain, DrainHandle, LazySocket, ListenError, Listener,
     PendingConnection,
 };
-use crate::metrics::Metrics;
 
 /// Interval between attempts to bind an address.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
@@ -44,16 +41,6 @@ impl fmt::Display for ListenAddress {
             Self::Unix(path, _) => write!(f, "{}", path.display()),
         }
     }
-}
-
-/// Accept loops, the signal that stops them, and the connections that they accepted.
-#[derive(Debug)]
-pub(super) struct AcceptLoops {
-    /// Set to true when the loops have to stop.
-    pub(super) stop: watch::Sender<bool>,
-    pub(super) loops: JoinSet<()>,
-    /// Connections that were accepted and are open.
-    pub(super) connections: ConnectionTracker,
 }
 
 /// An address, and the result of binding it.
@@ -88,79 +75,58 @@ pub(super) fn tcp_address((wanted, bound): &BindAttempt) -> Option<SocketAddr> {
     }
 }
 
-impl AcceptLoops {
-    pub(super) fn new(metrics: &Metrics) -> Self {
-        Self {
-            stop: watch::Sender::default(),
-            loops: JoinSet::new(),
-            connections: ConnectionTracker::new(metrics),
+/// Serves the listener until `drain` stops it if it is bound, and logs `event`. Otherwise retries
+/// the bind in the background.
+pub(super) fn serve<F, C>(
+    drain: &Drain,
+    (address, bound): BindAttempt,
+    event: &'static str,
+    connection: F,
+) where
+    F: Fn(AcceptedStream, PendingConnection) -> C + Send + Sync + 'static,
+    C: Future<Output = ()> + Send + 'static,
+{
+    let handle = drain.handle();
+    match bound {
+        Ok(bound) => {
+            tracing::info!(address = bound.name(), "{event}");
+            drain
+                .handle()
+                .spawn(listen::serve(bound, handle, connection));
         }
-    }
-
-    /// Serves the listener if it is bound, and logs `event`. Otherwise retries the bind in the
-    /// background.
-    pub(super) fn serve<F, C>(
-        &mut self,
-        (address, bound): BindAttempt,
-        event: &'static str,
-        connection: F,
-    ) where
-        F: Fn(AcceptedStream, PendingConnection) -> C + Send + Sync + 'static,
-        C: Future<Output = ()> + Send + 'static,
-    {
-        let (connections, stop) = (self.connections.clone(), self.stop.subscribe());
-        match bound {
-            Ok(bound) => {
-                tracing::info!(address = bound.name(), "{event}");
-                self.loops
-                    .spawn(listen::serve(bound, connections, stop, connection));
-            }
-            Err(error) => {
-                tracing::warn!(%address, %error, "an address of [listen] cannot be bound yet: retrying every second");
-                self.loops.spawn(async move {
-                    if let Some(bound) = bind_later(address, error.to_string(), stop.clone()).await
-                    {
-                        tracing::info!(address = bound.name(), "{event}");
-                        listen::serve(bound, connections, stop, connection).await;
-                    }
-                });
-            }
-        }
-    }
-
-    /// Resets callers of sockets that systemd holds and the configuration does not name. In their
-    /// queues the callers would wait for ever.
-    pub(super) fn refuse_rest(&mut self, inherited: &mut ActivatedSockets) {
-        for bound in inherited.take_unclaimed() {
-            let bound = match bound {
-                Ok(bound) => bound,
-                Err(error) => {
-                    tracing::warn!(%error, "a socket of the .socket unit cannot be used");
-                    continue;
+        Err(error) => {
+            tracing::warn!(%address, %error, "an address of [listen] cannot be bound yet: retrying every second");
+            drain.handle().spawn(async move {
+                if let Some(bound) = bind_later(address, error.to_string(), &handle).await {
+                    tracing::info!(address = bound.name(), "{event}");
+                    listen::serve(bound, handle, connection).await;
                 }
-            };
-            tracing::warn!(
-                address = bound.name(),
-                "callers of a systemd socket are refused: [listen] does not name it; make the .socket unit and \
-                 the configuration agree"
-            );
-            let reset = |stream: AcceptedStream, _| async move {
-                LazySocket::reset_on_close(stream.socket().descriptor())
-            };
-            self.loops.spawn(listen::serve(
-                bound,
-                self.connections.clone(),
-                self.stop.subscribe(),
-                reset,
-            ));
+            });
         }
     }
+}
 
-    /// Stops accepting, and waits until the open connections have ended.
-    pub(super) async fn end(&mut self) {
-        self.stop.send_replace(true);
-        while self.loops.join_next().await.is_some() {}
-        self.connections.drained().await;
+/// Resets callers of sockets that systemd holds and the configuration does not name. In their
+/// queues the callers would wait for ever.
+pub(super) fn refuse_rest(drain: &Drain, inherited: &mut ActivatedSockets) {
+    for bound in inherited.take_unclaimed() {
+        let bound = match bound {
+            Ok(bound) => bound,
+            Err(error) => {
+                tracing::warn!(%error, "a socket of the .socket unit cannot be used");
+                continue;
+            }
+        };
+        tracing::warn!(
+            address = bound.name(),
+            "callers of a systemd socket are refused: [listen] does not name it; make the .socket unit and \
+             the configuration agree"
+        );
+        let reset = |stream: AcceptedStream, _| async move {
+            LazySocket::reset_on_close(stream.socket().descriptor())
+        };
+        let handle = drain.handle();
+        drain.handle().spawn(listen::serve(bound, handle, reset));
     }
 }
 
@@ -168,13 +134,10 @@ impl AcceptLoops {
 async fn bind_later(
     address: ListenAddress,
     mut logged: String,
-    mut stop: watch::Receiver<bool>,
+    drain: &DrainHandle,
 ) -> Option<Listener> {
     loop {
-        if timeout(RETRY_INTERVAL, stop.wait_for(|stop| *stop))
-            .await
-            .is_ok()
-        {
+        if drain.stops_within(RETRY_INTERVAL).await {
             return None;
         }
         let wanted = address.clone();

@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use lru::LruCache;
 use nix::errno::Errno;
 use nix::fcntl::readlink;
 
@@ -27,8 +29,9 @@ use crate::limits::{FairKey, FairSemaphore};
 /// The number of cached paths above which those of removed cgroups are evicted.
 const MAX_PATHS: usize = 10_000;
 
-/// The number of `cgroup.procs` files that are kept open, before all of them are closed.
-const MAX_OPEN_LISTS: usize = 64;
+/// The number of `cgroup.procs` files that are kept open. The one that was not read for the longest
+/// time is closed for another.
+const MAX_OPEN_LISTS: NonZeroUsize = NonZeroUsize::new(256).expect("it is not zero");
 
 /// The age at which a cached path is checked again. The path of an id never changes. So until then
 /// a socket that was made in a removed cgroup still gets that cgroup's path.
@@ -60,7 +63,7 @@ pub(crate) struct CgroupTree {
     snapshots: [Mutex<DirSnapshots>; 2],
     /// The open `cgroup.procs` of cgroups that were searched. The file of a removed cgroup fails to
     /// read.
-    lists: Mutex<HashMap<CgroupPath, Arc<Mutex<File>>>>,
+    lists: Mutex<LruCache<CgroupPath, Arc<Mutex<File>>>>,
 }
 
 /// The number of peers that may wait for a scan.
@@ -134,7 +137,7 @@ impl CgroupTree {
             throttles: Default::default(),
             waiting: FairSemaphore::new(MAX_WAITING, MAX_WAITING_PER_KEY),
             snapshots: Default::default(),
-            lists: Mutex::default(),
+            lists: Mutex::new(LruCache::new(MAX_OPEN_LISTS)),
         }
     }
 
@@ -357,7 +360,7 @@ impl CgroupTree {
     fn cached_pids(&self, path: &CgroupPath, most: usize) -> Option<String> {
         let list = self.lists().get(path)?.clone();
         let text = sys::read_whole(&*list.try_lock().ok()?, most);
-        text.inspect_err(|_| drop(self.lists().remove(path))).ok()
+        text.inspect_err(|_| drop(self.lists().pop(path))).ok()
     }
 
     /// Opens and reads the list of a cgroup, and keeps it open.
@@ -365,22 +368,13 @@ impl CgroupTree {
         let file = File::open(self.directory(path).join("cgroup.procs"))
             .map_err(|_| AttestError::UnreadableCgroup)?;
         let text = sys::read_whole(&file, most).map_err(|_| AttestError::UnreadableCgroup)?;
-        let mut lists = self.lists();
-        let all = if lists.len() >= MAX_OPEN_LISTS {
-            std::mem::take(&mut *lists)
-        } else {
-            HashMap::new()
-        };
-        lists
-            .entry(path.clone())
-            .or_insert_with(|| Arc::new(Mutex::new(file)));
-        drop(lists);
-        // The files are closed after the lock is released.
-        drop(all);
+        let evicted = self.lists().push(path.clone(), Arc::new(Mutex::new(file)));
+        // The file is closed after the lock is released.
+        drop(evicted);
         Ok(text)
     }
 
-    fn lists(&self) -> MutexGuard<'_, HashMap<CgroupPath, Arc<Mutex<File>>>> {
+    fn lists(&self) -> MutexGuard<'_, LruCache<CgroupPath, Arc<Mutex<File>>>> {
         self.lists.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -92,7 +92,7 @@ impl Host {
             proc_root,
             cgroups: ArcSwap::from_pointee(Cgroups::new(hierarchies, &roots)),
             roots,
-            processes: ProcessCache::default(),
+            processes: ProcessCache::new(),
             exec_monitor,
             lookups: LookupThreads::default(),
             pidfds_tell_ids: tells_ids,

@@ -33,7 +33,8 @@
 //! | writes of the log and the audit log: pipes, sockets, files | their reader, or a disk | one thread for each, with a bounded queue ([`crate::writer`]); a required record is awaited for 1 s |
 //! | open(2) of the audit file | the server of its file system; never a pipe's reader (`O_NONBLOCK`) | another thread; 1 s |
 //! | connections to the agent and to STS | their servers | sockets that do not block; a timeout for each |
-//! | the directory of network namespaces, and its files | the server of a file system that is mounted there, which only root can do, or a pod that may do anything (`mountPropagation: Bidirectional`) | not on an I/O thread (`block_in_place`); not bounded: pods that start meanwhile have no listener yet |
+//! | the directory of network namespaces: `inotify_add_watch(2)`, its list, stat(2) and open(2) of its files | the server of a file system that is mounted there, which only root can do, or a pod that may do anything (`mountPropagation: Bidirectional`) | one thread of its own; after 5 s the daemon goes on, and tries again once the thread is free. Until then new pods have no listener, and the kernel keeps an ended daemon's process ([`crate::pod_listeners`]) |
+//! | open(2) of a namespace's file after a pod has killed its listener | the same | another thread, for that listener alone |
 //! | setns(2), and making sockets in a pod's network namespace | nothing: a namespace has no lock that its processes could hold | a thread of its own |
 //! | `/proc/self/mountinfo` | the kernel's one lock of all mounts, which no file server delays | at the start; later it is only polled |
 //! | a pod's directories: kubelet's cgroups | kernfs, as above. No file of a pod is read, and no volume | at once |

@@ -5,19 +5,25 @@
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::io::Write;
+use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use lru::LruCache;
 use nix::fcntl::{self, OFlag};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::Mode;
 
 use crate::attest::sys;
 use crate::caller::AttestError;
 
-/// The number of cached handles, each with three descriptors. All are dropped when it is reached.
-const MAX_PROCESSES: usize = 128;
+/// The number of cached handles, where the process may open enough descriptors. Each has up to
+/// three.
+const MAX_PROCESSES: u64 = 1024;
+/// The number of descriptors that the process may open, for each cached handle.
+const DESCRIPTORS_PER_HANDLE: u64 = 16;
 /// The number of hints about descriptors that held connections: as many as threads may connect at a
 /// time.
 const MAX_HINTS: usize = 8;
@@ -236,11 +242,24 @@ pub(crate) fn socket(descriptors: BorrowedFd<'_>, number: u32) -> Option<u32> {
         .ok()
 }
 
-/// The handles that were used last, by pid.
-#[derive(Debug, Default)]
-pub(crate) struct ProcessCache(Mutex<HashMap<u32, Arc<ProcessHandle>>>);
+/// The handles that were used last, by pid. A full cache evicts the one that was not used for the
+/// longest time.
+#[derive(Debug)]
+pub(crate) struct ProcessCache(Mutex<LruCache<u32, Arc<ProcessHandle>>>);
 
 impl ProcessCache {
+    /// Creates a cache that leaves most descriptors of the process to connections.
+    pub(crate) fn new() -> Self {
+        let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+        let capacity = MAX_PROCESSES.min(descriptors / DESCRIPTORS_PER_HANDLE);
+        Self::with_capacity(usize::try_from(capacity).unwrap_or(usize::MAX))
+    }
+
+    fn with_capacity(capacity: usize) -> Self {
+        let capacity = NonZeroUsize::new(capacity).unwrap_or(NonZeroUsize::MIN);
+        Self(Mutex::new(LruCache::new(capacity)))
+    }
+
     /// Returns the handle that had this pid when it was cached. Its process may be gone, and the
     /// pid reused.
     pub(crate) fn get(&self, pid: u32) -> Option<Arc<ProcessHandle>> {
@@ -249,17 +268,9 @@ impl ProcessCache {
 
     /// Adds a handle to the cache.
     pub(crate) fn insert(&self, handle: Arc<ProcessHandle>) {
-        let mut processes = lock(&self.0);
-        let full = processes.len() >= MAX_PROCESSES && !processes.contains_key(&handle.pid);
-        let all = if full {
-            std::mem::take(&mut *processes)
-        } else {
-            HashMap::new()
-        };
-        processes.insert(handle.pid, handle);
-        drop(processes);
+        let evicted = lock(&self.0).push(handle.pid, handle);
         // The descriptors are closed after the lock is released.
-        drop(all);
+        drop(evicted);
     }
 }
 

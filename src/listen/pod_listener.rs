@@ -83,12 +83,16 @@ impl PodListener {
     }
 
     /// Wraps a listener that another instance of awsvid made, and bounds its buffers.
-    pub fn with(netns: Arc<NetnsRef>, address: SocketAddr, listener: OwnedFd) -> io::Result<Self> {
+    pub fn with(
+        netns: Arc<NetnsRef>,
+        address: SocketAddr,
+        listener: Arc<OwnedFd>,
+    ) -> io::Result<Self> {
         bound_buffers(&listener)?;
         Ok(Self {
             netns,
             address,
-            listener: Mutex::new(Arc::new(listener)),
+            listener: Mutex::new(listener),
         })
     }
 

@@ -2,13 +2,17 @@ use std::io::IoSlice;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 
 use nix::sys::socket::{
     self, AddressFamily, SockFlag, SockType, SockaddrStorage, getsockopt, setsockopt, sockopt,
 };
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 
+use super::drain::MAX_UNATTESTED;
 use super::*;
 use crate::netns::NetNs;
 
@@ -27,10 +31,7 @@ fn bound() -> (Listener, SocketAddr) {
 
 #[tokio::test]
 async fn unattested_connections_do_not_block_other_listeners() {
-    let (connections, stop) = (
-        ConnectionTracker::new(&Metrics::default()),
-        watch::channel(false),
-    );
+    let drain = Drain::new(Gauge::default());
     let (arrived, mut arrivals) = mpsc::unbounded_channel();
     let serving = || {
         let ((bound, address), arrived) = (bound(), arrived.clone());
@@ -41,12 +42,7 @@ async fn unattested_connections_do_not_block_other_listeners() {
         };
         (
             address,
-            tokio::spawn(serve(
-                bound,
-                connections.clone(),
-                stop.1.clone(),
-                connection,
-            )),
+            tokio::spawn(serve(bound, drain.handle(), connection)),
         )
     };
     let (hostile, honest) = (serving(), serving());
@@ -142,7 +138,7 @@ async fn tcp_listeners_have_small_buffers() {
     let by_systemd = Listener::tcp(address, &mut ActivatedSockets::of(inherited)).unwrap();
     let passed = elsewhere();
     let address = passed.local_addr().unwrap();
-    let passed = PodListener::with(netns(), address, passed.into()).unwrap();
+    let passed = PodListener::with(netns(), address, Arc::new(passed.into())).unwrap();
     let handed_over = Listener::pod(Arc::new(passed)).unwrap();
     let inside = PodListener::bind(netns(), (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
     let port = sys::local_address(inside.listener()).unwrap();

@@ -1,21 +1,11 @@
 //! Passes pods' listeners from one instance to the next over a unix socket, so that an update
-//! refuses no connection.
+//! refuses no connection. [`HandoverMessage`] lists the messages.
 //!
-//! Each message is one byte, or a record with a descriptor:
-//!
-//! | message | sender | meaning |
-//! |---|---|---|
-//! | `G` | next | requests the listeners, when the next instance could serve |
-//! | `L` | previous | one listener, with its descriptor |
-//! | `B` | previous | one connection of an earlier takeover, with its descriptor |
-//! | `E` | previous | end of the records |
-//! | `S` | next | the next instance serves the listeners |
-//! | `D` | previous | it has stopped accepting, and removed the path of this socket |
-//!
-//! The next instance connects at its start. The previous one sends the records after `G`, or when
-//! it has to end. It keeps the listeners until it ends: if the next instance dies before that, it
-//! serves them again. The connections in `B` belong to instances before the previous one. Each of
-//! them resumes only if all later instances are gone.
+//! The next instance connects at its start. The previous one sends the listeners after
+//! [`HandoverMessage::Request`], or when it has to end. It keeps the listeners until it ends: if
+//! the next instance dies before that, it serves them again. The connections of
+//! [`HandoverMessage::Earlier`] belong to instances before the previous one. Each of them resumes
+//! only if all later instances are gone.
 //!
 //! A process with these listeners answers as awsvid in every pod (T10). So only root can use the
 //! socket, both ends verify their peer, and each received descriptor is verified before use.
@@ -23,7 +13,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -35,44 +25,38 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
 use crate::cgroup;
-use crate::listen::{ListenError, POD_ADDRESSES, SocketFile};
-use crate::netns::NamespaceId;
+use crate::listen::{ListenError, SocketFile};
 use crate::pod_listeners::{LOG_INTERVAL, sys};
 use crate::telemetry::LogQuota;
 
-pub(super) const REQUEST: u8 = b'G';
-pub(super) const SERVING: u8 = b'S';
-pub(super) const DONE: u8 = b'D';
-const LISTENER: u8 = b'L';
-const EARLIER: u8 = b'B';
-const END: u8 = b'E';
-/// Length of a record in bytes: kind, namespace, index of the address.
-const RECORD_LENGTH: usize = 1 + NamespaceId::LENGTH + 1;
+mod message;
+
+pub(super) use message::{HandoverKey, HandoverMessage};
+
+use message::LENGTH;
+
 /// Time limit of a step that takes milliseconds.
 pub(super) const STEP_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Key of a listener: its namespace and address.
-pub(super) type HandoverKey = (NamespaceId, SocketAddr);
 
 /// Listeners and connections that one instance passes to the next.
 #[derive(Debug, Default)]
 pub(super) struct ReceivedListeners {
     /// Not verified yet: see [`is_listener`].
-    pub(super) listeners: HashMap<HandoverKey, OwnedFd>,
+    pub(super) listeners: HashMap<HandoverKey, Arc<OwnedFd>>,
     /// Connections of instances before the sender. They carry no messages and are only kept open.
-    pub(super) earlier: Vec<OwnedFd>,
+    pub(super) earlier: Vec<Arc<OwnedFd>>,
 }
 
 /// The socket to which the next instance connects.
 #[derive(Debug)]
-pub(super) struct Handover {
+pub(super) struct HandoverSocket {
     listener: UnixListener,
     /// Limits the log lines about connections from other processes.
     refusals: Mutex<LogQuota>,
     _file: SocketFile,
 }
 
-impl Handover {
+impl HandoverSocket {
     /// Binds the socket. Has to be called within the runtime.
     pub(super) fn bind(path: &Path) -> Result<Self, ListenError> {
         let (listener, file) = SocketFile::bind_private(path)?;
@@ -124,12 +108,12 @@ fn check_peer(stream: &UnixStream) -> io::Result<()> {
     // The kernel returns 0 for a process in another pid namespace, as two instances in pods mostly
     // are.
     if peer.pid() > 0 {
-        let netns = |process: &str| {
+        let kind = |process: &str| {
             let text = std::fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
             let (_, path) = cgroup::lines(&text).find(|(controllers, _)| controllers.is_empty())?;
             Some(grandparent_cgroup(path))
         };
-        if netns(&peer.pid().to_string()) != netns("self") {
+        if kind(&peer.pid().to_string()) != kind("self") {
             return denied(format!(
                 "the peer, process {}, is in a cgroup of another kind",
                 peer.pid()
@@ -155,92 +139,49 @@ fn grandparent_cgroup(path: &str) -> Vec<String> {
     parts.into_iter().map(str::to_owned).collect()
 }
 
-/// Sends a message of one byte.
-pub(super) async fn send_message(stream: &UnixStream, message: u8) -> io::Result<()> {
-    send(stream, &[message], None).await
-}
-
-/// Receives a message of one byte. `None` at the end of the stream.
-pub(super) async fn receive_message(stream: &UnixStream) -> io::Result<Option<u8>> {
-    let mut message = [0];
-    loop {
-        stream.readable().await?;
-        match stream.try_read(&mut message) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            length => return Ok((length? > 0).then_some(message[0])),
-        }
-    }
-}
-
-/// Sends all of these listeners and connections, then the end.
-pub(super) async fn send_all(
-    stream: &UnixStream,
-    listeners: &[(HandoverKey, Arc<OwnedFd>)],
-    earlier: &[OwnedFd],
-) -> io::Result<()> {
-    for ((id, address), listener) in listeners {
-        let index = POD_ADDRESSES
-            .iter()
-            .position(|known| known == address)
-            .and_then(|index| u8::try_from(index).ok());
-        let index = index.ok_or_else(|| io::Error::other("not an address of a pod"))?;
-        send(
-            stream,
-            &record(LISTENER, *id, index),
-            Some(listener.as_fd()),
-        )
-        .await?;
-    }
-    let nowhere = NamespaceId::from_bytes([0; NamespaceId::LENGTH]);
-    for connection in earlier {
-        send(
-            stream,
-            &record(EARLIER, nowhere, 0),
-            Some(connection.as_fd()),
-        )
-        .await?;
-    }
-    send(stream, &record(END, nowhere, 0), None).await
-}
-
-async fn send(
-    stream: &UnixStream,
-    bytes: &[u8],
-    descriptor: Option<BorrowedFd<'_>>,
-) -> io::Result<()> {
+/// Sends one message to the peer.
+pub(super) async fn send(stream: &UnixStream, message: &HandoverMessage) -> io::Result<()> {
+    let (bytes, descriptor) = message.encode()?;
     stream
         .async_io(Interest::WRITABLE, || {
-            sys::send(stream.as_fd(), bytes, descriptor)
+            sys::send(stream.as_fd(), &bytes, descriptor)
         })
         .await
 }
 
-fn record(kind: u8, id: NamespaceId, index: u8) -> Vec<u8> {
-    [&[kind][..], &id.to_bytes(), &[index]].concat()
+/// Receives one message. `None` at the end of the stream.
+pub(super) async fn receive(stream: &UnixStream) -> io::Result<Option<HandoverMessage>> {
+    stream
+        .async_io(Interest::READABLE, || read_message(stream))
+        .await
 }
 
-/// Receives records up to the end.
+/// Receives the message that has arrived. Fails with [`io::ErrorKind::WouldBlock`] if none has.
+pub(super) fn try_receive(stream: &UnixStream) -> io::Result<Option<HandoverMessage>> {
+    stream.try_io(Interest::READABLE, || read_message(stream))
+}
+
+fn read_message(stream: &UnixStream) -> io::Result<Option<HandoverMessage>> {
+    let mut bytes = [0; LENGTH];
+    match sys::receive(stream.as_fd(), &mut bytes)? {
+        (0, _) => Ok(None),
+        (LENGTH, descriptor) => HandoverMessage::decode(bytes, descriptor).map(Some),
+        _ => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// Receives messages up to [`HandoverMessage::End`].
 pub(super) async fn receive_all(stream: &UnixStream) -> io::Result<ReceivedListeners> {
     let mut received = ReceivedListeners::default();
     loop {
-        let mut record = [0; RECORD_LENGTH];
-        let receive = || sys::receive(stream.as_fd(), &mut record);
-        let (length, descriptor) = stream.async_io(Interest::READABLE, receive).await?;
-        if length == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let [kind, id @ .., index] = record;
-        match (kind, descriptor, POD_ADDRESSES.get(usize::from(index))) {
-            (END, None, _) if length == RECORD_LENGTH => return Ok(received),
-            (LISTENER, Some(listener), Some(address)) if length == RECORD_LENGTH => {
-                received
-                    .listeners
-                    .insert((NamespaceId::from_bytes(id), *address), listener);
+        match receive(stream).await? {
+            Some(HandoverMessage::Listener(key, listener)) => {
+                received.listeners.insert(key, listener);
             }
-            (EARLIER, Some(connection), _) if length == RECORD_LENGTH => {
-                received.earlier.push(connection)
-            }
-            _ => return Err(io::ErrorKind::InvalidData.into()),
+            Some(HandoverMessage::Earlier(connection)) => received.earlier.push(connection),
+            Some(HandoverMessage::End) => return Ok(received),
+            Some(_) => return Err(io::ErrorKind::InvalidData.into()),
+            None => return Err(io::ErrorKind::UnexpectedEof.into()),
         }
     }
 }

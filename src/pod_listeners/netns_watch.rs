@@ -4,10 +4,12 @@
 //! mounts on them. Those come from `/proc/self/mountinfo`, which polls as exceptional after a
 //! change (proc(5)).
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
@@ -25,42 +27,88 @@ pub(super) enum Change {
     Mounts,
 }
 
-/// Watch on one directory of namespaces.
+/// Waits for changes of one directory of namespaces.
 #[derive(Debug)]
 pub(super) struct NetnsWatch {
-    directory: PathBuf,
-    inotify: Inotify,
+    inotify: Arc<Inotify>,
     /// The inotify descriptor, registered with the runtime.
     events: AsyncFd<OwnedFd>,
     mounts: AsyncFd<OwnedFd>,
+    /// The events that concern the directory.
+    pub(super) filter: EventFilter,
+}
+
+/// The directories that are watched. Each of its calls may wait for their file system.
+#[derive(Debug)]
+pub(super) struct WatchedDirectories {
+    directory: PathBuf,
+    inotify: Arc<Inotify>,
     /// Watch on the directory, if it exists.
     inside: Option<WatchDescriptor>,
     /// Watch on the nearest existing directory above it.
     above: Option<(WatchDescriptor, PathBuf)>,
 }
 
+/// Decides which events of inotify concern the directory.
+#[derive(Debug, Default)]
+pub(super) struct EventFilter {
+    has_directory: bool,
+    /// The watch above the directory, and the only name there that matters.
+    above: Option<(WatchDescriptor, OsString)>,
+}
+
 impl NetnsWatch {
-    /// Creates the watch. Has to be called within the runtime.
-    pub(super) fn new(directory: &Path) -> io::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        let mut watch = Self {
-            directory: directory.to_owned(),
+    /// Creates the watch, which reports nothing until [`WatchedDirectories::renew`] is called. Has
+    /// to be called within the runtime.
+    pub(super) fn new(directory: &Path) -> io::Result<(Self, WatchedDirectories)> {
+        let flags = InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK;
+        let inotify = Arc::new(Inotify::init(flags)?);
+        let mounts = File::open("/proc/self/mountinfo")?.into();
+        let watch = Self {
             events: sys::watch(inotify.as_fd().try_clone_to_owned()?, Interest::READABLE)?,
+            mounts: sys::watch(mounts, Interest::PRIORITY)?,
+            inotify: inotify.clone(),
+            filter: EventFilter::default(),
+        };
+        let directories = WatchedDirectories {
+            directory: directory.to_owned(),
             inotify,
-            mounts: sys::watch(
-                File::open("/proc/self/mountinfo")?.into(),
-                Interest::PRIORITY,
-            )?,
             inside: None,
             above: None,
         };
-        watch.renew()?;
-        Ok(watch)
+        Ok((watch, directories))
     }
 
-    /// Moves the watches to where the directory is now. Has to be called before a scan, so that no
-    /// change is lost in between.
-    pub(super) fn renew(&mut self) -> io::Result<()> {
+    /// Waits for a change of files or mounts.
+    pub(super) async fn changed(&self) -> io::Result<Change> {
+        tokio::select! {
+            biased;
+            files = self.files() => files.map(|()| Change::Files),
+            mounts = self.mounts.ready(Interest::PRIORITY) => {
+                mounts?.clear_ready();
+                Ok(Change::Mounts)
+            }
+        }
+    }
+
+    /// Waits for a change of the set of files.
+    pub(super) async fn files(&self) -> io::Result<()> {
+        loop {
+            let mut ready = self.events.readable().await?;
+            match ready.try_io(|_| Ok(self.inotify.read_events()?)) {
+                Ok(Ok(events)) if events.iter().any(|event| self.filter.concerns(event)) => {
+                    return Ok(());
+                }
+                Ok(Ok(_)) | Err(_) => {}
+                Ok(Err(error)) => return Err(error),
+            }
+        }
+    }
+}
+
+impl WatchedDirectories {
+    /// Moves the watches to where the directory is now, and returns the filter for their events.
+    pub(super) fn renew(&mut self) -> io::Result<EventFilter> {
         let files = AddWatchFlags::IN_CREATE
             | AddWatchFlags::IN_DELETE
             | AddWatchFlags::IN_MOVE
@@ -89,11 +137,18 @@ impl NetnsWatch {
             let _ = self.inotify.rm_watch(old);
         }
         (self.inside, self.above) = (inside, above);
-        Ok(())
+        Ok(self.filter())
     }
 
-    pub(super) fn has_directory(&self) -> bool {
-        self.inside.is_some()
+    fn filter(&self) -> EventFilter {
+        let above = self.above.as_ref().and_then(|(watched, path)| {
+            let below = self.directory.strip_prefix(path).ok()?;
+            Some((*watched, below.iter().next()?.to_owned()))
+        });
+        EventFilter {
+            has_directory: self.inside.is_some(),
+            above,
+        }
     }
 
     fn add(&self, directory: &Path, what: AddWatchFlags) -> io::Result<Option<WatchDescriptor>> {
@@ -103,40 +158,23 @@ impl NetnsWatch {
             Err(error) => Err(error.into()),
         }
     }
+}
 
-    /// Waits for a change of files or mounts.
-    pub(super) async fn changed(&self) -> io::Result<Change> {
-        tokio::select! {
-            biased;
-            files = self.files() => files.map(|()| Change::Files),
-            mounts = self.mounts.ready(Interest::PRIORITY) => {
-                mounts?.clear_ready();
-                Ok(Change::Mounts)
-            }
-        }
-    }
-
-    /// Waits for a change of the set of files.
-    pub(super) async fn files(&self) -> io::Result<()> {
-        loop {
-            let mut ready = self.events.readable().await?;
-            match ready.try_io(|_| Ok(self.inotify.read_events()?)) {
-                Ok(Ok(events)) if events.iter().any(|event| self.concerns(event)) => return Ok(()),
-                Ok(Ok(_)) | Err(_) => {}
-                Ok(Err(error)) => return Err(error),
-            }
-        }
+impl EventFilter {
+    /// Returns whether the directory exists.
+    pub(super) fn has_directory(&self) -> bool {
+        self.has_directory
     }
 
     fn concerns(&self, event: &InotifyEvent) -> bool {
-        let Some((above, path)) = &self.above else {
-            return true;
-        };
-        if event.wd != *above || event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
-            return true;
+        match &self.above {
+            // Most events in `/run` concern other directories.
+            Some((above, name))
+                if event.wd == *above && !event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) =>
+            {
+                event.name.as_ref() == Some(name)
+            }
+            _ => true,
         }
-        // Most events in `/run` concern other directories.
-        let below = self.directory.strip_prefix(path).ok();
-        event.name.as_deref() == below.and_then(|below| below.iter().next())
     }
 }

@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
-use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -16,19 +16,23 @@ use tokio_util::task::TaskTracker;
 use crate::attest::{PodAttestor, SockDiag};
 use crate::http::CredentialEndpoint;
 use crate::listen::{
-    self, ConnectionTracker, ListenError, Listener, NetnsRef, POD_ADDRESSES, PodListener,
+    self, DrainHandle, ListenError, Listener, NetnsRef, POD_ADDRESSES, PodListener,
+    first_unprivileged_port, unprivileged_ports,
 };
 use crate::netns::{NamespaceError, NamespaceId};
 use crate::pod_listeners::handover_protocol::{self, HandoverKey};
 use crate::pod_listeners::sys;
 
+/// Age at which a namespace has its final settings. The runtime creates it with the kernel's
+/// defaults, and sets other values with the pod's first container.
+const SETTLE_TIME: Duration = Duration::from_secs(5);
+
 /// Parts that all pods share.
 #[derive(Debug)]
 pub(super) struct PodService {
     pub(super) endpoint: Arc<CredentialEndpoint>,
-    pub(super) connections: ConnectionTracker,
-    /// Ends all accept loops.
-    pub(super) stop: watch::Receiver<bool>,
+    pub(super) drain: DrainHandle,
+    /// The accept loops in pods.
     pub(super) loops: TaskTracker,
 }
 
@@ -42,10 +46,8 @@ pub(super) struct ListenedPod {
     pub(super) missing: Vec<SocketAddr>,
     /// Set when the pod that owns the namespace was logged.
     named: bool,
-    /// Time at which the daemon began to listen there.
-    pub(super) since: Instant,
-    /// Set when the ports that unprivileged users can bind were checked.
-    pub(super) ports_checked: bool,
+    /// Time from which on [`unprivileged_port_start`] can be read. `None` once it was read.
+    port_check: Option<Instant>,
     /// Cancels the pod's accept loops.
     accepting: CancellationToken,
 }
@@ -60,7 +62,7 @@ pub(super) struct NamespaceSockets {
 pub(super) type BindResult = (SocketAddr, io::Result<PodListener>);
 
 /// Listeners that another instance claims to have had in one namespace. They are not verified yet.
-pub(super) type ReceivedSockets = Vec<(SocketAddr, OwnedFd)>;
+pub(super) type ReceivedSockets = Vec<(SocketAddr, Arc<OwnedFd>)>;
 
 /// Listens on these addresses in the namespace `netns`.
 pub(super) fn bind(
@@ -73,6 +75,13 @@ pub(super) fn bind(
             .map(|address| (*address, PodListener::bind(netns.clone(), *address)))
             .collect()
     })
+}
+
+/// Returns the namespace's `net.ipv4.ip_unprivileged_port_start` and one of its files, if any user
+/// of the pod may bind the port of the endpoint. `None` also if the namespace is gone.
+pub(super) fn unprivileged_port_start(netns: &NetnsRef) -> Option<(PathBuf, u16)> {
+    let first = netns.run_in(first_unprivileged_port).ok()?;
+    (!unprivileged_ports(&POD_ADDRESSES, first).is_empty()).then(|| (netns.path(), first))
 }
 
 impl NamespaceSockets {
@@ -140,8 +149,7 @@ impl ListenedPod {
             listeners: Vec::new(),
             missing: Vec::new(),
             named: false,
-            since: Instant::now(),
-            ports_checked: false,
+            port_check: Some(Instant::now() + SETTLE_TIME),
             accepting: CancellationToken::new(),
         };
         let unbound = pod.add(made.listeners, service);
@@ -188,12 +196,7 @@ impl ListenedPod {
                 .clone()
                 .serve_connection(stream, pending, Some(attestor.clone()))
         };
-        let accepting = listen::serve(
-            bound,
-            service.connections.clone(),
-            service.stop.clone(),
-            connection,
-        );
+        let accepting = listen::serve(bound, service.drain.clone(), connection);
         service
             .loops
             .spawn(self.accepting.clone().run_until_cancelled_owned(accepting));
@@ -248,6 +251,17 @@ impl ListenedPod {
         let owner = self.attestor.owner()?.to_string();
         self.named = true;
         Some(owner)
+    }
+
+    /// Returns the time of the check whether any user may bind the port. `None` after the check.
+    pub(super) fn port_check(&self) -> Option<Instant> {
+        self.port_check
+    }
+
+    /// Returns the namespace if that check is due. Returns it once.
+    pub(super) fn take_port_check(&mut self, now: Instant) -> Option<Arc<NetnsRef>> {
+        self.port_check.take_if(|due| *due <= now)?;
+        Some(self.netns.clone())
     }
 
     pub(super) fn id(&self) -> NamespaceId {

@@ -1,18 +1,23 @@
 //! Takeover of pods' listeners from the previous instance, and handover to the next one.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 
+use crate::pod_listeners::PodListeners;
 use crate::pod_listeners::handover_protocol::{
-    self, DONE, Handover, HandoverKey, REQUEST, ReceivedListeners, SERVING, STEP_TIMEOUT,
+    self, HandoverKey, HandoverMessage, HandoverSocket, ReceivedListeners, STEP_TIMEOUT,
 };
-use crate::pod_listeners::{ListenedPod, MOUNT_POLL, PodListeners};
+
+/// Interval between attempts to accept the next instance after a failure.
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
 /// Role of this instance among those that may serve pods.
 #[derive(Debug)]
@@ -47,7 +52,7 @@ impl PodListeners {
         match previous {
             Ok(previous) => {
                 tracing::info!("waiting to take over pods' listeners from the previous instance");
-                self.stage = HandoverRole::Standby(previous);
+                self.role = HandoverRole::Standby(previous);
             }
             Err(error) => {
                 if !matches!(
@@ -56,7 +61,7 @@ impl PodListeners {
                 ) {
                     tracing::warn!(%error, "[pods] handover_socket: ignoring the socket: its peer is not a previous instance of awsvid");
                 }
-                self.reconcile().await;
+                self.pods.reconcile(HashMap::new()).await;
                 self.listen_for_successor();
             }
         }
@@ -66,9 +71,9 @@ impl PodListeners {
         let Some(path) = self.handover.as_ref().filter(|_| self.successors.is_none()) else {
             return;
         };
-        match Handover::bind(path) {
+        match HandoverSocket::bind(path) {
             Ok(successors) => self.successors = Some(successors),
-            Err(error) if std::mem::replace(&mut self.logged.no_handover, true) => {
+            Err(error) if std::mem::replace(&mut self.logged_unbound, true) => {
                 tracing::debug!(%error, "the handover socket cannot be bound yet");
             }
             Err(error) => {
@@ -79,8 +84,8 @@ impl PodListeners {
 
     /// Handles events until the daemon has to stop, then waits for the open connections.
     pub async fn run(mut self) {
-        let mut stop = self.service.stop.clone();
-        let mut stopping = pin!(async { drop(stop.wait_for(|stop| *stop).await) });
+        let drain = self.pods.service.drain.clone();
+        let mut stopping = pin!(drain.stopped());
         let mut next = None;
         loop {
             let event = tokio::select! {
@@ -89,7 +94,7 @@ impl PodListeners {
                 event = self.event(next.as_ref()) => event,
             };
             match event {
-                HandoverEvent::Rescan => self.follow().await,
+                HandoverEvent::Rescan => self.rescan().await,
                 HandoverEvent::TakeOver => self.take_over().await,
                 HandoverEvent::Next(stream) => next = Some(stream),
                 HandoverEvent::Message => next = self.hand_over(next).await,
@@ -101,7 +106,7 @@ impl PodListeners {
 
     /// Waits for the next event. `next` is an instance that waits for the listeners.
     async fn event(&self, next: Option<&UnixStream>) -> HandoverEvent {
-        match &self.stage {
+        match &self.role {
             HandoverRole::Standby(previous) => {
                 let mut could_serve = self.could_serve.clone();
                 tokio::select! {
@@ -113,41 +118,42 @@ impl PodListeners {
             }
             HandoverRole::Superseded(after) => tokio::select! {
                 () = end_of(after) => HandoverEvent::Resume,
-                () = self.wait_for_change() => HandoverEvent::Rescan,
+                () = self.pods.changed(false) => HandoverEvent::Rescan,
             },
             HandoverRole::Active => tokio::select! {
                 biased;
                 stream = accept(self.successors.as_ref(), next) => HandoverEvent::Next(stream),
                 () = message(next) => HandoverEvent::Message,
-                () = self.wait_for_change() => HandoverEvent::Rescan,
+                () = self.pods.changed(self.lacks_socket()) => HandoverEvent::Rescan,
             },
         }
     }
 
-    async fn follow(&mut self) {
-        match &self.stage {
-            HandoverRole::Active => {
-                self.reconcile().await;
-                self.listen_for_successor();
-            }
-            HandoverRole::Standby(_) | HandoverRole::Superseded(_) => self.drop_removed(),
-        }
+    /// Returns whether the handover socket has still to be bound.
+    fn lacks_socket(&self) -> bool {
+        self.handover.is_some() && self.successors.is_none()
     }
 
-    /// Drops the removed namespaces, and adds none.
-    fn drop_removed(&mut self) {
-        let found = self.scan();
-        self.pods.retain(|id, _| found.contains_key(id));
+    async fn rescan(&mut self) {
+        match &self.role {
+            HandoverRole::Active => {
+                self.pods.reconcile(HashMap::new()).await;
+                self.listen_for_successor();
+            }
+            HandoverRole::Standby(_) | HandoverRole::Superseded(_) => {
+                self.pods.drop_removed().await;
+            }
+        }
     }
 
     async fn take_over(&mut self) {
         let HandoverRole::Standby(previous) =
-            std::mem::replace(&mut self.stage, HandoverRole::Active)
+            std::mem::replace(&mut self.role, HandoverRole::Active)
         else {
             return;
         };
         let taking = timeout(STEP_TIMEOUT, async {
-            handover_protocol::send_message(&previous, REQUEST).await?;
+            handover_protocol::send(&previous, &HandoverMessage::Request).await?;
             handover_protocol::receive_all(&previous).await
         });
         let received = taking.await.unwrap_or_else(|late| Err(late.into()));
@@ -155,19 +161,20 @@ impl PodListeners {
             Ok(ReceivedListeners { listeners, earlier }) => {
                 tracing::info!(listeners = listeners.len(), "took over pods' listeners");
                 self.earlier = earlier;
-                self.reconcile_dir(listeners).await;
+                self.pods.reconcile(listeners).await;
                 let released = timeout(STEP_TIMEOUT, async {
-                    handover_protocol::send_message(&previous, SERVING).await?;
-                    handover_protocol::receive_message(&previous).await
+                    handover_protocol::send(&previous, &HandoverMessage::Serving).await?;
+                    handover_protocol::receive(&previous).await
                 });
                 let _ = released.await;
                 // If it cannot be kept it is closed. The other end then finds this instance gone.
-                self.earlier.extend(previous.into_std().map(OwnedFd::from));
+                let previous = previous.into_std().map(OwnedFd::from);
+                self.earlier.extend(previous.map(Arc::new));
             }
             Err(error) => {
                 tracing::warn!(%error, "taking over pods' listeners failed: binding new ones");
                 drop(previous);
-                self.reconcile().await;
+                self.pods.reconcile(HashMap::new()).await;
             }
         }
         self.listen_for_successor();
@@ -177,23 +184,22 @@ impl PodListeners {
     /// alive and has not taken over.
     async fn hand_over(&mut self, next: Option<UnixStream>) -> Option<UnixStream> {
         let next = next?;
-        let mut message = [0];
-        match next.try_read(&mut message) {
-            Ok(1) if message == [REQUEST] => {}
+        match handover_protocol::try_receive(&next) {
+            Ok(Some(HandoverMessage::Request)) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(next),
             _ => return None,
         }
         let sent = self.send_listeners(&next).await?;
         self.successors = None;
-        self.pods.values_mut().for_each(|pod| pod.pause(&sent));
-        self.metrics.pod_listeners.set(0);
+        self.pods.pause(&sent);
         tracing::info!(
             listeners = sent.len(),
             "passed pods' listeners to the next instance"
         );
         // A failure means that it is gone, which the next event reports.
-        let _ = timeout(STEP_TIMEOUT, handover_protocol::send_message(&next, DONE)).await;
-        self.stage = HandoverRole::Superseded(next);
+        let done = handover_protocol::send(&next, &HandoverMessage::Done);
+        let _ = timeout(STEP_TIMEOUT, done).await;
+        self.role = HandoverRole::Superseded(next);
         None
     }
 
@@ -202,13 +208,18 @@ impl PodListeners {
         &mut self,
         next: &UnixStream,
     ) -> Option<Vec<(HandoverKey, Arc<OwnedFd>)>> {
-        let sent: Vec<_> = self.pods.values().flat_map(|pod| pod.listening()).collect();
+        let sent = self.pods.listening();
         self.earlier
             .retain(|connection| is_alive(connection.as_fd()));
+        let listeners = sent.iter().cloned();
+        let listeners = listeners.map(|(key, socket)| HandoverMessage::Listener(key, socket));
+        let earlier = self.earlier.iter().cloned().map(HandoverMessage::Earlier);
         let giving = timeout(STEP_TIMEOUT, async {
-            handover_protocol::send_all(next, &sent, &self.earlier).await?;
-            while let Some(message) = handover_protocol::receive_message(next).await? {
-                if message == SERVING {
+            for message in listeners.chain(earlier).chain([HandoverMessage::End]) {
+                handover_protocol::send(next, &message).await?;
+            }
+            while let Some(message) = handover_protocol::receive(next).await? {
+                if matches!(message, HandoverMessage::Serving) {
                     return Ok(());
                 }
             }
@@ -226,44 +237,28 @@ impl PodListeners {
     /// Serves again, because the next instance ended before this one: the update failed.
     async fn resume(&mut self) {
         tracing::warn!("the next instance is gone: serving pods again");
-        self.stage = HandoverRole::Active;
-        self.drop_removed();
-        self.pods
-            .values_mut()
-            .for_each(|pod| pod.resume(&self.service));
-        self.follow().await;
+        self.role = HandoverRole::Active;
+        self.pods.drop_removed().await;
+        self.pods.resume();
+        self.rescan().await;
     }
 
     /// Ends after the accept loops have got the signal to stop.
     async fn end(mut self, next: Option<UnixStream>) {
         (self.successors, self.handover) = (None, None);
-        if let (Some(next), HandoverRole::Active) = (next, &self.stage) {
+        if let (Some(next), HandoverRole::Active) = (next, &self.role) {
             // From here on the next instance serves, ready or not.
             let _ = self.send_listeners(&next).await;
         }
         // Without a next instance, the previous one serves again if it is still alive.
         self.earlier.clear();
-        self.stage = HandoverRole::Active;
-        self.pods.values_mut().for_each(ListenedPod::release);
-        self.service.loops.close();
-        let (loops, connections) = (self.service.loops.clone(), self.service.connections.clone());
-        // Loops and connections end by themselves, or with their pod.
-        let mut ended = pin!(async {
-            loops.wait().await;
-            connections.drained().await;
-        });
-        loop {
-            tokio::select! {
-                biased;
-                () = &mut ended => break,
-                () = self.wait_for_change() => self.drop_removed(),
-            }
-        }
+        self.role = HandoverRole::Active;
+        self.pods.end().await;
     }
 }
 
 /// Waits for the next instance to connect. Only one at a time is accepted.
-async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> UnixStream {
+async fn accept(successors: Option<&HandoverSocket>, next: Option<&UnixStream>) -> UnixStream {
     let (Some(successors), None) = (successors, next) else {
         return std::future::pending().await;
     };
@@ -275,7 +270,7 @@ async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> Uni
                     tracing::warn!(%error, missed, "[pods] handover_socket: rejected a request for pods' listeners");
                 }
                 // A lack of descriptors does not pass at once.
-                sleep(MOUNT_POLL).await;
+                sleep(ACCEPT_RETRY).await;
             }
         }
     }
@@ -294,7 +289,7 @@ fn is_alive(previous: BorrowedFd<'_>) -> bool {
 
 /// Waits until the peer has closed the connection.
 async fn end_of(stream: &UnixStream) {
-    while let Ok(Some(_)) = handover_protocol::receive_message(stream).await {}
+    while let Ok(Some(_)) = handover_protocol::receive(stream).await {}
 }
 
 /// Waits until the next instance sends a message, or is gone.

@@ -1,6 +1,7 @@
 //! The rows of the table.
 
 mod cold;
+mod processes;
 mod ratio;
 mod size;
 mod slow;
@@ -19,7 +20,7 @@ pub(crate) struct Row {
 }
 
 /// All of them, in the order of the table.
-pub(crate) const ROWS: [Row; 14] = [
+pub(crate) const ROWS: [Row; 15] = [
     Row {
         name: "tcp-socket",
         meaning: "CPU time of the daemon per request over TCP, rules by uid and unit: the socket alone identifies the caller. Like the rows \
@@ -61,6 +62,11 @@ pub(crate) const ROWS: [Row; 14] = [
         name: "descriptors",
         meaning: "tcp-pid with 20, 200 and 2,000 descriptors in the load, in multiples of `direct`",
         run: ratio::descriptors,
+    },
+    Row {
+        name: "processes",
+        meaning: "tcp-pid with 50, 127, 129 and 1,000 processes in one cgroup that send requests in turn: CPU time of the daemon per request",
+        run: processes::processes,
     },
     Row {
         name: "herd",

@@ -271,6 +271,20 @@ fn rank(part: f64, count: usize) -> usize {
     ((part * count as f64).ceil() as usize).saturating_sub(1)
 }
 
+/// Runs the part `caller`: sends a request for each line on standard input, and prints the status.
+pub(crate) fn caller(plan: &Plan) -> Result<(), Failed> {
+    let _descriptors = plan.caller.become_it()?;
+    let request = caller::request(&plan.path);
+    println!("ready");
+    for line in io::stdin().lock().lines() {
+        line?;
+        let mut wire = caller::connect(&plan.address)?;
+        wire.write_all(&request)?;
+        println!("{}", caller::answer(&mut *wire)?.status);
+    }
+    Ok(())
+}
+
 /// Runs the part `callers`: connects as often as it has requests, and then sends all of them at
 /// once.
 pub(crate) fn callers(plan: &Plan) -> Result<(), Failed> {

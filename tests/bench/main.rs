@@ -103,6 +103,9 @@ fn main() -> ExitCode {
         ["load", plan] => serde_json::from_str(plan)
             .map_err(Into::into)
             .and_then(load::run),
+        ["caller", plan] => serde_json::from_str(plan)
+            .map_err(Into::into)
+            .and_then(|plan| load::caller(&plan)),
         ["callers", plan] => serde_json::from_str(plan)
             .map_err(Into::into)
             .and_then(|plan| load::callers(&plan)),

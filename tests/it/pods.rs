@@ -17,6 +17,7 @@ use crate::harness::is_slow;
 use crate::harness::namespaces::{NetnsNode, Peer, ip};
 use crate::harness::upstream::Upstream;
 
+mod directory;
 mod handover;
 
 /// Bounds steps that take milliseconds, on a machine that is busy with other tests.
@@ -456,7 +457,7 @@ fn missing_mount_or_privilege_is_logged_with_manifest_field() {
 
 /// containerd sets it with the pod's first container, long after the namespace is mounted.
 #[test]
-fn unprivileged_pod_port_is_logged_once() {
+fn unprivileged_pod_ports_are_logged_at_bounded_rate() {
     let Some(stage) = PodsStage::set(|node| node.add("guarded")) else {
         return;
     };

@@ -143,14 +143,15 @@ fn open_list_returns_current_pids() {
     let pids: Vec<_> = children.iter().map(std::process::Child::id).collect();
     assert_eq!(tree.processes(&path, 100), Ok(Vec::new()));
     let inode = |list: &File| list.metadata().unwrap().ino();
-    let kept = || inode(&tree.lists()[&path].lock().unwrap());
+    let open_list = || tree.lists().peek(&path).unwrap().clone();
+    let kept = || inode(&open_list().lock().unwrap());
     let first = kept();
     for count in 1..=2 {
         move_to(&directory, pids[count - 1]);
         assert_eq!(tree.processes(&path, 100), Ok(pids[..count].to_vec()));
     }
     // The same holds while another thread reads the list.
-    let busy = tree.lists()[&path].clone();
+    let busy = open_list();
     let busy = busy.lock().unwrap();
     assert_eq!(tree.processes(&path, 100), Ok(pids.clone()));
     drop(busy);
@@ -175,20 +176,27 @@ fn open_list_returns_current_pids() {
 }
 
 #[test]
-fn open_lists_are_bounded() {
+fn full_open_lists_evict_the_least_recently_used() {
     let root = tempfile::tempdir().unwrap();
     let tree = CgroupTree::at(root.path().to_owned(), PodRoots::defaults());
-    for number in 0..200 {
+    let most = u32::try_from(MAX_OPEN_LISTS.get()).unwrap();
+    let path_of = |number: u32| CgroupPath::parse(&format!("/{number}")).unwrap();
+    for number in 0..most + 20 {
         fs::create_dir(root.path().join(number.to_string())).unwrap();
         fs::write(
             root.path().join(format!("{number}/cgroup.procs")),
             format!("{number}\n"),
         )
         .unwrap();
-        let path = CgroupPath::parse(&format!("/{number}")).unwrap();
-        assert_eq!(tree.processes(&path, 10), Ok(vec![number]));
-        assert!(tree.lists().contains_key(&path) && tree.lists().len() <= MAX_OPEN_LISTS);
+        // The first one is used again and again.
+        for used in [0, number] {
+            assert_eq!(tree.processes(&path_of(used), 10), Ok(vec![used]));
+        }
     }
+    let lists = tree.lists();
+    assert_eq!(lists.len(), MAX_OPEN_LISTS.get());
+    let is_open = |number| lists.contains(&path_of(number));
+    assert!(is_open(0) && !(1..=20).any(is_open) && (21..most + 20).all(is_open));
 }
 
 /// A part of the real tree with these directories, which is removed on drop.

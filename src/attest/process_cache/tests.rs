@@ -183,15 +183,16 @@ fn exe_path_is_read_once_per_file() {
 }
 
 #[test]
-fn process_cache_is_bounded() {
-    let processes = ProcessCache::default();
-    for pid in 1..1000 {
-        processes.insert(Arc::new(ProcessHandle::new(
-            pid,
-            pidfd(std::process::id()),
-            None,
-        )));
-        assert!(processes.get(pid).is_some());
-        assert!(processes.0.lock().unwrap().len() <= MAX_PROCESSES);
+fn full_process_cache_evicts_the_least_recently_used() {
+    let processes = ProcessCache::with_capacity(3);
+    let own = |pid| Arc::new(ProcessHandle::new(pid, pidfd(std::process::id()), None));
+    let used = own(1);
+    processes.insert(used.clone());
+    for pid in 2..100 {
+        processes.insert(own(pid));
+        assert!(Arc::ptr_eq(&processes.get(1).unwrap(), &used));
+        let is_cached = |pid| lock(&processes.0).contains(&pid);
+        assert!(is_cached(pid) && is_cached(pid - 1), "{pid}");
+        assert!(pid < 4 || !is_cached(pid - 2), "{pid}");
     }
 }

@@ -4,6 +4,8 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
+use crate::listen::POD_ADDRESSES;
+use crate::netns::NamespaceId;
 
 fn id(number: u8) -> NamespaceId {
     NamespaceId::from_bytes([number; NamespaceId::LENGTH])
@@ -22,17 +24,24 @@ async fn listeners_arrive_with_namespace_and_address() {
         .flat_map(|number| POD_ADDRESSES.map(|address| ((id(number), address), listener().0)))
         .collect();
     let (mut before, kept) = std::os::unix::net::UnixStream::pair().unwrap();
-    let kept = [OwnedFd::from(kept)];
-    let (sending, received) = tokio::join!(send_all(&ours, &sent, &kept), receive_all(&theirs));
-    sending.unwrap();
+    let kept = Arc::new(OwnedFd::from(kept));
+    let listeners = sent.iter().cloned();
+    let messages = listeners
+        .map(|(key, listener)| HandoverMessage::Listener(key, listener))
+        .chain([HandoverMessage::Earlier(kept), HandoverMessage::End]);
+    let sending = async {
+        for message in messages {
+            send(&ours, &message).await.unwrap();
+        }
+    };
+    let ((), received) = tokio::join!(sending, receive_all(&theirs));
     let ReceivedListeners {
         listeners: received,
         earlier: kept_there,
     } = received.unwrap();
     assert_eq!((received.len(), kept_there.len()), (500, 1));
-    // The listening ends when its last owner closes it.
+    // The connection ends when its last owner closes it.
     before.set_nonblocking(true).unwrap();
-    drop(kept);
     assert_eq!(
         before.read(&mut [0]).unwrap_err().kind(),
         io::ErrorKind::WouldBlock
@@ -50,26 +59,71 @@ async fn listeners_arrive_with_namespace_and_address() {
 }
 
 #[tokio::test]
-async fn receiving_ends_at_an_invalid_record() {
-    let end = record(END, id(0), 0);
-    let with_one = record(LISTENER, id(1), 0);
+async fn each_message_is_received_as_sent() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let descriptor = listener().0;
+    let messages = [
+        HandoverMessage::Request,
+        HandoverMessage::Listener((id(7), POD_ADDRESSES[1]), descriptor.clone()),
+        HandoverMessage::Earlier(descriptor),
+        HandoverMessage::End,
+        HandoverMessage::Serving,
+        HandoverMessage::Done,
+    ];
+    for message in &messages {
+        send(&ours, message).await.unwrap();
+        let received = receive(&theirs).await.unwrap().unwrap();
+        assert_eq!(
+            received.encode().unwrap().0,
+            message.encode().unwrap().0,
+            "{message:?}"
+        );
+        assert_eq!(
+            std::mem::discriminant(&received),
+            std::mem::discriminant(message)
+        );
+    }
+    drop(ours);
+    assert!(receive(&theirs).await.unwrap().is_none());
+}
+
+#[test]
+fn listener_of_unknown_address_is_not_sent() {
+    let (descriptor, address) = listener();
+    assert!(
+        HandoverMessage::Listener((id(1), address), descriptor)
+            .encode()
+            .is_err()
+    );
+}
+
+#[tokio::test]
+async fn receiving_ends_at_an_invalid_message() {
     let (descriptor, _) = listener();
-    let cases: [(&[u8], bool, io::ErrorKind); 7] = [
+    let bytes = |message: HandoverMessage| message.encode().unwrap().0;
+    let end = bytes(HandoverMessage::End);
+    let with_one = bytes(HandoverMessage::Listener(
+        (id(1), POD_ADDRESSES[0]),
+        descriptor.clone(),
+    ));
+    let earlier = bytes(HandoverMessage::Earlier(descriptor.clone()));
+    let (mut third_address, mut unknown) = (with_one, with_one);
+    third_address[LENGTH - 1] = 2;
+    unknown[0] = b'X';
+    let cases: [(&[u8], bool, io::ErrorKind); 8] = [
         (&[], false, io::ErrorKind::UnexpectedEof),
         (&with_one, false, io::ErrorKind::InvalidData),
         (&end, true, io::ErrorKind::InvalidData),
+        (&earlier, false, io::ErrorKind::InvalidData),
+        (&with_one[..9], true, io::ErrorKind::InvalidData),
+        (&third_address, true, io::ErrorKind::InvalidData),
+        (&unknown, false, io::ErrorKind::InvalidData),
+        // No listeners follow this one.
         (
-            &record(EARLIER, id(0), 0),
+            &bytes(HandoverMessage::Request),
             false,
             io::ErrorKind::InvalidData,
         ),
-        (&with_one[..9], true, io::ErrorKind::InvalidData),
-        (
-            &record(LISTENER, id(1), 2),
-            true,
-            io::ErrorKind::InvalidData,
-        ),
-        (&record(b'X', id(1), 0), false, io::ErrorKind::InvalidData),
     ];
     for (bytes, has_descriptor, kind) in cases {
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -166,25 +220,25 @@ async fn socket_admits_only_its_owner() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::set_permissions(folder.path(), Permissions::from_mode(0o700)).unwrap();
     let path = folder.path().join("handover.sock");
-    let handover = Handover::bind(&path).unwrap();
+    let handover = HandoverSocket::bind(&path).unwrap();
     assert_eq!(
         std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
         0o600
     );
     let (next, before) = tokio::join!(handover.accept(), connect(&path));
-    send_message(&before.unwrap(), REQUEST).await.unwrap();
+    send(&before.unwrap(), &HandoverMessage::Request)
+        .await
+        .unwrap();
     let next = next.unwrap();
-    assert_eq!(
-        (
-            receive_message(&next).await.unwrap(),
-            receive_message(&next).await.unwrap()
-        ),
-        (Some(REQUEST), None)
-    );
+    assert!(matches!(
+        receive(&next).await,
+        Ok(Some(HandoverMessage::Request))
+    ));
+    assert!(matches!(receive(&next).await, Ok(None)));
     std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
     drop(handover);
     assert!(matches!(
-        Handover::bind(&path),
+        HandoverSocket::bind(&path),
         Err(ListenError::UnsafeDirectory { .. })
     ));
 }

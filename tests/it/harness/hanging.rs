@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
+use nix::unistd::Pid;
+
 use super::actor;
 use super::counterparts::process::{Owned, spawn};
 
@@ -49,9 +51,14 @@ impl HangingFiles {
     pub(crate) fn enter(&self) -> [String; 3] {
         [
             "nsenter".to_owned(),
-            format!("--mount=/proc/{}/ns/mnt", self.owned.id()),
+            format!("--mount=/proc/{}/ns/mnt", self.pid()),
             "--".to_owned(),
         ]
+    }
+
+    /// Returns the process whose mount namespace has the file system.
+    pub(crate) fn pid(&self) -> Pid {
+        self.owned.id()
     }
 
     /// Makes lookups and status calls of the file hang from here on. Data that was read of it can

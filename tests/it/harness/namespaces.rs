@@ -12,15 +12,19 @@ use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::unistd::Pid;
 
 use super::actor;
 use super::cgroup::Cgroup;
 use super::counterparts::process::{Owned, behind, run, spawn};
+use super::hanging::HangingFiles;
 
 /// A node's mounts, and the directory of its pods' network namespaces.
 pub(crate) struct NetnsNode {
-    anchor: Owned,
+    /// A process with the node's mounts.
+    anchor: Pid,
     directory: PathBuf,
+    _anchor: Option<Owned>,
 }
 
 /// The program that gives a process that it starts other mounts and another network.
@@ -43,9 +47,22 @@ impl NetnsNode {
             .expect("a pipe")
             .read_exact(&mut [0])
             .expect("the anchor's word");
+        Self::with_mounts_of(anchor.id(), Some(anchor), folder)
+    }
+
+    /// Makes one whose mounts are those of a file system that can stop responding.
+    pub(crate) fn with_hanging(files: &HangingFiles, folder: &Path) -> Self {
+        Self::with_mounts_of(files.pid(), None, folder)
+    }
+
+    fn with_mounts_of(anchor: Pid, owned: Option<Owned>, folder: &Path) -> Self {
         let directory = folder.join("netns");
         fs::create_dir(&directory).expect("the directory");
-        Self { anchor, directory }
+        Self {
+            anchor,
+            directory,
+            _anchor: owned,
+        }
     }
 
     /// Returns the directory of the namespace files.
@@ -55,10 +72,12 @@ impl NetnsNode {
 
     /// Returns the daemon's table `[pods]`, which has to follow the keys of `[listen]`.
     pub(crate) fn listen(&self) -> String {
-        format!(
-            "[pods]\nenabled = true\nnetns_dir = {:?}\nhandover_socket = \"\"\n",
-            self.directory
-        )
+        Self::listen_in(&self.directory)
+    }
+
+    /// Returns it for another path of the directory.
+    pub(crate) fn listen_in(directory: &Path) -> String {
+        format!("[pods]\nenabled = true\nnetns_dir = {directory:?}\nhandover_socket = \"\"\n")
     }
 
     /// Returns the file of this name.
@@ -67,7 +86,7 @@ impl NetnsNode {
     }
 
     fn mounts(&self) -> String {
-        format!("--mount=/proc/{}/ns/mnt", self.anchor.id())
+        format!("--mount=/proc/{}/ns/mnt", self.anchor)
     }
 
     /// Returns words in front of a command that make it see the node's mounts.
@@ -77,8 +96,8 @@ impl NetnsNode {
 
     /// Runs `act` on a thread with the node's mounts.
     pub(crate) fn within<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
-        let mounts = fs::File::open(format!("/proc/{}/ns/mnt", self.anchor.id()))
-            .expect("the node's mounts");
+        let mounts =
+            fs::File::open(format!("/proc/{}/ns/mnt", self.anchor)).expect("the node's mounts");
         thread::scope(|scope| {
             let inside = || {
                 unshare(CloneFlags::CLONE_FS).expect("a working directory of the thread's own");

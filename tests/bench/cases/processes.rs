@@ -1,0 +1,83 @@
+//! CPU time per request where many processes of one cgroup send requests in turn.
+//!
+//! The daemon searches these processes for the one that holds the socket, so its time grows with
+//! their number. It must not jump where a cache of the daemon is full.
+
+use crate::caller::Caller;
+use crate::cases::ratio::{self, TCP_PID};
+use crate::load::Plan;
+use crate::process::Part;
+use crate::table::{Line, Spread, micros};
+use crate::{Bench, Failed, machine};
+
+/// The numbers of processes. 128 handles were kept until the cache evicted the least recently used.
+const COUNTS: [usize; 4] = [50, 127, 129, 1000];
+
+/// Measures one line for each number of processes.
+pub(crate) fn processes(bench: &Bench) -> Result<Vec<Line>, Failed> {
+    let caller = Caller {
+        uid: ratio::USER,
+        cgroup: bench.cgroups.unit("load")?,
+        // None of its own.
+        descriptors: 3,
+    };
+    let pair = ratio::Pair::start(bench, &TCP_PID, caller)?;
+    let (mut callers, mut lines) = (Vec::new(), Vec::new());
+    for count in COUNTS {
+        while callers.len() < count {
+            callers.push(start(&pair.plan)?);
+        }
+        let turns = bench.count(2000, 1).div_ceil(count).max(2);
+        each(&mut callers)?;
+        let runs = (0..bench.rounds())
+            .map(|_| measure(pair.daemon.pid(), &mut callers, turns))
+            .collect::<Result<Vec<_>, _>>()?;
+        let cpu = Spread::of(runs);
+        lines.push(Line::new(
+            format!("processes {count}"),
+            format!("{:.0} us", cpu.median),
+            if count == 129 {
+                "at most 1.1 x 127"
+            } else {
+                "the curve"
+            }
+            .to_owned(),
+            format!(
+                "CPU {}; {:.2} us for each process",
+                cpu.show("us"),
+                cpu.median / f64::from(u32::try_from(count)?)
+            ),
+        ));
+    }
+    Ok(lines)
+}
+
+fn start(plan: &Plan) -> Result<Part, Failed> {
+    let mut caller = Part::start(&["caller", &serde_json::to_string(plan)?])?;
+    match caller.hear()?.as_str() {
+        "ready" => Ok(caller),
+        other => Err(format!("unexpected line of a caller: {other:?}").into()),
+    }
+}
+
+/// Makes each of these processes send one request, one after the other.
+fn each(callers: &mut [Part]) -> Result<(), Failed> {
+    for caller in callers {
+        caller.say("go\n")?;
+        match caller.hear()?.as_str() {
+            "200" => {}
+            other => return Err(format!("a caller got status {other}").into()),
+        }
+    }
+    Ok(())
+}
+
+/// Returns the server's CPU time per request, in microseconds.
+fn measure(server: u32, callers: &mut [Part], turns: usize) -> Result<f64, Failed> {
+    let before = machine::settled(server)?;
+    for _ in 0..turns {
+        each(callers)?;
+    }
+    let cpu = machine::settled(server)? - before;
+    Ok(micros(cpu) / f64::from(u32::try_from(turns * callers.len())?))
+}
