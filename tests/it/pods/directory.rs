@@ -19,8 +19,11 @@ use crate::harness::upstream::Upstream;
 
 /// A directory of namespaces whose path leads over a link, to where it exists or to a file system
 /// that hangs.
+///
+/// The file system ends first: before that, a daemon that waits for it cannot end.
 struct LinkedDirectory {
     files: HangingFiles,
+    daemon: Option<Daemon>,
     node: NetnsNode,
     link: PathBuf,
     folder: tempfile::TempDir,
@@ -35,6 +38,7 @@ impl LinkedDirectory {
         symlink(node.directory(), &link).unwrap();
         Self {
             files,
+            daemon: None,
             node,
             link,
             folder,
@@ -59,15 +63,19 @@ impl LinkedDirectory {
         fs::rename(new, &self.link).unwrap();
     }
 
-    fn start(&self, upstream: &Upstream) -> Daemon {
+    fn start(&mut self, upstream: &Upstream) {
         let words = self.node.enter();
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        Daemon::start_behind(
+        self.daemon = Some(Daemon::start_behind(
             &words,
             self.folder.path(),
             &NetnsNode::listen_in(&self.link),
             &(upstream.configuration() + RULE),
-        )
+        ));
+    }
+
+    fn daemon(&mut self) -> &mut Daemon {
+        self.daemon.as_mut().expect("it was started")
     }
 
     fn serves(&self, name: &str) -> bool {
@@ -85,18 +93,18 @@ fn directory_that_hangs_stops_only_new_pods() {
     if !root() {
         return;
     }
-    let mut directory = LinkedDirectory::new();
     let upstream = Upstream::start(&[(0, "pod")]);
+    let mut directory = LinkedDirectory::new();
     directory.node.add("early");
-    let daemon = directory.start(&upstream).ready();
-    await_namespaces(&daemon, 1);
+    directory.start(&upstream);
+    await_namespaces(directory.daemon(), 1);
     directory.hang();
-    daemon.await_line(&[HANGS]);
+    directory.daemon().await_line(&[HANGS]);
     directory.node.add("late");
     assert!(directory.serves("early"));
     assert!(!listens(&directory.node, "late", V4));
     directory.respond();
-    await_namespaces(&daemon, 2);
+    await_namespaces(directory.daemon(), 2);
     assert!(directory.serves("early") && directory.serves("late"));
 }
 
@@ -105,11 +113,12 @@ fn directory_that_hangs_stops_neither_start_nor_drain() {
     if !root() {
         return;
     }
-    let mut directory = LinkedDirectory::new();
     let upstream = Upstream::start(&[(0, "pod")]);
+    let mut directory = LinkedDirectory::new();
     directory.node.add("early");
     directory.hang();
-    let mut daemon = directory.start(&upstream);
+    directory.start(&upstream);
+    let daemon = directory.daemon();
     daemon.await_line(&[HANGS]);
     daemon.await_line(&["serving workloads in pods"]);
     assert_eq!(daemon.query_status_socket("/readyz").0, 503);
@@ -121,6 +130,6 @@ fn directory_that_hangs_stops_neither_start_nor_drain() {
     });
     // Until then the kernel keeps the process, for the thread that waits for the file system.
     directory.respond();
-    let ended = daemon.process().owned().wait(TIMEOUT);
+    let ended = directory.daemon().process().owned().wait(TIMEOUT);
     assert!(ended.is_some_and(|status| status.success()), "{ended:?}");
 }
