@@ -14,7 +14,7 @@ use crate::identity::SpiffeId;
 mod fair;
 mod rate;
 
-pub use fair::{ACQUIRE_TIMEOUT, Exhausted, FairPermit, FairSemaphore};
+pub use fair::{ACQUIRE_TIMEOUT, AcquireError, FairPermit, FairSemaphore};
 pub use rate::{KeyedRateLimiter, TokenBucket};
 
 /// The key by which a limit counts permits.

@@ -70,7 +70,7 @@ pub enum ListenError {
     Unix { path: PathBuf, source: io::Error },
     /// A socket that systemd passed could not be used.
     #[error("cannot use a socket that systemd passed: {source}")]
-    Inherited { source: io::Error },
+    Activated { source: io::Error },
     /// A listener in a pod's network namespace could not be set up.
     #[error("{name}: {source}")]
     Pod {

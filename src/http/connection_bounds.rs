@@ -10,7 +10,7 @@ use prometheus_client::metrics::family::Family;
 use tokio::time::{Instant, timeout_at};
 
 use crate::attest::PodAttestor;
-use crate::limits::Exhausted;
+use crate::limits::AcquireError;
 use crate::listen::{CONNECTION_TIMEOUT, LazySocket, OpenConnection};
 use crate::metrics::{Metrics, ReasonLabel};
 
@@ -67,11 +67,11 @@ impl DropReason {
     }
 }
 
-impl From<Exhausted> for DropReason {
-    fn from(exhausted: Exhausted) -> Self {
-        match exhausted {
-            Exhausted::Key => Self::WorkloadLimit,
-            Exhausted::Total => Self::TotalLimit,
+impl From<AcquireError> for DropReason {
+    fn from(error: AcquireError) -> Self {
+        match error {
+            AcquireError::Key => Self::WorkloadLimit,
+            AcquireError::Total => Self::TotalLimit,
         }
     }
 }

@@ -1,7 +1,6 @@
 //! A semaphore with a total limit and a limit per key, which stays fair when the total limit is
 //! reached.
 
-use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,8 +11,11 @@ use tokio::time::timeout;
 use super::FairKey;
 
 mod permit;
+mod state;
 
 pub use permit::FairPermit;
+
+use state::{EvictablePermit, PermitKind, PermitWaiter, State, count};
 
 /// The longest wait of [`FairSemaphore::acquire_evicting`]. A token that waits in an exchange is
 /// valid for at least 30 s more, or for a third of a shorter life.
@@ -35,7 +37,7 @@ pub struct FairSemaphore<K: FairKey>(Arc<Inner<K>>);
 
 /// The reason why no permit is available now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Exhausted {
+pub enum AcquireError {
     /// This key holds as many permits as one key may.
     Key,
     /// All permits are held. This key's group holds the most, and no key of the group holds more
@@ -49,50 +51,6 @@ struct Inner<K: FairKey> {
     per_key: usize,
     max_waiting: usize,
     state: Mutex<State<K>>,
-}
-
-#[derive(Debug)]
-struct State<K: FairKey> {
-    next_id: u64,
-    /// The number of permits that count towards the total.
-    held: usize,
-    keys: HashMap<K, usize>,
-    groups: HashMap<K::Group, usize>,
-    /// The waiters, the oldest first.
-    waiting: BTreeMap<u64, PermitWaiter<K>>,
-    waiting_of: HashMap<K::Group, usize>,
-    /// Permits that may be evicted in favour of other keys, the oldest first.
-    evictable: BTreeMap<u64, Evictable<K>>,
-}
-
-#[derive(Debug)]
-struct PermitWaiter<K: FairKey> {
-    key: K,
-    kind: PermitKind,
-    granted: oneshot::Sender<FairPermit<K>>,
-}
-
-#[derive(Debug)]
-struct Evictable<K: FairKey> {
-    key: K,
-    idle: bool,
-    notify: Arc<Notify>,
-}
-
-/// Whether a permit can be evicted, and its state when it is granted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum PermitKind {
-    Permanent,
-    Idle,
-    InUse,
-}
-
-/// A permit that may be evicted next.
-struct Candidate {
-    id: u64,
-    idle: bool,
-    /// The number of permits that its key holds.
-    held: usize,
 }
 
 /// Removes its waiter from the queue when the wait ends.
@@ -116,21 +74,12 @@ impl<K: FairKey> FairSemaphore<K> {
 
     /// Creates a semaphore that lets at most `max_waiting` tasks wait for a permit.
     pub fn with_waiting(total: usize, per_key: usize, max_waiting: usize) -> Self {
-        let state = State {
-            next_id: 0,
-            held: 0,
-            keys: HashMap::new(),
-            groups: HashMap::new(),
-            waiting: BTreeMap::new(),
-            waiting_of: HashMap::new(),
-            evictable: BTreeMap::new(),
-        };
         let (total, per_key) = (total.max(1), per_key.max(1));
         Self(Arc::new(Inner {
             total,
             per_key,
             max_waiting,
-            state: Mutex::new(state),
+            state: Mutex::new(State::new()),
         }))
     }
 
@@ -172,11 +121,11 @@ impl<K: FairKey> FairSemaphore<K> {
     }
 
     /// Returns a permit if one is available now.
-    pub fn try_acquire(&self, key: &K) -> Result<FairPermit<K>, Exhausted> {
+    pub fn try_acquire(&self, key: &K) -> Result<FairPermit<K>, AcquireError> {
         let mut state = self.0.state();
         self.0.check_key(&state, key)?;
         if state.held >= self.0.total {
-            return Err(Exhausted::Total);
+            return Err(AcquireError::Total);
         }
         Ok(self.0.grant(&mut state, key, PermitKind::Permanent))
     }
@@ -197,11 +146,11 @@ impl<K: FairKey> FairSemaphore<K> {
 
     /// Returns an idle permit that can be evicted later ([`FairPermit::evicted`]). At the total
     /// limit it evicts another permit.
-    pub fn try_acquire_evicting(&self, key: &K) -> Result<FairPermit<K>, Exhausted> {
+    pub fn try_acquire_evicting(&self, key: &K) -> Result<FairPermit<K>, AcquireError> {
         let mut state = self.0.state();
         self.0.check_key(&state, key)?;
         if state.held >= self.0.total && !state.evict_for(key) {
-            return Err(Exhausted::Total);
+            return Err(AcquireError::Total);
         }
         Ok(self.0.grant(&mut state, key, PermitKind::Idle))
     }
@@ -212,11 +161,11 @@ impl<K: FairKey> Inner<K> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn check_key(&self, state: &State<K>, key: &K) -> Result<(), Exhausted> {
+    fn check_key(&self, state: &State<K>, key: &K) -> Result<(), AcquireError> {
         if count(&state.keys, key) < self.per_key {
             Ok(())
         } else {
-            Err(Exhausted::Key)
+            Err(AcquireError::Key)
         }
     }
 
@@ -227,7 +176,7 @@ impl<K: FairKey> Inner<K> {
         *state.groups.entry(key.group()).or_default() += 1;
         let eviction = (kind != PermitKind::Permanent).then(|| {
             let notify = Arc::new(Notify::new());
-            let evictable = Evictable {
+            let evictable = EvictablePermit {
                 key: key.clone(),
                 idle: kind == PermitKind::Idle,
                 notify: notify.clone(),
@@ -292,137 +241,9 @@ impl<K: FairKey> Inner<K> {
     }
 }
 
-impl<K: FairKey> State<K> {
-    fn next_id(&mut self) -> u64 {
-        self.next_id += 1;
-        self.next_id
-    }
-
-    fn release(&mut self, id: u64, key: &K) {
-        self.held -= 1;
-        decrement(&mut self.groups, &key.group());
-        self.evictable.remove(&id);
-    }
-
-    /// Removes and returns a waiter that may have a permit now: one of the group that holds the
-    /// fewest. Among equals, the longest wait wins.
-    fn next_waiter(&mut self, per_key: usize) -> Option<PermitWaiter<K>> {
-        let mut best: Option<(usize, u64)> = None;
-        for (id, waiter) in &self.waiting {
-            if count(&self.keys, &waiter.key) >= per_key {
-                continue;
-            }
-            let held = count(&self.groups, &waiter.key.group());
-            if best.is_none_or(|(fewest, _)| held < fewest) {
-                best = Some((held, *id));
-            }
-            if held == 0 {
-                break;
-            }
-        }
-        best.and_then(|(_, id)| self.remove_waiter(id))
-    }
-
-    fn remove_waiter(&mut self, id: u64) -> Option<PermitWaiter<K>> {
-        let waiter = self.waiting.remove(&id)?;
-        decrement(&mut self.waiting_of, &waiter.key.group());
-        Some(waiter)
-    }
-
-    /// Makes room in the queue for `group`: drops the newest waiter of the group that has the most.
-    /// Returns `false` if no group has more waiters than this one.
-    fn drop_waiter_for(&mut self, group: &K::Group) -> bool {
-        let own = count(&self.waiting_of, group);
-        let most = self.waiting_of.iter().max_by_key(|(_, waiting)| **waiting);
-        let Some((most, _)) = most.filter(|(_, waiting)| **waiting > own) else {
-            return false;
-        };
-        let newest = self
-            .waiting
-            .iter()
-            .rev()
-            .find(|(_, waiter)| waiter.key.group() == *most)
-            .map(|(id, _)| *id);
-        newest.and_then(|id| self.remove_waiter(id)).is_some()
-    }
-
-    /// Evicts a permit of another group that holds more than this key's, or else of another key in
-    /// the same group. Returns `false` if no permit has to give way to this key.
-    fn evict_for(&mut self, key: &K) -> bool {
-        let (own_group, own) = (key.group(), count(&self.keys, key));
-        let own_of_group = count(&self.groups, &own_group);
-        let largest = self.groups.iter().max_by_key(|(_, held)| **held);
-        let of_other = largest
-            .filter(|(_, held)| **held > own_of_group)
-            .and_then(|(group, held)| Some((self.candidate(group)?, *held)))
-            .filter(|(candidate, held)| candidate.gives_way(*held, own_of_group));
-        let victim = of_other.map(|(candidate, _)| candidate).or_else(|| {
-            self.candidate(&own_group)
-                .filter(|candidate| candidate.gives_way(candidate.held, own))
-        });
-        victim.is_some_and(|victim| self.evict(victim.id))
-    }
-
-    /// Returns the permit that this group loses first.
-    fn candidate(&self, group: &K::Group) -> Option<Candidate> {
-        let of_group = self.keys.iter().filter(|(key, _)| key.group() == *group);
-        let (most, held) = of_group.max_by_key(|(_, held)| **held)?;
-        let of_most = || self.evictable.iter().filter(|(_, one)| one.key == *most);
-        let (id, permit) = of_most()
-            .find(|(_, one)| one.idle)
-            .or_else(|| of_most().next_back())?;
-        Some(Candidate {
-            id: *id,
-            idle: permit.idle,
-            held: *held,
-        })
-    }
-
-    fn evict_oldest(&mut self, key: &K) {
-        let oldest = self
-            .evictable
-            .iter()
-            .find(|(_, one)| one.key == *key)
-            .map(|(id, _)| *id);
-        if let Some(id) = oldest {
-            self.evict(id);
-        }
-    }
-
-    fn evict(&mut self, id: u64) -> bool {
-        let Some(victim) = self.evictable.remove(&id) else {
-            return false;
-        };
-        decrement(&mut self.keys, &victim.key);
-        self.release(id, &victim.key);
-        victim.notify.notify_one();
-        true
-    }
-}
-
-impl Candidate {
-    /// Returns whether a permit of a holder of `held` gives way to a holder of `other`.
-    fn gives_way(&self, held: usize, other: usize) -> bool {
-        held > other + usize::from(!self.idle)
-    }
-}
-
 impl<K: FairKey> Drop for WaitGuard<'_, K> {
     fn drop(&mut self) {
         self.limit.state().remove_waiter(self.id);
-    }
-}
-
-fn count<T: std::hash::Hash + Eq>(counts: &HashMap<T, usize>, of: &T) -> usize {
-    counts.get(of).copied().unwrap_or_default()
-}
-
-fn decrement<T: std::hash::Hash + Eq>(counts: &mut HashMap<T, usize>, of: &T) {
-    if let Some(count) = counts.get_mut(of) {
-        *count -= 1;
-        if *count == 0 {
-            counts.remove(of);
-        }
     }
 }
 

@@ -38,11 +38,11 @@ pub enum Listener {
         /// The address, with the port that the kernel chose if the configuration has port 0.
         address: SocketAddr,
         /// The party that bound the socket.
-        origin: ListenerSource,
+        source: ListenerSource,
     },
 }
 
-/// The origin of a TCP listener.
+/// The source of a TCP listener.
 #[derive(Debug)]
 pub enum ListenerSource {
     /// The daemon bound it, in its own network namespace.
@@ -96,7 +96,7 @@ impl Listener {
     /// connections (T9).
     pub fn tcp(address: SocketAddr, inherited: &mut ActivatedSockets) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Tcp { address, source };
-        let (listener, origin) = match inherited.take_tcp(address) {
+        let (listener, source) = match inherited.take_tcp(address) {
             Some(listener) => {
                 bound_buffers(&listener).map_err(failed)?;
                 (listener.into(), ListenerSource::Activated)
@@ -110,7 +110,7 @@ impl Listener {
         Ok(Self::Tcp {
             listener: sys::register_listener(Arc::new(listener)).map_err(failed)?,
             address,
-            origin,
+            source,
         })
     }
 
@@ -140,19 +140,19 @@ impl Listener {
     /// Takes a TCP listener that systemd passed, at any address.
     pub(super) fn activated_tcp(listener: TcpListener) -> Result<Self, ListenError> {
         let address = listener.local_addr();
-        let failed = |source| ListenError::Inherited { source };
+        let failed = |source| ListenError::Activated { source };
         let address = address.map_err(failed)?;
         let listener = sys::register_listener(Arc::new(listener.into())).map_err(failed)?;
         Ok(Self::Tcp {
             listener,
             address,
-            origin: ListenerSource::Activated,
+            source: ListenerSource::Activated,
         })
     }
 
     /// Takes a unix listener that systemd passed, at any path.
     pub(super) fn activated_unix(listener: UnixListener) -> Result<Self, ListenError> {
-        let failed = |source| ListenError::Inherited { source };
+        let failed = |source| ListenError::Activated { source };
         let path = listener
             .local_addr()
             .map_err(failed)?
@@ -175,7 +175,7 @@ impl Listener {
         Ok(Self::Tcp {
             listener,
             address: pod.address(),
-            origin: ListenerSource::Pod(pod),
+            source: ListenerSource::Pod(pod),
         })
     }
 
@@ -184,7 +184,7 @@ impl Listener {
         match self {
             Self::Unix { path, .. } => path.display().to_string(),
             Self::Tcp {
-                origin: ListenerSource::Pod(pod),
+                source: ListenerSource::Pod(pod),
                 ..
             } => pod.to_string(),
             Self::Tcp { address, .. } => address.to_string(),
@@ -250,7 +250,7 @@ impl Listener {
     pub(super) async fn rebind(&self) -> Result<Self, ListenError> {
         match self {
             Self::Tcp {
-                origin: ListenerSource::Pod(pod),
+                source: ListenerSource::Pod(pod),
                 ..
             } => {
                 let pod = pod.clone();

@@ -85,7 +85,7 @@ async fn close_drains_the_backlog_that_systemd_holds() {
     let bound = Listener::Tcp {
         listener,
         address,
-        origin: ListenerSource::Activated,
+        source: ListenerSource::Activated,
     };
     let _before = TcpStream::connect(address).unwrap();
     assert_eq!(bound.close_and_drain_backlog().unwrap().len(), 1);
@@ -119,7 +119,7 @@ fn buffers(accepted: &AcceptedStream) -> (usize, usize) {
     (receive, send)
 }
 
-/// Covers T32 with each origin of a listener.
+/// Covers T32 with each source of a listener.
 #[tokio::test]
 async fn tcp_listeners_have_small_buffers() {
     let elsewhere = || {
@@ -165,7 +165,7 @@ async fn tcp_listeners_have_small_buffers() {
     let Some(Listener::Tcp {
         address,
         listener,
-        origin,
+        source,
     }) = again
     else {
         unreachable!()
@@ -174,7 +174,7 @@ async fn tcp_listeners_have_small_buffers() {
     let killed = Listener::Tcp {
         listener: sys::register_listener(Arc::new(elsewhere().into())).unwrap(),
         address,
-        origin,
+        source,
     };
     let bound = killed.rebind().await.unwrap();
     let _client = TcpStream::connect(address).unwrap();

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::Notify;
 
-use super::{Inner, decrement};
+use super::Inner;
+use super::state::decrement;
 use crate::limits::FairKey;
 
 /// A permit, which is released when it is dropped.

@@ -46,7 +46,7 @@ async fn semaphore_reserves_permits_for_other_keys() {
     }
     assert_eq!(
         limit.try_acquire(&id("greedy")).unwrap_err(),
-        Exhausted::Key
+        AcquireError::Key
     );
     let waiting: Vec<_> = (0..100)
         .map(|_| {
@@ -152,7 +152,7 @@ async fn eviction_takes_the_oldest_idle_permit_of_the_largest_key() {
     greedy[0].set_in_use();
     assert_eq!(
         limit.try_acquire_evicting(&Key("greedy", 1)).unwrap_err(),
-        Exhausted::Total
+        AcquireError::Total
     );
     let modest = limit.try_acquire_evicting(&Key("modest", 1)).unwrap();
     // Both keys of that group hold two permits. One of these keys has the oldest idle permit.
@@ -162,11 +162,11 @@ async fn eviction_takes_the_oldest_idle_permit_of_the_largest_key() {
     // Two against two: neither group holds more than the other.
     assert_eq!(
         limit.try_acquire_evicting(&Key("modest", 1)).unwrap_err(),
-        Exhausted::Total
+        AcquireError::Total
     );
     assert_eq!(
         limit.try_acquire_evicting(&Key("greedy", 1)).unwrap_err(),
-        Exhausted::Total
+        AcquireError::Total
     );
     let third = limit.try_acquire_evicting(&Key("third", 1)).unwrap();
     drop((greedy, modest, second, third));
@@ -318,10 +318,13 @@ async fn detached_permit_counts_only_for_its_key() {
     stuck.detach();
     stuck.detach();
     let other = limit.try_acquire(&id("other")).unwrap();
-    assert_eq!(limit.try_acquire(&id("stuck")).unwrap_err(), Exhausted::Key);
+    assert_eq!(
+        limit.try_acquire(&id("stuck")).unwrap_err(),
+        AcquireError::Key
+    );
     assert_eq!(
         limit.try_acquire(&id("third")).unwrap_err(),
-        Exhausted::Total
+        AcquireError::Total
     );
     drop((stuck, other));
     assert!(is_empty(&limit));
