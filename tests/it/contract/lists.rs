@@ -289,6 +289,7 @@ fn own_probes_are_neither_counted_nor_audited() {
 }
 
 /// A denied caller learns its own facts, and the operator finds them by the same number.
+/// `several_identities` needs an agent: `agent_sources::several` asserts the same of it.
 #[test]
 fn denial_has_the_ids_and_the_requested_role_everywhere() {
     let folder = folder();
@@ -296,16 +297,30 @@ fn denial_has_the_ids_and_the_requested_role_everywhere() {
     let configuration = upstream.configuration() + &my_rule();
     let daemon = Daemon::start(folder.path(), "", &configuration).ready();
     let arn = "arn:aws:iam::123456789012:role/other";
-    for (role, code) in [("nothing", "not_this_role"), (arn, "arn_not_allowed")] {
+    let of_others = configuration.replace("spiffe://example.org/user/*", "spiffe://example.org/x");
+    assert_ne!(of_others, configuration);
+    for (role, code) in [
+        ("nothing", "not_this_role"),
+        (arn, "arn_not_allowed"),
+        ("", "no_role"),
+    ] {
+        if code == "no_role" {
+            assert!(daemon.reload("", &of_others));
+        }
         let known = daemon.audit().len();
-        let path = format!("/v1/credentials/{role}");
+        let (path, requested) = match role {
+            "" => (String::new(), String::new()),
+            role => (format!("/{role}"), format!(", and requested {role}")),
+        };
+        let path = format!("/v1/credentials{path}");
         let answer = super::ask(daemon.tcp(), &super::GOOD.replace("/v1/credentials", &path));
         assert_eq!((answer.status, &answer.body["code"]), (403, &code.into()));
         let message = answer.body["message"].as_str().unwrap();
-        let facts = format!("it has {ME}, and requested {role}");
+        let facts = format!("it has {ME}{requested}");
         assert!(message.contains(&facts), "{message}");
         let record = &daemon.audit_after(known)[0];
-        assert_eq!(record["requested_role"], role);
+        let recorded = record["requested_role"].as_str().unwrap_or_default();
+        assert_eq!(recorded, role);
         assert_eq!(record["spiffe_ids"][0], ME);
         let id = record["request_id"].as_str().unwrap();
         assert!(message.contains(&format!("(request {id})")), "{message}");
