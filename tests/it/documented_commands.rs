@@ -98,6 +98,7 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
         "sudo -u billing awsvid check --workload",
         FIRST_WORKLOAD,
     ),
+    ("install-kubernetes.md", "cargo build --release", ByShell),
     (
         "install-kubernetes.md",
         "spire-server entry create",
@@ -108,7 +109,6 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
         "kubectl create clusterrolebinding",
         NODE,
     ),
-    ("install-kubernetes.md", "cargo build --release", ByShell),
     ("install-kubernetes.md", "kubectl apply -k", NODE),
     (
         "install-kubernetes.md",
