@@ -96,36 +96,7 @@ fn documented_configurations_of_spire_are_valid() {
     );
     let text = agent(folder, inner(&broker), unix);
     assert_valid(&program, folder, &text, "allowed_reference_types");
-
-    // Only a pod has the kubelet's CA. The plugin reads its keys before it needs that.
-    let k8s = block(
-        "spire-setup.md",
-        "`spiffe-broker`",
-        "WorkloadAttestor \"k8s\"",
-    );
-    let text = agent(folder, "", &k8s);
-    assert_fails(&program, folder, &text, "unable to load kubelet CA");
-    let text = text.replace("access_policy", "no_such_key");
-    assert_fails(&program, folder, &text, "no_such_key");
-    let hashing = block(
-        "spire-setup.md",
-        "Bound the cost of attestation",
-        "WorkloadAttestor \"unix\"",
-    );
-    let text = agent(folder, "", &hashing);
-    assert_fails(
-        &program,
-        folder,
-        &text.replace("= -1", "= \"none\""),
-        "failed to configure plugin",
-    );
-    let command = run_agent(&program, folder, &text);
-    let started = Process::start("spire-agent", command, &folder.join("documented.log"));
-    started.await_some("the plugin is loaded", TIMEOUT, || {
-        let is_loaded = |line: &str| line.contains("Plugin loaded") && line.contains("=unix ");
-        started.log().lines().any(is_loaded).then_some(())
-    });
-
+    assert_plugins_read(&program, folder);
     let issuer = block("spire-setup.md", "OIDC discovery", "server {");
     let text = format!(
         "server {{\n  data_dir = \"{0}\"\n  trust_domain = \"example.org\"\n{1}\n}}\n\
@@ -136,6 +107,38 @@ fn documented_configurations_of_spire_are_valid() {
     );
     assert_valid(&server, folder, &text, "jwt_issuer");
     assert_provider_serves(&provider, &spire, folder);
+}
+
+/// Starts agents with the documented plugins, and with a fault in each.
+fn assert_plugins_read(program: &Path, folder: &Path) {
+    // Only a pod has the kubelet's CA. The plugin reads its keys before it needs that.
+    let k8s = block(
+        "spire-setup.md",
+        "`spiffe-broker`",
+        "WorkloadAttestor \"k8s\"",
+    );
+    let text = agent(folder, "", &k8s);
+    assert_fails(program, folder, &text, "unable to load kubelet CA");
+    let text = text.replace("access_policy", "no_such_key");
+    assert_fails(program, folder, &text, "no_such_key");
+    let hashing = block(
+        "spire-setup.md",
+        "Bound the cost of attestation",
+        "WorkloadAttestor \"unix\"",
+    );
+    let text = agent(folder, "", &hashing);
+    assert_fails(
+        program,
+        folder,
+        &text.replace("= -1", "= \"none\""),
+        "failed to configure plugin",
+    );
+    let command = run_agent(program, folder, &text);
+    let started = Process::start("spire-agent", command, &folder.join("documented.log"));
+    started.await_some("the plugin is loaded", TIMEOUT, || {
+        let is_loaded = |line: &str| line.contains("Plugin loaded") && line.contains("=unix ");
+        started.log().lines().any(is_loaded).then_some(())
+    });
 }
 
 /// Runs the documented provider with the keys of this server, in a network of its own because it
