@@ -46,6 +46,7 @@ use token_file::{NodeToken, write_later};
 const ADMIN_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Reason why the daemon does not start, or keeps its old configuration.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Error)]
 pub enum AppError {
     /// The attestor cannot be started.
@@ -56,20 +57,10 @@ pub enum AppError {
     Listen(#[from] ListenError),
     /// The audit file cannot be opened.
     #[error("[audit] file {path}: {source}", path = path.display())]
-    Audit {
-        /// Path of the audit file.
-        path: PathBuf,
-        /// Error of the open call.
-        source: io::Error,
-    },
+    Audit { path: PathBuf, source: io::Error },
     /// The token file cannot be read or written.
     #[error("[listen] token_file {path}: {source}", path = path.display())]
-    Token {
-        /// Path of the token file.
-        path: PathBuf,
-        /// Error of the system call.
-        source: io::Error,
-    },
+    Token { path: PathBuf, source: io::Error },
     /// Pods' network namespaces cannot be served.
     #[error(transparent)]
     Pods(#[from] PodsError),
@@ -124,7 +115,9 @@ pub struct Startup {
 }
 
 impl App {
-    /// Starts all parts. On return each address is bound. The daemon serves until [`App::drain`].
+    /// Starts all parts. On return each address is bound, or is tried again in the background. The
+    /// daemon serves until [`App::drain`]. Fails if no address can be bound, and for a cause that
+    /// another start would meet as well.
     pub async fn start(config: Config, startup: Startup) -> Result<Self, AppError> {
         let Startup {
             mut inherited,

@@ -175,6 +175,9 @@ impl CredentialCache {
     }
 
     /// Returns the cached credentials for `grant`, or exchanges `caller`'s JWT-SVID for new ones.
+    ///
+    /// Waits for as long as the exchange takes. Fails if the exchange does, if the exchange before
+    /// it failed a moment ago, or if the cache has no room for the entry.
     pub async fn get(
         &self,
         grant: &Grant,

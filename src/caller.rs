@@ -172,6 +172,7 @@ pub struct Executable {
 #[async_trait]
 pub trait PeerProof: fmt::Debug + Send + Sync {
     /// Reads the facts again and compares them. Call it right before credentials are released.
+    /// Fails if one of them differs or cannot be read.
     async fn verify_unchanged(&self) -> Result<(), AttestError>;
 
     /// Finds the process that holds the socket, if it is not yet known, and reads the facts in
@@ -245,9 +246,9 @@ pub struct AgentProcessRef {
 /// The minimum age of a pod and of the caller's container, by the change times of their
 /// directories. The kernel may have lost the creation time of a directory, which then appears
 /// younger.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PodAge {
-    /// The age of the pod.
     pub pod: Duration,
     /// The age of the container, or of the pod if the container is not known.
     pub container: Duration,
@@ -279,7 +280,7 @@ impl Caller {
     }
 
     /// Verifies that the caller is unchanged since it was attested: same process, same ids, same
-    /// socket.
+    /// socket. Fails if it is not, if it has ended, or if the kernel does not answer in time.
     pub async fn verify_unchanged(&self) -> Result<(), AttestError> {
         self.proof.verify_unchanged().await
     }
@@ -290,7 +291,8 @@ impl Caller {
         self.process.is_none() || facts.may_wait()
     }
 
-    /// Reads `facts` from the caller's process, which is searched for if it is not known.
+    /// Reads `facts` from the caller's process, which is searched for if it is not known. Fails if
+    /// no process, or several different ones, hold the socket, and if the search has used its time.
     pub async fn with_process(self, facts: ProcessFacts) -> Result<Self, AttestError> {
         let (process, evidence) = self
             .proof

@@ -147,11 +147,11 @@ impl CgroupPath {
 
 /// The names of a pod and a container in a cgroup path, in lower case. Both are `None` outside
 /// containers.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ContainerName {
     /// The UID of the pod, without dashes.
     pub pod: Option<String>,
-    /// The id of the container.
     pub id: Option<String>,
 }
 

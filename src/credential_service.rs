@@ -27,15 +27,16 @@ pub struct CredentialService {
 }
 
 /// The identities and roles of callers by one configuration.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug)]
 pub struct Policy {
-    /// The source of identities.
     pub source: Arc<dyn IdentitySource>,
     /// The roles of `[[role]]` and `[requested_roles]`.
     pub roles: Roles,
 }
 
 /// The reason for which a caller gets no credentials.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Clone, Error)]
 pub enum ServiceError {
     /// The caller was not attested, or has changed since.
@@ -50,7 +51,6 @@ pub enum ServiceError {
     /// No role is for any of its identities.
     #[error("{denied}")]
     Denied {
-        /// The reason for the denial.
         denied: RoleDenied,
         /// The caller's own SPIFFE IDs.
         spiffe_ids: Vec<SpiffeId>,
@@ -71,6 +71,9 @@ impl CredentialService {
     }
 
     /// Returns credentials for `caller` and the requested role, and records the selection.
+    ///
+    /// Waits for at most [`REQUEST_HOLD`]. Fails if the caller has no identity or role, if it has
+    /// changed meanwhile, and if neither the cache nor an exchange has credentials by then.
     pub async fn credentials_for(
         &self,
         caller: &Arc<Caller>,

@@ -60,7 +60,6 @@ pub enum ListenError {
     /// Other users can replace files in the socket's directory.
     #[error("{}: other users can write to or read from the directory, and so replace or use the socket; make it owned by root with mode {mode:04o}", path.display())]
     UnsafeDirectory {
-        /// The directory that is unsafe.
         path: PathBuf,
         /// The mode that the directory may have at most.
         mode: u32,

@@ -39,7 +39,6 @@ pub const CGROUP_GLOB: glob::MatchOptions = glob::MatchOptions {
 pub struct WorkloadRule {
     /// The SPIFFE ID of a caller that matches.
     pub spiffe_id: SpiffeId,
-    /// The user id of the caller.
     pub uid: Option<u32>,
     /// The primary group id.
     pub gid: Option<u32>,

@@ -85,8 +85,8 @@ pub(crate) struct ScanKey {
 impl FairKey for ScanKey {
     type Group = Self;
 
-    /// Subordinate ids are in groups by blocks of 65,536. A person usually has as many, so they are
-    /// in one or two groups.
+    /// Returns one group for each block of 65,536 subordinate ids. A person usually has as many, so
+    /// they are in one or two groups.
     fn group(&self) -> Self {
         let of_block = |uid: u32| match uid {
             0..UID_BLOCK => uid,

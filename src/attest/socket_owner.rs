@@ -62,6 +62,8 @@ pub(crate) struct SocketOwner {
 /// a rule or SPIRE can see, and the oldest one is returned. In the root cgroup only processes of
 /// the socket's user are searched, since the others there are unrelated. This does not prove
 /// exclusive ownership: a descriptor may wait in a queue or an io_uring (T7).
+///
+/// Blocks. Fails if none holds it, if they disagree, or if `budget` is used up before the end.
 pub(crate) fn find_socket_owner(
     host: &Arc<Host>,
     cgroups: &CgroupTree,

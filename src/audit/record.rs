@@ -15,7 +15,7 @@ use crate::role::{Grant, RequestedRole};
 use crate::writer::{self, Priority};
 
 /// The SPIFFE IDs in one record, so that no registration makes records long.
-const MAX_SPIFFE_IDS: usize = 8;
+const MAX_RECORDED_SPIFFE_IDS: usize = 8;
 
 /// The record of one request. A record that is dropped without [`Record::finish`] is `aborted`. The
 /// metrics count each record once.
@@ -120,7 +120,7 @@ impl Record {
 
     /// Records the SPIFFE IDs of a caller that gets no role with them, at most eight.
     pub fn set_spiffe_ids(&mut self, spiffe_ids: &[SpiffeId]) {
-        let spiffe_ids = spiffe_ids.iter().take(MAX_SPIFFE_IDS);
+        let spiffe_ids = spiffe_ids.iter().take(MAX_RECORDED_SPIFFE_IDS);
         self.spiffe_ids = spiffe_ids.map(ToString::to_string).collect();
     }
 

@@ -20,9 +20,7 @@ pub(super) struct Endpoints<'a> {
     pub(super) credentials: SocketAddr,
     /// Path of the daemon's token file.
     pub(super) token_file: &'a Path,
-    /// URL of the STS.
     pub(super) sts: &'a str,
-    /// Region of the STS.
     pub(super) region: &'a str,
 }
 

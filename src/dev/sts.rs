@@ -51,9 +51,9 @@ pub struct DevProvider {
 }
 
 /// A role and its trust policy.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Clone)]
 pub struct TrustedRole {
-    /// ARN of the role.
     pub arn: RoleArn,
     /// URL of the provider with tokens that may assume the role.
     pub issuer: String,

@@ -64,8 +64,8 @@ pub(crate) struct Denial {
     requested: Option<String>,
 }
 
-/// The SPIFFE IDs in one answer.
-const MAX_SPIFFE_IDS: usize = 4;
+/// The SPIFFE IDs in one answer, which a person reads. The audit record has more of them.
+const MAX_SHOWN_SPIFFE_IDS: usize = 4;
 
 /// An error body with both spellings, since SDKs read one or the other.
 #[derive(Serialize)]
@@ -283,7 +283,7 @@ impl fmt::Display for Denial {
         write!(f, "{}", self.denied)?;
         let ids: Vec<_> = self.spiffe_ids.iter().map(SpiffeId::as_str).collect();
         if !ids.is_empty() {
-            let shown = ids.len().min(MAX_SPIFFE_IDS);
+            let shown = ids.len().min(MAX_SHOWN_SPIFFE_IDS);
             write!(f, ": it has {}", ids[..shown].join(" and "))?;
             if shown < ids.len() {
                 write!(f, " and {} more SPIFFE IDs", ids.len() - shown)?;

@@ -7,8 +7,8 @@ use super::request_validation::{Authorization, RequestHead, validate};
 use crate::caller::ListenerKind;
 use crate::role::RequestedRole;
 
-/// `METHOD TARGET` in the first line, headers in the others: whatever is let through is harmless by
-/// itself.
+/// Returns whether a request with `METHOD TARGET` in the first line and headers in the others is
+/// accepted. Asserts that an accepted one is harmless by itself.
 pub(crate) fn request(bytes: &[u8]) -> bool {
     let mut lines = bytes.split(|byte| *byte == b'\n');
     let Some((method, target)) = lines.next().and_then(|line| split(line, b' ')) else {

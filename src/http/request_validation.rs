@@ -45,9 +45,9 @@ impl std::fmt::Debug for Authorization {
 }
 
 /// The parts of a request's head that are validated.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug)]
 pub struct RequestHead<'a> {
-    /// The method of the request.
     pub method: &'a Method,
     /// The target is more than a path: `http://host/path`, as clients of a proxy send it, or
     /// `host:port`.
@@ -56,7 +56,6 @@ pub struct RequestHead<'a> {
     pub path: &'a str,
     /// The query, if there was a `?`.
     pub query: Option<&'a str>,
-    /// The headers of the request.
     pub headers: &'a HeaderMap,
     /// A body follows the head.
     pub has_body: bool,

@@ -178,6 +178,7 @@ impl NetworkSettings {
 }
 
 /// HTTP proxy that forwards calls.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proxy {
     /// Name of the variable that sets it.
@@ -186,7 +187,6 @@ pub struct Proxy {
     pub secure: bool,
     /// Host name or address, without brackets.
     pub host: String,
-    /// TCP port of the proxy.
     pub port: u16,
     /// Value for `Proxy-Authorization`. It is marked as sensitive, so that no debug output shows
     /// it.

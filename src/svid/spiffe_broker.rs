@@ -365,7 +365,7 @@ impl AttestingAgent for BrokerApi {
         Ok(own.all.clone())
     }
 
-    /// If processes cannot be referred to, queries a pod that does not exist. The reply shows
+    /// Queries a pod that does not exist, if processes cannot be referred to. The reply shows
     /// whether pods can be referred to.
     async fn ready(&self, audience: &str) -> Result<(), SourceError> {
         self.fetch_own(audience).await?;

@@ -232,7 +232,7 @@ impl IdentitySource for WorkloadApi {
         denied
     }
 
-    /// The agent attests only the daemon.
+    /// Returns false, because the agent attests only the daemon.
     fn requires_live_caller(&self) -> bool {
         false
     }

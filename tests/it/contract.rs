@@ -15,8 +15,10 @@ use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::Daemon;
 
+mod alerts;
 mod commands;
 mod lists;
+mod variables;
 
 /// A source at which no agent listens, and a rule for a user that does not run these tests.
 const CONFIGURATION: &str = r#"

@@ -13,6 +13,7 @@ use crate::harness::counterparts::process::{Output, Process, run};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, root, tool};
 use crate::harness::daemon::{Daemon, PROGRAM};
+use crate::harness::documents::block;
 use crate::harness::upstream::{ME, Upstream, my_rule};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -86,16 +87,29 @@ fn output_is_accepted_by_cli() {
 
     let Some(aws) = tool("aws") else { return };
     fs::create_dir(folder.path().join(".aws")).unwrap();
-    let profile = format!(
-        "[default]\ncredential_process = {PROGRAM} credential-process --same-user --config {}\n",
+    let profile = block("cli.md", "`awsvid credential-process`", "[profile billing]");
+    let same = block(
+        "migrate.md",
+        "From the Roles Anywhere helper",
+        "[profile billing]",
+    );
+    assert_eq!(same, profile);
+    let options = format!(
+        "{PROGRAM} credential-process --same-user --config {} --role dev",
         folder.path().join("awsvid.toml").display()
     );
+    let profile = profile.replace(
+        "/usr/bin/awsvid credential-process --role billing",
+        &options,
+    );
+    assert!(profile.contains(&options), "{profile}");
     fs::write(folder.path().join(".aws/config"), profile).unwrap();
     let mut command = Command::new(aws);
     command
         .env_clear()
         .env("PATH", "/usr/bin:/bin")
-        .env("HOME", folder.path());
+        .env("HOME", folder.path())
+        .env("AWS_PROFILE", "billing");
     command.env("AWS_DEFAULT_REGION", "us-east-1").args([
         "--endpoint-url",
         upstream.sts(),

@@ -1,5 +1,5 @@
-//! Runs the command blocks of deploy/docs, here or by a test that this file names, and parses the
-//! blocks with JSON and configurations.
+//! Runs the command blocks of README.md and deploy/docs, here or by a test that this file names.
+//! Every other block is read by the program that it is for.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -14,6 +14,8 @@ use crate::harness::counterparts::spire::Spire;
 use crate::harness::counterparts::{folder, root, skip, tool};
 use crate::harness::daemon::PROGRAM;
 use crate::harness::documents::{Block, block, blocks};
+
+mod formats;
 
 const PAGES: [&str; 12] = [
     "README.md",
@@ -35,7 +37,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const PARENT: &str = "spiffe://example.org/spire/agent/...";
 const AUDIT_LOG: &str = "/var/log/awsvid/audit.log";
 
-/// How a command block is tested.
+/// How a block is tested.
 #[derive(Debug, Clone, Copy)]
 enum Tested {
     /// By a shell with a configuration, an audit log and `awsvid`.
@@ -62,7 +64,7 @@ const UPGRADE: Tested = In(
     "documented_upgrade_interrupts_no_caller",
 );
 const ROLLBACK: Tested = In("systemd.rs", "documented_rollback_interrupts_no_caller");
-const NODE: Tested = In("kubernetes.rs", "documented_commands_work");
+const NODE: Tested = In("kubernetes/documented.rs", "documented_commands_work");
 const DEV: Tested = In("dev.rs", "dev_gives_cli_its_role_despite_other_settings");
 const AT_AWS: Tested = Not(
     "only AWS's own STS answers it; tests/it/dev.rs runs the same command at that of awsvid dev",
@@ -96,6 +98,7 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
         "sudo -u billing awsvid check --workload",
         FIRST_WORKLOAD,
     ),
+    ("install-kubernetes.md", "cargo build --release", ByShell),
     (
         "install-kubernetes.md",
         "spire-server entry create",
@@ -138,19 +141,9 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
     ("cli.md", "awsvid config show", ByShell),
     ("cli.md", "sudo awsvid status", FIRST_WORKLOAD),
     ("cli.md", "sudo awsvid probe live", FIRST_WORKLOAD),
-    (
-        "cli.md",
-        "sudo awsvid check",
-        Not(
-            "they need a running workload, and an issuer outside this network; tests/it/check.rs has the options",
-        ),
-    ),
+    ("cli.md", "sudo awsvid check", FIRST_WORKLOAD),
     ("cli.md", "awsvid trust-policy", ByShell),
-    (
-        "cli.md",
-        "awsvid exec",
-        Not("examples with programs of others; tests/it/exec.rs has the options"),
-    ),
+    ("cli.md", "awsvid exec", ByShell),
     ("cli.md", "curl --unix-socket", FIRST_WORKLOAD),
     ("cli.md", "awsvid dev", DEV),
     ("cli.md", "sudo awsvid man", INSTALLATION),
@@ -167,18 +160,10 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
     ("audit-log.md", "aws cloudtrail", ByAwsCli),
     ("upgrade.md", "awsvid.previous config validate", ROLLBACK),
     ("upgrade.md", "cp --preserve /usr/bin", UPGRADE),
-    (
-        "upgrade.md",
-        "cp --preserve /etc/systemd",
-        Not("no version has another unit yet; documented_installation_works installs the units"),
-    ),
+    ("upgrade.md", "cp --preserve /etc/systemd", UPGRADE),
     ("upgrade.md", "install -m 0644", ROLLBACK),
-    (
-        "upgrade.md",
-        "kubectl apply -k .",
-        Not("it needs a kustomization of an operator; tests/it/kubernetes.rs applies its own"),
-    ),
-    ("migrate.md", "awsvid exec", AT_AWS),
+    ("upgrade.md", "kubectl apply -k .", NODE),
+    ("migrate.md", "awsvid exec", ByShell),
     ("migrate.md", "awsvid trust-policy", ByShell),
     ("migrate.md", "aws iam get-role ", ByAwsCli),
     ("migrate.md", "aws iam update-assume-role-policy", ByAwsCli),
@@ -225,40 +210,117 @@ const MORE_COMMANDS: &[(&str, &str, Tested)] = &[
     (
         "troubleshooting.md",
         "kubectl -n shop exec billing-0",
-        Not("images of the tests have no env; tests/it/kubernetes/policy.rs has the variables"),
+        POD_RECIPE,
     ),
-    (
-        "troubleshooting.md",
-        "sudo systemd-run",
-        Not("it needs a rule for a unit of that name; tests/it/systemd.rs has callers by unit"),
-    ),
+    ("troubleshooting.md", "sudo systemd-run", FIRST_WORKLOAD),
     ("troubleshooting.md", "sudo journalctl", ByShell),
 ];
 
-fn all_commands() -> impl Iterator<Item = &'static (&'static str, &'static str, Tested)> {
-    COMMANDS.iter().chain(MORE_COMMANDS)
+const SPIRE_CONFIGURATIONS: Tested = In(
+    "documented_commands/formats.rs",
+    "documented_configurations_of_spire_are_valid",
+);
+const WITHOUT_SPIRE: Tested = In(
+    "kubernetes/documented.rs",
+    "documented_kustomization_without_spire_works",
+);
+const PROFILE: Tested = In("credential_process.rs", "output_is_accepted_by_cli");
+
+/// Every other block that is not JSON, a configuration of awsvid or a synopsis.
+const OTHER_BLOCKS: &[(&str, &str, Tested)] = &[
+    ("README.md", " ┌ node", Not("a picture of the node's parts")),
+    ("install-vm.md", "[Service]", FIRST_WORKLOAD),
+    ("install-kubernetes.md", "apiVersion: kustomize", NODE),
+    ("install-kubernetes.md", "resources:", WITHOUT_SPIRE),
+    ("install-kubernetes.md", "volumes:", WITHOUT_SPIRE),
+    (
+        "spire-setup.md",
+        "agent {\n  admin_socket_path",
+        SPIRE_CONFIGURATIONS,
+    ),
+    (
+        "spire-setup.md",
+        "agent {\n  experimental",
+        SPIRE_CONFIGURATIONS,
+    ),
+    (
+        "spire-setup.md",
+        "WorkloadAttestor \"k8s\"",
+        SPIRE_CONFIGURATIONS,
+    ),
+    (
+        "spire-setup.md",
+        "WorkloadAttestor \"unix\"",
+        SPIRE_CONFIGURATIONS,
+    ),
+    ("spire-setup.md", "server {", SPIRE_CONFIGURATIONS),
+    ("spire-setup.md", "domains =", SPIRE_CONFIGURATIONS),
+    ("cli.md", "[profile billing]", PROFILE),
+    ("migrate.md", "[profile billing]", PROFILE),
+    (
+        "metrics-and-alerts.md",
+        "groups:",
+        In(
+            "contract/alerts.rs",
+            "rules_use_existing_metrics_and_labels",
+        ),
+    ),
+    (
+        "audit-log.md",
+        "/var/log/awsvid/audit.log {",
+        In(
+            "documented_commands/formats.rs",
+            "documented_rotation_loses_no_record",
+        ),
+    ),
+    (
+        "audit-log.md",
+        "SELECT",
+        In(
+            "documented_commands/formats.rs",
+            "documented_query_joins_records_and_events",
+        ),
+    ),
+];
+
+fn all_rows() -> impl Iterator<Item = &'static (&'static str, &'static str, Tested)> {
+    COMMANDS.iter().chain(MORE_COMMANDS).chain(OTHER_BLOCKS)
 }
 
-/// Returns the command blocks that are tested in this way, in the order of the pages.
-fn commands(is_meant: impl Fn(Tested) -> bool) -> Vec<(&'static str, String)> {
-    let mut found = Vec::new();
-    for page in PAGES {
-        for block in blocks(page)
-            .into_iter()
-            .filter(|block| block.language == "sh")
-        {
-            if is_meant(tested(page, &block)) {
-                found.push((page, block.text));
-            }
-        }
+/// Returns whether a test reads all blocks of this kind: JSON, awsvid's configuration, a synopsis.
+fn is_read_by_kind(page: &str, block: &Block) -> bool {
+    match block.language.as_str() {
+        "json" | "toml" => true,
+        "" => page == "cli.md" && block.text.starts_with("awsvid "),
+        _ => false,
     }
-    found
+}
+
+/// Returns all blocks that need a row, in the order of the pages.
+fn blocks_with_rows() -> Vec<(&'static str, Block)> {
+    let of_page = |page| {
+        let needs_row = move |block: &Block| !is_read_by_kind(page, block);
+        blocks(page)
+            .into_iter()
+            .filter(needs_row)
+            .map(move |block| (page, block))
+    };
+    PAGES.into_iter().flat_map(of_page).collect()
+}
+
+/// Returns the blocks that are tested in this way.
+fn commands(is_meant: impl Fn(Tested) -> bool) -> Vec<(&'static str, String)> {
+    blocks_with_rows()
+        .into_iter()
+        .filter(|(page, block)| is_meant(tested(page, block)))
+        .map(|(page, block)| (page, block.text))
+        .collect()
 }
 
 fn tested(page: &str, block: &Block) -> Tested {
     let fits =
         |(of, begin, _): &&(&str, &str, Tested)| *of == page && block.text.starts_with(begin);
-    let found: Vec<_> = all_commands().filter(fits).collect();
+    let found: Vec<_> = all_rows().filter(fits).collect();
     let [(_, _, tested)] = &found[..] else {
         panic!("{page}: in the table {} times: {}", found.len(), block.text)
     };
@@ -270,18 +332,28 @@ fn with_names(text: &str, log: &Path) -> String {
     text.replace(AUDIT_LOG, log.to_str().unwrap())
 }
 
-/// Returns whether a test's file names this page, and text at the beginning of this block.
+/// Returns whether a test's file names this block as [`block`] finds it: by the page, the heading
+/// and the beginning, one after the other. `block` itself makes sure that they fit one block alone.
 fn reads_block(source: &str, page: &str, begin: &str) -> bool {
-    let literals: Vec<&str> = source.split('"').collect();
-    let text = blocks(page)
+    let source = source.replace("\\\"", "'");
+    let parts: Vec<&str> = source.split('"').collect();
+    let wanted = blocks(page)
         .into_iter()
-        .find(|block| block.language == "sh" && block.text.starts_with(begin))
-        .map(|block| block.text)
-        .unwrap_or_default();
-    literals.iter().any(|literal| literal.ends_with(page))
-        && literals
-            .iter()
-            .any(|literal| literal.len() > 3 && text.starts_with(literal))
+        .find(|block| !is_read_by_kind(page, block) && block.text.starts_with(begin))
+        .unwrap_or_else(|| panic!("{page} has no block {begin:?}"));
+    let is_comma = |text: &str| text.trim() == ",";
+    let text = wanted.text.replace('"', "'");
+    parts.windows(5).any(|parts| {
+        let [of, comma, heading, other_comma, words] = parts else {
+            return false;
+        };
+        *of == page
+            && *heading == wanted.heading
+            && is_comma(comma)
+            && is_comma(other_comma)
+            && !words.is_empty()
+            && text.starts_with(&words.replace("\\n", "\n"))
+    })
 }
 
 /// Returns whether this cargo filter names a test, by the module and the beginning of the name.
@@ -321,11 +393,10 @@ fn filters_of_contributing_name_tests() {
 }
 
 #[test]
-fn every_command_block_is_tested_or_excused() {
+fn every_block_is_tested_or_excused() {
     let count = commands(|_| true).len();
-    let rows = all_commands().count();
-    assert_eq!(count, rows, "a row of the table has no block");
-    for &(page, begin, tested) in all_commands() {
+    assert_eq!(count, all_rows().count(), "a row of the table has no block");
+    for &(page, begin, tested) in all_rows() {
         match tested {
             In(file, function) => {
                 let file = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -349,8 +420,36 @@ fn every_command_block_is_tested_or_excused() {
     }
 }
 
+#[test]
+fn block_is_read_only_if_it_is_named_exactly() {
+    let source = "block(\"cli.md\", \"`awsvid check`\", \"sudo awsvid\")";
+    assert!(reads_block(source, "cli.md", "sudo awsvid check"));
+    assert!(!reads_block(source, "cli.md", "sudo awsvid status"));
+    let apart = "let page = \"cli.md\"; block(page, \"`awsvid check`\", \"sudo awsvid\")";
+    assert!(!reads_block(apart, "cli.md", "sudo awsvid check"));
+}
+
 /// The audit log of the daemon, as [`stage`] writes it.
 const STAGED_LOG: &str = "daemon.log";
+
+/// A program that prints the endpoint from which an SDK would fetch credentials.
+const PRINT_ENDPOINT: &str = "echo \"$AWS_CONTAINER_CREDENTIALS_FULL_URI\"";
+/// Reads the Dockerfile as `docker build` does: each source of a COPY has to be in the context.
+const DOCKER: &str = r#"
+if [ "$1" = push ]; then echo "pushed $2"; exit; fi
+[ "$1 $2 $4 $6" = "build --file --tag ." ]
+sources=$(sed -n 's/^COPY \([^ ]*\) .*/\1/p' "$3")
+[ -n "$sources" ]
+for source in $sources; do [ -f "$source" ]; done
+echo "built $5""#;
+const CARGO: &str = "mkdir -p target/release; touch target/release/awsvid; echo \"$@\"";
+
+/// Writes a script to this path below the folder, instead of a program that is not here.
+fn stand_in(folder: &Path, path: &str, script: &str) {
+    let program = folder.join(path);
+    fs::write(&program, format!("#!/bin/sh\nset -eu\n{script}\n")).unwrap();
+    fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+}
 
 /// Fills a folder with the files that the commands need: `awsvid` in `bin`, a configuration, and
 /// the records of audit-log.md. Stand-ins for journalctl and kubectl print the same records.
@@ -370,9 +469,11 @@ fn stage(folder: &Path) {
     let log = folder.join(STAGED_LOG);
     fs::write(&log, records).unwrap();
     for source in ["journalctl", "kubectl"] {
-        let program = folder.join("bin").join(source);
-        fs::write(&program, format!("#!/bin/sh\ncat {}\n", log.display())).unwrap();
-        fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+        stand_in(
+            folder,
+            &format!("bin/{source}"),
+            &format!("cat {}", log.display()),
+        );
     }
     fs::write(
         folder.join("revoke.json"),
@@ -418,6 +519,13 @@ fn documented_commands_work_in_a_shell() {
     let folder = folder();
     let folder = folder.path();
     stage(folder);
+    for program in ["bin/aws", "bin/restic", "server"] {
+        stand_in(folder, program, PRINT_ENDPOINT);
+    }
+    stand_in(folder, "bin/docker", DOCKER);
+    stand_in(folder, "bin/cargo", CARGO);
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    symlink(root.join("deploy"), folder.join("deploy")).unwrap();
     let log = folder.join(STAGED_LOG);
     for (page, text) in commands(|tested| matches!(tested, ByShell)) {
         let output = shell(folder, &with_names(&text, &log));
@@ -439,6 +547,12 @@ fn documented_commands_work_in_a_shell() {
             .success("the sum")
             .trim(),
         "1202"
+    );
+    let examples = block("cli.md", "`awsvid exec`", "awsvid exec -- ");
+    let endpoints = shell(folder, &examples).success("the examples of exec");
+    assert_eq!(
+        endpoints.lines().collect::<Vec<_>>(),
+        ["", "/backup", ""].map(|role| format!("http://127.0.0.1:974/v1/credentials{role}"))
     );
     for written in ["iam.sh", "awsvid.tf", "awsvid.json"] {
         let text = fs::read_to_string(folder.join(written)).unwrap();

@@ -251,6 +251,8 @@ fn troubleshooting_quotes_log_lines_of_the_code() {
     let code = sources().join("\n");
     let quoted = quoted_log_lines();
     assert!(quoted.len() > 30, "{quoted:?}");
+    let distinct: BTreeSet<&str> = quoted.iter().copied().collect();
+    assert_eq!(distinct.len(), quoted.len(), "a line is quoted twice");
     let unknown: Vec<&&str> = quoted
         .iter()
         .filter(|line| !code.contains(**line))

@@ -14,7 +14,6 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::harness::counterparts::folder;
-use crate::harness::documents;
 use cluster::{Cluster, OTHER, READER, container, copy, manifests, overlay};
 
 /// Runs all scenes on one node, since its start takes longer than most of them.
@@ -57,7 +56,7 @@ fn pods_get_their_own_credentials() {
     deployments::deployment_reads_its_object_by_component(&cluster, directory.path());
     done("deployments");
     manifests_are_accepted(&cluster, directory.path());
-    documented_commands_work(&cluster);
+    documented::documented_commands_work(&cluster, directory.path());
     done("every manifest");
     for source in ["spire-delegated", "spiffe-broker"] {
         attacks::node_listeners_attest_each_caller(&cluster, source);
@@ -145,46 +144,6 @@ fn first_act_is_answered(cluster: &Cluster, source: &str) {
         records.len() == 3 && records.iter().all(|record| record["outcome"] == "issued"),
         "{records:?}"
     );
-}
-
-/// Runs the commands of install-kubernetes.md. It applies on trial only, because the example's role
-/// is one of AWS.
-fn documented_commands_work(cluster: &Cluster) {
-    for (page, heading, begin) in [
-        ("install-kubernetes.md", "4. Install", "kubectl apply"),
-        (
-            "install-kubernetes.md",
-            "4. Install",
-            "kubectl --namespace awsvid rollout",
-        ),
-        ("README.md", "Install", "kubectl apply -k"),
-    ] {
-        let commands = documents::block(page, heading, begin);
-        for line in commands.lines() {
-            let here = manifests();
-            let line = line.replace(
-                "apply -k deploy/kubernetes",
-                "apply --dry-run=server -k MANIFESTS",
-            );
-            let words: Vec<&str> = line
-                .split_whitespace()
-                .map(|word| {
-                    if word == "MANIFESTS" {
-                        here.to_str().unwrap()
-                    } else {
-                        word
-                    }
-                })
-                .collect();
-            assert_eq!(words[0], "kubectl");
-            cluster.node.kubectl(&words[1..]).success(&line);
-        }
-    }
-    let heading = "If SPIRE runs already";
-    let binding = documents::block("install-kubernetes.md", heading, "kubectl create");
-    let mut words: Vec<&str> = binding.split_whitespace().collect();
-    words.push("--dry-run=server");
-    cluster.node.kubectl(&words[1..]).success(&binding);
 }
 
 /// Applies all that can be applied, unchanged, in a dry run.

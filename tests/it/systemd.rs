@@ -141,11 +141,14 @@ fn documented_installation_works() {
     let block = documents::block("install-vm.md", "1. Install the files", "cargo build");
     let (build, block) = block.split_once('\n').expect("several");
     assert_eq!(build, "cargo build --release");
-    for (heading, begin) in [
-        ("`awsvid man`", "sudo awsvid man"),
-        ("`awsvid completions`", "awsvid completions bash |"),
+    for command in [
+        documents::block("cli.md", "`awsvid man`", "sudo awsvid man"),
+        documents::block(
+            "cli.md",
+            "`awsvid completions`",
+            "awsvid completions bash |",
+        ),
     ] {
-        let command = documents::block("cli.md", heading, begin);
         assert!(
             block.contains(command.trim().trim_start_matches("sudo ")),
             "{command}"

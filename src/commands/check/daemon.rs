@@ -57,7 +57,8 @@ fn status(socket: &Path) -> Result<Value, String> {
     serde_json::from_slice(&answer.body).map_err(|error| format!("{}: {error}", socket.display()))
 }
 
-/// An older daemon lacks the field, and one that refers no process to an agent has null.
+/// Reports whether the daemon counts executions. An older daemon lacks the field, and one that
+/// refers no process to an agent has null.
 fn report_state(status: &Value, report: &mut CheckReport) {
     match status["counts_executions"].as_bool() {
         None => {}

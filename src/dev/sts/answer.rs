@@ -70,7 +70,6 @@ pub(super) struct DevCaller {
     pub(super) arn: String,
     /// User id of the session: `AROA...:<session>`.
     pub(super) user_id: String,
-    /// Number of the account.
     pub(super) account: String,
 }
 

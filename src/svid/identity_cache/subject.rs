@@ -12,9 +12,7 @@ pub(in crate::svid) enum Subject {
     /// One process, with all facts that its identity may depend on. A change of any of them makes
     /// another subject.
     Process {
-        /// User ID of the process.
         uid: u32,
-        /// Cgroup of the process.
         cgroup: Option<CgroupPath>,
         /// All facts that were read.
         process: Process,

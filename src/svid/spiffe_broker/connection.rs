@@ -70,7 +70,7 @@ impl Connector for BrokerConnector {
         })
     }
 
-    /// A new SVID of the daemon needs a new connection.
+    /// Returns the version of the daemon's SVID, because a new one needs a new connection.
     fn generation(&self) -> u64 {
         self.own.latest().map_or(0, |own| own.version)
     }

@@ -1,25 +1,30 @@
-// Promlint checks metrics as `promtool check metrics` does, with the same library, and without the
-// rest of promtool, which takes many minutes to build.
+// Promlint checks metrics and rules as `promtool check` does, with the same libraries, and without
+// the rest of promtool, which takes many minutes to build.
 //
 //	promlint text           reads version 0.0.4 of the text format, and reports bad names
 //	promlint openmetrics    reads OpenMetrics, and reports bad syntax
+//	promlint rules          reads a file of alerting rules, and reports bad fields and expressions
 package main
 
 import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+	"github.com/prometheus/common/model"
 	"github.com/prometheus/prometheus/model/labels"
+	"github.com/prometheus/prometheus/model/rulefmt"
 	"github.com/prometheus/prometheus/model/textparse"
+	"github.com/prometheus/prometheus/promql/parser"
 )
 
 func main() {
-	check := map[string]func(io.Reader) error{"text": text, "openmetrics": openmetrics}
+	check := map[string]func(io.Reader) error{"text": text, "openmetrics": openmetrics, "rules": rules}
 	if len(os.Args) != 2 || check[os.Args[1]] == nil {
-		fail(errors.New("name a format: text or openmetrics"))
+		fail(errors.New("name a format: text, openmetrics or rules"))
 	}
 	if err := check[os.Args[1]](os.Stdin); err != nil {
 		fail(err)
@@ -62,4 +67,14 @@ func openmetrics(input io.Reader) error {
 			parser.Labels(&series)
 		}
 	}
+}
+
+func rules(input io.Reader) error {
+	text, err := io.ReadAll(input)
+	if err != nil {
+		return err
+	}
+	syntax := parser.NewParser(parser.Options{})
+	_, problems := rulefmt.Parse(text, false, model.UTF8Validation, syntax, slog.New(slog.DiscardHandler))
+	return errors.Join(problems...)
 }

@@ -29,6 +29,15 @@ fn by_role(env: &Env, uid: u32, role: &str) -> String {
     let request = record["request_id"].as_str().unwrap();
     if let Some(spiffe_ids) = record["spiffe_ids"].as_array() {
         let line = log_line(env, "request without credentials", request);
+        let requested = role.trim_start_matches('/');
+        if requested.is_empty() {
+            assert!(record["requested_role"].is_null(), "{record}");
+        } else {
+            assert_eq!(record["requested_role"], requested);
+            assert!(line.contains(requested), "{line}");
+            let words = format!("and requested {requested}");
+            assert!(body["message"].as_str().unwrap().contains(&words), "{body}");
+        }
         for spiffe_id in spiffe_ids {
             let spiffe_id = spiffe_id.as_str().unwrap();
             assert!(

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::lists::{code, issued};
 use crate::harness::counterparts::folder;
-use crate::harness::counterparts::process::run;
+use crate::harness::counterparts::process::{await_some, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
 
 const CLI: &str = include_str!("../../../deploy/docs/cli.md");
@@ -178,19 +178,113 @@ fn keys(value: &Value) -> BTreeSet<String> {
         .collect()
 }
 
-#[test]
-fn status_fields_are_those_of_the_document() {
+/// Returns the rows of each table of fields in a command's section: the fields, and their meaning.
+fn field_tables(command: &str) -> Vec<Vec<(BTreeSet<String>, &'static str)>> {
     let (_, section) = *sections()
         .iter()
-        .find(|(command, _)| *command == "status")
+        .find(|(heading, _)| *heading == command)
         .expect("the section");
     let tables = section.split("| field | meaning |\n").skip(1);
-    let fields = tables.map(|table| {
-        let rows = table.lines().take_while(|line| line.starts_with('|'));
-        let cells = rows.skip(1).filter_map(|row| row.split('|').nth(1));
-        cells.flat_map(code).collect::<BTreeSet<String>>()
-    });
-    let fields: Vec<_> = fields.collect();
+    let cells = |row: &'static str| {
+        let mut cells = row.split('|').skip(1);
+        Some((code(cells.next()?), cells.next()?))
+    };
+    tables
+        .map(|table| {
+            let rows = table.lines().take_while(|line| line.starts_with('|'));
+            rows.skip(1).filter_map(cells).collect()
+        })
+        .collect()
+}
+
+/// Returns the values that a table lists for a field.
+fn documented_values(table: &[(BTreeSet<String>, &str)], field: &str) -> BTreeSet<String> {
+    let row = table.iter().find(|(names, _)| names.contains(field));
+    code(row.expect(field).1)
+}
+
+/// Returns the names of the steps in the sources of `awsvid check`.
+fn steps_in_code() -> BTreeSet<String> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/commands");
+    let files = std::fs::read_dir(folder.join("check")).unwrap();
+    let mut paths: Vec<_> = files.map(|file| file.unwrap().path()).collect();
+    paths.push(folder.join("check.rs"));
+    let mut found = BTreeSet::new();
+    for path in paths.iter().filter(|path| path.is_file()) {
+        let source = std::fs::read_to_string(path).unwrap();
+        let names = source.split(": &str = \"").skip(1);
+        let calls = ["ok(", "info(", "failed(", "unchecked("]
+            .into_iter()
+            .flat_map(|call| {
+                source
+                    .split(&format!("report.{call}")[..])
+                    .skip(1)
+                    .collect::<Vec<_>>()
+            })
+            .filter_map(|rest| rest.trim_start().strip_prefix('"'));
+        let is_step = |text: &&str| text.chars().all(|c| c.is_ascii_lowercase());
+        let steps = names.chain(calls).filter_map(|rest| rest.split('"').next());
+        found.extend(steps.filter(is_step).map(str::to_owned));
+    }
+    found
+}
+
+/// Returns the verdicts in the code, as JSON has them.
+fn verdicts_in_code() -> BTreeSet<String> {
+    let source = include_str!("../../../src/commands/check/report.rs");
+    let (_, rest) = source.split_once("enum Verdict {").expect("the verdicts");
+    let lines = rest.lines().take_while(|line| *line != "}");
+    let names = lines.filter_map(|line| line.trim().strip_suffix(','));
+    names
+        .filter(|name| name.chars().all(char::is_alphanumeric))
+        .map(str::to_lowercase)
+        .collect()
+}
+
+#[test]
+fn findings_of_check_are_those_of_the_document() {
+    let tables = field_tables("check");
+    let [document, finding] = &tables[..] else {
+        panic!("{tables:?}")
+    };
+    let names = |table: &[(BTreeSet<String>, &str)]| -> BTreeSet<String> {
+        table.iter().flat_map(|(names, _)| names.clone()).collect()
+    };
+    let (ready_folder, _daemon, _upstream) = issued();
+    let failing_folder = folder();
+    let failing = failing_folder.path().join("awsvid.toml");
+    // No agent listens at its socket.
+    std::fs::write(&failing, super::CONFIGURATION).unwrap();
+    let mut found = BTreeSet::new();
+    for config in [ready_folder.path().join("awsvid.toml"), failing] {
+        let mut command = Command::new(PROGRAM);
+        command
+            .env_clear()
+            .args(["check", "-o", "json", "--config"]);
+        command.arg(config);
+        let output = run(command, b"", Duration::from_secs(60));
+        let report: Value = serde_json::from_str(&output.stdout).expect(&output.stdout);
+        assert_eq!(keys(&report), names(document));
+        let findings = report["findings"].as_array().unwrap();
+        found.extend(findings.iter().flat_map(keys));
+    }
+    assert_eq!(found, names(finding));
+    assert_eq!(documented_values(finding, "verdict"), verdicts_in_code());
+    let results = ["failed", "pass", "unchecked"].map(str::to_owned);
+    assert_eq!(documented_values(document, "result"), results.into());
+    let mut steps = documented_values(finding, "step");
+    assert!(steps.remove("--workload"));
+    assert_eq!(steps, steps_in_code());
+}
+
+#[test]
+fn status_fields_are_those_of_the_document() {
+    let tables = field_tables("status");
+    let states = documented_values(&tables[1], "state");
+    let fields: Vec<BTreeSet<String>> = tables
+        .iter()
+        .map(|table| table.iter().flat_map(|(names, _)| names.clone()).collect())
+        .collect();
     let [report, upstream, entry] = &fields[..] else {
         panic!("{fields:?}")
     };
@@ -205,4 +299,10 @@ fn status_fields_are_those_of_the_document() {
     assert_eq!(*upstream, keys(&ready["source"]));
     assert_eq!(*upstream, keys(&ready["sts"][0]));
     assert_eq!(*entry, keys(&ready["credentials"][0]));
+    let failing = await_some("a query that failed", Duration::from_secs(60), || {
+        let state = &status(waiting_folder.path())["source"]["state"];
+        state.as_str().map(str::to_owned)
+    });
+    let ok = ready["source"]["state"].as_str().unwrap().to_owned();
+    assert_eq!(states, [ok, failing].into());
 }

@@ -11,9 +11,10 @@ use crate::harness::counterparts::{folder, tool};
 use crate::harness::daemon::Daemon;
 use crate::harness::upstream::{ME, Upstream, my_rule};
 
-const METRICS: &str = include_str!("../../../deploy/docs/metrics-and-alerts.md");
+pub(super) const METRICS: &str = include_str!("../../../deploy/docs/metrics-and-alerts.md");
 const AUDIT: &str = include_str!("../../../deploy/docs/audit-log.md");
 const AUDIT_LINE: &str = include_str!("../../../src/audit/line.rs");
+const LOG_FORMAT: &str = include_str!("../../../src/telemetry/format.rs");
 const OPENMETRICS: &str = "application/openmetrics-text";
 
 /// A metric family: its type, and the values of each label.
@@ -37,7 +38,7 @@ pub(super) fn issued() -> (tempfile::TempDir, Daemon, Upstream) {
 }
 
 /// Returns the cells of the first table below `heading`, without its head.
-fn table<'a>(page: &'a str, heading: &str) -> Vec<Vec<&'a str>> {
+pub(super) fn table<'a>(page: &'a str, heading: &str) -> Vec<Vec<&'a str>> {
     let (_, section) = page.split_once(heading).expect("the heading");
     let rows = section.lines().skip_while(|line| !line.starts_with('|'));
     rows.take_while(|line| line.starts_with('|'))
@@ -56,7 +57,7 @@ pub(super) fn code(text: &str) -> BTreeSet<String> {
 }
 
 /// Reads `name` (`value`, `value`), `name`.
-fn documented_labels(cell: &str) -> BTreeMap<String, BTreeSet<String>> {
+pub(super) fn documented_labels(cell: &str) -> BTreeMap<String, BTreeSet<String>> {
     let mut labels = BTreeMap::new();
     let mut rest = cell;
     while let Some((_, after)) = rest.split_once('`') {
@@ -150,6 +151,79 @@ fn audit_fields_are_those_of_the_document() {
     assert_eq!(documented, fields);
 }
 
+/// The fields `outcome`, `listener` and `cache` have the values of labels, which another test
+/// compares with the daemon's.
+#[test]
+fn audit_values_are_those_of_the_metrics() {
+    let metrics = table(METRICS, "\n## Metrics\n");
+    let labels = |name: &str| {
+        let row = metrics.iter().find(|row| row[0].trim_matches('`') == name);
+        documented_labels(row.expect(name)[2])
+    };
+    let (requests, lookups) = (
+        labels("awsvid_requests_total"),
+        labels("awsvid_cache_requests_total"),
+    );
+    let fields = table(AUDIT, "\n## Fields\n");
+    let values = |name: &str| {
+        let row = fields.iter().find(|row| row[0].trim_matches('`') == name);
+        code(row.expect(name)[2])
+    };
+    let mut outcomes = requests["outcome"].clone();
+    // The record that stands for others is not a request.
+    outcomes.insert("lost".to_owned());
+    assert_eq!(values("outcome"), outcomes);
+    assert_eq!(values("listener"), requests["listener"]);
+    assert_eq!(values("cache"), lookups["result"]);
+}
+
+/// Returns the words in backticks between two phrases of a document.
+fn code_between(page: &str, begin: &str, end: &str) -> BTreeSet<String> {
+    let text = page.replace('\n', " ");
+    let (_, rest) = text.split_once(begin).expect(begin);
+    code(rest.split_once(end).expect(end).0)
+}
+
+#[test]
+fn log_fields_are_those_of_the_document() {
+    let every = code_between(METRICS, "each line is an object with", "and the fields");
+    let of_request = code_between(METRICS, "belongs to a request also has", "with the names");
+    let folder = folder();
+    let upstream = Upstream::start_for_me();
+    let configuration = upstream.configuration() + &my_rule();
+    let daemon = Daemon::start(folder.path(), "", &configuration).ready();
+    let path = super::GOOD.replace("/v1/credentials", "/v1/credentials/nothing");
+    assert_eq!(super::ask(daemon.tcp(), &path).status, 403);
+    daemon.await_line(&["request without credentials"]);
+    let mut seen = BTreeSet::new();
+    for line in daemon.log().lines() {
+        let line: serde_json::Value = serde_json::from_str(line).expect(line);
+        let keys: Vec<&String> = line.as_object().expect("an object").keys().collect();
+        for field in &every {
+            assert!(keys.contains(&field), "{field} is not in {line}");
+        }
+        let is_of_request = line["request_id"].is_string();
+        seen.extend(keys.into_iter().filter(|_| is_of_request).cloned());
+    }
+    // Only a caller in a pod has that field.
+    let missing: Vec<&String> = of_request.difference(&seen).collect();
+    assert_eq!(missing, ["pod_uid"]);
+    let (_, code) = LOG_FORMAT
+        .split_once("fn request_fields()")
+        .expect("the fields");
+    let fields = code
+        .split_once("\n}")
+        .expect("its end")
+        .0
+        .split("(\"")
+        .skip(1);
+    let fields = fields.filter_map(|rest| rest.split('"').next());
+    assert_eq!(
+        fields.map(str::to_owned).collect::<BTreeSet<_>>(),
+        of_request
+    );
+}
+
 /// Returns the metrics in the format that `accept` requests, and their content type.
 fn scrape(daemon: &Daemon, accept: &str) -> (String, String) {
     let mut stream = std::net::TcpStream::connect(daemon.admin()).unwrap();
@@ -215,6 +289,7 @@ fn own_probes_are_neither_counted_nor_audited() {
 }
 
 /// A denied caller learns its own facts, and the operator finds them by the same number.
+/// `several_identities` needs an agent: `agent_sources::several` asserts the same of it.
 #[test]
 fn denial_has_the_ids_and_the_requested_role_everywhere() {
     let folder = folder();
@@ -222,16 +297,30 @@ fn denial_has_the_ids_and_the_requested_role_everywhere() {
     let configuration = upstream.configuration() + &my_rule();
     let daemon = Daemon::start(folder.path(), "", &configuration).ready();
     let arn = "arn:aws:iam::123456789012:role/other";
-    for (role, code) in [("nothing", "not_this_role"), (arn, "arn_not_allowed")] {
+    let of_others = configuration.replace("spiffe://example.org/user/*", "spiffe://example.org/x");
+    assert_ne!(of_others, configuration);
+    for (role, code) in [
+        ("nothing", "not_this_role"),
+        (arn, "arn_not_allowed"),
+        ("", "no_role"),
+    ] {
+        if code == "no_role" {
+            assert!(daemon.reload("", &of_others));
+        }
         let known = daemon.audit().len();
-        let path = format!("/v1/credentials/{role}");
+        let (path, requested) = match role {
+            "" => (String::new(), String::new()),
+            role => (format!("/{role}"), format!(", and requested {role}")),
+        };
+        let path = format!("/v1/credentials{path}");
         let answer = super::ask(daemon.tcp(), &super::GOOD.replace("/v1/credentials", &path));
         assert_eq!((answer.status, &answer.body["code"]), (403, &code.into()));
         let message = answer.body["message"].as_str().unwrap();
-        let facts = format!("it has {ME}, and requested {role}");
+        let facts = format!("it has {ME}{requested}");
         assert!(message.contains(&facts), "{message}");
         let record = &daemon.audit_after(known)[0];
-        assert_eq!(record["requested_role"], role);
+        let recorded = record["requested_role"].as_str().unwrap_or_default();
+        assert_eq!(recorded, role);
         assert_eq!(record["spiffe_ids"][0], ME);
         let id = record["request_id"].as_str().unwrap();
         assert!(message.contains(&format!("(request {id})")), "{message}");

@@ -166,7 +166,7 @@ impl Cluster {
             "awsvid",
             "ghcr.io/awsvid/awsvid:0.1.0",
             &awsvid,
-            "/usr/bin/awsvid",
+            &path_in_image(),
         );
         let agent = self.node.bin().join("spire-agent");
         program(
@@ -318,6 +318,16 @@ impl Cluster {
             self.audit().into_iter().find(|record| wanted(record))
         })
     }
+}
+
+/// Returns the path to which the Dockerfile copies the release build, which is its entrypoint too.
+fn path_in_image() -> String {
+    let text = fs::read_to_string(manifests().join("Dockerfile")).unwrap();
+    let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
+    let path = value("COPY target/release/awsvid ").expect("a copy of the release build");
+    let entrypoint = value("ENTRYPOINT ").expect("an entrypoint");
+    assert_eq!(entrypoint, format!("[{path:?}]"));
+    path.to_owned()
 }
 
 /// Returns a container that runs a script with the AWS CLI.

@@ -1,18 +1,123 @@
-//! The recipe of troubleshooting.md for a 403 in a pod, on a real node.
+//! The commands of install-kubernetes.md and upgrade.md, and the recipe of troubleshooting.md for a
+//! 403 in a pod, on a real node.
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
-use super::cluster::{Cluster, READER};
-use crate::harness::counterparts::process::await_some;
+use super::cluster::{Cluster, READER, manifests};
+use crate::harness::counterparts::process::{await_some, run};
 use crate::harness::documents::block;
 use crate::harness::kubernetes::{Image, root_of};
 
 /// Bounds several rounds of the first step. A pod counts as new for ten seconds.
 const TIMEOUT: Duration = Duration::from_secs(180);
 const CURL: &str = "docker.io/curlimages/curl:test";
+/// The overlay that the guide's kustomization names.
+const OVERLAY: &str = "spiffe-broker";
+
+/// Writes the kustomization of the guide next to a checkout of the manifests, with the overlay's
+/// own `awsvid.toml` and `agent.conf`. The guide's digest is a placeholder.
+fn kustomization(folder: &Path, text: &str) -> PathBuf {
+    fs::create_dir_all(folder.join("awsvid/deploy")).unwrap();
+    let mut copy = Command::new("cp");
+    copy.arg("--recursive").arg(manifests());
+    copy.arg(folder.join("awsvid/deploy/kubernetes"));
+    run(copy, b"", TIMEOUT).success("copy the manifests");
+    for file in ["awsvid/awsvid.toml", "agent.conf"] {
+        let file = manifests().join(OVERLAY).join(file);
+        fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();
+    }
+    let digest = format!("sha256:{}", "0".repeat(64));
+    let text = text.replace("sha256:...", &digest);
+    assert!(text.contains(&digest), "{text}");
+    fs::write(folder.join("kustomization.yaml"), text).unwrap();
+    folder.to_owned()
+}
+
+/// Runs a block in this folder. It applies on trial only, because the example's role is one of AWS.
+fn run_on_trial(cluster: &Cluster, folder: &Path, block: &str) -> String {
+    let on_trial = "kubectl() {
+          verb=$1; shift
+          case $verb in apply|create) set -- \"$@\" --dry-run=server ;; esac
+          command kubectl \"$verb\" \"$@\"
+        }";
+    let script = format!("cd {}\n{on_trial}\n{block}", folder.display());
+    cluster.node.shell(&script).success(block)
+}
+
+/// Runs the commands of install-kubernetes.md, README.md and upgrade.md with the guide's
+/// kustomization, in the order of the guide.
+pub(super) fn documented_commands_work(cluster: &Cluster, folder: &Path) {
+    let guide = block(
+        "install-kubernetes.md",
+        "2. Write a kustomization of your own",
+        "apiVersion: kustomize",
+    );
+    let directory = kustomization(&folder.join("guide"), &guide);
+    let rendered = cluster
+        .node
+        .shell(&format!("kubectl kustomize {}", directory.display()))
+        .success("kubectl kustomize");
+    assert!(
+        rendered.contains("image: images.example.org/awsvid@sha256:")
+            && rendered.contains("kind: MutatingAdmissionPolicy")
+            && !rendered.contains("ghcr.io/awsvid"),
+        "{rendered}"
+    );
+    for block in [
+        block("install-kubernetes.md", "4. Install", "kubectl apply -k ."),
+        block(
+            "install-kubernetes.md",
+            "4. Install",
+            "kubectl --namespace awsvid rollout",
+        ),
+        block("README.md", "Install", "kubectl apply -k ."),
+        block("upgrade.md", "Upgrade on Kubernetes", "kubectl apply -k ."),
+    ] {
+        run_on_trial(cluster, &directory, &block);
+    }
+    documented_kustomization_without_spire_works(cluster, &folder.join("alone"), &guide);
+}
+
+/// Applies the kustomization of the guide for a cluster that has SPIRE.
+fn documented_kustomization_without_spire_works(cluster: &Cluster, folder: &Path, guide: &str) {
+    let alone = block(
+        "install-kubernetes.md",
+        "If SPIRE runs already",
+        "resources:",
+    );
+    let resource = |text: &str| {
+        let line = text.lines().find(|line| line.contains("- awsvid/deploy"));
+        line.expect("a resource").to_owned()
+    };
+    let mut text = guide.replace(&resource(guide), &resource(&alone));
+    let agent = text.lines().find(|line| line.contains("spire-agent"));
+    text = text.replace(agent.expect("the agent's ConfigMap"), "");
+    let directory = kustomization(folder, &text);
+    let applied = run_on_trial(cluster, &directory, "kubectl apply -k .");
+    assert!(
+        applied.contains("daemonset.apps/awsvid")
+            && !applied.contains("daemonset.apps/spire-agent"),
+        "{applied}"
+    );
+    let binding = block(
+        "install-kubernetes.md",
+        "If SPIRE runs already",
+        "kubectl create",
+    );
+    run_on_trial(cluster, &directory, &binding);
+    // The agents' volume is that of awsvid, with another mount.
+    let volume = block("install-kubernetes.md", "If SPIRE runs already", "volumes:");
+    let own = fs::read_to_string(manifests().join(OVERLAY).join("awsvid/daemonset.yaml")).unwrap();
+    let lines = |text: &str| -> Vec<String> {
+        let after = text.lines().skip_while(|line| line.trim() != "volumes:");
+        after.map(|line| line.trim().to_owned()).collect()
+    };
+    assert_eq!(lines(&volume), lines(&own));
+}
 
 /// Imports an image with curl and the shell, as the documented one has them.
 fn import_curl(cluster: &Cluster, folder: &Path) {
@@ -24,7 +129,7 @@ fn import_curl(cluster: &Cluster, folder: &Path) {
     let busybox = cluster.node.bin().join("pod-files/busybox");
     let links = folder.join("links");
     fs::create_dir_all(links.join("bin")).unwrap();
-    for name in ["sh", "grep"] {
+    for name in ["sh", "grep", "env"] {
         symlink("/bin/busybox", links.join("bin").join(name)).unwrap();
     }
     cluster.node.import(&Image {
@@ -39,13 +144,13 @@ pub(super) fn documented_recipe_explains_a_403(cluster: &Cluster, folder: &Path)
     import_curl(cluster, folder);
     let mut pod = cluster.pod(READER, "billing-0", "busybox sleep 36000");
     pod["spec"]["serviceAccountName"] = "default".into();
+    pod["spec"]["containers"][0]["image"] = CURL.into();
     cluster.node.apply(&pod);
     let wait = ["wait", "--namespace", READER.namespace, "pod/billing-0"];
     let wait = [&wait[..], &["--for=condition=Ready", "--timeout=60s"]].concat();
     cluster.node.kubectl(&wait).success("the pod is ready");
 
-    let recipe = |begin: &str| block("troubleshooting.md", "In a pod", begin);
-    let reason = recipe("kubectl -n shop debug")
+    let reason = block("troubleshooting.md", "In a pod", "kubectl -n shop debug")
         .replace(" -it ", " -i ")
         .replace("docker.io/curlimages/curl", CURL);
     // kubectl detaches at the end of its input, and shows nothing if it attaches too late. The
@@ -56,7 +161,7 @@ pub(super) fn documented_recipe_explains_a_403(cluster: &Cluster, folder: &Path)
         output.contains("\"code\":\"no_identity\"").then_some(())
     });
 
-    let record = recipe("uid=$(kubectl");
+    let record = block("troubleshooting.md", "In a pod", "uid=$(kubectl");
     let output = cluster.node.shell(&record).success(&record);
     assert!(output.contains("\"reason\":\"no_identity\""), "{output}");
 
@@ -64,12 +169,26 @@ pub(super) fn documented_recipe_explains_a_403(cluster: &Cluster, folder: &Path)
     let check = format!(
         "{}\n{}",
         record.replace("tail -n 3", "tail -n 0"),
-        recipe("kubectl -n awsvid exec")
+        block("troubleshooting.md", "In a pod", "kubectl -n awsvid exec")
     );
     let output = cluster.node.shell(&check);
     assert!(
         !output.status.success() && output.stdout.contains("spire-server entry"),
         "{output:?}"
+    );
+
+    let names = block(
+        "troubleshooting.md",
+        "In a pod",
+        "kubectl -n shop exec billing-0",
+    );
+    let output = cluster.node.shell(&names).success(&names);
+    assert!(
+        output
+            .lines()
+            .any(|line| line == "AWS_CONTAINER_CREDENTIALS_FULL_URI")
+            && !output.contains("http://"),
+        "{output}"
     );
     cluster
         .node

@@ -7,7 +7,7 @@ use std::thread;
 
 use super::{
     BILLING, CONFIGURATION, Content, PROGRAM, TCP, TIMEOUT, UNIX, ask, assert_known, install,
-    newer_version, rule, start, with_rules,
+    newer_version, rule, shipped, start, with_rules,
 };
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio::{self, Minio};
@@ -15,6 +15,13 @@ use crate::harness::counterparts::process::{Output, await_some};
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::documents::{block, blocks};
 use crate::harness::systemd::SystemdMachine;
+
+const UNITS: [&str; 2] = ["awsvid.service", "awsvid.socket"];
+
+/// Returns the path of an installed unit.
+fn installed(unit: &str) -> String {
+    format!("/etc/systemd/system/{unit}")
+}
 
 fn sh(machine: &SystemdMachine, script: &str) -> Output {
     machine.run(&["sh", "-euc", &format!("sudo() {{ \"$@\"; }}\n{script}")])
@@ -100,38 +107,19 @@ fn documented_first_workload_gets_credentials() {
     let curl = block("cli.md", "`awsvid credential-process`", "curl");
     let answer = sh_of_workload(&machine, &curl).success(&curl);
     assert!(answer.contains("\"AccessKeyId\""), "{answer}");
-    for (page, heading) in [
-        ("install-vm.md", "6. Set the workload's environment"),
-        ("migrate.md", "Be sure"),
+    for check in [
+        block(
+            "install-vm.md",
+            "6. Set the workload's environment",
+            "sudo -u billing awsvid check",
+        ),
+        block("migrate.md", "Be sure", "awsvid check"),
+        block("troubleshooting.md", "On a host", "sudo -u billing awsvid"),
     ] {
-        let check = if page == "migrate.md" {
-            "awsvid check"
-        } else {
-            "sudo -u billing"
-        };
-        let check = block(page, heading, check);
         sh_of_workload(&machine, &check).success(&check);
     }
-    let reason = block("troubleshooting.md", "On a host", "sudo -u billing awsvid");
-    sh_of_workload(&machine, &reason).success(&reason);
-    // The issuer's documents are outside of the machine. Every other step passes.
-    let check = sh(
-        &machine,
-        &block("install-vm.md", "5. Start and check", "sudo awsvid check"),
-    );
-    let failed: Vec<&str> = check
-        .stdout
-        .lines()
-        .filter(|line| line.contains("FAIL"))
-        .collect();
-    assert!(
-        check.status.code() == Some(1) && failed.len() == 1 && failed[0].contains("discovery"),
-        "{check:?}"
-    );
-    assert!(
-        check.stdout.contains(&format!("assumed by {BILLING}")),
-        "{check:?}"
-    );
+    assert_checked(&machine, &spire);
+    assert_reason_by_unit(&machine, &text);
 
     for (page, heading, begin, expected) in [
         (
@@ -165,6 +153,66 @@ fn documented_first_workload_gets_credentials() {
     }
 
     assert_revoked(&machine, &spire, &entry, &text);
+}
+
+/// Runs `awsvid check` with each documented option. The issuer's documents are outside of the
+/// machine. Every other step passes.
+fn assert_checked(machine: &SystemdMachine, spire: &Spire) {
+    let of_page = block("cli.md", "`awsvid check`", "sudo awsvid check");
+    let first = block("install-vm.md", "5. Start and check", "sudo awsvid check");
+    let of_workload: Vec<&str> = of_page
+        .lines()
+        .filter(|l| l.contains("--workload"))
+        .collect();
+    sh_of_workload(machine, of_workload[0]).success(of_workload[0]);
+    let running = "systemd-run --quiet --unit=billing --uid=billing sleep infinity";
+    sh(machine, running).success("a running workload");
+    let issuer = spire.issuer_url().replace("http://", "");
+    for line in first
+        .lines()
+        .chain(of_page.lines().filter(|line| !of_workload.contains(line)))
+    {
+        let check = sh(machine, &line.replace("oidc.example.org:443", &issuer));
+        let failed: Vec<&str> = check
+            .stdout
+            .lines()
+            .filter(|line| line.contains("FAIL"))
+            .collect();
+        assert!(
+            check.status.code() == Some(1) && failed.len() == 1 && failed[0].contains("discovery"),
+            "{line}: {check:?}"
+        );
+        assert!(
+            check.stdout.contains(&format!("assumed by {BILLING}")),
+            "{line}: {check:?}"
+        );
+    }
+    sh(machine, "systemctl stop billing").success("end the workload");
+}
+
+/// Runs the documented trial of a rule by unit, with a copy of the rule for the unit of the trial.
+fn assert_reason_by_unit(machine: &SystemdMachine, text: &str) {
+    let trial = block("troubleshooting.md", "On a host", "sudo systemd-run");
+    let of_unit = text.replace(
+        "user      = \"billing\"",
+        "systemd_unit = \"billing-test.service\"",
+    );
+    assert_ne!(of_unit, text);
+    let (other, _) = ask(machine, "billing.service", "billing", UNIX);
+    assert_eq!(other, 200);
+    let reload = |text: &str| {
+        fs::write(machine.path(CONFIGURATION), text).unwrap();
+        sh(machine, "systemctl reload awsvid").success("reload awsvid");
+    };
+    reload(&of_unit);
+    await_some("the rule is by unit", TIMEOUT, || {
+        (ask(machine, "billing.service", "billing", UNIX).0 == 403).then_some(())
+    });
+    sh(machine, &trial).success(&trial);
+    reload(text);
+    await_some("the rule is by user", TIMEOUT, || {
+        (ask(machine, "billing.service", "billing", UNIX).0 == 200).then_some(())
+    });
 }
 
 /// Runs the documented revocation for the workload.
@@ -207,13 +255,23 @@ fn documented_upgrade_interrupts_no_caller() {
     let directory = folder();
     let newer = newer_version(directory.path());
     let text = with_rules("", &rule("user = \"billing\""));
+    let deploy = shipped("");
     let more = [
         ("/source/target/release/awsvid", Content::Copy(&newer)),
+        ("/source/deploy", Content::Mount(&deploy)),
         (CONFIGURATION, Content::Text(&text)),
     ];
     let Some(machine) = install(directory.path(), &more) else {
         return;
     };
+    let older = |unit: &str| {
+        let unit = fs::read_to_string(shipped(&format!("systemd/{unit}"))).unwrap();
+        unit + "# of the previous version\n"
+    };
+    for unit in UNITS {
+        fs::write(machine.path(&installed(unit)), older(unit)).unwrap();
+    }
+    sh(&machine, "systemctl daemon-reload").success("read the units");
     start(&machine);
     assert_known(ask(&machine, "billing.service", "billing", TCP));
     let machine = &machine;
@@ -223,8 +281,14 @@ fn documented_upgrade_interrupts_no_caller() {
                 assert_known(ask(machine, "asker.service", "billing", UNIX));
             }
         });
+        // The units of a release that has others, before the restart.
+        let units = block(
+            "upgrade.md",
+            "Upgrade on a VM",
+            "cp --preserve /etc/systemd",
+        );
         let upgrade = block("upgrade.md", "Upgrade on a VM", "cp --preserve /usr/bin");
-        sh(machine, &format!("cd /source\n{upgrade}")).success("the documented upgrade");
+        sh(machine, &format!("cd /source\n{units}\n{upgrade}")).success("the documented upgrade");
         asker.join().unwrap();
     });
     assert_known(ask(machine, "billing.service", "billing", TCP));
@@ -238,4 +302,11 @@ fn documented_upgrade_interrupts_no_caller() {
             == fs::read(Path::new(env!("CARGO_BIN_EXE_awsvid"))).unwrap()
     );
     assert_eq!(read("/etc/awsvid/awsvid.toml.previous"), text.as_bytes());
+    for unit in UNITS {
+        let previous = read(&format!("/etc/awsvid/{unit}.previous"));
+        assert_eq!(previous, older(unit).as_bytes(), "{unit}");
+        let shipped = fs::read(shipped(&format!("systemd/{unit}"))).unwrap();
+        assert_eq!(read(&installed(unit)), shipped, "{unit}");
+        assert_eq!(machine.property(unit, "NeedDaemonReload"), "no", "{unit}");
+    }
 }

@@ -395,7 +395,8 @@ impl Spire {
             .unwrap_or_else(|error| panic!("{}: {error} in {answer}", arguments.join(" ")))
     }
 
-    fn server_socket(&self) -> PathBuf {
+    /// Returns the socket of the server's API for local programs.
+    pub(crate) fn server_socket(&self) -> PathBuf {
         self.folder.join("server/api.sock")
     }
 
