@@ -182,7 +182,7 @@ impl SourceError {
             Self::Denied(_) => "source_denied",
             Self::Unavailable(_) => "source_unavailable",
             Self::Misconfigured(_) => "source_misconfigured",
-            Self::Caller(refusal) => refusal.reason(),
+            Self::Caller(error) => error.reason(),
             Self::Busy => "source_busy",
             Self::Reloaded => "reloaded",
             Self::UnknownAccount => "unknown_account",

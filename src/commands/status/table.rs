@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
-use crate::commands::style::{BOLD, GREEN, RED, Style, YELLOW};
+use crate::commands::terminal_style::{BOLD, GREEN, RED, TerminalStyle, YELLOW};
 
 const HEADER: [&str; 7] = [
     "SPIFFE ID",
@@ -18,7 +18,7 @@ const HEADER: [&str; 7] = [
 ];
 
 /// Renders the whole status, with times relative to `now`.
-pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
+pub(super) fn render(status: &Value, now: SystemTime, style: TerminalStyle) -> String {
     let mut text = String::new();
     let ready = if status["ready"] == true {
         style.paint(GREEN, "ready")
@@ -121,7 +121,7 @@ pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
 }
 
 /// Renders the state of a source or an STS.
-fn neighbour(text: &mut String, what: &str, health: &Value, now: SystemTime, style: Style) {
+fn neighbour(text: &mut String, what: &str, health: &Value, now: SystemTime, style: TerminalStyle) {
     if health.is_null() {
         return;
     }
@@ -265,7 +265,7 @@ mod tests {
 
     #[test]
     fn table_shows_state_errors_and_callers() {
-        let text = render(&status(), now(), Style::plain());
+        let text = render(&status(), now(), TerminalStyle::plain());
         let expected = "\
 awsvid 1.2.3, ready, 4 connections open
 identities from workload-api: ok, last success 2m 0s ago
@@ -283,12 +283,14 @@ spiffe://example.org/unasked  unasked  unasked  in 59m 7s  in 29m 0s  -         
         refusing["unsupported_kernel"] = json!(["callers over TCP are refused: no\u{1b}"]);
         refusing["counts_executions"] = json!(false);
         let line = "\nunsupported_kernel: callers over TCP are refused: no \nexecutions of programs: not counted: callers are refused";
-        assert!(render(&refusing, now(), Style::plain()).contains(line));
+        assert!(render(&refusing, now(), TerminalStyle::plain()).contains(line));
         refusing["counts_executions"] = json!(true);
         assert!(
-            render(&refusing, now(), Style::plain())
+            render(&refusing, now(), TerminalStyle::plain())
                 .contains("\nexecutions of programs: counted\n")
         );
-        assert!(render(&json!({"ready": false}), now(), Style::plain()).contains("not ready"));
+        assert!(
+            render(&json!({"ready": false}), now(), TerminalStyle::plain()).contains("not ready")
+        );
     }
 }
