@@ -6,9 +6,10 @@
 //! equal both times (T3), and if the agent cannot misread the process's cgroups (T2). It is then
 //! cached for that process.
 
-use std::collections::VecDeque;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -34,7 +35,7 @@ mod own_ids;
 mod query;
 mod revalidation;
 
-use held_tokens::HeldToken;
+use held_tokens::HeldTokens;
 use own_ids::{OWN_ID_TTL, OwnIds};
 
 /// Maximum number of concurrent queries about unknown subjects. At this limit the workload with the
@@ -54,13 +55,10 @@ struct AgentSourceInner {
     clock: Clock,
     metrics: Metrics,
     cache: Mutex<IdentityCache>,
-    tokens: Mutex<VecDeque<HeldToken>>,
+    tokens: HeldTokens,
     query_permits: FairSemaphore<WorkloadKey>,
     /// The daemon's own identities, which no workload gets.
-    own: Mutex<Option<OwnIds>>,
-    /// Held during a query of them. Requests for which the cached ones are fresh enough do not
-    /// wait.
-    own_query_lock: tokio::sync::Mutex<()>,
+    own: OwnIds,
     log: LogLimiter,
 }
 
@@ -88,10 +86,9 @@ impl AgentSource {
             clock,
             metrics,
             cache: Mutex::new(IdentityCache::new(max_processes)),
-            tokens: Mutex::default(),
+            tokens: HeldTokens::default(),
             query_permits: FairSemaphore::new(MAX_QUERIES, MAX_QUERIES_PER_WORKLOAD),
-            own: Mutex::default(),
-            own_query_lock: tokio::sync::Mutex::default(),
+            own: OwnIds::default(),
             log: LogLimiter::default(),
         });
         tokio::spawn(revalidation::run(Arc::downgrade(&inner)));
@@ -131,12 +128,12 @@ impl IdentitySource for AgentSource {
     ) -> Result<JwtSvid, SourceError> {
         let subject = self.0.subject(caller)?;
         if audience == self.0.audience
-            && let Some(token) = self.0.take_token(&subject, id)
+            && let Some(token) = self.0.tokens.take(&subject, id, self.0.clock.now())
         {
             return Ok(token);
         }
         let svids = self.0.query(caller, audience).await?;
-        let is_own = self.0.own(OWN_ID_TTL).await?.contains(id);
+        let is_own = self.0.own_ids(OWN_ID_TTL).await?.contains(id);
         let tokens = svids
             .into_iter()
             .filter(|svid| svid.spiffe_id == id.as_str() && !is_own)
@@ -180,6 +177,11 @@ async fn wait(mut receiver: watch::Receiver<Option<IdentityResult>>) -> Identity
 impl AgentSourceInner {
     fn subject(&self, caller: &Caller) -> Result<Subject, SourceError> {
         Subject::of(caller, self.agent.supports_pod_references())
+    }
+
+    /// Returns the daemon's own identities, queried again if they are older than `age`.
+    async fn own_ids(&self, age: Duration) -> Result<BTreeSet<SpiffeId>, SourceError> {
+        self.own.get(&*self.agent, &self.audience, age).await
     }
 
     fn cache(&self) -> MutexGuard<'_, IdentityCache> {

@@ -25,7 +25,7 @@ use crate::socket_endpoint::Endpoint;
 
 mod certificates;
 
-pub use certificates::{OwnSvid, id_of};
+pub use certificates::{CertificateIdError, OwnSvid, id_of};
 
 /// A stream that lasted this long was stable. When it ends, the next one is opened at once.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
@@ -226,8 +226,8 @@ impl StreamTask {
                     }
                 }
             }
-            Err(text) => self.record_failure(SourceError::Unavailable(format!(
-                "the SPIFFE agent at {} gave awsvid an X.509-SVID that cannot be used: {text}",
+            Err(error) => self.record_failure(SourceError::Unavailable(format!(
+                "the SPIFFE agent at {} gave awsvid an X.509-SVID that cannot be used: {error}",
                 self.endpoint
             ))),
         }

@@ -226,11 +226,11 @@ impl WorkloadRef<'_> {
         }
     }
 
-    /// Returns the plural for messages, and the type URL of a reference.
-    fn kind(self) -> (&'static str, &'static str) {
+    /// Returns the plural for messages, the type URL of a reference, and the agent's plugin.
+    fn kind(self) -> (&'static str, &'static str, &'static str) {
         match self {
-            Self::Process(_) => ("processes", PID_REFERENCE),
-            Self::Pod(_) => ("pods", OBJECT_REFERENCE),
+            Self::Process(_) => ("processes", PID_REFERENCE, "unix"),
+            Self::Pod(_) => ("pods", OBJECT_REFERENCE, "k8s"),
         }
     }
 

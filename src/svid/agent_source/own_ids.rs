@@ -1,14 +1,14 @@
 //! The daemon's own identities, which no workload gets.
 
 use std::collections::BTreeSet;
-use std::sync::PoisonError;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::AgentSourceInner;
 use crate::identity::SpiffeId;
 use crate::svid::SourceError;
+use crate::svid::agent::AttestingAgent;
 
 /// Time for which the daemon's own identities are taken as current.
 pub(super) const OWN_ID_TTL: Duration = Duration::from_secs(60);
@@ -17,38 +17,51 @@ const OWN_ID_RETRY: Duration = Duration::from_secs(5);
 /// Maximum age of the agent's last confirmation of the daemon, when the agent denies a workload.
 pub(super) const OWN_ID_RECHECK: Duration = Duration::from_secs(1);
 
-/// The daemon's own identities, as the agent reported them.
-#[derive(Debug)]
+/// Cache of the daemon's own identities.
+#[derive(Default)]
 pub(super) struct OwnIds {
-    pub(super) ids: BTreeSet<SpiffeId>,
-    /// Time of the agent's last confirmation.
-    pub(super) confirmed: Instant,
-    /// The start of their age. Later than `confirmed` if a failed query delays the next one.
-    pub(super) fresh_from: Instant,
+    latest: Mutex<Option<OwnIdsReply>>,
+    /// Held during a query. Requests for which the cached identities are fresh enough do not wait.
+    query_lock: tokio::sync::Mutex<()>,
 }
 
-impl AgentSourceInner {
-    /// Returns the daemon's own identities, queried again if they are older than `age`.
-    pub(super) async fn own(&self, age: Duration) -> Result<BTreeSet<SpiffeId>, SourceError> {
-        if let Some(ids) = self.cached_own(age) {
+/// The daemon's own identities, as the agent reported them.
+#[derive(Debug)]
+struct OwnIdsReply {
+    ids: BTreeSet<SpiffeId>,
+    /// Time of the agent's last confirmation.
+    confirmed: Instant,
+    /// The start of their age. Later than `confirmed` if a failed query delays the next one.
+    fresh_from: Instant,
+}
+
+impl OwnIds {
+    /// Returns the identities. Queries `agent` again if they are older than `age`.
+    pub(super) async fn get(
+        &self,
+        agent: &dyn AttestingAgent,
+        audience: &str,
+        age: Duration,
+    ) -> Result<BTreeSet<SpiffeId>, SourceError> {
+        if let Some(ids) = self.cached(age) {
             return Ok(ids);
         }
-        let _lock = self.own_query_lock.lock().await;
-        if let Some(ids) = self.cached_own(age) {
+        let _lock = self.query_lock.lock().await;
+        if let Some(ids) = self.cached(age) {
             return Ok(ids);
         }
-        let ids = match self.agent.fetch_own(&self.audience).await {
+        let ids = match agent.fetch_own(audience).await {
             Ok(ids) => ids,
             // They rarely change, so the earlier ones still count. That the agent knows the daemon
             // now is not proven by them.
             Err(error) if age == OWN_ID_TTL => {
-                let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
-                let own = own.as_mut().ok_or(error)?;
+                let mut latest = self.latest();
+                let latest = latest.as_mut().ok_or(error)?;
                 // Requests that wait for the lock do not each retry.
-                own.fresh_from = Instant::now()
+                latest.fresh_from = Instant::now()
                     .checked_sub(OWN_ID_TTL - OWN_ID_RETRY)
-                    .unwrap_or(own.fresh_from);
-                return Ok(own.ids.clone());
+                    .unwrap_or(latest.fresh_from);
+                return Ok(latest.ids.clone());
             }
             Err(error) => return Err(error),
         };
@@ -56,28 +69,31 @@ impl AgentSourceInner {
             .iter()
             .filter_map(|id| SpiffeId::parse(id).ok())
             .collect();
-        let (confirmed, fresh_from) = (Instant::now(), Instant::now());
-        *self.own.lock().unwrap_or_else(PoisonError::into_inner) = Some(OwnIds {
-            ids: ids.clone(),
-            confirmed,
-            fresh_from,
-        });
+        self.set(ids.clone(), Instant::now());
         Ok(ids)
     }
 
-    fn cached_own(&self, age: Duration) -> Option<BTreeSet<SpiffeId>> {
-        let own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
-        own.as_ref()
-            .filter(|own| own.fresh_from.elapsed() < age)
-            .map(|own| own.ids.clone())
+    /// Returns the time at which the agent last confirmed the identities.
+    pub(super) fn confirmed_at(&self) -> Option<Instant> {
+        self.latest().as_ref().map(|latest| latest.confirmed)
     }
 
-    /// Returns the time at which the agent last confirmed the daemon's own identities.
-    pub(super) fn own_confirmed_at(&self) -> Option<Instant> {
-        self.own
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn set(&self, ids: BTreeSet<SpiffeId>, confirmed: Instant) {
+        *self.latest() = Some(OwnIdsReply {
+            ids,
+            confirmed,
+            fresh_from: confirmed,
+        });
+    }
+
+    fn cached(&self, age: Duration) -> Option<BTreeSet<SpiffeId>> {
+        self.latest()
             .as_ref()
-            .map(|own| own.confirmed)
+            .filter(|latest| latest.fresh_from.elapsed() < age)
+            .map(|latest| latest.ids.clone())
+    }
+
+    fn latest(&self) -> MutexGuard<'_, Option<OwnIdsReply>> {
+        self.latest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

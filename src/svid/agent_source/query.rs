@@ -122,11 +122,7 @@ impl AgentSourceInner {
         })));
         // The query has its own task, so that a panic in a library fails this query and leaves the
         // cache usable.
-        query.await.unwrap_or_else(|_| {
-            Err(SourceError::Unavailable(
-                "query ended by an internal error; see the panic in awsvid's log".to_owned(),
-            ))
-        })
+        query.await.unwrap_or(Err(SourceError::Panicked))
     }
 
     /// Returns the identities that the reply proves by a token, without the daemon's own. An
@@ -137,7 +133,7 @@ impl AgentSourceInner {
         svids: Vec<AgentSvid>,
         keep: Option<&Subject>,
     ) -> IdentityResult {
-        let own = self.own(OWN_ID_TTL).await?;
+        let own = self.own_ids(OWN_ID_TTL).await?;
         let (mut identities, mut invalid_token) = (Vec::new(), None);
         for svid in svids {
             let Ok(spiffe_id) = SpiffeId::parse(&svid.spiffe_id) else {
@@ -169,7 +165,7 @@ impl AgentSourceInner {
                 && let Ok(token) =
                     JwtSvid::check(svid.token, &spiffe_id, &self.audience, self.clock.now())
             {
-                self.hold_token(subject, token);
+                self.tokens.hold(subject, token);
             }
             let identity = Identity {
                 spiffe_id,
@@ -198,7 +194,7 @@ impl AgentSourceInner {
         if matches!(result, Err(SourceError::Denied(_))) {
             // An agent that does not know the daemon itself, such as one that has just started,
             // denies all workloads.
-            self.own(OWN_ID_RECHECK).await?;
+            self.own_ids(OWN_ID_RECHECK).await?;
         }
         result
     }

@@ -99,9 +99,9 @@ impl AgentSourceInner {
         if self.agent.supports_pod_references() {
             return;
         }
-        let previous = self.own_confirmed_at();
-        let _ = timeout(QUICK_TIMEOUT, self.own(OWN_ID_MAX_AGE)).await;
-        if let (Some(previous), Some(now)) = (previous, self.own_confirmed_at())
+        let previous = self.own.confirmed_at();
+        let _ = timeout(QUICK_TIMEOUT, self.own_ids(OWN_ID_MAX_AGE)).await;
+        if let (Some(previous), Some(now)) = (previous, self.own.confirmed_at())
             && now > previous
         {
             self.cache().record_own_confirmation(previous);

@@ -705,12 +705,7 @@ async fn token_is_found_among_others_with_its_label() {
     ];
     let own = BTreeSet::from([SpiffeId::parse(AWSVID).unwrap()]);
     let source = source(&agent);
-    let (confirmed, fresh_from) = (Instant::now(), Instant::now());
-    *source.0.own.lock().unwrap() = Some(OwnIds {
-        ids: own,
-        confirmed,
-        fresh_from,
-    });
+    source.0.own.set(own, Instant::now());
     assert_eq!(
         source
             .token(&caller(1), &shop_id(), AUDIENCE)
@@ -750,11 +745,23 @@ async fn held_token_is_not_used_when_about_to_expire() {
         .unwrap()
     };
     let subject = Subject::of(&caller(1), false).unwrap();
-    source.0.hold_token(&subject, short(1));
-    assert!(source.0.take_token(&subject, &shop_id()).is_some());
-    source.0.hold_token(&subject, short(2));
+    source.0.tokens.hold(&subject, short(1));
+    assert!(
+        source
+            .0
+            .tokens
+            .take(&subject, &shop_id(), source.0.clock.now())
+            .is_some()
+    );
+    source.0.tokens.hold(&subject, short(2));
     tokio::time::advance(Duration::from_secs(7)).await;
-    assert!(source.0.take_token(&subject, &shop_id()).is_none());
+    assert!(
+        source
+            .0
+            .tokens
+            .take(&subject, &shop_id(), source.0.clock.now())
+            .is_none()
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -528,7 +528,7 @@ fn certificate_id_is_its_only_uri() {
             "several URIs",
         ),
     ] {
-        let error = of(uris).unwrap_err();
+        let error = of(uris).unwrap_err().to_string();
         assert!(error.contains(reason), "{uris:?}: {error}");
     }
     let named = authority.sign(&[ID], |params| {
