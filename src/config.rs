@@ -21,6 +21,7 @@ mod pods;
 mod role;
 mod show;
 mod sts;
+mod tables;
 mod toml_reader;
 mod workload;
 
@@ -45,9 +46,9 @@ pub use sts::StsConfig;
 pub use workload::{ParsedWorkload, WorkloadRuleKey};
 
 use crate::role::Roles;
-use crate::socket_endpoint::Endpoint;
 use crate::workload_rule::{AccountName, AccountState};
 use load::syntax_error;
+use tables::Tables;
 use toml_reader::{Diagnostics, Table};
 
 /// The trust domain of `awsvid dev`'s identities.
@@ -147,114 +148,38 @@ fn parse(
 /// Reads all tables. A value with an error is replaced by its default or left out, so that the rest
 /// can be checked.
 fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolicy) -> Config {
-    let [
-        listen_table,
-        pods_table,
-        identity_table,
-        sts_table,
-        cache_table,
-        audit_table,
-        log_table,
-        requested_table,
-    ] = [
-        "listen",
-        "pods",
-        "identity",
-        "sts",
-        "cache",
-        "audit",
-        "log",
-        "requested_roles",
-    ]
-    .map(|name| root.table(name));
-    let pods = pods::read(&pods_table);
-    let (listen, tcp_lines) = listen::read(&listen_table, &pods);
-    let (identity, by_rules) = identity::read(&identity_table, env);
-    let sts = sts::read(&sts_table);
-    let audit = audit::read(&audit_table);
-
+    let tables = Tables::of(root);
+    let pods = pods::read(&tables.pods);
+    let (listen, tcp_lines) = listen::read(&tables.listen, &pods);
+    let (identity, by_rules) = identity::read(&tables.identity, env);
+    let sts = sts::read(&tables.sts);
+    let audit = audit::read(&tables.audit);
     let defaults = role::Defaults {
         identity: &identity,
-        identity_table: &identity_table,
+        identity_table: &tables.identity,
         sts: &sts,
-        sts_table: &sts_table,
+        sts_table: &tables.sts,
     };
     let workloads = workload::read(root);
-    let requested = role::read_requested(&requested_table, &defaults);
-    let roles = role::read(root, &requested_table, &defaults);
+    let requested = role::read_requested(&tables.requested_roles, &defaults);
+    let roles = role::read(root, &tables.requested_roles, &defaults);
 
-    let audit_path = match &audit.file {
-        AuditFile::Path(path) => Some(path.as_path()),
-        AuditFile::Stdout => None,
-    };
-    let source = match &identity.workload_api_socket {
-        Endpoint::Unix(path) => Some(path.as_path()),
-        Endpoint::Tcp(_) => None,
-    };
-    let agent = match &identity.source {
-        Source::WorkloadApi => None,
-        Source::SpireDelegated { socket } => Some(("admin_socket", socket.as_path())),
-        Source::SpiffeBroker { socket, .. } => Some(("broker_socket", socket.as_path())),
-    };
-    let (agent_key, agent) = agent.map_or(("admin_socket", None), |(key, path)| (key, Some(path)));
-    let named: [cross_checks::PathSetting<'_>; 9] = [
-        (&identity_table, agent_key, agent),
-        (&identity_table, "workload_api_socket", source),
-        (&sts_table, "ca_file", sts.ca_file.as_deref()),
-        (&listen_table, "unix", listen.unix.as_deref()),
-        (&listen_table, "status", listen.status.as_deref()),
-        (&listen_table, "token_file", Some(&listen.token_file)),
-        (
-            &pods_table,
-            "handover_socket",
-            pods.handover_socket.as_deref(),
-        ),
-        (&pods_table, "netns_dir", Some(&pods.netns_dir)),
-        (&audit_table, "file", audit_path),
-    ];
-    if by_rules == Some(true) && root.missing("workload") {
-        root.error(
-            "workload",
-            "no caller has an identity, so every request would be rejected",
-            "add a [[workload]]",
-        );
-    }
-    if let (Some(false), Some(first)) = (by_rules, workloads.first()) {
-        let what = "the agent itself identifies callers, so the daemon never uses rules";
-        root.report.error(
-            &first.at(),
-            what,
-            "remove every [[workload]], or set source = \"workload-api\"",
-        );
-    }
-    if root.missing("role") && requested_table.missing("allow") {
-        root.error(
-            "role",
-            "no caller has a role, so every request would be rejected",
-            "add a [[role]]",
-        );
-    }
+    let paths = tables.paths((&listen, &pods), (&identity, &sts), &audit);
+    cross_checks::missing(root, &tables.requested_roles, by_rules, &workloads);
     if names == NamePolicy::OfServe {
         cross_checks::names_of_dev(root.report, &workloads, &roles);
     }
-    cross_checks::paths(root.report, &named);
+    cross_checks::paths(root.report, &paths);
     cross_checks::rules(root.report, &workloads);
     cross_checks::roles(root.report, &roles, requested.as_ref());
-    if sts.ca_file.is_some()
-        && roles
-            .iter()
-            .all(|defined| aws::is_aws(defined.role.sts.endpoint.as_deref()))
-    {
-        let what = "no role uses an STS endpoint of its own, and AWS's are trusted by the system's certificates alone";
-        sts_table.error("ca_file", what, "remove it, or set `endpoint`");
-    }
+    cross_checks::ca_file(&tables.sts, &sts, &roles);
     if by_rules == Some(true) {
         cross_checks::coverage(root.report, &workloads, &roles, requested.is_some());
     }
 
     Config {
-        cache: cache::read(&cache_table),
-        log: log::read(&log_table, env),
+        cache: cache::read(&tables.cache),
+        log: log::read(&tables.log, env),
         workloads,
         roles: Roles {
             defined: roles.into_iter().map(|defined| defined.role).collect(),

@@ -1,5 +1,6 @@
 //! `[log]`: the level and form of the log.
 
+use super::error::InvalidValue;
 use super::toml_reader::{Location, Table};
 
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
@@ -69,14 +70,14 @@ pub(super) fn read(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) -> L
 
 /// Parses a log filter. tracing reads a mistyped level as the name of a module, and then shows all
 /// of that module.
-fn level(text: &str) -> Result<String, String> {
+fn level(text: &str) -> Result<String, InvalidValue> {
     for part in text.split(',') {
         let level = part
             .rsplit_once('=')
             .map_or(part, |(_, level)| level)
             .trim();
         if !LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level)) {
-            return Err(format!("`{level}` is not a level"));
+            return Err(format!("`{level}` is not a level").into());
         }
     }
     tracing_subscriber::EnvFilter::try_new(text).map_err(|error| error.to_string())?;

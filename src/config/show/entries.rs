@@ -71,42 +71,19 @@ impl ConfigWriter<'_> {
             policy,
             policy_arns,
         } = role;
-        let StsTarget { region, endpoint } = sts;
         let entry = self.entry("role", index);
-        let origin = |key: &str, otherwise: &'static str| {
-            if entry.contains_key(key) {
-                ""
-            } else {
-                otherwise
-            }
-        };
-        let regions = if self.has("sts", "region") {
-            "from [sts] region"
-        } else {
-            DEFAULT
-        };
         self.table("[[role]]");
         self.line("name", name.as_str(), "");
         self.line("spiffe_id", spiffe_id.as_str(), "");
         self.line("role_arn", role_arn.as_str(), "");
-        self.line(
-            "audience",
-            audience.as_str(),
-            origin("audience", "from [identity] audience"),
-        );
-        self.line("duration", duration(*lasts), origin("duration", DEFAULT));
+        let origin = origin(&entry, "audience", "from [identity] audience");
+        self.line("audience", audience.as_str(), origin);
+        self.entry_key(&entry, "duration", duration(*lasts));
         match session_name {
             Some(name) => self.line("session_name", name.as_str(), ""),
             None => self.unset("session_name", "default: from the SPIFFE ID"),
         }
-        self.line("region", region.as_str(), origin("region", regions));
-        if let Some(endpoint) = endpoint {
-            self.line(
-                "sts_endpoint",
-                endpoint.as_str(),
-                origin("sts_endpoint", "from [sts] endpoint"),
-            );
-        }
+        self.sts_target(&entry, sts);
         if let Some(policy) = policy {
             self.line("policy", policy.as_str(), "");
         }
@@ -117,11 +94,25 @@ impl ConfigWriter<'_> {
             .get("allow_shared_audience")
             .and_then(Value::as_bool)
             .unwrap_or_default();
-        self.line(
-            "allow_shared_audience",
-            shared,
-            origin("allow_shared_audience", DEFAULT),
-        );
+        self.entry_key(&entry, "allow_shared_audience", shared);
+    }
+
+    fn sts_target(&mut self, entry: &toml::Table, StsTarget { region, endpoint }: &StsTarget) {
+        let default = if self.has("sts", "region") {
+            "from [sts] region"
+        } else {
+            DEFAULT
+        };
+        self.line("region", region.as_str(), origin(entry, "region", default));
+        if let Some(endpoint) = endpoint {
+            let origin = origin(entry, "sts_endpoint", "from [sts] endpoint");
+            self.line("sts_endpoint", endpoint.as_str(), origin);
+        }
+    }
+
+    /// Writes a key of a list's table, marked if it is a default.
+    fn entry_key(&mut self, entry: &toml::Table, key: &str, value: impl Into<Value>) {
+        self.line(key, value, origin(entry, key, DEFAULT));
     }
 
     /// Returns one of the tables of this name from the file.
@@ -132,5 +123,14 @@ impl ConfigWriter<'_> {
             .and_then(|list| list.get(index))
             .and_then(Value::as_table);
         entry.cloned().unwrap_or_default()
+    }
+}
+
+/// Returns the mark of a key: none if `entry` has it, else `otherwise`.
+fn origin(entry: &toml::Table, key: &str, otherwise: &'static str) -> &'static str {
+    if entry.contains_key(key) {
+        ""
+    } else {
+        otherwise
     }
 }
