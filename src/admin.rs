@@ -35,7 +35,7 @@ use crate::upstream_status::UpstreamReport;
 
 mod format;
 
-use format::{MetricsFormat, Rendered};
+use format::{MetricsFormat, RenderedMetrics};
 
 /// Maximum time for a complete head. A probe sends it with its connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(1);
@@ -136,7 +136,7 @@ pub struct Admin {
     remote: FairSemaphore<IpAddr>,
     local: FairSemaphore<IpAddr>,
     /// The metrics of the latest rendering, for which concurrent scrapes wait.
-    rendered: tokio::sync::Mutex<Option<(Instant, Rendered)>>,
+    rendered: tokio::sync::Mutex<Option<(Instant, RenderedMetrics)>>,
 }
 
 #[derive(Serialize)]
@@ -260,10 +260,10 @@ impl Admin {
         }
     }
 
-    fn render(&self) -> Rendered {
+    fn render(&self) -> RenderedMetrics {
         self.cache.update_gauges();
         let Exposition { openmetrics, text } = self.metrics.exposition();
-        Rendered {
+        RenderedMetrics {
             openmetrics: openmetrics.into(),
             text: text.into(),
         }
@@ -271,7 +271,7 @@ impl Admin {
 
     /// Returns metrics that are at most [`RENDER_INTERVAL`] old. A rendering visits each cache
     /// entry.
-    async fn rendered(&self) -> Rendered {
+    async fn rendered(&self) -> RenderedMetrics {
         let mut rendered = self.rendered.lock().await;
         if let Some((at, latest)) = &*rendered
             && at.elapsed() < RENDER_INTERVAL

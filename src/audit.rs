@@ -28,7 +28,7 @@ mod line;
 mod record;
 mod sink;
 
-use aggregate::{RecordAggregator, SWEEP};
+use aggregate::{RecordAggregator, SWEEP_INTERVAL};
 use sink::Sink;
 
 pub use crate::telemetry::RequestId;
@@ -209,7 +209,7 @@ impl Audit {
         let audit = Arc::downgrade(self);
         runtime.spawn(async move {
             loop {
-                sleep(SWEEP).await;
+                sleep(SWEEP_INTERVAL).await;
                 let Some(audit) = audit.upgrade() else { return };
                 let (lines, done) = aggregator(&audit).sweep(Some(Instant::now()));
                 audit.put(lines);

@@ -4,7 +4,7 @@
 //! secrets.
 
 pub mod check;
-pub mod configuration;
+pub mod config;
 pub mod credential_process;
 pub mod exec;
 mod http_client;
@@ -14,7 +14,7 @@ mod node;
 mod output;
 pub mod probe;
 pub mod status;
-mod style;
+mod terminal_style;
 pub mod trust_policy;
 mod trusted_socket;
 

@@ -4,46 +4,51 @@
 //! `AWSVID_CONFIG` names the file, `AWSVID_LOG` overrides `[log] level`, and
 //! `SPIFFE_ENDPOINT_SOCKET` and `SPIFFE_BROKER_SOCKET` stand in for keys of `[identity]`.
 
+mod audit;
 mod aws;
+mod cache;
 mod cross_checks;
 mod digest;
 mod error;
-mod explain;
 mod exposure;
 mod identity;
 mod keys;
 mod listen;
+mod load;
+mod log;
 mod manual;
-mod output;
 mod pods;
 mod role;
+mod show;
 mod sts;
+mod tables;
 mod toml_reader;
 mod workload;
 
 use std::collections::BTreeMap;
-use std::fs::{File, Metadata};
-use std::io::{self, Read};
-use std::path::Path;
-use std::time::Duration;
 
 use toml::de::DeTable;
 
+pub use audit::{AuditConfig, AuditFile};
 pub(crate) use aws::is_aws as is_aws_sts;
+pub use cache::CacheConfig;
 pub use digest::ConfigDigest;
 pub use error::{ConfigErrors, Problem};
+pub use exposure::Exposure;
 pub(crate) use exposure::exposures;
 pub use identity::{IdentityConfig, Reference, Source};
 pub use listen::{AuthorizationMode, FIRST_UNPRIVILEGED_PORT, Listen};
+pub use load::LoadedConfig;
+pub use log::{LogConfig, LogFormat};
 pub use manual::manual_page;
-pub use output::{AuditConfig, AuditFile, LogConfig, LogFormat};
 pub use pods::PodsConfig;
 pub use sts::StsConfig;
 pub use workload::{ParsedWorkload, WorkloadRuleKey};
 
 use crate::role::Roles;
-use crate::socket_endpoint::Endpoint;
 use crate::workload_rule::{AccountName, AccountState};
+use load::syntax_error;
+use tables::Tables;
 use toml_reader::{Diagnostics, Table};
 
 /// The trust domain of `awsvid dev`'s identities.
@@ -71,107 +76,7 @@ pub struct Config {
     pub digest: ConfigDigest,
 }
 
-/// The table `[cache]` of the file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CacheConfig {
-    /// Maximum number of entries at the same time.
-    pub max_entries: usize,
-    /// Time for which awsvid serves cached credentials after STS has rejected their refresh.
-    pub revocation_grace: Duration,
-}
-
-impl Default for CacheConfig {
-    fn default() -> Self {
-        Self {
-            max_entries: 10_000,
-            revocation_grace: Duration::from_secs(300),
-        }
-    }
-}
-
-/// A configuration without errors.
-#[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "the type of the field is documented")]
-pub struct Loaded {
-    pub config: Config,
-    /// Warnings, by line: settings that are allowed and risky.
-    pub warnings: Vec<Problem>,
-}
-
-/// The severity of a configuration that another user than root or the process's own could change
-/// (T38).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names of the variants are the severities")]
-pub enum Exposure {
-    Refused,
-    Warned,
-    /// The owner and mode are not checked.
-    Ignored,
-}
-
-impl Exposure {
-    /// Returns the severity for a command. For root it is that of `serve`. Another user may
-    /// validate a file before its installation.
-    pub fn of_command() -> Self {
-        if nix::unistd::geteuid().is_root() {
-            Self::Refused
-        } else {
-            Self::Warned
-        }
-    }
-}
-
 impl Config {
-    /// Reads the file. `env` returns environment variables. Users and groups are not resolved.
-    ///
-    /// A syntax error is reported alone. All other errors are reported together.
-    pub fn load(
-        path: &Path,
-        exposure: Exposure,
-        env: impl Fn(&str) -> Option<String>,
-    ) -> Result<Loaded, ConfigErrors> {
-        let failed = |problems| ConfigErrors {
-            path: path.to_owned(),
-            problems,
-        };
-        let (bytes, file) = read_file(path).map_err(|problem| failed(vec![problem]))?;
-        let exposed = match exposure {
-            Exposure::Ignored => Vec::new(),
-            Exposure::Refused | Exposure::Warned => exposures(path, &file, "configuration"),
-        };
-        let loaded = Self::parse_bytes(bytes, &env);
-        match (loaded, exposure) {
-            (Ok(mut loaded), Exposure::Warned) => {
-                loaded.warnings.extend(exposed);
-                Ok(loaded)
-            }
-            (Ok(loaded), _) if exposed.is_empty() => Ok(loaded),
-            (Ok(_), _) => Err(failed(exposed)),
-            (Err(mut problems), _) => {
-                problems.extend(exposed);
-                Err(failed(problems))
-            }
-        }
-    }
-
-    /// Parses the content of a file, as [`Config::parse`] does its text.
-    pub fn parse_bytes(
-        bytes: Vec<u8>,
-        env: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<Loaded, Vec<Problem>> {
-        Self::parse(&utf8(bytes).map_err(|problem| vec![problem])?, env)
-    }
-
-    /// Returns the problem for a file, or standard input, that cannot be read.
-    pub fn unreadable(error: &io::Error) -> Problem {
-        Problem {
-            line: None,
-            key: String::new(),
-            what: format!("the file cannot be read: {error}"),
-            fix: "name a file with --config or AWSVID_CONFIG".to_owned(),
-        }
-    }
-
     /// Returns warnings for rules that match no caller because of an earlier rule. `number` returns
     /// the numbers of users and groups on this node. A rule that is shadowed without them is an
     /// error already.
@@ -200,33 +105,12 @@ impl Config {
         lines
     }
 
-    /// Reads the part of the file that a caller of the daemon needs: `[listen]`, and the region if
-    /// it is valid.
-    ///
-    /// A caller cannot correct the rest of the file, and may know fewer users than the daemon. Each
-    /// error in `[listen]` counts, because a default could be the address of another daemon.
-    pub fn load_for_callers(path: &Path) -> Result<(Listen, Option<String>), ConfigErrors> {
-        let failed = |problems| ConfigErrors {
-            path: path.to_owned(),
-            problems,
-        };
-        let (bytes, _) = read_file(path).map_err(|problem| failed(vec![problem]))?;
-        let text = utf8(bytes).map_err(|problem| failed(vec![problem]))?;
-        let entries = DeTable::parse(&text)
-            .map_err(|error| failed(vec![syntax_error(&text, &error)]))?
-            .into_inner();
-        let rest = Diagnostics::new(&text);
-        let region = sts::read(&rest.root(&entries).table("sts")).region;
-        let pods = pods::read(&rest.root(&entries).table("pods"));
-        let report = Diagnostics::new(&text);
-        let (listen, _) = listen::read(&report.root(&entries).table("listen"), &pods);
-        report.finish_table("listen", &entries).map_err(failed)?;
-        Ok((listen, region))
-    }
-
     /// Parses a configuration. An error has at least one problem, and they are in the order of
     /// their lines. The names of `awsvid dev` are errors: its identities and role are for trials.
-    pub fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, Vec<Problem>> {
+    pub fn parse(
+        text: &str,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<LoadedConfig, Vec<Problem>> {
         parse(text, env, NamePolicy::OfServe)
     }
 
@@ -234,7 +118,7 @@ impl Config {
     pub fn parse_for_dev(
         text: &str,
         env: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<Loaded, Vec<Problem>> {
+    ) -> Result<LoadedConfig, Vec<Problem>> {
         parse(text, env, NamePolicy::OfDev)
     }
 }
@@ -250,7 +134,7 @@ fn parse(
     text: &str,
     env: &dyn Fn(&str) -> Option<String>,
     names: NamePolicy,
-) -> Result<Loaded, Vec<Problem>> {
+) -> Result<LoadedConfig, Vec<Problem>> {
     let entries = DeTable::parse(text)
         .map_err(|error| vec![syntax_error(text, &error)])?
         .into_inner();
@@ -258,120 +142,44 @@ fn parse(
     let mut config = read(&report.root(&entries), env, names);
     config.digest = ConfigDigest::of(text);
     let warnings = report.finish(&entries)?;
-    Ok(Loaded { config, warnings })
+    Ok(LoadedConfig { config, warnings })
 }
 
 /// Reads all tables. A value with an error is replaced by its default or left out, so that the rest
 /// can be checked.
 fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolicy) -> Config {
-    let [
-        listen_table,
-        pods_table,
-        identity_table,
-        sts_table,
-        cache_table,
-        audit_table,
-        log_table,
-        requested_table,
-    ] = [
-        "listen",
-        "pods",
-        "identity",
-        "sts",
-        "cache",
-        "audit",
-        "log",
-        "requested_roles",
-    ]
-    .map(|name| root.table(name));
-    let pods = pods::read(&pods_table);
-    let (listen, tcp_lines) = listen::read(&listen_table, &pods);
-    let (identity, by_rules) = identity::read(&identity_table, env);
-    let sts = sts::read(&sts_table);
-    let audit = output::read_audit(&audit_table);
-
+    let tables = Tables::of(root);
+    let pods = pods::read(&tables.pods);
+    let (listen, tcp_lines) = listen::read(&tables.listen, &pods);
+    let (identity, by_rules) = identity::read(&tables.identity, env);
+    let sts = sts::read(&tables.sts);
+    let audit = audit::read(&tables.audit);
     let defaults = role::Defaults {
         identity: &identity,
-        identity_table: &identity_table,
+        identity_table: &tables.identity,
         sts: &sts,
-        sts_table: &sts_table,
+        sts_table: &tables.sts,
     };
     let workloads = workload::read(root);
-    let requested = role::read_requested(&requested_table, &defaults);
-    let roles = role::read(root, &requested_table, &defaults);
+    let requested = role::read_requested(&tables.requested_roles, &defaults);
+    let roles = role::read(root, &tables.requested_roles, &defaults);
 
-    let audit_path = match &audit.file {
-        AuditFile::Path(path) => Some(path.as_path()),
-        AuditFile::Stdout => None,
-    };
-    let source = match &identity.workload_api_socket {
-        Endpoint::Unix(path) => Some(path.as_path()),
-        Endpoint::Tcp(_) => None,
-    };
-    let agent = match &identity.source {
-        Source::WorkloadApi => None,
-        Source::SpireDelegated { socket } => Some(("admin_socket", socket.as_path())),
-        Source::SpiffeBroker { socket, .. } => Some(("broker_socket", socket.as_path())),
-    };
-    let (agent_key, agent) = agent.map_or(("admin_socket", None), |(key, path)| (key, Some(path)));
-    let named: [cross_checks::PathSetting<'_>; 9] = [
-        (&identity_table, agent_key, agent),
-        (&identity_table, "workload_api_socket", source),
-        (&sts_table, "ca_file", sts.ca_file.as_deref()),
-        (&listen_table, "unix", listen.unix.as_deref()),
-        (&listen_table, "status", listen.status.as_deref()),
-        (&listen_table, "token_file", Some(&listen.token_file)),
-        (
-            &pods_table,
-            "handover_socket",
-            pods.handover_socket.as_deref(),
-        ),
-        (&pods_table, "netns_dir", Some(&pods.netns_dir)),
-        (&audit_table, "file", audit_path),
-    ];
-    if by_rules == Some(true) && root.missing("workload") {
-        root.error(
-            "workload",
-            "no caller has an identity, so every request would be rejected",
-            "add a [[workload]]",
-        );
-    }
-    if let (Some(false), Some(first)) = (by_rules, workloads.first()) {
-        let what = "the agent itself identifies callers, so the daemon never uses rules";
-        root.report.error(
-            &first.at(),
-            what,
-            "remove every [[workload]], or set source = \"workload-api\"",
-        );
-    }
-    if root.missing("role") && requested_table.missing("allow") {
-        root.error(
-            "role",
-            "no caller has a role, so every request would be rejected",
-            "add a [[role]]",
-        );
-    }
+    let paths = tables.paths((&listen, &pods), (&identity, &sts), &audit);
+    cross_checks::missing(root, &tables.requested_roles, by_rules, &workloads);
     if names == NamePolicy::OfServe {
         cross_checks::names_of_dev(root.report, &workloads, &roles);
     }
-    cross_checks::paths(root.report, &named);
+    cross_checks::paths(root.report, &paths);
     cross_checks::rules(root.report, &workloads);
     cross_checks::roles(root.report, &roles, requested.as_ref());
-    if sts.ca_file.is_some()
-        && roles
-            .iter()
-            .all(|defined| aws::is_aws(defined.role.sts.endpoint.as_deref()))
-    {
-        let what = "no role uses an STS endpoint of its own, and AWS's are trusted by the system's certificates alone";
-        sts_table.error("ca_file", what, "remove it, or set `endpoint`");
-    }
+    cross_checks::ca_file(&tables.sts, &sts, &roles);
     if by_rules == Some(true) {
         cross_checks::coverage(root.report, &workloads, &roles, requested.is_some());
     }
 
     Config {
-        cache: read_cache(&cache_table),
-        log: output::read_log(&log_table, env),
+        cache: cache::read(&tables.cache),
+        log: log::read(&tables.log, env),
         workloads,
         roles: Roles {
             defined: roles.into_iter().map(|defined| defined.role).collect(),
@@ -385,63 +193,6 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         tcp_lines,
         digest: ConfigDigest::default(),
     }
-}
-
-fn read_cache(table: &Table<'_>) -> CacheConfig {
-    let default = CacheConfig::default();
-    let grace = Duration::ZERO..=Duration::from_secs(12 * 3600);
-    CacheConfig {
-        max_entries: table
-            .number("max_entries", 1..=1_000_000)
-            .unwrap_or(default.max_entries),
-        revocation_grace: table
-            .duration("revocation_grace", grace)
-            .unwrap_or(default.revocation_grace),
-    }
-}
-
-fn syntax_error(text: &str, error: &toml::de::Error) -> Problem {
-    let span = error.span().unwrap_or(text.len()..text.len());
-    let before = text.get(..span.start).unwrap_or(text);
-    let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
-    let found = text
-        .get(span.clone())
-        .filter(|found| (1..=40).contains(&found.len()) && !found.contains('\n'));
-    let found = found
-        .map(|found| format!(" at `{found}`"))
-        .unwrap_or_default();
-    Problem {
-        line: Some(toml_reader::line_at(text, span.start)),
-        key: String::new(),
-        what: format!(
-            "this is not TOML: {}{found} (column {column})",
-            error.message()
-        ),
-        fix: "correct it; the rest of the file is checked after that".to_owned(),
-    }
-}
-
-/// Returns the content of the file, and the metadata of the file that was opened.
-fn read_file(path: &Path) -> Result<(Vec<u8>, Metadata), Problem> {
-    let read = || {
-        let mut file = File::open(path)?;
-        let (mut bytes, found) = (Vec::new(), file.metadata()?);
-        file.read_to_end(&mut bytes)?;
-        Ok((bytes, found))
-    };
-    read().map_err(|error: io::Error| Config::unreadable(&error))
-}
-
-fn utf8(bytes: Vec<u8>) -> Result<String, Problem> {
-    String::from_utf8(bytes).map_err(|error| {
-        let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-        Problem {
-            line: Some(valid.iter().filter(|byte| **byte == b'\n').count() + 1),
-            key: String::new(),
-            what: "this is not UTF-8".to_owned(),
-            fix: "save the file as UTF-8".to_owned(),
-        }
-    })
 }
 
 #[cfg(test)]

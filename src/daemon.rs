@@ -44,7 +44,7 @@ pub fn serve(path: &Path) -> ExitCode {
             return ExitCode::from(EX_CONFIG);
         }
     };
-    let config::Loaded { config, warnings } = loaded;
+    let config::LoadedConfig { config, warnings } = loaded;
     let metrics = Metrics::default();
     let log = match telemetry::init(
         &config.log.level,

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use awsvid::commands::configuration::ConfigArgs;
+use awsvid::commands::config::ConfigArgs;
 use awsvid::commands::credential_process::CredentialProcess;
 use awsvid::commands::exec::Exec;
 use awsvid::commands::probe::Probe;

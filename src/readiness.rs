@@ -223,7 +223,7 @@ impl ProbedListeners {
     async fn probe_all(&mut self, token_file: &Path, own_probe: &OwnProbe) -> Option<&ProbeTarget> {
         self.unanswered.append(&mut self.unsupported);
         while let Some(listener) = self.unanswered.pop() {
-            match listener.answer(token_file, own_probe).await {
+            match listener.probe(token_file, own_probe).await {
                 Some(ProbeAnswer::Attested) => self.serves = true,
                 Some(ProbeAnswer::Absent) => {}
                 Some(ProbeAnswer::Unsupported) => self.unsupported.push(listener),
@@ -290,19 +290,21 @@ impl fmt::Display for ProbeTarget {
 
 impl ProbeTarget {
     /// Probes the listener. Returns `None` if it does not answer, or rejects for another reason.
-    async fn answer(&self, token_file: &Path, own_probe: &OwnProbe) -> Option<ProbeAnswer> {
+    async fn probe(&self, token_file: &Path, own_probe: &OwnProbe) -> Option<ProbeAnswer> {
         // The token is right also where any value is.
         let token = Zeroizing::new(std::fs::read_to_string(token_file).unwrap_or_default());
-        let probe = own_probe.request(&token);
-        let asked = timeout(ANSWER_TIMEOUT, async {
+        let request = own_probe.request(&token);
+        let reply = timeout(ANSWER_TIMEOUT, async {
             match self {
-                Self::Unix(path) => probe_listener(UnixStream::connect(path).await?, &probe).await,
+                Self::Unix(path) => {
+                    probe_listener(UnixStream::connect(path).await?, &request).await
+                }
                 Self::Tcp(address) => {
-                    probe_listener(TcpStream::connect(address).await?, &probe).await
+                    probe_listener(TcpStream::connect(address).await?, &request).await
                 }
             }
         });
-        match asked.await {
+        match reply.await {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => {
                 let absent = matches!(
@@ -323,20 +325,20 @@ impl ProbeTarget {
 /// 403 shows that it does not.
 async fn probe_listener<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
-    probe: &str,
+    request: &str,
 ) -> io::Result<Option<ProbeAnswer>> {
-    stream.write_all(probe.as_bytes()).await?;
-    let mut answer = Vec::new();
+    stream.write_all(request.as_bytes()).await?;
+    let mut reply = Vec::new();
     stream
         .take(MAX_ANSWER_BYTES)
-        .read_to_end(&mut answer)
+        .read_to_end(&mut reply)
         .await?;
-    Ok(judge(&answer))
+    Ok(classify_reply(&reply))
 }
 
-fn judge(answer: &[u8]) -> Option<ProbeAnswer> {
-    let end = answer.windows(4).position(|four| four == b"\r\n\r\n")?;
-    let (head, body) = answer.split_at(end + 4);
+fn classify_reply(reply: &[u8]) -> Option<ProbeAnswer> {
+    let end = reply.windows(4).position(|four| four == b"\r\n\r\n")?;
+    let (head, body) = reply.split_at(end + 4);
     if head.starts_with(b"HTTP/1.1 404 ") {
         return Some(ProbeAnswer::Attested);
     }

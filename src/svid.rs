@@ -121,6 +121,9 @@ pub enum SourceError {
         "the name service of this node has not given the number of a user or group that a [[workload]] rule names; retry"
     )]
     UnknownAccount,
+    /// The query panicked. The cause is a defect of awsvid, and not the state of the source.
+    #[error("query ended by an internal error; see the panic in awsvid's log")]
+    Panicked,
     /// The source returned a token that must not be used.
     #[error("the identity source gave a token that cannot be used: {0}")]
     BadToken(#[from] BadToken),
@@ -140,10 +143,15 @@ impl SourceError {
 
     /// Returns whether the error concerns all callers, and not one of them.
     pub fn is_outage(&self) -> bool {
-        matches!(
-            self,
-            Self::Unavailable(_) | Self::Misconfigured(_) | Self::Busy
-        )
+        match self {
+            Self::Unavailable(_) | Self::Misconfigured(_) | Self::Busy => true,
+            Self::Denied(_)
+            | Self::Caller(_)
+            | Self::Reloaded
+            | Self::UnknownAccount
+            | Self::Panicked
+            | Self::BadToken(_) => false,
+        }
     }
 
     /// Returns an error of each kind but [`SourceError::Caller`], for their labels.
@@ -156,6 +164,7 @@ impl SourceError {
             Self::Busy,
             Self::Reloaded,
             Self::UnknownAccount,
+            Self::Panicked,
             Self::BadToken(BadToken::Expiring(text())),
             Self::BadToken(BadToken::Wrong(text())),
         ]
@@ -168,7 +177,8 @@ impl SourceError {
             | Self::Caller(_)
             | Self::Busy
             | Self::Reloaded
-            | Self::UnknownAccount => true,
+            | Self::UnknownAccount
+            | Self::Panicked => true,
             // While their server is down, agents reply from their cache until the second that the
             // token expires.
             Self::BadToken(bad) => matches!(bad, BadToken::Expiring(_)),
@@ -182,10 +192,11 @@ impl SourceError {
             Self::Denied(_) => "source_denied",
             Self::Unavailable(_) => "source_unavailable",
             Self::Misconfigured(_) => "source_misconfigured",
-            Self::Caller(refusal) => refusal.reason(),
+            Self::Caller(error) => error.reason(),
             Self::Busy => "source_busy",
             Self::Reloaded => "reloaded",
             Self::UnknownAccount => "unknown_account",
+            Self::Panicked => "internal_error",
             Self::BadToken(_) => "bad_token",
         }
     }

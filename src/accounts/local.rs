@@ -31,16 +31,16 @@ struct LocalNames {
 type FileVersion = (u64, u64, u64, (i64, i64));
 
 impl LocalAccounts {
-    /// Reads the files, unless they are the same as those of `known`. Blocks.
-    pub fn read(known: &Arc<Self>) -> Arc<Self> {
+    /// Reads the files, unless they are the same as those of `previous`. Blocks.
+    pub fn read(previous: &Arc<Self>) -> Arc<Self> {
         let version = |path: &str| {
             fs::metadata(path)
                 .map(|found| version(&found))
                 .unwrap_or_default()
         };
         let versions = [PASSWD, GROUP].map(version);
-        if known.versions == Some(versions) {
-            return known.clone();
+        if previous.versions == Some(versions) {
+            return previous.clone();
         }
         let read = |path: &str| LocalNames::parse(&fs::read(Path::new(path)).unwrap_or_default());
         Arc::new(Self {

@@ -1,4 +1,4 @@
-//! Evaluation of rules with the account numbers of the moment.
+//! Evaluation of rules with the account IDs of the moment.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ pub struct LiveRules {
 
 #[derive(Debug)]
 struct CurrentRules {
-    numbers: Arc<AccountIds>,
+    ids: Arc<AccountIds>,
     resolved: Resolved,
 }
 
@@ -40,12 +40,12 @@ pub enum IdentifyError {
 }
 
 impl LiveRules {
-    /// Creates the rules, with the numbers of `accounts`, which has to follow the names in them.
+    /// Creates the rules, with the IDs of `accounts`, which has to follow the names in them.
     pub fn new(rules: impl Into<Arc<[NamedRule]>>, accounts: &Accounts) -> Self {
         let rules: Arc<[NamedRule]> = rules.into();
         let has_names = rules.iter().any(|rule| rule.names().next().is_some());
-        let numbers = accounts.numbers();
-        let current = ArcSwap::from_pointee(CurrentRules::new(&rules, numbers));
+        let ids = accounts.ids();
+        let current = ArcSwap::from_pointee(CurrentRules::new(&rules, ids));
         Self {
             rules,
             accounts: has_names.then(|| accounts.clone()),
@@ -61,7 +61,7 @@ impl LiveRules {
         let request_time = Instant::now();
         let mut was_looked_up = false;
         loop {
-            let names = match self.decide(caller, request_time) {
+            let names = match self.evaluate(caller, request_time) {
                 RulesOutcome::Decided(decided) => return decided,
                 RulesOutcome::NeedsFile(file) => {
                     // A file system that hangs delays only callers that its rule may match.
@@ -90,10 +90,10 @@ impl LiveRules {
         }
     }
 
-    fn decide(&self, caller: &Caller, request_time: Instant) -> RulesOutcome {
+    fn evaluate(&self, caller: &Caller, request_time: Instant) -> RulesOutcome {
         let current = self.current();
         let decision = current.resolved.decide(caller, request_time);
-        let is_other = |name: &AccountName, id| current.numbers.is_other(name, id);
+        let is_other = |name: &AccountName, id| current.ids.is_other(name, id);
         let missing = match current
             .resolved
             .missing(caller, &decision, is_other, request_time)
@@ -129,7 +129,7 @@ impl LiveRules {
         let current = self.current();
         current
             .resolved
-            .facts_needed(caller, |name, id| current.numbers.is_other(name, id))
+            .facts_needed(caller, |name, id| current.ids.is_other(name, id))
     }
 
     /// Returns the rules for this SPIFFE ID, as they are written.
@@ -157,17 +157,17 @@ impl LiveRules {
         let Some(accounts) = &self.accounts else {
             return current;
         };
-        let numbers = accounts.numbers();
-        if Arc::ptr_eq(&current.numbers, &numbers) {
+        let ids = accounts.ids();
+        if Arc::ptr_eq(&current.ids, &ids) {
             return current;
         }
-        let newer = Arc::new(CurrentRules::new(&self.rules, numbers));
+        let newer = Arc::new(CurrentRules::new(&self.rules, ids));
         self.current.store(newer.clone());
         newer
     }
 }
 
-/// Result of the rules for a caller, with the numbers of one moment.
+/// Result of the rules for a caller, with the IDs of one moment.
 enum RulesOutcome {
     Decided(Result<Option<SpiffeId>, IdentifyError>),
     /// The result depends on the current state of this file.
@@ -179,9 +179,9 @@ enum RulesOutcome {
 }
 
 impl CurrentRules {
-    fn new(rules: &[NamedRule], numbers: Arc<AccountIds>) -> Self {
-        let resolved = Resolved::new(rules, |name| numbers.get(name));
-        Self { numbers, resolved }
+    fn new(rules: &[NamedRule], ids: Arc<AccountIds>) -> Self {
+        let resolved = Resolved::new(rules, |name| ids.get(name));
+        Self { ids, resolved }
     }
 }
 
@@ -189,12 +189,12 @@ impl CurrentRules {
 impl<T: IntoIterator<Item = WorkloadRule>> From<T> for LiveRules {
     fn from(rules: T) -> Self {
         let rules: Arc<[NamedRule]> = rules.into_iter().map(NamedRule::from).collect();
-        let numbers = Arc::<AccountIds>::default();
+        let ids = Arc::<AccountIds>::default();
         let resolved = Resolved::new(&rules, |_| AccountState::Unanswered);
         Self {
             rules,
             accounts: None,
-            current: ArcSwap::from_pointee(CurrentRules { numbers, resolved }),
+            current: ArcSwap::from_pointee(CurrentRules { ids, resolved }),
         }
     }
 }

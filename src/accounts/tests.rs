@@ -1,6 +1,10 @@
 use std::collections::BTreeSet;
 use std::sync::Condvar;
 
+use nix::errno::Errno;
+
+use super::entry::{ABSENT_GRACE, RECHECK_INTERVAL};
+use super::lookup::MAX_LOOKUPS;
 use super::*;
 use crate::caller::unchanged::unchanged;
 use crate::caller::{Caller, ListenerKind};
@@ -47,7 +51,7 @@ impl FakeNameService {
 }
 
 impl NameService for Arc<FakeNameService> {
-    fn number(&self, name: &AccountName) -> nix::Result<Option<u32>> {
+    fn id(&self, name: &AccountName) -> nix::Result<Option<u32>> {
         self.lookups.lock().unwrap().push(name.as_str().to_owned());
         let hanging = self.hanging.lock().unwrap();
         drop(
@@ -63,11 +67,11 @@ impl NameService for Arc<FakeNameService> {
             .unwrap_or(Ok(None))
     }
 
-    fn name(&self, _: &AccountName, number: u32) -> nix::Result<Option<String>> {
+    fn name(&self, _: &AccountName, id: u32) -> nix::Result<Option<String>> {
         let answers = self.answers.lock().unwrap();
         Ok(answers
             .iter()
-            .find(|(_, answer)| **answer == Ok(Some(number)))
+            .find(|(_, answer)| **answer == Ok(Some(id)))
             .map(|(name, _)| name.clone()))
     }
 
@@ -86,21 +90,20 @@ fn names(names: &[&str]) -> BTreeMap<AccountName, Vec<usize>> {
 
 const WAIT: Duration = Duration::from_secs(3);
 
-async fn following(service: &Arc<FakeNameService>, wanted: &[&str]) -> Accounts {
+async fn accounts_of(service: &Arc<FakeNameService>, added: &[&str]) -> Accounts {
     let accounts = Accounts::new(service.clone(), Metrics::default());
-    accounts.add(names(wanted), WAIT).await;
+    accounts.add(names(added), WAIT).await;
     accounts
 }
 
 fn state_of(accounts: &Accounts, name: &str) -> AccountState {
-    accounts.numbers().get(&user(name))
+    accounts.ids().get(&user(name))
 }
 
 /// Waits until `name` has this state. The test's clock advances while nothing else happens.
 async fn await_state(accounts: &Accounts, name: &str, expected: AccountState) {
-    let mut numbers = accounts.0.numbers.subscribe();
-    numbers
-        .wait_for(|numbers| numbers.get(&user(name)) == expected)
+    let mut ids = accounts.0.ids.subscribe();
+    ids.wait_for(|ids| ids.get(&user(name)) == expected)
         .await
         .unwrap();
 }
@@ -108,7 +111,7 @@ async fn await_state(accounts: &Accounts, name: &str, expected: AccountState) {
 #[tokio::test(start_paused = true)]
 async fn lookup_finds_a_user_created_later() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001))), ("away", Err(Errno::EIO))]);
-    let accounts = following(&service, &["alice", "away", "late"]).await;
+    let accounts = accounts_of(&service, &["alice", "away", "late"]).await;
     assert_eq!(state_of(&accounts, "alice"), AccountState::Number(1001));
     assert_eq!(
         (state_of(&accounts, "away"), state_of(&accounts, "late")),
@@ -134,7 +137,7 @@ async fn lookup_finds_a_user_created_later() {
 async fn lookup_backs_off_for_a_missing_user() {
     let service = FakeNameService::with(&[]);
     let start = Instant::now();
-    let accounts = following(&service, &["late"]).await;
+    let accounts = accounts_of(&service, &["late"]).await;
     tokio::time::sleep(Duration::from_secs(3600)).await;
     let hour = service.count("late");
     assert!((55..=75).contains(&hour), "{hour} lookups in an hour");
@@ -151,7 +154,7 @@ async fn lookup_backs_off_for_a_missing_user() {
 #[tokio::test(start_paused = true)]
 async fn lookup_follows_a_changed_number_and_a_successor() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001)))]);
-    let accounts = following(&service, &["alice"]).await;
+    let accounts = accounts_of(&service, &["alice"]).await;
     service.set("alice", Ok(Some(2001)));
     await_state(&accounts, "alice", AccountState::Number(2001)).await;
     // The user is deleted, and another one gets its number.
@@ -169,7 +172,7 @@ async fn lookup_follows_a_changed_number_and_a_successor() {
 #[tokio::test(start_paused = true)]
 async fn number_survives_failures_and_restarts_of_the_name_service() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001)))]);
-    let accounts = following(&service, &["alice"]).await;
+    let accounts = accounts_of(&service, &["alice"]).await;
     service.set("alice", Err(Errno::ECONNREFUSED));
     tokio::time::sleep(Duration::from_secs(7200)).await;
     assert_eq!(state_of(&accounts, "alice"), AccountState::Number(1001));
@@ -209,7 +212,7 @@ async fn hanging_lookup_does_not_delay_others() {
 #[tokio::test(start_paused = true)]
 async fn numbers_survive_another_configuration() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001))), ("bob", Ok(Some(1002)))]);
-    let accounts = following(&service, &["alice"]).await;
+    let accounts = accounts_of(&service, &["alice"]).await;
     service.set("alice", Err(Errno::EIO));
     accounts.add(names(&["bob"]), WAIT).await;
     assert_eq!(
@@ -248,7 +251,7 @@ fn rule(path: &str, name: Option<&str>) -> NamedRule {
 
 /// Returns rules for two users, and for all others in the unit.
 async fn rules(service: &Arc<FakeNameService>) -> LiveRules {
-    let accounts = following(service, &["alice", "away"]).await;
+    let accounts = accounts_of(service, &["alice", "away"]).await;
     LiveRules::new(
         vec![
             rule("alice", Some("alice")),
@@ -297,7 +300,7 @@ async fn missing_user_does_not_block_a_later_rule() {
 #[tokio::test(start_paused = true)]
 async fn new_user_is_found_by_its_first_request() {
     let service = FakeNameService::with(&[]);
-    let accounts = following(&service, &["new"]).await;
+    let accounts = accounts_of(&service, &["new"]).await;
     let rules = LiveRules::new(vec![rule("new", Some("new"))], &accounts);
     // Without requests it is resolved only every minute by then.
     tokio::time::sleep(Duration::from_secs(3600)).await;

@@ -11,7 +11,7 @@ const OPENMETRICS: &str = "application/openmetrics-text";
 
 /// The metrics in both formats, shared by all scrapes of a second.
 #[derive(Debug, Clone)]
-pub(super) struct Rendered {
+pub(super) struct RenderedMetrics {
     pub(super) openmetrics: Bytes,
     pub(super) text: Bytes,
 }
@@ -49,7 +49,7 @@ impl MetricsFormat {
         }
     }
 
-    pub(super) fn reply(self, rendered: &Rendered) -> Response<Full<Bytes>> {
+    pub(super) fn reply(self, rendered: &RenderedMetrics) -> Response<Full<Bytes>> {
         let (kind, body) = match self {
             Self::OpenMetrics => (
                 "application/openmetrics-text; version=1.0.0; charset=utf-8",

@@ -5,17 +5,17 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
 /// Interval between attempts, unless a request needs the result.
-const INTERVAL: Duration = Duration::from_secs(5);
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// Minimum interval between two attempts.
-const PAUSE: Duration = Duration::from_secs(1);
+const MIN_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Waits for the next attempt: until `needed` returns, or for the interval.
 pub(super) async fn until_needed(needed: impl Future<Output = ()>) {
     // A timeout and a need both mean: try it.
-    let _ = timeout(INTERVAL, needed).await;
+    let _ = timeout(RETRY_INTERVAL, needed).await;
 }
 
 /// Waits after an attempt that failed.
 pub(super) async fn pause() {
-    sleep(PAUSE).await;
+    sleep(MIN_RETRY_INTERVAL).await;
 }

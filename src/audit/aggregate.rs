@@ -12,19 +12,19 @@ use crate::audit::CacheResult;
 use crate::caller::{ListenerKind, WorkloadKey};
 use crate::writer::{Line, Priority};
 
-/// The requests of one kind and caller that have records of their own in each [`WINDOW`].
+/// The requests of one kind and caller that have records of their own in each [`COUNT_WINDOW`].
 const MAX_INDIVIDUAL: u64 = 10;
 /// The time in which requests of one kind are counted together.
-const WINDOW: Duration = Duration::from_secs(1);
+const COUNT_WINDOW: Duration = Duration::from_secs(1);
 /// The time between searches for windows that have ended.
-pub(super) const SWEEP: Duration = Duration::from_millis(500);
+pub(super) const SWEEP_INTERVAL: Duration = Duration::from_millis(500);
 /// The windows that are open at one time, one for each kind and caller. Further requests are
 /// counted by their caller, whatever their credentials.
 const MAX_KEYS: usize = 1024;
 /// The windows of those callers. Further requests are counted without a caller.
 const MAX_CALLERS: usize = 1024;
-/// The pairs of a caller and a key beyond [`MAX_KEYS`] whose first request in a [`WINDOW`] still
-/// has a record of its own.
+/// The pairs of a caller and a key beyond [`MAX_KEYS`] whose first request in a [`COUNT_WINDOW`]
+/// still /// has a record of its own.
 const MAX_FIRST: usize = 16_384;
 
 /// The kind and the caller of requests that are counted together.
@@ -105,7 +105,7 @@ impl RecordAggregator {
         emission.begin_sweep = !std::mem::replace(&mut state.swept, true);
         let owner = key.owner.clone();
         let window = state.windows.entry(key).or_insert_with(|| Window::new(now));
-        if now >= window.since + WINDOW {
+        if now >= window.since + COUNT_WINDOW {
             emission.before = std::mem::replace(window, Window::new(now)).summary(owner.clone());
         }
         window.count += 1;
@@ -120,7 +120,7 @@ impl RecordAggregator {
     /// and whether no window is left.
     pub(super) fn sweep(&self, now: Option<Instant>) -> (Vec<Line>, bool) {
         let mut state = self.state();
-        let is_over = |window: &Window| now.is_none_or(|now| now >= window.since + WINDOW);
+        let is_over = |window: &Window| now.is_none_or(|now| now >= window.since + COUNT_WINDOW);
         let over = state.windows.extract_if(|_, window| is_over(window));
         let lines = over
             .filter_map(|(key, window)| window.summary(key.owner))
@@ -156,7 +156,10 @@ impl AggregateState {
 
     /// Returns whether this is the first request of a key without a window of its own.
     fn is_first(&mut self, key: u64, now: Instant) -> bool {
-        if self.first_since.is_none_or(|since| now >= since + WINDOW) {
+        if self
+            .first_since
+            .is_none_or(|since| now >= since + COUNT_WINDOW)
+        {
             self.first.clear();
             self.first_since = Some(now);
         }
@@ -205,13 +208,13 @@ mod tests {
         }
     }
 
-    fn floods() -> RecordAggregator {
+    fn aggregator() -> RecordAggregator {
         RecordAggregator::default()
     }
 
     /// Counts `count` requests and returns the lines to write.
     fn take(
-        floods: &RecordAggregator,
+        aggregator: &RecordAggregator,
         key: &AggregateKey,
         now: Instant,
         count: usize,
@@ -220,7 +223,7 @@ mod tests {
             let of_one = scope != RecordScope::ManyCallers;
             format!("{{\"reason\":\"{}\",\"uid\":{of_one}}}\n", key.reason).into_bytes()
         };
-        let emissions = (0..count).map(|_| floods.take(key.clone(), now, line));
+        let emissions = (0..count).map(|_| aggregator.take(key.clone(), now, line));
         emissions
             .flat_map(|emission| {
                 text(emission.before)
@@ -237,20 +240,20 @@ mod tests {
 
     #[test]
     fn ten_requests_a_second_have_records_of_their_own() {
-        let (floods, start) = (floods(), Instant::now());
-        assert_eq!(take(&floods, &key("host", 1), start, 10).len(), 10);
-        assert!(take(&floods, &key("host", 1), start + WINDOW / 2, 90).is_empty());
+        let (aggregator, start) = (aggregator(), Instant::now());
+        assert_eq!(take(&aggregator, &key("host", 1), start, 10).len(), 10);
+        assert!(take(&aggregator, &key("host", 1), start + COUNT_WINDOW / 2, 90).is_empty());
         // Another caller, another reason and other credentials have windows of their own.
-        assert_eq!(take(&floods, &key("host", 2), start, 10).len(), 10);
-        assert_eq!(take(&floods, &key("path", 1), start, 10).len(), 10);
+        assert_eq!(take(&aggregator, &key("host", 2), start, 10).len(), 10);
+        assert_eq!(take(&aggregator, &key("path", 1), start, 10).len(), 10);
         let issued = |id: &str| AggregateKey {
             issued: Some((id.to_owned(), CacheResult::Hit)),
             ..key("ok", 1)
         };
-        assert_eq!(take(&floods, &issued("ASIA1"), start, 100).len(), 10);
-        assert_eq!(take(&floods, &issued("ASIA2"), start, 100).len(), 10);
+        assert_eq!(take(&aggregator, &issued("ASIA1"), start, 100).len(), 10);
+        assert_eq!(take(&aggregator, &issued("ASIA2"), start, 100).len(), 10);
         // The next window begins with the combined record of the one before.
-        let lines = take(&floods, &key("host", 1), start + WINDOW, 1);
+        let lines = take(&aggregator, &key("host", 1), start + COUNT_WINDOW, 1);
         assert_eq!(
             lines,
             [r#"{"reason":"host","uid":true,"repeated":90}"#, "single"]
@@ -259,18 +262,18 @@ mod tests {
 
     #[test]
     fn sweep_closes_ended_windows() {
-        let (floods, start) = (floods(), Instant::now());
+        let (aggregator, start) = (aggregator(), Instant::now());
         let line = |_| b"{\"reason\":\"host\"}\n".to_vec();
-        assert!(floods.take(key("host", 1), start, line).begin_sweep);
+        assert!(aggregator.take(key("host", 1), start, line).begin_sweep);
         assert!(
-            !floods
-                .take(key("path", 1), start + WINDOW / 2, line)
+            !aggregator
+                .take(key("path", 1), start + COUNT_WINDOW / 2, line)
                 .begin_sweep
         );
-        take(&floods, &key("host", 1), start, 12);
-        let (lines, done) = floods.sweep(Some(start + WINDOW / 2));
+        take(&aggregator, &key("host", 1), start, 12);
+        let (lines, done) = aggregator.sweep(Some(start + COUNT_WINDOW / 2));
         assert!(lines.is_empty() && !done);
-        let (lines, done) = floods.sweep(Some(start + WINDOW));
+        let (lines, done) = aggregator.sweep(Some(start + COUNT_WINDOW));
         assert_eq!(
             (text(lines), done),
             (
@@ -278,26 +281,26 @@ mod tests {
                 false
             )
         );
-        let (lines, done) = floods.sweep(Some(start + WINDOW * 2));
+        let (lines, done) = aggregator.sweep(Some(start + COUNT_WINDOW * 2));
         assert!(lines.is_empty() && done);
         assert!(
-            floods
-                .take(key("host", 1), start + WINDOW * 3, line)
+            aggregator
+                .take(key("host", 1), start + COUNT_WINDOW * 3, line)
                 .begin_sweep
         );
     }
 
     #[test]
     fn number_of_windows_is_bounded() {
-        let (floods, start) = (floods(), Instant::now());
+        let (aggregator, start) = (aggregator(), Instant::now());
         let written: usize = (0..100_000)
-            .map(|number| take(&floods, &key("host", number), start, 1).len())
+            .map(|number| take(&aggregator, &key("host", number), start, 1).len())
             .sum();
         assert_eq!(written, MAX_KEYS + 10);
-        let kept = floods.state().windows.len();
-        assert_eq!(kept, MAX_KEYS + 1);
+        let count = aggregator.state().windows.len();
+        assert_eq!(count, MAX_KEYS + 1);
         // The requests beyond the bound have no caller.
-        let (lines, done) = floods.sweep(None);
+        let (lines, done) = aggregator.sweep(None);
         let beyond = 100_000 - MAX_KEYS - 10;
         assert_eq!(
             text(lines),
@@ -318,44 +321,46 @@ mod tests {
     /// Covers T30: workloads with many roles use up all windows.
     #[test]
     fn hits_beyond_the_bound_are_counted_by_their_caller() {
-        let (floods, start) = (floods(), Instant::now());
+        let (aggregator, start) = (aggregator(), Instant::now());
         for number in 0..u32::try_from(MAX_KEYS).unwrap() {
-            take(&floods, &hit(number / 96, number), start, 1);
+            take(&aggregator, &hit(number / 96, number), start, 1);
         }
         // Neither these workloads nor others write as many records as they send requests.
         let flood = |workload: u32, first: u32| -> usize {
             (0..1000)
-                .map(|number| take(&floods, &hit(workload, first + number % 16), start, 1).len())
+                .map(|number| {
+                    take(&aggregator, &hit(workload, first + number % 16), start, 1).len()
+                })
                 .sum()
         };
         assert_eq!(flood(5, 10_000), 16 + 10);
         assert_eq!(flood(7000, 20_000), 16 + 10);
         // The first request of another caller still has a record.
-        assert_eq!(take(&floods, &hit(8000, 30_000), start, 1), ["single"]);
-        let mut counted = text(floods.sweep(None).0);
+        assert_eq!(take(&aggregator, &hit(8000, 30_000), start, 1), ["single"]);
+        let mut counted = text(aggregator.sweep(None).0);
         counted.sort();
         assert_eq!(counted, [r#"{"reason":"ok","uid":true,"repeated":974}"#; 2]);
     }
 
     #[test]
     fn number_of_windows_of_hits_is_bounded() {
-        let (floods, start) = (floods(), Instant::now());
+        let (aggregator, start) = (aggregator(), Instant::now());
         let written: usize = (0..100_000)
-            .map(|number| take(&floods, &hit(number, number), start, 1).len())
+            .map(|number| take(&aggregator, &hit(number, number), start, 1).len())
             .sum();
         assert_eq!(written, MAX_KEYS + MAX_FIRST + MAX_CALLERS + 10);
         {
-            let state = floods.state();
-            let kept = (state.windows.len(), state.first.len());
-            assert_eq!(kept, (MAX_KEYS + MAX_CALLERS + 1, MAX_FIRST));
+            let state = aggregator.state();
+            let count = (state.windows.len(), state.first.len());
+            assert_eq!(count, (MAX_KEYS + MAX_CALLERS + 1, MAX_FIRST));
         }
         let beyond = 100_000 - written;
         assert_eq!(
-            text(floods.sweep(None).0),
+            text(aggregator.sweep(None).0),
             [format!(
                 r#"{{"reason":"ok","uid":false,"repeated":{beyond}}}"#
             )]
         );
-        assert!(floods.state().first.is_empty());
+        assert!(aggregator.state().first.is_empty());
     }
 }

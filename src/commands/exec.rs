@@ -65,7 +65,7 @@ pub struct Exec {
 }
 
 /// Environment of the command, and notes for the user.
-struct Prepared {
+struct PreparedCommand {
     /// URI from which the command fetches credentials.
     uri: String,
     environment: Environment,
@@ -112,7 +112,10 @@ impl Exec {
         ExitCode::from(sdk_environment::exit_code(&error))
     }
 
-    fn prepare(&self, inherited: impl Fn(&str) -> Option<String>) -> Result<Prepared, String> {
+    fn prepare(
+        &self,
+        inherited: impl Fn(&str) -> Option<String>,
+    ) -> Result<PreparedCommand, String> {
         let daemon = if self.url.is_some() && self.config.config.is_none() {
             DaemonEndpoints {
                 listen: Listen::default(),
@@ -160,7 +163,7 @@ impl Exec {
             environment.set("AWS_REGION", region.as_str());
             environment.set("AWS_DEFAULT_REGION", region);
         }
-        Ok(Prepared {
+        Ok(PreparedCommand {
             uri,
             environment,
             notes,

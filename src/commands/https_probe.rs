@@ -8,29 +8,28 @@
     reason = "a command is a process of its own, without a runtime"
 )]
 
+mod server_chain;
 mod tunnel;
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use aws_lc_rs::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Bytes;
 use hyper::header::{AUTHORIZATION, DATE, HOST, LOCATION, PROXY_AUTHORIZATION};
+use hyper::http::uri::Authority;
 use hyper::{Request, Uri};
 use hyper_util::rt::TokioIo;
-use rustls::client::WebPkiServerVerifier;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::aws_lc_rs::default_provider;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use crate::sts::{NetworkSettings, Proxy};
+pub(super) use server_chain::ServerChain;
+use server_chain::{CertCapture, tls};
 
 /// Maximum size of a body. An issuer's documents have a few kilobytes.
 const MAX_BODY: usize = 1024 * 1024;
@@ -44,14 +43,6 @@ pub(super) struct HttpProbeResponse {
     pub(super) took: Duration,
     /// The server's chain, if the request used https.
     pub(super) chain: Option<ServerChain>,
-}
-
-/// The certificates that a server sent.
-pub(super) struct ServerChain {
-    /// Reason why this machine would not trust them.
-    pub(super) distrust: Option<String>,
-    /// IAM's thumbprint: the SHA-1 of the last certificate that the server sends, in hex.
-    pub(super) thumbprint: String,
 }
 
 /// An address to connect to instead of the resolved one, like curl's `--resolve`:
@@ -117,33 +108,22 @@ impl HttpProbe {
         authorization: Option<&str>,
     ) -> Result<HttpProbeResponse, String> {
         let start = Instant::now();
-        let uri: Uri = url.parse().map_err(|_| "not a URL".to_owned())?;
-        let authority = uri.authority().ok_or("it has no host")?.clone();
-        let secure = match uri.scheme_str() {
-            Some("https") => true,
-            Some("http") => false,
-            _ => return Err("it begins neither with https:// nor with http://".to_owned()),
-        };
-        let host = authority
-            .host()
-            .trim_start_matches('[')
-            .trim_end_matches(']')
-            .to_owned();
-        let port = authority
-            .port_u16()
-            .unwrap_or(if secure { 443 } else { 80 });
+        let target = HttpTarget::parse(url)?;
+        let HttpTarget {
+            uri, host, port, ..
+        } = &target;
         // With an address of the operator's, proxies would hide that address.
         let hop = match self
             .network
             .as_ref()
-            .filter(|_| self.forced(&host, port).is_none())
+            .filter(|_| self.forced(host, *port).is_none())
         {
-            Some(network) => network.hop(&uri).map_err(|error| error.to_string())?,
+            Some(network) => network.hop(uri).map_err(|error| error.to_string())?,
             None => None,
         };
         let mut request = Request::get(uri.path_and_query().map_or("/", |path| path.as_str()));
         let stream = match &hop {
-            Some(hop) if secure => self.tunnel(hop, &host, port).await?,
+            Some(hop) if target.secure => self.tunnel(hop, host, *port).await?,
             Some(hop) => {
                 request = Request::get(uri.clone());
                 if let Some(value) = &hop.authorization {
@@ -151,34 +131,21 @@ impl HttpProbe {
                 }
                 self.to_proxy(hop).await?
             }
-            None => self.connect(&host, port).await?,
+            None => self.connect(host, *port).await?,
         };
         let is_near = hop.is_none() && stream.peer_addr().is_ok_and(|peer| peer.ip().is_loopback());
         if let Some(text) = authorization.filter(|_| is_near) {
             request = request.header(AUTHORIZATION, text);
         }
         let request = request
-            .header(HOST, authority.as_str())
+            .header(HOST, target.authority.as_str())
             .body(Empty::<Bytes>::new())
             .map_err(|error| error.to_string())?;
-        if !secure {
-            return answer(stream, request, start).await;
+        if target.secure {
+            answer_over_tls(host, stream, request, start).await
+        } else {
+            answer(stream, request, start).await
         }
-        let capture = Arc::new(CertCapture::default());
-        let connector = TlsConnector::from(Arc::new(tls(&capture)?));
-        let name = ServerName::try_from(host.clone())
-            .map_err(|_| format!("{host} is not the name of a server"))?;
-        let stream = connector
-            .connect(name, stream)
-            .await
-            .map_err(|error| format!("TLS: {error}"))?;
-        let mut answer = answer(stream, request, start).await?;
-        answer.chain = capture
-            .chain
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        Ok(answer)
     }
 
     async fn to_proxy(&self, hop: &Proxy) -> Result<TcpStream, String> {
@@ -218,6 +185,62 @@ impl HttpProbe {
             .await
             .map_err(|error| format!("no connection to {host}:{port}: {error}"))
     }
+}
+
+/// A URL, and the parts of it that a connection needs.
+struct HttpTarget {
+    uri: Uri,
+    authority: Authority,
+    secure: bool,
+    /// The host without the brackets of an IPv6 address.
+    host: String,
+    port: u16,
+}
+
+impl HttpTarget {
+    fn parse(url: &str) -> Result<Self, String> {
+        let uri: Uri = url.parse().map_err(|_| "not a URL".to_owned())?;
+        let authority = uri.authority().ok_or("it has no host")?.clone();
+        let secure = match uri.scheme_str() {
+            Some("https") => true,
+            Some("http") => false,
+            _ => return Err("it begins neither with https:// nor with http://".to_owned()),
+        };
+        let host = authority
+            .host()
+            .trim_start_matches('[')
+            .trim_end_matches(']')
+            .to_owned();
+        let port = authority
+            .port_u16()
+            .unwrap_or(if secure { 443 } else { 80 });
+        Ok(Self {
+            uri,
+            authority,
+            secure,
+            host,
+            port,
+        })
+    }
+}
+
+async fn answer_over_tls(
+    host: &str,
+    stream: TcpStream,
+    request: Request<Empty<Bytes>>,
+    start: Instant,
+) -> Result<HttpProbeResponse, String> {
+    let capture = Arc::new(CertCapture::default());
+    let connector = TlsConnector::from(Arc::new(tls(&capture)?));
+    let name = ServerName::try_from(host.to_owned())
+        .map_err(|_| format!("{host} is not the name of a server"))?;
+    let stream = connector
+        .connect(name, stream)
+        .await
+        .map_err(|error| format!("TLS: {error}"))?;
+    let mut answer = answer(stream, request, start).await?;
+    answer.chain = capture.take();
+    Ok(answer)
 }
 
 async fn answer<S>(
@@ -263,108 +286,6 @@ where
     tokio::select! {
         answer = &mut exchange => answer,
         _ = &mut connection => exchange.await,
-    }
-}
-
-fn tls(capture: &Arc<CertCapture>) -> Result<ClientConfig, String> {
-    let provider = Arc::new(default_provider());
-    let mut roots = RootCertStore::empty();
-    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
-        .build()
-        .map_err(|_| {
-            "this machine trusts no CA certificates; install its package of CA certificates"
-                .to_owned()
-        })?;
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(RecordingVerifier {
-            verifier,
-            capture: capture.clone(),
-        }))
-        .with_no_client_auth();
-    Ok(config)
-}
-
-#[derive(Default)]
-struct CertCapture {
-    chain: Mutex<Option<ServerChain>>,
-}
-
-impl std::fmt::Debug for CertCapture {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Seen").finish_non_exhaustive()
-    }
-}
-
-/// Accepts every server, and records the result of the real verification. Only for reading public
-/// documents.
-#[derive(Debug)]
-struct RecordingVerifier {
-    verifier: Arc<WebPkiServerVerifier>,
-    capture: Arc<CertCapture>,
-}
-
-impl ServerCertVerifier for RecordingVerifier {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let verified = self.verifier.verify_server_cert(
-            end_entity,
-            intermediates,
-            server_name,
-            ocsp_response,
-            now,
-        );
-        let last = digest(
-            &SHA1_FOR_LEGACY_USE_ONLY,
-            intermediates.last().unwrap_or(end_entity),
-        );
-        let chain = ServerChain {
-            distrust: verified.err().map(|error| error.to_string()),
-            thumbprint: last
-                .as_ref()
-                .iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect(),
-        };
-        *self
-            .capture
-            .chain
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(chain);
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.verifier
-            .verify_tls12_signature(message, certificate, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.verifier
-            .verify_tls13_signature(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.verifier.supported_verify_schemes()
     }
 }
 

@@ -22,10 +22,10 @@ const METADATA_TIMEOUT: Duration = Duration::from_secs(2);
 /// Returns warnings about this node. None of them prevents the start, because what is missing may
 /// appear. Blocks while the name service does not answer.
 pub(super) fn warnings(config: &Config, service: &dyn NameService) -> Vec<Problem> {
-    let mut numbers = BTreeMap::new();
-    let mut warnings = accounts(config, service, &mut numbers);
+    let mut states = BTreeMap::new();
+    let mut warnings = accounts(config, service, &mut states);
     warnings.extend(config.shadowed(|name| {
-        numbers
+        states
             .get(name)
             .copied()
             .unwrap_or(AccountState::Unanswered)
@@ -56,7 +56,7 @@ pub(super) fn exposed(config: &Config) -> Vec<Problem> {
 fn accounts(
     config: &Config,
     service: &dyn NameService,
-    numbers: &mut BTreeMap<AccountName, AccountState>,
+    states: &mut BTreeMap<AccountName, AccountState>,
 ) -> Vec<Problem> {
     let mut warnings = Vec::new();
     for (name, (key, line)) in config
@@ -70,8 +70,8 @@ fn accounts(
             what,
             fix: fix.to_owned(),
         };
-        let known = match service.number(name) {
-            Ok(Some(number)) => AccountState::Number(number),
+        let state = match service.id(name) {
+            Ok(Some(id)) => AccountState::Number(id),
             Ok(None) => AccountState::Absent,
             Err(error) => {
                 let what = format!("the lookup of the {name} failed: {}", error.desc());
@@ -82,7 +82,7 @@ fn accounts(
                 AccountState::Unanswered
             }
         };
-        match known {
+        match state {
             AccountState::Number(OVERFLOW_ID) => warnings.push(warning(
                 format!("the {name} has the number {OVERFLOW_ID}, which the kernel shows for an id that it cannot map"),
                 "give the workload a user or group of its own: no caller matches this one",
@@ -93,7 +93,7 @@ fn accounts(
             )),
             AccountState::Number(_) | AccountState::Unanswered => {}
         }
-        numbers.insert(name.clone(), known);
+        states.insert(name.clone(), state);
     }
     warnings
 }

@@ -19,7 +19,7 @@ use nix::unistd::geteuid;
 use serde_json::Value;
 
 use super::output::OutputFormat;
-use super::style::Style;
+use super::terminal_style::TerminalStyle;
 use super::{ConfigFile, trusted_socket};
 
 /// Time limit of one response.
@@ -58,7 +58,7 @@ impl StatusCommand {
     )]
     pub fn run(&self) -> ExitCode {
         let terminal = io::stdout().is_terminal();
-        let style = Style::new(terminal, |name| std::env::var(name).ok());
+        let style = TerminalStyle::new(terminal, |name| std::env::var(name).ok());
         let json = match self.output {
             Some(output) => output == OutputFormat::Json,
             None => !terminal,
@@ -68,7 +68,7 @@ impl StatusCommand {
                 .fetch()
                 .and_then(|status| self.show(&status, json, style));
             match (shown, self.watch) {
-                (Ok(StatusView::Shown), None) | (Ok(StatusView::ReaderGone), _) => {
+                (Ok(StatusView::Printed), None) | (Ok(StatusView::ReaderGone), _) => {
                     return ExitCode::SUCCESS;
                 }
                 (Err(error), None) => {
@@ -77,7 +77,7 @@ impl StatusCommand {
                 }
                 // The daemon may be back at the next attempt.
                 (Err(error), Some(_)) => eprintln!("awsvid status: {error}"),
-                (Ok(StatusView::Shown), Some(_)) => {}
+                (Ok(StatusView::Printed), Some(_)) => {}
             }
             thread::sleep(Duration::from_secs(self.watch.unwrap_or_default()));
         }
@@ -99,7 +99,7 @@ impl StatusCommand {
         status.ok_or_else(|| unexpected_response(&socket, answer.status))
     }
 
-    fn show(&self, status: &Value, json: bool, style: Style) -> Result<StatusView, String> {
+    fn show(&self, status: &Value, json: bool, style: TerminalStyle) -> Result<StatusView, String> {
         let text = match (json, self.watch) {
             (true, None) => {
                 serde_json::to_string_pretty(status).map_err(|error| error.to_string())? + "\n"
@@ -114,7 +114,7 @@ impl StatusCommand {
             .write_all(text.as_bytes())
             .and_then(|()| io::stdout().flush())
         {
-            Ok(()) => Ok(StatusView::Shown),
+            Ok(()) => Ok(StatusView::Printed),
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(StatusView::ReaderGone),
             Err(error) => Err(error.to_string()),
         }
@@ -122,7 +122,7 @@ impl StatusCommand {
 }
 
 enum StatusView {
-    Shown,
+    Printed,
     ReaderGone,
 }
 

@@ -188,8 +188,8 @@ async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, String
     let mut plan = Plan::new(&config.roles, &ids, issuer, provider);
     plan.warnings.extend(doubts);
     plan.warnings.extend(warnings);
-    if let Some(wanted) = &options.account {
-        plan.accounts.retain(|name, _| name.is(wanted));
+    if let Some(account) = &options.account {
+        plan.accounts.retain(|name, _| name.is(account));
     }
     if plan.accounts.is_empty() {
         let why = plan.warnings.join("\n");

@@ -4,6 +4,8 @@ use std::net::IpAddr;
 
 use hyper::Uri;
 
+use super::error::InvalidValue;
+
 /// A partition of AWS, by the names of its regions and hosts. A test compares it with the SDK's.
 struct Partition {
     name: &'static str,
@@ -79,10 +81,10 @@ impl Partition {
 /// have the same form.
 ///
 /// Without TLS a host on the way could read the tokens, so `http` is for loopback only.
-pub(super) fn sts_endpoint(text: &str) -> Result<String, String> {
-    let uri: Uri = text.parse().map_err(|_| "it is not a URL".to_owned())?;
+pub(super) fn sts_endpoint(text: &str) -> Result<String, InvalidValue> {
+    let uri: Uri = text.parse().map_err(|_| "it is not a URL")?;
     let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
-        return Err("it is not a URL with a scheme and a host".to_owned());
+        return Err("it is not a URL with a scheme and a host".into());
     };
     let host = authority.host().to_ascii_lowercase();
     let port = authority.port_u16();
@@ -92,25 +94,23 @@ pub(super) fn sts_endpoint(text: &str) -> Result<String, String> {
         .parse::<IpAddr>();
     let is_name = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_');
     if address.is_err() && (host.is_empty() || !host.bytes().all(is_name)) {
-        return Err(format!("`{host}` is not a host"));
+        return Err(format!("`{host}` is not a host").into());
     }
     // The rest would be a user name, or a port that is not a number.
     let length = host.len() + port.map_or(0, |port| port.to_string().len() + 1);
     if authority.as_str().len() != length || port == Some(0) {
-        return Err(
-            "after the host there may be a port, and nothing may stand before it".to_owned(),
-        );
+        return Err("after the host there may be a port, and nothing may stand before it".into());
     }
     if uri.query().is_some() || text.contains('#') {
-        return Err("it has a query or a fragment".to_owned());
+        return Err("it has a query or a fragment".into());
     }
     let (scheme, default_port) = match scheme.to_ascii_lowercase().as_str() {
         "https" => ("https", 443),
         "http" if host == "localhost" || address.is_ok_and(|address| address.is_loopback()) => {
             ("http", 80)
         }
-        "http" => return Err("without TLS others on the network could read the tokens".to_owned()),
-        _ => return Err("its scheme is not https".to_owned()),
+        "http" => return Err("without TLS others on the network could read the tokens".into()),
+        _ => return Err("its scheme is not https".into()),
     };
     let port = port
         .filter(|port| *port != default_port)
@@ -247,7 +247,7 @@ mod tests {
             ("http://127.1:9000", "without TLS"),
         ];
         for (text, words) in table {
-            let error = sts_endpoint(text).expect_err(text);
+            let error = sts_endpoint(text).expect_err(text).to_string();
             assert!(error.contains(words), "{text}: {error}");
             assert!(!error.contains("secret"), "{error}");
         }

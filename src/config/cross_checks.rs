@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::error::Problem;
 use super::role::ParsedRole;
+use super::sts::StsConfig;
 use super::toml_reader::{Diagnostics, Location, Table};
 use super::workload::{ParsedWorkload, literal};
 use super::{DEV_ACCOUNT, DEV_TRUST_DOMAIN, aws};
@@ -12,6 +13,47 @@ use crate::role::RequestedRoles;
 use crate::workload_rule::{AccountName, AccountState, CGROUP_GLOB, NamedRule, WorkloadRule};
 
 const HIDDEN_FIX: &str = "move it up, or remove one of the two";
+
+/// Checks that there are rules and roles where the source needs them. `by_rules` is whether rules
+/// identify callers, if that is known.
+pub(super) fn missing(
+    root: &Table<'_>,
+    requested_roles: &Table<'_>,
+    by_rules: Option<bool>,
+    workloads: &[ParsedWorkload],
+) {
+    if by_rules == Some(true) && root.missing("workload") {
+        root.error(
+            "workload",
+            "no caller has an identity, so every request would be rejected",
+            "add a [[workload]]",
+        );
+    }
+    if let (Some(false), Some(first)) = (by_rules, workloads.first()) {
+        let what = "the agent itself identifies callers, so the daemon never uses rules";
+        root.report.error(
+            &first.at(),
+            what,
+            "remove every [[workload]], or set source = \"workload-api\"",
+        );
+    }
+    if root.missing("role") && requested_roles.missing("allow") {
+        root.error(
+            "role",
+            "no caller has a role, so every request would be rejected",
+            "add a [[role]]",
+        );
+    }
+}
+
+/// Checks that an STS exists for which `ca_file` counts.
+pub(super) fn ca_file(table: &Table<'_>, sts: &StsConfig, roles: &[ParsedRole]) {
+    let is_at_aws = |parsed: &ParsedRole| aws::is_aws(parsed.role.sts.endpoint.as_deref());
+    if sts.ca_file.is_some() && roles.iter().all(is_at_aws) {
+        let what = "no role uses an STS endpoint of its own, and AWS's are trusted by the system's certificates alone";
+        table.error("ca_file", what, "remove it, or set `endpoint`");
+    }
+}
 
 /// Checks the rules against one another.
 pub(super) fn rules(report: &Diagnostics<'_>, workloads: &[ParsedWorkload]) {

@@ -1,5 +1,6 @@
 //! Errors and warnings about a configuration, for the person that wrote it.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -25,6 +26,23 @@ impl fmt::Display for Problem {
             write!(f, "{}: ", self.key)?;
         }
         write!(f, "{}; {}", self.what, self.fix)
+    }
+}
+
+/// Reason why a value is invalid. The text follows the value in a [`Problem`].
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{0}")]
+pub(super) struct InvalidValue(Cow<'static, str>);
+
+impl From<&'static str> for InvalidValue {
+    fn from(text: &'static str) -> Self {
+        Self(text.into())
+    }
+}
+
+impl From<String> for InvalidValue {
+    fn from(text: String) -> Self {
+        Self(text.into())
     }
 }
 

@@ -19,9 +19,32 @@ const STICKY: u32 = 0o1000;
 const GROUP_WRITES: u32 = 0o020;
 const OTHERS_WRITE: u32 = 0o002;
 
+/// The severity of a configuration that another user than root or the process's own could change
+/// (T38).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names of the variants are the severities")]
+pub enum Exposure {
+    Refused,
+    Warned,
+    /// The owner and mode are not checked.
+    Ignored,
+}
+
+impl Exposure {
+    /// Returns the severity for a command. For root it is that of `serve`. Another user may
+    /// validate a file before its installation.
+    pub fn of_command() -> Self {
+        if nix::unistd::geteuid().is_root() {
+            Self::Refused
+        } else {
+            Self::Warned
+        }
+    }
+}
+
 /// The owners, and the groups with write permission, that the file and the directories above it may
 /// have: those of root and of the process itself.
-struct Trusted<'a> {
+struct TrustedFile<'a> {
     uids: [u32; 2],
     gids: [u32; 2],
     /// The word for the file in problems.
@@ -34,7 +57,7 @@ struct Trusted<'a> {
 /// Follows symbolic links as the kernel does, so each directory on the way counts. Blocks while the
 /// file system does not answer.
 pub(crate) fn exposures(path: &Path, file: &Metadata, noun: &str) -> Vec<Problem> {
-    let trusted = Trusted {
+    let trusted = TrustedFile {
         uids: [0, geteuid().as_raw()],
         gids: [0, getegid().as_raw()],
         noun,
@@ -51,7 +74,7 @@ pub(crate) fn exposures(path: &Path, file: &Metadata, noun: &str) -> Vec<Problem
     problems
 }
 
-impl Trusted<'_> {
+impl TrustedFile<'_> {
     fn check_file(&self, path: &Path, file: &Metadata, problems: &mut Vec<Problem>) {
         let (shown, noun) = (path.display(), self.noun);
         if !self.uids.contains(&file.uid()) {

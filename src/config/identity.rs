@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::error::InvalidValue;
 use super::toml_reader::{Location, Table};
 use crate::identity::SpiffeIdPattern;
 use crate::socket_endpoint::Endpoint;
@@ -209,12 +210,12 @@ fn socket(
 }
 
 /// Parses an audience of `[identity]` or of a role.
-pub(super) fn audience(text: &str) -> Result<String, String> {
+pub(super) fn audience(text: &str) -> Result<String, InvalidValue> {
     if text.is_empty() || text.len() > AUDIENCE_MAX {
-        return Err(format!("an audience has 1 to {AUDIENCE_MAX} bytes"));
+        return Err(format!("an audience has 1 to {AUDIENCE_MAX} bytes").into());
     }
     if text.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        return Err("an audience holds no spaces".to_owned());
+        return Err("an audience holds no spaces".into());
     }
     Ok(text.to_owned())
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::aws;
+use super::error::InvalidValue;
 use super::identity::{IdentityConfig, audience};
 use super::sts::{ENDPOINT_FIX, REGION_FIX, StsConfig};
 use super::toml_reader::{Location, Table};
@@ -67,7 +68,7 @@ pub(super) fn read(
     roles
 }
 
-fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
+fn check_presence(table: &Table<'_>) {
     table.require(
         "name",
         "add the name that stands in the path /v1/credentials/<name>",
@@ -75,6 +76,10 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
     table.require("spiffe_id", "add the SPIFFE ID that may have this role");
     table.require("role_arn", "add the ARN of the role");
     table.reserved_key("chain");
+}
+
+fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
+    check_presence(table);
     let name = table.parse("name", "use up to 64 of A-Z a-z 0-9 . _ -", role_name);
     let spiffe_id = table.parse(
         "spiffe_id",
@@ -201,17 +206,18 @@ fn role_name(text: &str) -> Result<String, &'static str> {
     }
 }
 
-fn policy(text: &str) -> Result<String, String> {
+fn policy(text: &str) -> Result<String, InvalidValue> {
     let length = text.chars().count();
     if length > MAX_POLICY_CHARS {
         return Err(format!(
             "a session policy has at most {MAX_POLICY_CHARS} characters, this one {length}"
-        ));
+        )
+        .into());
     }
     match serde_json::from_str(text) {
         Ok(serde_json::Value::Object(_)) => Ok(text.to_owned()),
-        Ok(_) => Err("it is not a JSON object".to_owned()),
-        Err(error) => Err(format!("it is not JSON: {error}")),
+        Ok(_) => Err("it is not a JSON object".into()),
+        Err(error) => Err(format!("it is not JSON: {error}").into()),
     }
 }
 
@@ -365,11 +371,11 @@ pub(super) fn read_requested(table: &Table<'_>, defaults: &Defaults<'_>) -> Opti
 
 /// Parses a glob for role ARNs. With text instead of its wildcards it must be the ARN of a role at
 /// AWS.
-fn requested_pattern(text: &str) -> Result<glob::Pattern, String> {
-    let pattern = glob::Pattern::new(text).map_err(|error| error.msg.to_owned())?;
+fn requested_pattern(text: &str) -> Result<glob::Pattern, InvalidValue> {
+    let pattern = glob::Pattern::new(text).map_err(|error| error.msg)?;
     let parts: Vec<&str> = text.splitn(6, ':').collect();
     let [arn, partition, service, region, account, resource] = parts[..] else {
-        return Err("it is not the ARN of a role".to_owned());
+        return Err("it is not the ARN of a role".into());
     };
     let digits = if account.contains(['*', '?', '[']) {
         "123456789012"

@@ -1,5 +1,6 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::*;
 use crate::workload_rule::{ExeMatcher, NamedRule};
@@ -94,11 +95,11 @@ fn no_env(_: &str) -> Option<String> {
     None
 }
 
-fn parse(text: &str) -> Result<Loaded, Vec<Problem>> {
+fn parse(text: &str) -> Result<LoadedConfig, Vec<Problem>> {
     Config::parse(text, &no_env)
 }
 
-fn loaded(text: &str) -> Loaded {
+fn loaded(text: &str) -> LoadedConfig {
     parse(text).unwrap_or_else(|problems| panic!("{text}\n{problems:#?}"))
 }
 
@@ -110,7 +111,7 @@ fn with(line: &str, new: &str) -> String {
 
 #[test]
 fn missing_key_has_the_documented_default() {
-    let Loaded { config, warnings } = loaded(LEAST);
+    let LoadedConfig { config, warnings } = loaded(LEAST);
     assert_eq!(warnings, []);
     let address = |text: &str| text.parse::<SocketAddr>().unwrap();
     let listen = Listen {
@@ -351,7 +352,7 @@ fn reader_reads_every_key_of_rules_and_roles() {
 
 #[test]
 fn example_has_no_warning() {
-    let Loaded { config, warnings } = loaded(EXAMPLE);
+    let LoadedConfig { config, warnings } = loaded(EXAMPLE);
     assert_eq!(warnings, []);
     assert_eq!((config.workloads.len(), config.roles.defined.len()), (1, 1));
 }
@@ -471,7 +472,7 @@ fn load_reads_the_file_at_its_path() {
     std::fs::write(&path, LEAST).unwrap();
     let mode = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
     std::fs::set_permissions(&path, mode(0o644)).unwrap();
-    let Loaded { config, warnings } = load(Exposure::Refused).unwrap();
+    let LoadedConfig { config, warnings } = load(Exposure::Refused).unwrap();
     assert_eq!((config.workloads.len(), warnings.len()), (1, 0));
 }
 

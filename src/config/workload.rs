@@ -4,6 +4,7 @@ use std::path::Path;
 
 use toml::de::DeValue;
 
+use super::error::InvalidValue;
 use super::toml_reader::{Location, Table, absolute};
 use crate::cgroup::CgroupPath;
 use crate::identity::SpiffeId;
@@ -98,36 +99,33 @@ fn rule(table: &Table<'_>) -> Option<ParsedWorkload> {
         ),
     };
     check_keys(table, &rule, user.as_deref());
-    let names = [
-        ("user", user.map(AccountName::User)),
-        ("group", group.map(AccountName::Group)),
-        (
-            "supplementary_group",
-            supplementary_group.map(AccountName::Group),
-        ),
-    ];
-    let location = |key: &str| {
-        let Location { line, key } = table.location(key);
-        (key, line)
-    };
-    let accounts = names
-        .iter()
-        .filter_map(|(key, name)| Some((name.clone()?, location(key))))
-        .collect();
-    let [(_, user), (_, group), (_, supplementary_group)] = names;
-    // A rule without its wrong key would match other callers than intended.
-    let sound = spiffe_id.is_some() && !MATCH_KEYS.iter().any(|key| table.is_wrong(key));
     let rule = NamedRule {
         rule,
-        user,
-        group,
-        supplementary_group,
+        user: user.map(AccountName::User),
+        group: group.map(AccountName::Group),
+        supplementary_group: supplementary_group.map(AccountName::Group),
     };
+    // A rule without its wrong key would match other callers than intended.
+    let sound = spiffe_id.is_some() && !MATCH_KEYS.iter().any(|key| table.is_wrong(key));
     sound.then(|| ParsedWorkload {
-        rule,
         line: table.at().line,
-        accounts,
+        accounts: accounts(table, &rule),
+        rule,
     })
+}
+
+/// Returns the users and groups that a rule names, each with its key and line.
+fn accounts(table: &Table<'_>, rule: &NamedRule) -> Vec<(AccountName, WorkloadRuleKey)> {
+    let names = [
+        ("user", &rule.user),
+        ("group", &rule.group),
+        ("supplementary_group", &rule.supplementary_group),
+    ];
+    let located = |(key, name): (&str, &Option<AccountName>)| {
+        let Location { line, key } = table.location(key);
+        Some((name.clone()?, (key, line)))
+    };
+    names.into_iter().filter_map(located).collect()
 }
 
 /// Reads an ID under one key, or a name under another.
@@ -187,7 +185,7 @@ fn exists(table: &Table<'_>, key: &str, id: u32) -> bool {
     id != OVERFLOW_ID
 }
 
-fn systemd_unit(text: &str) -> Result<String, String> {
+fn systemd_unit(text: &str) -> Result<String, InvalidValue> {
     let allowed =
         |c: u8| c.is_ascii_alphanumeric() || matches!(c, b':' | b'-' | b'_' | b'.' | b'\\' | b'@');
     let name = text
@@ -196,36 +194,37 @@ fn systemd_unit(text: &str) -> Result<String, String> {
     match name {
         None => Err(format!(
             "processes live in a .service or .scope; did you mean {text}.service?"
-        )),
+        )
+        .into()),
         Some(name) if name.is_empty() || !text.bytes().all(allowed) => {
-            Err("it is not the name of a unit".to_owned())
+            Err("it is not the name of a unit".into())
         }
         Some(name) if name.ends_with('@') => {
-            Err("a template is never started itself; name an instance".to_owned())
+            Err("a template is never started itself; name an instance".into())
         }
         _ if CgroupPath::parse(&format!("/system.slice/{text}"))
             .is_some_and(|path| path.names_container()) =>
         {
-            Err("that is a container's unit, which only `cgroup` can name".to_owned())
+            Err("that is a container's unit, which only `cgroup` can name".into())
         }
         _ => Ok(text.to_owned()),
     }
 }
 
-fn cgroup(text: &str) -> Result<glob::Pattern, String> {
+fn cgroup(text: &str) -> Result<glob::Pattern, InvalidValue> {
     if CgroupPath::parse(text).is_none()
         || text.contains("//")
         || (text.ends_with('/') && text != "/")
     {
         return Err(
             "no cgroup has such a path: it begins with `/`, without `..`, `//` or a `/` at the end"
-                .to_owned(),
+                .into(),
         );
     }
     if text != "/" && text.bytes().all(|c| matches!(c, b'/' | b'*' | b'?')) {
-        return Err("it names no cgroup: all processes would match, in containers too".to_owned());
+        return Err("it names no cgroup: all processes would match, in containers too".into());
     }
-    glob::Pattern::new(text).map_err(|error| error.msg.to_owned())
+    glob::Pattern::new(text).map_err(|error| error.msg.into())
 }
 
 /// Checks the keys of one rule against each other.

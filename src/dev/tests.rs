@@ -3,7 +3,7 @@ use super::*;
 use aws_credential_types::Credentials as SigningCredentials;
 use aws_sdk_sts::config::{BehaviorVersion, Config as SdkConfig, Region};
 
-use crate::config::{AuditFile, Config, Loaded};
+use crate::config::{AuditFile, Config, LoadedConfig};
 use crate::identity::SpiffeId;
 use crate::role::{Identity, RequestedRole};
 use crate::socket_endpoint::Endpoint;
@@ -22,7 +22,7 @@ async fn dev(names: &[(u32, &str)]) -> Dev {
     .unwrap()
 }
 
-fn parsed(dev: &Dev, quiet: bool) -> Loaded {
+fn parsed(dev: &Dev, quiet: bool) -> LoadedConfig {
     Config::parse_for_dev(&dev.configuration(0, quiet), &|_| None).unwrap()
 }
 

@@ -109,19 +109,19 @@ impl fmt::Display for RoleArn {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct ArnTemplate {
     text: String,
-    shape: Shape,
+    kind: TemplateKind,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-enum Shape {
+enum TemplateKind {
     /// The same name for every ID.
     Fixed(RoleArn),
-    /// Alternating texts and segments. The first and the last piece are texts.
-    Pieces(Vec<Piece>, ArnNameRules),
+    /// Alternating texts and segments. The first and the last part are texts.
+    Parts(Vec<TemplatePart>, ArnNameRules),
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-enum Piece {
+enum TemplatePart {
     Text(String),
     Segment(usize),
 }
@@ -149,8 +149,8 @@ impl ArnTemplate {
     /// a character between them that a segment cannot have (T36).
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
         let template = Self::read(text, ArnNameRules::Aws)?;
-        match &template.shape {
-            Shape::Pieces(pieces, _) if !matches!(&pieces[0], Piece::Text(before) if before.contains(":role/")) => {
+        match &template.kind {
+            TemplateKind::Parts(parts, _) if !matches!(&parts[0], TemplatePart::Text(before) if before.contains(":role/")) => {
                 invalid("a {path[N]} can only follow `role/`; move it into the role's name")
             }
             _ => Ok(template),
@@ -163,18 +163,18 @@ impl ArnTemplate {
     }
 
     fn read(text: &str, names: ArnNameRules) -> Result<Self, InvalidName> {
-        let pieces = pieces(text)?;
-        check_separators(&pieces)?;
+        let parts = parse_parts(text)?;
+        check_separators(&parts)?;
         // The form must be valid for every segment.
-        let arn = names.parse(&join(&pieces, |_| Some("x")).unwrap_or_default())?;
-        let shape = if pieces.len() == 1 {
-            Shape::Fixed(arn)
+        let arn = names.parse(&join(&parts, |_| Some("x")).unwrap_or_default())?;
+        let kind = if parts.len() == 1 {
+            TemplateKind::Fixed(arn)
         } else {
-            Shape::Pieces(pieces, names)
+            TemplateKind::Parts(parts, names)
         };
         Ok(Self {
             text: text.to_owned(),
-            shape,
+            kind,
         })
     }
 
@@ -182,31 +182,31 @@ impl ArnTemplate {
     pub fn fixed(arn: &RoleArn) -> Self {
         Self {
             text: arn.as_str().to_owned(),
-            shape: Shape::Fixed(arn.clone()),
+            kind: TemplateKind::Fixed(arn.clone()),
         }
     }
 
     /// Renders the name for this ID. Returns `None` if a segment is missing or the result is too
     /// long.
     pub fn render(&self, id: &SpiffeId) -> Option<RoleArn> {
-        match &self.shape {
-            Shape::Fixed(arn) => Some(arn.clone()),
-            Shape::Pieces(pieces, names) => names
-                .parse(&join(pieces, |index| id.segments().nth(index))?)
+        match &self.kind {
+            TemplateKind::Fixed(arn) => Some(arn.clone()),
+            TemplateKind::Parts(parts, names) => names
+                .parse(&join(parts, |index| id.segments().nth(index))?)
                 .ok(),
         }
     }
 
     /// Returns the indices (from 0) of the segments that the name refers to, in the name's order.
     pub fn segments(&self) -> Vec<usize> {
-        let Shape::Pieces(pieces, _) = &self.shape else {
+        let TemplateKind::Parts(parts, _) = &self.kind else {
             return Vec::new();
         };
-        let index = |piece: &Piece| match piece {
-            Piece::Segment(index) => Some(*index),
-            Piece::Text(_) => None,
+        let index = |part: &TemplatePart| match part {
+            TemplatePart::Segment(index) => Some(*index),
+            TemplatePart::Text(_) => None,
         };
-        pieces.iter().filter_map(index).collect()
+        parts.iter().filter_map(index).collect()
     }
 
     /// Returns the highest segment that the name refers to, if any.
@@ -220,17 +220,20 @@ impl ArnTemplate {
     }
 }
 
-/// Joins the pieces. Returns `None` if `segment` lacks an index.
-fn join<'a>(pieces: &'a [Piece], segment: impl Fn(usize) -> Option<&'a str>) -> Option<String> {
-    let text = |piece: &'a Piece| match piece {
-        Piece::Text(text) => Some(text.as_str()),
-        Piece::Segment(index) => segment(*index),
+/// Joins the parts. Returns `None` if `segment` lacks an index.
+fn join<'a>(
+    parts: &'a [TemplatePart],
+    segment: impl Fn(usize) -> Option<&'a str>,
+) -> Option<String> {
+    let text = |part: &'a TemplatePart| match part {
+        TemplatePart::Text(text) => Some(text.as_str()),
+        TemplatePart::Segment(index) => segment(*index),
     };
-    pieces.iter().map(text).collect()
+    parts.iter().map(text).collect()
 }
 
-fn pieces(text: &str) -> Result<Vec<Piece>, InvalidName> {
-    let mut pieces = Vec::new();
+fn parse_parts(text: &str) -> Result<Vec<TemplatePart>, InvalidName> {
+    let mut parts = Vec::new();
     let mut rest = text;
     while let Some((before, after)) = rest.split_once('{') {
         let Some((name, tail)) = after.split_once('}') else {
@@ -246,21 +249,24 @@ fn pieces(text: &str) -> Result<Vec<Piece>, InvalidName> {
                 "`{{{name}}}` is not known; {{path[0]}} stands for the first segment of the SPIFFE ID's path"
             ));
         };
-        pieces.extend([Piece::Text(before.to_owned()), Piece::Segment(index)]);
+        parts.extend([
+            TemplatePart::Text(before.to_owned()),
+            TemplatePart::Segment(index),
+        ]);
         rest = tail;
     }
-    pieces.push(Piece::Text(rest.to_owned()));
-    Ok(pieces)
+    parts.push(TemplatePart::Text(rest.to_owned()));
+    Ok(parts)
 }
 
 /// Checks the text between two placeholders. `{path[1]}-{path[3]}` renders one name for
 /// `shop-prod/billing` and `shop/prod-billing` (T36).
-fn check_separators(pieces: &[Piece]) -> Result<(), InvalidName> {
-    for between in pieces.windows(3) {
+fn check_separators(parts: &[TemplatePart]) -> Result<(), InvalidName> {
+    for between in parts.windows(3) {
         let [
-            Piece::Segment(one),
-            Piece::Text(text),
-            Piece::Segment(other),
+            TemplatePart::Segment(one),
+            TemplatePart::Text(text),
+            TemplatePart::Segment(other),
         ] = between
         else {
             continue;

@@ -129,10 +129,10 @@ fn ticks_per_second() -> Option<f64> {
 /// Returns the number of open descriptors, which Linux 6.2 and later report as the size of the
 /// directory.
 fn open_descriptors() -> Option<u64> {
-    const FOLDER: &str = "/proc/self/fd";
-    match fs::metadata(FOLDER).ok()?.len() {
+    const FD_DIR: &str = "/proc/self/fd";
+    match fs::metadata(FD_DIR).ok()?.len() {
         // The listing's own descriptor is one of them.
-        0 => u64::try_from(fs::read_dir(FOLDER).ok()?.count())
+        0 => u64::try_from(fs::read_dir(FD_DIR).ok()?.count())
             .ok()?
             .checked_sub(1),
         open => Some(open),

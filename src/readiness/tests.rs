@@ -45,7 +45,7 @@ fn answer_distinguishes_attested_caller_from_unsupported_kernel() {
         (String::new(), None),
     ];
     for (text, expected) in table {
-        assert_eq!(judge(text.as_bytes()), expected, "{text:?}");
+        assert_eq!(classify_reply(text.as_bytes()), expected, "{text:?}");
     }
 }
 

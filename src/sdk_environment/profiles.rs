@@ -81,7 +81,7 @@ struct ProfileEntry {
 
 /// Source of a profile's credentials.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Lead {
+pub enum ProfileTarget {
     /// No profile has this name.
     Missing,
     /// The profile has no credentials, so an SDK continues with the container endpoint.
@@ -116,14 +116,14 @@ impl Profiles {
     }
 
     /// Returns the source of the credentials of the profile `name`.
-    pub fn lead(&self, name: &str) -> Lead {
+    pub fn target(&self, name: &str) -> ProfileTarget {
         let mut visited = Vec::new();
-        self.follow(name, &mut visited)
+        self.resolve(name, &mut visited)
     }
 
-    fn follow<'a>(&'a self, name: &'a str, visited: &mut Vec<&'a str>) -> Lead {
+    fn resolve<'a>(&'a self, name: &'a str, visited: &mut Vec<&'a str>) -> ProfileTarget {
         if !self.sections.iter().any(|section| section.profile == name) {
-            return Lead::Missing;
+            return ProfileTarget::Missing;
         }
         visited.push(name);
         let found: Vec<(&Section, &'static str)> = self
@@ -131,7 +131,7 @@ impl Profiles {
             .filter_map(|(section, entry)| Some((section, credential_key(&entry.key)?)))
             .collect();
         if found.is_empty() {
-            return Lead::Nowhere;
+            return ProfileTarget::Nowhere;
         }
         let get = |key: &str| {
             self.entries(name)
@@ -147,7 +147,7 @@ impl Profiles {
             ("source_profile", Some(source)) => {
                 get("role_arn").is_some()
                     && !visited.contains(&source)
-                    && self.follow(source, visited) == Lead::Awsvid
+                    && self.resolve(source, visited) == ProfileTarget::Awsvid
             }
             ("role_arn", Some(_)) => {
                 get("credential_source").is_some() || get("source_profile").is_some()
@@ -156,8 +156,8 @@ impl Profiles {
         };
         let mut is_awsvids = is_awsvids;
         match found.iter().all(|(_, key)| is_awsvids(key)) {
-            true => Lead::Awsvid,
-            false => Lead::Elsewhere(
+            true => ProfileTarget::Awsvid,
+            false => ProfileTarget::Elsewhere(
                 found
                     .iter()
                     .map(|(section, key)| (section.file.clone(), *key))

@@ -92,7 +92,7 @@ pub(super) fn file_at(socket: &Path) -> Option<(u64, u64)> {
 #[async_trait]
 pub(super) trait Connector: Send + Sync {
     /// Opens a new connection.
-    async fn dial(&self) -> Result<Channel, SourceError>;
+    async fn open(&self) -> Result<Channel, SourceError>;
 
     /// Returns the generation of a new connection. Kept connections of another generation are
     /// discarded.
@@ -102,10 +102,10 @@ pub(super) trait Connector: Send + Sync {
 }
 
 /// Connection to one agent, opened when needed and kept while it works.
-pub(super) struct ReconnectingChannel<D> {
+pub(super) struct ReconnectingChannel<C> {
     socket: PathBuf,
-    dial: D,
-    now: Mutex<Option<(ChannelKey, Channel)>>,
+    connector: C,
+    current: Mutex<Option<(ChannelKey, Channel)>>,
 }
 
 /// Key of a kept connection: the socket's device and inode, and the generation.
@@ -119,12 +119,12 @@ pub(super) enum CallError {
     Answered(Status),
 }
 
-impl<D: Connector> ReconnectingChannel<D> {
-    pub(super) fn new(socket: &Path, dial: D) -> Self {
+impl<C: Connector> ReconnectingChannel<C> {
+    pub(super) fn new(socket: &Path, connector: C) -> Self {
         Self {
             socket: socket.to_owned(),
-            dial,
-            now: Mutex::default(),
+            connector,
+            current: Mutex::default(),
         }
     }
 
@@ -163,30 +163,37 @@ impl<D: Connector> ReconnectingChannel<D> {
     /// Returns the connection, and true if it was kept. The socket's file reveals an agent that was
     /// replaced at the same path while the old one still runs. Running calls keep their connection.
     async fn channel(&self) -> Result<(ChannelKey, Channel, bool), CallError> {
-        let mut now = self.now.lock().await;
-        let key = (file_at(&self.socket), self.dial.generation());
-        if let Some((kept_key, channel)) = &*now
+        let mut current = self.current.lock().await;
+        let key = (file_at(&self.socket), self.connector.generation());
+        if let Some((kept_key, channel)) = &*current
             && *kept_key == key
         {
             return Ok((key, channel.clone(), true));
         }
-        *now = None;
-        let channel = self.dial.dial().await.map_err(CallError::Unconnected)?;
-        *now = Some((key, channel.clone()));
+        *current = None;
+        let channel = self
+            .connector
+            .open()
+            .await
+            .map_err(CallError::Unconnected)?;
+        *current = Some((key, channel.clone()));
         Ok((key, channel, false))
     }
 
     /// Discards the connection with this key, so that the next call opens a new one.
     async fn invalidate(&self, key: ChannelKey) {
-        let mut now = self.now.lock().await;
-        if now.as_ref().is_some_and(|(kept_key, _)| *kept_key == key) {
-            *now = None;
+        let mut current = self.current.lock().await;
+        if current
+            .as_ref()
+            .is_some_and(|(kept_key, _)| *kept_key == key)
+        {
+            *current = None;
         }
     }
 
     /// Discards the kept connection, so that the next call opens a new one. Running calls keep
     /// theirs.
-    pub(super) async fn forget(&self) {
-        *self.now.lock().await = None;
+    pub(super) async fn invalidate_all(&self) {
+        *self.current.lock().await = None;
     }
 }

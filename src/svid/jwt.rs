@@ -44,12 +44,12 @@ pub struct JwtSvid {
     spiffe_id: SpiffeId,
     audience: String,
     algorithm: &'static str,
-    life: Life,
+    lifetime: TokenLifetime,
 }
 
 /// The validity period of a token.
 #[derive(Debug, Clone, Copy)]
-struct Life {
+struct TokenLifetime {
     /// `iat`. Without it the total life is unknown.
     issued: Option<SystemTime>,
     expires: SystemTime,
@@ -119,14 +119,14 @@ impl JwtSvid {
             serde_json::from_slice(&claims).map_err(|error| unreadable("claims", &error))?;
         expect_subject(&claims.sub, expected)?;
         expect_audience(&claims.aud, audience)?;
-        let life = check_times(&claims, now)?;
-        life.check(now)?;
+        let lifetime = check_times(&claims, now)?;
+        lifetime.check(now)?;
         Ok(Self {
             token,
             spiffe_id: expected.clone(),
             audience: audience.to_owned(),
             algorithm,
-            life,
+            lifetime,
         })
     }
 
@@ -162,7 +162,7 @@ impl JwtSvid {
 
     /// Checks that enough of the life remains, for use after a wait.
     pub fn check_life(&self, now: SystemTime) -> Result<(), BadToken> {
-        self.life.check(now)
+        self.lifetime.check(now)
     }
 
     /// Returns the token itself, for STS alone.
@@ -187,12 +187,12 @@ impl JwtSvid {
 
     /// Returns the time at which the token expires.
     pub fn expires(&self) -> SystemTime {
-        self.life.expires
+        self.lifetime.expires
     }
 
     /// Returns the total life if it is short. [`TTL_FIX`] is the advice for it.
     pub fn short_life(&self) -> Option<Duration> {
-        self.life.short()
+        self.lifetime.short()
     }
 
     /// Returns true if both are the same token, as from a source that replies from its cache.
@@ -290,7 +290,7 @@ fn expect_audience(aud: &Audience, expected: &str) -> Result<(), BadToken> {
 }
 
 /// Reads and checks the validity period.
-fn check_times(claims: &Claims<'_>, now: SystemTime) -> Result<Life, BadToken> {
+fn check_times(claims: &Claims<'_>, now: SystemTime) -> Result<TokenLifetime, BadToken> {
     let expires = timestamp("exp", claims.exp)?;
     let from = |name: &str, raw: Option<&RawValue>| {
         let Some(raw) = raw else { return Ok(None) };
@@ -307,10 +307,10 @@ fn check_times(claims: &Claims<'_>, now: SystemTime) -> Result<Life, BadToken> {
     };
     let issued = from("iat", claims.iat)?;
     from("nbf", claims.nbf)?;
-    Ok(Life { issued, expires })
+    Ok(TokenLifetime { issued, expires })
 }
 
-impl Life {
+impl TokenLifetime {
     /// Returns the total life, if known.
     fn whole(self) -> Option<Duration> {
         self.expires.duration_since(self.issued?).ok()

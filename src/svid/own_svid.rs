@@ -25,7 +25,7 @@ use crate::socket_endpoint::Endpoint;
 
 mod certificates;
 
-pub use certificates::{OwnSvid, id_of};
+pub use certificates::{CertificateIdError, OwnSvid, id_of};
 
 /// A stream that lasted this long was stable. When it ends, the next one is opened at once.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
@@ -152,7 +152,7 @@ impl StreamTask {
         let mut poll = interval(SOCKET_POLL);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let full_state = message.map_err(|status| self.refused(&status))?;
+            let full_state = message.map_err(|status| self.error_of(&status))?;
             self.received(full_state.ok_or_else(|| self.ended("ended the stream"))?);
             message = loop {
                 tokio::select! {
@@ -187,7 +187,7 @@ impl StreamTask {
             .await;
         reply
             .map(tonic::Response::into_inner)
-            .map_err(|status| self.refused(&status))
+            .map_err(|status| self.error_of(&status))
     }
 
     fn file(&self) -> Option<(u64, u64)> {
@@ -226,8 +226,8 @@ impl StreamTask {
                     }
                 }
             }
-            Err(text) => self.record_failure(SourceError::Unavailable(format!(
-                "the SPIFFE agent at {} gave awsvid an X.509-SVID that cannot be used: {text}",
+            Err(error) => self.record_failure(SourceError::Unavailable(format!(
+                "the SPIFFE agent at {} gave awsvid an X.509-SVID that cannot be used: {error}",
                 self.endpoint
             ))),
         }
@@ -264,7 +264,7 @@ impl StreamTask {
     }
 
     /// Converts the agent's refusal: the table of SPIFFE_Workload_API.md, section 6.
-    fn refused(&self, status: &Status) -> SourceError {
+    fn error_of(&self, status: &Status) -> SourceError {
         let (reply, endpoint) = (one_line(status.message()), &self.endpoint);
         match status.code() {
             _ if is_broken(status) => SourceError::Unavailable(format!(

@@ -20,8 +20,9 @@ use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
+use super::SourceError;
 use super::agent::{AgentSvid, AttestingAgent, own_by_process};
-use super::channel::{CallError, ReconnectingChannel, is_broken};
+use super::channel::{CallError, ReconnectingChannel};
 use super::own_svid::OwnSvidSource;
 use super::proto::broker::api_client::ApiClient;
 use super::proto::broker::{
@@ -29,7 +30,6 @@ use super::proto::broker::{
     WorkloadPidReference, WorkloadReference,
 };
 use super::spire_delegated::pid_namespace_error;
-use super::{SourceError, one_line};
 use crate::caller::AttestError;
 use crate::cgroup::PodUid;
 use crate::identity::SpiffeIdPattern;
@@ -37,6 +37,7 @@ use crate::socket_endpoint::Endpoint;
 
 mod connection;
 mod server;
+mod status_error;
 
 use connection::BrokerConnector;
 
@@ -181,9 +182,9 @@ impl BrokerApi {
             Err(CallError::Unconnected(error)) => Err(error),
             Err(CallError::Answered(status)) => {
                 if is_client_unknown(&status) {
-                    self.connection.forget().await;
+                    self.connection.invalidate_all().await;
                 }
-                Err(self.refused(workload, &status))
+                Err(self.error_of(workload, &status))
             }
         }
     }
@@ -193,85 +194,9 @@ impl BrokerApi {
         match self.connection.connect().await {
             Ok(()) => Ok(self.shares_pids.load(Ordering::Relaxed)),
             Err(CallError::Unconnected(error)) => Err(error),
-            Err(CallError::Answered(status)) => Err(self.refused(WorkloadRef::Process(0), &status)),
-        }
-    }
-
-    /// Converts the agent's refusal to an error with a fix. The texts are those of SPIRE 1.15.
-    fn refused(&self, workload: WorkloadRef<'_>, status: &Status) -> SourceError {
-        let (text, reply, endpoint) =
-            (status.message(), one_line(status.message()), &self.endpoint);
-        let no_answer = || {
-            SourceError::Unavailable(format!(
-                "the SPIFFE agent at {endpoint} gave no answer: {reply}"
-            ))
-        };
-        if is_broken(status) {
-            return no_answer();
-        }
-        // The agent includes these texts in the errors of all its attestors, with varying codes.
-        if text.contains("broker configuration missing")
-            || (text.contains("broker \"") && text.contains("not configured"))
-        {
-            return SourceError::Misconfigured(format!(
-                "the SPIFFE agent at {endpoint} does not attest pods for awsvid: its plugin WorkloadAttestor \"k8s\" needs \
-                 a block `experimental {{ broker {{ ... }} }}` of its own, with awsvid's SPIFFE ID in `brokers` ({reply})"
-            ));
-        }
-        match status.code() {
-            Code::PermissionDenied if text.contains("reference type") => {
-                let (plural, kind) = workload.kind();
-                SourceError::Misconfigured(format!(
-                    "the SPIFFE agent at {endpoint} does not let awsvid name {plural}: add {{ type_url = \"{kind}\" }} to \
-                     awsvid's `allowed_reference_types` in the agent's `experimental {{ broker {{ ... }} }}` block ({reply})"
-                ))
+            Err(CallError::Answered(status)) => {
+                Err(self.error_of(WorkloadRef::Process(0), &status))
             }
-            Code::PermissionDenied if text.contains("impersonate-via-spire") => {
-                SourceError::Denied(format!(
-                    "Kubernetes does not let awsvid request SVIDs of {}: give the user that is named like awsvid's SPIFFE ID the verb \
-                 impersonate-via-spire on pods ({reply})",
-                    workload.name()
-                ))
-            }
-            Code::NotFound if matches!(workload, WorkloadRef::Pod(_)) => {
-                SourceError::Denied(format!(
-                    "the SPIFFE agent at {endpoint} does not find {} on this node: check the configuration of its plugin \
-                 WorkloadAttestor \"k8s\", which queries the kubelet ({reply})",
-                    workload.name()
-                ))
-            }
-            Code::PermissionDenied | Code::NotFound => SourceError::Denied(format!(
-                "no registration entry of the SPIFFE agent at {endpoint} matches {} ({reply})",
-                workload.name()
-            )),
-            Code::FailedPrecondition if text.contains("kubelet client") => {
-                SourceError::Misconfigured(format!(
-                    "the SPIFFE agent at {endpoint} cannot search for pods: let its plugin WorkloadAttestor \"k8s\" query the kubelet, \
-                 or give awsvid `pod_reference_scope = \"cluster\"` there ({reply})"
-                ))
-            }
-            Code::InvalidArgument => SourceError::Misconfigured(format!(
-                "the SPIFFE agent at {endpoint} finds the request invalid: check whether its SPIRE is newer than this awsvid ({reply})"
-            )),
-            Code::Unimplemented if text.contains("workload attestor") => {
-                SourceError::Misconfigured(format!(
-                    "the SPIFFE agent at {endpoint} has no plugin that attests {}, as WorkloadAttestor \"{}\" does ({reply})",
-                    workload.kind().0,
-                    if matches!(workload, WorkloadRef::Pod(_)) {
-                        "k8s"
-                    } else {
-                        "unix"
-                    }
-                ))
-            }
-            Code::Unimplemented => SourceError::Misconfigured(format!(
-                "the server at {endpoint} has no SPIFFE Broker API: write the `socket_path` of the agent's `experimental \
-                 {{ broker {{ ... }} }}` block as `broker_socket` in [identity] ({reply})"
-            )),
-            Code::OutOfRange => SourceError::Misconfigured(format!(
-                "the SPIFFE agent at {endpoint} sent more than the tokens of one workload: check the socket's path ({reply})"
-            )),
-            _ => no_answer(),
         }
     }
 }
@@ -301,11 +226,11 @@ impl WorkloadRef<'_> {
         }
     }
 
-    /// Returns the plural for messages, and the type URL of a reference.
-    fn kind(self) -> (&'static str, &'static str) {
+    /// Returns the plural for messages, the type URL of a reference, and the agent's plugin.
+    fn kind(self) -> (&'static str, &'static str, &'static str) {
         match self {
-            Self::Process(_) => ("processes", PID_REFERENCE),
-            Self::Pod(_) => ("pods", OBJECT_REFERENCE),
+            Self::Process(_) => ("processes", PID_REFERENCE, "unix"),
+            Self::Pod(_) => ("pods", OBJECT_REFERENCE, "k8s"),
         }
     }
 
@@ -410,7 +335,7 @@ impl AttestingAgent for BrokerApi {
         };
         connected.map_err(|failed| match failed {
             CallError::Unconnected(error) => error,
-            CallError::Answered(status) => self.refused(WorkloadRef::Process(0), &status),
+            CallError::Answered(status) => self.error_of(WorkloadRef::Process(0), &status),
         })
     }
 }

@@ -58,7 +58,7 @@ impl SpireDelegated {
 
     /// Converts the agent's refusal to an error with a fix. The texts are those of SPIRE 1.10 to
     /// 1.15.
-    fn refused(&self, status: &Status) -> SourceError {
+    fn error_of(&self, status: &Status) -> SourceError {
         let (reply, endpoint) = (one_line(status.message()), &self.endpoint);
         if is_broken(status) {
             return SourceError::Unavailable(format!(
@@ -92,14 +92,14 @@ impl SpireDelegated {
     fn failed(&self, failed: CallError) -> SourceError {
         match failed {
             CallError::Unconnected(error) => error,
-            CallError::Answered(status) => self.refused(&status),
+            CallError::Answered(status) => self.error_of(&status),
         }
     }
 }
 
 #[async_trait]
 impl Connector for AdminConnector {
-    async fn dial(&self) -> Result<Channel, SourceError> {
+    async fn open(&self) -> Result<Channel, SourceError> {
         let endpoint = Endpoint::Unix(self.0.clone());
         let stream = UnixStream::connect(&self.0).await;
         let stream = stream
@@ -198,7 +198,7 @@ impl AttestingAgent for SpireDelegated {
         };
         match self.connection.call(send).await {
             Err(CallError::Answered(status)) if status.code() == Code::Unimplemented => {
-                Err(self.refused(&status))
+                Err(self.error_of(&status))
             }
             _ => Ok(()),
         }

@@ -124,7 +124,7 @@ impl WorkloadApi {
         let reply = client.fetch_jwtsvid(request).await;
         reply
             .map(tonic::Response::into_inner)
-            .map_err(|status| self.refused(id, &status))
+            .map_err(|status| self.error_of(id, &status))
     }
 
     async fn connect(&self) -> Result<Channel, SourceError> {
@@ -139,7 +139,7 @@ impl WorkloadApi {
 
     /// Converts the agent's refusal: the table of SPIFFE_Workload_API.md, section 6, and further
     /// codes.
-    fn refused(&self, id: &SpiffeId, status: &Status) -> SourceError {
+    fn error_of(&self, id: &SpiffeId, status: &Status) -> SourceError {
         let reply = one_line(status.message());
         let failure = || {
             SourceError::Unavailable(format!(

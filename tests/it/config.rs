@@ -199,18 +199,18 @@ fn exposed_file_is_error_for_root_and_warning_for_other_users() {
 }
 
 #[test]
-fn explain_output_is_valid_configuration() {
+fn show_output_is_valid_configuration() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     fs::write(&path, GOOD).unwrap();
-    let explained = config(&["show", "--config", path.to_str().unwrap()]).success("config show");
+    let shown = config(&["show", "--config", path.to_str().unwrap()]).success("config show");
     assert!(
-        explained
+        shown
             .lines()
             .any(|line| line.starts_with("timeout = \"5s\"") && line.ends_with("# default")),
-        "{explained}"
+        "{shown}"
     );
-    fs::write(&path, &explained).unwrap();
+    fs::write(&path, &shown).unwrap();
     assert_eq!(
         config(&["validate", path.to_str().unwrap()]).status.code(),
         Some(0)

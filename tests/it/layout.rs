@@ -59,6 +59,85 @@ fn module_imports_only_modules_listed_above_it() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// Maximum number of lines of a file without its tests.
+const MAX_FILE_LINES: usize = 420;
+/// Maximum number of lines of a function.
+const MAX_FUNCTION_LINES: usize = 70;
+/// Files that are longer, until they are split.
+const LONG_FILES: [&str; 5] = [
+    "app.rs",
+    "attest/lookups/threads.rs",
+    "attest/process_snapshot.rs",
+    "limits/fair.rs",
+    "pod_listeners.rs",
+];
+/// Functions that are longer, until they are split.
+const LONG_FUNCTIONS: [&str; 1] = ["app.rs: start"];
+
+#[test]
+fn file_and_function_are_short() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let (mut files_over, mut functions_over) = (Vec::new(), Vec::new());
+    for file in files(&source) {
+        let text = std::fs::read_to_string(&file).unwrap();
+        let relative = file.strip_prefix(&source).unwrap().to_str().unwrap();
+        if relative.contains("/tests/") {
+            continue;
+        }
+        let production = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+        if production.lines().count() > MAX_FILE_LINES {
+            files_over.push(relative.to_owned());
+        }
+        for (name, length) in functions(production) {
+            if length > MAX_FUNCTION_LINES {
+                functions_over.push(format!("{relative}: {name}"));
+            }
+        }
+    }
+    files_over.sort();
+    assert_eq!(
+        files_over, LONG_FILES,
+        "files over {MAX_FILE_LINES} lines; split a new one, or remove one that is short now"
+    );
+    assert_eq!(
+        functions_over, LONG_FUNCTIONS,
+        "functions over {MAX_FUNCTION_LINES} lines; split a new one, or remove one that is short now"
+    );
+}
+
+/// Returns the functions of a file with their lengths in lines. rustfmt indents the closing brace
+/// as it does the function's first line.
+fn functions(text: &str) -> Vec<(&str, usize)> {
+    let lines: Vec<&str> = text.lines().collect();
+    let mut found = Vec::new();
+    for (first, line) in lines.iter().enumerate() {
+        let code = line.trim_start();
+        let Some((before, after)) = code.split_once("fn ") else {
+            continue;
+        };
+        let is_definition = before.split_whitespace().all(|word| {
+            word.starts_with("pub")
+                || word.ends_with(')')
+                || matches!(word, "const" | "async" | "unsafe")
+        });
+        if !is_definition || code.ends_with("{}") {
+            continue;
+        }
+        let name = after.split(['(', '<']).next().unwrap();
+        let indent = &line[..line.len() - code.len()];
+        // A declaration in a trait has no body, and ends with a semicolon at the same depth.
+        let is_end = |line: &&str| {
+            line.strip_prefix(indent)
+                .is_some_and(|rest| rest == "}" || (!rest.starts_with(' ') && rest.ends_with(';')))
+        };
+        let last = lines[first..].iter().position(is_end).unwrap();
+        if lines[first + last].ends_with('}') {
+            found.push((name, last + 1));
+        }
+    }
+    found
+}
+
 /// Returns all production files below a folder.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();

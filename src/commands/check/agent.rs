@@ -92,8 +92,8 @@ pub(super) async fn connect(
                 socket.display()
             ),
         ),
-        Ok(Err(error)) => return refused(SOCKET, &error, report),
-        Err(_) => return silent(SOCKET, report),
+        Ok(Err(error)) => return report_error(SOCKET, &error, report),
+        Err(_) => return report_timeout(SOCKET, report),
     }
     Some(TokenSource::Agent(agent, target))
 }
@@ -135,7 +135,7 @@ async fn opens(
     true
 }
 
-fn refused<T>(step: &'static str, error: &SourceError, report: &mut CheckReport) -> Option<T> {
+fn report_error<T>(step: &'static str, error: &SourceError, report: &mut CheckReport) -> Option<T> {
     let fix = match error {
         SourceError::Denied(_) => {
             "spire-server entry show, then entry create -spiffeID ID -selector unix:uid:0 (deploy/docs/spire-setup.md has the whole command)"
@@ -150,7 +150,7 @@ fn refused<T>(step: &'static str, error: &SourceError, report: &mut CheckReport)
     None
 }
 
-fn silent<T>(step: &'static str, report: &mut CheckReport) -> Option<T> {
+fn report_timeout<T>(step: &'static str, report: &mut CheckReport) -> Option<T> {
     report.failed(
         step,
         format!("the agent did not answer within {TOKEN_TIMEOUT:?}"),
@@ -159,51 +159,15 @@ fn silent<T>(step: &'static str, report: &mut CheckReport) -> Option<T> {
     None
 }
 
-/// Fetches a token for this role. `None` if the reason for its absence was reported.
+/// Fetches a token for this role, and describes it. `None` if the reason for its absence was
+/// reported.
 pub(super) async fn token(
     config: &Config,
     source: &TokenSource,
     role: &Role,
     report: &mut CheckReport,
 ) -> Option<LiveToken> {
-    report.show_progress(&format!("a token for the role {:?}", role.name));
-    let fetched = match source {
-        TokenSource::WorkloadApi => {
-            let Some(id) = live_token::example(config, role) else {
-                report.info(
-                    IDENTITY,
-                    format!(
-                        "role {:?}: no [[workload]] of this node has an identity that it is for",
-                        role.name
-                    ),
-                    "add a [[workload]], or leave the role out on this node",
-                );
-                return None;
-            };
-            LiveToken::fetch(config, &id, &role.audience, TOKEN_TIMEOUT).await
-        }
-        TokenSource::Agent(agent, target) => fetch_selected(agent.as_ref(), target, role)
-            .await
-            .map(LiveToken::of),
-    };
-    let live = match fetched {
-        Ok(live) => live,
-        // The daemon works with such an agent, for pods only. Here no process can be
-        // referred to it.
-        Err(error @ SourceError::Misconfigured(_)) if matches!(source, TokenSource::Agent(agent, CheckTarget::Itself) if agent.supports_pod_references()) =>
-        {
-            let how = "awsvid check --pod UID has a pod's token";
-            report.unchecked(
-                IDENTITY,
-                format!(
-                    "role {:?}: {how}; this process cannot be named: {error}",
-                    role.name
-                ),
-            );
-            return None;
-        }
-        Err(error) => return refused(IDENTITY, &error, report),
-    };
+    let live = fetch(config, source, role, report).await?;
     let left = live
         .svid
         .expires()
@@ -233,6 +197,52 @@ pub(super) async fn token(
         report.info(IDENTITY, saw, TTL_FIX);
     }
     Some(live)
+}
+
+async fn fetch(
+    config: &Config,
+    source: &TokenSource,
+    role: &Role,
+    report: &mut CheckReport,
+) -> Option<LiveToken> {
+    report.show_progress(&format!("a token for the role {:?}", role.name));
+    let fetched = match source {
+        TokenSource::WorkloadApi => {
+            let Some(id) = live_token::example(config, role) else {
+                report.info(
+                    IDENTITY,
+                    format!(
+                        "role {:?}: no [[workload]] of this node has an identity that it is for",
+                        role.name
+                    ),
+                    "add a [[workload]], or leave the role out on this node",
+                );
+                return None;
+            };
+            LiveToken::fetch(config, &id, &role.audience, TOKEN_TIMEOUT).await
+        }
+        TokenSource::Agent(agent, target) => fetch_selected(agent.as_ref(), target, role)
+            .await
+            .map(LiveToken::of),
+    };
+    match fetched {
+        Ok(live) => Some(live),
+        // The daemon works with such an agent, for pods only. Here no process can be
+        // referred to it.
+        Err(error @ SourceError::Misconfigured(_)) if matches!(source, TokenSource::Agent(agent, CheckTarget::Itself) if agent.supports_pod_references()) =>
+        {
+            let how = "awsvid check --pod UID has a pod's token";
+            report.unchecked(
+                IDENTITY,
+                format!(
+                    "role {:?}: {how}; this process cannot be named: {error}",
+                    role.name
+                ),
+            );
+            None
+        }
+        Err(error) => report_error(IDENTITY, &error, report),
+    }
 }
 
 /// Selects among several identities the one that the role covers.

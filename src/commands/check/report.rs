@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
-use crate::commands::style::{GREEN, RED, Style, YELLOW};
+use crate::commands::terminal_style::{GREEN, RED, TerminalStyle, YELLOW};
 
 /// Result of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -36,7 +36,7 @@ pub(in crate::commands) struct CheckFinding {
 #[derive(Debug)]
 pub(in crate::commands) struct CheckReport {
     json: bool,
-    style: Style,
+    style: TerminalStyle,
     /// Set on a terminal, where the progress line is replaced by the next line.
     transient: bool,
     /// Set while a progress line is shown.
@@ -58,7 +58,7 @@ impl CheckReport {
     /// Creates the report. With `json` all of it is written at the end, else each line at once.
     pub(in crate::commands) fn new(json: bool) -> Self {
         let env = |name: &str| std::env::var(name).ok();
-        let style = Style::new(io::stdout().is_terminal(), env);
+        let style = TerminalStyle::new(io::stdout().is_terminal(), env);
         let transient = io::stderr().is_terminal() && env("TERM").as_deref() != Some("dumb");
         Self {
             json,

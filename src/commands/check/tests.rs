@@ -7,9 +7,9 @@ use super::doc_tables;
 
 /// Returns the text of these files and of all files below these directories, with strings as the
 /// compiler joins them.
-fn sources(places: &[&str]) -> String {
+fn sources(paths: &[&str]) -> String {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut left: Vec<PathBuf> = places.iter().map(|place| source.join(place)).collect();
+    let mut left: Vec<PathBuf> = paths.iter().map(|path| source.join(path)).collect();
     let mut all = String::new();
     while let Some(path) = left.pop() {
         if path.is_dir() {

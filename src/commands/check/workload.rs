@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::report::CheckReport;
 use crate::commands::https_probe::HttpProbe;
-use crate::sdk_environment::profiles::{DEFAULT, Lead, Profiles};
+use crate::sdk_environment::profiles::{DEFAULT, ProfileTarget, Profiles};
 use crate::sdk_environment::{HIGHER_PRECEDENCE_VARS, HigherPrecedence};
 
 const CHAIN: &str = "chain";
@@ -95,10 +95,12 @@ fn profiles_are_clear(env: &impl Fn(&str) -> Option<String>, report: &mut CheckR
         .then(|| (None, DEFAULT.to_owned()));
     let mut clear = true;
     for (variable, name) in profile_names.chain(default) {
-        match (profiles.lead(&name), variable) {
-            (Lead::Nowhere, _) | (Lead::Missing, None) => {}
-            (Lead::Awsvid, _) => report.ok(CHAIN, "the profile that SDKs take leads to awsvid"),
-            (Lead::Missing, Some(variable)) => {
+        match (profiles.target(&name), variable) {
+            (ProfileTarget::Nowhere, _) | (ProfileTarget::Missing, None) => {}
+            (ProfileTarget::Awsvid, _) => {
+                report.ok(CHAIN, "the profile that SDKs take leads to awsvid")
+            }
+            (ProfileTarget::Missing, Some(variable)) => {
                 clear = false;
                 let saw = format!("{variable} is set, and no profile has this name: SDKs fail");
                 report.failed(
@@ -107,7 +109,7 @@ fn profiles_are_clear(env: &impl Fn(&str) -> Option<String>, report: &mut CheckR
                     format!("unset {variable}, or run the workload by awsvid exec"),
                 );
             }
-            (Lead::Elsewhere(keys), variable) => {
+            (ProfileTarget::Elsewhere(keys), variable) => {
                 clear = false;
                 let keys: Vec<_> = keys
                     .iter()

@@ -14,7 +14,7 @@ use nix::unistd::geteuid;
 use sha2::{Digest, Sha256};
 
 use crate::sdk_environment::Environment;
-use crate::sdk_environment::profiles::{DEFAULT, Lead, Profiles};
+use crate::sdk_environment::profiles::{DEFAULT, ProfileTarget, Profiles};
 
 /// Name of the replacement profile.
 const PROFILE: &str = "awsvid-exec";
@@ -53,7 +53,7 @@ pub(super) fn replace_in(
         .zip(profile_names.iter().map(Option::as_deref))
     {
         let Some(name) = name else { continue };
-        if profiles.lead(name) == Lead::Missing {
+        if profiles.target(name) == ProfileTarget::Missing {
             notes.push(format!(
                 "removed from the command's environment: {variable} (no profile has this name)"
             ));
@@ -66,9 +66,9 @@ pub(super) fn replace_in(
     if profile_names[0].is_none() || environment.removed().contains(&VARIABLES[0]) {
         used.push(DEFAULT);
     }
-    let elsewhere = used.iter().find_map(|name| match profiles.lead(name) {
-        Lead::Elsewhere(keys) => Some((*name, keys)),
-        Lead::Missing | Lead::Nowhere | Lead::Awsvid => None,
+    let elsewhere = used.iter().find_map(|name| match profiles.target(name) {
+        ProfileTarget::Elsewhere(keys) => Some((*name, keys)),
+        ProfileTarget::Missing | ProfileTarget::Nowhere | ProfileTarget::Awsvid => None,
     });
     let Some((name, keys)) = elsewhere else {
         return Ok(used.iter().any(|name| profiles.region(name).is_some()));

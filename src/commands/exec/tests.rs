@@ -204,7 +204,7 @@ impl Home {
         Self(home)
     }
 
-    fn prepared(&self, more: &[(&str, &str)]) -> (Prepared, BTreeMap<&'static str, String>) {
+    fn prepared(&self, more: &[(&str, &str)]) -> (PreparedCommand, BTreeMap<&'static str, String>) {
         let home = self.0.path().to_str().unwrap();
         let inherited: BTreeMap<&str, &str> = [("HOME", home)]
             .into_iter()

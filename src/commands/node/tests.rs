@@ -10,7 +10,7 @@ use crate::accounts::LocalAccounts;
 struct NodeService;
 
 impl NameService for NodeService {
-    fn number(&self, name: &AccountName) -> nix::Result<Option<u32>> {
+    fn id(&self, name: &AccountName) -> nix::Result<Option<u32>> {
         match name.as_str() {
             "alice" => Ok(Some(1001)),
             "nobody" => Ok(Some(OVERFLOW_ID)),
@@ -23,8 +23,8 @@ impl NameService for NodeService {
         Ok(None)
     }
 
-    fn local(&self, known: &Arc<LocalAccounts>) -> Arc<LocalAccounts> {
-        known.clone()
+    fn local(&self, previous: &Arc<LocalAccounts>) -> Arc<LocalAccounts> {
+        previous.clone()
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
-use crate::commands::style::{BOLD, GREEN, RED, Style, YELLOW};
+use crate::commands::terminal_style::{BOLD, GREEN, RED, TerminalStyle, YELLOW};
 
 const HEADER: [&str; 7] = [
     "SPIFFE ID",
@@ -18,7 +18,27 @@ const HEADER: [&str; 7] = [
 ];
 
 /// Renders the whole status, with times relative to `now`.
-pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
+pub(super) fn render(status: &Value, now: SystemTime, style: TerminalStyle) -> String {
+    let mut text = summary(status, style);
+    neighbour(&mut text, "identities", &status["source"], now, style);
+    for endpoint in status["sts"].as_array().into_iter().flatten() {
+        neighbour(&mut text, "STS", endpoint, now, style);
+    }
+    let entries = status["credentials"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    if entries.is_empty() {
+        text.push_str("\nNo credentials are cached: no workload has requested any yet.\n");
+    } else {
+        text.push('\n');
+        credentials(&mut text, entries, now, style);
+    }
+    text
+}
+
+/// Renders the state of the daemon itself.
+fn summary(status: &Value, style: TerminalStyle) -> String {
     let mut text = String::new();
     let ready = if status["ready"] == true {
         style.paint(GREEN, "ready")
@@ -59,19 +79,11 @@ pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
             );
         }
     }
-    neighbour(&mut text, "identities", &status["source"], now, style);
-    for endpoint in status["sts"].as_array().into_iter().flatten() {
-        neighbour(&mut text, "STS", endpoint, now, style);
-    }
-    let entries = status["credentials"]
-        .as_array()
-        .map(Vec::as_slice)
-        .unwrap_or_default();
-    if entries.is_empty() {
-        text.push_str("\nNo credentials are cached: no workload has requested any yet.\n");
-        return text;
-    }
-    text.push('\n');
+    text
+}
+
+/// Renders the cached credentials in columns, each with its last error in a line below.
+fn credentials(text: &mut String, entries: &[Value], now: SystemTime, style: TerminalStyle) {
     let rows: Vec<_> = entries.iter().map(|entry| row(entry, now)).collect();
     let widths: Vec<usize> = (0..HEADER.len())
         .map(|column| {
@@ -95,33 +107,28 @@ pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
         style.paint(BOLD, &line(&HEADER.map(str::to_owned)))
     );
     for (entry, row) in entries.iter().zip(&rows) {
-        let colour = if !entry["refused_since"].is_null() {
-            RED
-        } else {
-            YELLOW
-        };
-        let line = line(row);
-        let line = if entry["last_error"].is_null() {
-            line
-        } else {
-            style.paint(colour, &line)
-        };
-        let _ = writeln!(text, "{line}");
-        if !entry["last_error"].is_null() {
-            let at = ago(&entry["last_error_at"], now);
-            let _ = writeln!(
-                text,
-                "    {at}: {} ({})",
-                plain(&entry["last_error"]),
-                plain(&entry["last_error_reason"])
-            );
+        if entry["last_error"].is_null() {
+            let _ = writeln!(text, "{}", line(row));
+            continue;
         }
+        let colour = if entry["refused_since"].is_null() {
+            YELLOW
+        } else {
+            RED
+        };
+        let _ = writeln!(
+            text,
+            "{}\n    {}: {} ({})",
+            style.paint(colour, &line(row)),
+            ago(&entry["last_error_at"], now),
+            plain(&entry["last_error"]),
+            plain(&entry["last_error_reason"])
+        );
     }
-    text
 }
 
 /// Renders the state of a source or an STS.
-fn neighbour(text: &mut String, what: &str, health: &Value, now: SystemTime, style: Style) {
+fn neighbour(text: &mut String, what: &str, health: &Value, now: SystemTime, style: TerminalStyle) {
     if health.is_null() {
         return;
     }
@@ -265,7 +272,7 @@ mod tests {
 
     #[test]
     fn table_shows_state_errors_and_callers() {
-        let text = render(&status(), now(), Style::plain());
+        let text = render(&status(), now(), TerminalStyle::plain());
         let expected = "\
 awsvid 1.2.3, ready, 4 connections open
 identities from workload-api: ok, last success 2m 0s ago
@@ -283,12 +290,14 @@ spiffe://example.org/unasked  unasked  unasked  in 59m 7s  in 29m 0s  -         
         refusing["unsupported_kernel"] = json!(["callers over TCP are refused: no\u{1b}"]);
         refusing["counts_executions"] = json!(false);
         let line = "\nunsupported_kernel: callers over TCP are refused: no \nexecutions of programs: not counted: callers are refused";
-        assert!(render(&refusing, now(), Style::plain()).contains(line));
+        assert!(render(&refusing, now(), TerminalStyle::plain()).contains(line));
         refusing["counts_executions"] = json!(true);
         assert!(
-            render(&refusing, now(), Style::plain())
+            render(&refusing, now(), TerminalStyle::plain())
                 .contains("\nexecutions of programs: counted\n")
         );
-        assert!(render(&json!({"ready": false}), now(), Style::plain()).contains("not ready"));
+        assert!(
+            render(&json!({"ready": false}), now(), TerminalStyle::plain()).contains("not ready")
+        );
     }
 }

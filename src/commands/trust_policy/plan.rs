@@ -11,68 +11,17 @@ use crate::config::is_aws_sts;
 use crate::identity::{RoleArn, SpiffeId, SpiffeIdPattern};
 use crate::role::{Role, Roles};
 
+mod issuer;
+
+pub(super) use issuer::PlannedIssuer;
+
 /// IAM's default: sessions of a role last at most an hour.
 const DEFAULT_SESSION: Duration = Duration::from_secs(3600);
 /// IAM's default quota for a trust policy, in characters without white space.
 const MAX_POLICY_LENGTH: usize = 2048;
-/// IAM's limits for an OIDC provider.
-const MAX_URL_LENGTH: usize = 255;
+
+/// IAM's limit for an OIDC provider.
 const MAX_AUDIENCES: usize = 100;
-
-/// The issuer of the tokens, as the URL that IAM compares byte by byte.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct PlannedIssuer(String);
-
-impl PlannedIssuer {
-    pub(super) fn parse(text: &str) -> Result<Self, String> {
-        let rest = text
-            .strip_prefix("https://")
-            .or_else(|| text.strip_prefix("http://"));
-        let rest = rest
-            .ok_or_else(|| format!("the issuer {text:?} is not a URL; write it with https://"))?;
-        let plain = |c: u8| c.is_ascii_alphanumeric() || b"-._~:/%[]".contains(&c);
-        if rest.is_empty() || text.len() > MAX_URL_LENGTH || !rest.bytes().all(plain) {
-            return Err(format!(
-                "IAM does not accept the issuer {text:?}; use a host and a path of at most {MAX_URL_LENGTH} characters"
-            ));
-        }
-        Ok(Self(text.to_owned()))
-    }
-
-    pub(super) fn url(&self) -> &str {
-        &self.0
-    }
-
-    /// Returns the prefix of condition keys, and of the provider's name in its ARN: the URL without
-    /// its scheme.
-    pub(super) fn key(&self) -> &str {
-        self.0.split_once("://").map_or("", |(_, rest)| rest)
-    }
-
-    fn warnings(&self) -> Vec<String> {
-        let (host, url) = (self.key().split('/').next().unwrap_or_default(), &self.0);
-        let table = [
-            (!url.starts_with("https://"), "IAM accepts only https"),
-            (
-                url.ends_with('/'),
-                "it ends with a slash, which IAM and SPIRE treat differently; remove it from `jwt_issuer`",
-            ),
-            (
-                host.contains(':'),
-                "by IAM's documentation an issuer has no port; serve it at 443",
-            ),
-            (
-                host.bytes().any(|c| c.is_ascii_uppercase()),
-                "its host has capital letters, and IAM compares byte by byte",
-            ),
-        ];
-        table
-            .iter()
-            .filter(|(wrong, _)| *wrong)
-            .map(|(_, what)| format!("issuer {url}: {what}"))
-            .collect()
-    }
-}
 
 /// The resources of all accounts.
 #[derive(Debug)]
@@ -101,10 +50,10 @@ pub(super) struct PlannedAccountName {
 
 impl PlannedAccountName {
     /// Returns whether `--account` names it, as `123456789012` or `aws-cn:123456789012`.
-    pub(super) fn is(&self, wanted: &str) -> bool {
-        match wanted.split_once(':') {
+    pub(super) fn is(&self, text: &str) -> bool {
+        match text.split_once(':') {
             Some((partition, number)) => partition == self.partition && number == self.number,
-            None => wanted == self.number,
+            None => text == self.number,
         }
     }
 }

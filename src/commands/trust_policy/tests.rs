@@ -270,7 +270,7 @@ fn account_number_in_two_partitions_is_two_accounts() {
     );
     let names: Vec<String> = plan.accounts.keys().map(ToString::to_string).collect();
     assert_eq!(names, ["aws:123456789012", "aws-cn:123456789012"]);
-    let chosen = |wanted: &str| plan.accounts.keys().filter(|name| name.is(wanted)).count();
+    let chosen = |account: &str| plan.accounts.keys().filter(|name| name.is(account)).count();
     let table = [
         ("123456789012", 2),
         ("aws:123456789012", 1),
@@ -278,8 +278,8 @@ fn account_number_in_two_partitions_is_two_accounts() {
         ("aws-iso:123456789012", 0),
         ("1", 0),
     ];
-    for (wanted, count) in table {
-        assert_eq!(chosen(wanted), count, "{wanted}");
+    for (account, count) in table {
+        assert_eq!(chosen(account), count, "{account}");
     }
     for account in plan.accounts.values() {
         assert_eq!(account.roles.len(), 1);
@@ -344,9 +344,9 @@ fn script_creates_only_a_missing_provider() {
         "arn:aws:iam::123456789012:role/a",
     ));
     let script = render(&plan, Format::AwsCli).unwrap();
-    for (there, made) in [(0, false), (254, true)] {
+    for (status, creates) in [(0, false), (254, true)] {
         let stub = format!(
-            "aws() {{ echo \"$2\"; [ \"$2\" != get-open-id-connect-provider ] || return {there}; }}\n"
+            "aws() {{ echo \"$2\"; [ \"$2\" != get-open-id-connect-provider ] || return {status}; }}\n"
         );
         let output = std::process::Command::new("sh")
             .arg("-euc")
@@ -357,7 +357,7 @@ fn script_creates_only_a_missing_provider() {
         let calls = String::from_utf8(output.stdout).unwrap();
         assert_eq!(
             calls.contains("create-open-id-connect-provider"),
-            made,
+            creates,
             "{calls}"
         );
         assert!(

@@ -2,7 +2,7 @@ use toml::Value;
 use toml::value::Datetime;
 
 use super::*;
-use crate::config::{Config, Loaded, Problem};
+use crate::config::{Config, LoadedConfig, Problem};
 
 /// A configuration without errors, for tests to add a key to.
 const BASE: &str = r#"
@@ -29,7 +29,7 @@ const SOURCES: [(&str, &str); 2] = [
     ),
 ];
 
-fn parse(text: &str) -> Result<Loaded, Vec<Problem>> {
+fn parse(text: &str) -> Result<LoadedConfig, Vec<Problem>> {
     Config::parse(text, &|_| None)
 }
 

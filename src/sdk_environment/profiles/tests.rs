@@ -12,8 +12,8 @@ fn profiles(config: &str, credentials: &str) -> Profiles {
     profiles
 }
 
-fn elsewhere(keys: &[&'static str]) -> Lead {
-    Lead::Elsewhere(keys.iter().map(|key| ("config".into(), *key)).collect())
+fn elsewhere(keys: &[&'static str]) -> ProfileTarget {
+    ProfileTarget::Elsewhere(keys.iter().map(|key| ("config".into(), *key)).collect())
 }
 
 #[test]
@@ -22,9 +22,9 @@ fn profile_leads_to_the_source_of_its_credentials() {
     let table = [
         (
             "[default]\nregion = eu-west-1\nca_bundle = /x\n",
-            Lead::Nowhere,
+            ProfileTarget::Nowhere,
         ),
-        ("[ default ]\nregion = eu-west-1\n", Lead::Nowhere),
+        ("[ default ]\nregion = eu-west-1\n", ProfileTarget::Nowhere),
         (
             "[profile default]\nCredential_Process = /bin/x\n",
             elsewhere(&["credential_process"]),
@@ -35,7 +35,7 @@ fn profile_leads_to_the_source_of_its_credentials() {
         ),
         (
             "[default]\n# role_arn = x\n; role_arn = x\ns3 =\n  role_arn = x\n",
-            Lead::Nowhere,
+            ProfileTarget::Nowhere,
         ),
         (
             "[default]\n[other]\nrole_arn = x\n[default]\nSSO_Session = y\n",
@@ -43,7 +43,7 @@ fn profile_leads_to_the_source_of_its_credentials() {
         ),
         (
             "role_arn = x\n[sso-session default]\nsso_start_url = x\n",
-            Lead::Missing,
+            ProfileTarget::Missing,
         ),
         (
             "[default]\nsso_start_url = x\nsso_account_id = 1\n",
@@ -55,11 +55,11 @@ fn profile_leads_to_the_source_of_its_credentials() {
         ),
         (
             "[default]\ncredential_process = /usr/bin/awsvid credential-process --role x\n",
-            Lead::Awsvid,
+            ProfileTarget::Awsvid,
         ),
         (
             "[default]\ncredential_process = \"/opt/a/awsvid\" credential-process\n",
-            Lead::Awsvid,
+            ProfileTarget::Awsvid,
         ),
         (
             "[default]\ncredential_process = awsvid exec\n",
@@ -77,13 +77,13 @@ fn profile_leads_to_the_source_of_its_credentials() {
             "[default]\ncredential_source = EcsContainer\n",
             elsewhere(&["credential_source"]),
         ),
-        ("[other]\nrole_arn = x\n", Lead::Missing),
+        ("[other]\nrole_arn = x\n", ProfileTarget::Missing),
     ];
     for (config, expected) in table {
-        assert_eq!(profiles(config, "").lead(DEFAULT), expected, "{config}");
+        assert_eq!(profiles(config, "").target(DEFAULT), expected, "{config}");
     }
     let with_role = [
-        ("credential_source = EcsContainer\n", Lead::Awsvid),
+        ("credential_source = EcsContainer\n", ProfileTarget::Awsvid),
         (
             "credential_source = Ec2InstanceMetadata\n",
             elsewhere(&["role_arn", "credential_source"]),
@@ -105,7 +105,7 @@ fn profile_leads_to_the_source_of_its_credentials() {
     ];
     for (more, expected) in with_role {
         assert_eq!(
-            profiles(&format!("[default]\n{role}{more}"), "").lead(DEFAULT),
+            profiles(&format!("[default]\n{role}{more}"), "").target(DEFAULT),
             expected,
             "{more}"
         );
@@ -119,12 +119,12 @@ fn chain_of_profiles_leads_to_the_source_of_its_end() {
     };
     let end = |name: &str, more: &str| format!("[profile {name}]\n{more}\n");
     let lead =
-        |config: &[String], credentials: &str| profiles(&config.concat(), credentials).lead("a");
+        |config: &[String], credentials: &str| profiles(&config.concat(), credentials).target("a");
     let awsvid = "role_arn = x\ncredential_source = EcsContainer";
     let other = elsewhere(&["role_arn", "source_profile"]);
     assert_eq!(
         lead(&[link("a", "b"), link("b", "c"), end("c", awsvid)], ""),
-        Lead::Awsvid
+        ProfileTarget::Awsvid
     );
     assert_eq!(
         lead(
@@ -134,7 +134,7 @@ fn chain_of_profiles_leads_to_the_source_of_its_end() {
             ],
             ""
         ),
-        Lead::Awsvid
+        ProfileTarget::Awsvid
     );
     assert_eq!(
         lead(&[link("a", "b"), end("b", "credential_process = x")], ""),
@@ -155,7 +155,7 @@ fn chain_of_profiles_leads_to_the_source_of_its_end() {
         "[profile a]\nrole_arn = x\ncredential_source = EcsContainer\n",
         "[a]\naws_access_key_id = A\n",
     );
-    let Lead::Elsewhere(keys) = split.lead("a") else {
+    let ProfileTarget::Elsewhere(keys) = split.target("a") else {
         panic!("{split:?}")
     };
     assert_eq!(keys[2], ("credentials".into(), "aws_access_key_id"));
@@ -174,7 +174,11 @@ fn profile_names_are_parsed_as_sdks_do() {
         ("x", None),
     ] {
         assert_eq!(all.region(name), region, "{name}");
-        assert_eq!(all.lead(name) == Lead::Missing, region.is_none(), "{name}");
+        assert_eq!(
+            all.target(name) == ProfileTarget::Missing,
+            region.is_none(),
+            "{name}"
+        );
     }
 }
 
@@ -185,9 +189,9 @@ fn copy_has_all_keys_except_credentials() {
         [sso-session x]\nsso_start_url = https://y\n[profile new]\nregion = old\n[services s]\nsts =\n  endpoint_url = https://z\n";
     let credentials = "[default]\naws_access_key_id = AKIA\nregion = us-east-1\noutput = json\n";
     let text = profiles(config, credentials).config_with("new", DEFAULT);
-    let (kept, new) = text.split_once("[profile new]\n").unwrap();
+    let (before, new) = text.split_once("[profile new]\n").unwrap();
     assert_eq!(
-        kept,
+        before,
         config.replace("[profile new]\nregion = old\n", ""),
         "no part of the file is hidden"
     );
@@ -198,12 +202,12 @@ fn copy_has_all_keys_except_credentials() {
     );
     let again = profiles(&text, credentials);
     assert_eq!(
-        (again.lead("new"), again.region("new")),
-        (Lead::Nowhere, Some("eu-west-1"))
+        (again.target("new"), again.region("new")),
+        (ProfileTarget::Nowhere, Some("eu-west-1"))
     );
     assert_eq!(
-        again.lead(DEFAULT),
-        profiles(config, credentials).lead(DEFAULT)
+        again.target(DEFAULT),
+        profiles(config, credentials).target(DEFAULT)
     );
     assert_eq!(
         profiles("", "").config_with("new", DEFAULT),

@@ -78,7 +78,7 @@ impl AgentSourceInner {
             lane,
         }: Query,
     ) {
-        let receiver = Instant::now();
+        let start = Instant::now();
         let query = self.clone().identities(&caller, None);
         let reply = match lane {
             Lane::Quick => timeout(QUICK_TIMEOUT, query).await.unwrap_or_else(|_| {
@@ -88,7 +88,7 @@ impl AgentSourceInner {
             }),
             Lane::Slow => query.await,
         };
-        self.cache().record(&subject, reply, receiver.elapsed());
+        self.cache().record(&subject, reply, start.elapsed());
     }
 
     /// Queries the daemon's own identity, to advance the clock on a node where all callers are
@@ -99,9 +99,9 @@ impl AgentSourceInner {
         if self.agent.supports_pod_references() {
             return;
         }
-        let previous = self.own_confirmed_at();
-        let _ = timeout(QUICK_TIMEOUT, self.own(OWN_ID_MAX_AGE)).await;
-        if let (Some(previous), Some(now)) = (previous, self.own_confirmed_at())
+        let previous = self.own.confirmed_at();
+        let _ = timeout(QUICK_TIMEOUT, self.own_ids(OWN_ID_MAX_AGE)).await;
+        if let (Some(previous), Some(now)) = (previous, self.own.confirmed_at())
             && now > previous
         {
             self.cache().record_own_confirmation(previous);

@@ -1,14 +1,19 @@
-mod crowded;
 mod pods;
+mod query_limits;
 mod slow;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use tokio::sync::Semaphore;
+use tokio::time::{Instant, sleep};
 use zeroize::Zeroizing;
 
+use super::held_tokens::TOKEN_TTL;
+use super::own_ids::OWN_ID_RECHECK;
+use super::query::{EXEC_RETRY_PAUSES, NEW_POD_AGE, NEW_POD_RETRY, QUERY_WAIT};
 use super::*;
 use crate::caller::{
     AgentProcessRef, AttestError, ExecWatch, Executable, GroupDetail, Groups, ListenerKind,
@@ -16,10 +21,11 @@ use crate::caller::{
 };
 use crate::socket_endpoint::Endpoint;
 use crate::svid::CALL_TIMEOUT;
+use crate::svid::agent::AgentSvid;
 use crate::svid::jwt::tests::{NOW, now, raw_token, token_for};
 
 const AUDIENCE: &str = "sts.amazonaws.com";
-const MOST: usize = 100;
+const MAX_PROCESSES: usize = 100;
 
 /// An agent that replies by the test's script, and counts its calls.
 #[derive(Debug)]
@@ -154,7 +160,7 @@ struct ScriptedProof {
     pid: u32,
     reads: Arc<AtomicU32>,
     changes_at: Option<u32>,
-    refusal: Option<AttestError>,
+    error: Option<AttestError>,
     /// Number of further watches during which a program is executed.
     executions: AtomicU32,
 }
@@ -178,9 +184,9 @@ impl PeerProof for ScriptedProof {
 
     async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
         let read = self.reads.fetch_add(1, Ordering::SeqCst);
-        match (&self.refusal, self.changes_at) {
-            (Some(refusal), None) => Err(refusal.clone()),
-            (Some(refusal), Some(at)) if read >= at => Err(refusal.clone()),
+        match (&self.error, self.changes_at) {
+            (Some(error), None) => Err(error.clone()),
+            (Some(error), Some(at)) if read >= at => Err(error.clone()),
             (None, Some(at)) if read >= at => Ok(AgentProcessRef {
                 pid: self.pid,
                 cgroups: "0::/moved\n".to_owned(),
@@ -208,7 +214,7 @@ fn caller_with(
     uid: u32,
     pid: u32,
     changes_at: Option<u32>,
-    refusal: Option<AttestError>,
+    error: Option<AttestError>,
 ) -> Arc<Caller> {
     let executions = AtomicU32::new(0);
     caller_by(
@@ -217,7 +223,7 @@ fn caller_with(
             pid,
             reads: Arc::default(),
             changes_at,
-            refusal,
+            error,
             executions,
         },
     )
@@ -232,7 +238,7 @@ fn executing_caller(pid: u32, times: u32) -> Arc<Caller> {
             pid,
             reads: Arc::default(),
             changes_at: None,
-            refusal: None,
+            error: None,
             executions,
         },
     )
@@ -275,7 +281,7 @@ fn source(agent: &Arc<AgentScript>) -> AgentSource {
     AgentSource::new(
         agent.clone(),
         AUDIENCE.to_owned(),
-        MOST,
+        MAX_PROCESSES,
         Clock::starting_at(now()),
         Metrics::default(),
     )
@@ -363,19 +369,19 @@ async fn concurrent_requests_share_one_query() {
 async fn agent_is_not_queried_about_a_misreadable_process() {
     let agent = AgentScript::reply(shop);
     let source = source(&agent);
-    for refusal in [
+    for error in [
         AttestError::DelegatedCgroup,
         AttestError::NestedContainer,
         AttestError::CallerGone,
     ] {
-        let caller = caller_with(1001, 1, None, Some(refusal.clone()));
-        assert_eq!(source.identify(&caller).await, Err(refusal.clone().into()));
+        let caller = caller_with(1001, 1, None, Some(error.clone()));
+        assert_eq!(source.identify(&caller).await, Err(error.clone().into()));
         assert_eq!(
             source
                 .token(&caller, &shop_id(), AUDIENCE)
                 .await
                 .unwrap_err(),
-            refusal.into()
+            error.into()
         );
     }
     assert_eq!((agent.calls(), source.0.cache().len()), (0, 0));
@@ -385,12 +391,12 @@ async fn agent_is_not_queried_about_a_misreadable_process() {
 async fn reply_is_discarded_if_the_process_changed() {
     let agent = AgentScript::reply(shop);
     let source = source(&agent);
-    for (refusal, expected) in [
+    for (error, expected) in [
         (None, AttestError::IdentityChanged),
         (Some(AttestError::CallerGone), AttestError::CallerGone),
     ] {
         // The first read is before the call.
-        let changed = || caller_with(1001, 1, Some(1), refusal.clone());
+        let changed = || caller_with(1001, 1, Some(1), error.clone());
         assert_eq!(
             source.identify(&changed()).await,
             Err(expected.clone().into())
@@ -422,17 +428,17 @@ async fn process_is_queried_again_after_an_execution() {
         [SHOP]
     );
     assert_eq!(agent.calls(), tries as usize);
-    let refused = source
+    let error = source
         .identify(&executing_caller(2, tries))
         .await
         .unwrap_err();
-    assert_eq!(refused, AttestError::ProcessExecuting.into());
+    assert_eq!(error, AttestError::ProcessExecuting.into());
     assert!(AttestError::ProcessExecuting.is_transient());
     assert_eq!(agent.calls(), 2 * tries as usize);
     assert_eq!(
         ids(source.identify(&caller(2)).await),
         [SHOP],
-        "the refusal is not remembered"
+        "the error is not remembered"
     );
 }
 
@@ -442,8 +448,8 @@ async fn own_identity_is_given_to_no_workload() {
     let source = source(&agent);
     assert_eq!(ids(source.identify(&caller(1)).await), [""; 0]);
     let own = SpiffeId::parse(AWSVID).unwrap();
-    let refused = source.token(&caller(1), &own, AUDIENCE).await.unwrap_err();
-    assert!(matches!(refused, SourceError::Denied(_)), "{refused:?}");
+    let error = source.token(&caller(1), &own, AUDIENCE).await.unwrap_err();
+    assert!(matches!(error, SourceError::Denied(_)), "{error:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -633,13 +639,13 @@ const OTHER: &str = "spiffe://example.org/other";
 async fn identity_needs_a_token_of_its_own() {
     let agent = AgentScript::reply(shop);
     let source = source(&agent);
-    let refused = accepted_identities(&source, vec![labelled(SHOP, OTHER)])
+    let error = accepted_identities(&source, vec![labelled(SHOP, OTHER)])
         .await
         .unwrap_err();
-    assert!(matches!(refused, SourceError::BadToken(_)), "{refused:?}");
+    assert!(matches!(error, SourceError::BadToken(_)), "{error:?}");
     assert!(
-        !refused.to_string().contains("other"),
-        "whose it is, is nobody's business: {refused}"
+        !error.to_string().contains("other"),
+        "whose it is, is nobody's business: {error}"
     );
     let no_token = AgentSvid {
         spiffe_id: SHOP.to_owned(),
@@ -699,12 +705,7 @@ async fn token_is_found_among_others_with_its_label() {
     ];
     let own = BTreeSet::from([SpiffeId::parse(AWSVID).unwrap()]);
     let source = source(&agent);
-    let (confirmed, fresh_from) = (Instant::now(), Instant::now());
-    *source.0.own.lock().unwrap() = Some(OwnIds {
-        ids: own,
-        confirmed,
-        fresh_from,
-    });
+    source.0.own.set(own, Instant::now());
     assert_eq!(
         source
             .token(&caller(1), &shop_id(), AUDIENCE)
@@ -714,11 +715,11 @@ async fn token_is_found_among_others_with_its_label() {
         &shop_id()
     );
     agent.merged.lock().unwrap().truncate(1);
-    let refused = source
+    let error = source
         .token(&caller(1), &shop_id(), AUDIENCE)
         .await
         .unwrap_err();
-    assert!(matches!(refused, SourceError::BadToken(_)), "{refused:?}");
+    assert!(matches!(error, SourceError::BadToken(_)), "{error:?}");
     let other = SpiffeId::parse(OTHER).unwrap();
     let denied = source
         .token(&caller(1), &other, AUDIENCE)
@@ -744,11 +745,23 @@ async fn held_token_is_not_used_when_about_to_expire() {
         .unwrap()
     };
     let subject = Subject::of(&caller(1), false).unwrap();
-    source.0.hold_token(&subject, short(1));
-    assert!(source.0.take_token(&subject, &shop_id()).is_some());
-    source.0.hold_token(&subject, short(2));
+    source.0.tokens.hold(&subject, short(1));
+    assert!(
+        source
+            .0
+            .tokens
+            .take(&subject, &shop_id(), source.0.clock.now())
+            .is_some()
+    );
+    source.0.tokens.hold(&subject, short(2));
     tokio::time::advance(Duration::from_secs(7)).await;
-    assert!(source.0.take_token(&subject, &shop_id()).is_none());
+    assert!(
+        source
+            .0
+            .tokens
+            .take(&subject, &shop_id(), source.0.clock.now())
+            .is_none()
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -3,7 +3,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::time::advance;
 
-use super::known::{NO_IDENTITY_TTL, RETRY_AFTER};
+use super::cached_identity::{NO_IDENTITY_TTL, RETRY_AFTER};
+use super::slots::MAX_SUBJECTS_PER_WORKLOAD;
 use super::*;
 use crate::caller::{
     AttestError, Executable, GroupDetail, Groups, ListenerKind, PeerProof, Process, Program,

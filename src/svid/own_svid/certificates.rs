@@ -1,8 +1,6 @@
 //! X.509-SVIDs as the Workload API sends them, parsed and checked.
 //!
 //! Standard: X509-SVID.md, and SPIFFE_Workload_API.md, section 5.2.1.
-//!
-//! Standard: X509-SVID.md, and SPIFFE_Workload_API.md, section 5.2.1.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,10 +9,11 @@ use rustls::RootCertStore;
 use rustls::crypto::aws_lc_rs::{default_provider, sign::any_supported_type};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime};
 use rustls::sign::CertifiedKey;
+use thiserror::Error;
 use webpki::{EndEntityCert, KeyUsage};
 use zeroize::Zeroizing;
 
-use crate::identity::SpiffeId;
+use crate::identity::{InvalidName, SpiffeId};
 use crate::svid::proto::workload::{X509svid, X509svidResponse};
 
 /// An X.509-SVID of the daemon itself with its key, and the CAs of its trust domain.
@@ -31,6 +30,67 @@ pub struct OwnSvid {
     pub version: u64,
 }
 
+/// Reason why the agent's X.509-SVID cannot be used.
+#[derive(Debug, Error)]
+pub(super) enum OwnSvidError {
+    /// The message has no SVID for its first identity.
+    #[error("the message has none")]
+    Missing,
+    /// The first identity is not a SPIFFE ID.
+    #[error("its SPIFFE ID is invalid: {0}")]
+    InvalidId(InvalidName),
+    /// The certificates are not a sequence of DER values.
+    #[error("its certificates are not DER")]
+    Chain,
+    /// The chain is empty.
+    #[error("it has no certificate")]
+    NoCertificate,
+    /// The leaf is not an X.509-SVID.
+    #[error("its certificate {0}")]
+    Certificate(CertificateIdError),
+    /// The leaf has another SPIFFE ID than the message.
+    #[error("its certificate is that of {certified}, not of {expected}")]
+    OtherId {
+        /// The SPIFFE ID of the leaf.
+        certified: SpiffeId,
+        /// The SPIFFE ID of the message.
+        expected: SpiffeId,
+    },
+    /// The key is not a PKCS #8 key of a supported type. The library's error does not quote the
+    /// key, and is omitted all the same.
+    #[error("its private key cannot be read")]
+    Key,
+    /// The key belongs to another certificate.
+    #[error("its private key is not that of its certificate")]
+    OtherKey,
+    /// The CAs are not a sequence of DER values.
+    #[error("its bundle is not DER")]
+    Bundle,
+    /// A CA is not a usable trust anchor.
+    #[error("its bundle has a CA that cannot be used: {0}")]
+    Root(rustls::Error),
+    /// The bundle has no CA.
+    #[error("its bundle is empty")]
+    NoRoots,
+}
+
+/// Reason why a certificate has no SPIFFE ID. The text follows the word "certificate".
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum CertificateIdError {
+    /// The certificate is not valid X.509.
+    #[error("cannot be read: {0}")]
+    Unreadable(webpki::Error),
+    /// The certificate has no URI among its names.
+    #[error("has no SPIFFE ID")]
+    NoUri,
+    /// The only URI is not a SPIFFE ID.
+    #[error("has no SPIFFE ID: {0}")]
+    InvalidId(InvalidName),
+    /// X.509-SVID.md allows one URI only.
+    #[error("has several URIs, so its SPIFFE ID is ambiguous")]
+    SeveralUris,
+}
+
 impl fmt::Debug for OwnSvid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OwnSvid")
@@ -44,7 +104,7 @@ impl OwnSvid {
     /// Parses the default identity of a message, which is the first. An identity may have several
     /// SVIDs: with several entries, or from an agent that merges the replies of two others and may
     /// label one wrongly. Then the first usable SVID counts.
-    pub(super) fn read(mut message: X509svidResponse, version: u64) -> Result<Self, String> {
+    pub(super) fn read(mut message: X509svidResponse, version: u64) -> Result<Self, OwnSvidError> {
         // The keys of all SVIDs are moved first, so that unused ones are zeroized too.
         let take_key =
             |svid: &mut X509svid| Zeroizing::new(std::mem::take(&mut svid.x509_svid_key));
@@ -54,16 +114,15 @@ impl OwnSvid {
             .iter()
             .map(|svid| svid.spiffe_id.clone())
             .collect();
-        let default = all.first().ok_or("the message has none")?;
-        let spiffe_id = SpiffeId::parse(default)
-            .map_err(|error| format!("its SPIFFE ID is invalid: {error}"))?;
+        let default = all.first().ok_or(OwnSvidError::Missing)?;
+        let spiffe_id = SpiffeId::parse(default).map_err(OwnSvidError::InvalidId)?;
         let of_default = message
             .svids
             .iter()
             .zip(&keys)
             .filter(|(svid, _)| svid.spiffe_id == *default);
         let mut read = of_default.map(|(svid, key)| read_one(svid, key, &spiffe_id));
-        let first = read.next().ok_or("the message has none")?;
+        let first = read.next().ok_or(OwnSvidError::Missing)?;
         let (certified, roots) = first.or_else(|error| read.find_map(Result::ok).ok_or(error))?;
         drop(read);
         Ok(Self {
@@ -104,46 +163,40 @@ fn read_one(
     svid: &X509svid,
     key: &[u8],
     spiffe_id: &SpiffeId,
-) -> Result<(CertifiedKey, RootCertStore), String> {
-    let chain = split(&svid.x509_svid).ok_or("its certificates are not DER")?;
-    let leaf = chain.first().ok_or("it has no certificate")?;
-    let certified_id = id_of(leaf).map_err(|error| format!("its certificate {error}"))?;
-    if certified_id != *spiffe_id {
-        return Err(format!(
-            "its certificate is that of {certified_id}, not of {spiffe_id}"
-        ));
+) -> Result<(CertifiedKey, RootCertStore), OwnSvidError> {
+    let chain = split(&svid.x509_svid).ok_or(OwnSvidError::Chain)?;
+    let leaf = chain.first().ok_or(OwnSvidError::NoCertificate)?;
+    let certified = id_of(leaf).map_err(OwnSvidError::Certificate)?;
+    if certified != *spiffe_id {
+        return Err(OwnSvidError::OtherId {
+            certified,
+            expected: spiffe_id.clone(),
+        });
     }
     let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key));
-    // The library's error does not quote the key, and is omitted all the same.
-    let key = any_supported_type(&key).map_err(|_| "its private key cannot be read")?;
+    let key = any_supported_type(&key).map_err(|_| OwnSvidError::Key)?;
     let certified = CertifiedKey::new(chain, key);
-    certified
-        .keys_match()
-        .map_err(|_| "its private key is not that of its certificate")?;
+    certified.keys_match().map_err(|_| OwnSvidError::OtherKey)?;
     let mut roots = RootCertStore::empty();
-    for root in split(&svid.bundle).ok_or("its bundle is not DER")? {
-        roots
-            .add(root)
-            .map_err(|error| format!("its bundle has a CA that cannot be used: {error}"))?;
+    for root in split(&svid.bundle).ok_or(OwnSvidError::Bundle)? {
+        roots.add(root).map_err(OwnSvidError::Root)?;
     }
     if roots.is_empty() {
-        return Err("its bundle is empty".to_owned());
+        return Err(OwnSvidError::NoRoots);
     }
     Ok((certified, roots))
 }
 
 /// Returns the SPIFFE ID of a certificate. An X.509-SVID has exactly one URI among its names. The
 /// signature is not verified.
-pub fn id_of(certificate: &CertificateDer<'_>) -> Result<SpiffeId, String> {
+pub fn id_of(certificate: &CertificateDer<'_>) -> Result<SpiffeId, CertificateIdError> {
     let certificate =
-        EndEntityCert::try_from(certificate).map_err(|error| format!("cannot be read: {error}"))?;
+        EndEntityCert::try_from(certificate).map_err(CertificateIdError::Unreadable)?;
     let mut names = certificate.valid_uri_names();
     match (names.next(), names.next()) {
-        (Some(name), None) => {
-            SpiffeId::parse(name).map_err(|error| format!("has no SPIFFE ID: {error}"))
-        }
-        (None, _) => Err("has no SPIFFE ID".to_owned()),
-        (Some(_), Some(_)) => Err("has several URIs, so its SPIFFE ID is ambiguous".to_owned()),
+        (Some(name), None) => SpiffeId::parse(name).map_err(CertificateIdError::InvalidId),
+        (None, _) => Err(CertificateIdError::NoUri),
+        (Some(_), Some(_)) => Err(CertificateIdError::SeveralUris),
     }
 }
 

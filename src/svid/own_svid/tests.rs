@@ -13,7 +13,7 @@ use fake::{Authority, FakeAgent, Stream};
 
 const ID: &str = "spiffe://example.org/awsvid";
 /// Timeout for events that happen at once.
-const SOON: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 struct SocketDir {
     dir: TempDir,
@@ -33,7 +33,7 @@ fn own_at(socket_dir: &SocketDir) -> OwnSvidSource {
 /// Waits until the state satisfies `condition`.
 async fn until(own: &OwnSvidSource, condition: impl Fn(&OwnSvidState) -> bool) -> OwnSvidState {
     let mut now = own.now.clone();
-    let now = timeout(SOON, now.wait_for(|now| condition(now))).await;
+    let now = timeout(TIMEOUT, now.wait_for(|now| condition(now))).await;
     now.expect("in time").expect("the task runs").clone()
 }
 
@@ -309,7 +309,7 @@ async fn missing_agent_is_found_later() {
         .await
         .accept()
         .send(authority.message(ID));
-    let svid = own.first(SOON).await.unwrap();
+    let svid = own.first(TIMEOUT).await.unwrap();
     assert_eq!(svid.version, 1);
 
     drop(agent);
@@ -528,7 +528,7 @@ fn certificate_id_is_its_only_uri() {
             "several URIs",
         ),
     ] {
-        let error = of(uris).unwrap_err();
+        let error = of(uris).unwrap_err().to_string();
         assert!(error.contains(reason), "{uris:?}: {error}");
     }
     let named = authority.sign(&[ID], |params| {

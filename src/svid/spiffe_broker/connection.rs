@@ -47,7 +47,7 @@ pub(super) struct BrokerConnector {
 
 #[async_trait]
 impl Connector for BrokerConnector {
-    async fn dial(&self) -> Result<Channel, SourceError> {
+    async fn open(&self) -> Result<Channel, SourceError> {
         let stream = UnixStream::connect(&self.socket).await;
         let stream = stream.map_err(|error| {
             SourceError::Unavailable(broker_socket_error(&self.endpoint(), &error))

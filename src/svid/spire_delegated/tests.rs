@@ -175,8 +175,8 @@ async fn unanswered_call_is_abandoned_without_retry() {
 
 #[tokio::test]
 async fn refusal_names_the_fix() {
-    type Is = fn(String) -> SourceError;
-    let (denied, broken, wrong): (Is, Is, Is) = (
+    type ToError = fn(String) -> SourceError;
+    let (denied, broken, wrong): (ToError, ToError, ToError) = (
         SourceError::Denied,
         SourceError::Unavailable,
         SourceError::Misconfigured,

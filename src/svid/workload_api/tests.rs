@@ -584,19 +584,19 @@ async fn ready_ignores_identities_of_other_nodes() {
         cgroup: None,
     };
     let denied = || Err(Status::permission_denied("no identity issued"));
-    type Given = fn(usize) -> bool;
-    let table: [(Given, usize, bool); 4] = [
+    type HasIdentity = fn(usize) -> bool;
+    let table: [(HasIdentity, usize, bool); 4] = [
         (|number| number == 0, 1, true),
         (|number| number == 2, 3, true),
         (|_| false, READY_IDS, false),
         (|_| true, 1, true),
     ];
-    for (is_given, expected, ready) in table {
+    for (has_identity, expected, ready) in table {
         let dir = tempdir().unwrap();
         let path = socket(&dir);
         let script = move |number: usize| {
             let id = SpiffeId::parse(&format!("spiffe://example.org/w{number}")).unwrap();
-            Some(if is_given(number) {
+            Some(if has_identity(number) {
                 Ok(svids([(id.as_str(), token_for(&id, 300, 1))]))
             } else {
                 denied()

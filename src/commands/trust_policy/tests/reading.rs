@@ -38,15 +38,17 @@ pub(crate) fn allows(policy: &Value, token: &Token<'_>, provider: &str) -> bool 
                     .unwrap()
                     .iter()
                     .all(|(operator, keys)| {
-                        keys.as_object().unwrap().iter().all(|(key, wanted)| {
-                            let (claim, wanted) = (claims.get(key), wanted.as_str().unwrap());
+                        keys.as_object().unwrap().iter().all(|(key, expected)| {
+                            let (claim, expected) = (claims.get(key), expected.as_str().unwrap());
                             match operator.as_str() {
-                                "StringEquals" => claim.is_some_and(|claim| *claim == wanted),
-                                "StringLike" => claim
-                                    .is_some_and(|claim| like(wanted.as_bytes(), claim.as_bytes())),
+                                "StringEquals" => claim.is_some_and(|claim| *claim == expected),
+                                "StringLike" => claim.is_some_and(|claim| {
+                                    like(expected.as_bytes(), claim.as_bytes())
+                                }),
                                 // By IAM's rules also true if the claim is missing.
-                                "StringNotLike" => claim
-                                    .is_none_or(|claim| !like(wanted.as_bytes(), claim.as_bytes())),
+                                "StringNotLike" => claim.is_none_or(|claim| {
+                                    !like(expected.as_bytes(), claim.as_bytes())
+                                }),
                                 other => panic!("{other}"),
                             }
                         })

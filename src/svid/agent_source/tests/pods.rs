@@ -1,8 +1,10 @@
 //! Callers in pods, with an agent that supports pod references.
 
+use std::collections::VecDeque;
+
 use super::*;
 use crate::caller::PodAge;
-use crate::cgroup::Pod;
+use crate::cgroup::{Pod, PodUid};
 
 const UID: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
 const OLD: Duration = Duration::from_secs(3600);
@@ -158,7 +160,7 @@ fn source(agent: &Arc<FakePodAgent>) -> AgentSource {
     AgentSource::new(
         agent.clone(),
         AUDIENCE.to_owned(),
-        MOST,
+        MAX_PROCESSES,
         Clock::starting_at(now()),
         Metrics::default(),
     )
@@ -349,6 +351,6 @@ async fn own_pod_gets_no_identity() {
     let caller = caller_in_pod(0, since(OLD, OLD), u32::MAX);
     assert_eq!(ids(source.identify(&caller).await), [""; 0]);
     let own = SpiffeId::parse(AWSVID).unwrap();
-    let refused = source.token(&caller, &own, AUDIENCE).await.unwrap_err();
-    assert!(matches!(refused, SourceError::Denied(_)), "{refused:?}");
+    let error = source.token(&caller, &own, AUDIENCE).await.unwrap_err();
+    assert!(matches!(error, SourceError::Denied(_)), "{error:?}");
 }

@@ -1,6 +1,6 @@
 //! The order of revalidation, and the fate of subjects without an answer.
 
-use super::known::{BYTES_PER_SLOT, MAX_UNCONFIRMED};
+use super::cached_identity::{BYTES_PER_SLOT, MAX_UNCONFIRMED};
 use super::*;
 
 /// The agent's answer about one of these.

@@ -90,10 +90,10 @@ audience = \"minio\"
 fn page_is_read_again_to_the_same() {
     for text in [SMALL, LARGE, BY_EXE, BY_NAMES] {
         let config = parsed(text, &|_| None);
-        let explained = config.show(text, &|_| None);
-        let again = parsed(&explained, &|_| None);
+        let shown = config.show(text, &|_| None);
+        let again = parsed(&shown, &|_| None);
         let [again, config] = [again, config].map(without_lines);
-        assert_eq!(format!("{again:?}"), format!("{config:?}"), "{explained}");
+        assert_eq!(format!("{again:?}"), format!("{config:?}"), "{shown}");
     }
 }
 
@@ -177,9 +177,9 @@ fn page_names_the_origin_of_each_value() {
         "SPIFFE_ENDPOINT_SOCKET" => Some("unix:///run/other.sock".to_owned()),
         _ => None,
     };
-    let explained = parsed(SMALL, &env).show(SMALL, &env);
+    let shown = parsed(SMALL, &env).show(SMALL, &env);
     let origin = |line: &str| {
-        let found = explained
+        let found = shown
             .lines()
             .find(|found| found.starts_with(line))
             .unwrap_or_else(|| panic!("{line}"));
@@ -202,8 +202,5 @@ fn page_names_the_origin_of_each_value() {
     for (line, expected) in table {
         assert_eq!(origin(line).as_deref(), expected, "{line}");
     }
-    assert!(
-        explained.contains("# from [identity] audience")
-            && explained.contains("# from [sts] region")
-    );
+    assert!(shown.contains("# from [identity] audience") && shown.contains("# from [sts] region"));
 }

@@ -1,32 +1,13 @@
-//! `[audit]` and `[log]`: the destinations and forms of records and logs.
+//! `[log]`: the level and form of the log.
 
-use std::path::PathBuf;
-
-use super::toml_reader::{Location, Table, absolute};
+use super::error::InvalidValue;
+use super::toml_reader::{Location, Table};
 
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 /// The variable that overrides `[log] level`.
 const LEVEL_VARIABLE: &str = "AWSVID_LOG";
 const LEVEL_FIX: &str =
     "write error, warn, info, debug or trace, or module=level pairs with commas between";
-
-/// The table `[audit]` of the file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AuditConfig {
-    /// Destination of the records.
-    pub file: AuditFile,
-    /// Whether the daemon rejects a request if its record cannot be written.
-    pub required: bool,
-}
-
-/// The destination of audit records.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum AuditFile {
-    /// Standard output, which is `-` in the file.
-    Stdout,
-    /// A file to which records are appended.
-    Path(PathBuf),
-}
 
 /// The table `[log]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,15 +29,6 @@ pub enum LogFormat {
     Json,
 }
 
-impl Default for AuditConfig {
-    fn default() -> Self {
-        Self {
-            file: AuditFile::Stdout,
-            required: false,
-        }
-    }
-}
-
 impl Default for LogConfig {
     fn default() -> Self {
         Self {
@@ -66,23 +38,8 @@ impl Default for LogConfig {
     }
 }
 
-/// Reads the table `[audit]`.
-pub(super) fn read_audit(table: &Table<'_>) -> AuditConfig {
-    let default = AuditConfig::default();
-    let file = |text: &str| match text {
-        "-" => Ok(AuditFile::Stdout),
-        path => absolute(path).map(AuditFile::Path),
-    };
-    AuditConfig {
-        file: table
-            .parse("file", "write the whole path of a file, or \"-\"", file)
-            .unwrap_or(default.file),
-        required: table.flag("required").unwrap_or(default.required),
-    }
-}
-
 /// Reads the table `[log]`, and the variable that overrides its level.
-pub(super) fn read_log(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) -> LogConfig {
+pub(super) fn read(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) -> LogConfig {
     let default = LogConfig::default();
     let formats = [
         ("auto", LogFormat::Auto),
@@ -113,14 +70,14 @@ pub(super) fn read_log(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) 
 
 /// Parses a log filter. tracing reads a mistyped level as the name of a module, and then shows all
 /// of that module.
-fn level(text: &str) -> Result<String, String> {
+fn level(text: &str) -> Result<String, InvalidValue> {
     for part in text.split(',') {
         let level = part
             .rsplit_once('=')
             .map_or(part, |(_, level)| level)
             .trim();
         if !LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level)) {
-            return Err(format!("`{level}` is not a level"));
+            return Err(format!("`{level}` is not a level").into());
         }
     }
     tracing_subscriber::EnvFilter::try_new(text).map_err(|error| error.to_string())?;

@@ -2,7 +2,7 @@
 
 /// Whether output is coloured.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Style {
+pub(super) struct TerminalStyle {
     colours: bool,
 }
 
@@ -11,7 +11,7 @@ pub(super) const RED: &str = "31";
 pub(super) const GREEN: &str = "32";
 pub(super) const YELLOW: &str = "33";
 
-impl Style {
+impl TerminalStyle {
     /// Enables colours only on a terminal, and only if the user did not disable them
     /// (<https://no-color.org>).
     pub(super) fn new(terminal: bool, env: impl Fn(&str) -> Option<String>) -> Self {
@@ -44,7 +44,7 @@ mod tests {
     #[test]
     fn colours_need_a_terminal_and_no_opt_out() {
         let colours = |terminal, variable: (&str, &str)| {
-            let style = Style::new(terminal, |name| {
+            let style = TerminalStyle::new(terminal, |name| {
                 (name == variable.0).then(|| variable.1.to_owned())
             });
             style.paint(RED, "text").contains('\x1b')

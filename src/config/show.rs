@@ -5,18 +5,19 @@ use std::time::Duration;
 
 use toml::Value;
 
+use super::audit::{AuditConfig, AuditFile};
 use super::identity::{IdentityConfig, Reference, Source};
-use super::output::{AuditConfig, AuditFile, LogConfig, LogFormat};
+use super::log::{LogConfig, LogFormat};
 use super::pods::PodsConfig;
 use super::sts::StsConfig;
 use super::{CacheConfig, Config, listen};
-use crate::role::{Role, StsTarget};
-use crate::workload_rule::{NamedRule, WorkloadRule};
+
+mod entries;
 
 const DEFAULT: &str = "default";
 
 /// The page under construction, and the file that it shows.
-struct Page<'a> {
+struct ConfigWriter<'a> {
     text: String,
     file: toml::Table,
     env: &'a dyn Fn(&str) -> Option<String>,
@@ -26,7 +27,7 @@ impl Config {
     /// Returns this configuration as a file, which parses to the same configuration. `text` and
     /// `env` are what it was parsed from.
     pub fn show(&self, text: &str, env: &dyn Fn(&str) -> Option<String>) -> String {
-        let mut page = Page {
+        let mut writer = ConfigWriter {
             text: String::new(),
             file: text.parse().unwrap_or_default(),
             env,
@@ -50,28 +51,28 @@ impl Config {
             .iter()
             .flat_map(|requested| &requested.allowed);
         let requested: Vec<&str> = requested.map(glob::Pattern::as_str).collect();
-        page.listen(listen);
-        page.pods(pods);
-        page.identity(identity);
-        page.sts(sts);
-        page.cache(cache);
-        page.output(audit, log);
-        page.table("[requested_roles]");
-        page.key("requested_roles", "allow", requested);
+        writer.listen(listen);
+        writer.pods(pods);
+        writer.identity(identity);
+        writer.sts(sts);
+        writer.cache(cache);
+        writer.output(audit, log);
+        writer.table("[requested_roles]");
+        writer.key("requested_roles", "allow", requested);
         workloads
             .iter()
             .enumerate()
-            .for_each(|(i, workload)| page.workload(i, &workload.rule));
+            .for_each(|(i, workload)| writer.workload(i, &workload.rule));
         roles
             .defined
             .iter()
             .enumerate()
-            .for_each(|(i, role)| page.role(i, role));
-        page.text
+            .for_each(|(i, role)| writer.role(i, role));
+        writer.text
     }
 }
 
-impl Page<'_> {
+impl ConfigWriter<'_> {
     fn line(&mut self, key: &str, value: impl Into<Value>, origin: &str) {
         let line = format!("{key} = {}", value.into());
         // Writing to a string cannot fail.
@@ -285,133 +286,6 @@ impl Page<'_> {
             LogFormat::Json => "json",
         };
         self.key("log", "format", format);
-    }
-
-    fn workload(&mut self, index: usize, named: &NamedRule) {
-        let NamedRule {
-            rule,
-            user,
-            group,
-            supplementary_group: supplementary,
-        } = named;
-        let WorkloadRule {
-            spiffe_id,
-            uid,
-            gid,
-            supplementary_group,
-            exe,
-            systemd_unit,
-            cgroup,
-        } = rule;
-        self.table("[[workload]]");
-        self.line("spiffe_id", spiffe_id.as_str(), "");
-        for (key, id) in [
-            ("uid", uid),
-            ("gid", gid),
-            ("supplementary_group", supplementary_group),
-        ] {
-            if let Some(id) = id {
-                self.line(key, i64::from(*id), "");
-            }
-        }
-        for (key, name) in [
-            ("user", user),
-            ("group", group),
-            ("supplementary_group", supplementary),
-        ] {
-            if let Some(name) = name {
-                self.line(key, name.as_str(), "");
-            }
-        }
-        if let Some(exe) = exe {
-            self.line("exe", shown(exe.path()), "");
-        }
-        if let Some(unit) = systemd_unit {
-            self.line("systemd_unit", unit.as_str(), "");
-        }
-        if let Some(cgroup) = cgroup {
-            self.line("cgroup", cgroup.as_str(), "");
-        }
-        // It permits a rule, and is not part of it.
-        let entry = self.entry("workload", index);
-        if let Some(allow) = entry.get("allow_exe_only").and_then(Value::as_bool) {
-            self.line("allow_exe_only", allow, "");
-        }
-    }
-
-    fn role(&mut self, index: usize, role: &Role) {
-        let Role {
-            name,
-            spiffe_id,
-            role_arn,
-            audience,
-            duration: lasts,
-            session_name,
-            sts,
-            policy,
-            policy_arns,
-        } = role;
-        let StsTarget { region, endpoint } = sts;
-        let entry = self.entry("role", index);
-        let origin = |key: &str, otherwise: &'static str| {
-            if entry.contains_key(key) {
-                ""
-            } else {
-                otherwise
-            }
-        };
-        let regions = if self.has("sts", "region") {
-            "from [sts] region"
-        } else {
-            DEFAULT
-        };
-        self.table("[[role]]");
-        self.line("name", name.as_str(), "");
-        self.line("spiffe_id", spiffe_id.as_str(), "");
-        self.line("role_arn", role_arn.as_str(), "");
-        self.line(
-            "audience",
-            audience.as_str(),
-            origin("audience", "from [identity] audience"),
-        );
-        self.line("duration", duration(*lasts), origin("duration", DEFAULT));
-        match session_name {
-            Some(name) => self.line("session_name", name.as_str(), ""),
-            None => self.unset("session_name", "default: from the SPIFFE ID"),
-        }
-        self.line("region", region.as_str(), origin("region", regions));
-        if let Some(endpoint) = endpoint {
-            self.line(
-                "sts_endpoint",
-                endpoint.as_str(),
-                origin("sts_endpoint", "from [sts] endpoint"),
-            );
-        }
-        if let Some(policy) = policy {
-            self.line("policy", policy.as_str(), "");
-        }
-        if !policy_arns.is_empty() {
-            self.line("policy_arns", policy_arns.clone(), "");
-        }
-        let shared = entry
-            .get("allow_shared_audience")
-            .and_then(Value::as_bool)
-            .unwrap_or_default();
-        self.line(
-            "allow_shared_audience",
-            shared,
-            origin("allow_shared_audience", DEFAULT),
-        );
-    }
-
-    /// Returns one of the tables of this name from the file.
-    fn entry(&self, name: &str, index: usize) -> toml::Table {
-        let entry = self
-            .file
-            .get(name)
-            .and_then(|list| list.get(index))
-            .and_then(Value::as_table);
-        entry.cloned().unwrap_or_default()
     }
 }
 

@@ -8,7 +8,9 @@ use clap::{Args, Subcommand};
 
 use super::{ConfigFile, node};
 use crate::accounts::Nss;
-use crate::config::{Config, ConfigErrors, Exposure, FIRST_UNPRIVILEGED_PORT, Loaded, Problem};
+use crate::config::{
+    Config, ConfigErrors, Exposure, FIRST_UNPRIVILEGED_PORT, LoadedConfig, Problem,
+};
 
 /// EX_CONFIG of sysexits.h, as for `awsvid serve`.
 const EX_CONFIG: u8 = 78;
@@ -117,7 +119,7 @@ fn validate(
 }
 
 /// Adds warnings about this node. For root, a file that the daemon would not use is an error.
-fn with_files_of_node(path: &Path, mut loaded: Loaded) -> Result<Loaded, ConfigErrors> {
+fn with_files_of_node(path: &Path, mut loaded: LoadedConfig) -> Result<LoadedConfig, ConfigErrors> {
     let exposed = node::exposed(&loaded.config);
     if Exposure::of_command() == Exposure::Refused && !exposed.is_empty() {
         return Err(ConfigErrors {
@@ -135,7 +137,10 @@ fn sort(warnings: &mut [Problem]) {
     warnings.sort_by_key(|warning| warning.line.unwrap_or(usize::MAX));
 }
 
-fn read_stdin(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, ConfigErrors> {
+fn read_stdin(
+    path: &Path,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<LoadedConfig, ConfigErrors> {
     let mut bytes = Vec::new();
     let read = io::stdin()
         .read_to_end(&mut bytes)
@@ -148,7 +153,7 @@ fn read_stdin(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Loade
 }
 
 fn show(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<ExitCode, ExitCode> {
-    let Loaded { config, .. } = report(path, Config::load(path, Exposure::Warned, &env))?;
+    let LoadedConfig { config, .. } = report(path, Config::load(path, Exposure::Warned, &env))?;
     // A second read finds which keys the file has. If the file has changed meanwhile, only the
     // origins are those of the new one.
     let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -161,7 +166,10 @@ fn show(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<ExitCode, E
 
 /// Returns the configuration, after it has written errors or warnings to standard error.
 #[expect(clippy::print_stderr, reason = "this is what the command is for")]
-fn report(path: &Path, loaded: Result<Loaded, ConfigErrors>) -> Result<Loaded, ExitCode> {
+fn report(
+    path: &Path,
+    loaded: Result<LoadedConfig, ConfigErrors>,
+) -> Result<LoadedConfig, ExitCode> {
     match loaded {
         Ok(loaded) => {
             for warning in &loaded.warnings {

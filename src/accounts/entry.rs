@@ -1,0 +1,127 @@
+//! The last answer for one name, and the time of its next lookup.
+
+use std::time::Duration;
+
+use nix::errno::Errno;
+use tokio::time::Instant;
+
+use super::lookup::LookupResult;
+use crate::workload_rule::{AccountState, OVERFLOW_ID};
+
+/// Interval between lookups of a name with a number. It bounds the time until a changed number
+/// takes effect.
+pub(super) const RECHECK_INTERVAL: Duration = Duration::from_secs(60);
+/// Delay after the first lookup without a number. Each further delay is twice as long, at most
+/// [`RECHECK_INTERVAL`].
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Time for which a name that was removed keeps its number, unless another name gets the number:
+/// some name services report that a name does not exist while they restart.
+pub(super) const ABSENT_GRACE: Duration = Duration::from_secs(300);
+
+/// A name's last answer, and the schedule of its lookups.
+#[derive(Debug)]
+pub(super) struct AccountEntry {
+    /// Lines of the configuration that contain the name.
+    pub(super) lines: Vec<usize>,
+    pub(super) state: AccountState,
+    /// Error of the last lookup, if it failed.
+    error: Option<Errno>,
+    /// Time of the last answer or failure.
+    pub(super) answered: Option<Instant>,
+    /// Time since which the name service denies a name, while the number of the name is in use.
+    absent_since: Option<Instant>,
+    pub(super) next: Instant,
+    retry: Duration,
+    pub(super) is_requested: bool,
+    pub(super) is_running: bool,
+}
+
+impl AccountEntry {
+    pub(super) fn new() -> Self {
+        Self {
+            lines: Vec::new(),
+            state: AccountState::Unanswered,
+            error: None,
+            answered: None,
+            absent_since: None,
+            next: Instant::now(),
+            retry: RETRY_DELAY,
+            is_requested: false,
+            is_running: false,
+        }
+    }
+
+    /// Applies the result of a lookup.
+    pub(super) fn apply(&mut self, result: &LookupResult, now: Instant) {
+        let before = (self.state, self.error, self.answered.is_none());
+        (self.is_running, self.answered) = (false, Some(now));
+        match (result.id, self.state) {
+            (Ok(Some(id)), _) => {
+                (self.state, self.error, self.absent_since) =
+                    (AccountState::Number(id), None, None);
+            }
+            (Ok(None), AccountState::Number(_)) => {
+                let since = *self.absent_since.get_or_insert(now);
+                if result.successor.is_some() || now >= since + ABSENT_GRACE {
+                    (self.state, self.error, self.absent_since) =
+                        (AccountState::Absent, None, None);
+                }
+            }
+            (Ok(None), _) => (self.state, self.error) = (AccountState::Absent, None),
+            // The last number stays valid: a failed lookup is not evidence against it.
+            (Err(error), AccountState::Number(_)) => self.error = Some(error),
+            (Err(error), _) => (self.state, self.error) = (AccountState::Unanswered, Some(error)),
+        }
+        if matches!(result.id, Ok(Some(_))) {
+            (self.retry, self.next) = (RETRY_DELAY, now + RECHECK_INTERVAL);
+        } else {
+            self.next = now + self.retry;
+            self.retry = (self.retry * 2).min(RECHECK_INTERVAL);
+        }
+        self.log(result, before);
+    }
+
+    fn log(
+        &self,
+        result: &LookupResult,
+        (previous, error, is_first): (AccountState, Option<Errno>, bool),
+    ) {
+        let (account, lines) = (&result.name, &self.lines);
+        let cause = self.error.map(Errno::desc);
+        match (previous, self.state) {
+            (before, AccountState::Number(OVERFLOW_ID)) if before != self.state => tracing::warn!(
+                %account, ?lines, number = OVERFLOW_ID,
+                "workload rule matches no caller: the kernel shows this number for ids that it cannot map"
+            ),
+            (AccountState::Number(before), AccountState::Number(number)) if before != number => {
+                tracing::warn!(%account, ?lines, before, number, "account number changed");
+            }
+            (AccountState::Number(_), AccountState::Number(_)) => {
+                if error.is_none()
+                    && let Some(cause) = cause
+                {
+                    tracing::warn!(%account, ?lines, cause, "account lookup failed: its last number stays in use");
+                }
+            }
+            (_, AccountState::Number(number)) if !is_first => {
+                tracing::info!(%account, ?lines, number, "workload rule active: the account has a number");
+            }
+            (_, AccountState::Number(_)) => {}
+            (AccountState::Number(_), _) => {
+                let successor = result.successor.as_deref();
+                tracing::warn!(
+                    %account, ?lines, successor, "workload rule inactive: the account was removed"
+                );
+            }
+            (before, now) if is_first || before != now => match cause {
+                Some(cause) => tracing::warn!(
+                    %account, ?lines, cause, "workload rule inactive: account lookup failed"
+                ),
+                None => tracing::warn!(
+                    %account, ?lines, "workload rule inactive: the account does not exist on this node"
+                ),
+            },
+            _ => {}
+        }
+    }
+}

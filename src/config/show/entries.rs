@@ -1,0 +1,136 @@
+//! The lists of tables: `[[workload]]` and `[[role]]`.
+
+use toml::Value;
+
+use super::{ConfigWriter, DEFAULT, duration, shown};
+use crate::role::{Role, StsTarget};
+use crate::workload_rule::{NamedRule, WorkloadRule};
+
+impl ConfigWriter<'_> {
+    pub(super) fn workload(&mut self, index: usize, named: &NamedRule) {
+        let NamedRule {
+            rule,
+            user,
+            group,
+            supplementary_group: supplementary,
+        } = named;
+        let WorkloadRule {
+            spiffe_id,
+            uid,
+            gid,
+            supplementary_group,
+            exe,
+            systemd_unit,
+            cgroup,
+        } = rule;
+        self.table("[[workload]]");
+        self.line("spiffe_id", spiffe_id.as_str(), "");
+        for (key, id) in [
+            ("uid", uid),
+            ("gid", gid),
+            ("supplementary_group", supplementary_group),
+        ] {
+            if let Some(id) = id {
+                self.line(key, i64::from(*id), "");
+            }
+        }
+        for (key, name) in [
+            ("user", user),
+            ("group", group),
+            ("supplementary_group", supplementary),
+        ] {
+            if let Some(name) = name {
+                self.line(key, name.as_str(), "");
+            }
+        }
+        if let Some(exe) = exe {
+            self.line("exe", shown(exe.path()), "");
+        }
+        if let Some(unit) = systemd_unit {
+            self.line("systemd_unit", unit.as_str(), "");
+        }
+        if let Some(cgroup) = cgroup {
+            self.line("cgroup", cgroup.as_str(), "");
+        }
+        // It permits a rule, and is not part of it.
+        let entry = self.entry("workload", index);
+        if let Some(allow) = entry.get("allow_exe_only").and_then(Value::as_bool) {
+            self.line("allow_exe_only", allow, "");
+        }
+    }
+
+    pub(super) fn role(&mut self, index: usize, role: &Role) {
+        let Role {
+            name,
+            spiffe_id,
+            role_arn,
+            audience,
+            duration: lasts,
+            session_name,
+            sts,
+            policy,
+            policy_arns,
+        } = role;
+        let entry = self.entry("role", index);
+        self.table("[[role]]");
+        self.line("name", name.as_str(), "");
+        self.line("spiffe_id", spiffe_id.as_str(), "");
+        self.line("role_arn", role_arn.as_str(), "");
+        let origin = origin(&entry, "audience", "from [identity] audience");
+        self.line("audience", audience.as_str(), origin);
+        self.entry_key(&entry, "duration", duration(*lasts));
+        match session_name {
+            Some(name) => self.line("session_name", name.as_str(), ""),
+            None => self.unset("session_name", "default: from the SPIFFE ID"),
+        }
+        self.sts_target(&entry, sts);
+        if let Some(policy) = policy {
+            self.line("policy", policy.as_str(), "");
+        }
+        if !policy_arns.is_empty() {
+            self.line("policy_arns", policy_arns.clone(), "");
+        }
+        let shared = entry
+            .get("allow_shared_audience")
+            .and_then(Value::as_bool)
+            .unwrap_or_default();
+        self.entry_key(&entry, "allow_shared_audience", shared);
+    }
+
+    fn sts_target(&mut self, entry: &toml::Table, StsTarget { region, endpoint }: &StsTarget) {
+        let default = if self.has("sts", "region") {
+            "from [sts] region"
+        } else {
+            DEFAULT
+        };
+        self.line("region", region.as_str(), origin(entry, "region", default));
+        if let Some(endpoint) = endpoint {
+            let origin = origin(entry, "sts_endpoint", "from [sts] endpoint");
+            self.line("sts_endpoint", endpoint.as_str(), origin);
+        }
+    }
+
+    /// Writes a key of a list's table, marked if it is a default.
+    fn entry_key(&mut self, entry: &toml::Table, key: &str, value: impl Into<Value>) {
+        self.line(key, value, origin(entry, key, DEFAULT));
+    }
+
+    /// Returns one of the tables of this name from the file.
+    fn entry(&self, name: &str, index: usize) -> toml::Table {
+        let entry = self
+            .file
+            .get(name)
+            .and_then(|list| list.get(index))
+            .and_then(Value::as_table);
+        entry.cloned().unwrap_or_default()
+    }
+}
+
+/// Returns the mark of a key: none if `entry` has it, else `otherwise`.
+fn origin(entry: &toml::Table, key: &str, otherwise: &'static str) -> &'static str {
+    if entry.contains_key(key) {
+        ""
+    } else {
+        otherwise
+    }
+}

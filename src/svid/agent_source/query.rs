@@ -1,0 +1,267 @@
+//! Queries to the agent about one caller.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::AgentSourceInner;
+use super::own_ids::{OWN_ID_RECHECK, OWN_ID_TTL};
+use crate::caller::{AttestError, Caller, WorkloadKey};
+use crate::cgroup::PodUid;
+use crate::clock::REQUEST_HOLD;
+use crate::identity::SpiffeId;
+use crate::limits::FairPermit;
+use crate::metrics::{CallLabel, UpstreamCall};
+use crate::role::Identity;
+use crate::svid::agent::AgentSvid;
+use crate::svid::identity_cache::{IdentityResult, Subject};
+use crate::svid::log_limit::LogPermit;
+use crate::svid::{JwtSvid, SourceError};
+use crate::telemetry::in_current_request;
+
+/// Maximum wait for a permit. SDKs give up after a second, and on such a busy machine the query
+/// needs a part of it.
+pub(super) const QUERY_WAIT: Duration = Duration::from_millis(600);
+/// Age of a pod or container up to which a denial is retried. The kubelet's list, the agent's cache
+/// of it, or a new registration entry may lack it.
+pub(super) const NEW_POD_AGE: Duration = Duration::from_secs(10);
+/// First delay before such a retry. It doubles with each retry, as long as a request waits.
+pub(super) const NEW_POD_RETRY: Duration = Duration::from_millis(100);
+/// Delays before the query is repeated, if the process may have executed a program during the
+/// query.
+pub(super) const EXEC_RETRY_PAUSES: [Duration; 4] = [
+    Duration::from_millis(20),
+    Duration::from_millis(40),
+    Duration::from_millis(80),
+    Duration::ZERO,
+];
+
+/// Reply of an agent to one query.
+type AgentReply = Result<Vec<AgentSvid>, SourceError>;
+
+impl AgentSourceInner {
+    /// Queries the agent about an unknown subject, once a permit is free.
+    pub(super) async fn query_new(self: Arc<Self>, subject: Subject, caller: Arc<Caller>) {
+        let (until, mut pause) = (Instant::now() + REQUEST_HOLD, NEW_POD_RETRY);
+        let (reply, duration) = loop {
+            let start = Instant::now();
+            let reply = match self
+                .query_permits
+                .acquire_evicting_within(QUERY_WAIT, &WorkloadKey::of(&caller))
+                .await
+            {
+                Some(permit) => self.query_until_evicted(&permit, &subject, &caller).await,
+                None => Err(SourceError::Busy),
+            };
+            let is_denied = reply.as_ref().is_ok_and(|identities| identities.is_empty());
+            if !is_denied || !is_new_pod(&subject, &caller) {
+                break (reply, start.elapsed());
+            }
+            if Instant::now() + pause >= until {
+                let text = "the SPIFFE agent does not know this new pod yet, or has no registration entry for it; retry";
+                break (
+                    Err(SourceError::Unavailable(text.to_owned())),
+                    start.elapsed(),
+                );
+            }
+            // The permit is released during the pause, for known subjects.
+            sleep(pause).await;
+            pause *= 2;
+        };
+        self.cache().record(&subject, reply, duration);
+    }
+
+    /// Queries the identities of an unknown subject. If the permit is evicted, the call to the
+    /// agent is cancelled, and the requests that wait fail with [`SourceError::Busy`].
+    async fn query_until_evicted(
+        self: &Arc<Self>,
+        permit: &FairPermit<WorkloadKey>,
+        subject: &Subject,
+        caller: &Arc<Caller>,
+    ) -> IdentityResult {
+        let start = Instant::now();
+        let query = self.clone().identities(caller, Some(subject));
+        if let Some(reply) = permit.run(query).await {
+            return reply;
+        }
+        let evicted = Err(SourceError::Busy);
+        self.metrics.source_call_evicted(
+            CallLabel::of(&evicted, SourceError::reason),
+            start.elapsed(),
+        );
+        if let Some(LogPermit { missed }) = self.log.admit("evicted") {
+            let workload = permit.key();
+            tracing::warn!(
+                ?workload,
+                missed,
+                "query to the SPIFFE agent cancelled: all queries are in use, and this workload has the most"
+            );
+        }
+        evicted
+    }
+
+    /// Queries the identities of this caller now; an empty list is a valid reply. Holds the tokens
+    /// if an exchange may follow.
+    pub(super) async fn identities(
+        self: Arc<Self>,
+        caller: &Arc<Caller>,
+        keep: Option<&Subject>,
+    ) -> IdentityResult {
+        let (inner, keep, caller) = (self.clone(), keep.cloned(), caller.clone());
+        let query = AbortOnDropHandle::new(tokio::spawn(in_current_request(async move {
+            match inner.query(&caller, &inner.audience).await {
+                Ok(svids) => inner.exclude_own_identities(svids, keep.as_ref()).await,
+                Err(SourceError::Denied(reply)) => {
+                    inner.log_denial(&reply);
+                    Ok(Arc::from([]))
+                }
+                Err(error) => Err(error),
+            }
+        })));
+        // The query has its own task, so that a panic in a library fails this query and leaves the
+        // cache usable.
+        query.await.unwrap_or(Err(SourceError::Panicked))
+    }
+
+    /// Returns the identities that the reply proves by a token, without the daemon's own. An
+    /// identity keeps all of its hints if it has several entries, or if the agent merges the
+    /// replies of two others.
+    pub(super) async fn exclude_own_identities(
+        &self,
+        svids: Vec<AgentSvid>,
+        keep: Option<&Subject>,
+    ) -> IdentityResult {
+        let own = self.own_ids(OWN_ID_TTL).await?;
+        let (mut identities, mut invalid_token) = (Vec::new(), None);
+        for svid in svids {
+            let Ok(spiffe_id) = SpiffeId::parse(&svid.spiffe_id) else {
+                if let Some(LogPermit { missed }) = self.log.admit("no SPIFFE ID") {
+                    tracing::warn!(
+                        missed,
+                        "agent returned an identity that is not a SPIFFE ID; it is ignored"
+                    );
+                }
+                continue;
+            };
+            if own.contains(&spiffe_id) {
+                if let Some(LogPermit { missed }) = self.log.admit(&format!("own {spiffe_id}")) {
+                    tracing::info!(%spiffe_id, missed, "a process has awsvid's own identity, which no workload gets");
+                }
+                continue;
+            }
+            // Cached credentials of this identity are served without another check of a token.
+            if let Err(bad) = JwtSvid::check_subject(&svid.token, &spiffe_id) {
+                if let Some(LogPermit { missed }) =
+                    self.log.admit(&format!("not its own {spiffe_id} {bad}"))
+                {
+                    tracing::warn!(%spiffe_id, missed, error = %bad, "agent returned an identity without a valid token; it is ignored");
+                }
+                invalid_token = Some(bad);
+                continue;
+            }
+            if let Some(subject) = keep
+                && let Ok(token) =
+                    JwtSvid::check(svid.token, &spiffe_id, &self.audience, self.clock.now())
+            {
+                self.tokens.hold(subject, token);
+            }
+            let identity = Identity {
+                spiffe_id,
+                hint: svid.hint,
+            };
+            if !identities.contains(&identity) {
+                identities.push(identity);
+            }
+        }
+        match invalid_token {
+            Some(bad) if identities.is_empty() => Err(bad.into()),
+            _ => Ok(identities.into()),
+        }
+    }
+
+    /// Queries the agent about the caller.
+    pub(super) async fn query(
+        &self,
+        caller: &Arc<Caller>,
+        audience: &str,
+    ) -> Result<Vec<AgentSvid>, SourceError> {
+        let result = match self.subject(caller)? {
+            Subject::Process { .. } => self.query_by_process(caller, audience).await?,
+            Subject::Pod(pod) => self.query_by_pod(caller, &pod, audience).await?,
+        };
+        if matches!(result, Err(SourceError::Denied(_))) {
+            // An agent that does not know the daemon itself, such as one that has just started,
+            // denies all workloads.
+            self.own_ids(OWN_ID_RECHECK).await?;
+        }
+        result
+    }
+
+    /// Queries the agent by the caller's process. The reply is discarded unless the process is the
+    /// same before and after. If an execution was counted meanwhile, the agent may have read
+    /// another process, so the query is repeated.
+    async fn query_by_process(
+        &self,
+        caller: &Caller,
+        audience: &str,
+    ) -> Result<AgentReply, SourceError> {
+        for pause in EXEC_RETRY_PAUSES {
+            let watch = caller.proof.watch_exec()?;
+            let previous = caller.proof.for_agent().await?;
+            let start = Instant::now();
+            let result = self.agent.fetch_for_pid(previous.pid, audience).await;
+            self.count(&result, start);
+            if caller.proof.for_agent().await? != previous {
+                return Err(AttestError::IdentityChanged.into());
+            }
+            if watch.no_exec_seen() {
+                return Ok(result);
+            }
+            sleep(pause).await;
+        }
+        Err(AttestError::ProcessExecuting.into())
+    }
+
+    /// Queries the agent by the caller's pod. A UID belongs to one pod for ever. So the only check
+    /// is that the pod still exists, before and after.
+    async fn query_by_pod(
+        &self,
+        caller: &Caller,
+        pod: &PodUid,
+        audience: &str,
+    ) -> Result<AgentReply, SourceError> {
+        caller.proof.verify_pod()?;
+        let start = Instant::now();
+        let result = self.agent.fetch_for_pod(pod, audience).await;
+        self.count(&result, start);
+        caller.proof.verify_pod()?;
+        Ok(result)
+    }
+
+    fn count(&self, result: &AgentReply, start: Instant) {
+        self.metrics.source_call(UpstreamCall {
+            name: self.agent.endpoint().to_string(),
+            result: CallLabel::of(result, SourceError::reason),
+            error: SourceError::of_source(result),
+            took: start.elapsed(),
+            at: self.clock.now(),
+        });
+    }
+
+    /// Logs the agent's reason for a denial, which the caller does not learn.
+    pub(super) fn log_denial(&self, reply: &str) {
+        if let Some(LogPermit { missed }) = self.log.admit(reply) {
+            tracing::warn!(missed, reply, "agent has no identity for a workload");
+        }
+    }
+}
+
+/// Returns true if the agent may not know the caller's pod or container because it is new.
+fn is_new_pod(subject: &Subject, caller: &Caller) -> bool {
+    caller.proof.verify_pod().is_ok_and(|ages| match subject {
+        Subject::Process { .. } => ages.container < NEW_POD_AGE,
+        Subject::Pod(_) => ages.pod < NEW_POD_AGE,
+    })
+}
