@@ -184,7 +184,7 @@ impl CredentialEndpoint {
         let facts_needed = peer
             .as_ref()
             .ok()
-            .and_then(|caller| self.service.facts_needed(caller));
+            .and_then(|caller| caller.facts_to_read(self.service.facts_needed(caller)));
         Ok(AdmittedConnection {
             peer,
             facts_needed,

@@ -8,7 +8,7 @@
 //!
 //! | call | may block on | so it runs |
 //! |---|---|---|
-//! | `/proc/<pid>/fd/N`, `stat`, `exe` (readlink, read) | the lock of the process | here |
+//! | `/proc/<pid>/fd/N`, `stat`, `exe` (readlink, read) | the lock of the process | here; before Linux 6.5 that includes the start of each caller on the unix socket ([`super::unix`]) |
 //! | statx(2) of `/proc/<pid>/exe` | the same, and the server of the program's file system: NFS and 9p query it, whatever the flags | here |
 //! | the list of a process's descriptors, its groups in `status` | nothing, but the caller determines their length | here, the first bounded in time ([`super::socket_owner`]), the second in number |
 //! | statx(2) of a rule's `exe` | the server of its file system, and mounts on the path (autofs, FUSE) | on a thread, one for each file ([`crate::workload_rule::ExeMatcher`]) |
