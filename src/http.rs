@@ -232,7 +232,7 @@ impl CredentialEndpoint {
     ) -> Result<Caller, Unattested> {
         let on_wait = || drop(pending_permit);
         match (stream, pod) {
-            (AcceptedStream::Unix(stream), _) => self.attestor.unix(stream),
+            (AcceptedStream::Unix(stream), _) => self.attestor.unix(stream).await,
             (AcceptedStream::Tcp { client, server, .. }, None) => {
                 self.attestor.tcp(*client, *server, on_wait).await
             }
