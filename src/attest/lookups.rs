@@ -39,6 +39,7 @@
 //! | a pod's directories: kubelet's cgroups | kernfs, as above. No file of a pod is read, and no volume | at once |
 //! | the configuration and the trust store, after the start | a file system that the operator chose | another thread |
 //! | stat(2) of the agent's socket, the token's file | a file system that the operator chose: `/run` | at once |
+//! | execve(2) of awsvid itself | the server of its file's file system | at the start, on the main thread ([`super::exec_monitor`]) |
 //! | sd_notify(3) | pid 1 | at the start, at a reload and at the end, on the main thread |
 //!
 //! The tests stop these calls by FUSE and by pipes without a reader (`tests/it/blocked.rs`,

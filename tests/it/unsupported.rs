@@ -226,6 +226,9 @@ fn executions_that_are_not_counted_are_reported() {
             "{}",
             daemon.log()
         );
+        let log = daemon.log();
+        let line = "executions of programs are counted";
+        assert_eq!(log.matches(line).count(), usize::from(counts), "{log}");
         let config = folder.path().join("awsvid.toml");
         let config = config.to_str().unwrap();
         let checked = awsvid(&[], &["check", "--output", "json", "--config", config]);
