@@ -14,6 +14,7 @@
 //! | statx(2) of a rule's `exe` | the server of its file system, and mounts on the path (autofs, FUSE) | on a thread, one for each file ([`crate::workload_rule::ExeMatcher`]) |
 //! | `/proc/<pid>/status` for ids, `cgroup`, `uid_map`, `PIDFD_GET_INFO`, a pidfd's own `fdinfo` | spin locks and RCU; `cgroup` also on the kernel's one lock of all cgroups, and a process that blocks that stops systemd and the kubelet, too | at once |
 //! | `sock_diag` without extensions, `SO_PEERCRED`, `SO_PEERPIDFD`, `SO_PEERGROUPS` | nothing: none takes the lock of the caller's socket, which it could hold in sendmsg(2) | at once |
+//! | a path below `/proc/<pid>` where `/proc` hides processes (`hidepid`) | nothing: the kernel checks it as ptrace(2), without the lock of the process. Without CAP_SYS_PTRACE a line at the start reports it ([`crate::hardening::HidingProc`]) | at once |
 //! | the test of callers over TCP: `/proc/self/mountinfo`, the daemon's own cgroup in a new mount above it, a connection over loopback | users determine the number of cgroups; a packet filter drops the connection | another thread, one test at a time, every 2 s at most ([`super::tcp_support`]); its caller waits for 1 s. Up to 32,768 directories, 1 s for the connection |
 //! | cgroup directories and `cgroup.procs` | kernfs, which waits for no other process | at once |
 //! | executions in the meantime | nothing: a number in memory ([`super::exec_monitor`]) | at once |

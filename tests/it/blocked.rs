@@ -104,6 +104,20 @@ fn blocked_callers_do_not_stop_others_without_peer_pidfd() {
     others_are_answered(&daemon, folder.path(), BOB);
 }
 
+/// The kernel checks each path below `/proc/<pid>` as ptrace(2), and the check does not block.
+#[test]
+fn blocked_callers_do_not_stop_others_where_proc_hides_processes() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let upstream = Upstream::start(&[(61001, "alice"), (61002, "bob")]);
+    let mount = "mount -t proc -o hidepid=ptraceable none /proc && exec \"$@\"";
+    let words = ["unshare", "--mount", "sh", "-euc", mount, "sh"];
+    let daemon = with_rules_by_user(&words, folder.path(), &upstream);
+    others_are_answered(&daemon, folder.path(), BOB);
+}
+
 #[test]
 fn blocked_callers_do_not_stop_others_with_agent() {
     if !root() {

@@ -7,7 +7,7 @@ use std::path::Path;
 use super::report::CheckReport;
 use crate::attest::{self, ExecMonitor, TcpUnsupported, UnixSupport};
 use crate::config::Config;
-use crate::hardening::DaemonFeatures;
+use crate::hardening::{DaemonFeatures, HidingProc};
 
 const STEP: &str = "machine";
 /// The number of the initial cgroup namespace, by linux/nsfs.h.
@@ -200,6 +200,10 @@ fn namespaces(config: &Config, proc: &Path, report: &mut CheckReport) {
         ),
         (true, true) => report.ok(STEP, "the host's user and pid namespace"),
         (false, _) => {}
+    }
+    let (mountinfo, status) = (text(proc, "self/mountinfo"), text(proc, "self/status"));
+    if let Some(hiding) = HidingProc::find(DaemonFeatures::of(config), &mountinfo, &status) {
+        report.failed(STEP, hiding.effect(), hiding.fix());
     }
 }
 
