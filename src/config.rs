@@ -66,7 +66,7 @@ pub struct Config {
     pub workloads: Vec<ParsedWorkload>,
     /// The tables `[[role]]` and `[requested_roles]`.
     pub roles: Roles,
-    tcp_lines: listen::TcpLines,
+    listen_lines: listen::AddressLines,
     /// The digest of the text.
     pub digest: ConfigDigest,
 }
@@ -179,12 +179,12 @@ impl Config {
         cross_checks::shadowed(&self.workloads, number)
     }
 
-    /// Returns warnings for TCP addresses in `[listen]` that any user can take.
+    /// Returns warnings for addresses in `[listen]` that any user can take.
     ///
     /// `first` is the first port that needs no privilege: this node's, or
     /// [`FIRST_UNPRIVILEGED_PORT`].
     pub fn unprivileged_ports(&self, first: u16) -> Vec<Problem> {
-        listen::unprivileged_ports(&self.listen, &self.tcp_lines, first)
+        listen::unprivileged_ports(&self.listen, self.pods.enabled, &self.listen_lines, first)
     }
 
     /// Returns the users and groups that rules name, each with its lines.
@@ -285,7 +285,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
     ]
     .map(|name| root.table(name));
     let pods = pods::read(&pods_table);
-    let (listen, tcp_lines) = listen::read(&listen_table, &pods);
+    let (listen, listen_lines) = listen::read(&listen_table, &pods);
     let (identity, by_rules) = identity::read(&identity_table, env);
     let sts = sts::read(&sts_table);
     let audit = output::read_audit(&audit_table);
@@ -382,7 +382,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         identity,
         sts,
         audit,
-        tcp_lines,
+        listen_lines,
         digest: ConfigDigest::default(),
     }
 }

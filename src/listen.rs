@@ -33,7 +33,10 @@ pub use listener::{AcceptedStream, Listener, ListenerSource};
 pub use pod_listener::{NetnsRef, POD_ADDRESSES, PodListener};
 pub use socket_activation::ActivatedSockets;
 pub use socket_file::SocketFile;
-pub use unprivileged::{first_unprivileged_port, unprivileged_ports, warn_of_unprivileged_ports};
+pub use unprivileged::{
+    first_unprivileged_port, read_first_unprivileged_port, unprivileged_ports,
+    warn_of_unprivileged_ports,
+};
 
 /// The pause of an accept loop while the process or the system is out of descriptors or memory.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
