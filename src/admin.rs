@@ -242,7 +242,10 @@ impl Admin {
             (_, "/readyz") => self.ready(address),
             (Address::Admin, "/metrics") => format.reply(&self.rendered().await),
             (Address::Status, "/metrics") => format.reply(&self.render()),
-            (Address::Status, "/status") => self.status(),
+            (Address::Status, "/status") => {
+                self.attestor.retry_tcp().await;
+                self.status()
+            }
             _ => text(StatusCode::NOT_FOUND, "not found\n"),
         }
     }

@@ -308,17 +308,8 @@ impl App {
             return error.map_or(Ok(()), |error| Err(error.into()));
         }
         self.tcp = attempts.iter().filter_map(tcp_address).collect();
-        let chosen = |bound: &SocketAddr| {
-            let is_it = |address: &SocketAddr| address.port() == 0 && address.ip() == bound.ip();
-            self.listen.tcp.iter().any(is_it)
-        };
-        let named: Vec<_> = self
-            .tcp
-            .iter()
-            .filter(|bound| !chosen(bound))
-            .copied()
-            .collect();
-        listen::warn_of_unprivileged_ports(&named);
+        let admin = self.listen.exposed_admin(self.pods.enabled);
+        listen::warn_of_unprivileged_ports(&self.listen.tcp, admin);
         for attempt in attempts {
             let endpoint = endpoint.clone();
             let connection =

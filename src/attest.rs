@@ -151,10 +151,10 @@ impl Attestor {
     }
 
     /// Attests the peer of a unix stream, by the facts that the kernel recorded when it connected.
-    pub fn unix(&self, stream: &LazySocket) -> Result<Caller, Unattested> {
-        if self.host.cgroups().tree.is_none() {
+    pub async fn unix(&self, stream: &LazySocket) -> Result<Caller, Unattested> {
+        if self.host.cgroup_tree().is_none() {
             // A rule by cgroup or unit matches no caller until there is one.
-            self.tcp.retry();
+            self.tcp.retry().await;
         }
         let stream = stream.descriptor();
         unix::attest(&self.host, unix::Peer::of(stream.as_fd())?, stream)
@@ -176,9 +176,16 @@ impl Attestor {
     }
 
     /// Returns the interfaces that TCP callers lack here, and the fix. `None` if TCP callers are
-    /// attested. It changes with the kernel's modules and mounts.
+    /// attested. It changes with the kernel's modules and mounts: a call after a failed test starts
+    /// another one. Call it within a runtime.
     pub fn missing_for_tcp(&self) -> Option<String> {
         self.tcp.missing()
+    }
+
+    /// Repeats a failed test for TCP callers, and waits for it, but not for long. The result is
+    /// that of [`Attestor::missing_for_tcp`].
+    pub async fn retry_tcp(&self) {
+        self.tcp.retry_failed().await;
     }
 
     /// Returns the interfaces that callers on the unix socket lack here. `None` if all of them are

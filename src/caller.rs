@@ -185,6 +185,12 @@ pub trait PeerProof: fmt::Debug + Send + Sync {
         Err(AttestError::Kernel)
     }
 
+    /// Returns whether [`PeerProof::with_process`] has to read the process although no rule needs a
+    /// fact of it: the proof is not complete without that.
+    fn needs_process(&self) -> bool {
+        false
+    }
+
     /// Returns the process for an agent that attests it by pid.
     ///
     /// Verifies that it is unchanged in all facts that were read, whatever has become of its
@@ -288,7 +294,13 @@ impl Caller {
     /// Returns whether reading these facts can block on something that the caller controls, now or
     /// at a later verification.
     pub fn may_wait(&self, facts: ProcessFacts) -> bool {
-        self.process.is_none() || facts.may_wait()
+        self.process.is_none() || facts.may_wait() || self.proof.needs_process()
+    }
+
+    /// Returns the facts to read by [`Caller::with_process`] before the request is decided: those
+    /// that are `needed` for it. `None` if the process is not read.
+    pub fn facts_to_read(&self, needed: Option<ProcessFacts>) -> Option<ProcessFacts> {
+        needed.or_else(|| self.proof.needs_process().then(ProcessFacts::default))
     }
 
     /// Reads `facts` from the caller's process, which is searched for if it is not known. Fails if

@@ -71,7 +71,7 @@ pub struct Config {
     pub workloads: Vec<ParsedWorkload>,
     /// The tables `[[role]]` and `[requested_roles]`.
     pub roles: Roles,
-    tcp_lines: listen::TcpLines,
+    listen_lines: listen::AddressLines,
     /// The digest of the text.
     pub digest: ConfigDigest,
 }
@@ -84,12 +84,12 @@ impl Config {
         cross_checks::shadowed(&self.workloads, number)
     }
 
-    /// Returns warnings for TCP addresses in `[listen]` that any user can take.
+    /// Returns warnings for addresses in `[listen]` that any user can take.
     ///
     /// `first` is the first port that needs no privilege: this node's, or
     /// [`FIRST_UNPRIVILEGED_PORT`].
     pub fn unprivileged_ports(&self, first: u16) -> Vec<Problem> {
-        listen::unprivileged_ports(&self.listen, &self.tcp_lines, first)
+        listen::unprivileged_ports(&self.listen, self.pods.enabled, &self.listen_lines, first)
     }
 
     /// Returns the users and groups that rules name, each with its lines.
@@ -150,10 +150,11 @@ fn parse(
 fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolicy) -> Config {
     let tables = Tables::of(root);
     let pods = pods::read(&tables.pods);
-    let (listen, tcp_lines) = listen::read(&tables.listen, &pods);
+    let (listen, listen_lines) = listen::read(&tables.listen, &pods);
     let (identity, by_rules) = identity::read(&tables.identity, env);
     let sts = sts::read(&tables.sts);
     let audit = audit::read(&tables.audit);
+
     let defaults = role::Defaults {
         identity: &identity,
         identity_table: &tables.identity,
@@ -190,7 +191,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         identity,
         sts,
         audit,
-        tcp_lines,
+        listen_lines,
         digest: ConfigDigest::default(),
     }
 }

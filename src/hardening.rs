@@ -1,6 +1,9 @@
 //! Hardening before the daemon has threads: its memory becomes unreadable, and it drops privileges.
 
+mod proc_mount;
 mod sys;
+
+pub use proc_mount::HidingProc;
 
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
@@ -122,8 +125,10 @@ impl DaemonFeatures {
     }
 }
 
-/// Logs each capability that is missing, once, because callers see only its effects.
+/// Logs each capability that is missing, and a `/proc` that hides callers' processes. Callers see
+/// only the effects.
 pub fn warn_missing(features: DaemonFeatures) {
+    proc_mount::warn(features);
     let permitted = caps::read(None, CapSet::Permitted).unwrap_or_default();
     for (capability, fails) in features
         .required_capabilities()

@@ -184,7 +184,7 @@ impl CredentialEndpoint {
         let facts_needed = peer
             .as_ref()
             .ok()
-            .and_then(|caller| self.service.facts_needed(caller));
+            .and_then(|caller| caller.facts_to_read(self.service.facts_needed(caller)));
         Ok(AdmittedConnection {
             peer,
             facts_needed,
@@ -232,7 +232,7 @@ impl CredentialEndpoint {
     ) -> Result<Caller, Unattested> {
         let on_wait = || drop(pending_permit);
         match (stream, pod) {
-            (AcceptedStream::Unix(stream), _) => self.attestor.unix(stream),
+            (AcceptedStream::Unix(stream), _) => self.attestor.unix(stream).await,
             (AcceptedStream::Tcp { client, server, .. }, None) => {
                 self.attestor.tcp(*client, *server, on_wait).await
             }

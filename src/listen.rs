@@ -29,7 +29,10 @@ pub use listener::{AcceptedStream, Listener, ListenerSource};
 pub use pod_listener::{NetnsRef, POD_ADDRESSES, PodListener};
 pub use socket_activation::ActivatedSockets;
 pub use socket_file::SocketFile;
-pub use unprivileged::{first_unprivileged_port, unprivileged_ports, warn_of_unprivileged_ports};
+pub use unprivileged::{
+    first_unprivileged_port, read_first_unprivileged_port, unprivileged_ports,
+    warn_of_unprivileged_ports,
+};
 
 use drain::PendingConnections;
 

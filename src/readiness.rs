@@ -146,6 +146,7 @@ impl ReadinessProbes {
                 "the listener {listener} does not answer the daemon itself"
             ));
         } else {
+            attestor.retry_tcp().await;
             let for_tcp = attestor.missing_for_tcp();
             if listeners.serve_no_caller(has_pods.then_some(for_tcp.is_none())) {
                 // The answer of the listener does not name the missing feature.

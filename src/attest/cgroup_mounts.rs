@@ -10,6 +10,10 @@ use std::path::{Path, PathBuf};
 use crate::caller::AttestError;
 use crate::cgroup::{self, CgroupPath, ContainerName};
 
+mod own_path;
+
+use own_path::own_path;
+
 /// The mounts of the cgroup hierarchies on this machine.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct CgroupMounts(Vec<CgroupMount>);
@@ -24,8 +28,38 @@ struct CgroupMount {
     /// The number of levels between the mount and the root of this process's own cgroup namespace.
     /// The kernel reports paths relative to that root.
     above: usize,
+    /// A mount of that root.
+    own_root: Option<PathBuf>,
     /// The path of that root, where it is known.
     own: Option<String>,
+}
+
+impl CgroupMount {
+    /// Returns whether both are the same mount, whatever is known of the own path.
+    fn is_same(&self, other: &Self) -> bool {
+        let without_path = |mount: &Self| Self {
+            own: None,
+            ..mount.clone()
+        };
+        without_path(self) == without_path(other)
+    }
+
+    /// Finds the path of this process's own cgroup, or keeps the one that is known. The namespace's
+    /// root never changes, so the path is that of the same mount before.
+    fn locate_own(&mut self, before: Option<&Self>) {
+        let (1.., Some(own_root)) = (self.above, &self.own_root) else {
+            return;
+        };
+        let before = before.filter(|before| before.is_same(self));
+        let known = before.and_then(|before| before.own.clone());
+        self.own = known.or_else(|| own_path(&self.mount, own_root, self.above));
+        if self.own.is_none() && before.is_none() {
+            tracing::warn!(
+                mount = %self.mount.display(),
+                "the daemon's own cgroup is not found: callers in cgroups near it are refused (unreadable_cgroup)"
+            );
+        }
+    }
 }
 
 impl CgroupMounts {
@@ -33,27 +67,28 @@ impl CgroupMounts {
     /// shows the most of it. A container may have several: its own part, and the host's tree at a
     /// path that its manifest chose.
     pub(crate) fn find(mountinfo: &str) -> Self {
+        Self::default().find_again(mountinfo)
+    }
+
+    /// Does the same later. Keeps the own path of each mount that is still the same, because the
+    /// search for it is long where a user has made many cgroups (T25).
+    pub(crate) fn find_again(&self, mountinfo: &str) -> Self {
         let mut found: Vec<CgroupMount> = Vec::new();
-        for (next, is_own_root) in mountinfo.lines().filter_map(hierarchy) {
+        for next in mountinfo.lines().filter_map(hierarchy) {
             let Some(best) = found.iter_mut().find(|known| known.names == next.names) else {
                 found.push(next);
                 continue;
             };
-            // The path runs from the namespace's root to the first mount found, or the other way
-            // around.
-            let own_root = if is_own_root {
-                next.mount.clone()
-            } else {
-                best.mount.clone()
-            };
+            let own_root = best.own_root.take().or_else(|| next.own_root.clone());
             if next.above > best.above
                 || (next.above == best.above && next.base.len() < best.base.len())
             {
                 *best = next;
             }
-            if best.above > 0 && best.own.is_none() {
-                best.own = own_path(&best.mount, &own_root, best.above);
-            }
+            best.own_root = own_root;
+        }
+        for mount in &mut found {
+            mount.locate_own(self.0.iter().find(|known| known.names == mount.names));
         }
         // A part of unknown position is useful only for the kubelet's own.
         Self(found)
@@ -152,9 +187,8 @@ impl CgroupMounts {
     }
 }
 
-/// Parses one line of mountinfo (proc_pid_mountinfo(5)). Also returns whether it mounts the root of
-/// this process's cgroup namespace.
-fn hierarchy(line: &str) -> Option<(CgroupMount, bool)> {
+/// Parses one line of mountinfo (proc_pid_mountinfo(5)).
+fn hierarchy(line: &str) -> Option<CgroupMount> {
     let (mount, filesystem) = line.split_once(" - ")?;
     let mut fields = mount.split(' ').skip(3);
     let (root, point) = (fields.next()?, fields.next()?);
@@ -184,51 +218,20 @@ fn hierarchy(line: &str) -> Option<(CgroupMount, bool)> {
     {
         return None;
     }
-    Some((
-        CgroupMount {
-            names,
-            mount: PathBuf::from(point),
-            base,
-            above: ups,
-            own: None,
-        },
-        root == "/",
-    ))
+    Some(CgroupMount {
+        names,
+        mount: PathBuf::from(point),
+        base,
+        above: ups,
+        own_root: (root == "/").then(|| PathBuf::from(point)),
+        own: None,
+    })
 }
 
 /// Returns whether a mounted directory is that of a pod or part of one, as a container mounts its
 /// own.
 fn is_in_pod(base: &CgroupPath) -> bool {
     base.container().ok() != Some(ContainerName::default())
-}
-
-/// Finds the path from `mount` down to the directory that is mounted at `own_root`, `levels` below
-/// it.
-fn own_path(mount: &Path, own_root: &Path, levels: usize) -> Option<String> {
-    let wanted = fs::metadata(own_root).ok()?.ino();
-    let mut level = vec![(mount.to_owned(), String::new())];
-    for _ in 0..levels {
-        let mut next = Vec::new();
-        for (directory, path) in level {
-            for entry in fs::read_dir(directory)
-                .into_iter()
-                .flatten()
-                .filter_map(Result::ok)
-            {
-                if let (true, Ok(name)) = (
-                    entry.file_type().is_ok_and(|kind| kind.is_dir()),
-                    entry.file_name().into_string(),
-                ) {
-                    next.push((entry.path(), format!("{path}/{name}")));
-                }
-            }
-        }
-        level = next;
-    }
-    let is_it = |(directory, _): &&(PathBuf, String)| {
-        fs::metadata(directory).is_ok_and(|found| found.ino() == wanted)
-    };
-    level.iter().find(is_it).map(|(_, path)| path.clone())
 }
 
 /// Verifies that only root can create or rename directories from the mount down to the one that

@@ -13,6 +13,8 @@
 //! Interfaces: bpf(2), `BPF_PROG_TYPE_RAW_TRACEPOINT` (Linux 4.17), `BPF_F_MMAPABLE` (5.5),
 //! bpf-helpers(7).
 
+use std::convert::Infallible;
+use std::ffi::CStr;
 use std::fmt;
 use std::fs;
 use std::io;
@@ -37,6 +39,12 @@ const COUNTERS: u32 = 1 << INDEX_BITS;
 const INDEX_BITS: i32 = 16;
 /// The name of the kernel's initial pid namespace: `PID_NS_INIT_INO` of linux/nsfs.h.
 const INITIAL_PID_NAMESPACE: &str = "pid:[4026531836]";
+/// The event that is counted.
+const TRACEPOINT: &CStr = c"sched_process_exec";
+/// The program that this process executes, even if its file was replaced.
+const OWN_PROGRAM: &str = "/proc/self/exe";
+/// The id of the root cgroup: the first inode number of its kernfs.
+const ROOT_CGROUP: u64 = 1;
 /// The number of levels of the cgroup tree that count. Workloads are less deep in the tree than
 /// this.
 const CGROUP_LEVELS: i32 = 12;
@@ -77,6 +85,12 @@ pub enum ExecMonitorError {
         step: &'static str,
         source: io::Error,
     },
+    /// This program cannot be executed, so whether executions are counted is not known.
+    #[error("cannot test whether executions are counted, by executing awsvid itself: {source}")]
+    NotTested { source: io::Error },
+    /// The program is attached, and an execution has not changed the counters.
+    #[error("the kernel does not count an execution of awsvid itself")]
+    NotCounted,
 }
 
 impl ExecMonitorError {
@@ -90,6 +104,10 @@ impl ExecMonitorError {
             Self::Unsupported { .. } => {
                 "use a kernel with CONFIG_BPF_SYSCALL and CONFIG_BPF_EVENTS"
             }
+            Self::NotTested { .. } => {
+                "let awsvid execute its own file: without noexec in the mount, and allowed by AppArmor or SELinux"
+            }
+            Self::NotCounted => "use another kernel, and report this one's version",
         }
     }
 }
@@ -111,18 +129,25 @@ impl fmt::Debug for ExecMonitor {
 }
 
 impl ExecMonitor {
-    /// Loads the program and attaches it. Call it while the privileges are held; the monitor needs
-    /// none.
+    /// Loads the program, attaches it, and verifies that it counts. Call it while the privileges
+    /// are held; the monitor needs none. Blocks for milliseconds, while awsvid executes itself.
     pub fn start() -> Result<Self, ExecMonitorError> {
         let namespace = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
-        Self::counting_by(if namespace == Path::new(INITIAL_PID_NAMESPACE) {
-            CountBy::Pid
-        } else {
-            CountBy::Cgroup
-        })
+        let count_by = match namespace == Path::new(INITIAL_PID_NAMESPACE) {
+            true => CountBy::Pid,
+            false => CountBy::Cgroup,
+        };
+        Self::start_at(TRACEPOINT, count_by)
     }
 
-    fn counting_by(count_by: CountBy) -> Result<Self, ExecMonitorError> {
+    fn start_at(tracepoint: &CStr, count_by: CountBy) -> Result<Self, ExecMonitorError> {
+        let monitor = Self::attached_to(tracepoint, count_by)?;
+        monitor.verify_counts(Command::new(OWN_PROGRAM).arg("--version"))?;
+        tracing::info!(?count_by, "executions of programs are counted");
+        Ok(monitor)
+    }
+
+    fn attached_to(tracepoint: &CStr, count_by: CountBy) -> Result<Self, ExecMonitorError> {
         // Before Linux 5.11 the table counts as locked memory.
         if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_MEMLOCK) {
             let _ = setrlimit(Resource::RLIMIT_MEMLOCK, hard, hard);
@@ -131,8 +156,8 @@ impl ExecMonitor {
         let map = bpf::create_counters(COUNTERS).map_err(failed("the table"))?;
         let program = program(count_by, multipliers, map.as_raw_fd());
         let program = bpf::load(&program).map_err(failed("the program"))?;
-        let attached = bpf::attach_raw_tracepoint(c"sched_process_exec", &program)
-            .map_err(failed("the tracepoint"))?;
+        let attached =
+            bpf::attach_raw_tracepoint(tracepoint, &program).map_err(failed("the tracepoint"))?;
         let counters = Counters::map(&map, COUNTERS).map_err(failed("the table's memory"))?;
         Ok(Self {
             counters,
@@ -142,20 +167,30 @@ impl ExecMonitor {
         })
     }
 
-    /// Returns whether an execution is counted: that of `command`, or another one at the same time.
-    pub fn counts(&self, command: &mut Command) -> io::Result<bool> {
-        let sum = || {
-            (0..COUNTERS).fold(0_u64, |sum, index| {
-                sum.wrapping_add(self.counters.get(index))
-            })
-        };
-        let before = sum();
-        command
+    /// Verifies that the execution of `command` is counted where that of a caller would be. A
+    /// monitor that never counts would let each execution pass.
+    fn verify_counts(&self, command: &mut Command) -> Result<(), ExecMonitorError> {
+        let before: Vec<u64> = (0..COUNTERS)
+            .map(|index| self.counters.get(index))
+            .collect();
+        let mut child = command
+            .env_clear()
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
-            .status()?;
-        Ok(sum() != before)
+            .spawn()
+            .map_err(|source| ExecMonitorError::NotTested { source })?;
+        let pid = child.id();
+        // The execution is counted before the program's first instruction, and so before its end.
+        child
+            .wait()
+            .map_err(|source| ExecMonitorError::NotTested { source })?;
+        let Ok(key) = self.key(pid, || Ok::<_, Infallible>(ROOT_CGROUP));
+        let index = self.index(key);
+        match before.get(index as usize) {
+            Some(before) if *before != self.counters.get(index) => Ok(()),
+            _ => Err(ExecMonitorError::NotCounted),
+        }
     }
 
     /// Returns the key by which the executions of a process are counted: its pid, or the id of its

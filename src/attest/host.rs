@@ -111,6 +111,7 @@ impl Host {
     }
 
     /// Reads again which hierarchies are mounted. Keeps what is known of them if that is unchanged.
+    /// Blocks where it has to find the daemon's own cgroup in a new mount.
     ///
     /// Only root can mount a cgroup hierarchy where this process sees it, so no caller chooses the
     /// tree. The kernel's ids of cgroups are the same in each mount. A request keeps the facts by
@@ -119,7 +120,7 @@ impl Host {
         let Ok(mountinfo) = std::fs::read_to_string(self.proc_root.join("self/mountinfo")) else {
             return;
         };
-        let hierarchies = CgroupMounts::find(&mountinfo);
+        let hierarchies = self.cgroups().hierarchies.find_again(&mountinfo);
         if hierarchies != self.cgroups().hierarchies {
             tracing::info!("the mounts of cgroup hierarchies have changed");
             self.cgroups

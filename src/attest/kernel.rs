@@ -5,10 +5,11 @@
 
 use std::fs;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -18,6 +19,9 @@ use crate::attest::host::Host;
 use crate::attest::sock_diag::{SockDiag, SocketInfo};
 use crate::attest::sys;
 use crate::caller::AttestError;
+
+/// The longest wait for the test's own connection, which a packet filter may drop.
+const LOOPBACK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The reason why callers over TCP cannot be distinguished here.
 #[derive(Debug, Error)]
@@ -34,7 +38,8 @@ pub enum TcpUnsupported {
     /// The reply contains another cgroup than this process's own, or may do so.
     #[error("the kernel reports a wrong cgroup of a socket")]
     WrongCgroupId,
-    /// The machine lacks a loopback device to test with.
+    /// The test has no connection of its own: the machine lacks a loopback device, or other
+    /// processes hold all ports.
     #[error("cannot connect over loopback: {0}")]
     NoLoopback(io::Error),
 }
@@ -54,7 +59,9 @@ impl TcpUnsupported {
             Self::WrongCgroupId => {
                 "unmount the cgroup v1 controllers net_cls and net_prio, or use Linux 5.15"
             }
-            Self::NoLoopback(_) => "bring the device lo up (ip link set lo up)",
+            Self::NoLoopback(_) => {
+                "bring the device lo up (ip link set lo up), and keep ports of net.ipv4.ip_local_port_range free"
+            }
         };
         match unix {
             UnixSupport::Nothing => fix.to_owned(),
@@ -66,6 +73,12 @@ impl TcpUnsupported {
 }
 
 impl TcpUnsupported {
+    /// Returns whether the test shows that the kernel lacks something. Any user can hold all ports,
+    /// so the lack of a connection to test with shows nothing about callers.
+    pub(super) fn is_conclusive(&self) -> bool {
+        !matches!(self, Self::NoLoopback(_))
+    }
+
     /// Returns the refusal of a caller, which names what is missing.
     pub(super) fn refusal(&self) -> AttestError {
         AttestError::Unsupported(match self {
@@ -75,7 +88,9 @@ impl TcpUnsupported {
             }
             Self::NoCgroupId => "it does not report the cgroup of a TCP socket",
             Self::WrongCgroupId => "it reports a wrong cgroup of a TCP socket",
-            Self::NoLoopback(_) => "the device lo is missing or down, so that TCP cannot be tested",
+            Self::NoLoopback(_) => {
+                "TCP cannot be tested: the device lo is missing or down, or no port is free"
+            }
         })
     }
 }
@@ -212,14 +227,8 @@ fn classify(
 
 /// Finds the client's end of a connection of this process to itself.
 fn own_socket(diag: &SockDiag) -> Result<SocketInfo, TcpUnsupported> {
-    let addresses: [SocketAddr; 2] = [
-        (Ipv4Addr::LOCALHOST, 0).into(),
-        (Ipv6Addr::LOCALHOST, 0).into(),
-    ];
-    let connection = TcpListener::bind(&addresses[..]).and_then(|listener| {
-        let server = listener.local_addr()?;
-        Ok((TcpStream::connect(server)?, server, listener))
-    });
+    let connection = connect_to_self(Ipv4Addr::LOCALHOST.into())
+        .or_else(|error| connect_to_self(Ipv6Addr::LOCALHOST.into()).map_err(|_| error));
     let (client, server, _listener) = connection.map_err(TcpUnsupported::NoLoopback)?;
     let address = client.local_addr().map_err(TcpUnsupported::NoLoopback)?;
     // ENOENT has two meanings: the kernel has no such socket, or no handler for TCP sockets. This
@@ -230,6 +239,15 @@ fn own_socket(diag: &SockDiag) -> Result<SocketInfo, TcpUnsupported> {
             refusal => refusal.to_string(),
         })
     })
+}
+
+/// Connects this process to itself. Returns the client's end, the server's address, and the
+/// listener.
+fn connect_to_self(address: IpAddr) -> io::Result<(TcpStream, SocketAddr, TcpListener)> {
+    let listener = TcpListener::bind((address, 0))?;
+    let server = listener.local_addr()?;
+    let client = TcpStream::connect_timeout(&server, LOOPBACK_TIMEOUT)?;
+    Ok((client, server, listener))
 }
 
 #[cfg(test)]

@@ -8,13 +8,14 @@
 //!
 //! | call | may block on | so it runs |
 //! |---|---|---|
-//! | `/proc/<pid>/fd/N`, `stat`, `exe` (readlink, read) | the lock of the process | here |
+//! | `/proc/<pid>/fd/N`, `stat`, `exe` (readlink, read) | the lock of the process | here; before Linux 6.5 that includes the start of each caller on the unix socket ([`super::unix`]) |
 //! | statx(2) of `/proc/<pid>/exe` | the same, and the server of the program's file system: NFS and 9p query it, whatever the flags | here |
 //! | the list of a process's descriptors, its groups in `status` | nothing, but the caller determines their length | here, the first bounded in time ([`super::socket_owner`]), the second in number |
 //! | statx(2) of a rule's `exe` | the server of its file system, and mounts on the path (autofs, FUSE) | on a thread, one for each file ([`crate::workload_rule::ExeMatcher`]) |
 //! | `/proc/<pid>/status` for ids, `cgroup`, `uid_map`, `PIDFD_GET_INFO`, a pidfd's own `fdinfo` | spin locks and RCU; `cgroup` also on the kernel's one lock of all cgroups, and a process that blocks that stops systemd and the kubelet, too | at once |
 //! | `sock_diag` without extensions, `SO_PEERCRED`, `SO_PEERPIDFD`, `SO_PEERGROUPS` | nothing: none takes the lock of the caller's socket, which it could hold in sendmsg(2) | at once |
-//! | `/proc/self/mountinfo` | the kernel's lock of this mount namespace, which no caller can hold while it waits for a server | at once, every 2 s at most ([`super::tcp_support`]) |
+//! | a path below `/proc/<pid>` where `/proc` hides processes (`hidepid`) | nothing: the kernel checks it as ptrace(2), without the lock of the process. Without CAP_SYS_PTRACE a line at the start reports it ([`crate::hardening::HidingProc`]) | at once |
+//! | the test of callers over TCP: `/proc/self/mountinfo`, the daemon's own cgroup in a new mount above it, a connection over loopback | users determine the number of cgroups; a packet filter drops the connection | another thread, one test at a time, every 2 s at most ([`super::tcp_support`]); its caller waits for 1 s. Up to 32,768 directories, 1 s for the connection |
 //! | cgroup directories and `cgroup.procs` | kernfs, which waits for no other process | at once |
 //! | executions in the meantime | nothing: a number in memory ([`super::exec_monitor`]) | at once |
 //!
@@ -40,6 +41,7 @@
 //! | a pod's directories: kubelet's cgroups | kernfs, as above. No file of a pod is read, and no volume | at once |
 //! | the configuration and the trust store, after the start | a file system that the operator chose | another thread |
 //! | stat(2) of the agent's socket, the token's file | a file system that the operator chose: `/run` | at once |
+//! | execve(2) of awsvid itself | the server of its file's file system | at the start, on the main thread ([`super::exec_monitor`]) |
 //! | sd_notify(3) | pid 1 | at the start, at a reload and at the end, on the main thread |
 //!
 //! The tests stop these calls by FUSE and by pipes without a reader (`tests/it/blocked.rs`,

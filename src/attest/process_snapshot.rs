@@ -268,6 +268,20 @@ impl ProcessSnapshot {
         self.in_container
     }
 
+    /// Verifies on a lookup thread that the process has started by then, in clock ticks since boot.
+    pub(crate) async fn verify_started_by(
+        &self,
+        ticks: u64,
+        workload: &WorkloadKey,
+    ) -> Result<(), AttestError> {
+        let process = self.clone();
+        let verify = move || match process.start_time()? > ticks {
+            true => Err(AttestError::CallerGone),
+            false => Ok(()),
+        };
+        self.host.lookups.run(workload, verify).await
+    }
+
     /// Returns the start time in clock ticks since boot. May block.
     pub(crate) fn start_time(&self) -> Result<u64, AttestError> {
         start_time(&read(self.directory()?, "stat")?).ok_or(AttestError::Kernel)

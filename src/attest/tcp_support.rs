@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
-use tokio::time::Instant;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::{Instant, timeout};
 
 use crate::attest::Unattested;
 use crate::attest::host::Host;
@@ -21,25 +22,36 @@ use crate::limits::FairSemaphore;
 
 /// The shortest interval between two tests, whatever the number of requests.
 const TEST_INTERVAL: Duration = Duration::from_secs(2);
+/// The longest time that the caller that causes a test waits for it. A test takes 1 ms, except if
+/// it has to search many cgroups, or a packet filter drops its connection.
+const TEST_WAIT: Duration = Duration::from_secs(1);
 
 /// The attestor of callers over TCP in the daemon's own network namespace, while the kernel
 /// supports it.
 #[derive(Debug)]
-pub(crate) struct TcpSupport {
+pub(crate) struct TcpSupport(Arc<TestedHost>);
+
+#[derive(Debug)]
+struct TestedHost {
     host: Arc<Host>,
     attestor: ArcSwapOption<TcpAttestor>,
-    attempt: Mutex<SupportCheck>,
+    latest: Mutex<SupportCheck>,
 }
 
+/// The result of the latest test, and the state of the next one.
 #[derive(Debug)]
 struct SupportCheck {
     at: Instant,
+    /// Whether the next test runs.
+    is_running: bool,
     /// The interface that the kernel lacks. `None` while there is an attestor.
     missing: Option<TcpUnsupported>,
+    /// Whether it showed nothing, so that the result before it counts.
+    is_inconclusive: bool,
 }
 
 impl TcpSupport {
-    /// Tests the support, and logs what is missing.
+    /// Tests the support, and logs what is missing. Blocks.
     pub(crate) fn new(host: Arc<Host>) -> Self {
         let (attestor, missing) = match attestor(&host) {
             Ok(attestor) => (Some(Arc::new(attestor)), None),
@@ -48,27 +60,37 @@ impl TcpSupport {
                 (None, Some(error))
             }
         };
-        Self {
+        Self(Arc::new(TestedHost {
             host,
             attestor: ArcSwapOption::new(attestor),
-            attempt: Mutex::new(SupportCheck {
+            latest: Mutex::new(SupportCheck {
                 at: Instant::now(),
+                is_running: false,
                 missing,
+                is_inconclusive: false,
             }),
-        }
+        }))
     }
 
-    /// Returns what callers over TCP lack, and the fix. `None` if they are attested. Repeats the
-    /// test if the latest one has failed.
+    /// Returns what callers over TCP lacked at the latest test, and the fix. `None` if they are
+    /// attested. Starts another test if the latest one has failed; its result is that of a later
+    /// call. Call it within a runtime.
     pub(crate) fn missing(&self) -> Option<String> {
-        if self.attestor.load().is_none() {
-            self.retry();
+        if self.0.attestor.load().is_none() {
+            drop(self.start_test());
         }
-        self.attempt().missing.as_ref().map(described)
+        self.0.latest().missing.as_ref().map(described)
+    }
+
+    /// Repeats the test if the latest one has failed, and waits for it, but not for long.
+    pub(crate) async fn retry_failed(&self) {
+        if self.0.attestor.load().is_none() {
+            self.retry().await;
+        }
     }
 
     pub(crate) fn attestor(&self) -> Option<TcpAttestor> {
-        self.attestor.load().as_deref().cloned()
+        self.0.attestor.load().as_deref().cloned()
     }
 
     /// Finds the socket of a peer, as [`TcpAttestor::find_socket`] does.
@@ -77,7 +99,7 @@ impl TcpSupport {
         addresses: (SocketAddr, SocketAddr),
         on_wait: impl FnOnce(),
     ) -> Result<SocketProof, Unattested> {
-        let attestor = self.current()?;
+        let attestor = self.current().await?;
         let found = attestor.find_socket(addresses, on_wait).await;
         // The socket does not exist, or its cgroup is unknown or the root. It is the same for all
         // callers once the kernel reports nothing any more.
@@ -88,57 +110,93 @@ impl TcpSupport {
             ),
             Ok(proof) => proof.is_in_root_cgroup(),
         };
-        if is_suspect && self.retry() {
-            self.current()?;
+        if is_suspect && self.retry().await {
+            self.current().await?;
         }
         found
     }
 
     /// Returns the attestor, or the refusal that names what is missing.
-    fn current(&self) -> Result<TcpAttestor, AttestError> {
+    async fn current(&self) -> Result<TcpAttestor, AttestError> {
+        self.retry_failed().await;
         if let Some(attestor) = self.attestor() {
             return Ok(attestor);
         }
-        self.retry();
-        let attempt = self.attempt();
-        match &attempt.missing {
-            Some(missing) => Err(missing.refusal()),
-            None => self.attestor().ok_or(AttestError::Kernel),
-        }
+        let latest = self.0.latest();
+        let missing = latest.missing.as_ref();
+        Err(missing.map_or(AttestError::Kernel, TcpUnsupported::refusal))
     }
 
-    fn attempt(&self) -> MutexGuard<'_, SupportCheck> {
-        self.attempt.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Repeats the test, if the latest one is not too recent. Returns whether this test has found
-    /// that the support has gone.
-    pub(crate) fn retry(&self) -> bool {
-        let mut attempt = self.attempt();
-        if attempt.at.elapsed() < TEST_INTERVAL {
+    /// Repeats the test on another thread. Returns whether this test has found that the support has
+    /// gone.
+    ///
+    /// Any caller can cause a test, and other callers go on with the latest result meanwhile (T25).
+    /// So does this one if the test takes longer than [`TEST_WAIT`], runs already, or was repeated
+    /// just before.
+    pub(crate) async fn retry(&self) -> bool {
+        let Some(test) = self.start_test() else {
             return false;
+        };
+        matches!(timeout(TEST_WAIT, test).await, Ok(Ok(true)))
+    }
+
+    /// Starts a test, unless one runs or the latest one is too recent.
+    fn start_test(&self) -> Option<JoinHandle<bool>> {
+        let mut latest = self.0.latest();
+        if latest.is_running || latest.at.elapsed() < TEST_INTERVAL {
+            return None;
         }
+        latest.is_running = true;
+        drop(latest);
+        let test = RunningTest(self.0.clone());
+        Some(spawn_blocking(move || test.0.test()))
+    }
+}
+
+/// A test that runs. It has ended when this is dropped, also after a panic.
+struct RunningTest(Arc<TestedHost>);
+
+impl Drop for RunningTest {
+    fn drop(&mut self) {
+        let mut latest = self.0.latest();
+        latest.is_running = false;
+        latest.at = Instant::now();
+    }
+}
+
+impl TestedHost {
+    fn latest(&self) -> MutexGuard<'_, SupportCheck> {
+        self.latest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tests the support again. Returns whether it has gone. Blocks, without a lock.
+    fn test(&self) -> bool {
         self.host.find_cgroups_again();
-        let before = self.attestor.load();
-        let result = match before.as_deref() {
+        let before = self.attestor.load_full();
+        let result = match &before {
             Some(attestor) => attestor.test_support(),
             None => {
                 attestor(&self.host).map(|attestor| self.attestor.store(Some(Arc::new(attestor))))
             }
         };
+        let mut latest = self.latest();
         match (&result, before.is_some()) {
             (Ok(()), false) => tracing::info!("callers over TCP are attested again"),
+            (Err(error), true) if !error.is_conclusive() => {
+                if !std::mem::replace(&mut latest.is_inconclusive, true) {
+                    tracing::warn!(%error, "callers over TCP are attested as before: the test of that did not run");
+                }
+                return false;
+            }
             (Err(error), true) => {
                 log_missing(error);
                 self.attestor.store(None);
             }
             _ => {}
         }
-        *attempt = SupportCheck {
-            at: Instant::now(),
-            missing: result.err(),
-        };
-        before.is_some() && attempt.missing.is_some()
+        latest.is_inconclusive = false;
+        latest.missing = result.err();
+        before.is_some() && latest.missing.is_some()
     }
 }
 

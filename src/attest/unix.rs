@@ -24,16 +24,33 @@ use crate::caller::{
 #[derive(Debug)]
 struct ConnectorProof {
     process: ProcessSnapshot,
+    /// The time of accept, with which the start of the process is not compared yet.
+    accepted: Option<u64>,
     workload: WorkloadKey,
     pod: Option<ResolvedPod>,
     /// The connection while it is served. A remembered caller does not keep it open.
     stream: Weak<OwnedFd>,
 }
 
+impl ConnectorProof {
+    /// Verifies that the process is not one that started after the connection was accepted.
+    async fn verify_start(&self) -> Result<(), AttestError> {
+        match self.accepted {
+            Some(ticks) => self.process.verify_started_by(ticks, &self.workload).await,
+            None => Ok(()),
+        }
+    }
+}
+
 #[async_trait]
 impl PeerProof for ConnectorProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
+        self.verify_start().await?;
         self.process.verify_unchanged(&self.workload).await
+    }
+
+    fn needs_process(&self) -> bool {
+        self.accepted.is_some()
     }
 
     async fn with_process(
@@ -50,6 +67,7 @@ impl PeerProof for ConnectorProof {
                 Some(Groups::new(peer_groups(stream.as_fd())?, detail)?)
             }
         };
+        self.verify_start().await?;
         let process = self.process.read_facts(workload, facts).await?;
         if process.groups() != connect_groups.as_ref() {
             return Err(AttestError::IdentityChanged);
@@ -57,6 +75,7 @@ impl PeerProof for ConnectorProof {
         let described = process.to_process();
         let proof = Self {
             process,
+            accepted: None,
             workload: workload.clone(),
             pod: self.pod.clone(),
             stream: Weak::new(),
@@ -65,6 +84,7 @@ impl PeerProof for ConnectorProof {
     }
 
     async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
+        self.verify_start().await?;
         self.process.for_agent(&self.workload).await
     }
 
@@ -151,11 +171,15 @@ pub(crate) fn attest(
         // 65,536 groups (T27).
         peer_groups(stream.as_fd()).map_err(|refusal| Unattested::of(refusal, &facts))?;
     }
-    let process = match pin {
-        PeerPin::ByKernel(pidfd) => host
-            .process(pid, pidfd)
-            .and_then(|handle| ProcessSnapshot::read(host, handle)),
-        PeerPin::SinceAccept(accepted) => read_unpinned(host, pid, accepted),
+    let (process, accepted) = match pin {
+        PeerPin::ByKernel(pidfd) => {
+            let handle = host.process(pid, pidfd);
+            (
+                handle.and_then(|handle| ProcessSnapshot::read(host, handle)),
+                None,
+            )
+        }
+        PeerPin::SinceAccept(accepted) => (read_unpinned(host, pid), Some(accepted)),
     };
     let process = process.map_err(|refusal| Unattested::of(refusal, &facts))?;
     let credentials = process.ids();
@@ -178,6 +202,7 @@ pub(crate) fn attest(
         process: Some(described),
         proof: Box::new(ConnectorProof {
             process,
+            accepted,
             workload,
             pod,
             stream: Arc::downgrade(stream),
@@ -188,22 +213,16 @@ pub(crate) fn attest(
 /// Reads the process that has the pid now, on a kernel that cannot prove that it is the one that
 /// connected.
 ///
-/// A process that started after the connection was accepted certainly is not. One that started
-/// between connect and accept is not detected. Callers in containers can cause pids to be reused,
-/// so they are rejected on such kernels (T16).
-fn read_unpinned(
-    host: &Arc<Host>,
-    pid: u32,
-    accepted: u64,
-) -> Result<ProcessSnapshot, AttestError> {
+/// A process that started after the connection was accepted certainly is not. The proof compares
+/// that later, because reading the start may block (T25). A process that started between connect
+/// and accept is not detected. Callers in containers can cause pids to be reused, so they are
+/// rejected on such kernels (T16).
+fn read_unpinned(host: &Arc<Host>, pid: u32) -> Result<ProcessSnapshot, AttestError> {
     let pidfd = sys::pidfd_open(pid).map_err(|error| match error.raw_os_error() {
         Some(libc::ENOSYS) => AttestError::Unsupported("it lacks pidfd_open(2) (Linux 5.3)"),
         _ => AttestError::CallerGone,
     })?;
     let process = ProcessSnapshot::read(host, host.process(pid, pidfd)?)?;
-    if process.start_time()? > accepted {
-        return Err(AttestError::CallerGone);
-    }
     if process.in_container() {
         return Err(AttestError::Unsupported(
             "it lacks SO_PEERPIDFD (Linux 6.5), which callers in containers need on the unix socket",

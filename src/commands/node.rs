@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::accounts::NameService;
 use crate::config::{AuditFile, Config, Problem, exposures};
-use crate::listen::first_unprivileged_port;
+use crate::listen::{first_unprivileged_port, read_first_unprivileged_port};
 use crate::workload_rule::{AccountName, AccountState, ExeMatcher, OVERFLOW_ID};
 
 const OTHERS_WRITE: u32 = 0o022;
@@ -29,6 +29,15 @@ pub(super) fn warnings(config: &Config, service: &dyn NameService) -> Vec<Proble
             .get(name)
             .copied()
             .unwrap_or(AccountState::Unanswered)
+    }));
+    warnings.extend(read_first_unprivileged_port().err().map(|error| {
+        Problem {
+            line: None,
+            key: "listen.tcp".to_owned(),
+            what: format!("which ports any user can take is not known: {error}"),
+            fix: "make /proc/sys/net readable, and set net.ipv4.ip_unprivileged_port_start to 1024"
+                .to_owned(),
+        }
     }));
     warnings.extend(config.unprivileged_ports(first_unprivileged_port()));
     warnings.extend(programs(config));

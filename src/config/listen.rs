@@ -36,15 +36,18 @@ pub struct Listen {
     pub max_connections_per_workload: usize,
 }
 
-/// The line of each TCP address, if the file has them.
+/// The line of each TCP address and of the admin address, if the file has them.
 ///
 /// `Debug` leaves them out, because configurations with other lines may be equal.
 #[derive(Clone, Default)]
-pub(super) struct TcpLines(Vec<Option<usize>>);
+pub(super) struct AddressLines {
+    tcp: Vec<Option<usize>>,
+    admin: Option<usize>,
+}
 
-impl fmt::Debug for TcpLines {
+impl fmt::Debug for AddressLines {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("TcpLines")
+        f.write_str("AddressLines")
     }
 }
 
@@ -110,10 +113,16 @@ impl Listen {
             .map(|(key, _)| key)
             .collect()
     }
+
+    /// Returns the admin address, if other programs may share its network namespace. `None` for a
+    /// daemon that serves nothing but pods: it has a namespace of its own.
+    pub fn exposed_admin(&self, serves_pods: bool) -> Option<SocketAddr> {
+        self.admin.filter(|_| !serves_pods || !self.tcp.is_empty())
+    }
 }
 
-/// Reads `[listen]`, and the line of each TCP address. Pods are callers over TCP, too.
-pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> (Listen, TcpLines) {
+/// Reads `[listen]`, and the lines of its addresses. Pods are callers over TCP, too.
+pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> (Listen, AddressLines) {
     let default = Listen::default();
     let (tcp, lines) =
         tcp(table).map_or((default.tcp, Vec::new()), |read| read.into_iter().unzip());
@@ -152,32 +161,40 @@ pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> (Listen, TcpLines) {
             .unwrap_or(default.max_connections_per_workload),
     };
     check(table, &listen, pods.enabled);
-    (listen, TcpLines(lines))
+    let admin = table.contains("admin").then(|| table.location("admin"));
+    let lines = AddressLines {
+        tcp: lines,
+        admin: admin.and_then(|at| at.line),
+    };
+    (listen, lines)
 }
 
-/// Returns a warning for each TCP address with a port that needs no privilege, so that any user can
+/// Returns a warning for each address with a port that needs no privilege, so that any user can
 /// take it (T9). `first` is the first of these ports.
 pub(super) fn unprivileged_ports(
     listen: &Listen,
-    TcpLines(lines): &TcpLines,
+    serves_pods: bool,
+    lines: &AddressLines,
     first: u16,
 ) -> Vec<Problem> {
-    let lines = lines.iter().copied().chain(std::iter::repeat(None));
-    listen
-        .tcp
-        .iter()
-        .zip(lines)
+    let tcp_lines = lines.tcp.iter().copied().chain(std::iter::repeat(None));
+    let tcp = listen.tcp.iter().copied().zip(tcp_lines);
+    let admin = listen.exposed_admin(serves_pods);
+    let admin = admin.map(|address| ("listen.admin", (address, lines.admin)));
+    tcp.map(|address| ("listen.tcp", address))
+        .chain(admin)
         // The kernel chooses another port for 0.
-        .filter(|(address, _)| address.port() != 0 && address.port() >= first)
-        .map(|(address, line)| Problem {
+        .filter(|(_, (address, _))| address.port() != 0 && address.port() >= first)
+        .map(|(key, (address, line))| Problem {
             line,
-            key: "listen.tcp".to_owned(),
+            key: key.to_owned(),
             what: format!(
                 "any user can take port {} while awsvid is down, and answer for it",
                 address.port()
             ),
             fix: match first {
-                0..=974 => "set net.ipv4.ip_unprivileged_port_start to 1024".to_owned(),
+                // Less than the default ports need.
+                0..=975 => "set net.ipv4.ip_unprivileged_port_start to 1024".to_owned(),
                 _ => format!("use a port below {first}"),
             },
         })

@@ -43,7 +43,7 @@ impl Config {
             log,
             workloads,
             roles,
-            tcp_lines: _,
+            listen_lines: _,
             digest: _,
         } = self;
         let requested = roles

@@ -2,7 +2,9 @@
 //! hold it can return credentials of another account (T9).
 
 use std::fs;
+use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 
 use crate::config::FIRST_UNPRIVILEGED_PORT;
 
@@ -14,10 +16,17 @@ const SYSCTL_PATH: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
 ///
 /// Where the sysctl is not readable, it is the kernel's default.
 pub fn first_unprivileged_port() -> u16 {
-    fs::read_to_string(SYSCTL_PATH)
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(FIRST_UNPRIVILEGED_PORT)
+    read_first_unprivileged_port().unwrap_or(FIRST_UNPRIVILEGED_PORT)
+}
+
+/// Reads the sysctl for [`first_unprivileged_port`].
+pub fn read_first_unprivileged_port() -> io::Result<u16> {
+    read_port(Path::new(SYSCTL_PATH))
+}
+
+fn read_port(path: &Path) -> io::Result<u16> {
+    let text = fs::read_to_string(path)?;
+    text.trim().parse().map_err(io::Error::other)
 }
 
 /// Returns the ports that any user may bind.
@@ -29,16 +38,41 @@ pub fn unprivileged_ports(addresses: &[SocketAddr], first_unprivileged: u16) -> 
     ports
 }
 
-/// Logs a warning about such ports in the daemon's own network namespace. For a port that the
-/// kernel has chosen, as for trials, there is none.
-pub fn warn_of_unprivileged_ports(addresses: &[SocketAddr]) {
-    let first = first_unprivileged_port();
-    let ports = unprivileged_ports(addresses, first);
+/// Logs a warning about such ports in the daemon's own network namespace: those of callers, and
+/// that of `admin`. Port 0, which the kernel replaces by another one, causes none.
+pub fn warn_of_unprivileged_ports(callers: &[SocketAddr], admin: Option<SocketAddr>) {
+    warn_from(Path::new(SYSCTL_PATH), callers, admin);
+}
+
+fn warn_from(sysctl: &Path, callers: &[SocketAddr], admin: Option<SocketAddr>) {
+    let is_named = |address: &SocketAddr| address.port() != 0;
+    let callers: Vec<_> = callers.iter().copied().filter(is_named).collect();
+    let admin: Vec<_> = admin.into_iter().filter(is_named).collect();
+    if callers.is_empty() && admin.is_empty() {
+        return;
+    }
+    let first = read_port(sysctl).unwrap_or_else(|error| {
+        tracing::warn!(
+            %error,
+            assumed = FIRST_UNPRIVILEGED_PORT,
+            "cannot read net.ipv4.ip_unprivileged_port_start: any user may be able to bind awsvid's ports while they are free"
+        );
+        FIRST_UNPRIVILEGED_PORT
+    });
+    let ports = unprivileged_ports(&callers, first);
     if !ports.is_empty() {
         tracing::warn!(
             ?ports,
             ip_unprivileged_port_start = first,
             "any user can bind awsvid's port while it is free and return credentials of another account; \
+             use a port below net.ipv4.ip_unprivileged_port_start, and set that to 1024 if it is lower"
+        );
+    }
+    if let [port] = unprivileged_ports(&admin, first)[..] {
+        tracing::warn!(
+            port,
+            ip_unprivileged_port_start = first,
+            "any user can bind the admin port while it is free, and answer probes and scrapes as awsvid; \
              use a port below net.ipv4.ip_unprivileged_port_start, and set that to 1024 if it is lower"
         );
     }

@@ -1,12 +1,13 @@
 //! A process that an integration test starts as root, to play attackers and odd honest clients with
 //! real processes: `actor SCENE LISTENER ADDRESS [PROGRAM]`, with the daemon's pid in `DAEMON`. It
-//! prints the daemon's response on standard output. There are four more forms.
+//! prints the daemon's response on standard output. There are five more forms.
 //!
 //! - `actor connect UID LISTENER ADDRESS` only connects, for a test that sends the request itself.
 //! - `actor in-numbers ACT LISTENER ADDRESS NUMBER...` is for acts that one user repeats very
 //!   often.
 //! - `actor without-sock-diag FILE PROGRAM...` executes a program where sock_diag(7) does not work
 //!   while the file exists.
+//! - `actor without-peer-pidfd PROGRAM...` executes a program as on a kernel before Linux 6.5.
 //! - `actor asked SCENE LISTENER ADDRESS` goes on step by step, at the test's words.
 //!
 //! Two users take part: [`ALICE`] and [`BOB`]. The test knows which of them may be answered in a
@@ -34,6 +35,7 @@ mod floods;
 mod forged_exe;
 mod fuse;
 mod handed_on;
+mod peer_pidfd;
 mod process;
 mod programs;
 mod raw_http;
@@ -102,6 +104,7 @@ fn main() {
         }
         ["idle", uid, count] => short_lived::idle(uid, count),
         ["without-sock-diag", lost, ref words @ ..] => sock_diag::run_without(lost, words),
+        ["without-peer-pidfd", ref words @ ..] => peer_pidfd::run_without(words),
         ["soak", uid, listener, address, pause] => {
             soak::ask(uid, &raw_http::Address::parse(listener, address), pause)
         }

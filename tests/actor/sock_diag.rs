@@ -36,6 +36,11 @@ pub(crate) fn run_without(lost: &str, words: &[&str]) -> ! {
     }
     raw_http::pass(&over, &filter_sockets());
     drop((over, from));
+    execute(words)
+}
+
+/// Executes a program with its words, in this process.
+pub(crate) fn execute(words: &[&str]) -> ! {
     let words: Vec<CString> = words
         .iter()
         .map(|word| CString::new(*word).unwrap())
@@ -81,7 +86,7 @@ fn filter_sockets() -> OwnedFd {
     }
 }
 
-fn statement(code: u32, k: u32) -> libc::sock_filter {
+pub(crate) fn statement(code: u32, k: u32) -> libc::sock_filter {
     libc::sock_filter {
         code: u16::try_from(code).unwrap(),
         jt: 0,

@@ -81,6 +81,43 @@ fn blocked_callers_do_not_stop_others_with_rules() {
     others_are_answered(&daemon, folder.path(), "spiffe://example.org/user/bob");
 }
 
+/// Starts the daemon behind these words, with rules by user alone.
+fn with_rules_by_user(words: &[&str], folder: &Path, upstream: &Upstream) -> Daemon {
+    let rules = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/alice\"\nuid = 61001\n\
+                 [[workload]]\nspiffe_id = \"spiffe://example.org/user/bob\"\nuid = 61002\n";
+    let configuration = format!("{}{rules}", upstream.configuration());
+    Daemon::start_behind(words, folder, "", &configuration).ready()
+}
+
+/// Before Linux 6.5 the daemon reads the start of each caller's process on the unix socket.
+#[test]
+fn blocked_callers_do_not_stop_others_without_peer_pidfd() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let upstream = Upstream::start(&[(61001, "alice"), (61002, "bob")]);
+    let actor = actor::program();
+    let words = [actor.to_str().unwrap(), "without-peer-pidfd"];
+    let daemon = with_rules_by_user(&words, folder.path(), &upstream);
+    daemon.await_line(&["callers on the unix socket are rejected", "SO_PEERPIDFD"]);
+    others_are_answered(&daemon, folder.path(), BOB);
+}
+
+/// The kernel checks each path below `/proc/<pid>` as ptrace(2), and the check does not block.
+#[test]
+fn blocked_callers_do_not_stop_others_where_proc_hides_processes() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let upstream = Upstream::start(&[(61001, "alice"), (61002, "bob")]);
+    let mount = "mount -t proc -o hidepid=ptraceable none /proc && exec \"$@\"";
+    let words = ["unshare", "--mount", "sh", "-euc", mount, "sh"];
+    let daemon = with_rules_by_user(&words, folder.path(), &upstream);
+    others_are_answered(&daemon, folder.path(), BOB);
+}
+
 #[test]
 fn blocked_callers_do_not_stop_others_with_agent() {
     if !root() {

@@ -91,15 +91,21 @@ fn unprivileged_port_is_warned_of() {
         return;
     }
     for (first, port, is_warned) in [
-        (1024, 974, false),
-        (975, 974, false),
-        (974, 974, true),
-        (0, 974, true),
-        (1024, 8974, true),
-        (8974, 8974, true),
-        (8975, 8974, false),
-        (32_768, 8974, false),
+        (Some(1024), 974, false),
+        (Some(976), 974, false),
+        (Some(975), 974, false),
+        (Some(974), 974, true),
+        (Some(0), 974, true),
+        (Some(1024), 8974, true),
+        (Some(8974), 8974, true),
+        (Some(8975), 8974, false),
+        (Some(32_768), 8974, false),
+        // Where the setting cannot be read, the kernel's default counts.
+        (None, 974, false),
+        (None, 8974, true),
     ] {
+        // The admin port is 975.
+        let is_admin_warned = first.is_some_and(|first| first <= 975);
         let folder = folder();
         let path = |name: &str| folder.path().join(name).display().to_string();
         let [unix, status, token] = ["awsvid.sock", "status.sock", "token"].map(path);
@@ -109,13 +115,15 @@ fn unprivileged_port_is_warned_of() {
             listen += &format!("tcp = [\"127.0.0.1:{port}\"]\n");
         }
         std::fs::write(path("awsvid.toml"), format!("{CONFIGURATION}{listen}")).unwrap();
-        let script = format!(
-            "ip link set lo up && echo {first} >/proc/sys/net/ipv4/ip_unprivileged_port_start && exec \"$0\" \"$@\""
+        let set = first.map_or(
+            "mount -t tmpfs none /proc/sys/net/ipv4".to_owned(),
+            |first| format!("echo {first} >/proc/sys/net/ipv4/ip_unprivileged_port_start"),
         );
+        let script = format!("ip link set lo up && {set} && exec \"$0\" \"$@\"");
         let inside = |words: &[&str]| {
             let mut command = Command::new("unshare");
             command
-                .args(["--net", "sh", "-c", &script, PROGRAM])
+                .args(["--net", "--mount", "sh", "-c", &script, PROGRAM])
                 .args(words);
             command
         };
@@ -125,15 +133,28 @@ fn unprivileged_port_is_warned_of() {
         assert_eq!(
             validated.stderr.contains(&taken),
             is_warned,
-            "{first}: {validated:?}"
+            "{first:?}: {validated:?}"
         );
+        for (words, is_warned) in [
+            ("any user can take port 975 ", is_admin_warned),
+            (
+                "which ports any user can take is not known",
+                first.is_none(),
+            ),
+        ] {
+            assert_eq!(
+                validated.stderr.contains(words),
+                is_warned,
+                "{first:?}: {validated:?}"
+            );
+        }
         // In CI the kernel's default decides.
         let offline = ["config", "validate", "--offline", &file];
         let validated = run(inside(&offline), b"", TIMEOUT);
         assert_eq!(
             validated.stderr.contains(&taken),
             port >= 1024,
-            "{first}: {validated:?}"
+            "{first:?}: {validated:?}"
         );
         let command = inside(&["serve", "--config", &file]);
         let daemon = Process::start("awsvid", command, &folder.path().join("log"));
@@ -147,5 +168,16 @@ fn unprivileged_port_is_warned_of() {
             "{log}"
         );
         assert_eq!(log.contains(&format!("[{port}]")), is_warned, "{log}");
+        let count = |words: &str| log.matches(words).count();
+        assert_eq!(
+            count("any user can bind the admin port"),
+            usize::from(is_admin_warned),
+            "{log}"
+        );
+        assert_eq!(
+            count("cannot read net.ipv4.ip_unprivileged_port_start"),
+            usize::from(first.is_none()),
+            "{log}"
+        );
     }
 }

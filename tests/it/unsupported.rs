@@ -8,6 +8,7 @@ use std::time::Duration;
 use nix::unistd::getuid;
 use serde_json::Value;
 
+use crate::harness::cgroup::Cgroup;
 use crate::harness::client::ask;
 use crate::harness::counterparts::process::{Output, behind, run};
 use crate::harness::counterparts::{folder, http_get, root};
@@ -226,6 +227,9 @@ fn executions_that_are_not_counted_are_reported() {
             "{}",
             daemon.log()
         );
+        let log = daemon.log();
+        let line = "executions of programs are counted";
+        assert_eq!(log.matches(line).count(), usize::from(counts), "{log}");
         let config = folder.path().join("awsvid.toml");
         let config = config.to_str().unwrap();
         let checked = awsvid(&[], &["check", "--output", "json", "--config", config]);
@@ -241,5 +245,56 @@ fn executions_that_are_not_counted_are_reported() {
             if counts { "pass" } else { "failed" },
             "{report:#}"
         );
+    }
+}
+
+/// Returns words that start a program without CAP_SYS_PTRACE, and with a `/proc` of these options.
+fn with_proc(options: &str) -> [String; 6] {
+    let script = format!(
+        "mount -t proc{options} none /proc && exec setpriv --bounding-set -sys_ptrace \"$@\""
+    );
+    ["unshare", "--mount", "sh", "-euc", &script, "sh"].map(str::to_owned)
+}
+
+#[test]
+fn proc_that_hides_callers_is_reported() {
+    if !root() {
+        return;
+    }
+    for (options, fix) in [
+        ("", None),
+        // Root's group is exempt.
+        (" -o hidepid=invisible", None),
+        (
+            " -o hidepid=invisible,gid=61009",
+            Some("SupplementaryGroups=61009"),
+        ),
+        (" -o hidepid=ptraceable", Some("ProtectProc=default")),
+    ] {
+        let (folder, upstream) = (folder(), upstream());
+        let words = with_proc(options);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let daemon =
+            Daemon::start_behind(&words, folder.path(), "", &configuration(&upstream)).ready();
+        let cgroup = Cgroup::new("hidden.service");
+        let answer = daemon.curl("unix", (61_001, 61_001), &cgroup);
+        let expected = fix.map_or("no_identity", |_| "caller_gone");
+        assert!(answer.contains(expected), "{options}: {answer}");
+        let log = daemon.log();
+        let lines: Vec<&str> = log
+            .lines()
+            .filter(|line| line.contains("callers' processes are hidden"))
+            .collect();
+        assert_eq!(lines.len(), usize::from(fix.is_some()), "{options}: {log}");
+        let config = folder.path().join("awsvid.toml");
+        let checked = awsvid(&words, &["check", "--config", config.to_str().unwrap()]);
+        let is_reported = checked
+            .stdout
+            .contains("callers' processes are not visible");
+        assert_eq!(is_reported, fix.is_some(), "{options}: {checked:?}");
+        if let Some(fix) = fix {
+            assert!(lines[0].contains(fix), "{log}");
+            assert!(checked.stdout.contains(fix), "{checked:?}");
+        }
     }
 }

@@ -12,6 +12,7 @@ fn mount_of(names: Vec<String>, mount: PathBuf) -> CgroupMount {
         mount,
         base: String::new(),
         above: 0,
+        own_root: None,
         own: None,
     }
 }
@@ -294,4 +295,29 @@ fn own_path_is_found_by_inode() {
     };
     let found = CgroupMounts::find(&(mount("/", &own) + &mount("/../../..", folder.path())));
     assert_eq!(found.path("", "/../x").unwrap().as_str(), "/a/d/x");
+}
+
+/// A later test does not search for it again: here it would find nothing.
+#[test]
+fn own_path_is_kept_while_its_mount_is_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let own = folder.path().join("a/own");
+    fs::create_dir_all(&own).unwrap();
+    let mounts = |root: &str| {
+        format!(
+            "41 31 0:38 / {} ro - cgroup2 cgroup2 rw\n42 31 0:38 {root} {} ro - cgroup2 cgroup2 rw\n",
+            own.display(),
+            folder.path().display()
+        )
+    };
+    let found = CgroupMounts::find(&mounts("/../.."));
+    assert_eq!(found.path("", "/").unwrap().as_str(), "/a/own");
+    fs::remove_dir_all(folder.path().join("a")).unwrap();
+    let again = found.find_again(&format!(
+        "1 2 0:3 / /x rw - ext4 x rw\n{}",
+        mounts("/../..")
+    ));
+    assert_eq!(again, found);
+    let other = found.find_again(&mounts("/.."));
+    assert_eq!(other.path("", "/").as_ref().map(CgroupPath::as_str), None);
 }

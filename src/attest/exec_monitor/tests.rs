@@ -1,4 +1,3 @@
-use std::convert::Infallible;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 
@@ -9,7 +8,7 @@ use crate::attest::cgroup_mounts::CgroupMounts;
 
 /// Returns a monitor where this process has the privileges for one.
 fn monitor(count_by: CountBy) -> Option<Arc<ExecMonitor>> {
-    match ExecMonitor::counting_by(count_by) {
+    match ExecMonitor::attached_to(TRACEPOINT, count_by) {
         Ok(monitor) => Some(Arc::new(monitor)),
         Err(error) => {
             assert!(!geteuid().is_root(), "{error}");
@@ -104,4 +103,41 @@ fn index_spreads_keys_over_the_whole_table() {
         (1..=4096).map(|pid| monitor.index(pid)).collect();
     assert!(indexes.iter().all(|index| *index < COUNTERS));
     assert!(indexes.len() > 3500, "{}", indexes.len());
+}
+
+#[test]
+fn monitor_starts_where_executions_are_counted() {
+    for count_by in [CountBy::Pid, CountBy::Cgroup] {
+        if monitor(count_by).is_some() {
+            ExecMonitor::start_at(TRACEPOINT, count_by).unwrap();
+        }
+    }
+}
+
+/// A program that is attached and never runs would let each execution pass.
+#[test]
+fn monitor_does_not_start_where_nothing_is_counted() {
+    for count_by in [CountBy::Pid, CountBy::Cgroup] {
+        if monitor(count_by).is_none() {
+            return;
+        }
+        // The kernel reaches it if a process hangs for minutes.
+        let started = ExecMonitor::start_at(c"sched_process_hang", count_by);
+        assert!(
+            matches!(started, Err(ExecMonitorError::NotCounted)),
+            "{started:?}"
+        );
+    }
+}
+
+#[test]
+fn monitor_does_not_start_where_nothing_can_be_executed() {
+    let Some(monitor) = monitor(CountBy::Pid) else {
+        return;
+    };
+    let tested = monitor.verify_counts(&mut Command::new("/nonexistent"));
+    assert!(
+        matches!(tested, Err(ExecMonitorError::NotTested { .. })),
+        "{tested:?}"
+    );
 }

@@ -1,6 +1,15 @@
 use std::fs;
+use std::future::poll_fn;
 use std::net::{TcpListener, TcpStream};
+use std::ops::RangeInclusive;
+use std::pin::pin;
+use std::process::Command;
+use std::sync::mpsc;
+use std::task::Poll;
 
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::Mode;
+use nix::unistd::{Uid, mkfifo};
 use tokio::time::advance;
 
 use super::*;
@@ -86,7 +95,7 @@ async fn cgroup_tree_is_found_that_was_mounted_later() {
     advance(TEST_INTERVAL).await;
     assert_eq!(machine.refusal().await, None);
     assert_eq!(machine.support.missing(), None);
-    assert!(machine.support.host.cgroup_tree().is_some());
+    assert!(machine.support.0.host.cgroup_tree().is_some());
 }
 
 #[tokio::test(start_paused = true)]
@@ -97,7 +106,131 @@ async fn status_repeats_a_failed_test() {
     machine.write("self/mountinfo", &real("self/mountinfo"));
     assert!(machine.support.missing().is_some());
     advance(TEST_INTERVAL).await;
+    machine.support.retry_failed().await;
     assert_eq!(machine.support.missing(), None);
+}
+
+/// Without an event of its own a test is started, and a later call has its result.
+#[tokio::test(start_paused = true)]
+async fn result_of_a_failed_test_is_repeated_in_the_background() {
+    let Some(machine) = Machine::start("") else {
+        return;
+    };
+    machine.write("self/mountinfo", &real("self/mountinfo"));
+    advance(TEST_INTERVAL).await;
+    // The test may have ended when this returns.
+    let _ = machine.support.missing();
+    while machine.support.0.latest().is_running {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(machine.support.missing(), None);
+}
+
+/// A caller that causes a test waits for it, but not for long, and other callers do not (T25).
+#[tokio::test(start_paused = true)]
+async fn test_that_blocks_stops_no_caller() {
+    let Some(machine) = Machine::start(&real("self/mountinfo")) else {
+        return;
+    };
+    let gone = "127.0.0.1:1".parse().unwrap();
+    // Opening it blocks until a writer opens it too, as an endless search for cgroups would.
+    let mountinfo = machine.proc.path().join("self/mountinfo");
+    fs::remove_file(&mountinfo).unwrap();
+    mkfifo(&mountinfo, Mode::S_IRWXU).unwrap();
+    let (answered, wait) = mpsc::channel();
+    let writer = std::thread::spawn(move || {
+        let outcome = wait.recv_timeout(Duration::from_secs(20));
+        fs::write(mountinfo, real("self/mountinfo")).unwrap();
+        outcome
+    });
+    advance(TEST_INTERVAL).await;
+    let mut causing = pin!(machine.refusal_of(gone));
+    let first = poll_fn(|context| Poll::Ready(causing.as_mut().poll(context))).await;
+    assert!(first.is_pending(), "its test runs on another thread");
+    // That test runs, so these do not wait for another one.
+    assert_eq!(
+        machine.refusal_of(gone).await,
+        Some(AttestError::CallerGone)
+    );
+    assert_eq!(machine.refusal().await, None);
+    assert_eq!(machine.support.missing(), None);
+    advance(TEST_WAIT).await;
+    assert_eq!(causing.await, Some(AttestError::CallerGone));
+    answered.send(()).unwrap();
+    writer
+        .join()
+        .unwrap()
+        .expect("the callers are answered while the test blocks");
+    while machine.support.0.latest().is_running {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(machine.refusal().await, None);
+}
+
+/// Runs a test in a network namespace of its own, where `ports` are all that the kernel chooses
+/// from. Needs root.
+fn in_network_with(ports: RangeInclusive<u16>, test: impl AsyncFnOnce() + Send + 'static) {
+    if !Uid::effective().is_root() {
+        return;
+    }
+    // Threads that the runtime starts are in the same namespace.
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        let up = Command::new("ip")
+            .args(["link", "set", "lo", "up"])
+            .status();
+        assert!(up.unwrap().success());
+        let range = format!("{} {}", ports.start(), ports.end());
+        fs::write("/proc/sys/net/ipv4/ip_local_port_range", range).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .start_paused(true)
+            .build();
+        runtime.unwrap().block_on(test());
+    });
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+}
+
+/// A user that holds all ports does not withdraw TCP from all others (T25).
+#[test]
+fn test_without_a_free_port_changes_nothing() {
+    const PORTS: RangeInclusive<u16> = 40_000..=40_007;
+    in_network_with(PORTS, async || {
+        let Some(machine) = Machine::start(&real("self/mountinfo")) else {
+            return;
+        };
+        let gone = "127.0.0.1:1".parse().unwrap();
+        let hold = |address: &str| {
+            let listeners = PORTS.map_while(|_| TcpListener::bind((address, 0)).ok());
+            listeners.collect::<Vec<_>>()
+        };
+        let held = [hold("127.0.0.1"), hold("::1")];
+        let failed = machine.support.attestor().unwrap().test_support();
+        assert!(
+            matches!(failed, Err(TcpUnsupported::NoLoopback(_))),
+            "{failed:?}"
+        );
+        for _ in 0..3 {
+            advance(TEST_INTERVAL).await;
+            assert_eq!(
+                machine.refusal_of(gone).await,
+                Some(AttestError::CallerGone)
+            );
+            assert!(machine.support.0.latest().is_inconclusive);
+            assert_eq!(machine.refusal().await, None);
+            assert_eq!(machine.support.missing(), None);
+            assert!(machine.support.attestor().is_some(), "for pods, too");
+        }
+        drop(held);
+        advance(TEST_INTERVAL).await;
+        assert_eq!(
+            machine.refusal_of(gone).await,
+            Some(AttestError::CallerGone)
+        );
+        assert!(!machine.support.0.latest().is_inconclusive);
+    });
 }
 
 #[tokio::test(start_paused = true)]
@@ -139,7 +272,8 @@ async fn lost_sock_diag_is_noticed_and_opened_again() {
     assert_eq!(
         machine
             .support
-            .attempt()
+            .0
+            .latest()
             .missing
             .as_ref()
             .map(ToString::to_string)
@@ -168,7 +302,7 @@ async fn wrong_cgroup_is_noticed_and_passes() {
         return;
     };
     let own = real("self/cgroup");
-    let Some(other) = other_cgroup(&own, &machine.support.host) else {
+    let Some(other) = other_cgroup(&own, &machine.support.0.host) else {
         return;
     };
     machine.write("self/cgroup", &format!("0::{other}\n"));

@@ -1,8 +1,12 @@
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
 
-use nix::unistd::{Gid, Uid, getegid, geteuid, getgroups};
+use nix::sys::stat::Mode;
+use nix::unistd::{Gid, Uid, getegid, geteuid, getgroups, mkfifo};
+use tokio::time::timeout;
 
 use super::*;
 use crate::attest::cgroup_mounts::CgroupMounts;
@@ -72,6 +76,10 @@ async fn attest_uses_the_pid_without_a_kernel_pidfd() {
     let caller = attest_peer(peer(child.id(), accepted)).unwrap();
     assert_eq!(caller.process.as_ref().unwrap().pid, child.id());
     assert_eq!(caller.verify_unchanged().await, Ok(()));
+    let facts = caller.facts_to_read(None).unwrap();
+    let caller = caller.with_process(facts).await.unwrap();
+    assert_eq!(caller.facts_to_read(None), None);
+    assert_eq!(caller.verify_unchanged().await, Ok(()));
     end(child);
     assert_eq!(
         caller.verify_unchanged().await,
@@ -79,14 +87,76 @@ async fn attest_uses_the_pid_without_a_kernel_pidfd() {
     );
 }
 
-#[test]
-fn attest_rejects_a_later_process_without_a_kernel_pidfd() {
+#[tokio::test]
+async fn attest_rejects_a_later_process_without_a_kernel_pidfd() {
     let child = spawn_waiting("cat", &[]);
     let accepted = start_time(&child) - 1;
+    let caller = || attest_peer(peer(child.id(), accepted)).unwrap();
+    // Before the request is decided, its process is read although no rule needs a fact of it.
+    let facts = caller().facts_to_read(None).unwrap();
+    assert!(caller().may_wait(facts));
     assert_eq!(
-        attest_peer(peer(child.id(), accepted)).unwrap_err(),
+        caller().with_process(facts).await.unwrap_err(),
         AttestError::CallerGone
     );
+    // No proof of it ever succeeds.
+    let gone = Err(AttestError::CallerGone);
+    assert_eq!(caller().verify_unchanged().await, gone);
+    assert_eq!(caller().proof.for_agent().await.map(drop), gone);
+    end(child);
+}
+
+/// Returns a host with a `/proc` in which reading the start of this process blocks. Also returns a
+/// function that ends the block.
+fn host_with_blocked_start(pid: u32) -> (tempfile::TempDir, Arc<Host>, impl FnOnce() + Send) {
+    let proc = tempfile::tempdir().unwrap();
+    let (own, real) = (
+        proc.path().join(pid.to_string()),
+        PathBuf::from(format!("/proc/{}", pid)),
+    );
+    std::fs::create_dir(&own).unwrap();
+    for name in ["status", "cgroup", "uid_map"] {
+        std::fs::write(own.join(name), std::fs::read(real.join(name)).unwrap()).unwrap();
+    }
+    std::os::unix::fs::symlink("/proc/self", proc.path().join("self")).unwrap();
+    let stat = own.join("stat");
+    mkfifo(&stat, Mode::S_IRWXU).unwrap();
+    let release = move || std::fs::write(stat, "").unwrap();
+    let host = Arc::new(Host::new(
+        proc.path().to_owned(),
+        CgroupMounts::default(),
+        PodRoots::defaults(),
+        None,
+    ));
+    (proc, host, release)
+}
+
+/// Before Linux 6.5 the start of the caller's process has to be read, for which the kernel takes a
+/// lock that the caller may hold (T25).
+#[tokio::test]
+async fn blocked_start_stops_only_a_lookup_thread() {
+    let child = spawn_waiting("cat", &[]);
+    let (_proc, host, release) = host_with_blocked_start(child.id());
+    let (attested, wait) = mpsc::channel();
+    let releasing = std::thread::spawn(move || {
+        let outcome = wait.recv_timeout(Duration::from_secs(20));
+        release();
+        outcome
+    });
+    let caller = attest(&host, peer(child.id(), u64::MAX), &stream()).unwrap();
+    let facts = caller.facts_to_read(None).unwrap();
+    assert!(
+        caller.may_wait(facts),
+        "its connection moves to a lookup thread"
+    );
+    let mut reading = tokio::spawn(caller.with_process(facts));
+    let waited = timeout(Duration::from_millis(100), &mut reading).await;
+    assert!(waited.is_err(), "this thread goes on");
+    attested.send(()).unwrap();
+    let outcome = releasing.join().unwrap();
+    outcome.expect("the caller is attested while its start cannot be read");
+    // A pipe cannot be read at an offset, as files of `/proc` are.
+    assert_eq!(reading.await.unwrap().map(drop), Err(AttestError::Kernel));
     end(child);
 }
 

@@ -3,12 +3,11 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use super::report::CheckReport;
 use crate::attest::{self, ExecMonitor, TcpUnsupported, UnixSupport};
 use crate::config::Config;
-use crate::hardening::DaemonFeatures;
+use crate::hardening::{DaemonFeatures, HidingProc};
 
 const STEP: &str = "machine";
 /// The number of the initial cgroup namespace, by linux/nsfs.h.
@@ -38,16 +37,8 @@ impl KernelSupport {
 }
 
 fn count_an_execution() -> Result<(), String> {
-    let monitor = ExecMonitor::start().map_err(|error| format!("{error}; {}", error.fix()))?;
-    let counted =
-        std::env::current_exe().and_then(|own| monitor.counts(Command::new(own).arg("--version")));
-    match counted {
-        Ok(true) => Ok(()),
-        Ok(false) => Err("the kernel does not count them; report its version".to_owned()),
-        Err(error) => Err(format!(
-            "this program cannot be started: {error}; mount its file system without noexec"
-        )),
-    }
+    let started = ExecMonitor::start().map_err(|error| format!("{error}; {}", error.fix()));
+    started.map(drop)
 }
 
 /// Runs the checks. `proc` is the mount point of `/proc`.
@@ -209,6 +200,10 @@ fn namespaces(config: &Config, proc: &Path, report: &mut CheckReport) {
         ),
         (true, true) => report.ok(STEP, "the host's user and pid namespace"),
         (false, _) => {}
+    }
+    let (mountinfo, status) = (text(proc, "self/mountinfo"), text(proc, "self/status"));
+    if let Some(hiding) = HidingProc::find(DaemonFeatures::of(config), &mountinfo, &status) {
+        report.failed(STEP, hiding.effect(), hiding.fix());
     }
 }
 

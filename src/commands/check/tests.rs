@@ -37,6 +37,7 @@ fn documented_table_has_only_texts_and_steps_of_check() {
         "commands/check.rs",
         "commands/https_probe.rs",
         "commands/https_probe",
+        "hardening",
         "sdk_environment.rs",
         "sts",
         "sts.rs",

@@ -39,7 +39,7 @@ pub(in crate::config) const TABLES: &[TableSpec] = &[
                 "admin",
                 "address",
                 "`\"127.0.0.1:975\"`",
-                "health and metrics for operators; may be an address of the node; `\"\"` disables it",
+                "health and metrics for operators; may be an address of the node; `\"\"` disables it; a port causes a warning as in `tcp`",
             ),
             key(
                 "status",

@@ -333,6 +333,30 @@ fn foreign_namespaces_are_reported() {
 }
 
 #[test]
+fn proc_that_hides_processes_is_reported() {
+    let with = |options: &str, capabilities: &str| {
+        let mounts = format!("{CGROUP2}45 23 0:21 / /proc rw - proc proc rw{options}\n");
+        let status = format!("Uid:\t0\t0\t0\t0\nGid:\t0\t0\t0\t0\nCapEff:\t{capabilities}\n");
+        Proc::right()
+            .with("self/mountinfo", &mounts)
+            .with("self/status", &status)
+    };
+    // A rule by user alone needs no capability on the unix socket.
+    let (by_user, none) = (config("tcp = []", ""), "0000000000000000");
+    for (options, fix) in [
+        (",hidepid=ptraceable", "ProtectProc=default"),
+        (",gid=50,hidepid=invisible", "SupplementaryGroups=50"),
+    ] {
+        let hidden = "callers' processes are not visible";
+        with(options, none).assert_fault(&by_user, Verdict::Failed, hidden, fix);
+        assert_eq!(with(options, ALL).faults(&by_user), []);
+    }
+    for options in ["", ",hidepid=invisible"] {
+        assert_eq!(with(options, none).faults(&by_user), [], "{options}");
+    }
+}
+
+#[test]
 fn privileges_depend_on_the_configuration() {
     let bits =
         |capabilities: &[Capability]| capabilities.iter().fold(0, |set, one| set | one.bitmask());
