@@ -19,6 +19,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use crate::metrics::Metrics;
 use crate::telemetry::LogQuota;
 
+mod connect;
 mod lazy_socket;
 mod listener;
 mod pod_listener;
@@ -28,6 +29,9 @@ mod sys;
 mod tcp;
 mod unprivileged;
 
+pub(crate) use connect::connect_unix;
+#[cfg(test)]
+pub(crate) use connect::fill_backlog;
 pub use lazy_socket::LazySocket;
 pub use listener::{AcceptedStream, Listener, ListenerSource};
 pub use pod_listener::{NetnsRef, POD_ADDRESSES, PodListener};
