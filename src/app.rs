@@ -21,13 +21,13 @@ use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
 use crate::credential_service::CredentialService;
 use crate::hardening::DaemonFeatures;
-use crate::http::{Authorization, CredentialEndpoint, OwnProbe};
+use crate::http::{CredentialEndpoint, OwnProbe};
 use crate::limits::FairSemaphore;
 use crate::listen::{self, ActivatedSockets, Drain, ListenError};
 use crate::metrics::Metrics;
 use crate::pod_listeners::{PodListeners, PodsError, TakeoverGate};
 use crate::readiness::ReadinessProbes;
-use crate::sts::InvalidSetting;
+use crate::sts::{BlockingCalls, InvalidSetting};
 use crate::svid::{IdentitySource, SourceError};
 
 mod audit_file;
@@ -40,7 +40,7 @@ mod token_file;
 use audit_file::{audit_error, open_audit, reopen};
 use components::Components;
 use listeners::{ListenAddress, bind_all, refuse_rest, tcp_address};
-use token_file::{NodeToken, write_later};
+use token_file::authorization;
 
 /// Time that operators' connections have to end after the workloads' connections have ended.
 const ADMIN_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
@@ -89,6 +89,8 @@ pub struct App {
     sts: Vec<String>,
     own_probe: OwnProbe,
     accounts: Accounts,
+    /// Calls that may block, of all configurations.
+    blocking: BlockingCalls,
     service: Arc<CredentialService>,
     audit: Arc<Audit>,
     clock: Clock,
@@ -128,7 +130,9 @@ impl App {
         series::create(&metrics);
         let (sts, digest) = (sts_names(&config), config.digest.clone());
         let accounts = Accounts::new(Nss, metrics.clone());
-        let parts = Components::new(&config, None, false, &accounts, (&clock, &metrics)).await?;
+        let blocking = BlockingCalls::default();
+        let names = (&accounts, &blocking);
+        let parts = Components::new(&config, None, false, names, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(
             parts.exchanger,
@@ -148,7 +152,13 @@ impl App {
         let endpoint = Arc::new(CredentialEndpoint {
             attestor: attestor.clone(),
             service: service.clone(),
-            audit: open_audit(&config.audit, clock.clone(), metrics.clone()).await,
+            audit: open_audit(
+                &config.audit,
+                clock.clone(),
+                metrics.clone(),
+                &blocking.files,
+            )
+            .await,
             metrics: metrics.clone(),
             authorization: authorization(&config.listen, &token_needed)?,
             token_needed,
@@ -177,6 +187,7 @@ impl App {
             sts,
             own_probe,
             accounts,
+            blocking,
             service,
             audit: endpoint.audit.clone(),
             clock,
@@ -223,11 +234,11 @@ impl App {
             &config,
             reusable,
             true,
-            &self.accounts,
+            (&self.accounts, &self.blocking),
             (&self.clock, &self.metrics),
         )
         .await?;
-        let reopened = reopen(&self.audit, &config.audit).await;
+        let reopened = reopen(&self.audit, &config.audit, &self.blocking.files).await;
         reopened.map_err(|source| audit_error(&config.audit.file, source))?;
         self.source = (parts.identity, parts.policy.source.clone());
         self.admin_api
@@ -391,28 +402,4 @@ impl App {
 fn sts_names(config: &Config) -> Vec<String> {
     let targets = config.roles.sts_targets();
     targets.iter().map(ToString::to_string).collect()
-}
-
-/// Loads the token, and starts writing its file. One SDK uses the endpoint only if it gets the
-/// token by a file.
-fn authorization(
-    listen: &config::Listen,
-    token_needed: &Arc<Notify>,
-) -> Result<Authorization, AppError> {
-    let path = &listen.token_file;
-    let node = NodeToken::load(path).map_err(|source| AppError::Token {
-        path: path.clone(),
-        source,
-    })?;
-    if let Some(error) = node.unwritten {
-        let path = path.display();
-        tracing::warn!(%path, %error, "[listen] token_file cannot be written yet: retrying every 5 seconds");
-        let (path, token) = (listen.token_file.clone(), node.token.clone());
-        tokio::spawn(write_later(path, token, token_needed.clone()));
-    }
-    Ok(match listen.authorization {
-        config::AuthorizationMode::Present => Authorization::Present,
-        config::AuthorizationMode::Token => Authorization::Token(node.token),
-        config::AuthorizationMode::Off => Authorization::Off,
-    })
 }

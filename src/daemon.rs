@@ -18,6 +18,10 @@ use crate::pod_listeners::PodsError;
 use crate::telemetry;
 use crate::telemetry::Log;
 
+mod notifier;
+
+use notifier::Notifier;
+
 /// EX_CONFIG of sysexits.h. The systemd unit does not restart on it.
 const EX_CONFIG: u8 = 78;
 /// Added to a signal's number when that signal cut open requests, as shells report a killed
@@ -124,8 +128,9 @@ async fn run(
 ) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut signals = Signals::catch()?;
     let mut hangup = signal(SignalKind::hangup())?;
+    let notifier = Notifier::start();
     let mut app = App::start(config, startup).await?;
-    notify(&[NotifyState::Ready]);
+    notifier.notify(vec![NotifyState::Ready]).await;
     spawn_blocking(seed_tls);
     loop {
         tokio::select! {
@@ -135,10 +140,10 @@ async fn run(
         // A name service may block the reload. The signals still end the daemon.
         tokio::select! {
             _ = signals.end() => break,
-            () = reload(&mut app, path, log) => {}
+            () = reload(&mut app, path, log, &notifier) => {}
         }
     }
-    notify(&[NotifyState::Stopping]);
+    notifier.notify(vec![NotifyState::Stopping]).await;
     tracing::info!("draining: open requests are finished; a second signal cuts them");
     tokio::select! {
         () = app.drain() => Ok(ExitCode::SUCCESS),
@@ -157,14 +162,12 @@ fn seed_tls() {
 }
 
 /// Reloads the configuration. One with errors changes nothing.
-async fn reload(app: &mut App, path: &Path, log: &Log) {
+async fn reload(app: &mut App, path: &Path, log: &Log, notifier: &Notifier) {
     let reload_start = NotifyState::monotonic_usec_now().ok();
-    notify(
-        &[Some(NotifyState::Reloading), reload_start]
-            .into_iter()
-            .flatten()
-            .collect::<Vec<_>>(),
-    );
+    let reloading = [Some(NotifyState::Reloading), reload_start];
+    notifier
+        .notify(reloading.into_iter().flatten().collect())
+        .await;
     let loading = {
         let path = path.to_owned();
         spawn_blocking(move || {
@@ -211,7 +214,9 @@ async fn reload(app: &mut App, path: &Path, log: &Log) {
             "The new configuration has errors, see the log; the previous one stays in effect"
         }
     };
-    notify(&[NotifyState::Ready, NotifyState::Status(status)]);
+    notifier
+        .notify(vec![NotifyState::Ready, NotifyState::Status(status)])
+        .await;
 }
 
 fn warn(path: &Path, warnings: &[Problem]) {
@@ -219,11 +224,6 @@ fn warn(path: &Path, warnings: &[Problem]) {
         let warning = format!("{}: {warning}", path.display());
         tracing::warn!(%warning, "the configuration has a warning");
     }
-}
-
-/// Notifies systemd. Outside systemd this does nothing.
-fn notify(state: &[NotifyState<'_>]) {
-    let _ = sd_notify::notify(state);
 }
 
 struct Signals {

@@ -7,7 +7,7 @@
 //!
 //! Values, without I/O: [`identity`] (SPIFFE IDs), [`cgroup`] (facts of a cgroup path), [`caller`]
 //! (the attested peer), [`workload_rule`] (the SPIFFE ID of a caller), [`role`] (the roles of a
-//! SPIFFE ID), [`credentials`], [`clock`].
+//! SPIFFE ID), [`credentials`], [`clock`]. [`file_threads`] runs calls on files that may block.
 //!
 //! Parts that all others need: [`config`], [`writer`] (lines, without blocking the callers),
 //! [`telemetry`] (the log), [`metrics`], [`upstream_status`] (state of the upstreams), [`audit`]
@@ -46,6 +46,8 @@ pub mod socket_endpoint;
 pub mod cgroup;
 
 pub mod caller;
+
+pub mod file_threads;
 
 pub mod workload_rule;
 

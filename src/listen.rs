@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use crate::telemetry::LogQuota;
 
+mod connect;
 mod drain;
 mod lazy_socket;
 mod listener;
@@ -23,6 +24,9 @@ mod sys;
 mod tcp;
 mod unprivileged;
 
+pub(crate) use connect::connect_unix;
+#[cfg(test)]
+pub(crate) use connect::fill_backlog;
 pub use drain::{Drain, DrainHandle, OpenConnection, PendingConnection, PendingPermit};
 pub use lazy_socket::LazySocket;
 pub use listener::{AcceptedStream, Listener, ListenerSource};

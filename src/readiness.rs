@@ -7,7 +7,7 @@
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use zeroize::Zeroizing;
 use crate::admin::Readiness;
 use crate::attest::Attestor;
 use crate::config::{self, Config};
+use crate::file_threads::FileThreads;
 use crate::http::OwnProbe;
 use crate::metrics::Metrics;
 use crate::pod_listeners::TakeoverGate;
@@ -47,6 +48,7 @@ const LOG_INTERVAL: Duration = Duration::from_secs(30);
 pub struct ReadinessProbes {
     unix: Option<PathBuf>,
     token_file: PathBuf,
+    threads: FileThreads,
     source: Arc<dyn IdentitySource>,
     audience: String,
     sts: Arc<Sts>,
@@ -62,6 +64,7 @@ impl ReadinessProbes {
         source: Arc<dyn IdentitySource>,
         sts: Arc<Sts>,
         metrics: Metrics,
+        threads: FileThreads,
     ) -> Self {
         // The STS of `[requested_roles]` is one of them. It answers without a known role.
         let targets = config.roles.sts_targets().into_iter().cloned().collect();
@@ -77,6 +80,7 @@ impl ReadinessProbes {
         Self {
             unix,
             token_file,
+            threads,
             source,
             audience,
             sts,
@@ -132,6 +136,14 @@ impl ReadinessProbes {
         }
     }
 
+    /// Returns the token of TCP callers. It is right also where any value is.
+    async fn token(&self) -> Zeroizing<String> {
+        let path = self.token_file.clone();
+        let read = move || std::fs::read_to_string(path).unwrap_or_default();
+        let read = timeout(ANSWER_TIMEOUT, self.threads.run(&self.token_file, read));
+        Zeroizing::new(read.await.ok().and_then(Result::ok).unwrap_or_default())
+    }
+
     /// Runs all probes that have not succeeded yet, and returns the failures. A listener that has
     /// answered is not probed again.
     async fn missing(
@@ -141,7 +153,13 @@ impl ReadinessProbes {
         has_pods: bool,
     ) -> Vec<String> {
         let mut missing = Vec::new();
-        if let Some(listener) = listeners.probe_all(&self.token_file, &self.own_probe).await {
+        let unanswered = if listeners.are_left() {
+            let probe = self.own_probe.request(&self.token().await);
+            listeners.probe_all(&probe).await
+        } else {
+            None
+        };
+        if let Some(listener) = unanswered {
             missing.push(format!(
                 "the listener {listener} does not answer the daemon itself"
             ));
@@ -220,11 +238,15 @@ struct ProbedListeners {
 }
 
 impl ProbedListeners {
+    fn are_left(&self) -> bool {
+        !self.unanswered.is_empty() || !self.unsupported.is_empty()
+    }
+
     /// Probes the listeners that have not answered yet, and returns one that still does not.
-    async fn probe_all(&mut self, token_file: &Path, own_probe: &OwnProbe) -> Option<&ProbeTarget> {
+    async fn probe_all(&mut self, probe: &str) -> Option<&ProbeTarget> {
         self.unanswered.append(&mut self.unsupported);
         while let Some(listener) = self.unanswered.pop() {
-            match listener.probe(token_file, own_probe).await {
+            match listener.probe(probe).await {
                 Some(ProbeAnswer::Attested) => self.serves = true,
                 Some(ProbeAnswer::Absent) => {}
                 Some(ProbeAnswer::Unsupported) => self.unsupported.push(listener),
@@ -291,17 +313,12 @@ impl fmt::Display for ProbeTarget {
 
 impl ProbeTarget {
     /// Probes the listener. Returns `None` if it does not answer, or rejects for another reason.
-    async fn probe(&self, token_file: &Path, own_probe: &OwnProbe) -> Option<ProbeAnswer> {
-        // The token is right also where any value is.
-        let token = Zeroizing::new(std::fs::read_to_string(token_file).unwrap_or_default());
-        let request = own_probe.request(&token);
+    async fn probe(&self, probe: &str) -> Option<ProbeAnswer> {
         let reply = timeout(ANSWER_TIMEOUT, async {
             match self {
-                Self::Unix(path) => {
-                    probe_listener(UnixStream::connect(path).await?, &request).await
-                }
+                Self::Unix(path) => probe_listener(UnixStream::connect(path).await?, probe).await,
                 Self::Tcp(address) => {
-                    probe_listener(TcpStream::connect(address).await?, &request).await
+                    probe_listener(TcpStream::connect(address).await?, probe).await
                 }
             }
         });

@@ -34,10 +34,12 @@ mod error;
 mod error_response;
 mod network;
 mod no_proxy;
+mod resolver;
 mod trust;
 
 pub use error::{RetryPolicy, StsError};
 pub use network::{InvalidSetting, NetworkSettings, Proxy};
+pub use resolver::{BlockingCalls, HostResolver};
 
 use advice::StsDestination;
 use client::HttpConnector;
@@ -71,6 +73,8 @@ pub struct Settings {
     pub ca_file: Option<PathBuf>,
     /// Proxies and variants of AWS endpoints.
     pub network: NetworkSettings,
+    /// Threads for files and host names.
+    pub blocking: BlockingCalls,
 }
 
 /// Client of AWS's STS, and of other servers that speak its protocol.
@@ -92,6 +96,7 @@ impl Sts {
                 settings.network,
                 settings.ca_file.as_deref(),
                 settings.timeout,
+                settings.blocking,
             ),
             clients: Mutex::default(),
             permits: FairSemaphore::new(

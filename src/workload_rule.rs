@@ -16,6 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::time::Instant;
 
 use crate::caller::{Caller, Executable, GroupDetail, ListenerKind, ProcessFacts};
+use crate::file_threads::FileThreads;
 use crate::identity::SpiffeId;
 
 mod named;
@@ -56,8 +57,8 @@ pub struct WorkloadRule {
 pub struct ExeMatcher {
     path: PathBuf,
     cached: Arc<Mutex<Option<CachedStat>>>,
-    /// Held during a stat: only one task waits for a file server that does not respond.
-    stat_lock: Arc<tokio::sync::Mutex<()>>,
+    /// Only one thread waits for a file server that does not respond.
+    threads: FileThreads,
 }
 
 /// The result of a stat, and the time of it.
@@ -276,8 +277,14 @@ impl ExeMatcher {
         Self {
             path,
             cached: Arc::default(),
-            stat_lock: Arc::default(),
+            threads: FileThreads::default(),
         }
+    }
+
+    /// Makes it share the thread of its path with other rules, also with those of earlier and later
+    /// configurations.
+    pub fn with_threads(self, threads: FileThreads) -> Self {
+        Self { threads, ..self }
     }
 
     /// Returns the path as it is in the configuration.
@@ -290,14 +297,13 @@ impl ExeMatcher {
     /// since its file system may not respond.
     pub async fn refresh_stat(&self) -> bool {
         let start = Instant::now();
-        let stat_lock = self.stat_lock.clone().lock_owned().await;
+        let thread = self.threads.acquire(&self.path).await;
         let is_readable = |cached: CachedStat| cached.file != StatResult::Unreadable;
         if let Some(cached) = self.cached().filter(|cached| cached.at >= start) {
             return is_readable(cached);
         }
         let (path, cached) = (self.path.clone(), self.cached.clone());
         let read = move || {
-            let _stat_lock = stat_lock;
             let (at, wall) = (Instant::now(), SystemTime::now());
             let result = std::fs::metadata(&path);
             let file = StatResult::of(&result);
@@ -317,7 +323,7 @@ impl ExeMatcher {
                 );
             }
         };
-        let _ = tokio::task::spawn_blocking(read).await;
+        let _ = thread.run(read).await;
         self.cached().is_some_and(is_readable)
     }
 

@@ -2,17 +2,17 @@
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::{AppError, retry};
 use crate::audit::Audit;
 use crate::clock::Clock;
 use crate::config::{AuditConfig, AuditFile};
+use crate::file_threads::FileThreads;
 use crate::metrics::Metrics;
 
 /// Time for which a start or a reload waits for the file's server.
@@ -23,19 +23,28 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 ///
 /// Until then records wait in a bounded queue, and with `required` the daemon returns no
 /// credentials.
-pub(super) async fn open_audit(config: &AuditConfig, clock: Clock, metrics: Metrics) -> Arc<Audit> {
+pub(super) async fn open_audit(
+    config: &AuditConfig,
+    clock: Clock,
+    metrics: Metrics,
+    threads: &FileThreads,
+) -> Arc<Audit> {
     let audit = Audit::unopened(config.required, clock, metrics);
-    if let Err(source) = reopen(&audit, config).await {
+    if let Err(source) = reopen(&audit, config, threads).await {
         let error = audit_error(&config.file, source);
         tracing::error!(%error, "the audit file cannot be opened yet: retrying every 5 seconds");
-        tokio::spawn(open_later(audit.clone(), config.clone()));
+        tokio::spawn(open_later(audit.clone(), config.clone(), threads.clone()));
     }
     audit
 }
 
 /// Opens the file and directs the records to it. Fails if the file's server does not respond.
-pub(super) async fn reopen(audit: &Audit, config: &AuditConfig) -> io::Result<()> {
-    let opened = timeout(OPEN_TIMEOUT, open(config)).await;
+pub(super) async fn reopen(
+    audit: &Audit,
+    config: &AuditConfig,
+    threads: &FileThreads,
+) -> io::Result<()> {
+    let opened = timeout(OPEN_TIMEOUT, open(config, threads)).await;
     let opened = opened.map_err(|_| {
         let text = "the server of its file system does not respond";
         io::Error::new(io::ErrorKind::TimedOut, text)
@@ -44,17 +53,21 @@ pub(super) async fn reopen(audit: &Audit, config: &AuditConfig) -> io::Result<()
 }
 
 /// Opens the file on a thread that may block.
-async fn open(config: &AuditConfig) -> io::Result<File> {
+async fn open(config: &AuditConfig, threads: &FileThreads) -> io::Result<File> {
     let file = config.file.clone();
-    spawn_blocking(move || Audit::open(&file)).await?
+    let path = match &config.file {
+        AuditFile::Path(path) => path,
+        AuditFile::Stdout => Path::new("/dev/stdout"),
+    };
+    threads.run(path, move || Audit::open(&file)).await?
 }
 
-async fn open_later(audit: Arc<Audit>, config: AuditConfig) {
+async fn open_later(audit: Arc<Audit>, config: AuditConfig, threads: FileThreads) {
     // A reload may open this file, or another one.
     while audit.is_unopened() {
         retry::until_needed(audit.needs_destination()).await;
         // Waits for a server that does not respond, so that only one thread does.
-        if let Ok(opened) = open(&config).await
+        if let Ok(opened) = open(&config, &threads).await
             && audit.is_unopened()
             && audit
                 .redirect(&config.file, opened, config.required)
@@ -100,7 +113,13 @@ mod tests {
             file: AuditFile::Path(path.clone()),
             required: true,
         };
-        let audit = open_audit(&config, Clock::system(), Metrics::default()).await;
+        let audit = open_audit(
+            &config,
+            Clock::system(),
+            Metrics::default(),
+            &FileThreads::default(),
+        )
+        .await;
         assert!(audit.is_unopened());
         std::fs::create_dir(path.parent().unwrap()).unwrap();
         // It waits a second for its record, and the background has another try after five.

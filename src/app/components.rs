@@ -13,9 +13,10 @@ use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
 use crate::credential_service::Policy;
 use crate::exchange::TokenExchanger;
+use crate::file_threads::FileThreads;
 use crate::metrics::Metrics;
 use crate::readiness::ReadinessProbes;
-use crate::sts::{InvalidSetting, NetworkSettings, Settings, Sts};
+use crate::sts::{BlockingCalls, InvalidSetting, NetworkSettings, Settings, Sts};
 use crate::svid::agent::AttestingAgent;
 use crate::svid::own_svid::OwnSvidSource;
 use crate::svid::spiffe_broker::BrokerApi;
@@ -44,7 +45,7 @@ impl Components {
         config: &Config,
         source: Option<Arc<dyn IdentitySource>>,
         is_reload: bool,
-        accounts: &Accounts,
+        (accounts, blocking): (&Accounts, &BlockingCalls),
         (clock, metrics): (&Clock, &Metrics),
     ) -> Result<Self, AppError> {
         // This runs before the rules take effect, so that the names in them nearly always have
@@ -52,9 +53,12 @@ impl Components {
         accounts.add(config.accounts(), SOURCE_CHECK_TIMEOUT).await;
         let source = match source {
             Some(source) => source,
-            None => identity_source(config, accounts, is_reload, (clock, metrics)).await?,
+            None => {
+                let rules = (accounts, &blocking.files);
+                identity_source(config, rules, is_reload, (clock, metrics)).await?
+            }
         };
-        let sts = Arc::new(sts(config, clock.clone()).await?);
+        let sts = Arc::new(sts(config, clock.clone(), blocking.clone()).await?);
         Ok(Self {
             identity: config.identity.clone(),
             exchanger: TokenExchanger::new(
@@ -64,7 +68,13 @@ impl Components {
                 metrics.clone(),
             ),
             limits: limits(&config.cache),
-            probes: ReadinessProbes::new(config, source.clone(), sts, metrics.clone()),
+            probes: ReadinessProbes::new(
+                config,
+                source.clone(),
+                sts,
+                metrics.clone(),
+                blocking.files.clone(),
+            ),
             policy: Policy {
                 source,
                 roles: config.roles.clone(),
@@ -84,7 +94,7 @@ fn limits(cache: &config::CacheConfig) -> cache::Limits {
 /// fail. A source that does not answer yet does not.
 async fn identity_source(
     config: &Config,
-    accounts: &Accounts,
+    (accounts, threads): (&Accounts, &FileThreads),
     is_reload: bool,
     (clock, metrics): (&Clock, &Metrics),
 ) -> Result<Arc<dyn IdentitySource>, AppError> {
@@ -94,7 +104,7 @@ async fn identity_source(
             let rules: Vec<_> = config
                 .workloads
                 .iter()
-                .map(|workload| workload.rule.clone())
+                .map(|workload| workload.rule.clone().with_threads(threads))
                 .collect();
             let rules = LiveRules::new(rules, accounts);
             let source = WorkloadApi::new(
@@ -150,12 +160,17 @@ fn remembered_processes() -> usize {
     usize::try_from((descriptors / 8).min(MAX_REMEMBERED_PROCESSES)).unwrap_or(1024)
 }
 
-async fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {
+async fn sts(
+    config: &Config,
+    clock: Clock,
+    blocking: BlockingCalls,
+) -> Result<Sts, InvalidSetting> {
     let settings = Settings {
         timeout: config.sts.timeout,
         max_concurrent: config.sts.max_concurrent,
         ca_file: config.sts.ca_file.clone(),
         network: NetworkSettings::from_env(|name| std::env::var(name).ok()),
+        blocking,
     };
     let sts = Sts::new(settings, clock);
     sts.prepare(&config.roles.sts_targets()).await?;

@@ -12,14 +12,15 @@ use tokio::sync::Notify;
 use tokio::task::spawn_blocking;
 use zeroize::Zeroizing;
 
-use super::retry;
-use crate::config::exposures;
+use super::{AppError, retry};
+use crate::config::{self, exposures};
+use crate::http::Authorization;
 
 /// The node's token, and the reason why its file is missing.
-pub(super) struct NodeToken {
-    pub(super) token: Zeroizing<String>,
+struct NodeToken {
+    token: Zeroizing<String>,
     /// Error of the attempt to write the file.
-    pub(super) unwritten: Option<io::Error>,
+    unwritten: Option<io::Error>,
 }
 
 impl NodeToken {
@@ -29,7 +30,7 @@ impl NodeToken {
     /// A token that another user could have written is replaced (T38), because that user would know
     /// it. The text is 32 random bytes in base64url, without a newline, since some SDKs send the
     /// file's bytes unchanged. Fails if the system has no random numbers.
-    pub(super) fn load(path: &Path) -> io::Result<Self> {
+    fn load(path: &Path) -> io::Result<Self> {
         let valid = |text: &String| text.len() == 43 && URL_SAFE_NO_PAD.decode(text).is_ok();
         if let Some(text) = read(path).ok().filter(valid) {
             return Ok(Self {
@@ -63,10 +64,34 @@ fn read(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
+/// Loads the token, and starts writing its file. One SDK uses the endpoint only if it gets the
+/// token by a file.
+pub(super) fn authorization(
+    listen: &config::Listen,
+    token_needed: &Arc<Notify>,
+) -> Result<Authorization, AppError> {
+    let path = &listen.token_file;
+    let node = NodeToken::load(path).map_err(|source| AppError::Token {
+        path: path.clone(),
+        source,
+    })?;
+    if let Some(error) = node.unwritten {
+        let path = path.display();
+        tracing::warn!(%path, %error, "[listen] token_file cannot be written yet: retrying every 5 seconds");
+        let (path, token) = (listen.token_file.clone(), node.token.clone());
+        tokio::spawn(write_later(path, token, token_needed.clone()));
+    }
+    Ok(match listen.authorization {
+        config::AuthorizationMode::Present => Authorization::Present,
+        config::AuthorizationMode::Token => Authorization::Token(node.token),
+        config::AuthorizationMode::Off => Authorization::Off,
+    })
+}
+
 /// Retries until the file is written: its directory may be on a file system that is mounted later.
 /// It tries in the background, and at once after a request without the token (`needed`), which its
 /// SDK repeats.
-pub(super) async fn write_later(path: PathBuf, token: Zeroizing<String>, needed: Arc<Notify>) {
+async fn write_later(path: PathBuf, token: Zeroizing<String>, needed: Arc<Notify>) {
     loop {
         retry::until_needed(needed.notified()).await;
         let (to, text) = (path.clone(), token.clone());

@@ -11,7 +11,7 @@
 //! | `/proc/<pid>/fd/N`, `stat`, `exe` (readlink, read) | the lock of the process | here; before Linux 6.5 that includes the start of each caller on the unix socket ([`super::unix`]) |
 //! | statx(2) of `/proc/<pid>/exe` | the same, and the server of the program's file system: NFS and 9p query it, whatever the flags | here |
 //! | the list of a process's descriptors, its groups in `status` | nothing, but the caller determines their length | here, the first bounded in time ([`super::socket_owner`]), the second in number |
-//! | statx(2) of a rule's `exe` | the server of its file system, and mounts on the path (autofs, FUSE) | on a thread, one for each file ([`crate::workload_rule::ExeMatcher`]) |
+//! | statx(2) of a rule's `exe` | the server of its file system, and mounts on the path (autofs, FUSE) | on a thread, one for each path, over all rules and reloads ([`crate::file_threads`]) |
 //! | `/proc/<pid>/status` for ids, `cgroup`, `uid_map`, `PIDFD_GET_INFO`, a pidfd's own `fdinfo` | spin locks and RCU; `cgroup` also on the kernel's one lock of all cgroups, and a process that blocks that stops systemd and the kubelet, too | at once |
 //! | `sock_diag` without extensions, `SO_PEERCRED`, `SO_PEERPIDFD`, `SO_PEERGROUPS` | nothing: none takes the lock of the caller's socket, which it could hold in sendmsg(2) | at once |
 //! | a path below `/proc/<pid>` where `/proc` hides processes (`hidepid`) | nothing: the kernel checks it as ptrace(2), without the lock of the process. Without CAP_SYS_PTRACE a line at the start reports it ([`crate::hardening::HidingProc`]) | at once |
@@ -30,22 +30,27 @@
 //! | call | may block on | where it runs, and its bound |
 //! |---|---|---|
 //! | the name service: users, groups, `/etc/passwd` | a directory server | up to 9 threads; a request waits for 2 s ([`crate::accounts`]) |
-//! | the name service: hosts | a DNS server | a thread for each connection that is opened; the timeout of the exchange ([`crate::sts`]) |
+//! | the name service: hosts | a DNS server | threads of their own: all connections to a host share one, and up to 3 more once it is overdue, also over reloads; the timeout of the exchange ([`crate::sts::HostResolver`]) |
 //! | writes of the log and the audit log: pipes, sockets, files | their reader, or a disk | one thread for each, with a bounded queue ([`crate::writer`]); a required record is awaited for 1 s |
-//! | open(2) of the audit file | the server of its file system; never a pipe's reader (`O_NONBLOCK`) | another thread; 1 s |
+//! | open(2) of the audit file | the server of its file system; never a pipe's reader (`O_NONBLOCK`) | one thread for the path; 1 s |
 //! | connections to the agent and to STS | their servers | sockets that do not block; a timeout for each |
+//! | connect(2) to a unix socket of awsvid's own | a process that is stopped, and whose backlog any local user can fill | the start does not wait: a full backlog means that the socket is in use; commands wait until their deadline ([`crate::listen`]). A listener is rebound on another thread |
+//! | `sock_diag` while the kernel has no module for it | `modprobe(8)`, for which the kernel waits. Only root decides what that runs. A module that is there can be unloaded only by root | where the kernel is tested ([`super::tcp_support`]) |
 //! | the directory of network namespaces: `inotify_add_watch(2)`, its list, stat(2) and open(2) of its files | the server of a file system that is mounted there, which only root can do, or a pod that may do anything (`mountPropagation: Bidirectional`) | one thread of its own; after 5 s the daemon goes on, and tries again once the thread is free. Until then new pods have no listener, and the kernel keeps an ended daemon's process ([`crate::pod_listeners`]) |
 //! | open(2) of a namespace's file after a pod has killed its listener | the same | another thread, for that listener alone |
 //! | setns(2), and making sockets in a pod's network namespace | nothing: a namespace has no lock that its processes could hold | a thread of its own |
-//! | `/proc/self/mountinfo` | the kernel's one lock of all mounts, which no file server delays | at the start; later it is only polled |
+//! | poll(2) of `/proc/self/mountinfo` | nothing | at once ([`crate::pod_listeners`]) |
 //! | a pod's directories: kubelet's cgroups | kernfs, as above. No file of a pod is read, and no volume | at once |
-//! | the configuration and the trust store, after the start | a file system that the operator chose | another thread |
-//! | stat(2) of the agent's socket, the token's file | a file system that the operator chose: `/run` | at once |
+//! | the configuration, with statvfs(2) and the links on its path, after the start | a file system that the operator chose | another thread, one reload at a time; not bounded: the old configuration stays in effect, and signals still end the daemon |
+//! | the trust store and `ca_file`, likewise | the same | one thread for each path, over all clients and reloads; the timeout of the call ([`crate::sts`]) |
+//! | the token's file | the same | at the start on the main thread. Later one thread: for the daemon's own probes 5 s ([`crate::readiness`]), for writing not bounded |
+//! | stat(2) of the agent's socket, and the lookup of its path in connect(2) | a file system mounted on its directory, which only root can do. Where root lets users mount FUSE for others (`user_allow_other`), the owner of that directory can, too: that is the agent's user, and the agent decides about every identity | at once |
 //! | execve(2) of awsvid itself | the server of its file's file system | at the start, on the main thread ([`super::exec_monitor`]) |
-//! | sd_notify(3) | pid 1 | at the start, at a reload and at the end, on the main thread |
+//! | sd_notify(3) | pid 1, while it does not read and its queue is full | a thread of its own, in order; the daemon goes on after 1 s |
 //!
-//! The tests stop these calls by FUSE and by pipes without a reader (`tests/it/blocked.rs`,
-//! `tests/it/records.rs`). FUSE stands for NFS and 9p, which the kernel of the test machines lacks.
+//! The tests stop these calls by FUSE, by pipes without a reader, by a DNS server that does not
+//! reply and by full queues (`blocked.rs`, `records.rs`, `stuck_calls.rs` and `full_queues.rs` in
+//! `tests/it`). FUSE stands for NFS and 9p, which the kernel of the test machines lacks.
 //! The daemon waits in the VFS for all three: for the reply of a server.
 //!
 //! *Here* means on a thread of [`LookupThreads`], two at a time for each workload. Blocked reads of

@@ -26,7 +26,7 @@ use crate::cgroup::PodUid;
 use crate::clock::Clock;
 use crate::config::{Config, Exposure, is_aws_sts};
 use crate::role::StsTarget;
-use crate::sts::{NetworkSettings, Settings, Sts};
+use crate::sts::{BlockingCalls, NetworkSettings, Settings, Sts};
 use agent::CheckTarget;
 use report::CheckReport;
 
@@ -228,6 +228,7 @@ fn sts(config: &Config) -> (NetworkSettings, Sts) {
         max_concurrent: config.sts.max_concurrent,
         ca_file: config.sts.ca_file.clone(),
         network: network.clone(),
+        blocking: BlockingCalls::default(),
     };
     (network, Sts::new(settings, Clock::system()))
 }

@@ -77,7 +77,8 @@ pub(super) fn get(
     parse(&answer[..length])
 }
 
-fn remaining_time(deadline: Instant) -> io::Result<Duration> {
+/// Returns the time until `deadline`, or an error if it has passed.
+pub(super) fn remaining_time(deadline: Instant) -> io::Result<Duration> {
     let remaining_time = deadline.saturating_duration_since(Instant::now());
     if remaining_time.is_zero() {
         Err(ErrorKind::TimedOut.into())

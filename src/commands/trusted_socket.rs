@@ -10,14 +10,15 @@ use std::time::Instant;
 
 use nix::sys::socket::{getsockopt, sockopt};
 
-use super::http_client::{self, LocalResponse};
+use super::http_client::{self, LocalResponse, remaining_time};
+use crate::listen::connect_unix;
 
 /// Connects to the socket at `path` if its directory, its file and its listener belong to one of
-/// `owners`.
+/// `owners`. Waits until `deadline` for a daemon that is stopped.
 ///
 /// The kernel recorded the listener's uid when it began to listen. So a file that was swapped in
 /// meanwhile gains nothing.
-fn connect(path: &Path, owners: &[u32]) -> Result<UnixStream, String> {
+fn connect(path: &Path, owners: &[u32], deadline: Instant) -> Result<UnixStream, String> {
     let at = path.display();
     let failed = |error: io::Error| format!("{at}: {}", explain_connect_error(&error));
     let foreign = |what: &str, uid: u32| {
@@ -44,7 +45,9 @@ fn connect(path: &Path, owners: &[u32]) -> Result<UnixStream, String> {
     if !owners.contains(&found.uid()) {
         return foreign("the socket belongs to", found.uid());
     }
-    let stream = UnixStream::connect(path).map_err(failed)?;
+    let stream = remaining_time(deadline)
+        .and_then(|max_wait| connect_unix(path, max_wait))
+        .map_err(failed)?;
     let peer =
         getsockopt(&stream, sockopt::PeerCredentials).map_err(|errno| failed(errno.into()))?;
     if !owners.contains(&peer.uid()) {
@@ -61,7 +64,7 @@ pub(super) fn get(
     most: usize,
     deadline: Instant,
 ) -> Result<LocalResponse, String> {
-    let stream = connect(path, owners)?;
+    let stream = connect(path, owners, deadline)?;
     http_client::get(stream, what, most, deadline)
         .map_err(|error| format!("{}: {}", path.display(), explain_connect_error(&error)))
 }
@@ -88,8 +91,11 @@ mod tests {
     use std::fs::Permissions;
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixListener;
+    use std::time::Duration;
 
     use nix::unistd::geteuid;
+
+    use crate::listen::fill_backlog;
 
     #[test]
     fn connect_rejects_sockets_that_other_users_control() {
@@ -99,14 +105,15 @@ mod tests {
             fs::set_permissions(directory.path(), Permissions::from_mode(mode)).unwrap()
         };
         let own = geteuid().as_raw();
-        let error = |owners: &[u32]| connect(&path, owners).unwrap_err();
+        let in_time = || Instant::now() + Duration::from_secs(20);
+        let error = |owners: &[u32]| connect(&path, owners, in_time()).unwrap_err();
         mode(0o755);
         assert!(error(&[own]).contains("start awsvid"));
         fs::write(&path, "").unwrap();
         assert!(error(&[own]).contains("not a socket"));
         fs::remove_file(&path).unwrap();
         let listener = UnixListener::bind(&path).unwrap();
-        assert!(connect(&path, &[own + 1, own]).is_ok());
+        assert!(connect(&path, &[own + 1, own], in_time()).is_ok());
         assert!(error(&[own + 1]).contains("the directory belongs to"));
         for writable in [0o775, 0o757, 0o1777] {
             mode(writable);
@@ -115,7 +122,13 @@ mod tests {
         mode(0o755);
         let link = directory.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        assert!(connect(&link, &[own]).unwrap_err().contains("not a socket"));
+        let linked = connect(&link, &[own], in_time()).unwrap_err();
+        assert!(linked.contains("not a socket"));
+        // A stopped daemon, whose backlog local users have filled.
+        let _waiting = fill_backlog(&listener, &path);
+        let soon = Instant::now() + Duration::from_millis(20);
+        let stopped = connect(&path, &[own], soon).unwrap_err();
+        assert!(stopped.contains("journalctl -u awsvid"), "{stopped}");
         drop(listener);
         assert!(error(&[own]).contains("systemctl start awsvid"));
     }

@@ -65,6 +65,7 @@ async fn configuration_works_with_the_daemons_parts() {
         max_concurrent: config.sts.max_concurrent,
         ca_file: None,
         network: crate::sts::NetworkSettings::default(),
+        blocking: crate::sts::BlockingCalls::default(),
     };
     let sts = crate::sts::Sts::new(settings, Clock::system());
     let issued = crate::sts::AssumeRole::assume(&sts, &grant, &token)

@@ -254,19 +254,26 @@ impl Listener {
                 ..
             } => {
                 let pod = pod.clone();
-                let bound = tokio::task::spawn_blocking(move || pod.rebind().map(|()| pod));
-                Self::pod(
-                    bound
-                        .await
-                        .map_err(|error| ListenError::Interrupted(error.to_string()))??,
-                )
+                Self::pod(on_blocking_thread(move || pod.rebind().map(|()| pod)).await?)
             }
             Self::Tcp { address, .. } => Self::tcp(*address, &mut ActivatedSockets::default()),
             Self::Unix { path, mode, .. } => {
-                Self::unix(path, *mode, &mut ActivatedSockets::default())
+                let (path, mode) = (path.clone(), *mode);
+                // It waits for the lock of the file.
+                on_blocking_thread(move || {
+                    Self::unix(&path, mode, &mut ActivatedSockets::default())
+                })
+                .await
             }
         }
     }
+}
+
+async fn on_blocking_thread<T: Send + 'static>(
+    bind: impl FnOnce() -> Result<T, ListenError> + Send + 'static,
+) -> Result<T, ListenError> {
+    let bound = tokio::task::spawn_blocking(bind).await;
+    bound.map_err(|error| ListenError::Interrupted(error.to_string()))?
 }
 
 impl AcceptedStream {

@@ -8,7 +8,7 @@
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
 
-use crate::listen::ListenError;
+use crate::listen::{ListenError, connect_unix};
 
 /// The file of a listening unix socket, which is removed on drop.
 #[derive(Debug)]
@@ -88,7 +88,7 @@ impl SocketFile {
             }
         };
         // Another daemon has no lock file if systemd holds its socket.
-        if UnixStream::connect(path).is_ok() {
+        if is_served(path) {
             return Err(in_use());
         }
         let is_other = |found: fs::Metadata| !found.file_type().is_socket();
@@ -119,6 +119,13 @@ impl SocketFile {
             },
         ))
     }
+}
+
+/// Returns whether a process listens on the socket at `path`. It may be stopped, with a full
+/// backlog.
+fn is_served(path: &Path) -> bool {
+    connect_unix(path, Duration::ZERO)
+        .map_or_else(|error| error.kind() == io::ErrorKind::TimedOut, |_| true)
 }
 
 fn open_lock(path: &Path) -> io::Result<File> {
@@ -153,7 +160,7 @@ fn take_lock(mut lock: File, path: &Path) -> Result<Option<Flock<File>>, ListenE
     loop {
         match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(Some(lock)),
-            Err(_) if UnixStream::connect(path).is_ok() => {
+            Err(_) if is_served(path) => {
                 return Err(ListenError::InUse {
                     path: path.to_owned(),
                 });
@@ -207,6 +214,7 @@ impl Drop for SocketFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::listen::fill_backlog;
 
     fn safe_directory() -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();
@@ -233,6 +241,25 @@ mod tests {
             SocketFile::bind(&path, 0o666),
             Err(ListenError::InUse { .. })
         ));
+    }
+
+    /// The other process is stopped, and local users have filled its backlog.
+    #[test]
+    fn bind_rejects_a_socket_with_a_full_backlog() {
+        let directory = safe_directory();
+        let path = directory.path().join("a.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let _waiting = fill_backlog(&listener, &path);
+        let is_in_use = || {
+            let (result, bound) = (std::sync::mpsc::channel(), path.clone());
+            thread::spawn(move || result.0.send(SocketFile::bind(&bound, 0o666).map(drop)));
+            let bound = result.1.recv_timeout(Duration::from_secs(20));
+            matches!(bound, Ok(Err(ListenError::InUse { .. })))
+        };
+        assert!(is_in_use());
+        let lock = File::create(with_suffix(&path, ".lock")).unwrap();
+        let _held = Flock::lock(lock, FlockArg::LockExclusiveNonblock).unwrap();
+        assert!(is_in_use());
     }
 
     #[test]

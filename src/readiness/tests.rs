@@ -1,6 +1,6 @@
 use super::*;
 use crate::clock::Clock;
-use crate::sts::{NetworkSettings, Settings};
+use crate::sts::{BlockingCalls, NetworkSettings, Settings};
 use crate::svid::WorkloadApi;
 
 #[tokio::test(start_paused = true)]
@@ -111,12 +111,14 @@ fn sts_of_requested_roles_is_probed_without_any_role() {
             max_concurrent: 4,
             ca_file: None,
             network,
+            blocking: BlockingCalls::default(),
         };
         let probes = ReadinessProbes::new(
             &config,
             Arc::new(source),
             Arc::new(Sts::new(settings, clock)),
             metrics,
+            FileThreads::default(),
         );
         let asked: Vec<_> = probes
             .targets

@@ -27,6 +27,7 @@ use hyper::Uri;
 
 use super::error::Failure;
 use super::network::{InvalidSetting, NetworkSettings};
+use super::resolver::{BlockingCalls, HostResolver};
 use super::trust::{NoRoots, Roots};
 use crate::config::is_aws_sts;
 use crate::role::StsTarget;
@@ -44,15 +45,23 @@ pub(super) struct HttpConnector {
     pub(super) network: NetworkSettings,
     system: Arc<Roots>,
     ca_file: Option<Arc<Roots>>,
+    hosts: HostResolver,
     connect_timeout: Duration,
 }
 
 impl HttpConnector {
-    pub(super) fn new(network: NetworkSettings, ca_file: Option<&Path>, timeout: Duration) -> Self {
+    pub(super) fn new(
+        network: NetworkSettings,
+        ca_file: Option<&Path>,
+        timeout: Duration,
+        blocking: BlockingCalls,
+    ) -> Self {
+        let BlockingCalls { files, hosts } = blocking;
         Self {
             network,
-            system: Roots::of_system(),
-            ca_file: ca_file.map(Roots::of_file),
+            system: Roots::of_system(files.clone()),
+            ca_file: ca_file.map(|path| Roots::of_file(path, files)),
+            hosts,
             connect_timeout: CONNECT_TIMEOUT.min(timeout),
         }
     }
@@ -149,7 +158,7 @@ impl HttpConnector {
             .connector_settings(timeouts)
             .pool_idle_timeout(POOL_IDLE_TIMEOUT)
             .tls_context(tls);
-        let connector = SharedHttpConnector::new(connector.build());
+        let connector = SharedHttpConnector::new(connector.build_with_resolver(self.hosts.clone()));
         Ok(http_client_fn(move |_, _| connector.clone()))
     }
 }

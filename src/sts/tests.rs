@@ -52,6 +52,7 @@ pub(crate) fn settings() -> Settings {
         max_concurrent: 16,
         ca_file: None,
         network: NetworkSettings::default(),
+        blocking: BlockingCalls::default(),
     }
 }
 

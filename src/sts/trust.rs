@@ -24,10 +24,11 @@ use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use tokio::sync::Mutex;
-use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, sleep};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::exposures;
+use crate::file_threads::FileThreads;
 
 /// Name of the file in error messages.
 const NOUN: &str = "CA file";
@@ -37,6 +38,8 @@ const RELOAD_PAUSE: Duration = Duration::from_secs(1);
 const BACKGROUND_PAUSE: Duration = Duration::from_secs(5);
 /// The first of the paths that `rustls-native-certs` reads.
 const SYSTEM_PATHS: &str = "/etc/ssl/certs/ca-certificates.crt, /etc/pki/tls/certs/ca-bundle.crt, /etc/ssl/cert.pem, /etc/ssl/certs and other usual paths";
+/// The path by which [`FileThreads`] knows the system's certificates.
+const SYSTEM_STORE: &str = "/etc/ssl/certs";
 const SYSTEM_VARIABLES: [&str; 2] = ["SSL_CERT_FILE", "SSL_CERT_DIR"];
 
 /// Reason why there are no certificates. The text is for the operator.
@@ -61,6 +64,7 @@ impl NoRoots {
 pub(super) struct Roots {
     /// Path of the file. `None` stands for the system's certificates.
     file: Option<PathBuf>,
+    threads: FileThreads,
     state: Mutex<RootsState>,
     /// The number of times that other certificates replaced those in use.
     replaced: AtomicUsize,
@@ -73,24 +77,25 @@ struct RootsState {
     problem: Option<(NoRoots, Instant)>,
     /// The read that is running. It outlives the call that started it, since a file system may
     /// respond late or never.
-    read: Option<JoinHandle<Result<Vec<u8>, NoRoots>>>,
+    read: Option<AbortOnDropHandle<Result<Vec<u8>, NoRoots>>>,
     is_watched: bool,
 }
 
 impl Roots {
     /// Creates the certificates of a file, without I/O.
-    pub(super) fn of_file(path: &Path) -> Arc<Self> {
-        Arc::new(Self {
-            file: Some(path.to_owned()),
-            state: Mutex::default(),
-            replaced: AtomicUsize::new(0),
-        })
+    pub(super) fn of_file(path: &Path, threads: FileThreads) -> Arc<Self> {
+        Self::new(Some(path.to_owned()), threads)
     }
 
     /// Creates the certificates that this system trusts, without I/O.
-    pub(super) fn of_system() -> Arc<Self> {
+    pub(super) fn of_system(threads: FileThreads) -> Arc<Self> {
+        Self::new(None, threads)
+    }
+
+    fn new(file: Option<PathBuf>, threads: FileThreads) -> Arc<Self> {
         Arc::new(Self {
-            file: None,
+            file,
+            threads,
             state: Mutex::default(),
             replaced: AtomicUsize::new(0),
         })
@@ -130,12 +135,14 @@ impl Roots {
         found.unwrap_or_else(|error| Err(NoRoots::Missing(error.to_string())))
     }
 
-    fn start_read(&self) -> JoinHandle<Result<Vec<u8>, NoRoots>> {
-        let file = self.file.clone();
-        spawn_blocking(move || match file {
-            Some(path) => read_file(&path),
-            None => read_system(),
-        })
+    fn start_read(&self) -> AbortOnDropHandle<Result<Vec<u8>, NoRoots>> {
+        let (file, threads) = (self.file.clone(), self.threads.clone());
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            let path = file.clone().unwrap_or_else(|| SYSTEM_STORE.into());
+            let read = move || file.map_or_else(read_system, |file| read_file(&file));
+            let read = threads.run(&path, read).await;
+            read.unwrap_or_else(|error| Err(NoRoots::Missing(error.to_string())))
+        }))
     }
 
     /// Reads certificates that were late once more. Returns whether they are still the same.

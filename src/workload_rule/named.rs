@@ -5,6 +5,7 @@ use std::fmt;
 use tokio::time::Instant;
 
 use crate::caller::{Caller, ProcessFacts};
+use crate::file_threads::FileThreads;
 use crate::identity::SpiffeId;
 use crate::workload_rule::{Decision, ExeMatcher, OVERFLOW_ID, WorkloadRule, decide, facts_needed};
 
@@ -106,6 +107,13 @@ impl NamedRule {
     /// Returns the SPIFFE ID of callers that match.
     pub fn spiffe_id(&self) -> &SpiffeId {
         &self.rule.spiffe_id
+    }
+
+    /// Makes its file's reads share these threads with other rules.
+    pub fn with_threads(mut self, threads: &FileThreads) -> Self {
+        let exe = self.rule.exe.take();
+        self.rule.exe = exe.map(|exe| exe.with_threads(threads.clone()));
+        self
     }
 
     /// Returns the names in the rule.

@@ -1,5 +1,5 @@
 //! Pages in a real browser that try to fetch the credentials of the browser's user (T4). The
-//! requests are captured in src/http/rules/tests/heads.txt.
+//! requests are captured in src/http/request_validation/tests/heads.txt.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener};

@@ -34,7 +34,8 @@ const STUCK_AFTER: Duration = Duration::from_millis(10);
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// The number of all threads, with those that are blocked. A scope (T29) gets another one only
 /// while more are left than it has. So one scope blocks half of them, and ten leave an eleventh of
-/// them. Only 256 scopes, each with two blocked reads, can block all.
+/// them. Only 256 scopes, each with two blocked reads, can block all. [`crate::limits`] has the
+/// reason why these are no permits of a `FairSemaphore`.
 const MAX_THREADS: usize = 512;
 
 thread_local! {

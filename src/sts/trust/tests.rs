@@ -139,7 +139,7 @@ fn system_certificates_become_pem_that_is_read_again() {
 async fn late_file_is_loaded_in_the_background() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ca.pem");
-    let roots = Roots::of_file(&path);
+    let roots = Roots::of_file(&path, FileThreads::default());
     assert!(matches!(roots.store().await, Err(NoRoots::Missing(_))));
     fs::write(&path, certificate().0).unwrap();
     // Within the pause nothing is read.
@@ -162,7 +162,7 @@ async fn late_file_is_loaded_in_the_background() {
 async fn call_after_the_pause_reads_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ca.pem");
-    let roots = Roots::of_file(&path);
+    let roots = Roots::of_file(&path, FileThreads::default());
     assert!(roots.store().await.is_err());
     // A file without certificates is another error, and is read again as well.
     fs::write(&path, "").unwrap();
@@ -177,7 +177,7 @@ async fn call_after_the_pause_reads_again() {
 async fn late_file_is_read_until_it_is_complete() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ca.pem");
-    let roots = Roots::of_file(&path);
+    let roots = Roots::of_file(&path, FileThreads::default());
     assert!(roots.store().await.is_err());
     // A part of the file is valid by itself.
     let (first, second) = (certificate().0, certificate().0);
