@@ -34,10 +34,12 @@ mod error;
 mod error_response;
 mod network;
 mod no_proxy;
+mod reason;
 mod trust;
 
 pub use error::{RetryPolicy, StsError};
 pub use network::{InvalidSetting, NetworkSettings, Proxy};
+pub use reason::StsReason;
 
 use advice::StsDestination;
 use client::HttpConnector;

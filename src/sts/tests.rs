@@ -244,7 +244,7 @@ async fn unusable_response_is_an_error() {
     for (row, reply) in replies.into_iter().enumerate() {
         let error = assume_of(reply).await.0.expect_err(&format!("row {row}"));
         assert_eq!(
-            (error.retry, error.reason),
+            (error.retry, error.reason.label()),
             (RetryPolicy::Later, "sts_bad_answer"),
             "row {row}: {error}"
         );
@@ -324,7 +324,7 @@ async fn refusal_on_the_wire_is_classified() {
         let (result, server) = assume_of(refusal(status, code, message)).await;
         let error = result.unwrap_err();
         assert_eq!(
-            (error.retry, error.reason, error.code.as_str()),
+            (error.retry, error.reason.label(), error.code.as_str()),
             (retry, reason, code),
             "{error}"
         );
@@ -378,7 +378,7 @@ async fn response_without_code_is_classified_by_status() {
             .0
             .unwrap_err();
         assert_eq!(
-            (error.retry, error.reason, error.code.as_str()),
+            (error.retry, error.reason.label(), error.code.as_str()),
             (retry, reason, ""),
             "{error}"
         );
@@ -442,7 +442,7 @@ async fn code_is_classified_in_every_form() {
                 assume_of(StsReply::Body(status, kind, body.replace("{}", message))).await;
             let error = result.unwrap_err();
             assert_eq!(
-                (error.retry, error.reason),
+                (error.retry, error.reason.label()),
                 (RetryPolicy::Never, "sts_access_denied"),
                 "{body}: {error}"
             );
@@ -468,7 +468,7 @@ async fn redirect_is_not_followed() {
         assume_of(StsReply::Redirect(format!("http://{}/", elsewhere.address))).await;
     let error = result.unwrap_err();
     assert_eq!(
-        (error.retry, error.reason),
+        (error.retry, error.reason.label()),
         (RetryPolicy::Never, "sts_refused"),
         "{error}"
     );
@@ -488,7 +488,7 @@ async fn incomplete_response_is_an_outage() {
             .await
             .unwrap_err();
         assert_eq!(
-            (error.retry, error.reason),
+            (error.retry, error.reason.label()),
             (RetryPolicy::Later, "sts_unreachable"),
             "{error}"
         );
@@ -498,7 +498,7 @@ async fn incomplete_response_is_an_outage() {
     for reply in [StsReply::Breaks, endless] {
         let error = assume_of(reply).await.0.unwrap_err();
         assert_eq!(
-            (error.retry, error.reason),
+            (error.retry, error.reason.label()),
             (RetryPolicy::Later, "sts_unreachable"),
             "{error}"
         );
@@ -512,7 +512,7 @@ async fn incomplete_response_is_an_outage() {
         .await
         .unwrap_err();
     assert_eq!(
-        (error.retry, error.reason),
+        (error.retry, error.reason.label()),
         (RetryPolicy::Later, "sts_unreachable"),
         "{error}"
     );
@@ -541,7 +541,7 @@ async fn invalid_request_is_a_misconfiguration() {
             .await
             .unwrap_err();
         assert_eq!(
-            (error.retry, error.reason),
+            (error.retry, error.reason.label()),
             (RetryPolicy::Never, "sts_misconfigured"),
             "{target:?}: {error}"
         );
@@ -651,7 +651,7 @@ async fn call_without_permit_fails_after_the_timeout() {
         .await
         .unwrap_err();
     assert_eq!(
-        (error.retry, error.reason),
+        (error.retry, error.reason.label()),
         (RetryPolicy::Later, "sts_busy"),
         "{error}"
     );
@@ -672,11 +672,11 @@ async fn workload_may_use_a_quarter_of_the_permits() {
     };
     let token = svid_for(&billing(), 300, 1);
     assert_eq!(
-        sts.assume(&mine, &token).await.unwrap_err().reason,
+        sts.assume(&mine, &token).await.unwrap_err().reason.label(),
         "sts_busy"
     );
     assert_eq!(
-        sts.assume(&other, &token).await.unwrap_err().reason,
+        sts.assume(&other, &token).await.unwrap_err().reason.label(),
         "sts_unreachable",
         "it was sent"
     );
@@ -716,7 +716,7 @@ async fn workload_is_served_while_four_others_hold_all_permits() {
     sts.assume(&grant(&plain(&server)), &token).await.unwrap();
     let evicted = hanging.join_next().await.unwrap().unwrap().unwrap_err();
     assert_eq!(
-        (evicted.reason, evicted.retry),
+        (evicted.reason.label(), evicted.retry),
         ("sts_busy", RetryPolicy::Later)
     );
     // Its permit is free now.
@@ -771,6 +771,6 @@ async fn probe_succeeds_if_sts_responds() {
             ..settings()
         });
         let error = sts.probe(&plain(&server)).await.unwrap_err();
-        assert_eq!(error.reason, "sts_unreachable", "{error}");
+        assert_eq!(error.reason.label(), "sts_unreachable", "{error}");
     }
 }
