@@ -134,13 +134,8 @@ impl App {
         let names = (&accounts, &blocking);
         let parts = Components::new(&config, None, false, names, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
-        let cache = CredentialCache::new(
-            parts.exchanger,
-            clock.clone(),
-            metrics.clone(),
-            parts.limits,
-        );
-        let service = Arc::new(CredentialService::new(parts.policy, cache.clone()));
+        let cache = CredentialCache::new(parts.policy, clock.clone(), metrics.clone());
+        let service = Arc::new(CredentialService::new(cache.clone()));
         let pod_roots = config
             .pods
             .cgroup_root
@@ -243,8 +238,7 @@ impl App {
         self.source = (parts.identity, parts.policy.source.clone());
         self.admin_api
             .names_processes(DaemonFeatures::of(&config).names_processes());
-        self.service
-            .reload(parts.policy, parts.exchanger, parts.limits);
+        self.service.reload(parts.policy);
         let endpoints = sts_names(&config);
         for removed in std::mem::replace(&mut self.sts, endpoints) {
             if !self.sts.contains(&removed) {

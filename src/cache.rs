@@ -7,13 +7,11 @@
 //!
 //! | part | has |
 //! |---|---|
-//! | `entry` | one entry: its credentials, refresh state and failure state |
+//! | `entry` | one entry: its credentials as they are served, its refresh state and failure state |
 //! | `table` | the table of entries by SPIFFE ID, and its bounds |
-//! | `cached_credentials` | credentials as they are served, and for how long |
 //! | `failure` | the kinds of failure, and their effect on cached credentials |
 //! | `flight` | an exchange that runs for an entry, the requests that wait for it, and the storage of its result |
-//! | `next_action` | the rule of what is due for an entry, and when |
-//! | `refresh` | the one task that does what is due |
+//! | `refresh` | the rule of what is due for an entry, and when, and the one task that does it |
 //! | `events` | the events that the cache logs |
 
 use std::sync::Arc;
@@ -26,30 +24,26 @@ use tokio::time::Instant;
 use crate::audit::CacheResult;
 use crate::caller::Caller;
 use crate::clock::Clock;
-use crate::exchange::{ExchangeError, TokenExchanger};
+use crate::exchange::ExchangeError;
 use crate::identity::SpiffeId;
 use crate::limits::FairSemaphore;
 use crate::metrics::{CallLabel, EntryStateLabel, EvictionReason, Metrics};
+use crate::policy::Policy;
 use crate::role::Grant;
 
-mod cached_credentials;
 mod entry;
 mod events;
 mod failure;
 mod flight;
-mod next_action;
 mod refresh;
 mod table;
 
-pub use cached_credentials::{CachedBody, CachedCredentials};
-pub use entry::EntryStatus;
+pub use entry::{CachedBody, CachedCredentials, EntryStatus};
 
-use cached_credentials::MIN_REMAINING;
-use entry::{Entry, EntryState};
+use entry::{Entry, EntryState, MIN_REMAINING};
 use events::EventLog;
 use flight::Waiter;
-use next_action::Action;
-use refresh::Schedule;
+use refresh::{Action, Schedule};
 use table::EntryTable;
 
 /// Bound of concurrent refreshes that the task starts. An outage that ends, or an agent that hangs,
@@ -65,7 +59,7 @@ const MAX_REFRESHES_PER_SPIFFE_ID: usize = 4;
 pub struct CredentialCache(Arc<CacheInner>);
 
 struct CacheInner {
-    generation: ArcSwap<Generation>,
+    policy: ArcSwap<Policy>,
     clock: Clock,
     metrics: Metrics,
     table: EntryTable,
@@ -76,22 +70,6 @@ struct CacheInner {
     synthetic_caller: Arc<Caller>,
     /// The zero of [`Entry::last_used`].
     start: Instant,
-}
-
-/// The parts of the cache that a reload replaces.
-struct Generation {
-    exchanger: TokenExchanger,
-    limits: Limits,
-    keep: Box<dyn Fn(&Grant) -> bool + Send + Sync>,
-}
-
-/// Bounds of the cache, from `[cache]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Maximum number of entries, thus of sets of credentials.
-    pub max_entries: usize,
-    /// Time for which cached credentials are still served after STS first refuses to renew them.
-    pub revocation_grace: Duration,
 }
 
 /// Reason why the cache has no credentials for a request.
@@ -122,14 +100,10 @@ enum Lookup {
 impl CredentialCache {
     /// Creates an empty cache. Its one task runs on the current tokio runtime until the cache is
     /// dropped.
-    pub fn new(exchanger: TokenExchanger, clock: Clock, metrics: Metrics, limits: Limits) -> Self {
+    pub fn new(policy: Policy, clock: Clock, metrics: Metrics) -> Self {
         let schedule = Arc::new(Schedule::default());
         let inner = Arc::new(CacheInner {
-            generation: ArcSwap::from_pointee(Generation {
-                exchanger,
-                limits,
-                keep: Box::new(|_| true),
-            }),
+            policy: ArcSwap::from_pointee(policy),
             clock,
             metrics,
             table: EntryTable::default(),
@@ -147,43 +121,57 @@ impl CredentialCache {
         Self(inner)
     }
 
-    /// Replaces the exchanger and the limits, and retires every entry that `keep` rejects (T17).
-    /// When this returns, those entries serve nothing, and the results of their running flights are
-    /// discarded. `keep` is called again for each new entry. So a late request that the old
-    /// configuration granted cannot add an entry that the new one rejects. `keep` must not use the
-    /// cache.
-    pub fn reconfigure(
-        &self,
-        exchanger: TokenExchanger,
-        limits: Limits,
-        keep: impl Fn(&Grant) -> bool + Send + Sync + 'static,
-    ) {
-        let generation = Arc::new(Generation {
-            exchanger,
-            limits,
-            keep: Box::new(keep),
-        });
-        self.0.generation.store(generation.clone());
-        self.0.table.retain(|entry| {
-            let kept = (generation.keep)(&entry.grant);
-            if !kept {
-                self.0
-                    .retire(entry, &mut entry.state(), EvictionReason::Reload);
-            }
-            kept
-        });
+    /// Returns the current policy. Release what it decides only if it
+    /// [is still current](Self::is_current).
+    pub fn policy(&self) -> Arc<Policy> {
+        self.0.policy.load_full()
     }
 
-    /// Returns the cached credentials for `grant`, or exchanges `caller`'s JWT-SVID for new ones.
+    /// Returns whether no reload has replaced `policy`.
+    pub fn is_current(&self, policy: &Arc<Policy>) -> bool {
+        self.0.is_current(policy)
+    }
+
+    /// Replaces the policy, and retires every entry that the new one does not keep (T17). When this
+    /// returns, those entries serve nothing, and the results of their running flights are
+    /// discarded. Call it for one reload at a time.
+    ///
+    /// The store is the reload: from there on every request that has begun is decided again,
+    /// because its policy is not current. This holds without a lock around reloads and requests:
+    ///
+    /// 1. A request uses an entry only if its own policy has verified the entry, or added it.
+    ///    So it never gets credentials of another basis.
+    /// 2. Only `verify` retires an entry for a reload, and it does so after the store. Only after
+    ///    the store is a request rejected with an old policy. So `Pending` for one of these reasons
+    ///    finds its policy replaced, and no caller sees it.
+    /// 3. A policy that keeps an entry never retires it. So a request of the new policy never waits
+    ///    for a flight that its own reload ends.
+    /// 4. An entry is added within the lock of its shard, and only by the current policy. So either
+    ///    the sweep has yet to lock that shard, or the request is rejected.
+    /// 5. Each reload sweeps all entries before the next one begins. So an entry that one policy
+    ///    did not keep is not served again by a later policy that would.
+    ///
+    /// `cache/tests/reload_model.rs` checks all of it on a small model, in every interleaving.
+    pub fn reload(&self, policy: Policy) {
+        let policy = Arc::new(policy);
+        self.0.policy.store(policy.clone());
+        self.0
+            .table
+            .retain(|entry| self.0.verify(entry, &policy).unwrap_or(true));
+    }
+
+    /// Returns the cached credentials for `grant`, which `policy` has granted, or exchanges
+    /// `caller`'s JWT-SVID for new ones.
     ///
     /// Waits for as long as the exchange takes. Fails if the exchange does, if the exchange before
     /// it failed a moment ago, or if the cache has no room for the entry.
     pub async fn get(
         &self,
+        policy: &Arc<Policy>,
         grant: &Grant,
         caller: &Arc<Caller>,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), CacheError> {
-        let found = self.0.find(grant, caller);
+        let found = self.0.find(policy, grant, caller);
         let result = match &found {
             Ok(Lookup::Credentials(_, freshness)) => *freshness,
             Ok(Lookup::Flight(_)) | Err(_) => CacheResult::Miss,
@@ -231,40 +219,83 @@ impl CredentialCache {
 
 impl CacheInner {
     /// Returns the credentials or the flight for this request, without waiting.
-    fn find(self: &Arc<Self>, grant: &Grant, caller: &Arc<Caller>) -> Result<Lookup, CacheError> {
+    fn find(
+        self: &Arc<Self>,
+        policy: &Arc<Policy>,
+        grant: &Grant,
+        caller: &Arc<Caller>,
+    ) -> Result<Lookup, CacheError> {
         loop {
-            let entry = self.entry(grant)?;
-            entry.record_use(self.start.elapsed(), caller.uid);
-            let requires_live_caller = self.generation.load().exchanger.requires_live_caller();
-            if requires_live_caller {
-                entry.latest.store(Some(caller.clone()));
-            }
-            if let Some((cached, remaining)) = self.servable(&entry) {
-                if remaining > cached.refresh_at_remaining {
-                    return Ok(Lookup::Credentials(cached, CacheResult::Hit));
+            let entry = self.entry(policy, grant)?;
+            if self.verify(&entry, policy)? {
+                entry.record_use(self.start.elapsed(), caller.uid);
+                if policy.source.requires_live_caller() {
+                    entry.latest.store(Some(caller.clone()));
                 }
-                self.refresh_for(&entry, caller);
-                return Ok(Lookup::Credentials(cached, CacheResult::Stale));
+                if let Some(found) = self.serve(&entry, caller)? {
+                    return Ok(found);
+                }
             }
-            if let Some(found) = self.join_or_start(&entry, caller)? {
-                return Ok(found);
-            }
-            // The entry was retired in between. Remove it and try again: `keep` may reject a new
-            // one.
+            // The entry is retired. Remove it and try again.
             self.table.remove(&entry);
         }
     }
 
+    /// Returns the credentials or the flight of an entry. Returns `None` if the entry is retired.
+    fn serve(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        caller: &Arc<Caller>,
+    ) -> Result<Option<Lookup>, CacheError> {
+        let Some((cached, remaining)) = self.servable(entry) else {
+            return self.join_or_start(entry, caller);
+        };
+        let result = if remaining > cached.refresh_at_remaining {
+            CacheResult::Hit
+        } else {
+            self.refresh_for(entry, caller);
+            CacheResult::Stale
+        };
+        Ok(Some(Lookup::Credentials(cached, result)))
+    }
+
     /// Returns the entry of `grant`, and adds it if it is missing.
-    fn entry(&self, grant: &Grant) -> Result<Arc<Entry>, CacheError> {
+    fn entry(&self, policy: &Arc<Policy>, grant: &Grant) -> Result<Arc<Entry>, CacheError> {
         if let Some(entry) = self.table.find(grant) {
             return Ok(entry);
         }
-        let evict = |entry: &Arc<Entry>, state: &mut EntryState| {
+        let retire = |entry: &Arc<Entry>, state: &mut EntryState| {
             self.retire(entry, state, EvictionReason::Evicted)
         };
         self.table
-            .find_or_add(grant, &|| self.generation.load_full(), evict)
+            .find_or_add(policy, grant, &|| self.is_current(policy), retire)
+    }
+
+    fn is_current(&self, policy: &Arc<Policy>) -> bool {
+        Arc::ptr_eq(&self.policy.load(), policy)
+    }
+
+    /// Returns whether requests of `policy` may use the entry. Retires the entry if the policy does
+    /// not keep it. An outdated policy does not decide on entries: the error is `Pending`.
+    ///
+    /// A thread that calls it holds no lock of an entry.
+    fn verify(&self, entry: &Arc<Entry>, policy: &Arc<Policy>) -> Result<bool, CacheError> {
+        let verified_by = entry.policy.load();
+        if Arc::ptr_eq(&verified_by, policy) {
+            return Ok(true);
+        }
+        // The entry was found before. So its policy is an earlier one if this one is current.
+        if !self.is_current(policy) {
+            return Err(CacheError::Pending);
+        }
+        if !policy.keeps(&entry.grant, &verified_by) {
+            self.retire(entry, &mut entry.state(), EvictionReason::Reload);
+            return Ok(false);
+        }
+        // A slower thread may store an earlier policy after this. Then the next request verifies
+        // the entry once more.
+        entry.policy.store(policy.clone());
+        Ok(true)
     }
 
     /// Returns the credentials that may still be served, and their remaining lifetime.
@@ -280,7 +311,7 @@ impl CacheInner {
         let mut state = entry.state();
         if !state.retired
             && matches!(
-                self.next_action(entry, &state, &self.generation.load()),
+                self.decide(entry, &state, &self.policy.load()).then,
                 Action::Refresh(_)
             )
         {

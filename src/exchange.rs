@@ -14,7 +14,7 @@ use crate::identity::SpiffeId;
 use crate::limits::{FairSemaphore, KeyedRateLimiter};
 use crate::metrics::{CallLabel, Metrics, UpstreamCall};
 use crate::role::Grant;
-use crate::sts::{AssumeRole, RetryPolicy, StsError};
+use crate::sts::{AssumeRole, RetryPolicy, StsError, StsReason};
 use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError, TTL_FIX};
 use crate::upstream_status::LastError;
 
@@ -72,22 +72,18 @@ pub enum ExchangeError {
          raise the JWT-SVID lifetime if this STS ends sessions with the token"
     )]
     TooShort,
+    /// A part of the daemon or a library panicked. The panic itself is in the log.
+    #[error("exchange ended by an internal error; see the panic in awsvid's log")]
+    Panicked,
 }
 
 impl ExchangeError {
-    /// Returns the error of a flight that ended by a panic. The panic itself is in the log.
-    pub fn task_panicked() -> Self {
-        Self::Source(SourceError::Unavailable(
-            "exchange ended by an internal error; see the panic in awsvid's log".to_owned(),
-        ))
-    }
-
     /// Returns an error of each kind, for their labels.
     pub fn samples() -> Vec<Self> {
         let callers = AttestError::ALL.map(|error| Self::Source(SourceError::Caller(error)));
         let sources = SourceError::samples().into_iter().map(Self::Source);
         let sts = StsError::samples().into_iter().map(Self::Sts);
-        let own = [Self::TooOften, Self::TooShort];
+        let own = [Self::TooOften, Self::TooShort, Self::Panicked];
         sources.chain(callers).chain(sts).chain(own).collect()
     }
 
@@ -100,7 +96,7 @@ impl ExchangeError {
                 // The exchange has already retried with a new token.
                 RetryPolicy::NewToken | RetryPolicy::Never => false,
             },
-            Self::TooOften | Self::TooShort => true,
+            Self::TooOften | Self::TooShort | Self::Panicked => true,
         }
     }
 
@@ -108,9 +104,10 @@ impl ExchangeError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Source(error) => error.reason(),
-            Self::Sts(error) => error.reason,
+            Self::Sts(error) => error.reason.label(),
             Self::TooOften => "too_many_exchanges",
-            Self::TooShort => "sts_bad_answer",
+            Self::TooShort => StsReason::BadAnswer.label(),
+            Self::Panicked => "internal_error",
         }
     }
 }
@@ -133,11 +130,6 @@ impl TokenExchanger {
             source_permits,
             rate_limit,
         }
-    }
-
-    /// Returns true if the source gives tokens only for a caller that is alive.
-    pub fn requires_live_caller(&self) -> bool {
-        self.source.requires_live_caller()
     }
 
     /// Exchanges a token that the source gives `caller` for the credentials of `grant`.
@@ -242,7 +234,7 @@ impl TokenExchanger {
             let result = self.sts.assume(grant, token).await;
             self.metrics.sts_call(UpstreamCall {
                 name: grant.role.sts.to_string(),
-                result: CallLabel::of(&result, |error| error.reason),
+                result: CallLabel::of(&result, |error| error.reason.label()),
                 error: last_error(&result),
                 took: start.elapsed(),
                 at: self.clock.now(),
@@ -263,7 +255,7 @@ fn last_error<T>(result: &Result<T, StsError>) -> Option<LastError> {
     let error = result.as_ref().err()?;
     Some(LastError {
         text: error.to_string(),
-        reason: error.reason,
+        reason: error.reason.label(),
         outage: error.retry == RetryPolicy::Later,
     })
 }

@@ -34,11 +34,13 @@ mod error;
 mod error_response;
 mod network;
 mod no_proxy;
+mod reason;
 mod resolver;
 mod trust;
 
 pub use error::{RetryPolicy, StsError};
 pub use network::{InvalidSetting, NetworkSettings, Proxy};
+pub use reason::StsReason;
 pub use resolver::{BlockingCalls, HostResolver};
 
 use advice::StsDestination;

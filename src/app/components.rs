@@ -8,13 +8,12 @@ use tokio::time::timeout;
 
 use super::AppError;
 use crate::accounts::{Accounts, LiveRules};
-use crate::cache;
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
-use crate::credential_service::Policy;
 use crate::exchange::TokenExchanger;
 use crate::file_threads::FileThreads;
 use crate::metrics::Metrics;
+use crate::policy::{CacheLimits, Policy};
 use crate::readiness::ReadinessProbes;
 use crate::sts::{BlockingCalls, InvalidSetting, NetworkSettings, Settings, Sts};
 use crate::svid::agent::AttestingAgent;
@@ -33,8 +32,6 @@ const SOURCE_CHECK_TIMEOUT: Duration = Duration::from_secs(3);
 pub(super) struct Components {
     pub(super) identity: IdentityConfig,
     pub(super) policy: Policy,
-    pub(super) exchanger: TokenExchanger,
-    pub(super) limits: cache::Limits,
     pub(super) probes: ReadinessProbes,
 }
 
@@ -61,30 +58,25 @@ impl Components {
         let sts = Arc::new(sts(config, clock.clone(), blocking.clone()).await?);
         Ok(Self {
             identity: config.identity.clone(),
-            exchanger: TokenExchanger::new(
-                source.clone(),
-                sts.clone(),
-                clock.clone(),
-                metrics.clone(),
-            ),
-            limits: limits(&config.cache),
             probes: ReadinessProbes::new(
                 config,
                 source.clone(),
-                sts,
+                sts.clone(),
                 metrics.clone(),
                 blocking.files.clone(),
             ),
             policy: Policy {
+                exchanger: TokenExchanger::new(source.clone(), sts, clock.clone(), metrics.clone()),
                 source,
                 roles: config.roles.clone(),
+                limits: limits(&config.cache),
             },
         })
     }
 }
 
-fn limits(cache: &config::CacheConfig) -> cache::Limits {
-    cache::Limits {
+fn limits(cache: &config::CacheConfig) -> CacheLimits {
+    CacheLimits {
         max_entries: cache.max_entries,
         revocation_grace: cache.revocation_grace,
     }

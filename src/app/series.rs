@@ -42,7 +42,9 @@ pub(super) fn create(metrics: &Metrics) {
     for reason in sources.chain([OK]) {
         drop(metrics.source_calls.get_or_create(&result(reason)));
     }
-    let sts = StsError::samples().into_iter().map(|error| error.reason);
+    let sts = StsError::samples()
+        .into_iter()
+        .map(|error| error.reason.label());
     for reason in sts.chain([OK]) {
         drop(metrics.sts_calls.get_or_create(&result(reason)));
     }

@@ -8,8 +8,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::cached_credentials::{CachedCredentials, MIN_REMAINING};
-use super::entry::{Entry, EntryState};
+use super::entry::{CachedCredentials, Entry, EntryState, MIN_REMAINING};
 use super::events::CacheEvent;
 use super::failure::{FailureKind, FailureState};
 use super::{CacheError, CacheInner};
@@ -247,7 +246,7 @@ async fn run_flight(
     permit: Option<FairPermit<SpiffeId>>,
 ) {
     let result = loop {
-        let exchanger = inner.generation.load().exchanger.clone();
+        let exchanger = inner.policy.load().exchanger.clone();
         let task = {
             let (entry, caller) = (entry.clone(), caller.clone());
             AbortOnDropHandle::new(tokio::spawn(in_current_request(async move {
@@ -261,7 +260,7 @@ async fn run_flight(
             None => Some(task.await),
         };
         let result = match ended {
-            Some(result) => result.unwrap_or_else(|_| Err(ExchangeError::task_panicked())),
+            Some(result) => result.unwrap_or_else(|_| Err(ExchangeError::Panicked)),
             None => Err(ExchangeError::TooOften),
         };
         match inner.complete(&entry, &flight, result, &caller) {

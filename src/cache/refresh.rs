@@ -1,4 +1,5 @@
-//! The one task that serves due entries: a refresh, an expiry, a failure to drop.
+//! The one task that serves due entries, and the one rule of what is due and when: a refresh, an
+//! expiry, a failure to drop.
 //!
 //! A task for each of 100,000 entries would cost more memory than the entries.
 
@@ -11,12 +12,13 @@ use tokio::sync::Notify;
 use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
-use super::entry::{Entry, EntryState};
+use super::CacheInner;
+use super::entry::{Entry, EntryState, MIN_REMAINING};
 use super::events::CacheEvent;
-use super::failure::FailureKind;
-use super::next_action::Action;
-use super::{CacheInner, Generation};
+use super::failure::{FailureKind, negative_ttl};
 use crate::clock::Clock;
+use crate::metrics::EvictionReason;
+use crate::policy::Policy;
 
 /// Interval at which the task compares the wall clock with the monotonic clock by which it sleeps.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(30);
@@ -128,6 +130,110 @@ impl ClockStepDetector {
     }
 }
 
+/// The state of an entry at one time, as far as [`decide`] needs it.
+#[derive(Debug, Clone)]
+pub(super) struct EntrySnapshot {
+    pub(super) now: Instant,
+    pub(super) has_flight: bool,
+    /// Time since the last request.
+    pub(super) unused_for: Duration,
+    pub(super) credentials: Option<CredentialTimes>,
+    pub(super) failure: Option<FailureTimes>,
+}
+
+/// The times of an entry's credentials.
+#[derive(Debug, Clone)]
+pub(super) struct CredentialTimes {
+    pub(super) remaining: Duration,
+    pub(super) lifetime: Duration,
+    /// The remaining lifetime at which a refresh is due.
+    pub(super) refresh_at_remaining: Duration,
+}
+
+/// The times of an entry's last failure.
+#[derive(Debug, Clone)]
+pub(super) struct FailureTimes {
+    /// The end of its caching where no credentials are.
+    pub(super) cached_until: Instant,
+    /// The earliest time of the next refresh.
+    pub(super) retry_at: Instant,
+    /// The end of the grace after a refusal.
+    pub(super) grace_end: Option<Instant>,
+}
+
+/// Actions that are due for an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct DueActions {
+    /// Clear the credentials first, for this reason.
+    pub(super) clear: Option<EvictionReason>,
+    pub(super) then: Action,
+}
+
+/// Action that is due for an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Action {
+    /// Remove the entry, for this reason.
+    Remove(EvictionReason),
+    /// Refresh now. If that is not possible, check again at this time at the latest.
+    Refresh(Instant),
+    /// Check again at this time.
+    Wait(Instant),
+}
+
+/// Returns the due actions of an entry. It decides only, and executes nothing.
+pub(super) fn decide(entry: &EntrySnapshot) -> DueActions {
+    let now = entry.now;
+    let Some(credentials) = &entry.credentials else {
+        return DueActions {
+            clear: None,
+            then: without_credentials(entry),
+        };
+    };
+    let remaining = credentials.remaining;
+    let failure = entry.failure.as_ref();
+    let end = failure
+        .and_then(|failure| failure.grace_end)
+        .unwrap_or(now + remaining)
+        .min(now + remaining.saturating_sub(MIN_REMAINING));
+    if end <= now {
+        let reason = if remaining <= MIN_REMAINING {
+            EvictionReason::Expired
+        } else {
+            EvictionReason::Refused
+        };
+        return DueActions {
+            clear: Some(reason),
+            then: without_credentials(entry),
+        };
+    }
+    // The checks are in order of precedence.
+    let then = if entry.has_flight {
+        Action::Wait(end)
+    } else if remaining > credentials.refresh_at_remaining {
+        Action::Wait(end.min(now + (remaining - credentials.refresh_at_remaining)))
+    } else if entry.unused_for > credentials.lifetime {
+        Action::Remove(EvictionReason::Unused)
+    } else {
+        match failure {
+            Some(failure) if failure.retry_at > now => Action::Wait(end.min(failure.retry_at)),
+            _ => Action::Refresh(end),
+        }
+    };
+    DueActions { clear: None, then }
+}
+
+/// Returns the action of an entry that has no credentials, or whose credentials are cleared now.
+fn without_credentials(entry: &EntrySnapshot) -> Action {
+    if entry.has_flight {
+        return Action::Wait(entry.now + MIN_REMAINING);
+    }
+    match &entry.failure {
+        Some(failure) if failure.cached_until > entry.now => Action::Wait(failure.cached_until),
+        // It has no credentials, so this is not counted as an eviction.
+        _ => Action::Remove(EvictionReason::Unused),
+    }
+}
+
 /// Serves due entries until the cache is dropped.
 pub(super) async fn run(inner: Weak<CacheInner>, schedule: Arc<Schedule>, clock: Clock) {
     let mut clock_steps = ClockStepDetector::new(&clock);
@@ -152,16 +258,36 @@ pub(super) async fn run(inner: Weak<CacheInner>, schedule: Arc<Schedule>, clock:
 }
 
 impl CacheInner {
-    /// Executes the due action of an entry, and schedules its next one.
+    /// Returns the due actions of an entry.
+    pub(super) fn decide(&self, entry: &Entry, state: &EntryState, policy: &Policy) -> DueActions {
+        let grace = policy.limits.revocation_grace;
+        decide(&EntrySnapshot {
+            now: Instant::now(),
+            has_flight: state.flight.is_some(),
+            unused_for: self.start.elapsed().saturating_sub(entry.last_used()),
+            credentials: entry.current.load().as_ref().map(|cached| CredentialTimes {
+                remaining: cached.remaining(&self.clock),
+                lifetime: cached.lifetime,
+                refresh_at_remaining: cached.refresh_at_remaining,
+            }),
+            failure: state.failure.as_ref().map(|failure| FailureTimes {
+                cached_until: failure.at + negative_ttl(&failure.error),
+                retry_at: failure.retry_at,
+                grace_end: failure.refused_since.map(|(at, _)| at + grace),
+            }),
+        })
+    }
+
+    /// Executes the due actions of an entry, and schedules its next one.
     fn process_due(self: &Arc<Self>, entry: &Arc<Entry>) {
-        let generation = self.generation.load_full();
+        let policy = self.policy.load_full();
         let mut state = entry.state();
         if state.retired {
             return;
         }
-        let mut next = self.next_action(entry, &state, &generation);
+        let DueActions { clear, then } = self.decide(entry, &state, &policy);
         let mut event = None;
-        if let Action::Clear(reason) = next {
+        if let Some(reason) = clear {
             // Without another caller an expiry is expected, so it is not logged.
             let failure = state
                 .failure
@@ -169,16 +295,15 @@ impl CacheInner {
                 .filter(|failure| FailureKind::of(&failure.error) != FailureKind::CallerUnusable);
             event = failure.map(|failure| CacheEvent::Expired(failure.error.clone()));
             self.clear_credentials(entry, reason);
-            next = self.next_action(entry, &state, &generation);
         }
-        let next_at = match next {
-            Action::Remove(reason) | Action::Clear(reason) => {
+        let next_at = match then {
+            Action::Remove(reason) => {
                 self.retire(entry, &mut state, reason);
                 None
             }
             Action::Wait(at) => Some(at),
             Action::Refresh(end) => Some(
-                self.refresh(entry, &generation, &mut state)
+                self.refresh(entry, &policy, &mut state)
                     .map_or(end, |at| end.min(at)),
             ),
         };
@@ -197,10 +322,10 @@ impl CacheInner {
     fn refresh(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
-        generation: &Generation,
+        policy: &Policy,
         state: &mut EntryState,
     ) -> Option<Instant> {
-        let caller = if generation.exchanger.requires_live_caller() {
+        let caller = if policy.source.requires_live_caller() {
             entry.latest.load_full()
         } else {
             Some(self.synthetic_caller.clone())
@@ -217,9 +342,12 @@ impl CacheInner {
 
     /// Schedules the entry for its next action.
     pub(super) fn plan(&self, entry: &Arc<Entry>, state: &mut EntryState) {
-        let at = match self.next_action(entry, state, &self.generation.load()) {
-            Action::Wait(at) => at,
-            Action::Refresh(_) | Action::Clear(_) | Action::Remove(_) => Instant::now(),
+        let at = match self.decide(entry, state, &self.policy.load()) {
+            DueActions {
+                clear: None,
+                then: Action::Wait(at),
+            } => at,
+            _ => Instant::now(),
         };
         self.schedule.put(entry, &mut state.next, Some(at));
     }

@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as At;
 
+use super::CacheError;
 use super::entry::{Entry, EntryState};
-use super::{CacheError, Generation};
 use crate::identity::SpiffeId;
+use crate::policy::Policy;
 use crate::role::Grant;
 
 /// Maximum number of roles of one SPIFFE ID, cached failures included. A workload that requests
@@ -38,12 +39,13 @@ impl EntryTable {
         find_entry(&self.by_spiffe_id.get(&grant.spiffe_id)?, grant)
     }
 
-    /// Returns the entry of `grant`, or adds one. If a bound is reached, it first evicts an entry
-    /// of the same SPIFFE ID, and calls `retire` for it.
+    /// Returns the entry of `grant`, or adds one if `policy` is current. If a bound is reached, it
+    /// first evicts an entry of the same SPIFFE ID, and calls `retire` for it.
     pub(super) fn find_or_add(
         &self,
+        policy: &Arc<Policy>,
         grant: &Grant,
-        generation: &dyn Fn() -> Arc<Generation>,
+        is_current: &dyn Fn() -> bool,
         retire: impl Fn(&Arc<Entry>, &mut EntryState),
     ) -> Result<Arc<Entry>, CacheError> {
         let mut at = self.by_spiffe_id.entry(grant.spiffe_id.clone());
@@ -52,15 +54,14 @@ impl EntryTable {
         {
             return Ok(entry);
         }
-        // This shard of the table is locked. So either `keep` is that of the reload already, or the
-        // reload has yet to pass over this shard.
-        let generation = generation();
-        if !(generation.keep)(grant) {
+        // This shard of the table is locked. So either this finds the policy of a reload, or the
+        // reload has yet to sweep this shard.
+        if !is_current() {
             return Err(CacheError::Pending);
         }
         let at_role_limit =
             matches!(&at, At::Occupied(occupied) if occupied.get().len() >= MAX_ROLES_PER_ID);
-        if at_role_limit || !self.reserve(generation.limits.max_entries) {
+        if at_role_limit || !self.reserve(policy.limits.max_entries) {
             let evicted = match &mut at {
                 At::Occupied(occupied) => evict_one(occupied.get_mut(), &retire),
                 At::Vacant(_) => false,
@@ -73,7 +74,7 @@ impl EntryTable {
                 });
             }
         }
-        let entry = Entry::new(grant.clone());
+        let entry = Entry::new(grant.clone(), policy.clone());
         at.or_default().push(entry.clone());
         Ok(entry)
     }

@@ -12,20 +12,26 @@ use super::*;
 use crate::caller::{AttestError, ListenerKind, PeerProof, Process, ProcessFacts};
 use crate::clock::REQUEST_HOLD;
 use crate::credentials::Credentials;
+use crate::exchange::TokenExchanger;
 use crate::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
+use crate::policy::CacheLimits;
 use crate::role::{Identity, RequestedRole, Role, Roles, StsTarget};
-use crate::sts::{AssumeRole, RetryPolicy, StsError};
+use crate::socket_endpoint::Endpoint;
+use crate::sts::{AssumeRole, RetryPolicy, StsError, StsReason};
 use crate::svid::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
 
 mod bounds;
 mod callers;
 mod clocks;
+mod decision;
 mod outages;
+mod reload;
+mod reload_model;
 
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3600);
-const LIMITS: Limits = Limits {
+const LIMITS: CacheLimits = CacheLimits {
     max_entries: 3,
     revocation_grace: Duration::from_secs(300),
 };
@@ -66,13 +72,18 @@ impl CacheEnv {
         self.fetched.load(Ordering::SeqCst)
     }
 
-    fn exchanger(self: &Arc<Self>) -> TokenExchanger {
-        TokenExchanger::new(
-            self.clone(),
-            self.clone(),
-            self.clock.clone(),
-            self.metrics.clone(),
-        )
+    /// Returns a policy with this source and STS.
+    fn policy(self: &Arc<Self>, roles: &[Arc<Role>], limits: CacheLimits) -> Policy {
+        let (clock, metrics) = (self.clock.clone(), self.metrics.clone());
+        Policy {
+            source: self.clone(),
+            roles: Roles {
+                defined: roles.to_vec(),
+                requested: None,
+            },
+            exchanger: TokenExchanger::new(self.clone(), self.clone(), clock, metrics),
+            limits,
+        }
     }
 
     async fn answer(
@@ -140,7 +151,7 @@ impl IdentitySource for CacheEnv {
     }
 
     fn basis(&self, _: &SpiffeId) -> IdentityBasis {
-        IdentityBasis::Rules(Vec::new())
+        IdentityBasis::Agent(Endpoint::Unix("/run/agent.sock".into()))
     }
 
     async fn ready(&self, _: &str) -> Result<(), SourceError> {
@@ -198,7 +209,7 @@ fn refused() -> StsError {
     let what = "STS refuses".to_owned();
     StsError {
         retry: RetryPolicy::Never,
-        reason: "sts_access_denied",
+        reason: StsReason::AccessDenied,
         code: "AccessDenied".to_owned(),
         what,
         fix: None,
@@ -281,7 +292,7 @@ fn grant(owner: &str) -> Grant {
     grant_of(owner, &Arc::new(role("r")))
 }
 
-fn env_of(open: usize, limits: Limits) -> (Arc<CacheEnv>, CredentialCache) {
+fn env_of(open: usize, limits: CacheLimits) -> (Arc<CacheEnv>, CredentialCache) {
     let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
     let env = Arc::new(CacheEnv {
         clock: clock.clone(),
@@ -298,7 +309,8 @@ fn env_of(open: usize, limits: Limits) -> (Arc<CacheEnv>, CredentialCache) {
         busy: AtomicUsize::new(0),
         metrics: Metrics::default(),
     });
-    let cache = CredentialCache::new(env.exchanger(), clock, env.metrics.clone(), limits);
+    let policy = env.policy(&[Arc::new(role("r"))], limits);
+    let cache = CredentialCache::new(policy, clock, env.metrics.clone());
     (env, cache)
 }
 
@@ -311,7 +323,9 @@ async fn key_for(
     owner: &str,
     uid: u32,
 ) -> Result<(String, CacheResult), CacheError> {
-    let (cached, result) = cache.get(&grant(owner), &caller_of(uid)).await?;
+    let (cached, result) = cache
+        .get(&cache.policy(), &grant(owner), &caller_of(uid))
+        .await?;
     Ok((cached.access_key_id.to_string(), result))
 }
 
@@ -381,7 +395,7 @@ async fn flight_is_shared_by_a_thousand_callers() {
 async fn late_caller_starts_no_second_flight() {
     let (env, cache) = env(100);
     key(&cache).await.unwrap();
-    let entry = cache.0.entry(&grant("a")).unwrap();
+    let entry = cache.0.entry(&cache.policy(), &grant("a")).unwrap();
     match cache.0.join_or_start(&entry, &caller()) {
         Ok(Some(Lookup::Credentials(cached, CacheResult::Hit))) => {
             assert_eq!(cached.access_key_id.to_string(), "KEY1")
@@ -476,9 +490,9 @@ async fn failure_is_cached_for_its_negative_ttl() {
 async fn entry_is_usable_after_a_panic_in_its_flight() {
     let (env, cache) = env(10_000);
     env.panics.store(true, Ordering::SeqCst);
-    assert!(matches!(key(&cache).await, Err(CacheError::Exchange(error)) if error.is_transient()));
+    assert_eq!(reason(&cache).await, "internal_error");
     env.panics.store(false, Ordering::SeqCst);
-    advance(failure::negative_ttl(&ExchangeError::task_panicked())).await;
+    advance(failure::negative_ttl(&ExchangeError::Panicked)).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
 }
 
@@ -501,68 +515,20 @@ async fn entry_is_removed_when_unused_for_a_lifetime() {
 async fn cache_is_bounded_by_max_entries() {
     let (_world, cache) = env(100);
     for name in ["a", "b", "c"] {
-        cache.get(&grant(name), &caller()).await.unwrap();
+        cache
+            .get(&cache.policy(), &grant(name), &caller())
+            .await
+            .unwrap();
     }
     assert!(matches!(
-        cache.get(&grant("d"), &caller()).await,
+        cache.get(&cache.policy(), &grant("d"), &caller()).await,
         Err(CacheError::Full)
     ));
-    assert!(cache.get(&grant("a"), &caller()).await.is_ok());
-}
-
-/// Reloads with the same source, STS and limits.
-fn reload(
-    env: &Arc<CacheEnv>,
-    cache: &CredentialCache,
-    keep: impl Fn(&Grant) -> bool + Send + Sync + 'static,
-) {
-    cache.reconfigure(env.exchanger(), LIMITS, keep);
-}
-
-#[tokio::test(start_paused = true)]
-async fn reload_retires_entries_that_it_does_not_keep() {
-    let (env, cache) = env(10_000);
-    cache.get(&grant("a"), &caller()).await.unwrap();
-    cache.get(&grant("b"), &caller()).await.unwrap();
-    reload(&env, &cache, |grant| *grant != self::grant("a"));
-    let remaining: Vec<_> = cache
-        .entries()
-        .into_iter()
-        .map(|entry| entry.spiffe_id)
-        .collect();
-    assert_eq!(remaining, ["spiffe://example.org/b"]);
-    // A late request that the old configuration granted.
-    assert!(matches!(
-        cache.get(&grant("a"), &caller()).await,
-        Err(CacheError::Pending)
-    ));
-    assert_eq!(
-        cache.get(&grant("b"), &caller()).await.unwrap().1,
-        CacheResult::Hit
-    );
-    assert_eq!(env.fetched(), 2);
-}
-
-#[tokio::test(start_paused = true)]
-async fn flight_result_is_discarded_after_reload() {
-    let (env, cache) = env(0);
-    let waiting = tokio::spawn({
-        let cache = cache.clone();
-        async move { key(&cache).await }
-    });
-    settle().await;
-    // A request that has found the entry and reads it a moment later.
-    let entry_size = cache.0.entry(&grant("a")).unwrap();
-    reload(&env, &cache, |_| false);
-    reload(&env, &cache, |_| true);
-    env.gate.add_permits(1);
-    assert!(matches!(waiting.await.unwrap(), Err(CacheError::Pending)));
-    settle().await;
-    assert!(cache.entries().is_empty() && entry_size.current.load().is_none());
-    env.gate.add_permits(10);
-    assert_eq!(
-        key(&cache).await.unwrap(),
-        ("KEY2".to_owned(), CacheResult::Miss)
+    assert!(
+        cache
+            .get(&cache.policy(), &grant("a"), &caller())
+            .await
+            .is_ok()
     );
 }
 
@@ -578,7 +544,11 @@ async fn entry_is_separate_for_each_role_definition() {
         ("KEY1".to_owned(), CacheResult::Miss)
     );
     let (cached, result) = cache
-        .get(&grant_of("a", &Arc::new(narrowed)), &caller())
+        .get(
+            &cache.policy(),
+            &grant_of("a", &Arc::new(narrowed)),
+            &caller(),
+        )
         .await
         .unwrap();
     assert_eq!(
@@ -619,7 +589,7 @@ fn refresh_point_is_spread_and_ahead_of_sdks() {
     for minutes in [20, 25, 30, 45, 60, 12 * 60] {
         let lifetime = MINUTE * minutes;
         let points: Vec<_> = (0..1000)
-            .map(|_| cached_credentials::refresh_at_remaining(lifetime))
+            .map(|_| entry::refresh_at_remaining(lifetime))
             .collect();
         let (first, last) = (points.iter().max().unwrap(), points.iter().min().unwrap());
         assert!(
@@ -632,7 +602,7 @@ fn refresh_point_is_spread_and_ahead_of_sdks() {
         );
     }
     let hour: Vec<_> = (0..1000)
-        .map(|_| cached_credentials::refresh_at_remaining(HOUR).as_secs_f64() / 3600.0)
+        .map(|_| entry::refresh_at_remaining(HOUR).as_secs_f64() / 3600.0)
         .collect();
     assert!(
         hour.iter()
@@ -641,7 +611,7 @@ fn refresh_point_is_spread_and_ahead_of_sdks() {
     let mean = hour.iter().sum::<f64>() / 1000.0;
     assert!((0.48..0.52).contains(&mean), "{mean}");
     assert!(
-        cached_credentials::refresh_at_remaining(MINUTE * 15) < MINUTE * 9,
+        entry::refresh_at_remaining(MINUTE * 15) < MINUTE * 9,
         "not all the time"
     );
 }
@@ -652,7 +622,10 @@ async fn request_gets_more_than_fifteen_minutes_at_any_time() {
         let (env, cache) = env(10_000);
         *env.lifetime.lock().unwrap() = MINUTE * minutes;
         for _ in 0..3 * 60 * 3 {
-            let (cached, _) = cache.get(&grant("a"), &caller()).await.unwrap();
+            let (cached, _) = cache
+                .get(&cache.policy(), &grant("a"), &caller())
+                .await
+                .unwrap();
             let remaining = cached.remaining(&env.clock);
             assert!(remaining > MINUTE * 15, "{minutes}: {remaining:?}");
             pass(SECOND * 20).await;
@@ -677,7 +650,7 @@ async fn cache_has_one_task_that_ends_with_its_last_handle() {
     };
     let (_world, cache) = env_of(
         10_000,
-        Limits {
+        CacheLimits {
             max_entries: 1000,
             ..LIMITS
         },
@@ -685,7 +658,11 @@ async fn cache_has_one_task_that_ends_with_its_last_handle() {
     let role = Arc::new(role("r"));
     for number in 0..500 {
         cache
-            .get(&grant_of(&number.to_string(), &role), &caller())
+            .get(
+                &cache.policy(),
+                &grant_of(&number.to_string(), &role),
+                &caller(),
+            )
             .await
             .unwrap();
     }

@@ -10,11 +10,13 @@ use crate::caller::ListenerKind;
 use crate::clock::Clock;
 use crate::config::AuditFile;
 use crate::credentials::Credentials;
+use crate::exchange::TokenExchanger;
 use crate::identity::{ArnTemplate, SpiffeIdPattern};
 use crate::metrics::Metrics;
-use crate::role::{Identity, Role, StsTarget};
+use crate::policy::CacheLimits;
+use crate::role::{Grant, Identity, Role, Roles, StsTarget};
 use crate::sts::{AssumeRole, StsError};
-use crate::svid::JwtSvid;
+use crate::svid::{IdentityBasis, IdentitySource, JwtSvid};
 
 const ID: &str = "spiffe://example.org/shop";
 
@@ -73,44 +75,88 @@ fn role() -> Arc<Role> {
     })
 }
 
-#[tokio::test(start_paused = true)]
-async fn slow_source_and_exchange_share_one_deadline() {
-    let slow = Arc::new(Slow(Duration::from_secs(3)));
+/// Returns the policy of a source that takes `identify` for each answer.
+fn policy(identify: Duration, roles: Vec<Arc<Role>>, clock: &Clock) -> Policy {
+    let slow = Arc::new(Slow(identify));
+    Policy {
+        source: slow.clone(),
+        roles: Roles {
+            defined: roles,
+            requested: None,
+        },
+        exchanger: TokenExchanger::new(slow.clone(), slow, clock.clone(), Metrics::default()),
+        limits: CacheLimits {
+            max_entries: 10,
+            revocation_grace: Duration::from_secs(300),
+        },
+    }
+}
+
+struct ServiceEnv {
+    clock: Clock,
+    service: CredentialService,
+    audit: Arc<Audit>,
+}
+
+/// Returns a service that needs this long to identify a caller.
+fn env(identify: Duration) -> ServiceEnv {
     let (clock, metrics) = (
         Clock::starting_at(SystemTime::UNIX_EPOCH),
         Metrics::default(),
     );
-    let exchanger = TokenExchanger::new(slow.clone(), slow.clone(), clock.clone(), metrics.clone());
-    let limits = Limits {
-        max_entries: 10,
-        revocation_grace: Duration::from_secs(300),
-    };
-    let cache = CredentialCache::new(exchanger, clock.clone(), metrics.clone(), limits);
-    let policy = Policy {
-        source: slow,
-        roles: Roles {
-            defined: vec![role()],
-            requested: None,
-        },
-    };
-    let service = CredentialService::new(policy, cache);
-    let audit = Audit::unopened(false, clock, metrics);
+    let policy = policy(identify, vec![role()], &clock);
+    let cache = CredentialCache::new(policy, clock.clone(), metrics.clone());
+    let audit = Audit::unopened(false, clock.clone(), metrics);
     audit
         .reopen(&AuditFile::Path(Path::new("/dev/null").to_owned()), false)
         .unwrap();
-    let caller = Arc::new(Caller::synthetic());
-    let mut record = audit.begin(
-        audit.next_request(),
-        ListenerKind::Unix,
-        Some(caller.clone()),
-    );
+    ServiceEnv {
+        clock,
+        service: CredentialService::new(cache),
+        audit,
+    }
+}
+
+impl ServiceEnv {
+    async fn request(&self) -> Result<(Arc<CachedCredentials>, CacheResult), ServiceError> {
+        let caller = Arc::new(Caller::synthetic());
+        let mut record = self.audit.begin(
+            self.audit.next_request(),
+            ListenerKind::Unix,
+            Some(caller.clone()),
+        );
+        self.service
+            .credentials_for(&caller, &RequestedRole::Default, &mut record)
+            .await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_source_and_exchange_share_one_deadline() {
+    let env = env(Duration::from_secs(3));
     let begun = Instant::now();
-    let answer = service
-        .credentials_for(&caller, &RequestedRole::Default, &mut record)
-        .await;
+    let answer = env.request().await;
     assert!(
         matches!(answer, Err(ServiceError::Cache(CacheError::Pending))),
         "{answer:?}"
     );
     assert_eq!(begun.elapsed(), REQUEST_HOLD);
+}
+
+/// Covers T17: in the source, and in the exchange.
+#[tokio::test(start_paused = true)]
+async fn running_request_is_decided_again_after_a_reload() {
+    for after in [Duration::from_secs(1), Duration::from_secs(4)] {
+        let env = env(Duration::from_secs(3));
+        let reload = async {
+            sleep(after).await;
+            env.service
+                .reload(policy(Duration::ZERO, Vec::new(), &env.clock));
+        };
+        let (answer, ()) = tokio::join!(env.request(), reload);
+        assert!(
+            matches!(answer, Err(ServiceError::Denied { .. })),
+            "{answer:?}"
+        );
+    }
 }

@@ -137,7 +137,7 @@ fn refused(retry: RetryPolicy) -> Result<Credentials, StsError> {
     let what = "STS refused".to_owned();
     Err(StsError {
         retry,
-        reason: "sts_refused",
+        reason: StsReason::Refused,
         code: "Code".to_owned(),
         what,
         fix: None,

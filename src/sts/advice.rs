@@ -4,6 +4,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::Value;
 
+use super::reason::StsReason;
 use crate::role::Grant;
 use crate::svid::{JwtSvid, one_line};
 
@@ -21,7 +22,7 @@ pub(super) struct StsDestination {
 /// Returns advice for the operator. `answer` has the code and the message of STS; `call` is the
 /// exchange that failed.
 pub(super) fn of(
-    reason: &str,
+    reason: StsReason,
     answer: &str,
     at: &StsDestination,
     call: Option<(&Grant, &JwtSvid)>,
@@ -39,22 +40,32 @@ pub(super) fn of(
 }
 
 /// Returns the advice that does not depend on the exchange.
-fn general(reason: &str) -> Option<&'static str> {
-    Some(match reason {
-        "sts_unreachable" => {
-            "check the path from this node to STS: DNS, the firewall, HTTPS_PROXY and NO_PROXY, the CA certificates and `ca_file`"
+fn general(reason: StsReason) -> Option<&'static str> {
+    match reason {
+        StsReason::Unreachable => Some(
+            "check the path from this node to STS: DNS, the firewall, HTTPS_PROXY and NO_PROXY, the CA certificates and `ca_file`",
+        ),
+        StsReason::Misconfigured => Some(
+            "set `region`, or `endpoint` in [sts], to an STS that takes AssumeRoleWithWebIdentity without a signature",
+        ),
+        StsReason::Refused => Some(
+            "find out what answers there, which may be a proxy, a load balancer or another service",
+        ),
+        StsReason::ExpiredToken => {
+            Some("set this node's clock and the SPIRE server's: timedatectl")
         }
-        "sts_misconfigured" => {
-            "set `region`, or `endpoint` in [sts], to an STS that takes AssumeRoleWithWebIdentity without a signature"
-        }
-        "sts_refused" => {
-            "find out what answers there, which may be a proxy, a load balancer or another service"
-        }
-        "sts_expired_token" => "set this node's clock and the SPIRE server's: timedatectl",
-        "sts_bad_policy" => "correct `policy` or `policy_arns` of this role",
-        "sts_busy" => "raise `max_concurrent` in [sts]",
-        _ => return None,
-    })
+        StsReason::BadPolicy => Some("correct `policy` or `policy_arns` of this role"),
+        StsReason::Busy => Some("raise `max_concurrent` in [sts]"),
+        StsReason::AccessDenied
+        | StsReason::BadAnswer
+        | StsReason::BadRequest
+        | StsReason::InvalidToken
+        | StsReason::IssuerUnreachable
+        | StsReason::NoCa
+        | StsReason::RegionDisabled
+        | StsReason::Throttled
+        | StsReason::Unavailable => None,
+    }
 }
 
 struct FailedCall<'a> {
@@ -65,21 +76,38 @@ struct FailedCall<'a> {
 }
 
 impl FailedCall<'_> {
-    fn advice(&self, reason: &str) -> Option<String> {
+    fn advice(&self, reason: StsReason) -> Option<String> {
         let issuer = issuer(self.token);
+        let by_answer = || {
+            self.by_message(&issuer)
+                .or_else(|| self.of_other_sts(&issuer))
+        };
         match reason {
-            "sts_issuer_unreachable" => Some(format!(
+            StsReason::IssuerUnreachable => Some(format!(
                 "STS cannot read the keys of {issuer}; check the issuer's documents with awsvid check, and from outside this \
                  network with --resolve or --url"
             )),
-            "sts_region_disabled" => Some(format!(
+            StsReason::RegionDisabled => Some(format!(
                 "activate STS in {} in the account's IAM settings, or set `region` in [sts] to one that is active",
                 self.grant.role.sts.region
             )),
-            "sts_invalid_token" | "sts_access_denied" | "sts_bad_request" => self
-                .by_message(&issuer)
-                .or_else(|| self.by_reason(reason, &issuer)),
-            _ => None,
+            StsReason::InvalidToken => {
+                Some(by_answer().unwrap_or_else(|| self.of_provider(&issuer)))
+            }
+            StsReason::AccessDenied => {
+                Some(by_answer().unwrap_or_else(|| self.of_trust_policy(&issuer)))
+            }
+            StsReason::BadRequest => Some(by_answer().unwrap_or_else(|| self.of_parameters())),
+            StsReason::BadAnswer
+            | StsReason::BadPolicy
+            | StsReason::Busy
+            | StsReason::ExpiredToken
+            | StsReason::Misconfigured
+            | StsReason::NoCa
+            | StsReason::Refused
+            | StsReason::Throttled
+            | StsReason::Unavailable
+            | StsReason::Unreachable => None,
         }
     }
 
@@ -107,46 +135,52 @@ impl FailedCall<'_> {
         })
     }
 
-    fn by_reason(&self, reason: &str, issuer: &str) -> Option<String> {
-        let (role, arn, audience) = (
-            &self.grant.role,
-            &self.grant.role_arn,
-            self.token.audience(),
-        );
-        // An STS that uses AWS's names of roles mostly has AWS's policies as well.
-        if !self.at.is_aws && !arn.is_aws() {
-            return Some(format!(
+    /// Returns the advice for an STS that is neither AWS's nor uses AWS's names of roles. One that
+    /// uses them mostly has AWS's policies as well.
+    fn of_other_sts(&self, issuer: &str) -> Option<String> {
+        let (arn, audience) = (&self.grant.role_arn, self.token.audience());
+        (!self.at.is_aws && !arn.is_aws()).then(|| {
+            format!(
                 "that STS has to trust the issuer {issuer}, the audience {audience:?} and the role {arn}; at MinIO check \
                  MINIO_IDENTITY_OPENID_CONFIG_URL, _CLIENT_ID and the ARN that it prints at its start, elsewhere its OIDC provider"
-            ));
-        }
-        Some(match reason {
-            "sts_access_denied" => {
-                let key = issuer.split_once("://").map_or(issuer, |(_, rest)| rest);
-                let written = if self.at.is_aws {
-                    "; awsvid trust-policy writes it"
-                } else {
-                    ""
-                };
-                format!(
-                    "the trust policy of {arn} has to compare \"{key}:aud\" with {audience:?} and \"{key}:sub\" with \"{}\" \
-                     (without https://){written}",
-                    self.grant.spiffe_id
-                )
-            }
-            "sts_bad_request" => format!(
-                "correct `role_arn`, `duration` or `session_name` of role {:?}: the session is {}, for {} s",
-                role.name,
-                self.grant.session_name.as_str(),
-                role.duration.as_secs()
-            ),
-            _ if self.at.is_aws && self.token.algorithm().starts_with("PS") => {
-                "AWS does not accept signatures of the PS family; use RS256 or ES256".to_owned()
-            }
-            _ => format!(
-                "compare the IAM provider's URL with {issuer}, its audiences with {audience:?}"
-            ),
+            )
         })
+    }
+
+    fn of_trust_policy(&self, issuer: &str) -> String {
+        let (arn, audience) = (&self.grant.role_arn, self.token.audience());
+        let key = issuer.split_once("://").map_or(issuer, |(_, rest)| rest);
+        let written = if self.at.is_aws {
+            "; awsvid trust-policy writes it"
+        } else {
+            ""
+        };
+        format!(
+            "the trust policy of {arn} has to compare \"{key}:aud\" with {audience:?} and \"{key}:sub\" with \"{}\" \
+             (without https://){written}",
+            self.grant.spiffe_id
+        )
+    }
+
+    fn of_parameters(&self) -> String {
+        let role = &self.grant.role;
+        format!(
+            "correct `role_arn`, `duration` or `session_name` of role {:?}: the session is {}, for {} s",
+            role.name,
+            self.grant.session_name.as_str(),
+            role.duration.as_secs()
+        )
+    }
+
+    fn of_provider(&self, issuer: &str) -> String {
+        if self.at.is_aws && self.token.algorithm().starts_with("PS") {
+            return "AWS does not accept signatures of the PS family; use RS256 or ES256"
+                .to_owned();
+        }
+        format!(
+            "compare the IAM provider's URL with {issuer}, its audiences with {:?}",
+            self.token.audience()
+        )
     }
 }
 

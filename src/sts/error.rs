@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use super::advice::{self, StsDestination};
 use super::error_response;
+use super::reason::StsReason;
 use crate::role::Grant;
 use crate::svid::{JwtSvid, one_line};
 
@@ -29,8 +30,8 @@ pub enum RetryPolicy {
 pub struct StsError {
     /// The action after this failure.
     pub retry: RetryPolicy,
-    /// The label in metrics and audit records.
-    pub reason: &'static str,
+    /// The reason, for advice, metrics and audit records.
+    pub reason: StsReason,
     /// STS's own code, as on the wire. Empty without a response, or if the response has no code.
     pub code: String,
     /// One-line description. The workload may see it and the advice. They name its own role and
@@ -112,8 +113,8 @@ impl Failure {
         }
     }
 
-    /// Returns the action and the label: the one table of both.
-    fn classify(&self) -> (RetryPolicy, &'static str) {
+    /// Returns the action and the reason: the one table of both.
+    fn classify(&self) -> (RetryPolicy, StsReason) {
         match self {
             Self::Refused {
                 code,
@@ -123,11 +124,11 @@ impl Failure {
                 Some(code) => classify_code(code, *status, message),
                 None => classify_status(*status),
             },
-            Self::InvalidResponse(_) => (RetryPolicy::Later, "sts_bad_answer"),
-            Self::Unreachable(_) => (RetryPolicy::Later, "sts_unreachable"),
-            Self::InvalidRequest(_) => (RetryPolicy::Never, "sts_misconfigured"),
-            Self::Untrusted(_) => (RetryPolicy::Later, "sts_no_ca"),
-            Self::Busy => (RetryPolicy::Later, "sts_busy"),
+            Self::InvalidResponse(_) => (RetryPolicy::Later, StsReason::BadAnswer),
+            Self::Unreachable(_) => (RetryPolicy::Later, StsReason::Unreachable),
+            Self::InvalidRequest(_) => (RetryPolicy::Never, StsReason::Misconfigured),
+            Self::Untrusted(_) => (RetryPolicy::Later, StsReason::NoCa),
+            Self::Busy => (RetryPolicy::Later, StsReason::Busy),
         }
     }
 }
@@ -135,26 +136,26 @@ impl Failure {
 /// Classifies a failure by the code on the wire. The SDK's shapes have other names
 /// (`IdpCommunicationErrorException` for `IDPCommunicationError`). Other implementations of STS use
 /// either, so the suffix is ignored.
-fn classify_code(code: &str, status: u16, message: &str) -> (RetryPolicy, &'static str) {
+fn classify_code(code: &str, status: u16, message: &str) -> (RetryPolicy, StsReason) {
     match code.strip_suffix("Exception").unwrap_or(code) {
-        "ExpiredToken" => (RetryPolicy::NewToken, "sts_expired_token"),
+        "ExpiredToken" => (RetryPolicy::NewToken, StsReason::ExpiredToken),
         // STS fetches the issuer's keys during the call, with a timeout of seconds.
         "InvalidIdentityToken"
             if message
                 .to_ascii_lowercase()
                 .contains("retrieve verification key") =>
         {
-            (RetryPolicy::Later, "sts_issuer_unreachable")
+            (RetryPolicy::Later, StsReason::IssuerUnreachable)
         }
-        "IDPCommunicationError" => (RetryPolicy::Later, "sts_issuer_unreachable"),
+        "IDPCommunicationError" => (RetryPolicy::Later, StsReason::IssuerUnreachable),
         // The key may have been withdrawn after the signature. The agent drops such tokens.
         "InvalidIdentityToken" | "IDPRejectedClaim" | "InvalidToken" | "InvalidClientTokenId" => {
-            (RetryPolicy::NewToken, "sts_invalid_token")
+            (RetryPolicy::NewToken, StsReason::InvalidToken)
         }
-        "AccessDenied" => (RetryPolicy::Never, "sts_access_denied"),
-        "RegionDisabled" => (RetryPolicy::Never, "sts_region_disabled"),
+        "AccessDenied" => (RetryPolicy::Never, StsReason::AccessDenied),
+        "RegionDisabled" => (RetryPolicy::Never, StsReason::RegionDisabled),
         "MalformedPolicyDocument" | "PackedPolicyTooLarge" => {
-            (RetryPolicy::Never, "sts_bad_policy")
+            (RetryPolicy::Never, StsReason::BadPolicy)
         }
         "ValidationError"
         | "Validation"
@@ -163,7 +164,7 @@ fn classify_code(code: &str, status: u16, message: &str) -> (RetryPolicy, &'stat
         | "InvalidParameterCombination"
         | "InvalidRequest"
         | "MissingParameter"
-        | "NoSuchEntity" => (RetryPolicy::Never, "sts_bad_request"),
+        | "NoSuchEntity" => (RetryPolicy::Never, StsReason::BadRequest),
         // Codes of an S3, or of a service that needs a signature. This call has none.
         "AuthorizationHeaderMalformed"
         | "InvalidAccessKeyId"
@@ -172,7 +173,7 @@ fn classify_code(code: &str, status: u16, message: &str) -> (RetryPolicy, &'stat
         | "MissingAuthenticationToken"
         | "NotImplemented"
         | "SignatureDoesNotMatch"
-        | "UnknownOperation" => (RetryPolicy::Never, "sts_misconfigured"),
+        | "UnknownOperation" => (RetryPolicy::Never, StsReason::Misconfigured),
         "BandwidthLimitExceeded"
         | "EC2Throttled"
         | "LimitExceeded"
@@ -186,45 +187,45 @@ fn classify_code(code: &str, status: u16, message: &str) -> (RetryPolicy, &'stat
         | "Throttled"
         | "Throttling"
         | "TooManyRequests"
-        | "TransactionInProgress" => (RetryPolicy::Later, "sts_throttled"),
+        | "TransactionInProgress" => (RetryPolicy::Later, StsReason::Throttled),
         "RequestTimeout" | "InternalFailure" | "InternalError" | "ServiceUnavailable" => {
-            (RetryPolicy::Later, "sts_unavailable")
+            (RetryPolicy::Later, StsReason::Unavailable)
         }
         _ => classify_status(status),
     }
 }
 
 /// Classifies a failure without a known code, such as HTML from a proxy in front of STS.
-fn classify_status(status: u16) -> (RetryPolicy, &'static str) {
+fn classify_status(status: u16) -> (RetryPolicy, StsReason) {
     match status {
-        429 => (RetryPolicy::Later, "sts_throttled"),
-        405 | 501 => (RetryPolicy::Never, "sts_misconfigured"),
-        408 | 500..=599 => (RetryPolicy::Later, "sts_unavailable"),
-        _ => (RetryPolicy::Never, "sts_refused"),
+        429 => (RetryPolicy::Later, StsReason::Throttled),
+        405 | 501 => (RetryPolicy::Never, StsReason::Misconfigured),
+        408 | 500..=599 => (RetryPolicy::Later, StsReason::Unavailable),
+        _ => (RetryPolicy::Never, StsReason::Refused),
     }
 }
 
 impl StsError {
-    /// All policies and labels of errors. STS may reject a second token, which is then retried
+    /// All policies and reasons of errors. STS may reject a second token, which is then retried
     /// later.
-    const KINDS: [(RetryPolicy, &'static str); 17] = [
-        (RetryPolicy::Later, "sts_bad_answer"),
-        (RetryPolicy::Later, "sts_busy"),
-        (RetryPolicy::Later, "sts_expired_token"),
-        (RetryPolicy::Later, "sts_invalid_token"),
-        (RetryPolicy::Later, "sts_issuer_unreachable"),
-        (RetryPolicy::Later, "sts_no_ca"),
-        (RetryPolicy::Later, "sts_throttled"),
-        (RetryPolicy::Later, "sts_unavailable"),
-        (RetryPolicy::Later, "sts_unreachable"),
-        (RetryPolicy::Never, "sts_access_denied"),
-        (RetryPolicy::Never, "sts_bad_policy"),
-        (RetryPolicy::Never, "sts_bad_request"),
-        (RetryPolicy::Never, "sts_misconfigured"),
-        (RetryPolicy::Never, "sts_refused"),
-        (RetryPolicy::Never, "sts_region_disabled"),
-        (RetryPolicy::NewToken, "sts_expired_token"),
-        (RetryPolicy::NewToken, "sts_invalid_token"),
+    const KINDS: [(RetryPolicy, StsReason); 17] = [
+        (RetryPolicy::Later, StsReason::BadAnswer),
+        (RetryPolicy::Later, StsReason::Busy),
+        (RetryPolicy::Later, StsReason::ExpiredToken),
+        (RetryPolicy::Later, StsReason::InvalidToken),
+        (RetryPolicy::Later, StsReason::IssuerUnreachable),
+        (RetryPolicy::Later, StsReason::NoCa),
+        (RetryPolicy::Later, StsReason::Throttled),
+        (RetryPolicy::Later, StsReason::Unavailable),
+        (RetryPolicy::Later, StsReason::Unreachable),
+        (RetryPolicy::Never, StsReason::AccessDenied),
+        (RetryPolicy::Never, StsReason::BadPolicy),
+        (RetryPolicy::Never, StsReason::BadRequest),
+        (RetryPolicy::Never, StsReason::Misconfigured),
+        (RetryPolicy::Never, StsReason::Refused),
+        (RetryPolicy::Never, StsReason::RegionDisabled),
+        (RetryPolicy::NewToken, StsReason::ExpiredToken),
+        (RetryPolicy::NewToken, StsReason::InvalidToken),
     ];
 
     /// Returns an error of each kind, for their labels.

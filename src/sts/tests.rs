@@ -245,7 +245,7 @@ async fn unusable_response_is_an_error() {
     for (row, reply) in replies.into_iter().enumerate() {
         let error = assume_of(reply).await.0.expect_err(&format!("row {row}"));
         assert_eq!(
-            (error.retry, error.reason),
+            (error.retry, error.reason.label()),
             (RetryPolicy::Later, "sts_bad_answer"),
             "row {row}: {error}"
         );
@@ -325,7 +325,7 @@ async fn refusal_on_the_wire_is_classified() {
         let (result, server) = assume_of(refusal(status, code, message)).await;
         let error = result.unwrap_err();
         assert_eq!(
-            (error.retry, error.reason, error.code.as_str()),
+            (error.retry, error.reason.label(), error.code.as_str()),
             (retry, reason, code),
             "{error}"
         );
@@ -379,7 +379,7 @@ async fn response_without_code_is_classified_by_status() {
             .0
             .unwrap_err();
         assert_eq!(
-            (error.retry, error.reason, error.code.as_str()),
+            (error.retry, error.reason.label(), error.code.as_str()),
             (retry, reason, ""),
             "{error}"
         );
@@ -443,7 +443,7 @@ async fn code_is_classified_in_every_form() {
                 assume_of(StsReply::Body(status, kind, body.replace("{}", message))).await;
             let error = result.unwrap_err();
             assert_eq!(
-                (error.retry, error.reason),
+                (error.retry, error.reason.label()),
                 (RetryPolicy::Never, "sts_access_denied"),
                 "{body}: {error}"
             );
@@ -469,7 +469,7 @@ async fn redirect_is_not_followed() {
         assume_of(StsReply::Redirect(format!("http://{}/", elsewhere.address))).await;
     let error = result.unwrap_err();
     assert_eq!(
-        (error.retry, error.reason),
+        (error.retry, error.reason.label()),
         (RetryPolicy::Never, "sts_refused"),
         "{error}"
     );
@@ -489,7 +489,7 @@ async fn incomplete_response_is_an_outage() {
             .await
             .unwrap_err();
         assert_eq!(
-            (error.retry, error.reason),
+            (error.retry, error.reason.label()),
             (RetryPolicy::Later, "sts_unreachable"),
             "{error}"
         );
@@ -499,7 +499,7 @@ async fn incomplete_response_is_an_outage() {
     for reply in [StsReply::Breaks, endless] {
         let error = assume_of(reply).await.0.unwrap_err();
         assert_eq!(
-            (error.retry, error.reason),
+            (error.retry, error.reason.label()),
             (RetryPolicy::Later, "sts_unreachable"),
             "{error}"
         );
@@ -513,7 +513,7 @@ async fn incomplete_response_is_an_outage() {
         .await
         .unwrap_err();
     assert_eq!(
-        (error.retry, error.reason),
+        (error.retry, error.reason.label()),
         (RetryPolicy::Later, "sts_unreachable"),
         "{error}"
     );
@@ -542,7 +542,7 @@ async fn invalid_request_is_a_misconfiguration() {
             .await
             .unwrap_err();
         assert_eq!(
-            (error.retry, error.reason),
+            (error.retry, error.reason.label()),
             (RetryPolicy::Never, "sts_misconfigured"),
             "{target:?}: {error}"
         );
@@ -652,7 +652,7 @@ async fn call_without_permit_fails_after_the_timeout() {
         .await
         .unwrap_err();
     assert_eq!(
-        (error.retry, error.reason),
+        (error.retry, error.reason.label()),
         (RetryPolicy::Later, "sts_busy"),
         "{error}"
     );
@@ -673,11 +673,11 @@ async fn workload_may_use_a_quarter_of_the_permits() {
     };
     let token = svid_for(&billing(), 300, 1);
     assert_eq!(
-        sts.assume(&mine, &token).await.unwrap_err().reason,
+        sts.assume(&mine, &token).await.unwrap_err().reason.label(),
         "sts_busy"
     );
     assert_eq!(
-        sts.assume(&other, &token).await.unwrap_err().reason,
+        sts.assume(&other, &token).await.unwrap_err().reason.label(),
         "sts_unreachable",
         "it was sent"
     );
@@ -717,7 +717,7 @@ async fn workload_is_served_while_four_others_hold_all_permits() {
     sts.assume(&grant(&plain(&server)), &token).await.unwrap();
     let evicted = hanging.join_next().await.unwrap().unwrap().unwrap_err();
     assert_eq!(
-        (evicted.reason, evicted.retry),
+        (evicted.reason.label(), evicted.retry),
         ("sts_busy", RetryPolicy::Later)
     );
     // Its permit is free now.
@@ -772,6 +772,6 @@ async fn probe_succeeds_if_sts_responds() {
             ..settings()
         });
         let error = sts.probe(&plain(&server)).await.unwrap_err();
-        assert_eq!(error.reason, "sts_unreachable", "{error}");
+        assert_eq!(error.reason.label(), "sts_unreachable", "{error}");
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
-use awsvid::cache::{CredentialCache, Limits};
+use awsvid::cache::CredentialCache;
 use awsvid::caller::{AttestError, Caller, ListenerKind, PeerProof, ProcessFacts};
 use awsvid::cgroup::CgroupPath;
 use awsvid::clock::Clock;
@@ -14,6 +14,7 @@ use awsvid::credentials::Credentials;
 use awsvid::exchange::TokenExchanger;
 use awsvid::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
 use awsvid::metrics::Metrics;
+use awsvid::policy::{CacheLimits, Policy};
 use awsvid::role::{Grant, Identity, RequestedRole, Role, Roles, StsTarget};
 use awsvid::sts::{AssumeRole, StsError};
 use awsvid::svid::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
@@ -32,23 +33,31 @@ pub(crate) fn run(count: usize) -> Result<(), Failed> {
         .enable_all()
         .build()?;
     runtime.block_on(async {
-        let issuer = TokenExchanger::new(
-            Arc::new(Source),
-            Arc::new(Source),
-            Clock::system(),
-            Metrics::default(),
-        );
-        let limits = Limits {
-            max_entries: count,
-            revocation_grace: Duration::ZERO,
-        };
-        let cache = CredentialCache::new(issuer, Clock::system(), Metrics::default(), limits);
         let role = Arc::new(role()?);
+        let policy = Policy {
+            source: Arc::new(Source),
+            roles: Roles {
+                defined: vec![role.clone()],
+                requested: None,
+            },
+            exchanger: TokenExchanger::new(
+                Arc::new(Source),
+                Arc::new(Source),
+                Clock::system(),
+                Metrics::default(),
+            ),
+            limits: CacheLimits {
+                max_entries: count,
+                revocation_grace: Duration::ZERO,
+            },
+        };
+        let cache = CredentialCache::new(policy, Clock::system(), Metrics::default());
         println!("empty");
         stdin().lock().read_line(&mut String::new())?;
         for number in 0..count {
             let grant = grant(&role, number)?;
-            cache.get(&grant, &Arc::new(caller(number))).await?;
+            let caller = Arc::new(caller(number));
+            cache.get(&cache.policy(), &grant, &caller).await?;
         }
         println!("full");
         stdin().lock().read_line(&mut String::new())?;

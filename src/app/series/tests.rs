@@ -45,16 +45,10 @@ fn lists_have_every_label_that_the_code_uses() {
             "{used:?} in {listed:?}"
         );
     }
-    let sts = include_str!("../../sts/error.rs");
-    let (_, code) = sts.split_once("fn classify(").unwrap();
-    let used: BTreeSet<_> = code
-        .split('"')
-        .filter(|word| word.starts_with("sts_"))
-        .map(str::to_owned)
-        .collect();
+    let used = literals(include_str!("../../sts/reason.rs"), "fn label(");
     let listed: BTreeSet<_> = StsError::samples()
         .into_iter()
-        .map(|error| error.reason.to_owned())
+        .map(|error| error.reason.label().to_owned())
         .collect();
     assert_eq!(used, listed);
 }

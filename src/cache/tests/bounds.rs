@@ -3,7 +3,7 @@
 use super::*;
 use table::MAX_ROLES_PER_ID;
 
-const MANY: Limits = Limits {
+const MANY: CacheLimits = CacheLimits {
     max_entries: 1000,
     ..LIMITS
 };
@@ -32,20 +32,27 @@ async fn cache_evicts_least_recently_used_role_of_a_workload() {
     key_for(&cache, "other", 1).await.unwrap();
     let roles = roles(MAX_ROLES_PER_ID + 1);
     for role in &roles[..MAX_ROLES_PER_ID] {
-        cache.get(&grant_of("a", role), &caller()).await.unwrap();
+        cache
+            .get(&cache.policy(), &grant_of("a", role), &caller())
+            .await
+            .unwrap();
         advance(SECOND).await;
     }
     // The first is used again, so the second is evicted.
     assert_eq!(
         cache
-            .get(&grant_of("a", &roles[0]), &caller())
+            .get(&cache.policy(), &grant_of("a", &roles[0]), &caller())
             .await
             .unwrap()
             .1,
         CacheResult::Hit
     );
     cache
-        .get(&grant_of("a", &roles[MAX_ROLES_PER_ID]), &caller())
+        .get(
+            &cache.policy(),
+            &grant_of("a", &roles[MAX_ROLES_PER_ID]),
+            &caller(),
+        )
         .await
         .unwrap();
     let remaining = names(&cache, "a");
@@ -74,7 +81,12 @@ async fn entry_with_a_flight_is_not_evicted() {
     let roles = roles(MAX_ROLES_PER_ID + 1);
     let ask = |owner: &'static str, role: &Arc<Role>| {
         let (cache, grant) = (cache.clone(), grant_of(owner, role));
-        tokio::spawn(async move { cache.get(&grant, &caller()).await.map(|_| ()) })
+        tokio::spawn(async move {
+            cache
+                .get(&cache.policy(), &grant, &caller())
+                .await
+                .map(|_| ())
+        })
     };
     let waiting: Vec<_> = roles[..MAX_ROLES_PER_ID]
         .iter()
@@ -82,7 +94,11 @@ async fn entry_with_a_flight_is_not_evicted() {
         .collect();
     settle().await;
     let refused = cache
-        .get(&grant_of("a", &roles[MAX_ROLES_PER_ID]), &caller())
+        .get(
+            &cache.policy(),
+            &grant_of("a", &roles[MAX_ROLES_PER_ID]),
+            &caller(),
+        )
         .await;
     assert!(
         matches!(refused, Err(CacheError::TooManyRoles)),
@@ -94,7 +110,11 @@ async fn entry_with_a_flight_is_not_evicted() {
         waiting.await.unwrap().unwrap();
     }
     cache
-        .get(&grant_of("a", &roles[MAX_ROLES_PER_ID]), &caller())
+        .get(
+            &cache.policy(),
+            &grant_of("a", &roles[MAX_ROLES_PER_ID]),
+            &caller(),
+        )
         .await
         .unwrap();
 }
@@ -104,14 +124,14 @@ async fn full_cache_evicts_only_the_requesters_entries() {
     let (_world, cache) = env(100);
     let roles = roles(2);
     cache
-        .get(&grant_of("a", &roles[0]), &caller())
+        .get(&cache.policy(), &grant_of("a", &roles[0]), &caller())
         .await
         .unwrap();
     for name in ["b", "c"] {
         key_for(&cache, name, 1).await.unwrap();
     }
     cache
-        .get(&grant_of("a", &roles[1]), &caller())
+        .get(&cache.policy(), &grant_of("a", &roles[1]), &caller())
         .await
         .unwrap();
     assert_eq!(names(&cache, "a"), ["r1"]);
@@ -130,7 +150,7 @@ async fn workload_that_invents_roles_is_limited_alone() {
     key_for(&cache, "other", 1).await.unwrap();
     let good = Arc::new(role("good"));
     cache
-        .get(&grant_of("greedy", &good), &caller())
+        .get(&cache.policy(), &grant_of("greedy", &good), &caller())
         .await
         .unwrap();
     env.refuse(refused());
@@ -138,7 +158,10 @@ async fn workload_that_invents_roles_is_limited_alone() {
     let before = env.fetched();
     let mut refusals = HashSet::new();
     for role in roles(2000) {
-        match cache.get(&grant_of("greedy", &role), &caller()).await {
+        match cache
+            .get(&cache.policy(), &grant_of("greedy", &role), &caller())
+            .await
+        {
             Err(CacheError::Exchange(error)) => {
                 refusals.insert((error.reason(), error.is_transient()))
             }
@@ -183,7 +206,12 @@ async fn hanging_source_delays_only_its_workload() {
     *env.takes.lock().unwrap() = SECOND * 30;
     for role in roles(MAX_ROLES_PER_ID) {
         let (cache, grant) = (cache.clone(), grant_of("a", &role));
-        tokio::spawn(async move { cache.get(&grant, &caller()).await.map(drop) });
+        tokio::spawn(async move {
+            cache
+                .get(&cache.policy(), &grant, &caller())
+                .await
+                .map(drop)
+        });
     }
     settle().await;
     assert_eq!(env.busy.load(Ordering::SeqCst), 4);
@@ -197,7 +225,10 @@ async fn hanging_source_delays_only_its_workload() {
 async fn hanging_source_leaves_refreshes_for_others() {
     let (env, cache) = env_of(100_000, MANY);
     for role in roles(MAX_ROLES_PER_ID) {
-        cache.get(&grant_of("a", &role), &caller()).await.unwrap();
+        cache
+            .get(&cache.policy(), &grant_of("a", &role), &caller())
+            .await
+            .unwrap();
     }
     *env.takes.lock().unwrap() = HOUR;
     pass(MINUTE * 35).await;
@@ -212,7 +243,7 @@ async fn request_for_sixteen(cache: &CredentialCache) -> tokio::task::JoinSet<&'
         for role in roles(MAX_REFRESHES_PER_SPIFFE_ID) {
             let (cache, grant) = (cache.clone(), grant_of(&format!("hostile-{number}"), &role));
             requests.spawn(async move {
-                match cache.get(&grant, &caller()).await {
+                match cache.get(&cache.policy(), &grant, &caller()).await {
                     Ok(_) => "ok",
                     Err(CacheError::Exchange(error)) => error.reason(),
                     Err(CacheError::Pending) => "pending",

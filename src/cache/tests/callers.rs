@@ -114,7 +114,10 @@ async fn refresh_continues_with_a_caller_that_arrived_meanwhile() {
 async fn cache_keeps_no_caller_if_the_source_needs_none() {
     let (env, cache) = super::env(100);
     let caller = caller_of(5);
-    cache.get(&grant("a"), &caller).await.unwrap();
+    cache
+        .get(&cache.policy(), &grant("a"), &caller)
+        .await
+        .unwrap();
     settle().await;
     assert_eq!(Arc::strong_count(&caller), 1);
     assert_eq!(cache.entries()[0].callers, 0);

@@ -79,14 +79,11 @@ async fn hanging_source_does_not_extend_the_grace() {
 #[tokio::test(start_paused = true)]
 async fn new_grace_applies_to_earlier_refusals() {
     let (env, cache) = refused_env().await;
-    cache.reconfigure(
-        env.exchanger(),
-        Limits {
-            revocation_grace: HOUR,
-            ..LIMITS
-        },
-        |_| true,
-    );
+    let limits = CacheLimits {
+        revocation_grace: HOUR,
+        ..LIMITS
+    };
+    cache.reload(env.policy(&[Arc::new(role("r"))], limits));
     pass(LIMITS.revocation_grace + MINUTE).await;
     assert_eq!(key(&cache).await.unwrap().0, "KEY1");
 }
@@ -194,8 +191,8 @@ async fn refresh_backs_off_in_an_outage() {
 
 /// Captures the log of this thread. A line that a thread without a log writes first would be
 /// disabled for this thread too. So each line is written once here first.
-fn log() -> CapturedLog {
-    let entry = Entry::new(grant("before"));
+fn log(cache: &CredentialCache) -> CapturedLog {
+    let entry = Entry::new(grant("before"), cache.policy());
     let error = || ExchangeError::from(unavailable());
     for event in [
         CacheEvent::Failed {
@@ -216,7 +213,7 @@ fn log() -> CapturedLog {
 async fn log_has_a_failure_once_per_change() {
     let (env, cache) = env(10_000);
     key(&cache).await.unwrap();
-    let log = log();
+    let log = log(&cache);
     let count = |what: &str| log.text().matches(what).count();
     env.fail(unavailable());
     pass(MINUTE * 45).await;
@@ -245,7 +242,7 @@ async fn log_has_a_failure_once_per_change() {
 async fn log_has_recovery_and_is_bounded_in_an_outage() {
     let (env, cache) = env_of(
         1_000_000,
-        Limits {
+        CacheLimits {
             max_entries: 1000,
             ..LIMITS
         },
@@ -253,11 +250,15 @@ async fn log_has_recovery_and_is_bounded_in_an_outage() {
     let role = Arc::new(role("r"));
     for number in 0..300 {
         cache
-            .get(&grant_of(&number.to_string(), &role), &caller())
+            .get(
+                &cache.policy(),
+                &grant_of(&number.to_string(), &role),
+                &caller(),
+            )
             .await
             .unwrap();
     }
-    let log = log();
+    let log = log(&cache);
     env.fail(unavailable());
     pass(DUE + SECOND).await;
     let failed = log.text().matches("exchange failed").count();
@@ -325,7 +326,7 @@ async fn refreshes_are_spread_after_an_outage_of_ten_thousand() {
     const MANY: usize = 10_000;
     let (env, cache) = env_of(
         100_000_000,
-        Limits {
+        CacheLimits {
             max_entries: MANY,
             ..LIMITS
         },
@@ -335,7 +336,7 @@ async fn refreshes_are_spread_after_an_outage_of_ten_thousand() {
         .map(|number| grant_of(&number.to_string(), &role))
         .collect();
     for grant in &grants {
-        cache.get(grant, &caller()).await.unwrap();
+        cache.get(&cache.policy(), grant, &caller()).await.unwrap();
     }
     *env.takes.lock().unwrap() = Duration::from_millis(200);
     // All are due within it. A kind of failure that one flight tries only once keeps the test
@@ -356,7 +357,7 @@ async fn refreshes_are_spread_after_an_outage_of_ten_thousand() {
         assert!(flights <= MAX_REFRESHES, "{flights} at one time");
     }
     for grant in &grants {
-        let (_, result) = cache.get(grant, &caller()).await.unwrap();
+        let (_, result) = cache.get(&cache.policy(), grant, &caller()).await.unwrap();
         assert_eq!(result, CacheResult::Hit, "nobody's ended, and all are new");
     }
     assert_eq!(

@@ -7,7 +7,7 @@ use crate::svid::jwt::tests::{billing, now, raw_token};
 
 const ISSUER: &str = "https://oidc.example.org";
 
-fn advice(reason: &str, answer: &str, is_aws: bool, arn: &str, algorithm: &str) -> String {
+fn advice(reason: StsReason, answer: &str, is_aws: bool, arn: &str, algorithm: &str) -> String {
     let at = StsDestination {
         name: "STS at https://sts".to_owned(),
         is_aws,
@@ -41,9 +41,9 @@ fn advice_names_the_setting_to_change() {
     const AWS: &str = "arn:aws:iam::123456789012:role/shop";
     const MINIO: &str = "arn:minio:iam:::role/x";
     // (reason, STS's answer, at AWS, the role, words of the advice)
-    let table: [(&str, &str, bool, &str, &[&str]); 20] = [
+    let table: [(StsReason, &str, bool, &str, &[&str]); 20] = [
         (
-            "sts_access_denied",
+            StsReason::AccessDenied,
             "AccessDenied Not authorized to perform sts:AssumeRoleWithWebIdentity",
             true,
             AWS,
@@ -53,28 +53,28 @@ fn advice_names_the_setting_to_change() {
             ],
         ),
         (
-            "sts_access_denied",
+            StsReason::AccessDenied,
             "AccessDenied",
             false,
             AWS,
             &["the trust policy of arn:aws", "(without https://)"],
         ),
         (
-            "sts_access_denied",
+            StsReason::AccessDenied,
             "AccessDenied",
             false,
             "urn:ecs:iam::ns:role/x",
             &["the role urn:ecs:iam::ns:role/x", ISSUER],
         ),
         (
-            "sts_access_denied",
+            StsReason::AccessDenied,
             "AccessDenied token verification failed: bad audience",
             false,
             "x",
             &["audience is \"shop\""],
         ),
         (
-            "sts_invalid_token",
+            StsReason::InvalidToken,
             "InvalidIdentityToken No OpenIDConnect provider found in your account for x",
             true,
             AWS,
@@ -84,93 +84,93 @@ fn advice_names_the_setting_to_change() {
             ],
         ),
         (
-            "sts_invalid_token",
+            StsReason::InvalidToken,
             "InvalidIdentityToken Incorrect token audience",
             true,
             AWS,
             &["add-client-id-to-open-id"],
         ),
         (
-            "sts_invalid_token",
+            StsReason::InvalidToken,
             "InvalidIdentityToken Invalid timestamp in token claims",
             true,
             AWS,
             &["SPIRE to 1.9.5"],
         ),
         (
-            "sts_invalid_token",
+            StsReason::InvalidToken,
             "InvalidIdentityToken Something new",
             true,
             AWS,
             &["compare the IAM provider's URL with"],
         ),
         (
-            "sts_invalid_token",
+            StsReason::InvalidToken,
             "InvalidToken",
             false,
             MINIO,
             &["MINIO_IDENTITY_OPENID_CONFIG_URL"],
         ),
         (
-            "sts_issuer_unreachable",
+            StsReason::IssuerUnreachable,
             "",
             true,
             AWS,
             &["STS cannot read the keys of https://oidc.example.org"],
         ),
         (
-            "sts_issuer_unreachable",
+            StsReason::IssuerUnreachable,
             "",
             false,
             MINIO,
             &["STS cannot read the keys of"],
         ),
         (
-            "sts_region_disabled",
+            StsReason::RegionDisabled,
             "",
             true,
             AWS,
             &["activate STS in eu-central-1"],
         ),
         (
-            "sts_bad_request",
+            StsReason::BadRequest,
             "ValidationError too long",
             true,
             AWS,
             &["of role \"shop\"", "example.org=billing, for 3600 s"],
         ),
         (
-            "sts_bad_request",
+            StsReason::BadRequest,
             "InvalidParameterValue",
             false,
             MINIO,
             &["the ARN that it prints at its start"],
         ),
         (
-            "sts_expired_token",
+            StsReason::ExpiredToken,
             "ExpiredToken",
             true,
             AWS,
             &["timedatectl"],
         ),
         (
-            "sts_misconfigured",
+            StsReason::Misconfigured,
             "NotImplemented",
             false,
             MINIO,
             &["an STS that takes AssumeRoleWithWebIdentity"],
         ),
-        ("sts_refused", "", true, AWS, &["what answers there"]),
+        (StsReason::Refused, "", true, AWS, &["what answers there"]),
         (
-            "sts_unreachable",
+            StsReason::Unreachable,
             "",
             true,
             AWS,
             &["DNS, the firewall, HTTPS_PROXY and NO_PROXY"],
         ),
-        ("sts_throttled", "Throttling", true, AWS, &[]),
+        (StsReason::Throttled, "Throttling", true, AWS, &[]),
         (
-            "sts_unavailable",
+            StsReason::Unavailable,
             "the audience is unavailable",
             true,
             AWS,
@@ -182,10 +182,10 @@ fn advice_names_the_setting_to_change() {
         assert_eq!(
             advice.is_empty(),
             fragments.is_empty(),
-            "{reason} {answer}: {advice}"
+            "{reason:?} {answer}: {advice}"
         );
         for word in fragments {
-            assert!(advice.contains(word), "{reason} {answer} {arn}: {advice}");
+            assert!(advice.contains(word), "{reason:?} {answer} {arn}: {advice}");
         }
         assert!(
             is_aws || !advice.contains("awsvid trust-policy writes"),
@@ -198,16 +198,16 @@ fn advice_names_the_setting_to_change() {
 fn advice_names_an_unsupported_signature() {
     const ARN: &str = "arn:aws:iam::123456789012:role/shop";
     for (algorithm, reason, is_aws, named) in [
-        ("PS256", "sts_invalid_token", true, true),
-        ("PS256", "sts_invalid_token", false, false),
-        ("PS256", "sts_access_denied", true, false),
-        ("RS256", "sts_invalid_token", true, false),
+        ("PS256", StsReason::InvalidToken, true, true),
+        ("PS256", StsReason::InvalidToken, false, false),
+        ("PS256", StsReason::AccessDenied, true, false),
+        ("RS256", StsReason::InvalidToken, true, false),
     ] {
         let advice = advice(reason, "InvalidIdentityToken", is_aws, ARN, algorithm);
         assert_eq!(
             advice.contains("PS family"),
             named,
-            "{algorithm} {reason}: {advice}"
+            "{algorithm} {reason:?}: {advice}"
         );
     }
 }

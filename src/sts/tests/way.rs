@@ -29,7 +29,7 @@ async fn private_ca_is_trusted_for_a_private_endpoint() {
         .await
         .unwrap_err();
         assert_eq!(
-            (error.retry, error.reason),
+            (error.retry, error.reason.label()),
             (RetryPolicy::Later, "sts_unreachable"),
             "{error}"
         );
@@ -54,7 +54,7 @@ async fn private_ca_is_trusted_for_a_private_endpoint() {
     waiting.prepare(&[&target]).await.unwrap();
     let error = waiting.assume(&grant(&target), &token).await.unwrap_err();
     assert_eq!(
-        (error.retry, error.reason),
+        (error.retry, error.reason.label()),
         (RetryPolicy::Later, "sts_no_ca"),
         "{error}"
     );
@@ -64,7 +64,7 @@ async fn private_ca_is_trusted_for_a_private_endpoint() {
     );
     std::fs::rename(&file, &late).unwrap();
     while let Err(error) = waiting.assume(&grant(&target), &token).await {
-        assert_eq!(error.reason, "sts_no_ca", "{error}");
+        assert_eq!(error.reason.label(), "sts_no_ca", "{error}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     // A file without a certificate is a mistake. Only a call that needs it finds it.
@@ -110,7 +110,7 @@ async fn prepare_checks_the_variables_of_a_target() {
             .await
             .unwrap_err();
         assert_eq!(
-            (error.retry, error.reason),
+            (error.retry, error.reason.label()),
             (RetryPolicy::Never, "sts_misconfigured"),
             "{error}"
         );
@@ -135,7 +135,7 @@ async fn proxy_that_does_not_resolve_is_an_outage() {
         .await
         .unwrap_err();
     assert_eq!(
-        (error.retry, error.reason),
+        (error.retry, error.reason.label()),
         (RetryPolicy::Later, "sts_unreachable"),
         "{error}"
     );
