@@ -160,20 +160,29 @@ async fn scope_that_blocks_leaves_threads_for_others() {
     let threads = LookupThreads::new(2);
     let (release, wait) = std::sync::mpsc::channel::<()>();
     let wait = Arc::new(Mutex::new(wait));
-    for uid in 0..400 {
-        for _ in 0..MAX_PER_WORKLOAD {
-            let wait = wait.clone();
-            spawn(&threads, uid, async move {
-                if on_lookup_thread() {
-                    // All of them wait for the one that waits for the channel.
-                    let _ = wait.lock().map(|wait| wait.recv());
-                }
-            });
-        }
-    }
+    let block = |uid| {
+        let wait = wait.clone();
+        spawn(&threads, uid, async move {
+            if on_lookup_thread() {
+                // All of them wait for the one that waits for the channel.
+                let _ = wait.lock().map(|wait| wait.recv());
+            }
+        });
+    };
     let busy = || threads.0.state().busy.len();
+    let is_waiting = || {
+        let state = threads.0.state();
+        state
+            .workloads
+            .values()
+            .any(|queue| !queue.waiting.is_empty())
+    };
     while busy() < MAX_THREADS / 2 {
-        tokio::task::yield_now().await;
+        // On a loaded machine jobs expire before they get a thread.
+        if !is_waiting() {
+            (0..400).for_each(|uid| (0..MAX_PER_WORKLOAD).for_each(|_| block(uid)));
+        }
+        sleep(STUCK_AFTER).await;
     }
     for number in 0..100 {
         let (say, said) = oneshot::channel();
