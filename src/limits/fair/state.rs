@@ -1,4 +1,4 @@
-//! The permits and waiters of a [`super::FairSemaphore`], and the rules of who gives way.
+//! The permits and waiters of a [`super::FairSemaphore`], and the rules by which permits give way.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! CPU time per request where many processes of one cgroup send requests in turn.
+//! CPU time per request where many processes of one cgroup send requests one after another.
 //!
 //! The daemon searches these processes for the one that holds the socket, so its time grows with
 //! their number. It must not jump where a cache of the daemon is full.
