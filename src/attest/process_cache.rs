@@ -24,6 +24,8 @@ use crate::caller::AttestError;
 const MAX_PROCESSES: u64 = 1024;
 /// The number of descriptors that the process may open, for each cached handle.
 const DESCRIPTORS_PER_HANDLE: u64 = 16;
+/// The number of additions after which the handles of ended processes are evicted.
+const SWEEP_AFTER: usize = 64;
 /// The number of hints about descriptors that held connections: as many as threads may connect at a
 /// time.
 const MAX_HINTS: usize = 8;
@@ -245,7 +247,14 @@ pub(crate) fn socket(descriptors: BorrowedFd<'_>, number: u32) -> Option<u32> {
 /// The handles that were used last, by pid. A full cache evicts the one that was not used for the
 /// longest time.
 #[derive(Debug)]
-pub(crate) struct ProcessCache(Mutex<LruCache<u32, Arc<ProcessHandle>>>);
+pub(crate) struct ProcessCache(Mutex<CachedHandles>);
+
+#[derive(Debug)]
+struct CachedHandles {
+    by_pid: LruCache<u32, Arc<ProcessHandle>>,
+    /// The number of additions since the last sweep.
+    added: usize,
+}
 
 impl ProcessCache {
     /// Creates a cache that leaves most descriptors of the process to connections.
@@ -257,20 +266,56 @@ impl ProcessCache {
 
     fn with_capacity(capacity: usize) -> Self {
         let capacity = NonZeroUsize::new(capacity).unwrap_or(NonZeroUsize::MIN);
-        Self(Mutex::new(LruCache::new(capacity)))
+        Self(Mutex::new(CachedHandles {
+            by_pid: LruCache::new(capacity),
+            added: 0,
+        }))
     }
 
     /// Returns the handle that had this pid when it was cached. Its process may be gone, and the
     /// pid reused.
     pub(crate) fn get(&self, pid: u32) -> Option<Arc<ProcessHandle>> {
-        lock(&self.0).get(&pid).cloned()
+        lock(&self.0).by_pid.get(&pid).cloned()
     }
 
     /// Adds a handle to the cache.
     pub(crate) fn insert(&self, handle: Arc<ProcessHandle>) {
-        let evicted = lock(&self.0).push(handle.pid, handle);
+        let mut cached = lock(&self.0);
+        let evicted = cached.by_pid.push(handle.pid, handle);
+        cached.added += 1;
+        let ended = if cached.added >= SWEEP_AFTER {
+            cached.added = 0;
+            cached.take_ended()
+        } else {
+            Vec::new()
+        };
+        drop(cached);
         // The descriptors are closed after the lock is released.
-        drop(evicted);
+        drop((evicted, ended));
+    }
+}
+
+impl CachedHandles {
+    /// Removes and returns the handles of processes that have ended, by one system call.
+    fn take_ended(&mut self) -> Vec<Arc<ProcessHandle>> {
+        let handles: Vec<_> = self
+            .by_pid
+            .iter()
+            .map(|(_, handle)| handle.clone())
+            .collect();
+        let mut polled: Vec<_> = handles
+            .iter()
+            .map(|handle| PollFd::new(handle.pidfd.as_fd(), PollFlags::POLLIN))
+            .collect();
+        if poll(&mut polled, PollTimeout::ZERO).is_err() {
+            return Vec::new();
+        }
+        let has_ended = |polled: &PollFd<'_>| polled.any().unwrap_or(true);
+        let ended = handles.iter().zip(&polled);
+        let ended = ended.filter(|(_, polled)| has_ended(polled));
+        ended
+            .filter_map(|(handle, _)| self.by_pid.pop(&handle.pid))
+            .collect()
     }
 }
 

@@ -191,8 +191,28 @@ fn full_process_cache_evicts_the_least_recently_used() {
     for pid in 2..100 {
         processes.insert(own(pid));
         assert!(Arc::ptr_eq(&processes.get(1).unwrap(), &used));
-        let is_cached = |pid| lock(&processes.0).contains(&pid);
+        let is_cached = |pid| lock(&processes.0).by_pid.contains(&pid);
         assert!(is_cached(pid) && is_cached(pid - 1), "{pid}");
         assert!(pid < 4 || !is_cached(pid - 2), "{pid}");
     }
+}
+
+#[test]
+fn handles_of_ended_processes_are_evicted() {
+    let processes = ProcessCache::with_capacity(1000);
+    let (ended, running) = (sleeper(), sleeper());
+    for child in [&ended, &running] {
+        let handle = ProcessHandle::new(child.id(), pidfd(child.id()), None);
+        processes.insert(Arc::new(handle));
+    }
+    let ended = end(ended);
+    assert!(processes.get(ended).is_some());
+    // As many as bring about a sweep.
+    for _ in 0..SWEEP_AFTER {
+        let own = ProcessHandle::new(std::process::id(), pidfd(std::process::id()), None);
+        processes.insert(Arc::new(own));
+    }
+    assert!(processes.get(ended).is_none());
+    assert!(processes.get(running.id()).is_some());
+    end(running);
 }

@@ -305,7 +305,7 @@ fn assert_nothing_left(env: &Env, before: (u64, usize)) {
         "{} KiB of memory, and {kib} after the herd",
         before.0
     );
-    // Of 128 processes the daemon keeps some handles for the next request.
+    // The daemon keeps the handles of some processes that have ended, until it has new ones of 64.
     let left = await_some(
         "the descriptors of those that are gone are closed",
         TIMEOUT,
