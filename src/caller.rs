@@ -8,15 +8,17 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use crate::cgroup::{CgroupPath, Pod, PodUid, WorkloadCgroup, WorkloadKind};
+use crate::cgroup::{CgroupPath, Pod};
 
 mod attest_error;
 mod groups;
 #[cfg(test)]
 pub(crate) mod unchanged;
+mod workload_key;
 
 pub use attest_error::AttestError;
 pub use groups::{GroupDetail, Groups};
+pub use workload_key::{WorkloadKey, WorkloadScope};
 
 /// The kind of listener that a caller connected to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -64,30 +66,6 @@ pub struct Caller {
     pub process: Option<Process>,
     /// The proof that the caller is unchanged since these facts were read.
     pub proof: Box<dyn PeerProof>,
-}
-
-/// The key by which per-workload limits count (T20, T29).
-///
-/// It is the pod if there is one, or else the container, whatever users it has. For a person it is
-/// the `user-N.slice`, which contains all sessions, user units and rootless containers. For any
-/// other process it is the user within the outermost systemd unit.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct WorkloadKey {
-    scope: WorkloadScope,
-    /// `None` where the scope is one workload, whatever users it has.
-    uid: Option<u32>,
-}
-
-/// A set of workloads that one party can multiply, such as the users of one unit. Where a shared
-/// limit is reached, permits of the scope that holds the most are evicted first.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum WorkloadScope {
-    /// One pod, whatever its containers.
-    Pod(PodUid),
-    /// A container, a `user-N.slice`, or an outermost systemd unit.
-    Cgroup(WorkloadCgroup),
-    /// The whole machine, where no cgroup is known.
-    Machine,
 }
 
 /// The facts about a calling process.
@@ -336,51 +314,6 @@ impl Caller {
             (None, None) => None,
             _ => Some(false),
         }
-    }
-}
-
-impl WorkloadKey {
-    /// Returns the key of a caller, by the facts of its socket.
-    pub fn of(caller: &Caller) -> Self {
-        Self::at(caller.uid, caller.cgroup.as_ref(), caller.pod.as_ref())
-    }
-
-    fn at(uid: u32, cgroup: Option<&CgroupPath>, pod: Option<&Pod>) -> Self {
-        if let Some(pod) = pod {
-            return Self {
-                scope: WorkloadScope::Pod(pod.uid.clone()),
-                uid: None,
-            };
-        }
-        let Some(cgroup) = cgroup else {
-            return Self::user(uid);
-        };
-        let (workload, kind) = cgroup.workload();
-        Self {
-            scope: WorkloadScope::Cgroup(workload),
-            uid: (kind == WorkloadKind::Unit).then_some(uid),
-        }
-    }
-
-    /// Returns the key of a user's processes, where no cgroup is known.
-    pub fn user(uid: u32) -> Self {
-        Self {
-            scope: WorkloadScope::Machine,
-            uid: Some(uid),
-        }
-    }
-
-    /// Returns the key of peers without a known user. They share the limits of one workload.
-    pub fn unknown() -> Self {
-        Self {
-            scope: WorkloadScope::Machine,
-            uid: None,
-        }
-    }
-
-    /// Returns the scope that this key belongs to.
-    pub fn scope(&self) -> &WorkloadScope {
-        &self.scope
     }
 }
 
