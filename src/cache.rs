@@ -90,7 +90,7 @@ struct Generation {
 pub struct Limits {
     /// Maximum number of entries, thus of sets of credentials.
     pub max_entries: usize,
-    /// Time for which cached credentials are still served after STS first refuses to renew them.
+    /// Time for which cached credentials are still served after STS first rejects their refresh.
     pub revocation_grace: Duration,
 }
 

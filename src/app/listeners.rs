@@ -141,7 +141,7 @@ impl AcceptLoops {
             };
             tracing::warn!(
                 address = bound.name(),
-                "callers of a systemd socket are refused: [listen] does not name it; make the .socket unit and \
+                "callers of a systemd socket are rejected: [listen] does not name it; make the .socket unit and \
                  the configuration agree"
             );
             let reset = |stream: AcceptedStream, _| async move {

@@ -94,7 +94,7 @@ impl TcpSupport {
         found
     }
 
-    /// Returns the attestor, or the refusal that names what is missing.
+    /// Returns the attestor, or the rejection that names what is missing.
     fn current(&self) -> Result<TcpAttestor, AttestError> {
         if let Some(attestor) = self.attestor() {
             return Ok(attestor);
@@ -148,7 +148,7 @@ fn described(missing: &TcpUnsupported) -> String {
 
 fn log_missing(missing: &TcpUnsupported) {
     let fix = missing.fix(unix_support());
-    tracing::warn!(error = %missing, %fix, "callers over TCP are refused (unsupported_kernel)");
+    tracing::warn!(error = %missing, %fix, "callers over TCP are rejected (unsupported_kernel)");
 }
 
 fn attestor(host: &Arc<Host>) -> Result<TcpAttestor, TcpUnsupported> {

@@ -1,5 +1,5 @@
 //! Passes pods' listeners from one instance to the next over a unix socket, so that an update
-//! refuses no connection.
+//! rejects no connection.
 //!
 //! Each message is one byte, or a record with a descriptor:
 //!

@@ -197,7 +197,7 @@ impl BrokerApi {
         }
     }
 
-    /// Converts the agent's refusal to an error with a fix. The texts are those of SPIRE 1.15.
+    /// Converts the agent's rejection to an error with a fix. The texts are those of SPIRE 1.15.
     fn refused(&self, workload: WorkloadRef<'_>, status: &Status) -> SourceError {
         let (text, reply, endpoint) =
             (status.message(), one_line(status.message()), &self.endpoint);

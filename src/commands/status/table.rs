@@ -55,7 +55,7 @@ pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
             let not = style.paint(RED, "not counted");
             let _ = writeln!(
                 text,
-                "executions of programs: {not}: callers are refused (unseen_program)"
+                "executions of programs: {not}: callers are rejected (unseen_program)"
             );
         }
     }
@@ -280,9 +280,9 @@ spiffe://example.org/unasked  unasked  unasked  in 59m 7s  in 29m 0s  -         
 ";
         assert_eq!(text, expected);
         let mut refusing = status();
-        refusing["unsupported_kernel"] = json!(["callers over TCP are refused: no\u{1b}"]);
+        refusing["unsupported_kernel"] = json!(["callers over TCP are rejected: no\u{1b}"]);
         refusing["counts_executions"] = json!(false);
-        let line = "\nunsupported_kernel: callers over TCP are refused: no \nexecutions of programs: not counted: callers are refused";
+        let line = "\nunsupported_kernel: callers over TCP are rejected: no \nexecutions of programs: not counted: callers are rejected";
         assert!(render(&refusing, now(), Style::plain()).contains(line));
         refusing["counts_executions"] = json!(true);
         assert!(

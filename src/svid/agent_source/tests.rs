@@ -432,7 +432,7 @@ async fn process_is_queried_again_after_an_execution() {
     assert_eq!(
         ids(source.identify(&caller(2)).await),
         [SHOP],
-        "the refusal is not remembered"
+        "the rejection is not remembered"
     );
 }
 
