@@ -289,7 +289,7 @@ impl Admin {
     fn unsupported_kernel(&self) -> Vec<String> {
         let uses_tcp = self.serves_pods || !self.listen.tcp.is_empty();
         let over_tcp = uses_tcp.then(|| self.attestor.missing_for_tcp()).flatten();
-        let over_tcp = over_tcp.map(|missing| format!("callers over TCP are refused: {missing}"));
+        let over_tcp = over_tcp.map(|missing| format!("callers over TCP are rejected: {missing}"));
         let on_unix = self
             .listen
             .unix

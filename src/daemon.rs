@@ -29,7 +29,7 @@ const EX_CONFIG: u8 = 78;
 const SIGNAL_EXIT_BASE: u8 = 128;
 
 const NOT_COUNTED: &str =
-    "executions of programs cannot be counted: callers are refused (unseen_program)";
+    "executions of programs cannot be counted: callers are rejected (unseen_program)";
 
 /// Runs the daemon with the configuration at `path` until SIGTERM or SIGINT. SIGHUP reloads it.
 ///

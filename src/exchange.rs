@@ -87,7 +87,7 @@ impl ExchangeError {
         sources.chain(callers).chain(sts).chain(own).collect()
     }
 
-    /// Returns true if the failure may pass by itself: an outage or a rate limit, not a refusal.
+    /// Returns true if the failure may pass by itself: an outage or a rate limit, not a rejection.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Source(error) => error.is_transient(),
@@ -134,7 +134,7 @@ impl TokenExchanger {
 
     /// Exchanges a token that the source gives `caller` for the credentials of `grant`.
     ///
-    /// Outages are retried for `RETRY_WINDOW`. A token that STS refuses is replaced once.
+    /// Outages are retried for `RETRY_WINDOW`. A token that STS rejects is replaced once.
     pub async fn exchange(
         &self,
         caller: &Arc<Caller>,
@@ -202,8 +202,8 @@ impl TokenExchanger {
         }
     }
 
-    /// Classifies STS's refusal of a second token. If the token expired in a queue or between
-    /// retries, the refusal is an outage. The role may be right, so cached credentials
+    /// Classifies STS's rejection of a second token. If the token expired in a queue or between
+    /// retries, the rejection is an outage. The role may be right, so cached credentials
     /// stay valid.
     fn refused_twice(&self, error: StsError, token: &JwtSvid) -> StsError {
         match (token.check_life(self.clock.now()), token.short_life()) {
@@ -214,12 +214,12 @@ impl TokenExchanger {
             (Ok(()), Some(life)) => with_note(
                 error,
                 &format!(
-                    "STS refused a new token as well; the token is good for only {} s: {TTL_FIX}, and compare this node's clock with \
+                    "STS rejected a new token as well; the token is good for only {} s: {TTL_FIX}, and compare this node's clock with \
                      STS's",
                     life.as_secs()
                 ),
             ),
-            (Ok(()), None) => with_note(error, "STS refused a new token as well"),
+            (Ok(()), None) => with_note(error, "STS rejected a new token as well"),
         }
     }
 

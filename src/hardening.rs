@@ -167,7 +167,7 @@ impl DaemonFeatures {
         let cgroups = KernelUse {
             capability: Some(Capability::CAP_DAC_READ_SEARCH),
             call: "open_by_handle_at",
-            fails: "cgroups cannot be opened by their id, so callers beyond the first 512 cgroups of a unit are refused",
+            fails: "cgroups cannot be opened by their id, so callers beyond the first 512 cgroups of a unit are rejected",
             fix: "under systemd add it to SystemCallFilter=, in a container allow it in the seccomp profile",
             attempt: sys::open_by_handle_at,
         };
@@ -182,7 +182,7 @@ impl DaemonFeatures {
         let processes = KernelUse {
             capability: None,
             call: "pidfd_open",
-            fails: "callers over TCP are refused where a rule or an agent needs their process (no_holder)",
+            fails: "callers over TCP are rejected where a rule or an agent needs their process (no_holder)",
             fix: "under systemd add it to SystemCallFilter=, in a container allow it in the seccomp profile",
             attempt: sys::pidfd_open,
         };

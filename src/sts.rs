@@ -155,7 +155,7 @@ impl Sts {
     ) -> Result<AssumeRoleWithWebIdentityOutput, Failure> {
         let call = async {
             let call = build(self.client(target).await?.assume_role_with_web_identity()).send();
-            // At its trace level the SDK logs whole requests and refusals, and with them the token.
+            // At its trace level the SDK logs whole requests and responses, the token included.
             call.with_subscriber(NoSubscriber::new())
                 .await
                 .map_err(|error| Failure::of(&error))

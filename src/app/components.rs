@@ -132,7 +132,7 @@ async fn identity_source(
         }
         // Another agent may listen there in a moment. Until then each query fails with the same
         // error.
-        tracing::error!(%error, "the identity source is misconfigured: callers are refused");
+        tracing::error!(%error, "the identity source is misconfigured: callers are rejected");
     }
     let most = remembered_processes();
     Ok(Arc::new(AgentSource::new(

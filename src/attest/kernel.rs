@@ -114,10 +114,10 @@ impl UnixSupport {
         match self {
             Self::Process => None,
             Self::Number => Some(
-                "callers in containers are refused on the unix socket: the kernel lacks SO_PEERPIDFD (Linux 6.5)",
+                "callers in containers are rejected on the unix socket: the kernel lacks SO_PEERPIDFD (Linux 6.5)",
             ),
             Self::Nothing => Some(
-                "all callers are refused on the unix socket: the kernel lacks pidfd_open(2) (Linux 5.3)",
+                "all callers are rejected on the unix socket: the kernel lacks pidfd_open(2) (Linux 5.3)",
             ),
         }
     }

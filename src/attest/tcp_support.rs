@@ -206,7 +206,7 @@ fn described(missing: &TcpUnsupported) -> String {
 
 fn log_missing(missing: &TcpUnsupported) {
     let fix = missing.fix(unix_support());
-    tracing::warn!(error = %missing, %fix, "callers over TCP are refused (unsupported_kernel)");
+    tracing::warn!(error = %missing, %fix, "callers over TCP are rejected (unsupported_kernel)");
 }
 
 fn attestor(host: &Arc<Host>) -> Result<TcpAttestor, TcpUnsupported> {

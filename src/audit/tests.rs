@@ -110,7 +110,7 @@ async fn issue(audit: &Arc<Audit>, cache_result: CacheResult) -> bool {
         .await
 }
 
-/// Refusals, hits, issues and cancellations of one caller, `count` of each.
+/// Rejections, hits, issues and cancellations of one caller, `count` of each.
 async fn flood(audit: &Arc<Audit>, count: usize) {
     for _ in 0..count {
         audit

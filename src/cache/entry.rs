@@ -241,7 +241,7 @@ pub struct EntryStatus {
     pub last_error_reason: Option<&'static str>,
     /// Time of the last failure.
     pub last_error_at: Option<String>,
-    /// Time since when STS or the source has refused the renewal.
+    /// Time since when STS or the source has rejected the refresh.
     pub refused_since: Option<String>,
     /// Number of callers that a refresh could use: those that wait, or the latest one. Always zero
     /// if the source does not need a live caller.

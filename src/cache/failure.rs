@@ -23,7 +23,7 @@ pub(super) enum FailureKind {
     CallerUnusable,
     /// The source does not give this identity to the caller any more.
     Denied,
-    /// STS refuses, or the source's reply is unusable. The credentials could not be issued now.
+    /// STS rejects, or the source's reply is unusable. The credentials could not be issued now.
     Refused,
 }
 
@@ -59,7 +59,7 @@ pub(super) struct FailureState {
     /// The earliest time of the next refresh.
     pub(super) retry_at: Instant,
     tries: u32,
-    /// Time of the first refusal. A later outage does not reset it.
+    /// Time of the first rejection. A later outage does not reset it.
     pub(super) refused_since: Option<(Instant, SystemTime)>,
     denied_since: Option<Instant>,
     /// True once a second denial has confirmed the first.

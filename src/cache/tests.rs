@@ -206,7 +206,7 @@ fn denied() -> SourceError {
 }
 
 fn refused() -> StsError {
-    let what = "STS refuses".to_owned();
+    let what = "STS rejects".to_owned();
     StsError {
         retry: RetryPolicy::Never,
         reason: StsReason::AccessDenied,

@@ -141,7 +141,7 @@ fn program(path: &Path) -> Option<(String, &'static str)> {
         )),
         Err(error) => Some((
             format!(
-                "{shown} cannot be read, so callers that the rule may match are refused until it can: {error}"
+                "{shown} cannot be read, so callers that the rule may match are rejected until it can: {error}"
             ),
             "name a file that root can read, on a file system that answers",
         )),

@@ -164,7 +164,7 @@ async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, String
         })?,
         (Some(given), Ok(live)) if *given != live => {
             warnings.push(format!(
-                "--issuer is {given}, but this node's tokens are issued by {live}: STS will refuse them"
+                "--issuer is {given}, but this node's tokens are issued by {live}: STS will reject them"
             ));
             given.clone()
         }

@@ -43,7 +43,7 @@ async fn run_dev(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
     let (log, app) = start(&dev, !command.is_empty()).await?;
     let address = *app.tcp.first().ok_or("the daemon has no TCP address")?;
     if let Some(missing) = app.missing_for_tcp() {
-        return Err(format!("the command would be refused over TCP: {missing}").into());
+        return Err(format!("the command would be rejected over TCP: {missing}").into());
     }
     let environment = dev.environment(address, variable)?;
     let status = if command.is_empty() {

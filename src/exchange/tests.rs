@@ -134,7 +134,7 @@ fn credentials() -> Result<Credentials, StsError> {
 }
 
 fn refused(retry: RetryPolicy) -> Result<Credentials, StsError> {
-    let what = "STS refused".to_owned();
+    let what = "STS rejected".to_owned();
     Err(StsError {
         retry,
         reason: StsReason::Refused,
@@ -293,11 +293,11 @@ async fn exchange_replaces_a_refused_token_once() {
         !error.is_transient()
             && error
                 .to_string()
-                .contains("STS refused a new token as well"),
+                .contains("STS rejected a new token as well"),
         "{error}"
     );
 
-    // An agent that replies from its cache. STS would refuse the same token again.
+    // An agent that replies from its cache. STS would reject the same token again.
     let (result, tokens, calls, _) = run(
         ScriptedReplies::new([token(1)]),
         ScriptedReplies::new([refused(RetryPolicy::NewToken)]),
@@ -320,7 +320,7 @@ async fn exchange_replaces_a_refused_token_once() {
     assert!(result.is_ok() && (tokens, calls) == (2, 3));
     let sts = ScriptedReplies::new([refused(RetryPolicy::NewToken), refused(RetryPolicy::Never)]);
     let (result, ..) = run(ScriptedReplies::new([token(1), token(2)]), sts).await;
-    assert_eq!(result.unwrap_err().to_string(), "STS refused");
+    assert_eq!(result.unwrap_err().to_string(), "STS rejected");
     let (result, _, calls, _) = run(
         ScriptedReplies::new([token(1), Err(unavailable())]),
         ScriptedReplies::new([refused(RetryPolicy::NewToken)]),
@@ -369,7 +369,7 @@ async fn token_that_expires_in_a_queue_is_an_outage() {
     let error = result.unwrap_err();
     assert!(!error.is_transient(), "{error}");
     for part in [
-        "STS refused a new token as well",
+        "STS rejected a new token as well",
         "good for only 9 s",
         "`default_jwt_svid_ttl`",
         "clock",

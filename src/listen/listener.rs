@@ -234,7 +234,7 @@ impl Listener {
     pub(super) fn close_and_drain_backlog(self) -> io::Result<Vec<AcceptedStream>> {
         let (Self::Unix { listener, .. } | Self::Tcp { listener, .. }) = &self;
         match &self {
-            // New connections are refused from here on, so that the backlog is finite.
+            // New connections are rejected from here on, so that the backlog is finite.
             Self::Unix { file: Some(_), .. } => shutdown(listener.as_raw_fd(), Shutdown::Both)?,
             // TCP cannot close the backlog alone. A connection that arrives between the last accept
             // and the close is reset, unless another process has the listener.

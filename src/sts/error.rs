@@ -17,7 +17,7 @@ use crate::svid::{JwtSvid, one_line};
 /// The action after a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RetryPolicy {
-    /// Retry once with a new token. If STS refuses that too, treat it as `Never`.
+    /// Retry once with a new token. If STS rejects that too, treat it as `Never`.
     NewToken,
     /// Retry later with backoff. The failure may pass by itself.
     Later,
@@ -54,7 +54,7 @@ impl fmt::Display for StsError {
 /// Everything that can fail in a call.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Failure {
-    /// STS refused, or a server that answers instead of it.
+    /// STS rejected, or a server that answers instead of it.
     Refused {
         code: Option<String>,
         status: u16,
@@ -264,7 +264,7 @@ impl StsError {
                     .into_iter()
                     .filter(|text| !text.is_empty());
                 format!(
-                    "{sts} refused{}: {}",
+                    "{sts} rejected{}: {}",
                     what.unwrap_or_default(),
                     parts.collect::<Vec<_>>().join(": ")
                 )

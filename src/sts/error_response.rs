@@ -1,4 +1,4 @@
-//! Code and message of an STS refusal, in every form in use.
+//! Code and message of an STS rejection, in every form in use.
 //!
 //! AWS's STS sends `<ErrorResponse><Error><Code>`. Ceph and RustFS omit the outer element, as S3
 //! does. Others omit the namespace or the message, or send JSON. A load balancer in front of an STS
@@ -15,7 +15,7 @@ const MAX_CODE_BYTES: usize = 128;
 /// Maximum depth of the search in JSON.
 const MAX_JSON_DEPTH: usize = 4;
 
-/// Code and message of a refusal.
+/// Code and message of a rejection.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct StsErrorResponse {
     /// The code as on the wire.
@@ -23,7 +23,7 @@ pub(super) struct StsErrorResponse {
     pub(super) message: String,
 }
 
-/// Parses a refusal. Returns `None` if the response has neither a code nor a message.
+/// Parses a rejection. Returns `None` if the response has neither a code nor a message.
 pub(super) fn read(response: &HttpResponse) -> Option<StsErrorResponse> {
     let body = response.body().bytes().unwrap_or_default();
     let text = String::from_utf8_lossy(body);
@@ -60,7 +60,7 @@ fn of_xml(text: &str) -> StsErrorResponse {
             refusal.message = data;
         }
     }
-    // A message without a code does not belong to a refusal.
+    // A message without a code does not belong to a rejection.
     if refusal.code.is_some() {
         refusal
     } else {

@@ -425,7 +425,7 @@ async fn code_is_classified_in_every_form() {
             "application/json",
             r#"{"code":"AccessDenied","message":"{}"}"#,
         ),
-        // Some servers refuse with a status of success.
+        // Some servers reject with a status of success.
         (
             200,
             "application/xml",

@@ -115,7 +115,7 @@ type ChannelKey = (Option<(u64, u64)>, u64);
 pub(super) enum CallError {
     /// The connection could not be opened.
     Unconnected(SourceError),
-    /// The agent refused, or the connection broke.
+    /// The agent rejected, or the connection broke.
     Answered(Status),
 }
 

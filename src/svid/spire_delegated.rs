@@ -56,7 +56,7 @@ impl SpireDelegated {
         }
     }
 
-    /// Converts the agent's refusal to an error with a fix. The texts are those of SPIRE 1.10 to
+    /// Converts the agent's rejection to an error with a fix. The texts are those of SPIRE 1.10 to
     /// 1.15.
     fn error_of(&self, status: &Status) -> SourceError {
         let (reply, endpoint) = (one_line(status.message()), &self.endpoint);

@@ -137,7 +137,7 @@ impl WorkloadApi {
         })
     }
 
-    /// Converts the agent's refusal: the table of SPIFFE_Workload_API.md, section 6, and further
+    /// Converts the agent's rejection: the table of SPIFFE_Workload_API.md, section 6, and further
     /// codes.
     fn error_of(&self, id: &SpiffeId, status: &Status) -> SourceError {
         let reply = one_line(status.message());

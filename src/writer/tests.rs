@@ -73,7 +73,7 @@ fn stalled_destination_blocks_no_caller_and_sheds_the_flooder() {
         taken[1] += 1;
     }
     taken[1] += fill(&writer, 1, Priority::Ordinary);
-    // One that was refused.
+    // One that was rejected.
     assert_eq!(losses.0.load(Ordering::Relaxed), 1);
     let share = u64::try_from(MAX_QUEUED_BYTES / 16 / (1003 + LINE_OVERHEAD_BYTES)).unwrap();
     // A pipe takes some.
@@ -180,7 +180,7 @@ fn writer_waits_for_reader_that_shares_its_file() {
     assert_eq!(
         u64::try_from(reading.join().unwrap()).unwrap(),
         taken + 1,
-        "with the line about what was refused"
+        "with the line about what was rejected"
     );
     assert_eq!(losses.0.load(Ordering::Relaxed), 1);
 }

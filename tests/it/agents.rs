@@ -1,5 +1,5 @@
 //! The clients of the agent's APIs for other processes' identities, against the real SPIRE: its
-//! responses and its refusals.
+//! responses and its rejections.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -137,7 +137,7 @@ async fn settled<T>(ask: impl AsyncFn() -> Result<T, SourceError>) -> Result<T, 
     }
 }
 
-/// Returns why this agent refuses each query, an error that an operator has to fix.
+/// Returns why this agent rejects each query, an error that an operator has to fix.
 async fn misconfigured(agent: &BrokerApi) -> String {
     match agent.connect().await {
         Err(SourceError::Misconfigured(text)) => text,
@@ -194,7 +194,7 @@ async fn broker_api_attests_other_processes() {
         );
     }
 
-    // The same client, and an agent that refuses in each way.
+    // The same client, and an agent that rejects in each way.
     let refusals = [
         (
             brokers("spiffe://example.org/other", &["*"]),

@@ -89,7 +89,7 @@ impl AttackStage {
             return Outcome::of(&play(), scene, &self.daemon);
         }
         // The scene keeps no client to read a response, so the outcome is read from the counters.
-        // There may be no record: the audit has one for many refusals within a second.
+        // There may be no record: the audit has one for many rejections within a second.
         let before = self.requests();
         play();
         let counted = await_some("a request is counted", Duration::from_secs(30), || {
@@ -331,8 +331,8 @@ fn group_rule_uses_groups_at_connect() {
 }
 
 /// Plays scenes in random order, with honest callers of the same users in between. No caller may
-/// ever get another's credentials, or any where a refusal is right. At least 99.9 % of the honest
-/// callers must be answered. A refusal that is not the scene's own is harmless, but has to be as
+/// ever get another's credentials, or any where a rejection is right. At least 99.9 % of the honest
+/// callers must be answered. A rejection that is not the scene's own is harmless, but has to be as
 /// rare.
 #[test]
 fn many_scenes_have_right_outcomes_in_random_order() {
@@ -352,7 +352,7 @@ fn many_scenes_have_right_outcomes_in_random_order() {
         (Vec::new(), 0, 0, 0, 0);
     let tell = |played, wrong, otherwise, unanswered, honest| {
         eprintln!(
-            "{played} scenes: {wrong} wrong, {otherwise} refused otherwise, {unanswered} of {honest} honest callers not answered"
+            "{played} scenes: {wrong} wrong, {otherwise} rejected otherwise, {unanswered} of {honest} honest callers not answered"
         );
     };
     while played < tries {
@@ -369,7 +369,7 @@ fn many_scenes_have_right_outcomes_in_random_order() {
         let is_right = is_right(row, &outcome, right);
         if matches!(row.scene, "alice" | "bob") {
             honest += 1;
-            // A refusal is a failure of another kind than credentials of another identity.
+            // A rejection is a failure of another kind than credentials of another identity.
             if !is_right && !matches!(outcome, Outcome::Issued(_)) {
                 unanswered += 1;
                 continue;
@@ -408,7 +408,7 @@ fn many_scenes_have_right_outcomes_in_random_order() {
     assert!(wrong.is_empty(), "seed {seed}\n{}", wrong.join("\n"));
     assert!(
         otherwise * 1000 <= played,
-        "{otherwise} of {played} were refused otherwise (seed {seed})"
+        "{otherwise} of {played} were rejected otherwise (seed {seed})"
     );
     assert!(
         unanswered * 1000 <= honest,

@@ -3,7 +3,7 @@
 //!
 //! Each runs as a user of its own behind `awsvid exec`. A table in deploy/docs/sdks.md has the
 //! results, and these tests compare it; with `AWSVID_WRITE_TABLE=1` they write it. `tests/run`
-//! tries one read and one refusal each, `tests/run slow` all columns.
+//! tries one read and one rejection each, `tests/run slow` all columns.
 
 mod catalogue;
 mod ending;
@@ -63,7 +63,7 @@ fn each_client_reads_only_its_own_object() {
             .all(|read| read.as_ref().is_err_and(|message| is_denied(message)));
         (!refused).then(|| {
             format!(
-                "{} is not refused another's object: {other:?}",
+                "{} is not denied another's object: {other:?}",
                 member.client.name
             )
         })

@@ -86,7 +86,7 @@ fn each_process_gets_its_own_credentials() {
     );
     let other_key = issued["access_key_id"].as_str().unwrap();
     assert_ne!(other_key, key);
-    let refused = trace.await_record("the object is refused", |record| {
+    let refused = trace.await_record("the object is rejected", |record| {
         record.access_key_id().as_deref() == Some(other_key) && record.api().starts_with("s3.")
     });
     assert_eq!(refused.status(), 403);

@@ -191,7 +191,7 @@ fn audit_file_is_opened_once_possible() {
         .unwrap()
         .to_owned();
     let daemon = Daemon::start_text(folder.path(), &text.replace(&line, &audit));
-    // A caller without an identity is refused as ever; the record waits.
+    // A caller without an identity is rejected as ever; the record waits.
     assert_eq!(unix(&daemon).1["code"], "no_identity");
     assert!(
         daemon.log().contains("the audit file cannot be opened yet"),

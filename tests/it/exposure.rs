@@ -145,7 +145,7 @@ fn exposed_ca_file_ends_start_and_reload() {
         let file = of_ca.join("ca.pem");
         fs::write(&file, certificate()).unwrap();
         // With safe permissions it is used. A reload with a file that another user could have
-        // written is refused.
+        // written is rejected.
         let daemon = Daemon::start(folder.path(), "", &trusting(&file));
         prepare(&of_ca, &file);
         assert!(

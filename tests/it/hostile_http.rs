@@ -117,7 +117,7 @@ impl HttpStage {
     }
 
     /// Returns the number of requests with a complete head. Each has a record too, but one stands
-    /// for several refusals in quick succession.
+    /// for several rejections in quick succession.
     fn requests(&self, labels: &str) -> u64 {
         self.counter("awsvid_requests_total", labels)
     }

@@ -109,7 +109,7 @@ fn idle_connections_leave_room_for_other_workloads() {
     for listener in LISTENERS {
         let before = stage.metric(DROPPED);
         let connections = stage.alice("hold", listener, &[2000]);
-        // Alice's own requests are refused meanwhile: first, since a connection that sends nothing
+        // Alice's own requests are rejected meanwhile: first, since a connection that sends nothing
         // ends after 5 s.
         let more = ask(
             listener,
@@ -404,7 +404,7 @@ fn audited(records: &[Value], uid: u32) -> (usize, BTreeMap<String, u64>) {
     (these.len(), requests)
 }
 
-/// T23: a caller that is refused very often fills neither the disk nor the log, and no record of
+/// T23: a caller that is rejected very often fills neither the disk nor the log, and no record of
 /// another caller is missing.
 #[test]
 fn refusals_are_aggregated_without_losing_issues() {
@@ -420,7 +420,7 @@ fn refusals_are_aggregated_without_losing_issues() {
     stage.bob_is_answered("tcp", 100);
     assert_eq!(flood.stop(), counts(&[("no_identity", 3000)]));
     // The last of them is written without a further request.
-    await_some("all refusals are accounted for", TIMEOUT, || {
+    await_some("all rejections are accounted for", TIMEOUT, || {
         (audited(&stage.daemon.audit(), MALLORY).1 == one("refused", 3000)).then_some(())
     });
     let seconds = usize::try_from(started.elapsed().as_secs()).unwrap() + 1;

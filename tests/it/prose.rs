@@ -58,6 +58,13 @@ const BANNED_WORDS: [&str; 45] = [
     "whosoever",
 ];
 
+/// Words for which the glossary has another. Names may have them, as values of the contract do.
+const BANNED_IN_PROSE: [&str; 6] = [
+    "refusal", "refusals", "refuse", "refused", "refuses", "refusing",
+];
+/// The kernel's words for an error, in which one of them is right.
+const KERNEL_ERROR: &str = "connection refused";
+
 /// The same for words that are wrong only in such company.
 const BANNED_PHRASES: [&str; 13] = [
     "be had",
@@ -169,15 +176,34 @@ fn has_ellipsis(text: &str) -> bool {
             .any(|(at, _)| !is_repetition(&prose[..at]))
 }
 
+/// Returns a message without its placeholders, such as `{name:?}`.
+fn without_placeholders(message: &str) -> String {
+    let parts = message.split('{').enumerate();
+    parts
+        .map(|(index, part)| match part.split_once('}') {
+            Some((_, rest)) if index > 0 => rest,
+            _ => part,
+        })
+        .collect()
+}
+
 /// Lists the faults of one comment, message or paragraph.
 fn faults(file: &str, text: &Text) -> Vec<String> {
-    let words = words(&text.prose);
+    let words = match text.kind {
+        TextKind::Message => words(&without_placeholders(&text.prose)),
+        _ => words(&text.prose),
+    };
     let mut faults: Vec<String> = Vec::new();
     let banned = words
         .iter()
         .filter(|word| BANNED_WORDS.contains(&word.as_str()) && !is_allowed(file, word));
     faults.extend(banned.map(|word| format!("the word {word:?}")));
     let joined = format!(" {} ", words.join(" "));
+    let others = joined.replace(KERNEL_ERROR, "");
+    let banned = others
+        .split(' ')
+        .filter(|word| BANNED_IN_PROSE.contains(word) && !is_allowed(file, word));
+    faults.extend(banned.map(|word| format!("the word {word:?}")));
     let phrases = BANNED_PHRASES
         .iter()
         .filter(|phrase| joined.contains(&format!(" {phrase} ")));
@@ -361,6 +387,14 @@ fn scanner_finds_faults() {
     assert_eq!(
         faults_of("let x = \"the agent says no\"; // \"quoted\n"),
         ["the word \"says\""]
+    );
+    assert_eq!(
+        faults_of("// STS refuses; the caller gets \"connection refused\".\n"),
+        ["the word \"refuses\""]
+    );
+    assert_eq!(
+        faults_of("let x = \"{refused:?} of {all} refused\";\n"),
+        ["the word \"refused\""]
     );
     assert_eq!(
         faults_of("let x = 'a'; let y = \"https://says.example\";\n"),

@@ -129,7 +129,7 @@ fn narrowed_role_serves_no_wider_credentials() {
         assert!(daemon.reload("", &stage.with_rule(more)));
         assert!(observed.insert(key(&daemon)), "{more}: an old key");
     }
-    // An ARN that this STS does not know: it refuses, and the daemon serves nothing older.
+    // An ARN that this STS does not know: it rejects, and the daemon serves nothing older.
     let other = stage.with_rule("").replace("role/dev", "role/other");
     assert!(daemon.reload("", &other));
     assert!(

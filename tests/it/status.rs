@@ -304,14 +304,14 @@ fn status_columns_show_state_of_entries() {
         "{shown}"
     );
 
-    // A refusal is cached for seconds, so this may take several requests.
+    // A rejection is cached for seconds, so this may take several requests.
     let refused = || {
         let refused = env
             .curl_by(Path::new("/usr/bin/curl"), 1002, "unix", "/none")
             .1;
         serde_json::from_str::<Value>(&refused).unwrap()
     };
-    let (writer, why) = await_some("the refused one", TIMEOUT, || {
+    let (writer, why) = await_some("the rejected one", TIMEOUT, || {
         let why = refused();
         Some((
             entry(&json(), "writer").filter(|entry| !entry["last_error"].is_null())?,
@@ -334,7 +334,7 @@ fn status_columns_show_state_of_entries() {
             .contains(writer["last_error"].as_str().unwrap()),
         "{writer} {why}"
     );
-    let (row, shown) = await_some("the refused one in the table", TIMEOUT, || {
+    let (row, shown) = await_some("the rejected one in the table", TIMEOUT, || {
         refused();
         let shown = table();
         Some((

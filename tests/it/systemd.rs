@@ -94,7 +94,7 @@ fn start(machine: &SystemdMachine) {
 }
 
 /// Sends a request as a service of some user, and returns the status and the body. Panics if the
-/// connection is refused or reset.
+/// connection is rejected or reset.
 fn ask(machine: &SystemdMachine, unit: &str, user: &str, address: &[&str]) -> (u16, Value) {
     let fixed = [
         "curl",
@@ -450,7 +450,7 @@ fn addresses_are_held_while_daemon_is_stopped() {
     };
     start(&machine);
 
-    // Restarts while callers send requests: no connection is refused.
+    // Restarts while callers send requests: no connection is rejected.
     let machine = &machine;
     thread::scope(|scope| {
         let askers = ADDRESSES.map(|(name, address)| {
@@ -572,7 +572,7 @@ fn invalid_configuration_is_not_restarted() {
                     == Some(7))
                 .then_some(())
             };
-            scope.spawn(move || await_some("callers are refused at once", TIMEOUT, refused));
+            scope.spawn(move || await_some("callers are rejected at once", TIMEOUT, refused));
         }
         let restarted = machine.run(&["systemctl", "restart", "awsvid.service"]);
         assert!(!restarted.status.success(), "{restarted:?}");
@@ -782,7 +782,7 @@ fn unconfigured_socket_of_unit_is_refused_and_others_are_served() {
     let journal = machine.journal();
     assert_eq!(
         journal
-            .matches("callers of a systemd socket are refused")
+            .matches("callers of a systemd socket are rejected")
             .count(),
         2,
         "{journal}"

@@ -158,7 +158,7 @@ fn trust_policy_uses_live_issuer_and_cli_accepts_commands() {
         ],
     );
     assert!(
-        other.stderr.contains("STS will refuse them")
+        other.stderr.contains("STS will reject them")
             && other.stdout.contains("oidc.example.org:sub"),
         "{other:?}"
     );

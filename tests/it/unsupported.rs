@@ -94,7 +94,7 @@ fn daemon_without_tcp_is_ready_on_unix_socket() {
     let status = status(&daemon);
     let missing = status["unsupported_kernel"][0].as_str().unwrap();
     assert!(
-        missing.starts_with("callers over TCP are refused: no cgroup v2 tree is mounted; "),
+        missing.starts_with("callers over TCP are rejected: no cgroup v2 tree is mounted; "),
         "{status}"
     );
     assert_eq!(
@@ -102,7 +102,7 @@ fn daemon_without_tcp_is_ready_on_unix_socket() {
         (&Value::from(true), &Value::Null)
     );
 
-    // A command that could only be refused is not started.
+    // A command that could only be rejected is not started.
     let url = format!("http://{}", daemon.tcp());
     let exec = ["exec", "--url", &url, "--", "echo", "started"];
     let output = awsvid(&WITHOUT_CGROUP_V2, &exec);

@@ -158,7 +158,7 @@ fn missing_handler_is_not_taken_for_a_missing_socket() {
     }
 }
 
-/// Versions prove little: a refusal names the interface.
+/// Versions prove little: a rejection names the interface.
 #[test]
 fn refusals_name_what_is_missing() {
     let io = || io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);

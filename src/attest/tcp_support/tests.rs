@@ -60,7 +60,7 @@ impl Machine {
         fs::write(self.proc.path().join(name), text).unwrap();
     }
 
-    /// Returns the refusal of the test's own connection, or `None` if its socket is found.
+    /// Returns the rejection of the test's own connection, or `None` if its socket is found.
     async fn refusal(&self) -> Option<AttestError> {
         let client = self.client.local_addr().unwrap();
         self.refusal_of(client).await

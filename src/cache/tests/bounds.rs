@@ -195,7 +195,7 @@ async fn workload_that_invents_roles_is_limited_alone() {
     assert_eq!(
         cache.entries().len(),
         3,
-        "refusals are forgotten after seconds"
+        "rejections are forgotten after seconds"
     );
     assert_eq!(cache.0.table.len(), 3, "and their entries are free");
 }

@@ -13,7 +13,7 @@ async fn refused_env() -> (Arc<CacheEnv>, CredentialCache) {
     let (env, cache) = env(10_000);
     key(&cache).await.unwrap();
     env.refuse(refused());
-    // Steps by a second, so that the time of the first refusal is known to the second.
+    // Steps by a second, so that the time of the first rejection is known to the second.
     while env.fetched() == 1 {
         pass(SECOND).await;
     }
@@ -55,7 +55,7 @@ async fn success_ends_the_grace() {
         renewed != "KEY1" && result == CacheResult::Hit,
         "{renewed} {result:?}"
     );
-    // The next refusal starts a new grace.
+    // The next rejection starts a new grace.
     env.refuse(refused());
     let before = env.fetched();
     while env.fetched() == before {

@@ -143,7 +143,7 @@ fn report_error<T>(step: &'static str, error: &SourceError, report: &mut CheckRe
         SourceError::Unavailable(_) => {
             "read the agent's log, and check its connection to its server"
         }
-        SourceError::BadToken(_) => "STS would refuse the token: correct it at the SPIFFE provider",
+        SourceError::BadToken(_) => "STS would reject the token: correct it at the SPIFFE provider",
         _ => "correct [identity], or the agent's configuration (deploy/docs/spire-setup.md)",
     };
     report.failed(step, error.to_string(), fix);

@@ -65,7 +65,7 @@ fn report_state(status: &Value, report: &mut CheckReport) {
         Some(true) => report.ok(STEP, "the running daemon counts executions of programs"),
         Some(false) => report.failed(
             STEP,
-            "the running daemon does not count executions of programs, so callers are refused (unseen_program)",
+            "the running daemon does not count executions of programs, so callers are rejected (unseen_program)",
             "restart awsvid; if that does not help, read the start of its log for the missing privilege",
         ),
     }

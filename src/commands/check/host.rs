@@ -65,7 +65,7 @@ fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut Chec
         Err(missing) if over_tcp => {
             report.failed(
                 STEP,
-                format!("Linux {release}: callers over TCP are refused: {missing}"),
+                format!("Linux {release}: callers over TCP are rejected: {missing}"),
                 missing.fix(tried.unix),
             );
         }
@@ -76,7 +76,7 @@ fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut Chec
         UnixSupport::Process => {}
         UnixSupport::Number => report.info(
             STEP,
-            "callers in containers are refused on the unix socket: this kernel does not report their process (Linux 6.5)",
+            "callers in containers are rejected on the unix socket: this kernel does not report their process (Linux 6.5)",
             match tried.tcp.is_ok() && over_tcp {
                 true => "use TCP for them, or a newer kernel",
                 false => "use a newer kernel",
@@ -84,7 +84,7 @@ fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut Chec
         ),
         UnixSupport::Nothing => report.failed(
             STEP,
-            "all callers are refused on the unix socket: this kernel has no pidfd_open(2) (Linux 5.3)",
+            "all callers are rejected on the unix socket: this kernel has no pidfd_open(2) (Linux 5.3)",
             "use a newer kernel",
         ),
     }
@@ -94,7 +94,7 @@ fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut Chec
         Some(Err(error)) => {
             let (saw, fix) = error.split_once("; ").unwrap_or((error, "see the log"));
             let saw = format!(
-                "executions of programs cannot be counted, so callers are refused (unseen_program): {saw}"
+                "executions of programs cannot be counted, so callers are rejected (unseen_program): {saw}"
             );
             report.failed(STEP, saw, fix);
         }
@@ -131,7 +131,7 @@ fn cgroups(config: &Config, proc: &Path, report: &mut CheckReport) {
     } else {
         report.info(
             STEP,
-            "of the cgroups only a part is seen from here: callers outside of it are refused (unreadable_cgroup)",
+            "of the cgroups only a part is seen from here: callers outside of it are rejected (unreadable_cgroup)",
             "mount the host's /sys/fs/cgroup read-only in addition to the container's own, or use --cgroupns=host",
         );
     }

@@ -172,7 +172,7 @@ fn address(uri: &str, report: &mut CheckReport) -> Option<String> {
         ),
         (
             address.is_ok_and(|ip| !ip.is_loopback()),
-            "is not on loopback, and most SDKs refuse that but for two fixed addresses",
+            "is not on loopback, and most SDKs reject that, but for two fixed addresses",
         ),
     ];
     for (_, what) in table.iter().filter(|(wrong, _)| *wrong) {
@@ -232,7 +232,7 @@ fn authorization(
             Ok(text) => {
                 if text.contains(['\n', '\r']) {
                     let saw = format!(
-                        "{path} has a line break in it: some SDKs refuse it, others send it"
+                        "{path} has a line break in it: some SDKs reject it, others send it"
                     );
                     report.failed(
                         TOKEN,

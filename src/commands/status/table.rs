@@ -75,7 +75,7 @@ fn summary(status: &Value, style: TerminalStyle) -> String {
             let not = style.paint(RED, "not counted");
             let _ = writeln!(
                 text,
-                "executions of programs: {not}: callers are refused (unseen_program)"
+                "executions of programs: {not}: callers are rejected (unseen_program)"
             );
         }
     }
@@ -287,7 +287,7 @@ spiffe://example.org/unasked  unasked  unasked  in 59m 7s  in 29m 0s  -         
 ";
         assert_eq!(text, expected);
         let mut refusing = status();
-        refusing["unsupported_kernel"] = json!(["callers over TCP are refused: no\u{1b}"]);
+        refusing["unsupported_kernel"] = json!(["callers over TCP are rejected: no\u{1b}"]);
         refusing["counts_executions"] = json!(false);
         let line = "\nunsupported_kernel: callers over TCP are refused: no \nexecutions of programs: not counted: callers are refused";
         assert!(render(&refusing, now(), TerminalStyle::plain()).contains(line));

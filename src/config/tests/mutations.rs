@@ -119,7 +119,7 @@ fn reader_survives_damage() {
     // Too little or too much damage would show nothing.
     assert!(
         taken > 100 && refused > 100 && beyond_syntax > 100,
-        "{taken} taken, {refused} refused, {beyond_syntax}"
+        "{taken} taken, {refused} rejected, {beyond_syntax}"
     );
 }
 

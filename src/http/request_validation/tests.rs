@@ -215,7 +215,7 @@ fn heads() -> Vec<Head> {
 }
 
 /// Captured requests: those of programs are answered, those that a page makes a browser send are
-/// refused.
+/// rejected.
 #[test]
 fn client_is_accepted_and_page_is_rejected() {
     let judge = |head: &Head, headers: &HeaderMap, authorization: &Authorization| {

@@ -389,9 +389,9 @@ fn error_names_the_host_and_the_proxy() {
     }
     let through = at(Some("the proxy proxy.example.org:3128 (HTTPS_PROXY)"));
     let error =
-        StsError::new(&Failure::Unreachable("refused".to_owned()), &through, None).to_string();
+        StsError::new(&Failure::Unreachable("no route".to_owned()), &through, None).to_string();
     assert!(
-        error.contains("through the proxy proxy.example.org:3128 (HTTPS_PROXY): refused"),
+        error.contains("through the proxy proxy.example.org:3128 (HTTPS_PROXY): no route"),
         "{error}"
     );
 }

@@ -200,7 +200,7 @@ fn make_change(steps: &mut Steps) -> Option<()> {
 }
 
 impl SceneOutcome {
-    /// Returns whether a caller was answered as another, or where a refusal is right, or by the
+    /// Returns whether a caller was answered as another, or where a rejection is right, or by the
     /// agent's reply about another.
     fn is_wrong(&self, right: &Self) -> bool {
         let is_other = |outcome: &Outcome, right: &Outcome| {
@@ -287,7 +287,7 @@ fn expected(listener: &str) -> Vec<AttestationRow> {
     rows.collect()
 }
 
-/// Returns the reasons of the audited refusals of Alice's processes, with their numbers.
+/// Returns the reasons of the audited rejections of Alice's processes, with their numbers.
 fn refusals(daemon: &Daemon) -> BTreeMap<String, u64> {
     let mut counts = BTreeMap::new();
     for record in
@@ -328,14 +328,14 @@ fn agent_reply_counts_only_for_attested_process() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     await_some(
-        "all refusals are in the audit, with the right reasons",
+        "all rejections are in the audit, with the right reasons",
         Duration::from_secs(30),
         || (refusals(&stage.daemon) == expected_refusals).then_some(()),
     );
 }
 
 /// No caller gets another's credentials in many tries, and no other caller waits for a held query.
-/// As in the other scenes in random order, refusals for other reasons have to be rare. So have
+/// As in the other scenes in random order, rejections for other reasons have to be rare. So have
 /// missing responses, as on a busy machine.
 #[test]
 fn many_scenes_have_right_outcomes_in_random_order() {

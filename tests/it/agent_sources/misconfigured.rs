@@ -1,4 +1,4 @@
-//! Each mismatch between awsvid and the agent gives one log line that names the fix, and refuses
+//! Each mismatch between awsvid and the agent gives one log line that names the fix, and rejects
 //! callers. It never ends awsvid, since the agent's configuration may change at any moment.
 
 use std::fs;
@@ -60,7 +60,7 @@ fn complaint(daemon: &Daemon, words: &[&str]) -> String {
     line
 }
 
-/// Asserts that callers are refused, and that the agent gets no query about any.
+/// Asserts that callers are rejected, and that the agent gets no query about any.
 fn assert_refused(daemon: &Daemon) {
     let (status, body) = ask(UnixStream::connect(daemon.unix()).unwrap());
     assert_eq!(
@@ -204,7 +204,7 @@ fn wrong_socket_is_logged_with_fix() {
     let daemon = Daemon::start(folder.path(), "", &by_delegated_identity(&socket));
     let words = "is not the admin socket of a SPIRE agent: set `admin_socket`";
     assert!(
-        daemon.log().contains("callers are refused") && daemon.log().contains(words),
+        daemon.log().contains("callers are rejected") && daemon.log().contains(words),
         "{}",
         daemon.log()
     );
@@ -237,7 +237,7 @@ fn foreign_pid_namespace_of_awsvid_is_logged_with_fix() {
         log.contains("in another pid namespace than awsvid") && log.contains("hostPID: true"),
         "{log}"
     );
-    assert!(log.contains("callers are refused"), "{log}");
+    assert!(log.contains("callers are rejected"), "{log}");
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
 }
 

@@ -13,7 +13,7 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 const TWO: u32 = 51_001;
 const ADMIN: u32 = 51_003;
 
-/// Returns the SPIFFE ID for which a user gets credentials by a role, or the code of the refusal.
+/// Returns the SPIFFE ID for which a user gets credentials by a role, or the code of the rejection.
 /// Where no role was selected, the answer, the record and the log have the caller's SPIFFE IDs.
 fn by_role(env: &Env, uid: u32, role: &str) -> String {
     let before = env.daemon.audit().len();

@@ -48,7 +48,7 @@ fn invalid_tokens_are_reported() {
     assert!(
         !right
             .to_string()
-            .contains("STS would refuse the token: correct it at the SPIFFE provider"),
+            .contains("STS would reject the token: correct it at the SPIFFE provider"),
         "{right:#}"
     );
     let now = SystemTime::now()

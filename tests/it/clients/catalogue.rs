@@ -50,7 +50,7 @@ pub(crate) enum Start {
     Command(&'static [&'static str]),
 }
 
-/// A note: the user then sees only S3's refusal.
+/// A note: the user then sees only S3's rejection.
 const UNSIGNED: &str = "without credentials it sends its request unsigned";
 
 /// Returns all of them, in the order of the table.

@@ -1,4 +1,4 @@
-//! Each client with each way to configure the endpoint, cold, and refused. Only in `tests/run
+//! Each client with each way to configure the endpoint, cold, and rejected. Only in `tests/run
 //! slow`.
 
 use std::collections::BTreeMap;

@@ -26,7 +26,7 @@ pub(crate) struct Member {
     pub(crate) version: String,
     pub(crate) slug: String,
     pub(crate) uid: u32,
-    /// A user without an identity, for refusals.
+    /// A user without an identity, for rejections.
     pub(crate) stranger: u32,
     /// A cgroup as its service would have.
     pub(crate) cgroup: Cgroup,

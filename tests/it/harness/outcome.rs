@@ -9,7 +9,7 @@ use super::daemon::Daemon;
 pub(crate) enum Outcome {
     /// Credentials of this identity.
     Issued(String),
-    /// A refusal with this reason.
+    /// A rejection with this reason.
     Refused(String),
     /// No response that the client received.
     NoResponse,

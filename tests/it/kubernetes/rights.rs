@@ -216,8 +216,8 @@ fn constant_part(node: &Value) -> Value {
     json!([node["spec"], metadata, node["status"]["capacity"]])
 }
 
-/// Carries out T34: the agent's token at the kubelet is refused, and the right of the component for
-/// older clusters is enough.
+/// Carries out T34: the kubelet rejects the agent's token, and the right of the component for older
+/// clusters is enough.
 pub(super) fn agent_token_runs_nothing_in_pods(cluster: &Cluster, folder: &Path) {
     let node = &cluster.node;
     node.apply(&cluster.pod(READER, "entered", "exec busybox sleep 3600"));

@@ -1,4 +1,4 @@
-//! Listeners in pods pass from one daemon to the next, so that an update refuses no connection.
+//! Listeners in pods pass from one daemon to the next, so that an update rejects no connection.
 
 use std::path::Path;
 
@@ -143,7 +143,7 @@ fn ending_daemon_hands_over_to_standby_not_yet_ready() {
             .expect("it ends")
             .success()
     );
-    // A refused or reset connection would be a panic of the client.
+    // A rejected or reset connection would be a panic of the client.
     let counts = asker.stop();
     assert!(!counts.contains_key("nothing"), "{counts:?}");
 }

@@ -53,7 +53,7 @@ fn cgroup_tree_that_is_mounted_later_is_found() {
         "",
         &configuration(&upstream),
     );
-    let missing = daemon.await_line(&["callers over TCP are refused", "no cgroup v2 tree"]);
+    let missing = daemon.await_line(&["callers over TCP are rejected", "no cgroup v2 tree"]);
     assert!(!missing.contains("restart"), "{missing}");
     let cgroup = Cgroup::new("restored.service");
     await_answer(&daemon, "unix", &cgroup, "no_identity");
@@ -81,7 +81,7 @@ fn cgroup_tree_that_is_mounted_later_is_found() {
     in_mounts_of(&daemon, &["umount", mount]);
     await_answer(&daemon, "tcp", &cgroup, "unsupported_kernel");
     let lines = daemon.log();
-    let lines = lines.matches("callers over TCP are refused (unsupported_kernel)");
+    let lines = lines.matches("callers over TCP are rejected (unsupported_kernel)");
     assert_eq!(lines.count(), 2, "one line each time that it is missing");
 }
 
@@ -98,7 +98,7 @@ fn sock_diag_is_used_again_when_its_module_is_loaded() {
     let actor = actor::program();
     let words = [&actor, Path::new("without-sock-diag"), &lost].map(|word| word.to_str().unwrap());
     let daemon = Daemon::start_behind(&words, folder.path(), "", &configuration(&upstream));
-    let line = daemon.await_line(&["callers over TCP are refused (unsupported_kernel)"]);
+    let line = daemon.await_line(&["callers over TCP are rejected (unsupported_kernel)"]);
     for words in [
         "it does not find a socket that exists",
         "load the kernel modules inet_diag and tcp_diag",
@@ -144,7 +144,7 @@ fn sock_diag_is_used_again_when_its_module_is_loaded() {
     let log = daemon.log();
     let count = |words: &str| log.matches(words).count();
     assert_eq!(
-        count("callers over TCP are refused (unsupported_kernel)"),
+        count("callers over TCP are rejected (unsupported_kernel)"),
         2
     );
     assert_eq!(count("callers over TCP are attested again"), 2);

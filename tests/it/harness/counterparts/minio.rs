@@ -104,7 +104,7 @@ impl Minio {
         read(&self.folder.join("server.log"))
     }
 
-    /// Kills the server. Its endpoint then refuses connections.
+    /// Kills the server. Its endpoint then rejects connections.
     pub(crate) fn stop(&mut self) {
         self.server = None;
     }
@@ -268,7 +268,7 @@ impl Record {
     }
 
     /// Returns the access key id of the call: the one in the STS response, else the one that signed
-    /// the request. It is `None` if STS refused, or if the call is unsigned.
+    /// the request. It is `None` if STS rejected, or if the call is unsigned.
     pub(crate) fn access_key_id(&self) -> Option<String> {
         let text = |pointer| {
             self.0

@@ -10,7 +10,7 @@ use crate::kubernetes::cluster::{Cluster, READER};
 pub(in crate::kubernetes) fn warm_pods_see_no_error(cluster: &Cluster) {
     let node = &cluster.node;
     let warm = PollingPod::start(cluster, "warm");
-    // Stopped, they accept connections and never respond, which is worse than a refused connection.
+    // Stopped, they accept connections and never respond, which is worse than a rejection.
     for program in ["kubelet", "kube-apiserver"] {
         let stopped = process(node, program);
         signal(node, "STOP", stopped);
@@ -42,7 +42,7 @@ pub(in crate::kubernetes) fn warm_pods_see_no_error(cluster: &Cluster) {
     // Its standard input stays open until the response, else the client would be taken for gone.
     let raw = "printf 'GET /v1/credentials HTTP/1.1\\r\\nHost: localhost\\r\\nAuthorization: any\\r\\nConnection: close\\r\\n\\r\\n'";
     let script = format!(
-        "{{ {raw}; busybox sleep 5; }} | busybox nc 127.0.0.1 974; echo; echo refused; until fetch 127.0.0.1; do busybox sleep 1; done"
+        "{{ {raw}; busybox sleep 5; }} | busybox nc 127.0.0.1 974; echo; echo rejected; until fetch 127.0.0.1; do busybox sleep 1; done"
     );
     node.apply(&asker::pod(
         READER,
@@ -51,7 +51,7 @@ pub(in crate::kubernetes) fn warm_pods_see_no_error(cluster: &Cluster) {
     ));
     let log = await_some("the new pod gets the reason", TIMEOUT, || {
         let log = node.pod_log(READER.namespace, "without-agent");
-        log.contains("\nrefused\n").then_some(log)
+        log.contains("\nrejected\n").then_some(log)
     });
     assert!(
         log.starts_with("HTTP/1.1 503") && log.contains("start the SPIFFE agent"),
