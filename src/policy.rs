@@ -26,7 +26,7 @@ pub struct Policy {
 pub struct CacheLimits {
     /// Maximum number of entries, thus of sets of credentials.
     pub max_entries: usize,
-    /// Time for which cached credentials are still served after STS first refuses to renew them.
+    /// Time for which cached credentials are still served after STS first rejects their refresh.
     pub revocation_grace: Duration,
 }
 

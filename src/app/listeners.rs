@@ -119,7 +119,7 @@ pub(super) fn refuse_rest(drain: &Drain, inherited: &mut ActivatedSockets) {
         };
         tracing::warn!(
             address = bound.name(),
-            "callers of a systemd socket are refused: [listen] does not name it; make the .socket unit and \
+            "callers of a systemd socket are rejected: [listen] does not name it; make the .socket unit and \
              the configuration agree"
         );
         let reset = |stream: AcceptedStream, _| async move {

@@ -56,7 +56,7 @@ impl CgroupMount {
         if self.own.is_none() && before.is_none() {
             tracing::warn!(
                 mount = %self.mount.display(),
-                "the daemon's own cgroup is not found: callers in cgroups near it are refused (unreadable_cgroup)"
+                "the daemon's own cgroup is not found: callers in cgroups near it are rejected (unreadable_cgroup)"
             );
         }
     }

@@ -79,7 +79,7 @@ impl TcpUnsupported {
         !matches!(self, Self::NoLoopback(_))
     }
 
-    /// Returns the refusal of a caller, which names what is missing.
+    /// Returns the rejection of a caller, which names what is missing.
     pub(super) fn refusal(&self) -> AttestError {
         AttestError::Unsupported(match self {
             Self::NoCgroups => "no cgroup v2 tree is mounted, which callers over TCP need",

@@ -116,7 +116,7 @@ impl TcpSupport {
         found
     }
 
-    /// Returns the attestor, or the refusal that names what is missing.
+    /// Returns the attestor, or the rejection that names what is missing.
     async fn current(&self) -> Result<TcpAttestor, AttestError> {
         self.retry_failed().await;
         if let Some(attestor) = self.attestor() {

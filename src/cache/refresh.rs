@@ -157,7 +157,7 @@ pub(super) struct FailureTimes {
     pub(super) cached_until: Instant,
     /// The earliest time of the next refresh.
     pub(super) retry_at: Instant,
-    /// The end of the grace after a refusal.
+    /// The end of the grace after a rejection.
     pub(super) grace_end: Option<Instant>,
 }
 

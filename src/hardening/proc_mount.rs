@@ -48,7 +48,7 @@ impl HidingProc {
     /// Returns the effect on callers.
     pub fn effect(&self) -> String {
         format!(
-            "/proc is mounted with {}, and CAP_SYS_PTRACE is missing: callers' processes are not visible, so callers are refused",
+            "/proc is mounted with {}, and CAP_SYS_PTRACE is missing: callers' processes are not visible, so callers are rejected",
             self.options
         )
     }

@@ -1,5 +1,5 @@
 //! Passes pods' listeners from one instance to the next over a unix socket, so that an update
-//! refuses no connection. [`HandoverMessage`] lists the messages.
+//! rejects no connection. [`HandoverMessage`] lists the messages.
 //!
 //! The next instance connects at its start. The previous one sends the listeners after
 //! [`HandoverMessage::Request`], or when it has to end. It keeps the listeners until it ends: if

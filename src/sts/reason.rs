@@ -23,7 +23,7 @@ pub enum StsReason {
     Misconfigured,
     /// There are no certificates to verify the server with.
     NoCa,
-    /// An unknown server or code refuses the call.
+    /// An unknown server or code rejects the call.
     Refused,
     /// STS is not active in the region.
     RegionDisabled,

@@ -263,7 +263,7 @@ impl StreamTask {
         SourceError::Unavailable(format!("the SPIFFE agent at {} {how}", self.endpoint))
     }
 
-    /// Converts the agent's refusal: the table of SPIFFE_Workload_API.md, section 6.
+    /// Converts the agent's rejection: the table of SPIFFE_Workload_API.md, section 6.
     fn error_of(&self, status: &Status) -> SourceError {
         let (reply, endpoint) = (one_line(status.message()), &self.endpoint);
         match status.code() {

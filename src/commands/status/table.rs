@@ -289,7 +289,7 @@ spiffe://example.org/unasked  unasked  unasked  in 59m 7s  in 29m 0s  -         
         let mut refusing = status();
         refusing["unsupported_kernel"] = json!(["callers over TCP are rejected: no\u{1b}"]);
         refusing["counts_executions"] = json!(false);
-        let line = "\nunsupported_kernel: callers over TCP are refused: no \nexecutions of programs: not counted: callers are refused";
+        let line = "\nunsupported_kernel: callers over TCP are rejected: no \nexecutions of programs: not counted: callers are rejected";
         assert!(render(&refusing, now(), TerminalStyle::plain()).contains(line));
         refusing["counts_executions"] = json!(true);
         assert!(

@@ -8,7 +8,7 @@ use crate::svid::channel::is_broken;
 use crate::svid::{SourceError, one_line};
 
 impl BrokerApi {
-    /// Converts the agent's refusal to an error with a fix. The texts are those of SPIRE 1.15.
+    /// Converts the agent's rejection to an error with a fix. The texts are those of SPIRE 1.15.
     pub(super) fn error_of(&self, workload: WorkloadRef<'_>, status: &Status) -> SourceError {
         let (text, reply, endpoint) =
             (status.message(), one_line(status.message()), &self.endpoint);

@@ -108,7 +108,7 @@ fn workload_is_answered_while_four_others_hold_all_queries() {
 const PROGRAM: u64 = 200 << 30;
 
 /// The agent hashes on after a query is cancelled, so it has less and less time for each program.
-/// The fifth workload waits for that, but its query is at the agent: the daemon does not refuse it
+/// The fifth workload waits for that, but its query is at the agent: the daemon does not reject it
 /// because of the others.
 fn check_real_agent(source: Source) {
     if !is_slow() {
