@@ -17,6 +17,7 @@ use crate::metrics::Metrics;
 use crate::pod_listeners::PodsError;
 use crate::telemetry;
 use crate::telemetry::Log;
+use crate::watchdog;
 
 /// EX_CONFIG of sysexits.h. The systemd unit does not restart on it.
 const EX_CONFIG: u8 = 78;
@@ -126,6 +127,9 @@ async fn run(
     let mut hangup = signal(SignalKind::hangup())?;
     let mut app = App::start(config, startup).await?;
     notify(&[NotifyState::Ready]);
+    if let Some(limit) = sd_notify::watchdog_enabled() {
+        tokio::spawn(watchdog::watch(limit, || notify(&[NotifyState::Watchdog])));
+    }
     spawn_blocking(seed_tls);
     loop {
         tokio::select! {
