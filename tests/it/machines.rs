@@ -214,12 +214,8 @@ fn profile_that_hides_callers_is_logged() {
          systemctl daemon-reload"
     ));
     await_ready(&mut stock);
-    let [caller, ..] = &ATTESTED_CALLERS;
-    let reasons: Vec<_> = stock
-        .request(caller)
-        .iter()
-        .map(|record| record["reason"].clone())
-        .collect();
+    let records = stock.request(&ATTESTED_CALLERS[..1]);
+    let reasons: Vec<_> = records[0].iter().map(|record| &record["reason"]).collect();
     assert_eq!(reasons, ["unseen_program", "no_holder", "no_holder"]);
     let journal = stock.machine.journal();
     for words in [

@@ -31,6 +31,8 @@ pub(super) const RULES: [&str; 3] = [
 ];
 pub(super) const OBJECT: &str = "hello from the shop\n";
 const AUDIT: &str = "/var/log/awsvid/audit.log";
+/// The line after the records of one caller.
+const END: &str = "-- next caller";
 /// Two users without any privilege.
 const USERS: &str = "u billing 1001\nu shop 1002\n";
 
@@ -205,35 +207,43 @@ impl StockMachine {
             .success("awsvid config validate");
     }
 
-    /// Requests credentials over the unix socket, TCP and TCP over IPv6, and returns the audit
-    /// record of each. curl retries what may pass, as SDKs do.
-    pub(super) fn request(&mut self, caller: &UnitCaller) -> Vec<Value> {
-        let UnitCaller {
-            user, unit, slice, ..
-        } = caller;
-        let properties = caller.properties.join(" ");
-        let script = format!(
-            "before=$(wc -l <{AUDIT})
-             systemd-run --quiet --collect --wait --pipe --unit={unit} --slice={slice} --uid={user} {properties} -- \
-               sh -c 'get() {{ curl --silent --max-time 60 --retry 30 --retry-delay 1 --header \"Authorization: any\" \"$@\"; echo; }}
-                      get --unix-socket /run/awsvid/awsvid.sock http://localhost/v1/credentials
-                      get http://127.0.0.1:974/v1/credentials
-                      get http://[::1]:974/v1/credentials; true' >/run/answers
-             tail -n +$((before + 1)) {AUDIT}"
-        );
-        let records = self.read(&script);
-        let parsed = records.lines().map(serde_json::from_str);
-        let mut parsed: Vec<Value> = parsed
-            .collect::<Result<_, _>>()
-            .unwrap_or_else(|error| panic!("{error} in {records}"));
-        parsed.retain(|record| record["outcome"] != "failed");
-        parsed
+    /// Lets each caller request credentials over the unix socket, TCP and TCP over IPv6, and returns
+    /// the audit records of each. curl retries what may pass, as SDKs do.
+    pub(super) fn request(&mut self, callers: &[UnitCaller]) -> Vec<Vec<Value>> {
+        let get = "--silent --output /dev/null --max-time 60 --retry 30 --retry-delay 1 \
+                   --header 'Authorization: any'";
+        let one = |caller: &UnitCaller| {
+            let UnitCaller {
+                user, unit, slice, ..
+            } = caller;
+            let properties = caller.properties.join(" ");
+            format!(
+                "before=$(wc -l <{AUDIT})
+                 systemd-run --quiet --collect --wait --pipe --unit={unit} --slice={slice} --uid={user} {properties} -- \
+                   curl {get} --unix-socket /run/awsvid/awsvid.sock http://localhost/v1/credentials \
+                   --next {get} http://127.0.0.1:974/v1/credentials \
+                   --next {get} http://[::1]:974/v1/credentials || true
+                 tail -n +$((before + 1)) {AUDIT}
+                 echo {END}\n"
+            )
+        };
+        let script: String = callers.iter().map(one).collect();
+        let answers = self.read(&script);
+        let records = |text: &str| -> Vec<Value> {
+            let lines = text.lines().filter(|line| !line.is_empty());
+            let parsed: Result<Vec<Value>, _> = lines.map(serde_json::from_str).collect();
+            let mut parsed = parsed.unwrap_or_else(|error| panic!("{error} in {text}"));
+            parsed.retain(|record| record["outcome"] != "failed");
+            parsed
+        };
+        let of_callers = answers.split(END).map(records);
+        of_callers.take(callers.len()).collect()
     }
 
     /// Asserts that the callers have their identities over each listener that is served here.
     pub(super) fn assert_identities(&mut self, callers: &[UnitCaller], served: &ServedCallers) {
-        for caller in callers {
-            let records = self.request(caller);
+        let records = self.request(callers);
+        for (caller, records) in callers.iter().zip(records) {
             let facts = |record: &Value| {
                 let text = |name: &str| record[name].as_str().unwrap_or("-").to_owned();
                 ["listener", "reason", "spiffe_id"].map(text)
