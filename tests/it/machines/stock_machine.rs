@@ -207,7 +207,7 @@ impl StockMachine {
             .success("awsvid config validate");
     }
 
-    /// Lets each caller request credentials over the unix socket, TCP and TCP over IPv6, and returns
+    /// Lets each caller request credentials over the unix socket, TCP and TCP over IPv6. Returns
     /// the audit records of each. curl retries what may pass, as SDKs do.
     pub(super) fn request(&mut self, callers: &[UnitCaller]) -> Vec<Vec<Value>> {
         let get = "--silent --output /dev/null --max-time 60 --retry 30 --retry-delay 1 \
