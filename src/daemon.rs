@@ -17,6 +17,7 @@ use crate::metrics::Metrics;
 use crate::pod_listeners::PodsError;
 use crate::telemetry;
 use crate::telemetry::Log;
+use crate::watchdog;
 
 mod notifier;
 
@@ -131,6 +132,11 @@ async fn run(
     let notifier = Notifier::start();
     let mut app = App::start(config, startup).await?;
     notifier.notify(vec![NotifyState::Ready]).await;
+    if let Some(limit) = sd_notify::watchdog_enabled() {
+        let notifier = notifier.clone();
+        let notify = move || notifier.notify_later(vec![NotifyState::Watchdog]);
+        tokio::spawn(watchdog::watch(limit, notify));
+    }
     spawn_blocking(seed_tls);
     loop {
         tokio::select! {

@@ -1,9 +1,12 @@
 //! Hardening before the daemon has threads: its memory becomes unreadable, and it drops privileges.
 
+pub mod apparmor;
 mod proc_mount;
 mod sys;
 
 pub use proc_mount::HidingProc;
+
+use std::path::Path;
 
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
@@ -87,6 +90,11 @@ impl DaemonFeatures {
     /// Reports whether callers are referred to an agent by their process.
     pub fn names_processes(self) -> bool {
         self.names_processes
+    }
+
+    /// Reports whether callers' processes are inspected, of whichever user they are.
+    pub fn inspects_processes(self) -> bool {
+        self.inspects_processes
     }
 
     /// Reports whether callers' processes have to be visible: all but those in pods that are
@@ -229,11 +237,26 @@ fn log_forbidden(features: DaemonFeatures) {
     }
 }
 
+/// Logs the AppArmor profile that hides processes from the daemon, because callers see only its
+/// effects.
+fn warn_confined(features: DaemonFeatures) {
+    let profile = apparmor::enforced_profile(Path::new("/proc"));
+    if let Some(profile) = profile.filter(|_| features.inspects_processes) {
+        tracing::warn!(
+            profile,
+            consequence = apparmor::CONFINED,
+            fix = apparmor::CONFINED_FIX,
+            "an AppArmor profile confines the daemon"
+        );
+    }
+}
+
 /// Hardens the process. Failures are logged and tolerated. Has to be called before any thread is
 /// started, because capabilities belong to threads.
 pub fn harden_before_threads(features: DaemonFeatures) {
     warn_missing(features);
     log_forbidden(features);
+    warn_confined(features);
     let log = |what: &str, failed: bool| {
         if failed {
             tracing::warn!(

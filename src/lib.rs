@@ -26,7 +26,8 @@
 //!
 //! Around the request path: [`pod_listeners`] listens in each pod's network namespace ([`netns`]),
 //! [`admin`] serves health and metrics, [`readiness`] decides when the daemon is ready, and
-//! [`hardening`] drops privileges. [`app`] wires all of it, and [`daemon`] runs it.
+//! [`hardening`] drops privileges, and [`watchdog`] reports to systemd that the threads work.
+//! [`app`] wires all of it, and [`daemon`] runs it.
 //!
 //! Outside the daemon: [`commands`] for users and operators, [`sdk_environment`] (the SDK variables
 //! that commands set for child processes), and [`dev`] (the servers that the `dev` command starts
@@ -102,6 +103,8 @@ pub mod admin;
 pub mod readiness;
 
 pub mod app;
+
+pub mod watchdog;
 
 pub mod daemon;
 

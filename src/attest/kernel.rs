@@ -66,7 +66,9 @@ impl TcpUnsupported {
         match unix {
             UnixSupport::Nothing => fix.to_owned(),
             UnixSupport::Process | UnixSupport::Number => {
-                format!("{fix}; or use the unix socket only ([listen] tcp = [])")
+                format!(
+                    "{fix}; or use the unix socket only ([listen] tcp = [], and no TCP address in awsvid.socket)"
+                )
             }
         }
     }

@@ -1,6 +1,8 @@
 //! Warnings about users, programs and files that a configuration names and that this node lacks or
 //! exposes.
 
+mod socket_unit;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
 use std::io;
@@ -42,6 +44,7 @@ pub(super) fn warnings(config: &Config, service: &dyn NameService) -> Vec<Proble
     warnings.extend(config.unprivileged_ports(first_unprivileged_port()));
     warnings.extend(programs(config));
     warnings.extend(files(config));
+    warnings.extend(socket_unit::warnings(config, Path::new("/")));
     warnings
 }
 

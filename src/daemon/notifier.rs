@@ -16,7 +16,7 @@ use tokio::time::timeout;
 const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Sender of notifications. Outside systemd it does nothing.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Notifier(Option<mpsc::Sender<Notification>>);
 
 /// A notification, and the sender that is dropped once it is sent.
@@ -45,6 +45,14 @@ impl Notifier {
             tracing::warn!(%error, "cannot notify the service manager");
         }
         Self(started.is_ok().then_some(sender))
+    }
+
+    /// Sends `state` after the earlier ones, and does not wait.
+    pub(super) fn notify_later(&self, state: Vec<NotifyState<'static>>) {
+        if let Some(sender) = &self.0 {
+            // An error means that the thread has ended.
+            let _ = sender.send((state, oneshot::channel().0));
+        }
     }
 
     /// Sends `state` after the earlier ones, and waits for at most [`SEND_TIMEOUT`]. After that it

@@ -95,6 +95,11 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
     ("install-vm.md", "sudo awsvid status", FIRST_WORKLOAD),
     (
         "install-vm.md",
+        "sudo systemctl disable --now",
+        INSTALLATION,
+    ),
+    (
+        "install-vm.md",
         "sudo -u billing awsvid check --workload",
         FIRST_WORKLOAD,
     ),

@@ -19,6 +19,7 @@ pub(crate) mod forward;
 pub(crate) mod hanging;
 pub(crate) mod kubelet;
 pub(crate) mod kubernetes;
+pub(crate) mod machine;
 pub(crate) mod namespaces;
 pub(crate) mod outcome;
 pub(crate) mod pausable_proxy;

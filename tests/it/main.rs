@@ -41,6 +41,7 @@ mod kubernetes;
 mod layout;
 mod listeners;
 mod load_limits;
+mod machines;
 mod manifests;
 mod operators;
 mod outages;

@@ -7,7 +7,7 @@ use std::path::Path;
 use super::report::CheckReport;
 use crate::attest::{self, ExecMonitor, TcpUnsupported, UnixSupport};
 use crate::config::Config;
-use crate::hardening::{DaemonFeatures, HidingProc};
+use crate::hardening::{DaemonFeatures, HidingProc, apparmor};
 
 const STEP: &str = "machine";
 /// The number of the initial cgroup namespace, by linux/nsfs.h.
@@ -46,6 +46,7 @@ pub(super) fn check(config: &Config, proc: &Path, tried: &KernelSupport, report:
     kernel(config, proc, tried, report);
     cgroups(config, proc, report);
     privileges(config, proc, report);
+    confinement(config, proc, report);
     namespaces(config, proc, report);
     if config.pods.enabled {
         own_kernels(proc, report);
@@ -173,6 +174,21 @@ fn privileges(config: &Config, proc: &Path, report: &mut CheckReport) {
             format!("without {}", missing.join(", ")),
             "run it as root; in a unit or pod, grant these capabilities (deploy/docs/install-vm.md)",
         ),
+    }
+}
+
+fn confinement(config: &Config, proc: &Path, report: &mut CheckReport) {
+    let profile = apparmor::enforced_profile(proc);
+    let inspects = DaemonFeatures::of(config).inspects_processes();
+    if let Some(profile) = profile.filter(|_| inspects) {
+        report.info(
+            STEP,
+            format!(
+                "the AppArmor profile {profile} confines this: {}",
+                apparmor::CONFINED
+            ),
+            apparmor::CONFINED_FIX,
+        );
     }
 }
 

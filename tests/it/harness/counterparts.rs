@@ -35,10 +35,15 @@ fn cache() -> PathBuf {
         .join("awsvid-tests")
 }
 
+/// Returns the path of an entry of that folder, whether it exists or not.
+pub(crate) fn cached(name: &str) -> PathBuf {
+    cache().join(name)
+}
+
 /// Returns the path of a program that `tests/counterparts/get` provides, such as `aws` or `mc`.
 /// Returns `None` after a printed skip if it is missing. In CI that is a panic.
 pub(crate) fn tool(name: &str) -> Option<PathBuf> {
-    let path = cache().join("bin").join(name);
+    let path = cached("bin").join(name);
     if path.exists() {
         return Some(path);
     }

@@ -206,6 +206,33 @@ impl SystemdMachine {
         PathBuf::from(format!("/proc/{}/root{inside}", self.init))
     }
 
+    /// Returns the threads with this name of a unit's main process, by their ids outside.
+    pub(crate) fn threads(&self, unit: &str, name: &str) -> Vec<Pid> {
+        let inside = self.property(unit, "MainPID");
+        let namespace = |process: &Path| fs::read_link(process.join("ns/pid")).ok();
+        let own = namespace(&PathBuf::from(format!("/proc/{}", self.init)));
+        let is_main = |process: &PathBuf| {
+            let status = fs::read_to_string(process.join("status")).unwrap_or_default();
+            let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+            let last = ids.and_then(|ids| ids.split_ascii_whitespace().last());
+            last == Some(&inside) && namespace(process) == own
+        };
+        let entries = fs::read_dir("/proc").expect("/proc").flatten();
+        let main = entries.map(|entry| entry.path()).find(is_main);
+        let threads = fs::read_dir(main.expect("the main process").join("task"));
+        let threads = threads.expect("its threads").flatten();
+        let has_name = |thread: &PathBuf| {
+            fs::read_to_string(thread.join("comm")).is_ok_and(|comm| comm.trim_end() == name)
+        };
+        let id = |thread: PathBuf| thread.file_name()?.to_str()?.parse().ok();
+        threads
+            .map(|thread| thread.path())
+            .filter(has_name)
+            .filter_map(id)
+            .map(Pid::from_raw)
+            .collect()
+    }
+
     /// Forwards a loopback port of the machine to a loopback address of this computer.
     pub(crate) fn forward(&self, to: std::net::SocketAddr) -> Forward {
         Forward::start(

@@ -20,7 +20,7 @@ struct Proc(TempDir);
 impl Proc {
     fn right() -> Self {
         let proc = Self(tempfile::tempdir().unwrap());
-        for folder in ["sys/kernel", "self/ns", "2"] {
+        for folder in ["sys/kernel", "self/ns", "self/attr/apparmor", "2"] {
             fs::create_dir_all(proc.0.path().join(folder)).unwrap();
         }
         symlink(
@@ -292,6 +292,20 @@ fn missing_or_partial_cgroups_are_reported() {
             .faults(&config("", "")),
         []
     );
+}
+
+#[test]
+fn profile_is_reported_if_processes_are_inspected() {
+    let profile = |shown: &str| Proc::right().with("self/attr/apparmor/current", shown);
+    let confined = profile("cri-containerd.apparmor.d (enforce)\n");
+    let (saw, fix) = (
+        "the AppArmor profile cri-containerd.apparmor.d",
+        "Unconfined",
+    );
+    confined.assert_fault(&config("", ""), Verdict::Note, saw, fix);
+    let pods = "tcp = []\nunix = \"\"\n[pods]\nenabled = true";
+    assert_eq!(confined.faults(&config(pods, BROKER)), []);
+    assert_eq!(profile("unconfined\n").faults(&config("", "")), []);
 }
 
 #[test]

@@ -140,18 +140,25 @@ impl Spire {
             spire.start_oidc();
             return Some(spire);
         }
-        let answer = spire.server_json(&["token", "generate"]);
-        let token = answer["value"]
-            .as_str()
-            .unwrap_or_else(|| panic!("no join token in {answer}"));
+        let token = spire.join_token(&[]);
         spire.agent_id = format!(
             "spiffe://{}/spire/agent/join_token/{token}",
             spire.trust_domain()
         );
-        spire.run_agent(&["-joinToken", token]);
+        spire.run_agent(&["-joinToken", &token]);
         spire.start_oidc();
         spire.await_agent();
         Some(spire)
+    }
+
+    /// Creates a token with which one agent may join, with more options of `spire-server token
+    /// generate`. With `-spiffeID` the agent gets that SPIFFE ID in addition to its own.
+    pub(crate) fn join_token(&self, options: &[&str]) -> String {
+        let answer = self.server_json(&[&["token", "generate"], options].concat());
+        let token = answer["value"].as_str();
+        token
+            .unwrap_or_else(|| panic!("no join token in {answer}"))
+            .to_owned()
     }
 
     /// Returns the trust domain's name.
