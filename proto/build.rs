@@ -60,7 +60,7 @@ fn generate() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(definitions, ["proto"])?;
     let mut code = tonic_prost_build::configure()
         .build_client(true)
-        .build_server(true)
+        .build_server(env::var_os("CARGO_FEATURE_DEV").is_some())
         .generate_default_stubs(true);
     for message in secret {
         code = code.skip_debug([message]);
