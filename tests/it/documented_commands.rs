@@ -15,7 +15,7 @@ use crate::harness::counterparts::{folder, root, skip, tool};
 use crate::harness::daemon::PROGRAM;
 use crate::harness::documents::{Block, block, blocks};
 
-const PAGES: [&str; 12] = [
+const PAGES: [&str; 13] = [
     "README.md",
     "install-vm.md",
     "install-kubernetes.md",
@@ -24,6 +24,7 @@ const PAGES: [&str; 12] = [
     "cli.md",
     "metrics-and-alerts.md",
     "audit-log.md",
+    "packages.md",
     "upgrade.md",
     "migrate.md",
     "revoke.md",
@@ -165,6 +166,21 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
     ("audit-log.md", "jq -c", ByShell),
     ("audit-log.md", "jq -r", ByShell),
     ("audit-log.md", "aws cloudtrail", ByAwsCli),
+    (
+        "packages.md",
+        "sudo apt-get install",
+        Not("no release is published yet; tests/it/systemd/packages.rs installs both packages"),
+    ),
+    (
+        "packages.md",
+        "identity=",
+        Not("only the workflow of a release can sign, and Sigstore is outside this network"),
+    ),
+    (
+        "packages.md",
+        "tests/counterparts/get release",
+        Not("tests/it/packages.rs runs each step of the script, the builds in the slow form"),
+    ),
     ("upgrade.md", "awsvid.previous config validate", ROLLBACK),
     ("upgrade.md", "cp --preserve /usr/bin", UPGRADE),
     (

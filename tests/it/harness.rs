@@ -22,6 +22,7 @@ pub(crate) mod kubernetes;
 pub(crate) mod namespaces;
 pub(crate) mod outcome;
 pub(crate) mod pausable_proxy;
+pub(crate) mod release;
 pub(crate) mod slow_proxy;
 pub(crate) mod sts;
 pub(crate) mod stub_http;

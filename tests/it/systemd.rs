@@ -3,6 +3,7 @@
 
 mod attesting;
 mod documented;
+mod packages;
 
 use std::collections::BTreeSet;
 use std::fs;
