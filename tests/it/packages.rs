@@ -3,6 +3,7 @@
 //! `systemd/packages.rs` installs the packages, and `kubernetes.rs` runs the image.
 
 mod elf;
+mod released;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -93,12 +94,26 @@ fn packages_have_what_a_node_needs() {
         return;
     };
     release.run(&["files", "packages"]);
-    let deb = release.ending(".deb");
-    let control = |field: &str| output("dpkg-deb", &["--field", text(&deb), field]);
+    assert_deb(&release.ending(".deb"));
+    assert_rpm(&release.ending(".rpm"));
+
+    // The same in another folder, from files with other times.
+    let Some(other) = Release::of_tests(&folder.path().join("other"), Path::new(PROGRAM)) else {
+        return;
+    };
+    other.run(&["files", "packages"]);
+    for end in [".deb", ".rpm"] {
+        let read = |release: &Release| fs::read(release.ending(end)).unwrap();
+        assert!(read(&release) == read(&other), "{end}: other bytes");
+    }
+}
+
+fn assert_deb(deb: &Path) {
+    let control = |field: &str| output("dpkg-deb", &["--field", text(deb), field]);
     assert_eq!(control("Package").trim(), "awsvid");
     assert!(control("Depends").contains("libc6 (>= 2.28)"));
     assert!(control("Depends").contains("ca-certificates"));
-    let listed = output("dpkg-deb", &["--contents", text(&deb)]);
+    let listed = output("dpkg-deb", &["--contents", text(deb)]);
     let files = listed
         .lines()
         .filter(|line| line.starts_with('-'))
@@ -114,17 +129,18 @@ fn packages_have_what_a_node_needs() {
         files.collect::<BTreeSet<_>>(),
         expected("/usr/share/zsh/vendor-completions/_awsvid")
     );
-    let marked = output("dpkg-deb", &["--info", text(&deb), "conffiles"]);
+    let marked = output("dpkg-deb", &["--info", text(deb), "conffiles"]);
     assert_eq!(
         marked.lines().collect::<BTreeSet<_>>(),
         CONFIGURATION.into()
     );
+}
 
-    let rpm = release.ending(".rpm");
+fn assert_rpm(rpm: &Path) {
     let query = |arguments: &[&str]| {
         output(
             "rpm",
-            &[&["--query", "--package", text(&rpm)], arguments].concat(),
+            &[&["--query", "--package", text(rpm)], arguments].concat(),
         )
     };
     let format = "[%{FILEMODES:perms} %{FILEUSERNAME}:%{FILEGROUPNAME} %{FILENAMES}\n]";
@@ -147,16 +163,6 @@ fn packages_have_what_a_node_needs() {
         CONFIGURATION.into()
     );
     assert!(query(&["--requires"]).contains("glibc >= 2.28"));
-
-    // The same in another folder, from files with other times.
-    let Some(other) = Release::of_tests(&folder.path().join("other"), Path::new(PROGRAM)) else {
-        return;
-    };
-    other.run(&["files", "packages"]);
-    for end in [".deb", ".rpm"] {
-        let read = |release: &Release| fs::read(release.ending(end)).unwrap();
-        assert!(read(&release) == read(&other), "{end}: other bytes");
-    }
 }
 
 /// Returns modes and paths of all files, with the completions for zsh at this path.
@@ -312,95 +318,4 @@ fn unpack(archive: &Path, into: &Path) {
             text(into),
         ],
     );
-}
-
-/// Builds the release of a copy of the source in another folder, with another folder of cargo's.
-#[test]
-fn release_is_reproducible() {
-    if !is_slow() {
-        return;
-    }
-    let folder = folder();
-    let Some(first) = Release::built(&folder.path().join("first")) else {
-        return;
-    };
-    first.run(&["files", "archive", "packages", "image", "sbom", "sums"]);
-    let source = folder.path().join("a/copy");
-    fs::create_dir_all(&source).unwrap();
-    let archive = folder.path().join("source.tar");
-    output(
-        "git",
-        &[
-            "-C",
-            env!("CARGO_MANIFEST_DIR"),
-            "archive",
-            "--output",
-            text(&archive),
-            "HEAD",
-        ],
-    );
-    unpack(&archive, &source);
-    let out = source.join("out");
-    fs::create_dir(&out).unwrap();
-    let mut build = Command::new(source.join("deploy/release"));
-    build
-        .env("OUT", &out)
-        .env("CARGO_TARGET_DIR", source.join("target"))
-        .env("SOURCE_DATE_EPOCH", "1700000000");
-    run(build, b"", Duration::from_secs(7200)).success("deploy/release elsewhere");
-    let sums = |path: PathBuf| fs::read_to_string(path.join("SHA256SUMS")).unwrap();
-    assert_eq!(sums(folder.path().join("first")), sums(out));
-}
-
-/// Checks what only the programs of a release have.
-#[test]
-fn released_programs_run_on_old_systems() {
-    if !is_slow() {
-        return;
-    }
-    let folder = folder();
-    let Some(release) = Release::built(folder.path()) else {
-        return;
-    };
-    let (linked, fixed) = (release.path("awsvid"), release.path("awsvid-static"));
-    let commit = output(
-        "git",
-        &[
-            "-C",
-            env!("CARGO_MANIFEST_DIR"),
-            "rev-parse",
-            "--short=12",
-            "HEAD",
-        ],
-    );
-    for program in [&linked, &fixed] {
-        Elf::read(program).assert_hardened();
-        let version = output(text(program), &["--version"]);
-        assert!(version.contains(commit.trim()), "{version}");
-        assert!(!version.contains(" dev"), "{version}");
-        let help = output(text(program), &["--help"]);
-        assert!(
-            !help.contains("awsvid dev") && !help.contains("  dev"),
-            "{help}"
-        );
-    }
-    let elf = Elf::read(&linked);
-    assert!(
-        elf.newest_glibc() <= Some((2, 28)),
-        "{:?}",
-        elf.newest_glibc()
-    );
-    for library in elf.needed() {
-        let is_libc = [
-            "libc.so.6",
-            "libm.so.6",
-            "libdl.so.2",
-            "libpthread.so.0",
-            "librt.so.1",
-        ]
-        .contains(&&*library)
-            || library.starts_with("ld-linux");
-        assert!(is_libc, "{library} is not part of libc6");
-    }
-    assert_eq!(Elf::read(&fixed).needed(), Vec::<String>::new());
 }

@@ -89,39 +89,11 @@ fn rpm_lives_on_a_machine() {
 /// Installs, configures, upgrades, downgrades and removes the package.
 fn assert_life(manager: &Manager) {
     let directory = folder();
-    let release = |name: &str, version: &str, program: &Path| {
-        let out = directory.path().join(name);
-        let release = Release::of_tests(&out, program)?
-            .with_version(version)
-            .with_format(manager.format);
-        release.run(&["files", "packages"]);
-        Some(release.ending(&format!(".{}", manager.format)))
-    };
-    let newer = newer_version(directory.path());
-    let Some(first) = release("first", "1.0.0", Path::new(BUILT)) else {
+    let Some(machine) = boot(directory.path(), manager) else {
         return;
     };
-    let Some(second) = release("second", "1.1.0", &newer) else {
-        return;
-    };
-    let status = dpkg_status();
-    let (old, new) = (
-        format!("/packages/old.{}", manager.format),
-        format!("/packages/new.{}", manager.format),
-    );
-    let files = [
-        ("/etc/sysusers.d/workloads.conf", Content::Text(USERS)),
-        ("/var/lib/dpkg/status", Content::Text(&status)),
-        ("/var/lib/dpkg/info/format", Content::Text("1\n")),
-        ("/var/lib/dpkg/updates/.keep", Content::Text("")),
-        (&old, Content::Copy(&first)),
-        (&new, Content::Copy(&second)),
-    ];
-    let Some(machine) = SystemdMachine::boot(directory.path(), &files) else {
-        return;
-    };
+    let [old, new] = ["old", "new"].map(|name| format!("/packages/{name}.{}", manager.format));
     let install = |words: &[&str], package: &str| run(&machine, words, package).success(package);
-
     install(manager.install, &old);
     let disabled = ["disabled", "disabled", "inactive", "inactive"];
     assert_eq!(states(&machine), disabled, "nothing is started");
@@ -131,31 +103,71 @@ fn assert_life(manager: &Manager) {
     fs::write(machine.path(CONFIGURATION), &text).unwrap();
     start(&machine);
     assert_known(ask(&machine, "billing.service", "billing", TCP));
-    for (words, package) in [(manager.install, &new), (manager.downgrade, &old)] {
-        assert_change_refuses_nothing(&machine, || drop(install(words, package)));
-    }
-    let is_newer = fs::read(machine.path(PROGRAM)).unwrap() == fs::read(&newer).unwrap();
-    assert!(!is_newer, "it is the older program again");
-    assert_eq!(
-        fs::read_to_string(machine.path(CONFIGURATION)).unwrap(),
-        text
-    );
+    let program = || fs::read(machine.path(PROGRAM)).unwrap();
+    let first = program();
+    assert_change_refuses_nothing(&machine, || drop(install(manager.install, &new)));
+    assert!(program() != first, "it is the newer program");
+    assert_change_refuses_nothing(&machine, || drop(install(manager.downgrade, &old)));
+    assert!(program() == first, "it is the older program again");
+    let configuration = fs::read_to_string(machine.path(CONFIGURATION)).unwrap();
+    assert_eq!(configuration, text);
 
-    // The newer version does not know this key: the daemon that runs goes on.
     let text = format!("{text}[cache]\nrevocation_grace = \"1m\"\n");
     fs::write(machine.path(CONFIGURATION), &text).unwrap();
+    assert_rejected_file_leaves_the_daemon(&machine, manager, &new);
+    assert_removal_leaves_the_changed_file(&machine, manager, &text);
+}
+
+/// Boots a machine with two versions of the package in a folder.
+fn boot(directory: &Path, manager: &Manager) -> Option<SystemdMachine> {
+    let newer = newer_version(directory);
+    let versions = [
+        ("old", "1.0.0", Path::new(BUILT)),
+        ("new", "1.1.0", newer.as_path()),
+    ];
+    let mut packages = Vec::new();
+    for (name, version, program) in versions {
+        let release = Release::of_tests(&directory.join(name), program)?
+            .with_version(version)
+            .with_format(manager.format);
+        release.run(&["files", "packages"]);
+        let path = format!("/packages/{name}.{}", manager.format);
+        packages.push((path, release.ending(&format!(".{}", manager.format))));
+    }
+    let status = dpkg_status();
+    let mut files = vec![
+        ("/etc/sysusers.d/workloads.conf", Content::Text(USERS)),
+        ("/var/lib/dpkg/status", Content::Text(&status)),
+        ("/var/lib/dpkg/info/format", Content::Text("1\n")),
+        ("/var/lib/dpkg/updates/.keep", Content::Text("")),
+    ];
+    for (path, package) in &packages {
+        files.push((path, Content::Copy(package)));
+    }
+    SystemdMachine::boot(directory, &files)
+}
+
+/// Upgrades to a version that does not know a key of the file. The daemon that runs goes on.
+fn assert_rejected_file_leaves_the_daemon(
+    machine: &SystemdMachine,
+    manager: &Manager,
+    package: &str,
+) {
     let before = machine.property("awsvid.service", "MainPID");
-    let upgraded = run(&machine, manager.install, &new);
+    let upgraded = run(machine, manager.install, package);
     let words = "awsvid was not restarted";
     assert!(
         upgraded.status.success() && upgraded.stderr.contains(words),
         "{upgraded:?}"
     );
     assert_eq!(machine.property("awsvid.service", "MainPID"), before);
-    assert_known(ask(&machine, "billing.service", "billing", UNIX));
+    assert_known(ask(machine, "billing.service", "billing", UNIX));
+}
 
-    run(&machine, manager.remove, "awsvid").success("remove");
-    let mut left = named_awsvid(&machine);
+/// Removes the package, and purges it where the manager can.
+fn assert_removal_leaves_the_changed_file(machine: &SystemdMachine, manager: &Manager, text: &str) {
+    run(machine, manager.remove, "awsvid").success("remove");
+    let mut left = named_awsvid(machine);
     left.sort();
     assert_eq!(left, manager.left);
     let kept = fs::read_to_string(machine.path(manager.left[0])).unwrap();
@@ -164,8 +176,8 @@ fn assert_life(manager: &Manager) {
     let units = units.success("list-units");
     assert!(units.contains("0 loaded units"), "{units}");
     if manager.format == DPKG.format {
-        run(&machine, &["dpkg", "--purge"], "awsvid").success("purge");
-        assert_eq!(named_awsvid(&machine), Vec::<String>::new());
+        run(machine, &["dpkg", "--purge"], "awsvid").success("purge");
+        assert_eq!(named_awsvid(machine), Vec::<String>::new());
         assert!(!machine.path("/etc/awsvid").exists());
     }
 }
