@@ -1,8 +1,8 @@
-//! The programs that `deploy/release` builds. Only the slow form does that: it takes the time of four
-//! release builds.
+//! The programs that `deploy/release` builds. Only the slow form does that: it takes four builds
+//! with all optimizations.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
