@@ -74,6 +74,12 @@ fn released_programs_run_on_old_systems() {
     );
     for program in [&linked, &fixed] {
         Elf::read(program).assert_hardened();
+        let content = fs::read(program).unwrap();
+        let printable = String::from_utf8_lossy(&content);
+        let path = ["/root/", "/home/", env!("CARGO_MANIFEST_DIR")]
+            .into_iter()
+            .find(|path| printable.contains(path));
+        assert_eq!(path, None, "a path of this machine");
         let version = output(text(program), &["--version"]);
         assert!(version.contains(commit.trim()), "{version}");
         assert!(!version.contains(" dev"), "{version}");
