@@ -14,9 +14,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     generate()
 }
 
-/// Records the revision for `awsvid --version`: the variable `AWSVID_REVISION`, or the commit of
-/// the working copy. The commit is recorded in release builds only, because each commit would
-/// otherwise rebuild a developer's debug builds.
+/// Records the revision for `awsvid --version`: the variable `AWSVID_REVISION`, the commit of the
+/// working copy, or that of an archive. It is recorded in release builds only, because each commit
+/// would otherwise rebuild a developer's debug builds.
 fn record_revision() {
     println!("cargo:rerun-if-env-changed=AWSVID_REVISION");
     let is_release = env::var("PROFILE").is_ok_and(|profile| profile == "release");
@@ -24,7 +24,10 @@ fn record_revision() {
         return;
     }
     let folder = Path::new(".");
-    if let Some(revision) = revision::revision(folder) {
+    println!("cargo:rerun-if-changed=proto/archived_commit");
+    if let Some(revision) = revision::archived(include_str!("archived_commit")) {
+        println!("cargo:rustc-env=AWSVID_REVISION={revision}");
+    } else if let Some(revision) = revision::revision(folder) {
         println!("cargo:rustc-env=AWSVID_REVISION={revision}");
         // A change in one of these files changes the revision. Cargo rebuilds for them in any case.
         for path in revision::moves(folder)
@@ -60,7 +63,7 @@ fn generate() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(definitions, ["proto"])?;
     let mut code = tonic_prost_build::configure()
         .build_client(true)
-        .build_server(true)
+        .build_server(env::var_os("CARGO_FEATURE_DEV").is_some())
         .generate_default_stubs(true);
     for message in secret {
         code = code.skip_debug([message]);

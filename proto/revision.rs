@@ -25,6 +25,14 @@ pub(crate) fn revision(folder: &Path) -> Option<String> {
     })
 }
 
+/// Returns the commit that `git archive` has written into the text of `archived_commit`. Returns
+/// `None` in a working copy, where the text is still a pattern.
+pub(crate) fn archived(text: &str) -> Option<String> {
+    let commit = text.split(' ').next()?.get(..12)?;
+    let is_hash = commit.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_hash.then(|| commit.to_owned())
+}
+
 /// Returns files, relative to `folder`. One of them changes when a commit is checked out or made.
 pub(crate) fn moves(folder: &Path) -> Vec<String> {
     let paths = ["HEAD", "logs/HEAD"].map(|name| git(folder, &["rev-parse", "--git-path", name]));

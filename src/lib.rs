@@ -31,7 +31,8 @@
 //!
 //! Outside the daemon: [`commands`] for users and operators, [`sdk_environment`] (the SDK variables
 //! that commands set for child processes), and [`dev`] (the servers that the `dev` command starts
-//! around the daemon). Only main.rs imports `commands` and `dev`.
+//! around the daemon; a cargo feature, which packages and images leave out). Only main.rs imports
+//! `commands` and `dev`.
 #![cfg_attr(
     test,
     allow(
@@ -112,6 +113,7 @@ pub mod sdk_environment;
 
 pub mod commands;
 
+#[cfg(feature = "dev")]
 pub mod dev;
 
 #[cfg(any(test, fuzzing))]

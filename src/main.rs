@@ -11,7 +11,9 @@ use awsvid::commands::exec::Exec;
 use awsvid::commands::probe::Probe;
 use awsvid::commands::status::StatusCommand;
 use awsvid::commands::{check, trust_policy};
-use awsvid::{daemon, dev};
+use awsvid::daemon;
+#[cfg(feature = "dev")]
+use awsvid::dev;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
@@ -22,25 +24,36 @@ use clap_complete::Shell;
 /// container credential endpoint, which all of them support. awsvid learns from the kernel which
 /// workload is calling, fetches that workload's JWT-SVID from SPIRE or another SPIFFE provider, and
 /// exchanges it at AWS STS.
-///
-/// To start: `awsvid dev` runs all of it on this machine, without an AWS account and without SPIRE.
+#[cfg_attr(
+    feature = "dev",
+    doc = "",
+    doc = "To start: `awsvid dev` runs all of it on this machine, without an AWS account and without SPIRE."
+)]
 #[derive(Parser)]
-#[command(version, long_version = long_version(), after_help = AFTER)]
+#[command(version, long_version = long_version(), after_help = after_help())]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
 }
 
-const AFTER: &str = "\
+/// Returns the end of the help. A build without `dev` does not name that command.
+fn after_help() -> String {
+    let dev = match cfg!(feature = "dev") {
+        true => "  on any machine, to try awsvid    dev\n",
+        false => "",
+    };
+    format!(
+        "\
 Where to use them:
-  on any machine, to try awsvid    dev
-  on a node                        serve, config, status, probe, check
+{dev}  on a node                        serve, config, status, probe, check
   for an AWS account               trust-policy
   in a workload                    exec, credential-process
 
 The configuration is /etc/awsvid/awsvid.toml. AWSVID_CONFIG or --config names
 another file.
-Output is coloured only on a terminal, and never if NO_COLOR is set.";
+Output is coloured only on a terminal, and never if NO_COLOR is set."
+    )
+}
 
 #[derive(Subcommand)]
 enum Command {
@@ -82,6 +95,7 @@ Validate a configuration before the start: awsvid config validate FILE")]
 Examples:
   awsvid dev                                  prints variables to copy elsewhere
   awsvid dev -- aws sts get-caller-identity   runs one command with them")]
+    #[cfg(feature = "dev")]
     Dev {
         /// Command to run with the endpoint in its environment. Without one, `dev` prints the
         /// variables
@@ -127,6 +141,7 @@ fn main() -> ExitCode {
         Command::TrustPolicy(options) => trust_policy::run(&options),
         Command::Exec(exec) => exec.run(),
         Command::CredentialProcess(process) => process.run(),
+        #[cfg(feature = "dev")]
         Command::Dev { command } => dev::run(&command),
         Command::Completions { shell } => completions(shell),
         Command::Man {
@@ -147,13 +162,18 @@ fn long_version() -> String {
     } else {
         "gnu"
     };
+    let linkage = match cfg!(target_feature = "crt-static") {
+        true => " (static)",
+        false => "",
+    };
     let profile = if cfg!(debug_assertions) {
         "debug"
     } else {
         "release"
     };
+    let dev = if cfg!(feature = "dev") { " dev" } else { "" };
     format!(
-        "{}\nrevision: {}\ntarget:   {}-{}-{libc}\nprofile:  {profile}\nfeatures: workload-api spire-delegated spiffe-broker",
+        "{}\nrevision: {}\ntarget:   {}-{}-{libc}{linkage}\nprofile:  {profile}\nfeatures: workload-api spire-delegated spiffe-broker{dev}",
         env!("CARGO_PKG_VERSION"),
         option_env!("AWSVID_REVISION")
             .unwrap_or("not recorded (a debug build, or one without git)"),

@@ -17,7 +17,7 @@ use crate::harness::documents::{Block, block, blocks};
 
 mod formats;
 
-const PAGES: [&str; 12] = [
+const PAGES: [&str; 13] = [
     "README.md",
     "install-vm.md",
     "install-kubernetes.md",
@@ -26,6 +26,7 @@ const PAGES: [&str; 12] = [
     "cli.md",
     "metrics-and-alerts.md",
     "audit-log.md",
+    "packages.md",
     "upgrade.md",
     "migrate.md",
     "revoke.md",
@@ -103,7 +104,6 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
         "sudo -u billing awsvid check --workload",
         FIRST_WORKLOAD,
     ),
-    ("install-kubernetes.md", "cargo build --release", ByShell),
     (
         "install-kubernetes.md",
         "spire-server entry create",
@@ -163,6 +163,21 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
     ("audit-log.md", "jq -c", ByShell),
     ("audit-log.md", "jq -r", ByShell),
     ("audit-log.md", "aws cloudtrail", ByAwsCli),
+    (
+        "packages.md",
+        "sudo apt-get install",
+        Not("no release is published yet; tests/it/systemd/packages.rs installs both packages"),
+    ),
+    (
+        "packages.md",
+        "identity=",
+        Not("only the workflow of a release can sign, and Sigstore is outside this network"),
+    ),
+    (
+        "packages.md",
+        "tests/counterparts/get release",
+        Not("tests/it/packages.rs runs each step of the script, the builds in the slow form"),
+    ),
     ("upgrade.md", "awsvid.previous config validate", ROLLBACK),
     ("upgrade.md", "cp --preserve /usr/bin", UPGRADE),
     ("upgrade.md", "cp --preserve /etc/systemd", UPGRADE),
@@ -439,16 +454,6 @@ const STAGED_LOG: &str = "daemon.log";
 
 /// A program that prints the endpoint from which an SDK would fetch credentials.
 const PRINT_ENDPOINT: &str = "echo \"$AWS_CONTAINER_CREDENTIALS_FULL_URI\"";
-/// Reads the Dockerfile as `docker build` does: each source of a COPY has to be in the context.
-const DOCKER: &str = r#"
-if [ "$1" = push ]; then echo "pushed $2"; exit; fi
-[ "$1 $2 $4 $6" = "build --file --tag ." ]
-sources=$(sed -n 's/^COPY \([^ ]*\) .*/\1/p' "$3")
-[ -n "$sources" ]
-for source in $sources; do [ -f "$source" ]; done
-echo "built $5""#;
-const CARGO: &str = "mkdir -p target/release; touch target/release/awsvid; echo \"$@\"";
-
 /// Writes a script to this path below the folder, instead of a program that is not here.
 fn stand_in(folder: &Path, path: &str, script: &str) {
     let program = folder.join(path);
@@ -527,10 +532,6 @@ fn documented_commands_work_in_a_shell() {
     for program in ["bin/aws", "bin/restic", "server"] {
         stand_in(folder, program, PRINT_ENDPOINT);
     }
-    stand_in(folder, "bin/docker", DOCKER);
-    stand_in(folder, "bin/cargo", CARGO);
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    symlink(root.join("deploy"), folder.join("deploy")).unwrap();
     let log = folder.join(STAGED_LOG);
     for (page, text) in commands(|tested| matches!(tested, ByShell)) {
         let output = shell(folder, &with_names(&text, &log));

@@ -23,6 +23,7 @@ pub(crate) mod machine;
 pub(crate) mod namespaces;
 pub(crate) mod outcome;
 pub(crate) mod pausable_proxy;
+pub(crate) mod release;
 pub(crate) mod slow_proxy;
 pub(crate) mod sts;
 pub(crate) mod stub_http;

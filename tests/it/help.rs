@@ -444,6 +444,27 @@ fn revision_follows_the_working_copy() {
         "of another project's repository"
     );
 
+    // An archive names its commit, as .gitattributes has it.
+    fs::create_dir(folder.path().join("proto")).unwrap();
+    write(
+        "proto/archived_commit",
+        include_str!("../../proto/archived_commit"),
+    );
+    write(".gitattributes", include_str!("../../.gitattributes"));
+    git(&["add", "."]);
+    git(&["commit", "--quiet", "--message", "archive"]);
+    let read = |path: &str| fs::read_to_string(folder.path().join(path)).unwrap();
+    assert_eq!(revision::archived(&read("proto/archived_commit")), None);
+    git(&["archive", "--output", "archive.tar", "HEAD", "proto"]);
+    let mut tar = Command::new("tar");
+    tar.current_dir(folder.path())
+        .args(["--extract", "--file", "archive.tar"]);
+    run(tar, b"", Duration::from_secs(60)).success("tar");
+    assert_eq!(
+        revision::archived(&read("proto/archived_commit")),
+        revision::revision(folder.path()).map(|revision| revision.replace("+changes", ""))
+    );
+
     // What cargo watches changes with each commit.
     let moves = || {
         revision::moves(folder.path())

@@ -3,6 +3,7 @@
 
 mod attesting;
 mod documented;
+mod packages;
 mod watchdog;
 
 use std::collections::BTreeSet;

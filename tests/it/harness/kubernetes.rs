@@ -325,7 +325,12 @@ impl Node {
     /// Imports an image into the container runtime.
     pub(crate) fn import(&self, image: &Image<'_>) {
         let directory = tempfile::tempdir_in(&self.folder).expect("a directory for an image");
-        let archive = fs::File::open(image.archive(directory.path())).expect("the image's archive");
+        self.import_archive(&image.archive(directory.path()));
+    }
+
+    /// Imports an OCI archive into the container runtime, under the name that is in it.
+    pub(crate) fn import_archive(&self, path: &Path) {
+        let archive = fs::File::open(path).expect("the image's archive");
         let arguments = [
             "ctr",
             "--namespace",
@@ -340,7 +345,7 @@ impl Node {
         assert!(
             output.status.success(),
             "import of {}: {output:?}",
-            image.name
+            path.display()
         );
     }
 

@@ -9,10 +9,11 @@ use serde_json::{Value, json};
 use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::spire::{RemoteAgent, Spire, SpireSetting};
-use crate::harness::daemon::{PROGRAM, release_build};
+use crate::harness::daemon::PROGRAM;
 use crate::harness::forward::Forward;
 use crate::harness::is_slow;
 use crate::harness::kubernetes::{ADDRESS, Image, NAME, Node, root_of};
+use crate::harness::release::Release;
 use crate::harness::tls::TlsFront;
 
 /// The image of pods that use the AWS CLI.
@@ -98,6 +99,13 @@ pub(super) fn overlay(
 impl Cluster {
     /// Starts everything except awsvid and the agent.
     pub(super) fn start(folder: &Path) -> Option<Self> {
+        // The image that a release has. Its program is the tests' own, but in the slow form, which
+        // measures.
+        let out = folder.join("release");
+        let awsvid = match is_slow() {
+            true => Release::built(&out)?,
+            false => Release::of_tests(&out, Path::new(PROGRAM))?,
+        };
         let node = Node::start(folder)?;
         let uid = node.get(&["node", NAME])["metadata"]["uid"]
             .as_str()
@@ -141,12 +149,14 @@ impl Cluster {
             sts,
             _forwards: forwards,
         };
-        cluster.import();
+        cluster.import(&awsvid);
         cluster.prepare();
         Some(cluster)
     }
 
-    fn import(&self) {
+    fn import(&self, awsvid: &Release) {
+        awsvid.run(&["files", "image"]);
+        self.node.import_archive(&awsvid.ending(".oci.tar"));
         let directory = |name: &str| self.folder.join("images").join(name);
         let program = |name: &str, image: &str, program: &Path, path: &str| {
             let root = root_of(&directory(name), program, path);
@@ -156,18 +166,6 @@ impl Cluster {
                 entrypoint: &[path],
             });
         };
-        // Measurements use the release build.
-        let awsvid = if is_slow() {
-            release_build()
-        } else {
-            PathBuf::from(PROGRAM)
-        };
-        program(
-            "awsvid",
-            "ghcr.io/awsvid/awsvid:0.1.0",
-            &awsvid,
-            &path_in_image(),
-        );
         let agent = self.node.bin().join("spire-agent");
         program(
             "agent",
@@ -318,16 +316,6 @@ impl Cluster {
             self.audit().into_iter().find(|record| wanted(record))
         })
     }
-}
-
-/// Returns the path to which the Dockerfile copies the release build, which is its entrypoint too.
-fn path_in_image() -> String {
-    let text = fs::read_to_string(manifests().join("Dockerfile")).unwrap();
-    let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
-    let path = value("COPY target/release/awsvid ").expect("a copy of the release build");
-    let entrypoint = value("ENTRYPOINT ").expect("an entrypoint");
-    assert_eq!(entrypoint, format!("[{path:?}]"));
-    path.to_owned()
 }
 
 /// Returns a container that runs a script with the AWS CLI.
