@@ -201,7 +201,13 @@ fn every_manifest_is_accepted(cluster: &Cluster, folder: &Path) {
             .kubectl(&arguments)
             .success(&format!("kubectl apply -k {}", directory.display()));
     };
-    for directory in ["", "spiffe-broker", "spire-delegated"] {
+    for directory in [
+        "",
+        "spiffe-broker",
+        "spire-delegated",
+        "examples/spiffe-broker",
+        "examples/spire-delegated",
+    ] {
         accepted(&manifests().join(directory));
     }
     for component in [

@@ -108,7 +108,7 @@ impl Cluster {
                 id: format!("spiffe://example.org/spire/agent/k8s_psat/example/{uid}"),
                 node_attestor: format!(
                     "NodeAttestor \"k8s_psat\" {{ plugin_data {{ clusters = {{ \"example\" = {{ \
-                     service_account_allow_list = [\"spire:spire-agent\"], kube_config_file = {kubeconfig:?} }} }} }} }}"
+                     service_account_allow_list = [\"awsvid-spire:spire-agent\"], kube_config_file = {kubeconfig:?} }} }} }} }}"
                 ),
             }),
             ..SpireSetting::default()
@@ -189,8 +189,8 @@ impl Cluster {
             .register(AWSVID, &["k8s:ns:awsvid", "k8s:sa:awsvid"]);
         let (name, bundle) = ("spire-bundle", self.spire.bundle());
         let mut items = vec![
-            json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "spire" } }),
-            json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": name, "namespace": "spire" },
+            json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "awsvid-spire" } }),
+            json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": name, "namespace": "awsvid-spire" },
                 "data": { "bundle.crt": bundle } }),
         ];
         for account @ Account { namespace, name } in [READER, OTHER] {
@@ -231,7 +231,9 @@ impl Cluster {
         };
         let directory = self.overlay(source, &["environment", "host"], listen);
         if source == "spire-delegated" {
-            let agent = fs::read_to_string(manifests().join(source).join("agent.conf")).unwrap();
+            let agent =
+                fs::read_to_string(manifests().join("examples").join(source).join("agent.conf"))
+                    .unwrap();
             let unix = "plugins {\n  WorkloadAttestor \"unix\" {\n    plugin_data {}\n  }";
             fs::write(
                 directory.join("agent.conf"),
@@ -242,7 +244,7 @@ impl Cluster {
             let mut kustomization: Value =
                 serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
             kustomization["configMapGenerator"].as_array_mut().unwrap().push(
-                json!({ "name": "spire-agent", "namespace": "spire", "behavior": "merge", "files": ["agent.conf"] }),
+                json!({ "name": "spire-agent", "namespace": "awsvid-spire", "behavior": "merge", "files": ["agent.conf"] }),
             );
             fs::write(file, kustomization.to_string()).unwrap();
         }
@@ -269,7 +271,7 @@ impl Cluster {
         let directory = overlay(
             &self.folder,
             &[source, components.join("-").as_str()].join("-"),
-            &[source],
+            &[format!("examples/{source}").as_str()],
             components,
         );
         fs::write(directory.join("awsvid.toml"), text).unwrap();
@@ -281,7 +283,8 @@ impl Cluster {
         self.node
             .kubectl(&["apply", "--kustomize", directory.to_str().unwrap()])
             .success("kubectl apply -k");
-        self.node.rolled_out("spire", "daemonset/spire-agent");
+        self.node
+            .rolled_out("awsvid-spire", "daemonset/spire-agent");
         self.node.rolled_out("awsvid", "daemonset/awsvid");
     }
 
