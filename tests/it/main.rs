@@ -29,6 +29,7 @@ mod exposure;
 mod floods;
 mod groups;
 mod harness;
+mod helm;
 mod help;
 mod hostile;
 mod kubernetes;
