@@ -15,9 +15,10 @@ use crate::harness::counterparts::{folder, root, skip, tool};
 use crate::harness::daemon::PROGRAM;
 use crate::harness::documents::{Block, block, blocks};
 
-const PAGES: [&str; 10] = [
+const PAGES: [&str; 11] = [
     "install-vm.md",
     "install-kubernetes.md",
+    "kubernetes-with-spire.md",
     "spire-setup.md",
     "configuration.md",
     "cli.md",
@@ -60,6 +61,10 @@ const UPGRADE: Tested = In(
     "documented_upgrade_interrupts_no_caller",
 );
 const ROLLBACK: Tested = In("systemd.rs", "documented_rollback_interrupts_no_caller");
+const EXISTING_SPIRE: Tested = In(
+    "kubernetes/existing_spire.rs",
+    "helm_installs_and_removes_awsvid",
+);
 const NODE: Tested = In("kubernetes.rs", "documented_commands_work");
 const DEV: Tested = In(
     "dev.rs",
@@ -70,7 +75,7 @@ const AT_AWS: Tested = Not(
 );
 
 /// Each command block: its page, its first words, how it is tested.
-const COMMANDS: [(&str, &str, Tested); 48] = [
+const COMMANDS: [(&str, &str, Tested); 52] = [
     ("install-vm.md", "cargo build --release", INSTALLATION),
     ("install-vm.md", "spire-server entry create", BySpire),
     (
@@ -106,6 +111,24 @@ const COMMANDS: [(&str, &str, Tested); 48] = [
         "kubectl --namespace awsvid rollout",
         NODE,
     ),
+    (
+        "kubernetes-with-spire.md",
+        "helm upgrade spire",
+        Not(
+            "it fetches SPIRE's chart; tests/it/kubernetes/existing_spire.rs has objects with its names",
+        ),
+    ),
+    (
+        "kubernetes-with-spire.md",
+        "kubectl create namespace",
+        EXISTING_SPIRE,
+    ),
+    (
+        "kubernetes-with-spire.md",
+        "kubectl --namespace awsvid rollout",
+        EXISTING_SPIRE,
+    ),
+    ("kubernetes-with-spire.md", "helm uninstall", EXISTING_SPIRE),
     (
         "spire-setup.md",
         "spire-server entry create -parentID spiffe://example.org/spire/agent/... \\\n  -spiffeID spiffe://example.org/awsvid",

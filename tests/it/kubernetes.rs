@@ -3,6 +3,7 @@
 mod attacks;
 mod cluster;
 mod deployments;
+mod existing_spire;
 mod life;
 mod policy;
 mod rights;
@@ -58,6 +59,18 @@ fn pods_have_their_own_credentials() {
         attacks::on_the_node_everybody_is_himself(&cluster, source);
         done("on the node");
     }
+}
+
+/// awsvid on a cluster that SPIRE's own Helm chart has installed SPIRE on: by Helm and by Kustomize.
+#[test]
+fn awsvid_leaves_an_existing_spire_alone() {
+    let directory = folder();
+    let Some(cluster) = Cluster::start(directory.path()) else {
+        return;
+    };
+    let spire = existing_spire::install(&cluster);
+    existing_spire::helm_installs_and_removes_awsvid(&cluster, &spire, directory.path());
+    existing_spire::kustomize_installs_and_removes_awsvid(&cluster, &spire);
 }
 
 /// What happens to a node in its life.

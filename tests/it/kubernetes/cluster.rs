@@ -108,7 +108,7 @@ impl Cluster {
                 id: format!("spiffe://example.org/spire/agent/k8s_psat/example/{uid}"),
                 node_attestor: format!(
                     "NodeAttestor \"k8s_psat\" {{ plugin_data {{ clusters = {{ \"example\" = {{ \
-                     service_account_allow_list = [\"awsvid-spire:spire-agent\"], kube_config_file = {kubeconfig:?} }} }} }} }}"
+                     service_account_allow_list = [\"awsvid-spire:spire-agent\", \"spire-system:spire-agent\"], kube_config_file = {kubeconfig:?} }} }} }} }}"
                 ),
             }),
             ..SpireSetting::default()
@@ -258,6 +258,17 @@ impl Cluster {
         components: &[&str],
         listen: impl Fn(String) -> String,
     ) -> PathBuf {
+        self.overlay_of(&format!("examples/{source}"), source, components, listen)
+    }
+
+    /// The same of another folder than an example's, whose configuration is that of `source`.
+    pub(super) fn overlay_of(
+        &self,
+        resource: &str,
+        source: &str,
+        components: &[&str],
+        listen: impl Fn(String) -> String,
+    ) -> PathBuf {
         let text = fs::read_to_string(manifests().join(source).join("awsvid.toml")).unwrap();
         let (start, _) = text.split_once("[sts]").expect("the example's [sts]");
         let start = listen(start.to_owned());
@@ -270,13 +281,35 @@ impl Cluster {
         );
         let directory = overlay(
             &self.folder,
-            &[source, components.join("-").as_str()].join("-"),
-            &[format!("examples/{source}").as_str()],
+            &[
+                resource.replace('/', "-").as_str(),
+                components.join("-").as_str(),
+            ]
+            .join("-"),
+            &[resource],
             components,
         );
         fs::write(directory.join("awsvid.toml"), text).unwrap();
         fs::write(directory.join("ca.crt"), self.sts.certificate()).unwrap();
         directory
+    }
+
+    /// Returns values of the Helm chart with MinIO as the STS, as `overlay` does it in TOML.
+    pub(super) fn chart_values(&self) -> Value {
+        json!({
+            "strict": false,
+            "config": {
+                "identity": { "audience": minio::AUDIENCE },
+                // A null removes the chart's example.
+                "sts": { "region": null, "endpoint": self.sts.url(), "ca_file": "/etc/awsvid/ca.crt" },
+                "log": { "level": "awsvid=debug,info" },
+                "role": [{
+                    "name": "all", "spiffe_id": "spiffe://example.org/ns/*/sa/*",
+                    "role_arn": self.minio.role_arn(),
+                }],
+            },
+            "configFiles": { "ca.crt": self.sts.certificate() },
+        })
     }
 
     fn apply(&self, directory: &Path) {
