@@ -7,7 +7,8 @@ use super::rendered::{DEFAULTS, Objects, Renderer, VERSION, tree};
 use crate::manifests::is_whole;
 
 /// Everything that the chart can render at once.
-const EVERYTHING: [&str; 7] = [
+const EVERYTHING: [&str; 8] = [
+    "resourceQuota.enabled=true",
     "host.enabled=true",
     "startupTaint.enabled=true",
     "metrics.podMonitor.enabled=true",
@@ -71,7 +72,6 @@ fn names_of_the_cluster_scope_begin_with_awsvid() {
     for (what, objects) in everything(&renderer) {
         for (kind, namespace, name) in objects.keys() {
             let is_own = name.starts_with("awsvid-") || (kind == "Namespace" && name == "awsvid");
-            // Only folders that are not installed by themselves leave the namespace open.
             let is_namespaced = !namespace.is_empty();
             assert!(is_own || is_namespaced, "{what}: {kind} {name}");
         }
