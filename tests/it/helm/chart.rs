@@ -35,7 +35,7 @@ fn chart_equals_the_tree_for_each_source_and_component() {
     for source in ["spiffe-broker", "spire-delegated"] {
         let source_value = format!("source={source}");
         let mut values = DEFAULTS.to_vec();
-        values.extend([&source_value, "environment.mode=none"]);
+        values.extend([source_value.as_str(), "environment.mode=none"]);
         let none = renderer.chart(&values, &VERSION);
         let tree = renderer.kustomization(&tree().join(source));
         assert_equal(comparable_chart(none), comparable_tree(tree));

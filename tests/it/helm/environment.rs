@@ -93,7 +93,7 @@ fn notes(renderer: &Renderer, values: &[&str], version: &str, api: &str) -> Stri
     let mut arguments = vec!["template", "awsvid", copy, "--namespace", "awsvid"];
     arguments.extend(options(version, api));
     for value in values {
-        arguments.extend(["--set", value]);
+        arguments.extend(["--set", *value]);
     }
     let rendered = renderer.helm(&arguments).success("helm template");
     let objects = renderer.objects(&rendered);

@@ -74,7 +74,7 @@ impl Renderer {
         let mut arguments = command.to_vec();
         arguments.extend(["awsvid", chart.to_str().unwrap(), "--namespace", "awsvid"]);
         for value in values {
-            arguments.extend(["--set", value]);
+            arguments.extend(["--set", *value]);
         }
         arguments.extend(options);
         self.helm(&arguments)

@@ -118,8 +118,8 @@ fn is_removed(cluster: &Cluster, spire: &SpireObjects, when: &str) {
                      mutatingadmissionpolicybindings,validatingadmissionpolicies,namespaces";
         let listed = cluster.node.kubectl(&["get", kinds, "--output", "name"]);
         let listed = listed.success("the names");
-        let own = |line: &&str| line.contains("awsvid") && *line != "namespace/awsvid-spire";
-        listed.lines().find(own).is_none().then_some(())
+        let is_own = |line: &str| line.contains("awsvid") && line != "namespace/awsvid-spire";
+        (!listed.lines().any(is_own)).then_some(())
     });
     attests(cluster, when);
     assert_eq!(&SpireObjects::read(cluster), spire, "{when}");
@@ -184,30 +184,19 @@ pub(super) fn helm_installs_and_removes_awsvid(
 }
 
 pub(super) fn kustomize_installs_and_removes_awsvid(cluster: &Cluster, spire: &SpireObjects) {
-    let broker = |text: String| {
-        text.replace(
-            "/run/spire/broker/api.sock",
-            &format!("{BROKER}/broker.sock"),
-        )
-    };
-    let directory = cluster.overlay_of("spiffe-broker", "spiffe-broker", &["environment"], broker);
+    let socket = format!("{BROKER}/broker.sock");
+    let with_socket = |text: String| text.replace("/run/spire/broker/api.sock", &socket);
+    let directory = cluster.overlay_of("spiffe-broker", "spiffe-broker", &[], with_socket);
+    // The page's own kustomization, with the paths and the trust domain of this test.
     let file = directory.join("kustomization.yaml");
-    let mut kustomization: Value =
-        serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
-    // The list of mounts is merged by their paths, so the old one is removed by its own.
-    let patch = json!({
-        "apiVersion": "apps/v1", "kind": "DaemonSet",
-        "metadata": { "name": "awsvid", "namespace": "awsvid" },
-        "spec": { "template": { "spec": {
-            "containers": [{ "name": "awsvid", "volumeMounts": [
-                { "mountPath": "/run/spire/broker", "$patch": "delete" },
-                { "name": "spire-broker", "mountPath": BROKER, "readOnly": true },
-            ] }],
-            "volumes": [{ "name": "spire-broker", "hostPath": { "path": BROKER, "type": "Directory" } }],
-        } } },
-    });
-    kustomization["patches"] = json!([{ "patch": patch.to_string() }]);
-    fs::write(file, kustomization.to_string()).unwrap();
+    let own: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+    let base = own["resources"][0].as_str().unwrap();
+    let base = base.strip_suffix("/spiffe-broker").unwrap();
+    let documented = documents::block(PAGE, "With Kustomize instead", "apiVersion: kustomize")
+        .replace("awsvid/deploy/kubernetes", base)
+        .replace("[awsvid.toml]", "[awsvid.toml, ca.crt]")
+        .replace("prod.example.com", "example.org");
+    fs::write(file, documented).unwrap();
     let directory = directory.to_str().unwrap();
     cluster
         .node
