@@ -1,6 +1,6 @@
 //! Renders the chart by Helm and the Kustomize tree by kubectl, as maps of objects.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -227,12 +227,12 @@ fn sort_named(value: &mut Value) {
 }
 
 /// Asserts that both have the same objects, and shows each difference.
-pub(super) fn assert_equal(chart: Objects, tree: Objects) {
+pub(super) fn assert_equal(mut chart: Objects, mut tree: Objects) {
     let mut differences = String::new();
-    let (mut chart, mut tree) = (chart, tree);
     chart.values_mut().for_each(sort_named);
     tree.values_mut().for_each(sort_named);
-    for key in chart.keys().chain(tree.keys()) {
+    let keys: BTreeSet<&Key> = chart.keys().chain(tree.keys()).collect();
+    for key in keys {
         if let (Some(ours), Some(theirs)) = (chart.get(key), tree.get(key)) {
             compare(&format!("{key:?}"), ours, theirs, &mut differences);
         } else if chart.contains_key(key) {
