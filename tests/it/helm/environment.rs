@@ -7,39 +7,31 @@ const POLICY_V1: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy
 const POLICY_V1BETA1: &str = "admissionregistration.k8s.io/v1beta1/MutatingAdmissionPolicy";
 const KYVERNO: &str = "kyverno.io/v1/ClusterPolicy";
 
-/// The version of a cluster, an API that it has, the chosen object, a line of the notes.
-const CLUSTERS: [(&str, &str, Option<(&str, &str)>, &str); 7] = [
+/// The version of a cluster, an API that it has, the chosen kind, a line of the notes.
+const CLUSTERS: [(&str, &str, Option<&str>, &str); 7] = [
     (
         "1.36.0",
         "",
-        Some(("MutatingAdmissionPolicy", "admissionregistration.k8s.io/v1")),
+        Some(POLICY_V1),
         "Injected by the API server (MutatingAdmissionPolicy awsvid-environment, v1)",
     ),
     (
         "1.35.2",
         POLICY_V1,
-        Some(("MutatingAdmissionPolicy", "admissionregistration.k8s.io/v1")),
+        Some(POLICY_V1),
         "Injected by the API server",
     ),
     (
         "1.34.0",
         POLICY_V1BETA1,
-        Some((
-            "MutatingAdmissionPolicy",
-            "admissionregistration.k8s.io/v1beta1",
-        )),
+        Some(POLICY_V1BETA1),
         "Injected by the API server (MutatingAdmissionPolicy awsvid-environment, v1beta1)",
     ),
-    (
-        "1.30.0",
-        KYVERNO,
-        Some(("ClusterPolicy", "kyverno.io/v1")),
-        "Injected by Kyverno",
-    ),
+    ("1.30.0", KYVERNO, Some(KYVERNO), "Injected by Kyverno"),
     (
         "1.36.0",
         KYVERNO,
-        Some(("MutatingAdmissionPolicy", "admissionregistration.k8s.io/v1")),
+        Some(POLICY_V1),
         "Injected by the API server",
     ),
     ("1.35.9", "", None, "NOTHING IS INJECTED"),
@@ -61,10 +53,10 @@ fn environment_follows_the_apis_of_the_cluster() {
     };
     for (version, api, chosen, _) in CLUSTERS {
         let objects = renderer.chart(&["strict=false"], &options(version, api));
-        let found: Vec<(&str, &str)> = objects
+        let found: Vec<String> = objects
             .iter()
             .filter(|(key, _)| key.2 == "awsvid-environment" && !key.0.ends_with("Binding"))
-            .map(|(key, object)| (key.0.as_str(), object["apiVersion"].as_str().unwrap()))
+            .map(|(key, object)| format!("{}/{}", object["apiVersion"].as_str().unwrap(), key.0))
             .collect();
         assert_eq!(found, Vec::from_iter(chosen), "{version} {api}");
     }
