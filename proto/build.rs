@@ -1,4 +1,5 @@
-//! Generates the gRPC code from the vendored definitions in this folder, and records which revision is built.
+//! Generates the gRPC code from the vendored definitions in this folder, and records the revision
+//! that is built.
 //!
 //! protox compiles them in pure Rust, so that a fresh machine needs no `protoc`.
 
@@ -13,8 +14,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     generate()
 }
 
-/// For `awsvid --version`. Whoever builds may say it; else it is that of the working copy, for releases only: all of a
-/// developer's builds would be made anew at each commit.
+/// Records the revision for `awsvid --version`: the variable `AWSVID_REVISION`, or the commit of
+/// the working copy. The commit is recorded in release builds only, because each commit would
+/// otherwise rebuild a developer's debug builds.
 fn record_revision() {
     println!("cargo:rerun-if-env-changed=AWSVID_REVISION");
     let is_release = env::var("PROFILE").is_ok_and(|profile| profile == "release");
@@ -24,7 +26,7 @@ fn record_revision() {
     let folder = Path::new(".");
     if let Some(revision) = revision::revision(folder) {
         println!("cargo:rustc-env=AWSVID_REVISION={revision}");
-        // With a change in them it is another one. They are what all is built anew for in any case.
+        // A change in one of these files changes the revision. Cargo rebuilds for them in any case.
         for path in revision::moves(folder)
             .iter()
             .map(String::as_str)

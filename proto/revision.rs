@@ -1,13 +1,14 @@
-//! Which revision of the source is built, as git knows it.
+//! The revision of the source, as git knows it.
 
 use std::path::Path;
 use std::process::Command;
 
-/// What the program is made of.
+/// The files and folders that the program is built from.
 pub(crate) const SOURCES: [&str; 4] = ["src", "proto", "Cargo.toml", "Cargo.lock"];
 
-/// The commit of the working copy whose root is `folder`, with `+changes` if the sources are not as it has them. `None` where
-/// there is no such thing: in a tarball, also in one that was unpacked within another repository, and without git.
+/// Returns the commit of the working copy with the root `folder`, with `+changes` if the sources
+/// differ from it. Returns `None` without a working copy or without git: in a tarball, even if it
+/// was unpacked inside another repository.
 pub(crate) fn revision(folder: &Path) -> Option<String> {
     // Empty at the root of a working copy, and only there.
     if !git(folder, &["rev-parse", "--show-prefix"])?.is_empty() {
@@ -24,7 +25,7 @@ pub(crate) fn revision(folder: &Path) -> Option<String> {
     })
 }
 
-/// The files, relative to `folder`, of which one changes when another commit is checked out or made.
+/// Returns files, relative to `folder`. One of them changes when a commit is checked out or made.
 pub(crate) fn moves(folder: &Path) -> Vec<String> {
     let paths = ["HEAD", "logs/HEAD"].map(|name| git(folder, &["rev-parse", "--git-path", name]));
     paths
@@ -36,7 +37,7 @@ pub(crate) fn moves(folder: &Path) -> Vec<String> {
 
 fn git(folder: &Path, arguments: &[&str]) -> Option<String> {
     let mut command = Command::new("git");
-    // A hook's variables would lead to the repository that it runs for; and a look takes no lock.
+    // The variables of a git hook would lead to the repository of the hook. Reading needs no lock.
     for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX"] {
         command.env_remove(variable);
     }

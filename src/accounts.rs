@@ -1,9 +1,10 @@
-//! The numbers of the users and groups that rules name, as the name service (NSS, `nsswitch.conf(5)`) gives them.
+//! Numbers of the users and groups that rules name, from the name service (NSS,
+//! `nsswitch.conf(5)`).
 //!
-//! A lookup blocks for as long as a directory server does not answer, and its answers change while the daemon runs: users that
-//! come after the daemon (SSSD or LDAP at boot), or that get another number. So lookups run in the background, on threads for
-//! blocking work, and are repeated. Requests only read what was answered last; one that depends on a name without an answer
-//! waits for a bounded time.
+//! A lookup blocks while a directory server does not answer. Its answer can change while the daemon
+//! runs: SSSD or LDAP may start after the daemon, or a user gets another number. So lookups run in
+//! the background, on threads for blocking work, and are repeated. Requests only read the last
+//! answers. A request that depends on a name without an answer waits for a bounded time.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::metrics::Metrics;
-use crate::rule::{AccountName, Known, OVERFLOW_ID};
+use crate::workload_rule::{AccountName, AccountState, OVERFLOW_ID};
 
 mod local;
 mod nss;
@@ -24,30 +25,34 @@ mod rules;
 
 pub use local::LocalAccounts;
 pub use nss::{NameService, Nss};
-pub use rules::{LiveRules, Undecided};
+pub use rules::{IdentifyError, LiveRules};
 
-/// How long a number is believed before the name is looked up again. A user who gets another number has it here by then.
-const RECHECK: Duration = Duration::from_secs(60);
-/// After the first lookup without a number; each further one waits twice as long, at most [`RECHECK`].
-const RETRY: Duration = Duration::from_secs(1);
-/// How long after an answer a request does not cause another lookup of the same name.
-const PAUSE: Duration = Duration::from_secs(1);
-/// How long a request waits for a lookup.
+/// Interval between lookups of a name with a number. It bounds the time until a changed number
+/// takes effect.
+const RECHECK_INTERVAL: Duration = Duration::from_secs(60);
+/// Delay after the first lookup without a number. Each further delay is twice as long, at most
+/// [`RECHECK_INTERVAL`].
+const RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Minimum age of an answer before a request causes another lookup of the same name.
+const MIN_LOOKUP_INTERVAL: Duration = Duration::from_secs(1);
+/// Maximum time that a request waits for a lookup.
 const LOOKUP_WAIT: Duration = Duration::from_secs(2);
-/// How long a name that does not exist any more keeps its number, as long as no other name has the number: some name services
-/// report that there is no such name while they restart.
+/// Time for which a name that was removed keeps its number, unless another name gets the number:
+/// some name services report that a name does not exist while they restart.
 const ABSENT_GRACE: Duration = Duration::from_secs(300);
-/// Lookups at one time of names that the local files do not have. One of a name that they have runs beside them.
+/// Maximum concurrent lookups of names that are not in the local files. One lookup of a local name
+/// may run in addition.
 const MAX_LOOKUPS: usize = 8;
 
-/// All names that the configuration has, and what is known of them. Clones share it.
+/// All names in the configuration, with their numbers. During a reload also the names of the new
+/// configuration. Clones share the state.
 #[derive(Clone)]
 pub struct Accounts(Arc<AccountsInner>);
 
 struct AccountsInner {
     service: Arc<dyn NameService>,
     state: Mutex<AccountsState>,
-    numbers: watch::Sender<Arc<Numbers>>,
+    numbers: watch::Sender<Arc<AccountIds>>,
     wake: Notify,
     metrics: Metrics,
 }
@@ -58,24 +63,23 @@ struct AccountsState {
     is_running: bool,
 }
 
-/// What is known of the names of one configuration.
+/// Numbers of the names.
 #[derive(Debug, Default)]
-pub struct Numbers {
-    known: BTreeMap<AccountName, Known>,
+pub struct AccountIds {
+    known: BTreeMap<AccountName, AccountState>,
     local: Arc<LocalAccounts>,
 }
 
-/// One name.
 #[derive(Debug)]
 struct AccountEntry {
-    /// Where the configuration has it.
+    /// Lines of the configuration that contain the name.
     lines: Vec<usize>,
-    known: Known,
-    /// Why the last lookup failed.
+    known: AccountState,
+    /// Error of the last lookup, if it failed.
     error: Option<Errno>,
-    /// When the last answer or failure came.
+    /// Time of the last answer or failure.
     answered: Option<Instant>,
-    /// Since when the name service denies a name whose number is still in use.
+    /// Time since which the name service denies a name, while the number of the name is in use.
     absent_since: Option<Instant>,
     next: Instant,
     retry: Duration,
@@ -83,11 +87,11 @@ struct AccountEntry {
     is_running: bool,
 }
 
-/// What came of one lookup.
+/// Result of one lookup.
 struct LookupResult {
     name: AccountName,
     number: Result<Option<u32>, Errno>,
-    /// Where the name does not exist any more: which other name has its number now.
+    /// The other name that has the number now, if the name was removed.
     successor: Option<String>,
     local: Arc<LocalAccounts>,
 }
@@ -100,26 +104,29 @@ impl fmt::Debug for Accounts {
     }
 }
 
-impl Numbers {
-    /// What is known of `name`.
-    pub fn get(&self, name: &AccountName) -> Known {
-        self.known.get(name).copied().unwrap_or(Known::Unanswered)
+impl AccountIds {
+    /// Returns the state of `name`.
+    pub fn get(&self, name: &AccountName) -> AccountState {
+        self.known
+            .get(name)
+            .copied()
+            .unwrap_or(AccountState::Unanswered)
     }
 
-    /// Whether a user or group with this number has another name than `name`: by the local files, or since another name of the
-    /// configuration has that number.
+    /// Reports whether a user or group with this number has another name than `name`: by the local
+    /// files, or because another name of the configuration has that number.
     pub fn is_other(&self, name: &AccountName, id: u32) -> bool {
         let is_same_kind =
             |other: &AccountName| std::mem::discriminant(other) == std::mem::discriminant(name);
-        let has_id = |(other, known): (&AccountName, &Known)| {
-            other != name && is_same_kind(other) && *known == Known::Number(id)
+        let has_id = |(other, known): (&AccountName, &AccountState)| {
+            other != name && is_same_kind(other) && *known == AccountState::Number(id)
         };
         self.local.is_other(name, id) || self.known.iter().any(has_id)
     }
 }
 
 impl Accounts {
-    /// Knows no names yet.
+    /// Creates the table, without any names.
     pub fn new(service: impl NameService + 'static, metrics: Metrics) -> Self {
         let (numbers, _) = watch::channel(Arc::default());
         let (service, state) = (Arc::new(service), Mutex::default());
@@ -132,11 +139,21 @@ impl Accounts {
         }))
     }
 
-    /// Goes on with the names of another configuration, each with the lines that it stands in. Has all of them looked up and
-    /// waits for that, for at most `patience`; until then what is known already stays. To be called within a tokio runtime.
-    pub async fn follow(&self, names: BTreeMap<AccountName, Vec<usize>>, patience: Duration) {
+    /// Returns the names, each with the lines of the configuration that contain it.
+    pub fn names(&self) -> BTreeMap<AccountName, Vec<usize>> {
+        let state = self.0.state();
+        let lines =
+            |(name, entry): (&AccountName, &AccountEntry)| (name.clone(), entry.lines.clone());
+        state.names.iter().map(lines).collect()
+    }
+
+    /// Adds the names of another configuration, which does not count yet.
+    ///
+    /// Starts a lookup of all of them and waits for at most `patience`. Until a lookup ends, a name
+    /// keeps its state. Has to be called within a tokio runtime.
+    pub async fn add(&self, names: BTreeMap<AccountName, Vec<usize>>, patience: Duration) {
         let wanted: Vec<AccountName> = names.keys().cloned().collect();
-        if self.0.set(names) {
+        if self.0.add(names) {
             tokio::spawn(run(self.0.clone()));
         }
         if !self.await_lookup(&wanted, patience).await {
@@ -144,17 +161,28 @@ impl Accounts {
         }
     }
 
-    /// What is known now.
-    pub fn numbers(&self) -> Arc<Numbers> {
+    /// Drops all other names, and gives these their lines.
+    pub fn keep(&self, names: &BTreeMap<AccountName, Vec<usize>>) {
+        let mut state = self.0.state();
+        state.names.retain(|name, entry| {
+            let lines = names.get(name);
+            entry.lines = lines.cloned().unwrap_or_default();
+            lines.is_some()
+        });
+        self.0.publish(&state, None);
+    }
+
+    /// Returns the numbers of this moment.
+    pub fn numbers(&self) -> Arc<AccountIds> {
         self.0.numbers.borrow().clone()
     }
 
-    /// Has these names looked up soon, without waiting for that.
-    pub fn want(&self, names: &[AccountName]) {
+    /// Schedules lookups of these names, without waiting for them.
+    pub fn request_lookup(&self, names: &[AccountName]) {
         let now = Instant::now();
         let mut state = self.0.state();
         for name in names {
-            if !state.has_answer(name, now.checked_sub(PAUSE))
+            if !state.has_answer(name, now.checked_sub(MIN_LOOKUP_INTERVAL))
                 && let Some(entry) = state.names.get_mut(name)
             {
                 entry.is_wanted = true;
@@ -164,11 +192,11 @@ impl Accounts {
         self.0.wake.notify_one();
     }
 
-    /// Has these names looked up, unless that was done a moment ago, and waits for it; `false` if that takes longer than
-    /// `patience`.
+    /// Schedules lookups of these names, unless that was done a moment ago, and waits for
+    /// them. Returns `false` after `patience`.
     async fn await_lookup(&self, names: &[AccountName], patience: Duration) -> bool {
-        let since = Instant::now().checked_sub(PAUSE);
-        self.want(names);
+        let since = Instant::now().checked_sub(MIN_LOOKUP_INTERVAL);
+        self.request_lookup(names);
         self.0
             .wait(patience, |state| {
                 names.iter().all(|name| state.has_answer(name, since))
@@ -182,14 +210,12 @@ impl AccountsInner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes over the names; whether the background task has to be started.
-    fn set(&self, names: BTreeMap<AccountName, Vec<usize>>) -> bool {
+    /// Adds names. Returns whether the background task has to be started.
+    fn add(&self, names: BTreeMap<AccountName, Vec<usize>>) -> bool {
         let mut state = self.state();
-        let mut before = std::mem::take(&mut state.names);
         for (name, lines) in names {
-            let mut entry = before.remove(&name).unwrap_or_else(AccountEntry::new);
+            let entry = state.names.entry(name).or_insert_with(AccountEntry::new);
             entry.lines = lines;
-            state.names.insert(name, entry);
         }
         let start = !state.is_running && !state.names.is_empty();
         state.is_running |= start;
@@ -197,20 +223,20 @@ impl AccountsInner {
         start
     }
 
-    /// Waits until `is_met`, which every answer may change; `false` after `patience`.
+    /// Waits until `is_met`, which is checked after each answer. Returns `false` after `patience`.
     async fn wait(&self, patience: Duration, is_met: impl Fn(&AccountsState) -> bool) -> bool {
         let mut answers = self.numbers.subscribe();
         let met = async {
-            // Not under the channel's own lock: the sender holds that of the state.
+            // Not under the channel's own lock: the sender holds the lock of the state.
             while !is_met(&self.state()) {
-                // The sender is `self`'s, so there is no error.
+                // `self` owns the sender, so this does not fail.
                 let _ = answers.changed().await;
             }
         };
         timeout(patience, met).await.is_ok()
     }
 
-    /// Publishes the numbers as they are now, which wakes each task that waits for an answer.
+    /// Publishes the current numbers, which wakes each task that waits for an answer.
     fn publish(&self, state: &AccountsState, local: Option<Arc<LocalAccounts>>) {
         let known: BTreeMap<_, _> = state
             .names
@@ -219,7 +245,7 @@ impl AccountsInner {
             .collect();
         let unknown = known
             .values()
-            .filter(|known| !matches!(known, Known::Number(_)))
+            .filter(|known| !matches!(known, AccountState::Number(_)))
             .count();
         self.metrics
             .unknown_accounts
@@ -227,18 +253,18 @@ impl AccountsInner {
         self.numbers.send_modify(|numbers| {
             let local = local.unwrap_or_else(|| numbers.local.clone());
             if numbers.known != known || !Arc::ptr_eq(&numbers.local, &local) {
-                *numbers = Arc::new(Numbers { known, local });
+                *numbers = Arc::new(AccountIds { known, local });
             }
         });
     }
 
-    /// Takes what a lookup came to.
-    fn take(&self, finding: LookupResult) {
+    /// Applies the result of a lookup.
+    fn take(&self, result: LookupResult) {
         let mut state = self.state();
-        if let Some(entry) = state.names.get_mut(&finding.name) {
-            entry.take(&finding, Instant::now());
+        if let Some(entry) = state.names.get_mut(&result.name) {
+            entry.take(&result, Instant::now());
         }
-        self.publish(&state, Some(finding.local));
+        self.publish(&state, Some(result.local));
     }
 
     fn log_silence(&self) {
@@ -250,16 +276,16 @@ impl AccountsInner {
         {
             tracing::warn!(
                 account = %name, lines = ?entry.lines,
-                "the name service does not answer: the workload rule is inactive until it does"
+                "workload rule inactive: the name service does not answer"
             );
         }
     }
 }
 
 impl AccountsState {
-    /// Whether there is an answer, or a failure, that is not older than `since`.
+    /// Reports whether there is an answer or a failure that is not older than `since`.
     fn has_answer(&self, name: &AccountName, since: Option<Instant>) -> bool {
-        // One that was removed meanwhile is not waited for.
+        // A name that was removed meanwhile is not waited for.
         self.names.get(name).is_none_or(|entry| {
             entry
                 .answered
@@ -267,7 +293,8 @@ impl AccountsState {
         })
     }
 
-    /// The next name to look up, and the number that it had. Names of the local files come first: what they ask is answered.
+    /// Returns the next name to resolve, and its last number. Names in the local files come first,
+    /// because their lookups do not hang.
     fn next(&mut self, local: &LocalAccounts, now: Instant) -> Option<(AccountName, Option<u32>)> {
         let running = self.names.iter().filter(|(_, entry)| entry.is_running);
         let (running_local, running): (Vec<_>, Vec<_>) =
@@ -287,13 +314,14 @@ impl AccountsState {
             allowed.min_by_key(|(name, entry)| (!local.has(name), entry.answered))?;
         (entry.is_running, entry.is_wanted) = (true, false);
         let number = match entry.known {
-            Known::Number(number) => Some(number),
-            Known::Absent | Known::Unanswered => None,
+            AccountState::Number(number) => Some(number),
+            AccountState::Absent | AccountState::Unanswered => None,
         };
         Some((name.clone(), number))
     }
 
-    /// When the next name becomes due. Those that are due already wait for a lookup to end.
+    /// Returns when the next name becomes due. Names that are due already wait for a running lookup
+    /// to end.
     fn due_after(&self, now: Instant) -> Option<Instant> {
         self.names
             .values()
@@ -307,79 +335,84 @@ impl AccountEntry {
     fn new() -> Self {
         Self {
             lines: Vec::new(),
-            known: Known::Unanswered,
+            known: AccountState::Unanswered,
             error: None,
             answered: None,
             absent_since: None,
             next: Instant::now(),
-            retry: RETRY,
+            retry: RETRY_DELAY,
             is_wanted: false,
             is_running: false,
         }
     }
 
-    fn take(&mut self, finding: &LookupResult, now: Instant) {
+    fn take(&mut self, result: &LookupResult, now: Instant) {
         let before = (self.known, self.error, self.answered.is_none());
         (self.is_running, self.answered) = (false, Some(now));
-        match (finding.number, self.known) {
+        match (result.number, self.known) {
             (Ok(Some(number)), _) => {
-                (self.known, self.error, self.absent_since) = (Known::Number(number), None, None);
+                (self.known, self.error, self.absent_since) =
+                    (AccountState::Number(number), None, None);
             }
-            (Ok(None), Known::Number(_)) => {
+            (Ok(None), AccountState::Number(_)) => {
                 let since = *self.absent_since.get_or_insert(now);
-                if finding.successor.is_some() || now >= since + ABSENT_GRACE {
-                    (self.known, self.error, self.absent_since) = (Known::Absent, None, None);
+                if result.successor.is_some() || now >= since + ABSENT_GRACE {
+                    (self.known, self.error, self.absent_since) =
+                        (AccountState::Absent, None, None);
                 }
             }
-            (Ok(None), _) => (self.known, self.error) = (Known::Absent, None),
-            // What was known before holds: that it can't be looked up says nothing about it.
-            (Err(error), Known::Number(_)) => self.error = Some(error),
-            (Err(error), _) => (self.known, self.error) = (Known::Unanswered, Some(error)),
+            (Ok(None), _) => (self.known, self.error) = (AccountState::Absent, None),
+            // The last number stays valid: a failed lookup is not evidence against it.
+            (Err(error), AccountState::Number(_)) => self.error = Some(error),
+            (Err(error), _) => (self.known, self.error) = (AccountState::Unanswered, Some(error)),
         }
-        if matches!(finding.number, Ok(Some(_))) {
-            (self.retry, self.next) = (RETRY, now + RECHECK);
+        if matches!(result.number, Ok(Some(_))) {
+            (self.retry, self.next) = (RETRY_DELAY, now + RECHECK_INTERVAL);
         } else {
             self.next = now + self.retry;
-            self.retry = (self.retry * 2).min(RECHECK);
+            self.retry = (self.retry * 2).min(RECHECK_INTERVAL);
         }
-        self.log(finding, before);
+        self.log(result, before);
     }
 
-    /// Logs each change once.
-    fn log(&self, finding: &LookupResult, (known, error, is_first): (Known, Option<Errno>, bool)) {
-        let (account, lines) = (&finding.name, &self.lines);
+    fn log(
+        &self,
+        result: &LookupResult,
+        (known, error, is_first): (AccountState, Option<Errno>, bool),
+    ) {
+        let (account, lines) = (&result.name, &self.lines);
         let cause = self.error.map(Errno::desc);
         match (known, self.known) {
-            (before, Known::Number(OVERFLOW_ID)) if before != self.known => tracing::warn!(
+            (before, AccountState::Number(OVERFLOW_ID)) if before != self.known => tracing::warn!(
                 %account, ?lines, number = OVERFLOW_ID,
-                "the workload rule matches no caller: the kernel shows this number for ids that it cannot map"
+                "workload rule matches no caller: the kernel shows this number for ids that it cannot map"
             ),
-            (Known::Number(before), Known::Number(number)) if before != number => {
-                tracing::warn!(%account, ?lines, before, number, "the name has another number");
+            (AccountState::Number(before), AccountState::Number(number)) if before != number => {
+                tracing::warn!(%account, ?lines, before, number, "account number changed");
             }
-            (Known::Number(_), Known::Number(_)) => {
+            (AccountState::Number(_), AccountState::Number(_)) => {
                 if error.is_none()
                     && let Some(cause) = cause
                 {
-                    tracing::warn!(%account, ?lines, cause, "the name cannot be looked up: its last number stays in use");
+                    tracing::warn!(%account, ?lines, cause, "account lookup failed: its last number stays in use");
                 }
             }
-            (_, Known::Number(number)) if !is_first => {
-                tracing::info!(%account, ?lines, number, "the name is known: the workload rule is active");
+            (_, AccountState::Number(number)) if !is_first => {
+                tracing::info!(%account, ?lines, number, "workload rule active: the account has a number");
             }
-            (_, Known::Number(_)) => {}
-            (Known::Number(_), _) => {
-                let successor = finding.successor.as_deref();
+            (_, AccountState::Number(_)) => {}
+            (AccountState::Number(_), _) => {
+                let successor = result.successor.as_deref();
                 tracing::warn!(
-                    %account, ?lines, successor, "the name does not exist any more: the workload rule is inactive"
+                    %account, ?lines, successor, "workload rule inactive: the account was removed"
                 );
             }
             (before, now) if is_first || before != now => match cause {
                 Some(cause) => tracing::warn!(
-                    %account, ?lines, cause, "the name cannot be looked up: the workload rule is inactive until it can"
+                    %account, ?lines, cause, "workload rule inactive: account lookup failed"
                 ),
                 None => tracing::warn!(
-                    %account, ?lines, "the name is not known on this node: the workload rule is inactive until it is"
+                    %account, ?lines, "workload rule inactive: the account does not exist on this node"
                 ),
             },
             _ => {}
@@ -387,7 +420,7 @@ impl AccountEntry {
     }
 }
 
-/// Looks names up when they are due or wanted, for as long as the runtime lives.
+/// Resolves names that are due or requested, for as long as the runtime lives.
 async fn run(shared: Arc<AccountsInner>) {
     let mut running = JoinSet::new();
     let mut local = read_local(&shared.service).await;
@@ -400,31 +433,32 @@ async fn run(shared: Arc<AccountsInner>) {
         let due = shared.state().due_after(now);
         tokio::select! {
             Some(found) = running.join_next() => match found {
-                Ok(finding) => {
-                    local = finding.local.clone();
-                    shared.take(finding);
+                Ok(result) => {
+                    local = result.local.clone();
+                    shared.take(result);
                 }
-                // The name keeps what is known of it.
-                Err(error) => tracing::error!(%error, "a lookup of the name service broke off"),
+                // The name keeps its state.
+                Err(error) => tracing::error!(%error, "account lookup panicked"),
             },
             () = shared.wake.notified() => {}
-            () = sleep_until(due.unwrap_or(now + RECHECK)) => {}
+            () = sleep_until(due.unwrap_or(now + RECHECK_INTERVAL)) => {}
         }
     }
 }
 
-/// The local files, for the order of the first lookups. Even those may be on a file system that does not answer.
+/// Reads the local files, which decide the order of the first lookups. They too may be on a file
+/// system that hangs.
 async fn read_local(service: &Arc<dyn NameService>) -> Arc<LocalAccounts> {
     let service = service.clone();
     let reading = tokio::task::spawn_blocking(move || service.local(&Arc::default()));
-    timeout(PAUSE, reading)
+    timeout(MIN_LOOKUP_INTERVAL, reading)
         .await
         .ok()
         .and_then(Result::ok)
         .unwrap_or_default()
 }
 
-/// Blocks.
+/// Resolves one name. Blocks.
 fn find(
     service: &dyn NameService,
     name: AccountName,

@@ -1,11 +1,13 @@
-//! For operators: health and metrics over TCP, and on a unix socket of its own (mode 0600) the same and what is cached.
+//! The endpoints for operators: health and metrics over TCP, and on a unix socket of mode 0600 also
+//! the state of the cache.
 //!
-//! The TCP address may be open to the network, so it shows nothing of single workloads (attack 19). One client cannot keep
-//! another from its answer (attack 26): where there are too many connections, the oldest makes room for a new one. The unix
-//! socket is root's, has its own bound, and serves the node's own probes.
+//! The TCP address may be open to the network, so it shows no facts about single workloads (T19).
+//! One client cannot block another (T26): at the bound of connections, the oldest gives way to a
+//! new one. The unix socket is root's, has a bound of its own, and serves the probes of the node.
 
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -26,36 +28,45 @@ use tokio::time::{Instant, timeout};
 use crate::attest::Attestor;
 use crate::cache::{CredentialCache, EntryStatus};
 use crate::config::Listen;
-use crate::health::UpstreamReport;
 use crate::limits::FairSemaphore;
 use crate::listen::{AcceptedStream, LazySocket, PendingConnection};
-use crate::metrics::{Metrics, ReasonLabel};
+use crate::metrics::{Exposition, Metrics, ReasonLabel};
+use crate::upstream_status::UpstreamReport;
 
-/// For the whole head. A probe sends it with its connection.
-const HEAD: Duration = Duration::from_secs(1);
-/// For the whole connection. `/status` may have some megabytes, and the network may be slow.
-const CONNECTION: Duration = Duration::from_secs(5);
-/// How often the metrics are rendered for clients of the TCP address. Prometheus scrapes every few seconds.
-const RENDER_EVERY: Duration = Duration::from_secs(1);
-/// At the TCP address, in all and from one source address. More than the daemon accepts before it reads the first of them.
-const CONNECTIONS: usize = 512;
-const CONNECTIONS_OF_ONE: usize = 160;
-/// On the unix socket.
-const LOCAL_CONNECTIONS: usize = 160;
+mod format;
 
-/// Whether the daemon can do its work. Once it could, it stays ready through outages of others, since it can then still
-/// serve what is cached; those show in the metrics.
+use format::{MetricsFormat, Rendered};
+
+/// Maximum time for a complete head. A probe sends it with its connection.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(1);
+/// Maximum time of a connection. `/status` may have some megabytes over a slow network.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum age of rendered metrics that are served at the TCP address. Prometheus scrapes every few
+/// seconds.
+const RENDER_INTERVAL: Duration = Duration::from_secs(1);
+/// Maximum number of connections at the TCP address. This is more than the daemon accepts before it
+/// reads the first.
+const MAX_CONNECTIONS: usize = 512;
+/// Maximum number of connections at the TCP address from one source address.
+const MAX_CONNECTIONS_PER_PEER: usize = 160;
+/// The reason of a connection that gives way to a newer one.
+pub const TOO_MANY_OPERATORS: &str = "too_many_operators";
+/// Maximum number of connections at the unix socket.
+const MAX_STATUS_CONNECTIONS: usize = 160;
+
+/// The readiness of the daemon. It stays ready through outages of the source and of STS, because it
+/// still serves cached credentials. The metrics show such outages.
 #[derive(Debug, Default)]
 pub struct Readiness {
     ready: AtomicBool,
     ending: AtomicBool,
-    /// What is missing, for people.
+    /// The missing conditions, for people.
     missing: Mutex<Option<String>>,
     gauge: Gauge,
 }
 
 impl Readiness {
-    /// Not ready yet. `gauge` shows it in the metrics.
+    /// Returns a state that is not ready yet. `gauge` shows it in the metrics.
     pub fn new(gauge: Gauge) -> Self {
         Self {
             gauge,
@@ -63,28 +74,28 @@ impl Readiness {
         }
     }
 
-    /// Notes what keeps the daemon from being ready.
+    /// Records the conditions that the daemon does not meet yet.
     pub fn missing(&self, what: &str) {
         *self.missing.lock().unwrap_or_else(PoisonError::into_inner) = Some(what.to_owned());
     }
 
-    /// Everything that is needed has answered once.
+    /// Records that each listener, the source and STS have answered once.
     pub fn set_ready(&self) {
         self.ready.store(true, Ordering::Release);
         self.gauge.set(1);
     }
 
-    /// The daemon was told to end.
+    /// Records that the daemon ends.
     pub fn set_draining(&self) {
         self.ending.store(true, Ordering::Release);
     }
 
-    /// What `/readyz` says.
+    /// Returns whether `/readyz` is 200.
     pub fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Acquire) && !self.ending.load(Ordering::Acquire)
     }
 
-    /// Why it is not ready; `None` if it is.
+    /// Returns the reason for which the daemon is not ready; `None` if it is.
     fn why_not(&self) -> Option<String> {
         if self.is_ready() {
             return None;
@@ -101,16 +112,16 @@ impl Readiness {
     }
 }
 
-/// Which of the two addresses a connection came to.
+/// The address of a connection of an operator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Address {
-    /// `/healthz`, `/readyz`, `/metrics`.
+    /// The TCP address, with `/healthz`, `/readyz` and `/metrics`.
     Admin,
-    /// These, the metrics as of this moment, and `/status`.
+    /// The unix socket, with the same paths, current metrics, and `/status`.
     Status,
 }
 
-/// Answers operators.
+/// The server of both addresses for operators.
 #[derive(Debug)]
 pub struct Admin {
     metrics: Metrics,
@@ -118,13 +129,14 @@ pub struct Admin {
     cache: CredentialCache,
     attestor: Arc<Attestor>,
     listen: Listen,
-    /// Whether the configuration's source names processes to an agent.
+    serves_pods: bool,
+    /// The configuration's source names processes to an agent.
     names_processes: AtomicBool,
-    /// By source address; at the unix socket all are one source.
+    /// Connections by source address. All at the unix socket have the same one.
     remote: FairSemaphore<IpAddr>,
     local: FairSemaphore<IpAddr>,
-    /// The metrics as they were rendered last. Scrapes that come during a rendering wait for it.
-    rendered: tokio::sync::Mutex<Option<(Instant, Bytes)>>,
+    /// The metrics of the latest rendering, for which concurrent scrapes wait.
+    rendered: tokio::sync::Mutex<Option<(Instant, Rendered)>>,
 }
 
 #[derive(Serialize)]
@@ -134,9 +146,9 @@ struct StatusReport {
     #[serde(skip_serializing_if = "Option::is_none")]
     not_ready: Option<String>,
     connections: i64,
-    /// Which callers this kernel lets nobody attest.
+    /// The callers that cannot be attested on this kernel, with the missing feature.
     unsupported_kernel: Vec<String>,
-    /// `None` if no process is named to an agent.
+    /// `None` if the source gets no process ids.
     counts_executions: Option<bool>,
     source: Option<UpstreamReport>,
     sts: Vec<UpstreamReport>,
@@ -144,27 +156,29 @@ struct StatusReport {
 }
 
 impl Admin {
-    /// Answers for these. `attestor` attests the callers of `listen`.
+    /// Returns a server for these parts. `attestor` attests the callers of `listen`, and those in
+    /// pods if `serves_pods`.
     pub fn new(
         metrics: Metrics,
         readiness: Arc<Readiness>,
         cache: CredentialCache,
-        (attestor, listen): (Arc<Attestor>, Listen),
+        (attestor, listen, serves_pods): (Arc<Attestor>, Listen, bool),
     ) -> Self {
         Self {
             attestor,
             listen,
+            serves_pods,
             names_processes: AtomicBool::default(),
             metrics,
             readiness,
             cache,
-            remote: FairSemaphore::new(CONNECTIONS, CONNECTIONS_OF_ONE),
-            local: FairSemaphore::new(LOCAL_CONNECTIONS, LOCAL_CONNECTIONS),
+            remote: FairSemaphore::new(MAX_CONNECTIONS, MAX_CONNECTIONS_PER_PEER),
+            local: FairSemaphore::new(MAX_STATUS_CONNECTIONS, MAX_STATUS_CONNECTIONS),
             rendered: tokio::sync::Mutex::default(),
         }
     }
 
-    /// Notes whether the configuration in effect names processes to an agent.
+    /// Records whether the configuration in effect names processes to an agent.
     pub fn names_processes(&self, names_processes: bool) {
         self.names_processes
             .store(names_processes, Ordering::Release);
@@ -172,22 +186,22 @@ impl Admin {
 
     /// Serves one connection to its end, or until a newer one needs its permit.
     ///
-    /// A probe sends its request with its connection and gets its answer at once, so it is never the one that gives way: that
-    /// is a client that sends no request, or does not read its answer (T26).
+    /// A probe sends its request with its connection and reads the answer at once, so it never
+    /// gives way. A client that sends no request, or does not read its answer, does (T26).
     pub async fn connection(
         self: Arc<Self>,
         address: Address,
         stream: AcceptedStream,
-        arrival: PendingConnection,
+        pending: PendingConnection,
     ) {
         let PendingConnection {
             permit: arriving,
             open: _open,
-        } = arrival;
-        // Its client is counted by its address from here on.
+        } = pending;
+        // From here on the connection is counted by its client's address.
         drop(arriving);
         let permit = match (address, &stream) {
-            // On a listener for both families IPv4 comes as `::ffff:a.b.c.d`.
+            // A listener for both families reports IPv4 as `::ffff:a.b.c.d`.
             (Address::Admin, AcceptedStream::Tcp { client, .. }) => {
                 self.remote.admit(&client.ip().to_canonical())
             }
@@ -195,49 +209,46 @@ impl Admin {
         };
         let service = service_fn(|request: Request<Incoming>| {
             let admin = &self;
-            async move {
-                Ok::<_, Infallible>(
-                    admin
-                        .answer(address, request.method(), request.uri().path())
-                        .await,
-                )
-            }
+            async move { Ok::<_, Infallible>(admin.answer(address, &request).await) }
         });
         let mut builder = http1::Builder::new();
         builder
             .timer(TokioTimer::new())
-            .header_read_timeout(HEAD)
+            .header_read_timeout(HEAD_TIMEOUT)
             .keep_alive(false);
         let descriptor = stream.socket().descriptor().clone();
         let served = timeout(
-            CONNECTION,
+            CONNECTION_TIMEOUT,
             builder.serve_connection(TokioIo::new(stream.into_socket()), service),
         );
-        tokio::select! {
-            // A client that is slow or gone needs no further care.
-            _ = served => {}
-            () = permit.evicted() => {
-                self.metrics.connections_dropped.get_or_create(&ReasonLabel { reason: "too_many_operators" }).inc();
-                LazySocket::reset_on_close(&descriptor);
-            }
+        // A client that is slow or gone gets no answer.
+        if permit.run(pin!(served)).await.is_none() {
+            let reason = TOO_MANY_OPERATORS;
+            self.metrics
+                .connections_dropped
+                .get_or_create(&ReasonLabel { reason })
+                .inc();
+            LazySocket::reset_on_close(&descriptor);
         }
     }
 
-    async fn answer(&self, address: Address, method: &Method, path: &str) -> Response<Full<Bytes>> {
-        if method != Method::GET {
+    async fn answer(&self, address: Address, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        if request.method() != Method::GET {
             return text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n");
         }
-        match (address, path) {
+        let format = MetricsFormat::negotiate(request.headers());
+        match (address, request.uri().path()) {
             (_, "/healthz") => text(StatusCode::OK, "ok\n"),
             (_, "/readyz") => self.ready(address),
-            (Address::Admin, "/metrics") => metrics(self.rendered().await),
-            (Address::Status, "/metrics") => metrics(self.render()),
+            (Address::Admin, "/metrics") => format.reply(&self.rendered().await),
+            (Address::Status, "/metrics") => format.reply(&self.render()),
             (Address::Status, "/status") => self.status(),
             _ => text(StatusCode::NOT_FOUND, "not found\n"),
         }
     }
 
-    /// The reason may contain a workload's SPIFFE ID, so only the unix socket shows it.
+    /// Returns the answer of `/readyz`. Its reason may contain the SPIFFE ID of a workload, so only
+    /// the unix socket shows it.
     fn ready(&self, address: Address) -> Response<Full<Bytes>> {
         match (self.readiness.why_not(), address) {
             (None, _) => text(StatusCode::OK, "ready\n"),
@@ -249,26 +260,31 @@ impl Admin {
         }
     }
 
-    fn render(&self) -> Bytes {
-        self.cache.count();
-        self.metrics.encode().into()
+    fn render(&self) -> Rendered {
+        self.cache.update_gauges();
+        let Exposition { openmetrics, text } = self.metrics.exposition();
+        Rendered {
+            openmetrics: openmetrics.into(),
+            text: text.into(),
+        }
     }
 
-    /// The metrics, rendered at most once in [`RENDER_EVERY`]: rendering walks over each entry of the cache.
-    async fn rendered(&self) -> Bytes {
+    /// Returns metrics that are at most [`RENDER_INTERVAL`] old. A rendering visits each cache
+    /// entry.
+    async fn rendered(&self) -> Rendered {
         let mut rendered = self.rendered.lock().await;
-        if let Some((at, text)) = &*rendered
-            && at.elapsed() < RENDER_EVERY
+        if let Some((at, latest)) = &*rendered
+            && at.elapsed() < RENDER_INTERVAL
         {
-            return text.clone();
+            return latest.clone();
         }
-        let text = self.render();
-        *rendered = Some((Instant::now(), text.clone()));
-        text
+        let latest = self.render();
+        *rendered = Some((Instant::now(), latest.clone()));
+        latest
     }
 
     fn unsupported_kernel(&self) -> Vec<String> {
-        let uses_tcp = self.listen.pods || !self.listen.tcp.is_empty();
+        let uses_tcp = self.serves_pods || !self.listen.tcp.is_empty();
         let over_tcp = uses_tcp.then(|| self.attestor.missing_for_tcp()).flatten();
         let over_tcp = over_tcp.map(|missing| format!("callers over TCP are refused: {missing}"));
         let on_unix = self
@@ -298,7 +314,7 @@ impl Admin {
             sts,
             credentials: self.cache.entries(),
         };
-        // Strings and booleans: writing them to memory cannot fail.
+        // Serializing strings and booleans into memory cannot fail.
         let body = serde_json::to_vec_pretty(&status).unwrap_or_default();
         reply(StatusCode::OK, "application/json", body.into())
     }
@@ -308,14 +324,6 @@ const PLAIN: &str = "text/plain; charset=utf-8";
 
 fn text(status: StatusCode, body: &'static str) -> Response<Full<Bytes>> {
     reply(status, PLAIN, Bytes::from_static(body.as_bytes()))
-}
-
-fn metrics(text: Bytes) -> Response<Full<Bytes>> {
-    reply(
-        StatusCode::OK,
-        "application/openmetrics-text; version=1.0.0; charset=utf-8",
-        text,
-    )
 }
 
 fn reply(status: StatusCode, kind: &'static str, body: Bytes) -> Response<Full<Bytes>> {

@@ -1,4 +1,4 @@
-//! Wires the daemon from its configuration. The only file that knows every module.
+//! Wires the daemon from its configuration. Only this module knows every other one.
 
 use std::io;
 use std::net::SocketAddr;
@@ -6,168 +6,125 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::resource::{Resource, getrlimit};
 use thiserror::Error;
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::accounts::{Accounts, LiveRules, Nss};
+use crate::accounts::{Accounts, Nss};
 use crate::admin::{Address, Admin, Readiness};
 use crate::attest::{Attestor, ExecMonitor, StartError};
 use crate::audit::Audit;
-use crate::broker::{CredentialService, Policy};
-use crate::cache::{self, CredentialCache};
+use crate::cache::CredentialCache;
 use crate::cgroup::PodRoots;
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
+use crate::credential_service::CredentialService;
 use crate::hardening::DaemonFeatures;
-use crate::http::{Authorization, CredentialEndpoint};
-use crate::issue::TokenExchanger;
+use crate::http::{Authorization, CredentialEndpoint, OwnProbe};
 use crate::limits::FairSemaphore;
 use crate::listen::{self, ActivatedSockets, ListenError};
 use crate::metrics::Metrics;
-use crate::pods::{PodListeners, PodsError, TakeoverGate};
+use crate::pod_listeners::{PodListeners, PodsError, TakeoverGate};
 use crate::readiness::ReadinessProbes;
-use crate::sts::{InvalidSetting, NetworkSettings, Settings, Sts};
-use crate::svid::agent::AttestingAgent;
-use crate::svid::broker_api::BrokerApi;
-use crate::svid::own::OwnSvidSource;
-use crate::svid::{self, AgentSource, IdentitySource, SourceError, SpireDelegated, WorkloadApi};
+use crate::sts::InvalidSetting;
+use crate::svid::{IdentitySource, SourceError};
 
 mod audit_file;
+mod components;
 mod listeners;
-mod token;
+mod retry;
+mod series;
+mod token_file;
 
-use audit_file::{audit_error, open_audit};
+use audit_file::{audit_error, open_audit, reopen};
+use components::Components;
 use listeners::{AcceptLoops, ListenAddress, bind_all, tcp_address};
-use token::{NodeToken, write_later};
+use token_file::{NodeToken, write_later};
 
-/// How long operators' connections may take to end, once those of workloads have.
+/// Time that operators' connections have to end after the workloads' connections have ended.
 const ADMIN_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long the start waits to find out whether the identity source is of any use. An agent on this machine needs a few
-/// milliseconds, more on a busy one; only one that hangs makes a start wait.
-const SOURCE_CHECK_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// Why the daemon does not start, or goes on with its old configuration.
+/// Reason why the daemon does not start, or keeps its old configuration.
 #[derive(Debug, Error)]
 pub enum AppError {
-    /// Nobody could be attested.
+    /// The attestor cannot be started.
     #[error(transparent)]
     Attest(#[from] StartError),
-    /// An address can't be had.
+    /// An address cannot be bound.
     #[error(transparent)]
     Listen(#[from] ListenError),
-    /// No audit log.
+    /// The audit file cannot be opened.
     #[error("[audit] file {path}: {source}", path = path.display())]
     Audit {
-        /// Which.
+        /// Path of the audit file.
         path: PathBuf,
-        /// Why.
+        /// Error of the open call.
         source: io::Error,
     },
-    /// No token file.
+    /// The token file cannot be read or written.
     #[error("[listen] token_file {path}: {source}", path = path.display())]
     Token {
-        /// Which.
+        /// Path of the token file.
         path: PathBuf,
-        /// Why.
+        /// Error of the system call.
         source: io::Error,
     },
-    /// Pods can't be listened in.
+    /// Pods' network namespaces cannot be served.
     #[error(transparent)]
     Pods(#[from] PodsError),
-    /// The identity source is of no use as it is set up.
+    /// The identity source is misconfigured and cannot work.
     #[error("[identity] {0}")]
     Source(SourceError),
-    /// The client for STS can't be made.
+    /// The STS client cannot be built.
     #[error(transparent)]
     Sts(#[from] InvalidSetting),
 }
 
-/// A running daemon.
+/// The running daemon, with its listeners and tasks.
 #[derive(Debug)]
 pub struct App {
-    /// The TCP addresses for workloads, with the ports that the kernel chose.
+    /// TCP addresses for workloads, with the ports that the kernel chose.
     pub tcp: Vec<SocketAddr>,
-    /// The operators' address.
+    /// Address for operators, if one is bound.
     pub admin: Option<SocketAddr>,
-    /// What was listened on at the start, whatever the file has said since.
+    /// The `[listen]` section of the start. A reload does not change it.
     listen: config::Listen,
-    /// The source in use, and what it was made by.
+    /// The `[pods]` section of the start. A reload does not change it.
+    pods: config::PodsConfig,
+    /// The source in use, with the configuration that it was built from.
     source: (IdentityConfig, Arc<dyn IdentitySource>),
+    /// The STS endpoints in use.
+    sts: Vec<String>,
+    own_probe: OwnProbe,
     accounts: Accounts,
-    broker: Arc<CredentialService>,
+    service: Arc<CredentialService>,
     audit: Arc<Audit>,
     clock: Clock,
     metrics: Metrics,
     readiness: Arc<Readiness>,
     attestor: Arc<Attestor>,
-    status: Arc<Admin>,
+    admin_api: Arc<Admin>,
     probing: Option<JoinHandle<()>>,
-    /// Where pods are served.
+    /// Set while pods are served.
     gate: Option<TakeoverGate>,
     workloads: AcceptLoops,
     operators: AcceptLoops,
 }
 
-/// What the daemon has before it starts anything.
+/// Resources that are acquired before the daemon starts anything.
 #[derive(Debug)]
 pub struct Startup {
-    /// The sockets that systemd holds.
+    /// Sockets that systemd passed to the daemon.
     pub inherited: ActivatedSockets,
-    /// What notices executions; without it no process is named to an agent.
+    /// Monitor of program executions. Without it the daemon refers no process to an agent.
     pub exec_monitor: Option<ExecMonitor>,
-    /// What everything counts in, the log too.
+    /// Registry of all metrics, those of the log included.
     pub metrics: Metrics,
 }
 
-/// What a configuration comes to, apart from `[listen]`, `[audit]` and `[log]`.
-struct Components {
-    identity: IdentityConfig,
-    policy: Policy,
-    issuer: TokenExchanger,
-    limits: cache::Limits,
-    probes: ReadinessProbes,
-}
-
-impl Components {
-    /// With `source` if there is one that this configuration may go on with.
-    async fn new(
-        config: &Config,
-        (source, is_reload): (Option<Arc<dyn IdentitySource>>, bool),
-        accounts: &Accounts,
-        (clock, metrics): (&Clock, &Metrics),
-    ) -> Result<Self, AppError> {
-        // Before the rules are in effect, so that nearly always each name in them has its number by then.
-        accounts
-            .follow(config.accounts(), SOURCE_CHECK_TIMEOUT)
-            .await;
-        let source = match source {
-            Some(source) => source,
-            None => identity_source(config, accounts, is_reload, (clock, metrics)).await?,
-        };
-        let sts = Arc::new(sts(config, clock.clone()).await?);
-        Ok(Self {
-            identity: config.identity.clone(),
-            issuer: TokenExchanger::new(
-                source.clone(),
-                sts.clone(),
-                clock.clone(),
-                metrics.clone(),
-            ),
-            limits: limits(&config.cache),
-            probes: ReadinessProbes::new(config, source.clone(), sts),
-            policy: Policy {
-                source,
-                roles: config.roles.clone(),
-            },
-        })
-    }
-}
-
 impl App {
-    /// Starts everything. When it returns each address is bound; it serves until [`App::drain`].
+    /// Starts all parts. On return each address is bound. The daemon serves until [`App::drain`].
     pub async fn start(config: Config, startup: Startup) -> Result<Self, AppError> {
         let Startup {
             mut inherited,
@@ -175,24 +132,34 @@ impl App {
             metrics,
         } = startup;
         let clock = Clock::system();
+        series::create(&metrics);
+        let (sts, digest) = (sts_names(&config), config.digest.clone());
         let accounts = Accounts::new(Nss, metrics.clone());
-        let parts = Components::new(&config, (None, false), &accounts, (&clock, &metrics)).await?;
+        let parts = Components::new(&config, None, false, &accounts, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());
-        let cache =
-            CredentialCache::new(parts.issuer, clock.clone(), metrics.clone(), parts.limits);
-        let broker = Arc::new(CredentialService::new(parts.policy, cache.clone()));
+        let cache = CredentialCache::new(
+            parts.exchanger,
+            clock.clone(),
+            metrics.clone(),
+            parts.limits,
+        );
+        let service = Arc::new(CredentialService::new(parts.policy, cache.clone()));
         let pod_roots = config
-            .listen
-            .pods_cgroup
+            .pods
+            .cgroup_root
             .clone()
             .map_or_else(PodRoots::defaults, PodRoots::at);
         let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
-        let front = Arc::new(CredentialEndpoint {
+        let own_probe = OwnProbe::new();
+        let token_needed = Arc::<Notify>::default();
+        let endpoint = Arc::new(CredentialEndpoint {
             attestor: attestor.clone(),
-            broker: broker.clone(),
-            audit: open_audit(&config.audit, clock.clone(), metrics.clone()),
+            service: service.clone(),
+            audit: open_audit(&config.audit, clock.clone(), metrics.clone()).await,
             metrics: metrics.clone(),
-            authorization: authorization(&config.listen)?,
+            authorization: authorization(&config.listen, &token_needed)?,
+            token_needed,
+            own_probe: own_probe.clone(),
             connections: FairSemaphore::new(
                 config.listen.max_connections,
                 config.listen.max_connections_per_workload,
@@ -203,19 +170,22 @@ impl App {
             metrics.clone(),
             readiness.clone(),
             cache,
-            (attestor.clone(), config.listen.clone()),
+            (attestor.clone(), config.listen.clone(), config.pods.enabled),
         ));
         admin.names_processes(DaemonFeatures::of(&config).names_processes());
         let mut app = Self {
             attestor,
-            status: admin.clone(),
+            admin_api: admin.clone(),
             tcp: Vec::new(),
             admin: None,
             listen: config.listen,
+            pods: config.pods,
             source,
+            sts,
+            own_probe,
             accounts,
-            broker,
-            audit: front.audit.clone(),
+            service,
+            audit: endpoint.audit.clone(),
             clock,
             readiness,
             probing: None,
@@ -224,117 +194,169 @@ impl App {
             operators: AcceptLoops::new(&metrics),
             metrics,
         };
-        app.serve_workloads(&mut inherited, &front)?;
-        app.serve_pods(front).await?;
+        app.serve_workloads(&mut inherited, &endpoint)?;
+        app.serve_pods(endpoint).await?;
         app.serve_operators(&mut inherited, &admin);
         app.workloads.refuse_rest(&mut inherited);
+        app.config_loaded(digest.to_string());
         app.probe(parts.probes);
         Ok(app)
     }
 
-    /// Goes on with another configuration, but for `[listen]`, which needs a restart, and `[log]`. After an error nothing has
-    /// changed.
-    pub async fn reload(&mut self, mut config: Config) -> Result<(), AppError> {
-        let changed = self.listen.changed(&config.listen).join(", ");
+    /// Applies another configuration, except `[listen]` and `[pods]`, which need a restart, and
+    /// `[log]`, which the caller applies. An error changes nothing.
+    pub async fn reload(&mut self, config: Config) -> Result<(), AppError> {
+        let (before, names) = (self.accounts.names(), config.accounts());
+        let applied = self.apply(config).await;
+        // The names of both configurations are known while it is open which one will count.
+        self.accounts
+            .keep(if applied.is_ok() { &names } else { &before });
+        applied
+    }
+
+    async fn apply(&mut self, mut config: Config) -> Result<(), AppError> {
+        let changed = [
+            ("listen", self.listen.changed(&config.listen)),
+            ("pods", self.pods.changed(&config.pods)),
+        ];
         config.listen = self.listen.clone();
-        // An agent that attests workloads itself is kept with all that it has said.
+        config.pods = self.pods.clone();
+        // An agent that attests workloads itself is kept, with the identities cached from it.
         let (identity, source) = &self.source;
-        let kept = (*identity == config.identity && identity.source != config::Source::WorkloadApi)
+        let reusable = (*identity == config.identity
+            && identity.source != config::Source::WorkloadApi)
             .then(|| source.clone());
         let parts = Components::new(
             &config,
-            (kept, true),
+            reusable,
+            true,
             &self.accounts,
             (&self.clock, &self.metrics),
         )
         .await?;
-        let reopened = self.audit.reopen(&config.audit.file, config.audit.required);
+        let reopened = reopen(&self.audit, &config.audit).await;
         reopened.map_err(|source| audit_error(&config.audit.file, source))?;
         self.source = (parts.identity, parts.policy.source.clone());
-        self.status
+        self.admin_api
             .names_processes(DaemonFeatures::of(&config).names_processes());
-        self.broker.reload(parts.policy, parts.issuer, parts.limits);
+        self.service
+            .reload(parts.policy, parts.exchanger, parts.limits);
+        let endpoints = sts_names(&config);
+        for removed in std::mem::replace(&mut self.sts, endpoints) {
+            if !self.sts.contains(&removed) {
+                self.metrics.remove_sts(removed);
+            }
+        }
+        self.config_loaded(config.digest.to_string());
         self.probe(parts.probes);
-        if !changed.is_empty() {
-            tracing::warn!(
-                "[listen] {changed}: what the file says now takes effect when awsvid is started again"
-            );
+        for (table, keys) in changed.iter().filter(|(_, keys)| !keys.is_empty()) {
+            let keys = keys.join(", ");
+            tracing::warn!(table, keys, "the change needs a restart; restart awsvid");
         }
         Ok(())
     }
 
-    /// Whether it is noticed that a caller's process executes a program, without which none is named to an agent.
+    /// Records the configuration that is in effect now.
+    fn config_loaded(&self, digest: String) {
+        for endpoint in &self.sts {
+            self.metrics.add_sts(endpoint.clone());
+        }
+        self.metrics.config_loaded(digest, self.clock.now());
+    }
+
+    /// Records that a reload failed, so that the previous configuration stays in effect.
+    pub fn reload_failed(&self) {
+        self.metrics.config_rejected();
+    }
+
+    /// Reports whether executions by callers' processes are observed. Without that no process is
+    /// referred to an agent.
     pub fn counts_executions(&self) -> bool {
         self.attestor.counts_executions()
     }
 
-    /// See [`Attestor::missing_for_tcp`].
+    /// Forwards the call to [`Attestor::missing_for_tcp`].
     pub fn missing_for_tcp(&self) -> Option<String> {
         self.attestor.missing_for_tcp()
     }
 
-    /// Asks until everything that is needed has answered; once it has, it is not asked again.
+    /// Probes each dependency until it has answered once, then stops probing it.
     fn probe(&mut self, probes: ReadinessProbes) {
         if let Some(before) = self.probing.take() {
             before.abort();
         }
         if !self.readiness.is_ready() {
             let (attestor, readiness) = (self.attestor.clone(), self.readiness.clone());
-            let asking =
+            let probes = probes.marked_by(self.own_probe.clone());
+            let probe_task =
                 probes.until_ready(self.tcp.clone(), self.gate.clone(), attestor, readiness);
-            self.probing = Some(tokio::spawn(asking));
+            self.probing = Some(tokio::spawn(probe_task));
         }
     }
 
-    /// Fails if no address at all could be bound: then another daemon has them, or none can be served.
+    /// Binds and serves the workload addresses. Fails if no address could be bound: another daemon
+    /// has them, or none can be served.
     fn serve_workloads(
         &mut self,
         inherited: &mut ActivatedSockets,
-        front: &Arc<CredentialEndpoint>,
+        endpoint: &Arc<CredentialEndpoint>,
     ) -> Result<(), AppError> {
         let unix = self
             .listen
             .unix
             .iter()
             .map(|path| ListenAddress::Unix(path.clone(), 0o666));
-        let wanted = unix
+        let addresses = unix
             .chain(self.listen.tcp.iter().copied().map(ListenAddress::Tcp))
             .collect();
-        let mut attempts = bind_all(wanted, inherited);
-        if !self.listen.pods && attempts.iter().all(|(_, bound)| bound.is_err()) {
+        let mut attempts = bind_all(addresses, inherited);
+        if !self.pods.enabled && attempts.iter().all(|(_, bound)| bound.is_err()) {
             let error = attempts.drain(..).find_map(|(_, bound)| bound.err());
             return error.map_or(Ok(()), |error| Err(error.into()));
         }
         self.tcp = attempts.iter().filter_map(tcp_address).collect();
-        listen::warn_of_unprivileged_ports(&self.tcp);
+        let chosen = |bound: &SocketAddr| {
+            let is_it = |address: &SocketAddr| address.port() == 0 && address.ip() == bound.ip();
+            self.listen.tcp.iter().any(is_it)
+        };
+        let named: Vec<_> = self
+            .tcp
+            .iter()
+            .filter(|bound| !chosen(bound))
+            .copied()
+            .collect();
+        listen::warn_of_unprivileged_ports(&named);
         for attempt in attempts {
-            let front = front.clone();
-            let connection = move |stream, arrival| front.clone().connection(stream, arrival, None);
+            let endpoint = endpoint.clone();
+            let connection =
+                move |stream, pending| endpoint.clone().serve_connection(stream, pending, None);
             self.workloads
                 .serve(attempt, "serving workloads", connection);
         }
         Ok(())
     }
 
-    /// When it returns, those that there are now are listened in, unless another daemon is to hand them over.
-    async fn serve_pods(&mut self, front: Arc<CredentialEndpoint>) -> Result<(), AppError> {
-        if self.listen.pods {
-            let cgroups = front.attestor.pod_roots();
-            tracing::debug!(?cgroups, "pods are found by the kubelet's cgroup root");
+    /// Serves pods. On return the present pods are served, unless another daemon is going to pass
+    /// their listeners.
+    async fn serve_pods(&mut self, endpoint: Arc<CredentialEndpoint>) -> Result<(), AppError> {
+        if self.pods.enabled {
+            let cgroups = endpoint.attestor.pod_roots();
+            tracing::debug!(?cgroups, "found the kubelet's cgroup root");
             if cgroups.is_empty() {
                 tracing::warn!(
-                    "[listen] pods: no kubelet's cgroup is seen, and as long as there is none no pod is known; in Kubernetes mount the host's \
-                     /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup, or set `pods_cgroup`"
+                    "[pods] enabled: pods cannot be identified: the kubelet's cgroup is missing; in Kubernetes mount the host's \
+                     /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup, or set `cgroup_root`"
                 );
             }
-            let (directory, handover) = (&self.listen.pods_dir, self.listen.handover.as_deref());
+            let (directory, handover) =
+                (&self.pods.netns_dir, self.pods.handover_socket.as_deref());
             let (stop, connections) = (
                 self.workloads.stop.subscribe(),
                 self.workloads.connections.clone(),
             );
             let (pods, gate) = PodListeners::start(
                 (directory, handover),
-                front,
+                endpoint,
                 connections,
                 self.metrics.clone(),
                 stop,
@@ -347,7 +369,8 @@ impl App {
         Ok(())
     }
 
-    /// With bounds of their own, which are `Admin`'s: workloads that use up theirs don't hide the daemon's state.
+    /// Serves operators within `Admin`'s own limits: workloads that exhaust theirs do not block
+    /// access to the daemon's state.
     fn serve_operators(&mut self, inherited: &mut ActivatedSockets, admin: &Arc<Admin>) {
         let address = self
             .listen
@@ -363,117 +386,41 @@ impl App {
                 self.admin = self.admin.or(tcp_address(&attempt));
                 let admin = admin.clone();
                 let connection =
-                    move |stream, arrival| admin.clone().connection(kind, stream, arrival);
+                    move |stream, pending| admin.clone().connection(kind, stream, pending);
                 self.operators
                     .serve(attempt, "serving operators", connection);
             }
         }
     }
 
-    /// Takes no more connections, and returns when those that are open have ended. Operators are answered until then:
-    /// `/readyz` says that the daemon ends.
+    /// Stops accepting, and returns when the open connections have ended. Operators are served
+    /// until then: `/readyz` reports that the daemon is draining.
     pub async fn drain(mut self) {
         self.readiness.set_draining();
         if let Some(probing) = self.probing.take() {
             probing.abort();
-            // After that it connects nowhere any more, and whatever it had connected to ends with the others.
+            // After that the prober opens no more connections, and its open ones end with the
+            // others.
             let _ = probing.await;
         }
         self.workloads.end().await;
-        // Whoever reads metrics slowly keeps nobody waiting.
+        // A slow reader of metrics does not delay the end.
         let _ = timeout(ADMIN_DRAIN_TIMEOUT, self.operators.end()).await;
     }
 }
 
-fn limits(cache: &config::CacheConfig) -> cache::Limits {
-    cache::Limits {
-        max_entries: cache.max_entries,
-        revocation_grace: cache.revocation_grace,
-    }
+/// Returns the names by which metrics and `/status` know the STS endpoints of a configuration.
+fn sts_names(config: &Config) -> Vec<String> {
+    let targets = config.roles.sts_targets();
+    targets.iter().map(ToString::to_string).collect()
 }
 
-/// The source that the configuration names. One that is set up so that it could only err keeps a reload from taking effect; one
-/// that does not answer yet does not.
-async fn identity_source(
-    config: &Config,
-    accounts: &Accounts,
-    is_reload: bool,
-    (clock, metrics): (&Clock, &Metrics),
-) -> Result<Arc<dyn IdentitySource>, AppError> {
-    let identity = &config.identity;
-    let agent: Arc<dyn AttestingAgent> = match &identity.source {
-        config::Source::WorkloadApi => {
-            let rules: Vec<_> = config
-                .workloads
-                .iter()
-                .map(|workload| workload.rule.clone())
-                .collect();
-            let rules = LiveRules::new(rules, accounts);
-            let source = WorkloadApi::new(
-                identity.socket.clone(),
-                rules,
-                clock.clone(),
-                metrics.clone(),
-            );
-            return Ok(Arc::new(source));
-        }
-        config::Source::SpireDelegated { socket } => {
-            Arc::new(SpireDelegated::new(socket, svid::CALL_TIMEOUT))
-        }
-        config::Source::SpiffeBroker {
-            socket,
-            server,
-            reference,
-        } => {
-            let own = OwnSvidSource::at(identity.socket.clone());
-            let broker = BrokerApi::new(socket, own, server.clone(), svid::CALL_TIMEOUT);
-            match reference {
-                config::Reference::Auto => Arc::new(broker.naming_pods()),
-                config::Reference::Process => Arc::new(broker),
-            }
-        }
-    };
-    // What it has not said by then is found out while callers are served.
-    if let Ok(Err(error @ SourceError::Misconfigured(_))) =
-        timeout(SOURCE_CHECK_TIMEOUT, agent.connect()).await
-    {
-        if is_reload {
-            return Err(AppError::Source(error));
-        }
-        // Another agent may listen there in a moment. Until then each question is refused in the same way.
-        tracing::error!(%error, "the identity source is of no use as it is set up: callers are refused");
-    }
-    let most = remembered_processes();
-    Ok(Arc::new(AgentSource::new(
-        agent,
-        identity.audience.clone(),
-        most,
-        clock.clone(),
-        metrics.clone(),
-    )))
-}
-
-/// Each process that is remembered takes up to three descriptors. There are enough for connections besides.
-fn remembered_processes() -> usize {
-    const MAX_REMEMBERED_PROCESSES: u64 = 8192;
-    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
-    usize::try_from((descriptors / 8).min(MAX_REMEMBERED_PROCESSES)).unwrap_or(1024)
-}
-
-async fn sts(config: &Config, clock: Clock) -> Result<Sts, InvalidSetting> {
-    let settings = Settings {
-        timeout: config.sts.timeout,
-        max_concurrent: config.sts.max_concurrent,
-        ca_file: config.sts.ca_file.clone(),
-        network: NetworkSettings::from_env(|name| std::env::var(name).ok()),
-    };
-    let sts = Sts::new(settings, clock);
-    sts.prepare(&config.roles.sts_targets()).await?;
-    Ok(sts)
-}
-
-/// The token file is there as soon as it can be written: one SDK uses the endpoint only if it is given a token by file.
-fn authorization(listen: &config::Listen) -> Result<Authorization, AppError> {
+/// Loads the token, and starts writing its file. One SDK uses the endpoint only if it gets the
+/// token by a file.
+fn authorization(
+    listen: &config::Listen,
+    token_needed: &Arc<Notify>,
+) -> Result<Authorization, AppError> {
     let path = &listen.token_file;
     let node = NodeToken::load(path).map_err(|source| AppError::Token {
         path: path.clone(),
@@ -481,8 +428,9 @@ fn authorization(listen: &config::Listen) -> Result<Authorization, AppError> {
     })?;
     if let Some(error) = node.unwritten {
         let path = path.display();
-        tracing::warn!(%path, %error, "[listen] token_file cannot be written yet: it is retried every few seconds");
-        tokio::spawn(write_later(listen.token_file.clone(), node.token.clone()));
+        tracing::warn!(%path, %error, "[listen] token_file cannot be written yet: retrying every 5 seconds");
+        let (path, token) = (listen.token_file.clone(), node.token.clone());
+        tokio::spawn(write_later(path, token, token_needed.clone()));
     }
     Ok(match listen.authorization {
         config::AuthorizationMode::Present => Authorization::Present,

@@ -1,7 +1,9 @@
-//! Who is at the other end of a connection, by what the kernel fixed.
+//! Attestation: finds out which process is at the other end of a connection, by facts that the
+//! kernel fixed.
 //!
-//! On a unix socket that is the process that connected, on TCP the process that made the socket: never whoever happens to
-//! write on the descriptor now. A doubt is a [`AttestError`], never a guess.
+//! On a unix socket that is the process that connected, on TCP the process that made the socket. It
+//! is never the process that happens to write on the descriptor now. A doubt is an [`AttestError`],
+//! never a guess.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,38 +19,38 @@ use crate::caller::{AttestError, Caller, PeerFacts, WorkloadKey};
 use crate::cgroup::{CgroupPath, PodRoots};
 use crate::listen::LazySocket;
 
-mod cgroups;
+mod cgroup_mounts;
+mod cgroup_scan;
+mod cgroup_tree;
 mod exec_monitor;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
-mod hierarchies;
 mod host;
-mod in_pod;
-mod inet_diag;
 mod kernel;
-mod known;
 mod lookups;
-mod pods;
-mod process;
-mod search;
+mod pod_attestor;
+mod pod_lookup;
+mod process_cache;
+mod process_snapshot;
+mod sock_diag;
+mod socket_owner;
 mod status;
 mod sys;
 mod tcp;
 mod tcp_support;
 mod unix;
-mod walks;
 
 pub use exec_monitor::{ExecMonitor, ExecMonitorError};
-pub use in_pod::PodAttestor;
-pub use inet_diag::SockDiag;
 pub use kernel::{TcpUnsupported, UnixSupport, try_tcp, unix_support};
 pub use lookups::LookupThreads;
+pub use pod_attestor::PodAttestor;
+pub use sock_diag::SockDiag;
 
-use hierarchies::CgroupMounts;
+use cgroup_mounts::CgroupMounts;
 use host::Host;
 use tcp_support::TcpSupport;
 
-/// Attests the peers of all listeners in the daemon's own network namespace.
+/// An attestor for the peers of all listeners in the daemon's own network namespace.
 #[derive(Debug)]
 pub struct Attestor {
     host: Arc<Host>,
@@ -56,12 +58,12 @@ pub struct Attestor {
     unix: UnixSupport,
 }
 
-/// Why a peer was not attested, and what its socket had told by then.
+/// The reason why a peer is not attested, with the facts that its socket had shown by then.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unattested {
-    /// Why.
     pub refusal: AttestError,
-    /// As far as it was told.
+    /// The facts of the socket, if they were read.
     pub peer: Option<PeerFacts>,
 }
 
@@ -73,11 +75,11 @@ impl Unattested {
         }
     }
 
-    /// The key of the peer's limits.
-    pub fn owner(&self) -> WorkloadKey {
+    /// Returns the key by which limits count the peer.
+    pub fn workload_key(&self) -> WorkloadKey {
         self.peer
             .as_ref()
-            .map_or_else(WorkloadKey::unknown, PeerFacts::owner)
+            .map_or_else(WorkloadKey::unknown, PeerFacts::workload_key)
     }
 }
 
@@ -90,34 +92,33 @@ impl From<AttestError> for Unattested {
     }
 }
 
-/// Why the daemon cannot attest anybody here.
+/// The reason why the daemon cannot attest any caller on this machine.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Error)]
 pub enum StartError {
-    /// User ids would not mean what they say (attack 14).
+    /// The daemon's user namespace translates user ids, so that they would be wrong (T14).
     #[error(
         "the daemon runs in a user namespace that does not map every user id to itself; run it in the host's (for systemd: no PrivateUsers=)"
     )]
     UserNamespace,
-    /// `/proc` cannot be read.
-    #[error("{path} cannot be read: {source}; the daemon needs the host's /proc")]
-    Proc {
-        /// Which file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    /// A file in `/proc` cannot be read.
+    #[error("cannot read {path}: {source}; give the daemon the host's /proc")]
+    Proc { path: PathBuf, source: io::Error },
 }
 
 impl Attestor {
-    /// Looks at the machine. TCP callers are refused, and the reason is logged once, where the kernel lacks what they need.
-    /// Pods are those below `roots`. Without an `exec_monitor` no process can be named to an agent.
+    /// Checks which interfaces the kernel has. If it lacks those for TCP, callers over TCP are
+    /// rejected, and the reason is logged once.
+    ///
+    /// Pods are searched for below `roots`. Without an `exec_monitor` no process is passed to an
+    /// agent.
     pub fn new(roots: PodRoots, exec_monitor: Option<ExecMonitor>) -> Result<Self, StartError> {
         let proc_root = PathBuf::from("/proc");
         let read = |name: &str| {
             let path = proc_root.join(name);
             std::fs::read_to_string(&path).map_err(|source| StartError::Proc { path, source })
         };
-        if !process::is_identity_map(&read("self/uid_map")?) {
+        if !process_snapshot::is_identity_map(&read("self/uid_map")?) {
             return Err(StartError::UserNamespace);
         }
         let hierarchies = CgroupMounts::find(&read("self/mountinfo")?);
@@ -129,7 +130,7 @@ impl Attestor {
         ));
         let unix = kernel::unix_support();
         if let Some(missing) = unix.missing() {
-            tracing::warn!("{missing} (unsupported_kernel)");
+            tracing::warn!(%missing, "callers on the unix socket are rejected (unsupported_kernel)");
         }
         Ok(Self {
             tcp: TcpSupport::new(host.clone()),
@@ -138,28 +139,29 @@ impl Attestor {
         })
     }
 
-    /// The cgroups below which a kubelet puts its pods, as far as they can be seen from here. Without one no pod is known.
-    pub fn pod_roots(&self) -> Vec<&CgroupPath> {
-        self.host
-            .pods
-            .as_ref()
-            .map(|pods| pods.discover_roots())
-            .unwrap_or_default()
+    /// Returns the cgroups below which a kubelet creates its pods, as far as they are visible here.
+    /// Without any, no pod is known.
+    pub fn pod_roots(&self) -> Vec<CgroupPath> {
+        self.host.cgroups().pod_roots()
     }
 
-    /// Where connections go on whose callers' processes are looked at.
+    /// Returns the threads to which connections move before their callers' processes are read.
     pub fn lookup_threads(&self) -> &LookupThreads {
         &self.host.lookups
     }
 
-    /// The peer of a unix stream, by what the kernel recorded of it when it connected.
+    /// Attests the peer of a unix stream, by the facts that the kernel recorded when it connected.
     pub fn unix(&self, stream: &LazySocket) -> Result<Caller, Unattested> {
+        if self.host.cgroups().tree.is_none() {
+            // A rule by cgroup or unit matches no caller until there is one.
+            self.tcp.retry();
+        }
         let stream = stream.descriptor();
         unix::attest(&self.host, unix::Peer::of(stream.as_fd())?, stream)
     }
 
-    /// The peer `client` of a TCP connection that was accepted on `server`, as far as its socket tells who it is. `on_wait` is
-    /// called before that takes time.
+    /// Attests the peer `client` of a TCP connection that was accepted on `server`, by its socket
+    /// alone. Calls `on_wait` before it waits for a cgroup scan, which has limits of its own.
     pub async fn tcp(
         &self,
         client: SocketAddr,
@@ -168,43 +170,46 @@ impl Attestor {
     ) -> Result<Caller, Unattested> {
         Ok(self
             .tcp
-            .check((client, server), on_wait)
+            .find_socket((client, server), on_wait)
             .await?
             .into_caller())
     }
 
-    /// What callers over TCP lack here, and the fix. `None` if they are attested. It changes with the kernel's modules and mounts.
+    /// Returns the interfaces that TCP callers lack here, and the fix. `None` if TCP callers are
+    /// attested. It changes with the kernel's modules and mounts.
     pub fn missing_for_tcp(&self) -> Option<String> {
         self.tcp.missing()
     }
 
-    /// What callers on the unix socket lack here. `None` if all of them are attested.
+    /// Returns the interfaces that callers on the unix socket lack here. `None` if all of them are
+    /// attested.
     pub fn missing_for_unix(&self) -> Option<&'static str> {
         self.unix.missing()
     }
 
-    /// Whether executions of programs are counted. Without that no process is named to an agent (`unseen_program`).
+    /// Returns whether executions of programs are counted. Without that no process is passed to an
+    /// agent (`unseen_program`).
     pub fn counts_executions(&self) -> bool {
         self.host.exec_monitor.is_some()
     }
 
-    /// Attests the peers of listeners in a pod's network namespace, in which `diag` was made; `None` where the kernel lacks what
-    /// that needs.
+    /// Returns an attestor for listeners in a pod's network namespace, in which `diag` was opened.
+    /// `None` if the kernel lacks an interface for TCP.
     pub fn in_pod(&self, diag: SockDiag) -> Option<PodAttestor> {
         Some(PodAttestor::new(self.tcp.attestor()?.in_pod(diag)))
     }
 }
 
-/// Whether the process that listens at the other end of `stream` numbers processes as this one does. In another pid
-/// namespace the same number is another process's.
+/// Returns whether the process that listens at the other end of `stream` is in this process's pid
+/// namespace. In another one the same pid means another process.
 ///
-/// The kernel tells the listener's number as this process would call it: 0 if it can't be seen from here (unix(7),
-/// `SO_PEERCRED`). One in a namespace below is seen, and so looked at.
+/// The kernel translates the listener's pid for this process: 0 if it is not visible from here
+/// (unix(7), `SO_PEERCRED`). A pid in a nested namespace is visible, so its namespace is checked.
 pub fn shares_pid_namespace_with_peer(stream: &UnixStream) -> bool {
     let Ok(peer) = getsockopt(stream, PeerCredentials) else {
         return false;
     };
-    peer.pid() > 0 && process::shares_pid_namespace(Path::new("/proc"), peer.pid())
+    peer.pid() > 0 && process_snapshot::shares_pid_namespace(Path::new("/proc"), peer.pid())
 }
 
 #[cfg(test)]
@@ -218,9 +223,10 @@ mod tests {
     use crate::caller::ProcessFacts;
     use crate::clock::REQUEST_HOLD;
 
-    /// However many workloads an attacker is: what is long waits, and takes no thread meanwhile.
+    /// Shows that long searches wait without a thread, whatever the number of workloads that cause
+    /// them.
     #[tokio::test(start_paused = true)]
-    async fn long_searches_are_few_in_all() {
+    async fn long_searches_are_limited_in_total() {
         let attestor = Attestor::new(PodRoots::defaults(), None).unwrap();
         let Some(tcp) = attestor.tcp.attestor() else {
             return;
@@ -229,7 +235,7 @@ mod tests {
             .map_while(|uid| tcp.searches().try_acquire(&WorkloadKey::user(uid)).ok())
             .collect();
         assert!(!all.is_empty());
-        // More than is looked at on the way.
+        // More descriptors than the short search may read.
         let _descriptors: Vec<_> = (0..300).map(|_| File::open("/dev/null").unwrap()).collect();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let server = listener.local_addr().unwrap();
@@ -239,9 +245,14 @@ mod tests {
             .await
             .unwrap();
         let start = Instant::now();
+        // The short search runs on this thread, as in the daemon. While it ran on another one, the
+        // paused clock would advance.
+        lookups::set_lookup_thread(true);
         let attested = peer.with_process(ProcessFacts::default()).await;
-        assert_eq!(attested.unwrap_err(), AttestError::SearchBusy);
-        // Time passes by itself while the short search is on its thread, too.
-        assert!(start.elapsed() >= REQUEST_HOLD);
+        lookups::set_lookup_thread(false);
+        assert_eq!(
+            (attested.unwrap_err(), start.elapsed()),
+            (AttestError::SearchBusy, REQUEST_HOLD)
+        );
     }
 }

@@ -1,9 +1,12 @@
-//! One record per request whose head arrived: who asked, as whom, for which role, and what was handed out.
+//! Audit records, one for each request that sent a complete head: the caller, its SPIFFE ID, the
+//! role, and the issued key. Many equal ones become one record with a count (`aggregate`).
 //!
-//! A record is one line of JSON, written in one write before the answer is sent. The fields are a contract: see
-//! deploy/README.md. Nothing secret is in it; the access key id ties it to CloudTrail.
+//! A record is one line of JSON, written with one write(2). The answer waits for that up to 0.1 s,
+//! or with `required` for as long as it may take. Its fields
+//! are a contract, described in `deploy/docs/audit-log.md`. It contains no secret. The access key
+//! id joins it with CloudTrail.
 
-use std::fmt;
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,17 +23,18 @@ use crate::config::AuditFile;
 use crate::metrics::Metrics;
 use crate::writer::Line;
 
-mod flood;
+mod aggregate;
 mod line;
 mod record;
 mod sink;
 
-use flood::{Beyond, RefusalAggregator, SWEEP};
+use aggregate::{RecordAggregator, SWEEP};
 use sink::Sink;
 
+pub use crate::telemetry::RequestId;
 pub use record::Record;
 
-/// Opens records and writes them.
+/// The audit log: begins records, and writes them to their destination.
 #[derive(Debug)]
 pub struct Audit {
     sink: ArcSwap<Sink>,
@@ -39,44 +43,52 @@ pub struct Audit {
     metrics: Metrics,
     boot: u32,
     next: AtomicU64,
-    /// Of requests that were given nothing.
-    refusals: RefusalAggregator,
-    /// Of those that were answered from the cache.
-    hits: RefusalAggregator,
+    /// Requests that got no credentials.
+    refusals: RecordAggregator,
+    /// Requests that were answered from the cache.
+    hits: RecordAggregator,
 }
 
-/// Names a request in its record, in the answer and in the log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RequestId {
-    boot: u32,
-    number: u64,
-}
-
-/// How credentials were come by.
+/// The result of a lookup of credentials in the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CacheResult {
-    /// From the cache.
+    /// The cache had credentials that are not due for a refresh.
     Hit,
-    /// Issued for this request, or for one that this request joined.
+    /// An exchange for this request, or one that it joined, issued the credentials.
     Miss,
-    /// From the cache, past the time at which they should have been refreshed.
+    /// The cache had credentials that are due for a refresh.
     Stale,
 }
 
-/// What a request came to.
+impl CacheResult {
+    /// All results of a lookup.
+    pub const ALL: [Self; 3] = [Self::Hit, Self::Miss, Self::Stale];
+
+    /// Returns the label in metrics, which is also the field `cache` of audit records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::Miss => "miss",
+            Self::Stale => "stale",
+        }
+    }
+}
+
+/// The outcome of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// Credentials were handed out.
+    /// The request was answered with credentials.
     Issued,
-    /// The caller may not have them, or asked wrongly.
+    /// The caller may not get credentials, or its request was not valid.
     Refused,
-    /// They could not be had in time.
+    /// An outage or a limit, which may pass, prevented the answer.
     Failed,
 }
 
 impl Outcome {
-    fn name(self) -> &'static str {
+    /// Returns the label in metrics and audit records.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Issued => "issued",
             Self::Refused => "refused",
@@ -85,20 +97,23 @@ impl Outcome {
     }
 }
 
-/// What was handed out.
+/// The reason of a request that was answered with credentials.
+pub const OK: &str = "ok";
+/// The outcome, and the reason, of a request that its client abandoned before the answer.
+pub const ABORTED: &str = "aborted";
+
+/// The fields of a record that describe issued credentials.
 #[derive(Debug, Clone, Copy)]
+#[expect(missing_docs, reason = "the names of the fields are their meaning")]
 pub struct IssuedFields<'a> {
-    /// Of the credentials.
     pub access_key_id: &'a str,
-    /// Of the credentials.
     pub expiration: SystemTime,
-    /// Cached or new.
-    pub freshness: CacheResult,
+    pub cache_result: CacheResult,
 }
 
 impl Audit {
-    /// Without a destination yet: records wait for [`Audit::reopen`], as many as there is room for. With `required`, credentials
-    /// whose record can't be written are not handed out.
+    /// Returns an audit log without a destination. Records wait for [`Audit::redirect`], up to the
+    /// bound of the queue. With `required`, no credentials are served without a written record.
     pub fn unopened(required: bool, clock: Clock, metrics: Metrics) -> Arc<Self> {
         Arc::new(Self {
             sink: ArcSwap::from_pointee(Sink::unopened(clock.clone(), &metrics)),
@@ -107,45 +122,68 @@ impl Audit {
             metrics,
             boot: fastrand::u32(..),
             next: AtomicU64::new(0),
-            refusals: RefusalAggregator::new(Beyond::Counted),
-            // Each caller's first hit of a key has a record in every case.
-            hits: RefusalAggregator::new(Beyond::Written),
+            refusals: RecordAggregator::default(),
+            hits: RecordAggregator::default(),
         })
     }
 
-    /// Whether it has no destination yet.
+    /// Returns whether the log has no destination yet.
     pub fn is_unopened(&self) -> bool {
         self.sink.load().is_unopened()
     }
 
-    /// Opens the destination, or opens it anew: its name may have been given to another file since, as rotation does. Until the new
-    /// one is open, and if it can't be, records go to the old one. Its thread writes what it has by then, and ends.
-    pub fn reopen(&self, to: &AuditFile, required: bool) -> io::Result<()> {
+    /// Waits for a record that needs the destination before it is open.
+    pub async fn needs_destination(&self) {
+        self.sink.load_full().needed().await;
+    }
+
+    /// Opens the destination. Blocks while the file's server does not respond.
+    pub fn open(to: &AuditFile) -> io::Result<File> {
+        sink::open(to)
+    }
+
+    /// Writes to `opened`, the destination `to`. A rotation may have renamed the file, so a reload
+    /// opens it again.
+    ///
+    /// Records go to the previous destination until then. The thread of the previous one then
+    /// writes its queue and ends.
+    pub fn redirect(&self, to: &AuditFile, opened: File, required: bool) -> io::Result<()> {
         let before = self.sink.load_full();
         if before.is_unopened() {
-            before.open(to)?;
+            before.open_as(to, opened)?;
         } else if *to != AuditFile::Stdout || !before.is_stdout() {
-            // Standard output is what it was. One that stalls would keep another thread with each reload.
+            // Standard output is still the same. If it stalls, each reload would leave one more
+            // thread.
             let new = Arc::new(Sink::unopened(self.clock.clone(), &self.metrics));
-            new.open(to)?;
-            new.succeed(&self.sink.swap(new.clone()), &self.clock);
+            new.open_as(to, opened)?;
+            new.take_over_losses(&self.sink.swap(new.clone()), &self.clock);
         }
         self.required.store(required, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Opens the record of a request. `caller` is `None` where it could not be attested.
-    pub fn begin(self: &Arc<Self>, listener: ListenerKind, caller: Option<Arc<Caller>>) -> Record {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        Record::new(
-            self.clone(),
-            RequestId {
-                boot: self.boot,
-                number,
-            },
-            listener,
-            caller,
-        )
+    /// Returns the id of the request that a new connection is going to send.
+    pub fn next_request(&self) -> RequestId {
+        RequestId {
+            boot: self.boot,
+            number: self.next.fetch_add(1, Ordering::Relaxed),
+        }
+    }
+
+    /// Opens the destination and writes to it.
+    #[cfg(test)]
+    pub(crate) fn reopen(&self, to: &AuditFile, required: bool) -> io::Result<()> {
+        self.redirect(to, Self::open(to)?, required)
+    }
+
+    /// Begins the record of a request. `caller` is `None` if it could not be attested.
+    pub fn begin(
+        self: &Arc<Self>,
+        id: RequestId,
+        listener: ListenerKind,
+        caller: Option<Arc<Caller>>,
+    ) -> Record {
+        Record::new(self.clone(), id, listener, caller)
     }
 
     fn is_required(&self) -> bool {
@@ -162,9 +200,9 @@ impl Audit {
         self.sink.load_full().write(line, self.is_required()).await
     }
 
-    /// Writes, as long as requests of one kind come, the records that stand for several. Ends with the daemon.
-    fn sweep(self: &Arc<Self>, floods: fn(&Self) -> &RefusalAggregator) {
-        // Without a runtime, as at the very end, `Drop` does it.
+    /// Spawns a task that writes records for several requests, until there are none to combine.
+    fn sweep(self: &Arc<Self>, aggregator: fn(&Self) -> &RecordAggregator) {
+        // Without a runtime, as when the daemon ends, `Drop` writes them.
         let Ok(runtime) = Handle::try_current() else {
             return;
         };
@@ -173,7 +211,7 @@ impl Audit {
             loop {
                 sleep(SWEEP).await;
                 let Some(audit) = audit.upgrade() else { return };
-                let (lines, done) = floods(&audit).sweep(Some(Instant::now()));
+                let (lines, done) = aggregator(&audit).sweep(Some(Instant::now()));
                 audit.put(lines);
                 if done {
                     return;
@@ -185,16 +223,10 @@ impl Audit {
 
 impl Drop for Audit {
     fn drop(&mut self) {
-        for floods in [&self.refusals, &self.hits] {
-            self.put(floods.sweep(None).0);
+        for aggregator in [&self.refusals, &self.hits] {
+            self.put(aggregator.sweep(None).0);
         }
         self.sink.load().flush();
-    }
-}
-
-impl fmt::Display for RequestId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:08x}-{}", self.boot, self.number)
     }
 }
 

@@ -1,18 +1,20 @@
-//! Credentials by SPIFFE ID and role: issued once for all who ask, refreshed ahead, kept through outages.
+//! Cache of credentials by SPIFFE ID and role. It exchanges once for all callers of an entry,
+//! refreshes ahead of expiry, and serves through outages.
 //!
-//! A flight (one exchange of a JWT-SVID at STS) belongs to the cache: a client that hangs up, as many SDKs do after a
-//! second, neither cancels it nor wastes it. Readers load the current credentials without waiting for a refresh.
+//! A flight (one exchange of a JWT-SVID at STS) belongs to the cache. A client that hangs up, as
+//! many SDKs do after a second, neither cancels nor wastes it. Requests read the current
+//! credentials without waiting for a refresh.
 //!
-//! | part | |
+//! | part | has |
 //! |---|---|
-//! | `entry` | one place: what is handed out, and what is known of it |
-//! | `places` | all of them, by SPIFFE ID; the bounds |
-//! | `issued`, `trouble` | how long credentials are handed out; what a failure means for them |
-//! | `flight` | what requests wait for meanwhile |
-//! | `issuing` | issuing for a place, and whose caller it is done with |
-//! | `rules` | what is to be done with a place, and when |
-//! | `rounds` | the one task that does it in time |
-//! | `news` | what the log says of it |
+//! | `entry` | one entry: its credentials, refresh state and failure state |
+//! | `table` | the table of entries by SPIFFE ID, and its bounds |
+//! | `cached_credentials` | credentials as they are served, and for how long |
+//! | `failure` | the kinds of failure, and their effect on cached credentials |
+//! | `flight` | an exchange that runs for an entry, the requests that wait for it, and the storage of its result |
+//! | `next_action` | the rule of what is due for an entry, and when |
+//! | `refresh` | the one task that does what is due |
+//! | `events` | the events that the cache logs |
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,175 +26,196 @@ use tokio::time::Instant;
 use crate::audit::CacheResult;
 use crate::caller::Caller;
 use crate::clock::Clock;
+use crate::exchange::{ExchangeError, TokenExchanger};
 use crate::identity::SpiffeId;
-use crate::issue::{ExchangeError, TokenExchanger};
 use crate::limits::FairSemaphore;
-use crate::metrics::{EntryStateLabel, Metrics, ReasonLabel};
+use crate::metrics::{CallLabel, EntryStateLabel, EvictionReason, Metrics};
 use crate::role::Grant;
 
+mod cached_credentials;
 mod entry;
+mod events;
+mod failure;
 mod flight;
-mod issued;
-mod issuing;
-mod news;
-mod places;
-mod rounds;
-mod rules;
-mod trouble;
+mod next_action;
+mod refresh;
+mod table;
 
+pub use cached_credentials::{CachedBody, CachedCredentials};
 pub use entry::EntryStatus;
-pub use issued::{CachedBody, CachedCredentials};
 
-use entry::{CachedState, Entry};
+use cached_credentials::MIN_REMAINING;
+use entry::{Entry, EntryState};
+use events::EventLog;
 use flight::Waiter;
-use issued::MIN_REMAINING;
-use news::EventLog;
-use places::EntryTable;
-use rounds::Schedule;
-use rules::Action;
+use next_action::Action;
+use refresh::Schedule;
+use table::EntryTable;
 
-/// How many refreshes are under way at most, so that an outage that ends, or a source that hangs, does not hold up those
-/// who wait for their first credentials ...
+/// Bound of concurrent refreshes that the task starts. An outage that ends, or an agent that hangs,
+/// must not delay requests for first credentials. A refresh that a request starts needs no permit.
+/// At this bound the SPIFFE ID with the most loses its newest one, unless no other one holds fewer
+/// (T29).
 const MAX_REFRESHES: usize = 64;
-/// ... and of those of one SPIFFE ID.
-const MAX_REFRESHES_PER_WORKLOAD: usize = 4;
+/// The part of [`MAX_REFRESHES`] that one SPIFFE ID may use.
+const MAX_REFRESHES_PER_SPIFFE_ID: usize = 4;
 
-/// Hands out credentials. Cheap to clone.
+/// Handle of the cache, cheap to clone.
 #[derive(Debug, Clone)]
 pub struct CredentialCache(Arc<CacheInner>);
 
 struct CacheInner {
-    setup: ArcSwap<Generation>,
+    generation: ArcSwap<Generation>,
     clock: Clock,
     metrics: Metrics,
-    places: EntryTable,
+    table: EntryTable,
     schedule: Arc<Schedule>,
     refreshes: FairSemaphore<SpiffeId>,
     log: EventLog,
-    /// What refreshes are asked for with, where the source does not look at callers.
-    nobody: Arc<Caller>,
-    /// [`Entry::last_used`] counts from here.
+    /// The caller of every refresh if the source does not need a live caller.
+    synthetic_caller: Arc<Caller>,
+    /// The zero of [`Entry::last_used`].
     start: Instant,
 }
 
-/// What a reload replaces.
+/// The parts of the cache that a reload replaces.
 struct Generation {
-    issuer: TokenExchanger,
+    exchanger: TokenExchanger,
     limits: Limits,
     keep: Box<dyn Fn(&Grant) -> bool + Send + Sync>,
 }
 
-/// `[cache]`.
+/// Bounds of the cache, from `[cache]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// How many sets of credentials there are at most.
+    /// Maximum number of entries, thus of sets of credentials.
     pub max_entries: usize,
-    /// How long credentials are still handed out once STS refuses to renew them.
+    /// Time for which cached credentials are still served after STS first refuses to renew them.
     pub revocation_grace: Duration,
 }
 
-/// Why there are no credentials to hand out now.
+/// Reason why the cache has no credentials for a request.
 #[derive(Debug, Clone, Error)]
 pub enum CacheError {
-    /// They could not be issued.
+    /// The exchange failed with this error.
     #[error(transparent)]
-    Issue(#[from] ExchangeError),
-    /// They are still being issued, or a reload came between: the next try will find them.
-    #[error("the credentials are still being issued")]
+    Exchange(#[from] ExchangeError),
+    /// The exchange is still running, or a reload replaced the entry. A retry finds the result.
+    #[error("credentials are not ready: the identity source or STS is slow; retry the request")]
     Pending,
-    /// There are too many others.
-    #[error("the daemon holds as many credentials as it may")]
+    /// The cache has `max_entries` entries, and none of this SPIFFE ID can be evicted.
+    #[error(
+        "cache is full: no entry of this workload can be evicted; raise max_entries in [cache] on the node"
+    )]
     Full,
-    /// So many are being issued for this SPIFFE ID that there is no place for more.
-    #[error("too many roles are being issued for this workload at one time")]
+    /// All entries of this SPIFFE ID have a running flight, so none can be evicted.
+    #[error("too many concurrent exchanges for this workload; retry later with fewer roles")]
     TooManyRoles,
 }
 
-/// What a request finds.
+/// Result of the search for an entry's credentials.
 enum Lookup {
     Credentials(Arc<CachedCredentials>, CacheResult),
     Flight(Waiter),
 }
 
 impl CredentialCache {
-    /// An empty cache. Its one task runs on the current tokio runtime until the cache is dropped.
-    pub fn new(issuer: TokenExchanger, clock: Clock, metrics: Metrics, limits: Limits) -> Self {
+    /// Creates an empty cache. Its one task runs on the current tokio runtime until the cache is
+    /// dropped.
+    pub fn new(exchanger: TokenExchanger, clock: Clock, metrics: Metrics, limits: Limits) -> Self {
         let schedule = Arc::new(Schedule::default());
-        let shared = Arc::new(CacheInner {
-            setup: ArcSwap::from_pointee(Generation {
-                issuer,
+        let inner = Arc::new(CacheInner {
+            generation: ArcSwap::from_pointee(Generation {
+                exchanger,
                 limits,
                 keep: Box::new(|_| true),
             }),
             clock,
             metrics,
-            places: EntryTable::default(),
+            table: EntryTable::default(),
             schedule: schedule.clone(),
-            refreshes: FairSemaphore::new(MAX_REFRESHES, MAX_REFRESHES_PER_WORKLOAD),
+            refreshes: FairSemaphore::new(MAX_REFRESHES, MAX_REFRESHES_PER_SPIFFE_ID),
             log: EventLog::default(),
-            nobody: Arc::new(Caller::synthetic()),
+            synthetic_caller: Arc::new(Caller::synthetic()),
             start: Instant::now(),
         });
-        tokio::spawn(rounds::run(
-            Arc::downgrade(&shared),
+        tokio::spawn(refresh::run(
+            Arc::downgrade(&inner),
             schedule,
-            shared.clock.clone(),
+            inner.clock.clone(),
         ));
-        Self(shared)
+        Self(inner)
     }
 
-    /// Goes on with another source, another STS and other limits, and ends every entry that `keep` is false for: when
-    /// this returns nothing of it is handed out any more, and what a flight under way brings for it is thrown away
-    /// (attack 17). `keep` is asked again for each new entry, so a request that was decided by the old configuration
-    /// and comes late makes none that the new one would not. It must not use the cache.
+    /// Replaces the exchanger and the limits, and retires every entry that `keep` rejects (T17).
+    /// When this returns, those entries serve nothing, and the results of their running flights are
+    /// discarded. `keep` is called again for each new entry. So a late request that the old
+    /// configuration granted cannot add an entry that the new one rejects. `keep` must not use the
+    /// cache.
     pub fn reconfigure(
         &self,
-        issuer: TokenExchanger,
+        exchanger: TokenExchanger,
         limits: Limits,
         keep: impl Fn(&Grant) -> bool + Send + Sync + 'static,
     ) {
-        let setup = Arc::new(Generation {
-            issuer,
+        let generation = Arc::new(Generation {
+            exchanger,
             limits,
             keep: Box::new(keep),
         });
-        self.0.setup.store(setup.clone());
-        self.0.places.retain(|slot| {
-            let kept = (setup.keep)(&slot.grant);
+        self.0.generation.store(generation.clone());
+        self.0.table.retain(|entry| {
+            let kept = (generation.keep)(&entry.grant);
             if !kept {
-                self.0.retire(slot, &mut slot.state(), "reload");
+                self.0
+                    .retire(entry, &mut entry.state(), EvictionReason::Reload);
             }
             kept
         });
     }
 
-    /// The credentials for `grant`: those that are there, or newly issued with `caller`'s token.
+    /// Returns the cached credentials for `grant`, or exchanges `caller`'s JWT-SVID for new ones.
     pub async fn get(
         &self,
         grant: &Grant,
         caller: &Arc<Caller>,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), CacheError> {
-        match self.0.find(grant, caller)? {
-            Lookup::Credentials(issued, freshness) => Ok((issued, freshness)),
+        let found = self.0.find(grant, caller);
+        let result = match &found {
+            Ok(Lookup::Credentials(_, freshness)) => *freshness,
+            Ok(Lookup::Flight(_)) | Err(_) => CacheResult::Miss,
+        };
+        let label = CallLabel {
+            result: result.name(),
+        };
+        self.0.metrics.cache_requests.get_or_create(&label).inc();
+        match found? {
+            Lookup::Credentials(cached, freshness) => Ok((cached, freshness)),
             Lookup::Flight(waiter) => Ok((waiter.wait().await?, CacheResult::Miss)),
         }
     }
 
-    /// What is cached, for `/status`: never a secret.
+    /// Returns the state of each entry for `/status`, without secrets.
     pub fn entries(&self) -> Vec<EntryStatus> {
         let mut entries = Vec::new();
         self.0
-            .places
-            .for_each(|slot| entries.push(slot.describe(&self.0.clock)));
+            .table
+            .for_each(|entry| entries.push(entry.describe(&self.0.clock)));
         entries
     }
 
-    /// Counts the entries by what they are in, for `/metrics`.
-    pub fn count(&self) {
+    /// Sets the gauges of entries by state and of the earliest expiry, for `/metrics`.
+    pub fn update_gauges(&self) {
         let mut counts = [0; EntryStateLabel::ALL.len()];
-        self.0
-            .places
-            .for_each(|slot| counts[slot.status(&self.0.clock) as usize] += 1);
+        let mut earliest: Option<Duration> = None;
+        self.0.table.for_each(|entry| {
+            counts[entry.status(&self.0.clock) as usize] += 1;
+            if let Some(cached) = entry.current.load().as_ref() {
+                let remaining = cached.remaining(&self.0.clock);
+                earliest = Some(earliest.map_or(remaining, |least| least.min(remaining)));
+            }
+        });
+        self.0.metrics.set_earliest_expiry(earliest);
         for state in EntryStateLabel::ALL {
             self.0
                 .metrics
@@ -204,105 +227,109 @@ impl CredentialCache {
 }
 
 impl CacheInner {
-    /// What there is for this request, without waiting for anything.
+    /// Returns the credentials or the flight for this request, without waiting.
     fn find(self: &Arc<Self>, grant: &Grant, caller: &Arc<Caller>) -> Result<Lookup, CacheError> {
         loop {
-            let slot = self.slot(grant)?;
-            slot.used(self.start.elapsed(), caller.uid);
-            let needs_caller = self.setup.load().issuer.needs_caller();
-            if needs_caller {
-                slot.latest.store(Some(caller.clone()));
+            let entry = self.entry(grant)?;
+            entry.record_use(self.start.elapsed(), caller.uid);
+            let requires_live_caller = self.generation.load().exchanger.requires_live_caller();
+            if requires_live_caller {
+                entry.latest.store(Some(caller.clone()));
             }
-            if let Some((issued, left)) = self.servable(&slot) {
-                if left > issued.refresh_left {
-                    return Ok(Lookup::Credentials(issued, CacheResult::Hit));
+            if let Some((cached, remaining)) = self.servable(&entry) {
+                if remaining > cached.refresh_at_remaining {
+                    return Ok(Lookup::Credentials(cached, CacheResult::Hit));
                 }
-                self.refresh_for(&slot, caller);
-                return Ok(Lookup::Credentials(issued, CacheResult::Stale));
+                self.refresh_for(&entry, caller);
+                return Ok(Lookup::Credentials(cached, CacheResult::Stale));
             }
-            if let Some(found) = self.join_or_start(&slot, caller)? {
+            if let Some(found) = self.join_or_start(&entry, caller)? {
                 return Ok(found);
             }
-            // It has ended in this moment. There is a new place for it, or a reason why not.
-            self.places.remove(&slot);
+            // The entry was retired in between. Remove it and try again: `keep` may reject a new
+            // one.
+            self.table.remove(&entry);
         }
     }
 
-    /// The place for `grant`, which may be new.
-    fn slot(&self, grant: &Grant) -> Result<Arc<Entry>, CacheError> {
-        if let Some(slot) = self.places.find(grant) {
-            return Ok(slot);
+    /// Returns the entry of `grant`, and adds it if it is missing.
+    fn entry(&self, grant: &Grant) -> Result<Arc<Entry>, CacheError> {
+        if let Some(entry) = self.table.find(grant) {
+            return Ok(entry);
         }
-        let make_room =
-            |slot: &Arc<Entry>, state: &mut CachedState| self.retire(slot, state, "evicted");
-        self.places
-            .find_or_add(grant, &|| self.setup.load_full(), make_room)
+        let evict = |entry: &Arc<Entry>, state: &mut EntryState| {
+            self.retire(entry, state, EvictionReason::Evicted)
+        };
+        self.table
+            .find_or_add(grant, &|| self.generation.load_full(), evict)
     }
 
-    /// The credentials that may still be handed out, and for how long they last.
-    fn servable(&self, slot: &Entry) -> Option<(Arc<CachedCredentials>, Duration)> {
-        let issued = slot.current.load_full()?;
-        let left = issued.remaining(&self.clock);
-        (left > MIN_REMAINING).then_some((issued, left))
+    /// Returns the credentials that may still be served, and their remaining lifetime.
+    fn servable(&self, entry: &Entry) -> Option<(Arc<CachedCredentials>, Duration)> {
+        let cached = entry.current.load_full()?;
+        let remaining = cached.remaining(&self.clock);
+        (remaining > MIN_REMAINING).then_some((cached, remaining))
     }
 
-    /// Starts the refresh that is due, unless one runs, or has landed in this moment, or has failed a moment ago.
-    fn refresh_for(self: &Arc<Self>, slot: &Arc<Entry>, caller: &Arc<Caller>) {
-        let mut state = slot.state();
-        if !state.ended
+    /// Starts the refresh if it is due. It is not due if a flight runs, or one has just succeeded
+    /// or failed.
+    fn refresh_for(self: &Arc<Self>, entry: &Arc<Entry>, caller: &Arc<Caller>) {
+        let mut state = entry.state();
+        if !state.retired
             && matches!(
-                self.next_action(slot, &state, &self.setup.load()),
+                self.next_action(entry, &state, &self.generation.load()),
                 Action::Refresh(_)
             )
         {
-            self.start_flight(slot, caller.clone(), &mut state, None);
+            self.start_flight(entry, caller.clone(), &mut state, None);
         }
     }
 
-    /// A wait for the flight under way, or for a new one; or what came of one that has landed in this moment, or a moment
-    /// ago. `None` if this is not the place any more.
+    /// Joins the running flight or starts one. Returns the credentials or the failure instead if a
+    /// flight has just ended. Returns `None` if the entry is retired.
     fn join_or_start(
         self: &Arc<Self>,
-        slot: &Arc<Entry>,
+        entry: &Arc<Entry>,
         caller: &Arc<Caller>,
     ) -> Result<Option<Lookup>, CacheError> {
-        let mut state = slot.state();
-        if state.ended {
+        let mut state = entry.state();
+        if state.retired {
             return Ok(None);
         }
         if let Some(flight) = &state.flight {
             return Ok(Some(Lookup::Flight(flight.join(caller))));
         }
-        // It may have landed since the place was found empty.
-        if let Some((issued, _)) = self.servable(slot) {
-            return Ok(Some(Lookup::Credentials(issued, CacheResult::Hit)));
+        // A flight may have succeeded since the caller found no credentials.
+        if let Some((cached, _)) = self.servable(entry) {
+            return Ok(Some(Lookup::Credentials(cached, CacheResult::Hit)));
         }
-        if let Some(trouble) = &state.trouble
-            && trouble.at.elapsed() < trouble::negative_ttl(&trouble.error)
+        if let Some(failure) = &state.failure
+            && failure.at.elapsed() < failure::negative_ttl(&failure.error)
         {
-            return Err(trouble.error.clone().into());
+            return Err(failure.error.clone().into());
         }
         Ok(Some(Lookup::Flight(
-            self.start_flight(slot, caller.clone(), &mut state, None)
+            self.start_flight(entry, caller.clone(), &mut state, None)
                 .join(caller),
         )))
     }
 
-    /// Takes the credentials out of a place. From now on nothing is handed out of it, and nothing put in.
-    fn retire(&self, slot: &Arc<Entry>, state: &mut CachedState, reason: &'static str) {
-        state.ended = true;
+    /// Clears the credentials of an entry for good: it serves nothing and accepts no result from
+    /// now on.
+    fn retire(&self, entry: &Arc<Entry>, state: &mut EntryState, reason: EvictionReason) {
+        state.retired = true;
         if let Some(flight) = &state.flight {
             flight.finish(Err(CacheError::Pending));
         }
-        self.clear_credentials(slot, reason);
-        self.schedule.put(slot, &mut state.next, None);
+        self.clear_credentials(entry, reason);
+        self.schedule.put(entry, &mut state.next, None);
     }
 
-    fn clear_credentials(&self, slot: &Entry, reason: &'static str) {
-        if slot.current.swap(None).is_some() {
+    fn clear_credentials(&self, entry: &Entry, reason: EvictionReason) {
+        if entry.current.swap(None).is_some() {
             self.metrics
-                .cache_removed
-                .get_or_create(&ReasonLabel { reason })
+                .cache_evictions
+                .get_or_create(&reason.into())
                 .inc();
         }
     }
@@ -316,8 +343,8 @@ impl Drop for CacheInner {
 
 impl std::fmt::Debug for CacheInner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared")
-            .field("places", &self.places.len())
+        f.debug_struct("CacheInner")
+            .field("entries", &self.table.len())
             .finish_non_exhaustive()
     }
 }

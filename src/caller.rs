@@ -1,4 +1,5 @@
-//! Who is asking: what the kernel said of the process at the other end of a connection, as a plain value.
+//! The caller: the kernel's facts about the process at the other end of a connection, as a plain
+//! value.
 
 use std::fmt;
 use std::path::Path;
@@ -9,18 +10,18 @@ use async_trait::async_trait;
 
 use crate::cgroup::{CgroupPath, Pod, PodUid, WorkloadCgroup, WorkloadKind};
 
+mod attest_error;
 mod groups;
-mod refusal;
 #[cfg(test)]
 pub(crate) mod unchanged;
 
+pub use attest_error::AttestError;
 pub use groups::{GroupDetail, Groups};
-pub use refusal::AttestError;
 
-/// Over which kind of listener a caller came.
+/// The kind of listener that a caller connected to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ListenerKind {
-    /// The unix socket.
+    /// The unix socket of the host.
     Unix,
     /// A loopback TCP address in the host's network namespace.
     Tcp,
@@ -29,7 +30,10 @@ pub enum ListenerKind {
 }
 
 impl ListenerKind {
-    /// The name in audit records and metrics.
+    /// All kinds of listeners.
+    pub const ALL: [Self; 3] = [Self::Unix, Self::Tcp, Self::Pod];
+
+    /// Returns the name that audit records and metrics use.
     pub fn name(self) -> &'static str {
         match self {
             Self::Unix => "unix",
@@ -39,87 +43,92 @@ impl ListenerKind {
     }
 }
 
-/// The caller of one connection.
+/// The attested peer of one connection.
 ///
-/// `uid` and `cgroup` are what the kernel fixed: of the connector on the unix socket, of the process that made the socket
-/// on TCP. `process` is always there on the unix socket, on TCP only if a decision needs it.
+/// On TCP `uid` and `cgroup` are those of the process that made the socket. On the unix socket
+/// `uid` is that of the process that connected, and `cgroup` is the one that it has now. `process`
+/// is always set on the unix socket. On TCP it is set only if a decision needs it.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug)]
 pub struct Caller {
-    /// Which listener.
     pub listener: ListenerKind,
-    /// The user id.
     pub uid: u32,
-    /// The cgroup v2 path, as seen from the host's root of that hierarchy; `None` where the kernel doesn't tell.
+    /// The cgroup v2 path from the host's root of that hierarchy. `None` if the kernel does not
+    /// report it.
     pub cgroup: Option<CgroupPath>,
-    /// The pod that the cgroup is in.
+    /// The pod that the cgroup belongs to.
     pub pod: Option<Pod>,
-    /// The network namespace of the listener, by its inode, if that is a pod's.
-    pub namespace: Option<u64>,
-    /// What was read of the process itself.
+    /// The inode of the listener's network namespace, if that is a pod's.
+    pub netns_inode: Option<u64>,
+    /// The facts that were read from the process itself.
     pub process: Option<Process>,
-    /// Proof that the caller is still the one that these facts were read of.
-    pub evidence: Box<dyn PeerProof>,
+    /// The proof that the caller is unchanged since these facts were read.
+    pub proof: Box<dyn PeerProof>,
 }
 
-/// The key of everything that is limited per workload. It is the pod; else the container, whoever its users are; else the
-/// person, whose sessions, user units and rootless containers all lie below one `user-N.slice`; else a user within an
-/// outermost systemd unit (T20, T29).
+/// The key by which per-workload limits count (T20, T29).
+///
+/// It is the pod if there is one, or else the container, whatever users it has. For a person it is
+/// the `user-N.slice`, which contains all sessions, user units and rootless containers. For any
+/// other process it is the user within the outermost systemd unit.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct WorkloadKey {
     scope: WorkloadScope,
-    /// `None` where a scope is one workload's, whichever users it has.
+    /// `None` where the scope is one workload, whatever users it has.
     uid: Option<u32>,
 }
 
-/// What the workloads have in common that one person may multiply: the users of one unit. Where a limit of all is reached,
-/// the scope that has the most gives way.
+/// A set of workloads that one party can multiply, such as the users of one unit. Where a shared
+/// limit is reached, permits of the scope that holds the most are evicted first.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum WorkloadScope {
-    /// A pod.
+    /// One pod, whatever its containers.
     Pod(PodUid),
-    /// A container, a `user-N.slice`, or an outermost unit.
+    /// A container, a `user-N.slice`, or an outermost systemd unit.
     Cgroup(WorkloadCgroup),
-    /// The whole machine: no cgroup is known.
+    /// The whole machine, where no cgroup is known.
     Machine,
 }
 
-/// What is known of the calling process.
+/// The facts about a calling process.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Process {
-    /// In the daemon's pid namespace.
+    /// The number of the process in the daemon's pid namespace.
     pub pid: u32,
-    /// The group id.
     pub gid: u32,
-    /// Supplementary groups; `None` where no decision needs them.
+    /// The supplementary groups. `None` if no decision needs them.
     pub groups: Option<Groups>,
-    /// Whether it lives in another pid or user namespace than the daemon, or in a cgroup (v1 too) that names a container.
+    /// Whether the process lives in another pid or user namespace than the daemon, or in a cgroup
+    /// (v1 too) that names a container.
     pub in_container: bool,
-    /// What it runs; `None` where no decision needs it.
+    /// The program that the process executes. `None` if no decision needs it.
     pub program: Option<Program>,
-    /// What no other process that had or will have its number has: the inode of its pidfd from Linux 6.9 on, else when it
-    /// started, in clock ticks since boot. `None` where no decision needs it.
+    /// A number that distinguishes this process from every other one with the same pid. It is the
+    /// inode of the pidfd from Linux 6.9 on, and before that the start time in clock ticks since
+    /// boot. `None` if no decision needs it.
     pub started: Option<u64>,
 }
 
-/// What a decision needs to know of a process beside its ids and its cgroup.
+/// The facts about a process that a decision needs in addition to its ids and its cgroup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ProcessFacts {
-    /// [`Process::groups`].
+    /// How much of [`Process::groups`] is needed.
     pub groups: GroupDetail,
-    /// [`Process::program`].
+    /// Whether [`Process::program`] is needed.
     pub program: bool,
-    /// [`Process::started`].
+    /// Whether [`Process::started`] is needed.
     pub started: bool,
 }
 
 impl ProcessFacts {
-    /// Whether to look at this may mean to wait for what the process controls, or takes as long as it likes: its lock, its
-    /// program's file system, the number of its groups.
+    /// Returns whether reading these facts can block on something that the caller controls: a lock
+    /// of the process, the file system of its program, or the number of its groups.
     pub fn may_wait(self) -> bool {
         self.groups != GroupDetail::None || self.program || self.started
     }
 
-    /// This and the other one.
+    /// Returns the union of both sets of facts.
     pub fn and(self, other: Self) -> Self {
         Self {
             groups: self.groups.max(other.groups),
@@ -129,40 +138,44 @@ impl ProcessFacts {
     }
 }
 
-/// What a process runs.
+/// The program that a process executes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Program {
-    /// The executable, where the daemon may see it (`CAP_SYS_PTRACE` for processes of other users).
+    /// The executable, if the daemon may see it. For processes of other users that takes
+    /// `CAP_SYS_PTRACE`.
     pub exe: Option<Executable>,
 }
 
-/// An executable: the file itself, and the path for people to read.
+/// An executable: the file itself, and a path for display.
 ///
-/// Only `device` and `inode` decide: in a mount namespace of his own anybody can show any path (attack 11).
+/// Only `device` and `inode` decide. In a mount namespace of its own a process can show any path
+/// (T11).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Executable {
-    /// `st_dev`.
+    /// The `st_dev` of the file.
     pub device: u64,
-    /// `st_ino`.
+    /// The `st_ino` of the file.
     pub inode: u64,
-    /// `st_ctim`, seconds and nanoseconds: another file that is given the same inode later has another one, and so has this
-    /// one once it has lost a name.
+    /// The `st_ctim` of the file, in seconds and nanoseconds. It differs for a later file that gets
+    /// the same inode, and for this file after it has lost a name.
     pub changed: (i64, i64),
-    /// What `/proc/<pid>/exe` read as when the process was first seen to run it. Not to be trusted.
+    /// The target of `/proc/<pid>/exe` when the process was first seen to execute the file. Do not
+    /// trust it.
     pub path: Arc<Path>,
 }
 
-/// Shows whether a connection's caller is unchanged since it was attested.
+/// A proof that the caller of a connection is unchanged since it was attested.
 ///
-/// To look at a process may mean to wait for something that the caller controls (T25). So a connection goes on elsewhere
-/// ([`Caller::may_wait`]) before the first such look, and all others are made on threads of their own.
+/// Reading a process can block on something that the caller controls (T25). So a connection moves
+/// to a lookup thread ([`Caller::may_wait`]) before the first such read. All later reads run on
+/// threads of their own.
 #[async_trait]
 pub trait PeerProof: fmt::Debug + Send + Sync {
-    /// Looks again; to be called right before anything is released.
+    /// Reads the facts again and compares them. Call it right before credentials are released.
     async fn verify_unchanged(&self) -> Result<(), AttestError>;
 
-    /// Finds the process behind the socket, if that is not known yet, and reads of it what `looks` names. The evidence that
-    /// it gives proves that too.
+    /// Finds the process that holds the socket, if it is not yet known, and reads the facts in
+    /// `facts` from it. The returned proof covers these facts too.
     async fn with_process(
         &self,
         _: &WorkloadKey,
@@ -171,37 +184,45 @@ pub trait PeerProof: fmt::Debug + Send + Sync {
         Err(AttestError::Kernel)
     }
 
-    /// The process, for an agent that attests it by its number: still the same one in every respect that was looked at,
-    /// whatever has become of its connection, and with cgroups in which an agent cannot mistake it for another
-    /// workload's. To be called before and after the agent is asked; the two have to be equal (attacks 2 and 3).
+    /// Returns the process for an agent that attests it by pid.
+    ///
+    /// Verifies that it is unchanged in all facts that were read, whatever has become of its
+    /// connection. Also verifies that an agent cannot take its cgroups for those of another
+    /// workload. Call it before and after the query to the agent; both results have to be equal
+    /// (T2, T3).
     async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
         Err(AttestError::Kernel)
     }
 
-    /// To be called before the first of these looks, and asked after the last: between two of them a process may execute a
-    /// setuid program, be seen by the agent as that, and be back at what it was.
+    /// Starts to watch the process for exec. Call it before the first of these reads, and check the
+    /// watch after the last.
+    ///
+    /// Between two reads a process may execute a setuid program, be attested by the agent as that,
+    /// and return to its old state.
     fn watch_exec(&self) -> Result<Box<dyn ExecWatch>, AttestError> {
         Ok(Box::new(NoExecWatch))
     }
 
-    /// Whether the process runs still, whatever it has become.
+    /// Returns whether the process still runs, in whatever state.
     fn is_alive(&self) -> bool {
         false
     }
 
-    /// The pod, for an agent that is told its UID: it is there still, and has not been for long if so it says.
+    /// Verifies that the caller's pod still exists, and returns how long it and the container have
+    /// existed. Used for an agent that gets the pod's UID.
     fn verify_pod(&self) -> Result<PodAge, AttestError> {
         Err(AttestError::CallerGone)
     }
 }
 
-/// Notices whether a process executes a program.
+/// A watch that notices if a process executes a program.
 pub trait ExecWatch: fmt::Debug + Send + Sync {
-    /// Whether it has executed none since, and is there.
+    /// Returns whether the process has executed no program since the watch began, and still exists.
     fn no_exec_seen(&self) -> bool;
 }
 
-/// Where no process is named to an agent, none can be mistaken.
+/// A watch for proofs without a process. If an agent gets no pid, it cannot take one process for
+/// another.
 #[derive(Debug)]
 struct NoExecWatch;
 
@@ -211,22 +232,24 @@ impl ExecWatch for NoExecWatch {
     }
 }
 
-/// A process as it is named to an agent that attests it itself.
+/// A process, as it is passed to an agent that attests it by pid.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AgentProcessRef {
-    /// Its number in the daemon's pid namespace.
+    /// The number of the process in the daemon's pid namespace.
     pub pid: u32,
-    /// Its cgroups in all hierarchies, as `/proc/<pid>/cgroup` has them: what the agent reads, too.
+    /// The text of `/proc/<pid>/cgroup`, with the cgroups of all hierarchies. The agent reads the
+    /// same text.
     pub cgroups: String,
 }
 
-/// How long a pod and the caller's container have been there, as their directories tell: at least so long. The kernel may
-/// have forgotten when it made one, and then takes it for younger.
+/// The minimum age of a pod and of the caller's container, by the change times of their
+/// directories. The kernel may have lost the creation time of a directory, which then appears
+/// younger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PodAge {
-    /// The pod.
+    /// The age of the pod.
     pub pod: Duration,
-    /// The container; the pod if that is not known.
+    /// The age of the container, or of the pod if the container is not known.
     pub container: Duration,
 }
 
@@ -241,51 +264,54 @@ impl PeerProof for NoPeer {
 }
 
 impl Caller {
-    /// Stands in for a caller where the daemon asks by itself and the answer depends on none. It has the user id that
-    /// nobody can have, and is not there when it is looked at.
+    /// Creates a caller for requests of the daemon itself, with a result that depends on no caller.
+    /// It has a user id that no process can have, and every verification of it fails.
     pub fn synthetic() -> Self {
         Self {
             listener: ListenerKind::Unix,
             uid: u32::MAX,
             cgroup: None,
             pod: None,
-            namespace: None,
+            netns_inode: None,
             process: None,
-            evidence: Box::new(NoPeer),
+            proof: Box::new(NoPeer),
         }
     }
 
-    /// Whether the caller is still what it was when it was attested: same process, same ids, same socket.
-    pub async fn still_same(&self) -> Result<(), AttestError> {
-        self.evidence.verify_unchanged().await
+    /// Verifies that the caller is unchanged since it was attested: same process, same ids, same
+    /// socket.
+    pub async fn verify_unchanged(&self) -> Result<(), AttestError> {
+        self.proof.verify_unchanged().await
     }
 
-    /// Whether to look at this of its process may mean to wait for what the caller controls, also when it is looked at again.
-    pub fn may_wait(&self, looks: ProcessFacts) -> bool {
-        self.process.is_none() || looks.may_wait()
+    /// Returns whether reading these facts can block on something that the caller controls, now or
+    /// at a later verification.
+    pub fn may_wait(&self, facts: ProcessFacts) -> bool {
+        self.process.is_none() || facts.may_wait()
     }
 
-    /// With what `looks` names of its process, which is searched for if it is not known.
-    pub async fn with_process(self, looks: ProcessFacts) -> Result<Self, AttestError> {
+    /// Reads `facts` from the caller's process, which is searched for if it is not known.
+    pub async fn with_process(self, facts: ProcessFacts) -> Result<Self, AttestError> {
         let (process, evidence) = self
-            .evidence
-            .with_process(&WorkloadKey::of(&self), looks)
+            .proof
+            .with_process(&WorkloadKey::of(&self), facts)
             .await?;
         Ok(Self {
             process: Some(process),
-            evidence,
+            proof: evidence,
             ..self
         })
     }
 
-    /// Whether it lives in a container, as far as it is known: `None` if neither cgroup nor process tell.
+    /// Returns whether the caller lives in a container. `None` if neither its cgroup nor its
+    /// process show it.
     pub fn in_container(&self) -> Option<bool> {
         if self.pod.is_some() {
             return Some(true);
         }
         let by_process = self.process.as_ref().map(|process| process.in_container);
-        // In the root cgroup of a host that also has cgroup v1 a container may sit without a name of its own, so the
-        // root says nothing by itself.
+        // On a host that also has cgroup v1, a container may be in the root cgroup of v2. So the
+        // root cgroup alone proves nothing.
         let by_cgroup = self
             .cgroup
             .as_ref()
@@ -300,7 +326,7 @@ impl Caller {
 }
 
 impl WorkloadKey {
-    /// Of a caller that was attested, as far as its socket tells.
+    /// Returns the key of a caller, by the facts of its socket.
     pub fn of(caller: &Caller) -> Self {
         Self::at(caller.uid, caller.cgroup.as_ref(), caller.pod.as_ref())
     }
@@ -322,7 +348,7 @@ impl WorkloadKey {
         }
     }
 
-    /// Of a user's processes, where nothing else is known.
+    /// Returns the key of a user's processes, where no cgroup is known.
     pub fn user(uid: u32) -> Self {
         Self {
             scope: WorkloadScope::Machine,
@@ -330,7 +356,7 @@ impl WorkloadKey {
         }
     }
 
-    /// Of those of whom not even the user is known: together they get as much as one workload.
+    /// Returns the key of peers without a known user. They share the limits of one workload.
     pub fn unknown() -> Self {
         Self {
             scope: WorkloadScope::Machine,
@@ -338,45 +364,45 @@ impl WorkloadKey {
         }
     }
 
-    /// See [`WorkloadScope`].
+    /// Returns the scope that this key belongs to.
     pub fn scope(&self) -> &WorkloadScope {
         &self.scope
     }
 }
 
-/// What its socket tells of a peer, whether it is attested or not.
+/// The facts that the socket of a peer shows, whether the peer is attested or not.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerFacts {
-    /// The user id.
     pub uid: u32,
-    /// See [`Caller::cgroup`].
+    /// The cgroup, as in [`Caller::cgroup`].
     pub cgroup: Option<CgroupPath>,
-    /// See [`Caller::pod`].
+    /// The pod, as in [`Caller::pod`].
     pub pod: Option<Pod>,
-    /// See [`Caller::namespace`].
-    pub namespace: Option<u64>,
+    /// The network namespace, as in [`Caller::netns_inode`].
+    pub netns_inode: Option<u64>,
 }
 
 impl PeerFacts {
-    /// What the socket told of a caller.
+    /// Returns the facts that the socket of `caller` showed.
     pub fn of(caller: &Caller) -> Self {
         let Caller {
             uid,
             cgroup,
             pod,
-            namespace,
+            netns_inode: namespace,
             ..
         } = caller;
         Self {
             uid: *uid,
             cgroup: cgroup.clone(),
             pod: pod.clone(),
-            namespace: *namespace,
+            netns_inode: *namespace,
         }
     }
 
-    /// See [`WorkloadKey`].
-    pub fn owner(&self) -> WorkloadKey {
+    /// Returns the key by which limits count this peer.
+    pub fn workload_key(&self) -> WorkloadKey {
         WorkloadKey::at(self.uid, self.cgroup.as_ref(), self.pod.as_ref())
     }
 }

@@ -1,4 +1,5 @@
-//! What a cgroup path says of its processes. Only text: where it comes from is `attest`'s business.
+//! Cgroup paths, and the facts that they contain about processes. This module parses text only;
+//! `attest` reads it from the kernel.
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -8,41 +9,44 @@ mod pod;
 
 pub use pod::{MisplacedPod, Pod, PodRoots, PodSegment, PodUid};
 
-/// A path in the cgroup v2 hierarchy as the host's root sees it, for example `/system.slice/billing.service`.
+/// A path in the cgroup v2 hierarchy from the host's root, for example
+/// `/system.slice/billing.service`.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct CgroupPath {
     text: Arc<str>,
     names_container: bool,
-    /// How much of the text is one workload's, and what that is.
+    /// The length of the prefix that belongs to one workload, and its kind.
     workload: (usize, WorkloadKind),
 }
 
-/// The part of a path that is one workload's: the same for all paths that begin with it. Made without a copy of the text.
+/// The prefix of a path that belongs to one workload. It is the same for all paths that begin with
+/// it, and shares their text.
 #[derive(Clone)]
 pub struct WorkloadCgroup {
     path: Arc<str>,
     end: usize,
 }
 
-/// What the part of a path is that is one workload's.
+/// The kind of a prefix that belongs to one workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum WorkloadKind {
-    /// A pod's directory.
+    /// The directory of a pod.
     Pod,
-    /// A container's, as its name tells.
+    /// The directory of a container, by its name.
     Container,
     /// A person's `user-N.slice`, with all sessions, user units and rootless containers.
     Person,
-    /// An outermost systemd unit, or any other directory that is neither a slice nor a runtime's: its users are workloads
-    /// of their own.
+    /// An outermost systemd unit, or any other directory that is neither a slice nor a runtime's.
+    /// Each of its users is a workload.
     Unit,
 }
 
 impl CgroupPath {
-    /// Takes an absolute path. `None` for one that is relative to a foreign cgroup namespace (`/../..`): it names nothing.
+    /// Parses an absolute path. Returns `None` for a path relative to a foreign cgroup namespace
+    /// (`/../..`), which names no cgroup.
     pub fn parse(path: &str) -> Option<Self> {
         let absolute = path.starts_with('/') && !path.split('/').any(|segment| segment == "..");
-        // The kernel marks a removed cgroup so; a name can't be made to end like that by accident.
+        // The kernel marks the path of a removed cgroup like this. No name ends so by accident.
         let removed = path.ends_with(" (deleted)");
         (absolute && !removed).then(|| Self {
             text: Arc::from(path),
@@ -51,31 +55,32 @@ impl CgroupPath {
         })
     }
 
-    /// The path.
+    /// Returns the text of the path.
     pub fn as_str(&self) -> &str {
         &self.text
     }
 
-    /// Whether it is the root of the hierarchy.
+    /// Returns whether it is the root of the hierarchy.
     pub fn is_root(&self) -> bool {
         &*self.text == "/"
     }
 
-    /// Whether it is this part of the tree, or lies in it.
+    /// Returns whether it equals `part`, or is below it.
     pub fn is_at_or_below(&self, part: &Self) -> bool {
         let below = self.text.strip_prefix(&*part.text);
         part.is_root() || below.is_some_and(|below| below.is_empty() || below.starts_with('/'))
     }
 
-    /// The names of its directories, from the root down.
+    /// Returns the names of its directories, from the root down.
     pub fn segments(&self) -> impl Iterator<Item = &str> {
         segments(&self.text)
     }
 
-    /// The outermost systemd unit that is no slice.
+    /// Returns the outermost systemd unit that is not a slice.
     ///
-    /// What lies below it may have been delegated, and named by its owner: `user@1002.service/billing.service` is
-    /// user 1002's, not the system's `billing.service` (attack 2).
+    /// Directories below it may be delegated, and named by their owner.
+    /// `user@1002.service/billing.service` belongs to user 1002, and is not the system's
+    /// `billing.service` (T2).
     pub fn systemd_unit(&self) -> Option<&str> {
         let first = self
             .segments()
@@ -86,17 +91,20 @@ impl CgroupPath {
             .then_some(first)
     }
 
-    /// Whether sockets that were made here are the service manager's own, who makes them for services of other users:
-    /// systemd's pid 1 is in `init.scope`, and a `.socket` unit's directory is for nothing else (T24).
+    /// Returns whether sockets that were made here belong to the service manager, which passes them
+    /// to services of other users. Pid 1 of systemd is in `init.scope`, and a `.socket` unit's
+    /// directory has no other use (T24).
     pub fn is_service_managers(&self) -> bool {
         self.segments()
             .any(|segment| segment == "init.scope" || segment.ends_with(".socket"))
     }
 
-    /// The part of the path that is one workload's, and what that is: down to the pod's own directory, the person's slice or
-    /// the outermost unit, whichever comes first, else to the first directory that is neither a slice nor a runtime's.
+    /// Returns the prefix of the path that belongs to one workload, and its kind.
     ///
-    /// For counting what a workload uses up. What lies below may be named by the workload, so it is never looked at.
+    /// It ends at the pod's own directory, the person's slice or the outermost unit, whichever
+    /// comes first. Otherwise it ends at the first directory that is neither a slice nor a
+    /// runtime's. Limits per workload count by it. The workload may name the directories below, so
+    /// they are ignored.
     pub fn workload(&self) -> (WorkloadCgroup, WorkloadKind) {
         let (end, kind) = self.workload;
         (
@@ -108,8 +116,9 @@ impl CgroupPath {
         )
     }
 
-    /// The pod and the container whose names the path has, in one spelling each; `Err` if it has several of a kind, or a
-    /// pod below a container: a container within another, or the work of somebody who may name cgroups (attack 2).
+    /// Returns the pod and the container that the path names, each in one spelling. Fails if it
+    /// names several of a kind, or a pod below a container. That is a container within another, or
+    /// made by a user that may name cgroups (T2).
     pub fn container(&self) -> Result<ContainerName, NestedContainer> {
         let mut name = ContainerName::default();
         for segment in self.segments() {
@@ -127,30 +136,31 @@ impl CgroupPath {
         Ok(name)
     }
 
-    /// Whether any part of the path looks like a container's or a pod's.
+    /// Returns whether any part of the path is like a container's or a pod's.
     ///
-    /// A false yes costs a refusal, a false no would hand a host user's credentials to a container, so anything that a
-    /// container runtime is known to write counts, wherever it stands.
+    /// A false positive costs a rejection. A false negative would return a host user's credentials
+    /// to a container. So any name that a container runtime is known to use counts, at any level.
     pub fn names_container(&self) -> bool {
         self.names_container
     }
 }
 
-/// What of a cgroup path names a container, in lower case; both are `None` outside of containers.
+/// The names of a pod and a container in a cgroup path, in lower case. Both are `None` outside
+/// containers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ContainerName {
-    /// The pod's UID, without dashes.
+    /// The UID of the pod, without dashes.
     pub pod: Option<String>,
-    /// The container's id.
+    /// The id of the container.
     pub id: Option<String>,
 }
 
-/// A path that names more than one container.
+/// The error for a path that names more than one container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NestedContainer;
 
-/// The hierarchies (v1: by their controllers, v2: nothing) and paths of `/proc/<pid>/cgroup`: three fields by `:`, of which
-/// the last may hold more of them.
+/// Parses `/proc/<pid>/cgroup`. Returns the controllers (empty for v2) and the path of each line. A
+/// line has three fields separated by `:`, and the last may contain more of these.
 pub(crate) fn lines(text: &str) -> impl Iterator<Item = (&str, &str)> {
     text.lines()
         .filter_map(|line| line.split_once(':')?.1.split_once(':'))
@@ -171,7 +181,7 @@ fn names_container(path: &str) -> bool {
     })
 }
 
-/// See [`CgroupPath::workload`].
+/// Finds the prefix that [`CgroupPath::workload`] describes.
 fn workload(path: &str) -> (usize, WorkloadKind) {
     let kind = |end: usize| match names_container(&path[..end]) {
         true => WorkloadKind::Container,
@@ -201,7 +211,8 @@ fn workload(path: &str) -> (usize, WorkloadKind) {
     (path.len(), kind(path.len()))
 }
 
-/// `user-1000.slice`, as systemd's login manager names what is a person's.
+/// Returns whether the name is like `user-1000.slice`, which systemd's login manager uses for a
+/// person.
 fn is_user_slice(segment: &str) -> bool {
     let uid = segment
         .strip_prefix("user-")
@@ -209,7 +220,7 @@ fn is_user_slice(segment: &str) -> bool {
     uid.is_some_and(|uid| !uid.is_empty() && uid.bytes().all(|c| c.is_ascii_digit()))
 }
 
-/// A container id: 64 hex digits, neither more nor fewer.
+/// Returns a container id in the name: exactly 64 hex digits.
 fn container_id(segment: &str) -> Option<String> {
     let mut words = segment.split(|c: char| !c.is_ascii_alphanumeric());
     words
@@ -217,7 +228,8 @@ fn container_id(segment: &str) -> Option<String> {
         .map(str::to_ascii_lowercase)
 }
 
-/// `pod` as a word, and a UID, with dashes, underscores or (static pods) nothing between its groups.
+/// Returns a pod's UID in the name: `pod` as a word, and the UID. Its groups are separated by
+/// dashes, underscores or (static pods) nothing.
 fn pod_uid(segment: &str) -> Option<String> {
     let begins = |at: &usize| !segment[..*at].ends_with(|c: char| c.is_ascii_alphanumeric());
     segment
@@ -237,7 +249,7 @@ fn pod_uid(segment: &str) -> Option<String> {
 }
 
 impl WorkloadCgroup {
-    /// The path.
+    /// Returns the text of the path.
     pub fn as_str(&self) -> &str {
         &self.path[..self.end]
     }
@@ -276,247 +288,4 @@ impl fmt::Debug for CgroupPath {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const C: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
-    const U: &str = "72f7f152-440c-66ac-9084-e0fc1d8a910c";
-
-    fn path(text: &str) -> CgroupPath {
-        CgroupPath::parse(text).unwrap()
-    }
-
-    #[test]
-    fn containers_are_recognized() {
-        let u_ = U.replace('-', "_");
-        let paths = [
-            format!("/kubepods/burstable/pod{U}/{C}"),
-            format!(
-                "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{u_}.slice/cri-containerd-{C}.scope"
-            ),
-            format!("/system.slice/docker-{C}.scope"),
-            format!("/a/crio-{C}.scope"),
-            format!("/docker/{C}"),
-            format!("/kubepods-besteffort-pod{u_}.slice:cri-containerd:{C}"),
-            "/kubelet/pod2732ca68f6358eba7703fb6f82a25c94".to_owned(),
-            format!("/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-{C}.scope"),
-            format!("/user.slice/user-1002.slice/user@1002.service/kubepods/besteffort/pod{U}/{C}"),
-            format!("/x/{}", C.to_uppercase()),
-            "/lxc.payload.web".to_owned(),
-            "/machine.slice/machine-web.scope".to_owned(),
-        ];
-        for text in paths {
-            assert!(path(&text).names_container(), "{text}");
-        }
-    }
-
-    #[test]
-    fn a_container_has_one_name_in_every_spelling() {
-        let u_ = U.replace('-', "_");
-        let (pod, id) = (Some(U.replace('-', "")), Some(C.to_owned()));
-        let table = [
-            ("/".to_owned(), None, None),
-            ("/system.slice/billing.service".to_owned(), None, None),
-            (
-                format!("/kubepods/burstable/pod{U}/{C}"),
-                pod.clone(),
-                id.clone(),
-            ),
-            (
-                format!("/kubepods/burstable/pod{U}/{C}/named/by/its/owner"),
-                pod.clone(),
-                id.clone(),
-            ),
-            (
-                format!(
-                    "/kubepods.slice/kubepods-pod{u_}.slice/cri-containerd-{}.scope",
-                    C.to_uppercase()
-                ),
-                pod.clone(),
-                id.clone(),
-            ),
-            (
-                format!("/kubepods-besteffort-pod{u_}.slice:cri-containerd:{C}"),
-                pod,
-                id.clone(),
-            ),
-            (format!("/docker/{C}"), None, id),
-        ];
-        for (text, pod, id) in table {
-            assert_eq!(
-                path(&text).container(),
-                Ok(ContainerName { pod, id }),
-                "{text}"
-            );
-        }
-        let nested = [
-            format!("/docker/{C}/{C}"),
-            format!("/docker/{C}/kubepods/pod{U}/{C}"),
-            format!("/docker/{C}/pod{U}"),
-            format!("/kubepods/pod{U}/{C}/docker/{C}"),
-            format!("/kubepods/pod{U}/pod{U}/{C}"),
-        ];
-        for text in nested {
-            assert_eq!(path(&text).container(), Err(NestedContainer), "{text}");
-        }
-    }
-
-    #[test]
-    fn host_cgroups_are_no_containers() {
-        let paths = [
-            "/".to_owned(),
-            "/system.slice/billing.service".to_owned(),
-            "/user.slice/user-1001.slice/session-3.scope".to_owned(),
-            format!("/a/{C}0"),
-            format!("/a/{}", &C[1..]),
-            "/system.slice/podman-like.service".to_owned(),
-        ];
-        for text in paths {
-            assert!(!path(&text).names_container(), "{text}");
-        }
-    }
-
-    #[test]
-    fn the_unit_is_the_outermost() {
-        let table = [
-            ("/system.slice/billing.service", Some("billing.service")),
-            (
-                "/system.slice/system-shop.slice/shop@1.service/worker",
-                Some("shop@1.service"),
-            ),
-            (
-                "/user.slice/user-1002.slice/user@1002.service/billing.service",
-                Some("user@1002.service"),
-            ),
-            (
-                "/user.slice/user-1002.slice/session-3.scope",
-                Some("session-3.scope"),
-            ),
-            ("/somewhere/billing.service", None),
-            ("/system.slice", None),
-            ("/", None),
-        ];
-        for (text, unit) in table {
-            assert_eq!(path(text).systemd_unit(), unit, "{text}");
-        }
-    }
-
-    #[test]
-    fn the_part_that_is_one_workloads() {
-        let u_ = U.replace('-', "_");
-        let pod = format!("/kubepods/burstable/pod{U}");
-        let slice =
-            format!("/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{u_}.slice");
-        let table = [
-            (format!("{pod}/{C}"), pod.as_str(), WorkloadKind::Pod),
-            (
-                format!("{pod}/{C}/named/by/its/owner"),
-                &pod,
-                WorkloadKind::Pod,
-            ),
-            (
-                format!("{slice}/cri-containerd-{C}.scope"),
-                &slice,
-                WorkloadKind::Pod,
-            ),
-            (
-                "/system.slice/a.service/below".to_owned(),
-                "/system.slice/a.service",
-                WorkloadKind::Unit,
-            ),
-            // A person has one share, however many sessions, user units and containers of its own it starts.
-            (
-                "/user.slice/user-7.slice/session-3.scope".to_owned(),
-                "/user.slice/user-7.slice",
-                WorkloadKind::Person,
-            ),
-            (
-                format!(
-                    "/user.slice/user-7.slice/user@7.service/user.slice/libpod-{C}.scope/container"
-                ),
-                "/user.slice/user-7.slice",
-                WorkloadKind::Person,
-            ),
-            // Naming pods below its own unit gives nobody a second share.
-            (
-                format!("/user.slice/user-7.slice/user@7.service/pod{U}"),
-                "/user.slice/user-7.slice",
-                WorkloadKind::Person,
-            ),
-            (
-                "/system.slice/user-7.slice/x".to_owned(),
-                "/system.slice/user-7.slice/x",
-                WorkloadKind::Unit,
-            ),
-            (
-                "/user.slice/user-x.slice/x".to_owned(),
-                "/user.slice/user-x.slice/x",
-                WorkloadKind::Unit,
-            ),
-            (format!("/own/pod{U}"), "/own", WorkloadKind::Unit),
-            (
-                format!("/docker/{C}/x"),
-                &format!("/docker/{C}"),
-                WorkloadKind::Container,
-            ),
-            (
-                format!("/system.slice/docker-{C}.scope/init.scope"),
-                &format!("/system.slice/docker-{C}.scope"),
-                WorkloadKind::Container,
-            ),
-            (
-                "/machine.slice/machine-web.scope/payload".to_owned(),
-                "/machine.slice/machine-web.scope",
-                WorkloadKind::Container,
-            ),
-            ("/own.slice".to_owned(), "/own.slice", WorkloadKind::Unit),
-            ("/".to_owned(), "/", WorkloadKind::Unit),
-        ];
-        for (text, part, kind) in table {
-            let (found, found_kind) = path(&text).workload();
-            assert_eq!((found.as_str(), found_kind), (part, kind), "{text}");
-        }
-    }
-
-    #[test]
-    fn service_manager_has_cgroups_of_its_own() {
-        for (text, is) in [
-            ("/init.scope", true),
-            ("/system.slice/web.socket", true),
-            ("/user.slice/user-7.slice/user@7.service/init.scope", true),
-            (
-                "/user.slice/user-7.slice/user@7.service/app.slice/web.socket",
-                true,
-            ),
-            ("/system.slice/web.service", false),
-            ("/system.slice/socket.service", false),
-            ("/init", false),
-            ("/", false),
-        ] {
-            assert_eq!(path(text).is_service_managers(), is, "{text}");
-        }
-    }
-
-    #[test]
-    fn paths_in_proc_may_hold_colons() {
-        let text = "9:name=systemd:/a\n0::/kubelet:cri:x\n1:cpu\n";
-        assert_eq!(
-            lines(text).collect::<Vec<_>>(),
-            [("name=systemd", "/a"), ("", "/kubelet:cri:x")]
-        );
-    }
-
-    #[test]
-    fn paths_that_name_nothing_are_refused() {
-        for text in [
-            "",
-            "relative",
-            "/../../kubepods",
-            "/..",
-            "/a/../b",
-            "/system.slice/x.service (deleted)",
-        ] {
-            assert!(CgroupPath::parse(text).is_none(), "{text}");
-        }
-    }
-}
+mod tests;

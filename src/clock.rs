@@ -1,68 +1,81 @@
-//! Wall-clock time, which only `Expiration` and tokens need; everything else is measured on tokio's monotonic clock.
+//! Wall-clock time, for `Expiration`, tokens, and times that are shown. Everything else uses
+//! tokio's monotonic clock.
+
+#![expect(clippy::disallowed_methods, reason = "this is the clock")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::time::Instant;
 
-/// How long a request is held while what it needs is asked for. The most patient SDKs give up after 5 s.
+/// The longest time that a request is held while the daemon fetches what it needs. The most patient
+/// SDKs give up after 5 s.
 pub const REQUEST_HOLD: Duration = Duration::from_millis(4500);
 
-/// Reads the time. A value, so that tests can stand anywhere in time.
+/// The last second of the year 9999, in which RFC 3339 ends.
+pub const LAST_TIME: Duration = Duration::from_secs(253_402_300_799);
+
+/// Returns the time, or the nearest one that RFC 3339 can express.
+pub fn printable(time: SystemTime) -> SystemTime {
+    time.clamp(UNIX_EPOCH, UNIX_EPOCH + LAST_TIME)
+}
+
+/// A source of the wall-clock time. Tests can start it at any time.
 #[derive(Debug, Clone, Default)]
 pub struct Clock {
-    fixed: Option<Arc<Fixed>>,
+    simulated: Option<Arc<SimulatedTime>>,
 }
 
 #[derive(Debug)]
-struct Fixed {
+struct SimulatedTime {
     start: SystemTime,
     since: Instant,
-    /// Seconds that somebody has set it ahead, or back.
-    stepped: AtomicI64,
+    /// The seconds by which the clock was set ahead, or back.
+    offset: AtomicI64,
 }
 
 impl Clock {
-    /// The system's clock.
+    /// Returns the system's clock.
     pub fn system() -> Self {
         Self::default()
     }
 
-    /// A clock that shows `now` at this moment and goes on with tokio's (possibly paused) time.
+    /// Returns a clock that shows `now` at this moment and continues with tokio's time, which may
+    /// be paused.
     pub fn starting_at(now: SystemTime) -> Self {
-        let fixed = Fixed {
+        let simulated = SimulatedTime {
             start: now,
             since: Instant::now(),
-            stepped: AtomicI64::new(0),
+            offset: AtomicI64::new(0),
         };
         Self {
-            fixed: Some(Arc::new(fixed)),
+            simulated: Some(Arc::new(simulated)),
         }
     }
 
-    /// Sets a clock made by [`Clock::starting_at`], and all its clones, ahead by so many seconds, or back. The system's
-    /// clock is not touched.
+    /// Sets a clock made by [`Clock::starting_at`], and all its clones, ahead by so many seconds,
+    /// or back. Does not change the system's clock.
     pub fn step(&self, seconds: i64) {
-        if let Some(fixed) = &self.fixed {
-            fixed.stepped.fetch_add(seconds, Ordering::SeqCst);
+        if let Some(simulated) = &self.simulated {
+            simulated.offset.fetch_add(seconds, Ordering::SeqCst);
         }
     }
 
-    /// The wall-clock time.
+    /// Returns the current wall-clock time.
     pub fn now(&self) -> SystemTime {
-        let Some(fixed) = &self.fixed else {
+        let Some(simulated) = &self.simulated else {
             return SystemTime::now();
         };
-        let stepped = fixed.stepped.load(Ordering::SeqCst);
+        let offset = simulated.offset.load(Ordering::SeqCst);
         let (by, now) = (
-            Duration::from_secs(stepped.unsigned_abs()),
-            fixed.start + fixed.since.elapsed(),
+            Duration::from_secs(offset.unsigned_abs()),
+            simulated.start + simulated.since.elapsed(),
         );
-        if stepped < 0 { now - by } else { now + by }
+        if offset < 0 { now - by } else { now + by }
     }
 
-    /// How long until `moment`; zero if it has passed.
+    /// Returns the time until `moment`, or zero if it has passed.
     pub fn until(&self, moment: SystemTime) -> Duration {
         moment.duration_since(self.now()).unwrap_or_default()
     }

@@ -1,45 +1,49 @@
-//! The commands beside the daemon, for whoever uses or operates it.
+//! Commands for users and operators, outside the daemon.
 //!
-//! None but `check` and `trust-policy` needs the daemon's privileges, and none prints a secret but `credential-process`, whose output is one.
+//! Only `check` and `trust-policy` need the daemon's privileges. Only `credential-process` prints
+//! secrets.
 
 pub mod check;
-mod client;
 pub mod configuration;
 pub mod credential_process;
 pub mod exec;
-mod live;
+mod http_client;
+mod https_probe;
+mod live_token;
 mod node;
+mod output;
 pub mod probe;
-mod server;
 pub mod status;
 mod style;
 pub mod trust_policy;
-mod web;
+mod trusted_socket;
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::config::{Config, ConfigErrors, Listen};
 
-/// Where the configuration is if nobody says otherwise.
+/// Default path of the configuration file.
 pub const CONFIG_FILE: &str = "/etc/awsvid/awsvid.toml";
 
-/// The option that names the configuration file.
+/// Option with the path of the configuration file.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct ConfigFile {
-    /// The daemon's configuration file [default: /etc/awsvid/awsvid.toml].
+    /// Path of the daemon's configuration file [default: /etc/awsvid/awsvid.toml]
     #[arg(long, env = "AWSVID_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
 impl ConfigFile {
-    /// The file.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         self.config.as_deref().unwrap_or(Path::new(CONFIG_FILE))
     }
 
-    /// Where the daemon listens, and its region. Where nobody has named a file and there is none, it is where a daemon listens
-    /// by default: in a container there is no configuration, but perhaps a socket.
+    /// Returns where the daemon listens, and its region.
+    ///
+    /// Without the option and without the default file it returns the default addresses: a
+    /// container has no configuration, but may have a socket.
     fn daemon_endpoints(&self) -> Result<DaemonEndpoints, ConfigErrors> {
         let is_absent =
             |path| std::fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
@@ -49,25 +53,25 @@ impl ConfigFile {
                 region: None,
             });
         }
-        // The environment of the daemon is not this one.
+        // The daemon's environment is not the one of this process.
         let (listen, region) = Config::load_for_callers(self.path())?;
         Ok(DaemonEndpoints { listen, region })
     }
 
-    /// The daemon's status socket: this one, or that of the configuration.
+    /// Returns the daemon's status socket: `named`, or that of the configuration.
     fn status_socket(&self, named: Option<&Path>) -> Result<PathBuf, String> {
         if let Some(named) = named {
             return Ok(named.to_owned());
         }
         let beside = self
             .daemon_endpoints()
-            .map_err(|errors| format!("{errors}\nor name the socket with --socket"))?;
+            .map_err(|errors| format!("{errors}\nor give the socket with --socket"))?;
         let missing = "the configuration has no status socket; set `status` in [listen]";
         beside.listen.status.ok_or_else(|| missing.to_owned())
     }
 }
 
-/// What a command needs to know of the daemon beside it.
+/// Facts about the daemon that a command needs.
 struct DaemonEndpoints {
     listen: Listen,
     region: Option<String>,

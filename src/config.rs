@@ -1,19 +1,24 @@
-//! The configuration: read once, all of its errors reported together, valid from then on.
+//! The configuration. It is read once, reports all of its errors together, and is valid afterwards.
 //!
-//! TOML, as the README describes it. Nothing else configures awsvid but three variables: `AWSVID_CONFIG` (the file),
-//! `AWSVID_LOG` (overrides `[log] level`) and `SPIFFE_ENDPOINT_SOCKET` (if `[identity] socket` is not set).
+//! The format is TOML, as `deploy/docs/configuration.md` describes it. Four variables also count:
+//! `AWSVID_CONFIG` names the file, `AWSVID_LOG` overrides `[log] level`, and
+//! `SPIFFE_ENDPOINT_SOCKET` and `SPIFFE_BROKER_SOCKET` stand in for keys of `[identity]`.
 
 mod aws;
-mod checks;
+mod cross_checks;
+mod digest;
+mod error;
 mod explain;
 mod exposure;
 mod identity;
+mod keys;
 mod listen;
+mod manual;
 mod output;
-mod problem;
-mod reader;
+mod pods;
 mod role;
 mod sts;
+mod toml_reader;
 mod workload;
 
 use std::collections::BTreeMap;
@@ -25,51 +30,53 @@ use std::time::Duration;
 use toml::de::DeTable;
 
 pub(crate) use aws::is_aws as is_aws_sts;
+pub use digest::ConfigDigest;
+pub use error::{ConfigErrors, Problem};
 pub(crate) use exposure::exposures;
 pub use identity::{IdentityConfig, Reference, Source};
-pub use listen::{AuthorizationMode, Listen};
+pub use listen::{AuthorizationMode, FIRST_UNPRIVILEGED_PORT, Listen};
+pub use manual::manual_page;
 pub use output::{AuditConfig, AuditFile, LogConfig, LogFormat};
-pub use problem::{ConfigErrors, Problem};
+pub use pods::PodsConfig;
 pub use sts::StsConfig;
 pub use workload::{ParsedWorkload, WorkloadRuleKey};
 
-use crate::endpoint::Endpoint;
 use crate::role::Roles;
-use crate::rule::{AccountName, Known};
-use reader::{Diagnostics, Table};
+use crate::socket_endpoint::Endpoint;
+use crate::workload_rule::{AccountName, AccountState};
+use toml_reader::{Diagnostics, Table};
 
 /// The trust domain of `awsvid dev`'s identities.
 pub const DEV_TRUST_DOMAIN: &str = "dev.local";
-/// The account of its role. AWS gives this number to nobody.
+/// The AWS account of `awsvid dev`'s role. AWS does not assign this number.
 pub const DEV_ACCOUNT: &str = "000000000000";
 
-/// Everything that the file says, with defaults for what it doesn't.
+/// The whole configuration, with defaults for all keys that the file leaves out.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the fields are the tables of the file")]
 pub struct Config {
-    /// `[listen]`.
     pub listen: Listen,
-    /// `[identity]`.
+    pub pods: PodsConfig,
     pub identity: IdentityConfig,
-    /// `[sts]`.
     pub sts: StsConfig,
-    /// `[cache]`.
     pub cache: CacheConfig,
-    /// `[audit]`.
     pub audit: AuditConfig,
-    /// `[log]`.
     pub log: LogConfig,
-    /// `[[workload]]`, in their order.
+    /// The `[[workload]]` rules, in the order of the file.
     pub workloads: Vec<ParsedWorkload>,
-    /// `[[role]]` and `allow_requested_roles`.
+    /// The tables `[[role]]` and `[requested_roles]`.
     pub roles: Roles,
+    tcp_lines: listen::TcpLines,
+    /// The digest of the text.
+    pub digest: ConfigDigest,
 }
 
-/// `[cache]`.
+/// The table `[cache]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CacheConfig {
-    /// Entries at one time.
+    /// Maximum number of entries at the same time.
     pub max_entries: usize,
-    /// How long credentials are still served after STS has refused to renew them.
+    /// Time for which awsvid serves cached credentials after STS has rejected their refresh.
     pub revocation_grace: Duration,
 }
 
@@ -84,26 +91,27 @@ impl Default for CacheConfig {
 
 /// A configuration without errors.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the type of the field is documented")]
 pub struct Loaded {
-    /// What to do.
     pub config: Config,
-    /// What is allowed but not wise, by line.
+    /// Warnings, by line: settings that are allowed and risky.
     pub warnings: Vec<Problem>,
 }
 
-/// What becomes of a configuration that a user other than root, or than the process itself, could change (T38).
+/// The severity of a configuration that another user than root or the process's own could change
+/// (T38).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names of the variants are the severities")]
 pub enum Exposure {
-    /// It is an error.
     Refused,
-    /// It is a warning.
     Warned,
-    /// It is not checked.
+    /// The owner and mode are not checked.
     Ignored,
 }
 
 impl Exposure {
-    /// For root the verdict of `serve`. Another user may check a file before it is installed.
+    /// Returns the severity for a command. For root it is that of `serve`. Another user may
+    /// validate a file before its installation.
     pub fn of_command() -> Self {
         if nix::unistd::geteuid().is_root() {
             Self::Refused
@@ -114,9 +122,9 @@ impl Exposure {
 }
 
 impl Config {
-    /// Reads the file; `env` gives environment variables. Users and groups are not looked up.
+    /// Reads the file. `env` returns environment variables. Users and groups are not resolved.
     ///
-    /// A syntax error is reported alone. Everything else is reported together.
+    /// A syntax error is reported alone. All other errors are reported together.
     pub fn load(
         path: &Path,
         exposure: Exposure,
@@ -146,7 +154,7 @@ impl Config {
         }
     }
 
-    /// Reads a configuration from the content of a file, as [`Config::parse`] does from its text.
+    /// Parses the content of a file, as [`Config::parse`] does its text.
     pub fn parse_bytes(
         bytes: Vec<u8>,
         env: &dyn Fn(&str) -> Option<String>,
@@ -154,23 +162,32 @@ impl Config {
         Self::parse(&utf8(bytes).map_err(|problem| vec![problem])?, env)
     }
 
-    /// What is wrong where a file, or standard input, can't be read.
+    /// Returns the problem for a file, or standard input, that cannot be read.
     pub fn unreadable(error: &io::Error) -> Problem {
         Problem {
             line: None,
             key: String::new(),
-            what: format!("the file can't be read: {error}"),
+            what: format!("the file cannot be read: {error}"),
             fix: "name a file with --config or AWSVID_CONFIG".to_owned(),
         }
     }
 
-    /// The rules that match no caller because of an earlier one, with the numbers that users and groups have on one node. What
-    /// shows without the numbers is an error of the text.
-    pub fn shadowed(&self, number: impl Fn(&AccountName) -> Known) -> Vec<Problem> {
-        checks::shadowed(&self.workloads, number)
+    /// Returns warnings for rules that match no caller because of an earlier rule. `number` returns
+    /// the numbers of users and groups on this node. A rule that is shadowed without them is an
+    /// error already.
+    pub fn shadowed(&self, number: impl Fn(&AccountName) -> AccountState) -> Vec<Problem> {
+        cross_checks::shadowed(&self.workloads, number)
     }
 
-    /// The users and groups that rules name, each with its lines.
+    /// Returns warnings for TCP addresses in `[listen]` that any user can take.
+    ///
+    /// `first` is the first port that needs no privilege: this node's, or
+    /// [`FIRST_UNPRIVILEGED_PORT`].
+    pub fn unprivileged_ports(&self, first: u16) -> Vec<Problem> {
+        listen::unprivileged_ports(&self.listen, &self.tcp_lines, first)
+    }
+
+    /// Returns the users and groups that rules name, each with its lines.
     pub fn accounts(&self) -> BTreeMap<AccountName, Vec<usize>> {
         let mut lines: BTreeMap<AccountName, Vec<usize>> = BTreeMap::new();
         for (name, (_, line)) in self
@@ -183,9 +200,11 @@ impl Config {
         lines
     }
 
-    /// Of the file only what somebody needs who asks the daemon: `[listen]`, and the region if it is right. Whoever asks is no
-    /// operator, may know fewer users than the daemon and can't mend the rest; but of `[listen]` each error counts, since a
-    /// default in place of what was meant would be another daemon's address.
+    /// Reads the part of the file that a caller of the daemon needs: `[listen]`, and the region if
+    /// it is valid.
+    ///
+    /// A caller cannot correct the rest of the file, and may know fewer users than the daemon. Each
+    /// error in `[listen]` counts, because a default could be the address of another daemon.
     pub fn load_for_callers(path: &Path) -> Result<(Listen, Option<String>), ConfigErrors> {
         let failed = |problems| ConfigErrors {
             path: path.to_owned(),
@@ -198,19 +217,20 @@ impl Config {
             .into_inner();
         let rest = Diagnostics::new(&text);
         let region = sts::read(&rest.root(&entries).table("sts")).region;
+        let pods = pods::read(&rest.root(&entries).table("pods"));
         let report = Diagnostics::new(&text);
-        let listen = listen::read(&report.root(&entries).table("listen"));
+        let (listen, _) = listen::read(&report.root(&entries).table("listen"), &pods);
         report.finish_table("listen", &entries).map_err(failed)?;
         Ok((listen, region))
     }
 
-    /// Reads a configuration from its text; on failure gives at least one problem, in the order of their lines. Names that
-    /// only `awsvid dev` has are refused: its identities and its role are for trying things out.
+    /// Parses a configuration. An error has at least one problem, and they are in the order of
+    /// their lines. The names of `awsvid dev` are errors: its identities and role are for trials.
     pub fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, Vec<Problem>> {
         parse(text, env, NamePolicy::OfServe)
     }
 
-    /// Reads `awsvid dev`'s own configuration.
+    /// Parses the configuration of `awsvid dev`, with its own names.
     pub fn parse_for_dev(
         text: &str,
         env: &dyn Fn(&str) -> Option<String>,
@@ -219,7 +239,7 @@ impl Config {
     }
 }
 
-/// Whose names a configuration may have.
+/// The names that a configuration may have: those of `awsvid dev`, or all others.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum NamePolicy {
     OfServe,
@@ -235,22 +255,37 @@ fn parse(
         .map_err(|error| vec![syntax_error(text, &error)])?
         .into_inner();
     let report = Diagnostics::new(text);
-    let config = read(&report.root(&entries), env, names);
+    let mut config = read(&report.root(&entries), env, names);
+    config.digest = ConfigDigest::of(text);
     let warnings = report.finish(&entries)?;
     Ok(Loaded { config, warnings })
 }
 
-/// Reads all tables. What has an error is replaced by its default or left out, so that the rest can be checked.
+/// Reads all tables. A value with an error is replaced by its default or left out, so that the rest
+/// can be checked.
 fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolicy) -> Config {
     let [
         listen_table,
+        pods_table,
         identity_table,
         sts_table,
         cache_table,
         audit_table,
         log_table,
-    ] = ["listen", "identity", "sts", "cache", "audit", "log"].map(|name| root.table(name));
-    let listen = listen::read(&listen_table);
+        requested_table,
+    ] = [
+        "listen",
+        "pods",
+        "identity",
+        "sts",
+        "cache",
+        "audit",
+        "log",
+        "requested_roles",
+    ]
+    .map(|name| root.table(name));
+    let pods = pods::read(&pods_table);
+    let (listen, tcp_lines) = listen::read(&listen_table, &pods);
     let (identity, by_rules) = identity::read(&identity_table, env);
     let sts = sts::read(&sts_table);
     let audit = output::read_audit(&audit_table);
@@ -262,14 +297,14 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         sts_table: &sts_table,
     };
     let workloads = workload::read(root);
-    let requested = role::read_requested(root, &defaults);
-    let roles = role::read(root, &defaults);
+    let requested = role::read_requested(&requested_table, &defaults);
+    let roles = role::read(root, &requested_table, &defaults);
 
     let audit_path = match &audit.file {
         AuditFile::Path(path) => Some(path.as_path()),
         AuditFile::Stdout => None,
     };
-    let source = match &identity.socket {
+    let source = match &identity.workload_api_socket {
         Endpoint::Unix(path) => Some(path.as_path()),
         Endpoint::Tcp(_) => None,
     };
@@ -279,46 +314,49 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         Source::SpiffeBroker { socket, .. } => Some(("broker_socket", socket.as_path())),
     };
     let (agent_key, agent) = agent.map_or(("admin_socket", None), |(key, path)| (key, Some(path)));
-    let named: [checks::PathSetting<'_>; 9] = [
+    let named: [cross_checks::PathSetting<'_>; 9] = [
         (&identity_table, agent_key, agent),
-        (&identity_table, "socket", source),
+        (&identity_table, "workload_api_socket", source),
         (&sts_table, "ca_file", sts.ca_file.as_deref()),
         (&listen_table, "unix", listen.unix.as_deref()),
         (&listen_table, "status", listen.status.as_deref()),
-        (&listen_table, "handover", listen.handover.as_deref()),
-        (&listen_table, "pods_dir", Some(&listen.pods_dir)),
         (&listen_table, "token_file", Some(&listen.token_file)),
+        (
+            &pods_table,
+            "handover_socket",
+            pods.handover_socket.as_deref(),
+        ),
+        (&pods_table, "netns_dir", Some(&pods.netns_dir)),
         (&audit_table, "file", audit_path),
     ];
     if by_rules == Some(true) && root.missing("workload") {
         root.error(
             "workload",
-            "nobody has an identity, so every request would be refused",
+            "no caller has an identity, so every request would be rejected",
             "add a [[workload]]",
         );
     }
     if let (Some(false), Some(first)) = (by_rules, workloads.first()) {
-        let what =
-            "the agent says itself which workload has which identity, so rules are never looked at";
+        let what = "the agent itself identifies callers, so the daemon never uses rules";
         root.report.error(
             &first.at(),
             what,
             "remove every [[workload]], or set source = \"workload-api\"",
         );
     }
-    if root.missing("role") && root.missing("allow_requested_roles") {
+    if root.missing("role") && requested_table.missing("allow") {
         root.error(
             "role",
-            "nobody has a role, so every request would be refused",
+            "no caller has a role, so every request would be rejected",
             "add a [[role]]",
         );
     }
     if names == NamePolicy::OfServe {
-        checks::names_of_dev(root.report, &workloads, &roles);
+        cross_checks::names_of_dev(root.report, &workloads, &roles);
     }
-    checks::paths(root.report, &named);
-    checks::rules(root.report, &workloads);
-    checks::roles(root.report, &roles, requested.as_ref());
+    cross_checks::paths(root.report, &named);
+    cross_checks::rules(root.report, &workloads);
+    cross_checks::roles(root.report, &roles, requested.as_ref());
     if sts.ca_file.is_some()
         && roles
             .iter()
@@ -328,7 +366,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         sts_table.error("ca_file", what, "remove it, or set `endpoint`");
     }
     if by_rules == Some(true) {
-        checks::coverage(root.report, &workloads, &roles, requested.is_some());
+        cross_checks::coverage(root.report, &workloads, &roles, requested.is_some());
     }
 
     Config {
@@ -340,9 +378,12 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
             requested,
         },
         listen,
+        pods,
         identity,
         sts,
         audit,
+        tcp_lines,
+        digest: ConfigDigest::default(),
     }
 }
 
@@ -370,7 +411,7 @@ fn syntax_error(text: &str, error: &toml::de::Error) -> Problem {
         .map(|found| format!(" at `{found}`"))
         .unwrap_or_default();
     Problem {
-        line: Some(reader::line_at(text, span.start)),
+        line: Some(toml_reader::line_at(text, span.start)),
         key: String::new(),
         what: format!(
             "this is not TOML: {}{found} (column {column})",
@@ -380,7 +421,7 @@ fn syntax_error(text: &str, error: &toml::de::Error) -> Problem {
     }
 }
 
-/// The content of the file, and what was opened.
+/// Returns the content of the file, and the metadata of the file that was opened.
 fn read_file(path: &Path) -> Result<(Vec<u8>, Metadata), Problem> {
     let read = || {
         let mut file = File::open(path)?;

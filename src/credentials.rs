@@ -1,4 +1,4 @@
-//! Temporary AWS credentials, and the one place where they are written out: the body that every SDK reads.
+//! Temporary AWS credentials, and the JSON body of them that every SDK reads.
 
 use std::fmt;
 use std::io;
@@ -9,16 +9,16 @@ use zeroize::Zeroizing;
 
 use crate::identity::RoleArn;
 
-/// What STS issued for one role session.
+/// Credentials that STS issued for one role session.
 #[derive(Clone)]
 pub struct Credentials {
-    /// The access key id. Not secret: it ties the audit record to CloudTrail.
+    /// The access key ID. It is not secret, and links the audit record to CloudTrail.
     pub access_key_id: String,
-    /// Secret.
+    /// The secret access key, which is zeroized.
     pub secret_access_key: Zeroizing<String>,
-    /// Secret.
+    /// The session token, which is zeroized.
     pub session_token: Zeroizing<String>,
-    /// When AWS stops to accept them.
+    /// Time at which AWS stops accepting the credentials.
     pub expiration: SystemTime,
 }
 
@@ -34,7 +34,7 @@ impl fmt::Debug for Credentials {
     }
 }
 
-/// The keys of the answer, no others: one SDK fails on keys that it doesn't know, another needs `Code`.
+/// The exact keys of the response. One SDK fails on unknown keys, another needs `Code`.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct CredentialsBody<'a> {
@@ -49,8 +49,9 @@ struct CredentialsBody<'a> {
 }
 
 impl Credentials {
-    /// The JSON body for SDKs: `Expiration` in UTC with `Z` and whole seconds, `AccountId` only
-    /// for the ARN of a role at AWS: accounts of another STS do not mean anything to an SDK.
+    /// Returns the JSON body for SDKs. `Expiration` is in UTC with `Z` and whole seconds.
+    /// `AccountId` is present only for the ARN of a role at AWS: an SDK has no use for accounts of
+    /// another STS.
     pub fn body(&self, role: &RoleArn) -> Zeroizing<Vec<u8>> {
         let body = CredentialsBody {
             code: "Success",
@@ -61,8 +62,8 @@ impl Credentials {
             account_id: role.account(),
             role_arn: role.as_str(),
         };
-        // Into memory of just this size: a buffer that grows leaves copies of the secrets behind. Strings and nothing else:
-        // writing them to memory cannot fail.
+        // The buffer has the exact size, since a growing buffer would leave copies of the secrets.
+        // The body has only strings, so its serialization into memory cannot fail.
         let mut length = LengthCounter(0);
         let _ = serde_json::to_writer(&mut length, &body);
         let mut bytes = Zeroizing::new(Vec::with_capacity(length.0));
@@ -71,7 +72,7 @@ impl Credentials {
     }
 }
 
-/// Counts what is written.
+/// Writer that counts the bytes.
 struct LengthCounter(usize);
 
 impl io::Write for LengthCounter {
@@ -129,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn the_body_was_never_moved_to_a_larger_place() {
+    fn body_is_not_reallocated() {
         let role = RoleArn::parse("arn:aws:iam::123456789012:role/billing").unwrap();
         let long = Credentials {
             session_token: Zeroizing::new("t".repeat(1024)),

@@ -1,9 +1,11 @@
-//! `awsvid dev`: the whole path with no AWS account and no SPIRE.
+//! `awsvid dev`: the complete path without an AWS account and without SPIRE.
 //!
-//! What the daemon would meet elsewhere is here on loopback, and works for real: [`workload_api`] signs JWT-SVIDs with
-//! a key of [`keys`] that lives as long as the run, [`oidc`] publishes it, and [`sts`] verifies by what is published.
-//! Between them runs the ordinary daemon with an ordinary configuration ([`Dev::configuration`]), so nothing of `dev` is in
-//! the request path, and nothing in a configuration file can switch `dev` on.
+//! The daemon's counterparts run on loopback, and really work. [`workload_api`] signs JWT-SVIDs
+//! with a key of [`keys`] that lives as long as the run. [`oidc`] publishes the key, and [`sts`]
+//! verifies with the published one.
+//!
+//! Between them runs the ordinary daemon with an ordinary configuration ([`Dev::configuration`]).
+//! So no code of `dev` is in the request path, and no configuration file can enable `dev`.
 
 use std::fs::Permissions;
 use std::io;
@@ -19,34 +21,35 @@ use thiserror::Error;
 
 use crate::clock::Clock;
 use crate::config::{DEV_ACCOUNT, DEV_TRUST_DOMAIN};
-use crate::environment::Environment;
 use crate::identity::{RoleArn, SpiffeIdPattern};
+use crate::sdk_environment::Environment;
 
-pub mod command;
+pub mod child;
 mod environment;
 pub mod keys;
-mod loopback;
+pub mod local_users;
+mod loopback_http;
 pub mod oidc;
 mod run;
 pub mod sts;
-pub mod users;
 pub mod workload_api;
 
 use environment::Endpoints;
 use keys::SigningKey;
+use local_users::User;
 use oidc::DevOidcIssuer;
 pub use run::run;
 use sts::{DevAccount, DevProvider, DevSts, TrustedRole};
-use users::User;
 use workload_api::{DevWorkloadApi, Registrations};
 
-/// What tokens are for: not for AWS, so that none could ever be used there (an audience belongs to one endpoint).
+/// Audience of the tokens. It is not AWS's, so that AWS accepts none of them (an audience belongs
+/// to one endpoint).
 const AUDIENCE: &str = "awsvid-dev";
 const REGION: &str = "us-east-1";
-/// `MaxSessionDuration` of the role: all that a `duration` may say can be tried.
+/// `MaxSessionDuration` of the role. Every valid `duration` can be tried.
 const MAX_SESSION: Duration = Duration::from_secs(12 * 3600);
 
-/// Why `dev` does not start.
+/// Reason why `dev` does not start.
 #[derive(Debug, Error)]
 #[error("{what}: {source}")]
 pub struct DevStartError {
@@ -65,17 +68,17 @@ impl DevStartError {
     }
 }
 
-/// What identities and role are called.
+/// Names of the identities and the role.
 #[derive(Debug, Clone)]
 pub struct DevNames {
-    /// The trust domain of all identities.
+    /// Trust domain of all identities.
     pub trust_domain: String,
-    /// The account of the one role, which is called `dev`.
+    /// Account of the only role, `dev`.
     pub account: String,
 }
 
 impl Default for DevNames {
-    /// Those of the command, which no production configuration may have.
+    /// Returns the names of the command. No production configuration may have them.
     fn default() -> Self {
         Self {
             trust_domain: DEV_TRUST_DOMAIN.to_owned(),
@@ -94,7 +97,7 @@ impl DevNames {
     }
 }
 
-/// All that the daemon needs around it. It ends with this value.
+/// The counterparts of the daemon. They end when this value is dropped.
 #[derive(Debug)]
 pub struct Dev {
     names: DevNames,
@@ -102,19 +105,19 @@ pub struct Dev {
     _issuer: DevOidcIssuer,
     sts: DevSts,
     users: Vec<User>,
-    /// Removed with everything in it, after the servers have ended.
+    /// Removed with its content after the servers have ended.
     directory: TempDir,
 }
 
 impl Dev {
-    /// Starts the servers, for the user who runs this; for root, also for the people of this machine. When it returns each
-    /// of them is bound.
+    /// Starts the servers for the user that runs the command, and for root also for the people of
+    /// this machine. On return each server is bound.
     pub async fn start() -> Result<Self, DevStartError> {
-        let users = users::identities(accounts()).map_err(DevStartError::of("the users"))?;
+        let users = local_users::identities(accounts()).map_err(DevStartError::of("the users"))?;
         Self::start_for(users, DevNames::default()).await
     }
 
-    /// The same for these users, at least one, under these names.
+    /// Does the same for these users, at least one, under these names.
     pub async fn start_for(users: Vec<User>, names: DevNames) -> Result<Self, DevStartError> {
         let directory = directory().map_err(DevStartError::of("a directory for the sockets"))?;
         let key =
@@ -146,24 +149,26 @@ impl Dev {
         })
     }
 
-    /// Whom it serves; the user who runs it comes first.
+    /// Returns the users that are served. The user that runs the command comes first.
     pub fn users(&self) -> &[User] {
         &self.users
     }
 
-    /// The STS.
+    /// Returns the STS of this run.
     pub fn sts(&self) -> &DevSts {
         &self.sts
     }
 
-    /// The daemon's unix socket.
+    /// Returns the path of the daemon's unix socket.
     pub fn socket(&self) -> PathBuf {
         self.path("awsvid.sock")
     }
 
-    /// The daemon's configuration, as a file would have it, with this port of 127.0.0.1 for SDKs (0: the kernel picks one).
-    /// With `quiet`, standard output and standard error are left to somebody else: audit records go to a file that ends
-    /// with this value, and the log has errors only.
+    /// Returns the daemon's configuration as the text of a file, with this port of 127.0.0.1 for
+    /// SDKs. With 0 the kernel picks the port.
+    ///
+    /// With `quiet`, standard output and standard error stay free for a command. Audit records go
+    /// to a file that is removed with this value, and the log has errors only.
     pub fn configuration(&self, port: u16, quiet: bool) -> String {
         let (audit, level) = if quiet {
             (self.path("audit.log"), "error")
@@ -183,25 +188,25 @@ impl Dev {
         format!(
             "[listen]\nunix = {unix}\ntcp = [\"127.0.0.1:{port}\"]\nadmin = \"127.0.0.1:0\"\nstatus = {status}\n\
              token_file = {token}\n\n\
-             [identity]\nsource = \"workload-api\"\nsocket = {socket}\naudience = \"{AUDIENCE}\"\n\n\
+             [identity]\nsource = \"workload-api\"\nworkload_api_socket = {socket}\naudience = \"{AUDIENCE}\"\n\n\
              [sts]\nregion = \"{REGION}\"\nendpoint = \"{sts}\"\n\n\
              [audit]\nfile = {audit}\n\n\
              [log]\nlevel = \"{level}\"\n\n\
-             [[role]]\nname = \"dev\"\nspiffe_id = \"{everybody}\"\nrole_arn = \"{role_arn}\"\n\
+             [[role]]\nname = \"dev\"\nspiffe_id = \"{all_users}\"\nrole_arn = \"{role_arn}\"\n\
              audience = \"{AUDIENCE}\"\n{rules}",
             unix = toml_string(&self.socket()),
             status = toml_string(&self.path("status.sock")),
             token = toml_string(&self.path("token")),
             socket = toml::Value::from(self.workload_api.address()),
             sts = self.sts.url(),
-            everybody = self.names.all_users(),
+            all_users = self.names.all_users(),
             role_arn = self.names.role_arn(),
             audit = toml_string(&audit),
         )
     }
 
-    /// The variables for SDKs, once the daemon serves `credentials` and has written its token file; `inherited` gives the
-    /// variables of this process.
+    /// Returns the variables for SDKs. The daemon has to serve `credentials` and to have written
+    /// its token file. `inherited` reads the variables of this process.
     pub fn environment(
         &self,
         credentials: SocketAddr,
@@ -224,10 +229,10 @@ impl Dev {
     }
 }
 
-/// Others may only reach what is in it if there are others who are served.
+/// Creates a directory that other users can enter only if others are served.
 fn directory() -> io::Result<TempDir> {
     let (base, mode) = match geteuid().is_root() {
-        // Root's temporary directory may be one that nobody else can enter.
+        // Root's temporary directory may be closed to other users.
         true if Path::new("/run").is_dir() => (PathBuf::from("/run"), 0o755),
         true => (std::env::temp_dir(), 0o755),
         false => (std::env::temp_dir(), 0o700),
@@ -244,15 +249,15 @@ fn directory() -> io::Result<TempDir> {
     Ok(directory)
 }
 
-fn accounts() -> Vec<users::LocalAccount> {
+fn accounts() -> Vec<local_users::LocalAccount> {
     let own = geteuid();
     let account = |uid: Uid| {
-        // Without an entry in the user database the number has to do.
+        // Without an entry in the user database the number is used.
         let name = SystemUser::from_uid(uid)
             .ok()
             .flatten()
             .map(|user| user.name);
-        users::LocalAccount {
+        local_users::LocalAccount {
             uid: uid.as_raw(),
             name,
         }
@@ -263,14 +268,14 @@ fn accounts() -> Vec<users::LocalAccount> {
             .ok()
             .and_then(|uid| uid.parse().ok());
         accounts.extend(sudo.map(|uid| account(Uid::from_raw(uid))));
-        accounts.extend(users::people(
+        accounts.extend(local_users::people(
             &std::fs::read_to_string("/etc/passwd").unwrap_or_default(),
         ));
     }
     accounts
 }
 
-/// What an administrator would have made in IAM: the provider, and the role with its trust policy.
+/// Returns the IAM resources of an administrator: the provider, and the role with its trust policy.
 fn account(issuer: &str, names: &DevNames) -> Result<DevAccount, crate::identity::InvalidName> {
     Ok(DevAccount {
         region: REGION.to_owned(),
@@ -288,7 +293,7 @@ fn account(issuer: &str, names: &DevNames) -> Result<DevAccount, crate::identity
     })
 }
 
-/// A path as a TOML string.
+/// Returns a path as a TOML string.
 fn toml_string(path: &Path) -> toml::Value {
     toml::Value::from(path.to_string_lossy().into_owned())
 }

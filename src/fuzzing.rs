@@ -1,7 +1,7 @@
-//! Everything that awsvid reads with code of its own, as functions of bytes that fail where a property does not hold.
+//! All parsers of awsvid's own, as functions of bytes that panic where a property does not hold.
 //!
-//! `tests/fuzz` gives them to a fuzzer; an ordinary test runs them over the seeds in `tests/fuzz/seeds` and random damage to
-//! those.
+//! `tests/fuzz` runs them in a fuzzer. A unit test runs them over the seeds in `tests/fuzz/seeds`
+//! and over randomly damaged seeds.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -9,12 +9,13 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
 use crate::config::Config;
-use crate::endpoint::Endpoint;
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
+use crate::socket_endpoint::Endpoint;
 use crate::svid::JwtSvid;
 use crate::{attest, http};
 
-/// Takes the first byte for the choice of a reader, and gives it the rest. Whether that takes it.
+/// Selects a parser by the first byte and runs it on the rest. Returns whether the parser accepts
+/// that.
 pub fn any(bytes: &[u8]) -> bool {
     let Some((choice, rest)) = bytes.split_first() else {
         return false;
@@ -35,12 +36,13 @@ pub fn any(bytes: &[u8]) -> bool {
     }
 }
 
-/// 2026-01-01: where the seeds stand in time.
+/// Returns 2026-01-01, the time at which the seeds are valid.
 fn now() -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(1_767_225_600)
 }
 
-/// Header, claims and signature of a JWT-SVID, one a line, or (with one line) the token itself.
+/// Checks a JWT-SVID: header, claims and signature on a line each, or the encoded token on one
+/// line.
 fn token(bytes: &[u8]) -> bool {
     let Ok(id) = SpiffeId::parse("spiffe://example.org/billing") else {
         return false;
@@ -62,7 +64,7 @@ fn token(bytes: &[u8]) -> bool {
             );
             assert!(svid.expires() >= now() + Duration::from_secs(30));
             assert!(!format!("{svid:?}").contains(&token));
-            // As another reader sees it.
+            // The claims as another parser reads them.
             let claims = token
                 .split('.')
                 .nth(1)
@@ -78,7 +80,8 @@ fn token(bytes: &[u8]) -> bool {
             true
         }
         Err(error) => {
-            // The texts are the daemon's own, with the names that it asked for: nothing of the token is in them.
+            // The texts are the daemon's own. The only names in them are those that the daemon
+            // requested.
             let error = error.to_string();
             let secret = token
                 .split('.')
@@ -90,7 +93,7 @@ fn token(bytes: &[u8]) -> bool {
 }
 
 fn configuration(text: &str) -> bool {
-    let (problems, taken) = match Config::parse(text, &|_| None) {
+    let (problems, accepted) = match Config::parse(text, &|_| None) {
         Ok(loaded) => {
             let listen = &loaded.config.listen;
             assert!(listen.tcp.iter().all(|address| address.ip().is_loopback()));
@@ -112,12 +115,12 @@ fn configuration(text: &str) -> bool {
             .iter()
             .all(|problem| problem.line.is_none_or(|line| (1..=lines).contains(&line)))
     );
-    taken
+    accepted
 }
 
 fn spiffe_id(text: &str) -> bool {
     let (id, pattern) = (SpiffeId::parse(text), SpiffeIdPattern::parse(text));
-    let taken = id.is_ok() || pattern.is_ok();
+    let accepted = id.is_ok() || pattern.is_ok();
     if let Ok(id) = id {
         assert_eq!(id.as_str(), text);
         assert!(
@@ -145,10 +148,10 @@ fn spiffe_id(text: &str) -> bool {
     }
     if let Ok(pattern) = pattern {
         assert_eq!(pattern.as_str(), text);
-        // What each wildcard stands for, put in its place.
+        // Replaces each wildcard by text that it matches.
         let filled = text.replace("**", "x/y").replace('*', "x");
         let Ok(id) = SpiffeId::parse(&filled) else {
-            return taken;
+            return accepted;
         };
         assert!(pattern.matches(&id), "{text} and {filled}");
         assert!(pattern.least_segments() <= id.segments().count());
@@ -156,23 +159,23 @@ fn spiffe_id(text: &str) -> bool {
         let covers = SpiffeId::parse(&longer).is_ok_and(|longer| pattern.matches(&longer));
         assert!(!covers || text.ends_with("/**"), "{text} and {longer}");
     }
-    taken
+    accepted
 }
 
 fn arn(text: &str) -> bool {
     let (arn, template) = (RoleArn::parse(text), ArnTemplate::parse(text));
     let (name, names) = (RoleArn::opaque(text), ArnTemplate::opaque(text));
-    let taken = arn.is_ok() || template.is_ok() || names.is_ok();
+    let accepted = arn.is_ok() || template.is_ok() || names.is_ok();
     let (Ok(id), Ok(deeper)) = (
         SpiffeId::parse("spiffe://example.org/a/b"),
         SpiffeId::parse("spiffe://example.org/a/b.c/d_e"),
     ) else {
-        return taken;
+        return accepted;
     };
     if let Ok(arn) = arn {
         assert!(text.starts_with("arn:") && text.contains(":role/"));
         assert!(arn.account().is_some_and(|account| account.len() == 12));
-        // What is taken by AWS's rules is taken without them.
+        // Names that AWS's rules accept are accepted without them.
         assert_eq!(name.as_ref(), Ok(&arn));
     }
     if let Ok(name) = name {
@@ -187,7 +190,7 @@ fn arn(text: &str) -> bool {
             assert!(template.highest_segment().is_none_or(|highest| highest < 3));
         }
     }
-    taken
+    accepted
 }
 
 fn endpoint(text: &str) -> bool {
@@ -206,7 +209,7 @@ mod tests {
 
     const ROUNDS: usize = 20_000;
 
-    /// All seeds, in the order of their names.
+    /// Returns all seeds, in the order of their names.
     fn seeds() -> Vec<(String, Vec<u8>)> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/seeds");
         let entries = std::fs::read_dir(folder)
@@ -220,7 +223,7 @@ mod tests {
     }
 
     fn damage(bytes: &mut Vec<u8>, other: &[u8], random: &mut fastrand::Rng) {
-        // The first byte stays: it chooses the reader.
+        // The first byte stays, because it selects the parser.
         let at = random.usize(1..=bytes.len());
         let end = at + random.usize(..=(bytes.len() - at).min(16));
         match random.u8(..5) {
@@ -255,12 +258,12 @@ mod tests {
         let mut random = fastrand::Rng::with_seed(seed);
         let seeds = seeds();
         for choice in b"dpmgrtcsae" {
-            // Else a property could hold because nothing ever reaches it.
-            let taken = seeds
+            // Without this a property could hold because no input reaches it.
+            let accepted = seeds
                 .iter()
                 .filter(|(_, bytes)| bytes.first() == Some(choice) && any(bytes))
                 .count();
-            assert!(taken > 0, "no seed that {} takes", char::from(*choice));
+            assert!(accepted > 0, "no seed that {} takes", char::from(*choice));
         }
         let check = |what: &str, bytes: &[u8]| {
             let fine = std::panic::catch_unwind(|| any(bytes)).is_ok();

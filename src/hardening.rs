@@ -1,4 +1,4 @@
-//! What the daemon takes away from itself before it has threads: its memory is not to be read, its privileges are few.
+//! Hardening before the daemon has threads: its memory becomes unreadable, and it drops privileges.
 
 mod sys;
 
@@ -8,23 +8,25 @@ use nix::sys::prctl::{set_dumpable, set_no_new_privs};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::config::{Config, Reference, Source};
-use crate::rule::NamedRule;
+use crate::workload_rule::NamedRule;
 
-/// Kept wherever they are granted: what listeners and rules need that a reload may bring.
-const KEPT: [Capability; 3] = [
+/// Capabilities that are kept wherever they are granted. A reload may bring listeners and rules
+/// that need them.
+const ALWAYS_KEPT: [Capability; 3] = [
     Capability::CAP_SYS_PTRACE,
     Capability::CAP_DAC_READ_SEARCH,
     Capability::CAP_NET_BIND_SERVICE,
 ];
 
-/// What the daemon does that not every configuration asks for.
+/// Features of the daemon that need privileges and depend on the configuration.
 #[derive(Debug, Clone, Copy)]
 pub struct DaemonFeatures {
-    /// Looks for the process that holds a caller's socket, and at what other users' processes run.
-    looks_at_processes: bool,
-    /// Meets callers outside of pods.
+    /// Searches the process that owns a caller's socket, and inspects other users' processes.
+    inspects_processes: bool,
+    /// Serves callers outside of pods.
     listens_on_host: bool,
-    /// Names callers to an agent by their process, and so notices that one executes a program while the agent looks at it.
+    /// Refers callers to an agent by their process, and so observes executions while the agent
+    /// inspects it.
     names_processes: bool,
     /// Enters pods' network namespaces.
     enters_namespaces: bool,
@@ -32,14 +34,15 @@ pub struct DaemonFeatures {
     listens_low: bool,
 }
 
-/// A capability that something needs, and what fails without it.
+/// A required capability, and the failure without it.
 pub type Need = (Capability, &'static str);
 
 impl DaemonFeatures {
-    /// What this configuration asks for.
+    /// Returns the features that this configuration needs.
     pub fn of(config: &Config) -> Self {
         let Config {
             listen,
+            pods,
             identity,
             workloads,
             ..
@@ -47,7 +50,7 @@ impl DaemonFeatures {
         let listens_on_host = listen.unix.is_some() || !listen.tcp.is_empty();
         let names_processes = match identity.source {
             Source::WorkloadApi => false,
-            // Callers in pods are named by their pod.
+            // Callers in pods are referred to by their pod.
             Source::SpiffeBroker {
                 reference: Reference::Auto,
                 ..
@@ -58,19 +61,19 @@ impl DaemonFeatures {
                 ..
             } => true,
         };
-        // On the unix socket the kernel names the process, and tells its groups.
-        let searches = listen.pods || !listen.tcp.is_empty();
+        // On the unix socket the kernel reports the process and its groups.
+        let searches = pods.enabled || !listen.tcp.is_empty();
         let needs_process =
             |rule: &NamedRule| rule.rule.exe.is_some() || (searches && !rule.socket_decides());
-        let rules_look = workloads
+        let rules_inspect = workloads
             .iter()
             .any(|workload| needs_process(&workload.rule));
         Self {
-            looks_at_processes: names_processes || rules_look,
+            inspects_processes: names_processes || rules_inspect,
             listens_on_host,
             names_processes,
-            enters_namespaces: listen.pods,
-            listens_low: listen.pods
+            enters_namespaces: pods.enabled,
+            listens_low: pods.enabled
                 || listen
                     .tcp
                     .iter()
@@ -78,30 +81,35 @@ impl DaemonFeatures {
         }
     }
 
-    /// Whether callers are named to an agent by their process.
+    /// Reports whether callers are referred to an agent by their process.
     pub fn names_processes(self) -> bool {
         self.names_processes
     }
 
-    /// Whether callers can be processes that have to be seen: all but those in pods that are named by their pod.
+    /// Reports whether callers' processes have to be visible: all but those in pods that are
+    /// referred to by their pod.
     pub fn sees_processes(self) -> bool {
         self.listens_on_host || self.names_processes
     }
 
-    /// The capabilities without which some of that fails.
+    /// Returns the capabilities that these features need.
     pub fn required_capabilities(self) -> impl Iterator<Item = Need> {
-        let looks = "callers' processes cannot be looked for and looked at";
+        let cannot_inspect = "callers' processes cannot be found and inspected";
         [
-            (self.looks_at_processes, Capability::CAP_SYS_PTRACE, looks),
             (
-                self.looks_at_processes,
+                self.inspects_processes,
+                Capability::CAP_SYS_PTRACE,
+                cannot_inspect,
+            ),
+            (
+                self.inspects_processes,
                 Capability::CAP_DAC_READ_SEARCH,
-                looks,
+                cannot_inspect,
             ),
             (
                 self.listens_low,
                 Capability::CAP_NET_BIND_SERVICE,
-                "ports below 1024 may be closed to it, as 974 in pods",
+                "ports below 1024, such as 974 in pods, may not be bound",
             ),
             (
                 self.enters_namespaces,
@@ -114,111 +122,200 @@ impl DaemonFeatures {
     }
 }
 
-/// Says what is needed and is not there, once, and not only to the callers whom it concerns.
-pub fn warn_missing(does: DaemonFeatures) {
+/// Logs each capability that is missing, once, because callers see only its effects.
+pub fn warn_missing(features: DaemonFeatures) {
     let permitted = caps::read(None, CapSet::Permitted).unwrap_or_default();
-    for (capability, fails) in does
+    for (capability, fails) in features
         .required_capabilities()
         .filter(|(capability, _)| !permitted.contains(capability))
     {
         let name = capability.to_string();
         let short = name.trim_start_matches("CAP_");
+        let fix = format!(
+            "in Kubernetes add {short} to the container's securityContext.capabilities.add, under systemd {name} to \
+             CapabilityBoundingSet=; if a reload has made it needed, restart awsvid"
+        );
         tracing::warn!(
-            "{name} is missing: {fails}; in Kubernetes add {short} to the container's securityContext.capabilities.add, under \
-             systemd {name} to CapabilityBoundingSet=; if a reload has made it needed, restart awsvid"
+            capability = name,
+            consequence = fails,
+            fix,
+            "a capability is missing"
         );
     }
 }
 
-/// A system call that a capability is for, what is forbidden without it, and how to see whether it is.
-struct SyscallUse {
-    capability: Capability,
+/// A use of the kernel, the failure without it, the fix, and a harmless attempt of it.
+///
+/// No attempt reads another process: that process may block the read (T25), and a security module
+/// may protect just that one.
+struct KernelUse {
+    /// The capability that it needs, if it needs one.
+    capability: Option<Capability>,
     call: &'static str,
     fails: &'static str,
-    unit: &'static str,
-    attempt: fn() -> Errno,
+    fix: &'static str,
+    attempt: fn() -> Result<(), Errno>,
 }
 
 impl DaemonFeatures {
-    fn uses(self) -> impl Iterator<Item = SyscallUse> {
-        let cgroups = SyscallUse {
-            capability: Capability::CAP_DAC_READ_SEARCH,
+    fn uses(self) -> impl Iterator<Item = KernelUse> {
+        let cgroups = KernelUse {
+            capability: Some(Capability::CAP_DAC_READ_SEARCH),
             call: "open_by_handle_at",
             fails: "cgroups cannot be opened by their id, so callers beyond the first 512 cgroups of a unit are refused",
-            unit: "add it to SystemCallFilter=",
+            fix: "under systemd add it to SystemCallFilter=, in a container allow it in the seccomp profile",
             attempt: sys::open_by_handle_at,
         };
-        let namespaces = SyscallUse {
-            capability: Capability::CAP_SYS_ADMIN,
+        let namespaces = KernelUse {
+            capability: Some(Capability::CAP_SYS_ADMIN),
             call: "setns",
             fails: "pods' network namespaces cannot be entered",
-            unit: "set RestrictNamespaces=net, and allow it in SystemCallFilter=",
+            fix: "under systemd set RestrictNamespaces=net, and allow it in SystemCallFilter=, in a container allow it in the \
+                  seccomp profile",
             attempt: sys::setns_net,
         };
-        [(true, cgroups), (self.enters_namespaces, namespaces)]
-            .into_iter()
-            .filter_map(|(used, one)| used.then_some(one))
+        let processes = KernelUse {
+            capability: None,
+            call: "pidfd_open",
+            fails: "callers over TCP are refused where a rule or an agent needs their process (no_holder)",
+            fix: "under systemd add it to SystemCallFilter=, in a container allow it in the seccomp profile",
+            attempt: sys::pidfd_open,
+        };
+        let executables = KernelUse {
+            capability: None,
+            call: "statx",
+            fails: "executables are not visible, so no rule with `exe` matches and an agent is not queried",
+            fix: "under systemd add it to SystemCallFilter=, in a container allow it in the seccomp profile",
+            attempt: sys::statx,
+        };
+        [
+            (true, cgroups),
+            (self.enters_namespaces, namespaces),
+            (self.inspects_processes, processes),
+            (self.inspects_processes, executables),
+        ]
+        .into_iter()
+        .filter_map(|(used, one)| used.then_some(one))
     }
 }
 
-/// Logs each capability that is held in vain: a seccomp filter forbids the system call that it is for.
-fn log_forbidden_calls(does: DaemonFeatures) {
-    let effective = caps::read(None, CapSet::Effective).unwrap_or_default();
-    for SyscallUse {
-        capability,
-        call,
-        fails,
-        unit,
-        attempt,
-    } in does.uses()
-    {
-        if effective.contains(&capability) && attempt() == Errno::EPERM {
-            tracing::warn!(
-                "{capability} is held and {call} is forbidden all the same: {fails}; under systemd {unit}, in a container allow \
-                 {call} in its seccomp profile"
-            );
-        }
+/// Returns the uses that are forbidden although their capability is held, as by a seccomp filter.
+fn forbidden(
+    uses: impl Iterator<Item = KernelUse>,
+    held: &CapsHashSet,
+) -> impl Iterator<Item = KernelUse> {
+    uses.filter(|one| {
+        one.capability.is_none_or(|needed| held.contains(&needed))
+            && matches!((one.attempt)(), Err(Errno::EPERM | Errno::EACCES))
+    })
+}
+
+/// Logs each use that is forbidden, once, because callers see only its effects.
+fn log_forbidden(features: DaemonFeatures) {
+    let held = caps::read(None, CapSet::Effective).unwrap_or_default();
+    for one in forbidden(features.uses(), &held) {
+        tracing::warn!(
+            call = one.call,
+            held = one.capability.map(tracing::field::display),
+            consequence = one.fails,
+            fix = one.fix,
+            "a system call is forbidden"
+        );
     }
 }
 
-/// Call it before any thread is started: capabilities are a thread's own. What can't be had is logged and goes without.
-pub fn harden_before_threads(does: DaemonFeatures) {
-    warn_missing(does);
-    log_forbidden_calls(does);
+/// Hardens the process. Failures are logged and tolerated. Has to be called before any thread is
+/// started, because capabilities belong to threads.
+pub fn harden_before_threads(features: DaemonFeatures) {
+    warn_missing(features);
+    log_forbidden(features);
     let log = |what: &str, failed: bool| {
         if failed {
-            tracing::warn!("{what} failed; the daemon runs with less protection");
+            tracing::warn!(
+                what,
+                "hardening failed: the daemon runs with less protection"
+            );
         }
     };
-    // No core dump, and no reading of its memory through /proc or ptrace by processes of the same user.
+    // No core dump. Processes of the same user cannot read its memory through /proc or ptrace.
     log(
         "making the process non-dumpable",
         set_dumpable(false).is_err(),
     );
     log(
-        "switching core dumps off",
+        "disabling core dumps",
         setrlimit(Resource::RLIMIT_CORE, 0, 0).is_err(),
     );
     log("giving up new privileges", set_no_new_privs().is_err());
-    log("dropping capabilities", drop_capabilities(does).is_err());
+    log(
+        "dropping capabilities",
+        drop_capabilities(features).is_err(),
+    );
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE);
     let raised = descriptors.and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     log("raising the number of descriptors", raised.is_err());
 }
 
-/// Gives up what is not used. CAP_SYS_ADMIN, which is worth the most to whoever would take the daemon over, is kept only where
-/// the configuration at the start needs it; CAP_BPF and CAP_PERFMON have been of use by now.
-fn drop_capabilities(does: DaemonFeatures) -> Result<(), caps::errors::CapsError> {
+/// Drops the capabilities that are not used.
+///
+/// CAP_SYS_ADMIN is worth the most to an attacker in the daemon. It is kept only if the
+/// configuration at the start needs it. CAP_BPF and CAP_PERFMON are not needed after this point.
+fn drop_capabilities(features: DaemonFeatures) -> Result<(), caps::errors::CapsError> {
     let permitted = caps::read(None, CapSet::Permitted)?;
-    let kept: CapsHashSet = KEPT
+    let capabilities: CapsHashSet = ALWAYS_KEPT
         .into_iter()
         .chain(
-            does.required_capabilities()
+            features
+                .required_capabilities()
                 .map(|(capability, _)| capability),
         )
         .filter(|one| permitted.contains(one))
         .collect();
     caps::clear(None, CapSet::Inheritable)?;
-    caps::set(None, CapSet::Effective, &kept)?;
-    caps::set(None, CapSet::Permitted, &kept)
+    caps::set(None, CapSet::Effective, &capabilities)?;
+    caps::set(None, CapSet::Permitted, &capabilities)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_forbidden(
+        capability: Option<Capability>,
+        attempt: fn() -> Result<(), Errno>,
+        held: &[Capability],
+    ) -> bool {
+        let one = KernelUse {
+            capability,
+            call: "call",
+            fails: "it fails",
+            fix: "allow it",
+            attempt,
+        };
+        let held = held.iter().copied().collect();
+        forbidden(std::iter::once(one), &held).count() == 1
+    }
+
+    #[test]
+    fn forbidden_use_is_logged_if_its_capability_is_held() {
+        let ptrace = Capability::CAP_SYS_PTRACE;
+        for denied in [|| Err(Errno::EPERM), || Err(Errno::EACCES)] {
+            assert!(is_forbidden(Some(ptrace), denied, &[ptrace]));
+            // Another line names the missing capability.
+            assert!(!is_forbidden(Some(ptrace), denied, &[]));
+            assert!(is_forbidden(None, denied, &[]));
+        }
+        // Other errors have other causes: a bad address, a kernel without the call.
+        for allowed in [|| Ok(()), || Err(Errno::EFAULT), || Err(Errno::ENOSYS)] {
+            assert!(!is_forbidden(Some(ptrace), allowed, &[ptrace]));
+            assert!(!is_forbidden(None, allowed, &[]));
+        }
+    }
+
+    #[test]
+    fn attempts_succeed_or_fail_harmlessly() {
+        assert_eq!(sys::open_by_handle_at(), Err(Errno::EFAULT));
+        assert_eq!(sys::pidfd_open(), Ok(()));
+        assert_eq!(sys::statx(), Ok(()));
+    }
 }

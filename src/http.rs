@@ -1,7 +1,9 @@
-//! The front: one connection, one request, one answer, in the contract of the container credential endpoint.
+//! The container credential endpoint: one connection, one request, one answer.
 //!
-//! hyper parses. Everything that is refused here has its own reason, which is counted, and audited if a head arrived.
+//! hyper parses the request. Each rejection has a reason of its own, which is counted, and audited
+//! once the head is complete.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::pin::pin;
 use std::sync::Arc;
@@ -16,74 +18,106 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::Notify;
 
 use crate::attest::{Attestor, PodAttestor, Unattested};
 use crate::audit::{self, Audit, CacheResult, Outcome, Record};
-use crate::broker::CredentialService;
 use crate::cache::{CachedBody, CachedCredentials};
 use crate::caller::{AttestError, Caller, ListenerKind, PeerFacts, ProcessFacts, WorkloadKey};
+use crate::credential_service::CredentialService;
 use crate::limits::{FairPermit, FairSemaphore};
 use crate::listen::{AcceptedStream, LazySocket, PendingConnection, PendingPermit};
 use crate::metrics::Metrics;
+use crate::telemetry::{RequestId, RequestScope};
 
-mod answer;
+mod connection_bounds;
+mod error_response;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
-mod life;
-mod rules;
-mod wire;
+mod guarded_stream;
+mod own_probe;
+mod request_validation;
 
-pub use rules::{Authorization, RequestHead};
+pub use own_probe::OwnProbe;
+pub use request_validation::{Authorization, RequestHead};
 
-use answer::RequestError;
-use life::{ConnectionLife, DropReason};
-use wire::{GuardedStream, ResponseState};
+use connection_bounds::{ConnectionBounds, DropReason};
+use error_response::RequestError;
+use guarded_stream::{GuardedStream, ResponseState};
 
-/// A head that is not complete after this is given up.
+/// The longest time for a complete head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
-/// The largest head. SDKs send well under 2 kB.
+/// The largest head in bytes. SDKs send less than 2 kB.
 const MAX_HEAD_BYTES: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
 
-/// Serves connections of all listeners.
+/// The endpoint that serves the connections of all listeners.
 #[derive(Debug)]
 pub struct CredentialEndpoint {
-    /// Who asks.
+    /// Attests the caller of a connection.
     pub attestor: Arc<Attestor>,
-    /// What they get.
-    pub broker: Arc<CredentialService>,
-    /// Who got what.
+    /// Selects the role, and returns the credentials.
+    pub service: Arc<CredentialService>,
+    /// The destination of a record for each request.
     pub audit: Arc<Audit>,
-    /// Counts.
+    /// The metrics of connections and requests.
     pub metrics: Metrics,
-    /// What TCP callers have to show.
+    /// The header that callers over TCP have to send.
     pub authorization: Authorization,
-    /// How many connections there may be, and each workload may have.
+    /// Is notified when a request over TCP lacks the header, or has another token.
+    pub token_needed: Arc<Notify>,
+    /// The mark of the daemon's own requests.
+    pub own_probe: OwnProbe,
+    /// The limit of connections, in total and for each workload.
     pub connections: FairSemaphore<WorkloadKey>,
 }
 
 type HttpResponse = Response<Full<Bytes>>;
 
-/// A connection that has a place among those of its workload.
+/// The facts about a request that are known before its peer is attested.
+#[derive(Clone, Copy)]
+struct RequestOrigin {
+    id: RequestId,
+    listener: ListenerKind,
+}
+
+/// A connection that counts among those of its workload.
 struct AdmittedConnection {
     peer: Result<Caller, Unattested>,
-    /// What is to be seen of the caller's process; `None` if no rule depends on it.
-    looks: Option<ProcessFacts>,
+    /// The facts of the caller's process that the rules need; `None` if they need none.
+    facts_needed: Option<ProcessFacts>,
     permit: FairPermit<WorkloadKey>,
 }
 
 impl AdmittedConnection {
     fn may_wait(&self) -> bool {
-        matches!((&self.peer, self.looks), (Ok(caller), Some(looks)) if caller.may_wait(looks))
+        matches!((&self.peer, self.facts_needed), (Ok(caller), Some(facts)) if caller.may_wait(facts))
+    }
+
+    /// Returns what each line of the log about this connection contains.
+    fn scope(&self, RequestOrigin { id, listener }: RequestOrigin) -> RequestScope {
+        let (uid, pod) = match &self.peer {
+            Ok(caller) => (Some(caller.uid), caller.pod.as_ref()),
+            Err(Unattested {
+                peer: Some(peer), ..
+            }) => (Some(peer.uid), peer.pod.as_ref()),
+            Err(Unattested { peer: None, .. }) => (None, None),
+        };
+        RequestScope {
+            id,
+            listener,
+            uid,
+            pod: pod.map(|pod| pod.uid.clone()),
+        }
     }
 }
 
 impl CredentialEndpoint {
-    /// Serves one connection to its end, to a listener of the host's or in a pod's network namespace.
-    pub async fn connection(
+    /// Serves one connection to its end. `pod` is `None` for a listener of the host.
+    pub async fn serve_connection(
         self: Arc<Self>,
         stream: AcceptedStream,
-        arrival: PendingConnection,
+        pending: PendingConnection,
         pod: Option<Arc<PodAttestor>>,
     ) {
         let listener = match (&stream, &pod) {
@@ -92,77 +126,90 @@ impl CredentialEndpoint {
             (AcceptedStream::Tcp { .. }, Some(_)) => ListenerKind::Pod,
         };
         let PendingConnection {
-            permit: arriving,
+            permit: pending_permit,
             open,
-        } = arrival;
-        let descriptor = stream.socket().descriptor().clone();
-        let life = ConnectionLife::new(descriptor, pod.clone(), &self.metrics, open);
-        let Some(admitted) = life
-            .run(self.admit(&stream, arriving, pod.as_deref()))
-            .await
-        else {
+        } = pending;
+        let (id, descriptor) = (
+            self.audit.next_request(),
+            stream.socket().descriptor().clone(),
+        );
+        let origin = RequestOrigin { id, listener };
+        let life = ConnectionBounds::new(descriptor, pod.clone(), &self.metrics, open);
+        let unattested = RequestScope {
+            id,
+            listener,
+            uid: None,
+            pod: None,
+        };
+        let admitted = unattested
+            .run(life.run(pin!(self.admit(&stream, pending_permit, pod.as_deref()))))
+            .await;
+        let Some(admitted) = admitted else {
             return;
         };
+        let scope = admitted.scope(origin);
         if !admitted.may_wait() {
-            life.run(self.attested(stream.into_socket(), listener, admitted))
-                .await;
+            let served = self.serve_admitted(stream.into_socket(), origin, admitted);
+            scope.run(life.run(pin!(served))).await;
             return;
         }
-        let (owner, lookups) = (
+        let (workload, lookups) = (
             admitted.permit.key().clone(),
             self.attestor.lookup_threads().clone(),
         );
-        let give_up =
-            life.give_up(|| RequestError::Caller(AttestError::ProcessUnresponsive).raw_response());
-        let served = async move {
-            life.run(self.attested(stream.into_socket(), listener, admitted))
-                .await;
-        };
-        lookups.spawn(owner, served, give_up);
+        let give_up = life.give_up(move || {
+            RequestError::Caller(AttestError::ProcessUnresponsive).raw_response(id)
+        });
+        let served = scope.run(async move {
+            let served = self.serve_admitted(stream.into_socket(), origin, admitted);
+            life.run(pin!(served)).await;
+        });
+        lookups.spawn(workload, served, give_up);
     }
 
-    /// The peer by its socket, and a permit for its workload: nothing is read before it is known who has sent it.
+    /// Attests the peer by its socket, and acquires a permit for its workload. Nothing is read from
+    /// the connection before.
     async fn admit(
         &self,
         stream: &AcceptedStream,
-        arriving: PendingPermit,
+        pending_permit: PendingPermit,
         pod: Option<&PodAttestor>,
     ) -> Result<AdmittedConnection, DropReason> {
-        let peer = self.peer(stream, arriving, pod).await;
-        // Those who are not attested are read and answered, too, so they have a share as well.
-        let owner = peer
+        let peer = self.attest_socket(stream, pending_permit, pod).await;
+        // Peers that are not attested are read and answered too, so they need a permit as well.
+        let workload = peer
             .as_ref()
-            .map_or_else(Unattested::owner, WorkloadKey::of);
-        let permit = self.connections.try_acquire_evicting(&owner)?;
-        let looks = peer
+            .map_or_else(Unattested::workload_key, WorkloadKey::of);
+        let permit = self.connections.try_acquire_evicting(&workload)?;
+        let facts_needed = peer
             .as_ref()
             .ok()
-            .and_then(|caller| self.broker.facts_needed(caller));
+            .and_then(|caller| self.service.facts_needed(caller));
         Ok(AdmittedConnection {
             peer,
-            looks,
+            facts_needed,
             permit,
         })
     }
 
-    /// The caller by its process where the policy needs that, and then the request, until the connection ends or has to give
-    /// way.
-    async fn attested(
+    /// Reads the caller's process if the rules need it, and then serves the request, until the
+    /// connection ends or gives way to another.
+    async fn serve_admitted(
         &self,
         stream: LazySocket,
-        listener: ListenerKind,
+        origin: RequestOrigin,
         admitted: AdmittedConnection,
     ) -> Result<(), DropReason> {
         let AdmittedConnection {
             peer,
-            looks,
+            facts_needed,
             permit,
         } = admitted;
         let served = async {
-            let caller = match (peer, looks) {
-                (Ok(caller), Some(looks)) => {
+            let caller = match (peer, facts_needed) {
+                (Ok(caller), Some(facts)) => {
                     let seen = PeerFacts::of(&caller);
-                    let caller = caller.with_process(looks).await;
+                    let caller = caller.with_process(facts).await;
                     caller.map_err(|refusal| Unattested {
                         refusal,
                         peer: Some(seen),
@@ -170,23 +217,20 @@ impl CredentialEndpoint {
                 }
                 (peer, _) => peer,
             };
-            self.request(stream, listener, caller, &permit).await
+            self.serve_request(stream, origin, caller, &permit).await
         };
-        tokio::select! {
-            biased;
-            served = served => served,
-            () = permit.evicted() => Err(DropReason::Evicted),
-        }
+        let served = pin!(served);
+        permit.run(served).await.unwrap_or(Err(DropReason::Evicted))
     }
 
-    /// What the socket alone tells.
-    async fn peer(
+    /// Attests the peer by its socket alone.
+    async fn attest_socket(
         &self,
         stream: &AcceptedStream,
-        arriving: PendingPermit,
+        pending_permit: PendingPermit,
         pod: Option<&PodAttestor>,
     ) -> Result<Caller, Unattested> {
-        let on_wait = || drop(arriving);
+        let on_wait = || drop(pending_permit);
         match (stream, pod) {
             (AcceptedStream::Unix(stream), _) => self.attestor.unix(stream),
             (AcceptedStream::Tcp { client, server, .. }, None) => {
@@ -198,29 +242,30 @@ impl CredentialEndpoint {
         }
     }
 
-    /// Reads one request and answers it. A refused caller is still read and answered, so that its SDK shows why.
-    async fn request(
+    /// Reads one request and answers it. Rejected callers get an answer too, so that their SDK
+    /// shows the reason.
+    async fn serve_request(
         &self,
         stream: LazySocket,
-        listener: ListenerKind,
+        origin: RequestOrigin,
         caller: Result<Caller, Unattested>,
         permit: &FairPermit<WorkloadKey>,
     ) -> Result<(), DropReason> {
         let caller = caller.map(Arc::new);
-        let (stage, more_comes) = (ResponseState::default(), AtomicBool::new(false));
+        let (state, has_body) = (ResponseState::default(), AtomicBool::new(false));
         let service = service_fn(|request: Request<Incoming>| {
-            stage.answering();
+            state.answering();
             permit.set_in_use();
-            more_comes.store(rules::has_body(&request), Ordering::Relaxed);
-            let (caller, stage) = (caller.clone(), &stage);
+            has_body.store(request_validation::has_body(&request), Ordering::Relaxed);
+            let (caller, state) = (caller.clone(), &state);
             async move {
-                let answer = stage
-                    .waiting(pin!(self.answer(&request, listener, caller)))
+                let answer = state
+                    .waiting(pin!(self.answer(&request, origin, caller)))
                     .await;
                 Ok::<_, Infallible>(answer)
             }
         });
-        let mut wire = GuardedStream::new(stream, listener != ListenerKind::Unix, &stage);
+        let mut wire = GuardedStream::new(stream, origin.listener != ListenerKind::Unix, &state);
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_TIMEOUT)
@@ -231,8 +276,8 @@ impl CredentialEndpoint {
             .serve_connection(TokioIo::new(&mut wire), service)
             .await;
         let refused = match served {
-            Ok(()) if stage.is_answering() => {
-                if more_comes.load(Ordering::Relaxed) {
+            Ok(()) if state.is_answering() => {
+                if has_body.load(Ordering::Relaxed) {
                     wire.drain_input().await;
                 }
                 return Ok(());
@@ -243,47 +288,53 @@ impl CredentialEndpoint {
             Err(error) if error.is_parse() => RequestError::Malformed,
             Ok(()) | Err(_) => return Err(DropReason::Closed),
         };
-        // A client that is gone by now is no further concern.
-        let _ = wire.write_raw(&refused.raw_response()).await;
+        tracing::debug!(reason = refused.reason(), "head rejected");
+        // A client that is gone by now gets no answer.
+        let _ = wire.write_raw(&refused.raw_response(origin.id)).await;
         wire.drain_input().await;
         Err(DropReason::BadRequest)
     }
 
-    /// Opens the audit record, decides, closes it. If the client goes away hyper drops this future, and the record says so.
+    /// Answers one request, and records it. hyper drops this future if the client closes the
+    /// connection; the record is then `aborted`.
     async fn answer(
         &self,
         request: &Request<Incoming>,
-        listener: ListenerKind,
+        RequestOrigin { id, listener }: RequestOrigin,
         caller: Result<Arc<Caller>, Unattested>,
     ) -> HttpResponse {
-        let mut record = self.audit.begin(listener, caller.as_ref().ok().cloned());
+        let mut record = self
+            .audit
+            .begin(id, listener, caller.as_ref().ok().cloned());
         let caller = caller.map_err(|Unattested { refusal, peer }| {
-            record.unattested(peer);
+            record.set_peer(peer);
             refusal
         });
-        let id = record.request_id();
-        match self.decide(request, listener, caller, &mut record).await {
-            Ok((issued, freshness)) => {
-                let said = audit::IssuedFields {
+        if self.own_probe.sent(request.uri().path(), request.headers()) {
+            record.mark_own_probe();
+        }
+        match self.issue(request, listener, caller, &mut record).await {
+            Ok((issued, cache_result)) => {
+                let fields = audit::IssuedFields {
                     access_key_id: &issued.access_key_id,
                     expiration: issued.expiration,
-                    freshness,
+                    cache_result,
                 };
-                match record.finish(Outcome::Issued, "ok", Some(said)).await {
-                    true => respond(200, Bytes::from_owner(SharedBody(issued.body.clone()))),
-                    false => refuse(&RequestError::NotAudited, id),
+                match record.finish(Outcome::Issued, "ok", Some(fields)).await {
+                    true => json_response(200, Bytes::from_owner(SharedBody(issued.body.clone()))),
+                    false => error_response(&RequestError::NotAudited, id),
                 }
             }
             Err(refused) => {
                 record
                     .finish(refused.outcome(), refused.reason(), None)
                     .await;
-                refuse(&refused, id)
+                error_response(&refused, id)
             }
         }
     }
 
-    async fn decide(
+    async fn issue(
         &self,
         request: &Request<Incoming>,
         listener: ListenerKind,
@@ -291,20 +342,45 @@ impl CredentialEndpoint {
         record: &mut Record,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), RequestError> {
         let caller = caller.map_err(RequestError::Caller)?;
-        let wanted = rules::validate(&RequestHead::of(request), listener, &self.authorization)?;
-        let (issued, freshness) = self
-            .broker
-            .credentials_for(&caller, &wanted, record)
+        let head = RequestHead::of(request);
+        let requested = request_validation::validate(&head, listener, &self.authorization)
+            .inspect_err(|error| {
+                if matches!(
+                    error,
+                    RequestError::NoAuthorization | RequestError::WrongToken
+                ) {
+                    self.token_needed.notify_one();
+                }
+            })?;
+        let (issued, cache_result) = self
+            .service
+            .credentials_for(&caller, &requested, record)
             .await
-            .map_err(|error| RequestError::broker(error, &caller))?;
-        if freshness == CacheResult::Stale {
+            .map_err(|error| {
+                record.set_requested_role(&requested);
+                RequestError::from_service(error, &caller, &requested)
+            })?;
+        if cache_result == CacheResult::Stale {
             tracing::debug!("answered from credentials that are due for a refresh");
         }
-        Ok((issued, freshness))
+        Ok((issued, cache_result))
     }
 }
 
-/// Lets hyper write the cached body without a copy of the secrets.
+/// Returns the outcome and the reason of each way in which a request ends without credentials.
+pub fn request_failures() -> BTreeSet<(&'static str, &'static str)> {
+    let samples = RequestError::samples().into_iter();
+    samples
+        .map(|error| (error.outcome().name(), error.reason()))
+        .collect()
+}
+
+/// Returns the reasons for which a connection of a workload ends without an answer.
+pub fn drop_reasons() -> impl Iterator<Item = &'static str> {
+    DropReason::ALL.into_iter().map(DropReason::reason)
+}
+
+/// A cached body that hyper writes without a copy of the secrets.
 struct SharedBody(CachedBody);
 
 impl AsRef<[u8]> for SharedBody {
@@ -313,8 +389,8 @@ impl AsRef<[u8]> for SharedBody {
     }
 }
 
-fn refuse(refused: &RequestError, id: audit::RequestId) -> HttpResponse {
-    let mut response = respond(refused.status(), Bytes::from(refused.body(Some(id))));
+fn error_response(refused: &RequestError, id: RequestId) -> HttpResponse {
+    let mut response = json_response(refused.status(), Bytes::from(refused.body(id)));
     if let Some(seconds) = refused.retry_after() {
         response
             .headers_mut()
@@ -328,8 +404,9 @@ fn refuse(refused: &RequestError, id: audit::RequestId) -> HttpResponse {
     response
 }
 
-/// `Connection: close` on every answer: one connection is one attestation, and one SDK never closes its own.
-fn respond(status: u16, body: Bytes) -> HttpResponse {
+/// Returns an answer with `Connection: close`: one connection is one attestation, and one SDK never
+/// closes its own.
+fn json_response(status: u16, body: Bytes) -> HttpResponse {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() =
         hyper::StatusCode::from_u16(status).unwrap_or(hyper::StatusCode::INTERNAL_SERVER_ERROR);

@@ -1,6 +1,7 @@
-//! The names that everything else is decided by: SPIFFE IDs, role ARNs, session names.
+//! Names that decisions depend on: SPIFFE IDs, role ARNs, session names.
 //!
-//! Each is parsed once and valid from then on. Grammar of SPIFFE IDs: SPIFFE-ID.md, sections 2.1 to 2.3.
+//! Each is parsed once and is valid from then on. Grammar of SPIFFE IDs: SPIFFE-ID.md, sections 2.1
+//! to 2.3.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,16 +13,16 @@ mod arn;
 
 pub use arn::{ArnTemplate, RoleArn};
 
-/// The longest SPIFFE ID that the standard asks implementations to support, in bytes.
-const SPIFFE_ID_MAX: usize = 2048;
-/// The longest trust domain name, in bytes.
-const TRUST_DOMAIN_MAX: usize = 255;
-/// STS: `RoleSessionName` has 2 to 64 characters of `[\w+=,.@-]`.
+/// Maximum length of a SPIFFE ID that the standard requires implementations to support, in bytes.
+const MAX_SPIFFE_ID_BYTES: usize = 2048;
+/// Maximum length of a trust domain name, in bytes.
+const MAX_TRUST_DOMAIN_BYTES: usize = 255;
+/// Length of a `RoleSessionName` at STS, in characters of `[\w+=,.@-]`.
 const SESSION_NAME_LENGTH: std::ops::RangeInclusive<usize> = 2..=64;
-/// How much of a long SPIFFE ID stays readable in its session name, before `=` and 16 hex digits.
-const SESSION_NAME_HEAD: usize = 47;
+/// Length of the readable start of a shortened session name. `=` and 16 hex digits follow.
+const SESSION_NAME_PREFIX: usize = 47;
 
-/// Why a name is not what it should be. The text is for whoever wrote the name.
+/// Reason why a name is invalid. The text is for the author of the name.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{0}")]
 pub struct InvalidName(pub String);
@@ -35,18 +36,19 @@ fn invalid<T>(text: impl Into<String>) -> Result<T, InvalidName> {
 pub struct SpiffeId(Arc<str>);
 
 impl SpiffeId {
-    /// Parses a SPIFFE ID; an ID without a path (that of a trust domain itself) names no workload and is refused.
+    /// Parses a SPIFFE ID. It rejects an ID without a path, which is that of a trust domain and not
+    /// of a workload.
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
-        if text.len() > SPIFFE_ID_MAX {
+        if text.len() > MAX_SPIFFE_ID_BYTES {
             return invalid(format!(
-                "a SPIFFE ID has at most {SPIFFE_ID_MAX} bytes, this one {}",
+                "a SPIFFE ID has at most {MAX_SPIFFE_ID_BYTES} bytes, this one {}",
                 text.len()
             ));
         }
         let (domain, path) = split(text)?;
         if !is_trust_domain(domain) {
             return invalid(format!(
-                "`{domain}` is no trust domain name: it takes a-z, 0-9, '.', '-' and '_'"
+                "`{domain}` is not a trust domain name: use a-z, 0-9, '.', '-' and '_'"
             ));
         }
         if path.is_empty() {
@@ -56,29 +58,29 @@ impl SpiffeId {
         }
         if let Some(bad) = path.split('/').find(|segment| !is_path_segment(segment)) {
             return invalid(format!(
-                "`{bad}` is no path segment: it takes A-Z, a-z, 0-9, '.', '-' and '_', and is not empty, '.' or '..'"
+                "`{bad}` is not a path segment: use A-Z, a-z, 0-9, '.', '-' and '_', and not '' or '.' or '..' alone"
             ));
         }
         Ok(Self(Arc::from(text)))
     }
 
-    /// The whole ID.
+    /// Returns the whole ID as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The trust domain's name, for example `example.org`.
+    /// Returns the trust domain's name, for example `example.org`.
     pub fn trust_domain(&self) -> &str {
         split(&self.0).map_or("", |(domain, _)| domain)
     }
 
-    /// The path's segments, in order.
+    /// Returns the path's segments, in order.
     pub fn segments(&self) -> impl Iterator<Item = &str> {
         split(&self.0).map_or("", |(_, path)| path).split('/')
     }
 }
 
-/// `spiffe://domain/a/b` as (`domain`, `a/b`).
+/// Splits `spiffe://domain/a/b` into (`domain`, `a/b`).
 fn split(text: &str) -> Result<(&str, &str), InvalidName> {
     let Some(rest) = text.strip_prefix("spiffe://") else {
         return invalid("a SPIFFE ID begins with spiffe://");
@@ -89,14 +91,15 @@ fn split(text: &str) -> Result<(&str, &str), InvalidName> {
 fn is_trust_domain(name: &str) -> bool {
     let allowed =
         |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, b'.' | b'-' | b'_');
-    (1..=TRUST_DOMAIN_MAX).contains(&name.len()) && name.bytes().all(allowed)
+    (1..=MAX_TRUST_DOMAIN_BYTES).contains(&name.len()) && name.bytes().all(allowed)
 }
 
 fn is_path_segment(segment: &str) -> bool {
     !matches!(segment, "" | "." | "..") && segment.bytes().all(is_segment_character)
 }
 
-/// `[A-Za-z0-9._-]`, which is all that a path segment can have: SPIFFE-ID.md, section 2.2.
+/// Returns true for `[A-Za-z0-9._-]`, the only characters of a path segment (SPIFFE-ID.md, section
+/// 2.2).
 fn is_segment_character(c: u8) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-' | b'_')
 }
@@ -113,7 +116,7 @@ impl fmt::Debug for SpiffeId {
     }
 }
 
-/// Which SPIFFE IDs a role is for: exact, or with `*` for one segment and a last `**` for one or more.
+/// Pattern of SPIFFE IDs: exact, or with `*` for one segment and a last `**` for one or more.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct SpiffeIdPattern {
     text: String,
@@ -129,18 +132,18 @@ enum PatternSegment {
 }
 
 impl SpiffeIdPattern {
-    /// Parses a pattern. The trust domain is always exact; `**` is allowed as the last segment only.
+    /// Parses a pattern. The trust domain is always exact. `**` may only be the last segment.
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
-        if text.len() > SPIFFE_ID_MAX {
+        if text.len() > MAX_SPIFFE_ID_BYTES {
             return invalid(format!(
-                "a SPIFFE ID has at most {SPIFFE_ID_MAX} bytes, this pattern {}",
+                "a SPIFFE ID has at most {MAX_SPIFFE_ID_BYTES} bytes, this pattern {}",
                 text.len()
             ));
         }
         let (domain, path) = split(text)?;
         if !is_trust_domain(domain) {
             return invalid(format!(
-                "`{domain}` is no trust domain name, and a pattern's trust domain has no wildcard"
+                "`{domain}` is not a trust domain name, and a pattern's trust domain has no wildcard"
             ));
         }
         if path.is_empty() {
@@ -156,7 +159,7 @@ impl SpiffeIdPattern {
                 exact if is_path_segment(exact) => PatternSegment::Exact(exact.to_owned()),
                 other => {
                     return invalid(format!(
-                        "`{other}` is no path segment; `*` stands for a whole segment, `**` for the rest"
+                        "`{other}` is not a path segment; use `*` for a whole segment, `**` for the rest"
                     ));
                 }
             });
@@ -168,24 +171,24 @@ impl SpiffeIdPattern {
         })
     }
 
-    /// Whether the pattern covers this ID.
+    /// Returns true if the pattern matches this ID.
     pub fn matches(&self, id: &SpiffeId) -> bool {
         if id.trust_domain() != self.domain {
             return false;
         }
-        let mut wanted = self.segments.iter();
+        let mut requested = self.segments.iter();
         for segment in id.segments() {
-            match wanted.next() {
+            match requested.next() {
                 Some(PatternSegment::Rest) => return true,
                 Some(PatternSegment::One) => {}
                 Some(PatternSegment::Exact(exact)) if exact == segment => {}
                 Some(PatternSegment::Exact(_)) | None => return false,
             }
         }
-        wanted.next().is_none()
+        requested.next().is_none()
     }
 
-    /// The ID itself, where the pattern has no wildcard.
+    /// Returns the ID itself if the pattern has no wildcard.
     pub fn exact(&self) -> Option<SpiffeId> {
         self.segments
             .iter()
@@ -193,7 +196,7 @@ impl SpiffeIdPattern {
             .then(|| SpiffeId(Arc::from(self.text.as_str())))
     }
 
-    /// Returns whether this pattern covers every ID that `other` covers.
+    /// Returns true if this pattern matches every ID that `other` matches.
     pub fn covers(&self, other: &Self) -> bool {
         let (mut own, mut others) = (self.segments.iter(), other.segments.iter());
         loop {
@@ -212,7 +215,7 @@ impl SpiffeIdPattern {
         }
     }
 
-    /// Returns whether the pattern has no fixed segment, as in `spiffe://example.org/**`.
+    /// Returns true if the pattern has no fixed segment, as in `spiffe://example.org/**`.
     pub fn is_all_wildcards(&self) -> bool {
         !self
             .segments
@@ -220,9 +223,10 @@ impl SpiffeIdPattern {
             .any(|part| matches!(part, PatternSegment::Exact(_)))
     }
 
-    /// Returns whether a `*` is left open although a later segment decides, as in `ns/*/sa/billing`. A workload that can create the
-    /// wildcard's part could then claim the later one (attack 13). A segment decides if it is a fixed last one, or a wildcard
-    /// that the role's name depends on; `used` has the indices of those. A `*` among them is not open.
+    /// Returns true if a `*` is open although a later segment decides, as in `ns/*/sa/billing`. A
+    /// workload that can create the wildcard's part could then claim the later one (T13). A segment
+    /// decides if it is a fixed last one, or a wildcard that the role's name depends on. `used` has
+    /// the indices of the latter, and a `*` among them is not open.
     pub fn has_open_wildcard(&self, used: &[usize]) -> bool {
         let last = self.segments.len() - 1;
         let decides = |(index, part): (usize, &PatternSegment)| match part {
@@ -237,39 +241,40 @@ impl SpiffeIdPattern {
         open.is_some_and(|open| self.segments.iter().enumerate().skip(open + 1).any(decides))
     }
 
-    /// How many segments every ID that matches has at least.
+    /// Returns the minimum number of segments of an ID that matches.
     pub fn least_segments(&self) -> usize {
         self.segments.len()
     }
 
-    /// The trust domain.
+    /// Returns the trust domain's name.
     pub fn trust_domain(&self) -> &str {
         &self.domain
     }
 
-    /// As it was written.
+    /// Returns the pattern as it was written.
     pub fn as_str(&self) -> &str {
         &self.text
     }
 }
 
-/// What CloudTrail shows as the role session's name.
+/// Name of a role session, which CloudTrail shows.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct SessionName(Arc<str>);
 
 impl SessionName {
-    /// The name for a SPIFFE ID: its text without the scheme, each `/` as `=`.
+    /// Returns the name for a SPIFFE ID: its text without the scheme, each `/` as `=`.
     ///
-    /// Over 64 characters: the first 47, `=`, and 16 hex digits of the whole ID's SHA-256. An ID whose own text would
-    /// read like that (its last segment has 16 hex digits in just this place) is shortened, too, so that nobody gets
-    /// the name of another by choosing his path. No SPIFFE ID contains `=`, so two IDs never share a name.
+    /// A name over 64 characters becomes the first 47, `=`, and 16 hex digits of the whole ID's
+    /// SHA-256. An ID with a text of that form (16 hex digits as the last segment at that position)
+    /// is shortened too. So no workload gets the name of another by the choice of its path. A
+    /// SPIFFE ID does not contain `=`, so two IDs never share a name.
     pub fn of(id: &SpiffeId) -> Self {
         let id_text = id.as_str();
         let name = id_text
             .strip_prefix("spiffe://")
             .unwrap_or(id_text)
             .replace('/', "=");
-        if name.len() <= *SESSION_NAME_LENGTH.end() && !reads_as_shortened(&name) {
+        if name.len() <= *SESSION_NAME_LENGTH.end() && !has_shortened_form(&name) {
             return Self(name.into());
         }
         let digest = Sha256::digest(id.as_str().as_bytes());
@@ -279,10 +284,10 @@ impl SessionName {
             .map(|byte| format!("{byte:02x}"))
             .collect();
         // A SPIFFE ID is ASCII, so this cuts between characters.
-        Self(format!("{}={tail}", &name[..SESSION_NAME_HEAD]).into())
+        Self(format!("{}={tail}", &name[..SESSION_NAME_PREFIX]).into())
     }
 
-    /// A name from the configuration.
+    /// Parses a session name from the configuration.
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
         if SESSION_NAME_LENGTH.contains(&text.len()) && text.bytes().all(is_iam_character) {
             return Ok(Self(Arc::from(text)));
@@ -290,21 +295,21 @@ impl SessionName {
         invalid("a session name has 2 to 64 of the characters A-Z a-z 0-9 _ + = , . @ -")
     }
 
-    /// The name.
+    /// Returns the name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// `[\w+=,.@-]`, which IAM takes in names of roles and sessions.
+/// Returns true for `[\w+=,.@-]`, which IAM accepts in names of roles and sessions.
 fn is_iam_character(c: u8) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, b'_' | b'+' | b'=' | b',' | b'.' | b'@' | b'-')
 }
 
-/// Whether a name has the form that [`SessionName::of`] gives long ones.
-fn reads_as_shortened(name: &str) -> bool {
+/// Returns true if a name has the form of a name that [`SessionName::of`] shortened.
+fn has_shortened_form(name: &str) -> bool {
     let tail = (name.len() == *SESSION_NAME_LENGTH.end())
-        .then(|| name[SESSION_NAME_HEAD..].strip_prefix('='))
+        .then(|| name[SESSION_NAME_PREFIX..].strip_prefix('='))
         .flatten();
     tail.is_some_and(|tail| tail.bytes().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'f')))
 }

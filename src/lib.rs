@@ -1,40 +1,53 @@
-//! awsvid hands each workload on a Linux node its own AWS credentials, by its SPIFFE identity.
+//! awsvid gives each workload on a Linux node its own AWS credentials, by the workload's SPIFFE ID.
 //!
 //! # Layout
 //!
-//! A file imports only what stands above it in this list (and its own children); `tests/it/layout.rs` checks that.
+//! A module imports only modules above it in this list, and its own submodules.
+//! `tests/it/layout.rs` checks that.
 //!
-//! Values, without I/O: [`identity`] names, [`cgroup`] what a cgroup path says, [`caller`] who is asking, [`rule`] which
-//! SPIFFE ID a caller has, [`role`] which role that may have, [`credentials`] what is handed out, [`clock`] what time it is.
+//! Values, without I/O: [`identity`] (SPIFFE IDs), [`cgroup`] (facts of a cgroup path), [`caller`]
+//! (the attested peer), [`workload_rule`] (the SPIFFE ID of a caller), [`role`] (the roles of a
+//! SPIFFE ID), [`credentials`], [`clock`].
 //!
-//! What every part needs: [`config`], [`writer`] of lines, which never blocks its callers, [`telemetry`] the log, [`metrics`],
-//! [`health`] of the neighbours, [`audit`] one record per request, [`accounts`] the numbers of users and groups.
+//! Parts that all others need: [`config`], [`writer`] (lines, without blocking the callers),
+//! [`telemetry`] (the log), [`metrics`], [`upstream_status`] (state of the upstreams), [`audit`]
+//! (one record per request), [`accounts`] (uids and gids of names).
 //!
-//! A request, in its order:
+//! A request passes these modules, in this order:
 //!
 //! | step | module | |
 //! |---|---|---|
-//! | connect | [`listen`] | accepts, takes the peer's facts before a byte is read |
-//! | attest | [`attest`] | peer -> [`caller::Caller`], by what the kernel fixed |
-//! | ask | [`http`] | method, path, header rules; opens the audit record |
-//! | decide | [`broker`] | identify, choose, cached or issued, still the same caller: **the request path** |
-//! | remember | [`cache`] | credentials by SPIFFE ID and role, refreshed ahead |
-//! | issue | [`issue`] | JWT-SVID from [`svid`], credentials from [`sts`], within [`limits`] that are fair between workloads |
+//! | connect | [`listen`] | accepts, with at most 64 connections per listener that are not attested yet |
+//! | attest | [`attest`] | peer -> [`caller::Caller`], by facts that only the kernel sets |
+//! | request | [`http`] | attests the peer, then reads and validates the request; opens the audit record |
+//! | decide | [`credential_service`] | **the request path**: identify, select the role, cache or exchange, verify the caller again |
+//! | cache | [`cache`] | credentials by SPIFFE ID and role, refreshed before they expire |
+//! | exchange | [`exchange`] | JWT-SVID from [`svid`], credentials from [`sts`], within [`limits`] that are fair between workloads |
 //!
-//! Around it: [`pods`] listens in each pod's network [`namespace`]; [`admin`] health and metrics, [`readiness`],
-//! [`hardening`], [`app`] which wires all of it, and [`serve`] which runs that. Beside the daemon: [`commands`] for whoever
-//! uses or operates it, the [`environment`] that they start others in, and [`dev`], what the command of that name puts around
-//! the daemon. Nothing but main.rs imports commands and `dev`.
+//! Around the request path: [`pod_listeners`] listens in each pod's network namespace ([`netns`]),
+//! [`admin`] serves health and metrics, [`readiness`] decides when the daemon is ready, and
+//! [`hardening`] drops privileges. [`app`] wires all of it, and [`daemon`] runs it.
+//!
+//! Outside the daemon: [`commands`] for users and operators, [`sdk_environment`] (the SDK variables
+//! that commands set for child processes), and [`dev`] (the servers that the `dev` command starts
+//! around the daemon). Only main.rs imports `commands` and `dev`.
+#![cfg_attr(
+    test,
+    allow(
+        clippy::disallowed_methods,
+        reason = "tests measure and wait in real time"
+    )
+)]
 
 pub mod identity;
 
-pub mod endpoint;
+pub mod socket_endpoint;
 
 pub mod cgroup;
 
 pub mod caller;
 
-pub mod rule;
+pub mod workload_rule;
 
 pub mod role;
 
@@ -50,7 +63,7 @@ pub mod writer;
 
 pub mod telemetry;
 
-pub mod health;
+pub mod upstream_status;
 
 pub mod metrics;
 
@@ -60,7 +73,7 @@ pub mod accounts;
 
 pub mod hardening;
 
-pub mod namespace;
+pub mod netns;
 
 pub mod listen;
 
@@ -70,15 +83,15 @@ pub mod svid;
 
 pub mod sts;
 
-pub mod issue;
+pub mod exchange;
 
 pub mod cache;
 
-pub mod broker;
+pub mod credential_service;
 
 pub mod http;
 
-pub mod pods;
+pub mod pod_listeners;
 
 pub mod admin;
 
@@ -86,9 +99,9 @@ pub mod readiness;
 
 pub mod app;
 
-pub mod serve;
+pub mod daemon;
 
-pub mod environment;
+pub mod sdk_environment;
 
 pub mod commands;
 

@@ -1,5 +1,8 @@
-//! Fair limits on what all workloads of a node share: connections, searches, calls to the identity source and to STS. A
-//! workload that takes all it can delays itself, and gives way first where a limit of all is reached (T22, T29).
+//! Fair limits on the resources that all workloads of a node share: connections, searches, and
+//! calls to the identity source and to STS.
+//!
+//! A workload that takes all it can get delays only itself. Where a shared limit is reached, its
+//! permits are the first to be evicted (T22, T29).
 
 use std::fmt;
 use std::hash::Hash;
@@ -14,12 +17,13 @@ mod rate;
 pub use fair::{ACQUIRE_TIMEOUT, Exhausted, FairPermit, FairSemaphore};
 pub use rate::{KeyedRateLimiter, TokenBucket};
 
-/// What a limit counts by.
+/// The key by which a limit counts permits.
 pub trait FairKey: fmt::Debug + Eq + Hash + Clone + Send {
-    /// What keys have in common that one person may multiply: the users of one unit, for example.
+    /// A group of keys that one party can multiply at will, for example all users of one systemd
+    /// unit.
     type Group: fmt::Debug + Eq + Hash + Clone + Send;
 
-    /// The group of this key.
+    /// Returns the group of this key.
     fn group(&self) -> Self::Group;
 }
 
@@ -39,7 +43,7 @@ impl FairKey for WorkloadKey {
     }
 }
 
-/// Where a connection comes from, if it comes over a network.
+/// The address of a client, for connections that arrive over a network.
 impl FairKey for IpAddr {
     type Group = Self;
 

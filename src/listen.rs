@@ -1,4 +1,5 @@
-//! Listeners: bound by the daemon or handed over by systemd, and accept loops that nothing ends but the daemon's own end.
+//! Listeners, bound by the daemon or passed by systemd, and accept loops that run until the daemon
+//! ends.
 
 use std::io;
 use std::net::SocketAddr;
@@ -18,91 +19,79 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use crate::metrics::Metrics;
 use crate::telemetry::LogQuota;
 
-mod bound;
-mod inherited;
-mod inside;
-mod socket;
+mod lazy_socket;
+mod listener;
+mod pod_listener;
+mod socket_activation;
 mod socket_file;
 mod sys;
 mod tcp;
 mod unprivileged;
 
-pub use bound::{AcceptedStream, Listener, ListenerSource};
-pub use inherited::ActivatedSockets;
-pub use inside::{NetnsRef, POD_ADDRESSES, PodListener};
-pub use socket::LazySocket;
+pub use lazy_socket::LazySocket;
+pub use listener::{AcceptedStream, Listener, ListenerSource};
+pub use pod_listener::{NetnsRef, POD_ADDRESSES, PodListener};
+pub use socket_activation::ActivatedSockets;
 pub use socket_file::SocketFile;
 pub use unprivileged::{first_unprivileged_port, unprivileged_ports, warn_of_unprivileged_ports};
 
-/// How long an accept loop pauses when the process or the system is out of descriptors or memory.
+/// The pause of an accept loop while the process or the system is out of descriptors or memory.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
-/// How often the log says so, if it goes on.
+/// The shortest interval between two log lines for the same error of a listener.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
-/// So many connections of one listener may have been accepted and not yet attested.
+/// The number of connections of one listener that may be accepted and not yet attested.
 const MAX_UNATTESTED: usize = 64;
-/// How often a listener that was killed is bound again.
+/// The shortest interval between two rebinds of a listener that was killed.
 const REBIND_INTERVAL: Duration = Duration::from_secs(1);
-/// The whole of any connection: the head, a held request (4.5 s), the answer.
+/// The lifetime of any connection: the head, a held request (4.5 s), and the response.
 pub const CONNECTION_TIMEOUT: Duration = Duration::from_secs(15);
-/// Once the daemon was told to end. Every connection ends by itself before that, so this cuts none that keeps to its time.
+/// The longest wait for connections after the daemon has begun to stop. Every connection ends
+/// within [`CONNECTION_TIMEOUT`], so none that keeps to its time is cut off.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(16);
 
-/// Why a listener could not be had.
+/// The reason why a listener could not be set up.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Error)]
 pub enum ListenError {
-    /// Another process has the address.
+    /// The TCP address could not be bound.
     #[error(
-        "{address}: {source}; see who has it with `ss -lntp`, or choose another address in [listen]"
+        "{address}: {source}; find the process that holds it with `ss -lntp`, or choose another address in [listen]"
     )]
     Tcp {
-        /// Which.
         address: SocketAddr,
-        /// Why.
         source: io::Error,
     },
-    /// Another daemon serves this socket.
+    /// Another process serves this unix socket.
     #[error("{}: another process serves this socket; stop it first, or choose another path in [listen]", path.display())]
-    InUse {
-        /// Which.
-        path: PathBuf,
-    },
-    /// The directory is not safe to put the socket in.
-    #[error("{}: the directory is open to others, who could put a socket of their own there or use one that is not for them; make it owned by root with mode {mode:04o}", path.display())]
+    InUse { path: PathBuf },
+    /// Other users can replace files in the socket's directory.
+    #[error("{}: other users can write to or read from the directory, and so replace or use the socket; make it owned by root with mode {mode:04o}", path.display())]
     UnsafeDirectory {
-        /// Which.
+        /// The directory that is unsafe.
         path: PathBuf,
-        /// What it may be like.
+        /// The mode that the directory may have at most.
         mode: u32,
     },
-    /// The socket can't be made.
+    /// The unix socket could not be created.
     #[error("{}: {source}", path.display())]
-    Unix {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A socket that systemd handed over.
-    #[error("a socket that systemd handed over: {source}")]
-    Inherited {
-        /// Why.
-        source: io::Error,
-    },
-    /// In a pod's network namespace.
+    Unix { path: PathBuf, source: io::Error },
+    /// A socket that systemd passed could not be used.
+    #[error("cannot use a socket that systemd passed: {source}")]
+    Inherited { source: io::Error },
+    /// A listener in a pod's network namespace could not be set up.
     #[error("{name}: {source}")]
     Pod {
-        /// Which.
+        /// The address and the file of the network namespace.
         name: String,
-        /// Why.
         source: io::Error,
     },
-    /// The daemon ends.
+    /// The daemon stopped while it was setting up the listener.
     #[error("{0}")]
     Interrupted(String),
 }
 
 impl ListenError {
-    /// Whether the machine has no such address family.
+    /// Returns whether the machine lacks the address family.
     pub fn is_unavailable_family(&self) -> bool {
         let Self::Tcp { source, .. } = self else {
             return false;
@@ -112,30 +101,31 @@ impl ListenError {
     }
 }
 
-/// The open connections of some listeners.
+/// The open connections of a set of listeners.
 #[derive(Debug, Clone)]
 pub struct ConnectionTracker {
     gauge: Gauge,
-    // It wakes nobody when one of many ends, as a JoinSet would.
+    // Unlike a JoinSet, it wakes no task when one of many connections ends.
     open: TaskTracker,
 }
 
-/// A connection whose workload is not known yet.
+/// A connection that is accepted and not yet attested.
 #[derive(Debug)]
 pub struct PendingConnection {
-    /// To be dropped as soon as the workload is known, or nothing but the workload's own share is waited for.
+    /// The permit to drop as soon as the workload is known, or before a wait for a cgroup scan,
+    /// which has limits of its own.
     pub permit: PendingPermit,
-    /// To be dropped when the connection has ended.
+    /// The guard to drop when the connection has ended.
     pub open: OpenConnection,
 }
 
-/// One of the few connections of its listener whose workloads are not known yet.
+/// One of the few permits of a listener for connections that are not yet attested.
 #[derive(Debug)]
 pub struct PendingPermit {
     _permit: Option<OwnedSemaphorePermit>,
 }
 
-/// Says that a connection is open.
+/// A guard that counts one open connection.
 #[derive(Debug)]
 pub struct OpenConnection {
     gauge: Gauge,
@@ -149,7 +139,7 @@ impl Drop for OpenConnection {
 }
 
 impl ConnectionTracker {
-    /// None yet. They are counted in `metrics`.
+    /// Creates a tracker without connections, which counts in the gauge of `metrics`.
     pub fn new(metrics: &Metrics) -> Self {
         Self {
             gauge: metrics.connections.clone(),
@@ -157,14 +147,17 @@ impl ConnectionTracker {
         }
     }
 
-    /// Waits until another connection of a listener may be accepted, where `arriving` are those whose workload is not known yet.
-    /// That depends on the daemon's own work alone, never on a client: whose a connection is, is known before anything is
-    /// expected of it. Until then it counts among no others. Each listener has its own few, so that a pod whose callers are hard
-    /// to find keeps no other from being accepted.
-    async fn acquire_pending(&self, arriving: &Arc<Semaphore>) -> PendingConnection {
-        // The semaphore is never closed, so there is always a permit in the end.
+    /// Waits until a listener may accept another connection. `unattested` holds the permits for
+    /// connections that are not yet attested.
+    ///
+    /// The wait depends only on the daemon's own work, never on a client: the workload is attested
+    /// before the daemon reads from the connection. Until then the connection counts towards no
+    /// other limit. Each listener has its own permits, so a pod with callers that are slow to
+    /// attest does not block other listeners.
+    async fn acquire_pending(&self, unattested: &Arc<Semaphore>) -> PendingConnection {
+        // The semaphore is never closed, so a permit always follows.
         let permit = PendingPermit {
-            _permit: arriving.clone().acquire_owned().await.ok(),
+            _permit: unattested.clone().acquire_owned().await.ok(),
         };
         self.gauge.inc();
         PendingConnection {
@@ -176,21 +169,24 @@ impl ConnectionTracker {
         }
     }
 
-    /// Waits until they have ended. To be called when nothing is accepted any more.
+    /// Waits until all connections have ended, at most for 16 s. The caller has to stop accepting
+    /// first.
     pub async fn drained(&self) {
         self.open.close();
         if timeout(DRAIN_TIMEOUT, self.open.wait()).await.is_err() {
             tracing::warn!(
                 open = self.open.len(),
-                "connections did not end in time and are cut"
+                "drain timed out; closing connections"
             );
         }
     }
 }
 
-/// Accepts until `stop` says so, then closes the listener. Accepting never waits for a client.
+/// Accepts connections until `stop` is true, then closes the listener. Accepting never waits for a
+/// client. `connection` serves each one: `CredentialEndpoint::serve_connection` for workloads,
+/// `Admin::connection` for operators.
 pub async fn serve<F, C>(
-    mut bound: Listener,
+    mut listener: Listener,
     connections: ConnectionTracker,
     mut stop: watch::Receiver<bool>,
     connection: F,
@@ -198,7 +194,7 @@ pub async fn serve<F, C>(
     F: Fn(AcceptedStream, PendingConnection) -> C,
     C: Future<Output = ()> + Send + 'static,
 {
-    let (arriving, mut troubles) = (
+    let (unattested, mut errors) = (
         Arc::new(Semaphore::new(MAX_UNATTESTED)),
         AcceptErrorState::default(),
     );
@@ -208,51 +204,51 @@ pub async fn serve<F, C>(
         let accepted = tokio::select! {
             biased;
             _ = &mut stopped => break,
-            accepted = accept(&bound, &connections, &arriving) => accepted,
+            accepted = accept(&listener, &connections, &unattested) => accepted,
         };
         match accepted {
-            Ok((stream, arrival)) => drop(tokio::spawn(connection(stream, arrival))),
-            Err(error) => handle_accept_error(&mut bound, &error, &mut stop, &mut troubles).await,
+            Ok((stream, pending)) => drop(tokio::spawn(connection(stream, pending))),
+            Err(error) => handle_accept_error(&mut listener, &error, &mut stop, &mut errors).await,
         }
     }
-    let name = bound.name();
-    match bound.close_and_drain_backlog() {
+    let name = listener.name();
+    match listener.close_and_drain_backlog() {
         Ok(waiting) => {
             for stream in waiting {
-                let arrival = connections.acquire_pending(&arriving).await;
-                tokio::spawn(connection(stream, arrival));
+                let pending = connections.acquire_pending(&unattested).await;
+                tokio::spawn(connection(stream, pending));
             }
         }
         Err(error) => {
-            tracing::warn!(%error, listener = name, "who had connected last is not served")
+            tracing::warn!(%error, listener = name, "cannot drain the backlog")
         }
     }
 }
 
-/// The next connection.
+/// Waits for the next connection and accepts it.
 async fn accept(
-    bound: &Listener,
+    listener: &Listener,
     connections: &ConnectionTracker,
-    arriving: &Arc<Semaphore>,
+    unattested: &Arc<Semaphore>,
 ) -> io::Result<(AcceptedStream, PendingConnection)> {
     loop {
-        let mut arrived = bound.readable().await?;
-        let arrival = connections.acquire_pending(arriving).await;
-        if let Some(accepted) = bound.accept(&mut arrived) {
-            return accepted.map(|stream| (stream, arrival));
+        let mut ready = listener.readable().await?;
+        let pending = connections.acquire_pending(unattested).await;
+        if let Some(accepted) = listener.accept(&mut ready) {
+            return accepted.map(|stream| (stream, pending));
         }
     }
 }
 
-/// What a loop has been through. A pod can kill its own listener over and over, and take the port; none of that is a line of the
-/// log each time.
+/// The state of an accept loop across errors. A pod can kill its own listener and take its port as
+/// often as it likes, so each kind of error is logged at a limited rate.
 #[derive(Debug)]
 struct AcceptErrorState {
     short: LogQuota,
     killed: LogQuota,
     unbound: LogQuota,
-    /// When the listener was last bound again.
-    bound: Option<Instant>,
+    /// The time at which the listener was last rebound.
+    last_rebind: Option<Instant>,
 }
 
 impl Default for AcceptErrorState {
@@ -262,59 +258,61 @@ impl Default for AcceptErrorState {
             short,
             killed,
             unbound,
-            bound: None,
+            last_rebind: None,
         }
     }
 }
 
-/// After an error of accept(2): those of one connection are nothing, those of the machine pass, a dead listener is replaced.
+/// Handles an error of accept(2): ignores errors of a single connection, waits out resource
+/// shortages, and rebinds a listener that is dead.
 async fn handle_accept_error(
-    bound: &mut Listener,
+    listener: &mut Listener,
     error: &io::Error,
     stop: &mut watch::Receiver<bool>,
-    troubles: &mut AcceptErrorState,
+    errors: &mut AcceptErrorState,
 ) {
-    if bound::is_per_connection_error(error) {
+    if listener::is_per_connection_error(error) {
         return;
     }
     let pause = match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EINVAL | Errno::EBADF | Errno::ENOTSOCK) => {
-            if let Some(missed) = troubles.killed.take() {
-                tracing::error!(%error, listener = bound.name(), missed, "the listener was killed; binding it again");
+            if let Some(missed) = errors.killed.take() {
+                tracing::error!(%error, listener = listener.name(), missed, "listener was killed; rebinding");
             }
-            // Somebody may kill it again and again.
-            let soonest = troubles
-                .bound
-                .map_or_else(Instant::now, |bound| bound + REBIND_INTERVAL);
+            // A pod can kill its listener again and again.
+            let soonest = errors
+                .last_rebind
+                .map_or_else(Instant::now, |at| at + REBIND_INTERVAL);
             if timeout_at(soonest, stop.wait_for(|stop| *stop))
                 .await
                 .is_ok()
             {
                 return;
             }
-            troubles.bound = Some(Instant::now());
-            match bound.rebind().await {
+            errors.last_rebind = Some(Instant::now());
+            match listener.rebind().await {
                 Ok(new) => {
-                    *bound = new;
+                    *listener = new;
                     return;
                 }
                 Err(error) => {
-                    if let Some(missed) = troubles.unbound.take() {
-                        tracing::error!(%error, missed, "the listener cannot be bound again yet");
+                    if let Some(missed) = errors.unbound.take() {
+                        tracing::error!(%error, missed, "cannot rebind the listener");
                     }
                 }
             }
             REBIND_INTERVAL
         }
-        // Out of descriptors or memory, or something that nobody has seen yet: never a loop without a pause.
+        // The process or the system is out of descriptors or memory, or the error is unknown. The
+        // loop never continues without a pause.
         _ => {
-            if let Some(missed) = troubles.short.take() {
-                tracing::warn!(%error, listener = bound.name(), missed, "no connection can be taken for the moment");
+            if let Some(missed) = errors.short.take() {
+                tracing::warn!(%error, listener = listener.name(), missed, "cannot accept connections; backing off");
             }
             ACCEPT_BACKOFF
         }
     };
-    // Ends early when the daemon is told to stop.
+    // The pause ends early when the daemon stops.
     let _ = timeout(pause, stop.wait_for(|stop| *stop)).await;
 }
 

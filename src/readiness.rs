@@ -1,7 +1,8 @@
-//! When the daemon is ready: each listener, the identity source and STS have answered once.
+//! The probes of readiness: each listener, the identity source and STS have to answer once.
 //!
-//! A listener whose callers this kernel lets nobody attest is left out, with a line in the log: the others serve, and waiting does
-//! not change a kernel. Without any other listener the daemon is not ready.
+//! On some kernels the callers of a listener cannot be attested. Such a listener is left out, with
+//! a line in the log, because waiting does not change a kernel. If no other listener is left, the
+//! daemon is not ready.
 
 use std::fmt;
 use std::io::{self, ErrorKind};
@@ -18,28 +19,30 @@ use zeroize::Zeroizing;
 use crate::admin::Readiness;
 use crate::attest::Attestor;
 use crate::config::{self, Config};
-use crate::pods::TakeoverGate;
+use crate::http::OwnProbe;
+use crate::metrics::Metrics;
+use crate::pod_listeners::TakeoverGate;
 use crate::role::StsTarget;
 use crate::sts::Sts;
 use crate::svid::IdentitySource;
 use crate::telemetry::LogQuota;
 
-/// Between rounds of questions.
-const AGAIN: Duration = Duration::from_secs(1);
-/// For one answer of a listener.
-const ANSWER: Duration = Duration::from_secs(5);
-/// The longest answer, in bytes. What awsvid says of a refusal is shorter.
-const ANSWER_MAX: u64 = 4096;
-/// The reason that a refused caller gets where the kernel lacks something.
+/// The pause between two attempts.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+/// The longest time for the answer of a listener.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// The longest answer in bytes. Error answers of awsvid are shorter.
+const MAX_ANSWER_BYTES: u64 = 4096;
+/// The reason of a request that fails because the kernel lacks a feature.
 const UNSUPPORTED: &str = "unsupported_kernel";
 const NOTHING_SERVED: &str =
-    "this kernel lets nobody attest the callers of any listener in [listen] (unsupported_kernel)";
-/// So many reasons may follow each other and have a line of the log each.
-const LINES: u32 = 5;
-/// After that.
-const LINE_EVERY: Duration = Duration::from_secs(30);
+    "this kernel cannot attest the callers of any listener in [listen] (unsupported_kernel)";
+/// The reasons that have a line of the log without a pause.
+const MAX_LOG_LINES: u32 = 5;
+/// The time between log lines after the first ones.
+const LOG_INTERVAL: Duration = Duration::from_secs(30);
 
-/// What has to answer.
+/// The listeners and upstreams that have to answer.
 #[derive(Debug)]
 pub struct ReadinessProbes {
     unix: Option<PathBuf>,
@@ -48,12 +51,19 @@ pub struct ReadinessProbes {
     audience: String,
     sts: Arc<Sts>,
     targets: Vec<StsTarget>,
+    metrics: Metrics,
+    own_probe: OwnProbe,
 }
 
 impl ReadinessProbes {
-    /// Takes what is to be asked from the configuration.
-    pub fn new(config: &Config, source: Arc<dyn IdentitySource>, sts: Arc<Sts>) -> Self {
-        // That of `allow_requested_roles` too: STS answers without a role, so none has to be known.
+    /// Returns the probes for this configuration.
+    pub fn new(
+        config: &Config,
+        source: Arc<dyn IdentitySource>,
+        sts: Arc<Sts>,
+        metrics: Metrics,
+    ) -> Self {
+        // The STS of `[requested_roles]` is one of them. It answers without a known role.
         let targets = config.roles.sts_targets().into_iter().cloned().collect();
         let audience = config
             .roles
@@ -71,10 +81,17 @@ impl ReadinessProbes {
             audience,
             sts,
             targets,
+            metrics,
+            own_probe: OwnProbe::new(),
         }
     }
 
-    /// Asks until all have answered that can.
+    /// Marks the probes so that this endpoint does not count them.
+    pub fn marked_by(self, own_probe: OwnProbe) -> Self {
+        Self { own_probe, ..self }
+    }
+
+    /// Probes once a second until each one that can answer has done so.
     pub async fn until_ready(
         mut self,
         tcp: Vec<SocketAddr>,
@@ -82,7 +99,7 @@ impl ReadinessProbes {
         attestor: Arc<Attestor>,
         readiness: Arc<Readiness>,
     ) {
-        let mut told = LoggedReason::default();
+        let mut logged = LoggedReason::default();
         let mut listeners = ProbedListeners {
             unanswered: self
                 .unix
@@ -108,15 +125,15 @@ impl ReadinessProbes {
             }
             let missing = one_line(&missing.join("; "));
             readiness.missing(&missing);
-            if told.is_news(&missing) {
-                tracing::warn!("not ready: {missing}");
+            if logged.is_new(&missing) {
+                tracing::warn!(%missing, "not ready");
             }
-            sleep(AGAIN).await;
+            sleep(PROBE_INTERVAL).await;
         }
     }
 
-    /// What has not answered yet, all of it. Each listener is asked until it has answered once: its requests are audited like
-    /// others.
+    /// Runs all probes that have not succeeded yet, and returns the failures. A listener that has
+    /// answered is not probed again.
     async fn missing(
         &self,
         listeners: &mut ProbedListeners,
@@ -124,22 +141,27 @@ impl ReadinessProbes {
         has_pods: bool,
     ) -> Vec<String> {
         let mut missing = Vec::new();
-        if let Some(listener) = listeners.probe_all(&self.token_file).await {
+        if let Some(listener) = listeners.probe_all(&self.token_file, &self.own_probe).await {
             missing.push(format!(
                 "the listener {listener} does not answer the daemon itself"
             ));
         } else {
             let for_tcp = attestor.missing_for_tcp();
-            if listeners.serve_nobody(has_pods.then_some(for_tcp.is_none())) {
-                // The listener's answer does not have the reason.
+            if listeners.serve_no_caller(has_pods.then_some(for_tcp.is_none())) {
+                // The answer of the listener does not name the missing feature.
                 missing.push(format!("{NOTHING_SERVED}: {}", for_tcp.unwrap_or_default()));
             }
         }
-        if let Err(error) = self.source.ready(&self.audience).await {
+        let source = self.source.ready(&self.audience).await;
+        let is_up = source.as_ref().err().is_none_or(|error| !error.is_outage());
+        self.metrics.set_source_up(is_up);
+        if let Err(error) = source {
             missing.push(format!("the identity source: {error}"));
         }
         for target in &self.targets {
-            if let Err(error) = self.sts.probe(target).await {
+            let sts = self.sts.probe(target).await;
+            self.metrics.set_sts_up(target.to_string(), sts.is_ok());
+            if let Err(error) = sts {
                 missing.push(format!("STS: {error}"));
             }
         }
@@ -147,8 +169,10 @@ impl ReadinessProbes {
     }
 }
 
-/// Which reasons the log has: each when it comes, and no line while it stays. Reasons that alternate, or that contain another
-/// number each time, would be a line in each round, so their lines are bounded.
+/// The reason that the log has. A new reason has a line; one that stays has no other.
+///
+/// Reasons that alternate, or contain a different number each time, would have a line each second,
+/// so the lines are limited.
 #[derive(Debug)]
 struct LoggedReason {
     last: String,
@@ -159,23 +183,24 @@ impl Default for LoggedReason {
     fn default() -> Self {
         Self {
             last: String::new(),
-            lines: LogQuota::new(LINES, LINE_EVERY),
+            lines: LogQuota::new(MAX_LOG_LINES, LOG_INTERVAL),
         }
     }
 }
 
 impl LoggedReason {
-    /// Whether the log gets a line for this. A reason that stays has one as soon as there may be one again.
-    fn is_news(&mut self, missing: &str) -> bool {
-        let is_news = self.last != missing && self.lines.take().is_some();
-        if is_news {
+    /// Returns whether the log gets a line for this reason. A reason that the limit left out gets
+    /// one later.
+    fn is_new(&mut self, missing: &str) -> bool {
+        let is_new = self.last != missing && self.lines.take().is_some();
+        if is_new {
             missing.clone_into(&mut self.last);
         }
-        is_news
+        is_new
     }
 }
 
-/// Joins the lines of a reason: errors of the agent and of STS may contain line breaks.
+/// Joins the lines of a reason. Errors of the agent and of STS may contain line breaks.
 fn one_line(text: &str) -> String {
     let words = text
         .split(|c: char| c.is_control() || c.is_whitespace())
@@ -183,21 +208,22 @@ fn one_line(text: &str) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-/// The daemon's own listeners, by how they have answered it.
+/// The daemon's own listeners, by the result of their probes.
 #[derive(Debug, Default)]
 struct ProbedListeners {
     unanswered: Vec<ProbeTarget>,
-    /// They refuse everybody. The kernel may come to support them later, so they are asked again until the daemon is ready.
+    /// Listeners that reject every caller. The kernel may gain support while it runs, so they are
+    /// probed until the daemon is ready.
     unsupported: Vec<ProbeTarget>,
     serves: bool,
 }
 
 impl ProbedListeners {
-    /// Asks those that have not answered yet; one that still does not.
-    async fn probe_all(&mut self, token_file: &Path) -> Option<&ProbeTarget> {
+    /// Probes the listeners that have not answered yet, and returns one that still does not.
+    async fn probe_all(&mut self, token_file: &Path, own_probe: &OwnProbe) -> Option<&ProbeTarget> {
         self.unanswered.append(&mut self.unsupported);
         while let Some(listener) = self.unanswered.pop() {
-            match listener.answer(token_file).await {
+            match listener.answer(token_file, own_probe).await {
                 Some(ProbeAnswer::Attested) => self.serves = true,
                 Some(ProbeAnswer::Absent) => {}
                 Some(ProbeAnswer::Unsupported) => self.unsupported.push(listener),
@@ -210,8 +236,9 @@ impl ProbedListeners {
         None
     }
 
-    /// Whether this kernel supports none of them. `pods`: whether it supports listeners in pods, if there are to be some.
-    fn serve_nobody(&self, pods: Option<bool>) -> bool {
+    /// Returns whether this kernel supports none of the listeners. `pods` is `None` if there are to
+    /// be no listeners in pods, else whether the kernel supports those.
+    fn serve_no_caller(&self, pods: Option<bool>) -> bool {
         let is_unsupported = pods == Some(false) || !self.unsupported.is_empty();
         is_unsupported && !self.serves && pods != Some(true)
     }
@@ -225,22 +252,23 @@ impl ProbedListeners {
         let missing = missing
             .as_deref()
             .or(attestor.missing_for_unix())
-            .unwrap_or("see the lines above");
+            .unwrap_or("see the lines before");
         tracing::warn!(
-            "readiness leaves out {}: this kernel lets nobody attest the callers there (unsupported_kernel): {missing}",
-            listeners.join(", ")
+            listeners = listeners.join(", "),
+            missing,
+            "readiness leaves out listeners with callers that this kernel cannot attest (unsupported_kernel)"
         );
     }
 }
 
-/// How a listener has answered the daemon.
+/// The result of the probe of a listener.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ProbeAnswer {
-    /// It attests this process.
+    /// The listener attests this process.
     Attested,
-    /// Nobody can reach it: systemd binds an address of a family that is switched off.
+    /// The address cannot be reached: systemd also binds addresses of a disabled family.
     Absent,
-    /// It refuses this process because of what the kernel lacks.
+    /// The listener rejects this process because the kernel lacks a feature.
     Unsupported,
 }
 
@@ -261,12 +289,12 @@ impl fmt::Display for ProbeTarget {
 }
 
 impl ProbeTarget {
-    /// Asks it. `None`: it does not answer, or refuses for another reason.
-    async fn answer(&self, token_file: &Path) -> Option<ProbeAnswer> {
-        // Where any value will do, the token does as well.
+    /// Probes the listener. Returns `None` if it does not answer, or rejects for another reason.
+    async fn answer(&self, token_file: &Path, own_probe: &OwnProbe) -> Option<ProbeAnswer> {
+        // The token is right also where any value is.
         let token = Zeroizing::new(std::fs::read_to_string(token_file).unwrap_or_default());
-        let probe = probe(&token);
-        let asked = timeout(ANSWER, async {
+        let probe = own_probe.request(&token);
+        let asked = timeout(ANSWER_TIMEOUT, async {
             match self {
                 Self::Unix(path) => probe_listener(UnixStream::connect(path).await?, &probe).await,
                 Self::Tcp(address) => {
@@ -291,21 +319,18 @@ impl ProbeTarget {
     }
 }
 
-/// For a path that does not exist: whoever asks for it is attested, and then gets 404 whatever the rules say.
-fn probe(token: &str) -> Zeroizing<String> {
-    Zeroizing::new(format!(
-        "GET /probe HTTP/1.1\r\nHost: localhost\r\nAuthorization: {token}\r\n\r\n"
-    ))
-}
-
-/// Whether the other end attests this process and finds nothing at the path: 403 is a refusal to attest it.
+/// Sends the probe, and returns the result. A 404 shows that the listener attests this process; a
+/// 403 shows that it does not.
 async fn probe_listener<S: AsyncRead + AsyncWrite + Unpin>(
     mut stream: S,
     probe: &str,
 ) -> io::Result<Option<ProbeAnswer>> {
     stream.write_all(probe.as_bytes()).await?;
     let mut answer = Vec::new();
-    stream.take(ANSWER_MAX).read_to_end(&mut answer).await?;
+    stream
+        .take(MAX_ANSWER_BYTES)
+        .read_to_end(&mut answer)
+        .await?;
     Ok(judge(&answer))
 }
 
@@ -321,145 +346,4 @@ fn judge(answer: &[u8]) -> Option<ProbeAnswer> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::clock::Clock;
-    use crate::metrics::Metrics;
-    use crate::sts::{NetworkSettings, Settings};
-    use crate::svid::WorkloadApi;
-
-    #[tokio::test(start_paused = true)]
-    async fn a_reason_is_told_when_it_comes_and_never_once_a_second() {
-        let mut told = LoggedReason::default();
-        let mut lines = Vec::new();
-        let mut seconds = async |reasons: &[&'static str], count: usize| {
-            for reason in reasons.iter().cycle().take(count) {
-                lines.extend(told.is_news(reason).then_some(*reason));
-                sleep(AGAIN).await;
-            }
-        };
-        // One that stays, and another one after it.
-        seconds(&["the listener"], 100).await;
-        seconds(&["the source"], 100).await;
-        // Two that alternate, for ten minutes.
-        seconds(&["STS", "the source"], 600).await;
-        // The one that stays in the end.
-        seconds(&["STS: last"], 100).await;
-        assert_eq!(lines[..3], ["the listener", "the source", "STS"]);
-        assert!(
-            lines.len() <= 2 + 5 + 600 / 30 + 1,
-            "{} lines: {lines:?}",
-            lines.len()
-        );
-        assert_eq!(lines.last(), Some(&"STS: last"), "{lines:?}");
-    }
-
-    #[test]
-    fn answer_tells_an_attested_caller_from_an_unsupported_kernel() {
-        let refused =
-            |code: &str| format!("HTTP/1.1 403 Forbidden\r\na: b\r\n\r\n{{\"code\":\"{code}\"}}");
-        let table = [
-            (
-                "HTTP/1.1 404 Not Found\r\n\r\n".to_owned(),
-                Some(ProbeAnswer::Attested),
-            ),
-            (refused(UNSUPPORTED), Some(ProbeAnswer::Unsupported)),
-            (refused("no_holder"), None),
-            (refused(UNSUPPORTED).replace("403", "503"), None),
-            (refused(UNSUPPORTED).replace("\r\n\r\n", "\r\n"), None),
-            (String::new(), None),
-        ];
-        for (text, expected) in table {
-            assert_eq!(judge(text.as_bytes()), expected, "{text:?}");
-        }
-    }
-
-    #[test]
-    fn kernel_that_supports_no_listener_serves_nobody() {
-        let unix = || ProbeTarget::Unix(PathBuf::from("/a"));
-        let with = |unsupported: Vec<ProbeTarget>, serves| ProbedListeners {
-            unanswered: Vec::new(),
-            unsupported,
-            serves,
-        };
-        let table = [
-            // TCP alone, and TCP beside the unix socket.
-            (with(vec![unix()], false), None, true),
-            (with(vec![unix()], true), None, false),
-            // Pods alone, and pods beside the unix socket.
-            (with(vec![], false), Some(false), true),
-            (with(vec![], true), Some(false), false),
-            (with(vec![], false), Some(true), false),
-            // A unix socket that refuses this process, which is in a container.
-            (with(vec![unix()], false), Some(true), false),
-            // An address of a family that is switched off.
-            (with(vec![], false), None, false),
-        ];
-        for (listeners, pods, expected) in table {
-            assert_eq!(
-                listeners.serve_nobody(pods),
-                expected,
-                "{listeners:?} {pods:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn sts_of_requested_roles_is_asked_without_any_role() {
-        let requested = "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n";
-        let rest = "[identity]\nsocket = \"unix:///a\"\naudience = \"a\"\n[sts]\nregion = \"eu-central-1\"\n\
-                    [[workload]]\nspiffe_id = \"spiffe://t/a\"\nuid = 1\n";
-        let role = "[[role]]\nname = \"a\"\nspiffe_id = \"spiffe://t/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n";
-        let other = "region = \"eu-north-1\"\n";
-        for (text, regions) in [
-            (format!("{requested}{rest}"), &["eu-central-1"][..]),
-            (format!("{rest}{role}"), &["eu-central-1"]),
-            (format!("{rest}{role}{other}"), &["eu-north-1"]),
-            (
-                format!("{requested}{rest}{role}{other}"),
-                &["eu-north-1", "eu-central-1"],
-            ),
-        ] {
-            let config = Config::parse(&text, &|_| None)
-                .unwrap_or_else(|problems| panic!("{problems:?}"))
-                .config;
-            let (clock, metrics) = (Clock::system(), Metrics::default());
-            let source = WorkloadApi::new(
-                config.identity.socket.clone(),
-                Vec::new(),
-                clock.clone(),
-                metrics,
-            );
-            let network = NetworkSettings::from_env(|_| None);
-            let settings = Settings {
-                timeout: ANSWER,
-                max_concurrent: 4,
-                ca_file: None,
-                network,
-            };
-            let probes = ReadinessProbes::new(
-                &config,
-                Arc::new(source),
-                Arc::new(Sts::new(settings, clock)),
-            );
-            let asked: Vec<_> = probes
-                .targets
-                .iter()
-                .map(|target| target.region.as_str())
-                .collect();
-            assert_eq!(
-                (asked, probes.audience.as_str()),
-                (regions.to_vec(), "a"),
-                "{text}"
-            );
-        }
-    }
-
-    #[test]
-    fn whatever_others_say_is_one_line() {
-        assert_eq!(
-            one_line("STS:\n  \u{1b}[31mno\r\n\tmore\n"),
-            "STS: [31mno more"
-        );
-    }
-}
+mod tests;

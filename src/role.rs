@@ -1,4 +1,4 @@
-//! The `[[role]]` definitions, and the choice of one: pure, deny by default.
+//! The `[[role]]` definitions and the selection of one. It has no I/O, and denies by default.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,40 +8,40 @@ use thiserror::Error;
 
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 
-/// A role as the configuration defines it, with the defaults of `[identity]` and `[sts]` filled in. The whole of it is part
-/// of the cache's key, so that credentials of a definition never outlive it (attack 17).
+/// A role as the configuration defines it, with the defaults of `[identity]` and `[sts]`. All of it
+/// is part of the cache's key, so that credentials never outlive their definition (T17).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Role {
-    /// The name in the path: `/v1/credentials/<name>`.
+    /// Name in the path, as in `/v1/credentials/<name>`.
     pub name: String,
-    /// Who may have it.
+    /// SPIFFE IDs that may assume the role.
     pub spiffe_id: SpiffeIdPattern,
-    /// What is assumed.
+    /// ARN of the IAM role, or a template of it.
     pub role_arn: ArnTemplate,
-    /// The one audience of the JWT-SVID.
+    /// The only audience of the JWT-SVID.
     pub audience: String,
-    /// Of the session: 15 minutes to 12 hours.
+    /// Duration of the session: 15 minutes to 12 hours.
     pub duration: Duration,
-    /// A fixed session name, instead of the one made from the SPIFFE ID.
+    /// Fixed session name, instead of the one made from the SPIFFE ID.
     pub session_name: Option<SessionName>,
-    /// Where it is assumed.
+    /// The STS that the role is assumed at.
     pub sts: StsTarget,
-    /// A session policy (JSON) that narrows the role.
+    /// Session policy (JSON) that narrows the role.
     pub policy: Option<String>,
-    /// Managed session policies.
+    /// ARNs of managed session policies.
     pub policy_arns: Vec<String>,
 }
 
-/// An STS endpoint.
+/// An STS, by region or by endpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct StsTarget {
-    /// The AWS region; also what an endpoint of another kind is told to be in.
+    /// The AWS region. An endpoint outside AWS gets it as a parameter.
     pub region: String,
-    /// Instead of AWS's endpoint of that region.
+    /// Endpoint instead of AWS's endpoint of that region.
     pub endpoint: Option<String>,
 }
 
-/// The endpoint's URL, or AWS's region.
+/// Prints the endpoint's URL, or AWS's region.
 impl fmt::Display for StsTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.endpoint {
@@ -51,58 +51,80 @@ impl fmt::Display for StsTarget {
     }
 }
 
-/// An identity that the source gave a caller.
+/// An identity that the source returned for a caller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
-    /// The SPIFFE ID.
+    /// The SPIFFE ID of the caller.
     pub spiffe_id: SpiffeId,
-    /// The operator's name for it, if the source gave one.
+    /// The operator's name for it, if the source returned one.
     pub hint: Option<String>,
 }
 
-/// Which role a request asks for.
+/// The role that a request names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RequestedRole {
-    /// `/v1/credentials`: the first that the caller may have.
+    /// `/v1/credentials`: the first role that the caller may assume.
     Default,
-    /// `/v1/credentials/<name>`.
+    /// `/v1/credentials/<name>`: the role of this name.
     ByName(String),
-    /// `/v1/credentials/<percent-encoded ARN>`.
+    /// `/v1/credentials/<percent-encoded ARN>`: the role with this ARN.
     ByArn(RoleArn),
 }
 
-/// What is to be issued: everything that distinguishes one set of credentials from another.
+impl RequestedRole {
+    /// Returns the name or the ARN in the path; `None` if the path names no role.
+    pub fn name(&self) -> Option<&str> {
+        match self {
+            Self::Default => None,
+            Self::ByName(name) => Some(name),
+            Self::ByArn(arn) => Some(arn.as_str()),
+        }
+    }
+}
+
+/// Everything that distinguishes one set of credentials from another.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Grant {
-    /// To whom.
+    /// The SPIFFE ID that gets the credentials.
     pub spiffe_id: SpiffeId,
-    /// By which definition.
+    /// The definition that grants them.
     pub role: Arc<Role>,
     /// The role's ARN for this SPIFFE ID.
     pub role_arn: RoleArn,
-    /// The session's name.
+    /// The `RoleSessionName` at STS.
     pub session_name: SessionName,
 }
 
-/// Why no role was chosen.
+/// Reason why no role was selected.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum RoleDenied {
-    /// No role is for this caller.
+    /// No role matches this caller.
     #[error("no role is configured for this workload")]
     NoRole,
-    /// The named role does not exist, or is not for this caller; the two are not told apart.
+    /// The named role does not exist, or does not match this caller. The two have one error, so
+    /// that a caller cannot probe for names.
     #[error("this workload has no role of that name")]
     NotThisRole,
-    /// The ARN in the path is not in `allow_requested_roles`, or STS is not AWS's.
-    #[error("workloads on this node may not ask for that role ARN")]
+    /// The ARN in the path is not in `[requested_roles] allow`, or the STS is not AWS's.
+    #[error("this role ARN is not one that workloads on this node may request")]
     ArnNotAllowed,
-    /// Several identities would do.
-    #[error("the workload has several SPIFFE IDs that this role is for")]
+    /// Several identities of the caller match the role.
+    #[error(
+        "several SPIFFE IDs of this workload match the role; give one of them the role's name as hint"
+    )]
     SeveralIdentities,
 }
 
 impl RoleDenied {
-    /// The label in metrics and audit records.
+    /// All reasons for a denial.
+    pub const ALL: [Self; 4] = [
+        Self::NoRole,
+        Self::NotThisRole,
+        Self::ArnNotAllowed,
+        Self::SeveralIdentities,
+    ];
+
+    /// Returns the label in metrics and audit records.
     pub fn reason(&self) -> &'static str {
         match self {
             Self::NoRole => "no_role",
@@ -116,24 +138,24 @@ impl RoleDenied {
 /// All roles of a node, in the order of the configuration.
 #[derive(Debug, Clone, Default)]
 pub struct Roles {
-    /// `[[role]]`.
+    /// The `[[role]]` tables, in their order.
     pub defined: Vec<Arc<Role>>,
-    /// For ARNs in the path, if any is allowed.
+    /// Settings for ARNs in the path, if any are allowed.
     pub requested: Option<RequestedRoles>,
 }
 
-/// `allow_requested_roles`.
+/// Settings of `[requested_roles] allow`, the list of ARNs.
 #[derive(Debug, Clone)]
 pub struct RequestedRoles {
-    /// Which ARNs.
+    /// Patterns of the allowed ARNs.
     pub allowed: Vec<glob::Pattern>,
-    /// `[identity] audience`.
+    /// The audience of `[identity]`, for their tokens.
     pub audience: String,
-    /// `[sts]`. Only AWS's own: with an endpoint of another kind the list is a configuration error.
+    /// The STS of `[sts]`, always AWS's. With another endpoint the list is a configuration error.
     pub sts: StsTarget,
 }
 
-/// Without a `[[role]]` nothing else says how long.
+/// Session duration of a requested ARN, for which no `[[role]]` sets another.
 const REQUESTED_DURATION: Duration = Duration::from_secs(3600);
 
 impl Roles {
@@ -149,13 +171,14 @@ impl Roles {
         targets
     }
 
-    /// Chooses the role for a caller with these identities: the first that fits, or the one that was asked for.
+    /// Selects the role for a caller with these identities: the first that matches, or the
+    /// requested one.
     pub fn select(
         &self,
         identities: &[Identity],
-        wanted: &RequestedRole,
+        requested: &RequestedRole,
     ) -> Result<Grant, RoleDenied> {
-        match wanted {
+        match requested {
             RequestedRole::Default => {
                 let mut grants = self
                     .defined
@@ -175,23 +198,24 @@ impl Roles {
         }
     }
 
-    /// Whether a caller with the grant's identity could be given just this grant.
+    /// Returns true if a caller with the grant's identity could get exactly this grant.
     pub fn can_grant(&self, grant: &Grant) -> bool {
         let identity = [Identity {
             spiffe_id: grant.spiffe_id.clone(),
             hint: None,
         }];
-        let wanted = [
+        let requested = [
             RequestedRole::ByName(grant.role.name.clone()),
             RequestedRole::ByArn(grant.role_arn.clone()),
         ];
-        wanted.iter().any(|wanted| {
-            self.select(&identity, wanted)
-                .is_ok_and(|given| given == *grant)
+        requested.iter().any(|requested| {
+            self.select(&identity, requested)
+                .is_ok_and(|granted| granted == *grant)
         })
     }
 
-    /// AWS's trust policy is the authority over who may assume this role; the list only bounds what is tried.
+    /// Selects a role by its ARN. The list only bounds the tries; AWS's trust policy decides on the
+    /// access.
     fn requested(&self, identities: &[Identity], arn: &RoleArn) -> Result<Grant, RoleDenied> {
         let options = glob::MatchOptions {
             case_sensitive: true,
@@ -214,7 +238,7 @@ impl Roles {
             name: arn.as_str().to_owned(),
             spiffe_id: SpiffeIdPattern::parse(identity.spiffe_id.as_str())
                 .map_err(|_| RoleDenied::ArnNotAllowed)?,
-            // The workload wrote this: a `{path[0]}` in it is no template of the operator's.
+            // The workload chose this text, so a `{path[0]}` in it must not act as a template.
             role_arn: ArnTemplate::fixed(arn),
             audience: settings.audience.clone(),
             duration: REQUESTED_DURATION,
@@ -227,21 +251,23 @@ impl Roles {
     }
 }
 
-/// The grant of this role to the one identity that it is for; `None` if it is for none of them.
+/// Returns the grant of this role to the one identity that it matches, or `None` if it matches
+/// none.
 ///
-/// Of several, the one that has the role's name as a hint; never one by its position in the list. For the same reason all
-/// hints count of an identity that is in the list several times.
+/// Of several identities it selects the one that has the role's name as a hint, never one by its
+/// position in the list. For the same reason all hints of an identity count that is in the list
+/// several times.
 fn grant(role: &Arc<Role>, identities: &[Identity]) -> Result<Option<Grant>, RoleDenied> {
-    let fitting = || {
+    let matching = || {
         identities
             .iter()
             .filter(|identity| role.spiffe_id.matches(&identity.spiffe_id))
     };
-    let hinted = fitting().filter(|identity| identity.hint.as_ref() == Some(&role.name));
-    if fitting().next().is_none() {
+    let hinted = matching().filter(|identity| identity.hint.as_ref() == Some(&role.name));
+    if matching().next().is_none() {
         return Ok(None);
     }
-    let identity = only(fitting())
+    let identity = only(matching())
         .or_else(|| only(hinted))
         .ok_or(RoleDenied::SeveralIdentities)?;
     let identity = &identity.spiffe_id;

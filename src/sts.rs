@@ -1,11 +1,12 @@
-//! STS: credentials for a JWT-SVID, by `AssumeRoleWithWebIdentity`.
+//! Client of STS: exchanges a JWT-SVID for credentials by `AssumeRoleWithWebIdentity`.
 //!
-//! The call is unsigned: the token is the proof. So the SDK is given neither credentials nor a place to find any, and
-//! of the environment only what [`NetworkSettings`] holds.
+//! The call is not signed, since the token is the proof. So the SDK gets neither credentials nor a
+//! provider of them. Of the environment it gets only what [`NetworkSettings`] holds.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -30,9 +31,9 @@ use crate::svid::JwtSvid;
 mod advice;
 mod client;
 mod error;
+mod error_response;
 mod network;
 mod no_proxy;
-mod refusal;
 mod trust;
 
 pub use error::{RetryPolicy, StsError};
@@ -42,46 +43,49 @@ use advice::StsDestination;
 use client::HttpConnector;
 use error::Failure;
 
-/// No session is asked to last longer than 12 hours, so an `Expiration` further away than that and a wide margin for
-/// clocks is nonsense.
-const LIFETIME_MAX: Duration = Duration::from_secs(36 * 3600);
-/// What [`Sts::probe`] shows to STS: too short to be anybody's token or role.
+/// Maximum accepted time until `Expiration`. No session exceeds 12 hours, so a later one is invalid
+/// even with a wide margin for clocks.
+const MAX_LIFETIME: Duration = Duration::from_secs(36 * 3600);
+/// Token that [`Sts::probe`] sends. It is too short to be a real token, and [`NO_ROLE`] is not a
+/// real role.
 const NO_TOKEN: &str = "none";
 const NO_ROLE: &str = "arn:aws:iam::000000000000:role/none";
 
-/// Somebody who exchanges a JWT-SVID for credentials of a role.
+/// Client that exchanges a JWT-SVID for the credentials of a role.
 #[async_trait]
 pub trait AssumeRole: Send + Sync + fmt::Debug {
     /// Assumes the role of `grant` once, with `token`.
     async fn assume(&self, grant: &Grant, token: &JwtSvid) -> Result<Credentials, StsError>;
 }
 
-/// `[sts]`.
+/// Settings of the STS client, from `[sts]`.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// For one call, from connecting to the last byte of the answer.
+    /// Timeout of one call, from the connection to the last byte of the response.
     pub timeout: Duration,
-    /// How many calls are under way at most, a quarter of them for one SPIFFE ID; others wait for their turn.
+    /// Maximum number of concurrent calls. One SPIFFE ID may use a quarter of them; further calls
+    /// wait. At the limit the SPIFFE ID with the most loses its newest call to one with fewer.
     pub max_concurrent: usize,
-    /// A file of PEM certificates: the only ones that an `endpoint` which is not AWS's is trusted by. AWS's STS is trusted by the
-    /// system's certificates, always.
+    /// PEM file with the only certificates that verify an `endpoint` outside AWS. The system's
+    /// certificates always verify AWS's STS.
     pub ca_file: Option<PathBuf>,
-    /// Proxies and kinds of AWS endpoints.
+    /// Proxies and variants of AWS endpoints.
     pub network: NetworkSettings,
 }
 
-/// STS at AWS, or another server that speaks its protocol.
+/// Client of AWS's STS, and of other servers that speak its protocol.
 pub struct Sts {
     connections: HttpConnector,
-    /// One client, and with it one pool of connections, for each place.
-    clients: Mutex<HashMap<StsTarget, Client>>,
-    turns: FairSemaphore<SpiffeId>,
+    /// One client, and with it one pool of connections, per target. With it the number of times
+    /// that CA certificates had been replaced.
+    clients: Mutex<HashMap<StsTarget, (usize, Client)>>,
+    permits: FairSemaphore<SpiffeId>,
     timeout: Duration,
     clock: Clock,
 }
 
 impl Sts {
-    /// Does no I/O yet.
+    /// Creates a client without I/O.
     pub fn new(settings: Settings, clock: Clock) -> Self {
         Self {
             connections: HttpConnector::new(
@@ -90,7 +94,7 @@ impl Sts {
                 settings.timeout,
             ),
             clients: Mutex::default(),
-            turns: FairSemaphore::new(
+            permits: FairSemaphore::new(
                 settings.max_concurrent,
                 (settings.max_concurrent / 4).max(2),
             ),
@@ -99,8 +103,9 @@ impl Sts {
         }
     }
 
-    /// Checks the environment variables that calls to these targets use, and loads their CA certificates. Fails for a variable that
-    /// cannot be used, and for a `ca_file` without certificates. Missing certificates are logged, and loaded when they are there.
+    /// Checks the environment variables that calls to these targets use, and loads their CA
+    /// certificates. Fails for an invalid variable, and for a `ca_file` without certificates.
+    /// Missing certificates are logged, and loaded once they exist.
     pub async fn prepare(&self, targets: &[&StsTarget]) -> Result<(), InvalidSetting> {
         for target in targets {
             // A file system that hangs must not hold up the start.
@@ -116,15 +121,15 @@ impl Sts {
         self.connections.network.sts_url(target).await
     }
 
-    /// Whether STS answers at all, whatever it says: it is shown something that is no token. For `/readyz`.
+    /// Checks for `/readyz` whether STS responds to an invalid token. Any response of STS counts.
     pub async fn probe(&self, target: &StsTarget) -> Result<(), StsError> {
-        let nothing = |call: AssumeRoleWithWebIdentityFluentBuilder| {
+        let invalid_token = |call: AssumeRoleWithWebIdentityFluentBuilder| {
             call.role_arn(NO_ROLE)
                 .role_session_name(NO_TOKEN)
                 .web_identity_token(NO_TOKEN)
         };
-        match self.call(target, nothing).await {
-            Ok(_) | Err(Failure::Refused { .. } | Failure::Garbled(_)) => Ok(()),
+        match self.call(target, invalid_token).await {
+            Ok(_) | Err(Failure::Refused { .. } | Failure::InvalidResponse(_)) => Ok(()),
             Err(failure) => Err(StsError::new(
                 &failure,
                 &self.destination(target).await,
@@ -133,45 +138,48 @@ impl Sts {
         }
     }
 
-    /// One call, with the parameters that `fill` sets.
+    /// Sends one call with the parameters that `build` sets, within the timeout.
     async fn call(
         &self,
         target: &StsTarget,
-        fill: impl FnOnce(
+        build: impl FnOnce(
             AssumeRoleWithWebIdentityFluentBuilder,
         ) -> AssumeRoleWithWebIdentityFluentBuilder,
     ) -> Result<AssumeRoleWithWebIdentityOutput, Failure> {
         let call = async {
-            let call = fill(self.client(target).await?.assume_role_with_web_identity()).send();
-            // At its trace level the SDK logs requests and refusals whole, and with them the token.
+            let call = build(self.client(target).await?.assume_role_with_web_identity()).send();
+            // At its trace level the SDK logs whole requests and refusals, and with them the token.
             call.with_subscriber(NoSubscriber::new())
                 .await
                 .map_err(|error| Failure::of(&error))
         };
-        let failure = || Failure::NoAnswer(format!("no answer within {:?}", self.timeout));
+        let failure = || Failure::Unreachable(format!("no answer within {:?}", self.timeout));
         timeout(self.timeout, call)
             .await
             .unwrap_or_else(|_| Err(failure()))
     }
 
     async fn client(&self, target: &StsTarget) -> Result<Client, Failure> {
-        let known = self
-            .clients
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(target)
-            .cloned();
-        if let Some(client) = known {
+        let replaced = self.connections.replaced_roots();
+        let clients = || self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let existing = clients().get(target).cloned();
+        if let Some((_, client)) = existing.filter(|(before, _)| *before == replaced) {
             return Ok(client);
         }
         let url = self
             .url(target)
             .await
-            .map_err(|InvalidSetting(text)| Failure::Unsendable(text))?;
+            .map_err(|InvalidSetting(text)| Failure::InvalidRequest(text))?;
         let client = self.connections.client(target, &url).await?;
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut clients = clients();
         // Keep the client of a concurrent call, and with it one pool of connections.
-        Ok(clients.entry(target.clone()).or_insert(client).clone())
+        if clients
+            .get(target)
+            .is_none_or(|(before, _)| *before != replaced)
+        {
+            clients.insert(target.clone(), (replaced, client));
+        }
+        Ok(clients[target].1.clone())
     }
 
     async fn destination(&self, target: &StsTarget) -> StsDestination {
@@ -191,26 +199,26 @@ impl Sts {
     }
 
     fn credentials(&self, answer: AssumeRoleWithWebIdentityOutput) -> Result<Credentials, Failure> {
-        // Nothing is asked of `AssumedRoleUser`: MinIO leaves it empty.
-        let credentials = answer
-            .credentials
-            .ok_or(Failure::Garbled("it has no credentials".to_owned()))?;
-        // What the answer lacks, the SDK fills with empty strings and the year 1970.
+        // `AssumedRoleUser` is not required: MinIO leaves it empty.
+        let credentials = answer.credentials.ok_or(Failure::InvalidResponse(
+            "the response has no credentials".to_owned(),
+        ))?;
+        // The SDK fills missing fields with empty strings and the year 1970.
         let texts = [
             &credentials.access_key_id,
             &credentials.secret_access_key,
             &credentials.session_token,
         ];
         if texts.iter().any(|text| text.is_empty()) {
-            return Err(Failure::Garbled(
+            return Err(Failure::InvalidResponse(
                 "a part of the credentials is missing or empty".to_owned(),
             ));
         }
         let now = self.clock.now();
         let expiration = SystemTime::try_from(credentials.expiration).ok();
-        let expiration = expiration.filter(|at| *at > now && *at <= now + LIFETIME_MAX).ok_or_else(|| {
-            let text = "the credentials' `Expiration` is missing, over or too far away: compare this node's clock";
-            Failure::Garbled(text.to_owned())
+        let expiration = expiration.filter(|at| *at > now && *at <= now + MAX_LIFETIME).ok_or_else(|| {
+            let text = "`Expiration` of the credentials is missing, past or too late; compare this node's clock with STS's";
+            Failure::InvalidResponse(text.to_owned())
         })?;
         Ok(Credentials {
             access_key_id: credentials.access_key_id,
@@ -225,12 +233,11 @@ impl Sts {
 impl AssumeRole for Sts {
     async fn assume(&self, grant: &Grant, token: &JwtSvid) -> Result<Credentials, StsError> {
         let target = &grant.role.sts;
-        let result = match self.turns.acquire(&grant.spiffe_id).await {
+        let result = match self.permits.acquire_evicting(&grant.spiffe_id).await {
             None => Err(Failure::Busy),
-            Some(_turn) => {
-                let answer = self
-                    .call(target, |call| build_request(call, grant, token))
-                    .await;
+            Some(permit) => {
+                let call = pin!(self.call(target, |call| build_request(call, grant, token)));
+                let answer = permit.run(call).await.unwrap_or(Err(Failure::Busy));
                 answer.and_then(|answer| self.credentials(answer))
             }
         };
@@ -245,7 +252,8 @@ impl AssumeRole for Sts {
     }
 }
 
-/// The request's parameters. `ProviderId` stays out: it is for OAuth 2.0, and with it STS takes no OIDC token.
+/// Sets the request's parameters. `ProviderId` stays out: it is for OAuth 2.0, and with it STS does
+/// not accept an OIDC token.
 fn build_request(
     call: AssumeRoleWithWebIdentityFluentBuilder,
     grant: &Grant,

@@ -1,7 +1,9 @@
-//! Identity sources: which SPIFFE ID a caller has, and the JWT-SVID that proves it.
+//! Identity sources: the SPIFFE IDs of a caller, and the JWT-SVIDs that prove them.
 //!
-//! [`workload_api`] asks any SPIFFE provider for the identities that the daemon itself is registered for, by its own
-//! `[[workload]]` rules. [`jwt`] is the check that every token goes through, whoever gave it.
+//! [`workload_api`] fetches the identities of the daemon itself from any SPIFFE provider, and
+//! assigns them to callers by `[[workload]]` rules. [`spire_delegated`] and [`spiffe_broker`] query
+//! an agent that attests the caller. [`agent_source`] caches and revalidates its replies. [`jwt`]
+//! checks every token, from every source.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,41 +13,46 @@ use async_trait::async_trait;
 use thiserror::Error;
 
 use crate::caller::{AttestError, Caller, ProcessFacts};
-use crate::endpoint::Endpoint;
-use crate::health::LastError;
 use crate::identity::SpiffeId;
 use crate::role::Identity;
-use crate::rule::NamedRule;
+use crate::socket_endpoint::Endpoint;
+use crate::upstream_status::LastError;
+use crate::workload_rule::NamedRule;
 
 pub mod agent;
-pub mod attesting;
-pub mod broker_api;
-pub mod delegated;
-mod dial;
+pub mod agent_source;
+mod channel;
+mod identity_cache;
 pub mod jwt;
 mod log_limit;
-mod memory;
-pub mod own;
+pub mod own_svid;
 pub mod proto;
+pub mod spiffe_broker;
+pub mod spire_delegated;
 pub mod workload_api;
 
-pub use attesting::AgentSource;
-pub use delegated::SpireDelegated;
-pub(crate) use dial::unreachable as agent_unreachable;
+pub use agent_source::AgentSource;
+pub(crate) use channel::unreachable as agent_unreachable;
 pub use jwt::{BadToken, JwtSvid, TTL_FIX};
+pub use spire_delegated::SpireDelegated;
 pub use workload_api::WorkloadApi;
 
-/// SPIRE's agent itself waits up to 30 s for its server, and then still answers with a token from its cache; in Kubernetes it
-/// waits as long for a container to be told of.
+/// Timeout of one call to an agent. SPIRE's agent waits up to 30 s for its server, and then still
+/// sends a cached token. In Kubernetes it waits as long for the kubelet to report a container.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(35);
+/// A denial counts as final when a second one follows at least this much later with no success in
+/// between. A single one may be a registration entry that has not spread yet, or an attestor that
+/// failed for a moment.
+pub(crate) const DENIAL_CONFIRMATION: Duration = Duration::from_secs(10);
 
-/// Somebody who knows which identities the workloads of this node have.
+/// Source of the identities that the workloads of this node have.
 #[async_trait]
 pub trait IdentitySource: Send + Sync + fmt::Debug {
-    /// The identities of `caller`; none if the source has none for it, which is an answer, not an error.
+    /// Returns the identities of `caller`. An empty list is a valid result: the source has none for
+    /// it.
     async fn identify(&self, caller: &Arc<Caller>) -> Result<Vec<Identity>, SourceError>;
 
-    /// A JWT-SVID of `caller` for the identity `id`, meant for `audience` alone, checked by [`JwtSvid::check`].
+    /// Returns a JWT-SVID of `caller` for `id` and `audience` alone, checked by [`JwtSvid::check`].
     async fn token(
         &self,
         caller: &Arc<Caller>,
@@ -53,85 +60,108 @@ pub trait IdentitySource: Send + Sync + fmt::Debug {
         audience: &str,
     ) -> Result<JwtSvid, SourceError>;
 
-    /// What has to be known of this caller's process to identify it; `None` if what is known is enough.
+    /// Returns the process facts that `identify` needs. `None` means that the known facts suffice.
     fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts>;
 
-    /// On what it rests that a caller has the identity `id`. Two sources for which that is equal give it to the same
-    /// callers, so what was issued by the one may be handed out by the other.
+    /// Returns the basis on which callers have the identity `id`. Two sources with equal bases give
+    /// it to the same callers. So credentials of the one may be served by the other.
     fn basis(&self, id: &SpiffeId) -> IdentityBasis;
 
-    /// Whether the source answers, and knows this daemon; a token is asked for with this `audience`.
+    /// Checks that the source responds and knows this daemon, by a token for `audience`.
     async fn ready(&self, audience: &str) -> Result<(), SourceError>;
 
-    /// Whether tokens are given only for a caller that lives. Then the cache remembers the latest caller of each identity,
-    /// to renew its credentials with; else it keeps none, and passes [`Caller::synthetic`] when it renews.
+    /// Returns true if tokens need a caller that is alive. Then the cache keeps the latest caller
+    /// of each identity for refreshes. Otherwise it keeps none, and refreshes with
+    /// [`Caller::synthetic`].
     fn requires_live_caller(&self) -> bool {
         true
     }
 }
 
-/// See [`IdentitySource::basis`].
+/// Basis of an identity; see [`IdentitySource::basis`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum IdentityBasis {
-    /// These rules of the configuration; without any, nobody has the identity.
+    /// These rules of the configuration. With an empty list no caller has the identity.
     Rules(Vec<NamedRule>),
-    /// What is registered at this agent.
+    /// The registration entries of this agent.
     Agent(Endpoint),
 }
 
-/// Why a source gave no identity or no token. What the caller of the source has to do decides the variant; the text is
-/// for operators and never holds a token.
+/// Reason why a source returned no identity or no token. The variants differ in what the caller of
+/// the source does next. The text is for operators and never holds a token.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum SourceError {
-    /// The source says no. Registrations spread slowly, and a part of the source that fails for a moment looks the
-    /// same, so ask again, with backoff, and never remember it for more than seconds.
+    /// The source denies it. Registration entries spread slowly, and a part of the source that
+    /// fails for a moment causes the same reply. So retry with backoff, and cache it for seconds at
+    /// most.
     #[error("{0}")]
     Denied(String),
-    /// The source did not answer, or can't now. Ask again, with backoff.
+    /// The source did not respond, or cannot now. Retry with backoff.
     #[error("{0}")]
     Unavailable(String),
-    /// The source will never answer this request. Asking again is of no use; somebody has to change something.
+    /// The source can never serve this request. A retry is useless until an operator changes
+    /// something.
     #[error("{0}")]
     Misconfigured(String),
-    /// The process that the source was to be asked about is gone, has changed, or must not be named to it. Another caller
-    /// of the same identity may still get a token.
+    /// The caller's process is gone, has changed, or must not be named to the source. Another
+    /// caller of the same identity may still get a token.
     #[error(transparent)]
     Caller(#[from] AttestError),
-    /// More is asked of the source than it can do. Ask again in a moment.
+    /// The source is at its limit of queries. Retry in a moment.
     #[error(
-        "more new processes ask for credentials than the SPIFFE agent can attest; ask again in a moment"
+        "more new processes request credentials than the SPIFFE agent can attest; retry in a moment"
     )]
     Busy,
-    /// What the decision depends on is not known of this caller, since the rules were others when it was attested. Another
-    /// connection will do.
+    /// A fact that the decision needs is unknown, since other rules applied when the caller was
+    /// attested. A new connection succeeds.
     #[error("the configuration was reloaded after this connection was made")]
     Reloaded,
-    /// The decision depends on a user or group whose number is not known.
+    /// The decision needs the number of a user or group, which is not known.
     #[error(
         "the name service of this node has not given the number of a user or group that a [[workload]] rule names; retry"
     )]
     UnknownAccount,
-    /// The source gave a token that must not be used.
+    /// The source returned a token that must not be used.
     #[error("the identity source gave a token that cannot be used: {0}")]
     BadToken(#[from] BadToken),
 }
 
 impl SourceError {
-    /// For [`crate::health`]. What is about one caller is nothing of the source's.
+    /// Returns the error for [`crate::upstream_status`]. Errors that concern one caller are not an
+    /// outage.
     fn of_source<T>(result: &Result<T, Self>) -> Option<LastError> {
         let error = result.as_ref().err()?;
-        let outage = matches!(
-            error,
-            Self::Unavailable(_) | Self::Misconfigured(_) | Self::Busy
-        );
         Some(LastError {
             text: error.to_string(),
             reason: error.reason(),
-            outage,
+            outage: error.is_outage(),
         })
     }
 
-    /// Whether it may pass without anybody doing anything, so that credentials issued before are still right.
+    /// Returns whether the error concerns all callers, and not one of them.
+    pub fn is_outage(&self) -> bool {
+        matches!(
+            self,
+            Self::Unavailable(_) | Self::Misconfigured(_) | Self::Busy
+        )
+    }
+
+    /// Returns an error of each kind but [`SourceError::Caller`], for their labels.
+    pub fn samples() -> Vec<Self> {
+        let text = String::new;
+        vec![
+            Self::Denied(text()),
+            Self::Unavailable(text()),
+            Self::Misconfigured(text()),
+            Self::Busy,
+            Self::Reloaded,
+            Self::UnknownAccount,
+            Self::BadToken(BadToken::Expiring(text())),
+            Self::BadToken(BadToken::Wrong(text())),
+        ]
+    }
+
+    /// Returns true if the failure may pass by itself, so that cached credentials are still right.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Unavailable(_)
@@ -139,13 +169,14 @@ impl SourceError {
             | Self::Busy
             | Self::Reloaded
             | Self::UnknownAccount => true,
-            // Agents answer from their cache while their server is down, until the second that the token expires.
+            // While their server is down, agents reply from their cache until the second that the
+            // token expires.
             Self::BadToken(bad) => matches!(bad, BadToken::Expiring(_)),
             Self::Denied(_) | Self::Misconfigured(_) => false,
         }
     }
 
-    /// The label in metrics and audit records.
+    /// Returns the label in metrics and audit records.
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Denied(_) => "source_denied",
@@ -160,7 +191,7 @@ impl SourceError {
     }
 }
 
-/// Somebody else's words, fit for one line of a log: no control characters, at most 300 characters.
+/// Converts text of another program to one log line: no control characters, at most 300 characters.
 pub(crate) fn one_line(text: &str) -> String {
     const MAX_MESSAGE_CHARS: usize = 300;
     let mut line: String = text

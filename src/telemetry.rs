@@ -1,6 +1,8 @@
-//! The daemon's log: standard error, text on a terminal, JSON elsewhere. Audit records go their own way (see `audit`).
+//! The daemon's log: standard error, text on a terminal, JSON elsewhere. Audit records have an
+//! output of their own, see [`crate::audit`].
 //!
-//! Lines are written by a thread ([`Writer`]): a reader that has stopped costs lines, which are counted, and stops nothing.
+//! A thread writes the lines ([`Writer`]), so a reader that stalls blocks no request. Lines that
+//! find no room are counted.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write, stderr};
@@ -19,10 +21,19 @@ use crate::config::LogFormat;
 use crate::limits::TokenBucket;
 use crate::writer::{Line, LineLoss, LossObserver, Priority, Writer};
 
-/// How long the end of the process waits for a reader of the log that is slow.
+mod format;
+mod request;
+#[cfg(test)]
+mod tests;
+
+pub use request::{RequestId, RequestScope, in_current_request};
+
+use format::{JsonLines, TextFields};
+
+/// The longest time for which the end of the process waits for a slow reader of the log.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How many lines of one kind the log gets: some at once, and then one now and then, whatever happens how often.
+/// A limit for log lines of one kind: a burst at first, then one in each interval.
 #[derive(Debug)]
 pub struct LogQuota {
     burst: u32,
@@ -32,7 +43,7 @@ pub struct LogQuota {
 }
 
 impl LogQuota {
-    /// `burst` lines at once, of which one comes back each `every`.
+    /// Allows `burst` lines at once, and one more each `every` after that.
     pub fn new(burst: u32, every: Duration) -> Self {
         Self {
             burst,
@@ -42,7 +53,7 @@ impl LogQuota {
         }
     }
 
-    /// Whether a line may be written now; if so, how many were left out since the last.
+    /// Takes a line if the limit allows it, and returns how many were left out since the last one.
     pub fn take(&mut self) -> Option<u64> {
         if self.bucket.take(self.burst, self.every) {
             return Some(std::mem::take(&mut self.missed));
@@ -54,7 +65,7 @@ impl LogQuota {
 
 type Lines = Box<dyn Layer<Registry> + Send + Sync>;
 
-/// The process's log, for changing it later.
+/// The process's log, for a reload that changes its level or format.
 pub struct Log {
     handle: reload::Handle<Lines, Registry>,
     lines: LogDestination,
@@ -66,12 +77,14 @@ impl std::fmt::Debug for Log {
     }
 }
 
-/// Installs the process's log, which is written once it is [started](Log::start). `level` is a level or a filter directive of
-/// `tracing-subscriber`, for instance `info,awsvid::cache=debug`. `lost` counts the lines that could not be written.
+/// Installs the process's log. Lines wait in memory until the log is [started](Log::start).
+///
+/// `level` is a level or a filter directive of `tracing-subscriber`, for instance
+/// `info,awsvid::cache=debug`. `lost` counts the lines that could not be written.
 pub fn init(level: &str, format: LogFormat, lost: Counter) -> Result<Log, ParseError> {
     let destination = LogDestination(Arc::new(Writer::new(Box::new(LostLines(lost)))));
     let (lines, handle) = reload::Layer::new(lines(level, format, destination.clone())?);
-    // An error means that a log is installed already, as in a test: that one stays.
+    // An error means that a log is installed already, as in a test. That one stays.
     let _ = tracing_subscriber::registry().with(lines).try_init();
     Ok(Log {
         handle,
@@ -80,15 +93,17 @@ pub fn init(level: &str, format: LogFormat, lost: Counter) -> Result<Log, ParseE
 }
 
 impl Log {
-    /// Starts the thread that writes it; to be called once, when the process has given up the privileges that its threads are
-    /// not to have.
+    /// Starts the thread that writes the log.
+    ///
+    /// Call it once, after the process has dropped the privileges that its threads must not have.
     pub fn start(&self) -> io::Result<()> {
-        self.lines
-            .0
-            .start("log", File::from(stderr().as_fd().try_clone_to_owned()?))
+        self.lines.0.start(
+            "awsvid-log",
+            File::from(stderr().as_fd().try_clone_to_owned()?),
+        )
     }
 
-    /// Goes on with another level and format.
+    /// Changes the level and the format of all later lines.
     pub fn change(&self, level: &str, format: LogFormat) -> Result<(), ParseError> {
         // An error means that this log is not the one that is installed.
         let _ = self
@@ -97,7 +112,8 @@ impl Log {
         Ok(())
     }
 
-    /// Waits until all lines so far are written, if the reader is not too slow: to be called before the process ends.
+    /// Waits until all lines so far are written, at most one second. Call it before the
+    /// process ends.
     pub fn flush(&self) {
         self.lines.0.flush(FLUSH_TIMEOUT);
     }
@@ -113,23 +129,26 @@ fn lines(level: &str, format: LogFormat, destination: LogDestination) -> Result<
     let lines = fmt::layer().with_writer(destination);
     let lines: Lines = if text {
         lines
+            .fmt_fields(TextFields)
             .with_ansi(stderr().is_terminal())
             .with_target(false)
             .boxed()
     } else {
-        lines.json().flatten_event(true).boxed()
+        lines.event_format(JsonLines).boxed()
     };
-    // As layers, not as filters of one layer: those can't be replaced while they are in use.
+    // These are layers, because filters of a layer cannot be replaced while they are in use.
     Ok(lines.and_then(filter_fn(is_safe)).and_then(filter).boxed())
 }
 
-/// Below `info` the libraries on the way to the source and to STS write out frames and headers, with tokens and secrets in
-/// them. No setting lets that through.
+/// Returns whether an event cannot contain a secret.
+///
+/// Below `info` the libraries for gRPC and HTTP log frames and headers, which contain tokens. No
+/// setting enables those lines.
 fn is_safe(event: &Metadata<'_>) -> bool {
     event.target().split("::").next() == Some("awsvid") || *event.level() <= Level::INFO
 }
 
-/// Gives the writer each event as it is formatted, which is one line.
+/// The writer of `tracing-subscriber`, which passes each formatted line to the thread.
 #[derive(Clone)]
 struct LogDestination(Arc<Writer>);
 
@@ -149,7 +168,7 @@ impl Write for &LogDestination {
             owner: None,
             priority: Priority::High,
         };
-        // One that is lost is counted.
+        // The observer counts a line that finds no room.
         drop(self.0.push(line));
         Ok(bytes.len())
     }
@@ -163,7 +182,7 @@ impl Write for &LogDestination {
 struct LostLines(Counter);
 
 impl LossObserver for LostLines {
-    /// Without a line, which would be lost, too.
+    /// Counts the line and logs nothing, since that line would find no room either.
     fn lost(&self, _: &LineLoss) {
         self.0.inc();
     }
@@ -171,7 +190,7 @@ impl LossObserver for LostLines {
     fn over(&self, lines: u64) -> Vec<u8> {
         tracing::warn!(
             lines,
-            "lines of the log were lost: its reader was too slow, or had stopped"
+            "log lines were dropped: the reader of standard error stalled"
         );
         Vec::new()
     }

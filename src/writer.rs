@@ -1,8 +1,14 @@
-//! Lines for a file, a pipe or a socket, written by a thread of its own: the thread that has a line never waits for a disk or
-//! for a reader that has stopped.
+//! Lines for a file, a pipe or a socket. A thread of its own writes them, so that no other thread
+//! waits for a disk or for a reader that stalls.
 //!
-//! The queue is bounded, in all and for each workload, so that a workload that causes very many lines loses its own first (attack
-//! 30). Lost lines are counted, and noted as soon as a line can be written again.
+//! The queue is bounded, in total and for each workload. A workload that causes very many lines
+//! loses its own first (T30). Lost lines are counted, and the output gets a note of them as soon as
+//! a line can be written again.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "the thread of a writer has no runtime"
+)]
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -18,17 +24,17 @@ use tokio::sync::oneshot;
 
 use crate::caller::WorkloadKey;
 
-/// Bytes that may wait to be written.
+/// The bytes of lines that may wait in the queue.
 const MAX_QUEUED_BYTES: usize = 8 * 1024 * 1024;
-/// What a line takes in addition to its bytes.
+/// The memory of a line in addition to its bytes.
 const LINE_OVERHEAD_BYTES: usize = 128;
 
-/// How much of the room lines of one kind may take, in all and of one workload.
+/// The share of the queue that lines of one kind may take, in total and for one workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Priority {
-    /// Three quarters; a sixteenth.
+    /// Three quarters in total, a sixteenth for one workload.
     Ordinary,
-    /// All of it; a quarter.
+    /// All of it in total, a quarter for one workload.
     High,
 }
 
@@ -48,25 +54,25 @@ impl Priority {
     }
 }
 
-/// Something to be written.
+/// A line for the output, with its share of the queue.
 #[derive(Debug)]
 pub struct Line {
-    /// With the line feed at its end.
+    /// The text, with the line feed at its end.
     pub bytes: Vec<u8>,
-    /// How many events it stands for, should it be lost.
+    /// The number of events that are lost with this line.
     pub stands_for: u64,
-    /// The workload whose share of the room it takes; `None` for lines of the daemon's own.
+    /// The workload that caused the line; `None` for lines of the daemon itself.
     pub owner: Option<WorkloadKey>,
-    /// How important it is.
+    /// The share of the queue that it may take.
     pub priority: Priority,
 }
 
-/// Why a line was lost.
+/// The reason for which a line was lost.
 #[derive(Debug)]
 pub enum LineLoss {
-    /// There is no room: the destination stalls, or lines come faster than it takes them.
+    /// The queue is full: the destination stalls, or is slower than the lines come.
     NoRoom,
-    /// Writing it failed.
+    /// The destination returned an error.
     Failed(io::Error),
 }
 
@@ -79,25 +85,27 @@ impl fmt::Display for LineLoss {
     }
 }
 
-/// Accounts for losses. No lock of the writer's is held when it is called.
+/// Accounts for lost lines. The writer holds no lock when it calls these functions.
 pub trait LossObserver: fmt::Debug + Send + Sync {
-    /// One line was lost.
+    /// Records that one line was lost.
     fn lost(&self, loss: &LineLoss);
 
-    /// Lines can be written again, after those that stand for so many events were lost. The result is written next.
+    /// Records that lines can be written again, after lines for so many events were lost. Returns
+    /// the line that is written next.
     fn over(&self, events: u64) -> Vec<u8>;
 }
 
-/// Takes lines. The thread behind it ends when this is dropped and all of them are written.
+/// A queue of lines, with a thread that writes them. The thread ends when this is dropped and all
+/// lines are written.
 #[derive(Debug)]
 pub struct Writer(Arc<WriterState>);
 
 #[derive(Debug)]
 struct WriterState {
     queue: Mutex<LineQueue>,
-    /// There is a line, or none will come.
+    /// Signals a new line, or the end of the queue.
     filled: Condvar,
-    /// Nothing waits any more.
+    /// Signals that the queue is empty.
     emptied: Condvar,
     losses: Box<dyn LossObserver>,
 }
@@ -105,18 +113,18 @@ struct WriterState {
 #[derive(Debug, Default)]
 struct LineQueue {
     lines: VecDeque<(Line, oneshot::Sender<bool>)>,
-    /// What they take, in all and by workload.
+    /// The memory of all lines, in total and by workload.
     size: usize,
     sizes: HashMap<WorkloadKey, usize>,
     /// The thread waits for a line.
     waiting: bool,
-    /// The last line could not be written.
+    /// The latest line could not be written.
     failing: bool,
-    /// A line was waited for in vain, and the queue was not empty since.
+    /// A caller has waited too long for a line, and the queue has not been empty since.
     behind: bool,
-    /// Events whose lines were lost, as long as the stream has no note of it.
+    /// Events of lost lines of which the output has no note yet.
     lost: u64,
-    /// No more lines come.
+    /// The writer is dropped, so no more lines come.
     closed: bool,
 }
 
@@ -144,7 +152,7 @@ impl LineQueue {
         self.lines.push_back((line, written));
     }
 
-    /// A line takes its room until it is written.
+    /// Frees the memory of a line after it is written.
     fn release(&mut self, line: &Line) {
         self.size -= line.size();
         if let Some(owner) = &line.owner
@@ -159,7 +167,7 @@ impl LineQueue {
 }
 
 impl Writer {
-    /// Takes lines, and writes them once it is [started](Self::start).
+    /// Returns a queue that takes lines at once, and writes them after [`Self::start`].
     pub fn new(losses: Box<dyn LossObserver>) -> Self {
         let (queue, filled, emptied) = (Mutex::default(), Condvar::new(), Condvar::new());
         Self(Arc::new(WriterState {
@@ -170,7 +178,7 @@ impl Writer {
         }))
     }
 
-    /// Starts the thread that writes to `file`; to be called once. `name` is the thread's.
+    /// Starts the thread called `name`, which writes to `file`. Call it once.
     pub fn start(&self, name: &str, file: File) -> io::Result<()> {
         let writing = self.0.clone();
         std::thread::Builder::new()
@@ -179,7 +187,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Takes a line, if there is room; the receiver gets whether it was written. Never waits.
+    /// Takes a line if there is room. The receiver gets whether it was written. Never blocks.
     pub fn push(&self, line: Line) -> Option<oneshot::Receiver<bool>> {
         let (written, is_written) = oneshot::channel();
         let mut queue = self.0.queue();
@@ -190,35 +198,35 @@ impl Writer {
             return None;
         }
         queue.put(line, written);
-        // A system call less where it is busy with another one.
+        // A thread that is busy with another line needs no wake-up, which is a system call.
         if std::mem::take(&mut queue.waiting) {
             self.0.filled.notify_one();
         }
         Some(is_written)
     }
 
-    /// Whether the last line could not be written.
+    /// Returns whether the latest line could not be written.
     pub fn is_failing(&self) -> bool {
         self.0.queue().failing
     }
 
-    /// Whether a caller of [`Self::fall_behind`] has given up waiting, and the queue was never empty since.
+    /// Returns whether the queue has not been empty since the latest [`Self::fall_behind`].
     pub fn is_behind(&self) -> bool {
         self.0.queue().behind
     }
 
-    /// Notes that a line was waited for in vain.
+    /// Records that a caller has waited too long for a line.
     pub fn fall_behind(&self) {
         let mut queue = self.0.queue();
         queue.behind = queue.size > 0;
     }
 
-    /// Takes the number of events whose lines were lost and not noted, so that the caller notes them.
+    /// Takes the number of events of which the output has no note, so that the caller writes one.
     pub fn take_lost(&self) -> u64 {
         std::mem::take(&mut self.0.queue().lost)
     }
 
-    /// Waits until everything that was taken is written or lost, for at most so long.
+    /// Blocks until all lines so far are written or lost, at most for `patience`.
     pub fn flush(&self, patience: Duration) {
         let deadline = Instant::now() + patience;
         let mut queue = self.0.queue();
@@ -249,7 +257,7 @@ impl WriterState {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The thread's work.
+    /// Writes lines until the queue is closed and empty.
     fn write_all(&self, destination: &WriterDestination) {
         let mut is_torn = false;
         while let Some((line, written)) = self.next() {
@@ -265,7 +273,7 @@ impl WriterState {
                     }
                 }
             };
-            // The receiver may be gone.
+            // The caller may have stopped waiting.
             let _ = written.send(done.is_ok());
             if let Err(error) = done {
                 self.losses.lost(&LineLoss::Failed(error));
@@ -304,12 +312,14 @@ impl WriterState {
     }
 }
 
-/// Where lines go.
+/// The output of the thread.
 struct WriterDestination(File);
 
 impl WriterDestination {
-    /// Writes all of these bytes, and waits for a reader if it has to. A line of which only a part could be written is ended
-    /// before the next one: a reader sees one that is broken, not two.
+    /// Writes all of these bytes, and blocks until the reader takes them.
+    ///
+    /// If only a part of a line was written, the next call ends that line first. A reader then sees
+    /// one broken line, not two.
     fn write(&self, bytes: &[u8], is_torn: &mut bool) -> io::Result<()> {
         if std::mem::take(is_torn)
             && let Err(error) = self.write_part(b"\n")
@@ -335,7 +345,7 @@ impl WriterDestination {
             match (&self.0).write(bytes) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // Another process that shares the open file has set O_NONBLOCK.
+                // Another process that shares the open file may have set O_NONBLOCK.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     let mut polled = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
                     match poll(&mut polled, PollTimeout::NONE) {

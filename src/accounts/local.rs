@@ -1,4 +1,4 @@
-//! The accounts in the local files, which are read without any name service.
+//! Accounts in the local files, which are read without a name service.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, Metadata};
@@ -6,12 +6,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::rule::AccountName;
+use crate::workload_rule::AccountName;
 
 const PASSWD: &str = "/etc/passwd";
 const GROUP: &str = "/etc/group";
-/// The numbers that systemd gives to units with `DynamicUser=`, and no directory server to its users.
-const DYNAMIC: std::ops::RangeInclusive<u32> = 61_184..=65_519;
+/// Numbers that systemd assigns to units with `DynamicUser=`. Directory servers do not assign them.
+const DYNAMIC_IDS: std::ops::RangeInclusive<u32> = 61_184..=65_519;
 
 /// The users of `/etc/passwd` and the groups of `/etc/group` (`passwd(5)`, `group(5)`).
 #[derive(Debug, Default)]
@@ -27,11 +27,11 @@ struct LocalNames {
     by_id: HashMap<u32, Vec<String>>,
 }
 
-/// What changes with a file's content.
+/// Values that change with a file's content.
 type FileVersion = (u64, u64, u64, (i64, i64));
 
 impl LocalAccounts {
-    /// Reads the files if they are others than those of `known`. Blocks.
+    /// Reads the files, unless they are the same as those of `known`. Blocks.
     pub fn read(known: &Arc<Self>) -> Arc<Self> {
         let version = |path: &str| {
             fs::metadata(path)
@@ -50,7 +50,7 @@ impl LocalAccounts {
         })
     }
 
-    /// Those of these texts.
+    /// Parses these texts instead of the files.
     #[cfg(test)]
     pub(super) fn of(passwd: &str, group: &str) -> Arc<Self> {
         let [users, groups] = [passwd, group].map(|text| LocalNames::parse(text.as_bytes()));
@@ -61,15 +61,15 @@ impl LocalAccounts {
         })
     }
 
-    /// Whether the files have this name.
+    /// Reports whether the files contain this name.
     pub fn has(&self, name: &AccountName) -> bool {
         self.of_kind(name).names.contains(name.as_str())
     }
 
-    /// Whether a local user or group has this number, and none of them is called `name`.
+    /// Reports whether a local user or group has this number, and none of them has the name `name`.
     pub fn is_other(&self, name: &AccountName, id: u32) -> bool {
         let names = self.of_kind(name).by_id.get(&id);
-        let is_dynamic = matches!(name, AccountName::User(_)) && DYNAMIC.contains(&id);
+        let is_dynamic = matches!(name, AccountName::User(_)) && DYNAMIC_IDS.contains(&id);
         names.map_or(is_dynamic, |names| {
             !names.iter().any(|one| one == name.as_str())
         })
@@ -84,7 +84,8 @@ impl LocalAccounts {
 }
 
 impl LocalNames {
-    /// In both files the name is the first field of a line, and the number the third.
+    /// Parses a file. In both files the name is the first field of a line, and the number the
+    /// third.
     fn parse(text: &[u8]) -> Self {
         let mut all = Self::default();
         for line in text
@@ -97,7 +98,7 @@ impl LocalNames {
             else {
                 continue;
             };
-            // "+" and "-" include or exclude what a directory server has.
+            // "+" and "-" include or exclude entries of a directory server.
             if name.is_empty() || name.starts_with(['+', '-', '#']) {
                 continue;
             }

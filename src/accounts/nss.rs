@@ -5,21 +5,23 @@ use std::sync::Arc;
 use nix::unistd::{Gid, Group, Uid, User};
 
 use super::local::LocalAccounts;
-use crate::rule::AccountName;
+use crate::workload_rule::AccountName;
 
-/// Gives numbers for names. Each call may block for as long as a directory server does not answer.
+/// Lookup of numbers and names. Each call may block for as long as a directory server does not
+/// answer.
 pub trait NameService: Send + Sync {
-    /// The number of the user or group with this name; `None` if there is none.
+    /// Returns the number of the user or group with this name. `None` if it does not exist.
     fn number(&self, name: &AccountName) -> nix::Result<Option<u32>>;
 
-    /// The name of what has this number, of the same kind as `kind`.
+    /// Returns the name of the account with this number, of the same kind as `kind`.
     fn name(&self, kind: &AccountName, number: u32) -> nix::Result<Option<String>>;
 
-    /// The local accounts, which are `known` if nothing has changed.
+    /// Returns the local accounts: `known` itself if the files have not changed.
     fn local(&self, known: &Arc<LocalAccounts>) -> Arc<LocalAccounts>;
 }
 
-/// `getpwnam_r(3)` and its like: `/etc/passwd`, and whatever `/etc/nsswitch.conf` adds.
+/// The C library's name service, by `getpwnam_r(3)` and its like: `/etc/passwd` and the sources in
+/// `/etc/nsswitch.conf`.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Nss;
 

@@ -1,15 +1,17 @@
-//! Rules, decided by the numbers that are known at the moment.
+//! Evaluation of rules with the account numbers of the moment.
 
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use tokio::time::{Instant, timeout};
 
-use super::{Accounts, LOOKUP_WAIT, Numbers};
+use super::{AccountIds, Accounts, LOOKUP_WAIT};
 use crate::caller::{Caller, ProcessFacts};
 use crate::clock::REQUEST_HOLD;
 use crate::identity::SpiffeId;
-use crate::rule::{AccountName, Decision, ExeMatcher, Known, NamedRule, Resolved, WorkloadRule};
+use crate::workload_rule::{
+    AccountName, AccountState, Decision, ExeMatcher, NamedRule, Resolved, WorkloadRule,
+};
 
 /// The `[[workload]]` rules of one configuration.
 #[derive(Debug)]
@@ -21,24 +23,24 @@ pub struct LiveRules {
 
 #[derive(Debug)]
 struct CurrentRules {
-    numbers: Arc<Numbers>,
+    numbers: Arc<AccountIds>,
     resolved: Resolved,
 }
 
-/// Why the rules do not identify a caller.
+/// Reason why the rules cannot identify a caller.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Undecided {
+pub enum IdentifyError {
     /// The decision depends on the process, which was not read.
     NeedsProcess,
-    /// It depends on a user or group whose number is not known, since the name service does not answer. A later rule that
-    /// matches may not be the caller's.
+    /// The decision depends on a user or group without a number, because the name service does not
+    /// answer. A later rule that matches may not be the caller's rule.
     UnknownAccount(AccountName),
-    /// It depends on a program's file, whose file system does not answer, or only with an error.
+    /// The decision depends on a program's file on a file system that hangs or returns an error.
     Unresponsive,
 }
 
 impl LiveRules {
-    /// With the numbers that `accounts` gives; it has to follow the names of these rules.
+    /// Creates the rules, with the numbers of `accounts`, which has to follow the names in them.
     pub fn new(rules: impl Into<Arc<[NamedRule]>>, accounts: &Accounts) -> Self {
         let rules: Arc<[NamedRule]> = rules.into();
         let has_names = rules.iter().any(|rule| rule.names().next().is_some());
@@ -51,18 +53,23 @@ impl LiveRules {
         }
     }
 
-    /// The SPIFFE ID of a caller; `None` if no rule matches. Waits, for a bounded time, for the name service where the answer
-    /// depends on a name that it has not answered, or only recently denied, and for the file systems of programs.
-    pub async fn identify(&self, caller: &Caller) -> Result<Option<SpiffeId>, Undecided> {
-        let asked = Instant::now();
+    /// Returns the SPIFFE ID of a caller. `None` if no rule matches.
+    ///
+    /// Waits for a bounded time for the file systems of programs. Does the same for the name
+    /// service where the result depends on a name without an answer or with a recent denial.
+    pub async fn identify(&self, caller: &Caller) -> Result<Option<SpiffeId>, IdentifyError> {
+        let request_time = Instant::now();
         let mut was_looked_up = false;
         loop {
-            let names = match self.decide(caller, asked) {
+            let names = match self.decide(caller, request_time) {
                 RulesOutcome::Decided(decided) => return decided,
                 RulesOutcome::NeedsFile(file) => {
-                    // One that does not answer keeps only those waiting whom its rule may concern.
-                    if !timeout(REQUEST_HOLD, file.look()).await.unwrap_or(false) {
-                        return Err(Undecided::Unresponsive);
+                    // A file system that hangs delays only callers that its rule may match.
+                    if !timeout(REQUEST_HOLD, file.refresh_stat())
+                        .await
+                        .unwrap_or(false)
+                    {
+                        return Err(IdentifyError::Unresponsive);
                     }
                     continue;
                 }
@@ -70,7 +77,7 @@ impl LiveRules {
                     return names
                         .into_iter()
                         .next()
-                        .map_or(Ok(None), |name| Err(Undecided::UnknownAccount(name)));
+                        .map_or(Ok(None), |name| Err(IdentifyError::UnknownAccount(name)));
                 }
                 RulesOutcome::NoMatchYet(_) if was_looked_up => return Ok(None),
                 RulesOutcome::Unanswered(names) | RulesOutcome::NoMatchYet(names) => names,
@@ -83,11 +90,14 @@ impl LiveRules {
         }
     }
 
-    fn decide(&self, caller: &Caller, asked: Instant) -> RulesOutcome {
+    fn decide(&self, caller: &Caller, request_time: Instant) -> RulesOutcome {
         let current = self.current();
-        let decision = current.resolved.decide(caller, asked);
+        let decision = current.resolved.decide(caller, request_time);
         let is_other = |name: &AccountName, id| current.numbers.is_other(name, id);
-        let missing = match current.resolved.missing(caller, &decision, is_other, asked) {
+        let missing = match current
+            .resolved
+            .missing(caller, &decision, is_other, request_time)
+        {
             Ok(missing) => missing,
             Err(file) => return RulesOutcome::NeedsFile(file.clone()),
         };
@@ -95,25 +105,26 @@ impl LiveRules {
             return RulesOutcome::Unanswered(missing.unanswered);
         }
         match decision {
-            Decision::NeedsProcess => RulesOutcome::Decided(Err(Undecided::NeedsProcess)),
+            Decision::NeedsProcess => RulesOutcome::Decided(Err(IdentifyError::NeedsProcess)),
             Decision::NeedsFile(file) => RulesOutcome::NeedsFile(file.clone()),
             Decision::NoMatch if missing.absent.is_empty() => RulesOutcome::Decided(Ok(None)),
             Decision::NoMatch => RulesOutcome::NoMatchYet(missing.absent),
             Decision::Matched(rule) => {
-                // A user that was made a moment ago is known to the next request.
+                // A user that was created a moment ago is found by its next request.
                 if let Some(accounts) = self
                     .accounts
                     .as_ref()
                     .filter(|_| !missing.absent.is_empty())
                 {
-                    accounts.want(&missing.absent);
+                    accounts.request_lookup(&missing.absent);
                 }
                 RulesOutcome::Decided(Ok(Some(rule.spiffe_id.clone())))
             }
         }
     }
 
-    /// What has to be read of the caller's process; `None` if what is known decides.
+    /// Returns the facts that have to be read from the caller's process. `None` if the known facts
+    /// decide.
     pub fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts> {
         let current = self.current();
         current
@@ -121,7 +132,7 @@ impl LiveRules {
             .facts_needed(caller, |name, id| current.numbers.is_other(name, id))
     }
 
-    /// The rules for this SPIFFE ID, as they are written.
+    /// Returns the rules for this SPIFFE ID, as they are written.
     pub fn of(&self, id: &SpiffeId) -> Vec<NamedRule> {
         self.rules
             .iter()
@@ -130,7 +141,7 @@ impl LiveRules {
             .collect()
     }
 
-    /// The SPIFFE IDs of all rules, each once, in the order of the rules.
+    /// Returns the SPIFFE IDs of all rules, each once, in the order of the rules.
     pub fn ids(&self) -> Vec<&SpiffeId> {
         let mut ids: Vec<&SpiffeId> = Vec::new();
         for id in self.rules.iter().map(NamedRule::spiffe_id) {
@@ -156,30 +167,30 @@ impl LiveRules {
     }
 }
 
-/// The decision about a caller with the numbers of one moment.
+/// Result of the rules for a caller, with the numbers of one moment.
 enum RulesOutcome {
-    Decided(Result<Option<SpiffeId>, Undecided>),
-    /// It depends on what this file is now.
+    Decided(Result<Option<SpiffeId>, IdentifyError>),
+    /// The result depends on the current state of this file.
     NeedsFile(ExeMatcher),
-    /// It depends on these names.
+    /// The result depends on these names.
     Unanswered(Vec<AccountName>),
-    /// No rule matches, unless one of these names has come to exist.
+    /// No rule matches, unless one of these names exists by now.
     NoMatchYet(Vec<AccountName>),
 }
 
 impl CurrentRules {
-    fn new(rules: &[NamedRule], numbers: Arc<Numbers>) -> Self {
+    fn new(rules: &[NamedRule], numbers: Arc<AccountIds>) -> Self {
         let resolved = Resolved::new(rules, |name| numbers.get(name));
         Self { numbers, resolved }
     }
 }
 
-/// Rules without names.
+/// Rules without account names.
 impl<T: IntoIterator<Item = WorkloadRule>> From<T> for LiveRules {
     fn from(rules: T) -> Self {
         let rules: Arc<[NamedRule]> = rules.into_iter().map(NamedRule::from).collect();
-        let numbers = Arc::<Numbers>::default();
-        let resolved = Resolved::new(&rules, |_| Known::Unanswered);
+        let numbers = Arc::<AccountIds>::default();
+        let resolved = Resolved::new(&rules, |_| AccountState::Unanswered);
         Self {
             rules,
             accounts: None,

@@ -5,9 +5,9 @@ use super::*;
 use crate::caller::unchanged::unchanged;
 use crate::caller::{Caller, ListenerKind};
 use crate::identity::SpiffeId;
-use crate::rule::{NamedRule, WorkloadRule};
+use crate::workload_rule::{NamedRule, WorkloadRule};
 
-/// A name service whose answers a test changes.
+/// A name service with answers that a test changes.
 #[derive(Default)]
 struct FakeNameService {
     answers: Mutex<BTreeMap<String, nix::Result<Option<u32>>>>,
@@ -84,20 +84,20 @@ fn names(names: &[&str]) -> BTreeMap<AccountName, Vec<usize>> {
     names.iter().map(|name| (user(name), vec![1])).collect()
 }
 
-const PATIENCE: Duration = Duration::from_secs(3);
+const WAIT: Duration = Duration::from_secs(3);
 
 async fn following(service: &Arc<FakeNameService>, wanted: &[&str]) -> Accounts {
     let accounts = Accounts::new(service.clone(), Metrics::default());
-    accounts.follow(names(wanted), PATIENCE).await;
+    accounts.add(names(wanted), WAIT).await;
     accounts
 }
 
-fn known(accounts: &Accounts, name: &str) -> Known {
+fn state_of(accounts: &Accounts, name: &str) -> AccountState {
     accounts.numbers().get(&user(name))
 }
 
-/// Waits until this is known of a name. Time passes by itself while nothing else happens.
-async fn await_known(accounts: &Accounts, name: &str, expected: Known) {
+/// Waits until `name` has this state. The test's clock advances while nothing else happens.
+async fn await_state(accounts: &Accounts, name: &str, expected: AccountState) {
     let mut numbers = accounts.0.numbers.subscribe();
     numbers
         .wait_for(|numbers| numbers.get(&user(name)) == expected)
@@ -106,23 +106,23 @@ async fn await_known(accounts: &Accounts, name: &str, expected: Known) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_user_that_comes_later_is_found_in_the_background() {
+async fn lookup_finds_a_user_created_later() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001))), ("away", Err(Errno::EIO))]);
     let accounts = following(&service, &["alice", "away", "late"]).await;
-    assert_eq!(known(&accounts, "alice"), Known::Number(1001));
+    assert_eq!(state_of(&accounts, "alice"), AccountState::Number(1001));
     assert_eq!(
-        (known(&accounts, "away"), known(&accounts, "late")),
-        (Known::Unanswered, Known::Absent)
+        (state_of(&accounts, "away"), state_of(&accounts, "late")),
+        (AccountState::Unanswered, AccountState::Absent)
     );
     assert_eq!(accounts.0.metrics.unknown_accounts.get(), 2);
     service.set("late", Ok(Some(1002)));
     service.set("away", Ok(Some(1003)));
-    await_known(&accounts, "late", Known::Number(1002)).await;
-    await_known(&accounts, "away", Known::Number(1003)).await;
+    await_state(&accounts, "late", AccountState::Number(1002)).await;
+    await_state(&accounts, "away", AccountState::Number(1003)).await;
     assert_eq!(accounts.0.metrics.unknown_accounts.get(), 0);
-    // A number that stays is looked up about once in a minute.
+    // A stable number is resolved about once a minute.
     let before = service.count("alice");
-    tokio::time::sleep(10 * RECHECK).await;
+    tokio::time::sleep(10 * RECHECK_INTERVAL).await;
     assert!(
         (8..=12).contains(&(service.count("alice") - before)),
         "{}",
@@ -131,15 +131,15 @@ async fn a_user_that_comes_later_is_found_in_the_background() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_that_stays_away_is_looked_up_less_and_less() {
+async fn lookup_backs_off_for_a_missing_user() {
     let service = FakeNameService::with(&[]);
-    let begun = Instant::now();
+    let start = Instant::now();
     let accounts = following(&service, &["late"]).await;
     tokio::time::sleep(Duration::from_secs(3600)).await;
     let hour = service.count("late");
     assert!((55..=75).contains(&hour), "{hour} lookups in an hour");
-    assert!(begun.elapsed() >= Duration::from_secs(3600));
-    // Requests cause further ones, at most one a second.
+    assert!(start.elapsed() >= Duration::from_secs(3600));
+    // Requests cause further lookups, at most one a second.
     for _ in 0..100 {
         accounts.await_lookup(&[user("late")], LOOKUP_WAIT).await;
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -149,40 +149,44 @@ async fn one_that_stays_away_is_looked_up_less_and_less() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn another_number_takes_effect_and_so_does_a_successor() {
+async fn lookup_follows_a_changed_number_and_a_successor() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001)))]);
     let accounts = following(&service, &["alice"]).await;
     service.set("alice", Ok(Some(2001)));
-    await_known(&accounts, "alice", Known::Number(2001)).await;
+    await_state(&accounts, "alice", AccountState::Number(2001)).await;
     // The user is deleted, and another one gets its number.
     service.set("alice", Ok(None));
     service.set("bob", Ok(Some(2001)));
-    let begun = Instant::now();
-    await_known(&accounts, "alice", Known::Absent).await;
-    assert!(begun.elapsed() <= RECHECK + PAUSE, "{:?}", begun.elapsed());
+    let start = Instant::now();
+    await_state(&accounts, "alice", AccountState::Absent).await;
+    assert!(
+        start.elapsed() <= RECHECK_INTERVAL + MIN_LOOKUP_INTERVAL,
+        "{:?}",
+        start.elapsed()
+    );
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_known_number_survives_failures_and_a_restart_of_the_name_service() {
+async fn number_survives_failures_and_restarts_of_the_name_service() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001)))]);
     let accounts = following(&service, &["alice"]).await;
     service.set("alice", Err(Errno::ECONNREFUSED));
     tokio::time::sleep(Duration::from_secs(7200)).await;
-    assert_eq!(known(&accounts, "alice"), Known::Number(1001));
-    // Some report that there is no such name while they restart.
+    assert_eq!(state_of(&accounts, "alice"), AccountState::Number(1001));
+    // Some name services report that a name does not exist while they restart.
     service.set("alice", Ok(None));
     tokio::time::sleep(ABSENT_GRACE).await;
-    assert_eq!(known(&accounts, "alice"), Known::Number(1001));
+    assert_eq!(state_of(&accounts, "alice"), AccountState::Number(1001));
     service.set("alice", Ok(Some(1001)));
-    tokio::time::sleep(2 * RECHECK).await;
+    tokio::time::sleep(2 * RECHECK_INTERVAL).await;
     service.set("alice", Ok(None));
-    let begun = Instant::now();
-    await_known(&accounts, "alice", Known::Absent).await;
-    assert!(begun.elapsed() >= ABSENT_GRACE, "{:?}", begun.elapsed());
+    let start = Instant::now();
+    await_state(&accounts, "alice", AccountState::Absent).await;
+    assert!(start.elapsed() >= ABSENT_GRACE, "{:?}", start.elapsed());
 }
 
 #[tokio::test]
-async fn a_lookup_that_hangs_delays_no_other() {
+async fn hanging_lookup_does_not_delay_others() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001)))]);
     let many: Vec<String> = (0..2 * MAX_LOOKUPS)
         .map(|number| format!("remote{number}"))
@@ -192,30 +196,29 @@ async fn a_lookup_that_hangs_delays_no_other() {
     *service.local.lock().unwrap() = LocalAccounts::of("alice:x:1001:1001::/:/bin/sh\n", "");
     let accounts = Accounts::new(service.clone(), Metrics::default());
     let all = [&many[..], &["alice"]].concat();
-    // More names hang than are looked up at one time; that of the local files is answered all the same.
-    accounts
-        .follow(names(&all), Duration::from_millis(100))
-        .await;
-    await_known(&accounts, "alice", Known::Number(1001)).await;
-    assert_eq!(known(&accounts, "remote0"), Known::Unanswered);
+    // More names hang than may be resolved at one time. A local name is resolved all the same.
+    accounts.add(names(&all), Duration::from_millis(100)).await;
+    await_state(&accounts, "alice", AccountState::Number(1001)).await;
+    assert_eq!(state_of(&accounts, "remote0"), AccountState::Unanswered);
     assert_eq!(service.lookups.lock().unwrap().len(), MAX_LOOKUPS + 1);
     service.set("remote0", Ok(Some(5)));
     service.hang(&[]);
-    await_known(&accounts, "remote0", Known::Number(5)).await;
+    await_state(&accounts, "remote0", AccountState::Number(5)).await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn another_configuration_keeps_what_is_known() {
+async fn numbers_survive_another_configuration() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001))), ("bob", Ok(Some(1002)))]);
     let accounts = following(&service, &["alice"]).await;
     service.set("alice", Err(Errno::EIO));
-    accounts.follow(names(&["alice", "bob"]), PATIENCE).await;
+    accounts.add(names(&["bob"]), WAIT).await;
     assert_eq!(
-        [known(&accounts, "alice"), known(&accounts, "bob")],
-        [Known::Number(1001), Known::Number(1002)]
+        [state_of(&accounts, "alice"), state_of(&accounts, "bob")],
+        [AccountState::Number(1001), AccountState::Number(1002)]
     );
-    accounts.follow(names(&["bob"]), PATIENCE).await;
-    assert_eq!(known(&accounts, "alice"), Known::Unanswered);
+    accounts.keep(&names(&["bob"]));
+    assert_eq!(accounts.names(), names(&["bob"]));
+    assert_eq!(state_of(&accounts, "alice"), AccountState::Unanswered);
 }
 
 fn caller(uid: u32) -> Caller {
@@ -243,7 +246,7 @@ fn rule(path: &str, name: Option<&str>) -> NamedRule {
     }
 }
 
-/// Rules for two users and for all others in the unit.
+/// Returns rules for two users, and for all others in the unit.
 async fn rules(service: &Arc<FakeNameService>) -> LiveRules {
     let accounts = following(service, &["alice", "away"]).await;
     LiveRules::new(
@@ -256,7 +259,7 @@ async fn rules(service: &Arc<FakeNameService>) -> LiveRules {
     )
 }
 
-async fn identity(rules: &LiveRules, uid: u32) -> Result<String, Undecided> {
+async fn identity(rules: &LiveRules, uid: u32) -> Result<String, IdentifyError> {
     let id = rules.identify(&caller(uid)).await?;
     Ok(id.map_or_else(String::new, |id| {
         id.segments().collect::<Vec<_>>().join("/")
@@ -264,19 +267,20 @@ async fn identity(rules: &LiveRules, uid: u32) -> Result<String, Undecided> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_caller_that_could_be_an_earlier_rules_user_is_not_taken_for_another() {
+async fn caller_is_undecided_while_an_earlier_rule_may_match() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001))), ("away", Err(Errno::EIO))]);
     *service.local.lock().unwrap() = LocalAccounts::of("root:x:0:0::/:/bin/sh\n", "");
     let rules = rules(&service).await;
-    // Others are served: alice, root, whom the local files name, and a unit with DynamicUser=.
+    // Other callers are served: alice, root, which the local files name, and a unit with
+    // DynamicUser=.
     assert_eq!(identity(&rules, 1001).await, Ok("alice".to_owned()));
     assert_eq!(identity(&rules, 0).await, Ok("app".to_owned()));
     assert_eq!(identity(&rules, 61_200).await, Ok("app".to_owned()));
     assert_eq!(
         identity(&rules, 1002).await,
-        Err(Undecided::UnknownAccount(user("away")))
+        Err(IdentifyError::UnknownAccount(user("away")))
     );
-    // The request that depends on it causes the lookup: by then it is otherwise only every minute.
+    // The dependent request causes the lookup. Without it the lookup would run once a minute.
     tokio::time::sleep(Duration::from_secs(3610)).await;
     service.set("away", Ok(Some(1002)));
     assert_eq!(identity(&rules, 1002).await, Ok("away".to_owned()));
@@ -284,27 +288,27 @@ async fn a_caller_that_could_be_an_earlier_rules_user_is_not_taken_for_another()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_user_who_does_not_exist_keeps_nobody_from_a_later_rule() {
+async fn missing_user_does_not_block_a_later_rule() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001)))]);
     let rules = rules(&service).await;
     assert_eq!(identity(&rules, 1002).await, Ok("app".to_owned()));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_new_user_is_known_to_its_first_request() {
+async fn new_user_is_found_by_its_first_request() {
     let service = FakeNameService::with(&[]);
     let accounts = following(&service, &["new"]).await;
     let rules = LiveRules::new(vec![rule("new", Some("new"))], &accounts);
-    // By then it is looked up only every minute.
+    // Without requests it is resolved only every minute by then.
     tokio::time::sleep(Duration::from_secs(3600)).await;
     service.set("new", Ok(Some(1001)));
-    let begun = Instant::now();
+    let start = Instant::now();
     assert_eq!(identity(&rules, 1001).await, Ok("new".to_owned()));
-    assert!(begun.elapsed() < LOOKUP_WAIT);
+    assert!(start.elapsed() < LOOKUP_WAIT);
 }
 
 #[test]
-fn the_local_files_are_read_as_passwd_5_has_them() {
+fn local_files_are_parsed_as_passwd_5_defines() {
     let local = LocalAccounts::of(
         "root:x:0:0:root:/root:/bin/sh\ntoor:x:0:0::/:/bin/sh\n+ldap::::::\n+:x:7:7\n#old:x:8:8\nbad\n:x:9:9\n",
         "adm:x:4:root\n",

@@ -1,45 +1,69 @@
-//! The file of the audit log, which may come to be there later.
+//! Opening the file of the audit log, which may be on a file system that is mounted later.
 
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::spawn_blocking;
-use tokio::time::sleep;
+use tokio::time::timeout;
 
-use super::AppError;
+use super::{AppError, retry};
 use crate::audit::Audit;
 use crate::clock::Clock;
 use crate::config::{AuditConfig, AuditFile};
 use crate::metrics::Metrics;
 
-/// How often a file is tried again that could not be opened.
-const RETRY: Duration = Duration::from_secs(5);
+/// Time for which a start or a reload waits for the file's server.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A file that can't be opened yet, as on a file system that is mounted later, is opened as soon as it can be. Until then
-/// records wait, as many as there is room for, and with `required` no credentials are issued.
-pub(super) fn open_audit(config: &AuditConfig, clock: Clock, metrics: Metrics) -> Arc<Audit> {
+/// Opens the audit file, or retries until it can be opened: in the background, and at once for a
+/// record that needs it.
+///
+/// Until then records wait in a bounded queue, and with `required` the daemon returns no
+/// credentials.
+pub(super) async fn open_audit(config: &AuditConfig, clock: Clock, metrics: Metrics) -> Arc<Audit> {
     let audit = Audit::unopened(config.required, clock, metrics);
-    if let Err(source) = audit.reopen(&config.file, config.required) {
+    if let Err(source) = reopen(&audit, config).await {
         let error = audit_error(&config.file, source);
-        tracing::error!(%error, "no audit record can be written yet: opening the file is retried every few seconds");
+        tracing::error!(%error, "the audit file cannot be opened yet: retrying every 5 seconds");
         tokio::spawn(open_later(audit.clone(), config.clone()));
     }
     audit
 }
 
+/// Opens the file and directs the records to it. Fails if the file's server does not respond.
+pub(super) async fn reopen(audit: &Audit, config: &AuditConfig) -> io::Result<()> {
+    let opened = timeout(OPEN_TIMEOUT, open(config)).await;
+    let opened = opened.map_err(|_| {
+        let text = "the server of its file system does not respond";
+        io::Error::new(io::ErrorKind::TimedOut, text)
+    })??;
+    audit.redirect(&config.file, opened, config.required)
+}
+
+/// Opens the file on a thread that may block.
+async fn open(config: &AuditConfig) -> io::Result<File> {
+    let file = config.file.clone();
+    spawn_blocking(move || Audit::open(&file)).await?
+}
+
 async fn open_later(audit: Arc<Audit>, config: AuditConfig) {
-    // A reload may open it, too, or another one.
+    // A reload may open this file, or another one.
     while audit.is_unopened() {
-        sleep(RETRY).await;
-        let (opening, config) = (audit.clone(), config.clone());
-        let opened = spawn_blocking(move || {
-            opening.is_unopened() && opening.reopen(&config.file, config.required).is_ok()
-        });
-        if opened.await.unwrap_or(false) {
-            tracing::info!("the audit file is open");
+        retry::until_needed(audit.needs_destination()).await;
+        // Waits for a server that does not respond, so that only one thread does.
+        if let Ok(opened) = open(&config).await
+            && audit.is_unopened()
+            && audit
+                .redirect(&config.file, opened, config.required)
+                .is_ok()
+        {
+            tracing::info!("audit file opened");
+            return;
         }
+        retry::pause().await;
     }
 }
 
@@ -49,4 +73,39 @@ pub(super) fn audit_error(file: &AuditFile, source: io::Error) -> AppError {
         AuditFile::Stdout => PathBuf::from("standard output"),
     };
     AppError::Audit { path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audit::Outcome;
+    use crate::caller::ListenerKind;
+
+    /// Returns whether the record of a request for credentials was written.
+    async fn is_written(audit: &Arc<Audit>) -> bool {
+        let issued = crate::audit::IssuedFields {
+            access_key_id: "ASIA1",
+            expiration: std::time::SystemTime::now(),
+            cache_result: crate::audit::CacheResult::Miss,
+        };
+        let record = audit.begin(audit.next_request(), ListenerKind::Unix, None);
+        record.finish(Outcome::Issued, "ok", Some(issued)).await
+    }
+
+    #[tokio::test]
+    async fn record_that_needs_the_file_opens_it_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("later").join("audit.log");
+        let config = AuditConfig {
+            file: AuditFile::Path(path.clone()),
+            required: true,
+        };
+        let audit = open_audit(&config, Clock::system(), Metrics::default()).await;
+        assert!(audit.is_unopened());
+        std::fs::create_dir(path.parent().unwrap()).unwrap();
+        // It waits a second for its record, and the background has another try after five.
+        assert!(is_written(&audit).await);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains("ASIA1"), "{text}");
+    }
 }

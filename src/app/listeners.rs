@@ -1,5 +1,5 @@
-//! The addresses of `[listen]`: bound now, or as soon as that is possible, and what is done with a socket of systemd's that the
-//! configuration does not name.
+//! Addresses of `[listen]`: bound at the start or retried later. Handles the systemd sockets that
+//! the configuration does not name, too.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -16,15 +16,15 @@ use crate::listen::{
 };
 use crate::metrics::Metrics;
 
-/// How often an address is tried again that could not be bound.
-const RETRY: Duration = Duration::from_secs(1);
+/// Interval between attempts to bind an address.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// An address of the configuration.
+/// An address in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum ListenAddress {
-    /// A loopback address.
+    /// A loopback address with its port.
     Tcp(SocketAddr),
-    /// The path of a unix socket, and its mode.
+    /// Path of a unix socket, and its mode.
     Unix(PathBuf, u32),
 }
 
@@ -46,21 +46,20 @@ impl fmt::Display for ListenAddress {
     }
 }
 
-/// Accept loops, how they are told to end, and what they have accepted.
+/// Accept loops, the signal that stops them, and the connections that they accepted.
 #[derive(Debug)]
 pub(super) struct AcceptLoops {
-    /// Set to true once they are to end.
+    /// Set to true when the loops have to stop.
     pub(super) stop: watch::Sender<bool>,
-    /// The loops.
     pub(super) loops: JoinSet<()>,
-    /// The connections.
+    /// Connections that were accepted and are open.
     pub(super) connections: ConnectionTracker,
 }
 
-/// An address, and what came of binding it.
+/// An address, and the result of binding it.
 pub(super) type BindAttempt = (ListenAddress, Result<Listener, ListenError>);
 
-/// Binds each address. One of IPv6 is left out, with a warning, where the machine has none.
+/// Binds each address. IPv6 addresses are left out, with a warning, on a machine without IPv6.
 pub(super) fn bind_all(
     wanted: Vec<ListenAddress>,
     inherited: &mut ActivatedSockets,
@@ -71,7 +70,7 @@ pub(super) fn bind_all(
             (Err(error), ListenAddress::Tcp(tcp))
                 if tcp.is_ipv6() && error.is_unavailable_family() =>
             {
-                tracing::warn!(%address, "this machine has no IPv6; clients use 127.0.0.1");
+                tracing::warn!(%address, "address skipped: this machine has no IPv6; use 127.0.0.1 in clients");
             }
             (bound, _) => attempts.push((address, bound)),
         }
@@ -79,7 +78,8 @@ pub(super) fn bind_all(
     attempts
 }
 
-/// The TCP address, with the port that the kernel chose; `None` of a unix socket, and of a port that is not chosen yet.
+/// Returns the TCP address with the port that the kernel chose. `None` for a unix socket, and for a
+/// port that is not chosen yet.
 pub(super) fn tcp_address((wanted, bound): &BindAttempt) -> Option<SocketAddr> {
     match (bound, wanted) {
         (Ok(Listener::Tcp { address, .. }), _) => Some(*address),
@@ -89,7 +89,6 @@ pub(super) fn tcp_address((wanted, bound): &BindAttempt) -> Option<SocketAddr> {
 }
 
 impl AcceptLoops {
-    /// Nothing yet.
     pub(super) fn new(metrics: &Metrics) -> Self {
         Self {
             stop: watch::Sender::default(),
@@ -98,7 +97,8 @@ impl AcceptLoops {
         }
     }
 
-    /// Serves what is bound, and writes `event` to the log. What is not is bound as soon as that is possible.
+    /// Serves the listener if it is bound, and logs `event`. Otherwise retries the bind in the
+    /// background.
     pub(super) fn serve<F, C>(
         &mut self,
         (address, bound): BindAttempt,
@@ -116,7 +116,7 @@ impl AcceptLoops {
                     .spawn(listen::serve(bound, connections, stop, connection));
             }
             Err(error) => {
-                tracing::warn!(%address, %error, "an address of [listen] is not served yet: binding it is retried every second");
+                tracing::warn!(%address, %error, "an address of [listen] cannot be bound yet: retrying every second");
                 self.loops.spawn(async move {
                     if let Some(bound) = bind_later(address, error.to_string(), stop.clone()).await
                     {
@@ -128,8 +128,8 @@ impl AcceptLoops {
         }
     }
 
-    /// Resets the callers of sockets that systemd holds and the configuration does not name. In its queue they would wait for
-    /// ever.
+    /// Resets callers of sockets that systemd holds and the configuration does not name. In their
+    /// queues the callers would wait for ever.
     pub(super) fn refuse_rest(&mut self, inherited: &mut ActivatedSockets) {
         for bound in inherited.take_unclaimed() {
             let bound = match bound {
@@ -141,7 +141,7 @@ impl AcceptLoops {
             };
             tracing::warn!(
                 address = bound.name(),
-                "systemd holds a socket that [listen] does not name: its callers are refused; make the .socket unit and \
+                "callers of a systemd socket are refused: [listen] does not name it; make the .socket unit and \
                  the configuration agree"
             );
             let reset = |stream: AcceptedStream, _| async move {
@@ -156,7 +156,7 @@ impl AcceptLoops {
         }
     }
 
-    /// Takes no more connections, and waits for those that are open.
+    /// Stops accepting, and waits until the open connections have ended.
     pub(super) async fn end(&mut self) {
         self.stop.send_replace(true);
         while self.loops.join_next().await.is_some() {}
@@ -164,18 +164,21 @@ impl AcceptLoops {
     }
 }
 
-/// Tries until the address is bound, or the daemon ends. The log has each reason once.
+/// Retries until the address is bound or the daemon stops. Logs each reason once.
 async fn bind_later(
     address: ListenAddress,
     mut logged: String,
     mut stop: watch::Receiver<bool>,
 ) -> Option<Listener> {
     loop {
-        if timeout(RETRY, stop.wait_for(|stop| *stop)).await.is_ok() {
+        if timeout(RETRY_INTERVAL, stop.wait_for(|stop| *stop))
+            .await
+            .is_ok()
+        {
             return None;
         }
         let wanted = address.clone();
-        // What it does with files may block.
+        // Binding touches files, so it may block.
         let error =
             match spawn_blocking(move || wanted.bind(&mut ActivatedSockets::default())).await {
                 Ok(Ok(bound)) => return Some(bound),
@@ -183,7 +186,7 @@ async fn bind_later(
                 Err(error) => error.to_string(),
             };
         if error != logged {
-            tracing::warn!(%address, error, "an address of [listen] is not served yet");
+            tracing::warn!(%address, error, "an address of [listen] cannot be bound yet");
             logged = error;
         }
     }

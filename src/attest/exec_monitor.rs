@@ -1,14 +1,17 @@
-//! Notices that a process executes a program, while an agent looks at that process.
+//! Detects that a process executes a program while an agent attests it.
 //!
-//! Between two looks at a process it may execute a setuid program, be taken for another user by the agent, and be back at
-//! what it was: all that can be read of it is then as before. So an eBPF program at the kernel's tracepoint
-//! `sched_process_exec` counts, in a table that this process has mapped, how often each process has executed a program. The
-//! tracepoint runs before the new program's first instruction, so a process that is back at what it was has been counted.
+//! Between two reads a process may execute a setuid program, be attested by the agent as another
+//! user, and return to its old state. All facts that can be read are then as before. So an eBPF
+//! program at the kernel's tracepoint `sched_process_exec` counts the executions of each process.
+//! It counts in a table that the daemon has mapped. The tracepoint runs before the new program's
+//! first instruction, so a process that has returned to its old state has been counted.
 //!
-//! The program is loaded once, at the start, with CAP_BPF and CAP_PERFMON, which are given up after that. To watch a process is
-//! to read one number: it takes no lock of that process (as perf_event_open(2) does, T25), and nothing can keep it waiting.
+//! The program is loaded once, at the start, with CAP_BPF and CAP_PERFMON, which are dropped
+//! afterwards. To watch a process means to read one number. Unlike perf_event_open(2) (T25) it
+//! takes no lock of that process, so it never blocks.
 //!
-//! Interfaces: bpf(2), `BPF_PROG_TYPE_RAW_TRACEPOINT` (Linux 4.17), `BPF_F_MMAPABLE` (5.5), bpf-helpers(7).
+//! Interfaces: bpf(2), `BPF_PROG_TYPE_RAW_TRACEPOINT` (Linux 4.17), `BPF_F_MMAPABLE` (5.5),
+//! bpf-helpers(7).
 
 use std::fmt;
 use std::fs;
@@ -27,58 +30,57 @@ mod bpf;
 
 use bpf::{BpfProgram, Counters, Instruction};
 
-/// Numbers in the table. Which of them is a process's is a secret of the daemon's, so that nobody can choose to share the
-/// number of another; a process that does so by chance (1 of 65,536 executions meanwhile) is attested again.
+/// The number of counters in the table. The mapping from processes to counters is a secret of the
+/// daemon, so no process can choose to share the counter of another. If a process does so by chance
+/// (1 of 65,536 executions at that time), the attestation is repeated.
 const COUNTERS: u32 = 1 << INDEX_BITS;
 const INDEX_BITS: i32 = 16;
-/// The kernel's first pid namespace has this number, as linux/nsfs.h has it (`PID_NS_INIT_INO`).
+/// The name of the kernel's initial pid namespace: `PID_NS_INIT_INO` of linux/nsfs.h.
 const INITIAL_PID_NAMESPACE: &str = "pid:[4026531836]";
-/// Cgroups above a process that count: workloads are not as deep in the tree as this.
+/// The number of levels of the cgroup tree that count. Workloads are less deep in the tree than
+/// this.
 const CGROUP_LEVELS: i32 = 12;
 
-/// By what the executions of a process are counted.
+/// The unit by which executions are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum CountBy {
-    /// Its number, which the daemon and the kernel have in common in the first pid namespace.
+    /// The pid. The daemon and the kernel use the same pids in the initial pid namespace.
     Pid,
-    /// Each cgroup that it is in or below: the daemon is in a pid namespace of its own, and numbers processes otherwise
-    /// than the kernel.
+    /// Each cgroup that the process is in or below. Used where the daemon is in a pid namespace of
+    /// its own, and so has other pids than the kernel.
     Cgroup,
 }
 
-/// Counts executions until it is dropped.
+/// A monitor that counts executions until it is dropped.
 pub struct ExecMonitor {
     counters: Counters,
-    /// What spreads keys over the table: odd, so that each bit of a key has its part in the index.
+    /// Spread keys over the table. They are odd, so that each bit of a key affects the index.
     multipliers: [u64; 2],
     count_by: CountBy,
-    /// Holds the program in place.
+    /// Keeps the program attached while it is open.
     _attached: OwnedFd,
 }
 
-/// Why executions cannot be counted here.
+/// The reason why executions cannot be counted here.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Error)]
 pub enum ExecMonitorError {
-    /// The privileges are missing, or the system call is filtered.
-    #[error("bpf(2), {step}: {source}")]
+    /// The privileges are missing, or a filter blocks the system call.
+    #[error("bpf(2) failed for {step}: {source}")]
     Denied {
-        /// What was tried.
         step: &'static str,
-        /// What the kernel said.
         source: io::Error,
     },
-    /// The kernel has no eBPF, or no tracepoints for it.
-    #[error("bpf(2), {step}: {source}")]
+    /// The kernel lacks eBPF, or its tracepoints.
+    #[error("bpf(2) failed for {step}: {source}")]
     Unsupported {
-        /// What was tried.
         step: &'static str,
-        /// What the kernel said.
         source: io::Error,
     },
 }
 
 impl ExecMonitorError {
-    /// What to do about it.
+    /// Returns the fix, as an imperative.
     pub fn fix(&self) -> &'static str {
         match self {
             Self::Denied { .. } => {
@@ -92,7 +94,7 @@ impl ExecMonitorError {
     }
 }
 
-/// The number of a process when its watch began.
+/// The counter of a process when its watch began.
 #[derive(Debug)]
 pub(crate) struct ExecCountWatch {
     monitor: Arc<ExecMonitor>,
@@ -109,7 +111,8 @@ impl fmt::Debug for ExecMonitor {
 }
 
 impl ExecMonitor {
-    /// Loads the program and attaches it. To be called while the privileges are there; what it gives needs none.
+    /// Loads the program and attaches it. Call it while the privileges are held; the monitor needs
+    /// none.
     pub fn start() -> Result<Self, ExecMonitorError> {
         let namespace = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
         Self::counting_by(if namespace == Path::new(INITIAL_PID_NAMESPACE) {
@@ -139,7 +142,7 @@ impl ExecMonitor {
         })
     }
 
-    /// Whether an execution is counted: that of this command, or another one at the same time.
+    /// Returns whether an execution is counted: that of `command`, or another one at the same time.
     pub fn counts(&self, command: &mut Command) -> io::Result<bool> {
         let sum = || {
             (0..COUNTERS).fold(0_u64, |sum, index| {
@@ -155,8 +158,8 @@ impl ExecMonitor {
         Ok(sum() != before)
     }
 
-    /// What the executions of a process are counted by: its number, or else the id of the cgroup that is its workload's,
-    /// which `cgroup` gives.
+    /// Returns the key by which the executions of a process are counted: its pid, or the id of its
+    /// workload's cgroup, which `cgroup` returns.
     pub(crate) fn key<E>(
         &self,
         pid: u32,
@@ -168,7 +171,7 @@ impl ExecMonitor {
         }
     }
 
-    /// Begins to watch.
+    /// Starts to watch the process with this key.
     pub(crate) fn watch(self: &Arc<Self>, key: u64) -> ExecCountWatch {
         let index = self.index(key);
         ExecCountWatch {
@@ -198,17 +201,18 @@ fn failed(step: &'static str) -> impl FnOnce(io::Error) -> ExecMonitorError {
     }
 }
 
-/// The program: the key into register 0, then the counting; once for a process, or once for each cgroup above it.
+/// Builds the program: it loads the key into register 0 and counts, once per process or once for
+/// each cgroup above it.
 fn program(count_by: CountBy, multipliers: [u64; 2], map: i32) -> BpfProgram {
     use Instruction as I;
     let mut program = BpfProgram::default();
     let count = |program: &mut BpfProgram| {
-        // As `ExecMonitor::index` does it.
+        // The same computation as in `ExecMonitor::index`.
         program.extend([I::load(1, multipliers[0]), I::multiply(0, 1)]);
         program.extend([I::copy(1, 0), I::shift_right(1, 32), I::exclusive_or(0, 1)]);
         program.extend([I::load(1, multipliers[1]), I::multiply(0, 1)]);
         program.extend([I::shift_right(0, u64::BITS.cast_signed() - INDEX_BITS)]);
-        // The index goes by its address, in the stack.
+        // The helper takes the address of the index, which is on the stack.
         program.extend([
             I::store_u32(bpf::FRAME, -4, 0),
             I::copy(2, bpf::FRAME),
@@ -216,7 +220,8 @@ fn program(count_by: CountBy, multipliers: [u64; 2], map: i32) -> BpfProgram {
         ]);
         program.extend([I::load_map(1, map)]);
         program.extend([I::call(bpf::MAP_LOOKUP_ELEM)]);
-        // Never, since the index is less than the length of the table; the kernel's verifier wants to see it.
+        // The result is never null, since the index is below the length of the table. The kernel's
+        // verifier requires the check.
         program.extend([
             I::jump_if_zero(0, 2),
             I::set(1, 1),
@@ -225,7 +230,7 @@ fn program(count_by: CountBy, multipliers: [u64; 2], map: i32) -> BpfProgram {
     };
     match count_by {
         CountBy::Pid => {
-            // The upper half is the number of the process, the lower that of its thread.
+            // The upper half is the number of the process, the lower half that of the thread.
             program.extend([I::call(bpf::GET_CURRENT_PID_TGID), I::shift_right(0, 32)]);
             count(&mut program);
         }

@@ -1,21 +1,22 @@
-//! For the fuzz target: what the kernel says, read from any bytes.
+//! The fuzz target for parsers of the kernel's output, with arbitrary bytes.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
-use crate::attest::cgroups::CgroupTree;
-use crate::attest::hierarchies::CgroupMounts;
-use crate::attest::{inet_diag, process, status};
+use crate::attest::cgroup_mounts::CgroupMounts;
+use crate::attest::cgroup_tree::CgroupTree;
+use crate::attest::{process_snapshot, sock_diag, status};
 use crate::caller::Groups;
 use crate::cgroup::{CgroupPath, PodRoots, WorkloadKind};
 
-/// The connection that is asked about, as in the seeds.
+/// The connection that the parsers are queried about, as in the seeds.
 const CLIENT: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 40000);
 const SERVER: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 974);
 
-/// A reply is believed about one connection at most, and never about a socket that nobody holds.
+/// Checks that a reply is accepted for at most one connection, and never for a socket without an
+/// owner.
 pub(crate) fn sock_diag(reply: &[u8]) -> bool {
     let (client, server) = (SocketAddr::from(CLIENT), SocketAddr::from(SERVER));
-    let Ok(socket) = inet_diag::parse(reply, client, server) else {
+    let Ok(socket) = sock_diag::parse(reply, client, server) else {
         return false;
     };
     assert_ne!(socket.inode, 0);
@@ -25,40 +26,40 @@ pub(crate) fn sock_diag(reply: &[u8]) -> bool {
     others[2].set_ip(std::net::Ipv6Addr::LOCALHOST.into());
     for other in others {
         assert!(
-            inet_diag::parse(reply, other, server).is_err(),
+            sock_diag::parse(reply, other, server).is_err(),
             "believed about {other}, too"
         );
         assert!(
-            inet_diag::parse(reply, client, other).is_err(),
+            sock_diag::parse(reply, client, other).is_err(),
             "believed about a connection to {other}, too"
         );
     }
     assert!(
-        inet_diag::parse(reply, server, client).is_err(),
+        sock_diag::parse(reply, server, client).is_err(),
         "the server's own end is not the client's"
     );
-    // A v4-mapped address is the IPv4 address that it is.
+    // A v4-mapped address equals the IPv4 address.
     let mapped = |(ip, port): (Ipv4Addr, u16)| SocketAddr::from((ip.to_ipv6_mapped(), port));
     assert_eq!(
-        inet_diag::parse(reply, mapped(CLIENT), mapped(SERVER)),
+        sock_diag::parse(reply, mapped(CLIENT), mapped(SERVER)),
         Ok(socket)
     );
     for end in 0..reply.len() {
         assert!(
-            inet_diag::parse(&reply[..end], client, server).is_err() || end >= 16 + 72,
+            sock_diag::parse(&reply[..end], client, server).is_err() || end >= 16 + 72,
             "believed without its end"
         );
     }
     true
 }
 
-/// `/proc/<pid>/stat`, `status`, `uid_map` and `cgroup`.
+/// Checks the parsers of `/proc/<pid>/stat`, `status`, `uid_map` and `cgroup`.
 pub(crate) fn proc(text: &str) -> bool {
-    let start = process::start_time(text);
+    let start = process_snapshot::start_time(text);
     if let Some(start) = start {
-        // Whatever a process calls itself.
+        // The name that the process chooses does not matter.
         assert_eq!(
-            process::start_time(&format!("7 (a) R 1 (b) {text}")),
+            process_snapshot::start_time(&format!("7 (a) R 1 (b) {text}")),
             Some(start)
         );
     }
@@ -69,7 +70,7 @@ pub(crate) fn proc(text: &str) -> bool {
         ("NSpid", 33),
     ];
     let found = status::numbers_of(text.as_bytes(), lines, 4096);
-    // However the file comes.
+    // The chunks in which the file arrives do not matter.
     assert_eq!(found, status::numbers_of(text.as_bytes(), lines, 1));
     if let Ok(found) = &found {
         assert!(
@@ -95,16 +96,16 @@ pub(crate) fn proc(text: &str) -> bool {
             Ok(found)
         );
     }
-    if process::is_identity_map(text) {
+    if process_snapshot::is_identity_map(text) {
         assert!(text.split_ascii_whitespace().eq(["0", "0", "4294967295"]));
     }
     for (_, path) in crate::cgroup::lines(text) {
         assert!(text.contains(path) && !path.contains('\n'));
     }
-    start.is_some() || found.is_ok() || process::is_identity_map(text)
+    start.is_some() || found.is_ok() || process_snapshot::is_identity_map(text)
 }
 
-/// `/proc/self/mountinfo`: only a whole tree of the second version is taken.
+/// Checks `/proc/self/mountinfo`: only a whole tree of cgroup v2 is accepted.
 pub(crate) fn mountinfo(text: &str) -> bool {
     let tree = CgroupTree::find(&CgroupMounts::find(text), PodRoots::defaults());
     if let Some(tree) = &tree {
@@ -118,7 +119,8 @@ pub(crate) fn mountinfo(text: &str) -> bool {
     tree.is_some()
 }
 
-/// A cgroup's path names what it names however much is below it, and nothing that leads out of it.
+/// Checks cgroup paths: cgroups below a path do not change its workload, and no path leads out of
+/// the tree.
 pub(crate) fn cgroup(text: &str) -> bool {
     let Some(path) = CgroupPath::parse(text) else {
         return false;
@@ -135,7 +137,7 @@ pub(crate) fn cgroup(text: &str) -> bool {
     if let Some(unit) = path.systemd_unit() {
         assert!(text.split('/').any(|segment| segment == unit));
     }
-    // Names that a workload can choose below its own directory change neither.
+    // Names that a workload can choose below its own directory change neither of these.
     let Some(below) = CgroupPath::parse(&format!("{text}/system.slice/other.service")) else {
         return true;
     };

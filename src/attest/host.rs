@@ -1,4 +1,4 @@
-//! Where the facts of this machine are found.
+//! The sources of facts on this machine.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -7,12 +7,14 @@ use std::sync::Arc;
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{FsType, fstatfs};
 
-use crate::attest::cgroups::CgroupTree;
+use arc_swap::{ArcSwap, Guard};
+
+use crate::attest::cgroup_mounts::CgroupMounts;
+use crate::attest::cgroup_tree::CgroupTree;
 use crate::attest::exec_monitor::ExecMonitor;
-use crate::attest::hierarchies::CgroupMounts;
-use crate::attest::known::{ProcessCache, ProcessHandle};
 use crate::attest::lookups::LookupThreads;
-use crate::attest::pods::{PodLookup, ResolvedPod};
+use crate::attest::pod_lookup::{PodLookup, ResolvedPod};
+use crate::attest::process_cache::{ProcessCache, ProcessHandle};
 use crate::attest::sys;
 use crate::caller::AttestError;
 use crate::cgroup::{CgroupPath, PodRoots};
@@ -20,31 +22,60 @@ use crate::cgroup::{CgroupPath, PodRoots};
 /// The machine, as the daemon sees it.
 #[derive(Debug)]
 pub(crate) struct Host {
-    /// `/proc`, of the pid namespace in which callers are named.
+    /// The mount of `/proc`, in the pid namespace that pids of callers refer to.
     pub(crate) proc_root: PathBuf,
-    /// The cgroup v2 hierarchy, if there is one.
-    pub(crate) cgroups: Option<Arc<CgroupTree>>,
-    /// The pods in that hierarchy.
-    pub(crate) pods: Option<PodLookup>,
-    /// All cgroup hierarchies, v1's too.
-    pub(crate) hierarchies: CgroupMounts,
-    /// Those that were looked at before.
+    /// The kubelet's cgroup roots.
+    roots: PodRoots,
+    /// The cgroup hierarchies, as they were mounted at the latest test.
+    cgroups: ArcSwap<Cgroups>,
+    /// The processes that were read before.
     pub(crate) processes: ProcessCache,
-    /// Counts what processes execute, where the daemon was given what that takes.
+    /// Counts executions of programs, if the daemon has the privileges for that.
     pub(crate) exec_monitor: Option<Arc<ExecMonitor>>,
-    /// Where looks run that may have to wait.
+    /// The threads for reads that may block.
     pub(crate) lookups: LookupThreads,
-    /// From Linux 6.9 on a pidfd has an inode that no other process ever has.
+    /// From Linux 6.9 on a pidfd has an inode that is unique to its process.
     pidfds_have_inodes: bool,
-    /// From Linux 6.13 on it tells the ids of its process; else its `status` does, which is as long as it has groups.
+    /// From Linux 6.13 on a pidfd reports the ids of its process. Before, they are read from its
+    /// `status`, which is as long as the list of its groups.
     pub(crate) pidfds_tell_ids: bool,
+}
+
+/// The cgroup hierarchies of the machine.
+#[derive(Debug)]
+pub(crate) struct Cgroups {
+    /// All of them, v1's too.
+    pub(crate) hierarchies: CgroupMounts,
+    /// The v2 hierarchy, if it is mounted.
+    pub(crate) tree: Option<Arc<CgroupTree>>,
+    /// The pods in that hierarchy.
+    pods: Option<PodLookup>,
+}
+
+impl Cgroups {
+    fn new(hierarchies: CgroupMounts, roots: &PodRoots) -> Self {
+        let tree = CgroupTree::find(&hierarchies, roots.clone()).map(Arc::new);
+        Self {
+            pods: tree.clone().map(PodLookup::new),
+            tree,
+            hierarchies,
+        }
+    }
+
+    /// Returns the kubelet's cgroup roots that exist.
+    pub(crate) fn pod_roots(&self) -> Vec<CgroupPath> {
+        self.pods
+            .as_ref()
+            .map(PodLookup::discover_roots)
+            .unwrap_or_default()
+    }
 }
 
 /// `PID_FS_MAGIC` of linux/magic.h.
 const PID_FS: FsType = FsType(0x5049_4446);
 
 impl Host {
-    /// Looks at the daemon's own process below `proc_root`.
+    /// Detects what the kernel supports, by the daemon's own process below `proc_root`.
     pub(crate) fn new(
         proc_root: PathBuf,
         hierarchies: CgroupMounts,
@@ -57,12 +88,10 @@ impl Host {
             .and_then(|pidfd| sys::pidfd_info(pidfd.as_fd()).ok().flatten())
             .is_some();
         let kind = own_pidfd.and_then(|pidfd| Some(fstatfs(pidfd).ok()?.filesystem_type()));
-        let cgroups = CgroupTree::find(&hierarchies, roots).map(Arc::new);
         Self {
             proc_root,
-            pods: cgroups.clone().map(PodLookup::new),
-            cgroups,
-            hierarchies,
+            cgroups: ArcSwap::from_pointee(Cgroups::new(hierarchies, &roots)),
+            roots,
             processes: ProcessCache::default(),
             exec_monitor,
             lookups: LookupThreads::default(),
@@ -71,8 +100,35 @@ impl Host {
         }
     }
 
-    /// The process behind `pidfd`, whose number is or was `pid`: as it is known, if it has been looked at before. Where its
-    /// pidfd does not tell that, it is taken for a new one.
+    /// Returns the cgroup hierarchies that are mounted.
+    pub(crate) fn cgroups(&self) -> Guard<Arc<Cgroups>> {
+        self.cgroups.load()
+    }
+
+    /// Returns the v2 hierarchy, if it is mounted.
+    pub(crate) fn cgroup_tree(&self) -> Option<Arc<CgroupTree>> {
+        self.cgroups().tree.clone()
+    }
+
+    /// Reads again which hierarchies are mounted. Keeps what is known of them if that is unchanged.
+    ///
+    /// Only root can mount a cgroup hierarchy where this process sees it, so no caller chooses the
+    /// tree. The kernel's ids of cgroups are the same in each mount. A request keeps the facts by
+    /// which it was decided.
+    pub(crate) fn find_cgroups_again(&self) {
+        let Ok(mountinfo) = std::fs::read_to_string(self.proc_root.join("self/mountinfo")) else {
+            return;
+        };
+        let hierarchies = CgroupMounts::find(&mountinfo);
+        if hierarchies != self.cgroups().hierarchies {
+            tracing::info!("the mounts of cgroup hierarchies have changed");
+            self.cgroups
+                .store(Arc::new(Cgroups::new(hierarchies, &self.roots)));
+        }
+    }
+
+    /// Returns the handle of the process behind `pidfd`, with the number that is or was `pid`.
+    /// Reuses a cached handle if the inode of the pidfd proves that it is the same process.
     pub(crate) fn process(
         &self,
         pid: u32,
@@ -82,24 +138,24 @@ impl Host {
             true => Some(fstat(&pidfd).map_err(|_| AttestError::Kernel)?.st_ino),
             false => None,
         };
-        if let Some(known) = self
+        if let Some(handle) = self
             .processes
-            .of(pid)
-            .filter(|known| inode.is_some() && known.inode() == inode)
+            .get(pid)
+            .filter(|handle| inode.is_some() && handle.inode() == inode)
         {
-            return Ok(known);
+            return Ok(handle);
         }
-        let known = Arc::new(ProcessHandle::new(pid, pidfd, inode));
-        self.processes.insert(known.clone());
-        Ok(known)
+        let handle = Arc::new(ProcessHandle::new(pid, pidfd, inode));
+        self.processes.insert(handle.clone());
+        Ok(handle)
     }
 
-    /// The pod that a process or socket in this cgroup is in.
+    /// Returns the pod that a process or socket in this cgroup belongs to.
     pub(crate) fn pod(
         &self,
         cgroup: Option<&CgroupPath>,
     ) -> Result<Option<ResolvedPod>, AttestError> {
-        match (&self.pods, cgroup) {
+        match (&self.cgroups().pods, cgroup) {
             (Some(pods), Some(cgroup)) => pods.of(cgroup),
             _ => Ok(None),
         }

@@ -1,5 +1,7 @@
-//! What this kernel tells of peers, found out by trying it: versions say little, since distributions change their kernels
-//! (RHEL 9's 5.14 tells a socket's cgroup, and so does 5.10 since 2024).
+//! Detects by trial which facts about peers this kernel reports.
+//!
+//! Versions prove little, since distributions change their kernels. RHEL 9's 5.14 reports a
+//! socket's cgroup, and so does 5.10 since 2024.
 
 use std::fs;
 use std::io;
@@ -10,83 +12,103 @@ use std::path::Path;
 
 use thiserror::Error;
 
-use crate::attest::cgroups::CgroupTree;
-use crate::attest::hierarchies::CgroupMounts;
+use crate::attest::cgroup_mounts::CgroupMounts;
+use crate::attest::cgroup_tree::CgroupTree;
 use crate::attest::host::Host;
-use crate::attest::inet_diag::{SockDiag, SocketInfo};
+use crate::attest::sock_diag::{SockDiag, SocketInfo};
 use crate::attest::sys;
 use crate::caller::AttestError;
 
-/// Why callers over TCP cannot be told apart here.
+/// The reason why callers over TCP cannot be distinguished here.
 #[derive(Debug, Error)]
 pub enum TcpUnsupported {
-    /// There are no cgroups to tell.
+    /// No cgroup v2 tree is mounted here.
     #[error("no cgroup v2 tree is mounted")]
     NoCgroups,
-    /// Nobody answers questions about sockets.
-    #[error("sock_diag does not answer for TCP ({0})")]
+    /// The kernel does not reply to queries about TCP sockets.
+    #[error("sock_diag(7) does not work for TCP: {0}")]
     NoSockDiag(String),
-    /// The answer has no cgroup.
-    #[error("the kernel does not tell the cgroup of a socket")]
+    /// The reply does not contain a cgroup.
+    #[error("the kernel does not report the cgroup of a socket")]
     NoCgroupId,
-    /// The answer has another cgroup than this process's own, or may have.
-    #[error("the kernel tells a wrong cgroup of a socket")]
+    /// The reply contains another cgroup than this process's own, or may do so.
+    #[error("the kernel reports a wrong cgroup of a socket")]
     WrongCgroupId,
-    /// There is no loopback device to try it on.
-    #[error("a connection over loopback cannot be tried: {0}")]
+    /// The machine lacks a loopback device to test with.
+    #[error("cannot connect over loopback: {0}")]
     NoLoopback(io::Error),
 }
 
 impl TcpUnsupported {
-    /// What to do about it.
-    pub fn fix(&self) -> &'static str {
-        match self {
+    /// Returns the fix, as an imperative. It proposes the unix socket only if `unix` serves
+    /// callers.
+    pub fn fix(&self, unix: UnixSupport) -> String {
+        let fix = match self {
             Self::NoCgroups => {
-                "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified, and restart \
-                 awsvid; or use the unix socket only ([listen] tcp = [])"
+                "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified"
             }
             Self::NoSockDiag(_) => {
-                "load the kernel modules inet_diag and tcp_diag (CONFIG_INET_DIAG); or use the unix socket only ([listen] tcp = [])"
+                "load the kernel modules inet_diag and tcp_diag (CONFIG_INET_DIAG, CONFIG_INET_TCP_DIAG)"
             }
-            Self::NoCgroupId => {
-                "use a kernel from Linux 5.8 on with CONFIG_SOCK_CGROUP_DATA; or the unix socket only ([listen] tcp = [])"
-            }
+            Self::NoCgroupId => "use a kernel from Linux 5.8 on with CONFIG_SOCK_CGROUP_DATA",
             Self::WrongCgroupId => {
-                "unmount the cgroup v1 controllers net_cls and net_prio, or use Linux 5.15; or the unix socket only \
-                 ([listen] tcp = [])"
+                "unmount the cgroup v1 controllers net_cls and net_prio, or use Linux 5.15"
             }
             Self::NoLoopback(_) => "bring the device lo up (ip link set lo up)",
+        };
+        match unix {
+            UnixSupport::Nothing => fix.to_owned(),
+            UnixSupport::Process | UnixSupport::Number => {
+                format!("{fix}; or use the unix socket only ([listen] tcp = [])")
+            }
         }
     }
 }
 
-/// What the kernel tells of the peers of a unix socket.
+impl TcpUnsupported {
+    /// Returns the refusal of a caller, which names what is missing.
+    pub(super) fn refusal(&self) -> AttestError {
+        AttestError::Unsupported(match self {
+            Self::NoCgroups => "no cgroup v2 tree is mounted, which callers over TCP need",
+            Self::NoSockDiag(_) => {
+                "it does not find a TCP socket (sock_diag(7), in the modules inet_diag and tcp_diag)"
+            }
+            Self::NoCgroupId => "it does not report the cgroup of a TCP socket",
+            Self::WrongCgroupId => "it reports a wrong cgroup of a TCP socket",
+            Self::NoLoopback(_) => "the device lo is missing or down, so that TCP cannot be tested",
+        })
+    }
+}
+
+/// The facts that the kernel reports about peers of a unix socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UnixSupport {
-    /// The process, by a descriptor that the kernel has kept since it connected (`SO_PEERPIDFD`, Linux 6.5).
+    /// The process, by a descriptor that the kernel holds since it connected (`SO_PEERPIDFD`, Linux
+    /// 6.5).
     Process,
-    /// Its number alone: callers in containers, who can have numbers used again, are refused.
+    /// Only the pid. Callers in containers can cause pids to be reused, so they are rejected.
     Number,
-    /// Nothing that a process could be held by (pidfd_open(2), Linux 5.3): all callers are refused.
+    /// No process can be held by a descriptor (pidfd_open(2), Linux 5.3). All callers are rejected.
     Nothing,
 }
 
 impl UnixSupport {
-    /// The callers that are refused because of it, and what they need. `None`: no callers.
+    /// Returns the callers that are rejected because of it, and the interface that they need.
+    /// `None` if none are rejected.
     pub fn missing(self) -> Option<&'static str> {
         match self {
             Self::Process => None,
             Self::Number => Some(
-                "callers in containers are refused on the unix socket: that needs SO_PEERPIDFD (Linux 6.5)",
+                "callers in containers are refused on the unix socket: the kernel lacks SO_PEERPIDFD (Linux 6.5)",
             ),
             Self::Nothing => Some(
-                "all callers are refused on the unix socket: that needs pidfd_open(2) (Linux 5.3)",
+                "all callers are refused on the unix socket: the kernel lacks pidfd_open(2) (Linux 5.3)",
             ),
         }
     }
 }
 
-/// Tries what is told of a unix socket's peer, on a pair of this process's own.
+/// Detects the support for unix sockets, with a socket pair of this process.
 pub fn unix_support() -> UnixSupport {
     let peer = UnixStream::pair().and_then(|(one, _other)| sys::peer_pidfd(one.as_fd()));
     match peer {
@@ -96,27 +118,29 @@ pub fn unix_support() -> UnixSupport {
     }
 }
 
-/// Tries whether callers over TCP can be told apart, as the daemon would be told. `proc_root` is where `/proc` is mounted.
+/// Tests whether callers over TCP can be distinguished, in the way that the daemon does it.
+/// `proc_root` is the mount of `/proc`.
 pub fn try_tcp(proc_root: &Path) -> Result<(), TcpUnsupported> {
     let text = |name: &str| fs::read_to_string(proc_root.join(name)).unwrap_or_default();
     let hierarchies = CgroupMounts::find(&text("self/mountinfo"));
     let cgroups = CgroupTree::find(&hierarchies, crate::cgroup::PodRoots::defaults())
         .ok_or(TcpUnsupported::NoCgroups)?;
     let diag = SockDiag::open().map_err(no_sock_diag)?;
-    tcp_works(&hierarchies, &cgroups, &diag, proc_root)
+    test_tcp(&hierarchies, &cgroups, &diag, proc_root)
 }
 
-/// The same with what the daemon has for it.
+/// Runs the same test with the daemon's own sources.
 pub(super) fn try_tcp_of(host: &Host, diag: &SockDiag) -> Result<(), TcpUnsupported> {
-    let cgroups = host.cgroups.as_ref().ok_or(TcpUnsupported::NoCgroups)?;
-    tcp_works(&host.hierarchies, cgroups, diag, &host.proc_root)
+    let cgroups = host.cgroups();
+    let tree = cgroups.tree.as_ref().ok_or(TcpUnsupported::NoCgroups)?;
+    test_tcp(&cgroups.hierarchies, tree, diag, &host.proc_root)
 }
 
 pub(super) fn no_sock_diag(error: io::Error) -> TcpUnsupported {
     TcpUnsupported::NoSockDiag(error.to_string())
 }
 
-fn tcp_works(
+fn test_tcp(
     hierarchies: &CgroupMounts,
     cgroups: &CgroupTree,
     diag: &SockDiag,
@@ -129,21 +153,21 @@ fn tcp_works(
     let own = own
         .and_then(|shown| hierarchies.path("", shown))
         .and_then(|path| cgroups.id(&path).ok());
-    judge(
+    classify(
         socket.cgroup_id,
         own,
         &KernelFacts::read(hierarchies, cgroups, &text("sys/kernel/osrelease")),
     )
 }
 
-/// What decides where this process's own cgroup proves nothing.
+/// The facts that decide if this process's own cgroup proves nothing.
 #[derive(Debug, Clone, Copy)]
 struct KernelFacts {
-    /// The id that a socket has whose cgroup the kernel does not know.
+    /// The id of the root cgroup. Older kernels report it for a socket of unknown cgroup.
     root: Option<u64>,
-    /// Whether a controller is mounted that makes older kernels not know it.
+    /// Whether a controller is mounted that hides a socket's cgroup from older kernels.
     hides_cgroups: bool,
-    /// Linux 5.15 or newer, which know it all the same.
+    /// Whether the kernel is Linux 5.15 or newer. These report the cgroup in any case.
     is_new: bool,
 }
 
@@ -168,19 +192,25 @@ impl KernelFacts {
     }
 }
 
-/// What the cgroup says that the kernel has `told` of a socket of this process, whose own cgroup is `own`.
-fn judge(told: Option<u64>, own: Option<u64>, about: &KernelFacts) -> Result<(), TcpUnsupported> {
-    let told = told.ok_or(TcpUnsupported::NoCgroupId)?;
+/// Judges the cgroup that the kernel has `reported` for a socket of this process, by the process's
+/// own cgroup `own`.
+fn classify(
+    reported: Option<u64>,
+    own: Option<u64>,
+    about: &KernelFacts,
+) -> Result<(), TcpUnsupported> {
+    let reported = reported.ok_or(TcpUnsupported::NoCgroupId)?;
     match own {
-        Some(own) if own != told => Err(TcpUnsupported::WrongCgroupId),
+        Some(own) if own != reported => Err(TcpUnsupported::WrongCgroupId),
         Some(own) if Some(own) != about.root => Ok(()),
-        // In the root cgroup, or somewhere that is not seen from here, both kinds of kernels tell the same.
+        // In the root cgroup, or in one that is not visible from here, old and new kernels report
+        // the same.
         _ if about.is_new || !about.hides_cgroups => Ok(()),
         _ => Err(TcpUnsupported::WrongCgroupId),
     }
 }
 
-/// What sock_diag says of the client's end of a connection of this process to itself.
+/// Finds the client's end of a connection of this process to itself.
 fn own_socket(diag: &SockDiag) -> Result<SocketInfo, TcpUnsupported> {
     let addresses: [SocketAddr; 2] = [
         (Ipv4Addr::LOCALHOST, 0).into(),
@@ -192,12 +222,14 @@ fn own_socket(diag: &SockDiag) -> Result<SocketInfo, TcpUnsupported> {
     });
     let (client, server, _listener) = connection.map_err(TcpUnsupported::NoLoopback)?;
     let address = client.local_addr().map_err(TcpUnsupported::NoLoopback)?;
-    // It is there: who does not find it does not look for TCP's sockets.
-    diag.client_socket(address, server)
-        .map_err(|refusal| match refusal {
-            AttestError::CallerGone => no_sock_diag(io::Error::from_raw_os_error(libc::ENOENT)),
-            refusal => TcpUnsupported::NoSockDiag(refusal.to_string()),
+    // ENOENT has two meanings: the kernel has no such socket, or no handler for TCP sockets. This
+    // socket exists.
+    diag.client_socket(address, server).map_err(|refusal| {
+        TcpUnsupported::NoSockDiag(match refusal {
+            AttestError::CallerGone => "it does not find a socket that exists".to_owned(),
+            refusal => refusal.to_string(),
         })
+    })
 }
 
 #[cfg(test)]

@@ -1,26 +1,55 @@
-//! Looks at a caller's process, which may have to wait for what the caller controls (T25).
+//! Reads of a caller's process, which may block on something that the caller controls (T25).
 //!
-//! A process that executes a program holds a lock of its own (`exec_update_lock`), and can be made to hold it without end: by
-//! then it waits for the lock of its memory, which a helper that shares the memory holds in mmap(2) of a file whose server
-//! does not answer. Kernels from 6.18 on take that lock wherever `ptrace_may_access` decides, so for most of `/proc/<pid>`.
+//! A process that executes a program holds a lock of its own (`exec_update_lock`), and can hold it
+//! for as long as it likes. At that time it waits for the lock of its memory. A helper that shares
+//! the memory holds that lock in mmap(2) of a file, if the server of the file does not reply.
+//! Kernels from 6.18 on take `exec_update_lock` wherever `ptrace_may_access` decides, so for most
+//! of `/proc/<pid>`.
 //!
-//! | call | may wait for | so it runs |
+//! | call | may block on | so it runs |
 //! |---|---|---|
 //! | `/proc/<pid>/fd/N`, `stat`, `exe` (readlink, read) | the lock of the process | here |
-//! | statx(2) of `/proc/<pid>/exe` | the same, and the server of the file system that the program is on: NFS and 9p ask it, whatever the flags | here |
-//! | the list of a process's descriptors, its groups in `status` | nothing, but are as long as the caller makes them | here, the first bounded in time ([`super::search`]), the second in number |
-//! | statx(2) of a rule's `exe` | the server of its file system, and what is mounted on the way (autofs, FUSE) | on a thread, one for each file ([`crate::rule::ExeMatcher`]) |
-//! | `/proc/<pid>/status` for ids, `cgroup`, `uid_map`, `PIDFD_GET_INFO`, a pidfd's own `fdinfo` | spin locks and RCU; `cgroup` also for the kernel's one lock of all cgroups, and whoever holds that up stops systemd and the kubelet, too | at once |
+//! | statx(2) of `/proc/<pid>/exe` | the same, and the server of the program's file system: NFS and 9p query it, whatever the flags | here |
+//! | the list of a process's descriptors, its groups in `status` | nothing, but the caller determines their length | here, the first bounded in time ([`super::socket_owner`]), the second in number |
+//! | statx(2) of a rule's `exe` | the server of its file system, and mounts on the path (autofs, FUSE) | on a thread, one for each file ([`crate::workload_rule::ExeMatcher`]) |
+//! | `/proc/<pid>/status` for ids, `cgroup`, `uid_map`, `PIDFD_GET_INFO`, a pidfd's own `fdinfo` | spin locks and RCU; `cgroup` also on the kernel's one lock of all cgroups, and a process that blocks that stops systemd and the kubelet, too | at once |
 //! | `sock_diag` without extensions, `SO_PEERCRED`, `SO_PEERPIDFD`, `SO_PEERGROUPS` | nothing: none takes the lock of the caller's socket, which it could hold in sendmsg(2) | at once |
-//! | cgroup directories and `cgroup.procs` | kernfs, which waits for nobody's process | at once |
-//! | what a process executes meanwhile | nothing: a number in memory ([`super::exec_monitor`]) | at once |
+//! | `/proc/self/mountinfo` | the kernel's lock of this mount namespace, which no caller can hold while it waits for a server | at once, every 2 s at most ([`super::tcp_support`]) |
+//! | cgroup directories and `cgroup.procs` | kernfs, which waits for no other process | at once |
+//! | executions in the meantime | nothing: a number in memory ([`super::exec_monitor`]) | at once |
 //!
-//! Not used at all, since each takes the lock of the process: perf_event_open(2), kcmp(2), pidfd_getfd(2), the links in
-//! `/proc/<pid>/ns`, `/proc/<pid>/{mem,maps,auxv,environ,cmdline,wchan}`.
+//! These are not used at all, since each takes the lock of the process: perf_event_open(2),
+//! kcmp(2), pidfd_getfd(2), the links in `/proc/<pid>/ns`,
+//! `/proc/<pid>/{mem,maps,auxv,environ,cmdline,wchan}`. That holds for each process: callers, and
+//! the process at the agent's end of its socket ([`super::shares_pid_namespace_with_peer`] reads
+//! its `status`), since another one may have its pid by now. The daemon reads the links of its own.
 //!
-//! *Here* is on a thread of [`LookupThreads`], two at a time for each workload: where a connection goes on, or a look alone where
-//! the connection has waited for something meanwhile. Connections themselves never wait for a client: sockets do not block, and a
-//! whole connection has a deadline.
+//! Other calls wait for something that a caller does not control, or controls only in part:
+//!
+//! | call | may block on | where it runs, and its bound |
+//! |---|---|---|
+//! | the name service: users, groups, `/etc/passwd` | a directory server | up to 9 threads; a request waits for 2 s ([`crate::accounts`]) |
+//! | the name service: hosts | a DNS server | a thread for each connection that is opened; the timeout of the exchange ([`crate::sts`]) |
+//! | writes of the log and the audit log: pipes, sockets, files | their reader, or a disk | one thread for each, with a bounded queue ([`crate::writer`]); a required record is awaited for 1 s |
+//! | open(2) of the audit file | the server of its file system; never a pipe's reader (`O_NONBLOCK`) | another thread; 1 s |
+//! | connections to the agent and to STS | their servers | sockets that do not block; a timeout for each |
+//! | the directory of network namespaces, and its files | the server of a file system that is mounted there, which only root can do, or a pod that may do anything (`mountPropagation: Bidirectional`) | not on an I/O thread (`block_in_place`); not bounded: pods that start meanwhile have no listener yet |
+//! | setns(2), and making sockets in a pod's network namespace | nothing: a namespace has no lock that its processes could hold | a thread of its own |
+//! | `/proc/self/mountinfo` | the kernel's one lock of all mounts, which no file server delays | at the start; later it is only polled |
+//! | a pod's directories: kubelet's cgroups | kernfs, as above. No file of a pod is read, and no volume | at once |
+//! | the configuration and the trust store, after the start | a file system that the operator chose | another thread |
+//! | stat(2) of the agent's socket, the token's file | a file system that the operator chose: `/run` | at once |
+//! | sd_notify(3) | pid 1 | at the start, at a reload and at the end, on the main thread |
+//!
+//! The tests stop these calls by FUSE and by pipes without a reader (`tests/it/blocked.rs`,
+//! `tests/it/records.rs`). FUSE stands for NFS and 9p, which the kernel of the test machines lacks.
+//! The daemon waits in the VFS for all three: for the reply of a server.
+//!
+//! *Here* means on a thread of [`LookupThreads`], two at a time for each workload. Blocked reads of
+//! one scope (T29) leave half of the threads for others. A connection
+//! continues there, or only the read runs there if the connection has waited for something else.
+//! Connections themselves never wait for a client: sockets do not block, and a whole connection has
+//! a deadline.
 
 use tokio::sync::oneshot;
 
@@ -29,37 +58,43 @@ use crate::caller::{AttestError, WorkloadKey};
 mod threads;
 
 pub use threads::LookupThreads;
+#[cfg(test)]
+pub(crate) use threads::set_lookup_thread;
 
 impl LookupThreads {
-    /// Runs `look` right here if this is one of these threads, else on one of them. [`AttestError::SearchBusy`] if none is free for this
-    /// workload as long as a request is held, [`AttestError::ProcessUnresponsive`] if the look takes as long as that.
+    /// Runs `read` on the current thread if that is a lookup thread, or else on one of them.
+    ///
+    /// Fails with [`AttestError::SearchBusy`] if the workload gets no thread for as long as a
+    /// request is held. Fails with [`AttestError::ProcessUnresponsive`] if the read itself takes
+    /// that long.
     pub(crate) async fn run<T: Send + 'static>(
         &self,
-        owner: &WorkloadKey,
-        look: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
+        workload: &WorkloadKey,
+        read: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
     ) -> Result<T, AttestError> {
         if threads::on_lookup_thread() {
-            look()
+            read()
         } else {
-            self.run_offloaded(owner, look).await
+            self.run_offloaded(workload, read).await
         }
     }
 
-    /// The same, never right here: the caller can do something else meanwhile.
+    /// Runs `read` on a lookup thread, never on the current one. The caller of this function can do
+    /// something else in the meantime.
     pub(crate) async fn run_offloaded<T: Send + 'static>(
         &self,
-        owner: &WorkloadKey,
-        look: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
+        workload: &WorkloadKey,
+        read: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
     ) -> Result<T, AttestError> {
         let (answer, answered) = oneshot::channel();
         let (give_up, given_up) = oneshot::channel();
-        let look = async {
-            let _ = answer.send(look());
+        let read = async {
+            let _ = answer.send(read());
         };
         let give_up = || {
             let _ = give_up.send(());
         };
-        self.spawn_here(owner.clone(), look, give_up);
+        self.spawn_read(workload.clone(), read, give_up);
         tokio::select! {
             biased;
             result = answered => result.unwrap_or(Err(AttestError::SearchBusy)),
@@ -75,20 +110,20 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn look_that_does_not_come_back_stops_its_own_workload_alone() {
+    async fn blocked_reads_stop_only_their_own_workload() {
         let threads = LookupThreads::default();
         let (mut held, mut stuck) = (Vec::new(), Vec::new());
         for uid in 0..20 {
-            // As many as there may be of one workload, and some more.
+            // More reads than one workload may run.
             for _ in 0..4 {
                 let (release, wait) = mpsc::channel::<()>();
                 held.push(release);
-                let (threads, look) = (threads.clone(), move || {
+                let (threads, read) = (threads.clone(), move || {
                     let _ = wait.recv();
                     Ok(())
                 });
                 stuck.push(tokio::spawn(async move {
-                    threads.run(&WorkloadKey::user(uid), look).await
+                    threads.run(&WorkloadKey::user(uid), read).await
                 }));
             }
         }

@@ -1,31 +1,32 @@
 //! Reads single lines of `/proc/<pid>/status`: `proc_pid_status(5)`.
 //!
-//! The process decides how long its `Groups` line is: up to 65,536 numbers, 720 KB. Lines that are not wanted are skipped in
-//! chunks and never held (attack 27).
+//! The process determines the length of its `Groups` line: up to 65,536 numbers, 720 KB. Other
+//! lines are skipped in chunks and never held in memory (T27).
 
 use std::os::fd::AsFd;
 
 use nix::errno::Errno;
 use nix::sys::uio::pread;
 
-/// More than the status of most processes.
+/// The bytes of one read: more than the status of most processes.
 const CHUNK: usize = 4096;
 /// The longest name of a line that can be read.
 const NAME_MAX: usize = 8;
 
-/// Why there are no numbers.
+/// The reason why the numbers could not be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum StatusError {
-    /// Reading failed.
+    /// The read failed with this error.
     Io(Errno),
-    /// A line is missing, or has something else in it than numbers.
+    /// A line is missing, or contains something other than numbers.
     Malformed,
-    /// A line has more numbers than the caller allows.
+    /// A line has more numbers than the caller of the function allows.
     TooMany,
 }
 
-/// Reads the numbers in these lines, each given by its name and the most numbers that it may have. Reads nothing after the last
-/// of them. The process chooses the content of `Name`, the first line; the kernel escapes newlines in it.
+/// Reads the numbers in these lines, each given by its name and the most numbers that it may have.
+/// Reads nothing after the last of them. The process chooses the content of `Name`, the first line;
+/// the kernel escapes newlines in it.
 pub(crate) fn numbers<const N: usize>(
     file: impl AsFd,
     lines: [(&str, usize); N],
@@ -41,7 +42,7 @@ pub(crate) fn numbers<const N: usize>(
     }
 }
 
-/// Does the same with a text that comes in chunks of this size.
+/// Reads the numbers from a text that arrives in chunks of this size.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn numbers_of<const N: usize>(
     text: &[u8],
@@ -57,21 +58,21 @@ pub(crate) fn numbers_of<const N: usize>(
     scan.finish()
 }
 
-/// Where a scan stands.
+/// The position of a scan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum At {
+enum ScanPosition {
     /// In the name of a line.
     Name,
-    /// In a wanted line, and perhaps in a number.
+    /// In a wanted line, and possibly in a number.
     Numbers(usize, Option<u32>),
-    /// In another line.
+    /// In a line that is skipped.
     Other,
 }
 
 struct Scan<'l, const N: usize> {
     lines: [(&'l str, usize); N],
     found: [Option<Vec<u32>>; N],
-    at: At,
+    at: ScanPosition,
     name: Vec<u8>,
 }
 
@@ -80,7 +81,7 @@ impl<'l, const N: usize> Scan<'l, N> {
         Self {
             lines,
             found: [const { None }; N],
-            at: At::Name,
+            at: ScanPosition::Name,
             name: Vec::with_capacity(NAME_MAX),
         }
     }
@@ -90,17 +91,17 @@ impl<'l, const N: usize> Scan<'l, N> {
         while let Some((&byte, rest)) = bytes.split_first() {
             bytes = rest;
             match self.at {
-                At::Other => {
+                ScanPosition::Other => {
                     let end = std::iter::once(&byte)
                         .chain(rest)
                         .position(|byte| *byte == b'\n');
                     let Some(end) = end else { return Ok(false) };
-                    (self.at, bytes) = (At::Name, &rest[end..]);
+                    (self.at, bytes) = (ScanPosition::Name, &rest[end..]);
                 }
-                At::Name => self.at = self.name(byte),
-                At::Numbers(line, number) => {
+                ScanPosition::Name => self.at = self.name(byte),
+                ScanPosition::Numbers(line, number) => {
                     self.at = self.number(line, number, byte)?;
-                    if self.at == At::Name && self.found.iter().all(Option::is_some) {
+                    if self.at == ScanPosition::Name && self.found.iter().all(Option::is_some) {
                         return Ok(true);
                     }
                 }
@@ -109,7 +110,7 @@ impl<'l, const N: usize> Scan<'l, N> {
         Ok(false)
     }
 
-    fn name(&mut self, byte: u8) -> At {
+    fn name(&mut self, byte: u8) -> ScanPosition {
         match byte {
             b'\n' => self.name.clear(),
             b':' => {
@@ -119,27 +120,32 @@ impl<'l, const N: usize> Scan<'l, N> {
                     .position(|(name, _)| name.as_bytes() == self.name);
                 let line = line.filter(|line| self.found[*line].is_none());
                 self.name.clear();
-                return line.map_or(At::Other, |line| {
+                return line.map_or(ScanPosition::Other, |line| {
                     self.found[line] = Some(Vec::new());
-                    At::Numbers(line, None)
+                    ScanPosition::Numbers(line, None)
                 });
             }
             _ if self.name.len() < NAME_MAX => self.name.push(byte),
             _ => {
                 self.name.clear();
-                return At::Other;
+                return ScanPosition::Other;
             }
         }
-        At::Name
+        ScanPosition::Name
     }
 
-    fn number(&mut self, line: usize, number: Option<u32>, byte: u8) -> Result<At, StatusError> {
+    fn number(
+        &mut self,
+        line: usize,
+        number: Option<u32>,
+        byte: u8,
+    ) -> Result<ScanPosition, StatusError> {
         if byte.is_ascii_digit() {
             let number = number
                 .unwrap_or(0)
                 .checked_mul(10)
                 .and_then(|n| n.checked_add(u32::from(byte - b'0')));
-            return Ok(At::Numbers(
+            return Ok(ScanPosition::Numbers(
                 line,
                 Some(number.ok_or(StatusError::Malformed)?),
             ));
@@ -154,15 +160,15 @@ impl<'l, const N: usize> Scan<'l, N> {
             found.push(number);
         }
         Ok(if byte == b'\n' {
-            At::Name
+            ScanPosition::Name
         } else {
-            At::Numbers(line, None)
+            ScanPosition::Numbers(line, None)
         })
     }
 
     fn finish(self) -> Result<[Vec<u32>; N], StatusError> {
         // Without its newline the last number may be incomplete.
-        if matches!(self.at, At::Numbers(..)) || self.found.iter().any(Option::is_none) {
+        if matches!(self.at, ScanPosition::Numbers(..)) || self.found.iter().any(Option::is_none) {
             return Err(StatusError::Malformed);
         }
         Ok(self.found.map(Option::unwrap_or_default))
@@ -177,7 +183,7 @@ mod tests {
                         Groups:\t44 4 44 \nNSpid:\t12\t1\nVmSize:\t 1 kB\n";
 
     #[test]
-    fn lines_are_found_however_the_file_is_cut_and_wherever_they_stand() {
+    fn numbers_finds_lines_in_any_chunks_and_order() {
         for chunk in [1, 2, 3, 7, 4096] {
             let [uids, gids] =
                 numbers_of(TEXT.as_bytes(), [("Uid", 4), ("Gid", 4)], chunk).unwrap();
@@ -200,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_no_number_is_an_error() {
+    fn numbers_fails_for_missing_or_malformed_lines() {
         for (text, line) in [
             (TEXT, "PPid"),
             (TEXT, "VmSize"),
@@ -224,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_read_after_what_was_asked_for() {
+    fn numbers_reads_nothing_after_the_last_line() {
         let text = format!("{TEXT}Uid:\tnonsense\n");
         assert_eq!(
             numbers_of(text.as_bytes(), [("Uid", 4)], 4096),

@@ -1,4 +1,4 @@
-//! The few system calls and socket options that no safe wrapper has.
+//! The few system calls and socket options without a safe wrapper.
 #![allow(
     unsafe_code,
     reason = "raw system calls are this module's whole purpose; nothing else is in it"
@@ -11,10 +11,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 
-/// Linux 6.5.
+/// The number of the option, which exists from Linux 6.5 on.
 const SO_PEERPIDFD: libc::c_int = 77;
 
-/// `pidfd_open(2)`: a descriptor for the process that has this number now.
+/// Calls `pidfd_open(2)`: returns a descriptor of the process that has this pid now.
 pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
     // SAFETY: takes two integers and no memory; the result is checked below.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
@@ -22,16 +22,18 @@ pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call succeeded, so this is a new descriptor that nobody else owns.
+    // SAFETY: the call succeeded, so this is a new descriptor without another owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Room for most files of `/proc` and cgroups, so that they are read at once.
+/// The size of the first buffer. Most files of `/proc` and cgroups fit, and are read in one call.
 const SMALL_FILE: usize = 4096;
 
-/// Reads a file of `/proc` or of a cgroup from its beginning, wherever it stands, to its end, or until more than `most` bytes
-/// have come. Not by `read_to_end`, which
-/// asks for sizes that such files don't have, and tries with small buffers first.
+/// Reads a file of `/proc` or of a cgroup from its beginning, whatever its position. Stops at its
+/// end, or after more than `most` bytes.
+///
+/// `read_to_end` is slower: it queries the file's size, which such files do not have, and begins
+/// with small buffers.
 pub(crate) fn read_whole(file: impl std::os::fd::AsFd, most: usize) -> nix::Result<String> {
     let (mut bytes, mut filled) = (vec![0; SMALL_FILE], 0);
     loop {
@@ -48,18 +50,19 @@ pub(crate) fn read_whole(file: impl std::os::fd::AsFd, most: usize) -> nix::Resu
         }
     }
     bytes.truncate(filled);
-    // A process may have named itself in any bytes; everything that is read of such files is ASCII.
+    // A process may have any bytes in its name. All fields that are parsed are ASCII.
     Ok(String::from_utf8(bytes)
         .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
 }
 
-/// `readlinkat(2)` into `room`; what does not fit into it is cut off. Without room for the longest of paths, as others would.
+/// Calls `readlinkat(2)` with `room` as the buffer, and cuts off what does not fit. Other wrappers
+/// allocate for the longest path.
 pub(crate) fn read_link<'r>(
     directory: BorrowedFd<'_>,
     name: &CStr,
     room: &'r mut [u8],
 ) -> nix::Result<&'r [u8]> {
-    // SAFETY: `name` ends with a zero, and the kernel writes at most `room.len()` bytes into `room`.
+    // SAFETY: `name` ends with a zero, and the kernel writes at most `room.len()` bytes.
     let length = unsafe {
         libc::readlinkat(
             directory.as_raw_fd(),
@@ -72,17 +75,17 @@ pub(crate) fn read_link<'r>(
     Ok(&room[..length])
 }
 
-/// A file, as far as its file system tells without asking anybody.
+/// The facts about a file that its file system returns without a query to its server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FileFacts {
     pub(crate) device: u64,
     pub(crate) inode: u64,
-    /// Seconds and nanoseconds.
+    /// The change time in seconds and nanoseconds.
     pub(crate) changed: (i64, i64),
 }
 
-/// `statx(2)` by what the kernel has at hand: a program may lie on a network's or a user's file system whose server does not
-/// answer, and asking it would hang the daemon.
+/// Calls `statx(2)` for facts that the kernel has cached. A program may be on a network's or a
+/// user's file system. A query to a server that does not reply would hang the daemon.
 pub(crate) fn file_facts(directory: BorrowedFd<'_>, name: &CStr) -> nix::Result<FileFacts> {
     let mut found = MaybeUninit::<libc::statx>::zeroed();
     let flags = libc::AT_STATX_DONT_SYNC | libc::AT_NO_AUTOMOUNT;
@@ -108,13 +111,14 @@ pub(crate) fn file_facts(directory: BorrowedFd<'_>, name: &CStr) -> nix::Result<
     })
 }
 
-/// `SO_PEERPIDFD`: a descriptor for the process that connected. `None` on kernels before 6.5.
+/// Reads `SO_PEERPIDFD`: a descriptor of the process that connected. `None` on kernels before 6.5.
 ///
-/// A connector that is gone is an error on some kernels, and a pidfd that reads as exited on others.
+/// If that process has exited, some kernels return an error, and others a pidfd that reads as
+/// exited.
 pub(crate) fn peer_pidfd(socket: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> {
     let mut fd: RawFd = -1;
     let mut length = libc::socklen_t::try_from(size_of::<RawFd>()).map_err(io::Error::other)?;
-    // SAFETY: `fd` is a valid place for the `length` bytes that the kernel may write.
+    // SAFETY: `fd` is valid for the `length` bytes that the kernel may write.
     let status = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -130,16 +134,16 @@ pub(crate) fn peer_pidfd(socket: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> 
             errno => Err(errno.into()),
         };
     }
-    // SAFETY: the call succeeded, so the kernel has put a new descriptor here that nobody else owns.
+    // SAFETY: the call succeeded, so the kernel has written a new descriptor without another owner.
     Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
-/// What `PIDFD_GET_INFO` tells of a process: ids in the order real, effective, saved, filesystem.
+/// The facts that `PIDFD_GET_INFO` returns: ids in the order real, effective, saved, file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct PidfdInfo {
     pub(crate) uids: [u32; 4],
     pub(crate) gids: [u32; 4],
-    /// Of its cgroup v2; `None` on a kernel without cgroups.
+    /// The id of its cgroup v2. `None` on a kernel without cgroups.
     pub(crate) cgroup_id: Option<u64>,
 }
 
@@ -165,7 +169,8 @@ struct RawPidfdInfo {
 
 nix::ioctl_readwrite!(get_pidfd_info, 0xFF, 11, RawPidfdInfo);
 
-/// `ioctl_pidfd(2)`: the ids and the cgroup of a process in one call. `None` before Linux 6.13.
+/// Calls `ioctl_pidfd(2)`: returns the ids and the cgroup of a process in one call. `None` before
+/// Linux 6.13.
 pub(crate) fn pidfd_info(pidfd: BorrowedFd<'_>) -> io::Result<Option<PidfdInfo>> {
     const CREDENTIALS: u64 = 1 << 1;
     const CGROUP_ID: u64 = 1 << 2;
@@ -173,7 +178,7 @@ pub(crate) fn pidfd_info(pidfd: BorrowedFd<'_>) -> io::Result<Option<PidfdInfo>>
         mask: CREDENTIALS | CGROUP_ID,
         ..RawPidfdInfo::default()
     };
-    // SAFETY: the request's number holds the size of `raw`, and the kernel writes no more than that.
+    // SAFETY: the request's number holds the size of `raw`, and the kernel writes at most that.
     match unsafe { get_pidfd_info(pidfd.as_raw_fd(), &raw mut raw) } {
         Ok(_) if raw.mask & CREDENTIALS == 0 => Ok(None),
         Ok(_) => Ok(Some(PidfdInfo {
@@ -186,7 +191,7 @@ pub(crate) fn pidfd_info(pidfd: BorrowedFd<'_>) -> io::Result<Option<PidfdInfo>>
     }
 }
 
-/// `struct file_handle` for kernfs: the inode number of a directory.
+/// `struct file_handle` for kernfs, with the inode number of a directory.
 #[repr(C)]
 struct KernfsHandle {
     bytes: libc::c_uint,
@@ -197,15 +202,17 @@ struct KernfsHandle {
 /// `FILEID_KERNFS` of linux/exportfs.h.
 const FILEID_KERNFS: libc::c_int = 0xfe;
 
-/// `open_by_handle_at(2)`: the directory with this inode number in the kernfs (cgroup2, here) that `mount` is on. It takes
-/// CAP_DAC_READ_SEARCH. The descriptor only names the directory (`O_PATH`).
+/// Calls `open_by_handle_at(2)`: opens the directory with this inode number in the kernfs that
+/// `mount` is on (cgroup2, here). It takes CAP_DAC_READ_SEARCH. The descriptor only names the
+/// directory (`O_PATH`).
 pub(crate) fn open_kernfs(mount: BorrowedFd<'_>, id: u64) -> io::Result<OwnedFd> {
     let mut handle = KernfsHandle {
         bytes: 8,
         kind: FILEID_KERNFS,
         id: id.to_ne_bytes(),
     };
-    // SAFETY: `handle` has the layout of a file_handle whose 8 bytes follow its header, and lives through the call.
+    // SAFETY: `handle` has the layout of a file_handle with 8 bytes after its header, and lives
+    // through the call.
     let fd = unsafe {
         libc::open_by_handle_at(
             mount.as_raw_fd(),
@@ -216,12 +223,12 @@ pub(crate) fn open_kernfs(mount: BorrowedFd<'_>, id: u64) -> io::Result<OwnedFd>
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call succeeded, so this is a new descriptor that nobody else owns.
+    // SAFETY: the call succeeded, so this is a new descriptor without another owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Reads `SO_PEERGROUPS`: the connector's supplementary groups at connect(2). ERANGE if there are more than `most`, without a
-/// copy of them.
+/// Reads `SO_PEERGROUPS`: the supplementary groups of the process at connect(2). Fails with ERANGE,
+/// without a copy, if there are more than `most`.
 pub(crate) fn peer_groups(socket: BorrowedFd<'_>, most: usize) -> nix::Result<Vec<u32>> {
     let mut groups: Vec<libc::gid_t> = vec![0; most];
     let mut length =

@@ -1,4 +1,5 @@
-//! The peer on loopback TCP: the process that made the socket, by the socket itself and, where needed, by its holder.
+//! The peer on loopback TCP: the process that made the socket. It is attested by the socket itself
+//! and, if needed, by the process that holds it.
 
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -9,12 +10,12 @@ use async_trait::async_trait;
 use tokio::time::timeout;
 
 use crate::attest::Unattested;
-use crate::attest::cgroups::{CgroupTree, TreeScope, WalkKey};
+use crate::attest::cgroup_tree::{ScanKey, TreeScope};
 use crate::attest::host::Host;
-use crate::attest::inet_diag::{SockDiag, SocketInfo};
 use crate::attest::kernel::{TcpUnsupported, try_tcp_of};
-use crate::attest::pods::ResolvedPod;
-use crate::attest::search::{self, Budget, SocketOwner};
+use crate::attest::pod_lookup::ResolvedPod;
+use crate::attest::sock_diag::{SockDiag, SocketInfo};
+use crate::attest::socket_owner::{self, Budget, SocketOwner};
 use crate::caller::{
     AgentProcessRef, AttestError, Caller, ExecWatch, ListenerKind, PeerFacts, PeerProof, PodAge,
     Process, ProcessFacts, WorkloadKey,
@@ -23,10 +24,11 @@ use crate::cgroup::CgroupPath;
 use crate::clock::REQUEST_HOLD;
 use crate::limits::FairSemaphore;
 
-/// A long search takes 20 ms of a processor; one that lasts longer than this counts no more among all.
+/// The time after which a search releases its permit. A long search takes 20 ms of CPU time; one
+/// that takes longer than this is blocked.
 const SEARCH_SHARE: Duration = Duration::from_millis(500);
 
-/// Attests peers of TCP listeners in one network namespace. Cheap to clone.
+/// An attestor for peers of TCP listeners in one network namespace. Clones share its state.
 #[derive(Debug, Clone)]
 pub(crate) struct TcpAttestor(Arc<SocketQuery>);
 
@@ -34,14 +36,13 @@ pub(crate) struct TcpAttestor(Arc<SocketQuery>);
 struct SocketQuery {
     host: Arc<Host>,
     diag: SockDiag,
-    cgroups: Arc<CgroupTree>,
-    /// Long searches: one at a time for each workload, and few in all.
+    /// Limits long searches: one at a time per workload, and few in total.
     searches: FairSemaphore<WorkloadKey>,
-    /// By its inode, if it is a pod's.
+    /// The inode of the network namespace, if that is a pod's.
     namespace: Option<u64>,
 }
 
-/// What the kernel says of the client's socket of a connection, to be compared before anything is released.
+/// The kernel's description of the client's socket, to be compared before credentials are released.
 #[derive(Debug, Clone)]
 pub(crate) struct SocketProof {
     attestor: TcpAttestor,
@@ -52,72 +53,64 @@ pub(crate) struct SocketProof {
     pod: Option<ResolvedPod>,
 }
 
-/// The same, with a process that holds the socket.
+/// A socket proof with a process that holds the socket.
 #[derive(Debug)]
 struct SocketOwnerProof {
     socket: SocketProof,
-    owner: WorkloadKey,
-    holder: Arc<SocketOwner>,
+    workload: WorkloadKey,
+    socket_owner: Arc<SocketOwner>,
 }
 
 impl TcpAttestor {
-    /// In the host's network namespace.
+    /// Creates an attestor for the host's network namespace.
     pub(crate) fn new(
         host: Arc<Host>,
         diag: SockDiag,
-        cgroups: Arc<CgroupTree>,
         searches: FairSemaphore<WorkloadKey>,
     ) -> Self {
         Self(Arc::new(SocketQuery {
             host,
             diag,
-            cgroups,
             searches,
             namespace: None,
         }))
     }
 
-    /// Whether the kernel still tells what this rests on.
-    pub(crate) fn works(&self) -> Result<(), TcpUnsupported> {
+    /// Verifies that the kernel still reports the facts that this attestor needs.
+    pub(crate) fn test_support(&self) -> Result<(), TcpUnsupported> {
         try_tcp_of(&self.0.host, &self.0.diag)
     }
 
-    /// The same for the network namespace of a pod, in which `diag` was made.
+    /// Creates an attestor for the network namespace of a pod, in which `diag` was opened.
     pub(crate) fn in_pod(&self, diag: SockDiag) -> Self {
-        let SocketQuery {
-            host,
-            cgroups,
-            searches,
-            ..
-        } = &*self.0;
-        let (host, cgroups, searches) = (host.clone(), cgroups.clone(), searches.clone());
+        let (host, searches) = (self.0.host.clone(), self.0.searches.clone());
         Self(Arc::new(SocketQuery {
             namespace: Some(diag.namespace()),
             host,
             diag,
-            cgroups,
             searches,
         }))
     }
 
-    /// What limits long searches.
+    /// Returns the limit on long searches.
     #[cfg(test)]
     pub(crate) fn searches(&self) -> &FairSemaphore<WorkloadKey> {
         &self.0.searches
     }
 
-    /// By its inode, if it is a pod's.
+    /// Returns the inode of the network namespace, if that is a pod's.
     pub(crate) fn namespace(&self) -> Option<u64> {
         self.0.namespace
     }
 
-    /// Lets the network namespace go. Callers that were attested here are gone from then on.
+    /// Releases the network namespace. Callers that were attested here count as gone from then on.
     pub(crate) fn close(&self) {
         self.0.diag.close();
     }
 
-    /// What the socket of the peer `client` of a connection to `server` tells. `on_wait` is called before that takes time.
-    pub(crate) async fn look(
+    /// Finds the socket of the peer `client` of a connection to `server`. Calls `on_wait` before it
+    /// waits.
+    pub(crate) async fn find_socket(
         &self,
         (client, server): (SocketAddr, SocketAddr),
         on_wait: impl FnOnce(),
@@ -127,14 +120,15 @@ impl TcpAttestor {
             uid: socket.uid,
             cgroup: None,
             pod: None,
-            namespace: self.0.namespace,
+            netns_inode: self.0.namespace,
         };
         let cgroup = self
             .cgroup(&socket, on_wait)
             .await
             .map_err(|refusal| Unattested::of(refusal, &peer))?;
         peer.cgroup = Some(cgroup.clone());
-        // On the host a process of one user gives sockets to those of another; a pod is one workload.
+        // On the host a process of one user passes sockets to those of another. A pod is one
+        // workload.
         if self.0.namespace.is_none() && cgroup.is_service_managers() {
             return Err(Unattested::of(AttestError::ManagerSocket, &peer));
         }
@@ -153,25 +147,23 @@ impl TcpAttestor {
         })
     }
 
-    /// The path of the socket's cgroup.
+    /// Returns the path of the socket's cgroup.
     async fn cgroup(
         &self,
         socket: &SocketInfo,
         on_wait: impl FnOnce(),
     ) -> Result<CgroupPath, AttestError> {
-        let SocketQuery {
-            cgroups, namespace, ..
-        } = &*self.0;
+        let namespace = &self.0.namespace;
+        let cgroups = self.0.host.cgroup_tree();
+        let cgroups = cgroups.ok_or(TcpUnsupported::NoCgroups.refusal())?;
         let uid = namespace.is_none().then_some(socket.uid);
-        let key = WalkKey {
+        let key = ScanKey {
             namespace: *namespace,
             uid,
         };
         if namespace.is_none() {
             let id = socket.cgroup_id;
-            let id = id.ok_or(AttestError::Unsupported(
-                "TCP callers need Linux 5.15 or newer, built with cgroups",
-            ))?;
+            let id = id.ok_or(TcpUnsupported::NoCgroupId.refusal())?;
             return cgroups.path_of(id, (TreeScope::All, key), on_wait).await;
         }
         let id = socket.cgroup_id.ok_or(AttestError::NotAPod)?;
@@ -185,17 +177,17 @@ impl TcpAttestor {
 }
 
 impl SocketProof {
-    /// Whether the socket is in no cgroup below the root.
+    /// Returns whether the socket is in the root cgroup.
     pub(crate) fn is_in_root_cgroup(&self) -> bool {
         self.cgroup.is_root()
     }
 
-    /// Where it is, if it is a pod's.
+    /// Returns the pod of the socket, if it is in one.
     pub(crate) fn pod(&self) -> Option<&ResolvedPod> {
         self.pod.as_ref()
     }
 
-    /// The caller, as far as the socket alone tells who it is.
+    /// Returns the caller, as far as its socket shows it.
     pub(crate) fn into_caller(self) -> Caller {
         let namespace = self.attestor.0.namespace;
         Caller {
@@ -206,26 +198,26 @@ impl SocketProof {
             },
             uid: self.socket.uid,
             cgroup: Some(self.cgroup.clone()),
-            pod: self.pod.as_ref().map(|housed| housed.pod.clone()),
-            namespace,
+            pod: self.pod.as_ref().map(|resolved| resolved.pod.clone()),
+            netns_inode: namespace,
             process: None,
-            evidence: Box::new(self),
+            proof: Box::new(self),
         }
     }
 
-    /// See [`SocketProof::into_caller`], for the audit.
+    /// Returns the facts of the socket for the audit log.
     pub(crate) fn peer(&self) -> PeerFacts {
-        let pod = self.pod.as_ref().map(|housed| housed.pod.clone());
+        let pod = self.pod.as_ref().map(|resolved| resolved.pod.clone());
         let namespace = self.attestor.0.namespace;
         PeerFacts {
             uid: self.socket.uid,
             cgroup: Some(self.cgroup.clone()),
             pod,
-            namespace,
+            netns_inode: namespace,
         }
     }
 
-    fn is_unchanged(&self) -> Result<(), AttestError> {
+    fn verify_socket(&self) -> Result<(), AttestError> {
         let now = self
             .attestor
             .0
@@ -238,49 +230,53 @@ impl SocketProof {
         }
     }
 
-    /// The process that holds the socket: at once where that is soon done. Else in a search of its own, one at a time for this
-    /// workload, and few in all, since whoever has many users' ids is many workloads: a search is a loop as long as the caller
-    /// makes it.
+    /// Finds the process that holds the socket.
+    ///
+    /// First it tries a short search. The second search is long, since the caller determines its
+    /// length. Long searches are limited to one at a time for this workload, and to few in total: a
+    /// party with many user ids has many workloads.
     async fn find_owner(
         &self,
-        owner: &WorkloadKey,
-        looks: ProcessFacts,
+        workload: &WorkloadKey,
+        facts: ProcessFacts,
     ) -> Result<SocketOwner, AttestError> {
-        let parts = &self.attestor.0;
-        match parts
+        let query = &self.attestor.0;
+        match query
             .host
             .lookups
-            .run(owner, self.search(looks, Budget::INLINE))
+            .run(workload, self.search(facts, Budget::SHORT))
             .await
         {
             Err(AttestError::TooManyDescriptors) => {}
             done => return done,
         }
-        // As long as a request is held: who waits longer would be cut off without a word.
-        let permit = parts
+        // The wait is as long as a request is held. The SDK of a caller that waits longer would
+        // time out without a response.
+        let permit = query
             .searches
-            .acquire_within(REQUEST_HOLD, owner)
+            .acquire_within(REQUEST_HOLD, workload)
             .await
             .ok_or(AttestError::SearchBusy)?;
-        // Many have hung up meanwhile. A search for each of them would keep those waiting who have come again.
-        self.is_unchanged().map_err(|_| AttestError::CallerGone)?;
-        let mut searching = pin!(
-            parts
+        // Many callers have closed the connection by now. Searches for these would delay those that
+        // have connected again.
+        self.verify_socket().map_err(|_| AttestError::CallerGone)?;
+        let mut search = pin!(
+            query
                 .host
                 .lookups
-                .run_offloaded(owner, self.search(looks, Budget::OFFLOADED))
+                .run_offloaded(workload, self.search(facts, Budget::LONG))
         );
-        if let Ok(done) = timeout(SEARCH_SHARE, &mut searching).await {
+        if let Ok(done) = timeout(SEARCH_SHARE, &mut search).await {
             return done;
         }
-        // It waits for something, and takes no processor's time from others.
+        // It is blocked, and does not take CPU time from others.
         permit.detach();
-        searching.await
+        search.await
     }
 
     fn search(
         &self,
-        looks: ProcessFacts,
+        facts: ProcessFacts,
         budget: Budget,
     ) -> impl FnOnce() -> Result<SocketOwner, AttestError> + Send + 'static {
         let Self {
@@ -290,13 +286,14 @@ impl SocketProof {
             ..
         } = self.clone();
         move || {
-            let parts = &attestor.0;
-            search::find_socket_owner(
-                &parts.host,
-                &parts.cgroups,
+            let host = &attestor.0.host;
+            let cgroups = host.cgroup_tree();
+            socket_owner::find_socket_owner(
+                host,
+                &*cgroups.ok_or(TcpUnsupported::NoCgroups.refusal())?,
                 &socket,
                 &cgroup,
-                (looks, budget),
+                (facts, budget),
             )
         }
     }
@@ -305,44 +302,47 @@ impl SocketProof {
 #[async_trait]
 impl PeerProof for SocketProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
-        self.is_unchanged()
+        self.verify_socket()
     }
 
     async fn with_process(
         &self,
-        owner: &WorkloadKey,
-        looks: ProcessFacts,
+        workload: &WorkloadKey,
+        facts: ProcessFacts,
     ) -> Result<(Process, Box<dyn PeerProof>), AttestError> {
         if self.cgroup.is_service_managers() {
             return Err(AttestError::ManagerSocket);
         }
-        let holder = self.find_owner(owner, looks).await?;
-        // That the socket is still what it was before the search is seen when the caller is looked at again, before anything
-        // is released.
-        let process = holder.process.to_process();
+        let socket_owner = self.find_owner(workload, facts).await?;
+        // Whether the socket changed during the search shows at the next verification, before
+        // credentials are released.
+        let process = socket_owner.process.to_process();
         Ok((
             process,
             Box::new(SocketOwnerProof {
                 socket: self.clone(),
-                owner: owner.clone(),
-                holder: Arc::new(holder),
+                workload: workload.clone(),
+                socket_owner: Arc::new(socket_owner),
             }),
         ))
     }
 
     fn verify_pod(&self) -> Result<PodAge, AttestError> {
-        self.pod.as_ref().ok_or(AttestError::Kernel)?.is_there()
+        self.pod
+            .as_ref()
+            .ok_or(AttestError::Kernel)?
+            .verify_exists()
     }
 }
 
 #[async_trait]
 impl PeerProof for SocketOwnerProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
-        self.socket.is_unchanged()?;
-        let (holder, inode) = (self.holder.clone(), self.socket.socket.inode);
-        let look = move || {
-            holder.process.verify_unchanged()?;
-            if holder.process.has_fd(holder.descriptor, inode) {
+        self.socket.verify_socket()?;
+        let (socket_owner, inode) = (self.socket_owner.clone(), self.socket.socket.inode);
+        let verify = move || {
+            socket_owner.process.verify_unchanged_blocking()?;
+            if socket_owner.process.has_fd(socket_owner.descriptor, inode) {
                 Ok(())
             } else {
                 Err(AttestError::CallerGone)
@@ -353,20 +353,20 @@ impl PeerProof for SocketOwnerProof {
             .0
             .host
             .lookups
-            .run(&self.owner, look)
+            .run(&self.workload, verify)
             .await
     }
 
     async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
-        self.holder.process.for_agent(&self.owner).await
+        self.socket_owner.process.for_agent(&self.workload).await
     }
 
     fn watch_exec(&self) -> Result<Box<dyn ExecWatch>, AttestError> {
-        Ok(Box::new(self.holder.process.watch_exec()?))
+        Ok(Box::new(self.socket_owner.process.watch_exec()?))
     }
 
     fn is_alive(&self) -> bool {
-        self.holder.process.is_alive()
+        self.socket_owner.process.is_alive()
     }
 
     fn verify_pod(&self) -> Result<PodAge, AttestError> {

@@ -1,8 +1,11 @@
-//! Whether callers over TCP can be told apart, looked at again when that may have changed: a kernel module is loaded or
-//! unloaded, a cgroup v1 controller is mounted. Nobody has to start the daemon again for that.
+//! Tests whether callers over TCP can be distinguished, and repeats the test when the result may
+//! have changed.
+//!
+//! It changes when a kernel module is loaded or unloaded, or a cgroup hierarchy is mounted or
+//! unmounted. The daemon does not need a restart for that.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -10,16 +13,17 @@ use tokio::time::Instant;
 
 use crate::attest::Unattested;
 use crate::attest::host::Host;
-use crate::attest::inet_diag::SockDiag;
-use crate::attest::kernel::{TcpUnsupported, no_sock_diag, try_tcp_of};
+use crate::attest::kernel::{TcpUnsupported, no_sock_diag, try_tcp_of, unix_support};
+use crate::attest::sock_diag::SockDiag;
 use crate::attest::tcp::{SocketProof, TcpAttestor};
 use crate::caller::AttestError;
 use crate::limits::FairSemaphore;
 
-/// Between two tries, however often somebody asks.
-const RETRY: Duration = Duration::from_secs(2);
+/// The shortest interval between two tests, whatever the number of requests.
+const TEST_INTERVAL: Duration = Duration::from_secs(2);
 
-/// What attests callers over TCP in the daemon's own network namespace, while the kernel tells what that takes.
+/// The attestor of callers over TCP in the daemon's own network namespace, while the kernel
+/// supports it.
 #[derive(Debug)]
 pub(crate) struct TcpSupport {
     host: Arc<Host>,
@@ -30,112 +34,131 @@ pub(crate) struct TcpSupport {
 #[derive(Debug)]
 struct SupportCheck {
     at: Instant,
-    /// What the kernel lacks, and the fix. `None` while there is an attestor.
-    missing: Option<String>,
-}
-
-impl SupportCheck {
-    fn current(result: Result<(), &TcpUnsupported>) -> Self {
-        Self {
-            at: Instant::now(),
-            missing: result
-                .err()
-                .map(|error| format!("{error}; {}", error.fix())),
-        }
-    }
+    /// The interface that the kernel lacks. `None` while there is an attestor.
+    missing: Option<TcpUnsupported>,
 }
 
 impl TcpSupport {
-    /// Tries it, and says in the log what is missing.
+    /// Tests the support, and logs what is missing.
     pub(crate) fn new(host: Arc<Host>) -> Self {
-        let attestor = attestor(&host);
-        if let Err(error) = &attestor {
-            tracing::warn!(
-                "callers over TCP are refused (unsupported_kernel): {error}; {}",
-                error.fix()
-            );
-        }
-        let attempt = Mutex::new(SupportCheck::current(attestor.as_ref().map(drop)));
+        let (attestor, missing) = match attestor(&host) {
+            Ok(attestor) => (Some(Arc::new(attestor)), None),
+            Err(error) => {
+                log_missing(&error);
+                (None, Some(error))
+            }
+        };
         Self {
             host,
-            attestor: ArcSwapOption::new(attestor.ok().map(Arc::new)),
-            attempt,
+            attestor: ArcSwapOption::new(attestor),
+            attempt: Mutex::new(SupportCheck {
+                at: Instant::now(),
+                missing,
+            }),
         }
     }
 
-    /// What callers over TCP lack, and the fix, as of the latest attempt. `None` if they are attested.
+    /// Returns what callers over TCP lack, and the fix. `None` if they are attested. Repeats the
+    /// test if the latest one has failed.
     pub(crate) fn missing(&self) -> Option<String> {
-        self.attempt
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .missing
-            .clone()
+        if self.attestor.load().is_none() {
+            self.retry();
+        }
+        self.attempt().missing.as_ref().map(described)
     }
 
     pub(crate) fn attestor(&self) -> Option<TcpAttestor> {
         self.attestor.load().as_deref().cloned()
     }
 
-    /// See [`TcpAttestor::look`].
-    pub(crate) async fn check(
+    /// Finds the socket of a peer, as [`TcpAttestor::find_socket`] does.
+    pub(crate) async fn find_socket(
         &self,
         addresses: (SocketAddr, SocketAddr),
         on_wait: impl FnOnce(),
     ) -> Result<SocketProof, Unattested> {
-        if self.attestor.load().is_none() {
-            self.retry();
-        }
-        let Some(attestor) = self.attestor() else {
-            return Err(AttestError::Unsupported(
-                "over TCP; awsvid's log says at the start what is missing",
-            )
-            .into());
-        };
-        let found = attestor.look(addresses, on_wait).await;
-        // A socket that is not there, or has lost its cgroup: as it is for everybody, once the kernel tells no more.
-        let is_odd = match &found {
-            Err(unattested) => unattested.refusal == AttestError::CallerGone,
+        let attestor = self.current()?;
+        let found = attestor.find_socket(addresses, on_wait).await;
+        // The socket does not exist, or its cgroup is unknown or the root. It is the same for all
+        // callers once the kernel reports nothing any more.
+        let is_suspect = match &found {
+            Err(unattested) => matches!(
+                unattested.refusal,
+                AttestError::CallerGone | AttestError::UnreadableCgroup
+            ),
             Ok(proof) => proof.is_in_root_cgroup(),
         };
-        if is_odd {
-            self.retry();
+        if is_suspect && self.retry() {
+            self.current()?;
         }
         found
     }
 
-    fn retry(&self) {
-        let mut attempt = self.attempt.lock().unwrap_or_else(PoisonError::into_inner);
-        if attempt.at.elapsed() < RETRY {
-            return;
+    /// Returns the attestor, or the refusal that names what is missing.
+    fn current(&self) -> Result<TcpAttestor, AttestError> {
+        if let Some(attestor) = self.attestor() {
+            return Ok(attestor);
         }
+        self.retry();
+        let attempt = self.attempt();
+        match &attempt.missing {
+            Some(missing) => Err(missing.refusal()),
+            None => self.attestor().ok_or(AttestError::Kernel),
+        }
+    }
+
+    fn attempt(&self) -> MutexGuard<'_, SupportCheck> {
+        self.attempt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Repeats the test, if the latest one is not too recent. Returns whether this test has found
+    /// that the support has gone.
+    pub(crate) fn retry(&self) -> bool {
+        let mut attempt = self.attempt();
+        if attempt.at.elapsed() < TEST_INTERVAL {
+            return false;
+        }
+        self.host.find_cgroups_again();
         let before = self.attestor.load();
         let result = match before.as_deref() {
-            Some(attestor) => attestor.works(),
+            Some(attestor) => attestor.test_support(),
             None => {
                 attestor(&self.host).map(|attestor| self.attestor.store(Some(Arc::new(attestor))))
             }
         };
-        *attempt = SupportCheck::current(result.as_ref().copied());
-        match (result, before.is_some()) {
-            (Ok(()), false) => tracing::info!("callers over TCP are attested from now on"),
+        match (&result, before.is_some()) {
+            (Ok(()), false) => tracing::info!("callers over TCP are attested again"),
             (Err(error), true) => {
-                let fix = error.fix();
-                tracing::warn!(
-                    "callers over TCP are refused from now on (unsupported_kernel): {error}; {fix}"
-                );
+                log_missing(error);
                 self.attestor.store(None);
             }
             _ => {}
         }
+        *attempt = SupportCheck {
+            at: Instant::now(),
+            missing: result.err(),
+        };
+        before.is_some() && attempt.missing.is_some()
     }
 }
 
+fn described(missing: &TcpUnsupported) -> String {
+    format!("{missing}; {}", missing.fix(unix_support()))
+}
+
+fn log_missing(missing: &TcpUnsupported) {
+    let fix = missing.fix(unix_support());
+    tracing::warn!(error = %missing, %fix, "callers over TCP are refused (unsupported_kernel)");
+}
+
 fn attestor(host: &Arc<Host>) -> Result<TcpAttestor, TcpUnsupported> {
-    let cgroups = host.cgroups.clone().ok_or(TcpUnsupported::NoCgroups)?;
     let diag = SockDiag::open_per_cpu().map_err(no_sock_diag)?;
     try_tcp_of(host, &diag)?;
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    // However many ask for them, half of the processors are for what is quickly done.
+    // Half of the CPUs remain for short work, whatever the number of searches.
     let searches = FairSemaphore::new(processors.div_ceil(2), 1);
-    Ok(TcpAttestor::new(host.clone(), diag, cgroups, searches))
+    Ok(TcpAttestor::new(host.clone(), diag, searches))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,4 +1,5 @@
-//! The caller on the unix socket: the process that connected, whoever holds the descriptor now.
+//! The caller on the unix socket: the process that connected, whichever process holds the
+//! descriptor now.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
@@ -11,51 +12,52 @@ use nix::unistd::{SysconfVar, sysconf};
 
 use crate::attest::Unattested;
 use crate::attest::host::Host;
-use crate::attest::pods::ResolvedPod;
-use crate::attest::process::ProcessSnapshot;
+use crate::attest::pod_lookup::ResolvedPod;
+use crate::attest::process_snapshot::ProcessSnapshot;
 use crate::attest::sys;
 use crate::caller::{
     AgentProcessRef, AttestError, Caller, ExecWatch, GroupDetail, Groups, ListenerKind, PeerFacts,
     PeerProof, PodAge, Process, ProcessFacts, WorkloadKey,
 };
 
-/// The connector, as it was looked at.
+/// The process that connected, with the facts that were read.
 #[derive(Debug)]
 struct ConnectorProof {
     process: ProcessSnapshot,
-    owner: WorkloadKey,
+    workload: WorkloadKey,
     pod: Option<ResolvedPod>,
-    /// The connection, as long as it is served: whoever remembers a caller does not keep it open.
+    /// The connection while it is served. A remembered caller does not keep it open.
     stream: Weak<OwnedFd>,
 }
 
 #[async_trait]
 impl PeerProof for ConnectorProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
-        self.process.verify(&self.owner).await
+        self.process.verify_unchanged(&self.workload).await
     }
 
     async fn with_process(
         &self,
-        owner: &WorkloadKey,
-        looks: ProcessFacts,
+        workload: &WorkloadKey,
+        facts: ProcessFacts,
     ) -> Result<(Process, Box<dyn PeerProof>), AttestError> {
-        // First the groups of connect(2): for too many of them the kernel returns an error without copying them.
-        let connected = match looks.groups {
+        // The groups of connect(2) come first: if there are too many, the kernel fails without
+        // copying them.
+        let connect_groups = match facts.groups {
             GroupDetail::None => None,
             detail => {
                 let stream = self.stream.upgrade().ok_or(AttestError::CallerGone)?;
                 Some(Groups::new(peer_groups(stream.as_fd())?, detail)?)
             }
         };
-        let process = self.process.with_facts(owner, looks).await?;
-        if process.groups() != connected.as_ref() {
+        let process = self.process.read_facts(workload, facts).await?;
+        if process.groups() != connect_groups.as_ref() {
             return Err(AttestError::IdentityChanged);
         }
         let described = process.to_process();
         let proof = Self {
             process,
-            owner: owner.clone(),
+            workload: workload.clone(),
             pod: self.pod.clone(),
             stream: Weak::new(),
         };
@@ -63,7 +65,7 @@ impl PeerProof for ConnectorProof {
     }
 
     async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
-        self.process.for_agent(&self.owner).await
+        self.process.for_agent(&self.workload).await
     }
 
     fn watch_exec(&self) -> Result<Box<dyn ExecWatch>, AttestError> {
@@ -75,42 +77,47 @@ impl PeerProof for ConnectorProof {
     }
 
     fn verify_pod(&self) -> Result<PodAge, AttestError> {
-        self.pod.as_ref().ok_or(AttestError::Kernel)?.is_there()
+        self.pod
+            .as_ref()
+            .ok_or(AttestError::Kernel)?
+            .verify_exists()
     }
 }
 
-/// What the kernel recorded of the connector at connect(2). A plain value, with which tests stand in for other kernels.
+/// The facts that the kernel recorded at connect(2). It is a plain value, so tests can construct
+/// those of other kernels.
 #[derive(Debug)]
 pub(crate) struct Peer {
     pid: u32,
     uid: u32,
     gid: u32,
-    pinned: PeerPin,
+    pin: PeerPin,
 }
 
-/// How sure it is that a process with the connector's number is the connector.
+/// The certainty that a process with the recorded pid is the one that connected.
 #[derive(Debug)]
 enum PeerPin {
-    /// By the kernel, since it connected: `SO_PEERPIDFD`.
+    /// The kernel holds the process since it connected: `SO_PEERPIDFD`.
     ByKernel(OwnedFd),
-    /// Not at all before Linux 6.5. The connection was accepted at this time, in clock ticks since boot.
+    /// The kernel does not hold the process, before Linux 6.5. The connection was accepted at this
+    /// time, in clock ticks since boot.
     SinceAccept(u64),
 }
 
 impl Peer {
-    /// Reads `SO_PEERCRED` and `SO_PEERPIDFD`.
+    /// Reads `SO_PEERCRED` and `SO_PEERPIDFD` of the stream.
     pub(crate) fn of(stream: BorrowedFd<'_>) -> Result<Self, Unattested> {
         let peer = getsockopt(&stream, PeerCredentials).map_err(|_| AttestError::Kernel)?;
-        let seen = PeerFacts {
+        let facts = PeerFacts {
             uid: peer.uid(),
             cgroup: None,
             pod: None,
-            namespace: None,
+            netns_inode: None,
         };
-        let refused = |refusal| Unattested::of(refusal, &seen);
+        let refused = |refusal| Unattested::of(refusal, &facts);
         let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0);
         let pid = pid.ok_or_else(|| refused(AttestError::InvisibleProcess))?;
-        let pinned = match sys::peer_pidfd(stream).map_err(|_| refused(AttestError::CallerGone))? {
+        let pin = match sys::peer_pidfd(stream).map_err(|_| refused(AttestError::CallerGone))? {
             Some(pidfd) => PeerPin::ByKernel(pidfd),
             None => PeerPin::SinceAccept(ticks_since_boot()?),
         };
@@ -118,95 +125,94 @@ impl Peer {
             pid,
             uid: peer.uid(),
             gid: peer.gid(),
-            pinned,
+            pin,
         })
     }
 }
 
-/// Attests the connector `peer` of `stream`, by its ids and its cgroup.
+/// Attests the process that connected to `stream`, by its ids and its cgroup.
 ///
-/// The process must still be there, and still be exactly that in each of its ids: one that has executed a setuid program
-/// meanwhile, or has dropped a privilege, is refused (attack 3).
+/// The process must still exist, with exactly these ids. A process that has since executed a setuid
+/// program or dropped a privilege is rejected (T3).
 pub(crate) fn attest(
     host: &Arc<Host>,
     peer: Peer,
     stream: &Arc<OwnedFd>,
 ) -> Result<Caller, Unattested> {
-    let Peer {
-        pid,
-        uid,
-        gid,
-        pinned,
-    } = peer;
-    let mut seen = PeerFacts {
+    let Peer { pid, uid, gid, pin } = peer;
+    let mut facts = PeerFacts {
         uid,
         cgroup: None,
         pod: None,
-        namespace: None,
+        netns_inode: None,
     };
     if !host.pidfds_tell_ids {
-        // Its `status` would have to be read right here, and that takes milliseconds for 65,536 groups (T27).
-        peer_groups(stream.as_fd()).map_err(|refusal| Unattested::of(refusal, &seen))?;
+        // The daemon would have to read its `status` on this thread, which takes milliseconds for
+        // 65,536 groups (T27).
+        peer_groups(stream.as_fd()).map_err(|refusal| Unattested::of(refusal, &facts))?;
     }
-    let process = match pinned {
+    let process = match pin {
         PeerPin::ByKernel(pidfd) => host
             .process(pid, pidfd)
-            .and_then(|known| ProcessSnapshot::read_snapshot(host, known)),
+            .and_then(|handle| ProcessSnapshot::read(host, handle)),
         PeerPin::SinceAccept(accepted) => read_unpinned(host, pid, accepted),
     };
-    let process = process.map_err(|refusal| Unattested::of(refusal, &seen))?;
+    let process = process.map_err(|refusal| Unattested::of(refusal, &facts))?;
     let credentials = process.ids();
     if credentials.uids != [uid; 4] || credentials.gids != [gid; 4] {
-        return Err(Unattested::of(AttestError::IdentityChanged, &seen));
+        return Err(Unattested::of(AttestError::IdentityChanged, &facts));
     }
-    seen.cgroup = process.cgroup().cloned();
+    facts.cgroup = process.cgroup().cloned();
     let pod = host
         .pod(process.cgroup())
-        .map_err(|refusal| Unattested::of(refusal, &seen))?;
-    seen.pod = pod.as_ref().map(|housed| housed.pod.clone());
-    let owner = seen.owner();
+        .map_err(|refusal| Unattested::of(refusal, &facts))?;
+    facts.pod = pod.as_ref().map(|resolved| resolved.pod.clone());
+    let workload = facts.workload_key();
     let described = process.to_process();
     Ok(Caller {
         listener: ListenerKind::Unix,
         uid,
-        cgroup: seen.cgroup,
-        pod: seen.pod,
-        namespace: None,
+        cgroup: facts.cgroup,
+        pod: facts.pod,
+        netns_inode: None,
         process: Some(described),
-        evidence: Box::new(ConnectorProof {
+        proof: Box::new(ConnectorProof {
             process,
-            owner,
+            workload,
             pod,
             stream: Arc::downgrade(stream),
         }),
     })
 }
 
-/// The process that has the number now, on a kernel that does not say whether it is the connector. One that started after
-/// the connection was accepted certainly isn't. One that started between connect and accept is not noticed, which is why
-/// callers in containers, who can make pids be used again, are not served there (attack 16).
+/// Reads the process that has the pid now, on a kernel that cannot prove that it is the one that
+/// connected.
+///
+/// A process that started after the connection was accepted certainly is not. One that started
+/// between connect and accept is not detected. Callers in containers can cause pids to be reused,
+/// so they are rejected on such kernels (T16).
 fn read_unpinned(
     host: &Arc<Host>,
     pid: u32,
     accepted: u64,
 ) -> Result<ProcessSnapshot, AttestError> {
     let pidfd = sys::pidfd_open(pid).map_err(|error| match error.raw_os_error() {
-        Some(libc::ENOSYS) => AttestError::Unsupported("the unix socket needs Linux 5.3 or newer"),
+        Some(libc::ENOSYS) => AttestError::Unsupported("it lacks pidfd_open(2) (Linux 5.3)"),
         _ => AttestError::CallerGone,
     })?;
-    let process = ProcessSnapshot::read_snapshot(host, host.process(pid, pidfd)?)?;
+    let process = ProcessSnapshot::read(host, host.process(pid, pidfd)?)?;
     if process.start_time()? > accepted {
         return Err(AttestError::CallerGone);
     }
-    if process.contained() {
+    if process.in_container() {
         return Err(AttestError::Unsupported(
-            "callers in containers need Linux 6.5 or newer on the unix socket",
+            "it lacks SO_PEERPIDFD (Linux 6.5), which callers in containers need on the unix socket",
         ));
     }
     Ok(process)
 }
 
-/// `SO_PEERGROUPS`.
+/// Reads `SO_PEERGROUPS` of the stream.
 fn peer_groups(stream: BorrowedFd<'_>) -> Result<Vec<u32>, AttestError> {
     sys::peer_groups(stream, Groups::MAX).map_err(|error| match error {
         Errno::ERANGE => AttestError::TooManyGroups,

@@ -1,18 +1,17 @@
-//! The text of a record. Its fields are a contract (deploy/README.md).
+//! The text of a record. Its fields are a contract, see `deploy/docs/audit-log.md`.
 
 use std::fmt;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use serde::{Serialize, Serializer};
 
 use crate::audit::{CacheResult, RequestId};
+use crate::clock::printable;
 
-/// Most records are shorter, and are rendered without a second allocation.
-const LINE: usize = 768;
-/// The last second of the year 9999, in which the format of times ends.
-pub(super) const LAST_TIME: Duration = Duration::from_secs(253_402_300_799);
+/// The capacity of a line in bytes. Most records are shorter and need one allocation.
+const LINE_CAPACITY: usize = 768;
 
-/// The line of a request.
+/// The record of a request. Fields without a value are left out.
 #[derive(Serialize)]
 pub(super) struct JsonLine<'a> {
     pub(super) time: DisplayAsStr<humantime::Rfc3339Timestamp>,
@@ -40,6 +39,10 @@ pub(super) struct JsonLine<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) exe: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) requested_role: Option<&'a str>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub(super) spiffe_ids: &'a [String],
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) spiffe_id: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) role_arn: Option<&'a str>,
@@ -54,7 +57,7 @@ pub(super) struct JsonLine<'a> {
     pub(super) milliseconds: f64,
 }
 
-/// The line that stands for records that were lost.
+/// The record that stands for lost records.
 #[derive(Serialize)]
 pub(super) struct LostRecordsLine {
     pub(super) time: DisplayAsStr<humantime::Rfc3339Timestamp>,
@@ -64,7 +67,7 @@ pub(super) struct LostRecordsLine {
     pub(super) repeated: u64,
 }
 
-/// Rendered in place, without a string of its own.
+/// A value that is rendered as a string without an allocation of its own.
 pub(super) struct DisplayAsStr<T>(pub(super) T);
 
 impl<T: fmt::Display> Serialize for DisplayAsStr<T> {
@@ -73,26 +76,21 @@ impl<T: fmt::Display> Serialize for DisplayAsStr<T> {
     }
 }
 
-/// A line, with its end.
+/// Returns the line with its line feed.
 pub(super) fn render(line: &impl Serialize) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(LINE);
+    let mut bytes = Vec::with_capacity(LINE_CAPACITY);
     // Strings and numbers: writing them to memory cannot fail.
     let _ = serde_json::to_writer(&mut bytes, line);
     bytes.push(b'\n');
     bytes
 }
 
-/// To the millisecond.
+/// Returns the time in RFC 3339, to the millisecond.
 pub(super) fn moment(time: SystemTime) -> DisplayAsStr<humantime::Rfc3339Timestamp> {
     DisplayAsStr(humantime::format_rfc3339_millis(printable(time)))
 }
 
-/// To the second.
+/// Returns the time in RFC 3339, to the second.
 pub(super) fn second(time: SystemTime) -> DisplayAsStr<humantime::Rfc3339Timestamp> {
     DisplayAsStr(humantime::format_rfc3339_seconds(printable(time)))
-}
-
-/// A moment that the format of times can show.
-pub(super) fn printable(time: SystemTime) -> SystemTime {
-    time.clamp(UNIX_EPOCH, UNIX_EPOCH + LAST_TIME)
 }

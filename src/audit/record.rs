@@ -4,16 +4,21 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use crate::audit::flood::{AggregateKey, RefusalAggregator};
+use crate::audit::aggregate::{AggregateKey, RecordAggregator, RecordScope};
 use crate::audit::line::{DisplayAsStr, JsonLine, moment, render, second};
-use crate::audit::{Audit, CacheResult, IssuedFields, Outcome, RequestId};
+use crate::audit::{ABORTED, Audit, CacheResult, IssuedFields, Outcome, RequestId};
 use crate::caller::{Caller, ListenerKind, PeerFacts, WorkloadKey};
 use crate::cgroup::{CgroupPath, Pod};
-use crate::metrics::RequestLabel;
-use crate::role::Grant;
+use crate::identity::SpiffeId;
+use crate::metrics::{CacheLabel, RequestLabel};
+use crate::role::{Grant, RequestedRole};
 use crate::writer::{self, Priority};
 
-/// The record of one request. Dropped without [`Record::finish`], it is `aborted`. However it ends, the metrics count it once.
+/// The SPIFFE IDs in one record, so that no registration makes records long.
+const MAX_SPIFFE_IDS: usize = 8;
+
+/// The record of one request. A record that is dropped without [`Record::finish`] is `aborted`. The
+/// metrics count each record once.
 #[derive(Debug)]
 pub struct Record {
     audit: Arc<Audit>,
@@ -21,13 +26,28 @@ pub struct Record {
     request_id: RequestId,
     listener: ListenerKind,
     caller: Option<Arc<Caller>>,
-    stranger: Option<PeerFacts>,
+    peer: Option<PeerFacts>,
     grant: Option<Grant>,
-    /// How it ended: outcome, reason, and how many seconds after the head; for the metrics.
-    ended: Option<(&'static str, &'static str, f64)>,
+    /// The role that the path names.
+    requested: Option<String>,
+    /// The caller's SPIFFE IDs, where none was selected.
+    spiffe_ids: Vec<String>,
+    /// The daemon itself sent the request.
+    is_own_probe: bool,
+    /// The end of the request, for the metrics.
+    ended: Option<RequestEnd>,
 }
 
-/// What the socket or the connector told.
+/// The end of a request as metrics count it.
+#[derive(Debug, Clone, Copy)]
+struct RequestEnd {
+    outcome: &'static str,
+    reason: &'static str,
+    cache: CacheLabel,
+    seconds: f64,
+}
+
+/// The facts about a caller that every record may have.
 #[derive(Clone, Copy)]
 struct AuditedPeer<'a> {
     uid: u32,
@@ -36,13 +56,28 @@ struct AuditedPeer<'a> {
     namespace: Option<u64>,
 }
 
-/// How a request ended.
+/// The end of a request, with the fields of its record.
 #[derive(Clone, Copy)]
-struct End<'a> {
+struct RecordEnd<'a> {
     outcome: &'static str,
     reason: &'static str,
     issued: Option<IssuedFields<'a>>,
     seconds: f64,
+}
+
+impl RecordEnd<'_> {
+    fn counted(&self) -> RequestEnd {
+        RequestEnd {
+            outcome: self.outcome,
+            reason: self.reason,
+            cache: match self.issued.map(|issued| issued.cache_result) {
+                Some(CacheResult::Hit | CacheResult::Stale) => CacheLabel::HIT,
+                Some(CacheResult::Miss) => CacheLabel::MISS,
+                None => CacheLabel::NONE,
+            },
+            seconds: self.seconds,
+        }
+    }
 }
 
 impl Record {
@@ -59,48 +94,80 @@ impl Record {
             request_id,
             listener,
             caller,
-            stranger: None,
+            peer: None,
             grant: None,
+            requested: None,
+            spiffe_ids: Vec::new(),
+            is_own_probe: false,
             ended: None,
         }
     }
 
-    /// Names the request in answers and logs.
-    pub fn request_id(&self) -> RequestId {
-        self.request_id
+    /// Records the facts about a peer that could not be attested.
+    pub fn set_peer(&mut self, peer: Option<PeerFacts>) {
+        self.peer = peer;
     }
 
-    /// Notes what the socket of a caller that was not attested has told.
-    pub fn unattested(&mut self, peer: Option<PeerFacts>) {
-        self.stranger = peer;
-    }
-
-    /// Notes what the request was found to be for.
-    pub fn granted(&mut self, grant: &Grant) {
+    /// Records the SPIFFE ID and the role that were selected.
+    pub fn set_grant(&mut self, grant: &Grant) {
         self.grant = Some(grant.clone());
     }
 
-    /// Takes that back: a reload came between.
-    pub fn clear_decision(&mut self) {
-        self.grant = None;
+    /// Records the role that the caller requested by name or by ARN.
+    pub fn set_requested_role(&mut self, role: &RequestedRole) {
+        self.requested = role.name().map(str::to_owned);
     }
 
-    /// Writes the record. `false`: it could not be written, and the configuration requires it, so no credentials may be released.
+    /// Records the SPIFFE IDs of a caller that gets no role with them, at most eight.
+    pub fn set_spiffe_ids(&mut self, spiffe_ids: &[SpiffeId]) {
+        let spiffe_ids = spiffe_ids.iter().take(MAX_SPIFFE_IDS);
+        self.spiffe_ids = spiffe_ids.map(ToString::to_string).collect();
+    }
+
+    /// Marks a request that the daemon itself sent to see whether it is ready. Such a request is
+    /// neither written nor counted, unless it gets credentials.
+    pub fn mark_own_probe(&mut self) {
+        self.is_own_probe = true;
+    }
+
+    /// Clears what was decided before a reload.
+    pub fn clear_decision(&mut self) {
+        self.grant = None;
+        self.spiffe_ids.clear();
+    }
+
+    /// Writes the record. Returns false if it could not be written and the configuration requires
+    /// it, in which case no credentials may be released.
     ///
-    /// A record that stands for this request alone is written when this returns, unless the destination stalls; with
-    /// `required` it is then `false`. One that stands for several is written later, but never the first of its kind, and not
-    /// while the destination fails where it is required.
+    /// A record for this request alone is written when this returns, unless the destination stalls;
+    /// with `required` the result is then false. A request that is combined with others is written
+    /// later. The first of its kind is never combined. With `required`, none is combined while the
+    /// destination fails.
     pub async fn finish(
         mut self,
         outcome: Outcome,
         reason: &'static str,
         issued: Option<IssuedFields<'_>>,
     ) -> bool {
+        if self.is_own_probe && issued.is_none() {
+            return true;
+        }
+        self.is_own_probe = false;
         let end = self.end(outcome.name(), reason, issued);
-        // hyper drops this future if the client disconnects while the record is written.
-        self.ended = Some((end.outcome, end.reason, end.seconds));
-        let written = match issued.map(|issued| issued.freshness) {
-            // Very few of these come, since each costs an exchange.
+        if issued.is_none() {
+            tracing::debug!(
+                outcome = end.outcome,
+                reason,
+                requested_role = self.requested,
+                spiffe_id = self.grant.as_ref().map(|grant| grant.spiffe_id.as_str()),
+                spiffe_ids = self.spiffe_ids.join(" "),
+                "request without credentials"
+            );
+        }
+        // hyper drops this future if the client disconnects during the write.
+        self.ended = Some(end.counted());
+        let written = match issued.map(|issued| issued.cache_result) {
+            // These are few, since each costs an exchange.
             Some(CacheResult::Miss) => self.write_alone(end, Priority::High).await,
             Some(CacheResult::Hit | CacheResult::Stale)
                 if self.audit.is_required() && self.audit.sink.load().is_failing() =>
@@ -108,13 +175,18 @@ impl Record {
                 self.write_alone(end, Priority::Ordinary).await
             }
             Some(CacheResult::Hit | CacheResult::Stale) => {
-                self.write_few(end, |audit| &audit.hits).await
+                self.write_or_combine(end, |audit| &audit.hits).await
             }
-            None => self.write_few(end, |audit| &audit.refusals).await,
+            None => self.write_or_combine(end, |audit| &audit.refusals).await,
         };
         let released = issued.is_none() || written || !self.audit.is_required();
         if !released {
-            self.ended = Some(("failed", "not_audited", end.seconds));
+            self.ended = Some(RequestEnd {
+                outcome: Outcome::Failed.name(),
+                reason: "not_audited",
+                cache: CacheLabel::NONE,
+                seconds: end.seconds,
+            });
         }
         released
     }
@@ -124,8 +196,8 @@ impl Record {
         outcome: &'static str,
         reason: &'static str,
         issued: Option<IssuedFields<'a>>,
-    ) -> End<'a> {
-        End {
+    ) -> RecordEnd<'a> {
+        RecordEnd {
             outcome,
             reason,
             issued,
@@ -133,11 +205,11 @@ impl Record {
         }
     }
 
-    async fn write_alone(&self, end: End<'_>, priority: Priority) -> bool {
-        let owner = Some(self.owner());
+    async fn write_alone(&self, end: RecordEnd<'_>, priority: Priority) -> bool {
+        let owner = Some(self.workload_key());
         self.audit
             .write(writer::Line {
-                bytes: self.line(end, true),
+                bytes: self.line(end, RecordScope::OneKind),
                 stands_for: 1,
                 owner,
                 priority,
@@ -145,47 +217,52 @@ impl Record {
             .await
     }
 
-    /// A record of a request of which there may be very many: of those beyond a number one stands for the rest.
-    async fn write_few(&self, end: End<'_>, floods: fn(&Audit) -> &RefusalAggregator) -> bool {
-        !self.count_in(end, floods) || self.write_alone(end, Priority::Ordinary).await
+    /// Writes the record, unless many requests of its kind are combined into one.
+    async fn write_or_combine(
+        &self,
+        end: RecordEnd<'_>,
+        aggregator: fn(&Audit) -> &RecordAggregator,
+    ) -> bool {
+        !self.count_in(end, aggregator) || self.write_alone(end, Priority::Ordinary).await
     }
 
-    /// Whether this request has a record of its own.
-    fn count_in(&self, end: End<'_>, floods: fn(&Audit) -> &RefusalAggregator) -> bool {
+    /// Counts the request among those of its kind. Returns whether it has a record of its own.
+    fn count_in(&self, end: RecordEnd<'_>, aggregator: fn(&Audit) -> &RecordAggregator) -> bool {
         let issued = end
             .issued
-            .map(|issued| (issued.access_key_id.to_owned(), issued.freshness));
+            .map(|issued| (issued.access_key_id.to_owned(), issued.cache_result));
         let key = AggregateKey {
-            owner: Some(self.owner()),
+            owner: Some(self.workload_key()),
             listener: self.listener,
             reason: end.reason,
             issued,
         };
-        let turn = floods(&self.audit).take(key, Instant::now(), |of_one| self.line(end, of_one));
-        self.audit.put(turn.before);
-        if turn.begin_sweep {
-            self.audit.sweep(floods);
+        let emission =
+            aggregator(&self.audit).take(key, Instant::now(), |scope| self.line(end, scope));
+        self.audit.put(emission.before);
+        if emission.begin_sweep {
+            self.audit.sweep(aggregator);
         }
-        turn.singly
+        emission.own_record
     }
 
-    fn owner(&self) -> WorkloadKey {
-        match (self.caller.as_deref(), &self.stranger) {
+    fn workload_key(&self) -> WorkloadKey {
+        match (self.caller.as_deref(), &self.peer) {
             (Some(caller), _) => WorkloadKey::of(caller),
-            (None, Some(stranger)) => stranger.owner(),
+            (None, Some(peer)) => peer.workload_key(),
             (None, None) => WorkloadKey::unknown(),
         }
     }
 
-    /// What is known of the caller, attested or refused.
-    fn seen(&self) -> Option<AuditedPeer<'_>> {
-        match (self.caller.as_deref(), &self.stranger) {
+    /// Returns the facts about the caller, whether it was attested or not.
+    fn audited_peer(&self) -> Option<AuditedPeer<'_>> {
+        match (self.caller.as_deref(), &self.peer) {
             (
                 Some(Caller {
                     uid,
                     cgroup,
                     pod,
-                    namespace,
+                    netns_inode: namespace,
                     ..
                 }),
                 _,
@@ -196,7 +273,7 @@ impl Record {
                     uid,
                     cgroup,
                     pod,
-                    namespace,
+                    netns_inode: namespace,
                 }),
             ) => Some(AuditedPeer {
                 uid: *uid,
@@ -208,17 +285,19 @@ impl Record {
         }
     }
 
-    /// Renders the record; without what names the caller, if it stands for several callers.
-    fn line(&self, end: End<'_>, of_one: bool) -> Vec<u8> {
-        let grant = self.grant.as_ref().filter(|_| of_one);
+    /// Renders the record, without the fields in which the requests of this scope differ.
+    fn line(&self, end: RecordEnd<'_>, scope: RecordScope) -> Vec<u8> {
+        let of_one = scope != RecordScope::ManyCallers;
+        let is_exact = scope == RecordScope::OneKind;
+        let grant = self.grant.as_ref().filter(|_| is_exact);
         let caller = self.caller.as_deref().filter(|_| of_one);
-        let seen = self.seen().filter(|_| of_one);
+        let peer = self.audited_peer().filter(|_| of_one);
         let (cgroup, pod) = (
-            seen.and_then(|seen| seen.cgroup),
-            seen.and_then(|seen| seen.pod),
+            peer.and_then(|peer| peer.cgroup),
+            peer.and_then(|peer| peer.pod),
         );
         let process = caller.and_then(|caller| caller.process.as_ref());
-        let issued = end.issued;
+        let issued = end.issued.filter(|_| is_exact);
         render(&JsonLine {
             time: moment(self.audit.clock.now()),
             target: "audit",
@@ -226,21 +305,26 @@ impl Record {
             outcome: end.outcome,
             reason: end.reason,
             listener: self.listener.name(),
-            uid: seen.map(|seen| seen.uid),
+            uid: peer.map(|peer| peer.uid),
             cgroup: cgroup.map(|cgroup| cgroup.as_str()),
             systemd_unit: cgroup.and_then(|cgroup| cgroup.systemd_unit()),
             pod_uid: pod.map(|pod| pod.uid.as_str()),
             container_id: pod.and_then(|pod| pod.container.as_deref()),
-            network_namespace: seen.and_then(|seen| seen.namespace),
+            network_namespace: peer.and_then(|peer| peer.namespace),
             pid: process.map(|process| process.pid),
             gid: process.map(|process| process.gid),
             exe: process.and_then(|process| process.program.as_ref()?.exe.as_ref()?.path.to_str()),
+            requested_role: self
+                .requested
+                .as_deref()
+                .filter(|_| is_exact && issued.is_none()),
+            spiffe_ids: if is_exact { &self.spiffe_ids } else { &[] },
             spiffe_id: grant.map(|grant| grant.spiffe_id.as_str()),
             role_arn: grant.map(|grant| grant.role_arn.as_str()),
             session_name: grant.map(|grant| grant.session_name.as_str()),
             access_key_id: issued.map(|issued| issued.access_key_id),
             expiration: issued.map(|issued| second(issued.expiration)),
-            cache: issued.map(|issued| issued.freshness),
+            cache: issued.map(|issued| issued.cache_result),
             milliseconds: (end.seconds * 1e6).round() / 1e3,
         })
     }
@@ -248,10 +332,16 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        let (outcome, reason, seconds) = self.ended.unwrap_or_else(|| {
-            let end = self.end("aborted", "aborted", None);
+        if self.is_own_probe {
+            return;
+        }
+        let ended = self.ended.take().unwrap_or_else(|| {
+            let end = self.end(ABORTED, ABORTED, None);
             if self.count_in(end, |audit| &audit.refusals) {
-                let (bytes, owner) = (self.line(end, true), Some(self.owner()));
+                let (bytes, owner) = (
+                    self.line(end, RecordScope::OneKind),
+                    Some(self.workload_key()),
+                );
                 self.audit.put([writer::Line {
                     bytes,
                     stands_for: 1,
@@ -259,17 +349,12 @@ impl Drop for Record {
                     priority: Priority::Ordinary,
                 }]);
             }
-            (end.outcome, end.reason, end.seconds)
+            end.counted()
         });
         let metrics = &self.audit.metrics;
-        metrics
-            .requests
-            .get_or_create(&RequestLabel {
-                listener: self.listener.name(),
-                outcome,
-                reason,
-            })
-            .inc();
-        metrics.latency.0.observe(seconds);
+        let label = RequestLabel::new(self.listener, ended.outcome, ended.reason);
+        metrics.requests.get_or_create(&label).inc();
+        let duration = metrics.request_duration.get_or_create(&ended.cache);
+        duration.observe(ended.seconds);
     }
 }

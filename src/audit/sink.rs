@@ -1,12 +1,14 @@
-//! The destination of audit records, and the account of those that could not be written.
+//! The destination of audit records, and the number of those that could not be written.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use crate::audit::line::{LostRecordsLine, moment, render};
@@ -16,55 +18,47 @@ use crate::metrics::Metrics;
 use crate::telemetry::LogQuota;
 use crate::writer::{Line, LineLoss, LossObserver, Priority, Writer};
 
-/// How long an answer waits for its record: where one is required, and where the answer goes out all the same. A write takes
-/// microseconds, unless the destination stalls.
+/// The longest time for which an answer waits for a required record. A write takes microseconds,
+/// unless the destination stalls.
 const REQUIRED_TIMEOUT: Duration = Duration::from_secs(1);
+/// The same where the answer is sent without a written record.
 const WRITE_TIMEOUT: Duration = Duration::from_millis(100);
-/// How long the end of the daemon waits for a destination that stalls.
+/// The longest time for which the end of the daemon waits for a destination that stalls.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often the log has a line about lost records.
+/// The shortest time between log lines about lost records.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A destination.
+/// The destination, with the queue of records for it.
 #[derive(Debug)]
 pub(super) struct Sink {
-    /// What it is, once it is open.
+    /// The file, once it is open.
     to: Mutex<Option<AuditFile>>,
     writer: Writer,
+    /// Is notified when a record arrives while the file is not open.
+    needed: Notify,
 }
 
 impl Sink {
-    /// One that is still to be opened. What is written meanwhile waits.
+    /// Returns a destination that is not open. Records wait until it is.
     pub(super) fn unopened(clock: Clock, metrics: &Metrics) -> Self {
-        let said = Mutex::new(LogQuota::new(1, LOG_INTERVAL));
+        let log_quota = Mutex::new(LogQuota::new(1, LOG_INTERVAL));
         let lost = LostRecords {
             clock,
             metrics: metrics.clone(),
-            said,
+            log_quota,
         };
         Self {
             to: Mutex::default(),
             writer: Writer::new(Box::new(lost)),
+            needed: Notify::new(),
         }
     }
 
-    /// Opens it, unless somebody else has meanwhile.
-    pub(super) fn open(&self, to: &AuditFile) -> io::Result<()> {
-        let file = match to {
-            AuditFile::Stdout => File::from(io::stdout().as_fd().try_clone_to_owned()?),
-            AuditFile::Path(path) => OpenOptions::new()
-                .append(true)
-                .create(true)
-                .mode(0o600)
-                .open(path)?,
-        };
-        self.open_as(to, file)
-    }
-
+    /// Writes to this open file, unless the destination is open already.
     pub(super) fn open_as(&self, to: &AuditFile, file: File) -> io::Result<()> {
         let mut opened = self.to();
         if opened.is_none() {
-            self.writer.start("audit", file)?;
+            self.writer.start("awsvid-audit", file)?;
             *opened = Some(to.clone());
         }
         Ok(())
@@ -82,18 +76,33 @@ impl Sink {
         self.to.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hands a line over. What is lost of such lines is counted, and noted in the stream.
+    /// Queues a line. If it is lost, it is counted, and a later record has the number.
     pub(super) fn put(&self, line: Line) {
         drop(self.writer.push(line));
+        if self.is_unopened() {
+            self.needed.notify_one();
+        }
     }
 
-    /// Writes a line, and waits until it is written. `false`: it was not, or, with `required`, not in time. Without that it is
-    /// waited for but shortly, and not at all while the destination stalls or is not there.
+    /// Waits for a record that arrives while the destination is not open.
+    pub(super) async fn needed(&self) {
+        self.needed.notified().await;
+    }
+
+    /// Writes a line and waits until it is written. Returns false if it was lost, or, with
+    /// `required`, not written in time.
+    ///
+    /// Without `required` the wait is short. There is none while the destination stalls or is not
+    /// open.
     pub(super) async fn write(&self, line: Line, required: bool) -> bool {
         let Some(written) = self.writer.push(line) else {
             return false;
         };
-        if !required && (self.writer.is_behind() || self.is_unopened()) {
+        let is_unopened = self.is_unopened();
+        if is_unopened {
+            self.needed.notify_one();
+        }
+        if !required && (self.writer.is_behind() || is_unopened) {
             return true;
         }
         match timeout(
@@ -114,16 +123,16 @@ impl Sink {
         }
     }
 
-    /// Whether lines can't be written at this moment.
+    /// Returns whether lines cannot be written at present.
     pub(super) fn is_failing(&self) -> bool {
         self.writer.is_failing() || self.writer.is_behind() || self.is_unopened()
     }
 
-    /// Notes what the previous destination has lost and could not note itself.
-    pub(super) fn succeed(&self, before: &Self, clock: &Clock) {
+    /// Records what the previous destination lost and could not record itself.
+    pub(super) fn take_over_losses(&self, before: &Self, clock: &Clock) {
         let requests = before.writer.take_lost();
         if requests > 0 {
-            let (bytes, priority) = (gap(clock, requests), Priority::High);
+            let (bytes, priority) = (lost_records_line(clock, requests), Priority::High);
             self.put(Line {
                 bytes,
                 stands_for: requests,
@@ -133,43 +142,66 @@ impl Sink {
         }
     }
 
-    /// At the daemon's end, which would otherwise take along what is still queued. A reader that stalls is not waited for.
+    /// Writes the queue before the daemon ends, at most for [`FLUSH_TIMEOUT`].
     pub(super) fn flush(&self) {
         self.writer.flush(FLUSH_TIMEOUT);
     }
+}
+
+/// Opens the destination. Blocks while the file's server does not respond.
+pub(super) fn open(to: &AuditFile) -> io::Result<File> {
+    match to {
+        AuditFile::Stdout => Ok(File::from(io::stdout().as_fd().try_clone_to_owned()?)),
+        AuditFile::Path(path) => open_file(path),
+    }
+}
+
+/// Opens the file. A pipe without a reader is an error, and is not waited for. The writer waits for
+/// a pipe that is full, in its own thread.
+fn open_file(path: &Path) -> io::Result<File> {
+    let opened = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path);
+    opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ENXIO) => io::Error::other("no process reads from this pipe; start its reader"),
+        _ => error,
+    })
 }
 
 #[derive(Debug)]
 struct LostRecords {
     clock: Clock,
     metrics: Metrics,
-    said: Mutex<LogQuota>,
+    log_quota: Mutex<LogQuota>,
 }
 
 impl LossObserver for LostRecords {
     fn lost(&self, loss: &LineLoss) {
-        self.metrics.audit_lost.inc();
+        self.metrics.audit_records_dropped.inc();
         if let Some(before) = self
-            .said
+            .log_quota
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take()
         {
-            tracing::error!(before, "an audit record cannot be written: {loss}");
+            tracing::error!(before, error = %loss, "an audit record cannot be written");
         }
     }
 
-    /// So the sum over all records stays the number of requests.
+    /// Returns a record for the lost ones, so that the sum over all records stays right.
     fn over(&self, requests: u64) -> Vec<u8> {
         tracing::warn!(
             requests,
             "audit records can be written again; those of so many requests were lost"
         );
-        gap(&self.clock, requests)
+        lost_records_line(&self.clock, requests)
     }
 }
 
-fn gap(clock: &Clock, requests: u64) -> Vec<u8> {
+fn lost_records_line(clock: &Clock, requests: u64) -> Vec<u8> {
     let time = moment(clock.now());
     render(&LostRecordsLine {
         time,

@@ -1,4 +1,4 @@
-//! One place in the cache: what is handed out of it, and what is known about it.
+//! One cache entry: its current credentials, and its refresh and failure state.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,39 +8,40 @@ use arc_swap::ArcSwapOption;
 use serde::Serialize;
 use tokio::time::Instant;
 
+use super::cached_credentials::CachedCredentials;
+use super::failure::FailureState;
 use super::flight::Flight;
-use super::issued::CachedCredentials;
-use super::trouble::FailureState;
 use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::metrics::EntryStateLabel;
 use crate::role::Grant;
 
-/// `(uid_t) -1`.
+/// `(uid_t) -1`, which is not a user.
 const NO_UID: u32 = u32::MAX;
 
-/// The place of one grant.
+/// The entry of one grant.
 pub(super) struct Entry {
     pub(super) grant: Grant,
     pub(super) current: ArcSwapOption<CachedCredentials>,
-    /// The caller that asked last, where the source needs one and it is not known to be gone.
+    /// The latest caller, if the source needs a live one and this one is not known to be gone.
     pub(super) latest: ArcSwapOption<Caller>,
     last_used: AtomicU64,
-    /// The user of whoever asked last, for `/status`: also where the caller itself is not kept. Nobody has [`NO_UID`].
+    /// User id of the latest caller, for `/status`. It is kept where `latest` is not. [`NO_UID`]
+    /// before the first request.
     last_uid: AtomicU32,
-    state: Mutex<CachedState>,
+    state: Mutex<EntryState>,
 }
 
-/// What changes with flights.
+/// The part of an entry that flights change, behind its lock.
 #[derive(Default)]
-pub(super) struct CachedState {
+pub(super) struct EntryState {
     pub(super) flight: Option<Arc<Flight>>,
-    /// It is not in the cache any more.
-    pub(super) ended: bool,
-    /// When it is looked at next.
+    /// True once the entry is retired: the table drops it, and a flight must not store into it.
+    pub(super) retired: bool,
+    /// Time of this entry in the [`Schedule`](super::refresh::Schedule).
     pub(super) next: Option<Instant>,
-    /// What has failed since the last success.
-    pub(super) trouble: Option<Box<FailureState>>,
+    /// The failures since the last success.
+    pub(super) failure: Option<Box<FailureState>>,
 }
 
 impl Entry {
@@ -55,14 +56,14 @@ impl Entry {
         })
     }
 
-    /// Locked for moments only, never while anything is waited for. Whoever holds it must not look into the cache's table:
-    /// there places are locked in the other order.
-    pub(super) fn state(&self) -> MutexGuard<'_, CachedState> {
+    /// Locks the state for a moment, never across an await. A thread that holds this lock must not
+    /// use the table. The table locks its shard first and an entry second.
+    pub(super) fn state(&self) -> MutexGuard<'_, EntryState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a request of this user, at this time since the cache's start.
-    pub(super) fn used(&self, at: Duration, uid: u32) {
+    /// Records a request of user `uid`, `at` this time since the cache's start.
+    pub(super) fn record_use(&self, at: Duration, uid: u32) {
         self.last_uid.store(uid, Ordering::Relaxed);
         self.last_used.store(
             at.as_millis().try_into().unwrap_or(u64::MAX),
@@ -74,27 +75,27 @@ impl Entry {
         Duration::from_millis(self.last_used.load(Ordering::Relaxed))
     }
 
-    /// Forgets a caller that is gone.
+    /// Drops the caller `gone`, so that no refresh uses it.
     pub(super) fn drop_caller(&self, gone: &Arc<Caller>) {
         let latest = self.latest.load();
         if latest
             .as_ref()
             .is_some_and(|latest| Arc::ptr_eq(latest, gone))
         {
-            // Another that came in between stays.
+            // A newer caller that arrived in between stays.
             self.latest.compare_and_swap(&latest, None);
         }
     }
 
-    /// For metrics.
+    /// Returns the entry's state as a metric label.
     pub(super) fn status(&self, clock: &Clock) -> EntryStateLabel {
         let state = self.state();
         let current = self.current.load();
-        match (current.as_ref(), &state.trouble) {
+        match (current.as_ref(), &state.failure) {
             (None, _) => EntryStateLabel::Empty,
-            (Some(_), Some(trouble)) if trouble.refused_since.is_some() => EntryStateLabel::Refused,
+            (Some(_), Some(failure)) if failure.refused_since.is_some() => EntryStateLabel::Refused,
             (Some(_), Some(_)) => EntryStateLabel::Failing,
-            (Some(issued), None) if issued.remaining(clock) <= issued.refresh_left => {
+            (Some(cached), None) if cached.remaining(clock) <= cached.refresh_at_remaining => {
                 EntryStateLabel::Due
             }
             (Some(_), None) => EntryStateLabel::Fresh,
@@ -105,7 +106,7 @@ impl Entry {
         let current = self.current.load();
         let latest = self.latest.load();
         let state = self.state();
-        let trouble = state.trouble.as_ref();
+        let failure = state.failure.as_ref();
         let date = |time: SystemTime| humantime::format_rfc3339_seconds(time).to_string();
         let waiting = state.flight.as_ref().map_or(0, |flight| flight.waiting());
         EntryStatus {
@@ -115,17 +116,16 @@ impl Entry {
             session_name: self.grant.session_name.as_str().to_owned(),
             access_key_id: current
                 .as_ref()
-                .map(|issued| issued.access_key_id.to_string()),
-            expiration: current.as_ref().map(|issued| date(issued.expiration)),
-            // No refresh is ever further away than this.
+                .map(|cached| cached.access_key_id.to_string()),
+            expiration: current.as_ref().map(|cached| date(cached.expiration)),
             next_try: state
                 .next
                 .map(|at| date(clock.now() + at.saturating_duration_since(Instant::now()))),
-            last_error: trouble.map(|trouble| trouble.error.to_string()),
-            last_error_reason: trouble.map(|trouble| trouble.error.reason()),
-            last_error_at: trouble.map(|trouble| date(trouble.time)),
-            refused_since: trouble
-                .and_then(|trouble| trouble.refused_since)
+            last_error: failure.map(|failure| failure.error.to_string()),
+            last_error_reason: failure.map(|failure| failure.error.reason()),
+            last_error_at: failure.map(|failure| date(failure.time)),
+            refused_since: failure
+                .and_then(|failure| failure.refused_since)
                 .map(|(_, time)| date(time)),
             callers: waiting.max(usize::from(latest.is_some())),
             latest_uid: Some(self.last_uid.load(Ordering::Relaxed)).filter(|uid| *uid != NO_UID),
@@ -137,36 +137,38 @@ impl Entry {
     }
 }
 
-/// One cached set of credentials, for people. Times are in UTC.
+/// One cache entry as `/status` shows it. Times are in UTC (RFC 3339).
 #[derive(Debug, Serialize)]
 pub struct EntryStatus {
-    /// Whose.
+    /// The SPIFFE ID of the workload.
     pub spiffe_id: String,
-    /// Which `[[role]]`; the ARN itself where the workload named one.
+    /// Name of the `[[role]]`, or the ARN if the workload requested one.
     pub role: String,
-    /// Which role.
+    /// ARN of the IAM role.
     pub role_arn: String,
-    /// The session's name.
+    /// The `RoleSessionName` at STS.
     pub session_name: String,
-    /// The access key id, if there are credentials.
+    /// Access key ID, if the entry has credentials.
     pub access_key_id: Option<String>,
-    /// When they end.
+    /// Time at which AWS stops accepting the credentials.
     pub expiration: Option<String>,
-    /// When the next refresh is due, or the next try.
+    /// Time at which the cache examines the entry next: a refresh, a retry, or the end of its
+    /// credentials.
     pub next_try: Option<String>,
-    /// What the last try to issue them failed with, if nothing has succeeded since.
+    /// Text of the last failure, if no exchange has succeeded since.
     pub last_error: Option<String>,
-    /// Its label in metrics.
+    /// The metric label of `last_error`.
     pub last_error_reason: Option<&'static str>,
-    /// When that was.
+    /// Time of the last failure.
     pub last_error_at: Option<String>,
-    /// Since when STS, or the source, refuses to renew them.
+    /// Time since when STS or the source has refused the renewal.
     pub refused_since: Option<String>,
-    /// How many callers it could be renewed with: those that wait, or the last one that asked. None with a source that
-    /// does not look at callers.
+    /// Number of callers that a refresh could use: those that wait, or the latest one. Always zero
+    /// if the source does not need a live caller.
     pub callers: usize,
-    /// The user of whoever asked last, whatever the source.
+    /// User ID of the latest caller, with every source.
     pub latest_uid: Option<u32>,
-    /// The process of the last of the callers, if that was looked at.
+    /// Process ID of the latest caller, if the daemon read its process and the source needs a live
+    /// caller.
     pub latest_pid: Option<u32>,
 }

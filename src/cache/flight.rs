@@ -1,25 +1,36 @@
-//! What requests wait for while credentials are being issued.
+//! Flights: the exchanges that run, the requests that wait for them, and the storage of their
+//! results.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
-use super::CacheError;
-use super::issued::CachedCredentials;
+use super::cached_credentials::{CachedCredentials, MIN_REMAINING};
+use super::entry::{Entry, EntryState};
+use super::events::CacheEvent;
+use super::failure::{FailureKind, FailureState};
+use super::{CacheError, CacheInner};
 use crate::caller::Caller;
 use crate::clock::REQUEST_HOLD;
+use crate::credentials::Credentials;
+use crate::exchange::ExchangeError;
+use crate::identity::SpiffeId;
+use crate::limits::FairPermit;
+use crate::metrics::{CallLabel, EvictionReason};
+use crate::telemetry::in_current_request;
 
 pub(super) type FlightResult = Result<Arc<CachedCredentials>, CacheError>;
 
-/// One exchange under way.
+/// One exchange that is running.
 pub(super) struct Flight {
-    landed: watch::Sender<Option<FlightResult>>,
+    result: watch::Sender<Option<FlightResult>>,
     waiting: Mutex<Waiting>,
 }
 
-/// The callers that wait, in the order in which they came.
+/// The callers that wait, in order of arrival.
 #[derive(Default)]
 struct Waiting {
     callers: BTreeMap<u64, Arc<Caller>>,
@@ -35,7 +46,7 @@ pub(super) struct Waiter {
 impl Flight {
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self {
-            landed: watch::Sender::new(None),
+            result: watch::Sender::new(None),
             waiting: Mutex::default(),
         })
     }
@@ -51,23 +62,23 @@ impl Flight {
         }
     }
 
-    /// How many callers wait.
+    /// Returns the number of callers that wait.
     pub(super) fn waiting(&self) -> usize {
         self.lock().callers.len()
     }
 
-    /// Tells all who wait. What they were told first stays.
-    pub(super) fn finish(&self, landed: FlightResult) {
-        self.landed.send_if_modified(|told| {
-            let first = told.is_none();
+    /// Sends the result to all waiters. Only the first result counts.
+    pub(super) fn finish(&self, result: FlightResult) {
+        self.result.send_if_modified(|current| {
+            let first = current.is_none();
             if first {
-                *told = Some(landed);
+                *current = Some(result);
             }
             first
         });
     }
 
-    /// The caller that came last and still waits, but for the one that is gone.
+    /// Returns the latest caller that still waits, except `gone`.
     pub(super) fn another_caller(&self, gone: &Arc<Caller>) -> Option<Arc<Caller>> {
         let mut waiting = self.lock();
         waiting
@@ -85,16 +96,16 @@ impl Flight {
 }
 
 impl Waiter {
-    /// Waits, but not for ever.
+    /// Waits for the result, at most [`REQUEST_HOLD`].
     pub(super) async fn wait(&self) -> FlightResult {
-        let mut landed = self.flight.landed.subscribe();
-        let landed = timeout(REQUEST_HOLD, landed.wait_for(Option::is_some))
+        let mut result = self.flight.result.subscribe();
+        let result = timeout(REQUEST_HOLD, result.wait_for(Option::is_some))
             .await
             .map_err(|_| CacheError::Pending)?;
-        // The sender is this waiter's own flight, so there is a result.
-        landed
+        // The waiter holds its flight, and thus the sender, so there is a result.
+        result
             .ok()
-            .and_then(|landed| landed.clone())
+            .and_then(|result| result.clone())
             .unwrap_or(Err(CacheError::Pending))
     }
 }
@@ -103,4 +114,161 @@ impl Drop for Waiter {
     fn drop(&mut self) {
         self.flight.lock().callers.remove(&self.number);
     }
+}
+
+/// Next step after an exchange ended.
+enum FlightOutcome {
+    /// The flight ends with this result.
+    Done(FlightResult),
+    /// The flight continues with another caller of the same identity.
+    Retry(Arc<Caller>),
+}
+
+impl CacheInner {
+    /// Starts the one flight of this entry, with `caller`'s token. A closed connection of `caller`
+    /// does not cancel it.
+    pub(super) fn start_flight(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        caller: Arc<Caller>,
+        state: &mut EntryState,
+        permit: Option<FairPermit<SpiffeId>>,
+    ) -> Arc<Flight> {
+        let flight = Flight::new();
+        state.flight = Some(flight.clone());
+        tokio::spawn(in_current_request(run_flight(
+            self.clone(),
+            entry.clone(),
+            flight.clone(),
+            caller,
+            permit,
+        )));
+        flight
+    }
+
+    /// Stores the result of an exchange in the entry, and plans what is due next.
+    fn complete(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        flight: &Flight,
+        result: Result<Credentials, ExchangeError>,
+        caller: &Arc<Caller>,
+    ) -> FlightOutcome {
+        let mut state = entry.state();
+        if state.retired {
+            state.flight = None;
+            return FlightOutcome::Done(Err(CacheError::Pending));
+        }
+        let result = result.and_then(|credentials| {
+            let cached = CachedCredentials::new(&entry.grant, &credentials, &self.clock);
+            // Credentials this short can never be served, so they are a failure.
+            if cached.remaining(&self.clock) > MIN_REMAINING {
+                Ok(Arc::new(cached))
+            } else {
+                Err(ExchangeError::TooShort)
+            }
+        });
+        if let Err(error) = &result
+            && FailureKind::of(error) == FailureKind::CallerUnusable
+        {
+            entry.drop_caller(caller);
+            if let Some(other) = flight
+                .another_caller(caller)
+                .or_else(|| entry.latest.load_full())
+            {
+                return FlightOutcome::Retry(other);
+            }
+        }
+        self.metrics
+            .exchanges
+            .get_or_create(&CallLabel::of(&result, ExchangeError::reason))
+            .inc();
+        state.flight = None;
+        let event = match &result {
+            Ok(cached) => {
+                entry.current.store(Some(cached.clone()));
+                state
+                    .failure
+                    .take()
+                    .is_some_and(|failure| failure.logged)
+                    .then_some(CacheEvent::Recovered)
+            }
+            Err(error) => self.record_failure(entry, error, &mut state),
+        };
+        self.plan(entry, &mut state);
+        drop(state);
+        if let Some(event) = event {
+            event.emit(entry, &self.log);
+        }
+        FlightOutcome::Done(result.map_err(CacheError::from))
+    }
+
+    fn record_failure(
+        &self,
+        entry: &Entry,
+        error: &ExchangeError,
+        state: &mut EntryState,
+    ) -> Option<CacheEvent> {
+        let previous = state.failure.take();
+        let is_new_kind = previous
+            .as_ref()
+            .is_none_or(|previous| !previous.logged || previous.error.reason() != error.reason());
+        let mut failure = Box::new(FailureState::record(
+            previous.as_deref(),
+            error,
+            Instant::now(),
+            self.clock.now(),
+        ));
+        let kept = entry.current.load().is_some();
+        let event = if failure.withdrawn && kept {
+            self.clear_credentials(entry, EvictionReason::Withdrawn);
+            Some(CacheEvent::Withdrawn(error.clone()))
+        } else if is_new_kind && FailureKind::of(error) != FailureKind::CallerUnusable {
+            let missed = self.log.take();
+            failure.logged = missed.is_some();
+            missed.map(|missed| CacheEvent::Failed {
+                error: error.clone(),
+                kept,
+                missed,
+            })
+        } else {
+            None
+        };
+        state.failure = Some(failure);
+        event
+    }
+}
+
+async fn run_flight(
+    inner: Arc<CacheInner>,
+    entry: Arc<Entry>,
+    flight: Arc<Flight>,
+    mut caller: Arc<Caller>,
+    permit: Option<FairPermit<SpiffeId>>,
+) {
+    let result = loop {
+        let exchanger = inner.generation.load().exchanger.clone();
+        let task = {
+            let (entry, caller) = (entry.clone(), caller.clone());
+            AbortOnDropHandle::new(tokio::spawn(in_current_request(async move {
+                exchanger.exchange(&caller, &entry.grant).await
+            })))
+        };
+        // The exchange has its own task, so that a panic in a library fails this flight and leaves
+        // the entry usable.
+        let ended = match &permit {
+            Some(permit) => permit.run(task).await,
+            None => Some(task.await),
+        };
+        let result = match ended {
+            Some(result) => result.unwrap_or_else(|_| Err(ExchangeError::task_panicked())),
+            None => Err(ExchangeError::TooOften),
+        };
+        match inner.complete(&entry, &flight, result, &caller) {
+            FlightOutcome::Retry(other) => caller = other,
+            FlightOutcome::Done(result) => break result,
+        }
+    };
+    drop(permit);
+    flight.finish(result);
 }

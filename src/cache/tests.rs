@@ -30,24 +30,25 @@ const LIMITS: Limits = Limits {
     revocation_grace: Duration::from_secs(300),
 };
 
-/// A source and an STS whose answers the test chooses. The exchange never gets to STS where the source fails.
+/// A source and an STS with replies that the test chooses. A failing source stops the exchange
+/// before STS.
 #[derive(Debug)]
 struct CacheEnv {
     clock: Clock,
-    /// Flights wait here until the test lets them go.
+    /// Flights wait here until the test adds permits.
     gate: Semaphore,
-    /// How long the source takes.
+    /// Duration of one call to the source.
     takes: Mutex<Duration>,
     fetched: AtomicUsize,
     failure: Mutex<Option<SourceError>>,
     refusal: Mutex<Option<StsError>>,
     lifetime: Mutex<Duration>,
     panics: AtomicBool,
-    needs_caller: AtomicBool,
-    /// User ids of callers that are gone, and of those that the source was asked for.
+    requires_live_caller: AtomicBool,
+    /// User IDs of the callers that are gone.
     gone: Mutex<HashSet<u32>>,
-    asked: Mutex<Vec<u32>>,
-    /// Calls under way.
+    requesters: Mutex<Vec<u32>>,
+    /// Number of running calls to the source.
     busy: AtomicUsize,
     metrics: Metrics,
 }
@@ -65,7 +66,7 @@ impl CacheEnv {
         self.fetched.load(Ordering::SeqCst)
     }
 
-    fn issuer(self: &Arc<Self>) -> TokenExchanger {
+    fn exchanger(self: &Arc<Self>) -> TokenExchanger {
         TokenExchanger::new(
             self.clone(),
             self.clone(),
@@ -80,12 +81,12 @@ impl CacheEnv {
         id: &SpiffeId,
         audience: &str,
     ) -> Result<JwtSvid, SourceError> {
-        self.asked.lock().unwrap().push(caller.uid);
+        self.requesters.lock().unwrap().push(caller.uid);
         self.gate.acquire().await.unwrap().forget();
         let takes = *self.takes.lock().unwrap();
         sleep(takes).await;
         self.fetched.fetch_add(1, Ordering::SeqCst);
-        assert!(!self.panics.load(Ordering::SeqCst), "asked to");
+        assert!(!self.panics.load(Ordering::SeqCst), "a panic was requested");
         if self.gone.lock().unwrap().contains(&caller.uid) {
             return Err(SourceError::Caller(AttestError::CallerGone));
         }
@@ -102,6 +103,22 @@ impl CacheEnv {
     }
 }
 
+/// Counts a call to the source until it ends, or is cancelled.
+struct BusyCall<'a>(&'a AtomicUsize);
+
+impl<'a> BusyCall<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for BusyCall<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 #[async_trait]
 impl IdentitySource for CacheEnv {
     async fn identify(&self, _: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
@@ -114,10 +131,8 @@ impl IdentitySource for CacheEnv {
         id: &SpiffeId,
         audience: &str,
     ) -> Result<JwtSvid, SourceError> {
-        self.busy.fetch_add(1, Ordering::SeqCst);
-        let answer = self.answer(caller, id, audience).await;
-        self.busy.fetch_sub(1, Ordering::SeqCst);
-        answer
+        let _busy = BusyCall::new(&self.busy);
+        self.answer(caller, id, audience).await
     }
 
     fn facts_needed(&self, _: &Caller) -> Option<ProcessFacts> {
@@ -133,7 +148,7 @@ impl IdentitySource for CacheEnv {
     }
 
     fn requires_live_caller(&self) -> bool {
-        self.needs_caller.load(Ordering::SeqCst)
+        self.requires_live_caller.load(Ordering::SeqCst)
     }
 }
 
@@ -182,7 +197,7 @@ fn denied() -> SourceError {
 fn refused() -> StsError {
     let what = "STS refuses".to_owned();
     StsError {
-        again: RetryPolicy::Never,
+        retry: RetryPolicy::Never,
         reason: "sts_access_denied",
         code: "AccessDenied".to_owned(),
         what,
@@ -191,16 +206,16 @@ fn refused() -> StsError {
 }
 
 #[derive(Debug)]
-struct Always;
+struct ConstantProof;
 
 #[async_trait::async_trait]
-impl PeerProof for Always {
+impl PeerProof for ConstantProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
         Ok(())
     }
 }
 
-/// A caller whose process has the same number as its user.
+/// Returns a caller with a process ID equal to its user ID.
 fn caller_of(uid: u32) -> Arc<Caller> {
     let process = Process {
         pid: uid,
@@ -216,9 +231,9 @@ fn caller_of(uid: u32) -> Arc<Caller> {
         uid,
         cgroup: None,
         pod: None,
-        namespace: None,
+        netns_inode: None,
         process,
-        evidence: Box::new(Always),
+        proof: Box::new(ConstantProof),
     })
 }
 
@@ -226,7 +241,7 @@ fn caller() -> Arc<Caller> {
     caller_of(1)
 }
 
-/// A role of this name for everybody.
+/// Returns a role with this name that every SPIFFE ID matches.
 fn role(name: &str) -> Role {
     Role {
         name: name.to_owned(),
@@ -261,14 +276,14 @@ fn grant_of(owner: &str, role: &Arc<Role>) -> Grant {
         .unwrap()
 }
 
-/// The one role of this owner: each time with a definition made anew.
+/// Returns the grant of this identity's one role, with a new definition each time.
 fn grant(owner: &str) -> Grant {
     grant_of(owner, &Arc::new(role("r")))
 }
 
-fn world_of(open: usize, limits: Limits) -> (Arc<CacheEnv>, CredentialCache) {
+fn env_of(open: usize, limits: Limits) -> (Arc<CacheEnv>, CredentialCache) {
     let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
-    let world = Arc::new(CacheEnv {
+    let env = Arc::new(CacheEnv {
         clock: clock.clone(),
         gate: Semaphore::new(open),
         takes: Mutex::default(),
@@ -277,18 +292,18 @@ fn world_of(open: usize, limits: Limits) -> (Arc<CacheEnv>, CredentialCache) {
         refusal: Mutex::default(),
         lifetime: Mutex::new(HOUR),
         panics: AtomicBool::new(false),
-        needs_caller: AtomicBool::new(false),
+        requires_live_caller: AtomicBool::new(false),
         gone: Mutex::default(),
-        asked: Mutex::default(),
+        requesters: Mutex::default(),
         busy: AtomicUsize::new(0),
         metrics: Metrics::default(),
     });
-    let cache = CredentialCache::new(world.issuer(), clock, world.metrics.clone(), limits);
-    (world, cache)
+    let cache = CredentialCache::new(env.exchanger(), clock, env.metrics.clone(), limits);
+    (env, cache)
 }
 
-fn world(open: usize) -> (Arc<CacheEnv>, CredentialCache) {
-    world_of(open, LIMITS)
+fn env(open: usize) -> (Arc<CacheEnv>, CredentialCache) {
+    env_of(open, LIMITS)
 }
 
 async fn key_for(
@@ -296,40 +311,40 @@ async fn key_for(
     owner: &str,
     uid: u32,
 ) -> Result<(String, CacheResult), CacheError> {
-    let (issued, freshness) = cache.get(&grant(owner), &caller_of(uid)).await?;
-    Ok((issued.access_key_id.to_string(), freshness))
+    let (cached, result) = cache.get(&grant(owner), &caller_of(uid)).await?;
+    Ok((cached.access_key_id.to_string(), result))
 }
 
 async fn key(cache: &CredentialCache) -> Result<(String, CacheResult), CacheError> {
     key_for(cache, "a", 1).await
 }
 
-/// The label of what the request fails with.
+/// Returns the label of the failure of a request.
 async fn reason(cache: &CredentialCache) -> &'static str {
     match key(cache).await {
-        Err(CacheError::Issue(error)) => error.reason(),
+        Err(CacheError::Exchange(error)) => error.reason(),
         other => panic!("{other:?}"),
     }
 }
 
-/// How many are under way.
+/// Counts the running flights.
 fn flights(cache: &CredentialCache) -> usize {
     let mut count = 0;
     cache
         .0
-        .places
-        .for_each(|slot| count += usize::from(slot.state().flight.is_some()));
+        .table
+        .for_each(|entry| count += usize::from(entry.state().flight.is_some()));
     count
 }
 
-/// Lets everything run that can run without time passing.
+/// Runs every task that can run without the passage of time.
 async fn settle() {
     for _ in 0..100 {
         tokio::task::yield_now().await;
     }
 }
 
-/// Lets this time pass, in small steps, so that timers fire at about their time.
+/// Advances the time in small steps, so that timers fire at about their time.
 async fn pass(time: Duration) {
     let end = Instant::now() + time;
     while Instant::now() < end {
@@ -342,8 +357,8 @@ async fn pass(time: Duration) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_thousand_callers_cause_one_flight() {
-    let (world, cache) = world(0);
+async fn flight_is_shared_by_a_thousand_callers() {
+    let (env, cache) = env(0);
     let waiting: Vec<_> = (0..1000)
         .map(|_| {
             let cache = cache.clone();
@@ -351,37 +366,37 @@ async fn a_thousand_callers_cause_one_flight() {
         })
         .collect();
     settle().await;
-    world.gate.add_permits(10);
+    env.gate.add_permits(10);
     for waiting in waiting {
         assert_eq!(
             waiting.await.unwrap(),
             ("KEY1".to_owned(), CacheResult::Miss)
         );
     }
-    assert_eq!(world.fetched(), 1);
+    assert_eq!(env.fetched(), 1);
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Hit);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_caller_that_looked_just_before_a_flight_landed_starts_no_other() {
-    let (world, cache) = world(100);
+async fn late_caller_starts_no_second_flight() {
+    let (env, cache) = env(100);
     key(&cache).await.unwrap();
-    let slot = cache.0.slot(&grant("a")).unwrap();
-    match cache.0.join_or_start(&slot, &caller()) {
-        Ok(Some(Lookup::Credentials(issued, CacheResult::Hit))) => {
-            assert_eq!(issued.access_key_id.to_string(), "KEY1")
+    let entry = cache.0.entry(&grant("a")).unwrap();
+    match cache.0.join_or_start(&entry, &caller()) {
+        Ok(Some(Lookup::Credentials(cached, CacheResult::Hit))) => {
+            assert_eq!(cached.access_key_id.to_string(), "KEY1")
         }
         Ok(_) => panic!("another flight"),
         Err(error) => panic!("{error}"),
     }
-    cache.0.refresh_for(&slot, &caller());
+    cache.0.refresh_for(&entry, &caller());
     settle().await;
-    assert_eq!(world.fetched(), 1);
+    assert_eq!(env.fetched(), 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_caller_that_hangs_up_leaves_its_flight_behind() {
-    let (world, cache) = world(0);
+async fn flight_continues_after_its_caller_hangs_up() {
+    let (env, cache) = env(0);
     let impatient = tokio::spawn({
         let cache = cache.clone();
         async move { key(&cache).await.map(drop) }
@@ -389,7 +404,7 @@ async fn a_caller_that_hangs_up_leaves_its_flight_behind() {
     settle().await;
     impatient.abort();
     settle().await;
-    world.gate.add_permits(10);
+    env.gate.add_permits(10);
     settle().await;
     assert_eq!(
         key(&cache).await.unwrap(),
@@ -398,26 +413,26 @@ async fn a_caller_that_hangs_up_leaves_its_flight_behind() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_is_held_and_then_told_to_come_again() {
-    let (world, cache) = world(0);
+async fn request_is_pending_after_the_hold() {
+    let (env, cache) = env(0);
     let before = Instant::now();
     assert!(matches!(key(&cache).await, Err(CacheError::Pending)));
     assert_eq!(before.elapsed(), REQUEST_HOLD);
-    world.gate.add_permits(10);
+    env.gate.add_permits(10);
     settle().await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Hit);
 }
 
 #[tokio::test(start_paused = true)]
-async fn credentials_are_refreshed_at_about_half_their_life() {
-    let (world, cache) = world(100);
+async fn entry_is_refreshed_at_half_its_lifetime() {
+    let (env, cache) = env(100);
     key(&cache).await.unwrap();
     advance(HOUR.mul_f64(0.44)).await;
     settle().await;
-    assert_eq!(world.fetched(), 1);
+    assert_eq!(env.fetched(), 1);
     advance(HOUR.mul_f64(0.12)).await;
     settle().await;
-    assert_eq!(world.fetched(), 2);
+    assert_eq!(env.fetched(), 2);
     assert_eq!(
         key(&cache).await.unwrap(),
         ("KEY2".to_owned(), CacheResult::Hit)
@@ -425,66 +440,66 @@ async fn credentials_are_refreshed_at_about_half_their_life() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_last_good_ones_are_served_through_an_outage_until_a_minute_before_their_end() {
-    let (world, cache) = world(10_000);
+async fn cache_serves_through_outage_until_a_minute_before_expiry() {
+    let (env, cache) = env(10_000);
     key(&cache).await.unwrap();
-    world.fail(unavailable());
+    env.fail(unavailable());
     for _ in 0..58 {
         advance(Duration::from_secs(60)).await;
         settle().await;
         assert_eq!(key(&cache).await.unwrap().0, "KEY1");
     }
-    // 58 minutes and 59 seconds after they were issued, then 59 minutes and a second.
+    // First 58 minutes and 59 seconds after the issue, then 59 minutes and a second.
     advance(Duration::from_secs(59)).await;
     assert_eq!(key(&cache).await.unwrap().0, "KEY1");
     advance(Duration::from_secs(2)).await;
-    assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
-    world.fail(None);
+    assert!(matches!(key(&cache).await, Err(CacheError::Exchange(_))));
+    env.fail(None);
     advance(Duration::from_secs(1)).await;
     assert_ne!(key(&cache).await.unwrap().0, "KEY1");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failure_is_remembered_for_a_moment_only() {
-    let (world, cache) = world(10_000);
-    world.fail(denied());
-    assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
-    let asked = world.fetched();
-    assert!(matches!(key(&cache).await, Err(CacheError::Issue(_))));
-    assert_eq!(world.fetched(), asked);
-    world.fail(None);
-    advance(trouble::negative_ttl(&denied().into())).await;
+async fn failure_is_cached_for_its_negative_ttl() {
+    let (env, cache) = env(10_000);
+    env.fail(denied());
+    assert!(matches!(key(&cache).await, Err(CacheError::Exchange(_))));
+    let requesters = env.fetched();
+    assert!(matches!(key(&cache).await, Err(CacheError::Exchange(_))));
+    assert_eq!(env.fetched(), requesters);
+    env.fail(None);
+    advance(failure::negative_ttl(&denied().into())).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_panic_in_a_flight_leaves_its_place_usable() {
-    let (world, cache) = world(10_000);
-    world.panics.store(true, Ordering::SeqCst);
-    assert!(matches!(key(&cache).await, Err(CacheError::Issue(error)) if error.is_transient()));
-    world.panics.store(false, Ordering::SeqCst);
-    advance(trouble::negative_ttl(&ExchangeError::task_panicked())).await;
+async fn entry_is_usable_after_a_panic_in_its_flight() {
+    let (env, cache) = env(10_000);
+    env.panics.store(true, Ordering::SeqCst);
+    assert!(matches!(key(&cache).await, Err(CacheError::Exchange(error)) if error.is_transient()));
+    env.panics.store(false, Ordering::SeqCst);
+    advance(failure::negative_ttl(&ExchangeError::task_panicked())).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_nobody_asks_for_during_a_lifetime_is_dropped() {
-    let (world, cache) = world(10_000);
+async fn entry_is_removed_when_unused_for_a_lifetime() {
+    let (env, cache) = env(10_000);
     key(&cache).await.unwrap();
     for _ in 0..200 {
         advance(Duration::from_secs(60)).await;
         settle().await;
     }
     assert!(cache.entries().is_empty());
-    let refreshed = world.fetched();
+    let refreshed = env.fetched();
     advance(HOUR * 3).await;
     settle().await;
-    assert_eq!(world.fetched(), refreshed);
+    assert_eq!(env.fetched(), refreshed);
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_number_of_entries_is_bounded() {
-    let (_world, cache) = world(100);
+async fn cache_is_bounded_by_max_entries() {
+    let (_world, cache) = env(100);
     for name in ["a", "b", "c"] {
         cache.get(&grant(name), &caller()).await.unwrap();
     }
@@ -495,28 +510,28 @@ async fn the_number_of_entries_is_bounded() {
     assert!(cache.get(&grant("a"), &caller()).await.is_ok());
 }
 
-/// Like `world`'s, after a reload that changed nothing else.
+/// Reloads with the same source, STS and limits.
 fn reload(
-    world: &Arc<CacheEnv>,
+    env: &Arc<CacheEnv>,
     cache: &CredentialCache,
     keep: impl Fn(&Grant) -> bool + Send + Sync + 'static,
 ) {
-    cache.reconfigure(world.issuer(), LIMITS, keep);
+    cache.reconfigure(env.exchanger(), LIMITS, keep);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_reload_ends_what_it_does_not_keep() {
-    let (world, cache) = world(10_000);
+async fn reload_retires_entries_that_it_does_not_keep() {
+    let (env, cache) = env(10_000);
     cache.get(&grant("a"), &caller()).await.unwrap();
     cache.get(&grant("b"), &caller()).await.unwrap();
-    reload(&world, &cache, |grant| *grant != self::grant("a"));
-    let left: Vec<_> = cache
+    reload(&env, &cache, |grant| *grant != self::grant("a"));
+    let remaining: Vec<_> = cache
         .entries()
         .into_iter()
         .map(|entry| entry.spiffe_id)
         .collect();
-    assert_eq!(left, ["spiffe://example.org/b"]);
-    // One that was decided by the old configuration, and comes after the reload.
+    assert_eq!(remaining, ["spiffe://example.org/b"]);
+    // A late request that the old configuration granted.
     assert!(matches!(
         cache.get(&grant("a"), &caller()).await,
         Err(CacheError::Pending)
@@ -525,26 +540,26 @@ async fn a_reload_ends_what_it_does_not_keep() {
         cache.get(&grant("b"), &caller()).await.unwrap().1,
         CacheResult::Hit
     );
-    assert_eq!(world.fetched(), 2);
+    assert_eq!(env.fetched(), 2);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_flight_that_lands_after_a_reload_serves_nobody() {
-    let (world, cache) = world(0);
+async fn flight_result_is_discarded_after_reload() {
+    let (env, cache) = env(0);
     let waiting = tokio::spawn({
         let cache = cache.clone();
         async move { key(&cache).await }
     });
     settle().await;
-    // Somebody who has found the place, and looks into it a moment later.
-    let place = cache.0.slot(&grant("a")).unwrap();
-    reload(&world, &cache, |_| false);
-    reload(&world, &cache, |_| true);
-    world.gate.add_permits(1);
+    // A request that has found the entry and reads it a moment later.
+    let entry_size = cache.0.entry(&grant("a")).unwrap();
+    reload(&env, &cache, |_| false);
+    reload(&env, &cache, |_| true);
+    env.gate.add_permits(1);
     assert!(matches!(waiting.await.unwrap(), Err(CacheError::Pending)));
     settle().await;
-    assert!(cache.entries().is_empty() && place.current.load().is_none());
-    world.gate.add_permits(10);
+    assert!(cache.entries().is_empty() && entry_size.current.load().is_none());
+    env.gate.add_permits(10);
     assert_eq!(
         key(&cache).await.unwrap(),
         ("KEY2".to_owned(), CacheResult::Miss)
@@ -552,8 +567,8 @@ async fn a_flight_that_lands_after_a_reload_serves_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_narrowed_role_is_never_answered_with_the_wide_ones_credentials() {
-    let (_world, cache) = world(10_000);
+async fn entry_is_separate_for_each_role_definition() {
+    let (_world, cache) = env(10_000);
     let narrowed = Role {
         policy: Some(r#"{"Version":"2012-10-17"}"#.to_owned()),
         ..role("r")
@@ -562,27 +577,27 @@ async fn a_narrowed_role_is_never_answered_with_the_wide_ones_credentials() {
         key(&cache).await.unwrap(),
         ("KEY1".to_owned(), CacheResult::Miss)
     );
-    let (issued, freshness) = cache
+    let (cached, result) = cache
         .get(&grant_of("a", &Arc::new(narrowed)), &caller())
         .await
         .unwrap();
     assert_eq!(
-        (&*issued.access_key_id, freshness),
+        (&*cached.access_key_id, result),
         ("KEY2", CacheResult::Miss)
     );
     assert_eq!(
         key(&cache).await.unwrap(),
         ("KEY1".to_owned(), CacheResult::Hit),
-        "the same definition, made anew"
+        "a new object with the same definition"
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_past_the_refresh_point_gets_the_old_ones_and_starts_one_refresh() {
-    let (world, cache) = world(1);
+async fn stale_request_starts_one_refresh() {
+    let (env, cache) = env(1);
     key(&cache).await.unwrap();
-    // The background sleeps by the monotonic clock, and has not noticed.
-    world.clock.step(2000);
+    // The refresh task sleeps by the monotonic clock, so it has not noticed the step.
+    env.clock.step(2000);
     for _ in 0..10 {
         assert_eq!(
             key(&cache).await.unwrap(),
@@ -590,8 +605,8 @@ async fn a_request_past_the_refresh_point_gets_the_old_ones_and_starts_one_refre
         );
         settle().await;
     }
-    assert_eq!(world.asked.lock().unwrap().len(), 2, "one more");
-    world.gate.add_permits(1);
+    assert_eq!(env.requesters.lock().unwrap().len(), 2, "one more");
+    env.gate.add_permits(1);
     settle().await;
     assert_eq!(
         key(&cache).await.unwrap(),
@@ -600,11 +615,11 @@ async fn a_request_past_the_refresh_point_gets_the_old_ones_and_starts_one_refre
 }
 
 #[test]
-fn refreshes_are_spread_and_leave_sdks_what_they_want() {
+fn refresh_point_is_spread_and_ahead_of_sdks() {
     for minutes in [20, 25, 30, 45, 60, 12 * 60] {
         let lifetime = MINUTE * minutes;
         let points: Vec<_> = (0..1000)
-            .map(|_| issued::refresh_at_remaining(lifetime))
+            .map(|_| cached_credentials::refresh_at_remaining(lifetime))
             .collect();
         let (first, last) = (points.iter().max().unwrap(), points.iter().min().unwrap());
         assert!(
@@ -617,47 +632,50 @@ fn refreshes_are_spread_and_leave_sdks_what_they_want() {
         );
     }
     let hour: Vec<_> = (0..1000)
-        .map(|_| issued::refresh_at_remaining(HOUR).as_secs_f64() / 3600.0)
+        .map(|_| cached_credentials::refresh_at_remaining(HOUR).as_secs_f64() / 3600.0)
         .collect();
-    assert!(hour.iter().all(|left| (0.45..=0.55).contains(left)));
+    assert!(
+        hour.iter()
+            .all(|remaining| (0.45..=0.55).contains(remaining))
+    );
     let mean = hour.iter().sum::<f64>() / 1000.0;
     assert!((0.48..0.52).contains(&mean), "{mean}");
     assert!(
-        issued::refresh_at_remaining(MINUTE * 15) < MINUTE * 9,
+        cached_credentials::refresh_at_remaining(MINUTE * 15) < MINUTE * 9,
         "not all the time"
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_asks_at_any_time_gets_more_than_fifteen_minutes() {
+async fn request_gets_more_than_fifteen_minutes_at_any_time() {
     for minutes in [20, 30, 60] {
-        let (world, cache) = world(10_000);
-        *world.lifetime.lock().unwrap() = MINUTE * minutes;
+        let (env, cache) = env(10_000);
+        *env.lifetime.lock().unwrap() = MINUTE * minutes;
         for _ in 0..3 * 60 * 3 {
-            let (issued, _) = cache.get(&grant("a"), &caller()).await.unwrap();
-            let left = issued.remaining(&world.clock);
-            assert!(left > MINUTE * 15, "{minutes}: {left:?}");
+            let (cached, _) = cache.get(&grant("a"), &caller()).await.unwrap();
+            let remaining = cached.remaining(&env.clock);
+            assert!(remaining > MINUTE * 15, "{minutes}: {remaining:?}");
             pass(SECOND * 20).await;
         }
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn credentials_that_are_as_good_as_over_are_no_credentials() {
-    let (world, cache) = world(10_000);
-    *world.lifetime.lock().unwrap() = MINUTE;
+async fn credentials_of_a_minute_are_a_failure() {
+    let (env, cache) = env(10_000);
+    *env.lifetime.lock().unwrap() = MINUTE;
     assert_eq!(reason(&cache).await, "sts_bad_answer");
     assert!(cache.entries()[0].access_key_id.is_none());
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_entry_is_no_task_and_the_cache_ends_with_its_last_handle() {
+async fn cache_has_one_task_that_ends_with_its_last_handle() {
     let tasks = || {
         tokio::runtime::Handle::current()
             .metrics()
             .num_alive_tasks()
     };
-    let (_world, cache) = world_of(
+    let (_world, cache) = env_of(
         10_000,
         Limits {
             max_entries: 1000,
@@ -679,15 +697,15 @@ async fn an_entry_is_no_task_and_the_cache_ends_with_its_last_handle() {
 }
 
 #[test]
-fn an_entry_is_small() {
-    let place = size_of::<Entry>();
-    assert!(place <= 192, "{place}");
+fn entry_is_small() {
+    let entry_size = size_of::<Entry>();
+    assert!(entry_size <= 192, "{entry_size}");
     assert!(
         size_of::<CachedCredentials>() <= 96,
         "{}",
         size_of::<CachedCredentials>()
     );
-    // What a definition has is not copied for each of its entries.
+    // Entries of one definition share it.
     let role = Arc::new(role("r"));
     let (one, other) = (grant_of("a", &role), grant_of("b", &role));
     assert_eq!(
@@ -698,9 +716,9 @@ fn an_entry_is_small() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn status_shows_what_is_known_of_an_entry() {
-    let (world, cache) = world(10_000);
-    world.needs_caller.store(true, Ordering::SeqCst);
+async fn status_describes_an_entry() {
+    let (env, cache) = env(10_000);
+    env.requires_live_caller.store(true, Ordering::SeqCst);
     key_for(&cache, "a", 7).await.unwrap();
     let [fresh] = &cache.entries()[..] else {
         panic!("one entry")
@@ -721,9 +739,9 @@ async fn status_shows_what_is_known_of_an_entry() {
         "{next}"
     );
 
-    world.refuse(refused());
+    env.refuse(refused());
     pass(MINUTE * 26).await;
-    while world.fetched() == 1 {
+    while env.fetched() == 1 {
         pass(SECOND).await;
     }
     pass(MINUTE).await;
@@ -748,10 +766,10 @@ async fn status_shows_what_is_known_of_an_entry() {
 
 #[tokio::test(start_paused = true)]
 async fn metrics_show_an_outage() {
-    let (world, cache) = world(10_000);
+    let (env, cache) = env(10_000);
     let metrics = || {
-        cache.count();
-        world.metrics.encode()
+        cache.update_gauges();
+        env.metrics.encode()
     };
     key(&cache).await.unwrap();
     assert!(
@@ -759,20 +777,20 @@ async fn metrics_show_an_outage() {
         "{}",
         metrics()
     );
-    world.fail(unavailable());
+    env.fail(unavailable());
     pass(MINUTE * 34).await;
     let during = metrics();
     for line in [
         "awsvid_cache_entries{state=\"fresh\"} 0\n",
         "awsvid_cache_entries{state=\"failing\"} 1\n",
         "awsvid_sts_calls_total{result=\"ok\"} 1\n",
-        "awsvid_issues_total{result=\"source_unavailable\"} ",
+        "awsvid_exchanges_total{result=\"source_unavailable\"} ",
     ] {
         assert!(during.contains(line), "{line}: {during}");
     }
     pass(MINUTE * 27).await;
     assert!(
-        metrics().contains("awsvid_cache_removed_total{reason=\"expired\"} 1\n"),
+        metrics().contains("awsvid_cache_evictions_total{reason=\"expired\"} 1\n"),
         "{}",
         metrics()
     );

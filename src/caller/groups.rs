@@ -8,22 +8,23 @@ use sha2::{Digest, Sha256};
 
 use super::AttestError;
 
-/// What a decision needs of a process's supplementary groups.
+/// How much a decision needs to know of a process's supplementary groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum GroupDetail {
-    /// Nothing: they are not read.
+    /// The groups are not needed and not read.
     #[default]
     None,
-    /// Whether they have changed, for an agent that attests the process and sees them.
+    /// A digest that shows changes, for an agent that attests the process and sees its groups.
     Digest,
-    /// The list, for a rule that names a group.
+    /// The list, for a rule with a group.
     List,
 }
 
 /// The supplementary groups of a process, at most [`Groups::MAX`].
 ///
-/// Any local user can have 65,536 groups, by a user namespace with subordinate ids. The bound, and the digest where no rule
-/// names a group, keep callers with many groups from filling the daemon's memory (attack 27).
+/// Any local user can have 65,536 groups, through a user namespace with subordinate ids. Callers
+/// with many groups must not fill the daemon's memory. The bound prevents that, and so does the
+/// digest where no rule has a group (T27).
 #[derive(Clone)]
 pub struct Groups {
     /// SHA-256 of the ascending list: two values are equal if the lists are.
@@ -32,10 +33,12 @@ pub struct Groups {
 }
 
 impl Groups {
-    /// Where groups count, a caller with more is rejected. Active Directory allows a user 1,015 groups.
+    /// The bound on the number of groups. Where groups matter, a caller with more is rejected.
+    /// Active Directory allows 1,015 groups per user.
     pub const MAX: usize = 1024;
 
-    /// Takes the groups in any order. Fails with [`AttestError::TooManyGroups`] if there are more than [`Self::MAX`].
+    /// Takes the groups in any order. Fails with [`AttestError::TooManyGroups`] if there are more
+    /// than [`Self::MAX`].
     pub fn new(mut groups: Vec<u32>, detail: GroupDetail) -> Result<Self, AttestError> {
         if groups.len() > Self::MAX {
             return Err(AttestError::TooManyGroups);
@@ -53,12 +56,12 @@ impl Groups {
         })
     }
 
-    /// Returns them in ascending order; `None` if only the digest is known.
+    /// Returns the groups in ascending order. `None` if only the digest is known.
     pub fn list(&self) -> Option<&[u32]> {
         self.list.as_deref()
     }
 
-    /// Returns whether `group` is among them; `None` if only the digest is known.
+    /// Returns whether `group` is among them. `None` if only the digest is known.
     pub fn contains(&self, group: u32) -> Option<bool> {
         self.list().map(|list| list.binary_search(&group).is_ok())
     }
@@ -92,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn groups_are_equal_if_the_lists_are_whatever_is_kept_of_them() {
+    fn groups_are_equal_if_their_lists_are() {
         let groups = |list: &[u32], detail| Groups::new(list.to_vec(), detail).unwrap();
         let listed = groups(&[44, 4, 44], GroupDetail::List);
         assert_eq!(listed, groups(&[4, 44], GroupDetail::Digest));
@@ -107,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_have_a_bound() {
+    fn groups_are_bounded() {
         let most = u32::try_from(Groups::MAX).unwrap();
         for detail in [GroupDetail::Digest, GroupDetail::List] {
             Groups::new((0..most).collect(), detail).unwrap();
@@ -116,7 +119,7 @@ mod tests {
                 AttestError::TooManyGroups
             );
         }
-        // What is kept of the most that there can be where no rule names a group.
+        // The groups that are kept if no rule has a group.
         assert!(
             Groups::new((0..most).collect(), GroupDetail::Digest)
                 .unwrap()

@@ -1,4 +1,4 @@
-//! For tests: callers that stay what they are.
+//! Callers for tests, which never change.
 
 use async_trait::async_trait;
 
@@ -15,7 +15,7 @@ impl PeerProof for Unchanged {
     }
 }
 
-/// A caller outside of pods, in the cgroup at this path if that is given.
+/// Returns a caller without a pod, in the cgroup at this path if there is one.
 pub(crate) fn unchanged(
     listener: ListenerKind,
     uid: u32,
@@ -28,8 +28,8 @@ pub(crate) fn unchanged(
         uid,
         cgroup,
         pod: None,
-        namespace: None,
+        netns_inode: None,
         process,
-        evidence: Box::new(Unchanged),
+        proof: Box::new(Unchanged),
     }
 }

@@ -1,63 +1,67 @@
-//! Whose pod a cgroup path is, by its place below the kubelet's cgroup root.
+//! Finds the pod of a cgroup path, by its position below the kubelet's cgroup root.
 //!
-//! Read from the front: what lies below a container's own directory may be named by the container, and a name that looks like
-//! a pod's anywhere else is somebody's forgery, or the kubelet of a nested cluster (attack 2).
+//! The path is parsed from the front. A container may name directories below its own. A name like a
+//! pod's anywhere else is a forgery, or belongs to the kubelet of a nested cluster (T2).
 
 use std::fmt;
 use std::sync::Arc;
 
 use super::{CgroupPath, pod_uid};
 
-/// Where kubelets put their pods, with either cgroup driver, unless they are told otherwise. The second pair is that of kind,
-/// and of others who keep the kubelet's own processes beside its pods.
+/// The paths below which kubelets create pods by default, with either cgroup driver. The second
+/// pair is that of kind, and of other distributions that keep the kubelet's own processes next to
+/// its pods.
 const DEFAULT_ROOTS: [&str; 4] = [
     "/kubepods",
     "/kubepods.slice",
     "/kubelet/kubepods",
     "/kubelet.slice/kubelet-kubepods.slice",
 ];
-/// How a pod that is no guaranteed one stands below the root.
+/// The directories for pods of the other classes than guaranteed.
 const CLASSES: [&str; 2] = ["burstable", "besteffort"];
-/// Hex digits of a container's id.
+/// The number of hex digits in a container's id.
 const ID: usize = 64;
 /// The lengths of the groups of a UID.
 const GROUPS: [usize; 5] = [8, 4, 4, 4, 12];
 
-/// A pod's UID in the spelling of its Kubernetes object: in groups with dashes. That of a static pod is a hash of 32 digits
-/// without any, by which the kubelet knows it; the mirror of it that the API server shows has another one.
+/// A pod's UID in the spelling of its Kubernetes object: in groups with dashes.
+///
+/// The UID of a static pod is a hash of 32 digits without dashes, which only the kubelet knows. Its
+/// mirror pod in the API server has another UID.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PodUid(Arc<str>);
 
-/// A pod, and which of its containers, if it is known.
+/// A pod, and one of its containers if that is known.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Pod {
-    /// Which pod.
     pub uid: PodUid,
-    /// The container's id: 64 hex digits.
+    /// The id of the container: 64 hex digits.
     pub container: Option<Arc<str>>,
 }
 
-/// Where in a path its pod is.
+/// The position of a pod in a cgroup path.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodSegment {
-    /// Which pod.
     pub pod: Pod,
-    /// The pod's own directory: the first so many bytes of the path.
+    /// The length of the path of the pod's own directory, in bytes.
     pub directory: usize,
-    /// The container's, likewise.
+    /// The length of the path of the container's directory, in bytes.
     pub container: Option<usize>,
 }
 
-/// The path names a pod where no kubelet of this node puts one.
+/// The error for a path that names a pod where the node's kubelet creates none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MisplacedPod;
 
-/// The directories below which the kubelet makes those of its pods.
+/// The directories below which the kubelet creates those of its pods.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodRoots(Vec<CgroupPath>);
 
 impl PodRoots {
-    /// The usual places. Nobody but root can make them, so it does no harm that most of them are not there.
+    /// Returns the default roots. Only root can create them, so roots that do not exist are
+    /// harmless.
     pub fn defaults() -> Self {
         Self(
             DEFAULT_ROOTS
@@ -67,17 +71,17 @@ impl PodRoots {
         )
     }
 
-    /// This one alone, as for a kubelet with a cgroup root of its own.
+    /// Returns a single root, for a kubelet with another cgroup root.
     pub fn at(root: CgroupPath) -> Self {
         Self(vec![root])
     }
 
-    /// Each.
+    /// Returns the path of each root.
     pub fn iter(&self) -> impl Iterator<Item = &CgroupPath> {
         self.0.iter()
     }
 
-    /// The pod that `path` is in; `None` if in none.
+    /// Returns the pod that `path` belongs to, or `None` if it is outside all pods.
     pub fn find(&self, path: &CgroupPath) -> Result<Option<PodSegment>, MisplacedPod> {
         for root in &self.0 {
             let below = path
@@ -92,7 +96,7 @@ impl PodRoots {
     }
 }
 
-/// Nothing, if no part of the path looks like a pod's.
+/// Fails if any part of the path is like a pod's name.
 fn reject_named(path: &CgroupPath) -> Result<(), MisplacedPod> {
     if path.segments().any(|segment| pod_uid(segment).is_some()) {
         Err(MisplacedPod)
@@ -141,17 +145,17 @@ fn find_under(
 }
 
 impl PodUid {
-    /// As it is.
+    /// Returns the text of the UID.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Whether it is that of a static pod, which the API server knows by another one.
+    /// Returns whether it belongs to a static pod, which has another UID in the API server.
     pub fn is_static(&self) -> bool {
         !self.0.contains('-')
     }
 
-    /// In the spelling of a Kubernetes object.
+    /// Parses a UID in the spelling of a Kubernetes object.
     pub fn parse(text: &str) -> Option<Self> {
         let is_hex = |text: &str| {
             text.bytes()
@@ -165,7 +169,8 @@ impl PodUid {
         (is_static || groups().eq(GROUPS.map(Some))).then(|| Self(text.into()))
     }
 
-    /// Of the directory of a pod; `stem` is the beginning of its name where the directory is systemd's.
+    /// Parses the name of a pod's directory. `stem` is the beginning of the name if systemd manages
+    /// the directory.
     fn of_segment(segment: &str, stem: Option<&str>) -> Option<Self> {
         match stem {
             None => Self::parse(segment.strip_prefix("pod")?),
@@ -174,7 +179,7 @@ impl PodUid {
                     .strip_prefix(stem)?
                     .strip_prefix("-pod")?
                     .strip_suffix(".slice")?;
-                // A dash would mean a slice within another, so the kubelet writes them so.
+                // The kubelet writes underscores, since a dash would mean a nested slice.
                 if uid.contains('-') {
                     None
                 } else {
@@ -185,8 +190,8 @@ impl PodUid {
     }
 }
 
-/// The id of the container whose directory this is: bare or behind the runtime's name. That of a process that only watches
-/// over a container has the same digits in it.
+/// Returns the id of the container that has this directory: bare, or after the runtime's name. The
+/// directory of a monitor process (conmon) contains the same digits and is skipped.
 fn container_of(segment: &str) -> Option<Arc<str>> {
     let name = segment.strip_suffix(".scope").unwrap_or(segment);
     let (runtime, id) = name.rsplit_once('-').unwrap_or(("", name));

@@ -1,11 +1,13 @@
-//! `awsvid check`: walks from the kernel to STS, and says at each step what it saw and what would mend it. It changes nothing,
-//! so it is safe beside the running daemon; a role that it assumes shows up in CloudTrail like any other.
+//! `awsvid check`: tries each step from the kernel to STS, and reports each finding with a fix.
+//!
+//! It changes nothing, so it is safe while the daemon runs. A role that it assumes appears in
+//! CloudTrail like any other.
 
 mod agent;
 mod daemon;
 mod exchange;
+mod host;
 mod issuer;
-mod machine;
 mod report;
 mod workload;
 
@@ -16,8 +18,9 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::https_probe::{HttpProbe, Resolve};
 use super::node;
-use super::web::{HttpProbe, Resolve};
+use super::output::OutputFormat;
 use crate::accounts::Nss;
 use crate::cgroup::PodUid;
 use crate::clock::Clock;
@@ -27,61 +30,74 @@ use crate::sts::{NetworkSettings, Settings, Sts};
 use agent::CheckTarget;
 use report::CheckReport;
 
-/// For each document. STS itself waits no longer.
-const DEADLINE: Duration = Duration::from_secs(8);
+/// Time limit of each document. STS itself does not wait longer.
+const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// Walks the whole path, from the kernel to STS, and says what is wrong where, and what mends it.
+/// Tries each step from the kernel to STS, and reports each problem with its fix
 ///
-/// It takes the steps that the daemon takes for a workload's first request: kernel and privileges, the agent, a token for each
-/// role, the issuer's documents and keys, the exchange at STS. Run it as the daemon runs, as root; it changes nothing, is safe
-/// beside the daemon, and shows no secret. A role that it assumes is in CloudTrail like any other.
+/// The steps are those of the daemon at a workload's first request: kernel and privileges, the
+/// agent, a token for each role, the issuer's documents and keys, the exchange at STS. Run it as
+/// the daemon runs, as root. It changes nothing, is safe while the daemon runs, and shows no
+/// secret. A role that it assumes appears in CloudTrail like any other.
 ///
-/// With --workload it looks at the environment of one workload instead: for variables, profiles and proxies that come before
-/// awsvid, and then asks it.
+/// With --workload it checks the environment of one workload instead: variables, profiles and
+/// proxies that take precedence over awsvid. Then it requests credentials from awsvid.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   sudo awsvid check
-  sudo awsvid check --pid $(systemctl show -p MainPID --value billing)      where SPIRE attests callers
-  sudo awsvid check --resolve oidc.example.org:443:203.0.113.7              the issuer as from outside
-  sudo -u billing awsvid check --workload                                   with that user's environment
+  sudo awsvid check --pid 4711       a workload's identity, if SPIRE attests it
+  sudo awsvid check --resolve oidc.example.org:443:203.0.113.7
+                                     the issuer, as seen from outside
+  sudo -u billing awsvid check --workload
+                                     the environment of that user
 
-Exit status: 0 if all is well; 1 if a step failed, each with what mends it; 2 if none did, but not all could be looked at.")]
+Exit status: 0 if all checks passed, 1 if a step failed, 2 if none failed but
+some could not be checked. Each failure is printed with its fix.")]
 pub struct CheckArgs {
-    /// The daemon's configuration file.
+    /// Path of the daemon's configuration file [default: /etc/awsvid/awsvid.toml]
     #[arg(
         long,
         env = "AWSVID_CONFIG",
         value_name = "FILE",
-        default_value = "/etc/awsvid/awsvid.toml"
+        default_value = "/etc/awsvid/awsvid.toml",
+        hide_default_value = true
     )]
     config: PathBuf,
-    /// One JSON document in place of lines.
-    #[arg(long)]
-    json: bool,
-    /// Looks at the environment of this process as a workload's, and at nothing else: run it as the workload.
+    /// Form of the report: lines, or one JSON document [default: table]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        default_value = "table",
+        hide_default_value = true
+    )]
+    output: OutputFormat,
+    /// Checks only the environment of this process, as a workload's. Run it as the workload
     #[arg(long)]
     workload: bool,
-    /// A running workload, where the agent attests callers; without one, the tokens are those of awsvid itself.
+    /// PID of a running workload, where the agent attests callers. Without it, the tokens are those
+    /// of awsvid itself
     #[arg(long, value_name = "PID")]
     pid: Option<u32>,
-    /// The same for a pod, where the agent is told of pods (spiffe-broker): its `metadata.uid`.
+    /// UID of a pod (`metadata.uid`), where the agent accepts pod references (spiffe-broker)
     #[arg(long, value_name = "UID", conflicts_with = "pid", value_parser = pod)]
     pod: Option<PodUid>,
-    /// Connects to this address for the issuer's documents, to see them as from outside (as curl's --resolve).
+    /// Connects to ADDRESS for the issuer's documents, as a client outside would (like curl's
+    /// --resolve)
     #[arg(long, value_name = "HOST:PORT:ADDRESS")]
     resolve: Vec<String>,
-    /// Looks for the issuer's documents below this URL instead.
+    /// Fetches the issuer's documents below this URL instead
     #[arg(long, value_name = "URL")]
     url: Option<String>,
 }
 
 fn pod(text: &str) -> Result<PodUid, &'static str> {
     PodUid::parse(text)
-        .ok_or("this is no UID of a pod: kubectl get pod NAME -o jsonpath={.metadata.uid}")
+        .ok_or("not the UID of a pod; get it by kubectl get pod NAME -o jsonpath={.metadata.uid}")
 }
 
 impl CheckArgs {
-    fn whom(&self) -> CheckTarget {
+    fn target(&self) -> CheckTarget {
         match (&self.pod, self.pid) {
             (Some(uid), _) => CheckTarget::Pod(uid.clone()),
             (None, Some(pid)) => CheckTarget::Process(pid),
@@ -90,9 +106,10 @@ impl CheckArgs {
     }
 }
 
-/// Walks; the exit status is 0 if all is well, 1 if a step failed, 2 if none did but some could not be looked at.
+/// Runs all checks. Exit status: 0 if all passed, 1 if a step failed, 2 if none failed but some
+/// could not be checked.
 pub fn run(options: &CheckArgs) -> ExitCode {
-    let mut report = CheckReport::new(options.json);
+    let mut report = CheckReport::new(options.output == OutputFormat::Json);
     match tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -104,9 +121,9 @@ pub fn run(options: &CheckArgs) -> ExitCode {
                     &|name| std::env::var(name).ok(),
                     &mut report,
                 )),
-                false => runtime.block_on(walk(options, &mut report)),
+                false => runtime.block_on(run_steps(options, &mut report)),
             }
-            // Without waiting for what still blocks a thread, such as the lookup of a name.
+            // Does not wait for blocked threads, such as the lookup of a name.
             runtime.shutdown_background();
         }
         Err(error) => report.unchecked("machine", error.to_string()),
@@ -114,7 +131,7 @@ pub fn run(options: &CheckArgs) -> ExitCode {
     report.end()
 }
 
-async fn walk(options: &CheckArgs, report: &mut CheckReport) {
+async fn run_steps(options: &CheckArgs, report: &mut CheckReport) {
     let Some(config) = configuration(options, report) else {
         return;
     };
@@ -125,10 +142,10 @@ async fn walk(options: &CheckArgs, report: &mut CheckReport) {
         Err(form) => return report.unchecked("arguments", format!("--resolve: {form}")),
     };
     let proc = Path::new("/proc");
-    machine::check(
+    host::check(
         &config,
         proc,
-        &machine::KernelSupport::tried(&config, proc),
+        &host::KernelSupport::tried(&config, proc),
         report,
     );
     daemon::check(&config, report);
@@ -143,12 +160,12 @@ async fn walk(options: &CheckArgs, report: &mut CheckReport) {
     let web = HttpProbe {
         resolve,
         network: Some(network),
-        deadline: DEADLINE,
+        deadline: DOCUMENT_TIMEOUT,
     };
-    let Some(asked) = agent::connect(&config, options.whom(), report).await else {
+    let Some(source) = agent::connect(&config, options.target(), report).await else {
         return report.unchecked(
             "identity",
-            "without the agent there are no tokens, and nothing after them to look at",
+            "without the agent there are no tokens, so the steps after it were skipped",
         );
     };
     let (mut issuers, mut clocks): (BTreeSet<Option<String>>, Vec<StsTarget>) = Default::default();
@@ -157,10 +174,10 @@ async fn walk(options: &CheckArgs, report: &mut CheckReport) {
             clocks.push(role.sts.clone());
             exchange::clock(&sts, role, &web, report).await;
         }
-        let Some(live) = agent::token(&config, &asked, role, report).await else {
+        let Some(live) = agent::token(&config, &source, role, report).await else {
             continue;
         };
-        // Whatever the audience, the issuer and its keys are the same.
+        // The issuer and its keys are the same for each audience.
         if issuers.insert(live.issuer().map(str::to_owned)) {
             let aws = is_aws_sts(role.sts.endpoint.as_deref());
             issuer::check(&live, options.url.as_deref(), aws, &web, report).await;
@@ -169,7 +186,7 @@ async fn walk(options: &CheckArgs, report: &mut CheckReport) {
     }
     if config.roles.defined.is_empty() {
         report
-            .unchecked("sts", "workloads name their roles themselves (allow_requested_roles), so there is none to try");
+            .unchecked("sts", "workloads name their roles themselves ([requested_roles] allow), so there is none to try");
     }
 }
 
@@ -194,7 +211,7 @@ fn configuration(options: &CheckArgs, report: &mut CheckReport) -> Option<Config
                 STEP,
                 errors.to_string(),
                 format!(
-                    "correct {0}; awsvid config --check {0} says the same",
+                    "correct {0}; awsvid config validate {0} reports the same",
                     options.config.display()
                 ),
             );
@@ -203,7 +220,7 @@ fn configuration(options: &CheckArgs, report: &mut CheckReport) -> Option<Config
     }
 }
 
-/// As the daemon has it, and the way there, which the other steps take too.
+/// Builds the daemon's STS client, and its network settings, which other steps use too.
 fn sts(config: &Config) -> (NetworkSettings, Sts) {
     let network = NetworkSettings::from_env(|name| std::env::var(name).ok());
     let settings = Settings {
@@ -216,6 +233,6 @@ fn sts(config: &Config) -> (NetworkSettings, Sts) {
 }
 
 #[cfg(test)]
-mod documented;
+mod doc_tables;
 #[cfg(test)]
 mod tests;

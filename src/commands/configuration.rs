@@ -1,63 +1,98 @@
-//! `awsvid config`: what a configuration comes to, and what is wrong with one, without a daemon.
+//! `awsvid config`: validates a configuration, or shows the effective one, without a daemon.
 
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 
 use super::{ConfigFile, node};
 use crate::accounts::Nss;
-use crate::config::{Config, ConfigErrors, Exposure, Loaded};
+use crate::config::{Config, ConfigErrors, Exposure, FIRST_UNPRIVILEGED_PORT, Loaded, Problem};
 
-/// sysexits.h, as `awsvid serve` ends with it: something was found in a misconfigured state.
+/// EX_CONFIG of sysexits.h, as for `awsvid serve`.
 const EX_CONFIG: u8 = 78;
-/// Names standard input instead of a file.
+/// The name of standard input.
 const STDIN: &str = "-";
 
-/// Checks or explains a configuration file.
+/// Validates a configuration file, or shows the effective configuration
 ///
-/// Nothing is started and no agent is called. With --check it also examines this machine: its users and groups, the files that
-/// are named, and the owner and mode of the configuration. --offline leaves that out, for another machine than the one that the
-/// file is for.
+/// Nothing is started and no agent is called.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:
-  awsvid config --check awsvid.toml && sudo install -m 0644 awsvid.toml /etc/awsvid/
-  awsvid config --offline --check - <awsvid.toml              in CI, before it is anywhere
-  /usr/bin/awsvid.previous config --offline --check - </etc/awsvid/awsvid.toml
-                                                              before that version is installed again
-  awsvid config --explain | grep -v '# default'
+#[command(after_help = "\
+Examples:
+  awsvid config validate awsvid.toml
+  awsvid config show | grep -v '# default'
 
-Exit status: 0, or 78 if the file has mistakes. Each is one line on standard error: file:line: key: what; what to do. Warnings
-are lines of the same form, with \"warning:\" before the key, and do not change the status.")]
-#[group(skip)]
+Exit status: 0, or 78 if the file has mistakes.")]
 pub struct ConfigArgs {
+    #[command(subcommand)]
+    command: ConfigCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    Validate(ValidateArgs),
+    Show(ShowArgs),
+}
+
+/// Reports every mistake of a configuration file, each with its line and its fix
+///
+/// It also examines this node: users and groups, the named files, and the owner and mode of the
+/// configuration.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  awsvid config validate awsvid.toml
+  awsvid config validate - --offline <awsvid.toml       in CI
+
+Each mistake is one line on standard error: `file:line: key: mistake; fix`.
+A warning has `warning:` before the key, and does not change the status.
+
+Exit status: 0, or 78 if the file has mistakes.")]
+struct ValidateArgs {
+    /// The file, or `-` for standard input [default: the file of --config]
+    #[arg(value_name = "FILE|-")]
+    file: Option<PathBuf>,
     #[command(flatten)]
     config: ConfigFile,
-    /// Prints all that is in effect, as a file would say it: every key, with what is a default, and where else a value comes
-    /// from. Variables are those of this command: the daemon may have others.
-    #[arg(long, required_unless_present = "check")]
-    explain: bool,
-    /// Reports every mistake in this file, each with its line and what to do, and warnings. `-` is standard input.
-    #[arg(long, value_name = "FILE", conflicts_with = "explain")]
-    check: Option<PathBuf>,
-    /// Checks the text alone, and nothing of this machine.
-    #[arg(long, requires = "check", conflicts_with = "explain")]
+    /// Validates the text alone, without facts of this node.
+    #[arg(long)]
     offline: bool,
 }
 
+/// Prints the effective configuration as a file
+///
+/// It has every key, and marks each default and each value that comes from elsewhere. The
+/// environment is that of this command. The daemon may have another.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  awsvid config show
+  awsvid config show --config awsvid.toml | grep -v '# default'
+
+Exit status: 0, or 78 if the file has mistakes.")]
+struct ShowArgs {
+    #[command(flatten)]
+    config: ConfigFile,
+}
+
 impl ConfigArgs {
-    /// Checks it, and prints it if that is wanted.
+    /// Runs the subcommand, and returns the exit status.
     pub fn run(&self) -> ExitCode {
         let env = |name: &str| std::env::var(name).ok();
-        match &self.check {
-            Some(path) => check(path, self.offline, env).unwrap_or_else(|status| status),
-            None => explain(self.config.path(), env).unwrap_or_else(|status| status),
-        }
+        let status = match &self.command {
+            ConfigCommand::Validate(args) => {
+                let path = args.file.as_deref().unwrap_or(args.config.path());
+                validate(path, args.offline, env)
+            }
+            ConfigCommand::Show(args) => show(args.config.path(), env),
+        };
+        status.unwrap_or_else(|status| status)
     }
 }
 
-fn check(
+fn validate(
     path: &Path,
     offline: bool,
     env: impl Fn(&str) -> Option<String>,
@@ -67,8 +102,11 @@ fn check(
         (false, true) => Config::load(path, Exposure::Ignored, env),
         (false, false) => Config::load(path, Exposure::of_command(), env),
     };
-    let loaded = loaded.and_then(|loaded| {
+    let loaded = loaded.and_then(|mut loaded| {
         if offline {
+            let ports = loaded.config.unprivileged_ports(FIRST_UNPRIVILEGED_PORT);
+            loaded.warnings.extend(ports);
+            sort(&mut loaded.warnings);
             Ok(loaded)
         } else {
             with_files_of_node(path, loaded)
@@ -78,7 +116,7 @@ fn check(
     Ok(print(&format!("{}: no mistakes\n", path.display())))
 }
 
-/// Adds what this node says of it. For root a file that the daemon would not use is an error, as the configuration itself is.
+/// Adds warnings about this node. For root, a file that the daemon would not use is an error.
 fn with_files_of_node(path: &Path, mut loaded: Loaded) -> Result<Loaded, ConfigErrors> {
     let exposed = node::exposed(&loaded.config);
     if Exposure::of_command() == Exposure::Refused && !exposed.is_empty() {
@@ -89,10 +127,12 @@ fn with_files_of_node(path: &Path, mut loaded: Loaded) -> Result<Loaded, ConfigE
     }
     loaded.warnings.extend(exposed);
     loaded.warnings.extend(node::warnings(&loaded.config, &Nss));
-    loaded
-        .warnings
-        .sort_by_key(|warning| warning.line.unwrap_or(usize::MAX));
+    sort(&mut loaded.warnings);
     Ok(loaded)
+}
+
+fn sort(warnings: &mut [Problem]) {
+    warnings.sort_by_key(|warning| warning.line.unwrap_or(usize::MAX));
 }
 
 fn read_stdin(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, ConfigErrors> {
@@ -107,18 +147,19 @@ fn read_stdin(path: &Path, env: &dyn Fn(&str) -> Option<String>) -> Result<Loade
     })
 }
 
-fn explain(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<ExitCode, ExitCode> {
+fn show(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<ExitCode, ExitCode> {
     let Loaded { config, .. } = report(path, Config::load(path, Exposure::Warned, &env))?;
-    // Read once more for which keys are in it. If it has changed in this moment, only the origins are those of the new one.
+    // A second read finds which keys the file has. If the file has changed meanwhile, only the
+    // origins are those of the new one.
     let text = std::fs::read_to_string(path).unwrap_or_default();
     Ok(print(&format!(
-        "# {}, and what it leaves out\n{}",
+        "# {}, with all defaults\n{}",
         path.display(),
-        config.explain(&text, &env)
+        config.show(&text, &env)
     )))
 }
 
-/// The configuration; what is wrong or unwise about it is on standard error.
+/// Returns the configuration, after it has written errors or warnings to standard error.
 #[expect(clippy::print_stderr, reason = "this is what the command is for")]
 fn report(path: &Path, loaded: Result<Loaded, ConfigErrors>) -> Result<Loaded, ExitCode> {
     match loaded {
@@ -138,7 +179,7 @@ fn report(path: &Path, loaded: Result<Loaded, ConfigErrors>) -> Result<Loaded, E
     }
 }
 
-/// A reader that stops early is not an error.
+/// Writes to standard output. A reader that stops early is not an error.
 fn print(text: &str) -> ExitCode {
     match io::stdout().write_all(text.as_bytes()) {
         Ok(()) => ExitCode::SUCCESS,

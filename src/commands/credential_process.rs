@@ -1,4 +1,9 @@
-//! `awsvid credential-process`: for `~/.aws/config`, over the unix socket.
+//! `awsvid credential-process`, for `~/.aws/config`: fetches credentials over the unix socket.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
 
 use std::borrow::Cow;
 use std::io::{self, Write};
@@ -12,17 +17,17 @@ use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::client::LocalResponse;
 use super::exec::role_in_path;
-use super::{ConfigFile, server};
+use super::http_client::LocalResponse;
+use super::{ConfigFile, trusted_socket};
 
-/// SDKs run it once and take what it says, so it tries as long as a person would wait.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// Between tries, if the daemon says nothing else; and at most, whatever it says.
-const PAUSE: Duration = Duration::from_secs(1);
-const PAUSE_MAX: Duration = Duration::from_secs(5);
-/// No SDK takes more from the daemon.
-const ANSWER_MAX: usize = 64 * 1024;
+/// Total time of all attempts. SDKs run the command once and use its result.
+const TOTAL_TIMEOUT: Duration = Duration::from_secs(20);
+/// Pause between attempts if the daemon sends no `Retry-After`, and the maximum pause.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+const MAX_RETRY_PAUSE: Duration = Duration::from_secs(5);
+/// Maximum size of a response. SDKs do not accept larger ones either.
+const MAX_RESPONSE: usize = 64 * 1024;
 
 /// Prints credentials for `credential_process` in ~/.aws/config
 ///
@@ -31,28 +36,35 @@ const ANSWER_MAX: usize = 64 * 1024;
 ///   [profile billing]
 ///   credential_process = /usr/bin/awsvid credential-process --role billing
 ///
-/// SDKs run this command whenever they need new credentials. It asks over awsvid's unix socket, after it has made sure that
-/// the socket is awsvid's: directory, file and listener belong to root. What it prints is secret.
+/// SDKs run this command whenever they need new credentials. It fetches them over
+/// awsvid's unix socket, after it has verified that the directory, the file and
+/// the listener of the socket belong to root. The output is secret.
 ///
-/// Rules by `exe` never match: it is this command that asks, with the user, the groups and the cgroup of whoever runs it,
-/// but with awsvid's own executable. Programs that set the variables of `awsvid exec` ask themselves, and match.
+/// Rules by `exe` never match, because the caller is awsvid's own executable. User,
+/// groups and cgroup are those of the process that runs it. Programs with the
+/// variables of `awsvid exec` fetch credentials themselves, and match.
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
+#[command(
+    verbatim_doc_comment,
+    after_help = "\
+Exit status: 0 with the credentials on standard output, 1 with the reason on
+standard error."
+)]
 pub struct CredentialProcess {
     #[command(flatten)]
     config: ConfigFile,
-    /// awsvid's unix socket, instead of what the configuration says.
+    /// Path of awsvid's unix socket, instead of the configuration's
     #[arg(long, value_name = "FILE")]
     socket: Option<PathBuf>,
-    /// One of several roles, by the name of its `[[role]]`.
+    /// Name of the `[[role]]`, if the workload has several
     #[arg(long, value_name = "NAME")]
     role: Option<String>,
-    /// Also trusts a daemon that runs as this very user, such as `awsvid dev`.
+    /// Trusts a daemon that runs as this user, too, such as `awsvid dev`
     #[arg(long)]
     same_user: bool,
 }
 
-/// What the daemon says.
+/// The daemon's response with credentials.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct ProcessCredentials<'a> {
@@ -66,14 +78,14 @@ struct ProcessCredentials<'a> {
     expiration: Cow<'a, str>,
 }
 
-/// What it says if there are none.
+/// The daemon's response without credentials.
 #[derive(Deserialize)]
 struct ProcessRefusal {
     code: String,
     message: String,
 }
 
-/// The format of AWS's documentation ("Process credential provider"): these keys and no others.
+/// The format that AWS documents ("Process credential provider"): these keys and no others.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct ProcessOutput<'a> {
@@ -85,8 +97,11 @@ struct ProcessOutput<'a> {
 }
 
 impl CredentialProcess {
-    /// Prints them, or on standard error why not.
-    #[expect(clippy::print_stderr, reason = "SDKs show it to whoever runs them")]
+    /// Prints the credentials, or the error on standard error.
+    #[expect(
+        clippy::print_stderr,
+        reason = "SDKs show standard error to their user"
+    )]
     pub fn run(&self) -> ExitCode {
         match self.fetch().and_then(|output| {
             io::stdout()
@@ -104,7 +119,7 @@ impl CredentialProcess {
     fn fetch(&self) -> Result<Zeroizing<Vec<u8>>, String> {
         let socket = match &self.socket {
             Some(socket) => socket.clone(),
-            None => self.config.daemon_endpoints().map_err(|errors| format!("{errors}\nor name the socket with --socket"))?.listen.unix.ok_or(
+            None => self.config.daemon_endpoints().map_err(|errors| format!("{errors}\nor give the socket with --socket"))?.listen.unix.ok_or(
                 "the configuration has no unix socket; set `unix` in [listen], or give SDKs the variables of `awsvid exec`",
             )?,
         };
@@ -114,9 +129,9 @@ impl CredentialProcess {
         };
         let mut owners = vec![0];
         owners.extend(self.same_user.then(|| geteuid().as_raw()));
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TOTAL_TIMEOUT;
         loop {
-            let answer = server::get(&socket, &owners, &path, ANSWER_MAX, deadline)?;
+            let answer = trusted_socket::get(&socket, &owners, &path, MAX_RESPONSE, deadline)?;
             match answer.status {
                 200 => return output(&answer.body),
                 503 if Instant::now() + pause(&answer) < deadline => thread::sleep(pause(&answer)),
@@ -129,16 +144,15 @@ impl CredentialProcess {
 fn pause(answer: &LocalResponse) -> Duration {
     answer
         .retry_after
-        .unwrap_or(PAUSE)
-        .clamp(Duration::from_millis(100), PAUSE_MAX)
+        .unwrap_or(RETRY_PAUSE)
+        .clamp(Duration::from_millis(100), MAX_RETRY_PAUSE)
 }
 
-/// What the daemon said, which is for whoever runs the workload.
+/// Returns the daemon's error message, for the user of the workload.
 fn refusal(answer: &LocalResponse) -> String {
     match serde_json::from_slice::<ProcessRefusal>(&answer.body) {
         Ok(ProcessRefusal { code, message }) => {
-            let exe =
-                "rules by `exe` never match here, since awsvid's own executable asks: see --help";
+            let exe = "rules by `exe` never match here, because the caller is awsvid's own executable: see --help";
             let hint = if code == "no_identity" {
                 format!(" ({exe})")
             } else {
@@ -147,16 +161,16 @@ fn refusal(answer: &LocalResponse) -> String {
             format!("{}{hint}", message.replace(char::is_control, " "))
         }
         Err(_) => format!(
-            "the answer has status {} and is not awsvid's; is --socket the right one?",
+            "unexpected response with status {}: not from awsvid; give the right --socket",
             answer.status
         ),
     }
 }
 
 fn output(body: &[u8]) -> Result<Zeroizing<Vec<u8>>, String> {
-    // Without the parser's words: it may quote what it read.
-    let issued: ProcessCredentials<'_> =
-        serde_json::from_slice(body).map_err(|_| "the answer is not awsvid's".to_owned())?;
+    // Without the parser's own message, which may quote the input.
+    let issued: ProcessCredentials<'_> = serde_json::from_slice(body)
+        .map_err(|_| "unexpected response: not from awsvid".to_owned())?;
     let output = ProcessOutput {
         version: 1,
         access_key_id: &issued.access_key_id,
@@ -164,7 +178,8 @@ fn output(body: &[u8]) -> Result<Zeroizing<Vec<u8>>, String> {
         session_token: &issued.token,
         expiration: &issued.expiration,
     };
-    // No larger than the answer but for longer names: a buffer that grows leaves copies of the secrets behind.
+    // No larger than the response, except for longer names: a buffer that grows leaves copies of
+    // the secrets behind.
     let mut text = Zeroizing::new(Vec::with_capacity(body.len() + 256));
     serde_json::to_writer(&mut *text, &output).map_err(|error| error.to_string())?;
     text.push(b'\n');
@@ -176,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_output_is_as_aws_documents_it() {
+    fn output_has_the_format_that_aws_documents() {
         let body = r#"{"Code":"Success","AccessKeyId":"ASIA1","SecretAccessKey":"a/b+c","Token":"t==","Expiration":"2026-01-02T03:04:05Z","AccountId":"123456789012","RoleArn":"arn:aws:iam::123456789012:role/a"}"#;
         let text = output(body.as_bytes()).unwrap();
         let expected = "{\"Version\":1,\"AccessKeyId\":\"ASIA1\",\"SecretAccessKey\":\"a/b+c\",\"SessionToken\":\"t==\",\"Expiration\":\"2026-01-02T03:04:05Z\"}\n";
@@ -192,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_the_daemons_own_words() {
+    fn refusal_is_the_daemons_message() {
         let answer = |body: &str| LocalResponse {
             status: 403,
             retry_after: None,

@@ -1,4 +1,5 @@
-//! `awsvid exec -- CMD`: a command with the variables by which SDKs find awsvid, and without those by which they find others.
+//! `awsvid exec -- CMD`: runs a command with the variables by which SDKs find awsvid, and without
+//! those with precedence.
 
 use std::ffi::OsString;
 use std::io::{self, ErrorKind};
@@ -12,68 +13,70 @@ use hyper::Uri;
 
 use super::{ConfigFile, DaemonEndpoints};
 use crate::config::{AuthorizationMode, Listen};
-use crate::environment::{self, Environment, HIGHER_PRECEDENCE_VARS};
+use crate::sdk_environment::{self, Environment, HIGHER_PRECEDENCE_VARS};
 
 mod over_tcp;
 mod profile;
 
-/// As env(1) and timeout(1) end where it is them that failed, and not the command.
+/// Exit statuses of env(1) and timeout(1) for failures of their own.
 const OWN_FAILURE: u8 = 125;
-/// The path that the daemon serves.
+/// Path that the daemon serves.
 const PATH: &str = "/v1/credentials";
-/// What SDKs take over plain HTTP besides loopback: the addresses of ECS and EKS.
+/// Addresses of ECS and EKS, which SDKs use over plain HTTP in addition to loopback.
 const CONTAINER_HOSTS: [&str; 3] = ["169.254.170.2", "169.254.170.23", "fd00:ec2::23"];
 
-/// Runs a command with awsvid's credentials.
+/// Runs a command with awsvid's credentials
 ///
-/// Sets the variables by which every AWS SDK and the AWS CLI find awsvid, removes those by which they would find other
-/// credentials first (and says which), and becomes the command: same process, same terminal, its exit status. Credentials
-/// are fetched by the command itself, and renewed by it for as long as it runs. Where awsvid refuses all callers over TCP
-/// (unsupported_kernel) the command is not started.
+/// Sets the variables by which every AWS SDK and the AWS CLI find awsvid. Removes those that would
+/// take precedence, and reports their names. Then it becomes the command: same process, same
+/// terminal, its exit status. The command itself fetches and renews its credentials. If awsvid
+/// rejects all callers over TCP (unsupported_kernel), the command is not started.
 ///
-/// Profiles come first as well. One that leads to awsvid is kept, as one with `credential_source = EcsContainer` or with
-/// `credential_process = awsvid credential-process`. Instead of one that leads to other credentials the command gets
-/// another profile with all other settings of that one.
+/// Profiles take precedence as well. A profile that leads to awsvid is kept: one with
+/// `credential_source = EcsContainer` or with `credential_process = awsvid credential-process`. A
+/// profile that leads to other credentials is replaced by another one with all its other settings.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   awsvid exec -- aws sts get-caller-identity
   awsvid exec --role backup -- restic backup /srv
-  awsvid exec --url http://127.0.0.1:974 -- ./server        in a container, without a configuration
+  awsvid exec --url http://127.0.0.1:974 -- ./server   without a configuration
 
-Exit status: that of the command; 127 if there is none of that name, 126 if it can't be run, 125 if awsvid itself fails.")]
+Exit status: that of the command, 127 if the command does not exist, 126 if it
+cannot be run, 125 if awsvid itself fails.")]
 pub struct Exec {
     #[command(flatten)]
     config: ConfigFile,
-    /// Where awsvid is, instead of what the configuration says: `http://127.0.0.1:974`, with or without a path.
+    /// URL of awsvid, instead of the configuration's: `http://127.0.0.1:974`, with or without a
+    /// path
     #[arg(long, value_name = "URL")]
     url: Option<String>,
-    /// One of several roles, by the name of its `[[role]]`.
+    /// Name of the `[[role]]`, if the workload has several
     #[arg(long, value_name = "NAME")]
     role: Option<String>,
-    /// The daemon's token file, instead of what the configuration says.
+    /// Path of the daemon's token file, instead of the configuration's
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// Don't say what was removed.
+    /// Omits the report of removed variables
     #[arg(long, short)]
     quiet: bool,
-    /// The command and its arguments.
+    /// Command to run, with its arguments
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<OsString>,
 }
 
-/// The variables, and what a person should know about them.
+/// Environment of the command, and notes for the user.
 struct Prepared {
-    /// Where the command asks for credentials.
+    /// URI from which the command fetches credentials.
     uri: String,
     environment: Environment,
     notes: Vec<String>,
 }
 
 impl Exec {
-    /// Becomes the command. Returns only if that is not possible.
+    /// Becomes the command. Returns only on failure.
     #[expect(
         clippy::print_stderr,
-        reason = "what a person has to know before the command takes over the terminal"
+        reason = "notes and errors go to standard error before the command takes over the terminal"
     )]
     pub fn run(&self) -> ExitCode {
         let prepared = self.prepare(|name| std::env::var(name).ok());
@@ -98,7 +101,7 @@ impl Exec {
                 prepared.environment.apply(command.args(arguments));
                 command.exec()
             }
-            None => io::Error::other("there is no command"),
+            None => io::Error::other("the command is missing"),
         };
         let name = self
             .command
@@ -106,18 +109,18 @@ impl Exec {
             .map(|name| name.to_string_lossy())
             .unwrap_or_default();
         eprintln!("awsvid exec: {name}: {error}");
-        ExitCode::from(environment::exit_code(&error))
+        ExitCode::from(sdk_environment::exit_code(&error))
     }
 
     fn prepare(&self, inherited: impl Fn(&str) -> Option<String>) -> Result<Prepared, String> {
-        let beside = if self.url.is_some() && self.config.config.is_none() {
+        let daemon = if self.url.is_some() && self.config.config.is_none() {
             DaemonEndpoints {
                 listen: Listen::default(),
                 region: None,
             }
         } else {
             let hint =
-                "give --url http://127.0.0.1:974 if the configuration is not for this user to read";
+                "give --url http://127.0.0.1:974 if this user may not read the configuration";
             self.config
                 .daemon_endpoints()
                 .map_err(|errors| format!("{errors}\n{hint}"))?
@@ -125,34 +128,34 @@ impl Exec {
         let url = self
             .url
             .as_deref()
-            .map_or_else(|| loopback(&beside.listen), endpoint)?;
+            .map_or_else(|| loopback(&daemon.listen), endpoint)?;
         let uri = match &self.role {
             Some(role) => format!("{}/{}", url.uri, role_in_path(role)?),
             None => url.uri,
         };
         let mut environment = Environment::new(uri.clone(), &url.host, &inherited);
-        self.give_token(&mut environment, &beside.listen)?;
+        self.set_token(&mut environment, &daemon.listen)?;
         let mut notes = Vec::new();
-        let there: Vec<&str> = HIGHER_PRECEDENCE_VARS
+        let present: Vec<&str> = HIGHER_PRECEDENCE_VARS
             .into_iter()
             .map(|(name, _)| name)
             .filter(|name| environment.removed().contains(name) && inherited(name).is_some())
             // These may lead to awsvid.
             .filter(|name| !profile::VARIABLES.contains(name))
             .collect();
-        if !there.is_empty() {
-            let why = "SDKs take credentials from there before they ask awsvid";
+        if !present.is_empty() {
+            let why = "SDKs prefer them to awsvid";
             notes.push(format!(
                 "removed from the command's environment: {} ({why})",
-                there.join(", ")
+                present.join(", ")
             ));
         }
-        let judged = profile::judge(&mut environment, &mut notes, &inherited);
+        let has_region = profile::replace(&mut environment, &mut notes, &inherited)?;
         let is_set = inherited("AWS_REGION")
             .or_else(|| inherited("AWS_DEFAULT_REGION"))
             .is_some()
-            || judged.has_region;
-        let region = judged.hidden_region.or(beside.region).filter(|_| !is_set);
+            || has_region;
+        let region = daemon.region.filter(|_| !is_set);
         if let Some(region) = region {
             environment.set("AWS_REGION", region.as_str());
             environment.set("AWS_DEFAULT_REGION", region);
@@ -164,9 +167,11 @@ impl Exec {
         })
     }
 
-    /// The token both ways with one content: old SDKs know only the variable, one client (object_store) uses the endpoint
-    /// only with the file, and where the two differed it would depend on the SDK which one is sent.
-    fn give_token(&self, environment: &mut Environment, listen: &Listen) -> Result<(), String> {
+    /// Sets the token by both variables, with one content.
+    ///
+    /// Old SDKs know only the variable with the token, and one client (object_store) uses the
+    /// endpoint only with the file. If the two differed, each SDK would send another one.
+    fn set_token(&self, environment: &mut Environment, listen: &Listen) -> Result<(), String> {
         let path = self.token_file.as_deref().unwrap_or(&listen.token_file);
         let needed = self.token_file.is_some() || listen.authorization == AuthorizationMode::Token;
         match read_token(path) {
@@ -179,7 +184,7 @@ impl Exec {
             }
             Err(error) if needed => {
                 let fix =
-                    "awsvid writes it when it starts; is it running, and is this its --token-file?";
+                    "awsvid writes it at its start; is it running, and is this its --token-file?";
                 return Err(format!("the token file {}: {error}; {fix}", path.display()));
             }
             // Any value will do.
@@ -189,15 +194,16 @@ impl Exec {
     }
 }
 
-/// The daemon's URL.
+/// URL of the daemon's endpoint.
 #[derive(Debug, PartialEq, Eq)]
 struct Url {
-    /// Without a trailing slash.
+    /// The URI, without a trailing slash.
     uri: String,
     host: String,
 }
 
-/// An address of the configuration, best 127.0.0.1: the one form that every SDK accepts.
+/// Returns an address of the configuration, preferably 127.0.0.1, the only form that every SDK
+/// accepts.
 fn loopback(listen: &Listen) -> Result<Url, String> {
     let address = listen
         .tcp
@@ -206,7 +212,7 @@ fn loopback(listen: &Listen) -> Result<Url, String> {
         .or(listen.tcp.first());
     let Some(address) = address else {
         return Err(
-            "the configuration has no `tcp` address, and SDKs can't ask over the unix socket; \
+            "the configuration has no `tcp` address, and SDKs cannot use the unix socket; \
                     add one, or use `awsvid credential-process` in ~/.aws/config"
                 .to_owned(),
         );
@@ -220,12 +226,12 @@ fn loopback(listen: &Listen) -> Result<Url, String> {
     endpoint(&format!("http://{address}"))
 }
 
-/// Reads a URL as somebody would write it, and refuses what SDKs would refuse with fewer words.
+/// Parses a URL leniently, and rejects what SDKs would reject, with a better message.
 fn endpoint(text: &str) -> Result<Url, String> {
     const FORM: &str = "write it as http://127.0.0.1:974";
     let failed = |what: &str| Err(format!("--url {text:?}: {what}; {FORM}"));
     let Ok(url) = text.parse::<Uri>() else {
-        return failed("it is no URL");
+        return failed("not a URL");
     };
     let (Some(scheme), Some(authority)) = (url.scheme_str(), url.authority()) else {
         return failed("it has no scheme or no host");
@@ -235,17 +241,17 @@ fn endpoint(text: &str) -> Result<Url, String> {
     }
     let host = authority.host();
     let bare = host.trim_start_matches('[').trim_end_matches(']');
-    let is_near = match bare.parse::<IpAddr>() {
+    let is_local = match bare.parse::<IpAddr>() {
         Ok(address) => address.is_loopback() || CONTAINER_HOSTS.contains(&bare),
         Err(_) => bare == "localhost",
     };
     match scheme {
         "https" => {}
-        "http" if is_near => {}
-        "http" => return failed("over plain HTTP SDKs ask only loopback"),
-        _ => return failed("SDKs know http and https"),
+        "http" if is_local => {}
+        "http" => return failed("over plain HTTP SDKs accept only loopback addresses"),
+        _ => return failed("SDKs support only http and https"),
     }
-    // With an empty path some SDKs ask for nothing.
+    // With an empty path some SDKs send no request.
     let path = match url.path().trim_end_matches('/') {
         "" => PATH,
         path => path,
@@ -256,21 +262,24 @@ fn endpoint(text: &str) -> Result<Url, String> {
     })
 }
 
-/// A role's name, or its ARN in percent-encoding.
+/// Returns the role's name, or its ARN in percent-encoding.
 pub(super) fn role_in_path(role: &str) -> Result<String, String> {
     use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
     const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'.').remove(b'_').remove(b'-');
     match role {
-        "" | "." | ".." => Err(format!("--role {role:?} is no role's name")),
+        "" | "." | ".." => Err(format!("--role {role:?} is not the name of a role")),
         _ => Ok(utf8_percent_encode(role, ESCAPED).to_string()),
     }
 }
 
-/// Some SDKs send what is in the file as it is, others refuse a line break in it.
+/// Reads the token. Some SDKs send the file's content unchanged, others reject a line break in it.
 fn read_token(path: &Path) -> io::Result<String> {
     let text = std::fs::read_to_string(path)?;
     if text.is_empty() || !text.bytes().all(|c| c.is_ascii_graphic()) {
-        return Err(io::Error::new(ErrorKind::InvalidData, "it holds no token"));
+        return Err(io::Error::new(
+            ErrorKind::InvalidData,
+            "the content is not a token",
+        ));
     }
     Ok(text)
 }

@@ -1,31 +1,43 @@
-//! What a configuration names that this node does not have, or has in a way that its writer can't have meant.
+//! Warnings about users, programs and files that a configuration names and that this node lacks or
+//! exposes.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use crate::accounts::NameService;
 use crate::config::{AuditFile, Config, Problem, exposures};
-use crate::rule::{AccountName, ExeMatcher, Known, OVERFLOW_ID};
+use crate::listen::first_unprivileged_port;
+use crate::workload_rule::{AccountName, AccountState, ExeMatcher, OVERFLOW_ID};
 
 const OTHERS_WRITE: u32 = 0o022;
+/// Time limit of the metadata of a rule's program.
+const METADATA_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Warnings about this node. Nothing of it keeps the daemon from starting: what is missing may come. Blocks while the name
-/// service does not answer.
+/// Returns warnings about this node. None of them prevents the start, because what is missing may
+/// appear. Blocks while the name service does not answer.
 pub(super) fn warnings(config: &Config, service: &dyn NameService) -> Vec<Problem> {
     let mut numbers = BTreeMap::new();
     let mut warnings = accounts(config, service, &mut numbers);
-    warnings
-        .extend(config.shadowed(|name| numbers.get(name).copied().unwrap_or(Known::Unanswered)));
+    warnings.extend(config.shadowed(|name| {
+        numbers
+            .get(name)
+            .copied()
+            .unwrap_or(AccountState::Unanswered)
+    }));
+    warnings.extend(config.unprivileged_ports(first_unprivileged_port()));
     warnings.extend(programs(config));
     warnings.extend(files(config));
     warnings
 }
 
-/// Each way in which another user could change a file that the configuration names and that the daemon trusts (T38). The daemon
-/// does not use such a file.
+/// Returns each way in which another user could change a file that the configuration names and the
+/// daemon trusts (T38). The daemon does not use such a file.
 pub(super) fn exposed(config: &Config) -> Vec<Problem> {
     let found = |path: &Path| Some((path.to_owned(), fs::metadata(path).ok()?));
     let ca_file = config.sts.ca_file.as_deref().and_then(found);
@@ -44,7 +56,7 @@ pub(super) fn exposed(config: &Config) -> Vec<Problem> {
 fn accounts(
     config: &Config,
     service: &dyn NameService,
-    numbers: &mut BTreeMap<AccountName, Known>,
+    numbers: &mut BTreeMap<AccountName, AccountState>,
 ) -> Vec<Problem> {
     let mut warnings = Vec::new();
     for (name, (key, line)) in config
@@ -59,27 +71,27 @@ fn accounts(
             fix: fix.to_owned(),
         };
         let known = match service.number(name) {
-            Ok(Some(number)) => Known::Number(number),
-            Ok(None) => Known::Absent,
+            Ok(Some(number)) => AccountState::Number(number),
+            Ok(None) => AccountState::Absent,
             Err(error) => {
-                let what = format!("looking up the {name} failed: {}", error.desc());
+                let what = format!("the lookup of the {name} failed: {}", error.desc());
                 warnings.push(warning(
                     what,
                     "check /etc/nsswitch.conf and the services that it names",
                 ));
-                Known::Unanswered
+                AccountState::Unanswered
             }
         };
         match known {
-            Known::Number(OVERFLOW_ID) => warnings.push(warning(
-                format!("the {name} has the number {OVERFLOW_ID}, which the kernel shows for an id that it can't map"),
+            AccountState::Number(OVERFLOW_ID) => warnings.push(warning(
+                format!("the {name} has the number {OVERFLOW_ID}, which the kernel shows for an id that it cannot map"),
                 "give the workload a user or group of its own: no caller matches this one",
             )),
-            Known::Absent => warnings.push(warning(
-                format!("there is no {name} on this node, so the rule matches no caller until there is"),
+            AccountState::Absent => warnings.push(warning(
+                format!("the {name} does not exist on this node, so the rule matches no caller yet"),
                 "correct the name if it is wrong",
             )),
-            Known::Number(_) | Known::Unanswered => {}
+            AccountState::Number(_) | AccountState::Unanswered => {}
         }
         numbers.insert(name.clone(), known);
     }
@@ -99,18 +111,30 @@ fn programs(config: &Config) -> impl Iterator<Item = Problem> {
     })
 }
 
+/// Returns the metadata of a file. Fails with `TimedOut` if its file system does not answer: NFS,
+/// or a user's FUSE mount (T25).
+fn metadata(path: &Path) -> io::Result<Metadata> {
+    let (sender, result) = mpsc::channel();
+    let path = path.to_owned();
+    // The thread ends with the command.
+    thread::spawn(move || drop(sender.send(fs::metadata(path))));
+    result
+        .recv_timeout(METADATA_TIMEOUT)
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
 fn program(path: &Path) -> Option<(String, &'static str)> {
     let shown = path.display();
-    match fs::metadata(path) {
+    match metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Some((
-            format!("{shown} is not there, so the rule matches no caller until it is"),
+            format!("{shown} does not exist, so the rule matches no caller yet"),
             "correct the path if it is wrong",
         )),
         Err(error) => Some((
             format!(
-                "{shown} cannot be looked at, so callers that the rule may be for are refused until it can: {error}"
+                "{shown} cannot be read, so callers that the rule may match are refused until it can: {error}"
             ),
-            "name a file that root can see, on a file system that answers",
+            "name a file that root can read, on a file system that answers",
         )),
         Ok(found) if !found.is_file() => Some((
             format!("{shown} is not a file, so the rule matches no caller"),
@@ -123,9 +147,9 @@ fn program(path: &Path) -> Option<(String, &'static str)> {
         {
             Some((
                 format!(
-                    "{shown} can be changed by other users than root, so it proves nothing about its caller"
+                    "{shown} can be changed by users other than root, so it proves nothing about its caller"
                 ),
-                "make it and the directories that lead to it root's with mode 0755, or rely on `user` or `systemd_unit`",
+                "give it and the directories above it to root with mode 0755, or use `user` or `systemd_unit`",
             ))
         }
         Ok(_) => None,
@@ -143,7 +167,7 @@ fn files(config: &Config) -> Vec<Problem> {
     if let Some(path) = &config.sts.ca_file
         && let Err(error) = File::open(path)
     {
-        let what = format!("{} can't be read: {error}", path.display());
+        let what = format!("{} cannot be read: {error}", path.display());
         warnings.push(warning(
             "sts.ca_file",
             what,
@@ -153,11 +177,11 @@ fn files(config: &Config) -> Vec<Problem> {
     if let AuditFile::Path(path) = &config.audit.file
         && let Some(directory) = path.parent().filter(|directory| !directory.is_dir())
     {
-        let what = format!("there is no directory {}", directory.display());
+        let what = format!("the directory {} does not exist", directory.display());
         warnings.push(warning(
             "audit.file",
             what,
-            "make it, or mount it: until then audit records wait, and are lost beyond 8 MiB",
+            "create it, or mount it: until then audit records wait, and are lost beyond 8 MiB",
         ));
     }
     warnings

@@ -1,4 +1,9 @@
-//! `awsvid probe`: whether the daemon of this container or machine lives, or is ready, over the status socket.
+//! `awsvid probe`: liveness and readiness of the local daemon, over the status socket.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,67 +12,68 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use nix::unistd::geteuid;
 
-use super::{ConfigFile, server};
+use super::{ConfigFile, trusted_socket};
 
-/// For one answer. The kubelet has a limit of its own.
-const PATIENCE: Duration = Duration::from_secs(10);
-const ANSWER_MAX: usize = 64 * 1024;
+/// Time limit of the response. The kubelet has a limit of its own.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
+const MAX_RESPONSE: usize = 64 * 1024;
 
-/// Reports whether the daemon of this machine or container lives, or is ready: for probes that run a command.
+/// Checks that the local daemon is alive or ready, for probes that run a command
 ///
-/// The request goes over the status socket, which is root's. A flood of the operators' TCP address therefore keeps no probe from
-/// its answer. Prints one line, with the reason if the daemon is not ready.
+/// The request uses the status socket, which only root can open. So a flood of requests to the
+/// operators' TCP address does not delay a probe. Prints one line, with the reason if the daemon is
+/// not ready.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   awsvid probe ready
   awsvid probe live --socket /run/awsvid/status.sock
 
-Exit status: 0 if it is so, 1 if not.")]
+Exit status: 0 if the condition holds, 1 if not.")]
 pub struct Probe {
-    /// Which of the two.
-    what: What,
+    /// Condition of the daemon to check
+    condition: ProbeKind,
     #[command(flatten)]
     config: ConfigFile,
-    /// awsvid's status socket, instead of the configuration's.
+    /// Path of awsvid's status socket, instead of the configuration's
     #[arg(long, value_name = "FILE")]
     socket: Option<PathBuf>,
 }
 
-/// A question.
+/// Condition of the daemon that a probe checks.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum What {
-    /// Whether the daemon answers: if not for long, it has to be started again.
+enum ProbeKind {
+    /// The daemon answers. If it does not for some time, restart it.
     Live,
-    /// Whether workloads are served: the same as `/readyz`.
+    /// Workloads are served, as in `/readyz`.
     Ready,
 }
 
 impl Probe {
-    /// Asks.
-    #[expect(clippy::print_stdout, reason = "a command whose output is for people")]
+    /// Probes once and prints the result.
+    #[expect(clippy::print_stdout, reason = "the output of this command")]
     pub fn run(&self) -> ExitCode {
-        let (said, status) = match self.ask() {
-            Ok((200, said)) => (said, ExitCode::SUCCESS),
-            Ok((_, said)) | Err(said) => (said, ExitCode::FAILURE),
+        let (text, status) = match self.fetch() {
+            Ok((200, text)) => (text, ExitCode::SUCCESS),
+            Ok((_, text)) | Err(text) => (text, ExitCode::FAILURE),
         };
-        println!("{}", said.trim_end());
+        println!("{}", text.trim_end());
         status
     }
 
-    fn ask(&self) -> Result<(u16, String), String> {
+    fn fetch(&self) -> Result<(u16, String), String> {
         let socket = self.config.status_socket(self.socket.as_deref())?;
-        let path = match self.what {
-            What::Live => "/healthz",
-            What::Ready => "/readyz",
+        let path = match self.condition {
+            ProbeKind::Live => "/healthz",
+            ProbeKind::Ready => "/readyz",
         };
         let owners = [0, geteuid().as_raw()];
-        let answer = server::get(
+        let answer = trusted_socket::get(
             &socket,
             &owners,
             path,
-            ANSWER_MAX,
-            Instant::now() + PATIENCE,
+            MAX_RESPONSE,
+            Instant::now() + RESPONSE_TIMEOUT,
         )?;
         Ok((
             answer.status,

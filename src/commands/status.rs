@@ -1,4 +1,10 @@
-//! `awsvid status`: what the daemon holds and how its neighbours answer, over the status socket.
+//! `awsvid status`: the daemon's cache entries and the state of its upstreams, over the status
+//! socket.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
 
 mod table;
 
@@ -12,80 +18,85 @@ use clap::Args;
 use nix::unistd::geteuid;
 use serde_json::Value;
 
+use super::output::OutputFormat;
 use super::style::Style;
-use super::{ConfigFile, server};
+use super::{ConfigFile, trusted_socket};
 
-/// For one answer.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Ten thousand entries are some ten megabytes.
-const ANSWER_MAX: usize = 256 * 1024 * 1024;
-/// Clears a terminal and goes to its first line.
+/// Time limit of one response.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Ten thousand entries need some ten megabytes.
+const MAX_RESPONSE: usize = 256 * 1024 * 1024;
+/// Clears a terminal and moves to its first line.
 const CLEAR: &str = "\x1b[2J\x1b[H";
 
-/// Shows what awsvid holds: credentials with their roles, expiry, next refresh, callers and last errors.
+/// Shows the credentials in awsvid's cache: roles, expiry, next refresh, callers, last errors
 ///
-/// On a terminal it is a table, elsewhere JSON; the fields are in deploy/docs/cli.md. Nothing in it is secret. The socket is
-/// root's, so this needs sudo.
+/// Prints a table on a terminal, and JSON elsewhere. The fields are in deploy/docs/cli.md. None of
+/// them is secret. Only root can open the socket, so the command needs sudo.
 #[derive(Debug, Args)]
 #[command(after_help = "Exit status: 0 if awsvid answered, 1 if not.")]
 pub struct StatusCommand {
     #[command(flatten)]
     config: ConfigFile,
-    /// awsvid's status socket, instead of what the configuration says.
+    /// Path of awsvid's status socket, instead of the configuration's
     #[arg(long, value_name = "FILE")]
     socket: Option<PathBuf>,
-    /// JSON, on a terminal too.
-    #[arg(long)]
-    json: bool,
-    /// Shows it again every two seconds, or as often as is said, until it is interrupted. As JSON it is one line each time.
+    /// Form of the output [default: table on a terminal, else json]
+    #[arg(short, long, value_enum)]
+    output: Option<OutputFormat>,
+    /// Repeats the output every two seconds, or every SECONDS, until it is interrupted. JSON is one
+    /// line each time
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", value_parser = clap::value_parser!(u64).range(1..=3600))]
     watch: Option<u64>,
 }
 
 impl StatusCommand {
-    /// Shows it.
+    /// Prints the status, once or repeatedly.
     #[expect(
         clippy::print_stderr,
-        reason = "where a person looks for what went wrong"
+        reason = "errors of this command go to standard error"
     )]
     pub fn run(&self) -> ExitCode {
         let terminal = io::stdout().is_terminal();
         let style = Style::new(terminal, |name| std::env::var(name).ok());
-        let json = self.json || !terminal;
+        let json = match self.output {
+            Some(output) => output == OutputFormat::Json,
+            None => !terminal,
+        };
         loop {
             let shown = self
-                .ask()
+                .fetch()
                 .and_then(|status| self.show(&status, json, style));
             match (shown, self.watch) {
-                (Ok(StatusView::Yes), None) | (Ok(StatusView::NobodyLooks), _) => {
+                (Ok(StatusView::Shown), None) | (Ok(StatusView::ReaderGone), _) => {
                     return ExitCode::SUCCESS;
                 }
                 (Err(error), None) => {
                     eprintln!("awsvid status: {error}");
                     return ExitCode::FAILURE;
                 }
-                // It may be back the next time.
+                // The daemon may be back at the next attempt.
                 (Err(error), Some(_)) => eprintln!("awsvid status: {error}"),
-                (Ok(StatusView::Yes), Some(_)) => {}
+                (Ok(StatusView::Shown), Some(_)) => {}
             }
             thread::sleep(Duration::from_secs(self.watch.unwrap_or_default()));
         }
     }
 
-    fn ask(&self) -> Result<Value, String> {
+    fn fetch(&self) -> Result<Value, String> {
         let socket = self.config.status_socket(self.socket.as_deref())?;
         let owners = [0, geteuid().as_raw()];
-        let answer = server::get(
+        let answer = trusted_socket::get(
             &socket,
             &owners,
             "/status",
-            ANSWER_MAX,
-            Instant::now() + PATIENCE,
+            MAX_RESPONSE,
+            Instant::now() + RESPONSE_TIMEOUT,
         )?;
         let status = serde_json::from_slice(&answer.body)
             .ok()
             .filter(|_| answer.status == 200);
-        status.ok_or_else(|| not_awsvids(&socket, answer.status))
+        status.ok_or_else(|| unexpected_response(&socket, answer.status))
     }
 
     fn show(&self, status: &Value, json: bool, style: Style) -> Result<StatusView, String> {
@@ -103,21 +114,21 @@ impl StatusCommand {
             .write_all(text.as_bytes())
             .and_then(|()| io::stdout().flush())
         {
-            Ok(()) => Ok(StatusView::Yes),
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(StatusView::NobodyLooks),
+            Ok(()) => Ok(StatusView::Shown),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(StatusView::ReaderGone),
             Err(error) => Err(error.to_string()),
         }
     }
 }
 
 enum StatusView {
-    Yes,
-    NobodyLooks,
+    Shown,
+    ReaderGone,
 }
 
-fn not_awsvids(socket: &Path, status: u16) -> String {
+fn unexpected_response(socket: &Path, status: u16) -> String {
     format!(
-        "{}: status {status} and no answer of awsvid's; is it the socket of [listen] `status`?",
+        "{}: unexpected response with status {status}: not from awsvid; give the socket of [listen] `status`",
         socket.display()
     )
 }

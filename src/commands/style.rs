@@ -1,6 +1,6 @@
-//! Colours, for terminals whose people want them.
+//! Colours of output on terminals.
 
-/// Whether there are colours.
+/// Whether output is coloured.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Style {
     colours: bool,
@@ -12,7 +12,8 @@ pub(super) const GREEN: &str = "32";
 pub(super) const YELLOW: &str = "33";
 
 impl Style {
-    /// Colours only on a terminal, and only if nobody has said otherwise (<https://no-color.org>).
+    /// Enables colours only on a terminal, and only if the user did not disable them
+    /// (<https://no-color.org>).
     pub(super) fn new(terminal: bool, env: impl Fn(&str) -> Option<String>) -> Self {
         let unwanted = env("NO_COLOR").is_some_and(|value| !value.is_empty());
         Self {
@@ -20,13 +21,13 @@ impl Style {
         }
     }
 
-    /// Without any.
+    /// Returns a style without colours.
     #[cfg(test)]
     pub(super) fn plain() -> Self {
         Self::default()
     }
 
-    /// The text in one of the colours above.
+    /// Returns the text in one of the colours above.
     pub(super) fn paint(self, code: &str, text: &str) -> String {
         if self.colours && !text.is_empty() {
             format!("\x1b[{code}m{text}\x1b[0m")
@@ -41,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn colours_are_for_terminals_and_who_wants_them() {
+    fn colours_need_a_terminal_and_no_opt_out() {
         let colours = |terminal, variable: (&str, &str)| {
             let style = Style::new(terminal, |name| {
                 (name == variable.0).then(|| variable.1.to_owned())

@@ -1,5 +1,6 @@
-//! `awsvid trust-policy`: what IAM has to hold so that this node's workloads may assume their roles. The configuration says
-//! who may have which role, and a live token whose word that is.
+//! `awsvid trust-policy`: the IAM resources by which this node's workloads can assume their roles.
+//!
+//! The configuration has the roles and their SPIFFE IDs. A live token has the issuer.
 
 mod aws_cli;
 mod cloudformation;
@@ -14,64 +15,70 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 
-use super::live::{self, LiveToken};
-use super::web::{HttpProbe, ServerChain};
+use super::https_probe::{HttpProbe, ServerChain};
+use super::live_token::{self, LiveToken};
 use crate::config::{Config, Exposure};
 use crate::identity::SpiffeId;
 use crate::sts::NetworkSettings;
 use plan::{Plan, PlannedAccount, PlannedAccountName, PlannedIssuer, PlannedProvider};
 
-/// For a token, and for each document of the issuer.
-const DEADLINE: Duration = Duration::from_secs(5);
-/// As `serve` has it.
+/// Time limit of a token, and of each document of the issuer.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// Exit status for errors of the configuration, as in `serve`.
 const EX_CONFIG: u8 = 78;
 
-/// Writes what IAM needs to trust this node's roles: the OIDC provider and each role's trust policy.
+/// Writes the IAM resources for this node's roles: the OIDC provider and the trust policies
 ///
-/// The roles are the configuration's; the issuer is that of a live token, for which this has to run as the daemon runs, as
-/// root, or is said with --issuer. Nothing in AWS is changed or asked. Where a policy would let in more than the daemon does,
-/// there is a warning on standard error, with an example.
+/// The roles are those of the configuration. The issuer is that of a live token, for which the
+/// command has to run as the daemon runs, as root. Or give it by --issuer. The command sends no
+/// request to AWS. If a policy would admit more than the daemon does, a warning with an example is
+/// on standard error.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
-  sudo awsvid trust-policy > iam.sh                       commands of the AWS CLI, to read and then to run
+  sudo awsvid trust-policy > iam.sh          commands to review and run
   sudo awsvid trust-policy --format terraform > awsvid.tf
-  awsvid trust-policy --issuer https://oidc.example.org --format cloudformation > awsvid.json
+  awsvid trust-policy --issuer https://oidc.example.org --format cloudformation
   sudo awsvid trust-policy --account aws-cn:123456789012 --existing-provider
 
-Exit status: 0; 78 if the configuration has errors; 1 if there is no issuer, no role at AWS, or roles of several accounts.")]
+Exit status: 0 on success, 78 if the configuration has errors, 1 if the issuer
+is unknown, no role is at AWS, or the roles are in several accounts.")]
 pub struct TrustPolicyArgs {
-    /// The daemon's configuration file.
+    /// Path of the daemon's configuration file [default: /etc/awsvid/awsvid.toml]
     #[arg(
         long,
         env = "AWSVID_CONFIG",
         value_name = "FILE",
-        default_value = "/etc/awsvid/awsvid.toml"
+        default_value = "/etc/awsvid/awsvid.toml",
+        hide_default_value = true
     )]
     config: PathBuf,
-    /// In which language.
-    #[arg(long, value_enum, default_value = "aws-cli")]
+    /// Language of the output [default: aws-cli]
+    #[arg(long, value_enum, default_value = "aws-cli", hide_default_value = true)]
     format: Format,
-    /// The issuer of the tokens (SPIRE's `jwt_issuer`); without it a live token is asked for and says it.
+    /// Issuer of the tokens (SPIRE's `jwt_issuer`). Without it, the issuer of a live token
     #[arg(long, value_name = "URL")]
     issuer: Option<String>,
-    /// Only this account's roles, as 123456789012, or with its partition as aws-cn:123456789012. Terraform and CloudFormation make
-    /// the resources of one account at a time.
+    /// Only this account's roles, as 123456789012, or with its partition as aws-cn:123456789012.
+    /// Terraform and CloudFormation create the resources of one account at a time
     #[arg(long, value_name = "NUMBER")]
     account: Option<String>,
-    /// Uses the OIDC provider that the accounts have for this issuer already. Without this option the AWS CLI's commands create one if
-    /// there is none; Terraform and CloudFormation create one, and fail if there is one.
+    /// Uses the OIDC provider that the accounts have for this issuer already. Without this option
+    /// the AWS CLI's commands create a missing one. Terraform and CloudFormation always create one,
+    /// and fail if it exists
     #[arg(long)]
     existing_provider: bool,
-    /// Writes the thumbprint of the issuer's certificate although this machine does not trust that certificate. Compare it with your
-    /// own CA's first: AWS will trust every server that has such a certificate.
+    /// Writes the thumbprint of the issuer's certificate although this machine does not trust that
+    /// certificate. Compare it with your own CA's first: AWS will trust every server that has such
+    /// a certificate
     #[arg(long, conflicts_with = "existing_provider")]
     accept_untrusted_issuer: bool,
-    /// A SPIFFE ID for roles whose ARN depends on it (`{path[N]}`). Those of workload rules are known.
+    /// SPIFFE ID for roles with an ARN that depends on it (`{path[N]}`). Those of workload rules
+    /// are known
     #[arg(long, value_name = "ID", value_parser = SpiffeId::parse)]
     spiffe_id: Vec<SpiffeId>,
 }
 
-/// The languages.
+/// Language of the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Format {
     /// A shell script with commands of the AWS CLI and their JSON documents.
@@ -82,8 +89,11 @@ enum Format {
     Cloudformation,
 }
 
-/// Writes it to standard output, and what is to be thought about to standard error.
-#[expect(clippy::print_stderr, reason = "a command that a person runs")]
+/// Writes the resources to standard output, and warnings to standard error.
+#[expect(
+    clippy::print_stderr,
+    reason = "errors of this command go to standard error"
+)]
 pub fn run(options: &TrustPolicyArgs) -> ExitCode {
     let config = match Config::load(&options.config, Exposure::Ignored, |name| {
         std::env::var(name).ok()
@@ -150,7 +160,7 @@ async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, String
     let mut warnings = Vec::new();
     let issuer = match (&options.issuer, live) {
         (None, live) => live.map_err(|error| {
-            format!("{error}\nawsvid: without a token, name the issuer with --issuer")
+            format!("{error}\nawsvid: without a token, give the issuer with --issuer")
         })?,
         (Some(given), Ok(live)) if *given != live => {
             warnings.push(format!(
@@ -191,16 +201,16 @@ async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, String
     Ok(plan)
 }
 
-/// Who issues this node's tokens.
+/// Returns the issuer of this node's tokens.
 async fn live_issuer(config: &Config) -> Result<String, String> {
     let roles = &config.roles.defined;
     let example = roles
         .iter()
-        .find_map(|role| Some((live::example(config, role)?, role.audience.clone())));
+        .find_map(|role| Some((live_token::example(config, role)?, role.audience.clone())));
     let (id, audience) = match example {
         Some(example) => example,
-        None if live::by_rules(config) => {
-            return Err("no rule gives anybody an identity that a role is for".to_owned());
+        None if live_token::by_rules(config) => {
+            return Err("no rule gives an identity that a role covers".to_owned());
         }
         None => {
             let audience = roles
@@ -208,23 +218,25 @@ async fn live_issuer(config: &Config) -> Result<String, String> {
                 .map_or(&config.identity.audience, |role| &role.audience)
                 .clone();
             (
-                live::own(config, DEADLINE)
+                live_token::own(config, REQUEST_TIMEOUT)
                     .await
                     .map_err(|error| error.to_string())?,
                 audience,
             )
         }
     };
-    let live = LiveToken::fetch(config, &id, &audience, DEADLINE)
+    let live = LiveToken::fetch(config, &id, &audience, REQUEST_TIMEOUT)
         .await
         .map_err(|error| error.to_string())?;
     live.issuer()
         .map(str::to_owned)
-        .ok_or_else(|| live::NO_ISSUER.to_owned())
+        .ok_or_else(|| live_token::NO_ISSUER.to_owned())
 }
 
-/// Returns the thumbprint that IAM needs, and a warning. AWS trusts public CAs, and needs a thumbprint for other chains. A chain that
-/// this machine does not trust may be an attacker's, so its thumbprint is returned only if that is `accepted` (attack 35).
+/// Returns the thumbprint that IAM needs, and a warning.
+///
+/// AWS trusts public CAs, and needs a thumbprint for other chains. A chain that this machine does
+/// not trust may be an attacker's, so its thumbprint is returned only if it is `accepted` (T35).
 async fn thumbprint(issuer: &PlannedIssuer, accepted: bool) -> (Option<String>, Option<String>) {
     if !issuer.url().starts_with("https://") {
         return (None, None);
@@ -233,12 +245,12 @@ async fn thumbprint(issuer: &PlannedIssuer, accepted: bool) -> (Option<String>, 
     let web = HttpProbe {
         resolve: Vec::new(),
         network: Some(network),
-        deadline: DEADLINE,
+        deadline: REQUEST_TIMEOUT,
     };
     let chain = async {
-        let document = web.get(&live::discovery_url(issuer.url())).await?;
+        let document = web.get(&live_token::discovery_url(issuer.url())).await?;
         let discovery: Value = serde_json::from_slice(&document.body)
-            .map_err(|_| "its discovery document is no JSON")?;
+            .map_err(|_| "its discovery document is not JSON")?;
         let keys = discovery["jwks_uri"]
             .as_str()
             .ok_or("its discovery document has no `jwks_uri`")?;
@@ -269,7 +281,7 @@ async fn thumbprint(issuer: &PlannedIssuer, accepted: bool) -> (Option<String>, 
         Err(error) => (
             None,
             Some(format!(
-                "issuer {url}: {error}; so whether IAM needs a thumbprint is not known"
+                "issuer {url}: cannot check whether IAM needs a thumbprint: {error}"
             )),
         ),
     }

@@ -1,13 +1,13 @@
-//! The names of STS endpoints and regions, and which of them are AWS's.
+//! STS endpoints and regions, and the names that AWS has for its own.
 
 use std::net::IpAddr;
 
 use hyper::Uri;
 
-/// A partition of AWS, by the names of its regions and hosts, as the SDK's own table has them (a test compares the two).
+/// A partition of AWS, by the names of its regions and hosts. A test compares it with the SDK's.
 struct Partition {
     name: &'static str,
-    /// The prefix of its regions, before `-<word>-<number>`; empty for `aws`, whose regions begin with two letters.
+    /// Prefix of its regions, before `-<word>-<number>`. Empty for `aws`, where it is two letters.
     regions: &'static str,
     /// The suffix of its host names, and of its dual-stack host names.
     suffixes: [&'static str; 2],
@@ -75,13 +75,14 @@ impl Partition {
     }
 }
 
-/// Checks the URL of an STS endpoint and gives it in one form, so that two ways to write one endpoint are not two endpoints.
+/// Parses the URL of an STS endpoint and returns its normal form. Two ways to write one endpoint
+/// have the same form.
 ///
-/// Without TLS whoever is on the way could read the tokens, so `http` is for loopback only.
+/// Without TLS a host on the way could read the tokens, so `http` is for loopback only.
 pub(super) fn sts_endpoint(text: &str) -> Result<String, String> {
-    let uri: Uri = text.parse().map_err(|_| "it is no URL".to_owned())?;
+    let uri: Uri = text.parse().map_err(|_| "it is not a URL".to_owned())?;
     let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
-        return Err("it is no URL with a scheme and a host".to_owned());
+        return Err("it is not a URL with a scheme and a host".to_owned());
     };
     let host = authority.host().to_ascii_lowercase();
     let port = authority.port_u16();
@@ -91,9 +92,9 @@ pub(super) fn sts_endpoint(text: &str) -> Result<String, String> {
         .parse::<IpAddr>();
     let is_name = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_');
     if address.is_err() && (host.is_empty() || !host.bytes().all(is_name)) {
-        return Err(format!("`{host}` is no host"));
+        return Err(format!("`{host}` is not a host"));
     }
-    // What is neither host nor port: a user name, or a port that is no number.
+    // The rest would be a user name, or a port that is not a number.
     let length = host.len() + port.map_or(0, |port| port.to_string().len() + 1);
     if authority.as_str().len() != length || port == Some(0) {
         return Err(
@@ -108,7 +109,7 @@ pub(super) fn sts_endpoint(text: &str) -> Result<String, String> {
         "http" if host == "localhost" || address.is_ok_and(|address| address.is_loopback()) => {
             ("http", 80)
         }
-        "http" => return Err("without TLS everybody on the way could read the tokens".to_owned()),
+        "http" => return Err("without TLS others on the network could read the tokens".to_owned()),
         _ => return Err("its scheme is not https".to_owned()),
     };
     let port = port
@@ -121,16 +122,16 @@ pub(super) fn sts_endpoint(text: &str) -> Result<String, String> {
     ))
 }
 
-/// Whether this STS is AWS's: no endpoint of its own, or a URL of AWS's STS itself.
+/// Returns whether this STS is AWS's: the default one, or a URL of AWS's STS itself.
 pub(crate) fn is_aws(endpoint: Option<&str>) -> bool {
     endpoint.is_none_or(|url| url.strip_prefix("https://").is_some_and(is_aws_sts_host))
 }
 
-/// Returns whether this is the host name of AWS's STS, in any region or partition, FIPS or a VPC endpoint. Every other host is not
-/// AWS's.
+/// Returns whether this is the host name of AWS's STS, in any region or partition, with FIPS or at
+/// a VPC endpoint.
 ///
-/// Neither the suffix nor `sts.` before it is enough: customers have names below AWS's suffixes, such as that of a bucket `sts`
-/// (`sts.s3.amazonaws.com`, `sts.s3-eu-west-1.amazonaws.com`; attack 38).
+/// Neither the suffix nor `sts.` before it is enough. Customers have names below AWS's suffixes,
+/// such as that of a bucket `sts` (`sts.s3.amazonaws.com`, `sts.s3-eu-west-1.amazonaws.com`; T38).
 pub(super) fn is_aws_sts_host(host: &str) -> bool {
     let is_sts = |label: &str| matches!(label, "sts" | "sts-fips");
     std::iter::once(&COMMERCIAL)
@@ -158,7 +159,7 @@ pub(super) fn is_aws_sts_host(host: &str) -> bool {
         })
 }
 
-/// Checks the name of a region. It becomes part of a host name, so nothing else may be in it.
+/// Parses the name of a region. It becomes part of a host name, so it has no other characters.
 pub(super) fn region(text: &str) -> Result<String, &'static str> {
     let allowed = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
     let good = (1..=32).contains(&text.len())
@@ -172,7 +173,7 @@ pub(super) fn region(text: &str) -> Result<String, &'static str> {
     }
 }
 
-/// Whether AWS could have a region of this name: all of them are like `eu-central-1`.
+/// Returns whether AWS could have a region of this name. All of them are like `eu-central-1`.
 pub(super) fn is_aws_region(region: &str) -> bool {
     let parts: Vec<&str> = region.split('-').collect();
     let number = parts
@@ -191,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_endpoint_has_one_form() {
+    fn endpoint_has_one_form() {
         let table = [
             ("https://minio.internal:9000", "https://minio.internal:9000"),
             ("https://MinIO.internal:443/", "https://minio.internal"),
@@ -214,17 +215,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_endpoint() {
+    fn wrong_endpoint_is_an_error() {
         let table = [
-            ("", "no URL"),
-            ("minio", "no URL"),
-            ("minio:9000", "no URL"),
-            ("/sts", "no URL"),
-            ("https://", "no URL"),
-            ("https://:9000", "is no host"),
-            ("https://a b", "no URL"),
-            ("https://m!nio", "is no host"),
-            ("https://[::1", "no URL"),
+            ("", "not a URL"),
+            ("minio", "not a URL"),
+            ("minio:9000", "not a URL"),
+            ("/sts", "not a URL"),
+            ("https://", "not a URL"),
+            ("https://:9000", "is not a host"),
+            ("https://a b", "not a URL"),
+            ("https://m!nio", "is not a host"),
+            ("https://[::1", "not a URL"),
             ("https://user@minio", "nothing may stand before it"),
             (
                 "https://user:secret@minio:9000",
@@ -237,7 +238,7 @@ mod tests {
             ("https://minio/?Action=x", "a query"),
             ("https://minio/#x", "a fragment"),
             ("ftp://minio", "scheme is not https"),
-            ("unix:///run/minio.sock", "no URL"),
+            ("unix:///run/minio.sock", "not a URL"),
             ("http://minio", "without TLS"),
             ("http://localhost.example.org", "without TLS"),
             ("http://127.0.0.1.example.org", "without TLS"),
@@ -316,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn regions() {
+    fn region_is_parsed_from_sts_host() {
         let table = [
             ("us-east-1", "aws"),
             ("ap-southeast-7", "aws"),
@@ -359,7 +360,8 @@ mod tests {
             assert!(region(name).is_ok() && !is_aws_region(name), "{name}");
         }
     }
-    /// The SDK says where AWS's STS of a region is.
+
+    /// Compares the hosts that the SDK calls with the table of partitions.
     #[tokio::test]
     async fn hosts_of_the_sdk_are_of_their_partition() {
         use aws_sdk_sts::config::endpoint::{DefaultResolver, Params, ResolveEndpoint};

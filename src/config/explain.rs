@@ -1,4 +1,4 @@
-//! A configuration in full, as `awsvid config --explain` shows it: a file that says the same, with each value's origin.
+//! The page of `awsvid config show`: the whole configuration as a file, with each value's origin.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -7,14 +7,15 @@ use toml::Value;
 
 use super::identity::{IdentityConfig, Reference, Source};
 use super::output::{AuditConfig, AuditFile, LogConfig, LogFormat};
+use super::pods::PodsConfig;
 use super::sts::StsConfig;
 use super::{CacheConfig, Config, listen};
 use crate::role::{Role, StsTarget};
-use crate::rule::{NamedRule, WorkloadRule};
+use crate::workload_rule::{NamedRule, WorkloadRule};
 
 const DEFAULT: &str = "default";
 
-/// The page that is being written, and the file that it explains.
+/// The page under construction, and the file that it shows.
 struct Page<'a> {
     text: String,
     file: toml::Table,
@@ -22,16 +23,18 @@ struct Page<'a> {
 }
 
 impl Config {
-    /// This configuration, which `text` was read to with `env`: it can be read again, to the same.
-    pub fn explain(&self, text: &str, env: &dyn Fn(&str) -> Option<String>) -> String {
+    /// Returns this configuration as a file, which parses to the same configuration. `text` and
+    /// `env` are what it was parsed from.
+    pub fn show(&self, text: &str, env: &dyn Fn(&str) -> Option<String>) -> String {
         let mut page = Page {
             text: String::new(),
             file: text.parse().unwrap_or_default(),
             env,
         };
-        // All fields by name: a new one is not forgotten here.
+        // All fields by name, so that the compiler finds a new one.
         let Self {
             listen,
+            pods,
             identity,
             sts,
             cache,
@@ -39,26 +42,26 @@ impl Config {
             log,
             workloads,
             roles,
+            tcp_lines: _,
+            digest: _,
         } = self;
         let requested = roles
             .requested
             .iter()
             .flat_map(|requested| &requested.allowed);
         let requested: Vec<&str> = requested.map(glob::Pattern::as_str).collect();
-        let origin = if page.file.contains_key("allow_requested_roles") {
-            ""
-        } else {
-            DEFAULT
-        };
-        page.line("allow_requested_roles", requested, origin);
         page.listen(listen);
+        page.pods(pods);
         page.identity(identity);
         page.sts(sts);
         page.cache(cache);
         page.output(audit, log);
+        page.table("[requested_roles]");
+        page.key("requested_roles", "allow", requested);
         workloads
             .iter()
-            .for_each(|workload| page.workload(&workload.rule));
+            .enumerate()
+            .for_each(|(i, workload)| page.workload(i, &workload.rule));
         roles
             .defined
             .iter()
@@ -78,7 +81,7 @@ impl Page<'_> {
         };
     }
 
-    /// What is not set, and what that means.
+    /// Writes a key that is not set, and its meaning.
     fn unset(&mut self, key: &str, meaning: &str) {
         let line = format!("# {key}");
         let _ = writeln!(self.text, "{line:<56} # {meaning}");
@@ -95,13 +98,13 @@ impl Page<'_> {
             .is_some()
     }
 
-    /// A key of one of the tables: as the file has it, or by default.
+    /// Writes a key of a table, marked if it is a default.
     fn key(&mut self, table: &str, key: &str, value: impl Into<Value>) {
         let origin = if self.has(table, key) { "" } else { DEFAULT };
         self.line(key, value, origin);
     }
 
-    /// The same where a variable stands in for the file.
+    /// Writes a key that an environment variable replaces where the file has none.
     fn key_or_variable(&mut self, table: &str, key: &str, value: impl Into<Value>, variable: &str) {
         let is_set = (self.env)(variable).is_some_and(|value| !value.is_empty());
         match is_set && !self.has(table, key) {
@@ -115,14 +118,10 @@ impl Page<'_> {
         let listen::Listen {
             unix,
             tcp,
-            pods,
-            pods_dir,
-            handover,
             admin,
             status,
             authorization,
             token_file,
-            pods_cgroup,
             max_connections,
             max_connections_per_workload,
         } = listen;
@@ -133,20 +132,6 @@ impl Page<'_> {
             "tcp",
             tcp.iter().map(ToString::to_string).collect::<Vec<_>>(),
         );
-        self.key(TABLE, "pods", *pods);
-        self.key(TABLE, "pods_dir", shown(pods_dir));
-        match pods_cgroup {
-            Some(path) => self.key(TABLE, "pods_cgroup", path.as_str()),
-            None => self.unset("pods_cgroup", "not set: one of the usual places"),
-        }
-        match pods {
-            true => self.key(
-                TABLE,
-                "handover",
-                handover.as_deref().map_or(String::new(), shown),
-            ),
-            false => self.unset("handover", "not used without `pods`"),
-        }
         self.key(
             TABLE,
             "admin",
@@ -172,11 +157,36 @@ impl Page<'_> {
         );
     }
 
+    fn pods(&mut self, pods: &PodsConfig) {
+        const TABLE: &str = "pods";
+        let PodsConfig {
+            enabled,
+            netns_dir,
+            cgroup_root,
+            handover_socket,
+        } = pods;
+        self.table("[pods]");
+        self.key(TABLE, "enabled", *enabled);
+        self.key(TABLE, "netns_dir", shown(netns_dir));
+        match cgroup_root {
+            Some(path) => self.key(TABLE, "cgroup_root", path.as_str()),
+            None => self.unset("cgroup_root", "default: found at the usual paths"),
+        }
+        match enabled {
+            true => self.key(
+                TABLE,
+                "handover_socket",
+                handover_socket.as_deref().map_or(String::new(), shown),
+            ),
+            false => self.unset("handover_socket", "not used unless `enabled`"),
+        }
+    }
+
     fn identity(&mut self, identity: &IdentityConfig) {
         const TABLE: &str = "identity";
         let IdentityConfig {
             source,
-            socket,
+            workload_api_socket,
             audience,
         } = identity;
         self.table("[identity]");
@@ -198,11 +208,11 @@ impl Page<'_> {
                     Reference::Auto => "auto",
                     Reference::Process => "process",
                 };
-                self.key(TABLE, "reference", reference);
+                self.key(TABLE, "workload_reference", reference);
                 match server {
-                    Some(server) => self.key(TABLE, "broker_server", server.as_str()),
+                    Some(server) => self.key(TABLE, "broker_server_id", server.as_str()),
                     None => self.unset(
-                        "broker_server",
+                        "broker_server_id",
                         "default: spiffe://<awsvid's trust domain>/spire/agent/**",
                     ),
                 }
@@ -210,8 +220,8 @@ impl Page<'_> {
         }
         self.key_or_variable(
             TABLE,
-            "socket",
-            socket.to_string(),
+            "workload_api_socket",
+            workload_api_socket.to_string(),
             "SPIFFE_ENDPOINT_SOCKET",
         );
         self.key(TABLE, "audience", audience.as_str());
@@ -264,7 +274,7 @@ impl Page<'_> {
         self.key("audit", "required", *required);
         let LogConfig { level, format } = log;
         self.table("[log]");
-        // The variable counts before the file.
+        // The variable overrides the file.
         match (self.env)("AWSVID_LOG").filter(|level| !level.is_empty()) {
             Some(_) => self.line("level", level.as_str(), "from AWSVID_LOG"),
             None => self.key("log", "level", level.as_str()),
@@ -277,7 +287,7 @@ impl Page<'_> {
         self.key("log", "format", format);
     }
 
-    fn workload(&mut self, named: &NamedRule) {
+    fn workload(&mut self, index: usize, named: &NamedRule) {
         let NamedRule {
             rule,
             user,
@@ -321,6 +331,11 @@ impl Page<'_> {
         }
         if let Some(cgroup) = cgroup {
             self.line("cgroup", cgroup.as_str(), "");
+        }
+        // It permits a rule, and is not part of it.
+        let entry = self.entry("workload", index);
+        if let Some(allow) = entry.get("allow_exe_only").and_then(Value::as_bool) {
+            self.line("allow_exe_only", allow, "");
         }
     }
 
@@ -389,7 +404,7 @@ impl Page<'_> {
         );
     }
 
-    /// One of the tables of this name, as the file has it.
+    /// Returns one of the tables of this name from the file.
     fn entry(&self, name: &str, index: usize) -> toml::Table {
         let entry = self
             .file

@@ -1,4 +1,5 @@
-//! Finds users that could change a file whose content the daemon trusts, and with it which workload gets which credentials (T38).
+//! Finds users that could change a file which the daemon trusts, and with it the credentials that
+//! workloads get (T38).
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -10,26 +11,28 @@ use std::path::{Component, Path, PathBuf};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{getegid, geteuid};
 
-use super::problem::Problem;
+use super::error::Problem;
 
-/// As the kernel counts them (`path_resolution(7)`).
+/// The kernel's limit of symbolic links on a path (`path_resolution(7)`).
 const MAX_LINKS: usize = 40;
 const STICKY: u32 = 0o1000;
 const GROUP_WRITES: u32 = 0o020;
 const OTHERS_WRITE: u32 = 0o002;
 
-/// The owners, and the groups with write permission, that the file and the directories on the way may have: root's and those of
-/// the process itself.
+/// The owners, and the groups with write permission, that the file and the directories above it may
+/// have: those of root and of the process itself.
 struct Trusted<'a> {
     uids: [u32; 2],
     gids: [u32; 2],
-    /// What the file is, in the problems' words.
+    /// The word for the file in problems.
     noun: &'a str,
 }
 
-/// Returns the ways in which another user could change the file at `path`, or replace it; `file` is what was opened there, and
-/// `noun` what it is called, for example "configuration". Symbolic links are followed as the kernel follows them, so each
-/// directory on the way counts. Blocks while the file system does not answer.
+/// Returns the ways in which another user could change or replace the file at `path`. `file` is the
+/// opened file, and `noun` its name in problems, such as "configuration".
+///
+/// Follows symbolic links as the kernel does, so each directory on the way counts. Blocks while the
+/// file system does not answer.
 pub(crate) fn exposures(path: &Path, file: &Metadata, noun: &str) -> Vec<Problem> {
     let trusted = Trusted {
         uids: [0, geteuid().as_raw()],
@@ -127,14 +130,15 @@ impl Trusted<'_> {
         if !(group_writes || others_write) || is_read_only(directory) {
             return Ok(());
         }
-        // In a sticky directory an entry is its owner's alone. That of a file or directory is checked as such.
+        // In a sticky directory only its owner can replace an entry. The owner of a file or
+        // directory is checked elsewhere.
         if mode & STICKY == 0 {
-            let who = if others_write {
+            let writer = if others_write {
                 "every user of this node".to_owned()
             } else {
                 format!("gid {}", found.gid())
             };
-            let what = format!("{who} can write to {shown} and put another {noun} there");
+            let what = format!("{writer} can write to {shown} and put another {noun} there");
             report(what, format!("chmod go-w {shown}, or move the file"));
         } else if entry.is_symlink() && !self.uids.contains(&entry.uid()) {
             let what = format!(
@@ -147,7 +151,7 @@ impl Trusted<'_> {
     }
 }
 
-/// The parts of a path; a leading `/` is none.
+/// Returns the parts of a path without the leading `/`.
 fn parts(path: &Path) -> VecDeque<OsString> {
     let part = |component: Component<'_>| match component {
         Component::Normal(name) => Some(name.to_owned()),

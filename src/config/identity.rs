@@ -1,57 +1,54 @@
-//! `[identity]`: who says what a caller's SPIFFE ID is, and gives its JWT-SVID.
+//! `[identity]`: the source of SPIFFE IDs and JWT-SVIDs.
 
 use std::path::PathBuf;
 
-use super::reader::{Location, Table};
-use crate::endpoint::Endpoint;
+use super::toml_reader::{Location, Table};
 use crate::identity::SpiffeIdPattern;
+use crate::socket_endpoint::Endpoint;
 
 /// The longest audience that IAM takes as a client id, in bytes.
 const AUDIENCE_MAX: usize = 255;
-/// Where the standards have the addresses of the Workload API and of the Broker API.
+/// The SPIFFE standards' variables for the addresses of the Workload API and of the Broker API.
 const SOCKET_VARIABLE: &str = "SPIFFE_ENDPOINT_SOCKET";
 const BROKER_VARIABLE: &str = "SPIFFE_BROKER_SOCKET";
 const SOCKET_FIX: &str = "write unix:///path/of/the/socket or tcp://IP:port";
 const UNIX_FIX: &str = "write unix:///path/of/the/socket";
 
-/// `[identity]`.
+/// The table `[identity]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the type of the field is documented")]
 pub struct IdentityConfig {
-    /// Which kind of source.
     pub source: Source,
-    /// Where the SPIFFE Workload API listens.
-    pub socket: Endpoint,
-    /// The audience of roles that have none of their own.
+    /// Address of the SPIFFE Workload API.
+    pub workload_api_socket: Endpoint,
+    /// Audience of the JWT-SVID for roles without one of their own.
     pub audience: String,
 }
 
-/// Who identifies callers.
+/// The source that identifies callers and issues tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are named as the keys are")]
 pub enum Source {
-    /// The `[[workload]]` rules identify, and the SPIFFE Workload API gives the tokens.
+    /// The `[[workload]]` rules identify callers, and the SPIFFE Workload API issues tokens.
     WorkloadApi,
-    /// A SPIRE agent does both, by its Delegated Identity API.
-    SpireDelegated {
-        /// Its admin socket.
-        socket: PathBuf,
-    },
-    /// A SPIFFE agent does both, by the Broker API.
+    /// A SPIRE agent identifies callers and issues tokens by its Delegated Identity API.
+    SpireDelegated { socket: PathBuf },
+    /// A SPIFFE agent identifies callers and issues tokens by the SPIFFE Broker API.
     SpiffeBroker {
-        /// Its broker socket.
         socket: PathBuf,
-        /// The agent's own SPIFFE ID; by default that of any SPIRE agent in the daemon's own trust domain.
+        /// Pattern of the agent's own SPIFFE ID. `None` is any SPIRE agent of the daemon's own
+        /// trust domain.
         server: Option<SpiffeIdPattern>,
-        /// How it is told of workloads.
         reference: Reference,
     },
 }
 
-/// How an agent is told of a workload.
+/// The form in which the daemon names a workload to an agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the variants are the words of the file")]
 pub enum Reference {
-    /// By its pod if it is in one, else by its process.
+    /// The caller's pod if it is in one, else its process.
     Auto,
-    /// By its process.
     Process,
 }
 
@@ -59,22 +56,26 @@ impl Default for IdentityConfig {
     fn default() -> Self {
         Self {
             source: Source::WorkloadApi,
-            socket: Endpoint::Unix(PathBuf::from("/run/spire/agent-sockets/spire-agent.sock")),
+            workload_api_socket: Endpoint::Unix(PathBuf::from(
+                "/run/spire/agent-sockets/spire-agent.sock",
+            )),
             audience: "sts.amazonaws.com".to_owned(),
         }
     }
 }
 
-/// Which keys only one source has.
-const KEYS: [(&str, &str); 4] = [
+/// The keys that only one source has.
+const SOURCE_KEYS: [(&str, &str); 4] = [
     ("admin_socket", "spire-delegated"),
     ("broker_socket", "spiffe-broker"),
-    ("broker_server", "spiffe-broker"),
-    ("reference", "spiffe-broker"),
+    ("broker_server_id", "spiffe-broker"),
+    ("workload_reference", "spiffe-broker"),
 ];
 
-/// Reads `[identity]`; `env` gives the sockets if the file doesn't. Also says whether the `[[workload]]` rules are to identify
-/// callers, if the file says that, whatever is wrong with the rest.
+/// Reads `[identity]`. `env` returns the sockets that the file leaves out.
+///
+/// The second value is whether the `[[workload]]` rules identify callers. It is `None` if `source`
+/// is wrong.
 pub(super) fn read(
     table: &Table<'_>,
     env: &dyn Fn(&str) -> Option<String>,
@@ -83,13 +84,13 @@ pub(super) fn read(
     let name = table.parse(
         "source",
         "write \"workload-api\", \"spire-delegated\" or \"spiffe-broker\"",
-        known,
+        source_name,
     );
     let name = name.unwrap_or_else(|| "workload-api".to_owned());
-    for (key, source) in KEYS {
-        // Known here, whoever has it.
-        let is_there = table.value(key).is_some();
-        if is_there && source != name && !table.is_wrong("source") {
+    for (key, source) in SOURCE_KEYS {
+        // All of these keys are read, whatever the source is.
+        let exists = table.value(key).is_some();
+        if exists && source != name && !table.is_wrong("source") {
             table.error(
                 key,
                 format!("only the source {source:?} has it"),
@@ -100,7 +101,14 @@ pub(super) fn read(
     let by_rules = (!table.is_wrong("source")).then(|| name == "workload-api");
     let config = IdentityConfig {
         source: source(table, &name, env).unwrap_or(default.source),
-        socket: socket(table, "socket", SOCKET_VARIABLE, SOCKET_FIX, env).unwrap_or(default.socket),
+        workload_api_socket: socket(
+            table,
+            "workload_api_socket",
+            SOCKET_VARIABLE,
+            SOCKET_FIX,
+            env,
+        )
+        .unwrap_or(default.workload_api_socket),
         audience: table
             .parse(
                 "audience",
@@ -112,10 +120,10 @@ pub(super) fn read(
     (config, by_rules)
 }
 
-fn known(text: &str) -> Result<String, &'static str> {
+fn source_name(text: &str) -> Result<String, &'static str> {
     match text {
         "workload-api" | "spire-delegated" | "spiffe-broker" => Ok(text.to_owned()),
-        _ => Err("there is no such source"),
+        _ => Err("this source does not exist"),
     }
 }
 
@@ -151,9 +159,11 @@ fn source(table: &Table<'_>, name: &str, env: &dyn Fn(&str) -> Option<String>) -
                 "write the agent's broker socket as unix:///path, or set SPIFFE_BROKER_SOCKET";
             let socket = needed("broker_socket", fix, BROKER_VARIABLE);
             let pattern = "write an ID as in \"spiffe://example.org/spire/agent/**\"";
-            let server = table.parse("broker_server", pattern, SpiffeIdPattern::parse);
+            let server = table.parse("broker_server_id", pattern, SpiffeIdPattern::parse);
             let words = [("auto", Reference::Auto), ("process", Reference::Process)];
-            let reference = table.word("reference", &words).unwrap_or(Reference::Auto);
+            let reference = table
+                .word("workload_reference", &words)
+                .unwrap_or(Reference::Auto);
             Some(Source::SpiffeBroker {
                 socket: socket?,
                 server,
@@ -173,7 +183,7 @@ fn socket(
 ) -> Option<Endpoint> {
     let from_env = || env(variable).filter(|text| !text.is_empty());
     let (text, at) = match table.string(key) {
-        Some(text) => (text.to_owned(), table.place(key)),
+        Some(text) => (text.to_owned(), table.location(key)),
         None if table.contains(key) => return None,
         None => (
             from_env()?,
@@ -198,7 +208,7 @@ fn socket(
     }
 }
 
-/// Checks an audience, of `[identity]` or of a role.
+/// Parses an audience of `[identity]` or of a role.
 pub(super) fn audience(text: &str) -> Result<String, String> {
     if text.is_empty() || text.len() > AUDIENCE_MAX {
         return Err(format!("an audience has 1 to {AUDIENCE_MAX} bytes"));

@@ -1,59 +1,62 @@
-//! `[listen]`: where awsvid is asked.
+//! `[listen]`: the addresses at which workloads and operators reach the daemon.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use super::reader::{Location, Table, absolute};
-use crate::cgroup::CgroupPath;
+use super::error::Problem;
+use super::pods::PodsConfig;
+use super::toml_reader::{Location, Table, absolute};
 
 /// `sun_path` has 108 bytes, the last of which is NUL.
 const UNIX_PATH_MAX: usize = 107;
 const MAX_CONNECTIONS: usize = 1_000_000;
-const CGROUP_FIX: &str = "write the cgroup that holds those of all pods, as in \"/kubepods.slice\"";
-/// Ports below this one need a privilege, so that no other user can take them (attack 9).
-const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
+/// The first port that needs no privilege, by the kernel's default: `PROT_SOCK` of ip(7).
+pub const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
-/// Where every daemon of the node finds it. Not beside the other sockets, whose directory is mounted in containers (attack 10).
-const HANDOVER: &str = "/run/awsvid-handover/awsvid.sock";
-
-/// `[listen]`.
+/// The table `[listen]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listen {
-    /// The unix socket; `None` (in the file: an empty string) switches it off.
+    /// Unix socket for workloads. `None`, an empty string in the file, disables it.
     pub unix: Option<PathBuf>,
-    /// Loopback addresses. Port 0 lets the kernel pick one.
+    /// Loopback addresses for workloads. With port 0 the kernel chooses the port.
     pub tcp: Vec<SocketAddr>,
-    /// Whether to listen inside pods' network namespaces.
-    pub pods: bool,
-    /// Where container runtimes mount those.
-    pub pods_dir: PathBuf,
-    /// The unix socket over which pods' listeners pass to the next daemon; `None` if there are none, or (an empty string) if
-    /// they are not to.
-    pub handover: Option<PathBuf>,
-    /// Health and metrics; may be an address of the node. `None` (an empty string) switches it off.
+    /// Address for health and metrics, which may be one of the node. `None`, an empty string in the
+    /// file, disables it.
     pub admin: Option<SocketAddr>,
-    /// The unix socket of `/status`; `None` (an empty string) switches it off.
+    /// Unix socket of `/status`. `None`, an empty string in the file, disables it.
     pub status: Option<PathBuf>,
-    /// What TCP callers have to send.
+    /// Rule for the `Authorization` header of callers over TCP.
     pub authorization: AuthorizationMode,
-    /// Where the token is written that callers may (or with [`AuthorizationMode::Token`] must) send.
+    /// File of the token that callers may send, or must with [`AuthorizationMode::Token`].
     pub token_file: PathBuf,
-    /// The kubelet's cgroup root, below which its pods are; `None`: one of the usual places.
-    pub pods_cgroup: Option<CgroupPath>,
-    /// Connections at one time, of all callers.
+    /// Maximum number of open connections of all callers.
     pub max_connections: usize,
-    /// Connections at one time, of one workload.
+    /// Maximum number of open connections of one workload.
     pub max_connections_per_workload: usize,
 }
 
-/// What a caller over TCP has to send in the `Authorization` header, as proof that it can set one (attack 4).
+/// The line of each TCP address, if the file has them.
+///
+/// `Debug` leaves them out, because configurations with other lines may be equal.
+#[derive(Clone, Default)]
+pub(super) struct TcpLines(Vec<Option<usize>>);
+
+impl fmt::Debug for TcpLines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TcpLines")
+    }
+}
+
+/// The `Authorization` header that a caller over TCP must send. It proves that the caller can set
+/// headers (T4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the variants are the words of the file")]
 pub enum AuthorizationMode {
-    /// Any value.
+    /// A header with any value.
     Present,
-    /// The content of the token file.
+    /// A header with the content of the token file.
     Token,
-    /// Nothing.
     Off,
 }
 
@@ -65,14 +68,10 @@ impl Default for Listen {
                 (Ipv4Addr::LOCALHOST, 974).into(),
                 (Ipv6Addr::LOCALHOST, 974).into(),
             ],
-            pods: false,
-            pods_dir: PathBuf::from("/run/netns"),
-            handover: None,
             admin: Some((Ipv4Addr::LOCALHOST, 975).into()),
             status: Some(PathBuf::from("/run/awsvid/status.sock")),
             authorization: AuthorizationMode::Present,
             token_file: PathBuf::from("/run/awsvid/token"),
-            pods_cgroup: None,
             max_connections: 4096,
             max_connections_per_workload: 512,
         }
@@ -80,33 +79,25 @@ impl Default for Listen {
 }
 
 impl Listen {
-    /// The keys in which `other` differs.
+    /// Returns the keys in which `other` differs.
     pub fn changed(&self, other: &Self) -> Vec<&'static str> {
         let Self {
             unix,
             tcp,
-            pods,
-            pods_dir,
-            handover,
             admin,
             status,
             authorization,
             token_file,
-            pods_cgroup,
             max_connections,
             max_connections_per_workload,
         } = self;
         let changed = [
             ("unix", *unix != other.unix),
             ("tcp", *tcp != other.tcp),
-            ("pods", *pods != other.pods),
-            ("pods_dir", *pods_dir != other.pods_dir),
-            ("handover", *handover != other.handover),
             ("admin", *admin != other.admin),
             ("status", *status != other.status),
             ("authorization", *authorization != other.authorization),
             ("token_file", *token_file != other.token_file),
-            ("pods_cgroup", *pods_cgroup != other.pods_cgroup),
             ("max_connections", *max_connections != other.max_connections),
             (
                 "max_connections_per_workload",
@@ -121,12 +112,12 @@ impl Listen {
     }
 }
 
-/// Reads `[listen]`.
-pub(super) fn read(table: &Table<'_>) -> Listen {
+/// Reads `[listen]`, and the line of each TCP address. Pods are callers over TCP, too.
+pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> (Listen, TcpLines) {
     let default = Listen::default();
+    let (tcp, lines) =
+        tcp(table).map_or((default.tcp, Vec::new()), |read| read.into_iter().unzip());
     table.reserved_key("node");
-    let pods = table.flag("pods").unwrap_or(default.pods);
-    let handover = Some(PathBuf::from(HANDOVER));
     let words = [
         ("present", AuthorizationMode::Present),
         ("token", AuthorizationMode::Token),
@@ -134,16 +125,7 @@ pub(super) fn read(table: &Table<'_>) -> Listen {
     ];
     let listen = Listen {
         unix: socket(table, "unix", default.unix),
-        tcp: tcp(table).unwrap_or(default.tcp),
-        pods,
-        pods_dir: table
-            .parse(
-                "pods_dir",
-                "write the whole path of a directory, from the first `/`",
-                |text| absolute(text.trim_end_matches('/')),
-            )
-            .unwrap_or(default.pods_dir),
-        handover: socket(table, "handover", handover).filter(|_| pods),
+        tcp,
         admin: table
             .parse(
                 "admin",
@@ -162,7 +144,6 @@ pub(super) fn read(table: &Table<'_>) -> Listen {
             .word("authorization", &words)
             .unwrap_or(default.authorization),
         token_file: table.path("token_file").unwrap_or(default.token_file),
-        pods_cgroup: table.parse("pods_cgroup", CGROUP_FIX, cgroup),
         max_connections: table
             .number("max_connections", 1..=MAX_CONNECTIONS)
             .unwrap_or(default.max_connections),
@@ -170,11 +151,45 @@ pub(super) fn read(table: &Table<'_>) -> Listen {
             .number("max_connections_per_workload", 1..=MAX_CONNECTIONS)
             .unwrap_or(default.max_connections_per_workload),
     };
-    check(table, &listen);
-    listen
+    check(table, &listen, pods.enabled);
+    (listen, TcpLines(lines))
 }
 
-fn socket(table: &Table<'_>, key: &'static str, default: Option<PathBuf>) -> Option<PathBuf> {
+/// Returns a warning for each TCP address with a port that needs no privilege, so that any user can
+/// take it (T9). `first` is the first of these ports.
+pub(super) fn unprivileged_ports(
+    listen: &Listen,
+    TcpLines(lines): &TcpLines,
+    first: u16,
+) -> Vec<Problem> {
+    let lines = lines.iter().copied().chain(std::iter::repeat(None));
+    listen
+        .tcp
+        .iter()
+        .zip(lines)
+        // The kernel chooses another port for 0.
+        .filter(|(address, _)| address.port() != 0 && address.port() >= first)
+        .map(|(address, line)| Problem {
+            line,
+            key: "listen.tcp".to_owned(),
+            what: format!(
+                "any user can take port {} while awsvid is down, and answer for it",
+                address.port()
+            ),
+            fix: match first {
+                0..=974 => "set net.ipv4.ip_unprivileged_port_start to 1024".to_owned(),
+                _ => format!("use a port below {first}"),
+            },
+        })
+        .collect()
+}
+
+/// Reads the path of a unix socket, which an empty string disables.
+pub(super) fn socket(
+    table: &Table<'_>,
+    key: &'static str,
+    default: Option<PathBuf>,
+) -> Option<PathBuf> {
     let parse = |text: &str| match text {
         "" => Ok(None),
         _ if text.len() > UNIX_PATH_MAX => Err("the path of a socket has at most 107 bytes"),
@@ -189,51 +204,39 @@ fn socket(table: &Table<'_>, key: &'static str, default: Option<PathBuf>) -> Opt
         .unwrap_or(default)
 }
 
-/// The path of a cgroup, as `/proc/<pid>/cgroup` shows it to the host.
-fn cgroup(text: &str) -> Result<CgroupPath, &'static str> {
-    if text.starts_with("/sys/") {
-        return Err("it is the path of a cgroup, not of its directory");
-    }
-    let path = CgroupPath::parse(text.trim_end_matches('/')).filter(|path| !path.is_root());
-    path.ok_or("it is no path of a cgroup below the root")
-}
-
-fn tcp(table: &Table<'_>) -> Option<Vec<SocketAddr>> {
+fn tcp(table: &Table<'_>) -> Option<Vec<(SocketAddr, Option<usize>)>> {
     const FIX: &str = "write an address as \"127.0.0.1:974\" or \"[::1]:974\"";
     let report = table.report;
-    let mut addresses: Vec<SocketAddr> = Vec::new();
+    let mut addresses: Vec<(SocketAddr, Option<usize>)> = Vec::new();
     for (at, text) in table.strings("tcp")? {
         let Ok(address) = text.parse::<SocketAddr>() else {
-            report.error(&at, format!("{text:?} is no IP address with a port"), FIX);
+            report.error(
+                &at,
+                format!("{text:?} is not an IP address with a port"),
+                FIX,
+            );
             continue;
         };
         if !address.ip().is_loopback() {
             let what = format!(
-                "{address} is not loopback, and only callers on this host can be told apart"
+                "{address} is not loopback, and awsvid can attest callers of this node only"
             );
             report.error(&at, what, FIX);
         }
-        if addresses.iter().any(|other| overlap(*other, address)) {
-            report.error(&at, format!("{address} is there twice"), "remove one");
+        if addresses.iter().any(|(other, _)| overlap(*other, address)) {
+            report.error(&at, format!("{address} occurs twice"), "remove one");
         }
-        if address.port() >= FIRST_UNPRIVILEGED_PORT {
-            let what = format!(
-                "any user can take port {} while awsvid is down, and answer for it",
-                address.port()
-            );
-            report.warn(&at, what, "use a port below 1024");
-        }
-        addresses.push(address);
+        addresses.push((address, at.line));
     }
     Some(addresses)
 }
 
-fn check(table: &Table<'_>, listen: &Listen) {
-    if listen.unix.is_none() && listen.tcp.is_empty() && !listen.pods {
+fn check(table: &Table<'_>, listen: &Listen, pods: bool) {
+    if listen.unix.is_none() && listen.tcp.is_empty() && !pods {
         table.error(
             "tcp",
-            "neither a unix socket nor a TCP address is left to ask",
-            "set `unix`, `tcp` or `pods`",
+            "neither a unix socket nor a TCP address is left for workloads",
+            "set `unix`, `tcp` or `enabled` in [pods]",
         );
     }
     if let Some(admin) = listen.admin.filter(|_| !table.is_wrong("admin"))
@@ -248,7 +251,7 @@ fn check(table: &Table<'_>, listen: &Listen) {
     }
     let counts_are_wrong =
         table.is_wrong("max_connections") || table.is_wrong("max_connections_per_workload");
-    // With as many as all together, one workload could keep every other out (attack 20).
+    // With as many connections as all together, one workload could lock out all others (T20).
     if listen.max_connections_per_workload >= listen.max_connections && !counts_are_wrong {
         let at = location_of_either(table, "max_connections_per_workload", "max_connections");
         let what = format!(
@@ -259,22 +262,26 @@ fn check(table: &Table<'_>, listen: &Listen) {
             .report
             .error(&at, what, "lower `max_connections_per_workload`");
     }
-    if listen.authorization == AuthorizationMode::Off && (!listen.tcp.is_empty() || listen.pods) {
-        let what = "whoever makes a workload fetch a URL can read its credentials";
+    if listen.authorization == AuthorizationMode::Off && (!listen.tcp.is_empty() || pods) {
+        let what = "a program that makes a workload fetch a URL can read its credentials";
+        table.warn("authorization", what, "use \"present\"");
+    }
+    if listen.authorization == AuthorizationMode::Token && pods {
+        let what = "pods do not have `token_file`, so awsvid rejects their requests";
         table.warn("authorization", what, "use \"present\"");
     }
 }
 
-/// The place of the first key, or of the second if only that one is in the file.
+/// Returns the location of the first key, or of the second if only that one is in the file.
 fn location_of_either(table: &Table<'_>, first: &str, second: &str) -> Location {
-    table.place(if table.contains(first) || !table.contains(second) {
+    table.location(if table.contains(first) || !table.contains(second) {
         first
     } else {
         second
     })
 }
 
-/// Whether the kernel would refuse to bind both. Port 0 is another one each time.
+/// Returns whether the kernel would reject a bind of both. Port 0 is another one each time.
 fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
     let covers =
         |all: IpAddr, one: IpAddr| all.is_unspecified() && (all.is_ipv6() || one.is_ipv4());

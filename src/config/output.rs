@@ -1,50 +1,50 @@
-//! `[audit]` and `[log]`: what awsvid writes, and where.
+//! `[audit]` and `[log]`: the destinations and forms of records and logs.
 
 use std::path::PathBuf;
 
-use super::reader::{Location, Table, absolute};
+use super::toml_reader::{Location, Table, absolute};
 
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
-/// Overrides `[log] level`.
+/// The variable that overrides `[log] level`.
 const LEVEL_VARIABLE: &str = "AWSVID_LOG";
 const LEVEL_FIX: &str =
     "write error, warn, info, debug or trace, or module=level pairs with commas between";
 
-/// `[audit]`.
+/// The table `[audit]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuditConfig {
-    /// Where the records go.
+    /// Destination of the records.
     pub file: AuditFile,
-    /// Whether nothing is issued while records can't be written.
+    /// Whether the daemon rejects a request if its record cannot be written.
     pub required: bool,
 }
 
-/// Where audit records go.
+/// The destination of audit records.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AuditFile {
-    /// Standard output (in the file: `-`).
+    /// Standard output, which is `-` in the file.
     Stdout,
-    /// Appended to this file.
+    /// A file to which records are appended.
     Path(PathBuf),
 }
 
-/// `[log]`.
+/// The table `[log]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogConfig {
-    /// A filter of tracing-subscriber's: `info`, or for instance `info,awsvid::sts=debug`. `AWSVID_LOG` overrides it.
+    /// Filter of tracing-subscriber, such as `info` or `info,awsvid::sts=debug`. `AWSVID_LOG`
+    /// overrides it.
     pub level: String,
-    /// How lines look.
+    /// Form of the log's lines.
     pub format: LogFormat,
 }
 
-/// How log lines look.
+/// The form of the log's lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the variants are the words of the file")]
 pub enum LogFormat {
-    /// Text on a terminal, else JSON.
+    /// Text on a terminal, and JSON elsewhere.
     Auto,
-    /// For people.
     Text,
-    /// For machines.
     Json,
 }
 
@@ -66,7 +66,7 @@ impl Default for LogConfig {
     }
 }
 
-/// Reads `[audit]`.
+/// Reads the table `[audit]`.
 pub(super) fn read_audit(table: &Table<'_>) -> AuditConfig {
     let default = AuditConfig::default();
     let file = |text: &str| match text {
@@ -81,7 +81,7 @@ pub(super) fn read_audit(table: &Table<'_>) -> AuditConfig {
     }
 }
 
-/// Reads `[log]`.
+/// Reads the table `[log]`, and the variable that overrides its level.
 pub(super) fn read_log(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) -> LogConfig {
     let default = LogConfig::default();
     let formats = [
@@ -111,7 +111,8 @@ pub(super) fn read_log(table: &Table<'_>, env: &dyn Fn(&str) -> Option<String>) 
     }
 }
 
-/// tracing takes a mistyped level for the name of a module, of which it then shows everything; so look closer.
+/// Parses a log filter. tracing reads a mistyped level as the name of a module, and then shows all
+/// of that module.
 fn level(text: &str) -> Result<String, String> {
     for part in text.split(',') {
         let level = part
@@ -119,7 +120,7 @@ fn level(text: &str) -> Result<String, String> {
             .map_or(part, |(_, level)| level)
             .trim();
         if !LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level)) {
-            return Err(format!("`{level}` is no level"));
+            return Err(format!("`{level}` is not a level"));
         }
     }
     tracing_subscriber::EnvFilter::try_new(text).map_err(|error| error.to_string())?;

@@ -1,30 +1,31 @@
-//! `[[role]]` and `allow_requested_roles`: which SPIFFE IDs may have which roles.
+//! `[[role]]` and `[requested_roles]`: roles, and the SPIFFE IDs that may have them.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::aws;
 use super::identity::{IdentityConfig, audience};
-use super::reader::{Location, Table};
 use super::sts::{ENDPOINT_FIX, REGION_FIX, StsConfig};
+use super::toml_reader::{Location, Table};
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeIdPattern};
 use crate::role::{RequestedRoles, Role, StsTarget};
 
-/// STS: `DurationSeconds` has 900 to 43200.
+/// The range of `DurationSeconds` at STS.
 const DURATION: std::ops::RangeInclusive<Duration> =
     Duration::from_secs(900)..=Duration::from_secs(43_200);
 const DEFAULT_DURATION: Duration = Duration::from_secs(3600);
-/// SDKs refresh 15 minutes and more before the end, so below this each of their calls is a request to awsvid.
-const SHORT: Duration = Duration::from_secs(1800);
-/// STS: `Policy` has at most this many characters.
-const POLICY_MAX: usize = 2048;
-/// STS: `PolicyArns` has at most this many.
-const POLICY_ARNS_MAX: usize = 10;
-/// What an endpoint that is not AWS's is told if nothing else is said.
+/// SDKs refresh 15 minutes and more before the end. For a shorter session each of their calls is a
+/// request to awsvid.
+const SHORT_DURATION: Duration = Duration::from_secs(1800);
+/// The limit of STS for `Policy`, in characters.
+const MAX_POLICY_CHARS: usize = 2048;
+/// The limit of STS for the number of `PolicyArns`.
+const MAX_POLICY_ARNS: usize = 10;
+/// The region for an endpoint that is not AWS's, if the file has none.
 const ANY_REGION: &str = "us-east-1";
-const ROLE_NAME_MAX: usize = 64;
+const MAX_ROLE_NAME_BYTES: usize = 64;
 
-/// A role, and what the cross-checks need beside it.
+/// A role, and the facts for checks across tables.
 pub(super) struct ParsedRole {
     pub(super) role: Arc<Role>,
     pub(super) allow_shared_audience: bool,
@@ -32,7 +33,7 @@ pub(super) struct ParsedRole {
     pub(super) audience_at: Location,
 }
 
-/// What a role falls back to.
+/// The tables that a role falls back to.
 pub(super) struct Defaults<'a> {
     pub(super) identity: &'a IdentityConfig,
     pub(super) identity_table: &'a Table<'a>,
@@ -40,15 +41,19 @@ pub(super) struct Defaults<'a> {
     pub(super) sts_table: &'a Table<'a>,
 }
 
-/// Reads all `[[role]]`; one with an error is left out.
-pub(super) fn read(root: &Table<'_>, defaults: &Defaults<'_>) -> Vec<ParsedRole> {
+/// Reads all `[[role]]`, and leaves out each one with an error.
+pub(super) fn read(
+    root: &Table<'_>,
+    requested: &Table<'_>,
+    defaults: &Defaults<'_>,
+) -> Vec<ParsedRole> {
     let tables = root.tables("role");
     let roles = tables
         .iter()
         .filter_map(|table| role(table, defaults))
         .collect();
     let has_region = |table: &Table<'_>| table.contains("region") || table.contains("sts_endpoint");
-    let needs_region = !root.missing("allow_requested_roles") || !tables.iter().all(has_region);
+    let needs_region = !requested.missing("allow") || !tables.iter().all(has_region);
     if needs_region
         && !defaults.sts_table.contains("region")
         && !defaults.sts_table.contains("endpoint")
@@ -100,7 +105,8 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
     let allow_shared_audience = table.flag("allow_shared_audience").unwrap_or(false);
     let duration = whole_seconds(table, duration);
 
-    // What is checked below, and against other roles, means nothing if where the tokens go is not known.
+    // If the destination of the tokens is unknown, the checks below and those across roles mean
+    // nothing.
     let own_is_wrong = ["audience", "region", "sts_endpoint"]
         .iter()
         .any(|key| table.is_wrong(key));
@@ -122,8 +128,8 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
     Some(ParsedRole {
         role: Arc::new(role),
         allow_shared_audience,
-        name_at: table.place("name"),
-        audience_at: table.place("audience"),
+        name_at: table.location("name"),
+        audience_at: table.location("audience"),
     })
 }
 
@@ -131,12 +137,12 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum RoleNameRules {
     Aws,
-    /// None: the names are another STS's, or the endpoint has an error.
+    /// No rules, because the names are those of another STS, or the endpoint has an error.
     Opaque,
 }
 
 impl RoleNameRules {
-    /// `own`: the role's own endpoint.
+    /// Returns the rules for a role, where `own` is its own endpoint.
     fn of(table: &Table<'_>, own: Option<&str>, defaults: &Defaults<'_>) -> Self {
         let own_is_wrong = table.is_wrong("sts_endpoint");
         let default_is_wrong = own.is_none() && defaults.sts_table.is_wrong("endpoint");
@@ -150,8 +156,8 @@ impl RoleNameRules {
 }
 
 fn role_arn(table: &Table<'_>, names: RoleNameRules) -> Option<ArnTemplate> {
-    const AT_AWS: &str = "write the role's ARN as IAM shows it; for a role of another system set `sts_endpoint` here, or \
-                          `endpoint` in [sts]";
+    const AT_AWS: &str = "write the role's ARN as IAM shows it; for a role of another system set \
+                          `sts_endpoint` here, or `endpoint` in [sts]";
     match names {
         RoleNameRules::Aws => table.parse("role_arn", AT_AWS, ArnTemplate::parse),
         RoleNameRules::Opaque => table.parse(
@@ -162,7 +168,7 @@ fn role_arn(table: &Table<'_>, names: RoleNameRules) -> Option<ArnTemplate> {
     }
 }
 
-/// The region and endpoint that count for a role with these of its own; `None` if that is not known.
+/// Returns the region and endpoint of a role with these of its own, or `None` if they are unknown.
 fn target(
     region: Option<String>,
     endpoint: Option<String>,
@@ -187,9 +193,9 @@ fn role_name(text: &str) -> Result<String, &'static str> {
         _ if text.starts_with("arn:") => {
             Err("a name that begins with arn: would be taken for a role's ARN")
         }
-        _ if text.len() > ROLE_NAME_MAX => Err("it is too long"),
+        _ if text.len() > MAX_ROLE_NAME_BYTES => Err("it is too long"),
         _ if !text.bytes().all(allowed) => {
-            Err("it holds a character that the path of a URL can't hold as it is")
+            Err("it holds a character that the path of a URL cannot hold as it is")
         }
         _ => Ok(text.to_owned()),
     }
@@ -197,15 +203,15 @@ fn role_name(text: &str) -> Result<String, &'static str> {
 
 fn policy(text: &str) -> Result<String, String> {
     let length = text.chars().count();
-    if length > POLICY_MAX {
+    if length > MAX_POLICY_CHARS {
         return Err(format!(
-            "a session policy has at most {POLICY_MAX} characters, this one {length}"
+            "a session policy has at most {MAX_POLICY_CHARS} characters, this one {length}"
         ));
     }
     match serde_json::from_str(text) {
         Ok(serde_json::Value::Object(_)) => Ok(text.to_owned()),
-        Ok(_) => Err("it is no JSON object".to_owned()),
-        Err(error) => Err(format!("it is no JSON: {error}")),
+        Ok(_) => Err("it is not a JSON object".to_owned()),
+        Err(error) => Err(format!("it is not JSON: {error}")),
     }
 }
 
@@ -224,11 +230,11 @@ fn policy_arns(table: &Table<'_>, names: RoleNameRules) -> Vec<String> {
         RoleNameRules::Opaque => RoleArn::opaque(text).is_ok(),
     };
     let listed = table.strings(KEY).unwrap_or_default();
-    if listed.len() > POLICY_ARNS_MAX {
+    if listed.len() > MAX_POLICY_ARNS {
         table.error(
             KEY,
             format!(
-                "STS takes at most {POLICY_ARNS_MAX}, these are {}",
+                "STS takes at most {MAX_POLICY_ARNS}, these are {}",
                 listed.len()
             ),
             "remove some",
@@ -237,7 +243,7 @@ fn policy_arns(table: &Table<'_>, names: RoleNameRules) -> Vec<String> {
     for (at, text) in listed.iter().filter(|(_, text)| !is_good(text)) {
         table
             .report
-            .error(at, format!("{text:?} is no policy's ARN"), FIX);
+            .error(at, format!("{text:?} is not the ARN of a policy"), FIX);
     }
     listed
         .into_iter()
@@ -254,17 +260,17 @@ fn whole_seconds(table: &Table<'_>, duration: Option<Duration>) -> Duration {
             "leave out what is less",
         );
     }
-    if duration < SHORT {
+    if duration < SHORT_DURATION {
         table.warn(
             "duration",
-            "below 30m SDKs ask anew for every call they make",
+            "below 30m SDKs fetch credentials for every call",
             "use \"30m\" or more",
         );
     }
     duration
 }
 
-/// What only the keys of one role together tell.
+/// Checks the keys of one role against each other.
 fn check(table: &Table<'_>, role: &Role) {
     let least = role.spiffe_id.least_segments();
     if let Some(index) = role
@@ -280,7 +286,7 @@ fn check(table: &Table<'_>, role: &Role) {
         );
     }
     if role.spiffe_id.has_open_wildcard(&role.role_arn.segments()) {
-        let what = "whoever can create what `*` stands for can have this role";
+        let what = "a new name instead of `*` is enough to have this role";
         table.warn(
             "spiffe_id",
             what,
@@ -299,7 +305,7 @@ fn check(table: &Table<'_>, role: &Role) {
         );
     }
     if role.session_name.is_some() && role.spiffe_id.exact().is_none() {
-        let what = "all workloads of this role look the same in CloudTrail";
+        let what = "all workloads of this role have the same name in CloudTrail";
         table.warn(
             "session_name",
             what,
@@ -312,22 +318,22 @@ fn check(table: &Table<'_>, role: &Role) {
     }
     let partition = role.role_arn.as_str().split(':').nth(1).unwrap_or_default();
     if endpoint.is_none() && partition != aws::partition(region) {
-        let what = format!("a role in `{partition}` can't be assumed in {region}");
+        let what = format!("a role in `{partition}` cannot be assumed in {region}");
         table.warn("role_arn", what, "set `region` to one of that partition");
     }
 }
 
-/// Reads `allow_requested_roles`.
-pub(super) fn read_requested(root: &Table<'_>, defaults: &Defaults<'_>) -> Option<RequestedRoles> {
-    const KEY: &str = "allow_requested_roles";
-    let listed = root.strings(KEY)?;
+/// Reads the table `[requested_roles]`.
+pub(super) fn read_requested(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<RequestedRoles> {
+    const KEY: &str = "allow";
+    let listed = table.strings(KEY)?;
     let mut allowed = Vec::with_capacity(listed.len());
     for (at, text) in &listed {
         match requested_pattern(text) {
             Ok(pattern) => allowed.push(pattern),
             Err(error) => {
                 let fix = "write ARNs as in \"arn:aws:iam::123456789012:role/app-*\"";
-                root.report.error(at, format!("{text:?}: {error}"), fix);
+                table.report.error(at, format!("{text:?}: {error}"), fix);
             }
         }
         if text
@@ -335,9 +341,9 @@ pub(super) fn read_requested(root: &Table<'_>, defaults: &Defaults<'_>) -> Optio
             .nth(4)
             .is_some_and(|account| account.contains(['*', '?', '[']))
         {
-            root.report.warn(
+            table.report.warn(
                 at,
-                "a workload may have roles of anybody's account",
+                "a workload may have roles of any account",
                 "write the account's 12 digits",
             );
         }
@@ -347,8 +353,8 @@ pub(super) fn read_requested(root: &Table<'_>, defaults: &Defaults<'_>) -> Optio
     }
     let sts = target(None, None, defaults)?;
     if !aws::is_aws(sts.endpoint.as_deref()) {
-        let what = "only AWS's trust policies bound what a workload may ask for, and [sts] endpoint is not AWS's";
-        root.error(KEY, what, "remove it, and define each role as [[role]]");
+        let what = "only AWS's trust policies bound what a workload may request, and [sts] endpoint is not AWS's";
+        table.error(KEY, what, "remove it, and define each role as [[role]]");
     }
     Some(RequestedRoles {
         allowed,
@@ -357,12 +363,13 @@ pub(super) fn read_requested(root: &Table<'_>, defaults: &Defaults<'_>) -> Optio
     })
 }
 
-/// Checks a glob for role ARNs: with its wildcards taken as text it has to be a role's ARN at AWS.
+/// Parses a glob for role ARNs. With text instead of its wildcards it must be the ARN of a role at
+/// AWS.
 fn requested_pattern(text: &str) -> Result<glob::Pattern, String> {
     let pattern = glob::Pattern::new(text).map_err(|error| error.msg.to_owned())?;
     let parts: Vec<&str> = text.splitn(6, ':').collect();
     let [arn, partition, service, region, account, resource] = parts[..] else {
-        return Err("it is no role's ARN".to_owned());
+        return Err("it is not the ARN of a role".to_owned());
     };
     let digits = if account.contains(['*', '?', '[']) {
         "123456789012"

@@ -1,31 +1,31 @@
-//! `[sts]`: where tokens are exchanged for credentials.
+//! `[sts]`: the STS that exchanges tokens for credentials.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use super::aws;
-use super::reader::Table;
+use super::toml_reader::Table;
 
 const TIMEOUT: std::ops::RangeInclusive<Duration> =
     Duration::from_millis(100)..=Duration::from_secs(60);
-/// How to write a region.
+/// The fix for a wrong region.
 pub(super) const REGION_FIX: &str = "write a region as in \"eu-central-1\"";
-/// How to write an endpoint.
+/// The fix for a wrong endpoint.
 pub(super) const ENDPOINT_FIX: &str = "write a URL as in \"https://minio.internal:9000\"";
 
-/// `[sts]`.
+/// The table `[sts]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StsConfig {
-    /// The AWS region of roles that have none of their own.
+    /// AWS region of roles without one of their own.
     pub region: Option<String>,
-    /// An endpoint instead of AWS's, for roles that have none of their own: `scheme://host[:port][/path]` without a
-    /// trailing slash.
+    /// Endpoint instead of AWS's, for roles without one of their own:
+    /// `scheme://host[:port][/path]` without a trailing slash.
     pub endpoint: Option<String>,
-    /// PEM certificates of the authority that signed the endpoint's.
+    /// PEM certificates of the authority that signed the endpoint's certificate.
     pub ca_file: Option<PathBuf>,
-    /// For one exchange, from the first byte to the last.
+    /// Time limit of one exchange, from the first byte to the last.
     pub timeout: Duration,
-    /// Exchanges at one time.
+    /// Maximum number of exchanges at the same time.
     pub max_concurrent: usize,
 }
 
@@ -41,7 +41,7 @@ impl Default for StsConfig {
     }
 }
 
-/// Reads `[sts]`.
+/// Reads the table `[sts]`.
 pub(super) fn read(table: &Table<'_>) -> StsConfig {
     let default = StsConfig::default();
     let sts = StsConfig {

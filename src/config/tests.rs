@@ -2,7 +2,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::*;
-use crate::rule::{ExeMatcher, NamedRule};
+use crate::workload_rule::{ExeMatcher, NamedRule};
 
 mod errors;
 mod mutations;
@@ -10,10 +10,11 @@ mod names;
 mod sources;
 mod warnings;
 
-/// What an administrator starts from.
+/// The example that is installed first.
 const EXAMPLE: &str = include_str!("../../deploy/awsvid.toml");
 
-/// The least that is complete, for tests to add to: [sts] is lines 1 and 2, [[workload]] 3 to 5, [[role]] 6 to 9.
+/// The smallest complete configuration, for tests to add to: [sts] is lines 1 and 2, [[workload]] 3
+/// to 5, [[role]] 6 to 9.
 const LEAST: &str = r#"[sts]
 region = "eu-central-1"
 [[workload]]
@@ -25,25 +26,26 @@ spiffe_id = "spiffe://example.org/billing"
 role_arn = "arn:aws:iam::123456789012:role/billing"
 "#;
 
-/// Each key that there is, with another value than its default.
-const EVERY_KEY: &str = r#"allow_requested_roles = ["arn:aws:iam::123456789012:role/app-*"]
+/// Each key with another value than its default.
+const EVERY_KEY: &str = r#"requested_roles.allow = ["arn:aws:iam::123456789012:role/app-*"]
 [listen]
 unix = ""
 tcp = ["127.0.0.1:80"]
-pods = true
-pods_dir = "/var/run/netns/"
-handover = "/srv/handover"
 node = []
 admin = "10.0.0.7:9100"
 status = "/srv/status"
 authorization = "token"
 token_file = "/srv/token"
-pods_cgroup = "/kubelet/kubepods/"
 max_connections = 1_000
 max_connections_per_workload = 0x10
+[pods]
+enabled = true
+netns_dir = "/var/run/netns/"
+cgroup_root = "/kubelet/kubepods/"
+handover_socket = "/srv/handover"
 [identity]
 source = "workload-api"
-socket = "tcp://127.0.0.1:8081"
+workload_api_socket = "tcp://127.0.0.1:8081"
 audience = "aws"
 [sts]
 region = "eu-west-1"
@@ -107,28 +109,31 @@ fn with(line: &str, new: &str) -> String {
 }
 
 #[test]
-fn what_is_not_said_has_the_documented_default() {
+fn missing_key_has_the_documented_default() {
     let Loaded { config, warnings } = loaded(LEAST);
     assert_eq!(warnings, []);
     let address = |text: &str| text.parse::<SocketAddr>().unwrap();
     let listen = Listen {
         unix: Some(PathBuf::from("/run/awsvid/awsvid.sock")),
         tcp: vec![address("127.0.0.1:974"), address("[::1]:974")],
-        pods: false,
-        pods_dir: PathBuf::from("/run/netns"),
-        handover: None,
         admin: Some(address("127.0.0.1:975")),
         status: Some(PathBuf::from("/run/awsvid/status.sock")),
         authorization: AuthorizationMode::Present,
         token_file: PathBuf::from("/run/awsvid/token"),
-        pods_cgroup: None,
         max_connections: 4096,
         max_connections_per_workload: 512,
     };
     assert_eq!(config.listen, listen);
+    let pods = PodsConfig {
+        enabled: false,
+        netns_dir: PathBuf::from("/run/netns"),
+        cgroup_root: None,
+        handover_socket: None,
+    };
+    assert_eq!(config.pods, pods);
     assert_eq!(config.identity.source, Source::WorkloadApi);
     assert_eq!(
-        config.identity.socket.to_string(),
+        config.identity.workload_api_socket.to_string(),
         "unix:///run/spire/agent-sockets/spire-agent.sock"
     );
     assert_eq!(config.identity.audience, "sts.amazonaws.com");
@@ -176,14 +181,11 @@ fn what_is_not_said_has_the_documented_default() {
 }
 
 #[test]
-fn every_key_of_the_sections_is_read() {
+fn reader_reads_every_key_of_the_tables() {
     let config = loaded(EVERY_KEY).config;
     let Listen {
         unix,
         tcp,
-        pods,
-        pods_dir,
-        handover,
         admin,
         status,
         authorization,
@@ -201,15 +203,13 @@ fn every_key_of_the_sections_is_read() {
             Some("10.0.0.7:9100".parse().unwrap())
         )
     );
+    let pods = config.pods;
     assert_eq!(
-        (pods, pods_dir, handover),
+        (pods.enabled, pods.netns_dir, pods.handover_socket),
         (true, "/var/run/netns".into(), Some("/srv/handover".into()))
     );
     assert_eq!(authorization, AuthorizationMode::Token);
-    assert_eq!(
-        config.listen.pods_cgroup.unwrap().as_str(),
-        "/kubelet/kubepods"
-    );
+    assert_eq!(pods.cgroup_root.unwrap().as_str(), "/kubelet/kubepods");
     assert_eq!(
         (
             config.listen.max_connections,
@@ -218,7 +218,10 @@ fn every_key_of_the_sections_is_read() {
         (1000, 16)
     );
     assert_eq!(
-        (config.identity.socket.to_string(), config.identity.audience),
+        (
+            config.identity.workload_api_socket.to_string(),
+            config.identity.audience
+        ),
         ("tcp://127.0.0.1:8081".into(), "aws".into())
     );
     assert_eq!(config.sts.region.as_deref(), Some("eu-west-1"));
@@ -255,7 +258,7 @@ fn every_key_of_the_sections_is_read() {
 }
 
 #[test]
-fn every_key_of_rules_and_roles_is_read() {
+fn reader_reads_every_key_of_rules_and_roles() {
     let config = loaded(EVERY_KEY).config;
     let [first, second] = &config.workloads[..] else {
         panic!("{:?}", config.workloads)
@@ -283,10 +286,10 @@ fn every_key_of_rules_and_roles_is_read() {
         (Some(user.clone()), None, Some(group.clone()))
     );
     assert_eq!(names(&second.rule), (None, Some(group.clone()), None));
-    assert_eq!((lines(first), lines(second)), (vec![37, 39], vec![46]));
+    assert_eq!((lines(first), lines(second)), (vec![38, 40], vec![47]));
     assert_eq!(
         config.accounts(),
-        [(user, vec![37]), (group, vec![39, 46])].into()
+        [(user, vec![38]), (group, vec![40, 47])].into()
     );
     let (first, second) = (&first.rule.rule, &second.rule.rule);
     assert_eq!(
@@ -347,14 +350,14 @@ fn every_key_of_rules_and_roles_is_read() {
 }
 
 #[test]
-fn the_example_is_a_configuration_without_a_warning() {
+fn example_has_no_warning() {
     let Loaded { config, warnings } = loaded(EXAMPLE);
     assert_eq!(warnings, []);
     assert_eq!((config.workloads.len(), config.roles.defined.len()), (1, 1));
 }
 
 #[test]
-fn the_example_shows_all_defaults_as_they_are() {
+fn example_shows_the_defaults_of_the_code() {
     let is_default = |line: &&str| {
         line.starts_with('#') && line[1..].starts_with(|c: char| c.is_ascii_lowercase())
     };
@@ -365,13 +368,12 @@ fn the_example_shows_all_defaults_as_they_are() {
         .collect();
     let [plain, written] = [loaded(EXAMPLE), loaded(&written.join("\n"))];
     assert_eq!(format!("{plain:?}"), format!("{written:?}"));
-    // One for each field of the sections (without the one of [listen] and the three of [sts] that have no default), and three
-    // of the rest.
-    assert_eq!(shown, 11 + 3 + 2 + 2 + 2 + 2 + 3);
+    // One for each key with a default that a file for workload-api may have.
+    assert_eq!(shown, 11 + 3 + 2 + 2 + 2 + 2 + 6);
 }
 
 #[test]
-fn the_environment_gives_the_socket_and_overrides_the_level() {
+fn environment_replaces_the_socket_and_overrides_the_level() {
     let env = |name: &str| match name {
         "SPIFFE_ENDPOINT_SOCKET" => Some("unix:///env.sock".to_owned()),
         "AWSVID_LOG" => Some("debug".to_owned()),
@@ -380,18 +382,19 @@ fn the_environment_gives_the_socket_and_overrides_the_level() {
     let config = Config::parse(LEAST, &env).unwrap().config;
     assert_eq!(
         (
-            config.identity.socket.to_string().as_str(),
+            config.identity.workload_api_socket.to_string().as_str(),
             config.log.level.as_str()
         ),
         ("unix:///env.sock", "debug")
     );
 
-    let text =
-        format!("{LEAST}[identity]\nsocket = \"unix:///file.sock\"\n[log]\nlevel = \"warn\"\n");
+    let text = format!(
+        "{LEAST}[identity]\nworkload_api_socket = \"unix:///file.sock\"\n[log]\nlevel = \"warn\"\n"
+    );
     let config = Config::parse(&text, &env).unwrap().config;
     assert_eq!(
         (
-            config.identity.socket.to_string().as_str(),
+            config.identity.workload_api_socket.to_string().as_str(),
             config.log.level.as_str()
         ),
         ("unix:///file.sock", "debug")
@@ -400,8 +403,11 @@ fn the_environment_gives_the_socket_and_overrides_the_level() {
     let empty = |_: &str| Some(String::new());
     let config = Config::parse(LEAST, &empty).unwrap().config;
     assert_eq!(
-        (config.identity.socket, config.log.level.as_str()),
-        (IdentityConfig::default().socket, "info")
+        (
+            config.identity.workload_api_socket,
+            config.log.level.as_str()
+        ),
+        (IdentityConfig::default().workload_api_socket, "info")
     );
 
     let wrong = |_: &str| Some("/no/uri=".to_owned());
@@ -417,7 +423,7 @@ fn the_environment_gives_the_socket_and_overrides_the_level() {
 }
 
 #[test]
-fn an_endpoint_of_another_kind_needs_no_region() {
+fn endpoint_of_another_kind_needs_no_region() {
     let text = with(
         "region = \"eu-central-1\"",
         "endpoint = \"https://minio:9000\"",
@@ -441,13 +447,13 @@ fn an_endpoint_of_another_kind_needs_no_region() {
 }
 
 #[test]
-fn a_file_is_loaded_from_its_path() {
+fn load_reads_the_file_at_its_path() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("awsvid.toml");
     let load = |exposure| Config::load(&path, exposure, no_env);
     let missing = load(Exposure::Refused).unwrap_err().to_string();
     let expected = format!(
-        "{}: the file can't be read: No such file or directory (os error 2); name a",
+        "{}: the file cannot be read: No such file or directory (os error 2); name a",
         path.display()
     );
     assert!(missing.starts_with(&expected), "{missing}");
@@ -470,7 +476,7 @@ fn a_file_is_loaded_from_its_path() {
 }
 
 #[test]
-fn a_file_that_others_can_change_is_refused_or_warned_of() {
+fn load_rejects_or_warns_of_a_file_that_others_can_change() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("awsvid.toml");
     std::fs::write(&path, LEAST).unwrap();
@@ -499,30 +505,30 @@ fn a_file_that_others_can_change_is_refused_or_warned_of() {
 }
 
 #[test]
-fn listeners_in_pods_are_enough_and_pass_to_the_next_daemon() {
-    let listen = |keys: &str| {
+fn pod_listeners_suffice_and_have_a_handover_socket() {
+    let pods = |keys: &str| {
         loaded(&format!(
-            "{LEAST}[listen]\nunix = \"\"\ntcp = []\npods = true\n{keys}"
+            "{LEAST}[listen]\nunix = \"\"\ntcp = []\n[pods]\nenabled = true\n{keys}"
         ))
         .config
-        .listen
+        .pods
     };
-    let default = listen("");
+    let default = pods("");
     assert_eq!(
-        (default.pods_dir, default.handover),
+        (default.netns_dir, default.handover_socket),
         (
             "/run/netns".into(),
             Some("/run/awsvid-handover/awsvid.sock".into())
         )
     );
-    assert_eq!(listen("handover = \"\"").handover, None);
+    assert_eq!(pods("handover_socket = \"\"").handover_socket, None);
 }
 
 #[test]
-fn a_reload_is_told_which_keys_of_listen_differ() {
+fn changed_names_the_keys_that_differ() {
     let [default, other] = [LEAST, EVERY_KEY].map(|text| loaded(text).config.listen);
     assert!(default.changed(&default).is_empty());
-    let keys = "unix tcp pods pods_dir handover admin status authorization token_file pods_cgroup max_connections \
+    let keys = "unix tcp admin status authorization token_file max_connections \
                 max_connections_per_workload";
     assert_eq!(default.changed(&other).join(" "), keys);
     assert_eq!(
@@ -532,4 +538,8 @@ fn a_reload_is_told_which_keys_of_listen_differ() {
         }),
         ["admin"]
     );
+    let [default, other] = [LEAST, EVERY_KEY].map(|text| loaded(text).config.pods);
+    assert!(default.changed(&default).is_empty());
+    let keys = "enabled netns_dir cgroup_root handover_socket";
+    assert_eq!(default.changed(&other).join(" "), keys);
 }

@@ -1,22 +1,22 @@
-//! `[[workload]]`: which callers have which SPIFFE ID.
+//! `[[workload]]`: rules that map a caller to a SPIFFE ID.
 
 use std::path::Path;
 
 use toml::de::DeValue;
 
-use super::reader::{Location, Table, absolute};
+use super::toml_reader::{Location, Table, absolute};
 use crate::cgroup::CgroupPath;
 use crate::identity::SpiffeId;
-use crate::rule::{AccountName, ExeMatcher, NamedRule, OVERFLOW_ID, WorkloadRule};
+use crate::workload_rule::{AccountName, ExeMatcher, NamedRule, OVERFLOW_ID, WorkloadRule};
 
-/// Names of programs that run other programs' text: whoever may start one is what the rule says.
+/// Programs that run the text of other programs. A rule for one of them matches every such text.
 const INTERPRETERS: [&str; 27] = [
     "sh", "bash", "dash", "ash", "zsh", "ksh", "fish", "busybox", "env", "python", "pypy", "perl",
     "ruby", "node", "nodejs", "deno", "bun", "java", "php", "lua", "luajit", "tclsh", "awk",
     "gawk", "mawk", "Rscript", "dotnet",
 ];
-/// What a caller is told by.
-const KEYS: [&str; 8] = [
+/// The keys that a caller has to match.
+const MATCH_KEYS: [&str; 8] = [
     "uid",
     "user",
     "gid",
@@ -29,18 +29,18 @@ const KEYS: [&str; 8] = [
 const UID_FIX: &str = "write the name of a user, or its number as `uid`";
 const GID_FIX: &str = "write the name of a group, or its number";
 
-/// A rule, and where it stands.
+/// A rule, and its location in the file.
 #[derive(Debug, Clone)]
 pub struct ParsedWorkload {
-    /// The rule.
+    /// The rule with names, before they are resolved.
     pub rule: NamedRule,
-    /// The line of its table.
+    /// Line of the rule's table, from 1.
     pub line: Option<usize>,
-    /// The users and groups that it names, each with its key and line.
+    /// Users and groups that the rule names, each with its key and line.
     pub accounts: Vec<(AccountName, WorkloadRuleKey)>,
 }
 
-/// A key, and its line.
+/// A key of a rule, and its line.
 pub type WorkloadRuleKey = (String, Option<usize>);
 
 impl ParsedWorkload {
@@ -56,7 +56,7 @@ impl ParsedWorkload {
     }
 }
 
-/// Reads all `[[workload]]`; one with an error is left out.
+/// Reads all `[[workload]]`, and leaves out each one with an error.
 pub(super) fn read(root: &Table<'_>) -> Vec<ParsedWorkload> {
     root.tables("workload").iter().filter_map(rule).collect()
 }
@@ -72,7 +72,7 @@ fn rule(table: &Table<'_>) -> Option<ParsedWorkload> {
     let (gid, group) = account(table, "gid", "group", GID_FIX);
     let (supplementary_gid, supplementary_group) = supplementary_group(table);
     let rule = WorkloadRule {
-        // Only to go on and find the other errors: without a valid ID the rule is dropped below.
+        // A stand-in, to find the other errors. Without a valid ID the rule is dropped below.
         spiffe_id: spiffe_id
             .clone()
             .or_else(|| SpiffeId::parse("spiffe://invalid/invalid").ok())?,
@@ -106,17 +106,17 @@ fn rule(table: &Table<'_>) -> Option<ParsedWorkload> {
             supplementary_group.map(AccountName::Group),
         ),
     ];
-    let place = |key: &str| {
-        let Location { line, key } = table.place(key);
+    let location = |key: &str| {
+        let Location { line, key } = table.location(key);
         (key, line)
     };
     let accounts = names
         .iter()
-        .filter_map(|(key, name)| Some((name.clone()?, place(key))))
+        .filter_map(|(key, name)| Some((name.clone()?, location(key))))
         .collect();
     let [(_, user), (_, group), (_, supplementary_group)] = names;
-    // A rule without the key that is wrong would match others than its writer meant.
-    let sound = spiffe_id.is_some() && !KEYS.iter().any(|key| table.is_wrong(key));
+    // A rule without its wrong key would match other callers than intended.
+    let sound = spiffe_id.is_some() && !MATCH_KEYS.iter().any(|key| table.is_wrong(key));
     let rule = NamedRule {
         rule,
         user,
@@ -130,7 +130,7 @@ fn rule(table: &Table<'_>) -> Option<ParsedWorkload> {
     })
 }
 
-/// An id under one key, or a name under another.
+/// Reads an ID under one key, or a name under another.
 fn account(
     table: &Table<'_>,
     number: &'static str,
@@ -140,7 +140,7 @@ fn account(
     if table.contains(number) && table.contains(name) {
         table.error(
             name,
-            format!("`{name}` and `{number}` say the same thing"),
+            format!("`{name}` and `{number}` mean the same"),
             "keep one of them",
         );
     }
@@ -165,9 +165,9 @@ fn supplementary_group(table: &Table<'_>) -> (Option<u32>, Option<String>) {
     }
 }
 
-/// Only the text: whether there is such a user or group depends on the node, and on the time.
+/// Parses the name of a user or group. Whether it exists depends on the node and on the time.
 fn account_name(name: &str) -> Result<String, &'static str> {
-    // A NUL is what the C library would read as the end of the name, a colon separates the fields of /etc/passwd.
+    // The C library reads a NUL as the end of a name. A colon separates the fields of /etc/passwd.
     if name.is_empty() || name.contains(|c: char| c.is_control() || c == ':') {
         return Err("it is not a name");
     }
@@ -180,7 +180,7 @@ fn account_name(name: &str) -> Result<String, &'static str> {
 fn exists(table: &Table<'_>, key: &str, id: u32) -> bool {
     if id == OVERFLOW_ID {
         let what = format!(
-            "{id} is what the kernel shows for an id that it can't map, so no caller matches it"
+            "{id} is what the kernel shows for an id that it cannot map, so no caller matches it"
         );
         table.error(key, what, "give the workload a user or group of its own");
     }
@@ -198,7 +198,7 @@ fn systemd_unit(text: &str) -> Result<String, String> {
             "processes live in a .service or .scope; did you mean {text}.service?"
         )),
         Some(name) if name.is_empty() || !text.bytes().all(allowed) => {
-            Err("it is no unit's name".to_owned())
+            Err("it is not the name of a unit".to_owned())
         }
         Some(name) if name.ends_with('@') => {
             Err("a template is never started itself; name an instance".to_owned())
@@ -228,10 +228,12 @@ fn cgroup(text: &str) -> Result<glob::Pattern, String> {
     glob::Pattern::new(text).map_err(|error| error.msg.to_owned())
 }
 
-/// What only the keys together tell.
+/// Checks the keys of one rule against each other.
 fn check_keys(table: &Table<'_>, rule: &WorkloadRule, user: Option<&str>) {
     let allow_exe_only = table.flag("allow_exe_only").unwrap_or(false);
-    let others = KEYS.iter().any(|key| *key != "exe" && table.contains(key));
+    let others = MATCH_KEYS
+        .iter()
+        .any(|key| *key != "exe" && table.contains(key));
     let at = table.at();
     if !others && !table.contains("exe") {
         table.report.error(
@@ -241,7 +243,7 @@ fn check_keys(table: &Table<'_>, rule: &WorkloadRule, user: Option<&str>) {
         );
     }
     if !others && table.contains("exe") && !allow_exe_only {
-        let what = "whoever runs this program, as any user, and with whatever he makes it load, would have this identity";
+        let what = "any user that runs this program, with any code that it loads, would have this identity";
         table.error(
             "exe",
             what,
@@ -255,7 +257,7 @@ fn check_keys(table: &Table<'_>, rule: &WorkloadRule, user: Option<&str>) {
         .filter(|path| is_interpreter(path))
     {
         let what = format!(
-            "{} runs whatever its caller gives it, so this does not tell programs apart",
+            "{} runs any text that its caller gives it, so this does not separate programs",
             path.display()
         );
         table.warn("exe", what, "use `user` or `systemd_unit`");
@@ -279,7 +281,7 @@ fn check_keys(table: &Table<'_>, rule: &WorkloadRule, user: Option<&str>) {
     }
 }
 
-/// The path itself, where a pattern has no wildcard.
+/// Returns the path of a pattern without wildcards.
 pub(super) fn literal(pattern: &glob::Pattern) -> Option<&str> {
     Some(pattern.as_str()).filter(|text| !text.contains(['*', '?', '[']))
 }

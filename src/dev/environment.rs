@@ -1,35 +1,37 @@
-//! The environment variables with which an SDK or the AWS CLI finds `dev` and its STS.
+//! Environment variables by which an SDK or the AWS CLI finds `dev` and its STS.
 
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 
-use crate::environment::Environment;
+use crate::sdk_environment::Environment;
 
-/// What changes how the STS endpoint is chosen.
+/// Variables that change the choice of the STS endpoint.
 const OTHER_ENDPOINTS: [&str; 3] = [
     "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
     "AWS_USE_FIPS_ENDPOINT",
     "AWS_USE_DUALSTACK_ENDPOINT",
 ];
 
-/// What the variables are made from.
+/// Inputs for the variables.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Endpoints<'a> {
-    /// The daemon's TCP address.
+    /// TCP address of the daemon.
     pub(super) credentials: SocketAddr,
-    /// The daemon's token file.
+    /// Path of the daemon's token file.
     pub(super) token_file: &'a Path,
-    /// The STS's URL.
+    /// URL of the STS.
     pub(super) sts: &'a str,
-    /// Its region.
+    /// Region of the STS.
     pub(super) region: &'a str,
 }
 
-/// Makes the variables; `inherited` gives those of this process. Reads the token file, which the daemon has written.
+/// Returns the variables. `inherited` reads those of this process. Reads the token file, which the
+/// daemon has written.
 ///
-/// The token is given both ways with one content. Old SDKs know only the variable, one client uses the endpoint only
-/// with the file, and where the two differed it would depend on the SDK which one is sent.
+/// Both variables of the token get one content. Old SDKs know only the variable with the token, and
+/// one client uses the endpoint only with the file. If the two differed, each SDK would send
+/// another token.
 pub(super) fn environment(
     endpoints: &Endpoints<'_>,
     inherited: impl Fn(&str) -> Option<String>,
@@ -48,7 +50,7 @@ pub(super) fn environment(
     environment.set("AWS_ENDPOINT_URL_STS", endpoints.sts);
     environment.set("AWS_REGION", endpoints.region);
     environment.set("AWS_DEFAULT_REGION", endpoints.region);
-    // A `[default]` profile with keys comes before the container endpoint in every chain.
+    // A `[default]` profile with keys takes precedence over the container endpoint in every chain.
     environment.set("AWS_SHARED_CREDENTIALS_FILE", "/dev/null");
     environment.set("AWS_CONFIG_FILE", "/dev/null");
     Ok(environment)
@@ -60,7 +62,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     #[test]
-    fn the_token_is_given_both_ways() {
+    fn token_is_set_by_both_variables() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(&file, "t0ken-_A").unwrap();
         let endpoints = Endpoints {
@@ -92,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn without_the_token_file_there_is_no_environment() {
+    fn environment_needs_the_token_file() {
         let endpoints = Endpoints {
             credentials: "127.0.0.1:974".parse().unwrap(),
             token_file: Path::new("/nonexistent/token"),

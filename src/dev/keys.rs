@@ -1,4 +1,4 @@
-//! The key that `dev` signs JWT-SVIDs with: made anew for each run, never written anywhere.
+//! The key that signs JWT-SVIDs in `dev`: generated for each run, never written to a file.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use serde::Serialize;
 use thiserror::Error;
 
-/// The cryptography library refused.
+/// Error of the cryptography library.
 #[derive(Debug, Error)]
 #[error("{0}")]
 pub struct KeyError(String);
@@ -32,11 +32,11 @@ impl fmt::Debug for SigningKey {
 }
 
 impl SigningKey {
-    /// Makes a key with a random key id.
+    /// Generates a key with a random key id.
     pub fn generate() -> Result<Self, KeyError> {
         let random = SystemRandom::new();
         let document = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &random)
-            .map_err(|_| KeyError("no P-256 key can be made".to_owned()))?;
+            .map_err(|_| KeyError("a P-256 key cannot be generated".to_owned()))?;
         let private = EncodingKey::from_ec_der(document.as_ref());
         let kid = URL_SAFE_NO_PAD.encode(random_bytes::<16>()?);
         let mut public = Jwk::from_encoding_key(&private, Algorithm::ES256)
@@ -58,25 +58,25 @@ impl SigningKey {
             .map_err(|error| KeyError(error.to_string()))
     }
 
-    /// The JWK set with the public half, as JSON (RFC 7517).
+    /// Returns the JWK set with the public half, as JSON (RFC 7517).
     pub fn jwks(&self) -> String {
         let set = JwkSet {
             keys: vec![self.public.clone()],
         };
-        // Strings and nothing else: writing them to memory cannot fail.
+        // Writing strings to memory cannot fail.
         serde_json::to_string(&set).unwrap_or_default()
     }
 
-    /// The key id in the header and in the key set.
+    /// Returns the key id, as in the header and in the key set.
     pub fn kid(&self) -> &str {
         self.header.kid.as_deref().unwrap_or_default()
     }
 }
 
-/// Bytes that nobody can guess.
+/// Returns bytes of the system's random number generator.
 pub(super) fn random_bytes<const N: usize>() -> Result<[u8; N], KeyError> {
     let mut bytes = [0; N];
     aws_lc_rs::rand::fill(&mut bytes)
-        .map_err(|_| KeyError("the system gives no random bytes".to_owned()))?;
+        .map_err(|_| KeyError("the system has no random bytes".to_owned()))?;
     Ok(bytes)
 }

@@ -1,4 +1,5 @@
-//! The issuer of `dev`: an OpenID Connect discovery document and the key set, over HTTP on loopback, where STS looks.
+//! The issuer of `dev`: an OpenID Connect discovery document and the key set, over HTTP on
+//! loopback.
 
 use std::io;
 
@@ -7,13 +8,13 @@ use hyper::body::Bytes;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 
-use super::loopback::{self, LoopbackResponse, Server};
+use super::loopback_http::{self, LoopbackResponse, Server};
 
-/// Where OpenID Connect Discovery 1.0, section 4, puts the document.
+/// Path of the document by OpenID Connect Discovery 1.0, section 4.
 pub(super) const DISCOVERY_PATH: &str = "/.well-known/openid-configuration";
 const KEYS_PATH: &str = "/keys";
 
-/// A running issuer; it ends with this value.
+/// The running issuer. It ends when this value is dropped.
 #[derive(Debug)]
 pub struct DevOidcIssuer {
     url: String,
@@ -23,7 +24,7 @@ pub struct DevOidcIssuer {
 impl DevOidcIssuer {
     /// Serves this JWK set on a port that the kernel picks.
     pub async fn start(jwks: String) -> io::Result<Self> {
-        let (listener, address) = loopback::bind().await?;
+        let (listener, address) = loopback_http::bind().await?;
         let url = format!("http://{address}");
         let discovery = Bytes::from(discovery(&url));
         let jwks = Bytes::from(jwks);
@@ -37,7 +38,7 @@ impl DevOidcIssuer {
         })
     }
 
-    /// The `iss` of its tokens: an http URL without a trailing slash.
+    /// Returns the `iss` of its tokens: an http URL without a trailing slash.
     pub fn url(&self) -> &str {
         &self.url
     }
@@ -47,10 +48,10 @@ fn answer(request: &Request<Bytes>, discovery: &Bytes, jwks: &Bytes) -> Loopback
     let document = match request.uri().path() {
         DISCOVERY_PATH => discovery,
         KEYS_PATH => jwks,
-        _ => return loopback::empty(StatusCode::NOT_FOUND),
+        _ => return loopback_http::empty(StatusCode::NOT_FOUND),
     };
     if request.method() != Method::GET {
-        return loopback::empty(StatusCode::METHOD_NOT_ALLOWED);
+        return loopback_http::empty(StatusCode::METHOD_NOT_ALLOWED);
     }
     let mut response = Response::new(Full::new(document.clone()));
     response
@@ -59,7 +60,7 @@ fn answer(request: &Request<Bytes>, discovery: &Bytes, jwks: &Bytes) -> Loopback
     response
 }
 
-/// What IAM reads of an issuer, in the shape that SPIRE's OIDC discovery provider gives it.
+/// Returns the fields that IAM reads of an issuer, as SPIRE's OIDC discovery provider writes them.
 fn discovery(issuer: &str) -> String {
     serde_json::json!({
         "issuer": issuer,

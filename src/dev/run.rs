@@ -1,4 +1,4 @@
-//! The command `awsvid dev`: the servers of this module, the daemon between them, and whoever uses it.
+//! The command `awsvid dev`: the servers of `dev`, the daemon between them, and the user's command.
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -8,24 +8,29 @@ use std::process::ExitCode;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Dev, command};
+use super::{Dev, child};
 use crate::app::{App, Startup};
 use crate::config::Config;
-use crate::environment::{self, Environment};
 use crate::listen::ActivatedSockets;
 use crate::metrics::Metrics;
+use crate::sdk_environment::{self, Environment};
 use crate::telemetry::{self, Log};
 
-/// The daemon's usual port.
-const PORT: u16 = 974;
+/// Usual port of the daemon.
+const DEFAULT_PORT: u16 = 974;
 
-/// Runs `awsvid dev`: with a command until that ends, with its exit status; without one until SIGINT or SIGTERM.
+/// Runs `awsvid dev`: with a command until the command ends, else until SIGINT or SIGTERM. Returns
+/// the exit status.
 ///
-/// The process gives up no privileges, as `serve` does: a command run by root could otherwise not become another user.
-#[expect(clippy::print_stderr, reason = "this is a person's terminal")]
+/// Unlike `serve`, the process drops no privileges. Otherwise a command that root runs could not
+/// become another user.
+#[expect(
+    clippy::print_stderr,
+    reason = "errors of this command go to standard error"
+)]
 pub fn run(command: &[OsString]) -> ExitCode {
-    let ran = || Runtime::new()?.block_on(run_dev(command));
-    ran().unwrap_or_else(|error: Box<dyn Error>| {
+    let result = || Runtime::new()?.block_on(run_dev(command));
+    result().unwrap_or_else(|error: Box<dyn Error>| {
         eprintln!("awsvid dev: {error}");
         ExitCode::FAILURE
     })
@@ -53,13 +58,13 @@ async fn run_dev(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
     Ok(status)
 }
 
-/// Starts the daemon on its usual port, or where that can't be had (without root, or when another process has it) on one
-/// that the kernel picks.
+/// Starts the daemon on its usual port. If that port is not available (not root, or in use), the
+/// kernel picks one.
 async fn start(dev: &Dev, quiet: bool) -> Result<(Log, App), Box<dyn Error>> {
-    let is_free = TcpListener::bind((Ipv4Addr::LOCALHOST, PORT)).is_ok();
-    let port = if is_free { PORT } else { 0 };
+    let is_free = TcpListener::bind((Ipv4Addr::LOCALHOST, DEFAULT_PORT)).is_ok();
+    let port = if is_free { DEFAULT_PORT } else { 0 };
     let loaded = Config::parse_for_dev(&dev.configuration(port, quiet), &variable);
-    // With `dev`'s own text this can only be about the variables of the environment.
+    // The text is `dev`'s own, so an error can only be about environment variables.
     let loaded = loaded.map_err(|problems| {
         problems
             .iter()
@@ -71,7 +76,7 @@ async fn start(dev: &Dev, quiet: bool) -> Result<(Log, App), Box<dyn Error>> {
     let log = telemetry::init(
         &config.log.level,
         config.log.format,
-        metrics.log_lost.clone(),
+        metrics.log_lines_dropped.clone(),
     )?;
     log.start()?;
     match App::start(
@@ -96,9 +101,12 @@ fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-#[expect(clippy::print_stderr, reason = "as a shell says it")]
+#[expect(
+    clippy::print_stderr,
+    reason = "errors of this command go to standard error"
+)]
 async fn run_command(command: &[OsString], environment: &Environment) -> u8 {
-    command::run(command, environment)
+    child::run(command, environment)
         .await
         .unwrap_or_else(|error| {
             let name = command
@@ -106,22 +114,24 @@ async fn run_command(command: &[OsString], environment: &Environment) -> u8 {
                 .map(|name| name.to_string_lossy())
                 .unwrap_or_default();
             eprintln!("awsvid dev: {name}: {error}");
-            environment::exit_code(&error)
+            sdk_environment::exit_code(&error)
         })
 }
 
-/// Lines for another terminal, with comments that a shell skips.
-#[expect(clippy::print_stdout, reason = "this is what the command is for")]
+/// Prints lines for another terminal, with comments for the shell.
+#[expect(clippy::print_stdout, reason = "the output of this command")]
 fn announce(dev: &Dev, environment: &Environment, port: u16) {
     let port = match port {
-        PORT => String::new(),
-        other => format!(
-            "# The usual port {PORT} needs root, or another process has it; this time it is {other}.\n"
-        ),
+        DEFAULT_PORT => String::new(),
+        other => {
+            format!(
+                "# The usual port {DEFAULT_PORT} needs root, or is in use: this run has {other}.\n"
+            )
+        }
     };
     let (first, others) = match dev.users() {
         [first, others @ ..] => (first.spiffe_id.as_str(), others.len()),
-        [] => ("nobody", 0),
+        [] => ("no user", 0),
     };
     let others = if others == 0 {
         String::new()
@@ -129,11 +139,11 @@ fn announce(dev: &Dev, environment: &Environment, port: u16) {
         format!(", and {others} more users of this machine")
     };
     println!(
-        "# awsvid dev serves {first}{others}. Only this machine can reach it; it knows no AWS account.\n\
+        "# awsvid dev serves {first}{others}. Only this machine can reach it, and AWS does not know it.\n\
          # In another terminal:\n\n{environment}\n\
          # Then, for instance: aws sts get-caller-identity\n\
          # Or without a shell's environment: curl --unix-socket {socket} http://localhost/v1/credentials\n\
-         {port}# One audit record per request follows. Ctrl-C ends it, and with it all credentials.",
+         {port}# One audit record per request follows. Ctrl-C ends it and all its credentials.",
         socket = dev.socket().display(),
     );
 }

@@ -1,4 +1,5 @@
-//! An STS on loopback that verifies for real: `AssumeRoleWithWebIdentity` and `GetCallerIdentity`, and nothing else.
+//! An STS on loopback with real verification. It has only `AssumeRoleWithWebIdentity` and
+//! `GetCallerIdentity`.
 //!
 //! Wire format: AWS Security Token Service API Reference, version 2011-06-15 (the query protocol).
 
@@ -11,7 +12,7 @@ use hyper::Request;
 use hyper::body::Bytes;
 
 use super::keys::random_bytes;
-use super::loopback::{self, LoopbackResponse, Server};
+use super::loopback_http::{self, LoopbackResponse, Server};
 use crate::clock::Clock;
 use crate::identity::{RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 
@@ -29,42 +30,42 @@ use sessions::{Sessions, random_id};
 
 const VERSION: &str = "2011-06-15";
 
-/// What an administrator would have set up in IAM.
+/// The IAM resources of an account.
 #[derive(Debug, Clone)]
 pub struct DevAccount {
-    /// The region that requests are signed for.
+    /// Region that requests are signed for.
     pub region: String,
-    /// The OpenID Connect providers.
+    /// OpenID Connect providers of the account.
     pub providers: Vec<DevProvider>,
-    /// The roles.
+    /// Roles of the account.
     pub roles: Vec<TrustedRole>,
 }
 
 /// An OpenID Connect provider.
 #[derive(Debug, Clone)]
 pub struct DevProvider {
-    /// Its URL, exactly as `iss` has it: http, a loopback address, no slash at the end.
+    /// URL, exactly as in `iss`: http, a loopback address, no slash at the end.
     pub issuer: String,
-    /// The audiences that are accepted.
+    /// Audiences that the provider accepts.
     pub client_ids: Vec<String>,
 }
 
 /// A role and its trust policy.
 #[derive(Debug, Clone)]
 pub struct TrustedRole {
-    /// The role.
+    /// ARN of the role.
     pub arn: RoleArn,
-    /// Whose tokens may assume it: the URL of a provider.
+    /// URL of the provider with tokens that may assume the role.
     pub issuer: String,
     /// The condition on `aud`.
     pub audience: String,
-    /// The condition on `sub`: one of these.
+    /// The condition on `sub`: one of these patterns.
     pub subjects: Vec<SpiffeIdPattern>,
     /// `MaxSessionDuration`: 1 to 12 hours.
     pub max_duration: Duration,
 }
 
-/// A running STS; it ends with this value, and so do the credentials that it issued.
+/// The running STS. It and its credentials end when this value is dropped.
 #[derive(Debug)]
 pub struct DevSts {
     url: String,
@@ -75,7 +76,7 @@ pub struct DevSts {
 impl DevSts {
     /// Serves `account` on a port of 127.0.0.1 that the kernel picks.
     pub async fn start(account: DevAccount, clock: Clock) -> io::Result<Self> {
-        let (listener, address) = loopback::bind().await?;
+        let (listener, address) = loopback_http::bind().await?;
         let role_id = random_id("AROA").map_err(io::Error::other)?;
         let desk = StsState {
             account,
@@ -99,12 +100,12 @@ impl DevSts {
         })
     }
 
-    /// The endpoint, for `[sts] endpoint` and `AWS_ENDPOINT_URL_STS`.
+    /// Returns the endpoint, for `[sts] endpoint` and `AWS_ENDPOINT_URL_STS`.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// How many sessions it has issued: how often a token was exchanged, apart from what was refused.
+    /// Returns the number of issued sessions, which is the number of successful exchanges.
     pub fn issued(&self) -> u64 {
         self.desk.issued.load(Ordering::Relaxed)
     }
@@ -113,7 +114,7 @@ impl DevSts {
 #[derive(Debug)]
 struct StsState {
     account: DevAccount,
-    /// Stands for the role in ids, as `AROA...` does at AWS.
+    /// Id of the role in session ids, as `AROA...` at AWS.
     role_id: String,
     clock: Clock,
     sessions: Sessions,
@@ -147,30 +148,30 @@ impl StsState {
         parameters: &Parameters,
         request_id: &str,
     ) -> Result<LoopbackResponse, DevRefusal> {
-        let wanted = WebIdentityRequest::of(parameters)?;
+        let request = WebIdentityRequest::of(parameters)?;
         let now = self.clock.now();
-        let claims = token::verify(wanted.token, &self.account, now).await?;
-        // A role that doesn't exist and one that doesn't trust the token are not told apart.
+        let claims = token::verify(request.token, &self.account, now).await?;
+        // A missing role and one that does not trust the token get the same error.
         let role = self
             .account
             .roles
             .iter()
-            .find(|role| role.arn == wanted.role_arn);
+            .find(|role| role.arn == request.role_arn);
         let Some(role) = role.filter(|role| role.trusts(&claims)) else {
             return Err(DevRefusal::new(
                 Code::AccessDenied,
                 "Not authorized to perform sts:AssumeRoleWithWebIdentity",
             ));
         };
-        if wanted.duration > role.max_duration {
+        if request.duration > role.max_duration {
             let message =
                 "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.";
             return Err(DevRefusal::new(Code::ValidationError, message));
         }
-        let caller = self.caller(&role.arn, &wanted.session_name);
+        let caller = self.caller(&role.arn, &request.session_name);
         let session = self
             .sessions
-            .issue(caller, now, wanted.duration)
+            .issue(caller, now, request.duration)
             .map_err(|error| DevRefusal::internal(&error))?;
         self.issued.fetch_add(1, Ordering::Relaxed);
         Ok(answer::assumed(
@@ -224,7 +225,7 @@ impl TrustedRole {
     }
 }
 
-/// A request id in the form of AWS's.
+/// Formats a request id in the form of AWS's.
 fn uuid(random: [u8; 16]) -> String {
     let hex = |bytes: &[u8]| {
         bytes

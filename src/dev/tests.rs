@@ -4,19 +4,22 @@ use aws_credential_types::Credentials as SigningCredentials;
 use aws_sdk_sts::config::{BehaviorVersion, Config as SdkConfig, Region};
 
 use crate::config::{AuditFile, Config, Loaded};
-use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
 use crate::role::{Identity, RequestedRole};
+use crate::socket_endpoint::Endpoint;
 use crate::svid::SourceError;
 
 async fn dev(names: &[(u32, &str)]) -> Dev {
-    let accounts = names.iter().map(|(uid, name)| users::LocalAccount {
+    let accounts = names.iter().map(|(uid, name)| local_users::LocalAccount {
         uid: *uid,
         name: Some((*name).to_owned()),
     });
-    Dev::start_for(users::identities(accounts).unwrap(), DevNames::default())
-        .await
-        .unwrap()
+    Dev::start_for(
+        local_users::identities(accounts).unwrap(),
+        DevNames::default(),
+    )
+    .await
+    .unwrap()
 }
 
 fn parsed(dev: &Dev, quiet: bool) -> Loaded {
@@ -24,7 +27,7 @@ fn parsed(dev: &Dev, quiet: bool) -> Loaded {
 }
 
 #[tokio::test]
-async fn the_daemons_own_parts_work_with_its_configuration() {
+async fn configuration_works_with_the_daemons_parts() {
     let dev = dev(&[(1000, "alice"), (1001, "bob")]).await;
     let config = parsed(&dev, false).config;
     let alice = SpiffeId::parse("spiffe://dev.local/user/alice").unwrap();
@@ -48,7 +51,7 @@ async fn the_daemons_own_parts_work_with_its_configuration() {
         .unwrap();
 
     let source = crate::svid::WorkloadApi::new(
-        config.identity.socket.clone(),
+        config.identity.workload_api_socket.clone(),
         config
             .workloads
             .iter()
@@ -97,7 +100,7 @@ async fn the_daemons_own_parts_work_with_its_configuration() {
 }
 
 #[tokio::test]
-async fn everything_is_on_loopback_or_in_a_directory_of_its_own() {
+async fn sockets_are_on_loopback_or_in_a_private_directory() {
     let dev = dev(&[(1000, "alice")]).await;
     let listen = parsed(&dev, false).config.listen;
     assert!(
@@ -127,7 +130,7 @@ async fn everything_is_on_loopback_or_in_a_directory_of_its_own() {
 }
 
 #[tokio::test]
-async fn beside_a_command_the_daemon_is_quiet() {
+async fn daemon_is_quiet_with_a_command() {
     let dev = dev(&[(1000, "alice")]).await;
     let loud = parsed(&dev, false).config;
     assert_eq!(
@@ -142,7 +145,7 @@ async fn beside_a_command_the_daemon_is_quiet() {
 }
 
 #[tokio::test]
-async fn the_one_who_runs_it_is_served() {
+async fn user_that_runs_dev_is_served() {
     let dev = Dev::start().await.unwrap();
     assert_eq!(dev.users()[0].uid, geteuid().as_raw());
     let rules = parsed(&dev, false).config.workloads;

@@ -1,4 +1,5 @@
-//! The SPIFFE Workload API of `dev`, as far as JWT-SVIDs go, on a unix socket that only the daemon's own user can reach.
+//! The SPIFFE Workload API of `dev`, limited to JWT-SVIDs, on a unix socket that only the daemon's
+//! own user can reach.
 //!
 //! Behaviour: SPIFFE_Workload_API.md, sections 4 and 6; SPIFFE_Workload_Endpoint.md, section 4.
 
@@ -31,27 +32,27 @@ use crate::svid::proto::workload::{
     X509svidRequest, X509svidResponse,
 };
 
-/// How long a JWT-SVID is valid: SPIRE's default.
-const LIFETIME: Duration = Duration::from_secs(300);
-/// The header that keeps a workload from being talked into a request, for instance by SSRF.
+/// Lifetime of a JWT-SVID: SPIRE's default.
+const SVID_LIFETIME: Duration = Duration::from_secs(300);
+/// The header that protects a workload from being tricked into a request, for instance by SSRF.
 const SECURITY_HEADER: &str = "workload.spiffe.io";
 
-/// What a Workload API signs, and with what.
+/// Identities that a Workload API signs, and its key.
 #[derive(Debug)]
 pub struct Registrations {
-    /// The trust domain, for instance `dev.local`.
+    /// Trust domain, for instance `dev.local`.
     pub trust_domain: String,
-    /// The identities that the caller is registered for.
+    /// Identities that the caller is registered for.
     pub spiffe_ids: Vec<SpiffeId>,
-    /// `iss` of the tokens.
+    /// Value of `iss` in the tokens.
     pub issuer: String,
-    /// Signs them.
+    /// Key that signs the tokens.
     pub key: Arc<SigningKey>,
-    /// What time it is.
+    /// Clock for the tokens' times.
     pub clock: Clock,
 }
 
-/// A running Workload API; it ends with this value.
+/// The running Workload API. It ends when this value is dropped.
 #[derive(Debug)]
 pub struct DevWorkloadApi {
     socket: PathBuf,
@@ -59,7 +60,7 @@ pub struct DevWorkloadApi {
 }
 
 impl DevWorkloadApi {
-    /// Makes `directory` (mode 0700; it must not exist) and listens on a socket in it.
+    /// Creates `directory` (mode 0700; it must not exist) and listens on a socket in it.
     pub fn start(directory: &Path, registrations: Registrations) -> io::Result<Self> {
         Self::start_for(geteuid(), directory, registrations)
     }
@@ -79,7 +80,7 @@ impl DevWorkloadApi {
                 .add_service(api)
                 .serve_with_incoming(UnixListenerStream::new(listener));
             if let Err(error) = served.await {
-                tracing::error!(%error, "dev: the Workload API has ended");
+                tracing::error!(%error, "dev: the Workload API ended");
             }
         });
         Ok(Self {
@@ -88,13 +89,13 @@ impl DevWorkloadApi {
         })
     }
 
-    /// The socket's address as `[identity] socket` takes it: `unix:///...`.
+    /// Returns the socket's address in the form of `[identity] workload_api_socket`: `unix:///...`.
     pub fn address(&self) -> String {
         format!("unix://{}", self.socket.display())
     }
 }
 
-/// Before each call: the header that the standard asks for, and the caller's uid.
+/// Checks the header that the standard requires, and the caller's uid, before each call.
 fn admit(request: Request<()>, owner: Uid) -> Result<Request<()>, Status> {
     let mut values = request.metadata().get_all(SECURITY_HEADER).iter();
     if !matches!((values.next(), values.next()), (Some(value), None) if value.as_encoded_bytes() == b"true")
@@ -136,7 +137,7 @@ impl DevWorkloadApiService {
             sub: spiffe_id.as_str(),
             aud: audience,
             iat: seconds(now),
-            exp: seconds(now + LIFETIME),
+            exp: seconds(now + SVID_LIFETIME),
         };
         let svid = self
             .registrations
@@ -198,7 +199,8 @@ impl SpiffeWorkloadApi for DevWorkloadApiService {
     ) -> Result<Response<BoxStream<JwtBundlesResponse>>, Status> {
         let trust_domain = format!("spiffe://{}", self.registrations.trust_domain);
         let bundles = [(trust_domain, self.registrations.key.jwks().into_bytes())].into();
-        // The key never changes, so one message is all there is; the stream stays open, as the standard asks.
+        // The key never changes, so one message is enough. The stream stays open, as the standard
+        // requires.
         let stream =
             tokio_stream::once(Ok(JwtBundlesResponse { bundles })).chain(tokio_stream::pending());
         Ok(Response::new(Box::pin(stream)))

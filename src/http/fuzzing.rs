@@ -3,11 +3,12 @@
 use hyper::header::{HOST, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Method, Uri};
 
-use super::rules::{Authorization, RequestHead, validate};
+use super::request_validation::{Authorization, RequestHead, validate};
 use crate::caller::ListenerKind;
 use crate::role::RequestedRole;
 
-/// `METHOD TARGET` in the first line, headers in the others: whatever is let through is harmless by itself.
+/// `METHOD TARGET` in the first line, headers in the others: whatever is let through is harmless by
+/// itself.
 pub(crate) fn request(bytes: &[u8]) -> bool {
     let mut lines = bytes.split(|byte| *byte == b'\n');
     let Some((method, target)) = lines.next().and_then(|line| split(line, b' ')) else {
@@ -27,7 +28,7 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
     }
     let asked = RequestHead {
         method: &method,
-        names_server: uri.authority().is_some() || uri.scheme().is_some(),
+        has_authority: uri.authority().is_some() || uri.scheme().is_some(),
         path: uri.path(),
         query: uri.query(),
         headers: &headers,
@@ -37,12 +38,12 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
         .map(|listener| validate(&asked, listener, &Authorization::Present).ok());
     assert!(
         tcp.is_none() || tcp == unix,
-        "the unix socket asks for less, never for something else"
+        "the unix socket requires less, never something else"
     );
     let Some(wanted) = unix else { return false };
     assert_eq!(method, Method::GET);
     let no_query = uri.query().is_none_or(str::is_empty);
-    assert!(!asked.names_server && uri.path().starts_with("/v1/credentials") && no_query);
+    assert!(!asked.has_authority && uri.path().starts_with("/v1/credentials") && no_query);
     assert_eq!(headers.get_all(HOST).iter().count(), 1);
     for (name, value) in &headers {
         let name = name.as_str();

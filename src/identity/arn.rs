@@ -5,19 +5,20 @@ use std::sync::Arc;
 
 use super::{InvalidName, SpiffeId, invalid, is_iam_character, is_segment_character};
 
-/// STS: `RoleArn` has 20 to 2048 characters.
-const LENGTH: std::ops::RangeInclusive<usize> = 20..=2048;
-/// IAM: the longest name of a role, without its path.
-const ROLE_NAME_MAX: usize = 64;
+/// Length of `RoleArn` at STS, in characters.
+const ARN_LENGTH: std::ops::RangeInclusive<usize> = 20..=2048;
+/// Maximum length of an IAM role's name, without its path.
+const MAX_ROLE_NAME: usize = 64;
 
-/// The name of a role to assume, as the parameter `RoleArn` has it.
+/// Name of a role, as in the parameter `RoleArn`.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct RoleArn(Arc<str>);
 
 impl RoleArn {
-    /// Parses the ARN of a role at AWS, `arn:<partition>:iam::<12 digits>:role/<name>`, in any of its partitions.
+    /// Parses the ARN of a role at AWS, `arn:<partition>:iam::<12 digits>:role/<name>`, in any
+    /// partition.
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
-        if !LENGTH.contains(&text.len()) {
+        if !ARN_LENGTH.contains(&text.len()) {
             return invalid(format!(
                 "a role ARN has 20 to 2048 characters, this one {}",
                 text.len()
@@ -51,13 +52,13 @@ impl RoleArn {
         Ok(Self(Arc::from(text)))
     }
 
-    /// Takes the name of a role at an STS that is not AWS's as it stands. It has 1 to 2048 printable ASCII characters and no space,
-    /// so that logs and audit records show it unchanged.
+    /// Accepts the name of a role at an STS outside AWS unchanged. It has 1 to 2048 printable ASCII
+    /// characters and no space, so that logs and audit records show it unchanged.
     pub fn opaque(text: &str) -> Result<Self, InvalidName> {
-        if text.is_empty() || text.len() > *LENGTH.end() {
+        if text.is_empty() || text.len() > *ARN_LENGTH.end() {
             return invalid(format!(
                 "the name of a role has 1 to {} characters, this one {}",
-                LENGTH.end(),
+                ARN_LENGTH.end(),
                 text.len()
             ));
         }
@@ -67,22 +68,23 @@ impl RoleArn {
         Ok(Self(Arc::from(text)))
     }
 
-    /// The whole name.
+    /// Returns the whole name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The number of the AWS account; `None` if this is not the ARN of a role at AWS.
+    /// Returns the number of the AWS account, or `None` if this is not the ARN of a role at AWS.
     pub fn account(&self) -> Option<&str> {
         self.is_aws().then(|| self.0.split(':').nth(4)).flatten()
     }
 
-    /// The AWS partition; `None` if this is not the ARN of a role at AWS.
+    /// Returns the AWS partition, or `None` if this is not the ARN of a role at AWS.
     pub fn partition(&self) -> Option<&str> {
         self.is_aws().then(|| self.0.split(':').nth(1)).flatten()
     }
 
-    /// Whether this is the ARN of a role at AWS, in any of its partitions. The STS that has it may be another one.
+    /// Returns true if this has the form of a role's ARN at AWS, in any partition. Another STS may
+    /// use that form too.
     pub fn is_aws(&self) -> bool {
         Self::parse(&self.0).is_ok()
     }
@@ -93,7 +95,7 @@ fn is_printable(text: &str) -> bool {
 }
 
 fn is_aws_role_name(name: &str) -> bool {
-    (1..=ROLE_NAME_MAX).contains(&name.len()) && name.bytes().all(is_iam_character)
+    (1..=MAX_ROLE_NAME).contains(&name.len()) && name.bytes().all(is_iam_character)
 }
 
 impl fmt::Display for RoleArn {
@@ -102,7 +104,8 @@ impl fmt::Display for RoleArn {
     }
 }
 
-/// The name of a role in which `{path[N]}` stands for the Nth segment (from 0) of the caller's SPIFFE ID.
+/// Template of a role's name, in which `{path[N]}` stands for segment N (from 0) of the caller's
+/// SPIFFE ID.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct ArnTemplate {
     text: String,
@@ -113,7 +116,7 @@ pub struct ArnTemplate {
 enum Shape {
     /// The same name for every ID.
     Fixed(RoleArn),
-    /// Texts and segments alternate; the first and the last piece are texts.
+    /// Alternating texts and segments. The first and the last piece are texts.
     Pieces(Vec<Piece>, ArnNameRules),
 }
 
@@ -123,7 +126,7 @@ enum Piece {
     Segment(usize),
 }
 
-/// Which names a template may give.
+/// The names that a template may render.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum ArnNameRules {
     Aws,
@@ -140,21 +143,21 @@ impl ArnNameRules {
 }
 
 impl ArnTemplate {
-    /// Parses a template for roles at AWS; one without `{path[N]}` has to be a role's ARN as it stands.
+    /// Parses a template for roles at AWS. Without `{path[N]}` it has to be a role's ARN.
     ///
-    /// SPIFFE IDs that differ in these segments never give the same ARN: two placeholders need a character between them that no
-    /// segment can have (attack 36).
+    /// SPIFFE IDs that differ in these segments never render the same ARN. So two placeholders need
+    /// a character between them that a segment cannot have (T36).
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
         let template = Self::read(text, ArnNameRules::Aws)?;
         match &template.shape {
             Shape::Pieces(pieces, _) if !matches!(&pieces[0], Piece::Text(before) if before.contains(":role/")) => {
-                invalid("a {path[N]} can only stand behind `role/`")
+                invalid("a {path[N]} can only follow `role/`; move it into the role's name")
             }
             _ => Ok(template),
         }
     }
 
-    /// Parses a template for roles at an STS that is not AWS's, whose names are taken as they stand.
+    /// Parses a template for roles at an STS outside AWS, which accepts any name.
     pub fn opaque(text: &str) -> Result<Self, InvalidName> {
         Self::read(text, ArnNameRules::Opaque)
     }
@@ -162,8 +165,8 @@ impl ArnTemplate {
     fn read(text: &str, names: ArnNameRules) -> Result<Self, InvalidName> {
         let pieces = pieces(text)?;
         check_separators(&pieces)?;
-        // The shape must be right for every segment.
-        let arn = names.parse(&fill(&pieces, |_| Some("x")).unwrap_or_default())?;
+        // The form must be valid for every segment.
+        let arn = names.parse(&join(&pieces, |_| Some("x")).unwrap_or_default())?;
         let shape = if pieces.len() == 1 {
             Shape::Fixed(arn)
         } else {
@@ -175,7 +178,7 @@ impl ArnTemplate {
         })
     }
 
-    /// This name for every ID: whatever is in it stands for itself, braces too.
+    /// Creates a template that renders this name for every ID. Braces in it are literal.
     pub fn fixed(arn: &RoleArn) -> Self {
         Self {
             text: arn.as_str().to_owned(),
@@ -183,17 +186,18 @@ impl ArnTemplate {
         }
     }
 
-    /// The name for this ID; `None` where a segment is missing or the result is too long.
+    /// Renders the name for this ID. Returns `None` if a segment is missing or the result is too
+    /// long.
     pub fn render(&self, id: &SpiffeId) -> Option<RoleArn> {
         match &self.shape {
             Shape::Fixed(arn) => Some(arn.clone()),
             Shape::Pieces(pieces, names) => names
-                .parse(&fill(pieces, |index| id.segments().nth(index))?)
+                .parse(&join(pieces, |index| id.segments().nth(index))?)
                 .ok(),
         }
     }
 
-    /// Returns the segments that the name refers to, by their index from 0, in the name's order.
+    /// Returns the indices (from 0) of the segments that the name refers to, in the name's order.
     pub fn segments(&self) -> Vec<usize> {
         let Shape::Pieces(pieces, _) = &self.shape else {
             return Vec::new();
@@ -205,19 +209,19 @@ impl ArnTemplate {
         pieces.iter().filter_map(index).collect()
     }
 
-    /// The highest segment that is referred to, if any is.
+    /// Returns the highest segment that the name refers to, if any.
     pub fn highest_segment(&self) -> Option<usize> {
         self.segments().into_iter().max()
     }
 
-    /// As it was written.
+    /// Returns the template as it was written.
     pub fn as_str(&self) -> &str {
         &self.text
     }
 }
 
-/// Returns `None` if `segment` has none of an index.
-fn fill<'a>(pieces: &'a [Piece], segment: impl Fn(usize) -> Option<&'a str>) -> Option<String> {
+/// Joins the pieces. Returns `None` if `segment` lacks an index.
+fn join<'a>(pieces: &'a [Piece], segment: impl Fn(usize) -> Option<&'a str>) -> Option<String> {
     let text = |piece: &'a Piece| match piece {
         Piece::Text(text) => Some(text.as_str()),
         Piece::Segment(index) => segment(*index),
@@ -229,13 +233,13 @@ fn pieces(text: &str) -> Result<Vec<Piece>, InvalidName> {
     let mut pieces = Vec::new();
     let mut rest = text;
     while let Some((before, after)) = rest.split_once('{') {
-        let Some((name, behind)) = after.split_once('}') else {
+        let Some((name, tail)) = after.split_once('}') else {
             return invalid("a `{` is not closed");
         };
         let digits = name
             .strip_prefix("path[")
             .and_then(|rest| rest.strip_suffix(']'));
-        // `parse` would also take a sign.
+        // `parse` would also accept a sign.
         let digits = digits.filter(|digits| digits.bytes().all(|c| c.is_ascii_digit()));
         let Some(index) = digits.and_then(|digits| digits.parse().ok()) else {
             return invalid(format!(
@@ -243,13 +247,14 @@ fn pieces(text: &str) -> Result<Vec<Piece>, InvalidName> {
             ));
         };
         pieces.extend([Piece::Text(before.to_owned()), Piece::Segment(index)]);
-        rest = behind;
+        rest = tail;
     }
     pieces.push(Piece::Text(rest.to_owned()));
     Ok(pieces)
 }
 
-/// `{path[1]}-{path[3]}` gives one name for `shop-prod/billing` and `shop/prod-billing` (attack 36).
+/// Checks the text between two placeholders. `{path[1]}-{path[3]}` renders one name for
+/// `shop-prod/billing` and `shop/prod-billing` (T36).
 fn check_separators(pieces: &[Piece]) -> Result<(), InvalidName> {
     for between in pieces.windows(3) {
         let [

@@ -9,7 +9,7 @@ fn pattern(text: &str) -> SpiffeIdPattern {
 }
 
 #[test]
-fn spiffe_ids_are_taken_apart() {
+fn spiffe_id_has_trust_domain_and_segments() {
     let table: [(&str, &str, &[&str]); 4] = [
         ("spiffe://example.org/billing", "example.org", &["billing"]),
         (
@@ -44,7 +44,7 @@ fn spiffe_ids_are_taken_apart() {
 }
 
 #[test]
-fn what_is_no_spiffe_id() {
+fn spiffe_id_parser_rejects_invalid_ids() {
     let table = [
         ("", "begins with spiffe://"),
         ("example.org/billing", "begins with spiffe://"),
@@ -52,41 +52,53 @@ fn what_is_no_spiffe_id() {
         ("https://example.org/billing", "begins with spiffe://"),
         (" spiffe://example.org/billing", "begins with spiffe://"),
         ("spiffe:/example.org/billing", "begins with spiffe://"),
-        ("spiffe://", "no trust domain name"),
-        ("spiffe:///billing", "no trust domain name"),
-        ("spiffe://Example.org/billing", "no trust domain name"),
-        ("spiffe://example.org:8080/billing", "no trust domain name"),
-        ("spiffe://user@example.org/billing", "no trust domain name"),
-        ("spiffe://exämple.org/billing", "no trust domain name"),
-        ("spiffe://exa%6dple.org/billing", "no trust domain name"),
+        ("spiffe://", "not a trust domain name"),
+        ("spiffe:///billing", "not a trust domain name"),
+        ("spiffe://Example.org/billing", "not a trust domain name"),
+        (
+            "spiffe://example.org:8080/billing",
+            "not a trust domain name",
+        ),
+        (
+            "spiffe://user@example.org/billing",
+            "not a trust domain name",
+        ),
+        ("spiffe://exämple.org/billing", "not a trust domain name"),
+        ("spiffe://exa%6dple.org/billing", "not a trust domain name"),
         ("spiffe://example.org", "names a trust domain"),
         ("spiffe://example.org/", "names a trust domain"),
-        ("spiffe://example.org/billing/", "`` is no path segment"),
-        ("spiffe://example.org//billing", "`` is no path segment"),
-        ("spiffe://example.org/a//b", "`` is no path segment"),
-        ("spiffe://example.org/./billing", "`.` is no path segment"),
+        ("spiffe://example.org/billing/", "`` is not a path segment"),
+        ("spiffe://example.org//billing", "`` is not a path segment"),
+        ("spiffe://example.org/a//b", "`` is not a path segment"),
+        (
+            "spiffe://example.org/./billing",
+            "`.` is not a path segment",
+        ),
         (
             "spiffe://example.org/a/../billing",
-            "`..` is no path segment",
+            "`..` is not a path segment",
         ),
-        ("spiffe://example.org/a=b", "`a=b` is no path segment"),
-        ("spiffe://example.org/a%2Fb", "`a%2Fb` is no path segment"),
+        ("spiffe://example.org/a=b", "`a=b` is not a path segment"),
+        (
+            "spiffe://example.org/a%2Fb",
+            "`a%2Fb` is not a path segment",
+        ),
         (
             "spiffe://example.org/billing?x",
-            "`billing?x` is no path segment",
+            "`billing?x` is not a path segment",
         ),
         (
             "spiffe://example.org/billing#x",
-            "`billing#x` is no path segment",
+            "`billing#x` is not a path segment",
         ),
         (
             "spiffe://example.org/bill ing",
-            "`bill ing` is no path segment",
+            "`bill ing` is not a path segment",
         ),
-        ("spiffe://example.org/billing\n", "is no path segment"),
-        ("spiffe://example.org/b\u{0}", "is no path segment"),
-        ("spiffe://example.org/ä", "`ä` is no path segment"),
-        ("spiffe://example.org/*", "`*` is no path segment"),
+        ("spiffe://example.org/billing\n", "is not a path segment"),
+        ("spiffe://example.org/b\u{0}", "is not a path segment"),
+        ("spiffe://example.org/ä", "`ä` is not a path segment"),
+        ("spiffe://example.org/*", "`*` is not a path segment"),
     ];
     for (text, words) in table {
         let error = SpiffeId::parse(text).expect_err(text).to_string();
@@ -104,13 +116,13 @@ fn what_is_no_spiffe_id() {
         SpiffeId::parse(&domain)
             .unwrap_err()
             .to_string()
-            .contains("no trust domain name")
+            .contains("not a trust domain name")
     );
 }
 
 #[test]
-fn patterns_cover() {
-    // (pattern, what it covers, what it doesn't)
+fn pattern_matches_ids() {
+    // (pattern, IDs that match, IDs that do not)
     let table: [(&str, &[&str], &[&str]); 6] = [
         (
             "td/a/b",
@@ -153,8 +165,8 @@ fn patterns_cover() {
 }
 
 #[test]
-fn what_is_told_of_a_pattern() {
-    // (pattern, exact, all wildcards, least segments)
+fn pattern_has_exact_wildcards_and_least_segments() {
+    // (pattern, exact, all wildcards, minimum of segments)
     let table = [
         ("spiffe://td/ns/shop/sa/billing", true, false, 4),
         ("spiffe://td/ns/*/sa/billing", false, false, 4),
@@ -176,7 +188,7 @@ fn what_is_told_of_a_pattern() {
 }
 
 #[test]
-fn open_wildcard_is_one_before_a_segment_that_decides() {
+fn open_wildcard_precedes_a_deciding_segment() {
     let table: [(&str, &[usize], bool); 16] = [
         ("ns/shop/sa/billing", &[], false),
         ("ns/*/sa/billing", &[], true),
@@ -205,7 +217,7 @@ fn open_wildcard_is_one_before_a_segment_that_decides() {
     }
 }
 
-/// By all IDs of up to four segments.
+/// Compares with all IDs of up to four segments.
 #[test]
 fn pattern_covers_another_if_it_matches_all_of_its_ids() {
     let mut ids = Vec::new();
@@ -242,7 +254,7 @@ fn pattern_covers_another_if_it_matches_all_of_its_ids() {
 }
 
 #[test]
-fn what_is_no_pattern() {
+fn pattern_parser_rejects_invalid_patterns() {
     let table = [
         ("billing", "begins with spiffe://"),
         (
@@ -257,11 +269,11 @@ fn what_is_no_pattern() {
         ("spiffe://td/", "needs a path"),
         ("spiffe://td/**/billing", "it can only be the last segment"),
         ("spiffe://td/**/**", "it can only be the last segment"),
-        ("spiffe://td/bill*", "`bill*` is no path segment"),
-        ("spiffe://td/a/***", "`***` is no path segment"),
-        ("spiffe://td/a//b", "`` is no path segment"),
-        ("spiffe://td/a/", "`` is no path segment"),
-        ("spiffe://td/../a", "`..` is no path segment"),
+        ("spiffe://td/bill*", "`bill*` is not a path segment"),
+        ("spiffe://td/a/***", "`***` is not a path segment"),
+        ("spiffe://td/a//b", "`` is not a path segment"),
+        ("spiffe://td/a/", "`` is not a path segment"),
+        ("spiffe://td/../a", "`..` is not a path segment"),
     ];
     for (text, words) in table {
         let error = SpiffeIdPattern::parse(text).expect_err(text).to_string();
@@ -277,7 +289,7 @@ fn what_is_no_pattern() {
 }
 
 #[test]
-fn session_names() {
+fn session_name_is_made_from_the_id() {
     let of = |text: &str| SessionName::of(&id(text)).as_str().to_owned();
     assert_eq!(
         of("spiffe://example.org/ns/shop/sa/billing"),
@@ -288,7 +300,7 @@ fn session_names() {
     assert_eq!(of(&longest), format!("example.org={}", "x".repeat(52)));
     assert_eq!(of(&longest).len(), 64);
 
-    // sha256 of the ID, by coreutils.
+    // The SHA-256 of the ID, by coreutils.
     let long =
         "spiffe://example.org/ns/a-namespace-of-some-length/sa/a-service-account-of-some-length";
     let name = of(long);
@@ -302,16 +314,16 @@ fn session_names() {
 }
 
 #[test]
-fn session_names_never_collide() {
+fn session_name_is_unique() {
     let head = "spiffe://example.org/ns/a-namespace-of-some-lengt";
     assert_eq!(head.len() - "spiffe://".len(), 40);
-    // IDs that begin alike, around the length at which they are shortened.
+    // IDs with equal starts, around the length at which names are shortened.
     let mut ids: Vec<String> = (0..60)
         .map(|length| format!("{head}/{}", "x".repeat(length + 1)))
         .collect();
     ids.extend((0..60).map(|length| format!("{head}/{}y", "x".repeat(length))));
     ids.extend((0..30).map(|length| format!("{head}/{}/y", "x".repeat(length + 1))));
-    // Whoever may choose his path could choose it to read as another's shortened name.
+    // A workload that chooses its path could choose it to be like another's shortened name.
     let shortened: Vec<_> = ids.iter().map(|text| SessionName::of(&id(text))).collect();
     ids.extend(
         shortened
@@ -331,7 +343,7 @@ fn session_names_never_collide() {
 }
 
 #[test]
-fn configured_session_names() {
+fn session_name_parser_checks_length_and_characters() {
     for text in ["ab", "billing@node-1", "a_b+c=d,e.f@g-h", &"x".repeat(64)] {
         assert_eq!(SessionName::parse(text).unwrap().as_str(), text);
     }

@@ -1,7 +1,8 @@
-//! One limit for all, with a share for each key, and fair where the limit of all is reached.
+//! A semaphore with a total limit and a limit per key, which stays fair when the total limit is
+//! reached.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,34 +11,36 @@ use tokio::time::timeout;
 
 use super::FairKey;
 
-/// The longest wait of [`FairSemaphore::acquire`]. A token has at least 30 s of life when its exchange begins to wait.
+mod permit;
+
+pub use permit::FairPermit;
+
+/// The longest wait of [`FairSemaphore::acquire_evicting`]. A token that waits in an exchange is
+/// valid for at least 30 s more, or for a third of a shorter life.
 pub const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Gives out `total` permits, at most `per_key` of them to one key. Cheap to clone.
+/// A semaphore with `total` permits, at most `per_key` of them for one key. Clones share one state.
 ///
-/// A permit that is given back goes to a waiter whose group holds the fewest, the longest waiting of these. Where more
-/// wait than may, the newest waiter of the group with the most waiters gives way.
+/// A released permit goes to a waiter of the group that holds the fewest permits, and among equals
+/// to the one that has waited longest. When the queue is full, the newest waiter of the group with
+/// the most waiters is dropped.
+///
+/// At the total limit, a permit that can be evicted gives way to a key that holds fewer: one of the
+/// group that holds the most, and within it of the key that holds the most. The oldest idle permit
+/// goes first, or else the newest. A permit in use gives way only if its group then still holds as
+/// many as the other. Equal groups would otherwise evict each other without an end, and no long
+/// work would ever be done.
 #[derive(Debug)]
 pub struct FairSemaphore<K: FairKey>(Arc<Inner<K>>);
 
-/// Why there is no permit now.
+/// The reason why no permit is available now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exhausted {
-    /// This key has as many as it may.
+    /// This key holds as many permits as one key may.
     Key,
-    /// All permits are out, and no other key has more of them.
+    /// All permits are held. This key's group holds the most, and no key of the group holds more
+    /// than this one.
     Total,
-}
-
-/// A permit, given back when it is dropped.
-#[derive(Debug)]
-pub struct FairPermit<K: FairKey> {
-    limit: Arc<Inner<K>>,
-    key: K,
-    id: u64,
-    /// Whether it has been taken out of the number of all permits already.
-    released: AtomicBool,
-    eviction: Option<Arc<Notify>>,
 }
 
 #[derive(Debug)]
@@ -51,20 +54,21 @@ struct Inner<K: FairKey> {
 #[derive(Debug)]
 struct State<K: FairKey> {
     next_id: u64,
-    /// Permits that count towards the number of all.
+    /// The number of permits that count towards the total.
     held: usize,
     keys: HashMap<K, usize>,
     groups: HashMap<K::Group, usize>,
-    /// By age.
+    /// The waiters, the oldest first.
     waiting: BTreeMap<u64, PermitWaiter<K>>,
     waiting_of: HashMap<K::Group, usize>,
-    /// Permits that give way where others have none, by age.
+    /// Permits that may be evicted in favour of other keys, the oldest first.
     evictable: BTreeMap<u64, Evictable<K>>,
 }
 
 #[derive(Debug)]
 struct PermitWaiter<K: FairKey> {
     key: K,
+    kind: PermitKind,
     granted: oneshot::Sender<FairPermit<K>>,
 }
 
@@ -75,7 +79,23 @@ struct Evictable<K: FairKey> {
     notify: Arc<Notify>,
 }
 
-/// Takes a waiter out of the queue that stops waiting.
+/// Whether a permit can be evicted, and its state when it is granted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum PermitKind {
+    Permanent,
+    Idle,
+    InUse,
+}
+
+/// A permit that may be evicted next.
+struct Candidate {
+    id: u64,
+    idle: bool,
+    /// The number of permits that its key holds.
+    held: usize,
+}
+
+/// Removes its waiter from the queue when the wait ends.
 struct WaitGuard<'l, K: FairKey> {
     limit: &'l Inner<K>,
     id: u64,
@@ -88,12 +108,13 @@ impl<K: FairKey> Clone for FairSemaphore<K> {
 }
 
 impl<K: FairKey> FairSemaphore<K> {
-    /// `total` permits, `per_key` for one key; neither is less than one. Any number may wait.
+    /// Creates a semaphore of `total` permits, `per_key` for one key, each at least one. Any number
+    /// of tasks may wait.
     pub fn new(total: usize, per_key: usize) -> Self {
         Self::with_waiting(total, per_key, usize::MAX)
     }
 
-    /// The same, where at most `max_waiting` wait for a permit.
+    /// Creates a semaphore that lets at most `max_waiting` tasks wait for a permit.
     pub fn with_waiting(total: usize, per_key: usize, max_waiting: usize) -> Self {
         let state = State {
             next_id: 0,
@@ -113,54 +134,76 @@ impl<K: FairKey> FairSemaphore<K> {
         }))
     }
 
-    /// Waits for a permit, at most for [`ACQUIRE_TIMEOUT`].
-    pub async fn acquire(&self, key: &K) -> Option<FairPermit<K>> {
-        self.acquire_within(ACQUIRE_TIMEOUT, key).await
+    /// Does what [`FairSemaphore::acquire_evicting_within`] does, with [`ACQUIRE_TIMEOUT`].
+    pub async fn acquire_evicting(&self, key: &K) -> Option<FairPermit<K>> {
+        self.acquire_evicting_within(ACQUIRE_TIMEOUT, key).await
     }
 
-    /// Waits for a permit, at most for `patience`; `None` also where too many wait, and this key's group has the most of
-    /// them.
-    pub async fn acquire_within(&self, patience: Duration, key: &K) -> Option<FairPermit<K>> {
-        let (granted, guard) = match self.0.acquire_or_wait(key) {
+    /// Waits for a permit, at most for `max_wait`. Returns `None` on timeout, or if the queue is
+    /// full and no group has more waiters than this key's.
+    pub async fn acquire_within(&self, max_wait: Duration, key: &K) -> Option<FairPermit<K>> {
+        self.wait_within(max_wait, key, PermitKind::Permanent).await
+    }
+
+    /// Does the same for a permit that is in use at once, and that can be evicted later
+    /// ([`FairPermit::evicted`]). At the total limit it evicts another permit instead of waiting.
+    pub async fn acquire_evicting_within(
+        &self,
+        max_wait: Duration,
+        key: &K,
+    ) -> Option<FairPermit<K>> {
+        self.wait_within(max_wait, key, PermitKind::InUse).await
+    }
+
+    async fn wait_within(
+        &self,
+        max_wait: Duration,
+        key: &K,
+        kind: PermitKind,
+    ) -> Option<FairPermit<K>> {
+        let (granted, guard) = match self.0.acquire_or_wait(key, kind) {
             Ok(permit) => return Some(permit),
             Err(None) => return None,
             Err(Some((granted, id))) => (granted, WaitGuard { limit: &self.0, id }),
         };
-        let permit = timeout(patience, granted).await;
+        let permit = timeout(max_wait, granted).await;
         drop(guard);
         permit.ok()?.ok()
     }
 
-    /// A permit, if there is one now.
+    /// Returns a permit if one is available now.
     pub fn try_acquire(&self, key: &K) -> Result<FairPermit<K>, Exhausted> {
         let mut state = self.0.state();
         self.0.check_key(&state, key)?;
         if state.held >= self.0.total {
             return Err(Exhausted::Total);
         }
-        Ok(self.0.grant(&mut state, key, None))
+        Ok(self.0.grant(&mut state, key, PermitKind::Permanent))
     }
 
-    /// A permit in any case, which may have to give way ([`FairPermit::evicted`]). Where this key has as many as it may, its
-    /// oldest gives way; where all are out, one as in [`FairSemaphore::try_acquire_evicting`], else its own oldest.
+    /// Returns a permit at once and always. It can be evicted later ([`FairPermit::evicted`]).
+    ///
+    /// At the key's own limit, the key's oldest permit is evicted. At the total limit, the victim
+    /// is chosen as in [`FairSemaphore::try_acquire_evicting`], or else is the key's own oldest
+    /// permit.
     pub fn admit(&self, key: &K) -> FairPermit<K> {
         let mut state = self.0.state();
         let is_key_full = self.0.check_key(&state, key).is_err();
         if is_key_full || (state.held >= self.0.total && !state.evict_for(key)) {
             state.evict_oldest(key);
         }
-        self.0.grant(&mut state, key, Some(Arc::new(Notify::new())))
+        self.0.grant(&mut state, key, PermitKind::Idle)
     }
 
-    /// A permit that may have to give way ([`FairPermit::evicted`]). Where all are out, a permit is taken from the group
-    /// that has the most of them, and in it from the key that has: the oldest that is idle, else the newest.
+    /// Returns an idle permit that can be evicted later ([`FairPermit::evicted`]). At the total
+    /// limit it evicts another permit.
     pub fn try_acquire_evicting(&self, key: &K) -> Result<FairPermit<K>, Exhausted> {
         let mut state = self.0.state();
         self.0.check_key(&state, key)?;
         if state.held >= self.0.total && !state.evict_for(key) {
             return Err(Exhausted::Total);
         }
-        Ok(self.0.grant(&mut state, key, Some(Arc::new(Notify::new()))))
+        Ok(self.0.grant(&mut state, key, PermitKind::Idle))
     }
 }
 
@@ -177,26 +220,21 @@ impl<K: FairKey> Inner<K> {
         }
     }
 
-    fn grant(
-        self: &Arc<Self>,
-        state: &mut State<K>,
-        key: &K,
-        eviction: Option<Arc<Notify>>,
-    ) -> FairPermit<K> {
+    fn grant(self: &Arc<Self>, state: &mut State<K>, key: &K, kind: PermitKind) -> FairPermit<K> {
         let id = state.next_id();
         state.held += 1;
         *state.keys.entry(key.clone()).or_default() += 1;
         *state.groups.entry(key.group()).or_default() += 1;
-        if let Some(notify) = eviction.clone() {
-            state.evictable.insert(
-                id,
-                Evictable {
-                    key: key.clone(),
-                    idle: true,
-                    notify,
-                },
-            );
-        }
+        let eviction = (kind != PermitKind::Permanent).then(|| {
+            let notify = Arc::new(Notify::new());
+            let evictable = Evictable {
+                key: key.clone(),
+                idle: kind == PermitKind::Idle,
+                notify: notify.clone(),
+            };
+            state.evictable.insert(id, evictable);
+            notify
+        });
         FairPermit {
             limit: self.clone(),
             key: key.clone(),
@@ -206,16 +244,19 @@ impl<K: FairKey> Inner<K> {
         }
     }
 
-    /// A permit, or a place in the queue; `None` if there is no room in it for this key.
+    /// Returns a permit, or an entry in the queue, or `None` if the queue has no room for this key.
     #[expect(clippy::type_complexity, reason = "used once, right above")]
     fn acquire_or_wait(
         self: &Arc<Self>,
         key: &K,
+        kind: PermitKind,
     ) -> Result<FairPermit<K>, Option<(oneshot::Receiver<FairPermit<K>>, u64)>> {
         let mut state = self.state();
-        let is_free = state.held < self.total && self.check_key(&state, key).is_ok();
-        if is_free {
-            return Ok(self.grant(&mut state, key, None));
+        let may_evict = kind != PermitKind::Permanent;
+        if self.check_key(&state, key).is_ok()
+            && (state.held < self.total || (may_evict && state.evict_for(key)))
+        {
+            return Ok(self.grant(&mut state, key, kind));
         }
         if state.waiting.len() >= self.max_waiting && !state.drop_waiter_for(&key.group()) {
             return Err(None);
@@ -227,21 +268,23 @@ impl<K: FairKey> Inner<K> {
             id,
             PermitWaiter {
                 key: key.clone(),
+                kind,
                 granted,
             },
         );
         Err(Some((receiver, id)))
     }
 
-    /// Gives free permits to waiters.
-    fn hand_on(self: &Arc<Self>, mut state: MutexGuard<'_, State<K>>) {
+    /// Grants free permits to waiters.
+    fn grant_to_waiters(self: &Arc<Self>, mut state: MutexGuard<'_, State<K>>) {
         let mut unclaimed = Vec::new();
         while state.held < self.total {
             let Some(waiter) = state.next_waiter(self.per_key) else {
                 break;
             };
-            let permit = self.grant(&mut state, &waiter.key, None);
-            // One that has stopped waiting: its permit is given back below, outside the lock that this takes.
+            let permit = self.grant(&mut state, &waiter.key, waiter.kind);
+            // A waiter that has stopped waiting returns its permit here. It is dropped below, after
+            // the lock that its drop takes.
             unclaimed.extend(waiter.granted.send(permit).err());
         }
         drop(state);
@@ -261,7 +304,8 @@ impl<K: FairKey> State<K> {
         self.evictable.remove(&id);
     }
 
-    /// Of those who may have a permit now, the one whose group holds the fewest, the longest waiting of these.
+    /// Removes and returns a waiter that may have a permit now: one of the group that holds the
+    /// fewest. Among equals, the longest wait wins.
     fn next_waiter(&mut self, per_key: usize) -> Option<PermitWaiter<K>> {
         let mut best: Option<(usize, u64)> = None;
         for (id, waiter) in &self.waiting {
@@ -285,8 +329,8 @@ impl<K: FairKey> State<K> {
         Some(waiter)
     }
 
-    /// Makes room in the queue for one of `group`: the newest of the group that has the most there stops waiting. `false` if
-    /// that is this group.
+    /// Makes room in the queue for `group`: drops the newest waiter of the group that has the most.
+    /// Returns `false` if no group has more waiters than this one.
     fn drop_waiter_for(&mut self, group: &K::Group) -> bool {
         let own = count(&self.waiting_of, group);
         let most = self.waiting_of.iter().max_by_key(|(_, waiting)| **waiting);
@@ -302,24 +346,36 @@ impl<K: FairKey> State<K> {
         newest.and_then(|id| self.remove_waiter(id)).is_some()
     }
 
-    /// Takes a permit from the group that has the most of them, and in it from the key that has, if `key` has fewer.
+    /// Evicts a permit of another group that holds more than this key's, or else of another key in
+    /// the same group. Returns `false` if no permit has to give way to this key.
     fn evict_for(&mut self, key: &K) -> bool {
         let (own_group, own) = (key.group(), count(&self.keys, key));
-        let Some((group, most)) = self.groups.iter().max_by_key(|(_, held)| **held) else {
-            return false;
-        };
-        let is_own = count(&self.groups, &own_group) >= *most;
-        let group = if is_own { &own_group } else { group };
+        let own_of_group = count(&self.groups, &own_group);
+        let largest = self.groups.iter().max_by_key(|(_, held)| **held);
+        let of_other = largest
+            .filter(|(_, held)| **held > own_of_group)
+            .and_then(|(group, held)| Some((self.candidate(group)?, *held)))
+            .filter(|(candidate, held)| candidate.gives_way(*held, own_of_group));
+        let victim = of_other.map(|(candidate, _)| candidate).or_else(|| {
+            self.candidate(&own_group)
+                .filter(|candidate| candidate.gives_way(candidate.held, own))
+        });
+        victim.is_some_and(|victim| self.evict(victim.id))
+    }
+
+    /// Returns the permit that this group loses first.
+    fn candidate(&self, group: &K::Group) -> Option<Candidate> {
         let of_group = self.keys.iter().filter(|(key, _)| key.group() == *group);
-        let most = of_group
-            .max_by_key(|(_, held)| **held)
-            .filter(|(_, held)| !is_own || **held > own);
-        let Some((most, _)) = most else { return false };
+        let (most, held) = of_group.max_by_key(|(_, held)| **held)?;
         let of_most = || self.evictable.iter().filter(|(_, one)| one.key == *most);
-        let victim = of_most()
+        let (id, permit) = of_most()
             .find(|(_, one)| one.idle)
-            .or_else(|| of_most().next_back());
-        victim.map(|(id, _)| *id).is_some_and(|id| self.evict(id))
+            .or_else(|| of_most().next_back())?;
+        Some(Candidate {
+            id: *id,
+            idle: permit.idle,
+            held: *held,
+        })
     }
 
     fn evict_oldest(&mut self, key: &K) {
@@ -344,49 +400,10 @@ impl<K: FairKey> State<K> {
     }
 }
 
-impl<K: FairKey> FairPermit<K> {
-    /// Whose it is.
-    pub fn key(&self) -> &K {
-        &self.key
-    }
-
-    /// Resolves when this permit has to give way to another key's. It counts no more by then.
-    pub async fn evicted(&self) {
-        match &self.eviction {
-            Some(notify) => notify.notified().await,
-            None => std::future::pending().await,
-        }
-    }
-
-    /// Of permits of one key, those that are in use give way last.
-    pub fn set_in_use(&self) {
-        if let Some(one) = self.limit.state().evictable.get_mut(&self.id) {
-            one.idle = false;
-        }
-    }
-
-    /// Gives the permit back to all others, for work that does not come to an end. It still counts for its key.
-    pub fn detach(&self) {
-        let mut state = self.limit.state();
-        if !self.released.swap(true, Ordering::Relaxed) {
-            state.release(self.id, &self.key);
-            self.limit.hand_on(state);
-        }
-    }
-}
-
-impl<K: FairKey> Drop for FairPermit<K> {
-    fn drop(&mut self) {
-        let mut state = self.limit.state();
-        // An evicted one counts no more.
-        let evicted = self.eviction.is_some() && !state.evictable.contains_key(&self.id);
-        if !evicted {
-            decrement(&mut state.keys, &self.key);
-            if !self.released.load(Ordering::Relaxed) {
-                state.release(self.id, &self.key);
-            }
-        }
-        self.limit.hand_on(state);
+impl Candidate {
+    /// Returns whether a permit of a holder of `held` gives way to a holder of `other`.
+    fn gives_way(&self, held: usize, other: usize) -> bool {
+        held > other + usize::from(!self.idle)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Rates: a burst, and after that so many in a time.
+//! Rate limits: a burst, and after it one operation per interval.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -8,22 +8,21 @@ use tokio::time::Instant;
 
 use crate::identity::SpiffeId;
 
-/// A bucket that fills again with time.
-///
-/// It remembers only the moment at which it will be full again.
+/// A token bucket that refills over time. It stores only the moment at which it will be full.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct TokenBucket(Option<Instant>);
 
 impl TokenBucket {
-    /// Takes one of `burst`, of which one comes back each `every`; `false` if there is none.
+    /// Takes one of `burst` tokens, which refill at one per `every`. Returns `false` if none is
+    /// left.
     pub fn take(&mut self, burst: u32, every: Duration) -> bool {
         let now = Instant::now();
-        let full_again = self.0.map_or(now, |at| at.max(now)) + every;
-        let room = full_again.duration_since(now) <= every * burst;
-        if room {
-            self.0 = Some(full_again);
+        let full_at = self.0.map_or(now, |at| at.max(now)) + every;
+        let has_room = full_at.duration_since(now) <= every * burst;
+        if has_room {
+            self.0 = Some(full_at);
         }
-        room
+        has_room
     }
 
     fn is_full(&self) -> bool {
@@ -31,7 +30,7 @@ impl TokenBucket {
     }
 }
 
-/// A [`TokenBucket`] for each SPIFFE ID.
+/// One [`TokenBucket`] per SPIFFE ID.
 #[derive(Debug)]
 pub struct KeyedRateLimiter {
     burst: u32,
@@ -39,11 +38,11 @@ pub struct KeyedRateLimiter {
     buckets: Mutex<HashMap<SpiffeId, TokenBucket>>,
 }
 
-/// Below this many there is nothing to tidy up.
-const MAX_BUCKETS: usize = 1024;
+/// The number of buckets below which full ones are not removed.
+const SWEEP_FROM_BUCKETS: usize = 1024;
 
 impl KeyedRateLimiter {
-    /// `burst` at once, and after that one each `every`.
+    /// Creates a limiter that allows a burst of `burst`, and after it one operation per `every`.
     pub fn new(burst: u32, every: Duration) -> Self {
         Self {
             burst,
@@ -52,11 +51,12 @@ impl KeyedRateLimiter {
         }
     }
 
-    /// Takes one; `false` if `owner` has used up its own.
+    /// Takes one token of `owner`. Returns `false` if none is left.
     pub fn take(&self, owner: &SpiffeId) -> bool {
         let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
-        // A full bucket is as good as none. The table grows by its own size between two looks at all of it.
-        if buckets.len() >= MAX_BUCKETS && buckets.len() == buckets.capacity() {
+        // A full bucket is the same as none. The table doubles between two sweeps, so a sweep costs
+        // little per call.
+        if buckets.len() >= SWEEP_FROM_BUCKETS && buckets.len() == buckets.capacity() {
             buckets.retain(|_, bucket| !bucket.is_full());
         }
         buckets
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn limiter_refills_with_time_and_for_each_key() {
+    async fn limiter_refills_each_key_over_time() {
         let limiter = KeyedRateLimiter::new(3, Duration::from_secs(10));
         let taken = (0..5).filter(|_| limiter.take(&id("a"))).count();
         assert_eq!(taken, 3);
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn limiter_forgets_full_buckets() {
+    async fn limiter_drops_full_buckets() {
         let limiter = KeyedRateLimiter::new(1, Duration::from_secs(1));
         for number in 0..100_000 {
             limiter.take(&id(&number.to_string()));

@@ -1,4 +1,9 @@
-//! The file of a unix socket: put in place safely, and removed at the end.
+//! The file of a unix socket: created safely, and removed at the end.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a bind waits at most 200 ms for the lock"
+)]
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
@@ -14,32 +19,33 @@ use nix::unistd::geteuid;
 
 use crate::listen::ListenError;
 
-/// Owns the file of a listening unix socket while it lives.
+/// The file of a listening unix socket, which is removed on drop.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
     inode: u64,
-    /// Held for the daemon's life, so that two starts at the same time can't both find the file stale. `None` if somebody has
-    /// it who does not listen.
+    /// Held for the daemon's life, so that two starts at the same time cannot both find the file
+    /// stale. `None` if a process holds the lock that does not listen.
     lock: Option<Flock<File>>,
 }
 
-/// Of a directory in which clients find their sockets.
+/// The mode of a directory in which clients find their sockets.
 const MODE_PUBLIC: u32 = 0o755;
-/// Of one that is the daemon's alone.
+/// The mode of a directory that only the daemon may enter.
 const MODE_PRIVATE: u32 = 0o700;
-/// Between taking the lock and listening a daemon needs far less.
+/// The longest wait for the lock. A daemon needs far less time between taking it and listening.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(200);
 const LOCK_POLL: Duration = Duration::from_millis(5);
 
 impl SocketFile {
-    /// Listens on `path` with `mode`: replaces the file of a daemon that is gone, refuses to replace a living one's.
+    /// Listens on `path` with `mode`. Replaces the file of a process that has ended, and fails if a
+    /// process still serves it.
     pub fn bind(path: &Path, mode: u32) -> Result<(UnixListener, Self), ListenError> {
         Self::bind_in_dir(MODE_PUBLIC, path, mode)
     }
 
-    /// The same for a socket that is for the daemon's own kind, in a directory that is, too. Without waiting: nobody but
-    /// another daemon has the lock there.
+    /// Listens on a socket for other instances of awsvid, in a directory that only they may enter.
+    /// Does not wait: only another instance can hold the lock there.
     pub fn bind_private(path: &Path) -> Result<(UnixListener, Self), ListenError> {
         Self::bind_in_dir(MODE_PRIVATE, path, 0o600)
     }
@@ -75,12 +81,13 @@ impl SocketFile {
                 )?),
                 _ => take_lock(lock, path)?,
             };
-            // The previous holder removes the file at its end, perhaps after this one has opened it.
+            // The previous holder removes the file at its end, possibly after this process has
+            // opened it.
             if lock.as_ref().is_none_or(|lock| is_at(lock, &name)) {
                 break lock;
             }
         };
-        // A daemon whose socket systemd holds has no lock file.
+        // Another daemon has no lock file if systemd holds its socket.
         if UnixStream::connect(path).is_ok() {
             return Err(in_use());
         }
@@ -88,10 +95,11 @@ impl SocketFile {
         if fs::symlink_metadata(path).is_ok_and(is_other) {
             return Err(failed(io::Error::new(
                 io::ErrorKind::AlreadyExists,
-                "it exists and is no socket; remove it",
+                "the file exists and is not a socket; remove it",
             )));
         }
-        // Made under another name first: clients see it with its final mode, or not at all.
+        // The socket is created under another name first. Clients see it with its final mode, or
+        // not at all.
         let new = with_suffix(path, ".new");
         match fs::remove_file(&new) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
@@ -122,7 +130,7 @@ fn open_lock(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-/// Whether the file at `path` is this one.
+/// Returns whether `file` is the file at `path`.
 fn is_at(file: &File, path: &Path) -> bool {
     let inode =
         |found: io::Result<fs::Metadata>| found.ok().map(|found| (found.dev(), found.ino()));
@@ -136,10 +144,12 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Takes the lock, unless a daemon has it. A container in which the directory is mounted, even read-only, can take it as
-/// well: that must not keep the daemon from starting, so whoever has it counts only if he listens.
+/// Takes the lock, unless a daemon holds it.
+///
+/// A container in which the directory is mounted, even read-only, can take the lock too. That must
+/// not stop the daemon from starting, so a holder counts only if it listens.
 fn take_lock(mut lock: File, path: &Path) -> Result<Option<Flock<File>>, ListenError> {
-    let begun = Instant::now();
+    let start = Instant::now();
     loop {
         match Flock::lock(lock, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(Some(lock)),
@@ -148,10 +158,10 @@ fn take_lock(mut lock: File, path: &Path) -> Result<Option<Flock<File>>, ListenE
                     path: path.to_owned(),
                 });
             }
-            Err(_) if begun.elapsed() >= LOCK_TIMEOUT => {
+            Err(_) if start.elapsed() >= LOCK_TIMEOUT => {
                 tracing::warn!(
-                    "{}: somebody holds the lock beside it who does not listen there",
-                    path.display()
+                    path = %path.display(),
+                    "ignoring the socket's lock: its holder does not listen"
                 );
                 return Ok(None);
             }
@@ -161,7 +171,8 @@ fn take_lock(mut lock: File, path: &Path) -> Result<Option<Flock<File>>, ListenE
     }
 }
 
-/// Whoever may rename files in the directory could put a fake server in the socket's place (attack 12).
+/// Rejects a directory in which other users may rename files: they could put a fake server in the
+/// socket's path (T12).
 fn check_directory(directory: &Path, mode: u32) -> Result<(), ListenError> {
     let failed = |source: io::Error| ListenError::Unix {
         path: directory.to_owned(),
@@ -181,11 +192,11 @@ fn check_directory(directory: &Path, mode: u32) -> Result<(), ListenError> {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // Only if it is still this socket's.
+        // The file may be a newer socket's by now.
         if fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
             let _ = fs::remove_file(&self.path);
         }
-        // While it is locked: the next daemon makes a new one.
+        // The lock file is removed while it is locked, so that the next daemon creates a new one.
         let lock = with_suffix(&self.path, ".lock");
         if self.lock.as_ref().is_some_and(|held| is_at(held, &lock)) {
             let _ = fs::remove_file(lock);
@@ -204,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stale_socket_is_replaced_and_a_living_one_is_not() {
+    fn bind_replaces_a_stale_socket_and_not_a_served_one() {
         let directory = safe_directory();
         let path = directory.path().join("a.sock");
         drop(UnixListener::bind(&path).unwrap());
@@ -216,7 +227,7 @@ mod tests {
         ));
         drop(file);
         assert!(!path.exists());
-        // Held by somebody without a lock file, as systemd does.
+        // A process holds the socket without a lock file, as systemd does.
         let _held = UnixListener::bind(&path).unwrap();
         assert!(matches!(
             SocketFile::bind(&path, 0o666),
@@ -225,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_and_directories_of_others_are_left_alone() {
+    fn bind_rejects_other_files_and_unsafe_directories() {
         let directory = safe_directory();
         let path = directory.path().join("a.sock");
         fs::write(&path, "precious").unwrap();
@@ -242,11 +253,11 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_that_somebody_took_who_does_not_listen_stops_nobody() {
+    fn held_lock_without_listener_does_not_block_bind() {
         let directory = safe_directory();
         let path = directory.path().join("a.sock");
         drop(SocketFile::bind(&path, 0o666).unwrap());
-        // Read-only: as in a container that only connects.
+        // Opened read-only, as a container does that only connects.
         File::create(with_suffix(&path, ".lock")).unwrap();
         let file = File::open(with_suffix(&path, ".lock")).unwrap();
         let _taken = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
@@ -258,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_directory_is_made_and_no_other_is_taken_for_one() {
+    fn private_bind_creates_its_directory_and_rejects_open_ones() {
         let directory = safe_directory();
         let closed = directory.path().join("closed");
         let (_listener, _file) = SocketFile::bind_private(&closed.join("a.sock")).unwrap();
@@ -277,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_has_the_lock_in_a_closed_directory_has_the_socket() {
+    fn private_bind_fails_while_the_lock_is_held() {
         let directory = safe_directory();
         let path = directory.path().join("closed/a.sock");
         drop(SocketFile::bind_private(&path).unwrap());
@@ -296,11 +307,11 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_left_behind_and_many_take_turns() {
+    fn concurrent_binds_exclude_each_other_and_leave_no_files() {
         let directory = safe_directory();
         let path = directory.path().join("a.sock");
         let bound = std::sync::atomic::AtomicUsize::new(0);
-        // Each that has it is alone, though the lock's file goes with each of them.
+        // Each holder is the only one, although the lock file is removed with each of them.
         thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
@@ -322,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_longer_ours_stays() {
+    fn drop_keeps_the_file_of_another_socket() {
         let directory = safe_directory();
         let path = directory.path().join("a.sock");
         let (_listener, file) = SocketFile::bind(&path, 0o600).unwrap();

@@ -1,4 +1,5 @@
-//! The system calls and the socket option that have no safe wrapper here, or one that takes more than is needed.
+//! System calls and socket options that have no safe wrapper here, or only one that does more than
+//! is needed.
 #![allow(
     unsafe_code,
     reason = "raw system calls are this module's whole purpose; nothing else is in it"
@@ -13,12 +14,14 @@ use nix::sys::socket::{SockaddrLike, SockaddrStorage, getsockname};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{Interest, ReadBuf};
 
-/// `TCP_CORK` of `tcp(7)`: what is written is sent when the connection is shut down, with that. A client that waits for an
-/// answer is woken once then, not for the answer and again for its end. Each connection is shut down after its one answer.
+/// Sets `TCP_CORK` of `tcp(7)`: the kernel sends all that is written together with the shutdown.
+///
+/// A client that waits for a response is then woken once, not once for the response and again for
+/// the end. Each connection is shut down after its only response.
 pub(super) fn set_tcp_cork(stream: impl AsFd) -> io::Result<()> {
     let on: libc::c_int = 1;
     let length = libc::socklen_t::try_from(size_of::<libc::c_int>()).map_err(io::Error::other)?;
-    // SAFETY: `on` is a valid place of `length` bytes, which the kernel only reads.
+    // SAFETY: `on` is valid for `length` bytes, which the kernel only reads.
     let status = unsafe {
         let socket = stream.as_fd().as_raw_fd();
         libc::setsockopt(
@@ -38,9 +41,9 @@ pub(super) fn set_tcp_cork(stream: impl AsFd) -> io::Result<()> {
 
 const ACCEPTED: libc::c_int = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
 
-/// `accept4(2)` on a unix socket.
+/// Calls `accept4(2)` on a unix socket.
 pub(super) fn accept_unix(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    // SAFETY: without a place for an address the kernel writes none.
+    // SAFETY: without a buffer for the address the kernel writes none.
     owned_fd(unsafe {
         libc::accept4(
             listener.as_raw_fd(),
@@ -51,26 +54,26 @@ pub(super) fn accept_unix(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     })
 }
 
-/// `accept4(2)` on a TCP socket, with the client's address.
+/// Calls `accept4(2)` on a TCP socket, and returns the client's address too.
 pub(super) fn accept_tcp(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, SocketAddr)> {
     // SAFETY: zeros are a sockaddr_storage without an address.
-    let mut place: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
-    let mut length = libc::socklen_t::try_from(size_of_val(&place)).map_err(io::Error::other)?;
-    let address = (&raw mut place).cast::<libc::sockaddr>();
-    // SAFETY: `place` has room for `length` bytes, and the kernel writes at most that many.
+    let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+    let mut length = libc::socklen_t::try_from(size_of_val(&storage)).map_err(io::Error::other)?;
+    let address = (&raw mut storage).cast::<libc::sockaddr>();
+    // SAFETY: `storage` has room for `length` bytes, and the kernel writes at most that many.
     let accepted = owned_fd(unsafe {
         libc::accept4(listener.as_raw_fd(), address, &raw mut length, ACCEPTED)
     })?;
-    // SAFETY: the kernel has put an address of `length` bytes here.
+    // SAFETY: the kernel has written an address of `length` bytes here.
     let client = unsafe { SockaddrStorage::from_raw(address, Some(length)) };
-    // As of a connection that is broken.
+    // EPROTO is handled as an error of this connection only.
     let client = client
         .and_then(|client| ip(&client))
         .ok_or_else(|| io::Error::from_raw_os_error(libc::EPROTO))?;
     Ok((accepted, client))
 }
 
-/// The address that a TCP socket is bound to.
+/// Returns the address that a TCP socket is bound to.
 pub(super) fn local_address(socket: impl AsFd) -> io::Result<SocketAddr> {
     let address: SockaddrStorage = getsockname(socket.as_fd().as_raw_fd())?;
     ip(&address).ok_or_else(|| io::Error::from_raw_os_error(libc::EAFNOSUPPORT))
@@ -94,31 +97,31 @@ fn owned_fd(fd: libc::c_int) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call succeeded, so this is a new descriptor that nobody else owns.
+    // SAFETY: the call succeeded, so this is a new descriptor without another owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// `recv(2)` into what is free of `buffer`, which need not be filled with zeros before.
+/// Calls `recv(2)` into the free part of `buffer`, which need not be initialized.
 pub(super) fn recv(socket: BorrowedFd<'_>, buffer: &mut ReadBuf<'_>) -> io::Result<()> {
-    // SAFETY: nothing is read from there, and nothing but the kernel's bytes is put there.
+    // SAFETY: the buffer is not read, and only the kernel's bytes are written there.
     let room = unsafe { buffer.unfilled_mut() };
     // SAFETY: the kernel writes at most `room.len()` bytes into `room`.
     let length = unsafe { libc::recv(socket.as_raw_fd(), room.as_mut_ptr().cast(), room.len(), 0) };
     let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
-    // SAFETY: the kernel has filled so many.
+    // SAFETY: the kernel has initialized that many bytes.
     unsafe { buffer.assume_init(length) };
     buffer.advance(length);
     Ok(())
 }
 
-/// A listener that does not block, and wakes whoever waits for a connection.
+/// Registers a nonblocking listener with the runtime, to wake the task that waits for a connection.
 pub(super) fn register_listener(listener: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
-    // SAFETY: it keeps the descriptor open, and gives no other than that.
+    // SAFETY: the Arc keeps the descriptor open, and always returns the same one.
     Ok(unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }?)
 }
 
-/// A socket that does not block, and wakes whoever waits for it.
+/// Registers a nonblocking socket with the runtime, to wake the task that waits for it.
 pub(super) fn register(socket: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
-    // SAFETY: it keeps the descriptor open, and gives no other than that.
+    // SAFETY: the Arc keeps the descriptor open, and always returns the same one.
     Ok(unsafe { AsyncFd::register(socket) }?)
 }

@@ -10,9 +10,9 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::namespace::NetNs;
+use crate::netns::NetNs;
 
-/// A listener on a port that is free, and where it is.
+/// Binds a listener to a free port, and returns its address too.
 fn bound() -> (Listener, SocketAddr) {
     let bound = Listener::tcp(
         (Ipv4Addr::LOCALHOST, 0).into(),
@@ -26,7 +26,7 @@ fn bound() -> (Listener, SocketAddr) {
 }
 
 #[tokio::test]
-async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting() {
+async fn unattested_connections_do_not_block_other_listeners() {
     let (connections, stop) = (
         ConnectionTracker::new(&Metrics::default()),
         watch::channel(false),
@@ -36,7 +36,7 @@ async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting()
         let ((bound, address), arrived) = (bound(), arrived.clone());
         let connection = move |stream, arrival| {
             let arrived = arrived.clone();
-            // Whose it is, is never known.
+            // The workload is never attested.
             async move { drop(arrived.send((address, stream, arrival))) }
         };
         (
@@ -63,7 +63,7 @@ async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting()
         .expect("the other listener accepts")
         .unwrap();
     assert_eq!(next.0, honest.0, "and the first has as many as it may");
-    // Each that is known makes room for another one.
+    // Each attested connection makes room for another one.
     held.pop();
     let next = timeout(CONNECTION_TIMEOUT, arrivals.recv())
         .await
@@ -74,9 +74,9 @@ async fn whose_callers_are_hard_to_find_keeps_no_other_listener_from_accepting()
     honest.1.abort();
 }
 
-/// systemd would start the daemon again for one who is left there.
+/// systemd would restart the daemon for a connection that is left in the backlog.
 #[tokio::test]
-async fn nobody_who_came_before_the_end_is_left_in_a_queue_that_systemd_has() {
+async fn close_drains_the_backlog_that_systemd_holds() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.sock");
     let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -89,7 +89,7 @@ async fn nobody_who_came_before_the_end_is_left_in_a_queue_that_systemd_has() {
     let bound = Listener::Tcp {
         listener,
         address,
-        origin: ListenerSource::Inherited,
+        origin: ListenerSource::Activated,
     };
     let _before = TcpStream::connect(address).unwrap();
     assert_eq!(bound.close_and_drain_backlog().unwrap().len(), 1);
@@ -103,7 +103,7 @@ async fn nobody_who_came_before_the_end_is_left_in_a_queue_that_systemd_has() {
     let _before = UnixStream::connect(&path).unwrap();
     assert_eq!(bound.close_and_drain_backlog().unwrap().len(), 1);
     assert_eq!(unix.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
-    // Who comes later waits for the next start.
+    // Later connections wait for the next start.
     let _after = (
         TcpStream::connect(address).unwrap(),
         UnixStream::connect(&path).unwrap(),
@@ -112,7 +112,8 @@ async fn nobody_who_came_before_the_end_is_left_in_a_queue_that_systemd_has() {
     unix.accept().unwrap();
 }
 
-/// The buffers of an accepted connection, as the kernel counts them: twice what was set.
+/// Returns the buffers of an accepted connection as the kernel counts them: twice the value that
+/// was set.
 fn buffers(accepted: &AcceptedStream) -> (usize, usize) {
     let (AcceptedStream::Unix(socket) | AcceptedStream::Tcp { stream: socket, .. }) = accepted;
     let [receive, send] = [
@@ -122,15 +123,15 @@ fn buffers(accepted: &AcceptedStream) -> (usize, usize) {
     (receive, send)
 }
 
-/// Attack 32: with each origin of a listener.
+/// Covers T32 with each origin of a listener.
 #[tokio::test]
-async fn every_tcp_listener_has_small_buffers() {
+async fn tcp_listeners_have_small_buffers() {
     let elsewhere = || {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         listener.set_nonblocking(true).unwrap();
         listener
     };
-    let place = || {
+    let netns = || {
         Arc::new(NetnsRef::new(
             NetNs::own().unwrap().id(),
             "/proc/self/ns/net".into(),
@@ -139,11 +140,11 @@ async fn every_tcp_listener_has_small_buffers() {
     let inherited = elsewhere();
     let address = inherited.local_addr().unwrap();
     let by_systemd = Listener::tcp(address, &mut ActivatedSockets::of(inherited)).unwrap();
-    let given = elsewhere();
-    let address = given.local_addr().unwrap();
-    let given = PodListener::with(place(), address, given.into()).unwrap();
-    let handed_over = Listener::pod(Arc::new(given)).unwrap();
-    let inside = PodListener::bind(place(), (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+    let passed = elsewhere();
+    let address = passed.local_addr().unwrap();
+    let passed = PodListener::with(netns(), address, passed.into()).unwrap();
+    let handed_over = Listener::pod(Arc::new(passed)).unwrap();
+    let inside = PodListener::bind(netns(), (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
     let port = sys::local_address(inside.listener()).unwrap();
     let in_a_pod = Listener::pod(Arc::new(inside)).unwrap();
     let mut again = None;
@@ -158,13 +159,13 @@ async fn every_tcp_listener_has_small_buffers() {
         };
         let address = if name == "pod" { port } else { address };
         let _client = TcpStream::connect(address).unwrap();
-        let mut arrived = bound.readable().await.unwrap();
-        let accepted = bound.accept(&mut arrived).unwrap().unwrap();
+        let mut ready = bound.readable().await.unwrap();
+        let accepted = bound.accept(&mut ready).unwrap().unwrap();
         assert_eq!(buffers(&accepted), (2 * 8 * 1024, 2 * 16 * 1024), "{name}");
-        drop(arrived);
+        drop(ready);
         again.get_or_insert(bound);
     }
-    // And one in the place of a listener that was killed.
+    // The same holds for a listener that replaces a killed one.
     let Some(Listener::Tcp {
         address,
         listener,
@@ -181,16 +182,17 @@ async fn every_tcp_listener_has_small_buffers() {
     };
     let bound = killed.rebind().await.unwrap();
     let _client = TcpStream::connect(address).unwrap();
-    let mut arrived = bound.readable().await.unwrap();
+    let mut ready = bound.readable().await.unwrap();
     assert_eq!(
-        buffers(&bound.accept(&mut arrived).unwrap().unwrap()),
+        buffers(&bound.accept(&mut ready).unwrap().unwrap()),
         (2 * 8 * 1024, 2 * 16 * 1024)
     );
 }
 
-/// The largest answer is one write, and is whole for a client that reads it slowly into a small buffer.
+/// Shows that the largest response is one write, and is whole for a client that reads it slowly
+/// into a small buffer.
 #[tokio::test]
-async fn a_whole_answer_is_one_write() {
+async fn response_is_a_single_write() {
     let (bound, address) = bound();
     let mut client = socket::socket(
         AddressFamily::Inet,
@@ -204,9 +206,8 @@ async fn a_whole_answer_is_one_write() {
         TcpStream::from(client)
     })
     .unwrap();
-    let mut arrived = bound.readable().await.unwrap();
-    let AcceptedStream::Tcp { mut stream, .. } = bound.accept(&mut arrived).unwrap().unwrap()
-    else {
+    let mut ready = bound.readable().await.unwrap();
+    let AcceptedStream::Tcp { mut stream, .. } = bound.accept(&mut ready).unwrap().unwrap() else {
         unreachable!()
     };
     let (head, body) = (vec![b'h'; 200], vec![b'b'; 10_000]);

@@ -24,7 +24,7 @@ fn roles(defined: impl IntoIterator<Item = Role>) -> Roles {
     }
 }
 
-/// Each `path` or `path hint`.
+/// Returns identities from texts of the form `path` or `path hint`.
 fn identities(list: &[&str]) -> Vec<Identity> {
     let one = |text: &&str| {
         let (path, hint) = text
@@ -38,9 +38,9 @@ fn identities(list: &[&str]) -> Vec<Identity> {
     list.iter().map(one).collect()
 }
 
-/// The chosen role's name and the SPIFFE ID's path, or the reason of the denial.
-fn choice(roles: &Roles, callers: &[&str], wanted: &RequestedRole) -> String {
-    match roles.select(&identities(callers), wanted) {
+/// Returns the selected role's name and the SPIFFE ID's path, or the reason of the denial.
+fn choice(roles: &Roles, callers: &[&str], requested: &RequestedRole) -> String {
+    match roles.select(&identities(callers), requested) {
         Ok(grant) => {
             format!(
                 "{} as {}",
@@ -56,7 +56,7 @@ fn choice(roles: &Roles, callers: &[&str], wanted: &RequestedRole) -> String {
 }
 
 #[test]
-fn the_first_role_or_the_named_one() {
+fn select_returns_the_first_or_the_named_role() {
     let roles = roles([
         role("reader", "shop/reader", "reader"),
         role("billing", "shop/billing", "billing"),
@@ -80,18 +80,19 @@ fn the_first_role_or_the_named_one() {
         ("shop/billing/x", RequestedRole::Default, "no_role"),
         ("shop/billing", named("any"), "any as shop/billing"),
         ("shop/billing", named("billing"), "billing as shop/billing"),
-        // Not for this caller, and not there at all: nobody can find out which names exist.
+        // Without a match, or without such a role: both have one error, so that names cannot be
+        // probed.
         ("shop/billing", named("reader"), "not_this_role"),
         ("shop/billing", named("admin"), "not_this_role"),
         ("shop/billing", named("missing"), "not_this_role"),
         ("shop/billing", named("Billing"), "not_this_role"),
         ("shop/billing", named(""), "not_this_role"),
     ];
-    for (caller, wanted, expected) in table {
+    for (caller, requested, expected) in table {
         assert_eq!(
-            choice(&roles, &[caller], &wanted),
+            choice(&roles, &[caller], &requested),
             expected,
-            "{caller} {wanted:?}"
+            "{caller} {requested:?}"
         );
     }
     assert_eq!(choice(&roles, &[], &RequestedRole::Default), "no_role");
@@ -107,7 +108,7 @@ fn the_first_role_or_the_named_one() {
 }
 
 #[test]
-fn of_several_identities_never_one_by_its_position() {
+fn select_ignores_the_position_of_identities() {
     let roles = roles([
         role("billing", "shop/*", "billing"),
         role("reader", "read/*", "reader"),
@@ -130,7 +131,7 @@ fn of_several_identities_never_one_by_its_position() {
             named("billing"),
             "several_identities",
         ),
-        // Only one that the role is for.
+        // Only one of them matches the role.
         (
             &["shop/a", "read/b"],
             RequestedRole::Default,
@@ -170,7 +171,7 @@ fn of_several_identities_never_one_by_its_position() {
             RequestedRole::Default,
             "several_identities",
         ),
-        // One that comes several times, of several registrations, is still one, and has each of its hints.
+        // An identity with several entries counts once, and has each of its hints.
         (
             &["shop/a", "shop/a"],
             RequestedRole::Default,
@@ -201,20 +202,20 @@ fn of_several_identities_never_one_by_its_position() {
             RequestedRole::Default,
             "several_identities",
         ),
-        // A hint gives nobody a role that is not for him.
+        // A hint does not grant a role that does not match.
         (&["other/a billing"], RequestedRole::Default, "no_role"),
     ];
-    for (callers, wanted, expected) in table {
+    for (callers, requested, expected) in table {
         assert_eq!(
-            choice(&roles, callers, &wanted),
+            choice(&roles, callers, &requested),
             expected,
-            "{callers:?} {wanted:?}"
+            "{callers:?} {requested:?}"
         );
     }
 }
 
 #[test]
-fn a_grant_says_all_that_is_issued() {
+fn grant_has_everything_that_is_requested() {
     let templated = role("shop", "ns/*/sa/*", "{path[1]}={path[3]}");
     let named = Role {
         session_name: Some(SessionName::parse("fixed").unwrap()),
@@ -240,7 +241,7 @@ fn a_grant_says_all_that_is_issued() {
 }
 
 #[test]
-fn a_template_that_does_not_fit_gives_no_role() {
+fn template_that_does_not_fit_denies_the_role() {
     let roles = roles([
         role("long", "**", "{path[0]}"),
         role("missing", "**", "{path[3]}"),
@@ -261,9 +262,9 @@ fn a_template_that_does_not_fit_gives_no_role() {
     );
 }
 
-/// Attack 17: what differs in anything must not share credentials.
+/// Grants that differ in any part do not share credentials (T17).
 #[test]
-fn every_part_of_a_role_distinguishes_grants() {
+fn grant_differs_in_every_part_of_a_role() {
     let plain = role("a", "x", "r");
     let policy = |text: &str| Role {
         policy: Some(text.to_owned()),
@@ -336,7 +337,7 @@ fn arn(text: &str) -> RequestedRole {
 }
 
 #[test]
-fn arns_that_workloads_may_ask_for() {
+fn requested_arn_must_match_the_list() {
     let all = requesting(&[
         "arn:aws:iam::123456789012:role/app-*",
         "arn:aws:iam::123456789012:role/team/**",
@@ -360,24 +361,24 @@ fn arns_that_workloads_may_ask_for() {
         };
         assert_eq!(choice(&all, &["ns/a"], &arn(text)), expected);
     }
-    let wanted = arn("arn:aws:iam::123456789012:role/app-x");
+    let requested = arn("arn:aws:iam::123456789012:role/app-x");
     assert_eq!(
-        choice(&all, &["ns/a", "ns/b"], &wanted),
+        choice(&all, &["ns/a", "ns/b"], &requested),
         "several_identities"
     );
-    assert_eq!(choice(&all, &[], &wanted), "no_role");
-    assert_eq!(choice(&roles([]), &["ns/a"], &wanted), "arn_not_allowed");
+    assert_eq!(choice(&all, &[], &requested), "no_role");
+    assert_eq!(choice(&roles([]), &["ns/a"], &requested), "arn_not_allowed");
     assert_eq!(
-        choice(&requesting(&[]), &["ns/a"], &wanted),
+        choice(&requesting(&[]), &["ns/a"], &requested),
         "arn_not_allowed"
     );
-    // A pattern that is too wide still gives nothing that is not AWS's.
+    // A pattern that is too wide still allows only ARNs at AWS.
     let elsewhere = RequestedRole::ByArn(RoleArn::opaque("arn:minio:iam:::role/x").unwrap());
     assert_eq!(
         choice(&requesting(&["**"]), &["ns/a"], &elsewhere),
         "arn_not_allowed"
     );
-    // An ARN is no way around a [[role]], nor is the list for one.
+    // An ARN does not bypass a [[role]], and a [[role]] does not bypass the list.
     assert_eq!(
         choice(
             &all,
@@ -390,10 +391,10 @@ fn arns_that_workloads_may_ask_for() {
 }
 
 #[test]
-fn a_requested_grant_is_for_the_caller_alone_and_for_the_arn_as_it_was_written() {
+fn requested_arn_is_not_a_template() {
     let caller = identities(&["admin"]);
     let all = requesting(&["arn:aws:iam::123456789012:role/*/x"]);
-    // Were this taken as a template, the answer would be a role that nobody has compared with the list.
+    // As a template, it would render a role that was never compared with the list.
     let written = "arn:aws:iam::123456789012:role/{path[0]}/x";
     let grant = all.select(&caller, &arn(written)).unwrap();
     assert_eq!(
@@ -413,7 +414,7 @@ fn a_requested_grant_is_for_the_caller_alone_and_for_the_arn_as_it_was_written()
 }
 
 #[test]
-fn only_the_same_definition_could_give_a_grant() {
+fn can_grant_needs_the_same_definition() {
     let caller = identities(&["shop/billing"]);
     let before = Roles {
         requested: requesting(&["arn:aws:iam::123456789012:role/app-*"]).requested,
@@ -429,7 +430,7 @@ fn only_the_same_definition_could_give_a_grant() {
         .select(&caller, &arn("arn:aws:iam::123456789012:role/app-1"))
         .unwrap();
     assert!(before.can_grant(&billing) && before.can_grant(&asked));
-    // Elsewhere in the list, and beside others.
+    // At another position of the list, and next to others.
     let moved = roles([
         role("billing", "shop/billing", "billing"),
         role("new", "**", "new"),
@@ -455,7 +456,7 @@ fn only_the_same_definition_could_give_a_grant() {
 }
 
 #[test]
-fn denials_have_reasons_of_their_own() {
+fn denial_has_its_own_reason() {
     let all = [
         RoleDenied::NoRole,
         RoleDenied::NotThisRole,

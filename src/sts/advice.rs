@@ -1,4 +1,4 @@
-//! The advice on a failed call, for the daemon's log and for `awsvid check` alike.
+//! Advice on failed STS calls, for the daemon's log and for `awsvid check`.
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -10,15 +10,16 @@ use crate::svid::{JwtSvid, one_line};
 /// The STS that a call goes to, for error messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct StsDestination {
-    /// `STS at https://...`.
+    /// Name for messages, as in `STS at https://sts.example.org`.
     pub(super) name: String,
-    /// Whether AWS runs it.
+    /// True if AWS runs it.
     pub(super) is_aws: bool,
-    /// The proxy on the way.
+    /// The proxy in between, as messages print it.
     pub(super) proxy: Option<String>,
 }
 
-/// Returns what an operator can do. `answer` has the code and the message of STS; `call` is the exchange that failed.
+/// Returns advice for the operator. `answer` has the code and the message of STS; `call` is the
+/// exchange that failed.
 pub(super) fn of(
     reason: &str,
     answer: &str,
@@ -37,17 +38,17 @@ pub(super) fn of(
     by_call.or_else(|| general(reason).map(str::to_owned))
 }
 
-/// The advice that does not depend on the exchange.
+/// Returns the advice that does not depend on the exchange.
 fn general(reason: &str) -> Option<&'static str> {
     Some(match reason {
         "sts_unreachable" => {
-            "look at the way from this node to it: DNS, the firewall, HTTPS_PROXY and NO_PROXY, the CA certificates and `ca_file`"
+            "check the path from this node to STS: DNS, the firewall, HTTPS_PROXY and NO_PROXY, the CA certificates and `ca_file`"
         }
         "sts_misconfigured" => {
             "set `region`, or `endpoint` in [sts], to an STS that takes AssumeRoleWithWebIdentity without a signature"
         }
         "sts_refused" => {
-            "find out what answers there: an STS, or a proxy, a load balancer or another service in its place?"
+            "find out what answers there, which may be a proxy, a load balancer or another service"
         }
         "sts_expired_token" => "set this node's clock and the SPIRE server's: timedatectl",
         "sts_bad_policy" => "correct `policy` or `policy_arns` of this role",
@@ -68,7 +69,7 @@ impl FailedCall<'_> {
         let issuer = issuer(self.token);
         match reason {
             "sts_issuer_unreachable" => Some(format!(
-                "STS cannot read the keys of {issuer}: look at the issuer's documents by awsvid check, and from outside this \
+                "STS cannot read the keys of {issuer}; check the issuer's documents with awsvid check, and from outside this \
                  network with --resolve or --url"
             )),
             "sts_region_disabled" => Some(format!(
@@ -76,16 +77,16 @@ impl FailedCall<'_> {
                 self.grant.role.sts.region
             )),
             "sts_invalid_token" | "sts_access_denied" | "sts_bad_request" => self
-                .by_words(&issuer)
+                .by_message(&issuer)
                 .or_else(|| self.by_reason(reason, &issuer)),
             _ => None,
         }
     }
 
-    /// The advice on a message that AWS, MinIO or another STS is known to send.
-    fn by_words(&self, issuer: &str) -> Option<String> {
+    /// Returns the advice for a message that AWS, MinIO or another STS is known to send.
+    fn by_message(&self, issuer: &str) -> Option<String> {
         let answer = self.answer.to_ascii_lowercase();
-        let has = |words: &[&str]| words.iter().any(|word| answer.contains(word));
+        let has = |fragments: &[&str]| fragments.iter().any(|word| answer.contains(word));
         if has(&["no openidconnect provider"]) {
             return Some(format!(
                 "in account {} make the IAM OIDC provider with just this URL: {issuer} (awsvid trust-policy prints the command); \
@@ -112,11 +113,11 @@ impl FailedCall<'_> {
             &self.grant.role_arn,
             self.token.audience(),
         );
-        // An STS with AWS's names of roles mostly has AWS's policies as well.
+        // An STS that uses AWS's names of roles mostly has AWS's policies as well.
         if !self.at.is_aws && !arn.is_aws() {
             return Some(format!(
-                "that STS has to trust the issuer {issuer}, the audience {audience:?} and the role {arn}: at MinIO look at \
-                 MINIO_IDENTITY_OPENID_CONFIG_URL, _CLIENT_ID and the ARN that it prints at its start, elsewhere at its OIDC provider"
+                "that STS has to trust the issuer {issuer}, the audience {audience:?} and the role {arn}; at MinIO check \
+                 MINIO_IDENTITY_OPENID_CONFIG_URL, _CLIENT_ID and the ARN that it prints at its start, elsewhere its OIDC provider"
             ));
         }
         Some(match reason {
@@ -140,7 +141,7 @@ impl FailedCall<'_> {
                 role.duration.as_secs()
             ),
             _ if self.at.is_aws && self.token.algorithm().starts_with("PS") => {
-                "AWS takes no signatures of the PS family: use RS256 or ES256".to_owned()
+                "AWS does not accept signatures of the PS family; use RS256 or ES256".to_owned()
             }
             _ => format!(
                 "compare the IAM provider's URL with {issuer}, its audiences with {audience:?}"

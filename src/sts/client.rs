@@ -1,4 +1,4 @@
-//! The SDK's client, with everything taken away that it would look for by itself: credentials, profiles, IMDS, retries.
+//! The SDK's client without its own sources of credentials: no profiles, no IMDS, no retries.
 
 use std::mem::replace;
 use std::path::Path;
@@ -31,14 +31,15 @@ use super::trust::{NoRoots, Roots};
 use crate::config::is_aws_sts;
 use crate::role::StsTarget;
 
-/// The most that connecting may take of a call's time, so that an unreachable STS is told from a slow one.
+/// Maximum time for the connection, so that an unreachable STS is distinct from a slow one.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// Shorter than the servers and the proxies on the way keep an idle connection, so that no call meets a closing one.
-const IDLE: Duration = Duration::from_secs(15);
-/// Credentials and an error text are a few kilobytes.
-const ANSWER_MAX: usize = 256 * 1024;
+/// Maximum idle time of a connection. It is shorter than that of servers and proxies, so that no
+/// call meets a closing connection.
+const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(15);
+/// Maximum size of a response. Credentials and an error text are a few kilobytes.
+const MAX_RESPONSE_BYTES: usize = 256 * 1024;
 
-/// What all clients have in common.
+/// Settings and certificates that all clients share.
 pub(super) struct HttpConnector {
     pub(super) network: NetworkSettings,
     system: Arc<Roots>,
@@ -56,8 +57,9 @@ impl HttpConnector {
         }
     }
 
-    /// Checks the variables that calls for `target` use, and loads its CA certificates. Missing certificates are not an error. The
-    /// system's are loaded in the background, so that a start does not wait for them.
+    /// Checks the variables that calls for `target` use, and loads its CA certificates. Missing
+    /// certificates are not an error. The system's are loaded in the background, so that the start
+    /// does not wait for them.
     pub(super) async fn prepare(&self, target: &StsTarget) -> Result<(), InvalidSetting> {
         let url = self.network.sts_url(target).await?;
         if let Ok(uri) = url.parse() {
@@ -76,18 +78,18 @@ impl HttpConnector {
         }
     }
 
-    /// A client for `target`, which is at `url`.
+    /// Creates a client for `target`, which is at `url`.
     pub(super) async fn client(&self, target: &StsTarget, url: &str) -> Result<Client, Failure> {
-        // The SDK would find out too late, and say so with the whole request.
+        // The SDK finds an invalid URL late, and its error quotes the whole request.
         let uri: Option<Uri> = url.parse().ok();
         let uri = uri.filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")));
-        let uri = uri.ok_or(Failure::Unsendable(
-            "`endpoint` is no URL that begins with https://".to_owned(),
+        let uri = uri.ok_or(Failure::InvalidRequest(
+            "`endpoint` is not a URL that begins with https://; correct it in [sts]".to_owned(),
         ))?;
         let proxy = self
             .network
             .proxy(&uri)
-            .map_err(|InvalidSetting(text)| Failure::Unsendable(text))?;
+            .map_err(|InvalidSetting(text)| Failure::InvalidRequest(text))?;
         let trust = match self.roots(target, url) {
             Some(roots) => roots
                 .store()
@@ -98,20 +100,31 @@ impl HttpConnector {
         let config = aws_sdk_sts::Config::builder()
             .behavior_version(BehaviorVersion::latest())
             .region(Region::new(target.region.clone()))
-            // One function decides on the host, for the daemon and for `awsvid check`.
+            // One function selects the host, for the daemon and for `awsvid check`.
             .endpoint_url(url)
             .http_client(self.http_client(proxy, trust)?)
-            // `issue` knows when to try again, and the whole call has one deadline.
+            // `TokenExchanger` retries, and the whole call has one deadline.
             .retry_config(RetryConfig::disabled())
             .timeout_config(TimeoutConfig::disabled())
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
-            .interceptor(LimitAnswer)
+            .interceptor(LimitResponse)
             .build();
         Ok(Client::from_conf(config))
     }
 
-    /// The certificates that the server at `url` is verified by; `None` without TLS. AWS's STS is never verified by `ca_file`: the
-    /// holder of that private key could pass for AWS.
+    /// Returns the number of times that certificates were replaced. Clients that were created
+    /// before the latest time are outdated.
+    pub(super) fn replaced_roots(&self) -> usize {
+        let roots = [Some(&self.system), self.ca_file.as_ref()];
+        roots
+            .into_iter()
+            .flatten()
+            .map(|roots| roots.replaced())
+            .sum()
+    }
+
+    /// Returns the certificates that verify the server at `url`, or `None` without TLS. `ca_file`
+    /// never verifies AWS's STS: the holder of that private key could pass for AWS.
     fn roots(&self, target: &StsTarget, url: &str) -> Option<&Arc<Roots>> {
         match &self.ca_file {
             _ if url.starts_with("http://") => None,
@@ -126,7 +139,7 @@ impl HttpConnector {
         trust: TrustStore,
     ) -> Result<SharedHttpClient, Failure> {
         let tls = TlsContext::builder().with_trust_store(trust).build();
-        let tls = tls.map_err(|_| Failure::Unsendable("TLS cannot be set up".to_owned()))?;
+        let tls = tls.map_err(|_| Failure::InvalidRequest("TLS setup failed".to_owned()))?;
         let timeouts = HttpConnectorSettings::builder()
             .connect_timeout(self.connect_timeout)
             .build();
@@ -134,18 +147,18 @@ impl HttpConnector {
             .tls_provider(Provider::Rustls(CryptoMode::AwsLc))
             .proxy_config(proxy)
             .connector_settings(timeouts)
-            .pool_idle_timeout(IDLE)
+            .pool_idle_timeout(POOL_IDLE_TIMEOUT)
             .tls_context(tls);
         let connector = SharedHttpConnector::new(connector.build());
         Ok(http_client_fn(move |_, _| connector.clone()))
     }
 }
 
-/// The SDK reads an answer to its end, however far that is.
+/// Interceptor that limits the size of a response. The SDK itself reads without a limit.
 #[derive(Debug)]
-struct LimitAnswer;
+struct LimitResponse;
 
-impl Intercept for LimitAnswer {
+impl Intercept for LimitResponse {
     fn name(&self) -> &'static str {
         "LimitAnswer"
     }
@@ -157,7 +170,10 @@ impl Intercept for LimitAnswer {
         _: &mut ConfigBag,
     ) -> Result<(), BoxError> {
         let body = context.response_mut().body_mut();
-        *body = SdkBody::from_body_1_x(Limited::new(replace(body, SdkBody::taken()), ANSWER_MAX));
+        *body = SdkBody::from_body_1_x(Limited::new(
+            replace(body, SdkBody::taken()),
+            MAX_RESPONSE_BYTES,
+        ));
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! The host that an exchange goes to, and the proxy on the way, by the environment variables that all SDKs share.
+//! Hosts and proxies of exchanges, by the environment variables that all SDKs share.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -19,7 +19,8 @@ const HTTP_PROXY: [&str; 4] = ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_pro
 const FIPS: &str = "AWS_USE_FIPS_ENDPOINT";
 const DUAL_STACK: &str = "AWS_USE_DUALSTACK_ENDPOINT";
 
-/// What a user name or a password in a URL cannot have as it is: RFC 3986, section 3.2.1. `%` is handled by [`escaped`].
+/// Characters that a user name or password in a URL must escape (RFC 3986, section 3.2.1).
+/// [`escaped`] handles `%`.
 const USERINFO: &AsciiSet = &CONTROLS
     .add(b' ')
     .add(b'"')
@@ -39,12 +40,13 @@ const USERINFO: &AsciiSet = &CONTROLS
     .add(b'|')
     .add(b'}');
 
-/// A setting that STS can't be called with. The text is for the operator.
+/// A setting with which STS cannot be called. The text is for the operator.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{0}")]
 pub struct InvalidSetting(pub String);
 
-/// The settings of the network. A variable is parsed when it is used: one that nothing uses is not an error.
+/// The network settings. A variable is parsed when a call uses it, so an unused one is not an
+/// error.
 #[derive(Clone, Default)]
 pub struct NetworkSettings {
     https_proxy: Option<Variable>,
@@ -54,7 +56,7 @@ pub struct NetworkSettings {
     dual_stack: String,
 }
 
-/// A variable that is set. Its value may hold a password.
+/// A variable that is set. Its value may have a password.
 #[derive(Clone)]
 struct Variable {
     name: &'static str,
@@ -62,11 +64,12 @@ struct Variable {
 }
 
 impl NetworkSettings {
-    /// Reads `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY`, `AWS_USE_FIPS_ENDPOINT` and `AWS_USE_DUALSTACK_ENDPOINT`.
-    /// `lookup` gives a variable's value.
+    /// Reads `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY`, `AWS_USE_FIPS_ENDPOINT` and
+    /// `AWS_USE_DUALSTACK_ENDPOINT`. `lookup` returns a variable's value.
     ///
-    /// The variables of proxies may have lower-case names. As in Go's HTTP client, upper-case names come first (in curl, last), and
-    /// an empty value counts as unset. `HTTPS_PROXY` and `HTTP_PROXY` come before `ALL_PROXY`.
+    /// The proxy variables may have lower-case names. As in Go's HTTP client, upper-case names win
+    /// (in curl they lose), and an empty value counts as unset. `HTTPS_PROXY` and `HTTP_PROXY` win
+    /// over `ALL_PROXY`.
     pub fn from_env(lookup: impl Fn(&str) -> Option<String>) -> Self {
         let first = |names: &[&'static str]| {
             names.iter().find_map(|name| {
@@ -88,10 +91,11 @@ impl NetworkSettings {
         }
     }
 
-    /// Returns the URL that calls for `target` go to, for the daemon, its errors and `awsvid check` alike.
+    /// Returns the URL of calls for `target`, for the daemon, its errors and `awsvid check` alike.
     ///
-    /// It is the target's endpoint if there is one. Otherwise it is AWS's endpoint of the region, by the SDK's table of partitions.
-    /// Fails for a region that cannot be part of a host name, and for a variable that is neither true nor false.
+    /// It is the target's endpoint if there is one. Otherwise it is AWS's endpoint of the region,
+    /// by the SDK's table of partitions. Fails for a region that cannot be part of a host name, and
+    /// for a variable that is neither `true` nor `false`.
     pub async fn sts_url(&self, target: &StsTarget) -> Result<String, InvalidSetting> {
         if let Some(endpoint) = &target.endpoint {
             return Ok(endpoint.clone());
@@ -111,7 +115,7 @@ impl NetworkSettings {
         };
         let uri = resolved.and_then(|endpoint| endpoint.url().parse::<Uri>().ok());
         let uri = uri.filter(|uri| uri.host().is_some_and(|host| !host.is_empty()));
-        // Without the slash that an empty path becomes.
+        // `Uri` prints an empty path as a slash.
         uri.map(|uri| uri.to_string().trim_end_matches('/').to_owned())
             .ok_or_else(|| {
                 let kind = match (fips, dual_stack) {
@@ -127,19 +131,20 @@ impl NetworkSettings {
             })
     }
 
-    /// Returns the proxy on the way to `to`, if there is one. Fails if its variable does not name an HTTP proxy.
+    /// Returns the proxy for calls to `to`, if there is one. Fails if its variable does not name an
+    /// HTTP proxy.
     pub fn hop(&self, to: &Uri) -> Result<Option<Proxy>, InvalidSetting> {
         let Some((variable, url)) = self.proxy_url(to)? else {
             return Ok(None);
         };
-        // NO_PROXY has been applied already.
+        // `proxy_url` has applied NO_PROXY already.
         let matcher = Matcher::builder().all(url).build();
         Ok(matcher
             .intercept(to)
             .and_then(|found| Proxy::of(variable, found.uri(), found.basic_auth())))
     }
 
-    /// Returns the same in the form that the SDK takes.
+    /// Returns the proxy configuration in the SDK's form.
     pub(super) fn proxy(&self, to: &Uri) -> Result<ProxyConfig, InvalidSetting> {
         let Some((variable, url)) = self.proxy_url(to)? else {
             return Ok(ProxyConfig::disabled());
@@ -172,18 +177,19 @@ impl NetworkSettings {
     }
 }
 
-/// A proxy to go through.
+/// HTTP proxy that forwards calls.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proxy {
-    /// The variable that names it.
+    /// Name of the variable that sets it.
     pub variable: &'static str,
-    /// Whether it wants TLS itself.
+    /// True if the proxy itself needs TLS.
     pub secure: bool,
-    /// Its name or address.
+    /// Host name or address, without brackets.
     pub host: String,
-    /// Its port.
+    /// TCP port of the proxy.
     pub port: u16,
-    /// What it wants in `Proxy-Authorization`; marked as sensitive, so that no debug output shows it.
+    /// Value for `Proxy-Authorization`. It is marked as sensitive, so that no debug output shows
+    /// it.
     pub authorization: Option<HeaderValue>,
 }
 
@@ -200,7 +206,7 @@ impl Proxy {
     }
 }
 
-/// The proxy's address and variable, without its password.
+/// Prints the proxy's address and variable, without its password.
 impl fmt::Display for Proxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -211,10 +217,10 @@ impl fmt::Display for Proxy {
     }
 }
 
-/// A proxy's URL may hold a password.
+/// The values of proxies are not printed, since they may have a password.
 impl fmt::Debug for NetworkSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Network")
+        f.debug_struct("NetworkSettings")
             .field(
                 "https_proxy",
                 &self.https_proxy.as_ref().map(|variable| variable.name),
@@ -230,16 +236,16 @@ impl fmt::Debug for NetworkSettings {
     }
 }
 
-/// The value may hold a password, so it is not quoted.
+/// Returns the error for a variable. It does not quote the value, which may have a password.
 fn not_a_proxy(variable: &str) -> InvalidSetting {
     InvalidSetting(format!(
-        "the environment variable {variable} is not the URL of an HTTP proxy, the only kind that can be used; write it as in \
+        "the environment variable {variable} is not the URL of an HTTP proxy, the only supported kind; write it as in \
          http://proxy.example.org:3128, or name the host in NO_PROXY"
     ))
 }
 
-/// Parses the URL of a proxy and returns it with an escaped user name and password, so that every parser reads it alike. Without a
-/// scheme it is HTTP, as in curl.
+/// Parses a proxy's URL and escapes its user name and password, so that every parser reads it
+/// alike. Without a scheme it is HTTP, as in curl.
 fn proxy_url(value: &str) -> Option<String> {
     let (scheme, rest) = value.split_once("://").unwrap_or(("http", value));
     let scheme = scheme.to_ascii_lowercase();
@@ -273,7 +279,7 @@ fn proxy_url(value: &str) -> Option<String> {
     ))
 }
 
-/// Escapes a user name or a password; valid escapes stay as they are.
+/// Escapes a user name or password. Valid escapes stay as they are.
 fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     let mut parts = text.split('%');
@@ -295,7 +301,7 @@ fn switch(name: &str, value: &str) -> Result<bool, InvalidSetting> {
         "" | "false" => Ok(false),
         "true" => Ok(true),
         _ => Err(InvalidSetting(format!(
-            "the environment variable {name} is neither true nor false"
+            "the environment variable {name} is neither true nor false; set it to one of them"
         ))),
     }
 }

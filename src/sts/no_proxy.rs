@@ -1,14 +1,16 @@
-//! `NO_PROXY`, as Go's HTTP client and curl read it. Where they differ, a host is exempt if one of the two exempts it.
+//! `NO_PROXY`, as Go's HTTP client and curl read it. Where they differ, a host is exempt if one of
+//! the two exempts it.
 //!
-//! hyper-util's matcher follows curl: it matches names, parents of names, addresses and networks. This module adds what the matcher
-//! lacks: `*.example.org`, ports and brackets (from Go), blanks between entries and trailing dots (from curl), `*` for addresses.
+//! hyper-util's matcher follows curl: it matches names, parents of names, addresses and networks.
+//! This module adds what the matcher lacks. From Go: `*.example.org`, ports and brackets. From
+//! curl: blanks between entries and trailing dots. Also `*` for addresses.
 
 use std::net::IpAddr;
 
 use hyper::Uri;
 use hyper_util::client::proxy::matcher::Matcher;
 
-/// Returns whether the list exempts this host and port.
+/// Returns true if the list exempts this host and port.
 pub(super) fn names(list: &str, host: &str, port: u16) -> bool {
     let host = host
         .trim_matches(['[', ']'])
@@ -40,13 +42,14 @@ fn is_separator(c: char) -> bool {
     c == ',' || c.is_whitespace()
 }
 
-/// Converts an entry to the matcher's form; `None` if it cannot match this host and port.
+/// Converts an entry to the matcher's form. Returns `None` if it cannot match this host and port.
 fn entry_for(entry: &str, host: &str, port: u16) -> Option<String> {
     let (name, own_port) = split_port(entry);
     if own_port.is_some_and(|own| own != port) {
         return None;
     }
-    // `*.example.org` does not match example.org itself, but the matcher takes `.example.org` for both.
+    // `*.example.org` does not match example.org itself, but the matcher takes `.example.org` for
+    // both.
     let (below, name) = name
         .strip_prefix("*.")
         .map_or((false, name), |parent| (true, parent));
@@ -58,7 +61,8 @@ fn entry_for(entry: &str, host: &str, port: u16) -> Option<String> {
     }
 }
 
-/// Splits `name`, `name:port`, `10.0.0.0/8`, `::1`, `[::1]` or `[::1]:port`, and removes the brackets.
+/// Splits `name`, `name:port`, `10.0.0.0/8`, `::1`, `[::1]` or `[::1]:port`, and removes the
+/// brackets.
 fn split_port(entry: &str) -> (&str, Option<u16>) {
     if let Some((address, rest)) = entry
         .strip_prefix('[')
@@ -80,7 +84,7 @@ fn split_port(entry: &str) -> (&str, Option<u16>) {
 mod tests {
     use super::*;
 
-    /// The last column is what golang.org/x/net/http/httpproxy 0.50.0 and curl 7.88.1 did.
+    /// The last column is the behaviour of golang.org/x/net/http/httpproxy 0.50.0 and curl 7.88.1.
     #[test]
     fn entry_is_read_as_go_and_curl_read_it() {
         const BOTH: [bool; 2] = [true; 2];

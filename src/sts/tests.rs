@@ -10,11 +10,11 @@ use super::*;
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 use crate::role::Role;
 use crate::svid::jwt::tests::{AUDIENCE, CapturedLog, NOW, billing, now, svid_for};
-use fake::{FakeProxy, FakeSts, Meeting, StsReply};
+use fake::{FakeProxy, FakeSts, RequestBarrier, StsReply};
 
 const ARN: &str = "arn:aws:iam::123456789012:role/billing";
 
-/// For tests of other modules too.
+/// Fakes that tests of other modules use too.
 pub(crate) fn grant(target: &StsTarget) -> Grant {
     let role = Role {
         name: "billing".to_owned(),
@@ -63,14 +63,14 @@ fn network(variables: &[(&str, String)]) -> NetworkSettings {
     NetworkSettings::from_env(|name| {
         variables
             .iter()
-            .find(|(known, _)| *known == name)
+            .find(|(existing, _)| *existing == name)
             .map(|(_, v)| v.clone())
     })
 }
 
 const NAMESPACE: &str = r#" xmlns="https://sts.amazonaws.com/doc/2011-06-15/""#;
 
-/// What AWS answers, with these credentials and this namespace.
+/// Returns AWS's response with these credentials and this XML namespace.
 fn success(namespace: &str, credentials: &str) -> StsReply {
     let text = format!(
         "<AssumeRoleWithWebIdentityResponse{namespace}><AssumeRoleWithWebIdentityResult>\
@@ -100,7 +100,7 @@ pub(crate) fn refusal(status: u16, code: &str, message: &str) -> StsReply {
     StsReply::Body(status, "text/xml", text)
 }
 
-/// What one call makes of `reply`.
+/// Returns the result of one call that gets `reply`.
 async fn assume_of(reply: StsReply) -> (Result<Credentials, StsError>, FakeSts) {
     let server = FakeSts::start(move |_, _| reply.clone()).await;
     let sts = sts(settings());
@@ -112,7 +112,7 @@ async fn assume_of(reply: StsReply) -> (Result<Credentials, StsError>, FakeSts) 
 }
 
 #[tokio::test]
-async fn the_request_is_the_grant_and_the_token_unsigned() {
+async fn request_has_grant_and_token_and_no_signature() {
     let server = FakeSts::start(|_, _| good()).await;
     let mut narrowed = grant(&plain(&server));
     let role = Role {
@@ -158,7 +158,7 @@ async fn the_request_is_the_grant_and_the_token_unsigned() {
         request.headers
     );
 
-    // Without policies, no such parameter.
+    // Without policies the request lacks that parameter.
     sts(settings())
         .assume(&grant(&plain(&server)), &token)
         .await
@@ -171,7 +171,7 @@ async fn the_request_is_the_grant_and_the_token_unsigned() {
 }
 
 #[tokio::test]
-async fn answers_of_several_makes_are_read() {
+async fn responses_of_several_implementations_are_parsed() {
     let minio = format!(
         "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<AssumeRoleWithWebIdentityResponse{NAMESPACE}>\
          <AssumeRoleWithWebIdentityResult><AssumedRoleUser><Arn></Arn><AssumeRoleId></AssumeRoleId></AssumedRoleUser>\
@@ -213,7 +213,7 @@ async fn answers_of_several_makes_are_read() {
 }
 
 #[tokio::test]
-async fn an_answer_that_cannot_be_used_is_an_error() {
+async fn unusable_response_is_an_error() {
     let with = |old: &str, new: &str| success(NAMESPACE, &CREDENTIALS.replace(old, new));
     let page = |text: &str| StsReply::Body(200, "text/html", text.to_owned());
     let replies = [
@@ -244,7 +244,7 @@ async fn an_answer_that_cannot_be_used_is_an_error() {
     for (row, reply) in replies.into_iter().enumerate() {
         let error = assume_of(reply).await.0.expect_err(&format!("row {row}"));
         assert_eq!(
-            (error.again, error.reason),
+            (error.retry, error.reason),
             (RetryPolicy::Later, "sts_bad_answer"),
             "row {row}: {error}"
         );
@@ -256,7 +256,7 @@ async fn an_answer_that_cannot_be_used_is_an_error() {
 }
 
 #[tokio::test]
-async fn refusals_on_the_wire_have_their_meaning() {
+async fn refusal_on_the_wire_is_classified() {
     use RetryPolicy::{Later, Never, NewToken};
     let keys = "Couldn't retrieve verification key from your identity provider";
     let table = [
@@ -315,17 +315,17 @@ async fn refusals_on_the_wire_have_their_meaning() {
         (400, "Throttling", "Rate exceeded", Later, "sts_throttled"),
         (503, "SlowDown", "", Later, "sts_throttled"),
         (500, "InternalFailure", "", Later, "sts_unavailable"),
-        // MinIO's own.
+        // Codes of MinIO alone.
         (400, "InvalidParameterValue", "", Never, "sts_bad_request"),
         (400, "ExpiredToken", "", NewToken, "sts_expired_token"),
         (503, "STSNotInitialized", "", Later, "sts_unavailable"),
     ];
-    for (status, code, message, again, reason) in table {
+    for (status, code, message, retry, reason) in table {
         let (result, server) = assume_of(refusal(status, code, message)).await;
         let error = result.unwrap_err();
         assert_eq!(
-            (error.again, error.reason, error.code.as_str()),
-            (again, reason, code),
+            (error.retry, error.reason, error.code.as_str()),
+            (retry, reason, code),
             "{error}"
         );
         assert!(
@@ -341,7 +341,7 @@ async fn refusals_on_the_wire_have_their_meaning() {
 }
 
 #[tokio::test]
-async fn answers_from_something_else_are_judged_by_their_status() {
+async fn response_without_code_is_classified_by_status() {
     use RetryPolicy::{Later, Never};
     let html =
         || "<html><head><title>503</title></head><body><p>Secret page<br></body></html>".to_owned();
@@ -372,14 +372,14 @@ async fn answers_from_something_else_are_judged_by_their_status() {
             "sts_refused",
         ),
     ];
-    for (status, body, again, reason) in table {
+    for (status, body, retry, reason) in table {
         let error = assume_of(StsReply::Body(status, "text/html", body))
             .await
             .0
             .unwrap_err();
         assert_eq!(
-            (error.again, error.reason, error.code.as_str()),
-            (again, reason, ""),
+            (error.retry, error.reason, error.code.as_str()),
+            (retry, reason, ""),
             "{error}"
         );
         let text = error.to_string();
@@ -390,9 +390,9 @@ async fn answers_from_something_else_are_judged_by_their_status() {
     }
 }
 
-/// The same code means the same, in every shape and with every status.
+/// A code has the same meaning in every form and with every status.
 #[tokio::test]
-async fn code_in_another_shape_has_its_meaning() {
+async fn code_is_classified_in_every_form() {
     let table: [(u16, &str, &str); 8] = [
         (
             403,
@@ -424,7 +424,7 @@ async fn code_in_another_shape_has_its_meaning() {
             "application/json",
             r#"{"code":"AccessDenied","message":"{}"}"#,
         ),
-        // Some say no with a success.
+        // Some servers refuse with a status of success.
         (
             200,
             "application/xml",
@@ -442,7 +442,7 @@ async fn code_in_another_shape_has_its_meaning() {
                 assume_of(StsReply::Body(status, kind, body.replace("{}", message))).await;
             let error = result.unwrap_err();
             assert_eq!(
-                (error.again, error.reason),
+                (error.retry, error.reason),
                 (RetryPolicy::Never, "sts_access_denied"),
                 "{body}: {error}"
             );
@@ -462,13 +462,13 @@ async fn code_in_another_shape_has_its_meaning() {
 }
 
 #[tokio::test]
-async fn a_redirect_is_not_followed_with_the_token() {
+async fn redirect_is_not_followed() {
     let elsewhere = FakeSts::start(|_, _| good()).await;
     let (result, _server) =
         assume_of(StsReply::Redirect(format!("http://{}/", elsewhere.address))).await;
     let error = result.unwrap_err();
     assert_eq!(
-        (error.again, error.reason),
+        (error.retry, error.reason),
         (RetryPolicy::Never, "sts_refused"),
         "{error}"
     );
@@ -476,7 +476,7 @@ async fn a_redirect_is_not_followed_with_the_token() {
 }
 
 #[tokio::test]
-async fn no_whole_answer_is_an_outage() {
+async fn incomplete_response_is_an_outage() {
     for reply in [StsReply::Never, StsReply::Stalls] {
         let server = FakeSts::start(move |_, _| reply.clone()).await;
         let sts = sts(Settings {
@@ -488,7 +488,7 @@ async fn no_whole_answer_is_an_outage() {
             .await
             .unwrap_err();
         assert_eq!(
-            (error.again, error.reason),
+            (error.retry, error.reason),
             (RetryPolicy::Later, "sts_unreachable"),
             "{error}"
         );
@@ -498,12 +498,12 @@ async fn no_whole_answer_is_an_outage() {
     for reply in [StsReply::Breaks, endless] {
         let error = assume_of(reply).await.0.unwrap_err();
         assert_eq!(
-            (error.again, error.reason),
+            (error.retry, error.reason),
             (RetryPolicy::Later, "sts_unreachable"),
             "{error}"
         );
     }
-    // A port that is taken, so that nobody else can, but not listened at.
+    // A port that is bound, so that no other process can take it, but without a listener.
     let taken = tokio::net::TcpSocket::new_v4().unwrap();
     taken.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let target = endpoint(format!("http://{}", taken.local_addr().unwrap()));
@@ -512,7 +512,7 @@ async fn no_whole_answer_is_an_outage() {
         .await
         .unwrap_err();
     assert_eq!(
-        (error.again, error.reason),
+        (error.retry, error.reason),
         (RetryPolicy::Later, "sts_unreachable"),
         "{error}"
     );
@@ -520,7 +520,7 @@ async fn no_whole_answer_is_an_outage() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_sent_is_a_misconfiguration() {
+async fn invalid_request_is_a_misconfiguration() {
     let targets = [
         endpoint("not a url".to_owned()),
         endpoint("minio.internal:9000".to_owned()),
@@ -541,7 +541,7 @@ async fn what_cannot_be_sent_is_a_misconfiguration() {
             .await
             .unwrap_err();
         assert_eq!(
-            (error.again, error.reason),
+            (error.retry, error.reason),
             (RetryPolicy::Never, "sts_misconfigured"),
             "{target:?}: {error}"
         );
@@ -550,11 +550,11 @@ async fn what_cannot_be_sent_is_a_misconfiguration() {
 }
 
 #[tokio::test]
-async fn neither_logs_nor_errors_show_the_token_or_the_credentials() {
+async fn logs_and_errors_do_not_show_secrets() {
     let token = svid_for(&billing(), 300, 1);
     let log = CapturedLog::start();
     let echo = |status: u16| {
-        move |_: usize, request: &fake::Received| {
+        move |_: usize, request: &fake::ReceivedRequest| {
             let token = &request.form["WebIdentityToken"];
             let message = format!(
                 "1 validation error: Value '{token}' at 'webIdentityToken', {}...",
@@ -603,8 +603,8 @@ async fn neither_logs_nor_errors_show_the_token_or_the_credentials() {
 }
 
 #[tokio::test]
-async fn no_more_calls_are_under_way_than_allowed() {
-    let meeting = Meeting::new();
+async fn concurrent_calls_are_bounded() {
+    let meeting = RequestBarrier::new();
     let StsReply::Body(_, _, body) = good() else {
         unreachable!()
     };
@@ -634,14 +634,14 @@ async fn no_more_calls_are_under_way_than_allowed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_that_never_gets_its_turn_ends() {
+async fn call_without_permit_fails_after_the_timeout() {
     let sts = sts(Settings {
         max_concurrent: 1,
         ..settings()
     });
     let _other = sts
-        .turns
-        .acquire(&SpiffeId::parse("spiffe://example.org/other").unwrap())
+        .permits
+        .acquire_evicting(&SpiffeId::parse("spiffe://example.org/other").unwrap())
         .await
         .unwrap();
     let start = tokio::time::Instant::now();
@@ -651,7 +651,7 @@ async fn a_call_that_never_gets_its_turn_ends() {
         .await
         .unwrap_err();
     assert_eq!(
-        (error.again, error.reason),
+        (error.retry, error.reason),
         (RetryPolicy::Later, "sts_busy"),
         "{error}"
     );
@@ -659,11 +659,11 @@ async fn a_call_that_never_gets_its_turn_ends() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_workload_has_a_quarter_of_the_turns() {
+async fn workload_may_use_a_quarter_of_the_permits() {
     let sts = sts(settings());
     let mut held = Vec::new();
     for _ in 0..4 {
-        held.push(sts.turns.acquire(&billing()).await.unwrap());
+        held.push(sts.permits.acquire_evicting(&billing()).await.unwrap());
     }
     let mine = grant(&endpoint("http://127.0.0.1:9".to_owned()));
     let other = Grant {
@@ -682,8 +682,51 @@ async fn one_workload_has_a_quarter_of_the_turns() {
     );
 }
 
+/// Covers T29: calls that hang, such as those to an endpoint that does not respond.
 #[tokio::test]
-async fn one_client_and_its_connection_serve_one_place() {
+async fn workload_is_served_while_four_others_hold_all_permits() {
+    const HANGING: usize = 16;
+    let arrived = Arc::new(tokio::sync::Semaphore::new(0));
+    let server = {
+        let arrived = arrived.clone();
+        FakeSts::start(move |number, _| {
+            arrived.add_permits(1);
+            if number < HANGING {
+                StsReply::Never
+            } else {
+                good()
+            }
+        })
+        .await
+    };
+    let sts = Arc::new(sts(settings()));
+    let mut hanging = tokio::task::JoinSet::new();
+    for number in 0..HANGING {
+        let id = SpiffeId::parse(&format!("spiffe://example.org/hostile-{}", number % 4)).unwrap();
+        let grant = Grant {
+            spiffe_id: id,
+            ..grant(&plain(&server))
+        };
+        let sts = sts.clone();
+        hanging.spawn(async move { sts.assume(&grant, &svid_for(&billing(), 300, 1)).await });
+    }
+    let all = arrived.acquire_many(HANGING.try_into().unwrap()).await;
+    all.unwrap().forget();
+    let token = svid_for(&billing(), 300, 1);
+    sts.assume(&grant(&plain(&server)), &token).await.unwrap();
+    let evicted = hanging.join_next().await.unwrap().unwrap().unwrap_err();
+    assert_eq!(
+        (evicted.reason, evicted.retry),
+        ("sts_busy", RetryPolicy::Later)
+    );
+    // Its permit is free now.
+    sts.assume(&grant(&plain(&server)), &token).await.unwrap();
+    assert_eq!(hanging.len(), HANGING - 1);
+    assert!(hanging.try_join_next().is_none());
+}
+
+#[tokio::test]
+async fn target_has_one_client_and_one_connection() {
     let server = FakeSts::start(|_, _| good()).await;
     let sts = sts(settings());
     for serial in 0..3 {
@@ -708,7 +751,7 @@ async fn one_client_and_its_connection_serve_one_place() {
 }
 
 #[tokio::test]
-async fn whether_sts_answers() {
+async fn probe_succeeds_if_sts_responds() {
     let server = FakeSts::start(|_, _| {
         refusal(
             400,

@@ -1,16 +1,19 @@
-//! The certificates that an STS is verified by: the system's, or those of a file.
+//! CA certificates that verify an STS: the system's, or those of a file.
 //!
-//! Neither has to be there when the daemon starts: a mount comes late, or certificates are installed later. Missing ones are loaded
-//! again at a call and in the background. The calls that need them fail until then.
+//! Either may be missing when the daemon starts: a mount can be late, or certificates are installed
+//! later. Missing certificates are loaded again at a call and in the background. Calls that need
+//! them fail until then. Certificates that were late may still be written when they are first read.
+//! So they are read again until two reads agree.
 //!
-//! Whoever writes such a file decides which server the daemon takes for STS. A file that another user could change or replace is
-//! therefore not used (T38), like a configuration of that kind.
+//! A user that can write such a file decides which server the daemon takes for STS. So a file that
+//! another user could change or replace is not used (T38), like a configuration of that kind.
 
 use std::ffi::OsString;
 use std::fmt::Write;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -26,22 +29,22 @@ use tokio::time::{Instant, sleep};
 
 use crate::config::exposures;
 
-/// What the errors call the file.
+/// Name of the file in error messages.
 const NOUN: &str = "CA file";
-/// The least time between two attempts to load missing certificates.
+/// Minimum time between two attempts to load missing certificates.
 const RELOAD_PAUSE: Duration = Duration::from_secs(1);
-/// The time between two attempts in the background.
+/// Time between two attempts in the background.
 const BACKGROUND_PAUSE: Duration = Duration::from_secs(5);
 /// The first of the paths that `rustls-native-certs` reads.
-const SYSTEM_PLACES: &str = "/etc/ssl/certs/ca-certificates.crt, /etc/pki/tls/certs/ca-bundle.crt, /etc/ssl/cert.pem, /etc/ssl/certs and other usual places";
+const SYSTEM_PATHS: &str = "/etc/ssl/certs/ca-certificates.crt, /etc/pki/tls/certs/ca-bundle.crt, /etc/ssl/cert.pem, /etc/ssl/certs and other usual paths";
 const SYSTEM_VARIABLES: [&str; 2] = ["SSL_CERT_FILE", "SSL_CERT_DIR"];
 
-/// Why there are no certificates. The text is for the operator.
+/// Reason why there are no certificates. The text is for the operator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum NoRoots {
-    /// They are not there yet, or can't be read yet.
+    /// The certificates do not exist yet, or are not readable yet.
     Missing(String),
-    /// What is there is not a file of certificates, or another user could change it.
+    /// The file does not contain valid certificates, or another user could change it.
     Invalid(String),
 }
 
@@ -56,41 +59,47 @@ impl NoRoots {
 /// One set of certificates.
 #[derive(Debug)]
 pub(super) struct Roots {
-    /// `None`: the system's.
+    /// Path of the file. `None` stands for the system's certificates.
     file: Option<PathBuf>,
     state: Mutex<RootsState>,
+    /// The number of times that other certificates replaced those in use.
+    replaced: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
 struct RootsState {
-    /// In PEM, every one of them usable: the SDK panics at one that is not.
+    /// Valid certificates in PEM. The SDK panics at an invalid one.
     pem: Option<Arc<[u8]>>,
     problem: Option<(NoRoots, Instant)>,
-    /// The read that is under way. It outlives the call that started it: a file system may answer late, or never.
+    /// The read that is running. It outlives the call that started it, since a file system may
+    /// respond late or never.
     read: Option<JoinHandle<Result<Vec<u8>, NoRoots>>>,
     is_watched: bool,
 }
 
 impl Roots {
-    /// The certificates in a file.
+    /// Creates the certificates of a file, without I/O.
     pub(super) fn of_file(path: &Path) -> Arc<Self> {
         Arc::new(Self {
             file: Some(path.to_owned()),
             state: Mutex::default(),
+            replaced: AtomicUsize::new(0),
         })
     }
 
-    /// Those that this system trusts.
+    /// Creates the certificates that this system trusts, without I/O.
     pub(super) fn of_system() -> Arc<Self> {
         Arc::new(Self {
             file: None,
             state: Mutex::default(),
+            replaced: AtomicUsize::new(0),
         })
     }
 
-    /// Returns the certificates, which are loaded once and then kept. If they are missing, the error is logged once, and a task in
-    /// the background goes on loading them. Within [`RELOAD_PAUSE`] of a failure the same error is returned without I/O. Waits for
-    /// the file system; dropping the future is safe.
+    /// Returns the certificates, which are loaded once and then kept. If they are missing, the
+    /// error is logged once, and a background task keeps loading them. Within [`RELOAD_PAUSE`] of a
+    /// failure the same error is returned without I/O. Waits for the file system; dropping the
+    /// future is safe.
     pub(super) async fn store(self: &Arc<Self>) -> Result<TrustStore, NoRoots> {
         let mut state = self.state.lock().await;
         if state.pem.is_none() {
@@ -108,17 +117,41 @@ impl Roots {
         Ok(TrustStore::empty().with_pem_certificate(pem))
     }
 
+    /// Returns the number of times that the certificates were replaced. A client with earlier ones
+    /// is outdated.
+    pub(super) fn replaced(&self) -> usize {
+        self.replaced.load(Ordering::Acquire)
+    }
+
     async fn load(&self, state: &mut RootsState) -> Result<Vec<u8>, NoRoots> {
-        let file = self.file.clone();
-        let read = state.read.get_or_insert_with(|| {
-            spawn_blocking(move || match file {
-                Some(path) => read_file(&path),
-                None => read_system(),
-            })
-        });
+        let read = state.read.get_or_insert_with(|| self.start_read());
         let found = read.await;
         state.read = None;
         found.unwrap_or_else(|error| Err(NoRoots::Missing(error.to_string())))
+    }
+
+    fn start_read(&self) -> JoinHandle<Result<Vec<u8>, NoRoots>> {
+        let file = self.file.clone();
+        spawn_blocking(move || match file {
+            Some(path) => read_file(&path),
+            None => read_system(),
+        })
+    }
+
+    /// Reads certificates that were late once more. Returns whether they are still the same.
+    async fn confirm(&self) -> bool {
+        // Calls do not wait for this read, which may block.
+        let Ok(Ok(pem)) = self.start_read().await else {
+            return false;
+        };
+        let mut state = self.state.lock().await;
+        if state.pem.as_deref() == Some(&*pem) {
+            return true;
+        }
+        state.pem = Some(pem.into());
+        self.replaced.fetch_add(1, Ordering::Release);
+        tracing::info!(file = ?self.file, "[sts] CA certificates have changed and were loaded again");
+        false
     }
 
     fn note(
@@ -155,13 +188,19 @@ impl Roots {
     }
 }
 
-/// Loads them until they are there, or no STS client needs them any more.
+/// Loads the certificates until they exist and are complete, or no STS client needs them any more.
 async fn watch(roots: Weak<Roots>) {
     loop {
         sleep(BACKGROUND_PAUSE).await;
-        match roots.upgrade() {
-            Some(roots) if roots.store().await.is_err() => {}
-            _ => return,
+        let Some(roots) = roots.upgrade() else { return };
+        let was_loaded = roots.state.lock().await.pem.is_some();
+        if was_loaded {
+            if roots.confirm().await {
+                return;
+            }
+        } else {
+            // The error was logged, and is returned to calls.
+            let _ = roots.store().await;
         }
     }
 }
@@ -175,10 +214,10 @@ fn read_file(path: &Path) -> Result<Vec<u8>, NoRoots> {
         return Err(invalid(&exposed));
     }
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-    let certificates = certificates.map_err(|_| invalid("it is no valid PEM file"))?;
+    let certificates = certificates.map_err(|_| invalid("it is not a valid PEM file"))?;
     if certificates.is_empty() {
         return Err(invalid(
-            "there is no certificate in it (`-----BEGIN CERTIFICATE-----`)",
+            "it has no certificate (`-----BEGIN CERTIFICATE-----`)",
         ));
     }
     let mut store = RootCertStore::empty();
@@ -190,7 +229,8 @@ fn read_file(path: &Path) -> Result<Vec<u8>, NoRoots> {
     Ok(pem)
 }
 
-/// The content, and each way in which another user could change it. The file that is checked is the one that is read.
+/// Reads the file, and returns each way in which another user could change it. The file that is
+/// checked is the one that is read.
 fn read_unexposed(path: &Path) -> io::Result<(Vec<u8>, Option<String>)> {
     let mut file = File::open(path)?;
     let exposed: Vec<_> = exposures(path, &file.metadata()?, NOUN)
@@ -203,7 +243,7 @@ fn read_unexposed(path: &Path) -> io::Result<(Vec<u8>, Option<String>)> {
 }
 
 fn read_system() -> Result<Vec<u8>, NoRoots> {
-    // The usual places are the system's own. A variable can name any other.
+    // The default paths are the system's own. A variable can name any other.
     check_variables(|name| std::env::var_os(name)).map_err(NoRoots::Invalid)?;
     let loaded = rustls_native_certs::load_native_certs();
     let mut store = RootCertStore::empty();
@@ -224,18 +264,19 @@ fn read_system() -> Result<Vec<u8>, NoRoots> {
         Some(format!("{} ({name})", value.display()))
     });
     let variables: Vec<String> = variables.collect();
-    let places = if variables.is_empty() {
-        SYSTEM_PLACES.to_owned()
+    let paths = if variables.is_empty() {
+        SYSTEM_PATHS.to_owned()
     } else {
         variables.join(", ")
     };
     Err(NoRoots::Missing(format!(
-        "this system trusts no CA certificates: there are none in {places}; install its package of them (ca-certificates), or set \
+        "this system trusts no CA certificates: there are none in {paths}; install its CA package (ca-certificates), or set \
          SSL_CERT_FILE"
     )))
 }
 
-/// Checks each file that `rustls-native-certs` reads because of a variable. One that is not there is not a problem here.
+/// Checks each file that `rustls-native-certs` reads because of a variable. A missing file is not a
+/// fault here.
 fn check_variables(env: impl Fn(&str) -> Option<OsString>) -> Result<(), String> {
     for name in SYSTEM_VARIABLES {
         let value = env(name).unwrap_or_default();
@@ -258,7 +299,7 @@ fn check_variables(env: impl Fn(&str) -> Option<OsString>) -> Result<(), String>
     Ok(())
 }
 
-/// RFC 7468, section 3.
+/// Encodes a certificate as PEM (RFC 7468, section 3).
 fn to_pem(certificate: &CertificateDer<'_>) -> String {
     let text = STANDARD.encode(certificate);
     let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");

@@ -1,5 +1,5 @@
-//! What sources B and D have in common: an agent that attests workloads itself, by the number of their process or the UID of
-//! their pod.
+//! The interface of `spire-delegated` and `spiffe-broker`: an agent that attests workloads itself,
+//! by process ID or pod UID.
 
 use std::fmt;
 
@@ -8,67 +8,70 @@ use zeroize::Zeroizing;
 
 use super::SourceError;
 use crate::cgroup::PodUid;
-use crate::endpoint::Endpoint;
+use crate::socket_endpoint::Endpoint;
 
-/// An agent that attests workloads itself. It is asked about a process by its number, and looks at whatever has that
-/// number then: whoever asks has to see to it that this is the right one, before and after.
+/// Agent that attests workloads itself. It reads whatever process has the given number at that
+/// moment. So the daemon has to verify before and after the call that this is the right process.
 #[async_trait]
 pub trait AttestingAgent: Send + Sync + fmt::Debug {
-    /// The SVIDs of the process `pid`, for `audience` alone. [`SourceError::Denied`] if the agent has none for it.
+    /// Returns the SVIDs of the process `pid`, for `audience` alone. Fails with
+    /// [`SourceError::Denied`] if the agent has none for it.
     async fn fetch_for_pid(&self, pid: u32, audience: &str) -> Result<Vec<AgentSvid>, SourceError>;
 
-    /// Whether it is told of callers in pods by their pod, for which no process has to be known.
+    /// Returns true if the agent attests callers in pods by their pod. Then no process has to be
+    /// known.
     fn supports_pod_references(&self) -> bool {
         false
     }
 
-    /// The SVIDs of a pod, likewise.
+    /// Returns the SVIDs of a pod, with the same errors.
     async fn fetch_for_pod(
         &self,
         _pod: &PodUid,
         _audience: &str,
     ) -> Result<Vec<AgentSvid>, SourceError> {
         Err(SourceError::Misconfigured(
-            "this agent is not told of pods".to_owned(),
+            "this agent does not support references to pods".to_owned(),
         ))
     }
 
-    /// The daemon's own identities, as they are now.
+    /// Returns the daemon's own identities, fetched now.
     async fn fetch_own(&self, audience: &str) -> Result<Vec<String>, SourceError> {
         own_by_process(self.fetch_for_pid(std::process::id(), audience).await)
     }
 
-    /// Whether it answers, and lets the daemon ask.
+    /// Checks that the agent responds, and accepts the daemon's queries.
     async fn ready(&self, audience: &str) -> Result<(), SourceError> {
         self.fetch_own(audience).await.map(drop)
     }
 
-    /// Where it listens.
+    /// Returns the agent's address, for messages.
     fn endpoint(&self) -> &Endpoint;
 
-    /// Makes a connection, if there is none, and so finds out whether it is of any use: `Misconfigured` if not.
+    /// Connects unless there is a connection. Fails with `Misconfigured` if the connection is
+    /// unusable.
     async fn connect(&self) -> Result<(), SourceError>;
 }
 
-/// The daemon's own identities, by what the agent says of its process.
+/// Converts the agent's reply about the daemon's process to the daemon's own identities.
 pub(super) fn own_by_process(
-    said: Result<Vec<AgentSvid>, SourceError>,
+    reply: Result<Vec<AgentSvid>, SourceError>,
 ) -> Result<Vec<String>, SourceError> {
-    match said {
+    match reply {
         Ok(svids) => Ok(svids.into_iter().map(|svid| svid.spiffe_id).collect()),
-        Err(SourceError::Denied(said)) => Err(SourceError::Unavailable(format!(
+        Err(SourceError::Denied(reply)) => Err(SourceError::Unavailable(format!(
             "the SPIFFE agent has no identity for awsvid itself: register one for its process, by its user and executable \
-             ({said})"
+             ({reply})"
         ))),
         Err(error) => Err(error),
     }
 }
 
-/// One of a workload's JWT-SVIDs as the agent gave it: unchecked.
+/// One JWT-SVID of a workload as the agent sent it, not checked.
 pub struct AgentSvid {
-    /// Whose it is said to be.
+    /// The SPIFFE ID that the agent claims for the token.
     pub spiffe_id: String,
-    /// The token.
+    /// The token, which is a secret.
     pub token: Zeroizing<String>,
     /// The operator's name for the identity, if it has one.
     pub hint: Option<String>,
@@ -76,7 +79,7 @@ pub struct AgentSvid {
 
 impl fmt::Debug for AgentSvid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Svid")
+        f.debug_struct("AgentSvid")
             .field("spiffe_id", &self.spiffe_id)
             .field("hint", &self.hint)
             .finish_non_exhaustive()

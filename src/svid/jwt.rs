@@ -1,7 +1,8 @@
-//! The JWT-SVID and the check that each one passes before it is sent anywhere.
+//! JWT-SVIDs, and the check that each one passes before it is sent anywhere.
 //!
-//! The signature is STS's to verify: it knows the issuer's keys, awsvid doesn't. What is checked here is that the token
-//! is the one that was asked for, and that STS can't misread it. Format: JWT-SVID.md, sections 2 and 3.
+//! STS verifies the signature: it knows the issuer's keys, the daemon does not. The daemon checks
+//! that the token is the requested one, and that STS cannot misread it. Format: JWT-SVID.md,
+//! sections 2 and 3.
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -15,26 +16,28 @@ use zeroize::Zeroizing;
 
 use crate::identity::SpiffeId;
 
-/// STS: `WebIdentityToken` has at most 20000 characters.
-const LENGTH_MAX: usize = 20_000;
-/// Minimum remaining life of a token, so that it does not expire while it waits for STS. Of a token with a short life a third
-/// is enough: SPIRE's agent renews its tokens at about half of their life.
+/// Maximum length of `WebIdentityToken` at STS, in characters.
+const MAX_TOKEN_BYTES: usize = 20_000;
+/// Minimum remaining life of a token, so that it does not expire while it waits for STS. For a
+/// short life a third is enough: SPIRE's agent renews its tokens at about half of their life.
 const MIN_REMAINING_LIFE: Duration = Duration::from_secs(30);
-/// Up to this whole life an error about it names the setting that lengthens it.
+/// Total life up to which an error names the setting that lengthens it.
 const SHORT_LIFE: Duration = Duration::from_secs(90);
-/// How to lengthen the life of tokens.
+/// Advice to lengthen the life of tokens.
 pub const TTL_FIX: &str = "give it a longer life (in SPIRE the entry's `-jwtSVIDTTL`, or the server's `default_jwt_svid_ttl`, which is \
      5 minutes unless it is set)";
-/// How far another clock may be ahead of this one.
-const SKEW_MAX: Duration = Duration::from_secs(300);
-/// The last second of the year 9999. Anything later is in milliseconds, or nonsense.
-const TIMESTAMP_MAX: u64 = 253_402_300_799;
-/// What the standard allows. AWS STS takes all of them but `PS*`; other STS do, so those are left to STS to refuse.
+/// Maximum lead of another clock over this one.
+const MAX_SKEW: Duration = Duration::from_secs(300);
+/// The last second of the year 9999. A later timestamp is in milliseconds, or invalid.
+const MAX_TIMESTAMP: u64 = 253_402_300_799;
+/// Algorithms that the standard allows. AWS STS rejects `PS*`, but other STS accept them, so the
+/// choice is left to STS.
 const ALGORITHMS: [&str; 9] = [
     "RS256", "RS384", "RS512", "ES256", "ES384", "ES512", "PS256", "PS384", "PS512",
 ];
 
-/// A token that passed the check. It is a secret: whoever has it can assume the workload's roles until it expires.
+/// A token that passed the check. It is a secret: its holder can assume the workload's roles until
+/// it expires.
 #[derive(Clone)]
 pub struct JwtSvid {
     token: Zeroizing<String>,
@@ -47,18 +50,18 @@ pub struct JwtSvid {
 /// The validity period of a token.
 #[derive(Debug, Clone, Copy)]
 struct Life {
-    /// `iat`. Without it the whole life is unknown.
+    /// `iat`. Without it the total life is unknown.
     issued: Option<SystemTime>,
     expires: SystemTime,
 }
 
-/// Why a token must not be used. The texts never hold the token.
+/// Reason why a token must not be used. The texts never hold the token.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum BadToken {
-    /// It has expired or is about to: the source may have a new one soon.
+    /// The token has expired or is about to. The source may have a new one soon.
     #[error("{0}")]
     Expiring(String),
-    /// It is not what was asked for, or STS could misread it.
+    /// The token is not the requested one, or STS could misread it.
     #[error("{0}")]
     Wrong(String),
 }
@@ -69,8 +72,8 @@ struct Header {
     typ: Option<String>,
 }
 
-/// serde's derived code refuses a claim that appears twice. That is on purpose: two readers could each believe another
-/// one.
+/// Claims of a token. serde's derived code rejects a claim that appears twice. This is intended:
+/// two readers could each use a different one.
 #[derive(Deserialize)]
 struct Claims<'a> {
     sub: String,
@@ -91,10 +94,12 @@ enum Audience {
 }
 
 impl JwtSvid {
-    /// Takes `token` if it is a JWT-SVID of `expected` for `audience` alone, with 30 s or a third of its life left at `now`.
+    /// Accepts `token` if it is a JWT-SVID of `expected` for `audience` alone, with 30 s or a third
+    /// of its life left at `now`.
     ///
-    /// `expected` includes the trust domain. Timestamps are judged on their JSON text: STS refuses `1.7e9` and `1.0`,
-    /// which a parser would take for integers. `iat` and `nbf` may be absent, and at most 5 minutes ahead of `now`.
+    /// `expected` includes the trust domain. Timestamps are checked as JSON text: STS rejects
+    /// `1.7e9` and `1.0`, which a parser would take for integers. `iat` and `nbf` may be absent,
+    /// and at most 5 minutes ahead of `now`.
     pub fn check(
         token: impl Into<Zeroizing<String>>,
         expected: &SpiffeId,
@@ -102,9 +107,9 @@ impl JwtSvid {
         now: SystemTime,
     ) -> Result<Self, BadToken> {
         let token = token.into();
-        if token.len() > LENGTH_MAX {
+        if token.len() > MAX_TOKEN_BYTES {
             return wrong(format!(
-                "it has {} characters, and STS takes at most {LENGTH_MAX}",
+                "it has {} characters, and STS takes at most {MAX_TOKEN_BYTES}",
                 token.len()
             ));
         }
@@ -125,9 +130,10 @@ impl JwtSvid {
         })
     }
 
-    /// Returns the one of `tokens` that passes [`Self::check`] and expires last; `None` without a token. If none passes, the
-    /// error is that of the first. All of them came with the label `expected`. An agent that merges the answers of two others
-    /// returns an identity several times, and may label a token wrongly.
+    /// Returns the one of `tokens` that passes [`Self::check`] and expires last, or `None` without
+    /// a token. If none passes, the error is that of the first. All of them came with the label
+    /// `expected`. An agent that merges the replies of two others returns an identity several
+    /// times, and may label a token wrongly.
     pub fn check_any(
         tokens: impl IntoIterator<Item = impl Into<Zeroizing<String>>>,
         expected: &SpiffeId,
@@ -154,42 +160,42 @@ impl JwtSvid {
         expect_subject(&claims.sub, expected)
     }
 
-    /// Checks that enough of its life remains, for use after a wait.
+    /// Checks that enough of the life remains, for use after a wait.
     pub fn check_life(&self, now: SystemTime) -> Result<(), BadToken> {
         self.life.check(now)
     }
 
-    /// The token itself, for STS and nobody else.
+    /// Returns the token itself, for STS alone.
     pub fn secret(&self) -> &str {
         &self.token
     }
 
-    /// Whose it is.
+    /// Returns the SPIFFE ID that the token proves.
     pub fn spiffe_id(&self) -> &SpiffeId {
         &self.spiffe_id
     }
 
-    /// For whom it is meant, and nobody else.
+    /// Returns the only audience of the token.
     pub fn audience(&self) -> &str {
         &self.audience
     }
 
-    /// The signature's algorithm, for example `ES256`.
+    /// Returns the algorithm of the signature, for example `ES256`.
     pub fn algorithm(&self) -> &'static str {
         self.algorithm
     }
 
-    /// When it expires.
+    /// Returns the time at which the token expires.
     pub fn expires(&self) -> SystemTime {
         self.life.expires
     }
 
-    /// Returns its whole life if that is short. [`TTL_FIX`] is the advice for it.
+    /// Returns the total life if it is short. [`TTL_FIX`] is the advice for it.
     pub fn short_life(&self) -> Option<Duration> {
         self.life.short()
     }
 
-    /// Whether the two are one and the same token, as from a source that answers from its cache.
+    /// Returns true if both are the same token, as from a source that replies from its cache.
     pub fn is_same(&self, other: &Self) -> bool {
         self.token == other.token
     }
@@ -207,20 +213,22 @@ fn wrong<T>(text: impl Into<String>) -> Result<T, BadToken> {
     Err(BadToken::Wrong(text.into()))
 }
 
-/// serde_json's own words may quote the value that they complain about, so only the kind of trouble is kept.
+/// Returns an error without serde_json's text, which may quote the value that it rejects.
 fn unreadable(part: &str, error: &serde_json::Error) -> BadToken {
     let text = match error.classify() {
-        serde_json::error::Category::Data => "lack a claim, have one twice, or one of a wrong type",
-        _ => "are no valid JSON",
+        serde_json::error::Category::Data => {
+            "lack a claim, have one twice, or have one of a wrong type"
+        }
+        _ => "are not valid JSON",
     };
     BadToken::Wrong(format!("its {part} {text}"))
 }
 
-/// The header and the claims of a JWS in compact form.
+/// Decodes the header and the claims of a JWS in compact form.
 fn decode(token: &str) -> Result<(Header, Zeroizing<Vec<u8>>), BadToken> {
     let parts: Vec<&str> = token.split('.').collect();
     let [header, claims, signature] = parts[..] else {
-        return wrong("it is no JWT: that has three parts");
+        return wrong("it is not a JWT, which has three parts");
     };
     let part = |text: &str| {
         URL_SAFE_NO_PAD
@@ -230,15 +238,15 @@ fn decode(token: &str) -> Result<(Header, Zeroizing<Vec<u8>>), BadToken> {
     };
     let (Some(header), Some(claims), Some(_)) = (part(header), part(claims), part(signature))
     else {
-        return wrong("it is no signed JWT: one of its parts is empty or not base64url");
+        return wrong("it is not a signed JWT: one of its parts is empty or not base64url");
     };
     let claims = Zeroizing::new(claims);
-    // serde's derived code would also take an array, with the values in the order of the fields.
+    // serde's derived code would also accept an array, with the values in the order of the fields.
     if ![&header, &*claims]
         .iter()
         .all(|part| part.trim_ascii_start().starts_with(b"{"))
     {
-        return wrong("it is no JWT: its header and claims are not both JSON objects");
+        return wrong("it is not a JWT: its header and claims are not both JSON objects");
     }
     let header =
         serde_json::from_slice(&header).map_err(|error| unreadable("header's fields", &error))?;
@@ -247,12 +255,15 @@ fn decode(token: &str) -> Result<(Header, Zeroizing<Vec<u8>>), BadToken> {
 
 fn check_header(header: &Header) -> Result<&'static str, BadToken> {
     if !matches!(header.typ.as_deref(), None | Some("JWT" | "JOSE")) {
-        return wrong("its type is neither JWT nor JOSE, so it is no JWT-SVID");
+        return wrong("it is not a JWT-SVID: its type is neither JWT nor JOSE");
     }
-    match ALGORITHMS.iter().find(|known| **known == header.alg) {
-        Some(known) => Ok(known),
+    match ALGORITHMS
+        .iter()
+        .find(|algorithm| **algorithm == header.alg)
+    {
+        Some(algorithm) => Ok(algorithm),
         None => wrong(
-            "its signature's algorithm is none that JWT-SVIDs may have (RS, ES or PS with 256, 384 or 512)",
+            "its signature's algorithm is not one that JWT-SVIDs may have (RS, ES or PS with 256, 384 or 512)",
         ),
     }
 }
@@ -261,23 +272,24 @@ fn expect_subject(sub: &str, expected: &SpiffeId) -> Result<(), BadToken> {
     if sub == expected.as_str() {
         return Ok(());
     }
-    // Not whose it is: the text may reach a workload, which has no business to know.
+    // The text does not name the actual subject, since it may reach a workload that must not learn
+    // it.
     wrong(format!("its subject is not {expected}"))
 }
 
-fn expect_audience(aud: &Audience, wanted: &str) -> Result<(), BadToken> {
+fn expect_audience(aud: &Audience, expected: &str) -> Result<(), BadToken> {
     let right = match aud {
-        Audience::One(one) => one == wanted,
-        Audience::Several(several) => matches!(&several[..], [one] if one == wanted),
+        Audience::One(one) => one == expected,
+        Audience::Several(several) => matches!(&several[..], [one] if one == expected),
     };
     if right {
         return Ok(());
     }
-    // With another audience beside ours, whoever that is could use the token here; AWS refuses it too.
-    wrong(format!("its audience is not exactly `{wanted}`"))
+    // With a further audience, that other service could use the token here. AWS rejects it too.
+    wrong(format!("its audience is not exactly `{expected}`"))
 }
 
-/// Reads the validity period.
+/// Reads and checks the validity period.
 fn check_times(claims: &Claims<'_>, now: SystemTime) -> Result<Life, BadToken> {
     let expires = timestamp("exp", claims.exp)?;
     let from = |name: &str, raw: Option<&RawValue>| {
@@ -286,7 +298,7 @@ fn check_times(claims: &Claims<'_>, now: SystemTime) -> Result<Life, BadToken> {
         if from >= expires {
             return wrong(format!("its `{name}` is not before its `exp`"));
         }
-        if from > now + SKEW_MAX {
+        if from > now + MAX_SKEW {
             return wrong(format!(
                 "its `{name}` is more than 5 minutes in the future: compare this node's clock"
             ));
@@ -299,27 +311,27 @@ fn check_times(claims: &Claims<'_>, now: SystemTime) -> Result<Life, BadToken> {
 }
 
 impl Life {
-    /// Returns its length, if known.
+    /// Returns the total life, if known.
     fn whole(self) -> Option<Duration> {
         self.expires.duration_since(self.issued?).ok()
     }
 
-    /// Returns its length, if short.
+    /// Returns the total life, if it is short.
     fn short(self) -> Option<Duration> {
         self.whole().filter(|whole| *whole <= SHORT_LIFE)
     }
 
     fn check(self, now: SystemTime) -> Result<(), BadToken> {
-        let left = self.expires.duration_since(now).unwrap_or_default();
-        let least = self.whole().map_or(MIN_REMAINING_LIFE, |whole| {
+        let remaining = self.expires.duration_since(now).unwrap_or_default();
+        let minimum = self.whole().map_or(MIN_REMAINING_LIFE, |whole| {
             MIN_REMAINING_LIFE.min(whole / 3)
         });
-        if left >= least && !left.is_zero() {
+        if remaining >= minimum && !remaining.is_zero() {
             return Ok(());
         }
-        let state = match left.as_secs() {
+        let state = match remaining.as_secs() {
             0 => "it has expired".to_owned(),
-            left => format!("it expires in {left} s"),
+            remaining => format!("it expires in {remaining} s"),
         };
         Err(BadToken::Expiring(match self.short() {
             Some(whole) => format!(
@@ -327,22 +339,22 @@ impl Life {
                 whole.as_secs()
             ),
             None => format!(
-                "{state}: look at the agent's connection to its server, and at this node's clock"
+                "{state}; check the agent's connection to its server, and this node's clock"
             ),
         }))
     }
 }
 
-/// A claim in whole seconds since 1970, written as such.
+/// Parses a claim of whole seconds since 1970, written as digits.
 fn timestamp(name: &str, raw: &RawValue) -> Result<SystemTime, BadToken> {
     let text = raw.get();
-    // Digits only: `1.7e9`, `1.0`, `-1` and `"1700000000"` are refused here.
+    // `1.7e9`, `1.0`, `-1` and `"1700000000"` are rejected here.
     let seconds = text
         .bytes()
         .all(|c| c.is_ascii_digit())
         .then(|| text.parse().ok())
         .flatten();
-    match seconds.filter(|seconds| *seconds <= TIMESTAMP_MAX) {
+    match seconds.filter(|seconds| *seconds <= MAX_TIMESTAMP) {
         Some(seconds) => Ok(UNIX_EPOCH + Duration::from_secs(seconds)),
         None => wrong(format!(
             "its `{name}` is not written as a whole number of seconds, which STS insists on (SPIRE before 1.9.5 and \

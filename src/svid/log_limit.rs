@@ -1,4 +1,4 @@
-//! Limits how often the same text is logged.
+//! Limiter of equal log lines.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -11,7 +11,8 @@ const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Distinct texts within [`LOG_INTERVAL`]. Further ones are not logged.
 const MAX_TEXTS: usize = 64;
 
-/// The texts that were logged within [`LOG_INTERVAL`]. Workloads influence some of them (a pod's UID), so the table is bounded.
+/// Table of the texts that were logged within [`LOG_INTERVAL`]. Workloads influence some of them (a
+/// pod's UID), so it is bounded.
 #[derive(Debug, Default)]
 pub(super) struct LogLimiter(Mutex<LogLimiterState>);
 
@@ -25,7 +26,8 @@ struct LogLimiterState {
 /// Permission to log one line.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct LogPermit {
-    /// How many texts were left out before this line, if any; for the line's field of that name.
+    /// Number of texts that were dropped before this line, if any, for the line's field of that
+    /// name.
     pub(super) missed: Option<u64>,
 }
 
@@ -59,7 +61,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn limiter_admits_each_text_once_in_a_while_however_they_alternate() {
+    async fn limiter_admits_each_alternating_text_once() {
         let limiter = LogLimiter::default();
         let admitted = || {
             ["one", "other"]
@@ -73,7 +75,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn limiter_has_a_bound_and_counts_what_it_leaves_out() {
+    async fn limiter_is_bounded_and_counts_dropped_texts() {
         let limiter = LogLimiter::default();
         let admitted = (0..1000)
             .filter(|number| limiter.admit(&number.to_string()).is_some())

@@ -1,6 +1,6 @@
 //! Messages, clients and servers, generated from the definitions in `proto/`.
 //!
-//! `Debug` of those that hold keys or tokens shows whose they are, and no more.
+//! `Debug` of messages with keys or tokens shows only the SPIFFE ID.
 
 use std::fmt;
 
@@ -37,17 +37,17 @@ pub mod broker {
     clippy::expect_used
 )]
 pub mod spire {
-    /// `spire.api`.
+    /// Messages of `spire.api` (SPIRE).
     pub mod api {
-        /// `spire.api.types`.
+        /// Messages of `spire.api.types` (SPIRE).
         pub mod types {
             tonic::include_proto!("spire.api.types");
         }
-        /// `spire.api.agent`.
+        /// Messages of `spire.api.agent` (SPIRE).
         pub mod agent {
-            /// `spire.api.agent.delegatedidentity`.
+            /// Messages of `spire.api.agent.delegatedidentity` (SPIRE).
             pub mod delegatedidentity {
-                /// The Delegated Identity API.
+                /// SPIRE's Delegated Identity API, version 1.
                 pub mod v1 {
                     tonic::include_proto!("spire.api.agent.delegatedidentity.v1");
                 }

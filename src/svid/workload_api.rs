@@ -1,5 +1,5 @@
-//! Source A: the SPIFFE Workload API. The daemon is registered for every identity it serves, and its own rules say
-//! which caller has which.
+//! Identity source `workload-api`: the SPIFFE Workload API. The daemon is registered for every
+//! identity that it serves, and its own rules assign them to callers.
 //!
 //! Standard: SPIFFE_Workload_API.md, sections 4 to 6, and SPIFFE_Workload_Endpoint.md.
 
@@ -8,30 +8,31 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::net::{TcpStream, UnixStream};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
-use super::dial::{is_broken, open, unreachable};
+use super::channel::{is_broken, open, unreachable};
 use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use super::proto::workload::{JwtsvidRequest, JwtsvidResponse};
 use super::{CALL_TIMEOUT, IdentityBasis, IdentitySource, JwtSvid, SourceError, one_line};
-use crate::accounts::{LiveRules, Undecided};
+use crate::accounts::{IdentifyError, LiveRules};
 use crate::caller::{AttestError, Caller, ProcessFacts};
 use crate::clock::Clock;
-use crate::endpoint::Endpoint;
 use crate::identity::SpiffeId;
-use crate::metrics::{CallLabel, Metrics};
+use crate::metrics::{CallLabel, Metrics, UpstreamCall};
 use crate::role::Identity;
+use crate::socket_endpoint::Endpoint;
 
-/// An answer holds one token of at most 20 kB; some providers add the daemon's other identities.
-const ANSWER_MAX: usize = 1024 * 1024;
+/// Maximum size of a reply. It has one token of at most 20 kB, and some providers add the daemon's
+/// other identities.
+const MAX_REPLY_BYTES: usize = 1024 * 1024;
 
-/// So many identities are tried until one is given, before the daemon is ready.
+/// Maximum number of identities that a readiness check tries.
 const READY_IDS: usize = 8;
 
-/// A SPIFFE Workload API and the rules that map callers to its identities.
+/// Client of a SPIFFE Workload API, with the rules that map callers to its identities.
 #[derive(Debug)]
 pub struct WorkloadApi {
     endpoint: Endpoint,
@@ -42,8 +43,9 @@ pub struct WorkloadApi {
 }
 
 impl WorkloadApi {
-    /// Connects only when a token is asked for, and anew each time: tokens are needed a few times an hour, and so an
-    /// agent that was restarted, or replaced at the same path while the old one lives on, is never missed.
+    /// Creates a client. Each call opens a new connection, since tokens are needed a few times an
+    /// hour. So an agent that restarted, or was replaced at the same path while the old one still
+    /// runs, is always found.
     pub fn new(
         endpoint: Endpoint,
         rules: impl Into<LiveRules>,
@@ -59,66 +61,68 @@ impl WorkloadApi {
         }
     }
 
-    /// With another deadline for a whole call than [`CALL_TIMEOUT`].
+    /// Sets another deadline than [`CALL_TIMEOUT`] for a whole call.
     pub fn with_deadline(self, deadline: Duration) -> Self {
         Self { deadline, ..self }
     }
 
-    /// A token for one of the daemon's identities, whoever it is for.
+    /// Fetches a token for one of the daemon's identities, for any caller.
     pub async fn fetch(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
+        let start = Instant::now();
         let result = self.fetch_checked(id, audience).await;
-        self.metrics
-            .source_calls
-            .get_or_create(&CallLabel::of(&result, SourceError::reason))
-            .inc();
-        self.metrics.health.source(
-            self.endpoint.to_string(),
-            SourceError::of_source(&result),
-            self.clock.now(),
-        );
+        self.metrics.source_call(UpstreamCall {
+            name: self.endpoint.to_string(),
+            result: CallLabel::of(&result, SourceError::reason),
+            error: SourceError::of_source(&result),
+            took: start.elapsed(),
+            at: self.clock.now(),
+        });
         result
     }
 
     async fn fetch_checked(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
-        let Ok(answer) = timeout(self.deadline, self.ask(id, audience)).await else {
+        let Ok(reply) = timeout(self.deadline, self.send(id, audience)).await else {
             let text = format!(
                 "the SPIFFE agent at {} did not answer within {:?}",
                 self.endpoint, self.deadline
             );
             return Err(SourceError::Unavailable(text));
         };
-        // SPIRE filters by the ID. Other providers may also return other IDs, which are not for this caller. An ID with several
-        // entries comes several times.
-        let svids = answer?
+        // SPIRE filters by the ID. Other providers may also return other IDs, which are not for
+        // this caller. An ID with several entries is returned several times.
+        let svids = reply?
             .svids
             .into_iter()
             .filter(|svid| svid.spiffe_id == id.as_str() && !svid.svid.is_empty());
         let token =
             JwtSvid::check_any(svids.map(|svid| svid.svid), id, audience, self.clock.now())?;
         token.ok_or_else(|| {
-            let text =
-                format!("the SPIFFE agent answered without a token for {id}: register that ID for awsvid itself");
+            let text = format!(
+                "the SPIFFE agent returned no token for {id}; register that ID for awsvid itself"
+            );
             SourceError::Denied(text)
         })
     }
 
-    async fn ask(&self, id: &SpiffeId, audience: &str) -> Result<JwtsvidResponse, SourceError> {
+    async fn send(&self, id: &SpiffeId, audience: &str) -> Result<JwtsvidResponse, SourceError> {
         let channel = self.connect().await?;
         let mut client =
-            SpiffeWorkloadApiClient::new(channel).max_decoding_message_size(ANSWER_MAX);
+            SpiffeWorkloadApiClient::new(channel).max_decoding_message_size(MAX_REPLY_BYTES);
         let audience = vec![audience.to_owned()];
         let mut request = Request::new(JwtsvidRequest {
             audience,
             spiffe_id: id.to_string(),
         });
-        // The standard's guard against request forgery. SPIRE refuses a request that has it twice.
+        // The standard's protection against request forgery. SPIRE rejects a request that has it
+        // twice.
         request
             .metadata_mut()
             .insert("workload.spiffe.io", MetadataValue::from_static("true"));
-        // Tells the agent when nobody waits any more. tonic would end the call at that time too, in words of its own.
+        // Lets the agent end the call when no request waits any more. tonic's own timeout is later,
+        // since its error is unclear.
         request.set_timeout(self.deadline + Duration::from_secs(1));
-        let answer = client.fetch_jwtsvid(request).await;
-        answer
+        let reply = client.fetch_jwtsvid(request).await;
+        reply
             .map(tonic::Response::into_inner)
             .map_err(|status| self.refused(id, &status))
     }
@@ -129,40 +133,41 @@ impl WorkloadApi {
             Endpoint::Tcp(address) => open(TcpStream::connect(address)).await,
         };
         channel.map_err(|error| {
-            SourceError::Unavailable(unreachable(&self.endpoint, "socket", &error))
+            SourceError::Unavailable(unreachable(&self.endpoint, "workload_api_socket", &error))
         })
     }
 
-    /// What the agent's refusal means: the table of SPIFFE_Workload_API.md, section 6, and what lies outside it.
+    /// Converts the agent's refusal: the table of SPIFFE_Workload_API.md, section 6, and further
+    /// codes.
     fn refused(&self, id: &SpiffeId, status: &Status) -> SourceError {
-        let said = one_line(status.message());
-        let trouble = || {
+        let reply = one_line(status.message());
+        let failure = || {
             SourceError::Unavailable(format!(
-                "the SPIFFE agent at {} gave no token: {said}",
+                "the SPIFFE agent at {} gave no token: {reply}",
                 self.endpoint
             ))
         };
         if is_broken(status) {
-            return trouble();
+            return failure();
         }
         match status.code() {
             Code::PermissionDenied | Code::NotFound => SourceError::Denied(format!(
                 "the SPIFFE agent does not give {id} to awsvid: register that ID for the daemon itself, and give no \
-                 two of its registrations the same hint ({said})"
+                 two of its registrations the same hint ({reply})"
             )),
             Code::InvalidArgument => SourceError::Misconfigured(format!(
-                "the SPIFFE agent finds the request for {id} invalid: correct the ID or the audience ({said})"
+                "the SPIFFE agent finds the request for {id} invalid: correct the ID or the audience ({reply})"
             )),
             Code::Unimplemented => SourceError::Misconfigured(format!(
-                "the server at {} has no JWT-SVIDs to give: is it a SPIFFE Workload API? ({said})",
+                "the server at {} does not offer JWT-SVIDs; check that it is a SPIFFE Workload API ({reply})",
                 self.endpoint
             )),
             Code::OutOfRange => SourceError::Misconfigured(format!(
-                "the answer of the SPIFFE agent at {} is not one token but far more ({said})",
+                "the SPIFFE agent at {} sent far more than one token; check that it is a SPIFFE Workload API ({reply})",
                 self.endpoint
             )),
-            // Unknown is what Teleport's tbot answers for every error without a code of its own, lasting or not.
-            // Unauthenticated concerns the daemon, not the workload.
+            // Teleport's tbot sends Unknown for every error without a code of its own, lasting or
+            // not. Unauthenticated concerns the daemon, not the workload.
             Code::Unknown
             | Code::Unavailable
             | Code::DeadlineExceeded
@@ -174,7 +179,7 @@ impl WorkloadApi {
             | Code::FailedPrecondition
             | Code::AlreadyExists
             | Code::DataLoss
-            | Code::Ok => trouble(),
+            | Code::Ok => failure(),
         }
     }
 }
@@ -191,9 +196,9 @@ impl IdentitySource for WorkloadApi {
                 .into_iter()
                 .collect()),
             // The caller was attested by other rules, which did not need its process.
-            Err(Undecided::NeedsProcess) => Err(SourceError::Reloaded),
-            Err(Undecided::UnknownAccount(_)) => Err(SourceError::UnknownAccount),
-            Err(Undecided::Unresponsive) => Err(AttestError::ProcessUnresponsive.into()),
+            Err(IdentifyError::NeedsProcess) => Err(SourceError::Reloaded),
+            Err(IdentifyError::UnknownAccount(_)) => Err(SourceError::UnknownAccount),
+            Err(IdentifyError::Unresponsive) => Err(AttestError::ProcessUnresponsive.into()),
         }
     }
 
@@ -214,7 +219,8 @@ impl IdentitySource for WorkloadApi {
         IdentityBasis::Rules(self.rules.of(id))
     }
 
-    /// By a token for the identity of a rule. That of the first one may be registered on other nodes alone.
+    /// Fetches a token for the identity of a rule. The first identity may be registered on other
+    /// nodes alone.
     async fn ready(&self, audience: &str) -> Result<(), SourceError> {
         let mut denied = Ok(());
         for id in self.rules.ids().into_iter().take(READY_IDS) {
@@ -226,7 +232,7 @@ impl IdentitySource for WorkloadApi {
         denied
     }
 
-    /// The agent knows only the daemon.
+    /// The agent attests only the daemon.
     fn requires_live_caller(&self) -> bool {
         false
     }

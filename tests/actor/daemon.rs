@@ -1,4 +1,5 @@
-//! How far the daemon is with a connection: held back while a scene goes on, or seen to have read of it.
+//! The daemon's progress with a connection: a scene can stop the daemon meanwhile, or wait until it
+//! has read from the connection.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -9,23 +10,25 @@ use std::thread;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::wire::Address;
+use crate::raw_http::Address;
 
 /// The variable with the daemon's pid.
 const DAEMON: &str = "DAEMON";
 
 nix::ioctl_read_bad!(outq, libc::TIOCOUTQ, libc::c_int);
 
-/// The daemon stands still until this is dropped: what happens meanwhile has happened when it looks.
-pub(crate) struct Held(Pid);
+/// The daemon is stopped until this is dropped: all that happens meanwhile has happened when it
+/// goes on.
+pub(crate) struct StoppedDaemon(Pid);
 
-/// Holds the daemon. Takes root.
-pub(crate) fn hold() -> Held {
+/// Stops the daemon. Takes root.
+pub(crate) fn hold() -> StoppedDaemon {
     let pid = pid();
-    let held = Held(Pid::from_raw(pid));
+    let held = StoppedDaemon(Pid::from_raw(pid));
     kill(held.0, Signal::SIGSTOP).unwrap();
-    // A thread that runs elsewhere stops a little later.
-    while !states(pid).all(|state| state == 'T') {
+    // A thread that runs on another processor stops a little later. One that is blocked in the
+    // kernel stops before it leaves it.
+    while !states(pid).all(|state| matches!(state, 'T' | 'D')) {
         thread::yield_now();
     }
     held
@@ -38,7 +41,8 @@ fn pid() -> i32 {
         .unwrap()
 }
 
-/// The states of a process's threads (proc_pid_stat(5)), but of those that have ended meanwhile.
+/// Returns the states of a process's threads (proc_pid_stat(5)), without those that have ended
+/// meanwhile.
 fn states(pid: i32) -> impl Iterator<Item = char> {
     fs::read_dir(format!("/proc/{pid}/task"))
         .unwrap()
@@ -48,13 +52,14 @@ fn states(pid: i32) -> impl Iterator<Item = char> {
         })
 }
 
-impl Drop for Held {
+impl Drop for StoppedDaemon {
     fn drop(&mut self) {
         kill(self.0, Signal::SIGCONT).unwrap();
     }
 }
 
-/// Until the daemon has read all that was sent on `fd`. It attests whom it accepts before it reads a byte.
+/// Waits until the daemon has read all that was sent on `fd`. It attests a caller before it reads a
+/// byte.
 pub(crate) fn await_read(to: &Address, fd: &OwnedFd) {
     let connection = Connection::of(to, fd);
     while !is_read(&connection) {
@@ -62,16 +67,17 @@ pub(crate) fn await_read(to: &Address, fd: &OwnedFd) {
     }
 }
 
-/// What tells whether the daemon has read from a connection.
+/// A connection of which the kernel shows whether the daemon has read from it.
 pub(crate) enum Connection {
     /// A descriptor of it.
     Unix(OwnedFd),
-    /// The client's address and the daemon's: whoever has a descriptor may be taken for the caller.
+    /// The client's address and the daemon's: a process with a descriptor could be taken for the
+    /// caller.
     Tcp(SocketAddr, SocketAddr),
 }
 
 impl Connection {
-    /// The one that `fd` is the client's end of.
+    /// Returns the connection with the client's end `fd`.
     pub(crate) fn of(to: &Address, fd: &OwnedFd) -> Self {
         match to {
             Address::Unix(_) => Self::Unix(fd.try_clone().unwrap()),
@@ -80,11 +86,11 @@ impl Connection {
     }
 }
 
-/// Whether the daemon has read all that was sent.
+/// Returns whether the daemon has read all that was sent.
 pub(crate) fn is_read(connection: &Connection) -> bool {
     match connection {
         Connection::Unix(fd) => !unread(fd),
-        // Both ends have to be seen: what is not acknowledged yet may not have arrived.
+        // Both ends are checked: unacknowledged data may not have arrived.
         Connection::Tcp(client, server) => {
             queues(*client, *server).is_some_and(|(unsent, _)| unsent == 0)
                 && queues(*server, *client).is_some_and(|(_, unread)| unread == 0)
@@ -92,7 +98,7 @@ pub(crate) fn is_read(connection: &Connection) -> bool {
     }
 }
 
-/// Whether something keeps one of the daemon's threads waiting, as a lock does.
+/// Returns whether one of the daemon's threads is blocked, as by a lock.
 pub(crate) fn has_stuck_thread() -> bool {
     states(pid()).any(|state| state == 'D')
 }
@@ -104,16 +110,19 @@ fn unread(fd: &OwnedFd) -> bool {
     bytes > 0
 }
 
-/// Until the daemon has sent something to the TCP socket with the address `client`, which may be nobody's descriptor.
+/// Waits until the daemon has sent something to the TCP socket with the address `client`, of which
+/// no process may have a descriptor.
 pub(crate) fn await_answer(client: SocketAddr, server: SocketAddr) {
     while queues(client, server).is_none_or(|(_, unread)| unread == 0) {
         thread::yield_now();
     }
 }
 
-/// The bytes that are not yet acknowledged and not yet read at the end of a TCP connection that has the address `local`.
+/// Returns the bytes that are not yet acknowledged and not yet read at the end of a TCP connection
+/// that has the address `local`.
 fn queues(local: SocketAddr, remote: SocketAddr) -> Option<(u64, u64)> {
-    // The tables in /proc/net have everybody's connections, which takes long to print and to read.
+    // The tables in /proc have all connections of the machine, which takes long to print and to
+    // read.
     let filter = format!("src = {local} and dst = {remote}");
     let output = Command::new("ss")
         .args(["-Htn", "state", "connected", &filter])

@@ -1,9 +1,10 @@
-//! One user's processes in numbers: honest requests one after another, connections that are just held, and loops of several
-//! threads beside very many open descriptors. What the daemon answered is counted by its code.
+//! One user's processes in numbers: honest requests one after another, connections that are only
+//! held, and loops of several threads in a process with very many open descriptors. Responses are
+//! counted by their code.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,10 +13,12 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{MsgFlags, recv};
 
+use crate::cgroup_moves::{Cgroup, own_cgroup};
 use crate::process::{become_user, become_with_groups, child};
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
 
-/// Answers by their code (`Success`, or an error's); `nothing` for connections that ended without one.
+/// Responses by their code (`Success`, or an error's), and `nothing` for connections that ended
+/// without one.
 type Counts = BTreeMap<String, usize>;
 
 pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
@@ -29,24 +32,28 @@ pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
     }
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    if let ("orphaned", [uid, count]) = (what, numbers) {
+        return orphaned(to, u32::try_from(*uid).unwrap(), *count);
+    }
     become_user(u32::try_from(numbers[0]).unwrap());
     match (what, numbers) {
-        ("ask", [_, count]) => show(&asked(to, *count)),
+        ("ask", [_, count]) => show(&send_requests(to, *count)),
         ("hold", [_, count]) => hold(to, *count, |_| ()),
-        ("mute", [_, count]) => hold(to, *count, wire::send),
+        ("mute", [_, count]) => hold(to, *count, raw_http::send),
         ("storm", [_, threads, descriptors]) => storm(to, *threads, *descriptors),
         _ => panic!("no such act: {what} {numbers:?}"),
     }
 }
 
-/// Connects whenever it is told to by a byte on standard input, a socket, and gives the connection away over that.
+/// Opens a connection at each byte on standard input, a socket, and passes the connection over
+/// that.
 pub(crate) fn connect(uid: u32, to: &Address) {
     become_user(uid);
-    let mut asked = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
+    let mut input = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
     let (mut word, mut kept) = ([0], Vec::new());
-    while asked.read(&mut word).is_ok_and(|length| length == 1) {
+    while input.read(&mut word).is_ok_and(|length| length == 1) {
         let fd = to.connect();
-        wire::pass(&asked, &fd);
+        raw_http::pass(&input, &fd);
         if word == *b"k" {
             kept.push(fd);
         }
@@ -60,23 +67,26 @@ fn show(counts: &Counts) -> String {
         .collect()
 }
 
-fn asked(to: &Address, count: usize) -> Counts {
+fn send_requests(to: &Address, count: usize) -> Counts {
     let mut counts = Counts::new();
     for _ in 0..count {
-        *counts.entry(code(&wire::ask(&to.connect()))).or_default() += 1;
+        *counts
+            .entry(code(&raw_http::ask(&to.connect())))
+            .or_default() += 1;
     }
     counts
 }
 
-/// Requests of so many processes of a user, each with so many supplementary groups (attack 27).
+/// Sends requests from this number of processes of a user, each with this number of supplementary
+/// groups (T27).
 fn grouped(to: &Address, uid: u32, groups: usize, processes: usize) -> Counts {
     let mut counts = Counts::new();
     for _ in 0..processes {
         let mut asking = child(|_| {
             become_with_groups(uid, groups);
-            wire::ask(&to.connect())
+            raw_http::ask(&to.connect())
         });
-        *counts.entry(code(&asking.said())).or_default() += 1;
+        *counts.entry(code(&asking.output())).or_default() += 1;
         asking.reap();
     }
     counts
@@ -90,34 +100,35 @@ fn code(answer: &str) -> String {
     code.unwrap_or("nothing").to_owned()
 }
 
-/// Tells the test that this has begun, and waits until it says, by closing standard input, that it is enough.
-fn begun() {
+/// Prints that this has begun, and waits until the test closes standard input.
+fn report_start() {
     println!("begun");
 }
 
-fn enough() {
+fn wait_for_stop() {
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
 }
 
-/// Opens connections, does `first` on each, and keeps all of them. How many the daemon had ended by the end.
+/// Opens connections, does `first` on each, and keeps all of them. Returns how many the daemon had
+/// ended by the end.
 fn hold(to: &Address, count: usize, first: impl Fn(&OwnedFd)) -> String {
-    let held: Vec<OwnedFd> = (0..count)
+    let connections: Vec<OwnedFd> = (0..count)
         .map(|_| {
             let fd = to.connect();
             first(&fd);
             fd
         })
         .collect();
-    begun();
-    enough();
+    report_start();
+    wait_for_stop();
     let mut counts = Counts::new();
-    for fd in &held {
+    for fd in &connections {
         *counts.entry(state(fd).to_owned()).or_default() += 1;
     }
     show(&counts)
 }
 
-/// What the daemon has done with a connection, of which nothing is read.
+/// Returns the state of a connection, without reading from it.
 fn state(fd: &OwnedFd) -> &'static str {
     match recv(
         fd.as_raw_fd(),
@@ -131,7 +142,8 @@ fn state(fd: &OwnedFd) -> &'static str {
     }
 }
 
-/// Asks in a loop from each of so many threads, in a process that has so many descriptors open.
+/// Sends requests in a loop from each of this number of threads, in a process with this number of
+/// open descriptors.
 fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
     let open: Vec<File> = (0..descriptors)
         .map(|_| File::open("/dev/null").unwrap())
@@ -143,7 +155,7 @@ fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
         let ask = |first: std::sync::mpsc::Sender<()>| {
             let mut counts = Counts::new();
             while !ended.load(Ordering::Relaxed) {
-                for (code, count) in asked(to, 1) {
+                for (code, count) in send_requests(to, 1) {
                     *counts.entry(code).or_default() += count;
                 }
                 let _ = first.send(());
@@ -158,10 +170,10 @@ fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
                 })
             })
             .collect();
-        // Once there was an answer, it is under way.
+        // The first response shows that the loop runs.
         is_first.recv().unwrap();
-        begun();
-        enough();
+        report_start();
+        wait_for_stop();
         ended.store(true, Ordering::Relaxed);
         for thread in running {
             for (code, count) in thread.join().unwrap() {
@@ -171,4 +183,52 @@ fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
     });
     assert!(open.iter().all(|file| file.as_raw_fd() > 2));
     show(&counts)
+}
+
+/// Sends requests of a user until the test closes standard input, this number at a time. Each has a
+/// socket from a cgroup that was removed before (T33).
+fn orphaned(to: &Address, uid: u32, count: usize) -> String {
+    let stopped = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            wait_for_stop();
+            stopped.store(true, Ordering::Relaxed);
+        });
+        orphaned_burst(to, uid, count);
+        report_start();
+        while !stopped.load(Ordering::Relaxed) {
+            orphaned_burst(to, uid, count);
+        }
+    });
+    String::new()
+}
+
+fn orphaned_burst(to: &Address, uid: u32, count: usize) {
+    let (mut here, there) = UnixStream::pair().unwrap();
+    let removed = Cgroup::new(&own_cgroup(), "removed");
+    let mut user = child(|_| {
+        let mut steps = &there;
+        steps.read_exact(&mut [0]).unwrap();
+        become_user(uid);
+        let sockets: Vec<OwnedFd> = (0..count).map(|_| to.socket()).collect();
+        steps.write_all(b"x").unwrap();
+        steps.read_exact(&mut [0]).unwrap();
+        for socket in &sockets {
+            to.connect_from(socket);
+            raw_http::send(socket);
+        }
+        for socket in sockets {
+            // Until it is answered or reset.
+            let _ = File::from(socket).read_to_end(&mut Vec::new());
+        }
+        String::new()
+    });
+    removed.write("cgroup.procs", &user.pid.to_string());
+    here.write_all(b"x").unwrap();
+    here.read_exact(&mut [0]).unwrap();
+    std::fs::write(own_cgroup().join("cgroup.procs"), user.pid.to_string()).unwrap();
+    drop(removed);
+    here.write_all(b"x").unwrap();
+    user.output();
+    user.reap();
 }

@@ -1,5 +1,5 @@
-//! A file system of this process's own that stops answering: one directory with one file, over `/dev/fuse` itself, as
-//! linux/fuse.h has its messages.
+//! A file system of this process's own that stops responding: one directory with one file, over
+//! `/dev/fuse` itself, with the messages of linux/fuse.h.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, Read, Write};
@@ -26,23 +26,25 @@ const OPENDIR: u32 = 27;
 const RELEASEDIR: u32 = 29;
 const ACCESS: u32 = 34;
 const BATCH_FORGET: u32 = 42;
-/// `FOPEN_DIRECT_IO`, and `FOPEN_KEEP_CACHE`, without which to open the file waits for its pages.
+/// `FOPEN_DIRECT_IO`, and `FOPEN_KEEP_CACHE`, without which opening the file waits for its pages.
 const DIRECT_IO: u32 = 1;
 const KEEP_CACHE: u32 = 2;
-/// The file's inode; the directory's is 1.
+/// The file's inode. The directory's is 1.
 const FILE: u64 = 2;
 const FILE_SIZE: u64 = 1 << 20;
-/// For how many seconds the kernel believes what it was told of a file that is not to be looked at again, but not of its name.
+/// The seconds for which the kernel caches the attributes of a file without another lookup. It
+/// never caches the name.
 const VALID: u64 = 3600;
-/// The name that has to be looked up for the file system to stop answering. No file has it.
+/// A lookup of this name makes the file system stop responding. No file has it.
 const CUE: &str = "hang";
 
-/// What is never answered.
+/// The requests that never get a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hangs {
-    /// What is read of the file.
+    /// Reads of the file.
     Read,
-    /// Where the file is, and what it is, from [`HangingFiles::hang`] on. The file is this program.
+    /// Lookups and attributes of the file, from [`HangingFiles::hang`] on. The file is this
+    /// program.
     Lookup,
 }
 
@@ -50,7 +52,7 @@ pub(crate) enum Hangs {
 pub(crate) struct HangingFiles {
     directory: PathBuf,
     server: Option<Child>,
-    asked: UnixStream,
+    lookups: UnixStream,
 }
 
 impl HangingFiles {
@@ -70,7 +72,7 @@ impl HangingFiles {
         Self::mount(directory, hangs)
     }
 
-    /// Mounts it here, where others see it too.
+    /// Mounts it here, where other processes see it too.
     pub(crate) fn mount(directory: PathBuf, hangs: Hangs) -> Self {
         let device = OpenOptions::new()
             .read(true)
@@ -89,7 +91,7 @@ impl HangingFiles {
             Some(&*options),
         )
         .unwrap();
-        let (tell, asked) = UnixStream::pair().unwrap();
+        let (tell, lookups) = UnixStream::pair().unwrap();
         let server = child(|_| {
             Server::new(hangs).serve(&device, || (&tell).write_all(b"x").unwrap());
             String::new()
@@ -97,7 +99,7 @@ impl HangingFiles {
         Self {
             directory,
             server: Some(server),
-            asked,
+            lookups,
         }
     }
 
@@ -105,7 +107,7 @@ impl HangingFiles {
         self.directory.join("file")
     }
 
-    /// From here on what [`Hangs::Lookup`] says is not answered.
+    /// Makes the requests of [`Hangs::Lookup`] hang from here on.
     fn hang(&self) {
         fs::metadata(self.directory.join(CUE)).unwrap_err();
     }
@@ -118,23 +120,23 @@ impl HangingFiles {
         }
     }
 
-    /// Waits until somebody has asked for something that is not answered.
-    pub(crate) fn await_asked(&self) {
-        (&self.asked).read_exact(&mut [0]).unwrap();
+    /// Waits until the kernel has sent a request that gets no response.
+    pub(crate) fn await_hanging_request(&self) {
+        (&self.lookups).read_exact(&mut [0]).unwrap();
     }
 }
 
 impl Drop for HangingFiles {
     fn drop(&mut self) {
-        // Whoever waits for an answer gets an error.
+        // Each process that waits for a response gets an error.
         umount2(&self.directory, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH).unwrap();
         self.end_server();
         let _ = fs::remove_dir(&self.directory);
     }
 }
 
-/// Mounts such a file system, prints where its file is, and does what standard input says until that ends. `done` is printed
-/// for each word.
+/// Mounts such a file system, prints the path of its file, and obeys the words on standard input
+/// until that ends. It prints `done` for each word.
 pub(crate) fn obey() {
     let mut files = HangingFiles::mount_privately(Hangs::Lookup);
     println!("{}", files.file().display());
@@ -148,7 +150,7 @@ pub(crate) fn obey() {
     }
 }
 
-/// What answers the kernel.
+/// The server that responds to the kernel.
 struct Server {
     hangs: Hangs,
     content: Vec<u8>,
@@ -173,7 +175,7 @@ impl Server {
         }
     }
 
-    /// Answers all but what it is not to answer, and calls `on_hang` for that.
+    /// Responds to all requests except those that hang, and calls `on_hang` for these.
     fn serve(mut self, mut device: &File, on_hang: impl Fn()) {
         let mut request = vec![0; 1 << 20];
         // Ends with the mount.
@@ -231,7 +233,8 @@ impl Server {
             .concat(),
             OPEN => {
                 self.opened += 1;
-                // With what is never read, the first who opens it reads through the page cache, and the next ones past it.
+                // If reads hang, the first open reads through the page cache, and the next ones
+                // past it.
                 let through_cache = self.hangs == Hangs::Lookup || self.opened == 1;
                 open(if through_cache {
                     KEEP_CACHE
@@ -253,7 +256,7 @@ impl Server {
         Answer::Body(body)
     }
 
-    /// `struct fuse_entry_out`. The name is to be looked up each time.
+    /// Builds `struct fuse_entry_out`. The kernel caches no name.
     fn entry(&self) -> Vec<u8> {
         let words: [u64; 5] = [FILE, 0, 0, self.valid(), 0];
         words
@@ -263,7 +266,7 @@ impl Server {
             .collect()
     }
 
-    /// For how long the kernel may believe what the file is, in seconds.
+    /// Returns the seconds for which the kernel may cache the file's attributes.
     fn valid(&self) -> u64 {
         if self.hangs == Hangs::Lookup {
             0
@@ -272,7 +275,7 @@ impl Server {
         }
     }
 
-    /// `struct fuse_attr`.
+    /// Builds the bytes of `struct fuse_attr`.
     fn attributes(&self, node: u64) -> Vec<u8> {
         let (mode, links, size) = if node == FILE {
             (0o100_755, 1, self.size)
@@ -288,18 +291,17 @@ impl Server {
     }
 }
 
-/// What becomes of a request.
+/// The server's reaction to a request.
 enum Answer {
     Body(Vec<u8>),
-    /// An errno.
     Error(i32),
-    /// The kernel waits for nothing.
+    /// The kernel expects no response.
     Nothing,
     /// The kernel waits in vain.
     Hang,
 }
 
-/// `struct fuse_init_out`: version 7.31, and nothing of what may be left out.
+/// Builds `struct fuse_init_out`: version 7.31, without optional parts.
 fn init() -> Vec<u8> {
     let words: [u32; 16] = [
         7,
@@ -322,12 +324,13 @@ fn init() -> Vec<u8> {
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
-/// `struct fuse_open_out`.
+/// Builds the bytes of `struct fuse_open_out`.
 fn open(flags: u32) -> Vec<u8> {
     [&7_u64.to_ne_bytes()[..], &flags.to_ne_bytes(), &[0; 4]].concat()
 }
 
-/// Whether a process sleeps so that only the end of it wakes it, as one does that waits for a lock or for such a file.
+/// Returns whether a process sleeps so that only its end wakes it, as in a wait for a lock or for
+/// such a file.
 pub(crate) fn is_stuck(pid: nix::unistd::Pid) -> bool {
     let status = fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("status"))
         .unwrap_or_default();

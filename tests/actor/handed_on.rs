@@ -1,4 +1,5 @@
-//! Scenes about sockets that a process of one user has made, and one of another user asks on (attack 24).
+//! Scenes about sockets that a process of one user has made, and a process of another user sends
+//! requests on (T24).
 
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -6,15 +7,16 @@ use std::os::unix::net::UnixStream;
 
 use nix::unistd::{Pid, getpid};
 
-use crate::moves::{Cgroup, own_cgroup};
+use crate::cgroup_moves::{Cgroup, own_cgroup};
 use crate::process::{become_user, child};
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
 use crate::{ALICE, BOB};
 
-/// Which socket of root's Bob is given.
+/// The socket of root's that Bob gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Given {
-    /// A listener that root has no more, as a service manager's is in a service that it gave it to.
+pub(crate) enum RootSocket {
+    /// A listener that root does not have any more, like a service manager's that it has passed to
+    /// a service.
     Listener,
     /// A listener that root's process has, too, as a web server's master has those of its workers.
     SharedListener,
@@ -22,62 +24,64 @@ pub(crate) enum Given {
     Accepted,
 }
 
-/// Root makes a socket and gives it to Bob, who disconnects it, connects it to the daemon, and asks.
-pub(crate) fn used_again(to: &Address, given: Given) -> String {
+/// Plays a socket that root makes and passes to Bob. Bob disconnects it, connects it to the daemon,
+/// and sends a request.
+pub(crate) fn used_again(to: &Address, socket_kind: RootSocket) -> String {
     let listener = TcpListener::bind(to.another(0)).unwrap();
     let address = listener.local_addr().unwrap();
-    let (socket, kept): (OwnedFd, Option<OwnedFd>) = match given {
-        Given::Listener => (listener.into(), None),
-        Given::SharedListener => (listener.try_clone().unwrap().into(), Some(listener.into())),
-        Given::Accepted => {
+    let (socket, held_by_root): (OwnedFd, Option<OwnedFd>) = match socket_kind {
+        RootSocket::Listener => (listener.into(), None),
+        RootSocket::SharedListener => (listener.try_clone().unwrap().into(), Some(listener.into())),
+        RootSocket::Accepted => {
             let client = TcpStream::connect(address).unwrap();
             (listener.accept().unwrap().0.into(), Some(client.into()))
         }
     };
     let (over, from) = UnixStream::pair().unwrap();
-    wire::pass(&over, &socket);
+    raw_http::pass(&over, &socket);
     drop(socket);
     let mut bob = child(|_| {
         become_user(BOB);
-        let socket = wire::receive(&from);
+        let socket = raw_http::receive(&from);
         disconnect(&socket);
         to.connect_from(&socket);
-        wire::ask(&socket)
+        raw_http::ask(&socket)
     });
-    let said = bob.said();
+    let response = bob.output();
     bob.reap();
-    drop(kept);
-    said
+    drop(held_by_root);
+    response
 }
 
-/// The same as a service that systemd has started with a listener, as its only one.
+/// Does the same as a service that systemd has started with a listener, as its only one.
 pub(crate) fn used_again_by_service(to: &Address) -> String {
     let pid: i32 = std::env::var("LISTEN_PID").unwrap().parse().unwrap();
     assert_eq!(
         (Pid::from_raw(pid), std::env::var("LISTEN_FDS").as_deref()),
         (getpid(), Ok("1"))
     );
-    // SAFETY: the descriptor is this process's, as systemd says, and nothing else uses it.
+    // SAFETY: the descriptor is this process's, as systemd documents it, and nothing else uses it.
     let socket = unsafe { OwnedFd::from_raw_fd(3) };
     disconnect(&socket);
     to.connect_from(&socket);
-    wire::ask(&socket)
+    raw_http::ask(&socket)
 }
 
-/// Alice makes a socket in a cgroup that is named as one of systemd's socket units, and asks on it.
+/// Plays a request of Alice on a socket from a cgroup that has the name of one of systemd's socket
+/// units.
 pub(crate) fn made_for_activation(to: &Address) -> String {
     let unit = Cgroup::named(&own_cgroup(), &format!("{}.socket", getpid()));
     let mut alice = child(|_| {
         unit.write("cgroup.procs", "0");
         become_user(ALICE);
-        wire::ask(&to.connect())
+        raw_http::ask(&to.connect())
     });
-    let said = alice.said();
+    let response = alice.output();
     alice.reap();
-    said
+    response
 }
 
-/// Makes a listener, or a connected socket, one that can be connected (connect(2), `AF_UNSPEC`).
+/// Makes a listener, or a connected socket, connectable again (connect(2), `AF_UNSPEC`).
 fn disconnect(socket: &OwnedFd) {
     let nowhere = libc::sockaddr {
         sa_family: libc::AF_UNSPEC.try_into().unwrap(),

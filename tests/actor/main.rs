@@ -1,10 +1,20 @@
-//! A process that an integration test starts as root, to play out with real processes what an attacker, or an odd honest
-//! client, does: `actor SCENE LISTENER ADDRESS [PROGRAM]`, with the daemon's pid in `DAEMON`. What the daemon answered is
-//! printed on standard output. `actor connect UID LISTENER ADDRESS` only connects, for a test that talks itself.
-//! `actor in-numbers ACT LISTENER ADDRESS NUMBER...` is for what one user does very often. `actor asked SCENE LISTENER ADDRESS`
-//! goes on step by step, as the test tells it.
+//! A process that an integration test starts as root, to play attackers and odd honest clients with
+//! real processes: `actor SCENE LISTENER ADDRESS [PROGRAM]`, with the daemon's pid in `DAEMON`. It
+//! prints the daemon's response on standard output. There are four more forms.
 //!
-//! Two users take part: [`ALICE`] and [`BOB`]. Which of them may be answered in a scene, the test knows.
+//! - `actor connect UID LISTENER ADDRESS` only connects, for a test that sends the request itself.
+//! - `actor in-numbers ACT LISTENER ADDRESS NUMBER...` is for acts that one user repeats very
+//!   often.
+//! - `actor without-sock-diag FILE PROGRAM...` executes a program where sock_diag(7) does not work
+//!   while the file exists.
+//! - `actor asked SCENE LISTENER ADDRESS` goes on step by step, at the test's words.
+//!
+//! Two users take part: [`ALICE`] and [`BOB`]. The test knows which of them may be answered in a
+//! scene.
+#![allow(
+    clippy::disallowed_methods,
+    reason = "it measures and waits in real time"
+)]
 #![allow(
     unsafe_code,
     reason = "fork, clone3 and setuid are what this program is for; it has one thread"
@@ -16,19 +26,21 @@
     reason = "a panic fails the test that runs it"
 )]
 
-mod asked;
+mod attack_scenarios;
 mod blocked;
+mod cgroup_moves;
 mod daemon;
 mod floods;
+mod forged_exe;
 mod fuse;
 mod handed_on;
-mod herd;
-mod moves;
 mod process;
 mod programs;
-mod scenes;
+mod raw_http;
+mod requests;
+mod short_lived;
 mod soak;
-mod wire;
+mod sock_diag;
 
 /// A user with a rule.
 pub(crate) const ALICE: u32 = 61001;
@@ -39,13 +51,13 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
-        // Executed by scenes: ask on an inherited descriptor, or just be there.
-        ["speak", descriptor] => print!("{}", wire::ask_on(descriptor.parse().unwrap())),
+        // Executed by scenes: to send a request on an inherited descriptor, or only to run.
+        ["speak", descriptor] => print!("{}", raw_http::ask_on(descriptor.parse().unwrap())),
         ["stay"] => process::stay(),
         ["connect", uid, listener, address] => {
             floods::connect(
                 uid.parse().unwrap(),
-                &wire::Address::parse(listener, address),
+                &raw_http::Address::parse(listener, address),
             );
         }
         ["in-numbers", act, listener, address, ref numbers @ ..] => {
@@ -55,51 +67,61 @@ fn main() {
                 .collect();
             print!(
                 "{}",
-                floods::act(act, &numbers, &wire::Address::parse(listener, address))
+                floods::act(act, &numbers, &raw_http::Address::parse(listener, address))
             );
         }
         ["ask", listener, address] => {
-            let to = wire::Address::parse(listener, address);
-            print!("{}", wire::ask(&to.connect()));
+            let to = raw_http::Address::parse(listener, address);
+            print!("{}", raw_http::ask(&to.connect()));
         }
         ["blocked", count, listener, address, ref cgroups @ ..] => {
             blocked::callers(
                 count.parse().unwrap(),
                 cgroups,
-                &wire::Address::parse(listener, address),
+                &raw_http::Address::parse(listener, address),
             );
         }
+        ["blocked-agent", socket] => blocked::agent(socket),
         ["hanging-files"] => fuse::obey(),
         ["activated", listener, address] => {
             print!(
                 "{}",
-                handed_on::used_again_by_service(&wire::Address::parse(listener, address))
+                handed_on::used_again_by_service(&raw_http::Address::parse(listener, address))
             );
         }
         ["herd", users, rate, seconds, listener, address] => {
             println!(
                 "{}",
-                herd::ask(
+                short_lived::ask(
                     users,
                     rate,
                     seconds,
-                    &wire::Address::parse(listener, address)
+                    &raw_http::Address::parse(listener, address)
                 )
             );
         }
-        ["idle", uid, count] => herd::idle(uid, count),
+        ["idle", uid, count] => short_lived::idle(uid, count),
+        ["without-sock-diag", lost, ref words @ ..] => sock_diag::run_without(lost, words),
         ["soak", uid, listener, address, pause] => {
-            soak::ask(uid, &wire::Address::parse(listener, address), pause)
+            soak::ask(uid, &raw_http::Address::parse(listener, address), pause)
         }
-        ["asked", scene, listener, address] => asked::play(scene, [listener, address]),
-        ["obey", descriptor, listener, address] => asked::obey_on(descriptor, [listener, address]),
+        ["requests", scene, listener, address] => requests::play(scene, [listener, address]),
+        ["obey", descriptor, listener, address] => {
+            requests::obey_on(descriptor, [listener, address])
+        }
         ["become", listener, address, program] => {
-            programs::become_another(&wire::Address::parse(listener, address), program)
+            programs::become_another(&raw_http::Address::parse(listener, address), program)
         }
-        ["conclude", descriptor] => print!("{}", wire::conclude_on(descriptor.parse().unwrap())),
+        ["forge", when, listener, address, file] => {
+            let to = raw_http::Address::parse(listener, address);
+            print!("{}", programs::ask_as(file.as_ref(), when, &to));
+        }
+        ["conclude", descriptor] => {
+            print!("{}", raw_http::conclude_on(descriptor.parse().unwrap()))
+        }
         [scene, listener, address] => {
-            let to = wire::Address::parse(listener, address);
-            print!("{}", scenes::play(scene, &to));
+            let to = raw_http::Address::parse(listener, address);
+            print!("{}", attack_scenarios::play(scene, &to));
         }
         [scene, listener, address, program] => programs::play(scene, [listener, address], program),
         _ => panic!("usage: actor SCENE LISTENER ADDRESS [PROGRAM]"),

@@ -23,7 +23,7 @@ pub(crate) fn become_of(uid: u32, gid: u32) {
     set_pdeathsig(Signal::SIGKILL).unwrap();
 }
 
-/// Becomes this user with so many supplementary groups, from 100,000 on.
+/// Becomes this user with this number of supplementary groups, from 100,000 on.
 pub(crate) fn become_with_groups(uid: u32, count: usize) {
     let groups: Vec<Gid> = (100_000..).take(count).map(Gid::from_raw).collect();
     setgroups(&groups).unwrap();
@@ -33,24 +33,24 @@ pub(crate) fn become_with_groups(uid: u32, count: usize) {
     set_pdeathsig(Signal::SIGKILL).unwrap();
 }
 
-/// A child, which ends when it is told to or its parent ends.
+/// A child, which ends at its cue or with its parent.
 pub(crate) struct Child {
     pub(crate) pid: Pid,
     says: File,
     hears: Option<File>,
 }
 
-/// What a child uses to be told when to go on.
+/// The child's end of the pipe for its cue.
 pub(crate) struct Cue(File);
 
 impl Cue {
-    /// Waits for the parent's word, or its end.
+    /// Waits for the parent's cue, or its end.
     pub(crate) fn wait(&mut self) {
         let _ = self.0.read(&mut [0]);
     }
 }
 
-/// Starts a child that does `act` and then ends; what `act` gives is kept for [`Child::said`].
+/// Starts a child that does `act` and then ends. The result of `act` is kept for [`Child::output`].
 pub(crate) fn child(act: impl FnOnce(&mut Cue) -> String) -> Child {
     let (says, mut say) = pair();
     let (hear, hears) = pair();
@@ -86,8 +86,8 @@ impl Child {
         }
     }
 
-    /// Waits until the child has said all and ended; it stays a zombie.
-    pub(crate) fn said(&mut self) -> String {
+    /// Returns the child's whole output, and waits until it has ended. It stays a zombie.
+    pub(crate) fn output(&mut self) -> String {
         let mut text = String::new();
         let _ = self.says.read_to_string(&mut text);
         // Its end of the pipe is closed a moment before it has ended.
@@ -99,7 +99,6 @@ impl Child {
         text
     }
 
-    /// Reaps it.
     pub(crate) fn reap(self) {
         drop(self.hears);
         waitpid(self.pid, None).unwrap();
@@ -123,8 +122,8 @@ struct CloneArgs {
     cgroup: u64,
 }
 
-/// A process of `uid` that has the number `pid`, does `act` and ends, at the latest with this one. `None` if the number is
-/// taken.
+/// Starts a process of `uid` with the number `pid`, which does `act` and ends, at the latest with
+/// this one. Returns `None` if the number is in use.
 pub(crate) fn reuse(pid: Pid, uid: u32, act: impl FnOnce()) -> Option<Pid> {
     let (mut is_there, mut there) = pair();
     let wanted = pid.as_raw();
@@ -159,8 +158,8 @@ pub(crate) fn reuse(pid: Pid, uid: u32, act: impl FnOnce()) -> Option<Pid> {
     }
 }
 
-/// A process that shares this one's memory, and does `act`: system calls alone, since what else it did would be done to this
-/// process, too.
+/// Starts a process that shares this one's memory, and does `act`: system calls alone, since other
+/// effects would also be effects on this process.
 pub(crate) fn share_memory(
     act: extern "C" fn(*mut libc::c_void) -> libc::c_int,
     argument: *mut libc::c_void,

@@ -1,4 +1,5 @@
-//! Scenes about what a caller runs: attack 11, an executable's path that is forged, and one that is replaced.
+//! Scenes about the program that a caller runs: a forged executable path and a replaced executable
+//! (T11), and a forged executable (T37).
 
 use std::ffi::CString;
 use std::path::Path;
@@ -7,11 +8,11 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::execv;
 
-use crate::ALICE;
 use crate::process::become_user;
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
+use crate::{ALICE, BOB, forged_exe};
 
-/// Alice runs `program`, or makes another file appear at its path and runs that; whichever it is, it asks.
+/// Plays a request by `program`, or by another file that Alice has mounted at its path.
 pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
     match scene {
         "program" => become_user(ALICE),
@@ -19,12 +20,12 @@ pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
             become_user(ALICE);
             execute(&forged(program), &["ask", listener, address]);
         }
-        // In a mount namespace alone, which takes root to make: only the file itself tells.
+        // In a mount namespace alone, which takes root to make: only the file itself shows it.
         "forged-path" => {
             cover(program, CloneFlags::CLONE_NEWNS);
             become_user(ALICE);
         }
-        // As Alice can do it by herself.
+        // As Alice can do it without root.
         "forged-path-in-user-namespace" => {
             become_user(ALICE);
             cover(program, CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS);
@@ -34,19 +35,48 @@ pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
             become_user(ALICE);
             execute(program, &["become", listener, address, &forged(program)]);
         }
+        // Another program makes the kernel report the rule's file as its executable.
+        "forged-file" | "forged-file-by-bob" => {
+            become_user(if scene == "forged-file" { ALICE } else { BOB });
+            execute(
+                &forged(program),
+                &["forge", "before", listener, address, program],
+            );
+        }
+        // The rule's program does so with another file, when the daemon has attested it.
+        "forged-file-late" => {
+            become_user(ALICE);
+            let other = forged(program);
+            execute(program, &["forge", "late", listener, address, &other]);
+        }
         other => panic!("no scene {other}"),
     }
     execute(program, &["ask", listener, address]);
 }
 
+/// Sends a request with this file as the executable, from the beginning or late.
+pub(crate) fn ask_as(file: &Path, when: &str, to: &Address) -> String {
+    if when != "late" {
+        forged_exe::show_as(file);
+        return raw_http::ask(&to.connect());
+    }
+    let fd = to.connect();
+    raw_http::begin(to, &fd);
+    forged_exe::show_as(file);
+    raw_http::conclude(&fd)
+}
+
 /// Begins a request, and leaves the rest of it to another program.
 pub(crate) fn become_another(to: &Address, program: &str) {
     let fd = to.connect();
-    wire::begin(to, &fd);
-    execute(program, &["conclude", &wire::inheritable(fd).to_string()]);
+    raw_http::begin(to, &fd);
+    execute(
+        program,
+        &["conclude", &raw_http::inheritable(fd).to_string()],
+    );
 }
 
-/// A program of Alice's own, beside the one that a rule names.
+/// Makes a program of Alice's own, next to the one that a rule names.
 fn forged(program: &str) -> String {
     Path::new(program)
         .with_file_name("forged")
@@ -55,7 +85,7 @@ fn forged(program: &str) -> String {
         .to_owned()
 }
 
-/// In namespaces of its own, this process sees another file at the program's path.
+/// Moves this process into namespaces of its own, with another file at the program's path.
 fn cover(program: &str, namespaces: CloneFlags) {
     let none: Option<&str> = None;
     unshare(namespaces).unwrap();

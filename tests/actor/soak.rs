@@ -1,4 +1,4 @@
-//! An honest workload that asks all the time, for long, and looks closely at what it gets.
+//! An honest workload that sends requests continuously, for long, and checks each response.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -10,14 +10,14 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use serde_json::{Value, json};
 
 use crate::process::become_user;
-use crate::wire::{self, Address};
+use crate::raw_http::{self, Address};
 
 const KEYS: [&str; 4] = ["AccessKeyId", "SecretAccessKey", "Token", "Expiration"];
-/// How many bad answers are shown whole.
+/// The number of bad responses that are shown whole.
 const SHOWN: usize = 3;
 
 #[derive(Default)]
-struct Seen {
+struct SoakResults {
     answers: usize,
     errors: usize,
     expired: usize,
@@ -25,8 +25,9 @@ struct Seen {
     key: String,
 }
 
-/// Asks as `uid` until SIGTERM, with this many milliseconds between. Prints lines of JSON: each access key id that is
-/// another one than before, the first bad answers, and at the end what was counted.
+/// Sends requests as `uid` until SIGTERM, with this many milliseconds between. Prints lines of
+/// JSON: each access key id that differs from the previous one, the first bad responses, and at the
+/// end the counts.
 pub(crate) fn ask(uid: &str, to: &Address, pause: &str) {
     let mut end = SigSet::empty();
     end.add(Signal::SIGTERM);
@@ -34,17 +35,17 @@ pub(crate) fn ask(uid: &str, to: &Address, pause: &str) {
     let ended = SignalFd::with_flags(&end, SfdFlags::SFD_CLOEXEC).unwrap();
     become_user(uid.parse().unwrap());
     let pause = PollTimeout::from(pause.parse::<u8>().unwrap());
-    let mut seen = Seen::default();
+    let mut results = SoakResults::default();
     while poll(&mut [PollFd::new(ended.as_fd(), PollFlags::POLLIN)], pause).unwrap() == 0 {
-        seen.add(&answer(to));
+        results.add(&answer(to));
     }
-    let Seen {
+    let SoakResults {
         answers,
         errors,
         expired,
         empty,
         ..
-    } = seen;
+    } = results;
     println!(
         "{}",
         json!({ "answers": answers, "errors": errors, "expired": expired, "empty": empty })
@@ -52,10 +53,10 @@ pub(crate) fn ask(uid: &str, to: &Address, pause: &str) {
 }
 
 fn answer(to: &Address) -> io::Result<String> {
-    Ok(wire::ask(&to.try_connect()?))
+    Ok(raw_http::ask(&to.try_connect()?))
 }
 
-impl Seen {
+impl SoakResults {
     fn add(&mut self, answer: &io::Result<String>) {
         self.answers += 1;
         let body: Option<Value> = answer.as_ref().ok().and_then(|answer| {
@@ -84,7 +85,7 @@ impl Seen {
         };
         *bad += 1;
         if self.errors + self.expired + self.empty <= SHOWN {
-            // What was counted may hold secrets of these tests, which are worth nothing.
+            // A bad response may hold secrets of these tests, which are worthless.
             println!("{}", json!({ "bad": format!("{answer:?}") }));
         }
     }

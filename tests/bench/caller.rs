@@ -1,4 +1,4 @@
-//! A process that asks: in which cgroup, as whom, with how many descriptors; and one request on the wire.
+//! A client process: its cgroup, its user, its number of descriptors; and one request on the wire.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -16,34 +16,34 @@ use serde::{Deserialize, Serialize};
 
 use crate::Failed;
 
-/// An answer that takes longer than this is none.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// A response that takes longer than this counts as missing.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Who asks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Caller {
     /// The user, and the group of the same number.
     pub(crate) uid: u32,
     /// The directory of its cgroup.
     pub(crate) cgroup: PathBuf,
-    /// How many descriptors it has besides its connections.
+    /// The number of its descriptors, without its connections.
     pub(crate) descriptors: usize,
 }
 
 impl Caller {
-    /// Makes this process, which root has started, that caller. The descriptors close with the value.
+    /// Makes this process, which root has started, that caller. The descriptors close with the
+    /// value.
     ///
-    /// They have the lowest numbers, so that whoever looks for a connection among them finds it last.
+    /// They have the lowest numbers, so that a search for a connection finds it last.
     pub(crate) fn become_it(&self) -> Result<Vec<OwnedFd>, Failed> {
         fs::write(self.cgroup.join("cgroup.procs"), "0")?;
         let limit = u64::try_from(self.descriptors)? + 5000;
         setrlimit(Resource::RLIMIT_NOFILE, limit, limit)?;
-        let mut held = Vec::new();
-        // 0 to 2 are there already.
-        while held.len() + 3 < self.descriptors {
+        let mut files = Vec::new();
+        // 0 to 2 are open already.
+        while files.len() + 3 < self.descriptors {
             let (read, write) = pipe()?;
             let (one, other) = UnixStream::pair()?;
-            held.extend([
+            files.extend([
                 read,
                 write,
                 one.into(),
@@ -51,9 +51,9 @@ impl Caller {
                 File::open("/dev/null")?.into(),
             ]);
         }
-        held.truncate(self.descriptors.saturating_sub(3));
+        files.truncate(self.descriptors.saturating_sub(3));
         become_user(self.uid)?;
-        Ok(held)
+        Ok(files)
     }
 }
 
@@ -64,7 +64,8 @@ pub(crate) fn become_user(uid: u32) -> Result<(), Failed> {
     setgroups(&[])?;
     setresgid(group, group, group)?;
     setresuid(user, user, user)?;
-    // A change of user clears both. Without the first, /proc/<pid> would be root's, as that of an ordinary program is not.
+    // A change of user clears both. Without the first, /proc/<pid> would be root's, as that of an
+    // ordinary program is not.
     set_dumpable(true)?;
     set_pdeathsig(Signal::SIGKILL)?;
     if nix::unistd::getppid() == parent {
@@ -74,7 +75,6 @@ pub(crate) fn become_user(uid: u32) -> Result<(), Failed> {
     }
 }
 
-/// A connection.
 pub(crate) trait Wire: Read + Write {}
 
 impl<T: Read + Write> Wire for T {}
@@ -83,15 +83,15 @@ impl<T: Read + Write> Wire for T {}
 pub(crate) fn connect(address: &str) -> io::Result<Box<dyn Wire>> {
     if Path::new(address).is_absolute() {
         let stream = UnixStream::connect(address)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         return Ok(Box::new(stream));
     }
     let stream = TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     Ok(Box::new(stream))
 }
 
-/// The request of an SDK.
+/// Returns the request of an SDK.
 pub(crate) fn request(path: &str) -> Vec<u8> {
     format!(
         "GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: x\r\nUser-Agent: awsvid-bench/1 os/linux lang/rust\r\n\
@@ -100,16 +100,15 @@ pub(crate) fn request(path: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-/// What came back.
 #[derive(Debug, Clone)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) body: String,
-    /// When the last byte of the body was there.
+    /// The moment at which the last byte of the body had arrived.
     pub(crate) at: Instant,
 }
 
-/// Reads one answer to the end of the connection, which the server closes.
+/// Reads one response to the end of the connection, which the server closes.
 pub(crate) fn answer(wire: &mut dyn Wire) -> io::Result<Answer> {
     let (mut bytes, mut end, mut chunk) = (Vec::new(), None, [0; 4096]);
     loop {
@@ -138,7 +137,7 @@ pub(crate) fn answer(wire: &mut dyn Wire) -> io::Result<Answer> {
     }
 }
 
-/// The length of the head, once it is there, and of the body.
+/// Returns the length of the head, once it has arrived, and of the body.
 fn head_and_length(bytes: &[u8]) -> Option<(usize, usize)> {
     let text = std::str::from_utf8(bytes).ok()?;
     let head = text.find("\r\n\r\n")? + 4;

@@ -13,25 +13,25 @@ use crate::process::{Part, spawn};
 use crate::upstream::{TRUST_DOMAIN, Upstream};
 use crate::{Failed, caller};
 
-/// How long the daemon may take for what takes it milliseconds.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Bounds steps of the daemon that take milliseconds.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Over what is asked.
+/// The listener of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Transport {
     Tcp,
     Unix,
 }
 
-/// A running daemon; it ends with this value.
+/// A running daemon, which ends with this value.
 pub(crate) struct Daemon {
     child: Child,
     folder: PathBuf,
 }
 
 impl Daemon {
-    /// Starts `awsvid serve` with its files in `folder`: these rules and roles, ports that the kernel picks, the audit to a
-    /// file, and otherwise the defaults.
+    /// Starts `awsvid serve` with its files in `folder`: these rules and roles, ports that the
+    /// kernel picks, the audit to a file, and otherwise the defaults.
     pub(crate) fn spawn(folder: &Path, upstream: &Upstream, rules: &str) -> Result<Self, Failed> {
         let path = |name: &str| folder.join(name).display().to_string();
         let text = format!(
@@ -58,16 +58,16 @@ impl Daemon {
         })
     }
 
-    /// Starts it and waits until `/readyz` says that it is.
+    /// Starts it and waits until `/readyz` is 200.
     pub(crate) fn start(folder: &Path, upstream: &Upstream, rules: &str) -> Result<Self, Failed> {
         let mut daemon = Self::spawn(folder, upstream, rules)?;
         daemon.wait("ready", Self::is_ready)?;
         Ok(daemon)
     }
 
-    /// Asks every half of a millisecond.
+    /// Polls every half of a millisecond.
     pub(crate) fn wait(&mut self, what: &str, done: impl Fn(&Self) -> bool) -> Result<(), Failed> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while !done(self) {
             let ended = self.child.try_wait()?;
             if ended.is_some() || Instant::now() > deadline {
@@ -82,7 +82,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// Whether `/readyz` is 200.
+    /// Returns whether `/readyz` is 200.
     pub(crate) fn is_ready(&self) -> bool {
         let Some(admin) = self.logged_address("serving operators") else {
             return false;
@@ -112,7 +112,7 @@ impl Daemon {
         })
     }
 
-    /// Where it is asked.
+    /// Returns the address of this listener.
     pub(crate) fn address(&self, transport: Transport) -> Result<String, Failed> {
         match transport {
             Transport::Tcp => self
@@ -129,20 +129,19 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // Errors say that it has ended.
+        // Errors mean that it has ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// A running `direct`.
 pub(crate) struct Direct {
     part: Part,
     pub(crate) address: String,
 }
 
 impl Direct {
-    /// Starts it; it answers everything with `body`.
+    /// Starts it. It responds to each request with `body`.
     pub(crate) fn start(folder: &Path, transport: Transport, body: &str) -> Result<Self, Failed> {
         let socket = folder.join("direct.sock").display().to_string();
         let mut part = Part::start(&[
@@ -164,12 +163,12 @@ impl Direct {
     }
 }
 
-/// A `[[workload]]` rule for `uid`, with more keys if there are any.
+/// Returns a `[[workload]]` rule for `uid`, with more keys if there are any.
 pub(crate) fn rule(uid: u32, more: &str) -> String {
     format!("[[workload]]\nspiffe_id = \"spiffe://{TRUST_DOMAIN}/{uid}\"\nuid = {uid}\n{more}\n")
 }
 
-/// A `[[role]]` for everybody.
+/// Returns a `[[role]]` for all identities.
 pub(crate) fn role(name: &str) -> String {
     format!(
         "[[role]]\nname = \"{name}\"\nspiffe_id = \"spiffe://{TRUST_DOMAIN}/*\"\n\

@@ -1,5 +1,6 @@
-//! `direct`: what the daemon's figures are divided by. hyper on the daemon's runtime, with the daemon's settings (main.rs,
-//! http.rs) and the very bytes that it answers, but nobody is attested, nothing is cached and nothing is recorded.
+//! `direct`, the baseline of the daemon's figures: hyper on the daemon's runtime, with the daemon's
+//! settings (main.rs, http.rs) and the same bytes as its responses. It attests no caller, caches
+//! nothing and records nothing.
 
 use std::convert::Infallible;
 use std::io::Read;
@@ -14,8 +15,8 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 
-/// Serves until it is killed, on the unix socket `address` or, for "tcp", on a port of 127.0.0.1 that the kernel picks. The
-/// body comes on standard input; where it listens goes to standard output.
+/// Serves until it is killed, on the unix socket `address` or, for "tcp", on a port of 127.0.0.1
+/// that the kernel picks. It reads the body from standard input, and prints its address.
 pub(crate) fn run(address: &str) -> Result<(), crate::Failed> {
     let mut body = Vec::new();
     std::io::stdin().read_to_end(&mut body)?;
@@ -54,6 +55,6 @@ async fn connection(stream: impl AsyncRead + AsyncWrite + Unpin, body: Bytes) {
         .header_read_timeout(Duration::from_secs(5))
         .keep_alive(false);
     http.max_buf_size(16 * 1024).max_headers(64);
-    // An error is a client that went away.
+    // An error is a client that has closed its connection.
     let _ = http.serve_connection(TokioIo::new(stream), service).await;
 }

@@ -1,4 +1,5 @@
-//! The part `entries`: a cache, filled. The only file here that knows the cache's own interface.
+//! The part `entries`: a cache, filled. This is the only file here that knows the cache's own
+//! interface.
 
 use std::io::{BufRead, stdin};
 use std::sync::Arc;
@@ -10,8 +11,8 @@ use awsvid::caller::{AttestError, Caller, ListenerKind, PeerProof, ProcessFacts}
 use awsvid::cgroup::CgroupPath;
 use awsvid::clock::Clock;
 use awsvid::credentials::Credentials;
+use awsvid::exchange::TokenExchanger;
 use awsvid::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
-use awsvid::issue::TokenExchanger;
 use awsvid::metrics::Metrics;
 use awsvid::role::{Grant, Identity, RequestedRole, Role, Roles, StsTarget};
 use awsvid::sts::{AssumeRole, StsError};
@@ -24,7 +25,8 @@ use crate::upstream::{TRUST_DOMAIN, token};
 const AUDIENCE: &str = "bench";
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// Says when its cache is there, fills it when it hears a line, and says when it is full.
+/// Prints a line when its cache exists, fills it when it reads a line, and prints a line when it is
+/// full.
 pub(crate) fn run(count: usize) -> Result<(), Failed> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -71,7 +73,7 @@ fn role() -> Result<Role, Failed> {
     })
 }
 
-/// As those of a large node: each workload has an identity of its own.
+/// Makes a grant as on a large node: each workload has an identity of its own.
 fn grant(role: &Arc<Role>, number: usize) -> Result<Grant, Failed> {
     let spiffe_id = SpiffeId::parse(&format!(
         "spiffe://{TRUST_DOMAIN}/ns/namespace/sa/workload-{number}"
@@ -89,7 +91,7 @@ fn grant(role: &Arc<Role>, number: usize) -> Result<Grant, Failed> {
     )?)
 }
 
-/// As one over TCP whose rule needs no process.
+/// Returns a caller over TCP with a rule that needs no process.
 fn caller(number: usize) -> Caller {
     let cgroup = CgroupPath::parse(&format!(
         "/system.slice/system-workload.slice/workload@{number}.service"
@@ -99,24 +101,24 @@ fn caller(number: usize) -> Caller {
         uid: 1000,
         cgroup,
         pod: None,
-        namespace: None,
+        netns_inode: None,
         process: None,
-        evidence: Box::new(Seen([0; 128])),
+        proof: Box::new(Facts([0; 128])),
     }
 }
 
-/// Of about the size of what attestation keeps.
+/// About the size of what attestation keeps.
 #[derive(Debug)]
-struct Seen(#[expect(dead_code, reason = "only its size matters")] [u8; 128]);
+struct Facts(#[expect(dead_code, reason = "only its size matters")] [u8; 128]);
 
 #[async_trait::async_trait]
-impl PeerProof for Seen {
+impl PeerProof for Facts {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
         Ok(())
     }
 }
 
-/// Gives what it is asked for, at once.
+/// A source that replies at once.
 #[derive(Debug)]
 struct Source;
 

@@ -14,76 +14,75 @@ use crate::caller::{self, Answer, Caller};
 use crate::machine;
 use crate::process::Part;
 
-/// What to do.
+/// The settings of a load.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Plan {
-    /// Who asks.
     pub(crate) caller: Caller,
-    /// Of the server.
     pub(crate) address: String,
-    /// In the request.
+    /// The path of the requests.
     pub(crate) path: String,
-    /// Each with one request at a time.
+    /// The number of threads, each with one request at a time.
     pub(crate) threads: usize,
     /// Requests before anything is measured.
     pub(crate) warm_up: usize,
     /// Requests that are measured. 0: until standard input is closed.
     pub(crate) requests: usize,
-    /// Requests per second, begun on time whether or not earlier ones have been answered (while a thread is free); without
-    /// it as many as go.
+    /// Requests per second, begun on time whether or not earlier ones have been answered (while a
+    /// thread is free). `None` is as many as possible.
     pub(crate) rate: Option<u32>,
 }
 
-/// What it was like for the clients.
+/// The measurements of the clients.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Report {
-    /// Answers by status; 0: none.
+    /// Responses by status. 0 counts requests without one.
     pub(crate) answers: BTreeMap<u16, usize>,
-    /// From the first request to the last answer.
+    /// From the first request to the last response.
     pub(crate) seconds: f64,
-    /// Latencies in microseconds, from before connect(2) to the last byte of the body: of one half of the requests at most ...
+    /// The median of the latencies in microseconds, from before connect(2) to the last byte of the
+    /// body.
     pub(crate) p50: f64,
-    /// ... of 99 in 100 ...
+    /// The 99th percentile of the latencies.
     pub(crate) p99: f64,
-    /// ... of all.
+    /// The maximum of the latencies.
     pub(crate) max: f64,
-    /// When the last answer was there, by the machine's monotonic clock.
+    /// The time of the last response, by the machine's monotonic clock.
     pub(crate) finished: Duration,
     /// CPU time of this process for the measured requests.
     pub(crate) cpu: Duration,
-    /// Of the first answer that was no 200; without one, of the last.
+    /// The body of the first response other than 200, else that of the last.
     pub(crate) body: String,
 }
 
 impl Report {
-    /// All requests, answered or not.
+    /// Returns the number of all requests, answered or not.
     pub(crate) fn requests(&self) -> usize {
         self.answers.values().sum()
     }
 
-    /// An error unless each request was answered with credentials.
+    /// Returns an error unless each request was answered with credentials.
     pub(crate) fn all_issued(&self) -> Result<(), Failed> {
         if self.answers.keys().eq([&200]) {
             return Ok(());
         }
         Err(format!(
-            "answers by status (0: none): {:?}; one body that is no credentials: {}",
+            "answers by status (0: none): {:?}; one body without credentials: {}",
             self.answers, self.body
         )
         .into())
     }
 }
 
-/// A load, from the side of the bench.
+/// The bench's handle of a load.
 pub(crate) struct Load(Part);
 
 impl Load {
-    /// Starts it. When this returns it has warmed up and waits.
+    /// Starts it, and waits until it has warmed up.
     pub(crate) fn start(plan: &Plan) -> Result<Self, Failed> {
         Self::part("load", plan)
     }
 
-    /// The same with all of its requests at one time (see [`callers`]).
+    /// Starts it with all of its requests at one time (see [`callers`]).
     pub(crate) fn callers(plan: &Plan) -> Result<Self, Failed> {
         Self::part("callers", plan)
     }
@@ -92,12 +91,12 @@ impl Load {
         let mut part = Part::start(&[name, &serde_json::to_string(plan)?])?;
         match part.hear()?.as_str() {
             "ready" => Ok(Self(part)),
-            other => Err(format!("the load says {other:?}").into()),
+            other => Err(format!("unexpected line of the load: {other:?}").into()),
         }
     }
 
-    /// Lets it begin.
-    pub(crate) fn go(&mut self) -> Result<(), Failed> {
+    /// Starts the measured requests.
+    pub(crate) fn begin(&mut self) -> Result<(), Failed> {
         self.0.say("go\n")
     }
 
@@ -106,14 +105,14 @@ impl Load {
         Ok(serde_json::from_str(&self.0.hear()?)?)
     }
 
-    /// Ends one that has no number of requests.
+    /// Ends a load without a number of requests.
     pub(crate) fn stop(mut self) -> Result<Report, Failed> {
         self.0.hang_up();
         self.report()
     }
 }
 
-/// Says that it is ready, and waits for the word.
+/// Prints that it is ready, and waits for the start.
 fn ready() -> Result<(), Failed> {
     println!("ready");
     let mut line = String::new();
@@ -125,7 +124,7 @@ fn ready() -> Result<(), Failed> {
     }
 }
 
-/// The part `load`.
+/// Runs the part `load`.
 pub(crate) fn run(plan: Plan) -> Result<(), Failed> {
     let _descriptors = plan.caller.become_it()?;
     let plan = Arc::new(plan);
@@ -142,11 +141,11 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failed> {
     let (cpu, start) = (machine::cpu_time(std::process::id())?, Instant::now());
     gate.wait();
     if plan.requests == 0 {
-        // Gives nothing until standard input is closed.
+        // Returns nothing until standard input is closed.
         io::stdin().lock().read_line(&mut String::new())?;
         stop.store(true, Ordering::Relaxed);
     }
-    let asked = threads
+    let samples = threads
         .into_iter()
         .flat_map(|thread| thread.join().unwrap_or_default())
         .collect();
@@ -155,17 +154,17 @@ pub(crate) fn run(plan: Plan) -> Result<(), Failed> {
         "{}",
         serde_json::to_string(&Report {
             cpu,
-            ..summary(start, asked)
+            ..summary(start, samples)
         })?
     );
     Ok(())
 }
 
-/// How long a request took, and what came; `None`: nothing.
-type Asked = (Duration, Option<Answer>);
+/// The time that a request took, and its response. `None`: no response.
+type Sample = (Duration, Option<Answer>);
 
-/// One thread. Waits twice at the gate: before `ready`, and for `go`.
-fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<Asked> {
+/// Runs one thread. It waits twice at the gate: before `ready`, and for the start.
+fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<Sample> {
     let request = caller::request(&plan.path);
     let ask = || {
         let mut wire = caller::connect(&plan.address)?;
@@ -178,46 +177,46 @@ fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<A
     gate.wait();
     gate.wait();
     let begin = Instant::now();
-    let mut asked: Vec<Asked> = Vec::new();
+    let mut samples: Vec<Sample> = Vec::new();
     let all = if plan.requests == 0 {
         usize::MAX
     } else {
         plan.requests / plan.threads
     };
-    while asked.len() < all && !stop.load(Ordering::Relaxed) {
+    while samples.len() < all && !stop.load(Ordering::Relaxed) {
         let start = match plan.rate {
             None => Instant::now(),
-            Some(rate) => on_time(begin + turn(index, asked.len(), plan.threads, rate)),
+            Some(rate) => on_time(begin + due_at(index, samples.len(), plan.threads, rate)),
         };
         let answer = ask().ok();
         let at = answer
             .as_ref()
             .map_or_else(Instant::now, |answer| answer.at);
         // Of the credentials only the last are of interest.
-        if let Some((_, Some(previous))) = asked
+        if let Some((_, Some(previous))) = samples
             .last_mut()
             .filter(|(_, answer)| answer.as_ref().is_some_and(is_issued))
         {
             previous.body = String::new();
         }
-        asked.push((at - start, answer));
+        samples.push((at - start, answer));
     }
-    asked
+    samples
 }
 
 fn is_issued(answer: &Answer) -> bool {
     answer.status == 200
 }
 
-/// When thread `index` has its `number`th request to make.
-fn turn(index: usize, number: usize, threads: usize, rate: u32) -> Duration {
+/// Returns the time at which thread `index` has its `number`th request to make.
+fn due_at(index: usize, number: usize, threads: usize, rate: u32) -> Duration {
     let number = u32::try_from(number * threads + index).unwrap_or(u32::MAX);
     Duration::from_secs(1) * number / rate
 }
 
-/// Sleeps until `due`, and gives the moment that the request's latency counts from. That is `due` itself if this thread was
-/// still busy with an earlier request then: who waits for a slow server waits from then on. Sleeping too long is no fault of
-/// the server's.
+/// Sleeps until `due`, and returns the moment that the request's latency counts from. That is `due`
+/// itself if this thread was still busy with an earlier request then: a wait for a slow server
+/// counts from there. A sleep that is too long is not the server's fault.
 fn on_time(due: Instant) -> Instant {
     let wait = due.saturating_duration_since(Instant::now());
     if wait.is_zero() {
@@ -227,13 +226,13 @@ fn on_time(due: Instant) -> Instant {
     Instant::now()
 }
 
-fn summary(start: Instant, asked: Vec<Asked>) -> Report {
+fn summary(start: Instant, samples: Vec<Sample>) -> Report {
     let mut report = Report {
         finished: machine::monotonic(),
         ..Report::default()
     };
     report.seconds = start.elapsed().as_secs_f64();
-    let mut latencies: Vec<f64> = asked
+    let mut latencies: Vec<f64> = samples
         .iter()
         .map(|(latency, _)| latency.as_secs_f64() * 1e6)
         .collect();
@@ -246,7 +245,7 @@ fn summary(start: Instant, asked: Vec<Asked>) -> Report {
     };
     (report.p50, report.p99, report.max) = (at(0.5), at(0.99), at(1.0));
     let mut refused = None;
-    for (_, answer) in asked {
+    for (_, answer) in samples {
         *report
             .answers
             .entry(answer.as_ref().map_or(0, |answer| answer.status))
@@ -261,7 +260,7 @@ fn summary(start: Instant, asked: Vec<Asked>) -> Report {
     report
 }
 
-/// The place of the quantile `part` among `count` values in their order.
+/// Returns the index of the quantile `part` among `count` values in their order.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -272,7 +271,8 @@ fn rank(part: f64, count: usize) -> usize {
     ((part * count as f64).ceil() as usize).saturating_sub(1)
 }
 
-/// The part `callers`: connects as often as it has requests, and then sends all of them at once.
+/// Runs the part `callers`: connects as often as it has requests, and then sends all of them at
+/// once.
 pub(crate) fn callers(plan: &Plan) -> Result<(), Failed> {
     let _descriptors = plan.caller.become_it()?;
     let mut wires = (0..plan.requests)
@@ -281,14 +281,14 @@ pub(crate) fn callers(plan: &Plan) -> Result<(), Failed> {
     let request = caller::request(&plan.path);
     ready()?;
     let start = Instant::now();
-    let mut asked: Vec<Asked> = Vec::new();
+    let mut samples: Vec<Sample> = Vec::new();
     for wire in &mut wires {
         wire.write_all(&request)?;
     }
     for wire in &mut wires {
         let answer = caller::answer(&mut **wire).ok();
-        asked.push((start.elapsed(), answer));
+        samples.push((start.elapsed(), answer));
     }
-    println!("{}", serde_json::to_string(&summary(start, asked))?);
+    println!("{}", serde_json::to_string(&summary(start, samples))?);
     Ok(())
 }

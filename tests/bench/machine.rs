@@ -1,4 +1,4 @@
-//! The machine: what it is, its clocks, its memory figures, its cgroups.
+//! The machine: its description, its clocks, its memory figures, its cgroups.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -12,16 +12,17 @@ use nix::unistd::{Pid, SysconfVar, sysconf};
 
 use crate::Failed;
 
-/// Ours among the root's cgroups, followed by the bench's pid.
+/// The prefix of the bench's slice among the root's cgroups. The bench's pid follows.
 const SLICE: &str = "awsvid-bench-";
 
-/// User and system time that a process has used, all threads together, to the nanosecond.
+/// Returns the user and system time that a process has used, all threads together, to the
+/// nanosecond.
 pub(crate) fn cpu_time(pid: u32) -> Result<Duration, Failed> {
     let clock = clock_getcpuclockid(Pid::from_raw(pid.try_into()?))?;
     Ok(clock_gettime(clock)?.into())
 }
 
-/// Waits until a process has nothing left to do: what it does after its last answer belongs to the run, too.
+/// Waits until a process is idle: its work after the last response belongs to the run, too.
 pub(crate) fn settled(pid: u32) -> Result<Duration, Failed> {
     let deadline = Instant::now() + Duration::from_secs(5);
     let mut before = cpu_time(pid)?;
@@ -35,13 +36,14 @@ pub(crate) fn settled(pid: u32) -> Result<Duration, Failed> {
     }
 }
 
-/// The one clock that all processes share.
+/// Returns the time of the one clock that all processes share.
 pub(crate) fn monotonic() -> Duration {
     // It exists on every Linux.
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
 }
 
-/// CPU time that the whole machine has been busy for, of all its processors; time stolen by other machines is busy, too.
+/// Returns the CPU time for which the whole machine has been busy, over all its processors. Time
+/// stolen by other machines is busy, too.
 pub(crate) fn busy() -> Result<Duration, Failed> {
     let stat = fs::read_to_string("/proc/stat")?;
     let ticks = stat
@@ -60,12 +62,12 @@ pub(crate) fn busy() -> Result<Duration, Failed> {
     Ok(Duration::from_secs(busy) / u32::try_from(per_second)?)
 }
 
-/// How many processors there are.
+/// Returns the number of processors.
 pub(crate) fn processors() -> u32 {
     std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1))
 }
 
-/// In one line.
+/// Describes the machine in one line.
 pub(crate) fn description() -> String {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let field = |text: &str, name: &str| {
@@ -90,9 +92,9 @@ pub(crate) fn description() -> String {
 pub(crate) struct Memory {
     /// `RssAnon`: heap and stacks.
     pub(crate) anonymous: u64,
-    /// Its alone, the program file's pages too (`Private_*` of smaps_rollup).
+    /// Memory of this process alone, with pages of the program file (`Private_*` of smaps_rollup).
     pub(crate) private: u64,
-    /// All that is in memory, shared or not.
+    /// All resident memory, shared or not.
     pub(crate) resident: u64,
 }
 
@@ -113,7 +115,7 @@ pub(crate) fn memory(pid: u32) -> Result<Memory, Failed> {
     })
 }
 
-/// Where cgroup v2 is mounted.
+/// Returns the mount point of cgroup v2.
 fn mount() -> Result<PathBuf, Failed> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     let point = mounts
@@ -131,7 +133,7 @@ pub(crate) struct Cgroups {
 }
 
 impl Cgroups {
-    /// Makes the slice; removes those of benches that were killed.
+    /// Creates the slice, and removes those of benches that were killed.
     pub(crate) fn new() -> Result<Self, Failed> {
         let root = mount()?;
         for entry in fs::read_dir(&root)?.filter_map(Result::ok) {
@@ -148,12 +150,13 @@ impl Cgroups {
         Ok(Self { root, slice })
     }
 
-    /// The root of the hierarchy, where processes of containers without cgroups and of rescue shells live.
+    /// Returns the root of the hierarchy, where processes of containers without cgroups and of
+    /// rescue shells live.
     pub(crate) fn root(&self) -> &Path {
         &self.root
     }
 
-    /// One as systemd would make it for the unit `name`.
+    /// Creates one as systemd would for the unit `name`.
     pub(crate) fn unit(&self, name: &str) -> Result<PathBuf, Failed> {
         let path = self.slice.join(format!("{name}.service"));
         match fs::create_dir(&path) {

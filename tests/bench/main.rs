@@ -1,20 +1,25 @@
-//! How fast awsvid is, and how small: `cargo bench`, `cargo bench -- ROW...`, with `--quick` for a short form that shows
-//! only that each row runs. tests/bench/README.md says what each row means. Nothing here fails because something is slow.
+//! Measures the speed and size of awsvid: `cargo bench`, `cargo bench -- ROW...`, with `--quick`
+//! for a short form that shows only that each row runs. tests/bench/README.md explains each row. A
+//! slow figure does not fail.
+#![allow(
+    clippy::disallowed_methods,
+    reason = "it measures and waits in real time"
+)]
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
     reason = "the table is what this program is for"
 )]
 
+mod background_load;
 mod caller;
-mod crowd;
+mod cases;
 mod daemon;
 mod direct;
 mod entries;
 mod load;
 mod machine;
 mod process;
-mod rows;
 mod table;
 mod upstream;
 
@@ -25,16 +30,16 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use cases::{ROWS, Row};
 use machine::Cgroups;
-use rows::{ROWS, Row};
 use tempfile::TempDir;
 
-/// Why a row did not run.
+/// The reason why a row did not run.
 type Failed = Box<dyn std::error::Error>;
 
-/// What all rows share.
+/// The state that all rows share.
 struct Bench {
-    /// Only to see that it runs.
+    /// The short form, with figures that mean nothing.
     quick: bool,
     cgroups: Cgroups,
     folder: TempDir,
@@ -55,7 +60,7 @@ impl Bench {
             return Err("the bench runs processes of several users in cgroups of its own: it has to be root".into());
         }
         let folder = tempfile::Builder::new().prefix("awsvid-bench.").tempdir()?;
-        // The load is another user and has to reach the sockets.
+        // The load runs as another user and has to reach the sockets.
         fs::set_permissions(folder.path(), Permissions::from_mode(0o755))?;
         Ok(Self {
             quick,
@@ -66,7 +71,6 @@ impl Bench {
         })
     }
 
-    /// A new folder.
     fn folder(&self) -> Result<PathBuf, Failed> {
         self.folders.set(self.folders.get() + 1);
         let folder = self.folder.path().join(self.folders.get().to_string());
@@ -75,12 +79,12 @@ impl Bench {
         Ok(folder)
     }
 
-    /// `whole`, or with `--quick` `short`.
+    /// Returns `whole`, or with `--quick` `short`.
     fn count(&self, whole: usize, short: usize) -> usize {
         if self.quick { short } else { whole }
     }
 
-    /// How often each measurement is repeated.
+    /// Returns how often each measurement is repeated.
     fn rounds(&self) -> usize {
         self.count(5, 1)
     }
@@ -94,7 +98,7 @@ fn main() -> ExitCode {
         .collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match words[..] {
-        // What the bench starts of itself.
+        // Parts of the bench that it starts as processes.
         ["direct", address] => direct::run(address),
         ["load", plan] => serde_json::from_str(plan)
             .map_err(Into::into)
@@ -104,7 +108,7 @@ fn main() -> ExitCode {
             .and_then(|plan| load::callers(&plan)),
         ["crowd", processes, connections, cgroup] => {
             numbers(processes, connections).and_then(|(processes, connections)| {
-                crowd::run(processes, connections, Path::new(cgroup))
+                background_load::run(processes, connections, Path::new(cgroup))
             })
         }
         ["entries", count] => count.parse().map_err(Into::into).and_then(entries::run),
@@ -126,13 +130,13 @@ fn numbers(one: &str, other: &str) -> Result<(usize, usize), Failed> {
 fn bench(words: &[&str]) -> Result<(), Failed> {
     let (options, names): (Vec<&str>, Vec<&str>) =
         words.iter().partition(|word| word.starts_with("--"));
-    let known = ROWS.map(|row| row.name);
-    let unknown = names.iter().find(|name| !known.contains(name));
+    let valid = ROWS.map(|row| row.name);
+    let unknown = names.iter().find(|name| !valid.contains(name));
     let unknown = unknown.or(options.iter().find(|option| **option != "--quick"));
     if let Some(word) = unknown {
         return Err(format!(
             "{word}: no such row or option. The rows: {}",
-            known.join(", ")
+            valid.join(", ")
         )
         .into());
     }
@@ -168,7 +172,7 @@ fn bench(words: &[&str]) -> Result<(), Failed> {
     }
 }
 
-/// Whether the machine was quiet: figures that were taken beside a compiler are worth little.
+/// Describes the load of other processes: figures that were taken during a build are worth little.
 fn disturbance(Others { elapsed, theirs }: Others, loadavg: &str) -> String {
     let all = elapsed.as_secs_f64() * f64::from(machine::processors());
     let share = if all > 0.0 {

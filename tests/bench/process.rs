@@ -11,15 +11,15 @@ use nix::unistd::{Pid, getppid};
 
 use crate::Failed;
 
-/// Starts a child that the kernel kills when the bench ends, however it ends. To be called by the main thread only: the
-/// kernel means the end of the thread that forked.
+/// Starts a child that the kernel kills when the bench ends, in whichever way it ends. Only the
+/// main thread may call this: the kernel's signal follows the end of the thread that forked.
 pub(crate) fn spawn(mut command: Command) -> io::Result<Child> {
     let parent = Pid::this();
     // SAFETY: the closure makes two system calls; it neither allocates nor takes a lock.
     unsafe {
         command.pre_exec(move || {
             set_pdeathsig(Signal::SIGKILL)?;
-            // The parent may have ended before the call above: nobody would kill this child then.
+            // If the parent ended before the call above, the kernel would not kill this child.
             if getppid() == parent {
                 Ok(())
             } else {
@@ -30,7 +30,7 @@ pub(crate) fn spawn(mut command: Command) -> io::Result<Child> {
     command.spawn()
 }
 
-/// This program once more, in another part, spoken to in lines.
+/// Another process of this program, in another part, with which the bench exchanges lines.
 pub(crate) struct Part {
     name: String,
     child: Child,
@@ -39,7 +39,7 @@ pub(crate) struct Part {
 }
 
 impl Part {
-    /// Starts it with these arguments, of which the first names the part.
+    /// Starts it with these arguments. The first names the part.
     pub(crate) fn start(arguments: &[&str]) -> Result<Self, Failed> {
         let mut command = Command::new(std::env::current_exe()?);
         command
@@ -93,7 +93,6 @@ impl Part {
         }
     }
 
-    /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -101,7 +100,7 @@ impl Part {
 
 impl Drop for Part {
     fn drop(&mut self) {
-        // Errors say that it has ended.
+        // Errors mean that it has ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

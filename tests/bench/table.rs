@@ -2,47 +2,45 @@
 
 use std::time::Duration;
 
-/// One line.
 #[derive(Debug, Clone)]
 pub(crate) struct Line {
     /// The row's name, or that of a part of it.
     pub(crate) row: String,
     /// The figure that the row is about.
     pub(crate) figure: String,
-    /// What is asked of it: at most, and the aim.
-    pub(crate) asked: String,
-    /// Other figures.
-    pub(crate) beside: String,
+    /// Its bound, and the aim.
+    pub(crate) bound: String,
+    pub(crate) others: String,
 }
 
 impl Line {
-    /// A line of the table.
+    /// Makes a line of the table.
     pub(crate) fn new(
         row: impl Into<String>,
         figure: String,
-        asked: impl Into<String>,
-        beside: String,
+        bound: impl Into<String>,
+        others: String,
     ) -> Self {
         Self {
             row: row.into(),
             figure,
-            asked: asked.into(),
-            beside,
+            bound: bound.into(),
+            others,
         }
     }
 }
 
-/// As Markdown, in columns.
+/// Renders them as Markdown, in columns.
 pub(crate) fn render(lines: &[Line]) -> String {
     let head = Line::new(
         "row",
         "measured".to_owned(),
-        "asked",
-        "beside it".to_owned(),
+        "bound",
+        "other figures".to_owned(),
     );
     let rows: Vec<[&str; 4]> = std::iter::once(&head)
         .chain(lines)
-        .map(|line| [&line.row, &line.figure, &line.asked, &line.beside].map(String::as_str))
+        .map(|line| [&line.row, &line.figure, &line.bound, &line.others].map(String::as_str))
         .collect();
     let widths: Vec<usize> = (0..4)
         .map(|column| {
@@ -65,19 +63,17 @@ pub(crate) fn render(lines: &[Line]) -> String {
     out
 }
 
-/// The middle one of several values, and the outermost.
+/// The median of several values, and the outermost.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Spread {
-    /// Half of the values are not above it.
+    /// At least half of the values are not above it.
     pub(crate) median: f64,
-    /// The least.
     pub(crate) least: f64,
-    /// The greatest.
     pub(crate) most: f64,
 }
 
 impl Spread {
-    /// Of at least one value.
+    /// Computes it for at least one value.
     pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
@@ -89,7 +85,7 @@ impl Spread {
         }
     }
 
-    /// With its unit: `71.3 us (70.0 to 75.1)`.
+    /// Formats it with its unit: `71.3 us (70.0 to 75.1)`.
     pub(crate) fn show(self, unit: &str) -> String {
         let Self {
             median,
@@ -100,17 +96,16 @@ impl Spread {
     }
 }
 
-/// In microseconds.
 pub(crate) fn micros(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e6
 }
 
-/// Microseconds as milliseconds.
+/// Formats microseconds as milliseconds.
 pub(crate) fn millis(micros: f64) -> String {
     format!("{:.2} ms", micros / 1000.0)
 }
 
-/// Bytes as MiB.
+/// Formats bytes as MiB.
 pub(crate) fn mebibytes(bytes: u64) -> String {
     let kibibytes = u32::try_from(bytes / 1024).unwrap_or(u32::MAX);
     format!("{:.1} MiB", f64::from(kibibytes) / 1024.0)

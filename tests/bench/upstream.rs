@@ -1,5 +1,6 @@
-//! What the daemon asks: a SPIFFE Workload API and an STS, in the bench's own process, which take the time that they are
-//! told to, and count. They verify nothing; the integration tests have those that do.
+//! The daemon's counterparts: a SPIFFE Workload API and an STS, in the bench's own process, which
+//! reply after a set time, and count. They verify nothing; the integration tests have those that
+//! do.
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
@@ -27,32 +28,29 @@ use awsvid::svid::proto::workload::{Jwtsvid, JwtsvidRequest, JwtsvidResponse};
 
 use crate::{Failed, machine};
 
-/// The one trust domain.
 pub(crate) const TRUST_DOMAIN: &str = "bench.example";
 /// About as long as AWS's own.
 const SESSION_TOKEN: usize = 1024;
 
-/// What the two have done.
+/// The counters of both servers.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Counts {
-    /// JWT-SVIDs given.
     pub(crate) tokens: u32,
-    /// Sessions given.
     pub(crate) sessions: u32,
-    /// The time that all of these took here, from request to answer.
+    /// The time that all of these took here, from request to response.
     pub(crate) spent: Duration,
-    /// When the last session was given, by the machine's monotonic clock.
+    /// The time of the last session's response, by the machine's monotonic clock.
     pub(crate) answered: Duration,
 }
 
-/// Counts, and takes its time. Cheap to clone.
+/// Counts, and delays each reply. Cheap to clone.
 #[derive(Debug, Clone)]
-struct Desk {
+struct CountingDelay {
     delay: Duration,
     counts: Arc<Mutex<Counts>>,
 }
 
-impl Desk {
+impl CountingDelay {
     async fn serve(&self, note: impl FnOnce(&mut Counts)) {
         let begin = machine::monotonic();
         if !self.delay.is_zero() {
@@ -65,9 +63,9 @@ impl Desk {
     }
 }
 
-/// Both; they end with this value.
+/// Both servers, which end with this value.
 pub(crate) struct Upstream {
-    desk: Desk,
+    replies: CountingDelay,
     socket: PathBuf,
     sts: String,
     ca: Option<PathBuf>,
@@ -75,10 +73,11 @@ pub(crate) struct Upstream {
 }
 
 impl Upstream {
-    /// Starts them with their files in `folder`. Each answer takes `delay`. With `tls` the STS speaks TLS, as AWS's does.
+    /// Starts them with their files in `folder`. Each response takes `delay`. With `tls` the STS
+    /// speaks TLS, as AWS's does.
     pub(crate) fn start(folder: &Path, delay: Duration, tls: bool) -> Result<Self, Failed> {
         let runtime = Runtime::new()?;
-        let desk = Desk {
+        let replies = CountingDelay {
             delay,
             counts: Arc::default(),
         };
@@ -90,7 +89,7 @@ impl Upstream {
         };
         let sts = runtime.block_on(async {
             let agent = UnixListenerStream::new(UnixListener::bind(&socket)?);
-            let service = SpiffeWorkloadApiServer::new(Agent(desk.clone()));
+            let service = SpiffeWorkloadApiServer::new(Agent(replies.clone()));
             tokio::spawn(
                 tonic::transport::Server::builder()
                     .add_service(service)
@@ -98,12 +97,12 @@ impl Upstream {
             );
             let listener = TcpListener::bind("127.0.0.1:0").await?;
             let address = listener.local_addr()?;
-            tokio::spawn(sts(listener, acceptor, desk.clone()));
+            tokio::spawn(sts(listener, acceptor, replies.clone()));
             Ok::<_, Failed>(address)
         })?;
         let scheme = if tls { "https" } else { "http" };
         Ok(Self {
-            desk,
+            replies,
             socket,
             sts: format!("{scheme}://{sts}"),
             ca,
@@ -111,16 +110,16 @@ impl Upstream {
         })
     }
 
-    /// So far.
+    /// Returns the counts so far.
     pub(crate) fn counts(&self) -> Counts {
         *self
-            .desk
+            .replies
             .counts
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `[identity]` and `[sts]`.
+    /// Returns `[identity]` and `[sts]`.
     pub(crate) fn configuration(&self) -> String {
         let ca = self
             .ca
@@ -129,15 +128,15 @@ impl Upstream {
             .unwrap_or_default();
         let socket = format!("unix://{}", self.socket.display());
         format!(
-            "[identity]\nsocket = {socket:?}\naudience = \"bench\"\n\n\
+            "[identity]\nworkload_api_socket = {socket:?}\naudience = \"bench\"\n\n\
              [sts]\nregion = \"eu-central-1\"\nendpoint = {:?}\n{ca}",
             self.sts
         )
     }
 }
 
-/// The Workload API.
-struct Agent(Desk);
+/// The server of the Workload API.
+struct Agent(CountingDelay);
 
 #[tonic::async_trait]
 impl SpiffeWorkloadApi for Agent {
@@ -160,7 +159,8 @@ impl SpiffeWorkloadApi for Agent {
     }
 }
 
-/// A JWT-SVID that passes every check but that of its signature, which only STS can make.
+/// Returns a JWT-SVID that passes every check except that of its signature, which only STS can
+/// make.
 pub(crate) fn token(spiffe_id: &str, audience: &str) -> String {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -175,14 +175,14 @@ pub(crate) fn token(spiffe_id: &str, audience: &str) -> String {
         .join(".")
 }
 
-async fn sts(listener: TcpListener, tls: Option<TlsAcceptor>, desk: Desk) {
+async fn sts(listener: TcpListener, tls: Option<TlsAcceptor>, replies: CountingDelay) {
     while let Ok((stream, _)) = listener.accept().await {
-        let (tls, desk) = (tls.clone(), desk.clone());
+        let (tls, replies) = (tls.clone(), replies.clone());
         tokio::spawn(async move {
             match tls {
-                None => serve(stream, desk).await,
+                None => serve(stream, replies).await,
                 Some(tls) => match tls.accept(stream).await {
-                    Ok(stream) => serve(stream, desk).await,
+                    Ok(stream) => serve(stream, replies).await,
                     Err(error) => eprintln!("bench: TLS with the daemon: {error}"),
                 },
             }
@@ -190,16 +190,17 @@ async fn sts(listener: TcpListener, tls: Option<TlsAcceptor>, desk: Desk) {
     }
 }
 
-async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, desk: Desk) {
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, replies: CountingDelay) {
     let service = hyper::service::service_fn(|request: Request<Incoming>| async {
-        // The daemon's own question for its readiness is answered, and counted, like any other.
+        // The daemon's own readiness probe is answered, and counted, like any other request.
         let _ = request.into_body().collect().await;
         let answer = session();
-        desk.serve(|counts| {
-            counts.sessions += 1;
-            counts.answered = machine::monotonic();
-        })
-        .await;
+        replies
+            .serve(|counts| {
+                counts.sessions += 1;
+                counts.answered = machine::monotonic();
+            })
+            .await;
         Ok::<_, Infallible>(Response::new(Full::new(Bytes::from(answer))))
     });
     // An error is the daemon's end.
@@ -221,7 +222,8 @@ fn session() -> String {
     )
 }
 
-/// A certificate for 127.0.0.1, which is its own authority: the file of that, and TLS.
+/// Makes a certificate for 127.0.0.1, which is its own authority. Returns its file, and TLS with
+/// it.
 fn certificate(folder: &Path) -> Result<(PathBuf, TlsAcceptor), Failed> {
     use tokio_rustls::rustls::ServerConfig;
     use tokio_rustls::rustls::crypto::aws_lc_rs::default_provider;

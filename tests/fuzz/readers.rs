@@ -1,4 +1,5 @@
-//! Everything that awsvid reads with code of its own; the first byte chooses which. See `src/fuzzing.rs`.
+//! Fuzzes all that awsvid parses with code of its own. The first byte chooses a parser. See
+//! `src/fuzzing.rs`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {

@@ -1,4 +1,5 @@
-//! Users and groups by name: those that come later, those that never come, and a directory that does not answer.
+//! Users and groups by name: names that exist later, names that never exist, and a directory that
+//! does not respond.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,12 +13,12 @@ use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::directory::{Account, Directory};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 
-/// A daemon without an agent: the audit says which identity a caller has.
+/// Starts a daemon without an agent. The audit shows a caller's identity.
 fn start(folder: &Path, directory: &Directory, rules: &str) -> Daemon {
-    let rest = "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
+    let rest = "[identity]\nworkload_api_socket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
         [[role]]\nname = \"all\"\nspiffe_id = \"spiffe://example.org/**\"\nrole_arn = \"arn:aws:iam::123456789012:role/all\"\n";
     Daemon::start_behind(&directory.words(), folder, "", &format!("{rest}{rules}"))
 }
@@ -26,18 +27,19 @@ fn rule(path: &str, keys: &str) -> String {
     format!("[[workload]]\nspiffe_id = \"spiffe://example.org/{path}\"\n{keys}\n")
 }
 
-/// The path of the SPIFFE ID that this user and group have over the listener, or why they have none.
+/// Returns the path of the SPIFFE ID that this user and group have over the listener, or the reason
+/// why they have none.
 fn identity(daemon: &Daemon, listener: &str, (uid, gid): (u32, u32), cgroup: &Cgroup) -> String {
     let before = daemon.audit().len();
     daemon.curl(listener, (uid, gid), cgroup);
-    // The daemon asks itself, too, as root.
+    // The daemon's own readiness probes, as root, are in the audit too.
     let is_its = |record: &Value| {
         let path = record["cgroup"]
             .as_str()
             .map(|path| path.trim_start_matches('/'));
         record["uid"] == uid && path.is_some_and(|path| cgroup.path().ends_with(path))
     };
-    let record = await_some("its record", PATIENCE, || {
+    let record = await_some("its record", TIMEOUT, || {
         daemon
             .audit_where(|number, _| number >= before)
             .into_iter()
@@ -52,7 +54,7 @@ fn identity(daemon: &Daemon, listener: &str, (uid, gid): (u32, u32), cgroup: &Cg
 }
 
 #[test]
-fn one_name_of_fifty_that_nobody_knows_shuts_nobody_out() {
+fn unknown_name_among_fifty_blocks_no_caller() {
     if !root() {
         return;
     }
@@ -95,7 +97,7 @@ fn one_name_of_fifty_that_nobody_knows_shuts_nobody_out() {
         .unwrap();
     let lines: Vec<&str> = log
         .lines()
-        .filter(|line| line.contains("is not known on this node"))
+        .filter(|line| line.contains("the account does not exist on this node"))
         .collect();
     assert_eq!(lines.len(), 2, "not each once:\n{log}");
     let has = |words: &[&str]| {
@@ -117,7 +119,7 @@ fn one_name_of_fifty_that_nobody_knows_shuts_nobody_out() {
 }
 
 #[test]
-fn a_user_or_group_that_comes_later_is_found_by_its_first_request() {
+fn user_or_group_is_found_by_first_request_after_its_creation() {
     if !root() {
         return;
     }
@@ -140,14 +142,14 @@ fn a_user_or_group_that_comes_later_is_found_by_its_first_request() {
     for (listener, (_, ids)) in LISTENERS.into_iter().zip(callers) {
         assert_eq!(identity(&daemon, listener, ids, &cgroup), "no_identity");
     }
-    // As useradd does, and as a directory does that comes up after the daemon.
+    // Like useradd, and like a directory that starts after the daemon.
     directory.add_local("local:x:51001:51001::/:/bin/sh");
     directory.set("late", Account::Is(51_002));
     directory.set("crew", Account::Is(51_009));
     for listener in LISTENERS {
         for (name, ids) in callers {
-            // The lookup of the request before may be less than a second old.
-            await_some(name, PATIENCE, || {
+            // The previous request's lookup may be less than a second old.
+            await_some(name, TIMEOUT, || {
                 (identity(&daemon, listener, ids, &cgroup) == name).then_some(())
             });
         }
@@ -155,18 +157,19 @@ fn a_user_or_group_that_comes_later_is_found_by_its_first_request() {
     // Another number takes effect with a reload, if not before.
     directory.set("late", Account::Is(51_012));
     assert!(daemon.reload_text(&daemon.text()));
-    await_some("the new number", PATIENCE, || {
+    await_some("the new number", TIMEOUT, || {
         let ids = [51_002, 51_012].map(|uid| identity(&daemon, "tcp", (uid, 7), &cgroup));
         (ids == ["no_identity", "late"]).then_some(())
     });
-    // It is gone from the directory, and still who it was: some say that of everybody while they restart.
+    // The name keeps its number after the directory has dropped it: some directories deny every
+    // name while they restart.
     directory.set("late", Account::Fails);
     assert!(daemon.reload_text(&daemon.text()));
     assert_eq!(identity(&daemon, "unix", (51_012, 7), &cgroup), "late");
 }
 
 #[test]
-fn a_directory_that_does_not_answer_delays_and_misleads_nobody() {
+fn hanging_directory_neither_delays_nor_misleads_other_callers() {
     if !root() {
         return;
     }
@@ -183,15 +186,16 @@ fn a_directory_that_does_not_answer_delays_and_misleads_nobody() {
         rule("alice", "user = \"alice\""),
         rule("restricted", &format!("user = \"restricted\"\n{unit}")),
         rule("fellow", &format!("group = \"fellows\"\n{unit}")),
-        rule("everybody", unit),
+        rule("default", unit),
     ];
     let mut daemon = start(folder.path(), &directory, &rules.concat());
     let cgroup = Cgroup::new("accounts-silent.service");
     for listener in LISTENERS {
         // Local users are served, by their own rule and by the later one.
         assert_eq!(identity(&daemon, listener, (51_001, 0), &cgroup), "alice");
-        assert_eq!(identity(&daemon, listener, (0, 0), &cgroup), "everybody");
-        // Whoever could be the restricted user, or a fellow, is not everybody.
+        assert_eq!(identity(&daemon, listener, (0, 0), &cgroup), "default");
+        // A caller that could be the restricted user, or one of the group, does not get the rule
+        // for all others.
         assert_eq!(
             identity(&daemon, listener, (51_002, 0), &cgroup),
             "unknown_account",
@@ -210,15 +214,15 @@ fn a_directory_that_does_not_answer_delays_and_misleads_nobody() {
         "{log}"
     );
     directory.set("restricted", Account::Is(51_002));
-    await_some("an answer", PATIENCE, || {
+    await_some("an answer", TIMEOUT, || {
         (identity(&daemon, "tcp", (51_002, 0), &cgroup) == "restricted").then_some(())
     });
-    assert_eq!(identity(&daemon, "tcp", (51_003, 0), &cgroup), "everybody");
+    assert_eq!(identity(&daemon, "tcp", (51_003, 0), &cgroup), "default");
     assert_eq!(
         identity(&daemon, "tcp", (0, 51_009), &cgroup),
         "unknown_account"
     );
-    // One that fails is no better than one that is silent.
+    // A lookup that fails has the same effect as one without a response.
     directory.set("fellows", Account::Fails);
     assert!(daemon.reload_text(&daemon.text()));
     assert_eq!(
@@ -226,10 +230,10 @@ fn a_directory_that_does_not_answer_delays_and_misleads_nobody() {
         "unknown_account"
     );
     directory.set("fellows", Account::Is(51_009));
-    await_some("an answer", PATIENCE, || {
+    await_some("an answer", TIMEOUT, || {
         (identity(&daemon, "unix", (0, 51_009), &cgroup) == "fellow").then_some(())
     });
-    // A lookup that does not end keeps the daemon from nothing.
+    // A lookup that does not end delays nothing else.
     directory.set("restricted", Account::Hangs);
     assert!(daemon.reload_text(&daemon.text()));
     daemon.process().signal(Signal::SIGTERM);
@@ -237,7 +241,7 @@ fn a_directory_that_does_not_answer_delays_and_misleads_nobody() {
         daemon
             .process()
             .owned()
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends")
             .code(),
         Some(0)

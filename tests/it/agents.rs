@@ -1,17 +1,18 @@
-//! The clients of the agent's APIs for others' identities, against the real SPIRE: what it answers, and how it refuses.
+//! The clients of the agent's APIs for other processes' identities, against the real SPIRE: its
+//! responses and its refusals.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use awsvid::endpoint::Endpoint;
 use awsvid::identity::SpiffeIdPattern;
+use awsvid::socket_endpoint::Endpoint;
 use awsvid::svid::SourceError;
 use awsvid::svid::agent::{AgentSvid, AttestingAgent};
-use awsvid::svid::broker_api::BrokerApi;
-use awsvid::svid::delegated::SpireDelegated;
-use awsvid::svid::own::OwnSvidSource;
+use awsvid::svid::own_svid::OwnSvidSource;
+use awsvid::svid::spiffe_broker::BrokerApi;
+use awsvid::svid::spire_delegated::SpireDelegated;
 
 use crate::harness::counterparts::process::{Owned, spawn};
 use crate::harness::counterparts::spire::{Broker, Spire, SpireSetting};
@@ -22,7 +23,7 @@ const AUDIENCE: &str = "sts.amazonaws.com";
 const AWSVID: &str = "spiffe://example.org/awsvid";
 const DEADLINE: Duration = Duration::from_secs(35);
 
-/// A process of this user that does nothing until the value is dropped.
+/// Starts a process of this user that does nothing until the value is dropped.
 fn idle(workload: &Workload, program: &str, arguments: &[&str]) -> Owned {
     let mut command = workload.command(program);
     command.args(arguments);
@@ -37,14 +38,15 @@ fn ids(answer: Result<Vec<AgentSvid>, SourceError>) -> Vec<String> {
         .collect()
 }
 
-/// Asks about a process.
+/// Queries the agent about a process.
 async fn of(agent: &dyn AttestingAgent, process: &Owned) -> Result<Vec<AgentSvid>, SourceError> {
     agent
         .fetch_for_pid(u32::try_from(process.id().as_raw()).unwrap(), AUDIENCE)
         .await
 }
 
-/// Two programs of one user have the identities of their own entries, and who has no entry has none.
+/// Checks that two programs of one user have the identities of their own entries, and that a
+/// process without an entry has none.
 async fn attests_others(agent: &dyn AttestingAgent) {
     let workload = Workload::new(51_001);
     let [sleep, tail] = [
@@ -63,7 +65,7 @@ async fn attests_others(agent: &dyn AttestingAgent) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_delegated_identity_api_attests_others() {
+async fn delegated_identity_api_attests_other_processes() {
     if !root() {
         return;
     }
@@ -87,7 +89,7 @@ async fn the_delegated_identity_api_attests_others() {
     let agent = SpireDelegated::new(&spire.admin_socket(), DEADLINE);
     attests_others(&agent).await;
 
-    // The same agent, and nobody may ask it for others.
+    // The same agent, which now lets no client query others.
     spire.stop_agent();
     spire.setting = SpireSetting {
         brokers: vec![Broker::by_pid(AWSVID)],
@@ -101,7 +103,7 @@ async fn the_delegated_identity_api_attests_others() {
     );
 }
 
-/// The client of the Broker API at `socket`, for an agent whose ID `server` covers.
+/// Returns a client of the Broker API at `socket`, for an agent with an ID that `server` covers.
 fn broker(spire: &Spire, socket: &Path, server: Option<&str>) -> BrokerApi {
     let own = OwnSvidSource::at(Endpoint::Unix(spire.agent_socket()));
     BrokerApi::new(
@@ -123,7 +125,7 @@ fn brokers(id: &str, reference_types: &[&'static str]) -> SpireSetting {
     }
 }
 
-/// What is said when it is not any more that there is no answer for the moment.
+/// Repeats `ask` until its error, if any, is not a temporary one.
 async fn settled<T>(ask: impl AsyncFn() -> Result<T, SourceError>) -> Result<T, SourceError> {
     let begun = Instant::now();
     loop {
@@ -135,7 +137,7 @@ async fn settled<T>(ask: impl AsyncFn() -> Result<T, SourceError>) -> Result<T, 
     }
 }
 
-/// Why nothing can be asked of this agent, which is for somebody to change.
+/// Returns why this agent refuses each query, an error that an operator has to fix.
 async fn misconfigured(agent: &BrokerApi) -> String {
     match agent.connect().await {
         Err(SourceError::Misconfigured(text)) => text,
@@ -144,7 +146,7 @@ async fn misconfigured(agent: &BrokerApi) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_broker_api_attests_others() {
+async fn broker_api_attests_other_processes() {
     if !root() {
         return;
     }
@@ -166,7 +168,7 @@ async fn the_broker_api_attests_others() {
     agent.connect().await.unwrap();
     attests_others(&agent).await;
 
-    // Whoever else has the trust domain's certificate is not taken for the agent.
+    // Another holder of a certificate of the trust domain is not accepted as the agent.
     let agent_id = spire.agent_id();
     broker(&spire, &spire.broker_socket(), Some(agent_id))
         .connect()
@@ -179,7 +181,7 @@ async fn the_broker_api_attests_others() {
     );
     let text = misconfigured(&wrong).await;
     assert!(
-        text.contains(agent_id) && text.contains("`broker_server`"),
+        text.contains(agent_id) && text.contains("`broker_server_id`"),
         "{text}"
     );
 
@@ -192,7 +194,7 @@ async fn the_broker_api_attests_others() {
         );
     }
 
-    // The same client, and an agent that says no in each way.
+    // The same client, and an agent that refuses in each way.
     let refusals = [
         (
             brokers("spiffe://example.org/other", &["*"]),
@@ -206,17 +208,17 @@ async fn the_broker_api_attests_others() {
             ["`allowed_reference_types`", Broker::BY_PID],
         ),
     ];
-    for (setting, said) in refusals {
+    for (setting, message) in refusals {
         spire.stop_agent();
         spire.setting = setting;
         spire.start_agent();
         spire.await_entry(&awsvid);
-        // Until the agent that was started has told awsvid who it is, nothing is certain.
+        // Until the new agent has sent awsvid its own identity, errors are temporary.
         let answer = settled(async || agent.fetch_for_pid(1, AUDIENCE).await).await;
         let Err(SourceError::Misconfigured(text)) = answer else {
             panic!("{answer:?}")
         };
-        assert!(said.iter().all(|part| text.contains(part)), "{text}");
+        assert!(message.iter().all(|part| text.contains(part)), "{text}");
     }
     spire.stop_agent();
     spire.setting = brokers(AWSVID, &["*"]);
@@ -227,10 +229,10 @@ async fn the_broker_api_attests_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_call_fails_while_the_certificate_is_renewed() {
-    /// Tasks that ask all the time.
+async fn calls_succeed_during_certificate_renewal() {
+    /// Tasks that send queries continuously.
     const TASKS: usize = 8;
-    /// How often the SVID is renewed meanwhile.
+    /// The number of renewals of the SVID meanwhile.
     const RENEWALS: u64 = 20;
     if !root() {
         return;

@@ -1,23 +1,25 @@
-//! What was tried against the daemon, carried out with real processes. The table of attacks and of the checks that stop each
-//! is in attacks/README.md.
+//! Attacks on the daemon, carried out with real processes. attacks/README.md has the table of
+//! attacks and of the checks that stop each.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::harness::actor::{self, play};
+use crate::harness::actor::play;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::is_slow;
-use crate::harness::made::{Made, answered, refused};
+use crate::harness::outcome::{Outcome, credentials_of, refused};
 use crate::harness::upstream::Upstream;
+
+mod executables;
 
 const ALICE: &str = "spiffe://example.org/user/alice";
 const BOB: &str = "spiffe://example.org/user/bob";
 const ROOT: &str = "spiffe://example.org/user/root";
 
-/// Which facts the rules need, so over TCP whether a process is searched for.
+/// The facts that the rules need. Over TCP they decide whether the daemon searches for a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Rules {
     /// The user and the cgroup, which are the socket's own.
@@ -30,25 +32,26 @@ enum Rules {
 
 const ALL_RULES: [Rules; 3] = [Rules::Place, Rules::User, Rules::UserAndGroup];
 
-struct Stage {
+struct AttackStage {
     daemon: Daemon,
     _upstream: Upstream,
     cgroup: Cgroup,
     _folder: tempfile::TempDir,
 }
 
-impl Stage {
+impl AttackStage {
     fn set(rules: Rules) -> Self {
         let key = |uid: u32| match rules {
             Rules::Place => "cgroup = \"/awsvid-test-*.slice/**\"".to_owned(),
             Rules::User => String::new(),
             Rules::UserAndGroup => format!("gid = {uid}"),
         };
-        Self::with(folder(), key)
+        Self::start_with(folder(), key)
     }
 
-    /// With a rule for each user, who has this key beside `uid`. Root has one too: many attacks make somebody pass for root.
-    fn with(folder: tempfile::TempDir, key: impl Fn(u32) -> String) -> Self {
+    /// Starts a daemon with a rule for each user, with this key next to `uid`. Root has one too: in
+    /// many attacks a process tries to pass as root.
+    fn start_with(folder: tempfile::TempDir, key: impl Fn(u32) -> String) -> Self {
         let upstream = Upstream::start(&[(61001, "alice"), (61002, "bob"), (0, "root")]);
         let rule = |(id, uid)| {
             format!(
@@ -71,8 +74,8 @@ impl Stage {
         }
     }
 
-    /// Plays a scene.
-    fn play(&self, scene: &str, listener: &str) -> Made {
+    /// Plays a scene and returns its outcome.
+    fn play(&self, scene: &str, listener: &str) -> Outcome {
         let play = || {
             play(
                 scene,
@@ -83,10 +86,10 @@ impl Stage {
             )
         };
         if !scene.ends_with("closed") || scene == "half-closed" {
-            return Made::of(&play(), scene, &self.daemon);
+            return Outcome::of(&play(), scene, &self.daemon);
         }
-        // Nobody is there to see an answer, so what was made of it is counted. There may be no record: of many refusals
-        // within a second the audit has one for all.
+        // The scene keeps no client to read a response, so the outcome is read from the counters.
+        // There may be no record: the audit has one for many refusals within a second.
         let before = self.requests();
         play();
         let counted = await_some("a request is counted", Duration::from_secs(30), || {
@@ -99,16 +102,17 @@ impl Stage {
             .filter(|count| count.starts_with("awsvid_requests_total{"))
             .collect();
         match &requests[..] {
-            [] => Made::Silence,
+            [] => Outcome::NoResponse,
             [one] if one.contains("outcome=\"refused\"") => {
                 let (_, reason) = one.split_once("reason=\"").expect("a reason");
                 refused(reason.split('"').next().unwrap())
             }
-            other => Made::Answered(format!("{other:?}")),
+            other => Outcome::Issued(format!("{other:?}")),
         }
     }
 
-    /// What is counted of requests, and of connections that ended without one: the labels with the number.
+    /// Returns the counters of requests, and of connections that ended without one: the labels with
+    /// the number.
     fn requests(&self) -> BTreeSet<String> {
         let metrics = self.daemon.metrics();
         let counts = [
@@ -122,34 +126,39 @@ impl Stage {
     }
 }
 
-/// What is right in a scene. There is one right outcome: where it depends on how far the daemon is, the scene sees to that.
+/// The right outcomes of a scene. Each is one outcome: where it depends on the daemon's progress,
+/// the scene waits for that.
 struct Row {
     scene: &'static str,
     /// On the unix socket, for each kind of rules.
-    unix: [Made; 3],
+    unix: [Outcome; 3],
     /// On TCP where the socket alone decides.
-    socket: Made,
+    socket: Outcome,
     /// On TCP where the process is needed.
-    process: Made,
+    process: Outcome,
 }
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 
-/// Each scene with what is right.
+/// Returns each scene with its right outcomes.
 fn expected() -> Vec<Row> {
-    let row = |scene, unix: &Made, socket: &Made, process: &Made| Row {
+    let row = |scene, unix: &Outcome, socket: &Outcome, process: &Outcome| Row {
         scene,
         unix: [unix.clone(), unix.clone(), unix.clone()],
         socket: socket.clone(),
         process: process.clone(),
     };
-    let (alice, bob, root) = (&answered(ALICE), &answered(BOB), &answered(ROOT));
-    let (gone, changed, ambiguous) = (
+    let (alice, bob, root) = (
+        &credentials_of(ALICE),
+        &credentials_of(BOB),
+        &credentials_of(ROOT),
+    );
+    let (caller_gone, changed, ambiguous) = (
         &refused("caller_gone"),
         &refused("identity_changed"),
         &refused("ambiguous_caller"),
     );
-    let (nobody, no_holder, unreadable, activated) = (
+    let (no_identity, no_holder, unreadable, activated) = (
         &refused("no_identity"),
         &refused("no_holder"),
         &refused("unreadable_cgroup"),
@@ -158,58 +167,59 @@ fn expected() -> Vec<Row> {
     vec![
         row("alice", alice, alice, alice),
         row("bob", bob, bob, bob),
-        // Whoever holds the descriptor: on the unix socket the connector counts, on TCP the maker. Both are Alice, but on TCP
-        // it is Bob's process that is found.
+        // On the unix socket the connector decides, on TCP the maker of the socket; both are Alice.
+        // A search on TCP finds Bob's process.
         row("passed", alice, alice, ambiguous),
-        row("passed-late", alice, alice, gone),
+        row("passed-late", alice, alice, caller_gone),
         row("made-for", bob, alice, ambiguous),
         row("shared", alice, alice, ambiguous),
-        // On TCP the heir is Alice's process, and holds the socket that she made.
+        // On TCP the heir is Alice's process, and holds the socket that Alice made.
         Row {
-            unix: [alice.clone(), alice.clone(), nobody.clone()],
+            unix: [alice.clone(), alice.clone(), no_identity.clone()],
             ..row("other-group", alice, alice, ambiguous)
         },
         row("mixed-group", changed, alice, changed),
-        row("exited", gone, alice, alice),
-        row("exited-late", gone, alice, gone),
-        row("zombie", gone, alice, alice),
-        row("zombie-late", gone, alice, gone),
-        row("reused", gone, alice, alice),
-        row("reused-late", gone, alice, gone),
+        row("exited", caller_gone, alice, alice),
+        row("exited-late", caller_gone, alice, caller_gone),
+        row("zombie", caller_gone, alice, alice),
+        row("zombie-late", caller_gone, alice, caller_gone),
+        row("reused", caller_gone, alice, alice),
+        row("reused-late", caller_gone, alice, caller_gone),
         row("forked", alice, alice, alice),
         row("executed", alice, alice, alice),
         row("setuid", changed, alice, alice),
         row("setuid-late", changed, alice, changed),
         row("queued", alice, alice, no_holder),
         row("fixed-file", alice, alice, no_holder),
-        // Or nothing at all: see `is_right`.
+        // Or no outcome at all: see `is_right`.
         row("half-closed", alice, alice, alice),
-        row("closed", gone, gone, gone),
-        row("shut-and-closed", gone, gone, gone),
-        // It lets go of its own lock when the daemon waits for that, and others are answered before.
+        row("closed", caller_gone, caller_gone, caller_gone),
+        row("shut-and-closed", caller_gone, caller_gone, caller_gone),
+        // It releases its own lock when the daemon waits for that, and others are answered before.
         row("stuck", alice, alice, alice),
         row("decoy", alice, alice, alice),
-        // The process lives in other namespaces than the daemon, as in a container that has no cgroup of its own. A rule that
-        // names the cgroup means whoever is there.
+        // The process lives in other namespaces than the daemon, as in a container that has no
+        // cgroup of its own. A rule that names the cgroup covers each process in it.
         Row {
-            unix: [alice.clone(), nobody.clone(), nobody.clone()],
-            ..row("user-namespace", nobody, alice, nobody)
+            unix: [alice.clone(), no_identity.clone(), no_identity.clone()],
+            ..row("user-namespace", no_identity, alice, no_identity)
         },
         Row {
-            unix: [alice.clone(), nobody.clone(), nobody.clone()],
-            ..row("pid-namespace", nobody, alice, nobody)
+            unix: [alice.clone(), no_identity.clone(), no_identity.clone()],
+            ..row("pid-namespace", no_identity, alice, no_identity)
         },
-        // Of root's sockets none decides alone.
+        // None of root's sockets decides alone.
         row("dropped", changed, ambiguous, ambiguous),
         row("dropped-late", changed, changed, changed),
         row("listener-used-again", bob, ambiguous, ambiguous),
         row("shared-listener-used-again", bob, ambiguous, ambiguous),
         row("accepted-used-again", bob, ambiguous, ambiguous),
         row("made-for-activation", alice, activated, activated),
-        // By the socket alone it is hers who was given it. It takes root's capability to give it.
+        // The socket alone shows its new owner, Alice. The change of owner takes root's capability.
         row("chowned", root, alice, ambiguous),
         row("chowned-late", root, changed, changed),
-        // On TCP what counts is the cgroup in which the socket was made. On the unix socket it is that of the connector.
+        // On TCP the cgroup in which the socket was made decides, on the unix socket that of the
+        // connector.
         row("moved", alice, alice, no_holder),
         row("moved-late", changed, alice, changed),
         row("removed-cgroup", alice, unreadable, unreadable),
@@ -219,10 +229,11 @@ fn expected() -> Vec<Row> {
     ]
 }
 
-/// The outcome that is right over this listener; none where the scene does not apply to it.
-fn right<'a>(row: &'a Row, listener: &str, rules: Rules) -> Option<&'a Made> {
+/// Returns the outcome that is right over this listener, or `None` where the scene does not apply
+/// to it.
+fn expected_outcome<'a>(row: &'a Row, listener: &str, rules: Rules) -> Option<&'a Outcome> {
     match (listener, rules) {
-        // Nobody listens on the port of a client without one.
+        // No process listens on the port of a client that has none.
         ("unix", _) if row.scene == "decoy" || row.scene.ends_with("used-again") => None,
         ("unix", rules) => Some(&row.unix[rules as usize]),
         (_, Rules::Place) => Some(&row.socket),
@@ -230,34 +241,34 @@ fn right<'a>(row: &'a Row, listener: &str, rules: Rules) -> Option<&'a Made> {
     }
 }
 
-/// Whether the daemon made the right thing of it. A client that has closed its half, or all, is gone for hyper if it sees that
-/// before it has begun with the request.
-fn is_right(row: &Row, made: &Made, right: &Made) -> bool {
-    made == right || (row.scene.ends_with("closed") && *made == Made::Silence)
+/// Returns whether the outcome is right. A client may have closed its half, or all, before hyper
+/// has begun with its request. hyper then treats it as gone.
+fn is_right(row: &Row, outcome: &Outcome, right: &Outcome) -> bool {
+    outcome == right || (row.scene.ends_with("closed") && *outcome == Outcome::NoResponse)
 }
 
 fn check(rules: Rules) {
     if !root() {
         return;
     }
-    let stage = Stage::set(rules);
+    let stage = AttackStage::set(rules);
     let mut wrong = Vec::new();
     for row in expected() {
         for listener in LISTENERS {
-            let Some(right) = right(&row, listener, rules) else {
+            let Some(right) = expected_outcome(&row, listener, rules) else {
                 continue;
             };
-            let made = stage.play(row.scene, listener);
-            if !is_right(&row, &made, right) {
+            let outcome = stage.play(row.scene, listener);
+            if !is_right(&row, &outcome, right) {
                 wrong.push(format!(
-                    "{} over {listener}, {rules:?}: {made:?}, not {right:?}",
+                    "{} over {listener}, {rules:?}: {outcome:?}, not {right:?}",
                     row.scene
                 ));
             }
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    // Attack 19: of all that, no workload shows in what operators see.
+    // T19: of all that, no workload shows in what operators see.
     let metrics = stage.daemon.metrics();
     assert!(
         !["alice", "61001", "arn:"]
@@ -268,66 +279,28 @@ fn check(rules: Rules) {
 }
 
 #[test]
-fn scenes_where_the_place_decides() {
+fn scenes_have_right_outcomes_by_user_and_cgroup() {
     check(Rules::Place);
 }
 
 #[test]
-fn scenes_where_the_user_decides() {
+fn scenes_have_right_outcomes_by_user() {
     check(Rules::User);
 }
 
 #[test]
-fn scenes_where_the_user_and_the_group_decide() {
+fn scenes_have_right_outcomes_by_user_and_group() {
     check(Rules::UserAndGroup);
 }
 
-/// Attack 11: in a mount namespace of his own anybody can show any path.
+/// A rule may name supplementary groups. Root is in Bob's group when it connects, and later in
+/// Alice's.
 #[test]
-fn an_executable_is_its_file_and_not_its_path() {
+fn group_rule_uses_groups_at_connect() {
     if !root() {
         return;
     }
-    let folder = folder();
-    let program = folder.path().join("program");
-    for name in ["program", "forged"] {
-        std::fs::copy(actor::program(), folder.path().join(name)).unwrap();
-    }
-    let stage = Stage::with(folder, |_| format!("exe = {program:?}"));
-    let mut wrong = Vec::new();
-    for listener in LISTENERS {
-        for (scene, right) in [
-            ("program", answered(ALICE)),
-            ("other-program", refused("no_identity")),
-            ("forged-path", refused("no_identity")),
-            ("forged-path-in-user-namespace", refused("no_identity")),
-            ("replaced", refused("identity_changed")),
-        ] {
-            let address = stage.daemon.listener(listener);
-            let answer = actor::play_program(
-                scene,
-                listener,
-                &address,
-                stage.daemon.pid(),
-                stage.cgroup.path(),
-                &program,
-            );
-            let made = Made::of(&answer, scene, &stage.daemon);
-            if made != right {
-                wrong.push(format!("{scene} over {listener}: {made:?}, not {right:?}"));
-            }
-        }
-    }
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-}
-
-/// Supplementary groups are looked at where a rule names them. Root is in Bob's group when it connects, and then in Alice's.
-#[test]
-fn groups_are_those_of_the_connection() {
-    if !root() {
-        return;
-    }
-    let stage = Stage::with(folder(), |uid| {
+    let stage = AttackStage::start_with(folder(), |uid| {
         if uid == 0 {
             "supplementary_group = 61002".to_owned()
         } else {
@@ -336,7 +309,7 @@ fn groups_are_those_of_the_connection() {
     });
     let mut wrong = Vec::new();
     for listener in LISTENERS {
-        // On TCP nothing is known of the groups at connect, so those that are seen first count.
+        // On TCP the groups at connect are unknown, so the first that the daemon reads count.
         let early = if listener == "unix" {
             "identity_changed"
         } else {
@@ -346,20 +319,23 @@ fn groups_are_those_of_the_connection() {
             ("regrouped", refused(early)),
             ("regrouped-late", refused("identity_changed")),
         ] {
-            let made = stage.play(scene, listener);
-            if made != right {
-                wrong.push(format!("{scene} over {listener}: {made:?}, not {right:?}"));
+            let outcome = stage.play(scene, listener);
+            if outcome != right {
+                wrong.push(format!(
+                    "{scene} over {listener}: {outcome:?}, not {right:?}"
+                ));
             }
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Scenes in random order, with honest callers of the same users in between. Nobody may ever be answered as somebody else, or
-/// where it is right to refuse; and of the honest at least 99.9 % have to be answered. A refusal that is not the
-/// scene's own hurts nobody, but has to be as rare.
+/// Plays scenes in random order, with honest callers of the same users in between. No caller may
+/// ever get another's credentials, or any where a refusal is right. At least 99.9 % of the honest
+/// callers must be answered. A refusal that is not the scene's own is harmless, but has to be as
+/// rare.
 #[test]
-fn many_scenes_in_random_order() {
+fn many_scenes_have_right_outcomes_in_random_order() {
     if !root() {
         return;
     }
@@ -370,7 +346,7 @@ fn many_scenes_in_random_order() {
         .unwrap_or_else(|| fastrand::u64(..));
     eprintln!("AWSVID_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
-    let stages = ALL_RULES.map(|rules| (rules, Stage::set(rules)));
+    let stages = ALL_RULES.map(|rules| (rules, AttackStage::set(rules)));
     let rows = expected();
     let (mut wrong, mut otherwise, mut played, mut honest, mut unanswered) =
         (Vec::new(), 0, 0, 0, 0);
@@ -385,27 +361,27 @@ fn many_scenes_in_random_order() {
             LISTENERS[random.usize(..LISTENERS.len())],
         );
         let (rules, stage) = &stages[random.usize(..stages.len())];
-        let Some(right) = right(row, listener, *rules) else {
+        let Some(right) = expected_outcome(row, listener, *rules) else {
             continue;
         };
         played += 1;
-        let made = stage.play(row.scene, listener);
-        let is_right = is_right(row, &made, right);
+        let outcome = stage.play(row.scene, listener);
+        let is_right = is_right(row, &outcome, right);
         if matches!(row.scene, "alice" | "bob") {
             honest += 1;
-            // Not answered is a failure of another kind than answered as somebody else.
-            if !is_right && !matches!(made, Made::Answered(_)) {
+            // A refusal is a failure of another kind than credentials of another identity.
+            if !is_right && !matches!(outcome, Outcome::Issued(_)) {
                 unanswered += 1;
                 continue;
             }
         }
         if !is_right {
             let what = format!(
-                "{} over {listener}, {rules:?}: {made:?}, not {right:?}",
+                "{} over {listener}, {rules:?}: {outcome:?}, not {right:?}",
                 row.scene
             );
             eprintln!("{what}");
-            if matches!(made, Made::Answered(_)) {
+            if matches!(outcome, Outcome::Issued(_)) {
                 wrong.push(what)
             } else {
                 otherwise += 1
@@ -418,11 +394,11 @@ fn many_scenes_in_random_order() {
         };
         honest += 1;
         match stage.play(scene, listener) {
-            Made::Answered(answered) if answered == id => {}
-            Made::Answered(other) => wrong.push(format!(
+            Outcome::Issued(identity) if identity == id => {}
+            Outcome::Issued(other) => wrong.push(format!(
                 "{scene} over {listener}, {rules:?}: answered as {other}"
             )),
-            Made::Refused(_) | Made::Silence => unanswered += 1,
+            Outcome::Refused(_) | Outcome::NoResponse => unanswered += 1,
         }
         if played % 1000 == 0 {
             tell(played, wrong.len(), otherwise, unanswered, honest);

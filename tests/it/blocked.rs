@@ -1,4 +1,4 @@
-//! Callers that keep whoever looks at them waiting, and what comes of the others (attack 25).
+//! Callers that block each read of their `/proc` files, and the effect on other callers (T25).
 
 use std::fs::File;
 use std::io::Read;
@@ -8,24 +8,28 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
-use crate::harness::actor::{self, Acting, Connector};
+use crate::harness::actor::{self, Connector, Repeater};
 use crate::harness::agent::{Entry, FakeAgent};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::client;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
+use crate::harness::env::{Env, Setting, Source, id};
 use crate::harness::hanging::HangingFiles;
-use crate::harness::made::{Made, answered, refused};
+use crate::harness::namespaces::NetnsNode;
+use crate::harness::outcome::{Outcome, credentials_of, refused};
 use crate::harness::upstream::Upstream;
-use crate::harness::world::id;
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 /// Each with processes of its own: together they are more than the daemon has threads.
 const WORKLOADS: usize = 6;
+/// The numbers of this test's pods begin here. Other tests have other ones.
+const FIRST_POD: u16 = 700;
+const POD_ADDRESS: &str = "127.0.0.1:974";
 const CALLERS: usize = 3;
 
-/// Bob is answered while Alice's processes are stuck; they belong to several workloads.
+/// Checks that Bob is answered while Alice's processes are stuck. They belong to several workloads.
 fn others_are_answered(daemon: &Daemon, folder: &Path, bob: &str) {
     let name = folder.file_name().unwrap().display().to_string();
     let honest = Cgroup::new(&format!("honest-{name}"));
@@ -35,7 +39,8 @@ fn others_are_answered(daemon: &Daemon, folder: &Path, bob: &str) {
             .map(|number| Cgroup::new(&format!("stuck-{number}-{name}")))
             .collect();
         let paths: Vec<_> = cgroups.iter().map(Cgroup::path).collect();
-        let stuck = Acting::block(CALLERS, listener, &address, daemon.pid(), &paths).begun();
+        let stuck =
+            Repeater::block(CALLERS, listener, &address, daemon.pid(), &paths).wait_started();
         for other in LISTENERS {
             for _ in 0..10 {
                 let answer = actor::play(
@@ -45,20 +50,20 @@ fn others_are_answered(daemon: &Daemon, folder: &Path, bob: &str) {
                     daemon.pid(),
                     honest.path(),
                 );
-                let made = Made::of(&answer, "bob", daemon);
+                let outcome = Outcome::of(&answer, "bob", daemon);
                 assert_eq!(
-                    made,
-                    answered(bob),
+                    outcome,
+                    credentials_of(bob),
                     "over {other}, while callers over {listener} are stuck"
                 );
             }
         }
-        stuck.enough();
+        stuck.stop();
     }
 }
 
 #[test]
-fn callers_that_hold_their_own_locks_stop_nobody_else() {
+fn blocked_callers_do_not_stop_others_with_rules() {
     if !root() {
         return;
     }
@@ -77,7 +82,7 @@ fn callers_that_hold_their_own_locks_stop_nobody_else() {
 }
 
 #[test]
-fn callers_that_hold_their_own_locks_stop_nobody_else_where_an_agent_attests() {
+fn blocked_callers_do_not_stop_others_with_agent() {
     if !root() {
         return;
     }
@@ -91,10 +96,103 @@ fn callers_that_hold_their_own_locks_stop_nobody_else_where_an_agent_attests() {
     others_are_answered(&daemon, folder.path(), &id("bob"));
 }
 
-/// A rule names a program on a file system that hangs. Alice has that rule, and another one for whatever else she runs; Bob's
-/// rules name a program that is elsewhere.
+/// The real agent attests the callers, by a reference to the process.
+#[test]
+fn blocked_callers_do_not_stop_others_with_spiffe_broker() {
+    let folder = folder();
+    let setting = Setting {
+        source: Source::Broker,
+        ..Setting::default()
+    };
+    let Some(env) = Env::start(folder.path(), &[(61001, "alice"), (61002, "bob")], &setting) else {
+        return;
+    };
+    others_are_answered(&env.daemon, folder.path(), &id("bob"));
+}
+
+/// The blocked callers are in pods, each with a listener of its own.
+#[test]
+fn blocked_callers_in_pods_do_not_stop_others() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let node = NetnsNode::start(folder.path());
+    let names: Vec<String> = (0..WORKLOADS).map(|pod| format!("stuck-{pod}")).collect();
+    names.iter().for_each(|name| node.add(name));
+    node.add("honest");
+    let upstream = Upstream::start(&[(0, "pod"), (61002, "bob")]);
+    // The first rule makes the daemon read each caller's program.
+    let rules = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/true\"\n\
+                 cgroup = \"/kubepods/**\"\nexe = \"/bin/true\"\n\
+                 [[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n\
+                 [[workload]]\nspiffe_id = \"spiffe://example.org/user/bob\"\nuid = 61002\n";
+    let words = node.enter();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let configuration = format!("{}{rules}", upstream.configuration());
+    let daemon =
+        Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration).ready();
+
+    let pods: Vec<Cgroup> = (0..WORKLOADS)
+        .map(|pod| Cgroup::of_pod(FIRST_POD + u16::try_from(pod).unwrap()))
+        .collect();
+    let stuck: Vec<Repeater> = names
+        .iter()
+        .zip(&pods)
+        .map(|(name, pod)| {
+            let network = format!("--net={}", node.path(name).display());
+            let words = [&words[..], &["nsenter", &network, "--"]].concat();
+            let pods = [pod.path()];
+            Repeater::block_behind(&words, CALLERS, ("tcp", POD_ADDRESS), daemon.pid(), &pods)
+                .wait_started()
+        })
+        .collect();
+    let honest = Cgroup::of_pod(FIRST_POD + 100);
+    let bobs = Cgroup::new("honest-beside-pods");
+    for _ in 0..10 {
+        let answer = node.ask("honest", &honest, POD_ADDRESS.parse().unwrap());
+        let outcome = Outcome::of(&answer, "another pod", &daemon);
+        assert_eq!(outcome, credentials_of("spiffe://example.org/user/pod"));
+        for listener in LISTENERS {
+            let address = daemon.listener(listener);
+            let answer = actor::play("bob", listener, &address, daemon.pid(), bobs.path());
+            let outcome = Outcome::of(&answer, "bob", &daemon);
+            assert_eq!(outcome, credentials_of(BOB), "over {listener}");
+        }
+    }
+    stuck.into_iter().for_each(|stuck| drop(stuck.stop()));
+}
+
+/// The daemon has to find out about the process at the agent's end of the socket, and that process
+/// blocks reads of its `/proc` files.
+#[test]
+fn blocked_agent_does_not_stop_threads() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let socket = folder.path().join("agent.sock");
+    let cgroup = Cgroup::new("blocked-agent.service");
+    let stuck = Repeater::block_agent(&socket, &cgroup).wait_started();
+    let configuration = format!(
+        "[identity]\nsource = \"spire-delegated\"\nadmin_socket = \"unix://{}\"\n\
+         [sts]\nregion = \"us-east-1\"\n\
+         [[role]]\nname = \"all\"\nspiffe_id = \"{}\"\nrole_arn = \"arn:aws:iam::123456789012:role/all\"\n",
+        socket.display(),
+        id("*"),
+    );
+    let daemon = Daemon::start(folder.path(), "", &configuration);
+    // A call that has no response ends on time, since its thread is free.
+    await_some("the call ends", TIMEOUT, || {
+        daemon.log().contains("did not answer within").then_some(())
+    });
+    stuck.stop();
+}
+
+/// A rule names a program on a file system that hangs. Alice has that rule, and one for all other
+/// programs. Bob's rules name a program on another file system.
 struct HangingRule {
-    /// First, so that it ends first.
+    /// The first field, so that it ends first.
     files: HangingFiles,
     daemon: Daemon,
     configuration: String,
@@ -106,7 +204,7 @@ struct HangingRule {
 const PROGRAM: &str = "spiffe://example.org/user/program";
 const ALICE: &str = "spiffe://example.org/user/alice";
 const BOB: &str = "spiffe://example.org/user/bob";
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 impl HangingRule {
     fn start() -> Self {
@@ -148,24 +246,24 @@ impl HangingRule {
         }
     }
 
-    /// A caller that runs the file on that file system.
+    /// Connects as a caller that runs the file on that file system.
     fn runs_it(&self, uid: u32, listener: &str) -> Connector {
         let address = self.daemon.listener(listener);
         let (words, program) = (self.files.enter(), self.files.program());
         Connector::start_behind(&words, program, uid, listener, &address, self.cgroup.path())
     }
 
-    /// What comes of a request.
-    fn made(&self, mut asked: File) -> Made {
+    /// Returns the outcome of a request.
+    fn outcome(&self, mut connection: File) -> Outcome {
         let mut answer = String::new();
-        let patience = TimeVal::seconds(PATIENCE.as_secs().cast_signed());
-        setsockopt(&asked, sockopt::ReceiveTimeout, &patience).unwrap();
-        asked.read_to_string(&mut answer).expect("an answer");
-        Made::of(&answer, "a request", &self.daemon)
+        let timeout = TimeVal::seconds(TIMEOUT.as_secs().cast_signed());
+        setsockopt(&connection, sockopt::ReceiveTimeout, &timeout).unwrap();
+        connection.read_to_string(&mut answer).expect("an answer");
+        Outcome::of(&answer, "a request", &self.daemon)
     }
 
-    fn ask(&self, caller: &Connector) -> Made {
-        self.made(send(caller))
+    fn ask(&self, caller: &Connector) -> Outcome {
+        self.outcome(send(caller))
     }
 }
 
@@ -173,9 +271,10 @@ fn send(caller: &Connector) -> File {
     client::send(File::from(caller.connect_and_keep()))
 }
 
-/// Nobody knows which of Alice's rules is right as long as the file cannot be looked at. Bob may run what he likes.
+/// While the file does not respond, the daemon cannot decide which of Alice's rules is right. Bob
+/// may run any program.
 #[test]
-fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
+fn hanging_exe_rule_affects_only_its_user() {
     if !root() {
         return;
     }
@@ -202,24 +301,31 @@ fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
     let bob_is_answered = |stage: &HangingRule, when: &str| {
         for (listener, _, bobs) in &callers {
             for bob in bobs {
-                assert_eq!(stage.ask(bob), answered(BOB), "over {listener} {when}");
+                assert_eq!(
+                    stage.ask(bob),
+                    credentials_of(BOB),
+                    "over {listener} {when}"
+                );
             }
         }
     };
     let alices = || callers.iter().flat_map(|(_, alices, _)| alices);
     for (alice, id) in alices() {
-        assert_eq!(stage.ask(alice), answered(id));
+        assert_eq!(stage.ask(alice), credentials_of(id));
     }
     bob_is_answered(&stage, "before");
 
     stage.files.hang();
-    // What was seen of the file counts for a moment.
+    // The daemon keeps the file's status for a moment.
     let unresponsive = refused("process_unresponsive");
-    await_some("the file is looked at again", PATIENCE, || {
+    await_some("the file is read again", TIMEOUT, || {
         let (alice, id) = &callers[0].1[0];
-        let made = stage.ask(alice);
-        assert!(made == unresponsive || made == answered(id), "{made:?}");
-        (made == unresponsive).then_some(())
+        let outcome = stage.ask(alice);
+        assert!(
+            outcome == unresponsive || outcome == credentials_of(id),
+            "{outcome:?}"
+        );
+        (outcome == unresponsive).then_some(())
     });
     assert!(
         stage.daemon.reload("", &stage.configuration),
@@ -227,18 +333,18 @@ fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
     );
     let waiting: Vec<File> = alices().map(|(alice, _)| send(alice)).collect();
     bob_is_answered(&stage, "while it hangs");
-    for asked in waiting {
-        assert_eq!(stage.made(asked), unresponsive, "while it hangs");
+    for connection in waiting {
+        assert_eq!(stage.outcome(connection), unresponsive, "while it hangs");
     }
 
-    // What runs from there may end with the server, when it needs more of its file.
+    // Programs that run from there may end with the server, when they need more of their file.
     let connected: Vec<File> = alices()
         .map(|(alice, _)| File::from(alice.connect_and_keep()))
         .collect();
     stage.files.end_server();
-    for asked in connected {
+    for connection in connected {
         assert_eq!(
-            stage.made(client::send(asked)),
+            stage.outcome(client::send(connection)),
             unresponsive,
             "without its server"
         );
@@ -246,7 +352,7 @@ fn rule_for_a_program_whose_file_system_hangs_concerns_its_user_alone() {
     for (listener, _, [_, bob]) in &callers {
         assert_eq!(
             stage.ask(bob),
-            answered(BOB),
+            credentials_of(BOB),
             "over {listener} without its server"
         );
     }

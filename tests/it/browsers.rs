@@ -1,5 +1,5 @@
-//! Pages in a real browser that try to fetch the credentials of the browser's user (attack 4). The requests are captured in
-//! src/http/rules/tests/heads.txt.
+//! Pages in a real browser that try to fetch the credentials of the browser's user (T4). The
+//! requests are captured in src/http/rules/tests/heads.txt.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
@@ -8,14 +8,14 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::client::ask;
 use crate::harness::counterparts::process::run;
 use crate::harness::counterparts::{folder, skip};
 use crate::harness::daemon::Daemon;
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{Upstream, my_rule};
 
-/// Each way in which a page makes a browser send a request. `TO` is the endpoint, `REBOUND` the same by a name of the page's.
+/// All ways in which a page makes a browser send a request. `TO` is the endpoint, `REBOUND` the
+/// same by a name of the page's.
 const PAGE: &str = r#"<!doctype html><title>page</title>
 <link rel=stylesheet href="TO"><img src="TO"><script src="TO"></script><script type=module src="TO"></script>
 <iframe src="TO"></iframe><object data="TO"></object>
@@ -31,16 +31,17 @@ try { new WebSocket("TO".replace("http", "ws")); } catch (error) {}
 form.submit(); link.click();
 </script>"#;
 
-/// Serves the page for every path, and ends with the test process. The first line of each request is added to the file.
-fn serve(page: String, asked: &Path) -> SocketAddr {
+/// Serves the page for every path, and ends with the test process. The first line of each request
+/// is added to the file.
+fn serve(page: String, requests: &Path) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let mut asked = std::fs::File::create(asked).unwrap();
+    let mut requests = std::fs::File::create(requests).unwrap();
     std::thread::spawn(move || {
         for mut stream in listener.incoming().map_while(Result::ok) {
             let mut line = String::new();
             if BufReader::new(&stream).read_line(&mut line).is_ok() {
-                asked.write_all(line.as_bytes()).unwrap();
+                requests.write_all(line.as_bytes()).unwrap();
             }
             let head = format!(
                 "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
@@ -54,23 +55,18 @@ fn serve(page: String, asked: &Path) -> SocketAddr {
 }
 
 #[test]
-fn no_page_in_a_browser_gets_credentials() {
+fn browser_page_is_refused() {
     let chromium = Path::new("/usr/bin/chromium");
     if !chromium.exists() {
         return skip("chromium is missing: run tests/counterparts/get browser");
     }
     let folder = folder();
-    let uid = nix::unistd::geteuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
-    // Nothing else keeps them out.
+    let upstream = Upstream::start_for_me();
+    // No other check rejects them.
     let daemon = Daemon::start(
         folder.path(),
         "authorization = \"off\"\n",
-        &(upstream.configuration() + &rule),
+        &(upstream.configuration() + &my_rule()),
     )
     .ready();
     let before = daemon.audit().len();
@@ -80,8 +76,8 @@ fn no_page_in_a_browser_gets_credentials() {
         "REBOUND",
         &format!("http://rebound.test:{port}/v1/credentials"),
     );
-    let asked = folder.path().join("asked");
-    let address = serve(page, &asked);
+    let requests = folder.path().join("asked");
+    let address = serve(page, &requests);
     // Another site, and another port of the same one.
     for host in ["page.test", "127.0.0.1"] {
         let mut browser = Command::new(chromium);
@@ -103,7 +99,7 @@ fn no_page_in_a_browser_gets_credentials() {
         browser.arg(format!("http://{host}:{}/", address.port()));
         run(browser, b"", Duration::from_secs(180)).success("chromium");
     }
-    let paths = std::fs::read_to_string(&asked).unwrap();
+    let paths = std::fs::read_to_string(&requests).unwrap();
     assert!(!paths.contains("/stolen"), "{paths}");
     let records = daemon.audit().split_off(before);
     assert!(
@@ -115,12 +111,12 @@ fn no_page_in_a_browser_gets_credentials() {
             "awsvid_requests_total{{listener=\"tcp\",outcome=\"refused\",reason=\"{reason}\"}}"
         ))
     };
-    // Twice each; of those to the rebound name, one comes without a preflight.
+    // Twice each. Of those to the rebound name, one is sent without a preflight.
     let (browser, host) = (refused("browser"), refused("host"));
     assert!(
         browser >= 2 * 14 && host >= 2,
         "{browser} and {host} requests came"
     );
-    // The same user is answered, as long as it is no page that asks.
+    // The same user gets credentials if the request is not a page's.
     assert_eq!(ask(UnixStream::connect(daemon.unix()).unwrap()).0, 200);
 }

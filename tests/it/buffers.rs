@@ -1,4 +1,4 @@
-//! What the kernel keeps for connections, which counts as the daemon's memory (attack 32).
+//! The kernel's buffers for connections, which count as the daemon's memory (T32).
 
 use std::io::{ErrorKind, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -8,19 +8,19 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::run;
 use crate::harness::daemon::Daemon;
-use crate::harness::gate::Gate;
-use crate::harness::upstream::Upstream;
+use crate::harness::pausable_proxy::PausableProxy;
+use crate::harness::upstream::{Upstream, my_rule};
 
 const CONNECTIONS: usize = 500;
-/// With each of them no head, or no more than one: well above what SDKs send.
-const SUM: usize = CONNECTIONS * 20 * 1024;
+/// Each has an incomplete head, or at most one head: well above what SDKs send.
+const MAX_BUFFERED_BYTES: usize = CONNECTIONS * 20 * 1024;
 
-/// How many bytes the kernel holds for the sockets of this listener's connections, by the daemon's side, and for how many.
-fn held(listener: SocketAddr) -> (usize, usize) {
+/// Returns the bytes that the kernel holds for the daemon's sockets of this listener's connections,
+/// and their number.
+fn buffered(listener: SocketAddr) -> (usize, usize) {
     let mut ss = Command::new("ss");
     ss.args([
         "-tmnH",
@@ -38,25 +38,20 @@ fn held(listener: SocketAddr) -> (usize, usize) {
         .fold((0, 0), |(sum, count), queue| (sum + queue, count + 1))
 }
 
-/// Requests that wait for their exchange, and go on sending for as long as they wait.
+/// Sends requests that wait for their exchange, and sends more data while they wait.
 #[test]
-fn what_waiting_callers_send_stays_small() {
+fn kernel_buffers_of_waiting_callers_stay_small() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
     let folder = folder();
-    let uid = nix::unistd::geteuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
-    // The SPIFFE provider takes every question, and answers none.
+    let upstream = Upstream::start_for_me();
+    // The SPIFFE provider accepts every query, and replies to none.
     let agent = folder.path().join("agent.sock");
-    let _gate = Gate::start(&agent, &upstream.socket());
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
+    let _gate = PausableProxy::start(&agent, &upstream.socket());
     let daemon = Daemon::start(
         folder.path(),
         "",
-        &(upstream.configuration_at(&agent) + &rule),
+        &(upstream.configuration_at(&agent) + &my_rule()),
     );
     for listener in [daemon.tcp(), daemon.tcp6()] {
         let ended = AtomicBool::new(false);
@@ -64,7 +59,7 @@ fn what_waiting_callers_send_stays_small() {
             let watching = scope.spawn(|| {
                 let mut most = (0, 0);
                 while !ended.load(Ordering::Relaxed) {
-                    most = most.max(held(listener));
+                    most = most.max(buffered(listener));
                 }
                 most
             });
@@ -94,6 +89,9 @@ fn what_waiting_callers_send_stays_small() {
             of > CONNECTIONS / 2,
             "{of} connections had something in their queue"
         );
-        assert!(most <= SUM, "{most} bytes for {of} connections");
+        assert!(
+            most <= MAX_BUFFERED_BYTES,
+            "{most} bytes for {of} connections"
+        );
     }
 }

@@ -1,8 +1,8 @@
-//! `awsvid check` as an operator runs it: on a path where all is well, and on each that is wrong in one place, with the real
-//! counterpart set up wrong wherever one can be had.
+//! `awsvid check` as an operator runs it: on a path where all is well, and on paths with one fault
+//! each. The fault is a misconfigured real counterpart wherever that is possible.
 
-#[path = "../../src/commands/check/documented.rs"]
-mod documented;
+#[path = "../../src/commands/check/doc_tables.rs"]
+mod doc_tables;
 mod ends;
 mod tokens;
 
@@ -20,25 +20,25 @@ use awsvid::identity::{RoleArn, SpiffeIdPattern};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use crate::harness::answering;
 use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::process::{Output, behind, run, spawn};
 use crate::harness::counterparts::spire::{Spire, SpireSetting};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::PROGRAM;
+use crate::harness::env::{Env, Setting, Source, id};
 use crate::harness::forward::Network;
+use crate::harness::stub_http;
 use crate::harness::tls::TlsFront;
 use crate::harness::upstream::Upstream;
-use crate::harness::world::{Setting, Source, World, id};
 
-const PATIENCE: Duration = Duration::from_secs(120);
-const NOBODY: &str = "http://127.0.0.1:1";
+const TIMEOUT: Duration = Duration::from_secs(120);
+const UNREACHABLE: &str = "http://127.0.0.1:1";
 
-/// A configuration whose STS is at `sts`, with one workload of this name.
+/// Returns a configuration with this STS and one workload of this name.
 fn configuration(socket: &Path, sts: &str, arn: &str, audience: &str) -> String {
     format!(
-        "[identity]\nsocket = \"unix://{}\"\naudience = \"{audience}\"\n[sts]\nregion = \"us-east-1\"\nendpoint = \"{sts}\"\ntimeout = \"5s\"\n\
+        "[identity]\nworkload_api_socket = \"unix://{}\"\naudience = \"{audience}\"\n[sts]\nregion = \"us-east-1\"\nendpoint = \"{sts}\"\ntimeout = \"5s\"\n\
          [[workload]]\nspiffe_id = \"{}\"\nuid = 1001\n\
          [[role]]\nname = \"shop\"\nspiffe_id = \"{}\"\nrole_arn = \"{arn}\"\n",
         socket.display(),
@@ -59,19 +59,19 @@ fn check_with(
     command
         .env_clear()
         .env("PATH", "/usr/bin:/bin")
-        .args(["check", "--json", "--config"])
+        .args(["check", "--output", "json", "--config"])
         .arg(path)
         .args(arguments);
-    let output = run(command, b"", PATIENCE);
+    let output = run(command, b"", TIMEOUT);
     let report: Value =
         serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
     for finding in report["findings"].as_array().unwrap() {
         let text = |name: &str| finding[name].as_str().unwrap_or_default();
         if finding["fix"].is_string() {
-            documented::assert_documented(text("step"), text("saw"), text("fix"));
+            doc_tables::assert_documented(text("step"), text("saw"), text("fix"));
         }
     }
-    // Whatever went wrong, no token is shown.
+    // Whatever has failed, no token is shown.
     assert!(
         !output.stdout.contains("eyJ") && !output.stderr.contains("eyJ"),
         "{output:?}"
@@ -83,7 +83,8 @@ fn check(folder: &Path, configuration: &str) -> (Output, Value) {
     check_with(&[], folder, configuration, &[])
 }
 
-/// Asserts that this step failed in these words, with a fix in those, and that the exit status says so.
+/// Asserts that this step failed with these words, that its fix has those, and that the exit status
+/// shows a failure.
 fn assert_failed((output, report): &(Output, Value), step: &str, saw: &str, fix: &str) {
     assert_eq!(output.status.code(), Some(1), "{report:#}");
     let found = report["findings"]
@@ -117,15 +118,15 @@ fn spire(folder: &Path, setting: SpireSetting) -> Option<Spire> {
 }
 
 #[test]
-fn all_is_well_beside_the_running_daemon() {
+fn check_passes_with_running_daemon() {
     let folder = folder();
-    let Some(world) = World::start(folder.path(), &[(1001, "reader")], &Setting::default()) else {
+    let Some(env) = Env::start(folder.path(), &[(1001, "reader")], &Setting::default()) else {
         return;
     };
     let text = configuration(
-        &world.spire.agent_socket(),
-        &world.minio.endpoint(),
-        &world.minio.role_arn(),
+        &env.spire.agent_socket(),
+        &env.minio.endpoint(),
+        &env.minio.role_arn(),
         minio::AUDIENCE,
     );
     let (output, report) = check(folder.path(), &text);
@@ -134,7 +135,7 @@ fn all_is_well_beside_the_running_daemon() {
         (Some(0), &json!("pass")),
         "{report:#}"
     );
-    let said = report.to_string();
+    let text_report = report.to_string();
     for words in [
         "byte by byte",
         "20 requests at once are answered",
@@ -142,17 +143,17 @@ fn all_is_well_beside_the_running_daemon() {
         "assumed by spiffe://example.org/w/reader",
         "clock and STS's agree",
     ] {
-        assert!(said.contains(words), "{words}: {report:#}");
+        assert!(text_report.contains(words), "{words}: {report:#}");
     }
-    // For people the same, line by line.
+    // The report for people is the same, line by line.
     let mut command = Command::new(PROGRAM);
     command
         .args(["check", "--config"])
         .arg(folder.path().join("check.toml"));
-    let output = run(command, b"", PATIENCE);
-    let issuer = world.spire.issuer_url();
+    let output = run(command, b"", TIMEOUT);
+    let issuer = env.spire.issuer_url();
     for waited in [
-        format!("STS's clock, at {}", world.minio.endpoint()),
+        format!("STS's clock, at {}", env.minio.endpoint()),
         "a token for the role \"shop\"".to_owned(),
         format!("{issuer}/.well-known/openid-configuration"),
         format!("{issuer}/keys"),
@@ -161,7 +162,7 @@ fn all_is_well_beside_the_running_daemon() {
     ] {
         let line = format!("  ...  {waited}");
         assert!(
-            output.stderr.lines().any(|said| said == line),
+            output.stderr.lines().any(|text_report| text_report == line),
             "{line}: {output:?}"
         );
     }
@@ -170,11 +171,11 @@ fn all_is_well_beside_the_running_daemon() {
         text.contains("  ok   sts") && text.ends_with("pass\n"),
         "{text}"
     );
-    // The daemon goes on.
-    assert!(world.curl(1001).1.contains("AccessKeyId"));
+    // The daemon keeps serving.
+    assert!(env.curl(1001).1.contains("AccessKeyId"));
 
     // The workload itself, by the same daemon.
-    let uri = world.daemon.uri();
+    let uri = env.daemon.uri();
     let arguments = ["check", "--workload"];
     let workload = || {
         Workload::new(1001)
@@ -189,7 +190,7 @@ fn all_is_well_beside_the_running_daemon() {
     );
     let output = workload()
         .env("AWS_PROFILE", "other")
-        .env("http_proxy", NOBODY)
+        .env("http_proxy", UNREACHABLE)
         .run(PROGRAM, &arguments);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     for words in ["AWS_PROFILE is set", "http_proxy is set"] {
@@ -198,7 +199,7 @@ fn all_is_well_beside_the_running_daemon() {
 }
 
 #[test]
-fn spire_without_an_issuer() {
+fn check_reports_missing_issuer() {
     let folder = folder();
     let setting = SpireSetting {
         jwt_issuer: Some(|_| String::new()),
@@ -211,7 +212,7 @@ fn spire_without_an_issuer() {
         folder.path(),
         &configuration(
             &spire.agent_socket(),
-            NOBODY,
+            UNREACHABLE,
             "arn:minio:iam:::role/r",
             "shop",
         ),
@@ -220,7 +221,7 @@ fn spire_without_an_issuer() {
 }
 
 #[test]
-fn spire_with_a_slash_at_the_end_of_its_issuer() {
+fn check_reports_trailing_slash_of_issuer() {
     let folder = folder();
     let setting = SpireSetting {
         jwt_issuer: Some(|right| format!("{right}/")),
@@ -233,7 +234,7 @@ fn spire_with_a_slash_at_the_end_of_its_issuer() {
         folder.path(),
         &configuration(
             &spire.agent_socket(),
-            NOBODY,
+            UNREACHABLE,
             "arn:minio:iam:::role/r",
             "shop",
         ),
@@ -242,7 +243,7 @@ fn spire_with_a_slash_at_the_end_of_its_issuer() {
 }
 
 #[test]
-fn a_discovery_provider_that_does_not_know_its_domain() {
+fn check_reports_unknown_discovery_domain() {
     let folder = folder();
     let setting = SpireSetting {
         domains: Some("oidc.example.org"),
@@ -255,7 +256,7 @@ fn a_discovery_provider_that_does_not_know_its_domain() {
         folder.path(),
         &configuration(
             &spire.agent_socket(),
-            NOBODY,
+            UNREACHABLE,
             "arn:minio:iam:::role/r",
             "shop",
         ),
@@ -264,7 +265,7 @@ fn a_discovery_provider_that_does_not_know_its_domain() {
 }
 
 #[test]
-fn a_discovery_provider_with_a_wrong_address_of_the_keys() {
+fn check_reports_wrong_jwks_uri() {
     let folder = folder();
     let setting = SpireSetting {
         oidc: "jwks_uri = \"http://127.0.0.1:1/keys\"",
@@ -277,7 +278,7 @@ fn a_discovery_provider_with_a_wrong_address_of_the_keys() {
         folder.path(),
         &configuration(
             &spire.agent_socket(),
-            NOBODY,
+            UNREACHABLE,
             "arn:minio:iam:::role/r",
             "shop",
         ),
@@ -290,9 +291,9 @@ fn a_discovery_provider_with_a_wrong_address_of_the_keys() {
     );
 }
 
-/// It can't say which keys there are, since it does not reach the server.
+/// It can't list its keys, since it does not reach the server.
 #[test]
-fn a_discovery_provider_without_its_server() {
+fn check_reports_discovery_provider_without_server() {
     let folder = folder();
     let setting = SpireSetting {
         oidc_server: Some("/nonexistent/server.sock"),
@@ -305,7 +306,7 @@ fn a_discovery_provider_without_its_server() {
         folder.path(),
         &configuration(
             &spire.agent_socket(),
-            NOBODY,
+            UNREACHABLE,
             "arn:minio:iam:::role/r",
             "shop",
         ),
@@ -313,9 +314,9 @@ fn a_discovery_provider_without_its_server() {
     assert_failed(&found, "keys", "has not got the keys yet", "server_api");
 }
 
-/// As AWS may see it too: with a certificate that no machine has heard of.
+/// It has a certificate that no machine knows, as AWS may see it too.
 #[test]
-fn a_discovery_provider_with_a_private_certificate() {
+fn check_reports_private_certificate_of_issuer() {
     let folder = folder();
     let Some(spire) = spire(folder.path(), SpireSetting::default()) else {
         return;
@@ -329,7 +330,7 @@ fn a_discovery_provider_with_a_private_certificate() {
     let front = TlsFront::start(Network::Own, (Ipv4Addr::LOCALHOST, 0).into(), issuer);
     let text = configuration(
         &spire.agent_socket(),
-        NOBODY,
+        UNREACHABLE,
         "arn:minio:iam:::role/r",
         "shop",
     );
@@ -350,7 +351,7 @@ fn a_discovery_provider_with_a_private_certificate() {
         found.is_some_and(|finding| finding["fix"].as_str().unwrap().contains(&thumbprint)),
         "{thumbprint}: {report:#}"
     );
-    // What lies behind it is looked at all the same: here that a proxy which ends TLS has to say so.
+    // The steps behind it are checked all the same: here that a proxy which ends TLS must be named.
     assert!(
         report
             .to_string()
@@ -367,7 +368,7 @@ fn a_discovery_provider_with_a_private_certificate() {
 }
 
 #[test]
-fn a_copy_of_the_keys_from_before_the_last_rotation() {
+fn check_reports_outdated_keys() {
     let folder = folder();
     let Some(spire) = spire(folder.path(), SpireSetting::default()) else {
         return;
@@ -379,13 +380,13 @@ fn a_copy_of_the_keys_from_before_the_last_rotation() {
         .parse()
         .unwrap();
     let (_, keys) = http_get(address, "/keys").unwrap();
-    let keys = answering::start(move |_, _| answering::http("200 OK", "", &keys));
+    let keys = stub_http::start(move |_, _| stub_http::http("200 OK", "", &keys));
     let discovery =
         json!({ "issuer": spire.issuer_url(), "jwks_uri": format!("{keys}/keys") }).to_string();
-    let copy = answering::start(move |_, _| answering::http("200 OK", "", &discovery));
+    let copy = stub_http::start(move |_, _| stub_http::http("200 OK", "", &discovery));
     let text = configuration(
         &spire.agent_socket(),
-        NOBODY,
+        UNREACHABLE,
         "arn:minio:iam:::role/r",
         "shop",
     );
@@ -414,7 +415,7 @@ fn a_copy_of_the_keys_from_before_the_last_rotation() {
     // Another audience: the agent has a token for the first one.
     let text = configuration(
         &spire.agent_socket(),
-        NOBODY,
+        UNREACHABLE,
         "arn:minio:iam:::role/r",
         "shop2",
     );
@@ -423,12 +424,12 @@ fn a_copy_of_the_keys_from_before_the_last_rotation() {
         &found,
         "keys",
         "a copy from before the last rotation",
-        "publish the keys anew",
+        "publish the current keys",
     );
 }
 
 #[test]
-fn what_minio_refuses() {
+fn check_reports_refusals_of_minio() {
     let folder = folder();
     let Some(spire) = spire(folder.path(), SpireSetting::default()) else {
         return;
@@ -458,24 +459,24 @@ fn what_minio_refuses() {
 }
 
 #[test]
-fn an_agent_that_cannot_be_asked() {
+fn check_reports_unusable_agent_socket() {
     if !root() {
         return;
     }
     let folder = folder();
     let socket = folder.path().join("agent.sock");
-    let text = configuration(&socket, NOBODY, "arn:minio:iam:::role/r", "shop");
+    let text = configuration(&socket, UNREACHABLE, "arn:minio:iam:::role/r", "shop");
     assert_failed(
         &check(folder.path(), &text),
         "agent",
-        "there is no socket",
+        "no socket at",
         "start the SPIFFE agent",
     );
     drop(UnixListener::bind(&socket).unwrap());
     assert_failed(
         &check(folder.path(), &text),
         "agent",
-        "nobody listens",
+        "nothing listens",
         "start the SPIFFE agent",
     );
     fs::remove_file(&socket).unwrap();
@@ -495,7 +496,7 @@ fn an_agent_that_cannot_be_asked() {
 }
 
 #[test]
-fn an_agent_that_does_not_know_awsvid() {
+fn check_reports_missing_entry_of_awsvid() {
     let folder = folder();
     if !root() {
         return;
@@ -507,7 +508,7 @@ fn an_agent_that_does_not_know_awsvid() {
         folder.path(),
         &configuration(
             &spire.agent_socket(),
-            NOBODY,
+            UNREACHABLE,
             "arn:minio:iam:::role/r",
             "shop",
         ),
@@ -515,7 +516,8 @@ fn an_agent_that_does_not_know_awsvid() {
     assert_failed(&found, "identity", "does not give", "entry create");
 }
 
-/// An account as AWS has it, which trusts the tokens of one issuer with one audience for one subject.
+/// Returns an account as AWS has it, which trusts the tokens of one issuer with one audience for
+/// one subject.
 fn account(issuer: &str, audience: &str, provider_audience: &str, subject: &str) -> DevAccount {
     DevAccount {
         region: "us-east-1".to_owned(),
@@ -535,7 +537,7 @@ fn account(issuer: &str, audience: &str, provider_audience: &str, subject: &str)
 
 /// In AWS's words, by the verifying STS of `awsvid dev`.
 #[test]
-fn what_aws_refuses() {
+fn check_reports_refusals_of_aws() {
     let folder = folder();
     let Some(spire) = spire(folder.path(), SpireSetting::default()) else {
         return;
@@ -593,13 +595,13 @@ fn what_aws_refuses() {
     assert_eq!(check(folder.path(), &text).1["result"], "pass");
 }
 
-/// A clock cannot be set in a test: STS's is off instead.
+/// A test cannot set the clock, so STS's is off instead.
 #[test]
-fn a_clock_that_is_off() {
+fn check_reports_clock_skew() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
-    let sts = answering::start(|_, _| {
-        answering::http(
+    let sts = stub_http::start(|_, _| {
+        stub_http::http(
             "404 Not Found",
             "Date: Tue, 01 Jan 2019 00:00:00 GMT\r\n",
             "",
@@ -612,7 +614,7 @@ fn a_clock_that_is_off() {
 }
 
 #[test]
-fn where_spire_attests_a_workload_is_named() {
+fn check_names_workload_if_agent_attests() {
     let folder = folder();
     for source in [Source::Delegated, Source::Broker] {
         let folder = folder.path().join(format!("{source:?}"));
@@ -621,19 +623,19 @@ fn where_spire_attests_a_workload_is_named() {
             source,
             ..Setting::default()
         };
-        let Some(world) = World::start(&folder, &[(1001, "reader")], &setting) else {
+        let Some(env) = Env::start(&folder, &[(1001, "reader")], &setting) else {
             return;
         };
         let text = fs::read_to_string(folder.join("awsvid.toml")).unwrap();
         let (output, report) = check_with(&[], &folder, &text, &[]);
         assert_eq!(output.status.code(), Some(0), "{report:#}");
-        let said = report.to_string();
+        let text_report = report.to_string();
         for words in [
             "spiffe://example.org/awsvid for role",
             "signature is right",
             "awsvid check --pid PID",
         ] {
-            assert!(said.contains(words), "{words}: {report:#}");
+            assert!(text_report.contains(words), "{words}: {report:#}");
         }
         let workload = Workload::new(1001);
         let mut command = workload.command("/bin/sleep");
@@ -648,13 +650,13 @@ fn where_spire_attests_a_workload_is_named() {
                 .contains("assumed by spiffe://example.org/w/reader"),
             "{report:#}"
         );
-        drop(world);
+        drop(env);
     }
 }
 
-/// What only AWS itself says, in its words.
+/// Errors that only AWS itself gives, in its words.
 #[test]
-fn what_aws_says_that_nobody_else_does() {
+fn check_explains_errors_of_aws_alone() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
     let table = [
@@ -686,11 +688,11 @@ fn what_aws_says_that_nobody_else_does() {
         ),
     ];
     for (code, message, fix) in table {
-        let sts = answering::start(move |_, _| {
+        let sts = stub_http::start(move |_, _| {
             let error = format!(
                 "<ErrorResponse><Error><Code>{code}</Code><Message>{message}</Message></Error></ErrorResponse>"
             );
-            answering::http("400 Bad Request", "Content-Type: text/xml\r\n", &error)
+            stub_http::http("400 Bad Request", "Content-Type: text/xml\r\n", &error)
         });
         let text = configuration(
             &upstream.socket(),

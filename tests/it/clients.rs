@@ -1,7 +1,9 @@
-//! Every AWS SDK and client, real and unmodified, gets its credentials from the real daemon, SPIRE and MinIO.
+//! Every AWS SDK and client, real and unmodified, gets its credentials from the real daemon, SPIRE
+//! and MinIO.
 //!
-//! Each runs as a user of its own behind `awsvid exec`. What they do is in a table in deploy/docs/sdks.md, which these tests keep true;
-//! with `AWSVID_WRITE_TABLE=1` they write it. `tests/run` tries one read and one refusal each, `tests/run slow` all columns.
+//! Each runs as a user of its own behind `awsvid exec`. A table in deploy/docs/sdks.md has the
+//! results, and these tests compare it; with `AWSVID_WRITE_TABLE=1` they write it. `tests/run`
+//! tries one read and one refusal each, `tests/run slow` all columns.
 
 mod catalogue;
 mod ending;
@@ -15,20 +17,20 @@ use serde_json::Value;
 
 use crate::harness::counterparts::folder;
 use reading::{Reading, for_each, read};
-use stage::{Member, Setting, Stage};
+use stage::{ClientSetting, ClientStage, Member};
 use table::{Cell, Column, Table};
 
-/// As many as the machine has processors, for most of what they do is to start.
-const AT_ONCE: usize = 2;
+/// As many as the machine has processors, since most of their work is to start.
+const MAX_CONCURRENT: usize = 2;
 
 #[test]
-fn each_reads_its_own_object_and_not_anothers() {
+fn each_client_reads_only_its_own_object() {
     table::settle_rows();
     let folder = folder();
-    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else {
+    let Some(stage) = ClientStage::start(folder.path(), &Table::committed()) else {
         return;
     };
-    let serving = stage.daemon("short", &Setting::default());
+    let serving = stage.daemon("short", &ClientSetting::default());
     let others: Vec<String> = stage
         .members()
         .into_iter()
@@ -37,9 +39,14 @@ fn each_reads_its_own_object_and_not_anothers() {
         .skip(1)
         .take(stage.members().len())
         .collect();
-    let failed: Vec<String> = for_each(&stage.members(), AT_ONCE, |number, member| {
-        let own = read(&stage, member, &serving, &Reading::once(member, &serving));
-        if !own.are(&member.content()) {
+    let failed: Vec<String> = for_each(&stage.members(), MAX_CONCURRENT, |number, member| {
+        let own = read(
+            &stage,
+            member,
+            &serving,
+            &Reading::single_read(member, &serving),
+        );
+        if !own.all_equal(&member.content()) {
             return Some(format!(
                 "{} does not read its own object: {own:?}",
                 member.client.name
@@ -47,7 +54,7 @@ fn each_reads_its_own_object_and_not_anothers() {
         }
         let other = Reading {
             key: others[number].clone(),
-            ..Reading::once(member, &serving)
+            ..Reading::single_read(member, &serving)
         };
         let other = read(&stage, member, &serving, &other);
         let refused = other
@@ -66,7 +73,8 @@ fn each_reads_its_own_object_and_not_anothers() {
     .collect();
     assert!(failed.is_empty(), "{}", failed.join("\n"));
     for member in stage.members() {
-        // On a busy machine a client may have hung up before it asked once more.
+        // On a busy machine a client may have closed its first connection and sent a second
+        // request.
         let mut requests = serving.requests(member.uid);
         requests.retain(|record| record["outcome"] != "aborted");
         let is_right = |record: &Value| {
@@ -87,7 +95,7 @@ fn each_reads_its_own_object_and_not_anothers() {
     );
 }
 
-/// What is known of a client without running it.
+/// Returns the facts about a client that need no run.
 fn facts(member: &Member) -> [Cell; 2] {
     let client = &member.client;
     [
@@ -100,7 +108,7 @@ fn facts(member: &Member) -> [Cell; 2] {
     ]
 }
 
-/// Whether S3 has said that these credentials may not, as each client puts it.
+/// Returns whether S3 has denied access with these credentials, in each client's words.
 fn is_denied(message: &str) -> bool {
     [
         "AccessDenied",

@@ -1,4 +1,4 @@
-//! `awsvid config`.
+//! Tests of the command `awsvid config`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -30,15 +30,15 @@ fn config(arguments: &[&str]) -> Output {
 }
 
 #[test]
-fn check_reports_all_mistakes_and_warnings() {
+fn validate_reports_all_errors_and_warnings() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     let name = path.to_str().unwrap();
     fs::write(&path, GOOD).unwrap();
-    let good = config(&["--check", name]);
+    let good = config(&["validate", name]);
     assert_eq!((good.status.code(), good.stderr.as_str()), (Some(0), ""));
     fs::write(&path, format!("{GOOD}duration = \"15m\"\n")).unwrap();
-    let unwise = config(&["--check", name]);
+    let unwise = config(&["validate", name]);
     assert_eq!(unwise.status.code(), Some(0));
     assert!(
         unwise.stderr.contains("a.toml:10: warning: role.duration"),
@@ -49,34 +49,34 @@ fn check_reports_all_mistakes_and_warnings() {
         GOOD.replace("uid", "iud").replace("eu-central-1", "middle"),
     )
     .unwrap();
-    let wrong = config(&["--check", name]);
+    let wrong = config(&["validate", name]);
     assert_eq!((wrong.status.code(), wrong.stdout.as_str()), (Some(78), ""));
     assert!(
         wrong.stderr.contains("a.toml:2: ") && wrong.stderr.contains("a.toml:5: "),
         "{wrong:?}"
     );
     assert_eq!(
-        config(&["--check", "/nonexistent.toml"]).status.code(),
+        config(&["validate", "/nonexistent.toml"]).status.code(),
         Some(78)
     );
-    let mut elsewhere = Command::new(PROGRAM);
-    elsewhere
+    let mut other_config = Command::new(PROGRAM);
+    other_config
         .env_clear()
         .env("AWSVID_CONFIG", "/nonexistent.toml")
-        .args(["config", "--check", name]);
-    let elsewhere = run(elsewhere, b"", Duration::from_secs(20));
+        .args(["config", "validate", name]);
+    let other_config = run(other_config, b"", Duration::from_secs(20));
     assert!(
-        elsewhere.stderr.contains("a.toml:2: "),
-        "the file that is named counts: {elsewhere:?}"
+        other_config.stderr.contains("a.toml:2: "),
+        "the file that is named counts: {other_config:?}"
     );
     assert_eq!(
         config(&[]).status.code(),
         Some(2),
-        "one of the two has to be said"
+        "one of the two has to be set"
     );
 }
 
-/// `awsvid config` with this on its standard input.
+/// Runs `awsvid config` with this on its standard input.
 fn piped(arguments: &[&str], text: &str) -> Output {
     let mut command = Command::new(PROGRAM);
     command.env_clear().arg("config").args(arguments);
@@ -84,9 +84,9 @@ fn piped(arguments: &[&str], text: &str) -> Output {
 }
 
 #[test]
-fn standard_input_is_read_as_a_file_is() {
+fn standard_input_is_read_like_a_file() {
     let wrong = GOOD.replace("uid", "iud").replace("eu-central-1", "middle");
-    let by_pipe = piped(&["--check", "-"], &wrong);
+    let by_pipe = piped(&["validate", "-"], &wrong);
     assert_eq!(
         (by_pipe.status.code(), by_pipe.stdout.as_str()),
         (Some(78), "")
@@ -94,7 +94,7 @@ fn standard_input_is_read_as_a_file_is() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     fs::write(&path, &wrong).unwrap();
-    let by_path = config(&["--check", path.to_str().unwrap()]);
+    let by_path = config(&["validate", path.to_str().unwrap()]);
     assert_eq!(
         by_pipe.stderr,
         by_path.stderr.replace(path.to_str().unwrap(), "-")
@@ -103,7 +103,7 @@ fn standard_input_is_read_as_a_file_is() {
         by_pipe.stderr.contains("-:2: ") && by_pipe.stderr.contains("-:5: "),
         "{by_pipe:?}"
     );
-    let good = piped(&["--check", "-"], GOOD);
+    let good = piped(&["validate", "-"], GOOD);
     assert_eq!(
         (
             good.status.code(),
@@ -112,24 +112,24 @@ fn standard_input_is_read_as_a_file_is() {
         ),
         (Some(0), "-: no mistakes\n", "")
     );
-    assert_eq!(piped(&["--check", "-"], "").status.code(), Some(78));
+    assert_eq!(piped(&["validate", "-"], "").status.code(), Some(78));
 }
 
 #[test]
-fn offline_nothing_of_this_machine_counts() {
+fn offline_validation_ignores_this_machine() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     let name = path.to_str().unwrap();
-    let elsewhere = GOOD.replace(
+    let other_config = GOOD.replace(
         "uid = 54321",
         "user = \"of-another-node\"\nexe = \"/opt/of-another-node\"",
     );
-    let elsewhere = format!("{elsewhere}[audit]\nfile = \"/of-another-node/audit.log\"\n");
-    fs::write(&path, &elsewhere).unwrap();
+    let other_config = format!("{other_config}[audit]\nfile = \"/of-another-node/audit.log\"\n");
+    fs::write(&path, &other_config).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
     for offline in [
-        config(&["--check", name, "--offline"]),
-        piped(&["--check", "-", "--offline"], &elsewhere),
+        config(&["validate", name, "--offline"]),
+        piped(&["validate", "-", "--offline"], &other_config),
     ] {
         assert_eq!(
             (offline.status.code(), offline.stderr.as_str()),
@@ -137,18 +137,18 @@ fn offline_nothing_of_this_machine_counts() {
             "{offline:?}"
         );
     }
-    let here = piped(&["--check", "-"], &elsewhere);
+    let here = piped(&["validate", "-"], &other_config);
     assert_eq!(here.status.code(), Some(0));
     for words in [
-        "-:5: warning: workload.user: there is no user \"of-another-node\"",
-        "-:3: warning: workload.exe: /opt/of-another-node is not there",
-        "-: warning: audit.file: there is no directory /of-another-node",
+        "-:5: warning: workload.user: the user \"of-another-node\" does not exist on this node",
+        "-:3: warning: workload.exe: /opt/of-another-node does not exist",
+        "-: warning: audit.file: the directory /of-another-node does not exist",
     ] {
         assert!(here.stderr.contains(words), "{words} in {here:?}");
     }
-    // What is wrong with the text counts everywhere.
-    fs::write(&path, format!("{elsewhere}nonsense = 1\n")).unwrap();
-    let wrong = config(&["--check", name, "--offline"]);
+    // An error in the text counts on every machine.
+    fs::write(&path, format!("{other_config}nonsense = 1\n")).unwrap();
+    let wrong = config(&["validate", name, "--offline"]);
     assert_eq!(wrong.status.code(), Some(78));
     assert!(
         wrong
@@ -156,17 +156,17 @@ fn offline_nothing_of_this_machine_counts() {
             .contains("a.toml:13: audit.nonsense: awsvid 0."),
         "{wrong:?}"
     );
-    assert_eq!(config(&["--explain", "--offline"]).status.code(), Some(2));
+    assert_eq!(config(&["show", "--offline"]).status.code(), Some(2));
 }
 
 #[test]
-fn a_file_that_others_can_change_is_a_mistake_for_root_and_a_warning_for_others() {
+fn exposed_file_is_error_for_root_and_warning_for_other_users() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     fs::write(&path, GOOD).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
     let words = "every user of this node can write the configuration; chmod o-w";
-    let own = config(&["--check", path.to_str().unwrap()]);
+    let own = config(&["validate", path.to_str().unwrap()]);
     let status = if geteuid().is_root() {
         Some(78)
     } else {
@@ -187,7 +187,7 @@ fn a_file_that_others_can_change_is_a_mistake_for_root_and_a_warning_for_others(
             "--clear-groups",
             PROGRAM,
             "config",
-            "--check",
+            "validate",
         ])
         .arg(&path)
         .env_clear();
@@ -199,12 +199,11 @@ fn a_file_that_others_can_change_is_a_mistake_for_root_and_a_warning_for_others(
 }
 
 #[test]
-fn what_explain_prints_is_a_configuration() {
+fn explain_output_is_valid_configuration() {
     let folder = folder();
     let path = folder.path().join("a.toml");
     fs::write(&path, GOOD).unwrap();
-    let explained =
-        config(&["--explain", "--config", path.to_str().unwrap()]).success("config --explain");
+    let explained = config(&["show", "--config", path.to_str().unwrap()]).success("config show");
     assert!(
         explained
             .lines()
@@ -213,10 +212,9 @@ fn what_explain_prints_is_a_configuration() {
     );
     fs::write(&path, &explained).unwrap();
     assert_eq!(
-        config(&["--check", path.to_str().unwrap()]).status.code(),
+        config(&["validate", path.to_str().unwrap()]).status.code(),
         Some(0)
     );
-    let again =
-        config(&["--explain", "--config", path.to_str().unwrap()]).success("config --explain");
+    let again = config(&["show", "--config", path.to_str().unwrap()]).success("config show");
     assert!(!again.contains("# default\n"), "{again}");
 }

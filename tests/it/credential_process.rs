@@ -7,17 +7,15 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use nix::unistd::getuid;
 use serde_json::Value;
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::counterparts::process::{Output, Process, run};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, root, tool};
 use crate::harness::daemon::{Daemon, PROGRAM};
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{ME, Upstream, my_rule};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn ask(arguments: &[&str]) -> Output {
     let mut command = Command::new(PROGRAM);
@@ -25,25 +23,20 @@ fn ask(arguments: &[&str]) -> Output {
         .env_clear()
         .args(["credential-process", "--same-user"])
         .args(arguments);
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
-/// A daemon that serves the user of this test.
+/// Starts a daemon that serves the user of this test.
 fn daemon(folder: &Path) -> (Daemon, Upstream) {
-    let uid = getuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
+    let upstream = Upstream::start_for_me();
     (
-        Daemon::start(folder, "", &(upstream.configuration() + &rule)).ready(),
+        Daemon::start(folder, "", &(upstream.configuration() + &my_rule())).ready(),
         upstream,
     )
 }
 
 #[test]
-fn the_cli_takes_what_it_prints() {
+fn output_is_accepted_by_cli() {
     let folder = folder();
     let (daemon, upstream) = daemon(folder.path());
     let socket = daemon.unix().display().to_string();
@@ -66,24 +59,25 @@ fn the_cli_takes_what_it_prints() {
             "Version"
         ]
     );
-    let status = daemon.status("spiffe://example.org/user/me");
+    let status = daemon.status(ME);
     assert_eq!(
         (&printed["Version"], &printed["AccessKeyId"]),
         (&Value::from(1), &status["access_key_id"])
     );
     assert_eq!(printed["Expiration"], status["expiration"]);
 
-    // The socket is the configuration's, whatever else is wrong with that; unless it is `[listen]` itself.
+    // The socket is the configuration's, even if other tables have errors, but not if `[listen]`
+    // itself has one.
     let path = folder.path().join("other.toml");
-    let asked = |text: &str| {
+    let recorded = |text: &str| {
         fs::write(&path, text).unwrap();
         ask(&["--config", path.to_str().unwrap()])
     };
     let text = format!(
         "[listen]\nunix = \"{socket}\"\n[[role]]\nuser = \"nobody-of-that-name\"\n[[workload]]\n"
     );
-    assert_eq!(asked(&text).status.code(), Some(0));
-    let refused = asked(&text.replace("unix", "unx"));
+    assert_eq!(recorded(&text).status.code(), Some(0));
+    let refused = recorded(&text.replace("unix", "unx"));
     assert_eq!(
         (refused.status.code(), refused.stdout.as_str()),
         (Some(1), "")
@@ -109,7 +103,7 @@ fn the_cli_takes_what_it_prints() {
         "text",
     ]);
     command.args(["sts", "get-caller-identity", "--query", "Arn"]);
-    let arn = run(command, b"", PATIENCE).success("aws sts get-caller-identity");
+    let arn = run(command, b"", TIMEOUT).success("aws sts get-caller-identity");
     assert_eq!(
         arn.trim(),
         "arn:aws:sts::123456789012:assumed-role/dev/example.org=user=me"
@@ -117,7 +111,7 @@ fn the_cli_takes_what_it_prints() {
 }
 
 #[test]
-fn a_refusal_says_what_to_do_and_prints_nothing_else() {
+fn refusal_prints_only_the_fix() {
     let folder = folder();
     let (mut daemon, _upstream) = daemon(folder.path());
     let socket = daemon.unix().display().to_string();
@@ -135,30 +129,37 @@ fn a_refusal_says_what_to_do_and_prints_nothing_else() {
         "{refused:?}"
     );
     if root() {
-        // Where this was built may be a place that others can't enter.
+        // Other users may be unable to enter the build folder.
         let program = folder.path().join("awsvid");
         fs::copy(PROGRAM, &program).unwrap();
-        let nobody =
+        let no_identity =
             Workload::new(1777).run(&program, &["credential-process", "--socket", &socket]);
         assert_eq!(
-            (nobody.status.code(), nobody.stdout.as_str()),
+            (no_identity.status.code(), no_identity.stdout.as_str()),
             (Some(1), "")
         );
         assert!(
-            nobody.stderr.contains("uid 1777") && nobody.stderr.contains("`exe` never match"),
-            "{nobody:?}"
+            no_identity.stderr.contains("uid 1777")
+                && no_identity.stderr.contains("`exe` never match"),
+            "{no_identity:?}"
         );
     }
     daemon.process().signal(Signal::SIGTERM);
-    daemon.process().owned().wait(PATIENCE).expect("it ends");
-    let gone = ask(&["--socket", &socket]);
-    assert_eq!((gone.status.code(), gone.stdout.as_str()), (Some(1), ""));
-    assert!(gone.stderr.contains("systemctl"), "{gone:?}");
+    daemon.process().owned().wait(TIMEOUT).expect("it ends");
+    let missing_socket = ask(&["--socket", &socket]);
+    assert_eq!(
+        (missing_socket.status.code(), missing_socket.stdout.as_str()),
+        (Some(1), "")
+    );
+    assert!(
+        missing_socket.stderr.contains("systemctl"),
+        "{missing_socket:?}"
+    );
 }
 
-/// Attack 12: a server of another user in the socket's place would give out credentials of his account.
+/// T12: a server of another user at the socket's path would return credentials of its own account.
 #[test]
-fn a_socket_of_somebody_else_is_not_asked() {
+fn socket_of_other_user_gets_no_request() {
     if !root() {
         return;
     }
@@ -168,13 +169,13 @@ fn a_socket_of_somebody_else_is_not_asked() {
     chown(&theirs, Some(1777), Some(1777)).unwrap();
     let socket = theirs.join("awsvid.sock");
     let server = "import socket, sys\ns = socket.socket(socket.AF_UNIX)\ns.bind(sys.argv[1])\ns.listen()\n\
-        print('listening', flush=True)\nwhile True:\n    print('asked', s.accept()[0].recv(9), flush=True)\n";
+        print('listening', flush=True)\nwhile True:\n    print('received', s.accept()[0].recv(9), flush=True)\n";
     let mut command = Workload::new(1777).command("/usr/bin/python3");
     command
         .args(["-c", server, socket.to_str().unwrap()])
         .current_dir("/");
     let process = Process::start("a false server", command, &folder.path().join("log"));
-    process.await_some("it listens", PATIENCE, || {
+    process.await_some("it listens", TIMEOUT, || {
         process.log().contains("listening").then_some(())
     });
     let refused = |path: &Path, why: &str| {
@@ -197,7 +198,7 @@ fn a_socket_of_somebody_else_is_not_asked() {
     fs::rename(&socket, &moved).unwrap();
     refused(&moved, "the socket belongs to uid 1777");
     chown(&moved, Some(0), Some(0)).unwrap();
-    refused(&moved, "whoever listens there is uid 1777");
-    // A connection tells nothing; the role that is asked for would.
-    assert!(!process.log().contains("asked b'G"), "{}", process.log());
+    refused(&moved, "its listener runs as uid 1777");
+    // A connection reveals nothing; the requested role would.
+    assert!(!process.log().contains("received b'G"), "{}", process.log());
 }

@@ -12,6 +12,7 @@ use nix::unistd::geteuid;
 use crate::harness::counterparts::process::{Output, Process, run};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, root, tool};
+use crate::harness::documents::block;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -36,7 +37,7 @@ fn arn(name: &str) -> String {
 }
 
 #[test]
-fn the_cli_has_the_role_whatever_else_the_user_has_configured() {
+fn dev_gives_cli_its_role_despite_other_settings() {
     let Some(aws) = tool("aws") else { return };
     let home = folder();
     fs::create_dir(home.path().join(".aws")).unwrap();
@@ -50,6 +51,9 @@ fn the_cli_has_the_role_whatever_else_the_user_has_configured() {
         "--output",
         "text",
     ];
+    // The example of cli.md.
+    let example = block("cli.md", "`awsvid dev`", "awsvid dev -- aws");
+    assert_eq!(example.trim(), "awsvid dev -- aws sts get-caller-identity");
     let mut command = dev(&["--", aws.to_str().unwrap()]);
     command.args(query).env("HOME", home.path());
     command.envs([
@@ -70,9 +74,10 @@ fn the_cli_has_the_role_whatever_else_the_user_has_configured() {
     );
 }
 
-/// The README's first command, word by word but for the build, prints what the README shows for a user of another name.
+/// Runs the README's first command as it is, except the build. Its output has to be that of the
+/// README, for a user of another name.
 #[test]
-fn readme_command_prints_the_output_in_the_readme() {
+fn dev_prints_the_output_of_the_readme() {
     let (_, section) = include_str!("../../README.md")
         .split_once("\n## Try it\n")
         .expect("the section");
@@ -123,12 +128,12 @@ fn readme_command_prints_the_output_in_the_readme() {
 }
 
 #[test]
-fn a_user_without_privileges_can_run_it() {
+fn dev_runs_without_privileges() {
     if !root() {
         return;
     }
     let Some(aws) = tool("aws") else { return };
-    // Where this was built may be a place that others can't enter.
+    // Other users may be unable to enter the folder that this was built in.
     let folder = folder();
     let program = folder.path().join("awsvid");
     fs::copy(env!("CARGO_BIN_EXE_awsvid"), &program).unwrap();
@@ -181,7 +186,7 @@ fn a_user_without_privileges_can_run_it() {
 }
 
 #[test]
-fn it_ends_as_its_command_ends() {
+fn dev_exits_with_status_of_its_command() {
     let table = [
         ("exit 0", 0),
         ("exit 7", 7),
@@ -207,7 +212,7 @@ fn it_ends_as_its_command_ends() {
 }
 
 #[test]
-fn signals_end_the_command_and_it_says_how() {
+fn dev_reports_signal_that_ended_its_command() {
     let folder = folder();
     let script = "trap 'exit 3' TERM; trap 'exit 4' HUP; trap 'exit 5' INT; echo up; while :; do sleep 0.01; done";
     for (signal, status) in [
@@ -227,7 +232,7 @@ fn signals_end_the_command_and_it_says_how() {
 }
 
 #[test]
-fn without_a_command_it_prints_what_another_terminal_needs() {
+fn dev_prints_variables_without_a_command() {
     let Some(aws) = tool("aws") else { return };
     let folder = folder();
     let mut process = Process::start("awsvid dev", dev(&[]), &folder.path().join("log"));
@@ -272,7 +277,7 @@ fn without_a_command_it_prints_what_another_terminal_needs() {
             .run("/usr/bin/curl", &curl)
             .success("curl");
         assert!(refused.contains("\"code\":\"no_identity\""), "{refused}");
-        // The API that signs for everybody is behind a door of its own.
+        // Other users cannot enter the directory of the API that signs for all users.
         let api = directory.join("workload-api");
         let mut ls = Command::new("/bin/ls");
         ls.arg(&api).uid(1777).gid(1777);

@@ -1,8 +1,8 @@
 //! Runs the command blocks of deploy/docs, here or by a test that this file names, and parses the
 //! blocks with JSON and configurations.
 
-use std::fs;
-use std::os::unix::fs::symlink;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -15,7 +15,8 @@ use crate::harness::counterparts::{folder, root, skip, tool};
 use crate::harness::daemon::PROGRAM;
 use crate::harness::documents::{Block, block, blocks};
 
-const PAGES: [&str; 11] = [
+const PAGES: [&str; 13] = [
+    "README.md",
     "install-vm.md",
     "install-kubernetes.md",
     "kubernetes-with-spire.md",
@@ -27,6 +28,7 @@ const PAGES: [&str; 11] = [
     "upgrade.md",
     "migrate.md",
     "revoke.md",
+    "troubleshooting.md",
 ];
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -66,18 +68,17 @@ const EXISTING_SPIRE: Tested = In(
     "helm_installs_and_removes_awsvid",
 );
 const NODE: Tested = In("kubernetes.rs", "documented_commands_work");
-const DEV: Tested = In(
-    "dev.rs",
-    "the_cli_has_the_role_whatever_else_the_user_has_configured",
-);
+const DEV: Tested = In("dev.rs", "dev_gives_cli_its_role_despite_other_settings");
 const AT_AWS: Tested = Not(
     "only AWS's own STS answers it; tests/it/dev.rs runs the same command at that of awsvid dev",
 );
 
 /// Each command block: its page, its first words, how it is tested.
-const COMMANDS: [(&str, &str, Tested); 52] = [
+const COMMANDS: &[(&str, &str, Tested)] = &[
     ("install-vm.md", "cargo build --release", INSTALLATION),
     ("install-vm.md", "spire-server entry create", BySpire),
+    ("install-vm.md", "awsvid trust-policy", ByShell),
+    ("install-vm.md", "aws iam attach-role-policy", ByAwsCli),
     (
         "install-vm.md",
         "sudo awsvid config validate",
@@ -110,6 +111,12 @@ const COMMANDS: [(&str, &str, Tested); 52] = [
         "install-kubernetes.md",
         "kubectl --namespace awsvid rollout",
         NODE,
+    ),
+    ("install-kubernetes.md", "awsvid trust-policy", ByShell),
+    (
+        "install-kubernetes.md",
+        "aws iam attach-role-policy",
+        ByAwsCli,
     ),
     (
         "kubernetes-with-spire.md",
@@ -171,28 +178,84 @@ const COMMANDS: [(&str, &str, Tested); 52] = [
         "curl --silent http://127.0.0.1:975/metrics",
         FIRST_WORKLOAD,
     ),
+    ("audit-log.md", "# By default, on a VM", ByShell),
     ("audit-log.md", "jq -n", ByShell),
     ("audit-log.md", "jq -c", ByShell),
     ("audit-log.md", "jq -r", ByShell),
     ("audit-log.md", "aws cloudtrail", ByAwsCli),
     ("upgrade.md", "awsvid.previous config validate", ROLLBACK),
-    ("upgrade.md", "cp --preserve", UPGRADE),
+    ("upgrade.md", "cp --preserve /usr/bin", UPGRADE),
+    (
+        "upgrade.md",
+        "cp --preserve /etc/systemd",
+        Not("no version has another unit yet; documented_installation_works installs the units"),
+    ),
     ("upgrade.md", "install -m 0644", ROLLBACK),
+    (
+        "upgrade.md",
+        "kubectl apply -k .",
+        Not("it needs a kustomization of an operator; tests/it/kubernetes.rs applies its own"),
+    ),
     ("migrate.md", "awsvid exec", AT_AWS),
+    ("migrate.md", "awsvid trust-policy", ByShell),
+    ("migrate.md", "aws iam get-role ", ByAwsCli),
+    ("migrate.md", "aws iam update-assume-role-policy", ByAwsCli),
     ("migrate.md", "awsvid check --workload", FIRST_WORKLOAD),
     ("migrate.md", "aws iam get-access-key-last-used", ByAwsCli),
     ("migrate.md", "aws iam update-access-key", ByAwsCli),
     ("migrate.md", "aws rolesanywhere", ByAwsCli),
+    ("revoke.md", "# By default, on a VM", ByShell),
     ("revoke.md", "jq -r", ByShell),
     ("revoke.md", "aws iam put-role-policy", ByAwsCli),
     ("revoke.md", "spire-server entry show", FIRST_WORKLOAD),
-    ("revoke.md", "awsvid config validate", FIRST_WORKLOAD),
+    ("revoke.md", "sudo awsvid config validate", FIRST_WORKLOAD),
     ("revoke.md", "jq -c", ByShell),
-    ("revoke.md", "awsvid status", FIRST_WORKLOAD),
+    ("revoke.md", "sudo awsvid status", FIRST_WORKLOAD),
     ("revoke.md", "aws cloudtrail", ByAwsCli),
     ("revoke.md", "aws iam delete-role-policy", ByAwsCli),
     ("revoke.md", "spire-server agent ban", BySpire),
 ];
+
+const POD_RECIPE: Tested = In(
+    "kubernetes/documented.rs",
+    "documented_recipe_explains_a_403",
+);
+const README_OUTPUT: Tested = In("dev.rs", "dev_prints_the_output_of_the_readme");
+
+/// The same for README.md and troubleshooting.md.
+const MORE_COMMANDS: &[(&str, &str, Tested)] = &[
+    ("README.md", "cargo run --release", README_OUTPUT),
+    (
+        "README.md",
+        "tests/run",
+        Not("it is the run that this test is part of"),
+    ),
+    ("README.md", "kubectl apply -k", NODE),
+    ("README.md", "sudo systemctl enable", FIRST_WORKLOAD),
+    ("troubleshooting.md", "kubectl -n shop debug", POD_RECIPE),
+    ("troubleshooting.md", "uid=$(kubectl", POD_RECIPE),
+    ("troubleshooting.md", "kubectl -n awsvid exec", POD_RECIPE),
+    (
+        "troubleshooting.md",
+        "sudo -u billing awsvid credential-process",
+        FIRST_WORKLOAD,
+    ),
+    (
+        "troubleshooting.md",
+        "kubectl -n shop exec billing-0",
+        Not("images of the tests have no env; tests/it/kubernetes/policy.rs has the variables"),
+    ),
+    (
+        "troubleshooting.md",
+        "sudo systemd-run",
+        Not("it needs a rule for a unit of that name; tests/it/systemd.rs has callers by unit"),
+    ),
+    ("troubleshooting.md", "sudo journalctl", ByShell),
+];
+
+fn all_commands() -> impl Iterator<Item = &'static (&'static str, &'static str, Tested)> {
+    COMMANDS.iter().chain(MORE_COMMANDS)
+}
 
 /// Returns the command blocks that are tested in this way, in the order of the pages.
 fn commands(is_meant: impl Fn(Tested) -> bool) -> Vec<(&'static str, String)> {
@@ -213,7 +276,7 @@ fn commands(is_meant: impl Fn(Tested) -> bool) -> Vec<(&'static str, String)> {
 fn tested(page: &str, block: &Block) -> Tested {
     let fits =
         |(of, begin, _): &&(&str, &str, Tested)| *of == page && block.text.starts_with(begin);
-    let found: Vec<_> = COMMANDS.iter().filter(fits).collect();
+    let found: Vec<_> = all_commands().filter(fits).collect();
     let [(_, _, tested)] = &found[..] else {
         panic!("{page}: in the table {} times: {}", found.len(), block.text)
     };
@@ -225,11 +288,62 @@ fn with_names(text: &str, log: &Path) -> String {
     text.replace(AUDIT_LOG, log.to_str().unwrap())
 }
 
+/// Returns whether a test's file names this page, and text at the beginning of this block.
+fn reads_block(source: &str, page: &str, begin: &str) -> bool {
+    let literals: Vec<&str> = source.split('"').collect();
+    let text = blocks(page)
+        .into_iter()
+        .find(|block| block.language == "sh" && block.text.starts_with(begin))
+        .map(|block| block.text)
+        .unwrap_or_default();
+    literals.iter().any(|literal| literal.ends_with(page))
+        && literals
+            .iter()
+            .any(|literal| literal.len() > 3 && text.starts_with(literal))
+}
+
+/// Returns whether this cargo filter names a test, by the module and the beginning of the name.
+fn names_a_test(filter: &str) -> bool {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (module, name) = filter.rsplit_once("::").unwrap_or(("", filter));
+    let is_lib = root
+        .join(format!("src/{}.rs", module.split("::").next().unwrap()))
+        .exists();
+    let folder = if is_lib { "src" } else { "tests/it" };
+    let path = root.join(folder).join(module.replace("::", "/") + ".rs");
+    fs::read_to_string(path).is_ok_and(|source| source.contains(&format!("fn {name}")))
+}
+
+/// CONTRIBUTING.md shows how to run one test; its examples have to be tests.
+#[test]
+fn filters_of_contributing_name_tests() {
+    let text = include_str!("../../.github/CONTRIBUTING.md");
+    let mut count = 0;
+    for command in text.split('`').filter(|code| code.contains("cargo test ")) {
+        let Some(filter) = command
+            .split_whitespace()
+            .last()
+            .filter(|word| word.contains("::"))
+        else {
+            continue;
+        };
+        count += 1;
+        let module = filter.trim_end_matches("::");
+        let file = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/it")
+            .join(format!("{module}.rs"));
+        let is_module = filter.ends_with("::") && file.exists();
+        assert!(is_module || names_a_test(filter), "{command}");
+    }
+    assert_eq!(count, 3);
+}
+
 #[test]
 fn every_command_block_is_tested_or_excused() {
     let count = commands(|_| true).len();
-    assert_eq!(count, COMMANDS.len(), "a row of the table has no block");
-    for (page, begin, tested) in COMMANDS {
+    let rows = all_commands().count();
+    assert_eq!(count, rows, "a row of the table has no block");
+    for &(page, begin, tested) in all_commands() {
         match tested {
             In(file, function) => {
                 let file = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -241,6 +355,11 @@ fn every_command_block_is_tested_or_excused() {
                     source.contains(&format!("fn {function}(")),
                     "{page}, {begin}: {function}"
                 );
+                assert!(
+                    reads_block(&source, page, begin),
+                    "{page}, {begin}: {} reads no such block",
+                    file.display()
+                );
             }
             Not(reason) => assert!(reason.len() > 20, "{page}, {begin}: {reason}"),
             ByShell | BySpire | ByAwsCli => {}
@@ -248,8 +367,11 @@ fn every_command_block_is_tested_or_excused() {
     }
 }
 
-/// Fills a folder with the files that the commands need: `awsvid` in `bin`, a configuration, and the
-/// records of audit-log.md.
+/// The audit log of the daemon, as [`stage`] writes it.
+const STAGED_LOG: &str = "daemon.log";
+
+/// Fills a folder with the files that the commands need: `awsvid` in `bin`, a configuration, and
+/// the records of audit-log.md. Stand-ins for journalctl and kubectl print the same records.
 fn stage(folder: &Path) {
     fs::create_dir(folder.join("bin")).unwrap();
     symlink(PROGRAM, folder.join("bin/awsvid")).unwrap();
@@ -263,10 +385,25 @@ fn stage(folder: &Path) {
         .filter(|block| block.language == "json")
         .map(|block| block.text)
         .collect();
-    fs::write(folder.join("audit.log"), records).unwrap();
+    let log = folder.join(STAGED_LOG);
+    fs::write(&log, records).unwrap();
+    for source in ["journalctl", "kubectl"] {
+        let program = folder.join("bin").join(source);
+        fs::write(&program, format!("#!/bin/sh\ncat {}\n", log.display())).unwrap();
+        fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    }
     fs::write(
         folder.join("revoke.json"),
         block("revoke.md", "1. Deny the sessions in AWS", "{"),
+    )
+    .unwrap();
+    fs::write(
+        folder.join("trust.json"),
+        block(
+            "install-vm.md",
+            "4. Let AWS trust your SPIFFE provider",
+            "{",
+        ),
     )
     .unwrap();
 }
@@ -299,7 +436,7 @@ fn documented_commands_work_in_a_shell() {
     let folder = folder();
     let folder = folder.path();
     stage(folder);
-    let log = folder.join("audit.log");
+    let log = folder.join(STAGED_LOG);
     for (page, text) in commands(|tested| matches!(tested, ByShell)) {
         let output = shell(folder, &with_names(&text, &log));
         let is_file = text.contains(" > ");
@@ -389,8 +526,14 @@ fn documented_json_can_be_parsed() {
 }
 
 /// Adds the rest of the smallest configuration to a block that shows a part of one.
-fn completed(text: &str) -> String {
+fn completed(page: &str, text: &str) -> String {
     let mut text = text.to_owned();
+    if page == "install-kubernetes.md" && !text.contains("[identity]") {
+        text.push_str(
+            "\n[identity]\nsource = \"spiffe-broker\"\n\
+             broker_socket = \"unix:///run/spire/broker/api.sock\"\n",
+        );
+    }
     let sources_of_spire = ["spire-delegated", "spiffe-broker"];
     if !text.contains("[[workload]]")
         && !sources_of_spire.iter().any(|source| text.contains(source))
@@ -420,7 +563,7 @@ fn documented_configurations_have_no_mistakes() {
             command
                 .env_clear()
                 .args(["config", "validate", "-", "--offline"]);
-            let output = run(command, completed(&block.text).as_bytes(), PATIENCE);
+            let output = run(command, completed(page, &block.text).as_bytes(), PATIENCE);
             assert!(
                 output.status.success() && output.stderr.is_empty(),
                 "{page}: {output:?}: {}",

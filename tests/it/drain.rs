@@ -1,4 +1,4 @@
-//! The daemon's end: SIGTERM cuts nobody off, a second signal does.
+//! The daemon's end: SIGTERM cuts no connection, a second signal does.
 
 use std::io::{ErrorKind, Read};
 use std::net::TcpStream;
@@ -11,42 +11,37 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::client::{answer, ask, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::Daemon;
-use crate::harness::gate::Gate;
-use crate::harness::upstream::Upstream;
+use crate::harness::pausable_proxy::PausableProxy;
+use crate::harness::upstream::{Upstream, my_rule};
 
-/// For what takes milliseconds, or the daemon's own 16 s, on a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Bounds steps that take milliseconds, or the daemon's own 16 s, on a machine that is busy with
+/// other tests.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A daemon that serves the user of this test, and a gate before its source.
-struct Stage {
+/// A daemon that serves the user of this test, and a pausable proxy in front of its source.
+struct DrainStage {
     daemon: Daemon,
-    gate: Gate,
+    gate: PausableProxy,
     _upstream: Upstream,
     _folder: tempfile::TempDir,
 }
 
-impl Stage {
-    /// Ready, with nothing cached and the gate closed.
+impl DrainStage {
+    /// Starts it, waits until it is ready, and closes the proxy. The cache is empty.
     fn set() -> Self {
         let folder = folder();
-        let uid = nix::unistd::getuid().as_raw();
-        let upstream = Upstream::start(&[(uid, "me")]);
+        let upstream = Upstream::start_for_me();
         let path = folder.path().join("gate.sock");
-        let gate = Gate::start(&path, &upstream.socket());
+        let gate = PausableProxy::start(&path, &upstream.socket());
         gate.set_open(true);
-        let rule = format!(
-            "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-            own_rule()
-        );
         let daemon = Daemon::start(
             folder.path(),
             "",
-            &(upstream.configuration_at(&path) + &rule),
+            &(upstream.configuration_at(&path) + &my_rule()),
         )
         .ready();
         gate.set_open(false);
@@ -58,18 +53,19 @@ impl Stage {
         }
     }
 
-    /// A request for credentials that aren't cached, once the daemon has asked the source for them.
-    fn held(&self) -> UnixStream {
-        let came = self.gate.came();
+    /// Sends a request for credentials that are not cached, and waits until the daemon has queried
+    /// the source for them.
+    fn held_request(&self) -> UnixStream {
+        let arrivals = self.gate.arrivals();
         let stream = send(UnixStream::connect(self.daemon.unix()).unwrap());
-        self.gate.await_came(came + 1);
+        self.gate.await_arrivals(arrivals + 1);
         stream
     }
 
-    /// Sends the signal, and returns when the daemon takes no more connections.
+    /// Sends the signal, and returns once the daemon accepts no more connections.
     fn end(&mut self, signal: Signal) {
         self.daemon.process().signal(signal);
-        await_some("no listener is left", PATIENCE, || {
+        await_some("no listener is left", TIMEOUT, || {
             let refused = |error: std::io::Error| {
                 matches!(
                     error.kind(),
@@ -87,16 +83,16 @@ impl Stage {
         self.daemon
             .process()
             .owned()
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("the daemon ends")
             .code()
     }
 }
 
 #[test]
-fn a_cold_request_is_answered_with_what_it_waited_for() {
-    let mut stage = Stage::set();
-    let mut held = stage.held();
+fn cold_request_gets_credentials_during_drain() {
+    let mut stage = DrainStage::set();
+    let mut waiting = stage.held_request();
     stage.end(Signal::SIGTERM);
     assert_eq!(
         http_get(stage.daemon.admin(), "/readyz").unwrap().0,
@@ -104,7 +100,7 @@ fn a_cold_request_is_answered_with_what_it_waited_for() {
         "operators see that it ends"
     );
     stage.gate.set_open(true);
-    let (status, body) = answer(&mut held);
+    let (status, body) = answer(&mut waiting);
     assert_eq!(status, 200, "{body}");
     assert_eq!(stage.exit_status(), Some(0));
     let records = stage.daemon.audit();
@@ -115,11 +111,11 @@ fn a_cold_request_is_answered_with_what_it_waited_for() {
 }
 
 #[test]
-fn a_cold_request_that_waits_in_vain_is_told_so() {
-    let mut stage = Stage::set();
-    let mut held = stage.held();
+fn cold_request_gets_503_at_end_of_drain() {
+    let mut stage = DrainStage::set();
+    let mut waiting = stage.held_request();
     stage.end(Signal::SIGINT);
-    let (status, body) = answer(&mut held);
+    let (status, body) = answer(&mut waiting);
     assert_eq!(
         (status, &body["code"]),
         (503, &Value::from("pending")),
@@ -129,15 +125,16 @@ fn a_cold_request_that_waits_in_vain_is_told_so() {
 }
 
 #[test]
-fn who_has_connected_but_was_not_accepted_yet_is_answered() {
-    const EACH: usize = 150;
-    let mut stage = Stage::set();
+fn pending_connection_is_answered_during_drain() {
+    const CONNECTIONS_PER_LISTENER: usize = 150;
+    let mut stage = DrainStage::set();
     stage.gate.set_open(true);
     let warm = ask(UnixStream::connect(stage.daemon.unix()).unwrap()).1["AccessKeyId"].clone();
     let (unix, tcp, tcp6) = (stage.daemon.unix(), stage.daemon.tcp(), stage.daemon.tcp6());
-    // While it stands still the kernel accepts for it. It finds the signal and the connections at the same time.
+    // While it is stopped the kernel accepts for it. On continuation it finds the signal and the
+    // connections at the same time.
     stage.daemon.process().signal(Signal::SIGSTOP);
-    let queued: Vec<_> = (0..EACH)
+    let queued: Vec<_> = (0..CONNECTIONS_PER_LISTENER)
         .map(|_| {
             let unix = send(UnixStream::connect(&unix).unwrap());
             (
@@ -161,36 +158,36 @@ fn who_has_connected_but_was_not_accepted_yet_is_answered() {
 }
 
 #[test]
-fn a_slow_reader_gets_all_of_its_answer() {
-    let mut stage = Stage::set();
-    let held = stage.held();
+fn slow_reader_gets_whole_response_during_drain() {
+    let mut stage = DrainStage::set();
+    let waiting = stage.held_request();
     let slow = [stage.daemon.tcp(), stage.daemon.tcp6()].map(|address| {
         let stream = TcpStream::connect(address).unwrap();
-        // The least that the kernel gives: the answer doesn't fit.
+        // The least that the kernel allows: the response doesn't fit.
         setsockopt(&stream.as_fd(), sockopt::RcvBuf, &1).unwrap();
         send(stream)
     });
     stage.end(Signal::SIGTERM);
     stage.gate.set_open(true);
-    // Whoever reads only when the daemon is gone.
+    // A client that reads only after the daemon has ended.
     assert_eq!(stage.exit_status(), Some(0));
     for stream in slow {
         assert_eq!(answer(&mut &stream).0, 200);
     }
-    assert_eq!(answer(&mut &held).0, 200);
+    assert_eq!(answer(&mut &waiting).0, 200);
 }
 
 #[test]
-fn a_second_signal_ends_it_at_once() {
+fn second_signal_ends_daemon_at_once() {
     for (second, status) in [(Signal::SIGTERM, 143), (Signal::SIGINT, 130)] {
-        let mut stage = Stage::set();
-        let mut held = stage.held();
+        let mut stage = DrainStage::set();
+        let mut waiting = stage.held_request();
         stage.end(Signal::SIGTERM);
         stage.daemon.process().signal(second);
         assert_eq!(stage.exit_status(), Some(status));
         let mut cut = String::new();
-        let _ = held.read_to_string(&mut cut);
-        assert_eq!(cut, "", "the request was open, and nobody has answered it");
+        let _ = waiting.read_to_string(&mut cut);
+        assert_eq!(cut, "", "the request was open, and got no response");
         let left: Vec<PathBuf> = [stage.daemon.unix()]
             .into_iter()
             .filter(|path| path.exists())

@@ -6,19 +6,17 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use nix::unistd::getuid;
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::counterparts::process::{Output, Process, run};
 use crate::harness::counterparts::{folder, tool};
 use crate::harness::daemon::{Daemon, PROGRAM};
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{Upstream, my_rule};
 
 mod profiles;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// `awsvid exec` with nothing else in its environment.
+/// Returns `awsvid exec` with an empty environment.
 fn exec(arguments: &[&str]) -> Command {
     let mut command = Command::new(PROGRAM);
     command
@@ -30,28 +28,23 @@ fn exec(arguments: &[&str]) -> Command {
 }
 
 fn output(command: Command) -> Output {
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
-/// A daemon that serves the user of this test.
+/// Starts a daemon that serves the user of this test.
 fn daemon(folder: &Path, listen: &str) -> (Daemon, Upstream) {
-    let uid = getuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
+    let upstream = Upstream::start_for_me();
     (
-        Daemon::start(folder, listen, &(upstream.configuration() + &rule)).ready(),
+        Daemon::start(folder, listen, &(upstream.configuration() + &my_rule())).ready(),
         upstream,
     )
 }
 
 #[test]
-fn a_command_has_awsvids_credentials_whatever_else_is_set() {
+fn command_gets_credentials_despite_other_settings() {
     let Some(aws) = tool("aws") else { return };
     let folder = folder();
-    // Any value would not do.
+    // The token is required, not just any value.
     let (daemon, upstream) = daemon(folder.path(), "authorization = \"token\"");
     fs::create_dir(folder.path().join(".aws")).unwrap();
     let profile = "[default]\naws_access_key_id = AKIAEXAMPLE\naws_secret_access_key = s3cret\n";
@@ -112,11 +105,11 @@ fn a_command_has_awsvids_credentials_whatever_else_is_set() {
 }
 
 #[test]
-fn the_configuration_says_where_the_daemon_is() {
+fn exec_finds_daemon_by_configuration() {
     let folder = folder();
     let config = folder.path().join("awsvid.toml");
     let configuration = "[listen]\ntcp = [\"[::1]:974\", \"127.0.0.1:975\"]\nadmin = \"\"\ntoken_file = \"/nonexistent/token\"\n\
-        [identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
+        [identity]\nworkload_api_socket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
         [[workload]]\nspiffe_id = \"spiffe://example.org/a\"\nuid = 54321\n\
         [[role]]\nname = \"a\"\nspiffe_id = \"spiffe://example.org/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n";
     fs::write(&config, configuration).unwrap();
@@ -134,7 +127,7 @@ fn the_configuration_says_where_the_daemon_is() {
             "{line} in:\n{environment}"
         );
     }
-    // What is wrong elsewhere is for the operator, not for whoever runs a command.
+    // An error in another table is for the operator, not for the user of a command.
     let wrong = configuration
         .replace("uid = 54321", "user = \"nobody-of-that-name\"")
         .replace("role_arn", "arn");
@@ -156,7 +149,7 @@ fn the_configuration_says_where_the_daemon_is() {
 const URL: [&str; 3] = ["--url", "http://127.0.0.1:974", "--"];
 
 #[test]
-fn it_is_the_command_from_then_on() {
+fn exec_replaces_itself_with_the_command() {
     let table = [
         ("exit 0", Some(0)),
         ("exit 7", Some(7)),
@@ -164,7 +157,7 @@ fn it_is_the_command_from_then_on() {
         ("kill -KILL $$", None),
     ];
     for (script, status) in table {
-        // By a signal if that is how the command ended: there is nobody in between who could say it differently.
+        // By a signal if that ended the command: no process in between could report it differently.
         assert_eq!(
             output(exec(&[&URL[..], &["sh", "-c", script]].concat()))
                 .status
@@ -193,12 +186,12 @@ fn it_is_the_command_from_then_on() {
     let command = exec(&[&URL[..], &["sh", "-c", script]].concat());
     let mut process = Process::start("awsvid exec", command, &folder.path().join("log"));
     let pid = format!("pid={}\n", process.id());
-    process.await_some("the command runs as the same process", PATIENCE, || {
+    process.await_some("the command runs as the same process", TIMEOUT, || {
         process.log().contains(&pid).then_some(())
     });
     process.signal(Signal::SIGTERM);
     assert_eq!(
-        process.owned().wait(PATIENCE).expect("it ends").code(),
+        process.owned().wait(TIMEOUT).expect("it ends").code(),
         Some(3)
     );
 }

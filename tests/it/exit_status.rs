@@ -1,7 +1,9 @@
-//! How `awsvid serve` ends, and with which status; and what does not end it, since it may pass by itself.
+//! The exit statuses of `awsvid serve`, and the faults that do not end it, since they may pass by
+//! themselves.
 //!
-//! 78 is for what another start would not change, and what systemd does not start again; 1 is tried again; 2 is a command line
-//! that nobody can have meant.
+//! - 78: another start would not change the fault, and systemd does not try one.
+//! - 1: another start may succeed, and systemd tries one.
+//! - 2: the command line is invalid.
 
 use std::fs;
 use std::net::TcpListener;
@@ -12,19 +14,17 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use nix::unistd::getuid;
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::client::ask;
 use crate::harness::counterparts::process::{Output, await_some, run};
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::{Daemon, PROGRAM, text};
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{Upstream, my_rule};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const REST: &str = r#"
 [identity]
-socket = "unix:///nonexistent/agent.sock"
+workload_api_socket = "unix:///nonexistent/agent.sock"
 [sts]
 region = "eu-central-1"
 [[workload]]
@@ -36,7 +36,7 @@ spiffe_id = "spiffe://example.org/a"
 role_arn = "arn:aws:iam::123456789012:role/a"
 "#;
 
-/// `awsvid serve` with this file, by these words, with these variables, to its end.
+/// Runs `awsvid serve` with this file, behind these words, with these variables, to its end.
 fn serve(words: &[&str], variables: &[(&str, &str)], path: &Path) -> Output {
     let all = [words, &[PROGRAM, "serve", "--config"]].concat();
     let mut command = Command::new(all[0]);
@@ -46,10 +46,10 @@ fn serve(words: &[&str], variables: &[(&str, &str)], path: &Path) -> Output {
         .env_clear()
         .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");
     command.envs(variables.iter().copied());
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
-/// A configuration with these listeners and this after it.
+/// Returns a configuration with these listeners and this text after it.
 fn configuration(folder: &Path, listen: &str, more: &str) -> String {
     let path = |name: &str| folder.join(name);
     format!(
@@ -61,7 +61,7 @@ fn configuration(folder: &Path, listen: &str, more: &str) -> String {
 }
 
 #[test]
-fn what_another_start_would_not_change_is_78() {
+fn permanent_error_exits_with_78() {
     let folder = folder();
     let path = folder.path().join("awsvid.toml");
     let good = configuration(folder.path(), "tcp = []", "");
@@ -85,7 +85,7 @@ fn what_another_start_would_not_change_is_78() {
     }
     let missing = serve(&[], &[], &folder.path().join("missing.toml"));
     assert!(
-        missing.status.code() == Some(78) && missing.stderr.contains("can't be read"),
+        missing.status.code() == Some(78) && missing.stderr.contains("cannot be read"),
         "{missing:?}"
     );
     fs::write(&path, &good).unwrap();
@@ -96,7 +96,7 @@ fn what_another_start_would_not_change_is_78() {
     ] {
         // The file would give the socket.
         let text = if variable.starts_with("SPIFFE") {
-            good.replace("socket = \"unix", "# \"unix")
+            good.replace("workload_api_socket = \"unix", "# \"unix")
         } else {
             good.clone()
         };
@@ -118,7 +118,7 @@ fn what_another_start_would_not_change_is_78() {
         "{namespace:?}"
     );
     let pods = format!(
-        "tcp = []\npods = true\npods_dir = {:?}\nhandover = \"\"",
+        "tcp = []\n[pods]\nenabled = true\nnetns_dir = {:?}\nhandover_socket = \"\"",
         folder.path()
     );
     fs::write(&path, configuration(folder.path(), &pods, "")).unwrap();
@@ -127,14 +127,14 @@ fn what_another_start_would_not_change_is_78() {
         pods.status.code() == Some(78) && pods.stderr.contains("CAP_SYS_ADMIN"),
         "{pods:?}"
     );
-    // tests/it/exposure.rs has the file that others can change.
+    // tests/it/exposure.rs has the file that other users can change.
 }
 
 #[test]
-fn an_end_that_another_start_may_avoid_is_1() {
+fn temporary_error_exits_with_1() {
     let folder = folder();
     let path = folder.path().join("awsvid.toml");
-    // Every address is taken, as by another awsvid.
+    // Every address is in use, as by another awsvid.
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let _unix = UnixListener::bind(folder.path().join("awsvid.sock")).unwrap();
     let listen = format!("tcp = [\"{}\"]", taken.local_addr().unwrap());
@@ -148,16 +148,16 @@ fn an_end_that_another_start_may_avoid_is_1() {
 }
 
 #[test]
-fn an_argument_that_does_not_exist_is_2() {
+fn unknown_argument_exits_with_2() {
     let mut command = Command::new(PROGRAM);
     command
         .env_clear()
         .args(["serve", "--confg", "/etc/awsvid/awsvid.toml"]);
-    assert_eq!(run(command, b"", PATIENCE).status.code(), Some(2));
+    assert_eq!(run(command, b"", TIMEOUT).status.code(), Some(2));
 }
 
 #[test]
-fn a_signal_is_0() {
+fn signal_exits_with_0() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let folder = folder();
         let mut daemon = Daemon::start(folder.path(), "", REST);
@@ -166,7 +166,7 @@ fn a_signal_is_0() {
             daemon
                 .process()
                 .owned()
-                .wait(PATIENCE)
+                .wait(TIMEOUT)
                 .expect("it ends")
                 .code(),
             Some(0)
@@ -180,7 +180,7 @@ fn unix(daemon: &Daemon) -> (u16, serde_json::Value) {
 }
 
 #[test]
-fn an_audit_file_that_cannot_be_opened_yet_is_opened_later() {
+fn audit_file_is_opened_once_possible() {
     let folder = folder();
     let late = folder.path().join("late");
     let audit = format!("file = {:?}", late.join("audit.log"));
@@ -191,17 +191,17 @@ fn an_audit_file_that_cannot_be_opened_yet_is_opened_later() {
         .unwrap()
         .to_owned();
     let daemon = Daemon::start_text(folder.path(), &text.replace(&line, &audit));
-    // Somebody without an identity is refused as ever; the record waits.
+    // A caller without an identity is refused as ever; the record waits.
     assert_eq!(unix(&daemon).1["code"], "no_identity");
     assert!(
-        daemon.log().contains("no audit record can be written yet"),
+        daemon.log().contains("the audit file cannot be opened yet"),
         "{}",
         daemon.log()
     );
     fs::create_dir(&late).unwrap();
-    daemon.await_line(&["the audit file is open"]);
+    daemon.await_line(&["audit file opened"]);
     assert_eq!(unix(&daemon).1["code"], "no_identity");
-    await_some("both records", PATIENCE, || {
+    await_some("both records", TIMEOUT, || {
         let text = fs::read_to_string(late.join("audit.log")).ok()?;
         (text
             .lines()
@@ -210,25 +210,20 @@ fn an_audit_file_that_cannot_be_opened_yet_is_opened_later() {
             == 2)
             .then_some(())
     });
-    assert_eq!(daemon.metric("awsvid_audit_lost_total"), 0);
+    assert_eq!(daemon.metric("awsvid_audit_records_dropped_total"), 0);
 }
 
 #[test]
-fn without_a_required_record_nothing_is_handed_out_until_its_file_can_be_opened() {
+fn required_audit_blocks_credentials_until_file_opens() {
     let folder = folder();
     let late = folder.path().join("late");
-    let uid = getuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
-    let text = text(folder.path(), "", &(upstream.configuration() + &rule));
+    let upstream = Upstream::start_for_me();
+    let text = text(folder.path(), "", &(upstream.configuration() + &my_rule()));
     let text = text.replace("audit.log\"", "late/audit.log\"\nrequired = true");
     let daemon = Daemon::start_text(folder.path(), &text).ready();
     assert_eq!(unix(&daemon).1["code"], "not_audited");
     fs::create_dir(&late).unwrap();
-    daemon.await_line(&["the audit file is open"]);
+    daemon.await_line(&["audit file opened"]);
     let (status, body) = unix(&daemon);
     assert_eq!(status, 200, "{body}");
     let audit = fs::read_to_string(late.join("audit.log")).unwrap();
@@ -239,10 +234,10 @@ fn without_a_required_record_nothing_is_handed_out_until_its_file_can_be_opened(
 }
 
 #[test]
-fn a_token_file_that_cannot_be_written_yet_is_written_later() {
+fn token_file_is_written_once_possible() {
     let folder = folder();
     let late = folder.path().join("late");
-    // A file is in the place of the directory.
+    // A file has the path of the directory.
     fs::write(&late, "").unwrap();
     let token = folder.path().join("token");
     let text = text(folder.path(), "", REST).replace(
@@ -269,17 +264,17 @@ fn a_token_file_that_cannot_be_written_yet_is_written_later() {
     };
     assert_eq!(over_tcp("any"), "wrong_token");
     fs::remove_file(&late).unwrap();
-    daemon.await_line(&["the token file is written"]);
+    daemon.await_line(&["token file written"]);
     let written = fs::read_to_string(late.join("token")).unwrap();
     assert_eq!(over_tcp(&written), "no_identity");
 }
 
 #[test]
-fn one_address_that_is_taken_keeps_nobody_from_the_others() {
+fn occupied_address_does_not_stop_other_listeners() {
     let folder = folder();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let (address, closed) = (taken.local_addr().unwrap(), folder.path().join("closed"));
-    // Another process has the port, and everybody may put a socket where the status is to be.
+    // Another process has the port, and any user may put a socket at the path of the status socket.
     fs::create_dir(&closed).unwrap();
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o777)).unwrap();
     let text =
@@ -290,7 +285,7 @@ fn one_address_that_is_taken_keeps_nobody_from_the_others() {
     assert_eq!(
         daemon
             .log()
-            .matches("is not served yet: binding it is retried")
+            .matches("cannot be bound yet: retrying")
             .count(),
         2,
         "{}",
@@ -298,11 +293,11 @@ fn one_address_that_is_taken_keeps_nobody_from_the_others() {
     );
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
     drop(taken);
-    await_some("the port is served", PATIENCE, || {
+    await_some("the port is served", TIMEOUT, || {
         (http_get(address, "/probe")?.0 == 403).then_some(())
     });
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o755)).unwrap();
-    await_some("the status is served", PATIENCE, || {
+    await_some("the status is served", TIMEOUT, || {
         UnixStream::connect(closed.join("status.sock")).ok()
     });
 }

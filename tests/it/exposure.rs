@@ -1,4 +1,5 @@
-//! A configuration that another user could change is not used, nor is a file of that kind that it names (attack 38).
+//! The daemon rejects a configuration that another user could change, and such a file that it names
+//! (T38).
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
@@ -14,10 +15,10 @@ use crate::harness::daemon::{Daemon, PROGRAM};
 const OTHER: u32 = 51_001;
 const EX_CONFIG: Option<i32> = Some(78);
 
-/// For `uid` alone.
+/// Returns a configuration for `uid` alone.
 fn configuration(uid: u32) -> String {
     format!(
-        "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
+        "[identity]\nworkload_api_socket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
          [[workload]]\nspiffe_id = \"spiffe://example.org/a\"\nuid = {uid}\n\
          [[role]]\nname = \"a\"\nspiffe_id = \"spiffe://example.org/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n"
     )
@@ -29,7 +30,8 @@ fn set_mode(path: &Path, mode: u32) {
 
 type Prepare = fn(&Path, &Path);
 
-/// Ways to let another user change a file in a folder, and what the daemon says of each; it calls the file `noun`.
+/// Returns ways to let another user change a file in a folder, and the daemon's error for each,
+/// which calls the file `noun`.
 fn cases(noun: &str) -> [(String, Prepare); 5] {
     let of_file = |text: &str| format!("{text} the {noun}");
     [
@@ -54,7 +56,7 @@ fn cases(noun: &str) -> [(String, Prepare); 5] {
 }
 
 #[test]
-fn a_file_or_folder_of_another_user_ends_the_start() {
+fn exposed_configuration_ends_the_start() {
     if !root() {
         return;
     }
@@ -63,7 +65,7 @@ fn a_file_or_folder_of_another_user_ends_the_start() {
         let file = folder.path().join("awsvid.toml");
         fs::write(&file, "").unwrap();
         prepare(folder.path(), &file);
-        let (status, log) = Daemon::refused(&[], folder.path(), &configuration(0));
+        let (status, log) = Daemon::run_to_exit(&[], folder.path(), &configuration(0));
         assert_eq!(status, EX_CONFIG, "{log}");
         assert!(
             log.contains(&words) && log.contains("; ch"),
@@ -73,14 +75,14 @@ fn a_file_or_folder_of_another_user_ends_the_start() {
 }
 
 #[test]
-fn what_another_user_has_written_does_not_take_effect() {
+fn exposed_configuration_is_rejected_by_reload() {
     if !root() {
         return;
     }
     let folder = folder();
     let daemon = Daemon::start(folder.path(), "", &configuration(54_321));
     let file = folder.path().join("awsvid.toml");
-    // Somebody has made it writable, and another user makes itself root's workload.
+    // The file has become writable, and another user makes itself root's workload.
     set_mode(&file, 0o666);
     let write = format!(
         "text=$(sed 's/uid = 54321/uid = 0/' {0}); printf '%s\\n' \"$text\" >{0}",
@@ -113,7 +115,7 @@ fn what_another_user_has_written_does_not_take_effect() {
     assert_ne!(ask(unix()).1["code"], "no_identity");
 }
 
-/// A configuration whose STS is trusted by this file.
+/// Returns a configuration in which this file has the certificate of the STS.
 fn trusting(ca_file: &Path) -> String {
     let sts = format!("[sts]\nendpoint = \"https://127.0.0.1:9\"\nca_file = {ca_file:?}\n");
     let text = configuration(0).replace("[sts]\nregion = \"eu-central-1\"\n", &sts);
@@ -129,9 +131,10 @@ fn certificate() -> String {
         .pem()
 }
 
-/// Whoever writes the file decides which server gets the workloads' tokens and which credentials they get.
+/// The user that writes the file decides which server gets the workloads' tokens and which
+/// credentials they get.
 #[test]
-fn ca_file_of_another_user_ends_the_start_and_the_reload() {
+fn exposed_ca_file_ends_start_and_reload() {
     if !root() {
         return;
     }
@@ -141,7 +144,8 @@ fn ca_file_of_another_user_ends_the_start_and_the_reload() {
         fs::create_dir(&of_ca).unwrap();
         let file = of_ca.join("ca.pem");
         fs::write(&file, certificate()).unwrap();
-        // As it has to be it is used, and a reload with what another user could have written is refused.
+        // With safe permissions it is used. A reload with a file that another user could have
+        // written is refused.
         let daemon = Daemon::start(folder.path(), "", &trusting(&file));
         prepare(&of_ca, &file);
         assert!(
@@ -150,17 +154,17 @@ fn ca_file_of_another_user_ends_the_start_and_the_reload() {
         );
         assert!(daemon.log().contains(&words), "{words}: {}", daemon.log());
         drop(daemon);
-        let (status, log) = Daemon::refused(&[], folder.path(), &trusting(&file));
+        let (status, log) = Daemon::run_to_exit(&[], folder.path(), &trusting(&file));
         assert_eq!(status, EX_CONFIG, "{words}: {log}");
         assert!(
             log.contains(&words) && log.contains("; ch"),
             "{words}: {log}"
         );
-        // The same before anything is started.
+        // The command reports the same without a start.
         let mut check = Command::new(PROGRAM);
         check
             .env_clear()
-            .args(["config", "--check"])
+            .args(["config", "validate"])
             .arg(folder.path().join("awsvid.toml"));
         let checked = run(check, b"", Duration::from_secs(20));
         assert_eq!(checked.status.code(), EX_CONFIG, "{checked:?}");
@@ -168,9 +172,9 @@ fn ca_file_of_another_user_ends_the_start_and_the_reload() {
     }
 }
 
-/// The token that a workload has to show is not one that another user has chosen.
+/// The daemon accepts no workload token that another user has chosen.
 #[test]
-fn token_of_another_user_is_not_taken() {
+fn exposed_token_is_replaced() {
     if !root() {
         return;
     }
@@ -197,7 +201,7 @@ fn token_of_another_user_is_not_taken() {
 }
 
 #[test]
-fn a_volume_of_kubernetes_is_taken() {
+fn kubernetes_volume_is_accepted() {
     if !root() {
         return;
     }
@@ -225,8 +229,8 @@ fn a_volume_of_kubernetes_is_taken() {
         volume,
     ];
     Daemon::start_behind(&words, folder.path(), "", &configuration);
-    // The same where it can be written to.
-    let (status, log) = Daemon::refused(&[], folder.path(), &configuration);
+    // The same volume, but writable.
+    let (status, log) = Daemon::run_to_exit(&[], folder.path(), &configuration);
     assert_eq!(status, EX_CONFIG, "{log}");
     assert!(
         log.contains(&format!("every user of this node can write to {volume}")),

@@ -1,27 +1,29 @@
-//! Callers with very many supplementary groups, as any local user can have them who may make a user namespace (attack 27). The
-//! table of attacks is in attacks/README.md.
+//! Callers with very many supplementary groups, which any local user can have that may make a user
+//! namespace (T27). attacks/README.md has the table of attacks.
 
-use crate::harness::actor::{Acting, Counts};
+use crate::harness::actor::{Counts, Repeater};
 use crate::harness::agent::{Entry, FakeAgent};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
+use crate::harness::env::id;
 use crate::harness::upstream::Upstream;
-use crate::harness::world::id;
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 const ALICE: u32 = 61001;
 const BOB: u32 = 61002;
-/// The actor's processes have those from 100,000 on, so all of them have this one.
+/// The actor's processes have the groups from 100,000 on, so all of them have this one.
 const GROUP: u32 = 100_000;
-/// As documented.
-const MOST: usize = 1024;
-/// The most that a process can have.
+/// The documented bound of groups per caller.
+const MAX_GROUPS: usize = 1024;
+/// The most groups that a process can have.
 const NGROUPS_MAX: usize = 65_536;
-/// What hundreds of callers may add to the daemon's memory. Three copies of the groups of 300 were 230 MiB.
+/// The growth of the daemon's memory that hundreds of callers may cause. Three copies of the groups
+/// of 300 were 230 MiB.
 const MEMORY: u64 = 24 * 1024;
 
-/// What comes of requests of so many processes of a user, each with so many groups.
+/// Sends requests from this number of processes of a user, each with this number of groups, and
+/// returns the outcomes.
 fn ask(
     daemon: &Daemon,
     cgroup: &Cgroup,
@@ -31,21 +33,21 @@ fn ask(
     processes: usize,
 ) -> Counts {
     let numbers = [usize::try_from(uid).unwrap(), groups, processes];
-    Acting::start(
+    Repeater::start(
         "grouped",
         listener,
         &daemon.listener(listener),
         &numbers,
         cgroup.path(),
     )
-    .enough()
+    .stop()
 }
 
 fn all(code: &str, count: usize) -> Counts {
     Counts::from([(code.to_owned(), count)])
 }
 
-/// What the daemon's memory grows by while this is done.
+/// Checks the growth of the daemon's memory while `act` runs.
 #[track_caller]
 fn assert_memory_is_bounded(daemon: &Daemon, act: impl FnOnce()) {
     let before = daemon.memory();
@@ -59,7 +61,7 @@ fn assert_memory_is_bounded(daemon: &Daemon, act: impl FnOnce()) {
 }
 
 #[test]
-fn by_rules_groups_count_only_where_a_rule_names_one() {
+fn groups_count_only_for_group_rules_with_rules() {
     if !root() {
         return;
     }
@@ -86,9 +88,13 @@ fn by_rules_groups_count_only_where_a_rule_names_one() {
         for listener in LISTENERS {
             let ask = |uid, groups, count| ask(&daemon, &cgroup, listener, uid, groups, count);
             assert_eq!(ask(ALICE, 0, 1), all("no_identity", 1), "over {listener}");
-            assert_eq!(ask(ALICE, MOST, 2), all("Success", 2), "over {listener}");
             assert_eq!(
-                ask(ALICE, MOST + 1, 2),
+                ask(ALICE, MAX_GROUPS, 2),
+                all("Success", 2),
+                "over {listener}"
+            );
+            assert_eq!(
+                ask(ALICE, MAX_GROUPS + 1, 2),
                 all("too_many_groups", 2),
                 "over {listener}"
             );
@@ -100,14 +106,14 @@ fn by_rules_groups_count_only_where_a_rule_names_one() {
             assert_eq!(
                 ask(BOB, NGROUPS_MAX, 50),
                 all("Success", 50),
-                "over {listener}: no rule of his names a group"
+                "over {listener}: no rule of that user names a group"
             );
         }
     });
 }
 
 #[test]
-fn by_an_agent_groups_always_count_and_hundreds_of_callers_take_little_memory() {
+fn groups_always_count_and_take_little_memory_with_agent() {
     if !root() {
         return;
     }
@@ -124,16 +130,16 @@ fn by_an_agent_groups_always_count_and_hundreds_of_callers_take_little_memory() 
     assert_memory_is_bounded(&daemon, || {
         for listener in LISTENERS {
             let ask = |groups, count| ask(&daemon, &cgroup, listener, ALICE, groups, count);
-            assert_eq!(ask(MOST, 300), all("Success", 300), "over {listener}");
-            let asked = agent.questions(daemon.pid());
+            assert_eq!(ask(MAX_GROUPS, 300), all("Success", 300), "over {listener}");
+            let outcomes = agent.queries_except(daemon.pid());
             assert_eq!(
                 ask(NGROUPS_MAX, 100),
                 all("too_many_groups", 100),
                 "over {listener}"
             );
             assert_eq!(
-                agent.questions(daemon.pid()),
-                asked,
+                agent.queries_except(daemon.pid()),
+                outcomes,
                 "over {listener}: the agent would hold them, too"
             );
         }

@@ -1,4 +1,5 @@
-//! What the tests share: the real counterparts, the daemon itself, and a systemd.
+//! Helpers that the tests share: real counterparts, the daemon as a process, a machine with
+//! systemd, a Kubernetes node.
 #![allow(
     dead_code,
     reason = "each counterpart has its whole repertoire, for the tests that come"
@@ -6,31 +7,31 @@
 
 pub(crate) mod actor;
 pub(crate) mod agent;
-pub(crate) mod answering;
 pub(crate) mod cgroup;
 pub(crate) mod client;
 pub(crate) mod counterparts;
 pub(crate) mod daemon;
-pub(crate) mod delay;
 pub(crate) mod directory;
 pub(crate) mod documents;
-pub(crate) mod engine;
+pub(crate) mod env;
+pub(crate) mod fake_docker;
 pub(crate) mod forward;
-pub(crate) mod gate;
 pub(crate) mod hanging;
 pub(crate) mod kubelet;
 pub(crate) mod kubernetes;
-pub(crate) mod made;
 pub(crate) mod namespaces;
+pub(crate) mod outcome;
+pub(crate) mod pausable_proxy;
+pub(crate) mod slow_proxy;
 pub(crate) mod sts;
+pub(crate) mod stub_http;
 pub(crate) mod systemd;
 pub(crate) mod terminal;
 pub(crate) mod tls;
 pub(crate) mod tokens;
 pub(crate) mod upstream;
-pub(crate) mod world;
 
-/// Whether campaigns run in their whole length: `tests/run slow`.
+/// Returns whether campaigns run at full length (`tests/run slow`).
 pub(crate) fn is_slow() -> bool {
     std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow")
 }

@@ -1,4 +1,4 @@
-//! What `awsvid` says about itself: help, version, completions, manual pages.
+//! Help, version, completions and manual pages of `awsvid`.
 
 #[path = "../../proto/revision.rs"]
 mod revision;
@@ -53,7 +53,7 @@ fn shell(program: &str, arguments: &[&str], input: &str) -> Output {
 }
 
 #[test]
-fn each_command_has_a_line_a_help_and_a_manual_page() {
+fn command_has_summary_help_and_manual_page() {
     let all = awsvid(&["--help"]).success("--help");
     let page = awsvid(&["man"]).success("man");
     let listed = all
@@ -105,12 +105,111 @@ fn each_command_has_a_line_a_help_and_a_manual_page() {
         );
     }
     assert_eq!(awsvid(&["man", "nonsense"]).status.code(), Some(2));
+    assert_eq!(
+        awsvid(&["man", "config", "nonsense"]).status.code(),
+        Some(2)
+    );
     let help = awsvid(&["credential-process", "--help"]).success("--help");
     assert!(help.contains("Rules by `exe` never match"), "{help}");
 }
 
 #[test]
-fn colours_are_for_terminals_and_who_wants_them() {
+fn synopsis_has_the_values_of_options() {
+    let table: [(&[&str], &str); 4] = [
+        (
+            &["man", "status"],
+            "[\\fB\\-o\\fR \\fBtable|json\\fR] [\\fB\\-\\-watch\\fR [\\fISECONDS\\fR]]",
+        ),
+        (
+            &["man", "config", "validate"],
+            "\\fBawsvid config validate\\fR [\\fB\\-\\-config\\fR \\fIFILE\\fR] [\\fB\\-\\-offline\\fR] [\\fIFILE|\\-\\fR]",
+        ),
+        (&["man", "probe"], " \\fBlive|ready\\fR\n"),
+        (&["man", "exec"], "\\fICMD\\fR...\n"),
+    ];
+    for (arguments, words) in table {
+        let page = awsvid(arguments).success("man");
+        let (_, rest) = page.split_once(".SH SYNOPSIS\n").expect(&page);
+        let (synopsis, _) = rest.split_once(".SH ").expect(&page);
+        assert!(synopsis.contains(words), "{words} in {synopsis}");
+        assert!(!page.contains(".SH EXTRA"), "{page}");
+    }
+}
+
+/// Returns the words of every command with a help, those of nested commands too.
+fn commands_with_help() -> Vec<Vec<&'static str>> {
+    let mut commands: Vec<Vec<&str>> = COMMANDS.iter().map(|command| vec![*command]).collect();
+    commands.extend([vec![], vec!["config", "validate"], vec!["config", "show"]]);
+    commands
+}
+
+fn help_at(columns: usize, words: &[&str]) -> String {
+    let mut command = Command::new(PROGRAM);
+    command
+        .env_clear()
+        .env("COLUMNS", columns.to_string())
+        .args(words)
+        .arg("--help");
+    run(command, b"", Duration::from_secs(20)).success("--help")
+}
+
+#[test]
+fn help_fits_terminals_of_80_and_100_columns() {
+    for words in commands_with_help() {
+        for columns in [80, 100] {
+            let help = help_at(columns, &words);
+            for line in help.lines() {
+                let length = line.chars().count();
+                assert!(length <= columns, "{words:?} at {columns}: {line}");
+            }
+        }
+    }
+}
+
+/// An example with its comment would be hard to read if the terminal wrapped it.
+#[test]
+fn help_examples_fit_80_columns() {
+    for words in commands_with_help() {
+        let help = help_at(300, &words);
+        let is_fixed = |line: &&str| line.starts_with("  awsvid ") || line.starts_with("  sudo ");
+        for line in help.lines().filter(is_fixed) {
+            assert!(line.chars().count() <= 80, "{words:?}: {line}");
+        }
+    }
+}
+
+/// A default is part of the sentence, as `[default: table]`, in every command alike.
+#[test]
+fn help_has_one_layout_of_defaults() {
+    for words in commands_with_help() {
+        let help = help_at(100, &words);
+        let lone = help
+            .lines()
+            .find(|line| line.trim_start().starts_with("[default: "));
+        assert_eq!(lone, None, "{words:?}");
+    }
+}
+
+#[test]
+fn summaries_end_without_full_stop() {
+    for words in commands_with_help() {
+        let help = help_at(100, &words);
+        let summary = help.split("\n\n").next().unwrap();
+        assert!(!summary.ends_with('.'), "{words:?}: {summary}");
+    }
+}
+
+#[test]
+fn configuration_has_a_manual_page() {
+    let page = awsvid(&["man", "awsvid.toml"]).success("man awsvid.toml");
+    assert!(page.contains(".TH awsvid.toml 5 "), "{page}");
+    for words in [".SH \"[pods]\"", "\\fBhandover_socket\\fR = path"] {
+        assert!(page.contains(words), "{words} in {page}");
+    }
+}
+
+#[test]
+fn help_is_coloured_only_on_a_terminal_without_no_color() {
     let help = |variables: &[(&str, &str)]| {
         let mut command = Command::new(PROGRAM);
         command
@@ -125,7 +224,7 @@ fn colours_are_for_terminals_and_who_wants_them() {
 }
 
 #[test]
-fn the_version_has_the_builds_facts() {
+fn version_names_revision_and_features() {
     let short = awsvid(&["-V"]).success("-V");
     assert_eq!(short, format!("awsvid {}\n", env!("CARGO_PKG_VERSION")));
     let long = awsvid(&["--version"]).success("--version");
@@ -142,7 +241,7 @@ fn the_version_has_the_builds_facts() {
     }
 }
 
-/// What is typed, and the last word of it as a shell completes it.
+/// Typed text, and its last word as a shell completes it.
 const TYPED: [(&str, &str); 3] = [
     ("awsvid cred", "credential-process"),
     ("awsvid credential-process --sa", "--same-user"),
@@ -168,9 +267,9 @@ fn bash_completes() {
         let [.., before, last] = words[..] else {
             panic!("{typed}")
         };
-        let place = words.len() - 1;
+        let index = words.len() - 1;
         let asked = format!(
-            "{script}\nCOMP_WORDS=({typed}); COMP_CWORD={place}\n\
+            "{script}\nCOMP_WORDS=({typed}); COMP_CWORD={index}\n\
              _awsvid awsvid {last} {before}; echo \"${{COMPREPLY[@]}}\"\n"
         );
         assert_eq!(
@@ -181,7 +280,8 @@ fn bash_completes() {
     assert_eq!(awsvid(&["completions", "cmd"]).status.code(), Some(2));
 }
 
-/// At its own prompt, which it only has on a terminal: the tab completes the word, and the line is then run.
+/// Runs at zsh's own prompt, which it has on a terminal only. The tab key completes the word, and
+/// the line is then run.
 #[test]
 fn zsh_completes() {
     if !has("zsh") {
@@ -246,7 +346,7 @@ fn fish_completes() {
 }
 
 #[test]
-fn all_manual_pages_go_where_man_looks() {
+fn man_writes_all_pages_to_a_directory() {
     let folder = folder();
     let directory = folder.path().join("man/man1");
     let written = awsvid(&["man", "--directory", directory.to_str().unwrap()]);
@@ -260,13 +360,29 @@ fn all_manual_pages_go_where_man_looks() {
         .iter()
         .map(|command| format!("awsvid-{command}.1"))
         .collect();
-    expected.push("awsvid.1".to_owned());
+    expected.extend(
+        [
+            "awsvid.1",
+            "awsvid-config-validate.1",
+            "awsvid-config-show.1",
+        ]
+        .map(str::to_owned),
+    );
     expected.sort();
     assert_eq!(files, expected);
     for command in COMMANDS {
         let page = fs::read_to_string(directory.join(format!("awsvid-{command}.1"))).unwrap();
         assert_eq!(page, awsvid(&["man", command]).success("man"), "{command}");
     }
+    let configuration = awsvid(&["man", "awsvid.toml"]).success("man awsvid.toml");
+    let page = folder.path().join("man/man5/awsvid.toml.5");
+    assert_eq!(fs::read_to_string(page).unwrap(), configuration);
+    // A directory of another name gets all pages.
+    let flat = folder.path().join("flat");
+    awsvid(&["man", "--directory", flat.to_str().unwrap()]).success("man --directory");
+    let page = fs::read_to_string(flat.join("awsvid.toml.5")).unwrap();
+    assert_eq!(page, configuration);
+    assert_eq!(fs::read_dir(&flat).unwrap().count(), expected.len() + 1);
     let refused = awsvid(&["man", "--directory", "/dev/null/man1"]);
     assert_eq!(
         (refused.status.code(), refused.stdout.as_str()),
@@ -275,9 +391,9 @@ fn all_manual_pages_go_where_man_looks() {
     assert!(refused.stderr.contains("/dev/null/man1: "), "{refused:?}");
 }
 
-/// What proto/build.rs records.
+/// Compares the revision that proto/build.rs records.
 #[test]
-fn the_revision_is_that_of_the_working_copy() {
+fn revision_follows_the_working_copy() {
     let folder = folder();
     let git = |arguments: &[&str]| {
         let mut command = Command::new("git");

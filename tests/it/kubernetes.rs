@@ -3,6 +3,7 @@
 mod attacks;
 mod cluster;
 mod deployments;
+mod documented;
 mod existing_spire;
 mod life;
 mod policy;
@@ -17,9 +18,9 @@ use crate::harness::counterparts::folder;
 use crate::harness::documents;
 use cluster::{Cluster, OTHER, READER, container, copy, manifests, overlay};
 
-/// One node for all scenes, which takes longer to start than most of them take.
+/// Runs all scenes on one node, since its start takes longer than most of them.
 #[test]
-fn pods_have_their_own_credentials() {
+fn pods_get_their_own_credentials() {
     let directory = folder();
     let start = Instant::now();
     let done = |what: &str| eprintln!("{what} after {:.1} s", start.elapsed().as_secs_f32());
@@ -27,41 +28,45 @@ fn pods_have_their_own_credentials() {
         return;
     };
     done("all but awsvid is there");
-    policy::the_environment_is_set_where_it_is_missing(&cluster);
+    policy::missing_environment_is_set(&cluster);
     done("the policy");
     life::pods_wait_until_awsvid_is_ready(&cluster, directory.path());
     done("the start-up taint");
     rights::startup_taint_removes_the_taint_alone(&cluster);
-    rights::the_agent_runs_nothing_in_pods(&cluster, directory.path());
+    rights::agent_token_runs_nothing_in_pods(&cluster, directory.path());
     done("rights");
     for source in ["spiffe-broker", "spire-delegated"] {
         cluster.install(source);
         done(source);
-        each_reads_its_own(&cluster, source);
+        pods_read_their_own_objects(&cluster, source);
         done("each reads its own");
-        the_first_act_is_answered(&cluster, source);
+        first_act_is_answered(&cluster, source);
         done("first acts");
-        attacks::no_pod_is_taken_for_another(&cluster, source);
+        attacks::pod_listeners_attest_each_pod(&cluster, source);
         done("attacks");
-        life::what_is_missing_is_named(&cluster, source);
+        if source == "spiffe-broker" {
+            documented::documented_recipe_explains_a_403(&cluster, directory.path());
+            done("the recipe for a 403");
+        }
+        life::missing_part_is_named(&cluster, source);
         done("what is missing");
         if source == "spiffe-broker" {
-            lives(&cluster, &done);
+            run_life_scenes(&cluster, &done);
         }
     }
-    deployments::a_deployment_reads_its_object(&cluster);
-    deployments::a_deployment_reads_its_object_by_the_component(&cluster, directory.path());
+    deployments::deployment_reads_its_object(&cluster);
+    deployments::deployment_reads_its_object_by_component(&cluster, directory.path());
     done("deployments");
-    every_manifest_is_accepted(&cluster, directory.path());
+    manifests_are_accepted(&cluster, directory.path());
     documented_commands_work(&cluster);
     done("every manifest");
     for source in ["spire-delegated", "spiffe-broker"] {
-        attacks::on_the_node_everybody_is_himself(&cluster, source);
+        attacks::node_listeners_attest_each_caller(&cluster, source);
         done("on the node");
     }
 }
 
-/// awsvid on a cluster that SPIRE's own Helm chart has installed SPIRE on: by Helm and by Kustomize.
+/// Installs awsvid by Helm and by Kustomize on a cluster with the objects of SPIRE's own Helm chart.
 #[test]
 fn awsvid_leaves_an_existing_spire_alone() {
     let directory = folder();
@@ -73,23 +78,24 @@ fn awsvid_leaves_an_existing_spire_alone() {
     existing_spire::kustomize_installs_and_removes_awsvid(&cluster, &spire);
 }
 
-/// What happens to a node in its life.
-fn lives(cluster: &Cluster, done: &impl Fn(&str)) {
-    life::pods_have_the_families_that_they_have(cluster);
+/// Plays the events in the life of a node.
+fn run_life_scenes(cluster: &Cluster, done: &impl Fn(&str)) {
+    life::pods_are_served_in_each_address_family(cluster);
     done("families");
-    life::an_update_refuses_nobody(cluster);
-    life::the_one_after_a_killed_one_listens_again(cluster);
+    life::update_refuses_no_request(cluster);
+    life::successor_of_killed_daemon_listens(cluster);
     done("updates");
-    life::pods_come_and_go(cluster);
+    life::pods_start_and_end(cluster);
     done("pods that come and go");
-    life::many_pods_are_listened_in_soon(cluster);
+    life::many_pods_are_served_soon(cluster);
     done("many pods");
-    life::warm_pods_notice_nothing(cluster);
+    life::warm_pods_see_no_error(cluster);
     done("outages");
 }
 
-/// Two pods, of two namespaces and service accounts, whose containers differ in nothing that awsvid is told.
-fn each_reads_its_own(cluster: &Cluster, source: &str) {
+/// Runs two pods, of two namespaces and service accounts. Their containers differ in nothing that
+/// the pod spec gives awsvid.
+fn pods_read_their_own_objects(cluster: &Cluster, source: &str) {
     let name = format!("reads-{source}");
     for (own, others) in [(READER, OTHER), (OTHER, READER)] {
         cluster
@@ -120,8 +126,9 @@ fn each_reads_its_own(cluster: &Cluster, source: &str) {
     }
 }
 
-/// A pod whose every container asks before it does anything else, one of them while the kubelet still waits for its hook.
-fn the_first_act_is_answered(cluster: &Cluster, source: &str) {
+/// Runs a pod in which each container's first act is a request, one of them while the kubelet still
+/// waits for its hook.
+fn first_act_is_answered(cluster: &Cluster, source: &str) {
     let name = format!("asks-{source}");
     let ask = "busybox wget -q -O /dev/null --header 'Authorization: any' \"$AWS_CONTAINER_CREDENTIALS_FULL_URI\" && echo answered";
     let mut pod = cluster.pod(READER, &name, ask);
@@ -156,8 +163,16 @@ fn the_first_act_is_answered(cluster: &Cluster, source: &str) {
 /// Runs the commands of install-kubernetes.md. It applies on trial only, because the example's role
 /// is one of AWS.
 fn documented_commands_work(cluster: &Cluster) {
-    for begin in ["kubectl apply", "kubectl --namespace awsvid rollout"] {
-        let commands = documents::block("install-kubernetes.md", "4. Install", begin);
+    for (page, heading, begin) in [
+        ("install-kubernetes.md", "4. Install", "kubectl apply"),
+        (
+            "install-kubernetes.md",
+            "4. Install",
+            "kubectl --namespace awsvid rollout",
+        ),
+        ("README.md", "Install", "kubectl apply -k"),
+    ] {
+        let commands = documents::block(page, heading, begin);
         for line in commands.lines() {
             let here = manifests();
             let line = line.replace(
@@ -180,9 +195,9 @@ fn documented_commands_work(cluster: &Cluster) {
     }
 }
 
-/// All that can be applied is, on trial, as it stands.
-fn every_manifest_is_accepted(cluster: &Cluster, folder: &Path) {
-    // Of the Prometheus Operator, as far as the API server looks at it.
+/// Applies all that can be applied, unchanged, in a dry run.
+fn manifests_are_accepted(cluster: &Cluster, folder: &Path) {
+    // Of the Prometheus Operator, as far as the API server checks it.
     let (kind, plural) = ("PodMonitor", "podmonitors");
     let schema = json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true });
     cluster.node.apply(&json!({

@@ -1,10 +1,11 @@
-//! The order of modules in lib.rs is the order of the design: a file imports only what stands above it.
+//! Checks the order of modules in lib.rs, which is that of the design: a file imports only modules
+//! that are listed above it.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 #[test]
-fn a_file_imports_only_what_stands_above_it() {
+fn module_imports_only_modules_listed_above_it() {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let map = std::fs::read_to_string(source.join("lib.rs")).unwrap();
     let order: HashMap<&str, usize> = map
@@ -58,7 +59,7 @@ fn a_file_imports_only_what_stands_above_it() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// All production files below a folder.
+/// Returns all production files below a folder.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).unwrap().map(Result::unwrap) {

@@ -1,4 +1,9 @@
-//! The integration and end-to-end tests: the real `awsvid` as a process, beside the real SPIRE, MinIO, AWS CLI and systemd.
+//! The integration and end-to-end tests: the real `awsvid` as a process, with the real SPIRE,
+//! MinIO, AWS CLI and systemd.
+#![allow(
+    clippy::disallowed_methods,
+    reason = "it measures and waits in real time"
+)]
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -7,12 +12,13 @@
 )]
 
 mod accounts;
+mod agent_sources;
 mod agents;
 mod attacks;
-mod attested;
 mod blocked;
 mod browsers;
 mod buffers;
+mod caller_facts;
 mod check;
 mod clients;
 mod config;
@@ -26,22 +32,21 @@ mod e2e;
 mod exec;
 mod exit_status;
 mod exposure;
-mod floods;
 mod groups;
 mod harness;
 mod helm;
 mod help;
-mod hostile;
+mod hostile_http;
 mod kubernetes;
 mod layout;
 mod listeners;
+mod load_limits;
 mod manifests;
 mod operators;
 mod outages;
 mod pod_callers;
 mod pods;
 mod prose;
-mod recognition;
 mod records;
 mod reload;
 mod secrets;

@@ -1,12 +1,12 @@
-//! What can be seen of the files for Kubernetes without a cluster.
+//! Checks of the Kubernetes files that need no cluster.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A name without a registry is docker.io's, where another owner may have it (attack 38). The chart's
-/// templates have names only after they are rendered: helm/names.rs checks those.
+/// A name without a registry is docker.io's, where another owner may have it (T38). The chart's
+/// templates have names only after Helm renders them: helm/names.rs checks those.
 #[test]
-fn every_image_names_its_registry_and_its_version() {
+fn images_name_registry_and_version() {
     let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy");
     let mut found = Vec::new();
     let is_template = |file: &PathBuf| file.starts_with(deploy.join("helm"));
@@ -26,7 +26,7 @@ fn every_image_names_its_registry_and_its_version() {
 }
 
 #[test]
-fn a_whole_name_has_a_registry_and_a_version() {
+fn whole_name_has_registry_and_version() {
     let digest = "registry.example:5000/a@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
     for image in [
         "ghcr.io/awsvid/awsvid:0.1.0",
@@ -69,7 +69,7 @@ fn images(line: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// Tells whether a container runtime adds nothing to this image's name.
+/// Returns whether a container runtime adds nothing to this image's name.
 pub(crate) fn is_whole(image: &str) -> bool {
     let Some((registry, path)) = image.split_once('/') else {
         return false;

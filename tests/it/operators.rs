@@ -1,4 +1,4 @@
-//! Operators are answered whatever others do at their address (attack 26).
+//! Operators are answered under any load at their address (T26).
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket};
 
-use crate::harness::cgroup::own_rule;
+use crate::harness::client::EndLater;
 use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::{Daemon, PROGRAM};
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{Upstream, my_rule};
 
-const PATIENCE: Duration = Duration::from_secs(60);
-/// Of the flood. Probes come from 127.0.0.1.
+const TIMEOUT: Duration = Duration::from_secs(60);
+/// The address of the flood. Probes come from 127.0.0.1.
 const SOURCE: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const PROBES: usize = 120;
 
@@ -38,21 +38,17 @@ fn connect_from_source(to: SocketAddr) -> nix::Result<TcpStream> {
 }
 
 fn stage(folder: &Path) -> (Daemon, Upstream) {
-    let uid = nix::unistd::geteuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
+    let upstream = Upstream::start_for_me();
     (
-        Daemon::start(folder, "", &(upstream.configuration() + &rule)).ready(),
+        Daemon::start(folder, "", &(upstream.configuration() + &my_rule())).ready(),
         upstream,
     )
 }
 
-/// What a flood sends with each connection. It keeps its last connections open, and reads no answer.
+/// Sends a flood in which each connection sends this. It keeps its last connections open, and reads
+/// no response.
 #[test]
-fn a_flood_from_one_address_keeps_no_probe_from_its_answer() {
+fn probes_are_answered_during_flood_from_other_address() {
     let folder = folder();
     let (daemon, _upstream) = stage(folder.path());
     let admin = daemon.admin();
@@ -62,7 +58,7 @@ fn a_flood_from_one_address_keeps_no_probe_from_its_answer() {
         "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n",
         "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
     ] {
-        let (ended, made) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let (ended, connected) = (AtomicBool::new(false), AtomicUsize::new(0));
         let flood = || {
             let mut open = std::collections::VecDeque::new();
             while !ended.load(Ordering::Relaxed) {
@@ -72,67 +68,64 @@ fn a_flood_from_one_address_keeps_no_probe_from_its_answer() {
                 };
                 let _ = stream.write_all(sent.as_bytes());
                 open.push_back(stream);
-                // Only as fast as the daemon ends them: a queue of the kernel's that overflows is another matter.
+                // Only as fast as the daemon ends them: an overflow of the kernel's queue is not
+                // the subject.
                 if open.len() > 300
                     && let Some(mut oldest) = open.pop_front()
                 {
                     let _ = oldest
-                        .set_read_timeout(Some(PATIENCE))
+                        .set_read_timeout(Some(TIMEOUT))
                         .and_then(|()| oldest.read_to_end(&mut Vec::new()));
                 }
-                made.fetch_add(1, Ordering::Relaxed);
+                connected.fetch_add(1, Ordering::Relaxed);
             }
         };
         std::thread::scope(|scope| {
             let _end = EndLater(&ended);
             scope.spawn(flood);
             scope.spawn(flood);
-            // More than the daemon takes from one address.
-            while made.load(Ordering::Relaxed) < 1000 {
+            // More than the daemon accepts from one address.
+            while connected.load(Ordering::Relaxed) < 1000 {
                 std::thread::yield_now();
             }
             for _ in 0..PROBES {
                 assert_eq!(
                     http_get(admin, "/healthz"),
                     Some((200, "ok\n".to_owned())),
-                    "beside {sent:?}"
+                    "with {sent:?}"
                 );
                 assert_eq!(
                     http_get(admin, "/readyz"),
                     Some((200, "ready\n".to_owned())),
-                    "beside {sent:?}"
+                    "with {sent:?}"
                 );
-                assert_eq!(daemon.ask_locally("/readyz"), (200, "ready\n".to_owned()));
+                assert_eq!(
+                    daemon.query_status_socket("/readyz"),
+                    (200, "ready\n".to_owned())
+                );
             }
             assert_eq!(
                 http_get(admin, "/metrics").map(|(status, _)| status),
                 Some(200)
             );
-            assert_eq!(daemon.ask_locally("/status").0, 200);
+            assert_eq!(daemon.query_status_socket("/status").0, 200);
             assert!(
                 probe(folder.path(), "live").status.success()
                     && probe(folder.path(), "ready").status.success()
             );
         });
         eprintln!(
-            "beside {sent:?}: {} connections of the flood",
-            made.into_inner()
+            "with {sent:?}: {} connections of the flood",
+            connected.into_inner()
         );
     }
     assert!(daemon.metric("awsvid_connections_dropped_total{reason=\"too_many_operators\"}") > 0);
 }
 
-struct EndLater<'a>(&'a AtomicBool);
-
-impl Drop for EndLater<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-/// However often they are asked for. In between something happens that they show.
+/// They are rendered at most once a second, however often they are requested. In between something
+/// happens that they show.
 #[test]
-fn metrics_are_rendered_once_a_second() {
+fn metrics_are_rendered_at_most_once_a_second() {
     let folder = folder();
     let (daemon, _upstream) = stage(folder.path());
     let started = Instant::now();
@@ -156,14 +149,14 @@ fn metrics_are_rendered_once_a_second() {
     );
 }
 
-/// Long before one at a listener of workloads is given up.
+/// The daemon closes it long before one at a listener of workloads.
 #[test]
-fn a_head_has_to_come_soon() {
+fn slow_admin_head_is_closed_early() {
     let folder = folder();
     let (daemon, _upstream) = stage(folder.path());
     let waits = |to: SocketAddr| {
         let mut stream = TcpStream::connect(to).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         stream
             .write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
             .unwrap();
@@ -184,25 +177,21 @@ fn probe(folder: &Path, what: &str) -> Output {
         .env_clear()
         .args(["probe", what, "--config"])
         .arg(folder.join("awsvid.toml"));
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
 #[test]
-fn a_probe_says_why() {
+fn failed_probe_explains_the_reason() {
     let folder = folder();
-    let uid = nix::unistd::geteuid().as_raw();
-    let upstream = Upstream::start(&[(uid, "me")]);
+    let upstream = Upstream::start_for_me();
     let agent = folder.path().join("agent.sock");
-    let rule = format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    );
     let daemon = Daemon::start(
         folder.path(),
         "",
-        &(upstream.configuration_at(&agent) + &rule),
+        &(upstream.configuration_at(&agent) + &my_rule()),
     );
-    let line = daemon.await_line(&["not ready: the identity source"]);
+    let line = daemon.await_line(&["not ready", "the identity source"]);
+    let line = line.replace("not ready missing=", "not ready: ");
     let output = probe(folder.path(), "ready");
     assert!(
         !output.status.success() && output.stdout.trim_end() == line,

@@ -1,4 +1,5 @@
-//! SPIRE's agent and STS go away and come back: who has credentials notices nothing, who has none yet is told to come back.
+//! SPIRE's agent and STS become unavailable and recover. A workload with credentials notices
+//! nothing; one without gets a 503 with `Retry-After`.
 
 use std::cell::RefCell;
 use std::fs;
@@ -8,27 +9,30 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::harness::client::{Asker, ask};
+use crate::harness::client::{Poller, ask};
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::gate::Gate;
-use crate::harness::world::{Setting, World, id};
+use crate::harness::env::{Env, Setting, id};
+use crate::harness::pausable_proxy::PausableProxy;
 
-/// For the AWS CLI on a busy machine, several times.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// The test itself is warm all the time; the others get their first credentials in one test each way.
+/// Bounds several calls of the AWS CLI on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(120);
+/// The test itself is warm all the time. Each of the other users gets its first credentials in one
+/// test.
 const WARM: u32 = 0;
 const USERS: [(u32, &str); 3] = [(1001, "reader"), (WARM, "warm"), (1002, "other")];
-/// Before its request a cold workload has nothing at all: no flight, no failure that is remembered.
+/// Workloads without any state in the daemon. At their request there is neither a flight nor a
+/// cached failure.
 const COLD: [u32; 2] = [1001, 1002];
 
-/// Has `act` done to the world while the warm one asks without a break, and that is answered with the same key throughout.
-fn while_warm(world: &mut World, act: impl FnOnce(&mut World)) {
-    let socket = world.daemon.unix();
+/// Runs `act` on the environment while the warm workload sends requests without a break, and gets
+/// the same key throughout.
+fn while_warm(env: &mut Env, act: impl FnOnce(&mut Env)) {
+    let socket = env.daemon.unix();
     let ask = || ask(UnixStream::connect(&socket).unwrap());
     let key = ask().1["AccessKeyId"].clone();
     assert!(key.is_string());
-    let asker = Asker::new(|| {
+    let asker = Poller::new(|| {
         let (status, body) = ask();
         assert_eq!(body["AccessKeyId"], key, "{status} {body}");
         (status, body)
@@ -36,17 +40,17 @@ fn while_warm(world: &mut World, act: impl FnOnce(&mut World)) {
     thread::scope(|scope| {
         let _end = asker.end_later();
         scope.spawn(|| asker.run());
-        act(world);
+        act(env);
         let before = asker.count();
-        await_some("the warm one is answered", PATIENCE, || {
+        await_some("the warm one is answered", TIMEOUT, || {
             (asker.count() > before).then_some(())
         });
     });
 }
 
-/// What a cold workload gets: over HTTP, and as the AWS CLI shows it.
-fn assert_told_to_come_back(world: &World, reason: &str) {
-    let (head, body) = world.curl(COLD[1]);
+/// Checks the response to a cold workload: over HTTP, and as the AWS CLI shows it.
+fn assert_retry_later(env: &Env, reason: &str) {
+    let (head, body) = env.curl(COLD[1]);
     assert!(
         head.starts_with("HTTP/1.1 503 Service Unavailable\r\n"),
         "{head}"
@@ -57,59 +61,60 @@ fn assert_told_to_come_back(world: &World, reason: &str) {
         reason,
         "{body}"
     );
-    // The CLI gives each try 2 s, which on a busy machine may be over before the exchange has failed.
+    // The CLI gives each try 2 s, which on a busy machine may be over before the exchange has
+    // failed.
     let shown = format!(
         "Received non 200 response 503 from container metadata: {{\"code\":\"{reason}\",\"message\":\"awsvid: "
     );
-    await_some("the CLI shows what awsvid says", PATIENCE, || {
-        let output = world.copy(COLD[0]);
+    await_some("the CLI shows awsvid's message", TIMEOUT, || {
+        let output = env.copy(COLD[0]);
         assert!(!output.status.success(), "{output:?}");
         output.stderr.contains(&shown).then_some(())
     });
 }
 
-/// One try each.
-fn assert_answered(world: &World) {
+/// Checks that the AWS CLI and curl are answered at their next try.
+fn assert_answered(env: &Env) {
     assert_eq!(
-        world.copy(COLD[0]).success("aws s3 cp on the next try"),
+        env.copy(COLD[0]).success("aws s3 cp on the next try"),
         "hello from the shop\n"
     );
-    let (head, body) = world.curl(COLD[1]);
+    let (head, body) = env.curl(COLD[1]);
     assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head} {body}");
 }
 
 #[test]
-fn an_agent_that_was_killed_and_started_again() {
+fn workloads_survive_restart_of_agent() {
     let folder = folder();
-    let Some(mut world) = World::start(folder.path(), &USERS, &Setting::default()) else {
+    let Some(mut env) = Env::start(folder.path(), &USERS, &Setting::default()) else {
         return;
     };
-    while_warm(&mut world, |world| {
-        world.spire.stop_agent();
-        assert_told_to_come_back(world, "source_unavailable");
-        world.start_agent();
-        assert_answered(world);
+    while_warm(&mut env, |env| {
+        env.spire.stop_agent();
+        assert_retry_later(env, "source_unavailable");
+        env.start_agent();
+        assert_answered(env);
     });
-    // Readiness asks for the first user's; this one's was signed once, for all of its requests.
-    assert_eq!(world.spire.jwt_svids_signed(&id("other")), 1);
+    // Readiness fetches the first user's. This one was signed once, for all of its requests.
+    assert_eq!(env.spire.jwt_svids_signed(&id("other")), 1);
 }
 
 #[test]
-fn an_sts_that_was_away() {
+fn workloads_survive_outage_of_sts() {
     let folder = folder();
-    let Some(mut world) = World::start(folder.path(), &USERS, &Setting::default()) else {
+    let Some(mut env) = Env::start(folder.path(), &USERS, &Setting::default()) else {
         return;
     };
-    while_warm(&mut world, |world| {
-        world.minio.stop();
-        assert_told_to_come_back(world, "sts_unreachable");
-        world.minio.restart();
-        assert_answered(world);
+    while_warm(&mut env, |env| {
+        env.minio.stop();
+        assert_retry_later(env, "sts_unreachable");
+        env.minio.restart();
+        assert_answered(env);
     });
 }
 
 #[test]
-fn a_socket_that_was_replaced_while_the_old_one_lives_on() {
+fn daemon_uses_replaced_agent_socket() {
     let folder = folder();
     let (path, new) = (
         folder.path().join("agent.sock"),
@@ -117,9 +122,10 @@ fn a_socket_that_was_replaced_while_the_old_one_lives_on() {
     );
     let gates = RefCell::new(Vec::new());
     let socket = |agent: &std::path::Path| {
-        gates
-            .borrow_mut()
-            .extend([Gate::start(&path, agent), Gate::start(&new, agent)]);
+        gates.borrow_mut().extend([
+            PausableProxy::start(&path, agent),
+            PausableProxy::start(&new, agent),
+        ]);
         gates.borrow()[0].set_open(true);
         path.clone()
     };
@@ -127,19 +133,22 @@ fn a_socket_that_was_replaced_while_the_old_one_lives_on() {
         socket: Some(&socket),
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &USERS, &setting) else {
         return;
     };
     let [old, replacement] = &gates.borrow()[..] else {
         panic!("two gates")
     };
-    while_warm(&mut world, |world| {
-        // Whoever goes on with the old one waits in vain from now on.
+    while_warm(&mut env, |env| {
+        // A daemon that keeps the old connection waits in vain from now on.
         old.set_open(false);
         replacement.set_open(true);
-        let came = old.came();
+        let arrivals = old.arrivals();
         fs::rename(&new, &path).unwrap();
-        assert_answered(world);
-        assert_eq!((old.came(), replacement.came()), (came, COLD.len()));
+        assert_answered(env);
+        assert_eq!(
+            (old.arrivals(), replacement.arrivals()),
+            (arrivals, COLD.len())
+        );
     });
 }

@@ -1,5 +1,6 @@
-//! Whose pod a caller is, over every listener, on real network namespaces and a real cgroup tree: attacks 2, 5 and the facts
-//! behind them. Also as in a DaemonSet, whose daemon may not open cgroups by their ids, and lives in a cgroup namespace.
+//! The pod of a caller over every listener, on real network namespaces and a real cgroup tree: T2,
+//! T5 and the facts behind them. They also run as in a DaemonSet. Its daemon may not open cgroups
+//! by their ids, and lives in a cgroup namespace.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -14,24 +15,24 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::{await_some, behind, run};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
-use crate::harness::namespaces::Node;
+use crate::harness::namespaces::NetnsNode;
 use crate::harness::upstream::Upstream;
 
 const V4: &str = "127.0.0.1:974";
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const RULE: &str =
     "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
-/// As a container without that capability has it.
+/// A container without that capability has it like this.
 const NO_HANDLES: [&str; 3] = [
     "setpriv",
     "--bounding-set=-dac_read_search",
     "--inh-caps=-dac_read_search",
 ];
-/// Into a cgroup namespace of its own, whose root is the cgroup `$0`, with a mount of that on the directory `$1`.
+/// Enters a cgroup namespace with the root `$0`, and mounts that on the directory `$1`.
 const IN_A_CONTAINER: &str = r#"echo 0 >"$0/cgroup.procs" && own="$1" && shift && exec unshare --cgroup -- \
     sh -c 'mount -t cgroup2 -o ro cgroup2 "$0" && exec "$@"' "$own" "$@""#;
 
-/// What the daemon is like.
+/// The environment of the daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     OnTheHost,
@@ -40,9 +41,9 @@ enum Kind {
 }
 
 /// A daemon and two pods, `a` and `b`, each with a container and a network.
-struct Stage {
+struct PodCallersStage {
     daemon: Daemon,
-    node: Node,
+    node: NetnsNode,
     pods: [Cgroup; 2],
     kind: Kind,
     _upstream: Upstream,
@@ -50,10 +51,10 @@ struct Stage {
     _folder: tempfile::TempDir,
 }
 
-impl Stage {
+impl PodCallersStage {
     fn set(kind: Kind, first_pod: u16) -> Self {
         let folder = folder();
-        let node = Node::start(folder.path());
+        let node = NetnsNode::start(folder.path());
         let own = Cgroup::of_pod(first_pod + 2);
         let mount = folder.path().join("own-cgroup");
         fs::create_dir(&mount).unwrap();
@@ -73,8 +74,8 @@ impl Stage {
         for name in ["a", "b"] {
             node.add(name);
         }
-        await_some("both are listened in", PATIENCE, || {
-            (daemon.metric("awsvid_pod_namespaces") == 2).then_some(())
+        await_some("both are listened in", TIMEOUT, || {
+            (daemon.metric("awsvid_pod_listeners") == 2).then_some(())
         });
         let pods = [Cgroup::of_pod(first_pod), Cgroup::of_pod(first_pod + 1)];
         Self {
@@ -88,7 +89,7 @@ impl Stage {
         }
     }
 
-    /// What the audit has of a process of this cgroup that asks in this network.
+    /// Returns the audit record of a process of this cgroup that sends a request in this network.
     fn ask(&self, name: &str, cgroup: &Cgroup) -> Value {
         let before = self.daemon.audit().len();
         let answer = self
@@ -97,12 +98,12 @@ impl Stage {
         self.record(before, &answer)
     }
 
-    /// The same over the unix socket.
+    /// Returns the audit record of such a request over the unix socket.
     fn ask_by_file(&self, cgroup: &Cgroup) -> Value {
         let before = self.daemon.audit().len();
         let mut command = behind(&cgroup.enter(), &actor::program());
         command.args(["ask", "unix", self.daemon.unix().to_str().unwrap()]);
-        let answer = run(command, b"", PATIENCE).stdout;
+        let answer = run(command, b"", TIMEOUT).stdout;
         self.record(before, &answer)
     }
 
@@ -120,7 +121,7 @@ impl Stage {
     }
 
     #[track_caller]
-    fn is(&self, record: &Value, reason: &str, pod: Option<&Cgroup>) {
+    fn assert_record(&self, record: &Value, reason: &str, pod: Option<&Cgroup>) {
         let found = (
             record["reason"].as_str().unwrap(),
             record["pod_uid"].as_str(),
@@ -143,45 +144,46 @@ fn check(kind: Kind, first_pod: u16) {
     if !root() {
         return;
     }
-    let stage = Stage::set(kind, first_pod);
+    let stage = PodCallersStage::set(kind, first_pod);
     let [a, b] = &stage.pods;
-    // Somebody of the host is there before the pod itself, and is not taken for it.
+    // A process of the host that enters before the pod itself is not taken for the pod.
     let host = Cgroup::new(&format!("host-{first_pod}"));
-    stage.is(&stage.ask("a", &host), "not_a_pod", None);
+    stage.assert_record(&stage.ask("a", &host), "not_a_pod", None);
     let own = stage.ask("a", a);
-    stage.is(&own, "ok", Some(a));
+    stage.assert_record(&own, "ok", Some(a));
     assert_eq!(own["listener"], "pod");
     assert!(
         own["network_namespace"].is_u64() && own.get("pid").is_none(),
         "{own}"
     );
-    stage.is(&stage.ask("b", b), "ok", Some(b));
+    stage.assert_record(&stage.ask("b", b), "ok", Some(b));
 
     let stranger = stage.ask("a", b);
-    stage.is(&stranger, "other_pod", Some(b));
+    stage.assert_record(&stranger, "other_pod", Some(b));
     assert_eq!(
         (&stranger["network_namespace"], &stranger["uid"]),
         (&own["network_namespace"], &Value::from(0))
     );
     let intruder = stage.ask("a", &host);
-    stage.is(&intruder, "not_a_pod", None);
+    stage.assert_record(&intruder, "not_a_pod", None);
     assert_eq!(intruder["network_namespace"], own["network_namespace"]);
-    stage.is(&stage.ask("a", a), "ok", Some(a));
+    stage.assert_record(&stage.ask("a", a), "ok", Some(a));
 
-    // One who was there first keeps the pod from its own network as long as he lives, and no longer.
+    // A process that entered first keeps the pod from its own network while it lives, and no
+    // longer.
     stage.node.add("c");
-    await_some("it is listened in", PATIENCE, || {
-        (stage.daemon.metric("awsvid_pod_namespaces") == 3).then_some(())
+    await_some("it is listened in", TIMEOUT, || {
+        (stage.daemon.metric("awsvid_pod_listeners") == 3).then_some(())
     });
     let first = Cgroup::of_pod(first_pod + 3);
-    stage.is(&stage.ask("c", &first), "ok", Some(&first));
-    stage.is(&stage.ask("c", a), "other_pod", Some(a));
+    stage.assert_record(&stage.ask("c", &first), "ok", Some(&first));
+    stage.assert_record(&stage.ask("c", a), "other_pod", Some(a));
     drop(first);
-    stage.is(&stage.ask("c", &host), "not_a_pod", None);
-    stage.is(&stage.ask("c", a), "ok", Some(a));
-    stage.is(&stage.ask("c", b), "other_pod", Some(b));
+    stage.assert_record(&stage.ask("c", &host), "not_a_pod", None);
+    stage.assert_record(&stage.ask("c", a), "ok", Some(a));
+    stage.assert_record(&stage.ask("c", b), "other_pod", Some(b));
 
-    // What it names below its own container is nothing to go by: not even another pod's name.
+    // Names below the pod's own container decide nothing, not even those of another pod.
     let [pod, container] = [b.path().parent().unwrap(), b.path()]
         .map(|path| path.file_name().unwrap().to_str().unwrap());
     let named = |outer: &Cgroup| {
@@ -190,14 +192,14 @@ fn check(kind: Kind, first_pod: u16) {
         outer.below(&format!("{place}/{container}"))
     };
     let nested = named(a);
-    stage.is(&stage.ask("a", &nested), "ok", Some(a));
-    stage.is(&stage.ask("b", &nested), "other_pod", Some(a));
+    stage.assert_record(&stage.ask("a", &nested), "ok", Some(a));
+    stage.assert_record(&stage.ask("b", &nested), "other_pod", Some(a));
 
-    // Nor what somebody has named elsewhere.
-    let elsewhere = Cgroup::new(&format!("elsewhere-{first_pod}"));
-    let misplaced = named(&elsewhere);
+    // Nor does a cgroup of such a name outside the pods' root.
+    let other_cgroup = Cgroup::new(&format!("elsewhere-{first_pod}"));
+    let misplaced = named(&other_cgroup);
     let refused = stage.ask_by_file(&misplaced);
-    stage.is(&refused, "misplaced_pod", None);
+    stage.assert_record(&refused, "misplaced_pod", None);
     assert!(
         refused["cgroup"]
             .as_str()
@@ -205,13 +207,13 @@ fn check(kind: Kind, first_pod: u16) {
             .ends_with(&format!("{pod}/{container}")),
         "{refused}"
     );
-    chown(elsewhere.path(), Some(61001), None).unwrap();
-    stage.is(&stage.ask_by_file(&misplaced), "delegated_cgroup", None);
-    stage.is(&stage.ask("b", &misplaced), "delegated_cgroup", None);
+    chown(other_cgroup.path(), Some(61001), None).unwrap();
+    stage.assert_record(&stage.ask_by_file(&misplaced), "delegated_cgroup", None);
+    stage.assert_record(&stage.ask("b", &misplaced), "delegated_cgroup", None);
 
     // Over the unix socket a pod is known by its process.
     let by_file = stage.ask_by_file(b);
-    stage.is(&by_file, "ok", Some(b));
+    stage.assert_record(&by_file, "ok", Some(b));
     assert!(
         by_file["pid"].is_u64() && by_file.get("network_namespace").is_none(),
         "{by_file}"
@@ -219,16 +221,16 @@ fn check(kind: Kind, first_pod: u16) {
 }
 
 #[test]
-fn each_pod_is_itself_and_nobody_else_is() {
+fn pod_callers_are_attested_as_their_pod() {
     check(Kind::OnTheHost, 200);
 }
 
 #[test]
-fn the_same_where_cgroups_are_not_opened_by_their_ids() {
+fn pod_callers_are_attested_without_cgroup_handles() {
     check(Kind::WithoutHandles, 210);
 }
 
 #[test]
-fn the_same_in_a_container() {
+fn pod_callers_are_attested_in_a_container() {
     check(Kind::InAContainer, 220);
 }

@@ -1,4 +1,5 @@
-//! Listeners inside pods' network namespaces: they come and go with the files on which a runtime mounts those.
+//! Listeners inside pods' network namespaces. They exist as long as the files on which a runtime
+//! mounts those.
 
 use std::fs;
 use std::io::{ErrorKind, Read};
@@ -13,13 +14,13 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root, skip};
 use crate::harness::daemon::Daemon;
 use crate::harness::is_slow;
-use crate::harness::namespaces::{Node, Peer, ip};
+use crate::harness::namespaces::{NetnsNode, Peer, ip};
 use crate::harness::upstream::Upstream;
 
 mod handover;
 
-/// For what takes milliseconds, on a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Bounds steps that take milliseconds, on a machine that is busy with other tests.
+const TIMEOUT: Duration = Duration::from_secs(30);
 const V4: &str = "127.0.0.1:974";
 const V6: &str = "[::1]:974";
 
@@ -27,37 +28,38 @@ const RULE: &str =
     "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
 
 /// A daemon that serves every pod, by a rule that names all of their cgroups.
-struct Stage {
+struct PodsStage {
     daemon: Daemon,
-    site: Site,
+    site: PodSite,
 }
 
-/// What daemons of one node have in common.
-struct Site {
-    node: Node,
+/// The parts that daemons of one node share.
+struct PodSite {
+    node: NetnsNode,
     upstream: Upstream,
     folder: tempfile::TempDir,
 }
 
-impl Stage {
-    /// `None` for who is not root. `before` is there when the daemon starts.
-    fn set(before: impl FnOnce(&Node)) -> Option<Self> {
+impl PodsStage {
+    /// Starts it, or returns `None` if the test is not root. `before` prepares the node before the
+    /// daemon starts.
+    fn set(before: impl FnOnce(&NetnsNode)) -> Option<Self> {
         Self::set_with(before, |_, node| node.listen())
     }
 
-    /// The same, with what `listen` makes of the folder and the node.
+    /// Starts it with the configuration that `listen` makes of the folder and the node.
     fn set_with(
-        before: impl FnOnce(&Node),
-        listen: impl FnOnce(&Path, &Node) -> String,
+        before: impl FnOnce(&NetnsNode),
+        listen: impl FnOnce(&Path, &NetnsNode) -> String,
     ) -> Option<Self> {
         if !root() {
             return None;
         }
         let folder = folder();
-        let node = Node::start(folder.path());
+        let node = NetnsNode::start(folder.path());
         before(&node);
         let upstream = Upstream::start(&[(0, "pod")]);
-        let site = Site {
+        let site = PodSite {
             node,
             upstream,
             folder,
@@ -66,14 +68,14 @@ impl Stage {
         Some(Self { daemon, site })
     }
 
-    /// Waits until so many namespaces are listened in.
+    /// Waits until the daemon listens in this number of namespaces.
     fn await_namespaces(&self, count: u64) {
         await_namespaces(&self.daemon, count);
     }
 }
 
-impl Site {
-    /// A daemon with its files in `folder`.
+impl PodSite {
+    /// Starts a daemon with its files in `folder`.
     fn start(&self, folder: &Path, listen: &str) -> Daemon {
         let words = self.node.enter();
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
@@ -86,7 +88,7 @@ impl Site {
         .ready()
     }
 
-    /// One that takes over from another.
+    /// Starts a daemon that takes over from another.
     fn next(&self, folder: &Path) -> Daemon {
         self.start(
             folder,
@@ -94,7 +96,7 @@ impl Site {
         )
     }
 
-    /// Whether a process of a pod is answered here, as its first act.
+    /// Returns whether a process of a pod is answered here, as its first act.
     fn serves(&self, name: &str, cgroup: &Cgroup, address: &str) -> bool {
         let answer = self.node.ask(name, cgroup, address.parse().unwrap());
         answer.starts_with("HTTP/1.1 200") && answer.contains("AccessKeyId")
@@ -104,24 +106,24 @@ impl Site {
 fn await_namespaces(daemon: &Daemon, count: u64) {
     await_some(
         &format!("{count} namespaces are listened in"),
-        PATIENCE,
-        || (daemon.metric("awsvid_pod_namespaces") == count).then_some(()),
+        TIMEOUT,
+        || (daemon.metric("awsvid_pod_listeners") == count).then_some(()),
     );
 }
 
-/// Whether anybody listens there.
-fn listens(node: &Node, name: &str, address: &str) -> bool {
+/// Returns whether a process listens there.
+fn listens(node: &NetnsNode, name: &str, address: &str) -> bool {
     node.connect(name, address.parse().unwrap()).is_ok()
 }
 
 #[test]
-fn a_pod_is_served_from_its_first_act_and_leaves_nothing_behind() {
-    let Some(stage) = Stage::set(|node| node.add("early")) else {
+fn pod_is_served_from_first_act_and_leaves_nothing() {
+    let Some(stage) = PodsStage::set(|node| node.add("early")) else {
         return;
     };
     let peers = [Peer::new(1), Peer::new(2)];
     assert_eq!(
-        stage.daemon.metric("awsvid_pod_namespaces"),
+        stage.daemon.metric("awsvid_pod_listeners"),
         1,
         "those that are there at the start come before it is ready"
     );
@@ -141,24 +143,24 @@ fn a_pod_is_served_from_its_first_act_and_leaves_nothing_behind() {
             );
         }
     }
-    let asked = stage.daemon.audit();
-    let by_pods = asked
+    let requests = stage.daemon.audit();
+    let by_pods = requests
         .iter()
         .filter(|record| record["listener"] == "pod")
         .collect::<Vec<_>>();
-    assert_eq!(by_pods.len(), 6, "{asked:?}");
+    assert_eq!(by_pods.len(), 6, "{requests:?}");
     assert!(
         by_pods
             .iter()
             .all(|record| record["spiffe_id"] == "spiffe://example.org/user/pod"),
         "{by_pods:?}"
     );
-    // A caller who was answered is remembered, for the next refresh. The namespace is not.
+    // The daemon keeps an answered caller for the next refresh, but not its namespace.
     for (i, peer) in peers.iter().enumerate() {
-        assert!(peer.is_there());
+        assert!(peer.exists());
         stage.site.node.remove(&format!("cni-{i}"));
-        await_some("the namespace is freed", PATIENCE, || {
-            (!peer.is_there()).then_some(())
+        await_some("the namespace is freed", TIMEOUT, || {
+            (!peer.exists()).then_some(())
         });
     }
     stage.await_namespaces(1);
@@ -167,15 +169,15 @@ fn a_pod_is_served_from_its_first_act_and_leaves_nothing_behind() {
 }
 
 #[test]
-fn what_is_open_in_a_namespace_is_cut_when_its_file_goes() {
-    let Some(stage) = Stage::set(|_| {}) else {
+fn connections_are_cut_when_namespace_file_is_removed() {
+    let Some(stage) = PodsStage::set(|_| {}) else {
         return;
     };
     stage.site.node.add("a");
     stage.await_namespaces(1);
     let mut open = TcpStream::from(stage.site.node.connect("a", V4.parse().unwrap()).unwrap());
-    open.set_read_timeout(Some(PATIENCE)).unwrap();
-    // Only unmounted, which for inotify is no event.
+    open.set_read_timeout(Some(TIMEOUT)).unwrap();
+    // Only unmounted, which for inotify is not an event.
     stage.site.node.unmount("a");
     let cut = Instant::now();
     match open.read(&mut [0]) {
@@ -192,20 +194,20 @@ fn what_is_open_in_a_namespace_is_cut_when_its_file_goes() {
 }
 
 #[test]
-fn several_files_of_one_namespace_are_one_and_the_daemons_own_is_none() {
-    let Some(stage) = Stage::set(|node| node.add_own("host")) else {
+fn namespace_is_entered_once_and_own_never() {
+    let Some(stage) = PodsStage::set(|node| node.add_own("host")) else {
         return;
     };
     let peer = Peer::new(3);
     stage.site.node.add_own("host-too");
     stage.site.node.add_with("a", |_| peer.make());
     stage.site.node.add_again("a", "b");
-    // Whatever comes after them has been seen after them.
+    // The daemon sees this one after those before it.
     stage.site.node.add("last");
     stage.await_namespaces(2);
     let log = stage.daemon.log();
-    assert!(!log.contains("is taken"), "{log}");
-    // The one by whose file it was entered may be either.
+    assert!(!log.contains("is in use"), "{log}");
+    // Either name may be the one by which it was entered.
     for name in ["a", "b"] {
         assert!(listens(&stage.site.node, name, V4), "{name}");
     }
@@ -214,25 +216,25 @@ fn several_files_of_one_namespace_are_one_and_the_daemons_own_is_none() {
     stage.await_namespaces(1);
     // A listener that is killed is bound again by the file that is left.
     kill(&stage.site.node, "b");
-    await_some("the listener is back", PATIENCE, || {
+    await_some("the listener is back", TIMEOUT, || {
         listens(&stage.site.node, "b", V4).then_some(())
     });
-    assert!(peer.is_there());
+    assert!(peer.exists());
     stage.site.node.remove("b");
-    await_some("the namespace is freed", PATIENCE, || {
-        (!peer.is_there()).then_some(())
+    await_some("the namespace is freed", TIMEOUT, || {
+        (!peer.exists()).then_some(())
     });
 }
 
-/// In a DaemonSet the daemon has a network of its own. That of the node is for all who are on it (attack 5), whoever has
-/// mounted it among those of pods.
+/// In a DaemonSet the daemon has a network of its own. The node's network serves all processes on
+/// it (T5), even if it is mounted among those of pods.
 #[test]
-fn the_network_of_the_machine_is_no_pods() {
+fn node_network_is_not_a_pod() {
     if !root() || !is_in_the_machines_network() {
         return;
     }
     let folder = folder();
-    let node = Node::start(folder.path());
+    let node = NetnsNode::start(folder.path());
     node.add_own("node");
     ["daemon", "a"].into_iter().for_each(|name| node.add(name));
     let network = format!("--net={}", node.path("daemon").display());
@@ -251,14 +253,13 @@ fn the_network_of_the_machine_is_no_pods() {
     assert!(listens(&node, "a", V4));
     let log = daemon.log();
     assert_eq!(
-        log.matches("listening in a pod's network namespace")
-            .count(),
+        log.matches("serving a pod's network namespace").count(),
         1,
         "{log}"
     );
-    // Once, whatever comes after it.
+    // Once, whatever follows it.
     node.add("b");
-    await_some("the next one is listened in", PATIENCE, || {
+    await_some("the next one is listened in", TIMEOUT, || {
         listens(&node, "b", V4).then_some(())
     });
     assert_eq!(
@@ -267,7 +268,7 @@ fn the_network_of_the_machine_is_no_pods() {
     );
 }
 
-/// By a setting that no other network has, whatever the kernel.
+/// Returns whether a setting exists that no other network has, on any kernel.
 fn is_in_the_machines_network() -> bool {
     let is = Path::new("/proc/sys/net/core/netdev_max_backlog").exists();
     if !is {
@@ -276,38 +277,42 @@ fn is_in_the_machines_network() -> bool {
     is
 }
 
-/// What a pod with CAP_NET_ADMIN can do.
-fn kill(node: &Node, name: &str) {
+/// Kills a pod's listeners, as a pod with CAP_NET_ADMIN can.
+fn kill(node: &NetnsNode, name: &str) {
     let killed = node.inside(name, || {
         Command::new("ss")
             .args(["-K", "-lnt", "sport = :974"])
             .output()
             .unwrap()
     });
-    let said = String::from_utf8_lossy(&killed.stdout).into_owned();
-    assert!(said.contains(":974"), "{said}");
+    let message = String::from_utf8_lossy(&killed.stdout).into_owned();
+    assert!(message.contains(":974"), "{message}");
 }
 
 #[test]
-fn a_listener_that_its_pod_kills_comes_back() {
-    let Some(stage) = Stage::set(|node| node.add("a")) else {
+fn listener_killed_by_pod_is_rebound() {
+    let Some(stage) = PodsStage::set(|node| node.add("a")) else {
         return;
     };
     let cgroup = Cgroup::of_pod(10);
     kill(&stage.site.node, "a");
     for address in [V4, V6] {
-        await_some("the listener is back", PATIENCE, || {
+        await_some("the listener is back", TIMEOUT, || {
             listens(&stage.site.node, "a", address).then_some(())
         });
         assert!(stage.site.serves("a", &cgroup, address), "{address}");
     }
     let log = stage.daemon.log();
-    assert_eq!(log.matches("the listener was killed").count(), 2, "{log}");
+    assert_eq!(
+        log.matches("listener was killed; rebinding").count(),
+        2,
+        "{log}"
+    );
 }
 
 #[test]
-fn a_port_that_is_taken_is_waited_for() {
-    let Some(stage) = Stage::set(|_| {}) else {
+fn occupied_pod_port_is_bound_once_free() {
+    let Some(stage) = PodsStage::set(|_| {}) else {
         return;
     };
     let mut taken: Option<TcpListener> = None;
@@ -330,29 +335,33 @@ fn a_port_that_is_taken_is_waited_for() {
         .trim_start_matches("pod");
     stage
         .daemon
-        .await_line(&["/netns/taken", "is the network of the pod", pod]);
+        .await_line(&["/netns/taken", "a network namespace of this pod", pod]);
     stage
         .daemon
-        .await_line(&["port 974 is taken", "/netns/taken"]);
+        .await_line(&["port 974 is in use: the pod is not served", "/netns/taken"]);
     drop(taken);
     stage.daemon.await_line(&["/netns/taken", "is free now"]);
     assert!(stage.site.serves("taken", &cgroup, V4));
     assert_eq!(
-        stage.daemon.log().matches("port 974 is taken in").count(),
+        stage
+            .daemon
+            .log()
+            .matches("port 974 is in use: the pod is not served")
+            .count(),
         1,
-        "it is said once, whatever is tried"
+        "it is logged once, whatever is tried"
     );
     assert_eq!(
         stage
             .daemon
-            .metric("awsvid_pod_namespaces_failed_total{reason=\"port_taken\"}"),
+            .metric("awsvid_pod_listener_failures_total{reason=\"port_taken\"}"),
         1
     );
 }
 
 #[test]
-fn pods_may_have_one_family_alone() {
-    let Some(stage) = Stage::set(|_| {}) else {
+fn pod_with_one_address_family_is_served() {
+    let Some(stage) = PodsStage::set(|_| {}) else {
         return;
     };
     stage.site.node.add_with("v4", |_| {
@@ -370,11 +379,13 @@ fn pods_may_have_one_family_alone() {
 }
 
 #[test]
-fn the_directory_may_come_later_and_be_another_one() {
-    let Some(stage) = Stage::set(|node| fs::remove_dir(node.directory()).unwrap()) else {
+fn netns_directory_may_appear_later_and_be_replaced() {
+    let Some(stage) = PodsStage::set(|node| fs::remove_dir(node.directory()).unwrap()) else {
         return;
     };
-    stage.daemon.await_line(&["pods_dir", "is not there"]);
+    stage
+        .daemon
+        .await_line(&["netns_dir", "does not exist yet"]);
     fs::create_dir(stage.site.node.directory()).unwrap();
     stage.site.node.add("a");
     stage.await_namespaces(1);
@@ -398,27 +409,27 @@ fn the_directory_may_come_later_and_be_another_one() {
         .unwrap();
     });
     stage.site.node.add("c");
-    await_some("the new one is listened in", PATIENCE, || {
+    await_some("the new one is listened in", TIMEOUT, || {
         listens(&stage.site.node, "c", V4).then_some(())
     });
 }
 
 #[test]
-fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
-    let Some(stage) = Stage::set(|_| {}) else {
+fn missing_mount_or_privilege_is_logged_with_manifest_field() {
+    let Some(stage) = PodsStage::set(|_| {}) else {
         return;
     };
-    // What a daemon sees whose mounts are not the host's: files without namespaces.
+    // A daemon without the host's mounts sees files without namespaces.
     for name in ["x", "y"] {
         fs::File::create_new(stage.site.node.path(name)).unwrap();
     }
     stage
         .daemon
         .await_line(&["mountPropagation: HostToContainer"]);
-    await_some("both are counted", PATIENCE, || {
+    await_some("both are counted", TIMEOUT, || {
         let counted = stage
             .daemon
-            .metric("awsvid_pod_namespaces_failed_total{reason=\"not_mounted\"}");
+            .metric("awsvid_pod_listener_failures_total{reason=\"not_mounted\"}");
         (counted == 2).then_some(())
     });
     assert_eq!(
@@ -430,7 +441,7 @@ fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
     let folder = folder();
     let words = ["setpriv", "--bounding-set", "-sys_admin"];
     let configuration = stage.site.upstream.configuration() + RULE;
-    let (status, log) = Daemon::refused_with(
+    let (status, log) = Daemon::run_to_exit_with(
         &words,
         folder.path(),
         &stage.site.node.listen(),
@@ -443,10 +454,10 @@ fn a_missing_mount_or_privilege_is_said_with_the_field_of_the_manifest() {
     );
 }
 
-/// containerd sets it with the pod's first container, when the namespace has long been mounted.
+/// containerd sets it with the pod's first container, long after the namespace is mounted.
 #[test]
-fn a_port_that_any_user_of_a_pod_can_take_is_said_once() {
-    let Some(stage) = Stage::set(|node| node.add("guarded")) else {
+fn unprivileged_pod_port_is_logged_once() {
+    let Some(stage) = PodsStage::set(|node| node.add("guarded")) else {
         return;
     };
     for name in ["open", "open-too"] {
@@ -456,11 +467,11 @@ fn a_port_that_any_user_of_a_pod_can_take_is_said_once() {
         });
     }
     let line = stage.daemon.await_line(&[
-        "any user of a pod can take port 974",
+        "any user of a pod can bind port 974",
         "enable_unprivileged_ports = false",
     ]);
     assert!(
-        line.contains("ip_unprivileged_port_start is 974 in ") && line.contains("/open"),
+        line.contains("ip_unprivileged_port_start=974") && line.contains("/open"),
         "{line}"
     );
     stage.site.node.add("last");
@@ -469,21 +480,22 @@ fn a_port_that_any_user_of_a_pod_can_take_is_said_once() {
         stage
             .daemon
             .log()
-            .matches("any user of a pod can take port 974")
+            .matches("any user of a pod can bind port 974")
             .count(),
         1
     );
 }
 
-/// From the start of the process, and from the mount, until each of so many namespaces is listened in.
+/// Measures the time from the start of the process, and from the mount, until the daemon listens in
+/// each of this number of namespaces.
 #[test]
-fn many_namespaces_are_listened_in_soon() {
+fn many_namespaces_are_served_soon() {
     let slow = is_slow();
     // A loop that waits takes nothing that the others need.
     let count = if slow { 250 } else { 40 };
     let names = (0..count).map(|i| format!("cni-{i}")).collect::<Vec<_>>();
     let mut peers = Vec::new();
-    let Some(stage) = Stage::set(|node| {
+    let Some(stage) = PodsStage::set(|node| {
         for (i, name) in names.iter().enumerate() {
             let peer = (i % 10 == 0).then(|| Peer::new(100 + i));
             node.add_with(name, |_| peer.iter().for_each(Peer::make));
@@ -492,7 +504,7 @@ fn many_namespaces_are_listened_in_soon() {
     }) else {
         return;
     };
-    assert_eq!(stage.daemon.metric("awsvid_pod_namespaces"), count);
+    assert_eq!(stage.daemon.metric("awsvid_pod_listeners"), count);
     let took = stage.daemon.listening_in_pods_after();
     eprintln!("{count} namespaces: all listened in {took:?} after the start of the process");
     let mut longest = Duration::ZERO;
@@ -501,14 +513,15 @@ fn many_namespaces_are_listened_in_soon() {
         let listening = stage.site.node.add_and(&name, || {
             let mounted = Instant::now();
             while TcpStream::connect(V4).is_err() {
-                assert!(mounted.elapsed() < PATIENCE);
+                assert!(mounted.elapsed() < TIMEOUT);
             }
             mounted.elapsed()
         });
         longest = longest.max(listening);
     }
     eprintln!("one more: listened in at most {longest:?} after the mount");
-    // Each loop accepts, however many others wait: the test's own process is no pod's, and is told so.
+    // Each loop accepts, however many others wait: the test's own process is not in a pod, and gets
+    // that error.
     for (name, address) in names.iter().flat_map(|name| [(name, V4), (name, V6)]) {
         let mut stream = TcpStream::from(
             stage
@@ -517,7 +530,7 @@ fn many_namespaces_are_listened_in_soon() {
                 .connect(name, address.parse().unwrap())
                 .unwrap(),
         );
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         assert_eq!(ask(&mut stream).0, 403, "{name}, {address}");
     }
     let last = names.last().unwrap();
@@ -525,14 +538,14 @@ fn many_namespaces_are_listened_in_soon() {
     let before = stage.daemon.descriptors();
     names.iter().for_each(|name| stage.site.node.remove(name));
     stage.await_namespaces(10);
-    let gone = await_some("all are freed", PATIENCE, || {
+    let removed = await_some("all are freed", TIMEOUT, || {
         peers
             .iter()
-            .all(|peer| !peer.is_there())
+            .all(|peer| !peer.exists())
             .then(|| stage.daemon.descriptors())
     });
     assert!(
-        gone + 3 * names.len() <= before + 8,
-        "{before} descriptors, then {gone}"
+        removed + 3 * names.len() <= before + 8,
+        "{before} descriptors, then {removed}"
     );
 }

@@ -1,4 +1,4 @@
-//! Names and prose follow the rules of `.github/CONTRIBUTING.md`, in source files and documents alike.
+//! Names and prose follow the rules of `.github/CONTRIBUTING.md`, in source files and documents.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -6,14 +6,18 @@ use std::path::{Path, PathBuf};
 mod exceptions;
 mod scan;
 
-use exceptions::{ALLOWED_WORDS, UNSWEPT};
-use scan::{Kind, Text, texts};
+use exceptions::{ALLOWED_WORDS, QUOTING, UNSWEPT};
+use scan::{Text, TextKind, texts};
 
 /// Words that the rules ban, because each has a plainer or more exact one.
-const BANNED_WORDS: [&str; 39] = [
+const BANNED_WORDS: [&str; 45] = [
     "anew",
     "anybody",
     "anyone",
+    "ask",
+    "asked",
+    "asking",
+    "asks",
     "away",
     "beside",
     "besides",
@@ -31,6 +35,8 @@ const BANNED_WORDS: [&str; 39] = [
     "news",
     "nobody",
     "noone",
+    "place",
+    "places",
     "said",
     "say",
     "saying",
@@ -44,26 +50,27 @@ const BANNED_WORDS: [&str; 39] = [
     "told",
     "trouble",
     "troubles",
+    "turn",
     "turns",
     "who",
     "whoever",
     "whom",
-    "whose",
     "whosoever",
 ];
 
 /// The same for words that are wrong only in such company.
-const BANNED_PHRASES: [&str; 12] = [
-    "ask for",
-    "asked for",
-    "asks for",
+const BANNED_PHRASES: [&str; 13] = [
     "be had",
+    "came to",
     "come to",
     "comes to",
     "had to be had",
     "hand out",
     "handed out",
+    "hands each",
     "hands out",
+    "nobody but",
+    "nothing of",
     "the daemon before",
     "is no",
 ];
@@ -78,20 +85,30 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Lists the files below `folder` whose names end with `.rs` or `.md`.
+/// Extensions of files with prose. A script without an extension begins with `#!`.
+const EXTENSIONS: [&str; 15] = [
+    "conf", "go", "java", "js", "md", "proto", "py", "rb", "rs", "service", "sh", "socket", "toml",
+    "yaml", "yml",
+];
+
+/// Lists the files with prose below `folder`.
 fn files(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(folder).unwrap().map(Result::unwrap) {
         let path = entry.path();
         let name = entry.file_name();
         if path.is_dir() {
-            if name != "target" && name != "seeds" {
+            if !["target", "seeds", "node_modules"]
+                .iter()
+                .any(|skipped| name == *skipped)
+            {
                 files(&path, found);
             }
-        } else if path
-            .extension()
-            .is_some_and(|kind| kind == "rs" || kind == "md")
-        {
-            found.push(path);
+        } else {
+            let extension = path.extension().map(|kind| kind.to_str().unwrap());
+            let is_script = || std::fs::read(&path).unwrap().starts_with(b"#!");
+            if extension.map_or_else(is_script, |kind| EXTENSIONS.contains(&kind)) {
+                found.push(path);
+            }
         }
     }
 }
@@ -102,7 +119,7 @@ fn sources() -> BTreeMap<String, String> {
     for folder in ["src", "tests", "proto", "deploy", ".github"] {
         files(&root().join(folder), &mut found);
     }
-    found.push(root().join("README.md"));
+    found.extend(["README.md", "Cargo.toml", ".ci/run"].map(|name| root().join(name)));
     let relative = |path: &Path| {
         path.strip_prefix(root())
             .unwrap()
@@ -141,7 +158,18 @@ fn is_allowed(file: &str, word: &str) -> bool {
         .any(|(prefix, allowed, _)| file.starts_with(prefix) && *allowed == word)
 }
 
-/// Says what is wrong with one comment, message or paragraph.
+/// Returns whether a sentence trails off. In a synopsis `WORD...` and `[WORD]...` are repetitions.
+fn has_ellipsis(text: &str) -> bool {
+    let prose: String = text.split('`').step_by(2).collect();
+    let is_repetition =
+        |before: &str| before.ends_with(|c: char| c.is_ascii_uppercase() || c == ']');
+    prose.contains('…')
+        || prose
+            .match_indices("...")
+            .any(|(at, _)| !is_repetition(&prose[..at]))
+}
+
+/// Lists the faults of one comment, message or paragraph.
 fn faults(file: &str, text: &Text) -> Vec<String> {
     let words = words(&text.prose);
     let mut faults: Vec<String> = Vec::new();
@@ -158,7 +186,19 @@ fn faults(file: &str, text: &Text) -> Vec<String> {
             .filter(|phrase| !is_allowed(file, phrase))
             .map(|phrase| format!("the phrase {phrase:?}")),
     );
-    if text.kind == Kind::Doc {
+    if text.kind != TextKind::Message && has_ellipsis(&text.prose) {
+        faults.push("an ellipsis".to_owned());
+    }
+    let contraction = words
+        .iter()
+        .find(|word| word.ends_with("n't") && !is_allowed(file, word));
+    if let Some(word) = contraction
+        && text.kind == TextKind::Message
+        && file.starts_with("src/")
+    {
+        faults.push(format!("the contraction {word:?} in a message"));
+    }
+    if text.kind == TextKind::Doc {
         let first = text.prose.split_whitespace().next().unwrap_or_default();
         if BANNED_OPENINGS.contains(&first) {
             faults.push(format!("a doc comment that opens with {first:?}"));
@@ -174,7 +214,11 @@ fn faults(file: &str, text: &Text) -> Vec<String> {
 fn prose_follows_the_rules() {
     let mut wrong = Vec::new();
     for (file, source) in sources() {
-        for text in texts(&file, &source) {
+        let quotes = QUOTING.iter().any(|prefix| file.starts_with(prefix));
+        for text in texts(&file, &source)
+            .into_iter()
+            .filter(|text| !quotes || text.kind != TextKind::Message)
+        {
             wrong.extend(
                 faults(&file, &text)
                     .into_iter()
@@ -193,20 +237,21 @@ fn prose_follows_the_rules() {
 #[test]
 fn comment_lines_fit_into_100_columns() {
     let mut wrong = Vec::new();
-    for (file, source) in sources().iter().filter(|(file, _)| file.ends_with(".rs")) {
-        for (index, line) in source.lines().enumerate() {
-            // A link cannot be wrapped.
-            let is_comment = line.trim_start().starts_with("//") && !line.contains("://");
-            let is_table = line
-                .trim_start()
-                .trim_start_matches(['/', '!', ' '])
-                .starts_with('|');
-            if is_comment && !is_table && line.chars().count() > MAX_COLUMNS {
-                wrong.push(format!(
-                    "{file}:{}: {} columns",
-                    index + 1,
-                    line.chars().count()
-                ));
+    for (file, source) in sources().iter().filter(|(file, _)| !file.ends_with(".md")) {
+        let lines: Vec<&str> = source.lines().collect();
+        let comments = texts(file, source);
+        for comment in comments
+            .iter()
+            .filter(|text| matches!(text.kind, TextKind::Doc | TextKind::Comment))
+        {
+            for (index, prose) in comment.prose.split('\n').enumerate() {
+                let number = comment.line + index;
+                let columns = lines[number - 1].chars().count();
+                // A link cannot be wrapped.
+                let is_exempt = prose.contains("://") || prose.trim_start().starts_with('|');
+                if columns > MAX_COLUMNS && !is_exempt {
+                    wrong.push(format!("{file}:{number}: {columns} columns"));
+                }
             }
         }
     }
@@ -218,33 +263,74 @@ fn comment_lines_fit_into_100_columns() {
     );
 }
 
+/// Returns the name of the type, trait or alias that this line defines.
+fn defined_type(line: &str) -> Option<&str> {
+    let mut words = line
+        .split(|c: char| !c.is_alphanumeric() && c != '_')
+        .filter(|word| !["pub", "crate", "super", "in", "unsafe", ""].contains(word));
+    if !line.trim_start().starts_with(char::is_alphabetic) {
+        return None;
+    }
+    let keyword = words.next()?;
+    let is_item = match keyword {
+        "struct" | "enum" | "trait" | "union" => true,
+        // An associated type has the name that its trait gives it.
+        "type" => !line.starts_with(' '),
+        _ => false,
+    };
+    words
+        .next()
+        .filter(|name| is_item && name.starts_with(char::is_uppercase))
+}
+
 #[test]
 fn type_names_are_defined_once() {
-    let mut defined: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for (file, source) in sources()
-        .into_iter()
-        .filter(|(file, _)| file.starts_with("src/"))
-    {
-        for line in source.lines() {
-            let words: Vec<&str> = line
-                .split(|c: char| !c.is_alphanumeric() && c != '_')
-                .collect();
-            let is_item = !line.trim_start().starts_with("//") && !line.contains('"');
-            let keyword = words
-                .iter()
-                .position(|word| ["struct", "enum", "trait", "union"].contains(word));
-            if let Some(name) = keyword.filter(|_| is_item).and_then(|at| words.get(at + 1))
-                && name.starts_with(char::is_uppercase)
-            {
+    for crate_root in ["src/", "tests/it/", "tests/actor/", "tests/bench/"] {
+        let mut defined: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (file, source) in sources()
+            .into_iter()
+            .filter(|(file, _)| file.starts_with(crate_root) && file.ends_with(".rs"))
+        {
+            for name in source.lines().filter_map(defined_type) {
                 defined
-                    .entry((*name).to_owned())
+                    .entry(name.to_owned())
                     .or_default()
                     .push(file.clone());
             }
         }
+        defined.retain(|_, files| files.len() > 1);
+        assert!(defined.is_empty(), "{defined:#?}");
     }
-    defined.retain(|_, files| files.len() > 1);
-    assert!(defined.is_empty(), "{defined:#?}");
+}
+
+#[test]
+fn test_names_follow_the_rules() {
+    let mut wrong = Vec::new();
+    for (file, source) in sources()
+        .iter()
+        .filter(|(file, _)| file.ends_with(".rs") && file.starts_with(['s', 't']))
+    {
+        for name in test_names(source) {
+            let words: Vec<&str> = name.split('_').collect();
+            let banned = words.iter().find(|word| BANNED_WORDS.contains(word));
+            let begins = ["it", "the", "they", "who", "what", "a", "an"];
+            if let Some(word) = banned.or(words.first().filter(|word| begins.contains(word))) {
+                wrong.push(format!("{file}: {name}: {word}"));
+            }
+            if words.len() < 2 {
+                wrong.push(format!("{file}: {name} has no verb"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Returns the names of the tests in a source.
+fn test_names(source: &str) -> impl Iterator<Item = &str> {
+    ["    #[test]\n", "\n#[test]\n", concat!("#[tokio", "::test")]
+        .into_iter()
+        .flat_map(|mark| source.split(mark).skip(1))
+        .filter_map(|rest| rest.split("fn ").nth(1)?.split('(').next())
 }
 
 #[test]
@@ -261,7 +347,7 @@ fn scanner_finds_faults() {
     );
     assert_eq!(
         faults_of("/// Returns who asked for it.\n"),
-        ["the word \"who\"", "the phrase \"asked for\""]
+        ["the word \"who\"", "the word \"asked\""]
     );
     assert_eq!(
         faults_of("/// Which process it is.\n"),

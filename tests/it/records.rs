@@ -1,7 +1,7 @@
-//! The audit and the log where their readers have stopped, or the disk is full (attack 30).
+//! The audit and the log when their readers have stopped, or the disk is full (T30).
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -11,28 +11,16 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
-use crate::harness::cgroup::own_rule;
 use crate::harness::client::ask;
-use crate::harness::counterparts::process::{await_some, spawn};
+use crate::harness::counterparts::process::{Process, await_some, behind, spawn};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
-use crate::harness::upstream::Upstream;
+use crate::harness::hanging::HangingFiles;
+use crate::harness::upstream::{Upstream, my_rule};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-fn rule() -> String {
-    let uid = nix::unistd::geteuid().as_raw();
-    format!(
-        "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {uid}\n{}",
-        own_rule()
-    )
-}
-
-fn upstream() -> Upstream {
-    Upstream::start(&[(nix::unistd::geteuid().as_raw(), "me")])
-}
-
-/// A pipe that is full from the beginning: its reader, and an end for a program to write to.
+/// Returns a pipe that is full from the start: its reader, and an end for a program to write to.
 fn full_pipe() -> (fs::File, std::os::fd::OwnedFd) {
     let (from, to) = nix::unistd::pipe().unwrap();
     fcntl(&to, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
@@ -43,8 +31,8 @@ fn full_pipe() -> (fs::File, std::os::fd::OwnedFd) {
 
 /// Standard error and standard output without a reader: the log and the audit.
 #[test]
-fn readers_that_have_stopped_stop_nothing() {
-    let upstream = upstream();
+fn stopped_log_readers_do_not_stop_daemon() {
+    let upstream = Upstream::start_for_me();
     for reads_again in [false, true] {
         let folder = folder();
         let path = |name: &str| folder.path().join(name);
@@ -52,7 +40,7 @@ fn readers_that_have_stopped_stop_nothing() {
         let text = format!(
             "{}\n{}\n[listen]\nunix = {socket:?}\ntcp = []\nadmin = \"\"\nstatus = {:?}\ntoken_file = {:?}\n[log]\nformat = \"json\"\n",
             upstream.configuration(),
-            rule(),
+            my_rule(),
             path("status.sock"),
             path("token"),
         );
@@ -70,7 +58,7 @@ fn readers_that_have_stopped_stop_nothing() {
         })
         .unwrap();
         for _ in 0..500 {
-            let stream = await_some("it listens", PATIENCE, || UnixStream::connect(&socket).ok());
+            let stream = await_some("it listens", TIMEOUT, || UnixStream::connect(&socket).ok());
             assert_eq!(ask(stream).0, 200);
         }
         let ready = || {
@@ -80,7 +68,7 @@ fn readers_that_have_stopped_stop_nothing() {
             stream.read_to_string(&mut answer).unwrap();
             answer.contains("\r\n\r\nready\n").then_some(())
         };
-        await_some("it is ready", PATIENCE, ready);
+        await_some("it is ready", TIMEOUT, ready);
         let reading = reads_again.then(|| {
             [&mut log, &mut audit].map(|pipe| {
                 let mut pipe = pipe.try_clone().unwrap();
@@ -96,12 +84,12 @@ fn readers_that_have_stopped_stop_nothing() {
         });
         kill(daemon.id(), Signal::SIGTERM).unwrap();
         let status = daemon
-            .wait(PATIENCE)
-            .expect("it ends, whether anybody reads or not");
+            .wait(TIMEOUT)
+            .expect("it ends without a reader as well");
         assert!(status.success(), "{status}");
         let Some(reading) = reading else { continue };
         let [log, audit]: [Vec<Value>; 2] = reading.map(|thread| thread.join().unwrap());
-        for message in ["serving workloads", "ready", "ending"] {
+        for message in ["serving workloads", "ready", "draining"] {
             let has = |line: &Value| {
                 line["message"]
                     .as_str()
@@ -119,7 +107,76 @@ fn readers_that_have_stopped_stop_nothing() {
     }
 }
 
-/// How many requests these records stand for. One line may be broken.
+/// The audit file is a pipe without a reader, or on a file system that hangs: the daemon starts and
+/// answers. Its records are written when the file can be opened.
+#[test]
+fn audit_file_that_blocks_does_not_stop_daemon() {
+    if !root() {
+        return;
+    }
+    let upstream = Upstream::start_for_me();
+    for hangs in [false, true] {
+        let folder = folder();
+        let mut files = HangingFiles::mount();
+        files.hang();
+        let enter = files.enter();
+        let enter: Vec<&str> = enter.iter().map(String::as_str).collect();
+        let path = |name: &str| folder.path().join(name);
+        let pipe = path("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let (words, file) = match hangs {
+            true => (&enter[..], files.program()),
+            false => (&[][..], &*pipe),
+        };
+        let (socket, config) = (path("awsvid.sock"), path("awsvid.toml"));
+        let text = format!(
+            "{}\n{}\n[audit]\nfile = {file:?}\n[listen]\nunix = {socket:?}\ntcp = []\nadmin = \"\"\n\
+             status = {:?}\ntoken_file = {:?}\n",
+            upstream.configuration(),
+            my_rule(),
+            path("status.sock"),
+            path("token"),
+        );
+        fs::write(&config, text).unwrap();
+        let mut command = behind(words, Path::new(PROGRAM));
+        command.env_clear().env("PATH", "/usr/bin:/bin");
+        command.args(["serve", "--config"]).arg(&config);
+        let daemon = Process::start("awsvid", command, &path("log"));
+        // The server ends first, since the daemon cannot end before.
+        let stage = (files, daemon);
+        let daemon = &stage.1;
+        let stream = || UnixStream::connect(&socket).ok();
+        let answer = |stream| ask(stream).0;
+        let connected = daemon.await_some("it listens", TIMEOUT, stream);
+        assert_eq!(answer(connected), 200);
+        let why = if hangs {
+            "the server of its file system does not respond"
+        } else {
+            "no process reads from this pipe"
+        };
+        assert!(daemon.log().contains(why), "{}", daemon.log());
+        if !hangs {
+            let mut line = String::new();
+            BufReader::new(fs::File::open(&pipe).unwrap())
+                .read_line(&mut line)
+                .unwrap();
+            assert!(line.contains("\"outcome\":\"issued\""), "{line}");
+        }
+        // A reload with such a file changes nothing, and ends.
+        kill(daemon.id(), Signal::SIGHUP).unwrap();
+        if hangs {
+            daemon.await_some("the reload ends", TIMEOUT, || {
+                let log = daemon.log();
+                (log.matches(why).count() == 2).then_some(())
+            });
+        }
+        assert_eq!(answer(stream().unwrap()), 200);
+        kill(daemon.id(), Signal::SIGTERM).unwrap();
+        await_some("it ends", TIMEOUT, || (!socket.exists()).then_some(()));
+    }
+}
+
+/// Returns the number of requests that these records stand for. One line may be broken.
 fn sum(text: &str) -> u64 {
     let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
     let records: Vec<Value> = lines
@@ -134,14 +191,14 @@ fn sum(text: &str) -> u64 {
 }
 
 #[test]
-fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
+fn required_audit_blocks_credentials_on_full_disk() {
     if !root() {
         return;
     }
     let folder = folder();
     let small = folder.path().join("small");
     fs::create_dir(&small).unwrap();
-    let upstream = upstream();
+    let upstream = Upstream::start_for_me();
     let script = format!(
         "mount -t tmpfs -o size=128k awsvid {} && exec \"$@\"",
         small.display()
@@ -156,7 +213,7 @@ fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
         &script,
         "sh",
     ];
-    let configuration = upstream.configuration() + &rule();
+    let configuration = upstream.configuration() + &my_rule();
     let mut daemon = Daemon::start_behind(&words, folder.path(), "", &configuration).ready();
     let inside =
         |path: &Path| PathBuf::from(format!("/proc/{}/root{}", daemon.pid(), path.display()));
@@ -175,11 +232,11 @@ fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
     for listener in listeners {
         assert_eq!(answer(listener).0, 200);
     }
-    // Some are written still, and some hits only counted.
+    // Some are still being written, and some hits are only counted.
     let mut all = fs::File::create(inside(&filler)).unwrap();
     while all.write_all(&[b'x'; 4096]).is_ok() {}
     for listener in listeners {
-        await_some("nothing is handed out", PATIENCE, || {
+        await_some("no credentials are served", TIMEOUT, || {
             let (status, body) = answer(listener);
             assert!(status == 200 || body["code"] == "not_audited", "{body}");
             (status == 503).then_some(())
@@ -200,7 +257,7 @@ fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
         assert_eq!(answer(listener).0, 200, "over {listener}");
     }
     daemon.await_line(&["audit records can be written again"]);
-    // With what was lost the records stand for all requests.
+    // With those that were lost the records stand for all requests.
     let requests: u64 = daemon
         .metrics()
         .lines()
@@ -218,7 +275,7 @@ fn on_a_full_disk_nothing_is_handed_out_without_its_record() {
         daemon
             .process()
             .owned()
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends")
             .success()
     );

@@ -1,4 +1,5 @@
-//! SIGHUP: another configuration takes effect as a whole or not at all, and nobody gets what only the old one gave.
+//! SIGHUP: another configuration takes effect as a whole or not at all, and no caller gets what
+//! only the old one gave.
 
 use std::collections::HashSet;
 use std::fs;
@@ -10,30 +11,30 @@ use std::time::{Duration, SystemTime};
 use serde_json::Value;
 
 use crate::harness::cgroup::own_rule;
-use crate::harness::client::{Asker, answer, ask, send};
+use crate::harness::client::{Poller, answer, ask, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::Daemon;
-use crate::harness::gate::Gate;
+use crate::harness::pausable_proxy::PausableProxy;
 use crate::harness::upstream::Upstream;
 
 const ID: &str = "spiffe://example.org/user/me";
-/// For what takes milliseconds on a machine that is not busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Bounds steps that take milliseconds on an idle machine.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The servers of `awsvid dev`, with a gate before the source that is open, and the parts of configurations for them. The
-/// user of this test is the only one.
-struct Stage {
-    gate: Gate,
+/// The servers of `awsvid dev`, with an open proxy in front of the source, and the parts of
+/// configurations for them. The user of this test is the only one.
+struct ReloadStage {
+    gate: PausableProxy,
     upstream: Upstream,
     folder: tempfile::TempDir,
 }
 
-impl Stage {
+impl ReloadStage {
     fn set() -> Self {
         let folder = folder();
         let upstream = Upstream::start(&[(nix::unistd::getuid().as_raw(), "me")]);
-        let gate = Gate::start(&folder.path().join("gate.sock"), &upstream.socket());
+        let gate = PausableProxy::start(&folder.path().join("gate.sock"), &upstream.socket());
         gate.set_open(true);
         Self {
             gate,
@@ -46,7 +47,7 @@ impl Stage {
         Daemon::start(self.folder.path(), "", configuration).ready()
     }
 
-    /// Everything but rules: the role with this added to it.
+    /// Returns everything except rules, with `more` in the role.
     fn role(&self, more: &str) -> String {
         let configuration = self
             .upstream
@@ -55,12 +56,12 @@ impl Stage {
         configuration.replace("[[role]]\n", &format!("[[role]]\n{more}\n"))
     }
 
-    /// With the rule for the user of this test.
+    /// Returns it with the rule for the user of this test.
     fn with_rule(&self, role: &str) -> String {
         self.role(role) + &rule(nix::unistd::getuid().as_raw())
     }
 
-    /// With a rule for somebody else.
+    /// Returns it with a rule for another user.
     fn without_rule(&self) -> String {
         self.role("") + &rule(54321)
     }
@@ -77,7 +78,7 @@ fn unix(daemon: &Daemon) -> UnixStream {
     UnixStream::connect(daemon.unix()).unwrap()
 }
 
-/// The key that is handed out now.
+/// Returns the access key id of the current response.
 fn key(daemon: &Daemon) -> String {
     let (status, body) = ask(unix(daemon));
     assert_eq!(status, 200, "{body}");
@@ -90,7 +91,7 @@ fn refusal(daemon: &Daemon) -> String {
     body["code"].as_str().unwrap().to_owned()
 }
 
-/// How long the credentials in an answer are good for.
+/// Returns how long the credentials in a response are valid.
 fn lifetime(body: &Value) -> Duration {
     let expiration = humantime::parse_rfc3339(body["Expiration"].as_str().unwrap()).unwrap();
     expiration
@@ -99,61 +100,62 @@ fn lifetime(body: &Value) -> Duration {
 }
 
 #[test]
-fn a_rule_comes_and_goes() {
-    let stage = Stage::set();
+fn rule_takes_effect_and_ends_with_reload() {
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.without_rule());
     assert_eq!(refusal(&daemon), "no_identity");
     assert!(daemon.reload("", &stage.with_rule("")));
     let first = key(&daemon);
-    // Nothing is different: what is cached stays.
+    // Nothing differs: the cache stays.
     assert!(daemon.reload("", &stage.with_rule("")));
     assert_eq!(key(&daemon), first);
     assert!(daemon.reload("", &stage.without_rule()));
     assert_eq!(refusal(&daemon), "no_identity");
-    // Another rule than before for the same ID is not the old one.
+    // A different rule for the same ID does not equal the old one.
     assert!(daemon.reload("", &stage.with_rule("")));
     assert_ne!(key(&daemon), first);
 }
 
 #[test]
-fn a_narrowed_role_leaves_nothing_of_the_wide_one() {
-    let stage = Stage::set();
+fn narrowed_role_serves_no_wider_credentials() {
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.with_rule(""));
-    let mut seen = HashSet::from([key(&daemon)]);
+    let mut observed = HashSet::from([key(&daemon)]);
     let policies = [
         r#"policy = '{"Statement": []}'"#,
         r#"policy_arns = ["arn:aws:iam::aws:policy/ReadOnlyAccess"]"#,
     ];
     for more in policies {
         assert!(daemon.reload("", &stage.with_rule(more)));
-        assert!(seen.insert(key(&daemon)), "{more}: an old key");
+        assert!(observed.insert(key(&daemon)), "{more}: an old key");
     }
-    // An ARN that this STS does not know: refused there, and not served from before.
+    // An ARN that this STS does not know: it refuses, and the daemon serves nothing older.
     let other = stage.with_rule("").replace("role/dev", "role/other");
     assert!(daemon.reload("", &other));
     assert!(
         refusal(&daemon).starts_with("sts_"),
-        "STS was asked about the other ARN"
+        "STS was called for the other ARN"
     );
-    // The way back is not the way to what was cached then.
+    // Going back does not restore what was cached then.
     assert!(daemon.reload("", &stage.with_rule("")));
-    assert!(seen.insert(key(&daemon)), "an old key");
+    assert!(observed.insert(key(&daemon)), "an old key");
 }
 
 #[test]
-fn a_request_under_way_is_answered_by_the_new_configuration() {
-    let stage = Stage::set();
+fn waiting_request_is_decided_by_new_configuration() {
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.with_rule("duration = \"2h\""));
-    // Three who wait for what the old configuration would give: a longer session, and then what is nobody's any more.
+    // Three callers wait for what the old configuration would give: a longer session, and then an
+    // identity that no rule gives any more.
     let wait = || {
         stage.gate.set_open(false);
-        let came = stage.gate.came();
+        let arrivals = stage.gate.arrivals();
         let waiting = [
             send(unix(&daemon)),
             send(unix(&daemon)),
             send(unix(&daemon)),
         ];
-        stage.gate.await_came(came + 1);
+        stage.gate.await_arrivals(arrivals + 1);
         waiting
     };
     let waiting = wait();
@@ -170,7 +172,7 @@ fn a_request_under_way_is_answered_by_the_new_configuration() {
     // Nothing is cached for this one yet.
     assert!(daemon.reload("", &stage.with_rule("duration = \"1h\"")));
     let waiting = wait();
-    let asked = daemon.audit().len();
+    let waiting_request = daemon.audit().len();
     assert!(daemon.reload("", &stage.without_rule()));
     stage.gate.set_open(true);
     for mut stream in waiting {
@@ -181,7 +183,7 @@ fn a_request_under_way_is_answered_by_the_new_configuration() {
             "{body}"
         );
     }
-    for record in &daemon.audit()[asked..] {
+    for record in &daemon.audit()[waiting_request..] {
         assert!(
             record["access_key_id"].is_null() && record["role_arn"].is_null(),
             "{record}"
@@ -190,13 +192,13 @@ fn a_request_under_way_is_answered_by_the_new_configuration() {
 }
 
 #[test]
-fn a_configuration_with_errors_changes_nothing() {
-    let stage = Stage::set();
+fn invalid_configuration_changes_nothing() {
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let before = key(&daemon);
     let good = daemon.text();
     let lines = good.lines().count();
-    // Two mistakes, and a change that is none: without the rule nobody would be served.
+    // Two errors, and a change without effect: without the rule no caller would be served.
     let wrong = good.replace(ID, "spiffe:/wrong") + "levle = \"info\"\n[cache]\nmax_entries = 0\n";
     assert!(!daemon.reload_text(&wrong));
     assert_eq!(key(&daemon), before);
@@ -208,7 +210,7 @@ fn a_configuration_with_errors_changes_nothing() {
             "line {line} in:\n{log}"
         );
     }
-    // What only shows when it is used: a file that can't be opened.
+    // An error that only shows in use: a file that can't be opened.
     let wrong = daemon.text().replace("spiffe:/wrong", ID);
     assert_ne!(wrong, good);
     assert!(
@@ -221,33 +223,53 @@ fn a_configuration_with_errors_changes_nothing() {
     assert!(daemon.log().contains("missing/audit.log"));
     assert_eq!(key(&daemon), before);
     fs::remove_file(stage.folder.path().join("awsvid.toml")).unwrap();
-    daemon_reads_nothing(&daemon);
+    assert_sighup_fails(&daemon);
     assert_eq!(key(&daemon), before);
-    // And it can be repaired.
+    // A corrected file takes effect.
     assert!(daemon.reload_text(&good));
     assert_eq!(key(&daemon), before);
 }
 
-/// SIGHUP without a file.
-fn daemon_reads_nothing(daemon: &Daemon) {
-    let count = || {
-        daemon
-            .log()
-            .matches("the configuration was not reloaded")
-            .count()
+#[test]
+fn failed_reload_keeps_numbers_of_names() {
+    let stage = ReloadStage::set();
+    let uid = nix::unistd::getuid();
+    let user = nix::unistd::User::from_uid(uid).unwrap().unwrap().name;
+    let by_name = |name: &str| {
+        let by_number = format!("uid = {uid}\n");
+        assert!(stage.with_rule("").contains(&by_number));
+        stage
+            .with_rule("")
+            .replace(&by_number, &format!("user = \"{name}\"\n"))
     };
+    let daemon = stage.start(&by_name(&user));
+    let before = key(&daemon);
+    let good = daemon.text();
+    // The rule with another name is valid. The audit file cannot be opened.
+    let wrong = good
+        .replace(&format!("\"{user}\""), "\"daemon\"")
+        .replace("audit.log", "missing/audit.log");
+    assert_ne!(wrong, good);
+    assert!(!daemon.reload_text(&wrong));
+    assert!(daemon.log().contains("missing/audit.log"));
+    assert_eq!(key(&daemon), before);
+}
+
+/// Sends SIGHUP without a file, and checks that nothing changes.
+fn assert_sighup_fails(daemon: &Daemon) {
+    let count = || daemon.log().matches("configuration not reloaded").count();
     let before = count();
-    daemon.hang_up();
+    daemon.send_sighup();
     await_some(
-        "the daemon has looked for its configuration",
-        PATIENCE,
+        "the daemon has tried to read its configuration",
+        TIMEOUT,
         || (count() > before).then_some(()),
     );
 }
 
 #[test]
-fn what_is_listened_on_stays_and_the_rest_takes_effect() {
-    let stage = Stage::set();
+fn reload_keeps_listeners_and_applies_other_changes() {
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.without_rule());
     let socket = daemon.unix();
     let text = daemon
@@ -260,33 +282,26 @@ fn what_is_listened_on_stays_and_the_rest_takes_effect() {
         "max_connections_per_workload = 7\ntoken_file = ",
     );
     assert!(daemon.reload_text(&text));
-    let log = daemon.log();
-    assert!(
-        log.contains("[listen] unix, tcp, max_connections_per_workload: "),
-        "{log}"
-    );
-    assert!(
-        log.contains("takes effect when awsvid is started again"),
-        "{log}"
-    );
+    daemon.await_line(&[
+        "the change needs a restart",
+        "listen",
+        "unix, tcp, max_connections_per_workload",
+    ]);
     assert!(socket.exists() && !socket.with_file_name("other.sock").exists());
     key(&daemon);
     assert_eq!(ask(TcpStream::connect(daemon.tcp()).unwrap()).0, 200);
     assert_eq!(ask(TcpStream::connect(daemon.tcp6()).unwrap()).0, 200);
-    // The same again, as at the start: there is nothing to be told.
+    // The same listeners as at the start: nothing is logged.
     assert!(daemon.reload("", &stage.with_rule("")));
     assert_eq!(
-        daemon
-            .log()
-            .matches("takes effect when awsvid is started again")
-            .count(),
+        daemon.log().matches("the change needs a restart").count(),
         1
     );
 }
 
 #[test]
-fn the_audit_file_is_opened_anew() {
-    let stage = Stage::set();
+fn reload_reopens_the_audit_file() {
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let first = key(&daemon);
     let (current, rotated) = (
@@ -294,7 +309,7 @@ fn the_audit_file_is_opened_anew() {
         stage.folder.path().join("audit.log.1"),
     );
     fs::rename(&current, &rotated).unwrap();
-    // Until it is told, the daemon writes to the file that it has open.
+    // Until the reload, the daemon writes to the file that it has open.
     key(&daemon);
     assert!(!current.exists());
     assert!(daemon.reload("", &stage.with_rule("")));
@@ -304,40 +319,43 @@ fn the_audit_file_is_opened_anew() {
     assert_eq!(daemon.audit().len(), 1);
     assert_eq!(fs::read_to_string(&rotated).unwrap(), moved);
     // To another name.
-    let elsewhere = stage.folder.path().join("elsewhere.log");
+    let renamed_log = stage.folder.path().join("elsewhere.log");
     assert!(daemon.reload_text(&daemon.text().replace("audit.log", "elsewhere.log")));
     key(&daemon);
     assert_eq!(
         (
             daemon.audit().len(),
-            fs::read_to_string(elsewhere).unwrap().lines().count()
+            fs::read_to_string(renamed_log).unwrap().lines().count()
         ),
         (1, 1)
     );
 }
 
 #[test]
-fn the_log_changes_its_level_and_format() {
-    let stage = Stage::set();
+fn reload_changes_log_level_and_format() {
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let text = daemon.text();
     let quiet = text
         .replace("awsvid=debug,info", "warn")
         .replace("format = \"json\"", "format = \"text\"");
     let since = daemon.log().len();
-    // The only thing that it says at this level: that the rule needs a role.
+    // Its only line at this level: that the rule needs a role.
     let quiet = quiet + "\n[[workload]]\nspiffe_id = \"spiffe://other.example/x\"\nuid = 54321\n";
-    daemon.write_and_hang_up(&quiet);
-    let said = await_some("a warning", PATIENCE, || {
+    daemon.write_and_send_sighup(&quiet);
+    let message = await_some("a warning", TIMEOUT, || {
         let log = daemon.log();
         log[since..]
             .contains("no role is for spiffe://other.example/x")
             .then(|| log[since..].to_owned())
     });
-    assert!(said.lines().last().unwrap().contains(" WARN "), "{said}");
+    assert!(
+        message.lines().last().unwrap().contains(" WARN "),
+        "{message}"
+    );
     assert!(!daemon.reload_text(&quiet.replace("[listen]", "[lisen]")));
     assert!(
-        !daemon.log()[since..].contains("was reloaded"),
+        !daemon.log()[since..].contains("configuration reloaded"),
         "{}",
         &daemon.log()[since..]
     );
@@ -350,40 +368,41 @@ fn the_log_changes_its_level_and_format() {
 }
 
 #[test]
-fn a_daemon_that_is_not_ready_becomes_so_by_another_configuration() {
-    let stage = Stage::set();
-    let wrong = stage.with_rule("").replace("gate.sock", "nobody.sock");
+fn reload_makes_daemon_ready() {
+    let stage = ReloadStage::set();
+    let wrong = stage.with_rule("").replace("gate.sock", "unused.sock");
     let daemon = Daemon::start(stage.folder.path(), "", &wrong);
-    await_some("it says what is missing", PATIENCE, || {
+    await_some("it reports what is missing", TIMEOUT, || {
         daemon
             .log()
-            .contains("not ready: the identity source")
+            .lines()
+            .any(|line| line.contains("not ready") && line.contains("the identity source"))
             .then_some(())
     });
     assert_eq!(http_get(daemon.admin(), "/readyz").unwrap().0, 503);
     assert!(daemon.reload("", &stage.with_rule("")));
     let daemon = daemon.ready();
-    // The source is the new one for requests, too.
-    let came = stage.gate.came();
+    // Requests use the new source, too.
+    let arrivals = stage.gate.arrivals();
     key(&daemon);
-    assert_eq!(stage.gate.came(), came + 1);
+    assert_eq!(stage.gate.arrivals(), arrivals + 1);
 }
 
 #[test]
-fn nobody_sees_an_error_during_fifty_reloads() {
-    let stage = Stage::set();
+fn callers_see_no_error_during_fifty_reloads() {
+    let stage = ReloadStage::set();
     let daemon = stage.start(&stage.with_rule(""));
     let path = daemon.unix();
     let askers = [
-        Asker::new(|| ask(UnixStream::connect(&path).unwrap())),
-        Asker::new(|| ask(TcpStream::connect(daemon.tcp()).unwrap())),
-        Asker::new(|| ask(TcpStream::connect(daemon.tcp6()).unwrap())),
+        Poller::new(|| ask(UnixStream::connect(&path).unwrap())),
+        Poller::new(|| ask(TcpStream::connect(daemon.tcp()).unwrap())),
+        Poller::new(|| ask(TcpStream::connect(daemon.tcp6()).unwrap())),
     ];
     thread::scope(|scope| {
-        let _end = askers.each_ref().map(Asker::end_later);
+        let _end = askers.each_ref().map(Poller::end_later);
         let running = askers.each_ref().map(|asker| scope.spawn(|| asker.run()));
         for round in 0..50 {
-            // The role is another one than before, the rules are others, and the file is a new one.
+            // The role and the rules differ from the previous ones, and the file is a new one.
             let minutes = 15 + round % 5;
             let more = if round % 2 == 0 {
                 rule(54321).replace("/me", "/x")
@@ -391,12 +410,12 @@ fn nobody_sees_an_error_during_fifty_reloads() {
                 String::new()
             };
             let _ = fs::remove_file(stage.folder.path().join("audit.log"));
-            let before = askers.each_ref().map(Asker::count);
+            let before = askers.each_ref().map(Poller::count);
             assert!(daemon.reload(
                 "",
                 &(stage.with_rule(&format!("duration = \"{minutes}m\"")) + &more)
             ));
-            await_some("everybody is answered", PATIENCE, || {
+            await_some("every caller is answered", TIMEOUT, || {
                 assert!(
                     !running.iter().any(|asker| asker.is_finished()),
                     "one has seen an error"

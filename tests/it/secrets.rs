@@ -1,4 +1,4 @@
-//! No command prints a secret but the one whose output is one.
+//! No command prints a secret, except the one that has this purpose.
 
 use std::fs;
 use std::process::Command;
@@ -10,18 +10,18 @@ use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, http_get, minio};
 use crate::harness::daemon::PROGRAM;
+use crate::harness::env::{Env, Setting};
 use crate::harness::terminal::on_a_terminal;
-use crate::harness::world::{Setting, World};
 
-const PATIENCE: Duration = Duration::from_secs(120);
-/// So much of a secret is nobody's to see.
+const TIMEOUT: Duration = Duration::from_secs(120);
+/// No output may have this many characters of a secret.
 const PART: usize = 12;
 
-/// What must not be seen, by what it is.
+/// The secrets that must not appear, with their names.
 struct Secrets(Vec<(&'static str, String)>);
 
 impl Secrets {
-    /// What of them is in a text: each piece of each part of a token counts.
+    /// Returns the names of those that are in a text: each piece of each part of a token counts.
     fn within(&self, text: &str) -> Vec<&'static str> {
         let is_in = |secret: &str| {
             let parts = secret.split(['.', '\n']).filter(|part| part.len() >= PART);
@@ -38,12 +38,12 @@ impl Secrets {
 }
 
 #[test]
-fn only_credential_process_prints_one() {
+fn only_credential_process_prints_secrets() {
     let folder = folder();
-    let Some(world) = World::start(folder.path(), &[(1001, "reader")], &Setting::default()) else {
+    let Some(env) = Env::start(folder.path(), &[(1001, "reader")], &Setting::default()) else {
         return;
     };
-    let given: Value = serde_json::from_str(&world.curl(1001).1).unwrap();
+    let token_output: Value = serde_json::from_str(&env.curl(1001).1).unwrap();
     let config = folder.path().join("awsvid.toml");
     let config = config.to_str().unwrap();
     let own = [
@@ -54,10 +54,13 @@ fn only_credential_process_prints_one() {
     let mut secrets = Secrets(vec![
         (
             "secret key",
-            given["SecretAccessKey"].as_str().unwrap().to_owned(),
+            token_output["SecretAccessKey"].as_str().unwrap().to_owned(),
         ),
-        ("session token", given["Token"].as_str().unwrap().to_owned()),
-        ("JWT-SVID", world.spire.fetch_jwt(minio::AUDIENCE)),
+        (
+            "session token",
+            token_output["Token"].as_str().unwrap().to_owned(),
+        ),
+        ("JWT-SVID", env.spire.fetch_jwt(minio::AUDIENCE)),
         (
             "token file",
             fs::read_to_string(folder.path().join("token")).unwrap(),
@@ -78,19 +81,19 @@ fn only_credential_process_prints_one() {
         command
             .env("ALL_PROXY", format!("http://awsvid:{}@127.0.0.1:1", own[2]))
             .env("NO_PROXY", "127.0.0.1");
-        run(command, b"", PATIENCE)
+        run(command, b"", TIMEOUT)
     };
     let issuer = ["--issuer", "https://oidc.example.org"];
     let commands: [&[&str]; 10] = [
         &["status", "--config", config],
         &["status", "--config", config, "--socket", "/nonexistent"],
         &["check", "--config", config],
-        &["check", "--config", config, "--json"],
+        &["check", "--config", config, "-o", "json"],
         &["check", "--config", config, "--url", issuer[1]],
         &["trust-policy", "--config", config],
         &["trust-policy", "--config", config, issuer[0], issuer[1]],
-        &["config", "--config", config, "--explain"],
-        &["config", "--check", config],
+        &["config", "show", "--config", config],
+        &["config", "validate", config],
         &["credential-process", "--config", config, "--role", "other"],
     ];
     for arguments in commands {
@@ -99,8 +102,11 @@ fn only_credential_process_prints_one() {
             !output.stdout.is_empty() || !output.stderr.is_empty(),
             "{arguments:?}"
         );
-        let seen = secrets.within(&format!("{}\n{}", output.stdout, output.stderr));
-        assert!(seen.is_empty(), "{arguments:?}: {seen:?} in {output:?}");
+        let found_secrets = secrets.within(&format!("{}\n{}", output.stdout, output.stderr));
+        assert!(
+            found_secrets.is_empty(),
+            "{arguments:?}: {found_secrets:?} in {output:?}"
+        );
     }
     let mut table = Command::new(PROGRAM);
     table.env_clear().args(["status", "--config", config]);
@@ -110,11 +116,11 @@ fn only_credential_process_prints_one() {
         "{shown}"
     );
 
-    // As the workload, whose environment has other keys.
+    // As the workload, which has other keys in its environment.
     let program = folder.path().join("awsvid");
     fs::copy(PROGRAM, &program).unwrap();
     let workload = Workload::new(1001)
-        .env("AWS_CONTAINER_CREDENTIALS_FULL_URI", &world.daemon.uri())
+        .env("AWS_CONTAINER_CREDENTIALS_FULL_URI", &env.daemon.uri())
         .env(
             "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
             folder.path().join("token").to_str().unwrap(),
@@ -135,22 +141,22 @@ fn only_credential_process_prints_one() {
     );
     let executed = workload.run(
         &program,
-        &["exec", "--url", &world.daemon.uri(), "--", "/bin/true"],
+        &["exec", "--url", &env.daemon.uri(), "--", "/bin/true"],
     );
     assert!(
         executed.stderr.contains("AWS_SECRET_ACCESS_KEY"),
         "{executed:?}"
     );
     for output in [checked, executed] {
-        let seen = secrets.within(&format!("{}\n{}", output.stdout, output.stderr));
-        assert!(seen.is_empty(), "{seen:?} in {output:?}");
+        let found_secrets = secrets.within(&format!("{}\n{}", output.stdout, output.stderr));
+        assert!(found_secrets.is_empty(), "{found_secrets:?} in {output:?}");
     }
 
     // Nor does the daemon itself, wherever it writes.
-    let (_, metrics) = http_get(world.daemon.admin(), "/metrics").unwrap();
+    let (_, metrics) = http_get(env.daemon.admin(), "/metrics").unwrap();
     let audit = fs::read_to_string(folder.path().join("audit.log")).unwrap();
     for (what, text) in [
-        ("log", world.daemon.log()),
+        ("log", env.daemon.log()),
         ("audit", audit),
         ("metrics", metrics),
     ] {
@@ -161,18 +167,19 @@ fn only_credential_process_prints_one() {
         );
     }
 
-    // It would have been seen. (The token that MinIO gives is a JWT itself, with the same claims in part.)
+    // The check would have found it. (MinIO's session token is a JWT itself, with the same claims
+    // in part.)
     let printed = workload.run(
         &program,
         &[
             "credential-process",
             "--socket",
-            world.daemon.unix().to_str().unwrap(),
+            env.daemon.unix().to_str().unwrap(),
         ],
     );
-    let seen = secrets.within(&printed.success("credential-process"));
+    let found_secrets = secrets.within(&printed.success("credential-process"));
     assert!(
-        seen.starts_with(&["secret key", "session token"]),
-        "{seen:?}"
+        found_secrets.starts_with(&["secret key", "session token"]),
+        "{found_secrets:?}"
     );
 }

@@ -1,7 +1,9 @@
-//! Twenty processes of four users ask all the time, while SPIRE's agent and STS are killed and started again at random.
+//! Twenty processes of four users send requests continuously, while SPIRE's agent and STS are
+//! killed and started again at random.
 //!
-//! `tests/run` has a short form; `tests/run slow` the whole one of half an hour, in which each session of 15 minutes is
-//! renewed several times. Alone: `AWSVID_TESTS=slow cargo test --test it soak -- --nocapture`.
+//! `tests/run` has a short form. `tests/run slow` has the whole one of half an hour, in which each
+//! session of 15 minutes is renewed several times. Alone: `AWSVID_TESTS=slow cargo test --test it
+//! soak -- --nocapture`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -19,8 +21,8 @@ use crate::harness::actor::program;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{Process, await_some};
+use crate::harness::env::{Env, Setting, id};
 use crate::harness::is_slow;
-use crate::harness::world::{Setting, World, id};
 
 const USERS: [(u32, &str); 4] = [
     (61011, "one"),
@@ -29,31 +31,32 @@ const USERS: [(u32, &str); 4] = [
     (61014, "four"),
 ];
 const PROCESSES: usize = 20;
-/// Between the requests of each. Without one the machine would measure itself, and the audit file be gigabytes.
+/// The pause between the requests of each. Without one the machine would measure itself, and the
+/// audit file be gigabytes.
 const PAUSE_MS: u64 = 100;
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long, and how bad.
+/// The length and the bounds of a run.
 struct Form {
     length: Duration,
-    /// When memory is first looked at.
+    /// The time of the first reading of memory.
     settled: Duration,
-    /// The longest outage, as it is ordered: with the start of what was away it is some seconds longer.
+    /// The longest outage, as ordered. With the start of the counterpart it is some seconds longer.
     outage: Duration,
-    /// The shortest time between two outages. What is due for renewal is tried at least every 90 s, so that two outages don't
-    /// come to one of double length.
+    /// The shortest time between two outages. A due refresh is retried at least every 90 s, so that
+    /// two outages do not become one of double length.
     between: Duration,
-    /// How much more anonymous memory there may be at the end, in per cent of what there was and in KiB.
+    /// The growth of anonymous memory that is allowed, in per cent and in KiB.
     growth: (u64, u64),
-    /// How many keys each user has been given at least.
+    /// The least number of keys that each user gets.
     keys: usize,
 }
 
 impl Form {
-    fn wanted() -> Self {
+    fn selected() -> Self {
         let seconds = Duration::from_secs;
         if is_slow() {
-            // The issue's own figures.
+            // The figures of the specification.
             Self {
                 length: seconds(1800),
                 settled: seconds(60),
@@ -63,8 +66,9 @@ impl Form {
                 keys: 3,
             }
         } else {
-            // Some seconds are not enough for a percentage: allocator and buffers still grow to what twenty processes at
-            // one time need. What leaks for each request (there are thousands) or each outage shows all the same.
+            // Some seconds are too short for a percentage: allocator and buffers still grow to what
+            // twenty processes at one time need. A leak for each request (there are thousands) or
+            // each outage shows all the same.
             Self {
                 length: seconds(20),
                 settled: seconds(5),
@@ -77,15 +81,15 @@ impl Form {
     }
 }
 
-/// One process that asks.
-struct Asker {
+/// One process that sends requests.
+struct SoakClient {
     process: Process,
     user: &'static str,
 }
 
-/// What all of them have seen.
+/// The sums over all processes.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Counted {
+struct Totals {
     errors: u64,
     expired: u64,
     empty: u64,
@@ -93,14 +97,14 @@ struct Counted {
 }
 
 #[test]
-fn workloads_see_no_error_while_spire_and_sts_come_and_go() {
-    let form = Form::wanted();
+fn workloads_see_no_error_during_random_outages() {
+    let form = Form::selected();
     let seed = std::env::var("AWSVID_SEED")
         .ok()
         .map_or_else(|| fastrand::u64(..), |text| text.parse().expect("a number"));
     eprintln!("soak: AWSVID_SEED={seed}");
     let folder = folder();
-    // Over TCP this user's process has to be searched for; see `start`.
+    // Over TCP the daemon has to search for this user's process; see `start`.
     let rule = |uid| {
         if uid == USERS[0].0 {
             format!("gid = {uid}")
@@ -113,14 +117,14 @@ fn workloads_see_no_error_while_spire_and_sts_come_and_go() {
         role: "duration = \"15m\"",
         ..Setting::default()
     };
-    let Some(mut world) = World::start(folder.path(), &USERS, &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &USERS, &setting) else {
         return;
     };
     let cgroups = USERS.map(|(uid, _)| Cgroup::new(&format!("soak-{uid}.service")));
     for (uid, _) in USERS {
-        world.curl(uid);
+        env.curl(uid);
     }
-    let sts = world
+    let sts = env
         .minio
         .endpoint()
         .rsplit_once(':')
@@ -128,12 +132,12 @@ fn workloads_see_no_error_while_spire_and_sts_come_and_go() {
         .1
         .parse()
         .unwrap();
-    let pid = world.daemon.process().owned().id().as_raw().cast_unsigned();
+    let pid = env.daemon.process().owned().id().as_raw().cast_unsigned();
     let idle = descriptors(pid, sts);
 
     let began = Instant::now();
-    let mut askers: Vec<Asker> = (0..PROCESSES)
-        .map(|number| start(&world, folder.path(), number, &cgroups))
+    let mut askers: Vec<SoakClient> = (0..PROCESSES)
+        .map(|number| start(&env, folder.path(), number, &cgroups))
         .collect();
     thread::sleep(form.settled);
     let settled = anonymous_kib(pid);
@@ -146,18 +150,18 @@ fn workloads_see_no_error_while_spire_and_sts_come_and_go() {
         } else {
             form.outage.min(Duration::from_secs(10))
         };
-        outages.push(outage(&mut world, &mut rng, longest));
+        outages.push(outage(&mut env, &mut rng, longest));
     }
     let at_end = anonymous_kib(pid);
 
-    let mut seen = Seen::default();
+    let mut observations = Observations::default();
     for asker in &mut askers {
         asker.process.signal(Signal::SIGTERM);
-        asker.process.owned().wait(PATIENCE).expect("it ends");
-        seen.add(asker);
+        asker.process.owned().wait(TIMEOUT).expect("it ends");
+        observations.add(asker);
     }
-    seen.compare(&folder.path().join("audit.log"));
-    let left = await_some("nothing is open but what was before", PATIENCE, || {
+    observations.compare(&folder.path().join("audit.log"));
+    let left = await_some("nothing is open but what was before", TIMEOUT, || {
         let left = descriptors(pid, sts);
         (left == idle).then_some(left)
     });
@@ -168,19 +172,24 @@ fn workloads_see_no_error_while_spire_and_sts_come_and_go() {
         began.elapsed().as_secs(),
         outages.len(),
         longest.as_secs(),
-        seen.answers,
-        seen.counted.errors,
-        seen.counted.expired,
-        seen.counted.empty,
-        seen.counted.others,
-        seen.keys.values().map(BTreeSet::len).sum::<usize>(),
+        observations.answers,
+        observations.totals.errors,
+        observations.totals.expired,
+        observations.totals.empty,
+        observations.totals.others,
+        observations.keys.values().map(BTreeSet::len).sum::<usize>(),
     );
-    assert_eq!(seen.counted, Counted::default(), "{}", seen.bad.join("\n"));
+    assert_eq!(
+        observations.totals,
+        Totals::default(),
+        "{}",
+        observations.bad.join("\n")
+    );
     for (_, name) in USERS {
         assert!(
-            seen.keys[name].len() >= form.keys,
+            observations.keys[name].len() >= form.keys,
             "{name} was given {:?}",
-            seen.keys[name]
+            observations.keys[name]
         );
     }
     let allowed = settled + settled * form.growth.0 / 100 + form.growth.1;
@@ -194,17 +203,18 @@ fn workloads_see_no_error_while_spire_and_sts_come_and_go() {
     );
 }
 
-/// Starts one that asks, in its user's cgroup, over one of the listeners.
-fn start(world: &World, folder: &Path, number: usize, cgroups: &[Cgroup]) -> Asker {
+/// Starts such a process, in its user's cgroup, over one of the listeners.
+fn start(env: &Env, folder: &Path, number: usize, cgroups: &[Cgroup]) -> SoakClient {
     let (uid, user) = USERS[number % USERS.len()];
     let listeners = ["unix", "tcp", "tcp6"];
-    // A search has 20 ms, which is little on a machine that is busy with other tests. The unix socket needs none.
+    // A search has 20 ms, which is little on a machine that is busy with other tests. The unix
+    // socket needs none.
     let listener = listeners[if uid == USERS[0].0 {
         0
     } else {
         number / USERS.len() % listeners.len()
     }];
-    let address = world.daemon.listener(listener);
+    let address = env.daemon.listener(listener);
     let cgroup = cgroups[number % USERS.len()].path().display().to_string();
     let enter = "echo 0 >\"$1/cgroup.procs\" && shift && exec \"$@\"";
     let mut command = Command::new("sh");
@@ -224,26 +234,26 @@ fn start(world: &World, folder: &Path, number: usize, cgroups: &[Cgroup]) -> Ask
         command,
         &folder.join(format!("asker-{number}.log")),
     );
-    Asker { process, user }
+    SoakClient { process, user }
 }
 
-/// Takes the agent, STS or both away for a while; how long they were.
-fn outage(world: &mut World, rng: &mut Rng, longest: Duration) -> Duration {
+/// Stops the agent, STS or both for a while, and returns for how long.
+fn outage(env: &mut Env, rng: &mut Rng, longest: Duration) -> Duration {
     let which = rng.u8(0..3);
     let (agent, sts) = (which != 1, which != 0);
     let began = Instant::now();
     if agent {
-        world.spire.stop_agent();
+        env.spire.stop_agent();
     }
     if sts {
-        world.minio.stop();
+        env.minio.stop();
     }
     thread::sleep(between(rng, Duration::from_millis(100), longest));
     if sts {
-        world.minio.restart();
+        env.minio.restart();
     }
     if agent {
-        world.start_agent();
+        env.start_agent();
     }
     began.elapsed()
 }
@@ -252,18 +262,18 @@ fn between(rng: &mut Rng, least: Duration, most: Duration) -> Duration {
     least + (most - least).mul_f64(rng.f64())
 }
 
-/// What the processes have printed, and what the audit file says of their keys.
+/// The processes' output, and the audit's records of their keys.
 #[derive(Default)]
-struct Seen {
+struct Observations {
     answers: u64,
-    counted: Counted,
+    totals: Totals,
     bad: Vec<String>,
-    /// By user.
+    /// The keys by user.
     keys: BTreeMap<&'static str, BTreeSet<String>>,
 }
 
-impl Seen {
-    fn add(&mut self, asker: &Asker) {
+impl Observations {
+    fn add(&mut self, asker: &SoakClient) {
         let lines: Vec<Value> = asker
             .process
             .log()
@@ -284,12 +294,12 @@ impl Seen {
         let total = lines.last().expect("what it has counted");
         let count = |what: &str| total[what].as_u64().expect(what);
         self.answers += count("answers");
-        self.counted.errors += count("errors");
-        self.counted.expired += count("expired");
-        self.counted.empty += count("empty");
+        self.totals.errors += count("errors");
+        self.totals.expired += count("expired");
+        self.totals.empty += count("empty");
     }
 
-    /// Each key that a user was given is of its own identity, and each record of a user is of its own identity.
+    /// Checks that each key that a user got, and each record of a user, is of its own identity.
     fn compare(&mut self, audit: &Path) {
         let mut identities: BTreeMap<String, String> = BTreeMap::new();
         // As the file may be large, one line at a time.
@@ -307,7 +317,7 @@ impl Seen {
                 .find(|(uid, _)| record["uid"] == *uid)
                 .map(|(_, name)| id(name));
             if user.as_deref() != Some(spiffe_id) {
-                self.counted.others += 1;
+                self.totals.others += 1;
                 self.bad.push(record.to_string());
             }
             identities.insert(key.to_owned(), spiffe_id.to_owned());
@@ -317,12 +327,12 @@ impl Seen {
                 .iter()
                 .filter(|key| identities.get(*key) != Some(&id(user)))
                 .count();
-            self.counted.others += u64::try_from(others).unwrap();
+            self.totals.others += u64::try_from(others).unwrap();
         }
     }
 }
 
-/// Anonymous memory of a process.
+/// Returns the anonymous memory of a process, in KiB.
 fn anonymous_kib(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status
@@ -332,11 +342,12 @@ fn anonymous_kib(pid: u32) -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Descriptors of the daemon, but for what it keeps for the next request: connections to this port, and what it has open of
-/// some processes and cgroups, of which `attest` says how many there are at most.
+/// Returns the number of the daemon's descriptors, without those that it keeps for the next
+/// request. Those are connections to this port, and handles of some processes and cgroups. `attest`
+/// has their bounds.
 fn descriptors(pid: u32, but: u16) -> usize {
     let remote = format!(":{but:04X}");
-    let kept: BTreeSet<String> = ["tcp", "tcp6"]
+    let records_kept: BTreeSet<String> = ["tcp", "tcp6"]
         .iter()
         .flat_map(|family| {
             let table = fs::read_to_string(format!("/proc/{pid}/net/{family}")).unwrap();
@@ -356,10 +367,10 @@ fn descriptors(pid: u32, but: u16) -> usize {
         let of_caller = ["pidfd:[", "anon_inode:[pidfd]", "/proc/"]
             .iter()
             .any(|start| target.starts_with(start));
-        kept.contains(target) || of_caller || target.contains("cgroup.procs")
+        records_kept.contains(target) || of_caller || target.contains("cgroup.procs")
     };
-    let (kept, others): (Vec<_>, Vec<_>) =
+    let (records_kept, others): (Vec<_>, Vec<_>) =
         targets.partition(|target| is_kept(&target.to_string_lossy()));
-    assert!(kept.len() < 500, "{kept:?}");
+    assert!(records_kept.len() < 500, "{records_kept:?}");
     others.len()
 }

@@ -13,20 +13,19 @@ use crate::harness::client::ask;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{Output, Process, await_some, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
+use crate::harness::env::{Env, Setting, Source, id};
 use crate::harness::terminal::{on_a_terminal, on_a_terminal_until};
-use crate::harness::upstream::Upstream;
-use crate::harness::world::{Setting, Source, World, id};
+use crate::harness::upstream::{ME, Upstream};
 
-const PATIENCE: Duration = Duration::from_secs(60);
-const ME: &str = "spiffe://example.org/user/me";
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A daemon that has credentials for the user of this test.
-struct Stage {
+struct StatusStage {
     daemon: Daemon,
     _upstream: Upstream,
 }
 
-fn stage(folder: &Path) -> Stage {
+fn stage(folder: &Path) -> StatusStage {
     let uid = getuid().as_raw();
     let upstream = Upstream::start(&[(uid, "me")]);
     let path = folder.join("agent.sock");
@@ -38,7 +37,7 @@ fn stage(folder: &Path) -> Stage {
     let daemon = Daemon::start(folder, "", &(upstream.configuration_at(&path) + &rule)).ready();
     let (status, _) = ask(std::os::unix::net::UnixStream::connect(daemon.unix()).unwrap());
     assert_eq!(status, 200);
-    Stage {
+    StatusStage {
         daemon,
         _upstream: upstream,
     }
@@ -56,11 +55,11 @@ fn command(folder: &Path, arguments: &[&str]) -> Command {
 }
 
 fn status(folder: &Path, arguments: &[&str]) -> Output {
-    run(command(folder, arguments), b"", PATIENCE)
+    run(command(folder, arguments), b"", TIMEOUT)
 }
 
 #[test]
-fn elsewhere_than_on_a_terminal_it_is_json() {
+fn status_is_json_without_terminal() {
     let folder = folder();
     let mut stage = stage(folder.path());
     let text = status(folder.path(), &[]).success("awsvid status");
@@ -76,7 +75,7 @@ fn elsewhere_than_on_a_terminal_it_is_json() {
             && entry["next_try"].is_string()
             && entry["last_error"].is_null()
     );
-    // By rules nobody is kept for a refresh, but it is known who asked.
+    // With rules a refresh needs no caller, but the last request is shown.
     assert_eq!(
         (&entry["callers"], &entry["latest_uid"]),
         (&Value::from(0), &Value::from(getuid().as_raw()))
@@ -90,7 +89,7 @@ fn elsewhere_than_on_a_terminal_it_is_json() {
     let mut watching = command(folder.path(), &["--watch", "1"]);
     watching.env("PATH", "/usr/bin:/bin");
     let process = Process::start("awsvid status", watching, &folder.path().join("watch.log"));
-    process.await_some("it is shown again", PATIENCE, || {
+    process.await_some("it is shown again", TIMEOUT, || {
         (process.log().lines().count() > 1).then_some(())
     });
     assert!(
@@ -109,26 +108,29 @@ fn elsewhere_than_on_a_terminal_it_is_json() {
         .daemon
         .process()
         .owned()
-        .wait(PATIENCE)
+        .wait(TIMEOUT)
         .expect("it ends");
-    let gone = status(folder.path(), &[]);
-    assert_eq!((gone.status.code(), gone.stdout.as_str()), (Some(1), ""));
-    assert!(gone.stderr.contains("systemctl"), "{gone:?}");
+    let missing = status(folder.path(), &[]);
+    assert_eq!(
+        (missing.status.code(), missing.stdout.as_str()),
+        (Some(1), "")
+    );
+    assert!(missing.stderr.contains("systemctl"), "{missing:?}");
 }
 
 #[test]
-fn a_source_that_is_away_is_seen() {
+fn status_shows_unavailable_source() {
     let folder = folder();
     let stage = stage(folder.path());
     std::fs::remove_file(folder.path().join("agent.sock")).unwrap();
-    // What is cached is dropped, so that the daemon has to ask.
+    // The cache is dropped, so that the daemon has to query the source.
     let configuration = stage
         .daemon
         .text()
         .replace("name = \"dev\"", "name = \"other\"");
     assert!(stage.daemon.reload_text(&configuration));
     let _ = ask(std::os::unix::net::UnixStream::connect(stage.daemon.unix()).unwrap());
-    let failing = await_some("the source fails", PATIENCE, || {
+    let failing = await_some("the source fails", TIMEOUT, || {
         let found: Value =
             serde_json::from_str(&status(folder.path(), &[]).success("awsvid status")).ok()?;
         (found["source"]["state"] == "failing").then_some(found)
@@ -144,7 +146,7 @@ fn a_source_that_is_away_is_seen() {
 }
 
 #[test]
-fn on_a_terminal_it_is_a_table() {
+fn status_is_table_on_terminal() {
     let folder = folder();
     let _stage = stage(folder.path());
     let mut coloured = command(folder.path(), &[]);
@@ -162,9 +164,13 @@ fn on_a_terminal_it_is_a_table() {
         shown.contains("EXPIRES") && !shown.contains('\x1b'),
         "{shown:?}"
     );
-    assert!(on_a_terminal(command(folder.path(), &["--json"])).contains("\"credentials\""));
+    let json = on_a_terminal(command(folder.path(), &["--output", "json"]));
+    assert!(json.contains("\"credentials\""), "{json}");
+    let table = run(command(folder.path(), &["-o", "table"]), b"", TIMEOUT);
+    assert!(table.success("-o table").contains("EXPIRES"));
 
-    // Again and again in the same place; without colours too, since the screen is no colour.
+    // Repeatedly on the same screen. Without colours too, since clearing the screen is not a
+    // colour.
     for variables in [&[("TERM", "xterm")][..], &[("NO_COLOR", "1")]] {
         let mut watching = command(folder.path(), &["--watch", "1"]);
         watching.envs(variables.iter().copied());
@@ -180,7 +186,7 @@ fn on_a_terminal_it_is_a_table() {
     }
 }
 
-/// One line of a table for each row, by the header's columns.
+/// Returns one line of a table, by the header's columns.
 fn cells(shown: &str, spiffe_id: &str) -> Option<Vec<String>> {
     const COLUMNS: [&str; 7] = [
         "SPIFFE ID",
@@ -213,9 +219,10 @@ fn cells(shown: &str, spiffe_id: &str) -> Option<Vec<String>> {
     )
 }
 
-/// All that an operator looks for, of a daemon whose callers SPIRE attests: what is well, and what has failed.
+/// Shows all that an operator needs of a daemon with callers that SPIRE attests: working entries
+/// and failures.
 #[test]
-fn each_column_says_what_is_so() {
+fn status_columns_show_state_of_entries() {
     let folder = folder();
     let none = format!(
         "[[role]]\nname = \"none\"\nspiffe_id = \"{}\"\nrole_arn = \"arn:minio:iam:::role/none\"\n",
@@ -227,7 +234,7 @@ fn each_column_says_what_is_so() {
         ..Setting::default()
     };
     let users = [(1001, "reader"), (1002, "writer"), (1003, "late")];
-    let Some(mut world) = World::start(folder.path(), &users, &setting) else {
+    let Some(mut env) = Env::start(folder.path(), &users, &setting) else {
         return;
     };
     let json = || -> Value {
@@ -247,8 +254,8 @@ fn each_column_says_what_is_so() {
         on_a_terminal(plain)
     };
 
-    let given: Value = serde_json::from_str(&world.curl(1001).1).unwrap();
-    let pid = world
+    let issued: Value = serde_json::from_str(&env.curl(1001).1).unwrap();
+    let pid = env
         .daemon
         .audit()
         .into_iter()
@@ -258,10 +265,10 @@ fn each_column_says_what_is_so() {
     let found = json();
     let reader = entry(&found, "reader").unwrap();
     let next = reader["next_try"].as_str().unwrap();
-    assert!(next < given["Expiration"].as_str().unwrap(), "{reader}");
+    assert!(next < issued["Expiration"].as_str().unwrap(), "{reader}");
     let expected = json!({
-        "spiffe_id": id("reader"), "role": "shop", "role_arn": world.minio.role_arn(),
-        "session_name": "example.org=w=reader", "access_key_id": given["AccessKeyId"], "expiration": given["Expiration"],
+        "spiffe_id": id("reader"), "role": "shop", "role_arn": env.minio.role_arn(),
+        "session_name": "example.org=w=reader", "access_key_id": issued["AccessKeyId"], "expiration": issued["Expiration"],
         "next_try": next, "last_error": null, "last_error_reason": null, "last_error_at": null, "refused_since": null,
         "callers": 1, "latest_uid": 1001, "latest_pid": pid,
     });
@@ -279,7 +286,7 @@ fn each_column_says_what_is_so() {
             .ends_with("/admin/api.sock"),
         "{found}"
     );
-    assert_eq!(sts["name"], world.minio.endpoint());
+    assert_eq!(sts["name"], env.minio.endpoint());
     let shown = table();
     let row = cells(&shown, &id("reader")).unwrap_or_else(|| panic!("{shown}"));
     assert_eq!(
@@ -297,14 +304,14 @@ fn each_column_says_what_is_so() {
         "{shown}"
     );
 
-    // What is refused is remembered for seconds, so it may have to be asked for again.
+    // A refusal is cached for seconds, so this may take several requests.
     let refused = || {
-        let refused = world
+        let refused = env
             .curl_by(Path::new("/usr/bin/curl"), 1002, "unix", "/none")
             .1;
         serde_json::from_str::<Value>(&refused).unwrap()
     };
-    let (writer, why) = await_some("the refused one", PATIENCE, || {
+    let (writer, why) = await_some("the refused one", TIMEOUT, || {
         let why = refused();
         Some((
             entry(&json(), "writer").filter(|entry| !entry["last_error"].is_null())?,
@@ -327,7 +334,7 @@ fn each_column_says_what_is_so() {
             .contains(writer["last_error"].as_str().unwrap()),
         "{writer} {why}"
     );
-    let (row, shown) = await_some("the refused one in the table", PATIENCE, || {
+    let (row, shown) = await_some("the refused one in the table", TIMEOUT, || {
         refused();
         let shown = table();
         Some((
@@ -342,10 +349,10 @@ fn each_column_says_what_is_so() {
         "{shown}"
     );
 
-    // STS, and then the agent, go away.
-    world.minio.stop();
-    let ask = |uid| drop(world.curl(uid));
-    let failing = await_some("STS fails", PATIENCE, || {
+    // STS, and then the agent, become unavailable.
+    env.minio.stop();
+    let ask = |uid| drop(env.curl(uid));
+    let failing = await_some("STS fails", TIMEOUT, || {
         ask(1003);
         Some(json()["sts"][0].clone()).filter(|sts| sts["state"] == "failing")
     });
@@ -354,9 +361,9 @@ fn each_column_says_what_is_so() {
         failing["last_success_at"].is_string() && failing["last_error_at"].is_string(),
         "{failing}"
     );
-    world.spire.stop_agent();
-    let failing = await_some("the source fails", PATIENCE, || {
-        drop(world.curl(1004));
+    env.spire.stop_agent();
+    let failing = await_some("the source fails", TIMEOUT, || {
+        drop(env.curl(1004));
         Some(json()["source"].clone()).filter(|source| source["state"] == "failing")
     });
     assert_eq!(
@@ -374,6 +381,6 @@ fn each_column_says_what_is_so() {
             "{shown}"
         );
     }
-    // What is cached is served on.
+    // Cached credentials are still served.
     assert_eq!(cells(&shown, &id("reader")).unwrap()[6], "ok", "{shown}");
 }

@@ -1,4 +1,5 @@
-//! The network between the daemon and its STS: late or missing certificates, variables, proxies, and the host that is called.
+//! The network between the daemon and its STS: late or missing certificates, variables, proxies,
+//! and the host of the calls.
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -11,21 +12,21 @@ use std::time::Duration;
 use nix::unistd::geteuid;
 use serde_json::Value;
 
-use crate::harness::answering;
 use crate::harness::client::ask;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{await_some, behind, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::forward::Network;
+use crate::harness::stub_http;
 use crate::harness::tls::TlsFront;
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 const MISSING: &str = "[sts] CA certificates are missing: calls to STS fail until they are there";
 /// No call gets further than the test's own proxy.
 const AWS: &str = "[sts]\nregion = \"us-east-1\"\ntimeout = \"2s\"\n";
 
-/// A workload of this test's own user.
+/// Returns a rule for this test's own user.
 fn rule(upstream: &Upstream) -> String {
     let configuration = upstream.configuration();
     let id = "spiffe://example.org/user/self";
@@ -40,7 +41,7 @@ fn upstream() -> Upstream {
     Upstream::start(&[(geteuid().as_raw(), "self")])
 }
 
-/// The configuration with this `[sts]`.
+/// Returns the configuration with this `[sts]`.
 fn with_sts(upstream: &Upstream, sts: &str) -> String {
     let configuration = upstream.configuration();
     let from = configuration.find("[sts]").unwrap();
@@ -53,7 +54,7 @@ fn with_sts(upstream: &Upstream, sts: &str) -> String {
     )
 }
 
-/// What `awsvid check` finds, with these variables.
+/// Runs `awsvid check` with these variables and returns its findings.
 fn check(folder: &Path, variables: &[&str], configuration: &str) -> Vec<Value> {
     let path = folder.join("check.toml");
     fs::write(&path, configuration).unwrap();
@@ -61,9 +62,9 @@ fn check(folder: &Path, variables: &[&str], configuration: &str) -> Vec<Value> {
     command
         .env_clear()
         .env("PATH", "/usr/bin:/bin")
-        .args(["check", "--json", "--config"])
+        .args(["check", "--output", "json", "--config"])
         .arg(path);
-    let output = run(command, b"", PATIENCE);
+    let output = run(command, b"", TIMEOUT);
     let report: Value =
         serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
     report["findings"].as_array().unwrap().clone()
@@ -119,18 +120,19 @@ fn late_ca_file_fails_only_the_calls_that_need_it() {
         &[&front.url(), "cannot be verified", "late/ca.pem"],
     );
     // The file was read more than once, and logged once.
-    daemon.await_line(&["not ready: STS: "]);
+    daemon.await_line(&["not ready", "STS: "]);
     assert_eq!(daemon.log().matches(MISSING).count(), 1, "{}", daemon.log());
 
     fs::create_dir(folder.path().join("late")).unwrap();
     fs::write(&file, front.certificate()).unwrap();
-    let (status, body) = await_some("credentials", PATIENCE, || {
+    let (status, body) = await_some("credentials", TIMEOUT, || {
         Some(request()).filter(|(status, _)| *status == 200)
     });
     assert!(status == 200 && body["AccessKeyId"].is_string(), "{body}");
     daemon.await_line(&["[sts] CA certificates were loaded"]);
     let daemon = daemon.ready();
-    // A reload with a file that is not there yet takes effect; one with a file that is wrong does not.
+    // A reload with a file that does not exist yet takes effect; one with a file that is wrong does
+    // not.
     assert!(daemon.reload("", &text.replace("late/ca.pem", "later.pem")));
     fs::write(folder.path().join("wrong.pem"), "no certificate\n").unwrap();
     assert!(!daemon.reload("", &text.replace("late/ca.pem", "wrong.pem")));
@@ -146,11 +148,11 @@ fn ca_file_without_certificates_is_a_configuration_error() {
         "[sts]\nregion = \"us-east-1\"\nendpoint = \"https://127.0.0.1:9\"\nca_file = {file:?}\n"
     );
     let text = with_sts(&upstream, &sts);
-    let (status, log) = Daemon::refused(&[], folder.path(), &text);
+    let (status, log) = Daemon::run_to_exit(&[], folder.path(), &text);
     assert_eq!(status, Some(78), "{log}");
     assert!(
-        log.contains("ca.pem: it is no valid PEM file")
-            || log.contains("ca.pem: there is no certificate in it"),
+        log.contains("ca.pem: it is not a valid PEM file")
+            || log.contains("ca.pem: it has no certificate"),
         "{log}"
     );
 }
@@ -165,11 +167,11 @@ fn empty_trust_store_is_logged_at_start_only_where_it_is_used() {
         "SSL_CERT_FILE=/nonexistent/ca.pem",
         "SSL_CERT_DIR=/nonexistent/certs",
     ];
-    let elsewhere = with_sts(
+    let other_sts = with_sts(
         &upstream,
         "[sts]\nendpoint = \"https://127.0.0.1:9\"\ntimeout = \"2s\"\n",
     );
-    for (name, text) in [("aws", with_sts(&upstream, AWS)), ("elsewhere", elsewhere)] {
+    for (name, text) in [("aws", with_sts(&upstream, AWS)), ("elsewhere", other_sts)] {
         let folder = folder.path().join(name);
         fs::create_dir(&folder).unwrap();
         let daemon = Daemon::start_behind(&nowhere, &folder, "", &text);
@@ -177,7 +179,7 @@ fn empty_trust_store_is_logged_at_start_only_where_it_is_used() {
         let log = daemon.log();
         let places = "/nonexistent/ca.pem (SSL_CERT_FILE), /nonexistent/certs (SSL_CERT_DIR)";
         assert!(
-            log.contains(places) && log.contains("install its package of them"),
+            log.contains(places) && log.contains("install its CA package"),
             "{log}"
         );
         let findings = check(&folder, &nowhere[1..], &text);
@@ -219,7 +221,7 @@ fn proxy_variable_is_an_error_only_where_it_is_used() {
     {
         let folder = folder.path().join(number.to_string());
         fs::create_dir(&folder).unwrap();
-        let (status, log) = Daemon::refused(&[&["env"], variables].concat(), &folder, &aws);
+        let (status, log) = Daemon::run_to_exit(&[&["env"], variables].concat(), &folder, &aws);
         assert!(
             status == Some(78) && log.contains(&format!("variable {name} ")),
             "{status:?} {log}"
@@ -283,10 +285,10 @@ fn check_calls_and_names_the_host_of_the_daemon() {
     ];
     for (region, variables, host) in table {
         let (sender, requests) = channel();
-        let proxy = answering::start(move |first, _| {
+        let proxy = stub_http::start(move |first, _| {
             // The test may have ended.
             let _ = sender.send(first.trim().to_owned());
-            answering::http("403 Forbidden", "", "")
+            stub_http::http("403 Forbidden", "", "")
         });
         let https_proxy = format!("HTTPS_PROXY={proxy}");
         let variables = [&[https_proxy.as_str()], variables].concat();
@@ -328,10 +330,10 @@ fn check_calls_and_names_the_host_of_the_daemon() {
 fn daemon_and_check_give_the_same_advice() {
     let folder = folder();
     let upstream = upstream();
-    let sts = answering::start(|_, _| {
+    let sts = stub_http::start(|_, _| {
         let body =
             "<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code><Message></Message></Error>";
-        answering::http("403 Forbidden", "Content-Type: application/xml\r\n", body)
+        stub_http::http("403 Forbidden", "Content-Type: application/xml\r\n", body)
     });
     let text = with_sts(&upstream, &format!("[sts]\nendpoint = \"{sts}\"\n"));
     let findings = check(folder.path(), &[], &text);
@@ -365,14 +367,14 @@ fn role_of_another_sts_is_assumed_by_its_own_name() {
     let folder = folder();
     let upstream = upstream();
     let (sender, requests) = channel();
-    let sts = answering::start(move |_, body| {
+    let sts = stub_http::start(move |_, body| {
         let _ = sender.send(body.to_owned());
         let body = "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>K</AccessKeyId>\
              <SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken><Expiration>"
             .to_owned()
             + &humantime::format_rfc3339_nanos(std::time::SystemTime::now() + Duration::from_secs(3600)).to_string()
             + "</Expiration></Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>";
-        answering::http("200 OK", "", &body)
+        stub_http::http("200 OK", "", &body)
     });
     let text = with_sts(&upstream, &format!("[sts]\nendpoint = \"{sts}\"\n"));
     let line = text
@@ -409,9 +411,9 @@ fn role_of_another_sts_is_assumed_by_its_own_name() {
     let mut status = Command::new(PROGRAM);
     status
         .env_clear()
-        .args(["status", "--json", "--config"])
+        .args(["status", "--output", "json", "--config"])
         .arg(folder.path().join("awsvid.toml"));
-    let status = run(status, b"", PATIENCE).success("awsvid status");
+    let status = run(status, b"", TIMEOUT).success("awsvid status");
     assert!(status.contains(name), "{status}");
     let mut policy = Command::new(PROGRAM);
     policy.env_clear().args([
@@ -426,7 +428,7 @@ fn role_of_another_sts_is_assumed_by_its_own_name() {
             policy
         },
         b"",
-        PATIENCE,
+        TIMEOUT,
     );
     assert!(
         policy.status.code() == Some(1)

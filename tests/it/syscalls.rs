@@ -1,4 +1,5 @@
-//! What the daemon calls, and what the shipped unit lets it call: traced over all of its features.
+//! The daemon's system calls, and those that the shipped unit allows: traced over all of its
+//! features.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -14,14 +15,17 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get, root, skip};
 use crate::harness::daemon::Daemon;
-use crate::harness::namespaces::Node;
+use crate::harness::env::id;
+use crate::harness::namespaces::NetnsNode;
 use crate::harness::upstream::Upstream;
-use crate::harness::world::id;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+mod tls;
+
+const TIMEOUT: Duration = Duration::from_secs(60);
 const ALICE: u32 = 61_001;
 
-/// Programs of this computer that the test needs; false after a printed skip without them.
+/// Checks for the programs of this computer that the test needs. Returns false after a printed skip
+/// without them.
 fn tools() -> bool {
     let is_missing = |name: &&str| run_quietly(Command::new(name).arg("--version")).is_none();
     let missing: Vec<&str> = ["strace", "systemd-analyze"]
@@ -42,7 +46,7 @@ fn run_quietly(command: &mut Command) -> Option<String> {
     String::from_utf8(output.stdout).ok()
 }
 
-/// A daemon whose system calls are traced, with those of its threads.
+/// A daemon under a tracer of its system calls, with its threads.
 struct Traced {
     daemon: Daemon,
     trace: PathBuf,
@@ -66,21 +70,21 @@ impl Traced {
         Self { daemon, trace }
     }
 
-    /// The names of what was called, once the daemon has ended as it should.
+    /// Returns the names of the calls, once the daemon has ended normally.
     fn end(mut self) -> BTreeSet<String> {
         self.daemon.process().signal(Signal::SIGTERM);
         assert_eq!(
             self.daemon
                 .process()
                 .owned()
-                .wait(PATIENCE)
+                .wait(TIMEOUT)
                 .expect("it ends")
                 .code(),
             Some(0)
         );
         let pid = self.daemon.pid().to_string();
         // The tracer writes the end of its process last.
-        let text = await_some("the end of the trace", PATIENCE, || {
+        let text = await_some("the end of the trace", TIMEOUT, || {
             let text = fs::read_to_string(&self.trace).ok()?;
             text.lines()
                 .last()
@@ -100,7 +104,8 @@ impl Traced {
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 
-/// Rules by user (with the name service), unit, group and executable; reload, metrics, status, audit.
+/// Rules by user (with the name service), unit, group and executable; reload, metrics, status,
+/// audit.
 fn by_rules() -> BTreeSet<String> {
     let (folder, upstream) = (folder(), Upstream::start(&[(ALICE, "me")]));
     let rule = |keys: &str| {
@@ -125,7 +130,7 @@ fn by_rules() -> BTreeSet<String> {
         Cgroup::new("syscalls-other.service"),
     );
     for _ in 0..2 {
-        // Nothing of the answers is looked at: other tests have that.
+        // The responses are not checked here: other tests do that.
         for listener in LISTENERS {
             traced.daemon.curl(listener, (7, 7), &unit);
             traced.daemon.curl(listener, (ALICE, 7), &other);
@@ -143,7 +148,7 @@ fn by_rules() -> BTreeSet<String> {
     traced.end()
 }
 
-/// An agent that attests the caller's process, with what notices that it executes another program.
+/// Traces an agent that attests the caller's process, with the event that shows an exec.
 fn by_agent() -> BTreeSet<String> {
     let folder = folder();
     let agent = FakeAgent::start(
@@ -162,15 +167,16 @@ fn by_agent() -> BTreeSet<String> {
 /// Listeners in pods, which pass to the next daemon.
 fn in_pods() -> BTreeSet<String> {
     let (folder, upstream) = (folder(), Upstream::start(&[(0, "pod")]));
-    let node = Node::start(folder.path());
+    let node = NetnsNode::start(folder.path());
     node.add("cni-1");
     let rule = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/pod\"\ncgroup = \"/kubepods/**\"\n";
     let words = node.enter();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let handover = folder.path().join("handover/awsvid.sock");
-    let listen = node
-        .listen()
-        .replace("handover = \"\"", &format!("handover = {handover:?}"));
+    let listen = node.listen().replace(
+        "handover_socket = \"\"",
+        &format!("handover_socket = {handover:?}"),
+    );
     let start = |name: &str| {
         let own = folder.path().join(name);
         fs::create_dir(&own).unwrap();
@@ -182,15 +188,15 @@ fn in_pods() -> BTreeSet<String> {
     assert!(answer.contains("AccessKeyId"), "{answer}");
     let second = start("second");
     node.add("cni-2");
-    await_some("the second daemon listens", PATIENCE, || {
-        (second.daemon.metric("awsvid_pod_namespaces") == 2).then_some(())
+    await_some("the second daemon listens", TIMEOUT, || {
+        (second.daemon.metric("awsvid_pod_listeners") == 2).then_some(())
     });
     let calls = first.end();
     node.remove("cni-1");
     calls.into_iter().chain(second.end()).collect()
 }
 
-/// All groups of systemd's, with what is in them.
+/// Returns all system call groups of systemd, with their members.
 fn groups() -> BTreeMap<String, Vec<String>> {
     let mut command = Command::new("systemd-analyze");
     let text = run_quietly(command.arg("syscall-filter").env("SYSTEMD_COLORS", "0"))
@@ -222,7 +228,8 @@ fn expand(name: &str, groups: &BTreeMap<String, Vec<String>>, into: &mut BTreeSe
     }
 }
 
-/// What the unit allows, by systemd.exec(5): the first line makes it a list of what is allowed.
+/// Returns the calls that the unit allows. By systemd.exec(5), the first line makes it an allow
+/// list.
 fn allowed(unit: &str) -> BTreeSet<String> {
     let groups = groups();
     let mut allowed = BTreeSet::new();
@@ -244,8 +251,30 @@ fn allowed(unit: &str) -> BTreeSet<String> {
     allowed
 }
 
+/// Returns those of these calls that the unit does not allow.
+fn blocked<'c>(unit: &str, called: &'c BTreeSet<String>) -> Vec<&'c str> {
+    let allowed = allowed(unit);
+    called
+        .iter()
+        .filter(|name| !allowed.contains(*name))
+        .map(String::as_str)
+        .collect()
+}
+
+/// Returns the unit without this name in its filter.
+fn without(unit: &str, name: &str) -> String {
+    let line = |line: &str| match line.strip_prefix("SystemCallFilter=") {
+        Some(names) => {
+            let names = names.split(' ').filter(|other| *other != name);
+            format!("SystemCallFilter={}\n", names.collect::<Vec<_>>().join(" "))
+        }
+        None => format!("{line}\n"),
+    };
+    unit.lines().map(line).collect()
+}
+
 #[test]
-fn the_unit_allows_all_that_the_daemon_calls() {
+fn unit_allows_all_system_calls_of_daemon() {
     if !root() || !tools() {
         return;
     }
@@ -255,27 +284,34 @@ fn the_unit_allows_all_that_the_daemon_calls() {
         allowed.len() > 100 && allowed.contains("accept4") && !allowed.contains("mount"),
         "{allowed:?}"
     );
-    let [rules, agent, pods] = [by_rules(), by_agent(), in_pods()];
-    let called: BTreeSet<&str> = rules
-        .iter()
-        .chain(&agent)
-        .chain(&pods)
-        .map(String::as_str)
+    let Some(broker) = tls::by_broker() else {
+        return;
+    };
+    let (rules, agent) = (by_rules(), by_agent());
+    let called: BTreeSet<String> = [&rules, &agent, &in_pods(), &broker]
+        .into_iter()
+        .flatten()
+        .cloned()
         .collect();
     assert!(
         called.len() > 60 && called.contains("accept4") && called.contains("setns"),
         "{called:?}"
     );
-    let blocked: Vec<&&str> = called
-        .iter()
-        .filter(|name| !allowed.contains(**name))
-        .collect();
-    assert!(
-        blocked.is_empty(),
-        "the unit's SystemCallFilter= lacks {blocked:?}"
+    assert_eq!(
+        blocked(unit, &called),
+        [] as [&str; 0],
+        "what the unit's SystemCallFilter= lacks"
     );
-    // What is privileged is allowed for a use that there is.
-    for (name, calls) in [("capset", &rules), ("open_by_handle_at", &rules)] {
-        assert!(allowed.contains(name) && calls.contains(name), "{name}");
+    // Each privileged call is allowed for a use that exists, and would be missed.
+    for (name, calls) in [
+        ("capset", [&rules, &broker]),
+        ("open_by_handle_at", [&rules, &broker]),
+        ("bpf", [&agent, &broker]),
+    ] {
+        assert!(calls.iter().all(|calls| calls.contains(name)), "{name}");
+        assert_eq!(blocked(&without(unit, name), &called), [name]);
     }
+    // So would a call of the group that has all others.
+    let lacking = format!("{unit}SystemCallFilter=~connect accept4\n");
+    assert_eq!(blocked(&lacking, &called), ["accept4", "connect"]);
 }

@@ -1,5 +1,7 @@
-//! The shipped units as they stand, under a real systemd: `deploy/systemd` and the example configuration.
+//! The shipped units, unchanged, under a real systemd: `deploy/systemd` and the example
+//! configuration.
 
+mod attesting;
 mod documented;
 
 use std::collections::BTreeSet;
@@ -20,8 +22,8 @@ use crate::harness::counterparts::spire::Spire;
 use crate::harness::documents;
 use crate::harness::systemd::{Content, SystemdMachine};
 
-/// For what takes milliseconds on a machine that is not busy.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Bounds steps that take milliseconds on an idle machine.
+const TIMEOUT: Duration = Duration::from_secs(60);
 const CONFIGURATION: &str = "/etc/awsvid/awsvid.toml";
 const PROGRAM: &str = "/usr/bin/awsvid";
 /// Where the files of `deploy` go.
@@ -41,7 +43,7 @@ const BILLING: &str = "spiffe://example.org/billing";
 /// Two users without any privilege.
 const USERS: &str = "u billing 1001\nu shop 1002\n";
 
-/// How curl reaches the daemon.
+/// curl's arguments for the daemon's unix socket.
 const UNIX: &[&str] = &[
     "--unix-socket",
     "/run/awsvid/awsvid.sock",
@@ -57,7 +59,8 @@ fn shipped(name: &str) -> PathBuf {
         .join(name)
 }
 
-/// A machine with awsvid installed as the README says, from the shipped files; nothing of it is started yet.
+/// Boots a machine with awsvid installed as the README describes, from the shipped files. No unit
+/// of awsvid is started yet.
 fn install(directory: &Path, more: &[(&str, Content<'_>)]) -> Option<SystemdMachine> {
     let sources = INSTALLED.map(|(_, source)| shipped(source));
     let mut files = vec![
@@ -78,7 +81,7 @@ fn install(directory: &Path, more: &[(&str, Content<'_>)]) -> Option<SystemdMach
 }
 
 fn start(machine: &SystemdMachine) {
-    // Succeeds when the daemon has said READY=1, for the unit is of Type=notify.
+    // Succeeds once the daemon has sent READY=1, since the unit is of Type=notify.
     machine
         .run(&[
             "systemctl",
@@ -90,7 +93,8 @@ fn start(machine: &SystemdMachine) {
         .success("enable and start awsvid");
 }
 
-/// Asks as a service of some user, and returns the status and the body. Panics if the connection is refused or reset.
+/// Sends a request as a service of some user, and returns the status and the body. Panics if the
+/// connection is refused or reset.
 fn ask(machine: &SystemdMachine, unit: &str, user: &str, address: &[&str]) -> (u16, Value) {
     let fixed = [
         "curl",
@@ -101,18 +105,18 @@ fn ask(machine: &SystemdMachine, unit: &str, user: &str, address: &[&str]) -> (u
         "--header",
         "Authorization: any",
     ];
-    let asked = machine.run_as(
+    let requests = machine.run_as(
         unit,
         user,
         &[&fixed[..], &["--write-out", "\n%{http_code}"], address].concat(),
     );
-    let output = asked.success(&format!("curl {address:?} of {user} in {unit}"));
+    let output = requests.success(&format!("curl {address:?} of {user} in {unit}"));
     let (body, status) = output.rsplit_once('\n').expect("the status after the body");
     let body = serde_json::from_str(body).unwrap_or_else(|error| panic!("{error} in {body}"));
     (status.parse().expect("a status"), body)
 }
 
-/// That awsvid answers, and has seen who asks: nobody that it knows.
+/// Asserts that awsvid answers and has attested the caller, which has no identity.
 fn assert_answered(machine: &SystemdMachine, address: &[&str]) {
     let (status, body) = ask(machine, "stranger.service", "shop", address);
     assert_eq!(
@@ -137,11 +141,21 @@ fn documented_installation_works() {
     let block = documents::block("install-vm.md", "1. Install the files", "cargo build");
     let (build, block) = block.split_once('\n').expect("several");
     assert_eq!(build, "cargo build --release");
+    for (heading, begin) in [
+        ("`awsvid man`", "sudo awsvid man"),
+        ("`awsvid completions`", "awsvid completions bash |"),
+    ] {
+        let command = documents::block("cli.md", heading, begin);
+        assert!(
+            block.contains(command.trim().trim_start_matches("sudo ")),
+            "{command}"
+        );
+    }
     let (program, deploy) = (Path::new(env!("CARGO_BIN_EXE_awsvid")), shipped(""));
     let files = [
         ("/source/target/release/awsvid", Content::Copy(program)),
         ("/source/deploy", Content::Mount(&deploy)),
-        // The example is about one of them.
+        // The example has a rule for one of them.
         ("/etc/sysusers.d/workloads.conf", Content::Text(USERS)),
     ];
     let Some(machine) = SystemdMachine::boot(directory.path(), &files) else {
@@ -171,7 +185,7 @@ fn documented_installation_works() {
 }
 
 #[test]
-fn the_units_are_clean_and_their_sandbox_holds() {
+fn units_are_valid_and_sandbox_holds() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -197,7 +211,7 @@ fn the_units_are_clean_and_their_sandbox_holds() {
     ]);
     exposure.success("an exposure level of at most 3.0");
 
-    // tmpfiles.d has made it at boot.
+    // tmpfiles.d has created it at boot.
     let made = fs::metadata(machine.path("/run/awsvid")).unwrap();
     assert_eq!(
         (made.uid(), made.gid(), made.mode() & 0o7777),
@@ -223,8 +237,8 @@ fn the_units_are_clean_and_their_sandbox_holds() {
         line.unwrap_or_else(|| panic!("no {name} in {status}"))
             .trim()
     };
-    // CAP_NET_BIND_SERVICE, CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH; CAP_PERFMON and CAP_BPF, which rules have no use for, are
-    // given up.
+    // CAP_NET_BIND_SERVICE, CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH. The daemon drops CAP_PERFMON
+    // and CAP_BPF, which rules do not need.
     let three = 1_u64 << 10 | 1 << 19 | 1 << 2;
     let [three, five] = [three, three | 1 << 38 | 1 << 39].map(|set| format!("{set:016x}"));
     assert_eq!(
@@ -233,10 +247,10 @@ fn the_units_are_clean_and_their_sandbox_holds() {
     );
     assert_eq!([field("NoNewPrivs"), field("Seccomp")], ["1", "2"]);
     let mounts = fs::read_to_string(machine.path(&format!("{process}/mountinfo"))).unwrap();
-    // Of several mounts at one place the last is what is seen there.
+    // Of several mounts at one path the last one is visible.
     let is_writable = |path: &str| {
-        let seen = statvfs(&machine.path(&format!("{process}/root{path}")));
-        seen.is_ok_and(|found| !found.flags().contains(FsFlags::ST_RDONLY))
+        let observed = statvfs(&machine.path(&format!("{process}/root{path}")));
+        observed.is_ok_and(|found| !found.flags().contains(FsFlags::ST_RDONLY))
     };
     let writable: BTreeSet<&str> = mounts
         .lines()
@@ -246,7 +260,8 @@ fn the_units_are_clean_and_their_sandbox_holds() {
                 .iter()
                 .any(|api| Path::new(path).starts_with(api))
         })
-        // Where systemd tells a unit, from version 254 on, that the machine is short of memory.
+        // In this file systemd, from version 254 on, notifies a unit that the machine is short of
+        // memory.
         .filter(|path| !path.ends_with("/awsvid.service/memory.pressure"))
         .filter(|path| is_writable(path))
         .collect();
@@ -258,7 +273,7 @@ fn the_units_are_clean_and_their_sandbox_holds() {
 }
 
 #[test]
-fn callers_are_told_apart_by_their_unit_with_spire_beside() {
+fn callers_are_distinguished_by_unit_with_spire() {
     let directory = folder();
     let Some(spire) = Spire::start(directory.path()) else {
         return;
@@ -271,7 +286,7 @@ fn callers_are_told_apart_by_their_unit_with_spire_beside() {
     let socket = spire.agent_socket();
     let agent = socket.parent().unwrap();
     symlink(socket.file_name().unwrap(), agent.join("spire-agent.sock")).unwrap();
-    // Where the example looks for it, and where SPIRE puts it by default.
+    // The path in the example, and SPIRE's default path.
     let more = [
         ("/run/spire/agent-sockets", Content::Mount(agent)),
         ("/tmp/spire-agent/public", Content::Mount(agent)),
@@ -281,7 +296,8 @@ fn callers_are_told_apart_by_their_unit_with_spire_beside() {
     };
     start(&machine);
 
-    // The example as it stands names an account at AWS, which can't be reached from here: one caller gets as far as that.
+    // The shipped example names an account at AWS, which can't be reached from here: one caller
+    // gets as far as that.
     for (_, address) in ADDRESSES {
         let (status, body) = ask(&machine, "billing.service", "billing", address);
         assert_eq!(
@@ -307,7 +323,7 @@ fn callers_are_told_apart_by_their_unit_with_spire_beside() {
     let configuration = format!(
         r#"
 [identity]
-socket = "unix:///tmp/spire-agent/public/api.sock"
+workload_api_socket = "unix:///tmp/spire-agent/public/api.sock"
 audience = "{}"
 [sts]
 endpoint = "http://{}"
@@ -345,7 +361,7 @@ role_arn = "{}"
             (403, &Value::from("no_identity")),
             "{address:?}: {body}"
         );
-        // By its executable: over TCP the daemon has to look into a process of another user.
+        // By its executable: over TCP the daemon has to read a process of another user.
         let (status, body) = ask(&machine, "search.service", "shop", address);
         assert_eq!(status, 200, "{address:?}: {body}");
         keys.push(body["AccessKeyId"].clone());
@@ -363,9 +379,9 @@ role_arn = "{}"
         6,
         "{audit}"
     );
-    // Every listener, SPIRE and STS have answered.
+    // Every listener, SPIRE and STS have responded.
     let ready = ["curl", "--silent", "--fail", "http://127.0.0.1:975/readyz"];
-    await_some("ready", PATIENCE, || {
+    await_some("ready", TIMEOUT, || {
         machine
             .run_as("probe.service", "shop", &ready)
             .status
@@ -374,9 +390,9 @@ role_arn = "{}"
     });
 }
 
-/// Attack 24: systemd makes the listener of a service as root, and holds it still when the service has it.
+/// T24: systemd creates a service's listener as root, and keeps it while the service has it.
 #[test]
-fn activated_service_is_not_root_on_the_socket_it_was_given() {
+fn activated_service_is_not_root_on_inherited_socket() {
     let directory = folder();
     let actor = actor::program();
     let socket = "[Socket]\nListenStream=127.0.0.1:8081\n";
@@ -390,7 +406,7 @@ fn activated_service_is_not_root_on_the_socket_it_was_given() {
     let Some(machine) = install(directory.path(), &more) else {
         return;
     };
-    // Root has an identity, which is not handed out in this test: its agent is away.
+    // Root has an identity, which this test never serves: its agent is unavailable.
     let rule = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/root\"\nuser = \"root\"\n\
                 [[role]]\nname = \"root\"\nspiffe_id = \"spiffe://example.org/root\"\n\
                 role_arn = \"arn:aws:iam::123456789012:role/root\"\n";
@@ -407,7 +423,8 @@ fn activated_service_is_not_root_on_the_socket_it_was_given() {
     machine
         .run(&["systemctl", "start", "web.socket"])
         .success("start the socket");
-    // Whoever connects has the service started. It asks, and never answers the connection.
+    // A connection makes systemd start the service, which sends a request itself and never answers
+    // the connection.
     machine.run(&[
         "curl",
         "--silent",
@@ -415,7 +432,7 @@ fn activated_service_is_not_root_on_the_socket_it_was_given() {
         "1",
         "http://127.0.0.1:8081/",
     ]);
-    let answer = await_some("the service is answered", PATIENCE, || {
+    let answer = await_some("the service is answered", TIMEOUT, || {
         let text = fs::read_to_string(machine.path("/run/web.out")).ok()?;
         text.contains("\"code\"").then_some(text)
     });
@@ -423,14 +440,14 @@ fn activated_service_is_not_root_on_the_socket_it_was_given() {
 }
 
 #[test]
-fn the_addresses_are_held_while_the_daemon_is_away() {
+fn addresses_are_held_while_daemon_is_stopped() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
     };
     start(&machine);
 
-    // Restarts while callers ask: not one is turned away.
+    // Restarts while callers send requests: no connection is refused.
     let machine = &machine;
     thread::scope(|scope| {
         let askers = ADDRESSES.map(|(name, address)| {
@@ -449,7 +466,8 @@ fn the_addresses_are_held_while_the_daemon_is_away() {
         }
     });
 
-    // Stopped, and nobody else can have the port: not a user, for it is below 1024, nor root, for systemd holds it.
+    // While the service is stopped, no other process can bind the port: no user, for it is below
+    // 1024, nor root, for systemd holds it.
     machine
         .run(&["systemctl", "stop", "awsvid.service"])
         .success("stop awsvid");
@@ -475,7 +493,7 @@ fn the_addresses_are_held_while_the_daemon_is_away() {
     assert_answered(machine, TCP);
     assert_eq!(machine.property("awsvid.service", "ActiveState"), "active");
 
-    // Killed: it comes back by itself, and who asks meanwhile is answered.
+    // Killed: it restarts by itself, and requests meanwhile are answered.
     for (_, address) in ADDRESSES {
         let before = restarts(machine);
         machine
@@ -487,7 +505,7 @@ fn the_addresses_are_held_while_the_daemon_is_away() {
 }
 
 #[test]
-fn a_daemon_that_cannot_start_keeps_trying_and_its_callers_wait() {
+fn failing_daemon_is_restarted_while_callers_wait() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -504,9 +522,10 @@ fn a_daemon_that_cannot_start_keeps_trying_and_its_callers_wait() {
         let askers = ADDRESSES.map(|(name, address)| {
             scope.spawn(move || ask(machine, &format!("waits-{name}.service"), "shop", address))
         });
-        // While the callers are there, more starts than systemd allows a service (5 in 10 s) and a socket (20 in 2 s).
+        // While the callers wait, there are more starts than systemd allows a service (5 in 10 s)
+        // and a socket (20 in 2 s).
         let before = restarts(machine);
-        await_some("more restarts", PATIENCE, || {
+        await_some("more restarts", TIMEOUT, || {
             (restarts(machine) > before + 25).then_some(())
         });
         assert_eq!(machine.property("awsvid.socket", "ActiveState"), "active");
@@ -523,7 +542,7 @@ fn a_daemon_that_cannot_start_keeps_trying_and_its_callers_wait() {
 }
 
 #[test]
-fn a_wrong_configuration_is_not_tried_again() {
+fn invalid_configuration_is_not_restarted() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -539,7 +558,8 @@ fn a_wrong_configuration_is_not_tried_again() {
         machine.run_as(unit, "shop", &[&["curl", "--silent"], address].concat())
     };
     thread::scope(|scope| {
-        // A connection that nobody takes makes systemd start the daemon: callers must not bring it into a loop.
+        // A connection that no process accepts makes systemd start the daemon. Callers must not
+        // cause a loop of starts.
         for (name, address) in ADDRESSES {
             let curl = &curl;
             let refused = move || {
@@ -549,7 +569,7 @@ fn a_wrong_configuration_is_not_tried_again() {
                     == Some(7))
                 .then_some(())
             };
-            scope.spawn(move || await_some("callers are refused at once", PATIENCE, refused));
+            scope.spawn(move || await_some("callers are refused at once", TIMEOUT, refused));
         }
         let restarted = machine.run(&["systemctl", "restart", "awsvid.service"]);
         assert!(!restarted.status.success(), "{restarted:?}");
@@ -565,11 +585,11 @@ fn a_wrong_configuration_is_not_tried_again() {
     );
     assert!(
         journal.contains("spifee_id"),
-        "the journal tells what is wrong:\n{journal}"
+        "the journal has the mistake:\n{journal}"
     );
     assert_eq!(machine.property("awsvid.socket", "ActiveState"), "inactive");
 
-    // `restart` of the service alone brings the sockets back too.
+    // `restart` of the service alone restores the sockets too.
     fs::write(machine.path(CONFIGURATION), good).unwrap();
     machine
         .run(&["systemctl", "restart", "awsvid.service"])
@@ -580,7 +600,7 @@ fn a_wrong_configuration_is_not_tried_again() {
 }
 
 #[test]
-fn a_reload_reads_the_configuration_again() {
+fn reload_reads_the_configuration_again() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -593,7 +613,7 @@ fn a_reload_reads_the_configuration_again() {
         machine
             .run(&["systemctl", "reload", "awsvid.service"])
             .success("reload awsvid");
-        await_some(status, PATIENCE, || {
+        await_some(status, TIMEOUT, || {
             machine
                 .property("awsvid.service", "StatusText")
                 .contains(status)
@@ -603,14 +623,14 @@ fn a_reload_reads_the_configuration_again() {
     };
     reload(
         &good.replace("spiffe_id", "spifee_id"),
-        "The configuration has errors",
+        "The new configuration has errors",
     );
     assert!(
         machine.journal().contains("spifee_id"),
-        "the journal tells what is wrong"
+        "the journal has the mistake"
     );
     assert_answered(&machine, UNIX);
-    // In its sandbox it may open the audit file anew, and the rest takes effect.
+    // In its sandbox it can reopen the audit file, and the other changes take effect.
     let other = good
         .replace("[audit]", "[audit]\nfile = \"/var/log/awsvid/audit.log\"")
         .replace("\"billing\"\n", "\"shop\"\n");
@@ -627,7 +647,7 @@ fn a_reload_reads_the_configuration_again() {
         audit.lines().any(|line| line.contains("\"uid\":1002")),
         "{audit}"
     );
-    // Ends as ever.
+    // It ends as before.
     machine
         .run(&["systemctl", "stop", "awsvid.service"])
         .success("stop awsvid");
@@ -640,9 +660,9 @@ fn a_reload_reads_the_configuration_again() {
 fn newer_version(directory: &Path) -> PathBuf {
     let newer = directory.join("awsvid.newer");
     let mut program = fs::read(env!("CARGO_BIN_EXE_awsvid")).unwrap();
-    let (known, future) = (b"revocation_grace", b"revocation_pause");
-    let places: Vec<usize> = (0..program.len() - known.len())
-        .filter(|i| program[*i..].starts_with(known))
+    let (attested, future) = (b"revocation_grace", b"revocation_pause");
+    let places: Vec<usize> = (0..program.len() - attested.len())
+        .filter(|i| program[*i..].starts_with(attested))
         .collect();
     places
         .iter()
@@ -673,7 +693,7 @@ fn documented_rollback_interrupts_no_caller() {
     };
     start(&machine);
     assert_known(ask(&machine, "billing.service", "billing", TCP));
-    // What CI says before such a file is anywhere.
+    // The check that CI runs before such a file is installed.
     let check = documents::block("upgrade.md", "The order of steps", "awsvid.previous");
     let check = check.replace("awsvid.toml", CONFIGURATION);
     let checked = machine.run(&["sh", "-euc", &check]);
@@ -709,7 +729,7 @@ fn documented_rollback_interrupts_no_caller() {
     );
 }
 
-/// A configuration for rules, without an agent.
+/// Returns a configuration for rules, without an agent.
 fn with_rules(listen: &str, rules: &str) -> String {
     format!(
         "[listen]\n{listen}\n[sts]\nregion = \"eu-central-1\"\n{rules}\n\
@@ -721,7 +741,7 @@ fn rule(keys: &str) -> String {
     format!("[[workload]]\nspiffe_id = \"{BILLING}\"\n{keys}\n")
 }
 
-/// That awsvid has an identity for who asks, and no agent to have a token of.
+/// Asserts that awsvid has an identity for the caller, and no agent from which to fetch its token.
 fn assert_known((status, body): (u16, Value)) {
     assert_eq!(
         (status, &body["code"]),
@@ -731,13 +751,12 @@ fn assert_known((status, body): (u16, Value)) {
 }
 
 #[test]
-fn a_socket_of_the_unit_that_the_configuration_does_not_name_is_refused_and_the_others_are_served()
-{
+fn unconfigured_socket_of_unit_is_refused_and_others_are_served() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
     };
-    // What `awsvid check` recommends where callers over TCP can't be told apart.
+    // The advice of `awsvid check` where callers over TCP can't be distinguished.
     fs::write(
         machine.path(CONFIGURATION),
         with_rules("tcp = []", &rule("user = \"billing\"")),
@@ -760,7 +779,7 @@ fn a_socket_of_the_unit_that_the_configuration_does_not_name_is_refused_and_the_
     let journal = machine.journal();
     assert_eq!(
         journal
-            .matches("systemd holds a socket that [listen] does not name")
+            .matches("callers of a systemd socket are refused")
             .count(),
         2,
         "{journal}"
@@ -787,7 +806,7 @@ fn a_socket_of_the_unit_that_the_configuration_does_not_name_is_refused_and_the_
 }
 
 #[test]
-fn callers_in_a_unit_with_many_cgroups_are_recognized() {
+fn callers_in_unit_with_many_cgroups_are_attested() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -798,11 +817,11 @@ fn callers_in_a_unit_with_many_cgroups_are_recognized() {
     )
     .unwrap();
     start(&machine);
-    // More than awsvid looks through where it has to search for a cgroup.
+    // More than awsvid reads when it has to search for a cgroup.
     let script = "cd /sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup); i=0; \
         while [ $i -lt 2000 ]; do mkdir g$i; i=$((i+1)); done; for last in g0 g400 g800 g1200 g1600 g1999; do echo 0 >$last/cgroup.procs; \
         curl --silent --max-time 50 --header 'Authorization: any' http://127.0.0.1:974/v1/credentials; echo; done";
-    let asked = machine.run(&[
+    let requests = machine.run(&[
         "systemd-run",
         "--quiet",
         "--collect",
@@ -815,23 +834,23 @@ fn callers_in_a_unit_with_many_cgroups_are_recognized() {
         "-euc",
         script,
     ]);
-    let answers = asked.success("curl from many cgroups");
+    let answers = requests.success("curl from many cgroups");
     assert_eq!(
         answers.matches("source_unavailable").count(),
         2 * 6,
         "{answers}"
     );
     assert!(
-        !machine.journal().contains("is forbidden all the same"),
+        !machine.journal().contains("a system call is forbidden"),
         "{}",
         machine.journal()
     );
 }
 
 #[test]
-fn a_capability_that_the_filter_makes_useless_is_said_at_the_start() {
+fn calls_that_a_filter_forbids_are_logged_at_start() {
     let directory = folder();
-    let drop_in = "[Service]\nSystemCallFilter=~open_by_handle_at\n";
+    let drop_in = "[Service]\nSystemCallFilter=~open_by_handle_at pidfd_open statx\n";
     let more = [(
         "/etc/systemd/system/awsvid.service.d/narrow.conf",
         Content::Text(drop_in),
@@ -839,18 +858,31 @@ fn a_capability_that_the_filter_makes_useless_is_said_at_the_start() {
     let Some(machine) = install(directory.path(), &more) else {
         return;
     };
+    // A rule by user needs the process of a caller over TCP.
+    fs::write(
+        machine.path(CONFIGURATION),
+        with_rules("", &rule("user = \"billing\"")),
+    )
+    .unwrap();
     start(&machine);
     let journal = machine.journal();
-    let words = "CAP_DAC_READ_SEARCH is held and open_by_handle_at is forbidden all the same";
-    assert_eq!(journal.matches(words).count(), 1, "{journal}");
-    assert!(
-        journal.contains("under systemd add it to SystemCallFilter="),
-        "{journal}"
-    );
+    let lines: Vec<&str> = journal
+        .lines()
+        .filter(|line| line.contains("a system call is forbidden"))
+        .collect();
+    for call in ["open_by_handle_at", "pidfd_open", "statx"] {
+        let of_call: Vec<_> = lines.iter().filter(|line| line.contains(call)).collect();
+        assert!(
+            of_call.len() == 1 && of_call[0].contains("under systemd add it to SystemCallFilter="),
+            "{call}: {journal}"
+        );
+    }
+    let held = |line: &&&str| line.contains("CAP_DAC_READ_SEARCH");
+    assert_eq!(lines.iter().filter(held).count(), 1, "{journal}");
 }
 
 #[test]
-fn a_user_that_comes_after_the_boot_is_served() {
+fn user_created_after_boot_is_served() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -862,14 +894,14 @@ fn a_user_that_comes_after_the_boot_is_served() {
     assert!(
         machine
             .journal()
-            .contains("the name is not known on this node"),
+            .contains("the account does not exist on this node"),
         "{}",
         machine.journal()
     );
     machine
         .run(&["sh", "-euc", "echo 'u late 1003' | systemd-sysusers -"])
         .success("make the user");
-    await_some("the user is known", PATIENCE, || {
+    await_some("the user is known", TIMEOUT, || {
         (ask(&machine, "late.service", "late", TCP).1["code"] == "source_unavailable").then_some(())
     });
     for (_, address) in ADDRESSES {
@@ -878,7 +910,7 @@ fn a_user_that_comes_after_the_boot_is_served() {
 }
 
 #[test]
-fn what_a_stop_leaves_behind_is_the_token() {
+fn stop_leaves_only_the_token() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -892,14 +924,14 @@ fn what_a_stop_leaves_behind_is_the_token() {
     let left = fs::read_dir(machine.path("/run/awsvid"))
         .unwrap()
         .map(|entry| entry.unwrap().file_name());
-    // Workloads that have read it go on with it.
+    // Workloads that have read it keep using it.
     assert_eq!(left.collect::<Vec<_>>(), ["token"]);
     start(&machine);
     assert_eq!(token(), before);
 }
 
 #[test]
-fn without_ipv6_the_other_addresses_are_served() {
+fn other_addresses_are_served_without_ipv6() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -907,12 +939,12 @@ fn without_ipv6_the_other_addresses_are_served() {
     let off = "for i in all lo; do echo 1 >/proc/sys/net/ipv6/conf/$i/disable_ipv6; done";
     machine.run(&["sh", "-c", off]).success("switch IPv6 off");
     start(&machine);
-    let asked = machine.run_as(
+    let requests = machine.run_as(
         "six.service",
         "shop",
         &[&["curl", "--silent"], TCP6].concat(),
     );
-    assert_eq!(asked.status.code(), Some(7), "::1 is gone: {asked:?}");
+    assert_eq!(requests.status.code(), Some(7), "::1 is gone: {requests:?}");
     for address in [UNIX, TCP] {
         assert_answered(&machine, address);
     }

@@ -1,4 +1,5 @@
-//! `awsvid trust-policy` beside the real SPIRE: its issuer is that of the live token, and the AWS CLI takes its commands.
+//! `awsvid trust-policy` with the real SPIRE: its issuer is that of the live token, and the AWS CLI
+//! accepts its commands.
 
 #[path = "../../src/commands/trust_policy/tests/reading.rs"]
 mod reading;
@@ -16,15 +17,15 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::{Value, json};
 
-use crate::harness::answering;
 use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::counterparts::{folder, root, tool};
 use crate::harness::daemon::PROGRAM;
 use crate::harness::forward::Network;
+use crate::harness::stub_http;
 use crate::harness::tls::TlsFront;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const READER: &str = "spiffe://example.org/w/reader";
 const FORMATS: [&str; 3] = ["aws-cli", "terraform", "cloudformation"];
 
@@ -35,7 +36,7 @@ fn trust_policy(config: &Path, arguments: &[&str]) -> Output {
         .args(["trust-policy", "--config"])
         .arg(config)
         .args(arguments);
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
 fn form(body: &str) -> HashMap<String, String> {
@@ -45,7 +46,7 @@ fn form(body: &str) -> HashMap<String, String> {
 }
 
 #[test]
-fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
+fn trust_policy_uses_live_issuer_and_cli_accepts_commands() {
     let folder = folder();
     let Some(aws) = tool("aws").filter(|_| root()) else {
         return;
@@ -55,7 +56,7 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
     };
     let config = folder.path().join("awsvid.toml");
     let text = format!(
-        "[identity]\nsocket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n\
+        "[identity]\nworkload_api_socket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n\
          [[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n\
          [[role]]\nname = \"app\"\nspiffe_id = \"{READER}\"\nrole_arn = \"arn:aws:iam::123456789012:role/app\"\n",
         spire.agent_socket().display()
@@ -80,18 +81,19 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
     ] {
         assert!(script.contains(&words), "{words}: {script}");
     }
-    // The real CLI checks what it is given, and sends it: here to an account that has no provider, and takes everything.
+    // The real CLI checks its input and sends it: here to an account that has no provider and
+    // accepts everything.
     let (sender, requests) = channel();
-    let iam = answering::start(move |_, body| {
+    let iam = stub_http::start(move |_, body| {
         // The test may have ended.
         let _ = sender.send(body.to_owned());
         let action = &form(body)["Action"];
         if action == "GetOpenIDConnectProvider" {
             let xml = "<ErrorResponse><Error><Code>NoSuchEntity</Code><Message>None</Message></Error></ErrorResponse>";
-            return answering::http("404 Not Found", "Content-Type: text/xml\r\n", xml);
+            return stub_http::http("404 Not Found", "Content-Type: text/xml\r\n", xml);
         }
         let xml = format!("<{action}Response><{action}Result></{action}Result></{action}Response>");
-        answering::http("200 OK", "Content-Type: text/xml\r\n", &xml)
+        stub_http::http("200 OK", "Content-Type: text/xml\r\n", &xml)
     });
     let stub = format!(
         "aws() {{ '{}' --endpoint-url {} \"$@\"; }}\n",
@@ -111,7 +113,7 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
             shell
         },
         b"",
-        PATIENCE,
+        TIMEOUT,
     )
     .success("the script");
     let sent: Vec<HashMap<String, String>> = requests.try_iter().map(|body| form(&body)).collect();
@@ -162,9 +164,10 @@ fn the_issuer_is_the_live_tokens_and_the_cli_takes_the_commands() {
     );
 }
 
-/// The live token of a workload, by what STS would look at in it; and those that differ from it by a little.
+/// Evaluates the policies as STS does, for the live token of a workload and for tokens that differ
+/// from it slightly.
 #[test]
-fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
+fn policies_accept_only_the_live_token() {
     let folder = folder();
     if !root() {
         return;
@@ -185,7 +188,7 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
         )
     });
     let head = format!(
-        "[identity]\nsocket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n[[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n",
+        "[identity]\nworkload_api_socket = \"unix://{}\"\n[sts]\nregion = \"eu-central-1\"\n[[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n",
         spire.agent_socket().display()
     );
     fs::write(&config, head + &text.concat()).unwrap();
@@ -210,7 +213,7 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
         issuer.split_once("://").unwrap().1
     );
     let read = reading::same(outputs.each_ref().map(String::as_str), &provider);
-    // By which STS finds the provider, and what that lets in by itself.
+    // STS finds the provider by these, and the provider alone permits this.
     assert_eq!(
         read.provider,
         json!({ "Url": issuer, "ClientIDList": [audience], "ThumbprintList": null })
@@ -264,7 +267,8 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
             "/w/reader",
             "",
         ] {
-            // IAM's `*` is also nothing at all, which no SPIFFE ID has between two slashes or after the last.
+            // IAM's `*` also matches an empty text, which no SPIFFE ID has between two slashes or
+            // after the last.
             let is_no_id = other.ends_with("w/") && role != "exact";
             assert!(
                 is_no_id || !lets_in(role, &issuer, &audience, other),
@@ -272,7 +276,7 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
             );
         }
     }
-    // Which of the roles are for an identity that begins as the token's does.
+    // The roles that are for an identity which begins as the token's does.
     let table = [
         ("spiffe://example.org/w/reade", [false, true, true]),
         ("spiffe://example.org/w/readers", [false, true, true]),
@@ -286,26 +290,27 @@ fn the_policies_let_in_the_live_token_and_none_of_its_neighbours() {
     }
 }
 
-/// AWS trusts what this machine trusts, more or less; the issuer's certificate is its own, and so made known or not.
-/// The thumbprint of an untrusted chain is written only with the option for it (attack 35).
+/// AWS trusts roughly what this machine trusts. The issuer's certificate is the test's own, so the
+/// test decides whether it is trusted. The command writes the thumbprint of an untrusted chain only
+/// with the option for it (T35).
 #[test]
-fn thumbprint_of_an_untrusted_chain_has_to_be_accepted() {
+fn thumbprint_of_untrusted_chain_needs_option() {
     let folder = folder();
     let config = folder.path().join("awsvid.toml");
     let role = "[[role]]\nname = \"app\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/app\"\n";
     let text = format!(
-        "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
+        "[identity]\nworkload_api_socket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n\
          [[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n{}",
         role.replace("{id}", READER)
     );
     fs::write(&config, text).unwrap();
     let url = Arc::new(OnceLock::new());
     let own = url.clone();
-    let issuer = answering::start(move |first, _| {
+    let issuer = stub_http::start(move |first, _| {
         let url: &String = own.get().expect("its URL");
         let document =
             json!({ "issuer": url, "jwks_uri": format!("{url}/keys"), "keys": [] }).to_string();
-        answering::http(
+        stub_http::http(
             if first.contains(" /keys ") || first.contains("openid") {
                 "200 OK"
             } else {
@@ -328,7 +333,7 @@ fn thumbprint_of_an_untrusted_chain_has_to_be_accepted() {
             .arg(&config)
             .args(options);
         command.envs(trusted.map(|path| ("SSL_CERT_FILE", path)));
-        let output = run(command, b"", PATIENCE);
+        let output = run(command, b"", TIMEOUT);
         let warnings = output.stderr.clone();
         assert!(!warnings.contains("is not known"), "{output:?}");
         let script = output.success("awsvid trust-policy");
@@ -363,9 +368,9 @@ fn thumbprint_of_an_untrusted_chain_has_to_be_accepted() {
     );
 }
 
-/// CloudFormation's own schemas of these resources, and its rules for what refers to what.
+/// CloudFormation's own schemas of these resources, and its rules for references between them.
 #[test]
-fn cloudformation_takes_the_template() {
+fn cloudformation_accepts_the_template() {
     let Some(lint) = tool("cfn-lint") else { return };
     let folder = folder();
     let config = folder.path().join("awsvid.toml");
@@ -374,7 +379,7 @@ fn cloudformation_takes_the_template() {
             "[[role]]\nname = \"{name}\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/team/{name}\"\n"
         )
     };
-    let text = "[identity]\nsocket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n".to_owned()
+    let text = "[identity]\nworkload_api_socket = \"unix:///nonexistent/agent.sock\"\n[sts]\nregion = \"eu-central-1\"\n".to_owned()
         + &format!("[[workload]]\nspiffe_id = \"{READER}\"\nuid = 1001\n")
         + &role("app-1", READER)
         + &role("app_1", "spiffe://example.org/w/*")
@@ -395,10 +400,10 @@ fn cloudformation_takes_the_template() {
             .env("HOME", folder.path())
             .args(["--regions", "eu-central-1", "--"])
             .arg(&path);
-        run(command, b"", PATIENCE)
+        run(command, b"", TIMEOUT)
     };
     linted(&template).success("cfn-lint");
-    // It looks at it.
+    // The linter does detect faults.
     for (right, wrong) in [
         ("ClientIdList", "ClientIDList"),
         ("\"Ref\": \"Oidc", "\"Ref\": \"Other"),

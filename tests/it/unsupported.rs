@@ -1,4 +1,5 @@
-//! What the machine or the daemon's privileges lack, and what readiness, `/status`, `check` and `exec` make of it.
+//! Features that the machine or the daemon's privileges lack, and how readiness, `/status`, `check`
+//! and `exec` report them.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -13,8 +14,10 @@ use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::{Daemon, PROGRAM, text};
 use crate::harness::upstream::Upstream;
 
-const PATIENCE: Duration = Duration::from_secs(60);
-/// Starts a program where no cgroup v2 is mounted, and so no caller over TCP can be attested.
+mod restored;
+
+const TIMEOUT: Duration = Duration::from_secs(60);
+/// Starts a program where no cgroup v2 is mounted, so that no caller over TCP can be attested.
 const WITHOUT_CGROUP_V2: [&str; 8] = [
     "unshare",
     "--mount",
@@ -26,7 +29,7 @@ const WITHOUT_CGROUP_V2: [&str; 8] = [
     "sh",
 ];
 
-/// By the user alone, since no cgroup is seen.
+/// Returns a configuration with a rule by user alone, since no cgroup is visible.
 fn configuration(upstream: &Upstream) -> String {
     let rule = format!(
         "\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/me\"\nuid = {}\n",
@@ -39,24 +42,24 @@ fn upstream() -> Upstream {
     Upstream::start(&[(getuid().as_raw(), "me")])
 }
 
-/// The program by these words, without an environment.
+/// Runs the program behind these words, without an environment.
 fn awsvid(words: &[&str], arguments: &[&str]) -> Output {
     let mut command = behind(words, Path::new(PROGRAM));
     command
         .env_clear()
         .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
         .args(arguments);
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
 fn status(daemon: &Daemon) -> Value {
-    let (status, body) = daemon.ask_locally("/status");
+    let (status, body) = daemon.query_status_socket("/status");
     assert_eq!(status, 200, "{body}");
     serde_json::from_str(&body).unwrap()
 }
 
 #[test]
-fn daemon_that_cannot_serve_tcp_is_ready_for_the_unix_socket() {
+fn daemon_without_tcp_is_ready_on_unix_socket() {
     if !root() {
         return;
     }
@@ -108,7 +111,7 @@ fn daemon_that_cannot_serve_tcp_is_ready_for_the_unix_socket() {
         "{output:?}"
     );
     for words in [
-        "refuses all callers over TCP",
+        "rejects all callers over TCP",
         "no cgroup v2 tree",
         "credential_process = awsvid credential-process",
     ] {
@@ -117,7 +120,7 @@ fn daemon_that_cannot_serve_tcp_is_ready_for_the_unix_socket() {
 }
 
 #[test]
-fn command_is_started_if_the_daemon_serves_tcp_whatever_its_own_namespace_lacks() {
+fn command_starts_if_daemon_serves_tcp_despite_its_namespace() {
     if !root() {
         return;
     }
@@ -140,7 +143,7 @@ fn command_is_started_if_the_daemon_serves_tcp_whatever_its_own_namespace_lacks(
 }
 
 #[test]
-fn daemon_that_cannot_serve_any_listener_is_not_ready() {
+fn daemon_without_any_listener_is_not_ready() {
     if !root() {
         return;
     }
@@ -154,7 +157,8 @@ fn daemon_that_cannot_serve_any_listener_is_not_ready() {
     let listen = listen.replace(&unix, "unix = \"\"");
     let daemon = Daemon::start_text_behind(&WITHOUT_CGROUP_V2, folder.path(), &listen);
     let reason = daemon.await_line(&[
-        "not ready: this kernel lets nobody attest",
+        "not ready",
+        "this kernel cannot attest",
         "no cgroup v2 tree is mounted",
     ]);
     assert!(reason.contains("mount -t cgroup2"), "{reason}");
@@ -171,7 +175,7 @@ fn daemon_that_cannot_serve_any_listener_is_not_ready() {
     );
 }
 
-/// STS answers without a role, so it is asked although the configuration names none.
+/// STS responds without a role, so the daemon probes it although the configuration names none.
 #[test]
 fn readiness_waits_for_the_sts_of_requested_roles() {
     let folder = folder();
@@ -182,13 +186,13 @@ fn readiness_waits_for_the_sts_of_requested_roles() {
         rest[..rest.find("\n\n").unwrap_or(rest.len())].to_owned()
     };
     let configuration = format!(
-        "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n{}\n[sts]\nregion = \"us-east-1\"\n{}",
+        "requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n{}\n[sts]\nregion = \"us-east-1\"\n{}",
         section("[identity]"),
         section("[[workload]]")
     );
     let proxy = ["env", "HTTPS_PROXY=http://127.0.0.1:1"];
     let daemon = Daemon::start_behind(&proxy, folder.path(), "", &configuration);
-    daemon.await_line(&["not ready: STS: ", "us-east-1"]);
+    daemon.await_line(&["not ready", "STS: ", "us-east-1"]);
     assert_eq!(status(&daemon)["ready"], false);
 }
 
@@ -224,7 +228,7 @@ fn executions_that_are_not_counted_are_reported() {
         );
         let config = folder.path().join("awsvid.toml");
         let config = config.to_str().unwrap();
-        let checked = awsvid(&[], &["check", "--json", "--config", config]);
+        let checked = awsvid(&[], &["check", "--output", "json", "--config", config]);
         let report: Value = serde_json::from_str(&checked.stdout)
             .unwrap_or_else(|error| panic!("{error}: {checked:?}"));
         let findings = report["findings"].as_array().unwrap();

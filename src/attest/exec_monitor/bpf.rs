@@ -1,5 +1,5 @@
-//! bpf(2), as far as one small program needs it. No crate serves: those that load programs want them compiled by a compiler
-//! for eBPF.
+//! The part of bpf(2) that one small program needs. The crates that load programs require a
+//! compiler for eBPF, so none is used.
 #![allow(
     unsafe_code,
     reason = "raw system calls are this module's whole purpose; nothing else is in it"
@@ -14,21 +14,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
-/// Commands, kinds and flags of linux/bpf.h.
+/// Commands, types and flags of linux/bpf.h.
 const MAP_CREATE: libc::c_int = 0;
 const PROG_LOAD: libc::c_int = 5;
 const RAW_TRACEPOINT_OPEN: libc::c_int = 17;
 const MAP_TYPE_ARRAY: u32 = 2;
 const MMAPABLE: u32 = 1 << 10;
 const PROG_TYPE_RAW_TRACEPOINT: u32 = 17;
-/// Helper functions, of which none asks for a licence of the GPL's.
+/// Helper functions. None of them requires a licence that is compatible with the GPL.
 pub(super) const MAP_LOOKUP_ELEM: i32 = 1;
 pub(super) const GET_CURRENT_PID_TGID: i32 = 14;
 pub(super) const GET_CURRENT_ANCESTOR_CGROUP_ID: i32 = 123;
-/// The register that points to the end of the stack.
+/// The register with the address of the end of the stack.
 pub(super) const FRAME: u8 = 10;
 
-/// `struct bpf_insn`: one or two words of eight bytes.
+/// One instruction, `struct bpf_insn`: one or two words of eight bytes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Instruction {
     words: [u64; 2],
@@ -56,12 +56,12 @@ impl Instruction {
         Self { length: 2, ..first }
     }
 
-    /// A number of 64 bits into a register.
+    /// Loads a number of 64 bits into a register.
     pub(super) fn load(target: u8, value: u64) -> Self {
         Self::wide(target, 0, value)
     }
 
-    /// The address of the map that this descriptor stands for.
+    /// Loads the address of the map with this descriptor.
     pub(super) fn load_map(target: u8, map: RawFd) -> Self {
         Self::wide(target, 1, u64::from(map.cast_unsigned()))
     }
@@ -98,7 +98,7 @@ impl Instruction {
         Self::new(0xdb, target, source, offset, 0)
     }
 
-    /// Skips so many words.
+    /// Skips `words` words if the register is 0.
     pub(super) fn jump_if_zero(register: u8, words: i16) -> Self {
         Self::new(0x15, register, 0, words, 0)
     }
@@ -112,11 +112,11 @@ impl Instruction {
     }
 }
 
-/// Instructions in their order.
+/// A sequence of instructions, as words.
 #[derive(Debug, Default)]
 pub(super) struct BpfProgram {
     words: Vec<u64>,
-    /// Jumps whose target is not known yet: where they are, and over which register they decide.
+    /// The jumps without a target yet: the position of each, and its register.
     jumps: Vec<(usize, u8)>,
 }
 
@@ -127,13 +127,13 @@ impl BpfProgram {
         }
     }
 
-    /// Goes on at [`BpfProgram::end`] where the register is 0.
+    /// Jumps to [`BpfProgram::end`] if the register is 0.
     pub(super) fn jump_to_end_if_zero(&mut self, register: u8) {
         self.jumps.push((self.words.len(), register));
         self.words.push(0);
     }
 
-    /// The place that jumps lead to.
+    /// Marks the position that all jumps lead to.
     pub(super) fn end(&mut self) {
         for (at, register) in self.jumps.drain(..) {
             let words = i16::try_from(self.words.len() - at - 1).unwrap_or(i16::MAX);
@@ -142,7 +142,7 @@ impl BpfProgram {
     }
 }
 
-/// The attributes of `BPF_MAP_CREATE`, as far as they are used.
+/// The used attributes of `BPF_MAP_CREATE`.
 #[repr(C)]
 struct MapCreate {
     kind: u32,
@@ -152,7 +152,7 @@ struct MapCreate {
     flags: u32,
 }
 
-/// Those of `BPF_PROG_LOAD`.
+/// The used attributes of `BPF_PROG_LOAD`.
 #[repr(C)]
 struct ProgLoad {
     kind: u32,
@@ -161,7 +161,7 @@ struct ProgLoad {
     licence: *const libc::c_char,
 }
 
-/// Those of `BPF_RAW_TRACEPOINT_OPEN`.
+/// The used attributes of `BPF_RAW_TRACEPOINT_OPEN`.
 #[repr(C)]
 struct RawTracepointOpen {
     name: *const libc::c_char,
@@ -169,7 +169,7 @@ struct RawTracepointOpen {
     padding: u32,
 }
 
-/// An array of so many numbers of 64 bits, all 0.
+/// Creates an array of `entries` numbers of 64 bits, all 0.
 pub(super) fn create_counters(entries: u32) -> io::Result<OwnedFd> {
     let attributes = MapCreate {
         kind: MAP_TYPE_ARRAY,
@@ -182,7 +182,7 @@ pub(super) fn create_counters(entries: u32) -> io::Result<OwnedFd> {
     unsafe { bpf(MAP_CREATE, &attributes) }
 }
 
-/// Has the kernel verify a program for raw tracepoints.
+/// Makes the kernel verify and load a program for raw tracepoints.
 pub(super) fn load(program: &BpfProgram) -> io::Result<OwnedFd> {
     let attributes = ProgLoad {
         kind: PROG_TYPE_RAW_TRACEPOINT,
@@ -190,8 +190,8 @@ pub(super) fn load(program: &BpfProgram) -> io::Result<OwnedFd> {
         instructions: program.words.as_ptr(),
         licence: c"Apache-2.0".as_ptr(),
     };
-    // SAFETY: the attributes are those of the command; the kernel reads `count` words and a string from these addresses,
-    // which live through the call.
+    // SAFETY: the attributes are those of the command. The kernel reads `count` words and a string
+    // from these addresses, which live through the call.
     unsafe { bpf(PROG_LOAD, &attributes) }
 }
 
@@ -203,17 +203,18 @@ pub(super) fn attach_raw_tracepoint(name: &CStr, program: &OwnedFd) -> io::Resul
         program,
         padding: 0,
     };
-    // SAFETY: the attributes are those of the command; the kernel reads a string from this address, which lives through the
-    // call.
+    // SAFETY: the attributes are those of the command. The kernel reads a string from this address,
+    // which lives through the call.
     unsafe { bpf(RAW_TRACEPOINT_OPEN, &attributes) }
 }
 
-/// The system call; for commands that give a descriptor.
+/// Calls bpf(2) with a command that returns a descriptor.
 ///
 /// # Safety
 /// `attributes` has to be what the command takes, and the addresses in it valid.
 unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<OwnedFd> {
-    // SAFETY: the caller's; the kernel reads `size_of::<T>()` bytes, and takes what is not there for 0.
+    // SAFETY: the caller ensures it. The kernel reads `size_of::<T>()` bytes, and takes missing
+    // fields as 0.
     let fd = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -226,7 +227,8 @@ unsafe fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the call succeeded, so this is a new descriptor that nobody else owns. All of them are closed on exec.
+    // SAFETY: the call succeeded, so this is a new descriptor without another owner. All of them
+    // are closed on exec.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -237,7 +239,7 @@ pub(super) struct Counters {
 }
 
 impl Counters {
-    /// Maps the array that has so many entries, for reading.
+    /// Maps the array with `entries` entries for reading.
     pub(super) fn map(array: &OwnedFd, entries: u32) -> io::Result<Self> {
         let length = usize::try_from(entries)
             .ok()
@@ -259,14 +261,14 @@ impl Counters {
         Ok(Self { memory, length })
     }
 
-    /// The number at `index`; 0 beyond the end.
+    /// Returns the number at `index`, or 0 beyond the end.
     pub(super) fn get(&self, index: u32) -> u64 {
         let at = index as usize;
         if at >= self.length.get() / size_of::<u64>() {
             return 0;
         }
-        // SAFETY: within the mapping, which begins at a page and lives as long as `self`; the kernel changes the number only
-        // in one step, and nothing else reads it otherwise.
+        // SAFETY: the address is within the mapping, which begins at a page and lives as long as
+        // `self`. The kernel changes the number atomically, and it is read only here.
         unsafe { AtomicU64::from_ptr(self.memory.cast::<u64>().add(at).as_ptr()) }
             .load(Ordering::Acquire)
     }
@@ -274,12 +276,12 @@ impl Counters {
 
 impl Drop for Counters {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own, and nothing points into it.
+        // SAFETY: the mapping belongs to this value, and nothing else refers to it.
         let _ = unsafe { munmap(self.memory, self.length.get()) };
     }
 }
 
-// SAFETY: the mapping may be read and ended by any thread.
+// SAFETY: any thread may read and unmap the mapping.
 unsafe impl Send for Counters {}
-// SAFETY: as above; `get` reads in one step.
+// SAFETY: as above, and `get` reads atomically.
 unsafe impl Sync for Counters {}

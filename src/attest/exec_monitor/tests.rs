@@ -5,9 +5,9 @@ use std::process::{Child, Command, Stdio};
 use nix::unistd::geteuid;
 
 use super::*;
-use crate::attest::hierarchies::CgroupMounts;
+use crate::attest::cgroup_mounts::CgroupMounts;
 
-/// A monitor where this process may have one.
+/// Returns a monitor where this process has the privileges for one.
 fn monitor(count_by: CountBy) -> Option<Arc<ExecMonitor>> {
     match ExecMonitor::counting_by(count_by) {
         Ok(monitor) => Some(Arc::new(monitor)),
@@ -19,7 +19,7 @@ fn monitor(count_by: CountBy) -> Option<Arc<ExecMonitor>> {
     }
 }
 
-/// A shell that executes a program when it reads a line, and says so before and after.
+/// Starts a shell that executes a program when it reads a line, and prints a line before and after.
 fn shell() -> (Child, impl FnMut(&str)) {
     let mut child = Command::new("sh")
         .args([
@@ -34,7 +34,7 @@ fn shell() -> (Child, impl FnMut(&str)) {
         child.stdin.take().unwrap(),
         BufReader::new(child.stdout.take().unwrap()),
     );
-    // `spawn` returns before its own execution of the shell is counted.
+    // `spawn` returns before the execution of the shell itself is counted.
     let mut line = String::new();
     output.read_line(&mut line).unwrap();
     assert_eq!(line.trim(), "ready");
@@ -48,7 +48,7 @@ fn shell() -> (Child, impl FnMut(&str)) {
 }
 
 #[test]
-fn monitor_sees_an_execution_of_the_watched_process_alone() {
+fn monitor_detects_exec_of_the_watched_process_only() {
     let Some(monitor) = monitor(CountBy::Pid) else {
         return;
     };
@@ -58,11 +58,11 @@ fn monitor_sees_an_execution_of_the_watched_process_alone() {
     assert!(watch.no_exec_seen() && of_other.no_exec_seen());
     execute("executed");
     assert!(!watch.no_exec_seen());
-    // Unless the two have one number by chance, which shows in the table.
+    // The two may have one counter by chance, which shows in the table.
     assert!(of_other.no_exec_seen() || watch.index == of_other.index);
     assert!(
         monitor.watch(key(one.id())).no_exec_seen(),
-        "a watch begins anew"
+        "a new watch begins"
     );
     for child in [&mut one, &mut other] {
         child.kill().unwrap();
@@ -71,7 +71,7 @@ fn monitor_sees_an_execution_of_the_watched_process_alone() {
 }
 
 #[test]
-fn monitor_counts_by_every_cgroup_above_where_pids_mean_nothing() {
+fn monitor_counts_by_every_ancestor_cgroup() {
     let Some(monitor) = monitor(CountBy::Cgroup) else {
         return;
     };
@@ -96,7 +96,7 @@ fn monitor_counts_by_every_cgroup_above_where_pids_mean_nothing() {
 }
 
 #[test]
-fn keys_are_spread_over_the_whole_table() {
+fn index_spreads_keys_over_the_whole_table() {
     let Some(monitor) = monitor(CountBy::Pid) else {
         return;
     };

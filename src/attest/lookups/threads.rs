@@ -1,9 +1,12 @@
-//! Threads for connections whose callers' processes are looked at: as many as there are processors, and one more for each that
-//! is kept waiting.
+//! Threads for connections that read their callers' processes: one per CPU, and one more for each
+//! thread that is blocked.
 //!
-//! A connection goes on there as far as it gets without waiting for anything, which mostly is to its end: credentials are
-//! cached, and the request is there. What is left then goes on where it came from. So it changes threads once, and such a
-//! thread is never one that the runtime needs to notice events.
+//! A connection runs there as far as it gets without waiting. Mostly that is to its end:
+//! credentials are cached, and the request has arrived. If it has to wait, it continues on the
+//! runtime that it came from. So it changes threads once, and a lookup thread is never one that the
+//! runtime needs to notice events.
+
+#![expect(clippy::disallowed_methods, reason = "these threads have no runtime")]
 
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
@@ -19,34 +22,44 @@ use tokio::time::sleep;
 
 use crate::caller::WorkloadKey;
 use crate::clock::REQUEST_HOLD;
-use crate::telemetry::LogQuota;
+use crate::telemetry::{LogQuota, in_current_request};
 
-/// Of one workload at a time. One that is kept waiting leaves the workload another one.
+/// The number of reads of one workload that may run at a time. If one of them blocks, another one
+/// remains.
 const MAX_PER_WORKLOAD: usize = 2;
-/// A connection that takes longer is taken to be kept waiting, and another thread started in its place. Most take 50 us.
+/// The time after which a thread counts as blocked, and another one is started to replace it. Most
+/// connections take 50 us.
 const STUCK_AFTER: Duration = Duration::from_millis(10);
-/// How often the log says that none can be started.
-const TELL_AGAIN: Duration = Duration::from_secs(60);
-/// All threads, those that are kept waiting included.
+/// The shortest interval between two log lines about threads that cannot be started.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// The number of all threads, with those that are blocked. A scope (T29) gets another one only
+/// while more are left than it has. So one scope blocks half of them, and ten leave an eleventh of
+/// them. Only 256 scopes, each with two blocked reads, can block all.
 const MAX_THREADS: usize = 512;
 
 thread_local! {
-    /// Whether this thread may be kept waiting.
-    static MAY_WAIT: Cell<bool> = const { Cell::new(false) };
+    /// Whether this thread may block.
+    static IS_LOOKUP_THREAD: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether this is one of [`LookupThreads`].
+/// Returns whether the current thread is a lookup thread.
 pub(super) fn on_lookup_thread() -> bool {
-    MAY_WAIT.get()
+    IS_LOOKUP_THREAD.get()
 }
 
-/// Runs connections. Cheap to clone; the threads end with the process.
+/// Makes reads run on the current thread, as on a lookup thread.
+#[cfg(test)]
+pub(crate) fn set_lookup_thread(is_one: bool) {
+    IS_LOOKUP_THREAD.set(is_one);
+}
+
+/// The pool of lookup threads. Clones share one pool, and the threads end with the process.
 #[derive(Clone)]
 pub struct LookupThreads(Arc<ThreadPool>);
 
 struct ThreadPool {
-    /// As many as are to run while nothing is kept waiting.
-    wanted: usize,
+    /// The number of threads that should run and not be blocked.
+    target: usize,
     state: Mutex<PoolState>,
     work: Condvar,
 }
@@ -57,29 +70,29 @@ type GiveUp = Box<dyn FnOnce() + Send>;
 struct LookupJob {
     task: Task,
     give_up: GiveUp,
-    /// The runtime that it comes from; `None` if it is not to go on there.
-    home: Option<Handle>,
+    /// The runtime that the job comes from. `None` if it must not continue there.
+    runtime: Option<Handle>,
     queued: Instant,
 }
 
 struct PoolState {
     workloads: HashMap<WorkloadKey, WorkloadQueue>,
-    /// Workloads that have something to run and may, in the order of their turns.
+    /// The workloads that have a job to run and may run it, in round-robin order.
     ready: VecDeque<WorkloadKey>,
     idle: usize,
-    /// The others, by their numbers.
+    /// The threads that run or are about to run a job, by number.
     busy: HashMap<u64, BusyThread>,
     next_number: u64,
-    /// Whether somebody is going to look for threads that are kept waiting.
+    /// Whether a task watches for blocked threads.
     watched: bool,
-    /// What the log says of threads that cannot be started.
+    /// The log quota for threads that cannot be started.
     unstarted: LogQuota,
 }
 
-/// A thread that is about to run something, or does.
+/// A thread that runs a job, or is about to.
 struct BusyThread {
     since: Instant,
-    /// Of what it runs, until that has returned or was given up.
+    /// The workload and the callback of its job, until the job has returned or was given up.
     give_up: Option<(WorkloadKey, GiveUp)>,
 }
 
@@ -93,98 +106,102 @@ struct WorkloadQueue {
 impl fmt::Debug for LookupThreads {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LookupThreads")
-            .field("wanted", &self.0.wanted)
+            .field("target", &self.0.target)
             .finish_non_exhaustive()
     }
 }
 
 impl Default for LookupThreads {
-    /// One for each processor. They are started when there is something to run.
+    /// Creates a pool with one thread per CPU. Threads are started when there is a job.
     fn default() -> Self {
         Self::new(thread::available_parallelism().map_or(1, usize::from))
     }
 }
 
 impl LookupThreads {
-    fn new(wanted: usize) -> Self {
+    fn new(target: usize) -> Self {
         Self(Arc::new(ThreadPool {
-            wanted,
+            target,
             state: Mutex::default(),
             work: Condvar::new(),
         }))
     }
 
-    /// Runs `task` for this workload, after what it has there already; fairly between workloads. To be called within a
-    /// runtime, on which the task goes on when it has to wait for something, or has waited too long for a thread.
+    /// Runs `task` for this workload, after the jobs that it already has. Workloads get threads in
+    /// round-robin order. Call it within a runtime: the task continues there if it has to wait, or
+    /// has waited too long for a thread.
     ///
-    /// `give_up` is called if the task keeps its thread waiting for as long as a request is held; it must not wait.
+    /// Calls `give_up` if the task blocks its thread for as long as a request is held. `give_up`
+    /// must not block.
     pub fn spawn(
         &self,
-        owner: WorkloadKey,
+        workload: WorkloadKey,
         task: impl Future<Output = ()> + Send + 'static,
         give_up: impl FnOnce() + Send + 'static,
     ) {
         self.push(
-            owner,
+            workload,
             Box::pin(task),
             Box::new(give_up),
             Some(Handle::current()),
         );
     }
 
-    /// The same for a task that never waits for events, and is dropped if it has waited too long for a thread.
-    pub(super) fn spawn_here(
+    /// Runs a task that never waits for events, for the current request. It is dropped if it has
+    /// waited too long for a thread.
+    pub(super) fn spawn_read(
         &self,
-        owner: WorkloadKey,
+        workload: WorkloadKey,
         task: impl Future<Output = ()> + Send + 'static,
         give_up: impl FnOnce() + Send + 'static,
     ) {
-        self.push(owner, Box::pin(task), Box::new(give_up), None);
+        let task = in_current_request(task);
+        self.push(workload, Box::pin(task), Box::new(give_up), None);
     }
 
-    fn push(&self, owner: WorkloadKey, task: Task, give_up: GiveUp, home: Option<Handle>) {
+    fn push(&self, workload: WorkloadKey, task: Task, give_up: GiveUp, runtime: Option<Handle>) {
         let job = LookupJob {
             task,
             give_up,
-            home,
+            runtime,
             queued: Instant::now(),
         };
         let mut state = self.0.state();
-        state.push(owner, job);
+        state.push(workload, job);
         if !std::mem::replace(&mut state.watched, true) {
             tokio::spawn(self.clone().watch());
         }
         if state.idle > 0 {
             drop(state);
             self.0.work.notify_one();
-        } else if state.busy.len() < self.0.wanted {
+        } else if state.busy.len() < self.0.target {
             let number = state.new_number();
             drop(state);
             self.start_thread(number);
         }
     }
 
-    /// For as long as something runs or waits to be run: starts threads in the place of those that are kept waiting, and gives
-    /// up what keeps them waiting too long.
+    /// Watches the threads while a job runs or waits: starts threads to replace blocked ones, and
+    /// gives up jobs that block too long.
     async fn watch(self) {
         loop {
             sleep(STUCK_AFTER).await;
             let (missing, overdue) = {
                 let mut state = self.0.state();
                 state.expire();
-                if state.is_quiet() {
+                if state.is_idle() {
                     state.watched = false;
                     return;
                 }
-                (state.missing(self.0.wanted), state.overdue())
+                (state.missing(self.0.target), state.overdue())
             };
             missing
                 .into_iter()
                 .for_each(|number| self.start_thread(number));
-            for (owner, give_up) in overdue {
+            for (workload, give_up) in overdue {
                 tracing::warn!(
-                    workload = ?owner,
-                    "a look at a caller's process does not come back; that connection is given up"
+                    ?workload,
+                    "reading a caller's process blocks; giving up its connection"
                 );
                 give_up();
             }
@@ -200,7 +217,7 @@ impl LookupThreads {
             let mut state = self.0.state();
             state.busy.remove(&number);
             if let Some(missed) = state.unstarted.take() {
-                tracing::warn!(%error, missed, "no thread can be started to look at callers' processes");
+                tracing::warn!(%error, missed, "cannot start a lookup thread");
             }
         }
     }
@@ -212,39 +229,42 @@ impl ThreadPool {
     }
 
     fn run(&self, number: u64) {
-        MAY_WAIT.set(true);
+        IS_LOOKUP_THREAD.set(true);
         let mut state = self.state();
         loop {
-            if let Some((owner, job)) = state.next() {
+            if let Some((workload, job)) = state.next() {
                 let LookupJob {
                     task,
                     give_up,
-                    home,
+                    runtime,
                     ..
                 } = job;
                 state.busy.insert(
                     number,
                     BusyThread {
                         since: Instant::now(),
-                        give_up: Some((owner.clone(), give_up)),
+                        give_up: Some((workload.clone(), give_up)),
                     },
                 );
                 drop(state);
-                run(task, home.as_ref());
+                run(task, runtime.as_ref());
                 state = self.state();
                 if state
                     .busy
                     .insert(number, BusyThread::default())
                     .is_some_and(|busy| busy.give_up.is_none())
                 {
-                    tracing::info!(workload = ?owner, "the look at a caller's process has come back");
+                    tracing::info!(
+                        ?workload,
+                        "a blocked read of a caller's process has returned"
+                    );
                 }
-                state.done(owner);
+                state.done(workload);
                 continue;
             }
             state.busy.remove(&number);
-            if state.idle + state.count_running() >= self.wanted {
-                // It was started in the place of one that has come back.
+            if state.idle + state.count_running() >= self.target {
+                // This thread replaced one that has returned since.
                 return;
             }
             state.idle += 1;
@@ -267,18 +287,18 @@ impl Default for BusyThread {
     }
 }
 
-/// Runs a task as far as it gets, and the rest at home.
-fn run(mut task: Task, home: Option<&Handle>) {
-    let entered = home.map(Handle::enter);
+/// Polls a task once, and continues it on its own runtime if it has to wait.
+fn run(mut task: Task, runtime: Option<&Handle>) {
+    let entered = runtime.map(Handle::enter);
     let mut context = Context::from_waker(Waker::noop());
     let polled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         task.as_mut().poll(&mut context)
     }));
     drop(entered);
-    // A panic is in the log, and ends this connection alone.
-    if let (Ok(true), Some(home)) = (polled.map(|polled| polled.is_pending()), home) {
-        // There it is polled once more, and notes who is to be woken.
-        home.spawn(task);
+    // A panic is logged, and ends only this connection.
+    if let (Ok(true), Some(runtime)) = (polled.map(|polled| polled.is_pending()), runtime) {
+        // The runtime polls the task again, which registers its waker.
+        runtime.spawn(task);
     }
 }
 
@@ -291,79 +311,98 @@ impl Default for PoolState {
             busy: HashMap::new(),
             next_number: 0,
             watched: false,
-            unstarted: LogQuota::new(1, TELL_AGAIN),
+            unstarted: LogQuota::new(1, LOG_INTERVAL),
         }
     }
 }
 
 impl PoolState {
-    /// Of a thread that is about to be started.
+    /// Registers a thread that is about to be started, and returns its number.
     fn new_number(&mut self) -> u64 {
         self.next_number += 1;
         self.busy.insert(self.next_number, BusyThread::default());
         self.next_number
     }
 
-    /// Threads to start, so that `wanted` are not kept waiting.
-    fn missing(&mut self, wanted: usize) -> Vec<u64> {
-        let missing = wanted
+    /// Registers the threads to start, so that `target` threads are not blocked.
+    fn missing(&mut self, target: usize) -> Vec<u64> {
+        let ready = self.ready.iter().filter(|workload| self.may_run(workload));
+        let missing = target
             .saturating_sub(self.count_running())
-            .min(self.ready.len());
+            .min(ready.count());
         let missing = missing.min(MAX_THREADS.saturating_sub(self.busy.len()));
         (0..missing).map(|_| self.new_number()).collect()
     }
 
-    fn push(&mut self, owner: WorkloadKey, job: LookupJob) {
-        let queue = self.workloads.entry(owner.clone()).or_default();
+    fn push(&mut self, workload: WorkloadKey, job: LookupJob) {
+        let queue = self.workloads.entry(workload.clone()).or_default();
         queue.waiting.push_back(job);
         if queue.running < MAX_PER_WORKLOAD && !std::mem::replace(&mut queue.is_ready, true) {
-            self.ready.push_back(owner);
+            self.ready.push_back(workload);
         }
+    }
+
+    /// Returns whether this workload's scope may have another thread.
+    fn may_run(&self, workload: &WorkloadKey) -> bool {
+        let left = MAX_THREADS.saturating_sub(self.busy.len());
+        // The count takes a while, and is needed only while threads are blocked.
+        if left > MAX_THREADS / 2 {
+            return true;
+        }
+        let of_scope = self
+            .workloads
+            .iter()
+            .filter(|(key, _)| key.scope() == workload.scope());
+        of_scope.map(|(_, queue)| queue.running).sum::<usize>() < left
     }
 
     fn next(&mut self) -> Option<(WorkloadKey, LookupJob)> {
         loop {
-            let owner = self.ready.pop_front()?;
-            let Some(queue) = self.workloads.get_mut(&owner) else {
+            let first = self
+                .ready
+                .iter()
+                .position(|workload| self.may_run(workload))?;
+            let workload = self.ready.remove(first)?;
+            let Some(queue) = self.workloads.get_mut(&workload) else {
                 continue;
             };
             queue.is_ready = false;
-            // It may have gone home.
+            // The queue is empty if the job has expired.
             let Some(job) = queue.waiting.pop_front() else {
                 continue;
             };
             queue.running += 1;
             if queue.running < MAX_PER_WORKLOAD && !queue.waiting.is_empty() {
                 queue.is_ready = true;
-                self.ready.push_back(owner.clone());
+                self.ready.push_back(workload.clone());
             }
-            return Some((owner, job));
+            return Some((workload, job));
         }
     }
 
-    fn done(&mut self, owner: WorkloadKey) {
-        let Some(queue) = self.workloads.get_mut(&owner) else {
+    fn done(&mut self, workload: WorkloadKey) {
+        let Some(queue) = self.workloads.get_mut(&workload) else {
             return;
         };
         queue.running -= 1;
         if queue.waiting.is_empty() {
             if queue.running == 0 {
-                self.workloads.remove(&owner);
+                self.workloads.remove(&workload);
             }
         } else if !std::mem::replace(&mut queue.is_ready, true) {
-            self.ready.push_back(owner);
+            self.ready.push_back(workload);
         }
     }
 
-    /// Whether there is nothing to run, and nothing that could be given up.
-    fn is_quiet(&self) -> bool {
+    /// Returns whether no job can be run or given up.
+    fn is_idle(&self) -> bool {
         self.workloads
             .values()
             .all(|queue| queue.waiting.is_empty())
             && self.busy.values().all(|busy| busy.give_up.is_none())
     }
 
-    /// What has kept a thread waiting too long.
+    /// Returns the jobs that have blocked their threads too long.
     fn overdue(&mut self) -> Vec<(WorkloadKey, GiveUp)> {
         let overdue = self
             .busy
@@ -372,7 +411,7 @@ impl PoolState {
         overdue.filter_map(|busy| busy.give_up.take()).collect()
     }
 
-    /// Threads that run something and are not kept waiting.
+    /// Returns the number of threads that run a job and are not blocked.
     fn count_running(&self) -> usize {
         self.busy
             .values()
@@ -380,7 +419,8 @@ impl PoolState {
             .count()
     }
 
-    /// What has waited as long as a request is held goes home: there it is refused, if it has to wait again.
+    /// Moves jobs that have waited as long as a request is held to their own runtime. There they
+    /// are rejected if they have to wait again.
     fn expire(&mut self) {
         for queue in self.workloads.values_mut() {
             while queue
@@ -390,11 +430,11 @@ impl PoolState {
             {
                 if let Some(LookupJob {
                     task,
-                    home: Some(home),
+                    runtime: Some(runtime),
                     ..
                 }) = queue.waiting.pop_front()
                 {
-                    home.spawn(task);
+                    runtime.spawn(task);
                 }
             }
         }

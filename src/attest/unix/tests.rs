@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use nix::unistd::{Gid, Uid, getegid, geteuid, getgroups};
 
 use super::*;
-use crate::attest::hierarchies::CgroupMounts;
+use crate::attest::cgroup_mounts::CgroupMounts;
 use crate::cgroup::PodRoots;
 
 fn host() -> Arc<Host> {
@@ -17,32 +17,32 @@ fn host() -> Arc<Host> {
     ))
 }
 
-/// What a kernel before 6.5 would have recorded of this process or a child of it.
+/// Returns what a kernel before 6.5 records of this process or a child of it.
 fn peer(pid: u32, accepted: u64) -> Peer {
     Peer {
         pid,
         uid: geteuid().as_raw(),
         gid: getegid().as_raw(),
-        pinned: PeerPin::SinceAccept(accepted),
+        pin: PeerPin::SinceAccept(accepted),
     }
 }
 
-/// This process's supplementary groups, which its children have too.
+/// Returns this process's supplementary groups, which its children have too.
 fn groups() -> Vec<u32> {
     getgroups().unwrap().into_iter().map(Gid::as_raw).collect()
 }
 
-/// One end of a connection to this process.
+/// Returns one end of a connection to this process.
 fn stream() -> Arc<OwnedFd> {
     Arc::new(UnixStream::pair().unwrap().0.into())
 }
 
-fn attested(peer: Peer) -> Result<Caller, AttestError> {
+fn attest_peer(peer: Peer) -> Result<Caller, AttestError> {
     attest(&host(), peer, &stream()).map_err(|unattested| unattested.refusal)
 }
 
-/// A process that waits until it is killed.
-fn waiting(program: &str, arguments: &[&str]) -> Child {
+/// Starts a process that waits until it is killed.
+fn spawn_waiting(program: &str, arguments: &[&str]) -> Child {
     Command::new(program)
         .args(arguments)
         .stdin(Stdio::piped())
@@ -59,47 +59,50 @@ fn end(mut child: Child) {
 fn start_time(child: &Child) -> u64 {
     let pidfd = sys::pidfd_open(child.id()).unwrap();
     let host = host();
-    ProcessSnapshot::read_snapshot(&host, host.process(child.id(), pidfd).unwrap())
+    ProcessSnapshot::read(&host, host.process(child.id(), pidfd).unwrap())
         .unwrap()
         .start_time()
         .unwrap()
 }
 
 #[tokio::test]
-async fn without_a_pidfd_of_the_kernels_the_process_of_that_number_is_taken() {
-    let child = waiting("cat", &[]);
+async fn attest_uses_the_pid_without_a_kernel_pidfd() {
+    let child = spawn_waiting("cat", &[]);
     let accepted = start_time(&child);
-    let caller = attested(peer(child.id(), accepted)).unwrap();
+    let caller = attest_peer(peer(child.id(), accepted)).unwrap();
     assert_eq!(caller.process.as_ref().unwrap().pid, child.id());
-    assert_eq!(caller.still_same().await, Ok(()));
+    assert_eq!(caller.verify_unchanged().await, Ok(()));
     end(child);
-    assert_eq!(caller.still_same().await, Err(AttestError::CallerGone));
+    assert_eq!(
+        caller.verify_unchanged().await,
+        Err(AttestError::CallerGone)
+    );
 }
 
 #[test]
-fn without_one_a_process_that_started_after_the_connection_is_another() {
-    let child = waiting("cat", &[]);
+fn attest_rejects_a_later_process_without_a_kernel_pidfd() {
+    let child = spawn_waiting("cat", &[]);
     let accepted = start_time(&child) - 1;
     assert_eq!(
-        attested(peer(child.id(), accepted)).unwrap_err(),
+        attest_peer(peer(child.id(), accepted)).unwrap_err(),
         AttestError::CallerGone
     );
     end(child);
 }
 
 #[test]
-fn without_one_nobody_in_a_container_is_served() {
+fn attest_rejects_containers_without_a_kernel_pidfd() {
     if !Uid::effective().is_root() {
-        // A user namespace may not be allowed here; with root it always is.
+        // A user namespace may not be allowed here; root may always create one.
         return;
     }
-    // In a user namespace of its own, with this user mapped to itself: all that tells is the namespace.
-    let mut child = waiting(
+    // In a user namespace of its own, with this user mapped to itself, only the namespace differs.
+    let mut child = spawn_waiting(
         "unshare",
         &["--user", "--map-current-user", "sh", "-c", "echo; exec cat"],
     );
     std::io::Read::read_exact(&mut child.stdout.take().unwrap(), &mut [0]).unwrap();
-    let refusal = attested(peer(child.id(), u64::MAX)).unwrap_err();
+    let refusal = attest_peer(peer(child.id(), u64::MAX)).unwrap_err();
     assert!(
         matches!(refusal, AttestError::Unsupported(_)),
         "{refusal:?}"
@@ -108,24 +111,30 @@ fn without_one_nobody_in_a_container_is_served() {
 }
 
 #[test]
-fn other_ids_than_the_connectors_are_a_refusal() {
-    let child = waiting("cat", &[]);
+fn attest_rejects_changed_ids() {
+    let child = spawn_waiting("cat", &[]);
     let other = Peer {
         uid: geteuid().as_raw() + 1,
         ..peer(child.id(), u64::MAX)
     };
-    assert_eq!(attested(other).unwrap_err(), AttestError::IdentityChanged);
+    assert_eq!(
+        attest_peer(other).unwrap_err(),
+        AttestError::IdentityChanged
+    );
     let other = Peer {
         gid: getegid().as_raw() + 1,
         ..peer(child.id(), u64::MAX)
     };
-    assert_eq!(attested(other).unwrap_err(), AttestError::IdentityChanged);
+    assert_eq!(
+        attest_peer(other).unwrap_err(),
+        AttestError::IdentityChanged
+    );
     end(child);
 }
 
 #[tokio::test]
-async fn groups_and_program_are_looked_at_only_where_they_decide() {
-    let (child, stream) = (waiting("cat", &[]), stream());
+async fn groups_and_program_are_read_only_if_needed() {
+    let (child, stream) = (spawn_waiting("cat", &[]), stream());
     let least = attest(&host(), peer(child.id(), u64::MAX), &stream).unwrap();
     let process = least.process.as_ref().unwrap();
     assert_eq!((&process.groups, &process.program), (&None, &None));
@@ -153,17 +162,17 @@ async fn groups_and_program_are_looked_at_only_where_they_decide() {
             .path
             .is_absolute()
     );
-    assert_eq!(all.still_same().await, Ok(()));
+    assert_eq!(all.verify_unchanged().await, Ok(()));
     end(child);
 }
 
 #[tokio::test]
-async fn other_groups_than_the_connectors_are_a_refusal() {
+async fn attest_rejects_changed_groups() {
     if !Uid::effective().is_root() {
         return;
     }
     let (child, stream) = (
-        waiting(
+        spawn_waiting(
             "setpriv",
             &["--groups", "4000000000", "sh", "-c", "echo; exec cat"],
         ),

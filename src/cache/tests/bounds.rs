@@ -1,7 +1,7 @@
-//! How much there is, and whose (attack 22).
+//! Bounds of the cache, per SPIFFE ID and in total (T22).
 
 use super::*;
-use places::MAX_ROLES_PER_ID;
+use table::MAX_ROLES_PER_ID;
 
 const MANY: Limits = Limits {
     max_entries: 1000,
@@ -27,15 +27,15 @@ fn names(cache: &CredentialCache, owner: &str) -> Vec<String> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn over_its_bound_a_workload_loses_what_it_used_least_recently() {
-    let (world, cache) = world_of(10_000, MANY);
+async fn cache_evicts_least_recently_used_role_of_a_workload() {
+    let (env, cache) = env_of(10_000, MANY);
     key_for(&cache, "other", 1).await.unwrap();
     let roles = roles(MAX_ROLES_PER_ID + 1);
     for role in &roles[..MAX_ROLES_PER_ID] {
         cache.get(&grant_of("a", role), &caller()).await.unwrap();
         advance(SECOND).await;
     }
-    // The first is used again, so the second goes.
+    // The first is used again, so the second is evicted.
     assert_eq!(
         cache
             .get(&grant_of("a", &roles[0]), &caller())
@@ -48,30 +48,29 @@ async fn over_its_bound_a_workload_loses_what_it_used_least_recently() {
         .get(&grant_of("a", &roles[MAX_ROLES_PER_ID]), &caller())
         .await
         .unwrap();
-    let left = names(&cache, "a");
-    assert_eq!(left.len(), MAX_ROLES_PER_ID);
+    let remaining = names(&cache, "a");
+    assert_eq!(remaining.len(), MAX_ROLES_PER_ID);
     assert!(
-        left.contains(&"r0".to_owned()) && !left.contains(&"r1".to_owned()),
-        "{left:?}"
+        remaining.contains(&"r0".to_owned()) && !remaining.contains(&"r1".to_owned()),
+        "{remaining:?}"
     );
     assert_eq!(
         key_for(&cache, "other", 1).await.unwrap().1,
         CacheResult::Hit
     );
     assert!(
-        world
-            .metrics
+        env.metrics
             .encode()
-            .contains("awsvid_cache_removed_total{reason=\"evicted\"} 1\n")
+            .contains("awsvid_cache_evictions_total{reason=\"evicted\"} 1\n")
     );
-    // What was taken out is not refreshed, either.
+    // An evicted entry is not refreshed.
     pass(MINUTE * 34).await;
-    assert_eq!(world.fetched(), 2 * (MAX_ROLES_PER_ID + 1) + 1);
+    assert_eq!(env.fetched(), 2 * (MAX_ROLES_PER_ID + 1) + 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_under_way_is_not_taken_out() {
-    let (world, cache) = world_of(0, MANY);
+async fn entry_with_a_flight_is_not_evicted() {
+    let (env, cache) = env_of(0, MANY);
     let roles = roles(MAX_ROLES_PER_ID + 1);
     let ask = |owner: &'static str, role: &Arc<Role>| {
         let (cache, grant) = (cache.clone(), grant_of(owner, role));
@@ -90,7 +89,7 @@ async fn what_is_under_way_is_not_taken_out() {
         "{refused:?}"
     );
     let other = ask("b", &roles[0]);
-    world.gate.add_permits(100);
+    env.gate.add_permits(100);
     for waiting in waiting.into_iter().chain([other]) {
         waiting.await.unwrap().unwrap();
     }
@@ -101,8 +100,8 @@ async fn what_is_under_way_is_not_taken_out() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_full_cache_makes_room_among_the_askers_own_only() {
-    let (_world, cache) = world(100);
+async fn full_cache_evicts_only_the_requesters_entries() {
+    let (_world, cache) = env(100);
     let roles = roles(2);
     cache
         .get(&grant_of("a", &roles[0]), &caller())
@@ -126,21 +125,21 @@ async fn a_full_cache_makes_room_among_the_askers_own_only() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_that_makes_up_roles_is_stopped_and_hinders_nobody() {
-    let (world, cache) = world_of(100_000, MANY);
+async fn workload_that_invents_roles_is_limited_alone() {
+    let (env, cache) = env_of(100_000, MANY);
     key_for(&cache, "other", 1).await.unwrap();
     let good = Arc::new(role("good"));
     cache
         .get(&grant_of("greedy", &good), &caller())
         .await
         .unwrap();
-    world.refuse(refused());
-    *world.takes.lock().unwrap() = Duration::from_millis(100);
-    let before = world.fetched();
+    env.refuse(refused());
+    *env.takes.lock().unwrap() = Duration::from_millis(100);
+    let before = env.fetched();
     let mut refusals = HashSet::new();
     for role in roles(2000) {
         match cache.get(&grant_of("greedy", &role), &caller()).await {
-            Err(CacheError::Issue(error)) => {
+            Err(CacheError::Exchange(error)) => {
                 refusals.insert((error.reason(), error.is_transient()))
             }
             other => panic!("{other:?}"),
@@ -150,18 +149,18 @@ async fn one_that_makes_up_roles_is_stopped_and_hinders_nobody() {
         refusals,
         HashSet::from([("sts_access_denied", false), ("too_many_exchanges", true)])
     );
-    let asked = world.fetched() - before;
+    let requesters = env.fetched() - before;
     assert!(
-        (20..60).contains(&asked),
-        "{asked} of 2000 got as far as the source"
+        (20..60).contains(&requesters),
+        "{requesters} of 2000 got as far as the source"
     );
     assert!((2..=MAX_ROLES_PER_ID).contains(&names(&cache, "greedy").len()));
     assert!(
         names(&cache, "greedy").contains(&"good".to_owned()),
         "what has credentials goes last"
     );
-    // Others are served, and issued for, at once.
-    world.refuse(None);
+    // Other identities are served, and exchanged for, at once.
+    env.refuse(None);
     assert_eq!(
         key_for(&cache, "other", 1).await.unwrap().1,
         CacheResult::Hit
@@ -175,32 +174,96 @@ async fn one_that_makes_up_roles_is_stopped_and_hinders_nobody() {
         3,
         "refusals are forgotten after seconds"
     );
-    assert_eq!(cache.0.places.len(), 3, "and their places are free");
+    assert_eq!(cache.0.table.len(), 3, "and their entries are free");
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_whose_source_hangs_waits_for_itself_alone() {
-    let (world, cache) = world_of(100_000, MANY);
-    *world.takes.lock().unwrap() = SECOND * 30;
+async fn hanging_source_delays_only_its_workload() {
+    let (env, cache) = env_of(100_000, MANY);
+    *env.takes.lock().unwrap() = SECOND * 30;
     for role in roles(MAX_ROLES_PER_ID) {
         let (cache, grant) = (cache.clone(), grant_of("a", &role));
         tokio::spawn(async move { cache.get(&grant, &caller()).await.map(drop) });
     }
     settle().await;
-    assert_eq!(world.busy.load(Ordering::SeqCst), 4);
-    *world.takes.lock().unwrap() = Duration::from_millis(100);
+    assert_eq!(env.busy.load(Ordering::SeqCst), 4);
+    *env.takes.lock().unwrap() = Duration::from_millis(100);
     let start = Instant::now();
     key_for(&cache, "b", 1).await.unwrap();
     assert_eq!(start.elapsed(), Duration::from_millis(100));
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_whose_source_hangs_leaves_refreshes_for_others() {
-    let (world, cache) = world_of(100_000, MANY);
+async fn hanging_source_leaves_refreshes_for_others() {
+    let (env, cache) = env_of(100_000, MANY);
     for role in roles(MAX_ROLES_PER_ID) {
         cache.get(&grant_of("a", &role), &caller()).await.unwrap();
     }
-    *world.takes.lock().unwrap() = HOUR;
+    *env.takes.lock().unwrap() = HOUR;
     pass(MINUTE * 35).await;
-    assert_eq!(flights(&cache), MAX_REFRESHES_PER_WORKLOAD);
+    assert_eq!(flights(&cache), MAX_REFRESHES_PER_SPIFFE_ID);
+}
+
+/// Requests the credentials of four roles of each of 16 SPIFFE IDs, which are as many calls as the
+/// source gets at once.
+async fn request_for_sixteen(cache: &CredentialCache) -> tokio::task::JoinSet<&'static str> {
+    let mut requests = tokio::task::JoinSet::new();
+    for number in 0..16 {
+        for role in roles(MAX_REFRESHES_PER_SPIFFE_ID) {
+            let (cache, grant) = (cache.clone(), grant_of(&format!("hostile-{number}"), &role));
+            requests.spawn(async move {
+                match cache.get(&grant, &caller()).await {
+                    Ok(_) => "ok",
+                    Err(CacheError::Exchange(error)) => error.reason(),
+                    Err(CacheError::Pending) => "pending",
+                    Err(other) => panic!("{other}"),
+                }
+            });
+        }
+    }
+    settle().await;
+    requests
+}
+
+/// Covers T29, like the next test.
+#[tokio::test(start_paused = true)]
+async fn source_that_hangs_for_many_workloads_delays_no_other() {
+    let (env, cache) = env_of(100_000, MANY);
+    *env.takes.lock().unwrap() = SECOND * 30;
+    let mut hostile = request_for_sixteen(&cache).await;
+    assert_eq!(env.busy.load(Ordering::SeqCst), 64);
+    *env.takes.lock().unwrap() = Duration::from_millis(100);
+    for name in ["b", "c", "d"] {
+        let start = Instant::now();
+        key_for(&cache, name, 1).await.unwrap();
+        assert_eq!(start.elapsed(), Duration::from_millis(100));
+        // One call was cancelled in favour of this one. It tries again, and waits for the end of
+        // another.
+        assert!(env.busy.load(Ordering::SeqCst) <= 64);
+    }
+    let mut results = HashSet::new();
+    while let Some(result) = hostile.join_next().await {
+        results.insert(result.unwrap());
+    }
+    assert!(results.contains("pending"), "{results:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn source_that_hangs_for_many_workloads_leaves_refreshes_for_others() {
+    let (env, cache) = env_of(100_000, MANY);
+    let hostile = request_for_sixteen(&cache).await.join_all().await;
+    assert_eq!(hostile, vec!["ok"; 64]);
+    *env.takes.lock().unwrap() = HOUR;
+    pass(MINUTE * 10).await;
+    *env.takes.lock().unwrap() = Duration::ZERO;
+    let (first, _) = key_for(&cache, "b", 1).await.unwrap();
+    *env.takes.lock().unwrap() = HOUR;
+    // Half of their lives have passed, and not yet of these.
+    pass(MINUTE * 25).await;
+    assert_eq!(flights(&cache), MAX_REFRESHES);
+    *env.takes.lock().unwrap() = Duration::ZERO;
+    pass(MINUTE * 10).await;
+    let (second, result) = key_for(&cache, "b", 1).await.unwrap();
+    assert_eq!(result, CacheResult::Hit);
+    assert_ne!(first, second);
 }

@@ -1,28 +1,28 @@
-//! What is cached, through failures of the source and of STS.
+//! Cached credentials through failures of the source and of STS.
 
 use super::*;
 use crate::svid::BadToken;
 use crate::svid::jwt::tests::CapturedLog;
-use news::CacheEvent;
+use events::CacheEvent;
 
-/// When the first refresh may be due at the latest.
+/// The latest time at which the first refresh may be due.
 const DUE: Duration = Duration::from_secs(3600 * 55 / 100);
 
-/// An hour's credentials whose first refresh has just failed, or will within a moment.
-async fn refused_world() -> (Arc<CacheEnv>, CredentialCache) {
-    let (world, cache) = world(10_000);
+/// Returns a cache with credentials of an hour, right after the failure of its first refresh.
+async fn refused_env() -> (Arc<CacheEnv>, CredentialCache) {
+    let (env, cache) = env(10_000);
     key(&cache).await.unwrap();
-    world.refuse(refused());
-    // Looks second by second, so that the first refusal is known to the second.
-    while world.fetched() == 1 {
+    env.refuse(refused());
+    // Steps by a second, so that the time of the first refusal is known to the second.
+    while env.fetched() == 1 {
         pass(SECOND).await;
     }
-    (world, cache)
+    (env, cache)
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_by_sts_ends_what_is_there_after_the_grace() {
-    let (_world, cache) = refused_world().await;
+async fn sts_refusal_removes_credentials_after_the_grace() {
+    let (_world, cache) = refused_env().await;
     pass(LIMITS.revocation_grace - SECOND * 3).await;
     assert_eq!(
         key(&cache).await.unwrap(),
@@ -33,10 +33,10 @@ async fn a_refusal_by_sts_ends_what_is_there_after_the_grace() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_outage_after_a_refusal_does_not_lengthen_the_grace() {
-    let (world, cache) = refused_world().await;
+async fn outage_after_refusal_does_not_extend_the_grace() {
+    let (env, cache) = refused_env().await;
     pass(SECOND * 60).await;
-    world.fail(unavailable());
+    env.fail(unavailable());
     pass(LIMITS.revocation_grace - SECOND * 63).await;
     assert_eq!(key(&cache).await.unwrap().0, "KEY1");
     assert!(cache.entries()[0].refused_since.is_some());
@@ -45,20 +45,20 @@ async fn an_outage_after_a_refusal_does_not_lengthen_the_grace() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_success_ends_the_grace() {
-    let (world, cache) = refused_world().await;
+async fn success_ends_the_grace() {
+    let (env, cache) = refused_env().await;
     pass(SECOND * 60).await;
-    world.refuse(None);
+    env.refuse(None);
     pass(SECOND * 120).await;
-    let (renewed, freshness) = key(&cache).await.unwrap();
+    let (renewed, result) = key(&cache).await.unwrap();
     assert!(
-        renewed != "KEY1" && freshness == CacheResult::Hit,
-        "{renewed} {freshness:?}"
+        renewed != "KEY1" && result == CacheResult::Hit,
+        "{renewed} {result:?}"
     );
-    // The next refusal begins anew.
-    world.refuse(refused());
-    let before = world.fetched();
-    while world.fetched() == before {
+    // The next refusal starts a new grace.
+    env.refuse(refused());
+    let before = env.fetched();
+    while env.fetched() == before {
         pass(SECOND).await;
     }
     pass(LIMITS.revocation_grace - SECOND * 3).await;
@@ -66,9 +66,9 @@ async fn a_success_ends_the_grace() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hanging_source_does_not_lengthen_the_grace() {
-    let (world, cache) = refused_world().await;
-    *world.takes.lock().unwrap() = HOUR;
+async fn hanging_source_does_not_extend_the_grace() {
+    let (env, cache) = refused_env().await;
+    *env.takes.lock().unwrap() = HOUR;
     pass(LIMITS.revocation_grace + SECOND).await;
     assert!(
         matches!(key(&cache).await, Err(CacheError::Pending)),
@@ -77,10 +77,10 @@ async fn a_hanging_source_does_not_lengthen_the_grace() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_new_grace_counts_for_what_is_refused_already() {
-    let (world, cache) = refused_world().await;
+async fn new_grace_applies_to_earlier_refusals() {
+    let (env, cache) = refused_env().await;
     cache.reconfigure(
-        world.issuer(),
+        env.exchanger(),
         Limits {
             revocation_grace: HOUR,
             ..LIMITS
@@ -92,14 +92,14 @@ async fn a_new_grace_counts_for_what_is_refused_already() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_denial_by_the_source_changes_nothing() {
-    let (world, cache) = world(10_000);
+async fn single_denial_has_no_effect() {
+    let (env, cache) = env(10_000);
     key(&cache).await.unwrap();
-    world.fail(denied());
-    while world.fetched() == 1 {
+    env.fail(denied());
+    while env.fetched() == 1 {
         pass(SECOND).await;
     }
-    // Others ask meanwhile, but the second question comes later.
+    // Requests continue meanwhile, but the second query waits for its time.
     for _ in 0..8 {
         assert_eq!(
             key(&cache).await.unwrap(),
@@ -107,31 +107,31 @@ async fn one_denial_by_the_source_changes_nothing() {
         );
         pass(SECOND).await;
     }
-    assert_eq!(world.fetched(), 2);
-    world.fail(None);
+    assert_eq!(env.fetched(), 2);
+    env.fail(None);
     pass(SECOND * 5).await;
     assert_eq!(
         key(&cache).await.unwrap(),
         ("KEY3".to_owned(), CacheResult::Hit)
     );
     // A success lies between this denial and the first.
-    world.fail(denied());
-    while world.fetched() == 3 {
+    env.fail(denied());
+    while env.fetched() == 3 {
         pass(SECOND).await;
     }
     assert_eq!(key(&cache).await.unwrap().0, "KEY3");
 }
 
 #[tokio::test(start_paused = true)]
-async fn two_denials_ten_seconds_apart_end_it_though_nobody_asks() {
-    let (world, cache) = world(10_000);
+async fn second_denial_after_ten_seconds_removes_credentials() {
+    let (env, cache) = env(10_000);
     key(&cache).await.unwrap();
-    world.fail(denied());
-    while world.fetched() == 1 {
+    env.fail(denied());
+    while env.fetched() == 1 {
         pass(SECOND).await;
     }
     pass(SECOND * 12).await;
-    assert_eq!(world.fetched(), 3, "asked once more, by itself");
+    assert_eq!(env.fetched(), 3, "fetched once more, by itself");
     assert!(
         cache
             .entries()
@@ -142,19 +142,19 @@ async fn two_denials_ten_seconds_apart_end_it_though_nobody_asks() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_outage_between_two_denials_does_not_make_the_first_undone() {
-    let (world, cache) = world(10_000);
+async fn outage_between_denials_keeps_the_first() {
+    let (env, cache) = env(10_000);
     key(&cache).await.unwrap();
-    world.fail(denied());
-    while world.fetched() == 1 {
+    env.fail(denied());
+    while env.fetched() == 1 {
         pass(SECOND).await;
     }
-    world.fail(unavailable());
+    env.fail(unavailable());
     pass(MINUTE * 5).await;
     assert_eq!(key(&cache).await.unwrap().0, "KEY1");
-    world.fail(denied());
-    let before = world.fetched();
-    while world.fetched() == before {
+    env.fail(denied());
+    let before = env.fetched();
+    while env.fetched() == before {
         pass(SECOND).await;
     }
     pass(SECOND * 3).await;
@@ -166,19 +166,19 @@ async fn an_outage_between_two_denials_does_not_make_the_first_undone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_outage_is_tried_again_and_again_but_not_all_the_time() {
-    let (world, cache) = world(10_000);
+async fn refresh_backs_off_in_an_outage() {
+    let (env, cache) = env(10_000);
     key(&cache).await.unwrap();
-    // Of a kind that one flight asks for once only.
-    world.fail(SourceError::BadToken(BadToken::Expiring("old".to_owned())));
-    while world.fetched() == 1 {
+    // A kind of failure that one flight tries only once.
+    env.fail(SourceError::BadToken(BadToken::Expiring("old".to_owned())));
+    while env.fetched() == 1 {
         pass(SECOND).await;
     }
     pass(MINUTE * 20).await;
-    let tries = world.fetched() - 2;
-    // 1, 2, 4 ... 32 s, then 64, each half as long to half as long again.
+    let tries = env.fetched() - 2;
+    // 1, 2, 4, 8, 16, 32 s, then 64, each half as long to half as long again.
     assert!((18..=45).contains(&tries), "{tries}");
-    // Requests don't add any.
+    // Requests do not add tries.
     for _ in 0..100 {
         assert_eq!(
             key(&cache).await.unwrap(),
@@ -186,64 +186,64 @@ async fn an_outage_is_tried_again_and_again_but_not_all_the_time() {
         );
         settle().await;
     }
-    assert!(world.fetched() - 2 <= tries + 1);
-    world.fail(None);
+    assert!(env.fetched() - 2 <= tries + 1);
+    env.fail(None);
     pass(SECOND * 97).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Hit);
 }
 
-/// A line that is first written by another test's thread, which has no log, would be left out of this thread's as well: so
-/// each is written once before.
+/// Captures the log of this thread. A line that a thread without a log writes first would be
+/// disabled for this thread too. So each line is written once here first.
 fn log() -> CapturedLog {
-    let slot = Entry::new(grant("before"));
+    let entry = Entry::new(grant("before"));
     let error = || ExchangeError::from(unavailable());
-    for news in [
+    for event in [
         CacheEvent::Failed {
             error: error(),
             kept: false,
             missed: 0,
         },
-        CacheEvent::Again,
+        CacheEvent::Recovered,
         CacheEvent::Withdrawn(error()),
-        CacheEvent::Over(error()),
+        CacheEvent::Expired(error()),
     ] {
-        news.emit(&slot, &super::EventLog::default());
+        event.emit(&entry, &super::EventLog::default());
     }
     CapturedLog::start()
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_log_has_a_failure_once_per_change() {
-    let (world, cache) = world(10_000);
+async fn log_has_a_failure_once_per_change() {
+    let (env, cache) = env(10_000);
     key(&cache).await.unwrap();
     let log = log();
     let count = |what: &str| log.text().matches(what).count();
-    world.fail(unavailable());
+    env.fail(unavailable());
     pass(MINUTE * 45).await;
-    assert!(world.fetched() > 20);
-    assert_eq!(count("credentials were not issued"), 1);
-    world.fail(denied());
+    assert!(env.fetched() > 20);
+    assert_eq!(count("exchange failed"), 1);
+    env.fail(denied());
     pass(MINUTE * 2).await;
     assert_eq!(
         (
-            count("credentials were not issued"),
-            count("the identity is withdrawn")
+            count("exchange failed"),
+            count("identity withdrawn: credentials removed")
         ),
         (2, 1)
     );
-    world.fail(None);
+    env.fail(None);
     pass(MINUTE).await;
     key(&cache).await.unwrap();
     assert_eq!(
-        count("issued again"),
+        count("exchange succeeded again"),
         0,
-        "a new entry, which knows nothing of the old one"
+        "a new entry without the old one's state"
     );
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_log_has_a_recovery_and_is_bounded_in_an_outage_of_all() {
-    let (world, cache) = world_of(
+async fn log_has_recovery_and_is_bounded_in_an_outage() {
+    let (env, cache) = env_of(
         1_000_000,
         Limits {
             max_entries: 1000,
@@ -258,17 +258,17 @@ async fn the_log_has_a_recovery_and_is_bounded_in_an_outage_of_all() {
             .unwrap();
     }
     let log = log();
-    world.fail(unavailable());
+    env.fail(unavailable());
     pass(DUE + SECOND).await;
-    let failed = log.text().matches("credentials were not issued").count();
+    let failed = log.text().matches("exchange failed").count();
     assert!(
         (20..=60).contains(&failed),
         "{failed} lines for 300 workloads"
     );
-    world.fail(None);
+    env.fail(None);
     pass(MINUTE * 3).await;
     let text = log.text();
-    let again = text.matches("credentials are issued again").count();
+    let again = text.matches("exchange succeeded again").count();
     assert!((1..=failed).contains(&again), "{again}");
     assert!(
         text.lines()
@@ -278,8 +278,8 @@ async fn the_log_has_a_recovery_and_is_bounded_in_an_outage_of_all() {
 }
 
 #[test]
-fn how_long_each_failure_is_remembered() {
-    let sts = |again| ExchangeError::from(StsError { again, ..refused() });
+fn negative_ttl_depends_on_the_failure() {
+    let sts = |retry| ExchangeError::from(StsError { retry, ..refused() });
     let table = [
         (ExchangeError::from(unavailable()), 1),
         (
@@ -300,30 +300,30 @@ fn how_long_each_failure_is_remembered() {
         (ExchangeError::TooShort, 1),
     ];
     for (error, seconds) in table {
-        assert_eq!(trouble::negative_ttl(&error), SECOND * seconds, "{error:?}");
+        assert_eq!(failure::negative_ttl(&error), SECOND * seconds, "{error:?}");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refusal_of_what_is_not_cached_is_remembered_and_then_forgotten() {
-    let (world, cache) = world(10_000);
-    world.refuse(refused());
+async fn refusal_without_credentials_is_cached_for_seconds() {
+    let (env, cache) = env(10_000);
+    env.refuse(refused());
     for _ in 0..5 {
         assert_eq!(reason(&cache).await, "sts_access_denied");
         advance(SECOND * 9 / 10).await;
     }
-    assert_eq!(world.fetched(), 1);
+    assert_eq!(env.fetched(), 1);
     pass(SECOND).await;
-    assert!(cache.entries().is_empty(), "it takes up no place");
+    assert!(cache.entries().is_empty(), "it takes up no entry");
     assert_eq!(reason(&cache).await, "sts_access_denied");
-    assert_eq!(world.fetched(), 2);
+    assert_eq!(env.fetched(), 2);
 }
 
-/// What is given up for an outage of ten minutes is nobody's credentials, and nobody marches in step when it is over.
+/// After an outage of ten minutes, no entry serves another's credentials, and refreshes are spread.
 #[tokio::test(start_paused = true)]
-async fn ten_thousand_identities_come_out_of_an_outage_without_a_stampede() {
+async fn refreshes_are_spread_after_an_outage_of_ten_thousand() {
     const MANY: usize = 10_000;
-    let (world, cache) = world_of(
+    let (env, cache) = env_of(
         100_000_000,
         Limits {
             max_entries: MANY,
@@ -337,36 +337,32 @@ async fn ten_thousand_identities_come_out_of_an_outage_without_a_stampede() {
     for grant in &grants {
         cache.get(grant, &caller()).await.unwrap();
     }
-    *world.takes.lock().unwrap() = Duration::from_millis(200);
-    // All are due within it. Of a kind that one flight asks for once only, so that this test is quick.
-    world.fail(SourceError::BadToken(BadToken::Expiring("old".to_owned())));
+    *env.takes.lock().unwrap() = Duration::from_millis(200);
+    // All are due within it. A kind of failure that one flight tries only once keeps the test
+    // short.
+    env.fail(SourceError::BadToken(BadToken::Expiring("old".to_owned())));
     pass(MINUTE * 33 + SECOND).await;
     assert_eq!(
         flights(&cache),
         MAX_REFRESHES,
-        "as many as there are turns for"
+        "as many as there are permits for"
     );
-    let during = world.fetched() - MANY;
+    let during = env.fetched() - MANY;
     assert!(during > MANY, "each was tried: {during}");
-    world.fail(None);
+    env.fail(None);
     for _ in 0..30 {
         pass(SECOND * 10).await;
         let flights = flights(&cache);
         assert!(flights <= MAX_REFRESHES, "{flights} at one time");
     }
     for grant in &grants {
-        let (_, freshness) = cache.get(grant, &caller()).await.unwrap();
-        assert_eq!(
-            freshness,
-            CacheResult::Hit,
-            "nobody's ended, and all are new"
-        );
+        let (_, result) = cache.get(grant, &caller()).await.unwrap();
+        assert_eq!(result, CacheResult::Hit, "nobody's ended, and all are new");
     }
     assert_eq!(
-        world
-            .metrics
+        env.metrics
             .encode()
-            .matches("cache_removed_total{")
+            .matches("cache_evictions_total{")
             .count(),
         0
     );

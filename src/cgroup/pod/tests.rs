@@ -7,15 +7,15 @@ const U_: &str = "72f7f152_440c_66ac_9084_e0fc1d8a910c";
 const V: &str = "00000000-440c-66ac-9084-e0fc1d8a910c";
 const STATIC: &str = "2732ca68f6358eba7703fb6f82a25c94";
 
-/// What is found: the pod's UID and directory, the container's id and directory.
+/// The expected result: the pod's UID and directory, the container's id and directory.
 #[derive(Debug, PartialEq)]
-enum Is {
+enum ExpectedPod {
     Pod(String, String, Option<(String, String)>),
     No,
     Misplaced,
 }
 
-fn find(roots: &PodRoots, path: &str) -> Is {
+fn find(roots: &PodRoots, path: &str) -> ExpectedPod {
     let parsed = CgroupPath::parse(path).unwrap();
     match roots.find(&parsed) {
         Ok(Some(PodSegment {
@@ -26,14 +26,14 @@ fn find(roots: &PodRoots, path: &str) -> Is {
             let container = pod
                 .container
                 .map(|id| (id.to_string(), path[..container.unwrap()].to_owned()));
-            Is::Pod(pod.uid.to_string(), path[..directory].to_owned(), container)
+            ExpectedPod::Pod(pod.uid.to_string(), path[..directory].to_owned(), container)
         }
-        Ok(None) => Is::No,
-        Err(MisplacedPod) => Is::Misplaced,
+        Ok(None) => ExpectedPod::No,
+        Err(MisplacedPod) => ExpectedPod::Misplaced,
     }
 }
 
-/// `{C}` and so on stand for the constants.
+/// Replaces `{C}` and the like by the constants.
 fn text(template: &str) -> String {
     let names = [
         ("{C}", C),
@@ -61,14 +61,14 @@ fn check(roots: &PodRoots, table: &[(&str, &str, &str, &str)]) {
         let container = (!id.is_empty()).then(|| (text(id), own));
         assert_eq!(
             find(roots, &path),
-            Is::Pod(text(uid), pod, container),
+            ExpectedPod::Pod(text(uid), pod, container),
             "{path}"
         );
     }
 }
 
 #[test]
-fn pods_are_found_where_kubelets_put_them() {
+fn find_returns_pods_below_the_kubelets_roots() {
     let table = [
         ("/kubepods/burstable/pod{U}", "/{C}", "{U}", "{C}"),
         ("/kubepods/besteffort/pod{U}", "/{C}", "{U}", "{C}"),
@@ -93,7 +93,7 @@ fn pods_are_found_where_kubelets_put_them() {
             "{U}",
             "{C}",
         ),
-        // crun puts the container's processes one further down.
+        // crun creates a directory below the container's for its processes.
         (
             "/kubepods.slice/kubepods-pod{U_}.slice",
             "/crio-{C}.scope/container",
@@ -120,7 +120,7 @@ fn pods_are_found_where_kubelets_put_them() {
             "{S}",
             "{C}",
         ),
-        // What a container names below its own directory is nothing to go by.
+        // Names that a container chooses below its own directory prove nothing.
         ("/kubepods/pod{U}", "/{C}/init", "{U}", "{C}"),
         ("/kubepods/pod{U}", "/{C}/docker/{D}", "{U}", "{C}"),
         (
@@ -143,12 +143,12 @@ fn pods_are_found_where_kubelets_put_them() {
     let upper = format!("/kubepods/pod{U}/{}", C.to_uppercase());
     assert_eq!(
         find(&PodRoots::defaults(), &upper),
-        Is::Pod(U.to_owned(), upper[..upper.len() - 65].to_owned(), None)
+        ExpectedPod::Pod(U.to_owned(), upper[..upper.len() - 65].to_owned(), None)
     );
 }
 
 #[test]
-fn a_pods_name_anywhere_else_is_refused() {
+fn find_rejects_pod_names_at_other_paths() {
     let table = [
         "/user.slice/user-1002.slice/user@1002.service/kubepods/besteffort/pod{U}/{C}",
         "/user.slice/user-1002.slice/user@1002.service/kubepods.slice/kubepods-pod{U_}.slice/crio-{C}.scope",
@@ -158,7 +158,7 @@ fn a_pods_name_anywhere_else_is_refused() {
         "/kubepods-besteffort-pod{U_}.slice:cri-containerd:{C}",
         "/docker/{D}/kubepods/besteffort/pod{U}/{C}",
         "/kubelet/pod{S}",
-        // One driver's names below the other's root, another class's or another root's.
+        // Names of one driver below the other's root, of another class, or of another root.
         "/kubepods.slice/pod{U}/{C}",
         "/kubepods/kubepods-pod{U_}.slice/{C}",
         "/kubepods.slice/kubepods-burstable.slice/kubepods-besteffort-pod{U_}.slice/crio-{C}.scope",
@@ -176,7 +176,7 @@ fn a_pods_name_anywhere_else_is_refused() {
     for template in table {
         assert_eq!(
             find(&PodRoots::defaults(), &text(template)),
-            Is::Misplaced,
+            ExpectedPod::Misplaced,
             "{template}"
         );
     }
@@ -185,12 +185,12 @@ fn a_pods_name_anywhere_else_is_refused() {
             &PodRoots::defaults(),
             &format!("/kubepods/pod{}/{C}", U.to_uppercase())
         ),
-        Is::Misplaced
+        ExpectedPod::Misplaced
     );
 }
 
 #[test]
-fn others_are_in_no_pod() {
+fn find_returns_none_outside_pods() {
     let table = [
         "/",
         "/system.slice/billing.service",
@@ -208,14 +208,14 @@ fn others_are_in_no_pod() {
     for template in table {
         assert_eq!(
             find(&PodRoots::defaults(), &text(template)),
-            Is::No,
+            ExpectedPod::No,
             "{template}"
         );
     }
 }
 
 #[test]
-fn a_root_that_is_configured_is_the_only_one() {
+fn configured_root_replaces_the_defaults() {
     let at = |root: &str| PodRoots::at(CgroupPath::parse(&text(root)).unwrap());
     check(
         &at("/docker/{D}/kubelet/kubepods"),
@@ -241,12 +241,12 @@ fn a_root_that_is_configured_is_the_only_one() {
             &at("/docker/{D}/kubelet/kubepods"),
             &text("/kubepods/pod{U}/{C}")
         ),
-        Is::Misplaced
+        ExpectedPod::Misplaced
     );
 }
 
 #[test]
-fn uids_are_spelled_as_in_kubernetes() {
+fn pod_uid_has_the_spelling_of_kubernetes() {
     for uid in [U, STATIC] {
         assert_eq!(PodUid::parse(uid).unwrap().as_str(), uid);
     }

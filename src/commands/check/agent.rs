@@ -1,4 +1,9 @@
-//! The agent's socket, what it calls this process, and a token from it.
+//! Checks of the agent: its socket, its identity for this process, and a token.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -8,48 +13,48 @@ use tokio::time::timeout;
 
 use super::report::CheckReport;
 use crate::cgroup::PodUid;
-use crate::commands::live::{self, LiveToken};
+use crate::commands::live_token::{self, LiveToken};
 use crate::config::{Config, Reference, Source};
-use crate::endpoint::Endpoint;
 use crate::identity::{SessionName, SpiffeId};
 use crate::role::Role;
+use crate::socket_endpoint::Endpoint;
 use crate::svid::agent::AttestingAgent;
-use crate::svid::broker_api::BrokerApi;
-use crate::svid::own::OwnSvidSource;
+use crate::svid::own_svid::OwnSvidSource;
+use crate::svid::spiffe_broker::BrokerApi;
 use crate::svid::{JwtSvid, SourceError, SpireDelegated, TTL_FIX, agent_unreachable};
 
 const SOCKET: &str = "agent";
 const IDENTITY: &str = "identity";
-/// For a token: agents ask their server for the first one.
-const TOKEN: Duration = Duration::from_secs(10);
-const CONNECT: Duration = Duration::from_secs(2);
+/// Time limit of a token: agents fetch the first one from their server.
+const TOKEN_TIMEOUT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Who is asked for tokens, and about whom.
+/// The source of the tokens.
 pub(super) enum TokenSource {
     /// The Workload API, for each identity of the rules.
     WorkloadApi,
-    /// An agent, about somebody.
+    /// An agent that attests `CheckTarget`.
     Agent(Box<dyn AttestingAgent>, CheckTarget),
 }
 
-/// About whom an agent is asked.
+/// The process or pod that an agent attests for the check.
 #[derive(Debug, Clone)]
 pub(super) enum CheckTarget {
-    /// This process, which stands for awsvid.
+    /// This process, instead of awsvid.
     Itself,
     Process(u32),
     Pod(PodUid),
 }
 
-/// Whether there is anybody to ask. `whom`: of the workloads, where the agent attests.
+/// Connects to the source. `target` is the workload, where the agent attests callers.
 pub(super) async fn connect(
     config: &Config,
-    whom: CheckTarget,
+    target: CheckTarget,
     report: &mut CheckReport,
 ) -> Option<TokenSource> {
     if !opens(
-        &config.identity.socket,
-        "socket",
+        &config.identity.workload_api_socket,
+        "workload_api_socket",
         matches!(config.identity.source, Source::SpireDelegated { .. }),
         report,
     )
@@ -59,14 +64,16 @@ pub(super) async fn connect(
     }
     let (agent, socket): (Box<dyn AttestingAgent>, &Path) = match &config.identity.source {
         Source::WorkloadApi => return Some(TokenSource::WorkloadApi),
-        Source::SpireDelegated { socket } => (Box::new(SpireDelegated::new(socket, TOKEN)), socket),
+        Source::SpireDelegated { socket } => {
+            (Box::new(SpireDelegated::new(socket, TOKEN_TIMEOUT)), socket)
+        }
         Source::SpiffeBroker {
             socket,
             server,
             reference,
         } => {
-            let own = OwnSvidSource::at(config.identity.socket.clone());
-            let broker = BrokerApi::new(socket, own, server.clone(), TOKEN);
+            let own = OwnSvidSource::at(config.identity.workload_api_socket.clone());
+            let broker = BrokerApi::new(socket, own, server.clone(), TOKEN_TIMEOUT);
             match reference {
                 Reference::Auto => (Box::new(broker.naming_pods()), socket),
                 Reference::Process => (Box::new(broker), socket),
@@ -74,21 +81,21 @@ pub(super) async fn connect(
         }
     };
     report.show_progress("the agent, which attests this process");
-    match timeout(TOKEN, agent.connect()).await {
+    match timeout(TOKEN_TIMEOUT, agent.connect()).await {
         Ok(Ok(())) if agent.supports_pod_references() => {
             report.ok(SOCKET, format!("{} answers", socket.display()))
         }
         Ok(Ok(())) => report.ok(
             SOCKET,
             format!(
-                "{} can be opened, and the agent numbers processes as this machine does",
+                "{} can be opened, and the agent shares this machine's pid namespace",
                 socket.display()
             ),
         ),
         Ok(Err(error)) => return refused(SOCKET, &error, report),
         Err(_) => return silent(SOCKET, report),
     }
-    Some(TokenSource::Agent(agent, whom))
+    Some(TokenSource::Agent(agent, target))
 }
 
 async fn opens(
@@ -106,13 +113,13 @@ async fn opens(
             Endpoint::Tcp(address) => TcpStream::connect(address).await.map(drop),
         }
     };
-    match timeout(CONNECT, connecting).await {
+    match timeout(CONNECT_TIMEOUT, connecting).await {
         Ok(Ok(())) => report.ok(SOCKET, format!("{endpoint} can be opened")),
         Ok(Err(error)) => {
             let text = agent_unreachable(endpoint, key, &error);
             let (saw, fix) = text
                 .split_once(": ")
-                .unwrap_or((&text, "look at the agent's log"));
+                .unwrap_or((&text, "read the agent's log"));
             report.failed(SOCKET, saw, fix);
             return false;
         }
@@ -134,9 +141,9 @@ fn refused<T>(step: &'static str, error: &SourceError, report: &mut CheckReport)
             "spire-server entry show, then entry create -spiffeID ID -selector unix:uid:0 (deploy/docs/spire-setup.md has the whole command)"
         }
         SourceError::Unavailable(_) => {
-            "look at the agent's log, and at its connection to its server"
+            "read the agent's log, and check its connection to its server"
         }
-        SourceError::BadToken(_) => "mend it at the SPIFFE provider: STS would refuse the token",
+        SourceError::BadToken(_) => "STS would refuse the token: correct it at the SPIFFE provider",
         _ => "correct [identity], or the agent's configuration (deploy/docs/spire-setup.md)",
     };
     report.failed(step, error.to_string(), fix);
@@ -146,23 +153,23 @@ fn refused<T>(step: &'static str, error: &SourceError, report: &mut CheckReport)
 fn silent<T>(step: &'static str, report: &mut CheckReport) -> Option<T> {
     report.failed(
         step,
-        format!("the agent did not answer within {TOKEN:?}"),
-        "look at the agent's log",
+        format!("the agent did not answer within {TOKEN_TIMEOUT:?}"),
+        "read the agent's log",
     );
     None
 }
 
-/// A token that this role would be assumed with. `None`: it has been said why there is none.
+/// Fetches a token for this role. `None` if the reason for its absence was reported.
 pub(super) async fn token(
     config: &Config,
-    asked: &TokenSource,
+    source: &TokenSource,
     role: &Role,
     report: &mut CheckReport,
 ) -> Option<LiveToken> {
     report.show_progress(&format!("a token for the role {:?}", role.name));
-    let fetched = match asked {
+    let fetched = match source {
         TokenSource::WorkloadApi => {
-            let Some(id) = live::example(config, role) else {
+            let Some(id) = live_token::example(config, role) else {
                 report.info(
                     IDENTITY,
                     format!(
@@ -173,16 +180,17 @@ pub(super) async fn token(
                 );
                 return None;
             };
-            LiveToken::fetch(config, &id, &role.audience, TOKEN).await
+            LiveToken::fetch(config, &id, &role.audience, TOKEN_TIMEOUT).await
         }
-        TokenSource::Agent(agent, whom) => {
-            about(agent.as_ref(), whom, role).await.map(LiveToken::of)
-        }
+        TokenSource::Agent(agent, target) => fetch_selected(agent.as_ref(), target, role)
+            .await
+            .map(LiveToken::of),
     };
     let live = match fetched {
         Ok(live) => live,
-        // The daemon goes on with such an agent, for pods alone, and has no process to name from here.
-        Err(error @ SourceError::Misconfigured(_)) if matches!(asked, TokenSource::Agent(agent, CheckTarget::Itself) if agent.supports_pod_references()) =>
+        // The daemon works with such an agent, for pods only. Here no process can be
+        // referred to it.
+        Err(error @ SourceError::Misconfigured(_)) if matches!(source, TokenSource::Agent(agent, CheckTarget::Itself) if agent.supports_pod_references()) =>
         {
             let how = "awsvid check --pod UID has a pod's token";
             report.unchecked(
@@ -227,13 +235,13 @@ pub(super) async fn token(
     Some(live)
 }
 
-/// Of several identities the one that the role is for.
-async fn about(
+/// Selects among several identities the one that the role covers.
+async fn fetch_selected(
     agent: &dyn AttestingAgent,
-    whom: &CheckTarget,
+    target: &CheckTarget,
     role: &Role,
 ) -> Result<JwtSvid, SourceError> {
-    let svids = match whom {
+    let svids = match target {
         CheckTarget::Itself => {
             agent
                 .fetch_for_pid(std::process::id(), &role.audience)

@@ -1,4 +1,9 @@
-//! The running daemon, as far as it differs from what this process can try itself.
+//! The running daemon, where its state can differ from that of this process.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -7,15 +12,15 @@ use nix::unistd::geteuid;
 use serde_json::Value;
 
 use super::report::CheckReport;
-use crate::commands::server;
+use crate::commands::trusted_socket;
 use crate::config::Config;
 
 const STEP: &str = "daemon";
 const DAEMON_TIMEOUT: Duration = Duration::from_secs(5);
-const MAX_ANSWER: usize = 256 * 1024 * 1024;
+const MAX_RESPONSE: usize = 256 * 1024 * 1024;
 
-/// Asks the daemon at the configuration's status socket. Without one there is nothing to report: `check` also runs before the
-/// first start.
+/// Queries the daemon at the configuration's status socket. Reports nothing without one, because
+/// `check` also runs before the first start.
 pub(super) fn check(config: &Config, report: &mut CheckReport) {
     let Some(socket) = config
         .listen
@@ -26,14 +31,14 @@ pub(super) fn check(config: &Config, report: &mut CheckReport) {
         return;
     };
     match status(socket) {
-        Ok(status) => judge(&status, report),
+        Ok(status) => report_state(&status, report),
         Err(error) => {
             let (saw, fix) = error
                 .split_once("; ")
                 .unwrap_or((&error, "journalctl -u awsvid"));
             report.info(
                 STEP,
-                format!("the running daemon cannot be asked: {saw}"),
+                format!("the running daemon does not answer: {saw}"),
                 fix,
             );
         }
@@ -42,32 +47,32 @@ pub(super) fn check(config: &Config, report: &mut CheckReport) {
 
 fn status(socket: &Path) -> Result<Value, String> {
     let owners = [0, geteuid().as_raw()];
-    let answer = server::get(
+    let answer = trusted_socket::get(
         socket,
         &owners,
         "/status",
-        MAX_ANSWER,
+        MAX_RESPONSE,
         Instant::now() + DAEMON_TIMEOUT,
     )?;
     serde_json::from_slice(&answer.body).map_err(|error| format!("{}: {error}", socket.display()))
 }
 
-/// A daemon of an older version has no such field, and one that names no process has null.
-fn judge(status: &Value, report: &mut CheckReport) {
+/// An older daemon lacks the field, and one that refers no process to an agent has null.
+fn report_state(status: &Value, report: &mut CheckReport) {
     match status["counts_executions"].as_bool() {
         None => {}
         Some(true) => report.ok(STEP, "the running daemon counts executions of programs"),
         Some(false) => report.failed(
             STEP,
-            "the running daemon does not count executions of programs, so callers' processes are not named to the agent",
-            "restart awsvid; if that does not help, its log says at the start what is missing",
+            "the running daemon does not count executions of programs, so callers are refused (unseen_program)",
+            "restart awsvid; if that does not help, read the start of its log for the missing privilege",
         ),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::documented::assert_documented;
+    use super::super::doc_tables::assert_documented;
     use super::super::report::Verdict;
     use super::*;
     use serde_json::json;
@@ -82,7 +87,7 @@ mod tests {
         ];
         for (status, expected) in table {
             let mut report = CheckReport::new(true);
-            judge(&status, &mut report);
+            report_state(&status, &mut report);
             assert_eq!(
                 report.findings().first().map(|finding| finding.verdict),
                 expected,

@@ -1,20 +1,27 @@
-//! STS itself: its clock, and a real exchange.
+//! Checks of STS: its clock, and a real exchange.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::report::CheckReport;
-use crate::commands::live::LiveToken;
-use crate::commands::web::HttpProbe;
+use crate::commands::https_probe::HttpProbe;
+use crate::commands::live_token::LiveToken;
 use crate::role::{Identity, RequestedRole, Role, Roles};
 use crate::sts::{AssumeRole, Sts, StsError};
 
 const STEP: &str = "sts";
 const CLOCK: &str = "clock";
-/// More than that, and tokens are from the future or expired for one of the two.
-const SKEW_MAX: Duration = Duration::from_secs(60);
+/// Maximum clock difference. With a larger one, tokens are expired or from the future for one of
+/// the two.
+const MAX_SKEW: Duration = Duration::from_secs(60);
 
-/// What STS's clock shows, by the `Date` of whatever it answers at the host that exchanges go to.
+/// Compares this node's clock with STS's, by the `Date` header of a response from the exchange
+/// host.
 pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut CheckReport) {
     let url = match sts.url(&role.sts).await {
         Ok(url) => url,
@@ -34,7 +41,7 @@ pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut 
             report.info(
                 CLOCK,
                 format!("STS's clock cannot be read: {url}: {error}"),
-                "the exchange shows whether it matters",
+                "see whether the exchange below works",
             );
             return;
         }
@@ -42,7 +49,7 @@ pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut 
     let Some(theirs) = date.as_deref().and_then(from_http_date) else {
         report.info(
             CLOCK,
-            format!("{url} does not tell the time"),
+            format!("{url} answers without the time"),
             "compare this node's clock with another one",
         );
         return;
@@ -55,7 +62,7 @@ pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut 
     } else {
         "ahead of"
     };
-    match skew > SKEW_MAX {
+    match skew > MAX_SKEW {
         true => report.failed(
             CLOCK,
             format!(
@@ -71,7 +78,7 @@ pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut 
     }
 }
 
-/// `Tue, 24 Nov 2026 22:15:00 GMT`, the one form that is sent.
+/// Parses `Tue, 24 Nov 2026 22:15:00 GMT`, the only form that servers send.
 pub(super) fn from_http_date(text: &str) -> Option<SystemTime> {
     const MONTHS: [&str; 12] = [
         "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
@@ -84,7 +91,7 @@ pub(super) fn from_http_date(text: &str) -> Option<SystemTime> {
     humantime::parse_rfc3339(&format!("{year}-{month:02}-{day:0>2}T{time}Z")).ok()
 }
 
-/// Assumes the role, as the daemon would for this token's workload, and throws the credentials away.
+/// Assumes the role, as the daemon would for this token's workload, and discards the credentials.
 pub(super) async fn exchange(
     sts: &Sts,
     role: &Arc<Role>,
@@ -130,11 +137,11 @@ pub(super) async fn exchange(
     }
 }
 
-/// The daemon's log has the same text.
+/// Reports the failure, with the same text as the daemon's log.
 fn refused(error: &StsError, report: &mut CheckReport) {
     let fix = error
         .fix
         .clone()
-        .unwrap_or_else(|| "look at [sts] and at the way there".to_owned());
+        .unwrap_or_else(|| "check [sts] and the way there".to_owned());
     report.failed(STEP, error.what.clone(), fix);
 }

@@ -1,4 +1,5 @@
-//! The issuer as STS sees it: the discovery document, the keys, their TLS chains, and the token against them.
+//! Checks of the issuer as STS reads it: discovery document, keys, their TLS chains, and the
+//! token's signature.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -9,23 +10,24 @@ use serde_json::Value;
 use tokio::task::JoinSet;
 
 use super::report::CheckReport;
-use crate::commands::live::{self, LiveToken};
-use crate::commands::web::{HttpProbe, HttpProbeResponse};
+use crate::commands::https_probe::{HttpProbe, HttpProbeResponse};
+use crate::commands::live_token::{self, LiveToken};
 
 const TOKEN: &str = "token";
 const DISCOVERY: &str = "discovery";
 const KEYS: &str = "keys";
 /// AWS gives up on an issuer that needs longer for both documents.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// So often the keys are fetched at one time: no more than many workloads that start together.
-const AT_ONCE: usize = 20;
-/// IAM reads so many of each kind.
-const KEYS_MAX: usize = 100;
-/// Nobody has seen AWS take a longer one.
-const SUBJECT_MAX: usize = 255;
+const MAX_ISSUER_TIME: Duration = Duration::from_secs(5);
+/// Number of concurrent fetches of the keys: fewer than many workloads that start together cause.
+const CONCURRENT_FETCHES: usize = 20;
+/// IAM reads this many keys of each kind.
+const MAX_KEYS_PER_KIND: usize = 100;
+/// No longer subject is known that AWS accepted.
+const MAX_SUBJECT_LENGTH: usize = 255;
 
-/// Walks from the token's `iss` to the key that it is signed with. `base`: where the documents are instead, as seen from
-/// outside; `aws`: whether STS is AWS's.
+/// Checks the path from the token's `iss` to the key that signed it.
+///
+/// `base` is the documents' URL as seen from outside. `aws` is set if STS is AWS's.
 pub(super) async fn check(
     live: &LiveToken,
     base: Option<&str>,
@@ -36,23 +38,29 @@ pub(super) async fn check(
     let Some(issuer) = live.issuer() else {
         report.failed(
             TOKEN,
-            "the token has no `iss`, so STS cannot know whose it is",
+            "the token has no `iss`, so STS cannot know its issuer",
             "set jwt_issuer = \"https://...\" in the SPIRE server's configuration, to the URL of the OIDC discovery provider \
              without a slash at its end, and restart it",
         );
-        report.unchecked(DISCOVERY, "without an issuer there is nothing to look at");
+        report.unchecked(
+            DISCOVERY,
+            "without an issuer there are no documents to check",
+        );
         return;
     };
     token(live, issuer, aws, report);
     let Some((discovery, took)) = document(
-        &live::discovery_url(base.unwrap_or(issuer)),
+        &live_token::discovery_url(base.unwrap_or(issuer)),
         DISCOVERY,
         web,
         report,
     )
     .await
     else {
-        report.unchecked(KEYS, "the discovery document says where the keys are");
+        report.unchecked(
+            KEYS,
+            "the keys' URL is in the discovery document, which failed",
+        );
         return;
     };
     belongs_to_issuer(&discovery, issuer, report);
@@ -63,9 +71,9 @@ pub(super) async fn check(
         return;
     };
     match took + took_too {
-        took if took > PATIENCE => report.failed(
+        took if took > MAX_ISSUER_TIME => report.failed(
             KEYS,
-            format!("the issuer needs {took:.1?} for both documents, and AWS waits about {PATIENCE:?}"),
+            format!("the issuer needs {took:.1?} for both documents, and AWS waits about {MAX_ISSUER_TIME:?}"),
             "put it nearer, or in front of it a cache that keeps no longer than the keys' rotation allows",
         ),
         _ => fetch_concurrently(&url, web, report).await,
@@ -74,16 +82,16 @@ pub(super) async fn check(
     signature(live, &keys, &url, report);
 }
 
-/// STS fetches the keys for whoever assumes a role, from many places: what limits rates or looks for robots stands in its way
-/// now and then, and never when an operator looks.
+/// Fetches the keys many times at once, as STS does for workloads that start together. Rate limits
+/// and bot protection make some of those fetches fail, but not the single fetch of an operator.
 async fn fetch_concurrently(url: &str, web: &HttpProbe, report: &mut CheckReport) {
-    report.show_progress(&format!("{url}, {AT_ONCE} times at once"));
+    report.show_progress(&format!("{url}, {CONCURRENT_FETCHES} times at once"));
     let web = HttpProbe {
-        deadline: web.deadline.min(PATIENCE),
+        deadline: web.deadline.min(MAX_ISSUER_TIME),
         ..web.clone()
     };
     let mut fetches = JoinSet::new();
-    for _ in 0..AT_ONCE {
+    for _ in 0..CONCURRENT_FETCHES {
         let (web, url) = (web.clone(), url.to_owned());
         fetches.spawn(async move { web.get(&url).await });
     }
@@ -103,7 +111,9 @@ async fn fetch_concurrently(url: &str, web: &HttpProbe, report: &mut CheckReport
     if failures.is_empty() {
         return report.ok(
             KEYS,
-            format!("{AT_ONCE} requests at once are answered, the slowest in {slowest:.0?}"),
+            format!(
+                "{CONCURRENT_FETCHES} requests at once are answered, the slowest in {slowest:.0?}"
+            ),
         );
     }
     let failed: usize = failures.values().sum();
@@ -113,9 +123,9 @@ async fn fetch_concurrently(url: &str, web: &HttpProbe, report: &mut CheckReport
         .collect();
     report.failed(
         KEYS,
-        format!("of {AT_ONCE} requests at once {failed} fail: {}", failures.join("; ")),
-        "STS asks as often as workloads do: take rate limits and bot protection off the keys and the discovery document, or \
-         let a cache answer in their place",
+        format!("of {CONCURRENT_FETCHES} requests at once {failed} fail: {}", failures.join("; ")),
+        "STS fetches as often as workloads call: take rate limits and bot protection off the keys and the discovery document, or \
+         put a cache in front of them",
     );
 }
 
@@ -145,16 +155,16 @@ fn token(live: &LiveToken, issuer: &str, aws: bool, report: &mut CheckReport) {
         );
     }
     let length = live.svid.spiffe_id().as_str().len();
-    if length > SUBJECT_MAX {
+    if length > MAX_SUBJECT_LENGTH {
         report.info(
             TOKEN,
-            format!("its `sub` has {length} characters, more than {SUBJECT_MAX}"),
+            format!("its `sub` has {length} characters, more than {MAX_SUBJECT_LENGTH}"),
             "choose a shorter SPIFFE ID",
         );
     }
 }
 
-/// A JSON object, and how long it took.
+/// Fetches a JSON object, and returns it with the time that it took.
 async fn document(
     url: &str,
     step: &'static str,
@@ -168,7 +178,7 @@ async fn document(
             report.failed(
                 step,
                 format!("{url}: {error}"),
-                "STS fetches this over the internet: publish it there; from elsewhere look with --resolve or --url",
+                "STS fetches this over the internet: publish it there; to check from inside use --resolve or --url",
             );
             return None;
         }
@@ -200,15 +210,15 @@ async fn document(
         _ => {
             report.failed(
                 step,
-                format!("{url} is no JSON object: {} bytes of something else", answer.body.len()),
-                "is it the discovery provider that answers there, or a login page, a proxy, a default backend?",
+                format!("{url} is not a JSON object, but {} bytes of something else", answer.body.len()),
+                "find out what answers there: the discovery provider, a login page, a proxy, a default backend",
             );
             None
         }
     }
 }
 
-/// What another status than 200 means at SPIRE's OIDC discovery provider.
+/// Returns the meaning of a status other than 200 at SPIRE's OIDC discovery provider.
 fn status(answer: &HttpProbeResponse) -> Option<(String, &'static str)> {
     Some(match answer.status {
         200 => return None,
@@ -225,24 +235,24 @@ fn status(answer: &HttpProbeResponse) -> Option<(String, &'static str)> {
              pass the Host header on as it is",
         ),
         404 => (
-            "there is no such document".to_owned(),
+            "no such document exists there".to_owned(),
             "is the issuer's path right, and `server_path_prefix` of the OIDC discovery provider?",
         ),
         500 => (
             "the discovery provider has not got the keys yet".to_owned(),
-            "give it access to the SPIRE server's socket (server_api), or to an agent's (workload_api); its log says more",
+            "give it access to the SPIRE server's socket (server_api), or to an agent's (workload_api); its log has details",
         ),
         501 => (
             "the discovery provider has no JWT keys".to_owned(),
-            "let the SPIRE server of this trust domain have JWT keys: look at spire-server jwt, and at ca_key_type, jwt_key_type",
+            "let the SPIRE server of this trust domain have JWT keys: check spire-server jwt, ca_key_type and jwt_key_type",
         ),
         401 | 403 => (
-            "whoever is in front of it wants to know who asks".to_owned(),
-            "let everybody read it: STS shows no credentials. A firewall for web applications, or a bucket's policy?",
+            "a server in front of it requires authentication".to_owned(),
+            "allow anonymous reads, because STS sends no credentials: check the web application firewall and the bucket's policy",
         ),
         _ => (
             "it fails".to_owned(),
-            "look at the discovery provider's log, and at what stands in front of it",
+            "read the logs of the discovery provider and of the servers in front of it",
         ),
     })
 }
@@ -266,7 +276,7 @@ fn belongs_to_issuer(discovery: &Value, issuer: &str, report: &mut CheckReport) 
     }
 }
 
-/// In what two URLs differ.
+/// Describes the difference between two URLs.
 fn difference(one: &str, other: &str) -> String {
     let scheme = |url: &str| {
         url.split_once("://")
@@ -307,11 +317,11 @@ fn keys_url(
     report: &mut CheckReport,
 ) -> Option<String> {
     const FIX: &str = "set `jwks_uri` (or `server_path_prefix`) in the OIDC discovery provider's configuration, and let a proxy \
-                       that ends TLS say X-Forwarded-Proto: https";
+                       that ends TLS send X-Forwarded-Proto: https";
     let Some(url) = discovery["jwks_uri"].as_str() else {
         report.failed(
             DISCOVERY,
-            "it has no `jwks_uri`, so nobody finds the keys",
+            "it has no `jwks_uri`, so STS does not find the keys",
             FIX,
         );
         return None;
@@ -335,7 +345,7 @@ fn contents(keys: &Value, report: &mut CheckReport) {
         );
         return;
     };
-    let mut seen = BTreeSet::new();
+    let mut ids = BTreeSet::new();
     for (i, key) in keys.iter().enumerate() {
         let needed: &[&str] = match key["kty"].as_str() {
             Some("RSA") => &["kid", "n", "e"],
@@ -354,7 +364,7 @@ fn contents(keys: &Value, report: &mut CheckReport) {
                 "correct the published JWK set",
             );
         }
-        if !id.is_empty() && !seen.insert(id) {
+        if !id.is_empty() && !ids.insert(id) {
             report.failed(
                 KEYS,
                 format!("two keys have the id {id:?}"),
@@ -371,10 +381,10 @@ fn contents(keys: &Value, report: &mut CheckReport) {
     }
     for kind in ["RSA", "EC"] {
         let count = keys.iter().filter(|key| key["kty"] == kind).count();
-        if count > KEYS_MAX {
+        if count > MAX_KEYS_PER_KIND {
             report.failed(
                 KEYS,
-                format!("{count} {kind} keys, and IAM reads {KEYS_MAX}"),
+                format!("{count} {kind} keys, and IAM reads {MAX_KEYS_PER_KIND}"),
                 "withdraw old keys",
             );
         }
@@ -386,7 +396,7 @@ fn signature(live: &LiveToken, keys: &Value, url: &str, report: &mut CheckReport
         report.failed(
             KEYS,
             "the token's header names no key (`kid`)",
-            "STS finds the key by it: mend it at the SPIFFE provider",
+            "STS finds the key by it: correct it at the SPIFFE provider",
         );
         return;
     };
@@ -398,8 +408,8 @@ fn signature(live: &LiveToken, keys: &Value, url: &str, report: &mut CheckReport
         let known: Vec<&str> = list.iter().filter_map(|key| key["kid"].as_str()).collect();
         report.failed(
             KEYS,
-            format!("the token is signed with the key {id:?}, and {url} has {known:?}: a copy from before the last rotation?"),
-            "publish the keys anew. SPIRE's provider looks every 10 s (poll_interval); a bucket or a CDN holds what it was given",
+            format!("the token is signed with the key {id:?}, and {url} has {known:?}, probably a copy from before the last rotation"),
+            "publish the current keys: SPIRE's provider polls every 10 s (poll_interval), a bucket or a CDN keeps the old copy",
         );
         return;
     };
@@ -420,12 +430,12 @@ fn signature(live: &LiveToken, keys: &Value, url: &str, report: &mut CheckReport
                 "the signature by key {id:?} ({}) is not verified here",
                 live.svid.algorithm()
             ),
-            "STS does; ES512 is a curve that few can read",
+            "STS verifies it; few implementations support ES512",
         ),
     }
 }
 
-/// `None`: this program cannot tell.
+/// Verifies the signature. `None` if this program does not support the algorithm.
 fn verifies(token: &str, algorithm: &str, key: &Value) -> Option<bool> {
     let algorithm: Algorithm = algorithm.parse().ok()?;
     let key: Jwk = serde_json::from_value(key.clone()).ok()?;

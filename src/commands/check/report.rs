@@ -1,4 +1,4 @@
-//! What the walk has seen, said as it is seen.
+//! Report of the findings, printed as they arrive.
 
 use std::cell::Cell;
 use std::io::{self, IsTerminal, Write};
@@ -8,54 +8,54 @@ use serde::Serialize;
 
 use crate::commands::style::{GREEN, RED, Style, YELLOW};
 
-/// How a step ended.
+/// Result of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(in crate::commands) enum Verdict {
     Pass,
-    /// It works, and somebody should know.
+    /// It works, but an operator should know about it.
     Note,
     Failed,
-    /// Something before it failed, or it can't be looked at from here.
+    /// An earlier step failed, or it cannot be checked from here.
     Unchecked,
 }
 
-/// One thing that was seen.
+/// One finding of a step.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(in crate::commands) struct CheckFinding {
     pub(in crate::commands) step: &'static str,
     pub(in crate::commands) verdict: Verdict,
-    /// What and where. Never a secret.
+    /// The observed fact and its subject. Never a secret.
     pub(in crate::commands) saw: String,
-    /// The command or setting that mends it.
+    /// Command or setting that fixes it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(in crate::commands) fix: Option<String>,
 }
 
-/// All of it.
+/// All findings of one run.
 #[derive(Debug)]
 pub(in crate::commands) struct CheckReport {
     json: bool,
     style: Style,
-    /// Whether what is waited for is a line that the next one takes the place of: on a terminal.
+    /// Set on a terminal, where the progress line is replaced by the next line.
     transient: bool,
-    /// Whether there is such a line now.
+    /// Set while a progress line is shown.
     waiting: Cell<bool>,
     findings: Vec<CheckFinding>,
 }
 
-/// Goes to the begin of a terminal's line and empties it.
+/// Moves to the start of a terminal's line and clears it.
 const ERASE_LINE: &str = "\r\x1b[2K";
-/// Of the text after the dots, on a terminal.
-const WAITING_MAX: usize = 70;
+/// Maximum length of a progress text on a terminal, in characters.
+const MAX_PROGRESS_LENGTH: usize = 70;
 
-/// Some step has failed.
-const FAILED: u8 = 1;
-/// None has, but not everything could be looked at.
-const UNCHECKED: u8 = 2;
+/// At least one step has failed.
+const EXIT_FAILED: u8 = 1;
+/// No step failed, but not all could be checked.
+const EXIT_UNCHECKED: u8 = 2;
 
 impl CheckReport {
-    /// With `json` all is written at the end, else each line when it is known.
+    /// Creates the report. With `json` all of it is written at the end, else each line at once.
     pub(in crate::commands) fn new(json: bool) -> Self {
         let env = |name: &str| std::env::var(name).ok();
         let style = Style::new(io::stdout().is_terminal(), env);
@@ -115,7 +115,7 @@ impl CheckReport {
         });
     }
 
-    /// Says on standard error what is waited for, where a person looks.
+    /// Prints the step that the check waits for on standard error.
     #[expect(clippy::print_stderr, reason = "a command that a person runs")]
     pub(in crate::commands) fn show_progress(&self, what: &str) {
         if self.json {
@@ -125,8 +125,8 @@ impl CheckReport {
             return eprintln!("  ...  {what}");
         }
         self.clear_progress();
-        // A line that is broken in two could not be taken back.
-        let what: String = what.chars().take(WAITING_MAX).collect();
+        // A line that wraps could not be erased.
+        let what: String = what.chars().take(MAX_PROGRESS_LENGTH).collect();
         eprint!("  ...  {what}");
         self.waiting.set(true);
     }
@@ -151,7 +151,7 @@ impl CheckReport {
             let fix = finding.fix.as_ref().map_or(String::new(), |fix| {
                 format!("\n         {:<10} -> {fix}", "")
             });
-            // Whoever closes the pipe wants to see no more; the exit status still tells.
+            // A closed pipe is not an error. The exit status still reports the result.
             let _ = writeln!(
                 io::stdout(),
                 "{word}  {:<11} {}{fix}",
@@ -162,7 +162,7 @@ impl CheckReport {
         self.findings.push(finding);
     }
 
-    /// The last words and the exit status.
+    /// Prints the summary, and returns the exit status.
     pub(in crate::commands) fn end(self) -> ExitCode {
         let count = |verdict| {
             self.findings
@@ -172,8 +172,8 @@ impl CheckReport {
         };
         let (failed, unchecked) = (count(Verdict::Failed), count(Verdict::Unchecked));
         let (result, colour, status) = match (failed, unchecked) {
-            (1.., _) => ("failed", RED, ExitCode::from(FAILED)),
-            (0, 1..) => ("unchecked", YELLOW, ExitCode::from(UNCHECKED)),
+            (1.., _) => ("failed", RED, ExitCode::from(EXIT_FAILED)),
+            (0, 1..) => ("unchecked", YELLOW, ExitCode::from(EXIT_UNCHECKED)),
             (0, 0) => ("pass", GREEN, ExitCode::SUCCESS),
         };
         self.clear_progress();
@@ -198,7 +198,7 @@ impl CheckReport {
     }
 }
 
-/// How it ended, for people.
+/// Returns the summary for people.
 fn words(failed: usize, unchecked: usize) -> String {
     let steps = |count: usize| {
         if count == 1 {
@@ -210,12 +210,12 @@ fn words(failed: usize, unchecked: usize) -> String {
     match (failed, unchecked) {
         (0, 0) => "pass".to_owned(),
         (0, _) => format!(
-            "unchecked: nothing failed, but {} could not be looked at",
+            "unchecked: nothing failed, but {} could not be checked",
             steps(unchecked)
         ),
         (_, 0) => format!("failed: {}", steps(failed)),
         _ => format!(
-            "failed: {}; {} could not be looked at",
+            "failed: {}; {} could not be checked",
             steps(failed),
             steps(unchecked)
         ),

@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::documented;
+use super::doc_tables;
 
-/// The texts of these files and of all below these folders, in one, as the compiler has their strings.
+/// Returns the text of these files and of all files below these directories, with strings as the
+/// compiler joins them.
 fn sources(places: &[&str]) -> String {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut left: Vec<PathBuf> = places.iter().map(|place| source.join(place)).collect();
@@ -19,7 +20,7 @@ fn sources(places: &[&str]) -> String {
             );
         } else if !path.ends_with("tests.rs") && !path.to_str().unwrap().contains("/tests/") {
             let text = fs::read_to_string(&path).unwrap();
-            // A string goes on at the first character of its next line.
+            // A string continues at the first character of its next line.
             let mut parts = text.split("\\\n");
             all.push_str(parts.next().unwrap());
             parts.for_each(|part| all.push_str(part.trim_start()));
@@ -34,15 +35,15 @@ fn documented_table_has_only_texts_and_steps_of_check() {
     let words = sources(&[
         "commands/check",
         "commands/check.rs",
-        "commands/web.rs",
-        "commands/web",
-        "environment.rs",
+        "commands/https_probe.rs",
+        "commands/https_probe",
+        "sdk_environment.rs",
         "sts",
         "sts.rs",
         "svid",
         "svid.rs",
     ]);
-    let rows = documented::rows();
+    let rows = doc_tables::rows();
     assert!(rows.len() > 20, "{rows:?}");
     for row in rows {
         for step in &row.steps {
@@ -51,8 +52,11 @@ fn documented_table_has_only_texts_and_steps_of_check() {
                 "no step {step}: {row:?}"
             );
         }
-        for said in &row.words {
-            assert!(words.contains(said), "nobody says {said:?}: {row:?}");
+        for text in &row.words {
+            assert!(
+                words.contains(text),
+                "check does not print {text:?}: {row:?}"
+            );
         }
     }
 }

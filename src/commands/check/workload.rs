@@ -1,5 +1,5 @@
-//! The environment of a workload: what an SDK finds before the container endpoint, what is in the way to it, and what comes
-//! back from it. To be run as the workload: same user, same environment.
+//! Checks of a workload's environment: what an SDK uses before the container endpoint, what blocks
+//! the way to it, and its response. Has to run as the workload: same user, same environment.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -9,9 +9,9 @@ use hyper::Uri;
 use serde_json::Value;
 
 use super::report::CheckReport;
-use crate::commands::web::HttpProbe;
-use crate::environment::profiles::{DEFAULT, Lead, Profiles};
-use crate::environment::{HIGHER_PRECEDENCE_VARS, HigherPrecedence};
+use crate::commands::https_probe::HttpProbe;
+use crate::sdk_environment::profiles::{DEFAULT, Lead, Profiles};
+use crate::sdk_environment::{HIGHER_PRECEDENCE_VARS, HigherPrecedence};
 
 const CHAIN: &str = "chain";
 const ENDPOINT: &str = "endpoint";
@@ -20,10 +20,10 @@ const TOKEN: &str = "token";
 const FULL: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI";
 const TOKEN_VARIABLE: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN";
 const TOKEN_FILE: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE";
-/// Which profile SDKs take by themselves.
+/// Variables that select the profile of an SDK.
 const PROFILES: [&str; 2] = ["AWS_PROFILE", "AWS_DEFAULT_PROFILE"];
-/// The daemon holds a cold request for 4.5 s.
-const DEADLINE: Duration = Duration::from_secs(6);
+/// Time limit of a request. The daemon holds a cold request for 4.5 s.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(6);
 
 pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut CheckReport) {
     let env = |name: &str| env(name).filter(|value| !value.is_empty());
@@ -31,7 +31,7 @@ pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut Che
     let Some(uri) = env(FULL) else {
         report.failed(
             ENDPOINT,
-            format!("{FULL} is not set, so no SDK looks for awsvid"),
+            format!("{FULL} is not set, so no SDK uses awsvid"),
             format!("export {FULL}=http://127.0.0.1:974/v1/credentials"),
         );
         return;
@@ -46,11 +46,11 @@ pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut Che
     if env("AWS_EC2_METADATA_DISABLED").is_none_or(|value| !value.eq_ignore_ascii_case("true")) {
         report.info(
             CHAIN,
-            "an SDK that gets no credentials here goes on to look for those of an EC2 instance",
+            "an SDK that gets no credentials here tries those of an EC2 instance",
             "export AWS_EC2_METADATA_DISABLED=true",
         );
     }
-    ask(&uri, &authorization, report).await;
+    request_credentials(&uri, &authorization, report).await;
 }
 
 fn check_precedence(env: &impl Fn(&str) -> Option<String>, report: &mut CheckReport) {
@@ -71,7 +71,7 @@ fn check_precedence(env: &impl Fn(&str) -> Option<String>, report: &mut CheckRep
                 format!("{name} is set, which is for other credentials"),
                 fix,
             ),
-            // Looked at below.
+            // Checked below.
             HigherPrecedence::IsSent => {}
         }
     }
@@ -84,24 +84,23 @@ fn check_precedence(env: &impl Fn(&str) -> Option<String>, report: &mut CheckRep
     }
 }
 
-/// Whether each profile that an SDK takes by itself leads here, or to no credentials.
+/// Reports whether each profile that an SDK uses by default leads to awsvid, or to no credentials.
 fn profiles_are_clear(env: &impl Fn(&str) -> Option<String>, report: &mut CheckReport) -> bool {
     let profiles = Profiles::read(env);
-    let named = PROFILES
+    let profile_names = PROFILES
         .into_iter()
         .filter_map(|variable| Some((Some(variable), env(variable)?)));
     let default = env(PROFILES[0])
         .is_none()
         .then(|| (None, DEFAULT.to_owned()));
     let mut clear = true;
-    for (variable, name) in named.chain(default) {
+    for (variable, name) in profile_names.chain(default) {
         match (profiles.lead(&name), variable) {
             (Lead::Nowhere, _) | (Lead::Missing, None) => {}
             (Lead::Awsvid, _) => report.ok(CHAIN, "the profile that SDKs take leads to awsvid"),
             (Lead::Missing, Some(variable)) => {
                 clear = false;
-                let saw =
-                    format!("{variable} is set, and there is no profile of its name: SDKs fail");
+                let saw = format!("{variable} is set, and no profile has this name: SDKs fail");
                 report.failed(
                     CHAIN,
                     saw,
@@ -132,7 +131,7 @@ fn profiles_are_clear(env: &impl Fn(&str) -> Option<String>, report: &mut CheckR
     clear
 }
 
-/// The host, if the URI is one that every SDK takes.
+/// Returns the host, if every SDK accepts the URI.
 fn address(uri: &str, report: &mut CheckReport) -> Option<String> {
     const FIX: &str = "write it as http://127.0.0.1:974/v1/credentials";
     let parsed = uri
@@ -144,18 +143,22 @@ fn address(uri: &str, report: &mut CheckReport) -> Option<String> {
         .and_then(Uri::host)
         .map(|host| host.trim_matches(['[', ']']).to_owned());
     let (Some(parsed), Some(host)) = (parsed, host) else {
-        report.failed(ENDPOINT, format!("{FULL} is {uri:?}, which is no URL"), FIX);
+        report.failed(
+            ENDPOINT,
+            format!("{FULL} is {uri:?}, which is not a URL"),
+            FIX,
+        );
         return None;
     };
     let address: Result<IpAddr, _> = host.parse();
     let table = [
         (
             !matches!(parsed.scheme_str(), Some("http")),
-            "is not http: awsvid speaks no TLS, on loopback there is no need",
+            "is not http: awsvid has no TLS, which loopback does not need",
         ),
         (
             matches!(parsed.path(), "" | "/"),
-            "has no path, and the SDK for Java then asks for nothing",
+            "has no path, and the SDK for Java then sends no request",
         ),
         (
             parsed.query().is_some(),
@@ -180,7 +183,7 @@ fn address(uri: &str, report: &mut CheckReport) -> Option<String> {
         report.info(
             ENDPOINT,
             format!(
-                "{FULL} has the host {host}: some SDKs take 127.0.0.1 only, or look the name up"
+                "{FULL} has the host {host}: some SDKs accept 127.0.0.1 only, or resolve the name"
             ),
             FIX,
         );
@@ -193,7 +196,7 @@ fn proxy(env: &impl Fn(&str) -> Option<String>, host: &str, report: &mut CheckRe
         .into_iter()
         .find(|name| env(name).is_some());
     let Some(set) = set else { return };
-    // Some read only the one, some only the other.
+    // Some SDKs read only the one, some only the other.
     let lists = [env("no_proxy"), env("NO_PROXY")];
     let covers = |list: &String| {
         list.split(',')
@@ -203,13 +206,13 @@ fn proxy(env: &impl Fn(&str) -> Option<String>, host: &str, report: &mut CheckRe
         true => report.ok(PROXY, format!("{set} is set, and {host} is an exception")),
         false => report.failed(
             PROXY,
-            format!("{set} is set, and requests for {host} may go to the proxy, whose loopback is another machine's"),
+            format!("{set} is set, and requests for {host} may go to the proxy, and its loopback is another machine's"),
             format!("export NO_PROXY={host} no_proxy={host} (added to what they hold)"),
         ),
     }
 }
 
-/// What would be sent. `None`: nothing could be, or nothing good.
+/// Returns the token that an SDK would send. `None` if it has none, or an unusable one.
 fn authorization(
     env: &impl Fn(&str) -> Option<String>,
     report: &mut CheckReport,
@@ -254,7 +257,7 @@ fn authorization(
         Some(_) => report.ok(TOKEN, format!("{TOKEN_VARIABLE} is set")),
         None => report.failed(
             TOKEN,
-            format!("neither {TOKEN_FILE} nor {TOKEN_VARIABLE} is set, and over TCP awsvid wants a header from who can set one"),
+            format!("neither {TOKEN_FILE} nor {TOKEN_VARIABLE} is set, and over TCP awsvid wants a header from clients that can set one"),
             format!("export {TOKEN_FILE}=/run/awsvid/token"),
         ),
     }
@@ -264,16 +267,16 @@ fn authorization(
 fn fix_for(path: &str) -> String {
     match Path::new(path).exists() {
         true => "let this user read it: awsvid writes it with mode 0644".to_owned(),
-        false => "is awsvid running, and is its directory mounted here?".to_owned(),
+        false => "start awsvid, and mount its directory here".to_owned(),
     }
 }
 
-async fn ask(uri: &str, authorization: &str, report: &mut CheckReport) {
+async fn request_credentials(uri: &str, authorization: &str, report: &mut CheckReport) {
     report.show_progress(uri);
     let web = HttpProbe {
         resolve: Vec::new(),
         network: None,
-        deadline: DEADLINE,
+        deadline: REQUEST_TIMEOUT,
     };
     let answer = match web.get_with(uri, Some(authorization)).await {
         Ok(answer) => answer,
@@ -281,13 +284,13 @@ async fn ask(uri: &str, authorization: &str, report: &mut CheckReport) {
             report.failed(
                 ENDPOINT,
                 format!("{uri}: {error}"),
-                "systemctl status awsvid; is the port the one in `[listen] tcp`? A pod of gVisor or Kata has a loopback of its own, \
-                 which awsvid is not in",
+                "start awsvid (systemctl status awsvid), and use the port of `[listen] tcp`; a pod of gVisor or Kata has a loopback \
+                 of its own, which awsvid is not in",
             );
             return;
         }
     };
-    // Credentials are in it: only what is no secret is ever shown.
+    // The response has credentials in it. Only its other fields are ever printed.
     let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
     let text = |name: &str| body[name].as_str().unwrap_or_default();
     match answer.status {

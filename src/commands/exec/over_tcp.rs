@@ -1,4 +1,10 @@
-//! Whether the daemon attests callers over TCP at all: the command's SDK can reach it in no other way.
+//! Check that the daemon attests callers over TCP, because the command's SDK has no other way to
+//! it.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a command is a process of its own, without a runtime"
+)]
 
 use std::net::{TcpStream, ToSocketAddrs};
 use std::path::Path;
@@ -7,18 +13,21 @@ use std::time::{Duration, Instant};
 use hyper::Uri;
 use serde_json::Value;
 
-use crate::attest;
-use crate::commands::client;
+use crate::attest::{self, UnixSupport};
+use crate::commands::http_client;
 
-/// How long the daemon may take to answer. A daemon that is slow or not there yet is left to the command.
+/// Time limit of the daemon's response. A slow or missing daemon is left to the command.
 const DAEMON_TIMEOUT: Duration = Duration::from_secs(2);
-const MAX_ANSWER: usize = 64 * 1024;
-/// The daemon attests the caller and finds nothing there, so no credentials are issued.
+const MAX_RESPONSE: usize = 64 * 1024;
+/// Path for the request: the daemon attests the caller and then finds nothing there, so it returns
+/// no credentials.
 const PATH: &str = "/probe";
 const UNSUPPORTED: &str = "unsupported_kernel";
 
-/// Fails if the daemon at `uri` refuses every caller over TCP because of what the kernel lacks. It is only asked where this
-/// process misses the same, so usually the command starts without a request. Blocks for up to twice [`DAEMON_TIMEOUT`].
+/// Fails if the daemon at `uri` rejects every caller over TCP because the kernel lacks something.
+///
+/// Sends a request only where this process finds the same lack, so mostly the command starts
+/// without one. Blocks for up to twice [`DAEMON_TIMEOUT`].
 pub(super) fn check(uri: &str) -> Result<(), String> {
     let Err(missing) = attest::try_tcp(Path::new("/proc")) else {
         return Ok(());
@@ -26,24 +35,32 @@ pub(super) fn check(uri: &str) -> Result<(), String> {
     if !is_unsupported(uri).unwrap_or(false) {
         return Ok(());
     }
+    let unix = attest::unix_support();
+    let over_unix = match unix {
+        UnixSupport::Nothing => "",
+        UnixSupport::Process | UnixSupport::Number => {
+            "set `credential_process = awsvid credential-process` in a profile of ~/.aws/config, which uses the unix socket; \
+             for TCP "
+        }
+    };
     Err(format!(
-        "awsvid refuses all callers over TCP ({UNSUPPORTED}): {missing}; set `credential_process = awsvid credential-process` in \
-         a profile of ~/.aws/config, which uses the unix socket; for TCP {}",
-        missing.fix()
+        "awsvid rejects all callers over TCP ({UNSUPPORTED}): {missing}; {over_unix}{}",
+        missing.fix(unix)
     ))
 }
 
-/// `None`: the daemon does not answer.
+/// Returns whether the daemon reports an unsupported kernel. `None` if it does not answer.
 fn is_unsupported(uri: &str) -> Option<bool> {
     let uri: Uri = uri.parse().ok()?;
-    // Only a proxy of the operator's answers https.
+    // Only an operator's proxy answers https.
     let port = uri
         .port_u16()
         .or_else(|| (uri.scheme_str() == Some("http")).then_some(80))?;
     let host = uri.host()?.trim_start_matches('[').trim_end_matches(']');
     let address = (host, port).to_socket_addrs().ok()?.next()?;
     let stream = TcpStream::connect_timeout(&address, DAEMON_TIMEOUT).ok()?;
-    let answer = client::get(stream, PATH, MAX_ANSWER, Instant::now() + DAEMON_TIMEOUT).ok()?;
+    let answer =
+        http_client::get(stream, PATH, MAX_RESPONSE, Instant::now() + DAEMON_TIMEOUT).ok()?;
     let body: Value = serde_json::from_slice(&answer.body).ok()?;
     Some(answer.status == 403 && body["code"] == UNSUPPORTED)
 }
@@ -56,7 +73,7 @@ mod tests {
     use std::thread;
 
     #[test]
-    fn only_the_daemons_own_word_counts() {
+    fn check_trusts_only_the_daemons_own_response() {
         let refused = |code: &str| {
             let body = format!("{{\"code\":\"{code}\"}}");
             format!(
@@ -81,7 +98,7 @@ mod tests {
                 String::from_utf8(request[..length].to_vec()).unwrap()
             });
             assert_eq!(is_unsupported(&uri), expected);
-            // Neither a token nor a question for credentials.
+            // The request has no token and does not fetch credentials.
             let request = serving.join().unwrap();
             assert!(
                 request.starts_with("GET /probe HTTP/1.1\r\n") && !request.contains("uthorization"),

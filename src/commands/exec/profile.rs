@@ -1,8 +1,9 @@
-//! Profiles that lead to other credentials than awsvid's: the command gets another one instead, and the files stay
-//! visible with all else that they hold.
+//! Replacement of profiles that lead to other credentials than awsvid's. The profile files stay
+//! visible otherwise.
 //!
-//! The other profile has all settings of the replaced one but those that lead to credentials. It is written to a copy of the
-//! config file: nothing of the credentials file, which holds secrets, is copied.
+//! The replacement has all settings of the profile except those that lead to credentials. It is
+//! written to a copy of the config file. Nothing is copied from the credentials file, which
+//! contains secrets.
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
@@ -12,46 +13,44 @@ use std::path::{Path, PathBuf};
 use nix::unistd::geteuid;
 use sha2::{Digest, Sha256};
 
-use crate::environment::Environment;
-use crate::environment::profiles::{DEFAULT, Lead, Profiles};
+use crate::sdk_environment::Environment;
+use crate::sdk_environment::profiles::{DEFAULT, Lead, Profiles};
 
-/// What the other profile is called.
+/// Name of the replacement profile.
 const PROFILE: &str = "awsvid-exec";
-/// Name the profile that SDKs use. Python and the AWS CLI read the second one first.
+/// Variables that select the profile. Python and the AWS CLI read the second one first.
 pub(super) const VARIABLES: [&str; 2] = ["AWS_PROFILE", "AWS_DEFAULT_PROFILE"];
-const FILES: [&str; 2] = ["AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"];
+/// A directory in memory. Containers whose other directories are read-only have it.
+const SHARED_MEMORY: &str = "/dev/shm";
 
-/// What became of the profiles.
-pub(super) struct Judged {
-    /// Whether the command sees a profile with a region.
-    pub(super) has_region: bool,
-    /// The region of a profile that the command does not see.
-    pub(super) hidden_region: Option<String>,
-}
-
-/// Keeps each profile that leads to awsvid, or to no credentials, and replaces one that leads elsewhere by
-/// another profile.
-pub(super) fn judge(
+/// Keeps each profile that leads to awsvid or to no credentials, and replaces each other one.
+/// Returns whether the command gets a profile with a region.
+///
+/// Fails if a profile has to be replaced and its copy cannot be written. Without the copy the
+/// command would lose settings, or use other credentials.
+pub(super) fn replace(
     environment: &mut Environment,
     notes: &mut Vec<String>,
     inherited: &impl Fn(&str) -> Option<String>,
-) -> Judged {
-    judge_in(environment, notes, inherited, &std::env::temp_dir())
+) -> Result<bool, String> {
+    let temporary = [std::env::temp_dir(), SHARED_MEMORY.into()];
+    replace_in(environment, notes, inherited, &temporary)
 }
 
-/// The same with this as the system's directory for temporary files.
-pub(super) fn judge_in(
+/// Does the same with `temporary` as the directories of temporary files.
+pub(super) fn replace_in(
     environment: &mut Environment,
     notes: &mut Vec<String>,
     inherited: &impl Fn(&str) -> Option<String>,
-    temporary: &Path,
-) -> Judged {
+    temporary: &[PathBuf],
+) -> Result<bool, String> {
     let profiles = Profiles::read(inherited);
-    let named = VARIABLES.map(|variable| inherited(variable).filter(|name| !name.is_empty()));
+    let profile_names =
+        VARIABLES.map(|variable| inherited(variable).filter(|name| !name.is_empty()));
     let mut used: Vec<&str> = Vec::new();
     for (variable, name) in VARIABLES
         .into_iter()
-        .zip(named.iter().map(Option::as_deref))
+        .zip(profile_names.iter().map(Option::as_deref))
     {
         let Some(name) = name else { continue };
         if profiles.lead(name) == Lead::Missing {
@@ -63,61 +62,44 @@ pub(super) fn judge_in(
             used.push(name);
         }
     }
-    // Without AWS_PROFILE most SDKs take this one.
-    if named[0].is_none() || environment.removed().contains(&VARIABLES[0]) {
+    // Without AWS_PROFILE most SDKs use this one.
+    if profile_names[0].is_none() || environment.removed().contains(&VARIABLES[0]) {
         used.push(DEFAULT);
     }
     let elsewhere = used.iter().find_map(|name| match profiles.lead(name) {
         Lead::Elsewhere(keys) => Some((*name, keys)),
         Lead::Missing | Lead::Nowhere | Lead::Awsvid => None,
     });
-    let region = |name: &str| profiles.region(name).map(str::to_owned);
     let Some((name, keys)) = elsewhere else {
-        return Judged {
-            has_region: used.iter().any(|name| region(name).is_some()),
-            hidden_region: None,
-        };
+        return Ok(used.iter().any(|name| profiles.region(name).is_some()));
     };
     let keys: Vec<_> = keys
         .iter()
         .map(|(file, key)| format!("{key} in {}", file.display()))
         .collect();
     let keys = keys.join(", ");
-    // Python would take it before the other one.
+    let copy = write(&profiles, name, &directories(inherited, temporary)).map_err(|error| {
+        format!(
+            "the profile [{name}], which would take precedence over awsvid, cannot be replaced: no directory for a copy of the \
+             config file: {error}; set TMPDIR to a directory that only this user can write to, or remove {keys}"
+        )
+    })?;
+    // Python would prefer it to the replacement.
     VARIABLES
         .iter()
         .for_each(|variable| environment.remove(variable));
-    let why = "which would come before awsvid";
-    match write(&profiles, name, &directories(inherited, temporary)) {
-        Ok(copy) => {
-            notes.push(format!(
-                "the command has the profile [{PROFILE}] instead of [{name}], which has {keys}, {why}; all other settings are in {}",
-                copy.display()
-            ));
-            environment.set("AWS_CONFIG_FILE", copy.display().to_string());
-            environment.set("AWS_PROFILE", PROFILE);
-            Judged {
-                has_region: region(name).is_some(),
-                hidden_region: None,
-            }
-        }
-        Err(error) => {
-            notes.push(format!(
-                "the files of profiles are hidden from the command: [{name}] has {keys}, {why}, and no other profile can be \
-                 written: {error}"
-            ));
-            FILES
-                .iter()
-                .for_each(|variable| environment.set(variable, "/dev/null"));
-            Judged {
-                has_region: false,
-                hidden_region: region(name),
-            }
-        }
-    }
+    notes.push(format!(
+        "the command has the profile [{PROFILE}] instead of [{name}], which has {keys}, which would take precedence over \
+         awsvid; all other settings are in {}",
+        copy.display()
+    ));
+    environment.set("AWS_CONFIG_FILE", copy.display().to_string());
+    environment.set("AWS_PROFILE", PROFILE);
+    Ok(profiles.region(name).is_some())
 }
 
-/// Writes the copy of the config file. Each config file and profile has one copy, which the next command finds.
+/// Writes the copy of the config file. Each config file and profile has one copy, which later
+/// commands reuse.
 fn write(
     profiles: &Profiles,
     name: &str,
@@ -136,7 +118,7 @@ fn write(
     if fs::read_to_string(&path).is_ok_and(|found| found == text) {
         return Ok(path);
     }
-    // Of its own process, so that two commands that start together don't write into one.
+    // A file per process, so that two commands that start together do not write to the same one.
     let new = directory.join(format!(".exec-{hash}.{}", std::process::id()));
     let mut file = OpenOptions::new()
         .write(true)
@@ -149,10 +131,10 @@ fn write(
     Ok(path)
 }
 
-/// Where a directory for it may be made, and its name there; the best first.
+/// Returns the parents and names of possible directories for the copy, the best first.
 fn directories(
     inherited: &impl Fn(&str) -> Option<String>,
-    temporary: &Path,
+    temporary: &[PathBuf],
 ) -> Vec<(PathBuf, String)> {
     let variable = |name: &str| {
         inherited(name)
@@ -163,25 +145,24 @@ fn directories(
     let cache =
         variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")));
     let cache = cache.map(|base| (base, "awsvid".to_owned()));
-    let temporary = (temporary.to_owned(), format!("awsvid-{}", geteuid()));
-    runtime
-        .into_iter()
-        .chain(cache)
-        .chain([temporary])
-        .collect()
+    let temporary = temporary
+        .iter()
+        .map(|base| (base.clone(), format!("awsvid-{}", geteuid())));
+    runtime.into_iter().chain(cache).chain(temporary).collect()
 }
 
-/// The first that is this user's alone: a config file can name a program that the SDK runs.
+/// Returns the first directory that only this user can access: a config file can name a program
+/// that the SDK runs.
 pub(super) fn private_directory(directories: &[(PathBuf, String)]) -> io::Result<PathBuf> {
     let own = geteuid().as_raw();
-    let mut last = io::Error::from(io::ErrorKind::NotFound);
+    let mut failures = Vec::new();
     for (base, name) in directories {
         match private(base, name, own) {
             Ok(directory) => return Ok(directory),
-            Err(error) => last = error,
+            Err(error) => failures.push(format!("{}: {error}", base.display())),
         }
     }
-    Err(last)
+    Err(io::Error::other(failures.join(", ")))
 }
 
 fn private(base: &Path, name: &str, own: u32) -> io::Result<PathBuf> {

@@ -11,7 +11,7 @@ struct ExecLine {
     exec: Exec,
 }
 
-/// `awsvid exec` with these arguments and `-- true`.
+/// Parses `awsvid exec` with these arguments and `-- true`.
 fn exec(arguments: &[&str]) -> Exec {
     ExecLine::parse_from([&["exec"], arguments, &["--", "true"]].concat()).exec
 }
@@ -33,7 +33,7 @@ fn prepared(
 const URL: [&str; 4] = ["--url", "http://127.0.0.1:974", "--token-file", "/dev/null"];
 
 #[test]
-fn urls_are_read_as_people_write_them_and_what_sdks_refuse_is_refused() {
+fn endpoint_parses_lenient_urls_and_rejects_what_sdks_reject() {
     let good = [
         (
             "http://127.0.0.1:974",
@@ -82,7 +82,7 @@ fn urls_are_read_as_people_write_them_and_what_sdks_refuse_is_refused() {
 }
 
 #[test]
-fn the_address_is_the_one_that_every_sdk_accepts() {
+fn loopback_prefers_the_address_that_every_sdk_accepts() {
     let listen = |tcp: &[&str]| Listen {
         tcp: tcp.iter().map(|address| address.parse().unwrap()).collect(),
         ..Listen::default()
@@ -101,7 +101,7 @@ fn the_address_is_the_one_that_every_sdk_accepts() {
 }
 
 #[test]
-fn a_role_stands_in_the_path_as_one_segment() {
+fn role_is_one_path_segment() {
     assert_eq!(role_in_path("back-up_1.x").unwrap(), "back-up_1.x");
     assert_eq!(
         role_in_path("arn:aws:iam::123456789012:role/a").unwrap(),
@@ -113,7 +113,7 @@ fn a_role_stands_in_the_path_as_one_segment() {
 }
 
 #[test]
-fn the_token_is_given_both_ways_or_any_will_do() {
+fn token_is_set_by_both_variables_or_is_arbitrary() {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(&file, "t0ken-_A").unwrap();
     let path = file.path().to_str().unwrap();
@@ -124,21 +124,21 @@ fn the_token_is_given_both_ways_or_any_will_do() {
     assert_eq!(set["AWS_CONTAINER_AUTHORIZATION_TOKEN"], "t0ken-_A");
     assert_eq!(set["AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"], path);
 
-    // A file that was named is needed; one with a line break would be refused by half of the SDKs.
+    // A file that the user gave is required. Half of the SDKs would reject a line break in it.
     for content in ["", "t0ken\n"] {
         fs::write(&file, content).unwrap();
         let error = exec(&["--url", "http://127.0.0.1:974", "--token-file", path])
             .prepare(|_| None)
             .err()
             .unwrap();
-        assert!(error.contains("it holds no token"), "{error}");
+        assert!(error.contains("the content is not a token"), "{error}");
     }
     let mut environment = Environment::new(String::new(), "", |_| None);
     let absent = Listen {
         token_file: "/nonexistent/token".into(),
         ..Listen::default()
     };
-    exec(&[]).give_token(&mut environment, &absent).unwrap();
+    exec(&[]).set_token(&mut environment, &absent).unwrap();
     let set = environment.variables();
     assert!(
         set.contains(&("AWS_CONTAINER_AUTHORIZATION_TOKEN", "any".to_owned())),
@@ -158,11 +158,11 @@ fn the_token_is_given_both_ways_or_any_will_do() {
         authorization: AuthorizationMode::Token,
         ..absent
     };
-    assert!(exec(&[]).give_token(&mut environment, &token).is_err());
+    assert!(exec(&[]).set_token(&mut environment, &token).is_err());
 }
 
 #[test]
-fn what_comes_first_in_sdks_is_removed_and_named_without_its_value() {
+fn variables_with_precedence_are_removed_and_reported_without_values() {
     let inherited: Vec<(&str, &str)> = HIGHER_PRECEDENCE_VARS
         .iter()
         .map(|(name, _)| (*name, "s3cret"))
@@ -192,7 +192,7 @@ fn what_comes_first_in_sdks_is_removed_and_named_without_its_value() {
     );
 }
 
-/// A home with these files below `.aws`, and what a command gets there with these variables.
+/// A home directory with files below `.aws`.
 struct Home(tempfile::TempDir);
 
 impl Home {
@@ -223,7 +223,7 @@ const CONTAINER: &str =
     "role_arn = arn:aws:iam::123456789012:role/x\ncredential_source = EcsContainer\n";
 
 #[test]
-fn a_profile_that_leads_elsewhere_is_replaced_with_all_but_its_credentials() {
+fn profile_with_other_credentials_is_replaced_without_them() {
     let config =
         "[default]\nregion = eu-west-1\nca_bundle = /ca.pem\n[profile other]\nregion = x\n";
     for (config, credentials) in [
@@ -268,7 +268,7 @@ fn a_profile_that_leads_elsewhere_is_replaced_with_all_but_its_credentials() {
                 && !note.contains("s3cret"),
             "{note}"
         );
-        // The next command finds it, and one inside of the command keeps it.
+        // The next command reuses the copy, and a nested command keeps it.
         assert_eq!(
             home.prepared(&[]).1["AWS_CONFIG_FILE"],
             set["AWS_CONFIG_FILE"]
@@ -287,7 +287,7 @@ fn a_profile_that_leads_elsewhere_is_replaced_with_all_but_its_credentials() {
 }
 
 #[test]
-fn profiles_that_lead_to_awsvid_or_nowhere_are_kept() {
+fn profiles_of_awsvid_or_without_credentials_are_kept() {
     let process = "credential_process = /usr/bin/awsvid credential-process\n";
     for lead in [CONTAINER, process, "region = eu-west-1\n"] {
         let home = Home::with(&format!("[default]\n{lead}[profile a]\n{lead}"), "");
@@ -313,7 +313,7 @@ fn profiles_that_lead_to_awsvid_or_nowhere_are_kept() {
 }
 
 #[test]
-fn the_profile_of_a_variable_counts_and_default_does_not_then() {
+fn profile_variable_overrides_the_default_profile() {
     let home = Home::with(
         &format!("[profile a]\n{CONTAINER}[profile b]\nregion = x\nsso_session = x\n"),
         &format!("[default]\n{KEYS}"),
@@ -335,14 +335,14 @@ fn the_profile_of_a_variable_counts_and_default_does_not_then() {
         "{:?}",
         prepared.notes
     );
-    // One that does not exist would make each SDK fail.
+    // A missing profile would make each SDK fail.
     let (prepared, set) = home.prepared(&[("AWS_PROFILE", "ghost")]);
     assert!(
         prepared.notes[0].contains("AWS_PROFILE (no profile has this name)"),
         "{:?}",
         prepared.notes
     );
-    // Then they would take [default], which leads elsewhere.
+    // Without it SDKs would use [default], which leads elsewhere.
     assert!(
         prepared.notes[1].contains("instead of [default]"),
         "{:?}",
@@ -352,7 +352,7 @@ fn the_profile_of_a_variable_counts_and_default_does_not_then() {
 }
 
 #[test]
-fn where_nothing_can_be_written_the_files_are_hidden() {
+fn command_is_not_started_if_no_copy_can_be_written() {
     let home = Home::with(
         "[default]\nregion = eu-west-1\n",
         &format!("[default]\n{KEYS}"),
@@ -361,29 +361,43 @@ fn where_nothing_can_be_written_the_files_are_hidden() {
     let file = home.0.path().join("file");
     fs::write(&file, "").unwrap();
     let mut environment = Environment::new(String::new(), "", |_| None);
-    let (mut notes, file) = (Vec::new(), file.to_str().unwrap().to_owned());
-    let below = home.0.path().to_str().unwrap().to_owned();
+    let (mut notes, below) = (Vec::new(), home.0.path().to_str().unwrap());
     let inherited = |name: &str| match name {
-        "HOME" => Some(below.clone()),
-        "XDG_RUNTIME_DIR" | "XDG_CACHE_HOME" => Some(file.clone()),
+        "HOME" => Some(below.to_owned()),
+        "XDG_RUNTIME_DIR" | "XDG_CACHE_HOME" => Some(file.to_str().unwrap().to_owned()),
         _ => None,
     };
-    let judged = profile::judge_in(&mut environment, &mut notes, &inherited, Path::new(&file));
-    let set: BTreeMap<_, _> = environment.variables().iter().cloned().collect();
-    assert_eq!(set["AWS_SHARED_CREDENTIALS_FILE"], "/dev/null");
+    let mut replace = |temporary: &[PathBuf]| {
+        profile::replace_in(&mut environment, &mut notes, &inherited, temporary)
+    };
+    let error = replace(std::slice::from_ref(&file)).unwrap_err();
+    for part in [
+        "the profile [default], which would take precedence",
+        &format!("{}: File exists", file.display()),
+        "set TMPDIR to a directory that only this user can write to",
+        "aws_access_key_id in ",
+    ] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    assert!(!error.contains("s3cret"), "{error}");
+    // The second directory of temporary files is used if the first one cannot be written to.
+    let shared_memory = tempfile::tempdir().unwrap();
     assert_eq!(
-        (
-            set["AWS_CONFIG_FILE"].as_str(),
-            judged.hidden_region.as_deref()
-        ),
-        ("/dev/null", Some("eu-west-1"))
+        replace(&[file.clone(), shared_memory.path().to_owned()]),
+        Ok(true)
     );
-    assert!(notes[0].contains("hidden from the command"), "{notes:?}");
+    let set: BTreeMap<_, _> = environment.variables().iter().cloned().collect();
+    assert!(
+        Path::new(&set["AWS_CONFIG_FILE"]).starts_with(shared_memory.path())
+            && !set.contains_key("AWS_SHARED_CREDENTIALS_FILE"),
+        "{set:?}"
+    );
 }
 
-/// A config file can name a program that the SDK runs: no other user may have made the directory that it is written to.
+/// A config file can name a program that the SDK runs, so no other user may have created its
+/// directory.
 #[test]
-fn the_copy_is_written_only_where_nobody_else_can_change_it() {
+fn copy_is_written_only_to_a_private_directory() {
     use std::os::unix::fs::{PermissionsExt, chown, symlink};
 
     let base = tempfile::tempdir().unwrap();
@@ -393,18 +407,18 @@ fn the_copy_is_written_only_where_nobody_else_can_change_it() {
     let private =
         |name: &str| profile::private_directory(&[(base.path().to_owned(), name.to_owned())]);
     mode(base.path(), 0o1777);
-    let made = private("made").unwrap();
+    let directory = private("made").unwrap();
     assert_eq!(
-        fs::metadata(&made).unwrap().permissions().mode() & 0o777,
+        fs::metadata(&directory).unwrap().permissions().mode() & 0o777,
         0o700
     );
-    assert_eq!(private("made").unwrap(), made);
+    assert_eq!(private("made").unwrap(), directory);
     for open in [0o777, 0o750, 0o701] {
         fs::create_dir(base.path().join(open.to_string())).unwrap();
         mode(&base.path().join(open.to_string()), open);
         assert!(private(&open.to_string()).is_err(), "{open:o}");
     }
-    symlink(&made, base.path().join("link")).unwrap();
+    symlink(&directory, base.path().join("link")).unwrap();
     assert!(private("link").is_err());
     if nix::unistd::geteuid().is_root() {
         fs::create_dir(base.path().join("other")).unwrap();
@@ -412,7 +426,7 @@ fn the_copy_is_written_only_where_nobody_else_can_change_it() {
         chown(base.path().join("other"), Some(51_001), None).unwrap();
         assert!(private("other").is_err());
     }
-    // Where others may rename it.
+    // Other users can rename the directory.
     mode(base.path(), 0o777);
     assert!(private("made").is_err());
 }

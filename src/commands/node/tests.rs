@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use super::*;
 use crate::accounts::LocalAccounts;
 
-/// `alice` is 1001, `nobody` what it mostly is, and `away` can't be looked up.
+/// A name service with `alice` as 1001, `nobody` as usual, and failing lookups of `away`.
 struct NodeService;
 
 impl NameService for NodeService {
@@ -14,7 +14,7 @@ impl NameService for NodeService {
         match name.as_str() {
             "alice" => Ok(Some(1001)),
             "nobody" => Ok(Some(OVERFLOW_ID)),
-            "away" => Err(Errno::EIO),
+            "absent" => Err(Errno::EIO),
             _ => Ok(None),
         }
     }
@@ -31,9 +31,10 @@ impl NameService for NodeService {
 const REST: &str = "[sts]\nregion = \"eu-central-1\"\n\
     [[role]]\nname = \"all\"\nspiffe_id = \"spiffe://example.org/**\"\nrole_arn = \"arn:aws:iam::123456789012:role/all\"\n";
 
-/// The warnings of rules with these keys; the first key is in line 9, the next rule begins behind it.
+/// Returns the warnings of rules with these keys. The first key is in line 9, and each next rule
+/// begins after it.
 #[track_caller]
-fn warned(rules: &[&str], rest: &str) -> Vec<String> {
+fn warnings_of(rules: &[&str], rest: &str) -> Vec<String> {
     let rules: String = rules
         .iter()
         .map(|keys| format!("[[workload]]\nspiffe_id = \"spiffe://example.org/a\"\n{keys}\n"))
@@ -47,31 +48,31 @@ fn warned(rules: &[&str], rest: &str) -> Vec<String> {
 }
 
 #[track_caller]
-fn warned_once(rules: &[&str], rest: &str, words: &[&str]) {
-    let warnings = warned(rules, rest);
+fn assert_warning(rules: &[&str], rest: &str, words: &[&str]) {
+    let warnings = warnings_of(rules, rest);
     let fits = warnings.len() == 1 && words.iter().all(|word| warnings[0].contains(word));
     assert!(fits, "{rules:?} {rest}\ngave {warnings:#?}\nnot {words:?}");
 }
 
 #[test]
-fn accounts_of_this_node() {
-    assert_eq!(warned(&["user = \"alice\""], ""), [] as [&str; 0]);
-    warned_once(
+fn missing_accounts_are_reported() {
+    assert_eq!(warnings_of(&["user = \"alice\""], ""), [] as [&str; 0]);
+    assert_warning(
         &["user = \"ghost\""],
         "",
-        &["9: workload.user: there is no user \"ghost\" on this node"],
+        &["9: workload.user: the user \"ghost\" does not exist on this node"],
     );
-    warned_once(
+    assert_warning(
         &["uid = 7\ngroup = \"ghosts\""],
         "",
-        &["10: workload.group: there is no group \"ghosts\""],
+        &["10: workload.group: the group \"ghosts\" does not exist on this node"],
     );
-    warned_once(
-        &["uid = 7\nsupplementary_group = \"away\""],
+    assert_warning(
+        &["uid = 7\nsupplementary_group = \"absent\""],
         "",
         &["10: workload.supplementary_group", "I/O error"],
     );
-    warned_once(
+    assert_warning(
         &["user = \"nobody\""],
         "",
         &["9: workload.user", "no caller matches"],
@@ -79,70 +80,70 @@ fn accounts_of_this_node() {
 }
 
 #[test]
-fn rules_that_hide_others_by_their_numbers() {
+fn rules_with_equal_numbers_hide_later_ones() {
     let hidden = "this rule can never match on this node: the one in line 7 matches all of its callers first";
-    warned_once(
+    assert_warning(
         &["uid = 1001", "user = \"alice\""],
         "",
         &["10: workload: ", hidden],
     );
-    warned_once(
+    assert_warning(
         &["user = \"alice\"", "uid = 1001\ngid = 7"],
         "",
         &["10: workload: ", hidden],
     );
     assert_eq!(
-        warned(&["uid = 1002", "user = \"alice\""], ""),
+        warnings_of(&["uid = 1002", "user = \"alice\""], ""),
         [] as [&str; 0]
     );
-    // Where a number is not known, nothing is.
+    // Without a number nothing can be compared.
     assert_eq!(
-        warned(&["user = \"away\"", "user = \"alice\""], "").len(),
+        warnings_of(&["user = \"absent\"", "user = \"alice\""], "").len(),
         1
     );
 }
 
 #[test]
-fn programs_of_this_node() {
+fn missing_programs_are_reported() {
     assert_eq!(
-        warned(&["uid = 7\nexe = \"/usr/bin/env\""], ""),
+        warnings_of(&["uid = 7\nexe = \"/usr/bin/env\""], ""),
         [] as [&str; 0]
     );
-    warned_once(
+    assert_warning(
         &["uid = 7\nexe = \"/nonexistent\""],
         "",
-        &["7: workload.exe", "is not there"],
+        &["7: workload.exe", "/nonexistent does not exist"],
     );
-    warned_once(&["uid = 7\nexe = \"/usr\""], "", &["is not a file"]);
+    assert_warning(&["uid = 7\nexe = \"/usr\""], "", &["is not a file"]);
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::set_permissions(&file, fs::Permissions::from_mode(0o777)).unwrap();
-    warned_once(
+    assert_warning(
         &[&format!("uid = 7\nexe = {:?}", file.path())],
         "",
-        &["changed by other users than root"],
+        &["changed by users other than root"],
     );
-    // Whoever writes to the directory can put another program there.
+    // A user that can write to the directory can put another program there.
     let folder = tempfile::tempdir().unwrap();
     let program = folder.path().join("program");
     fs::copy("/usr/bin/env", &program).unwrap();
     let rule = format!("uid = 7\nexe = {program:?}");
     if nix::unistd::geteuid().is_root() {
-        assert_eq!(warned(&[&rule], ""), [] as [&str; 0]);
+        assert_eq!(warnings_of(&[&rule], ""), [] as [&str; 0]);
     }
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    warned_once(&[&rule], "", &["changed by other users than root"]);
+    assert_warning(&[&rule], "", &["changed by users other than root"]);
 }
 
 #[test]
-fn files_of_this_node() {
+fn missing_files_are_reported() {
     let rest = "[audit]\nfile = \"/nonexistent/audit.log\"\n";
-    warned_once(
+    assert_warning(
         &["uid = 7"],
         rest,
-        &["audit.file: there is no directory /nonexistent"],
+        &["audit.file: the directory /nonexistent does not exist"],
     );
     assert_eq!(
-        warned(&["uid = 7"], "[audit]\nfile = \"/dev/null\"\n"),
+        warnings_of(&["uid = 7"], "[audit]\nfile = \"/dev/null\"\n"),
         [] as [&str; 0]
     );
     let private = REST.replace(
@@ -156,7 +157,7 @@ fn files_of_this_node() {
     assert!(
         warnings(&config, &NodeService)[0]
             .to_string()
-            .starts_with("sts.ca_file: /nonexistent can't be read")
+            .starts_with("sts.ca_file: /nonexistent cannot be read")
     );
     assert_eq!(exposed(&config), []);
     let file = tempfile::NamedTempFile::new().unwrap();

@@ -1,4 +1,4 @@
-//! The answer of `/status` as a table for people.
+//! The response of `/status` as a table for people.
 
 use std::fmt::Write;
 use std::time::{Duration, SystemTime};
@@ -17,7 +17,7 @@ const HEADER: [&str; 7] = [
     "STATE",
 ];
 
-/// All of it, with times from `now`.
+/// Renders the whole status, with times relative to `now`.
 pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
     let mut text = String::new();
     let ready = if status["ready"] == true {
@@ -55,7 +55,7 @@ pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
             let not = style.paint(RED, "not counted");
             let _ = writeln!(
                 text,
-                "executions of programs: {not}, so callers' processes are not named to the agent (unseen_program)"
+                "executions of programs: {not}: callers are refused (unseen_program)"
             );
         }
     }
@@ -68,7 +68,7 @@ pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
         .map(Vec::as_slice)
         .unwrap_or_default();
     if entries.is_empty() {
-        text.push_str("\nNo credentials are cached: nobody has asked for any yet.\n");
+        text.push_str("\nNo credentials are cached: no workload has requested any yet.\n");
         return text;
     }
     text.push('\n');
@@ -120,7 +120,7 @@ pub(super) fn render(status: &Value, now: SystemTime, style: Style) -> String {
     text
 }
 
-/// How a source or an STS has answered.
+/// Renders the state of a source or an STS.
 fn neighbour(text: &mut String, what: &str, health: &Value, now: SystemTime, style: Style) {
     if health.is_null() {
         return;
@@ -128,7 +128,7 @@ fn neighbour(text: &mut String, what: &str, health: &Value, now: SystemTime, sty
     let state = match health["state"].as_str() {
         Some("ok") => style.paint(GREEN, "ok"),
         Some("failing") => style.paint(RED, "failing"),
-        _ => "not asked yet".to_owned(),
+        _ => "no request yet".to_owned(),
     };
     let _ = write!(text, "{what} from {}: {state}", plain(&health["name"]));
     if !health["last_success_at"].is_null() {
@@ -156,7 +156,8 @@ fn row(entry: &Value, now: SystemTime) -> [String; 7] {
         (Some(uid), None) => Some(format!("uid {uid}")),
         (None, _) => None,
     };
-    // By rules nobody is kept for a refresh; who asked last is known in any case.
+    // The workload-api source keeps no callers for a refresh. The latest caller is known with every
+    // source.
     let callers = match (entry["callers"].as_u64().filter(|count| *count > 0), latest) {
         (Some(count), Some(latest)) => format!("{count} ({latest})"),
         (Some(count), None) => count.to_string(),
@@ -185,7 +186,7 @@ fn row(entry: &Value, now: SystemTime) -> [String; 7] {
     ]
 }
 
-/// A text without what would move a terminal's cursor.
+/// Returns the text without characters that would move a terminal's cursor.
 fn plain(value: &Value) -> String {
     match value {
         Value::String(text) => text.replace(char::is_control, " "),
@@ -216,7 +217,7 @@ fn ago(value: &Value, now: SystemTime) -> String {
     }
 }
 
-/// With two units at most: "59m 7s", "11h 3m".
+/// Formats a duration with at most two units: "59m 7s", "11h 3m".
 fn rounded(duration: Duration) -> String {
     let seconds = duration.as_secs();
     let (hours, minutes, rest) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
@@ -245,7 +246,7 @@ mod tests {
             })
         };
         let mut failing = entry("reports");
-        failing["last_error"] = json!("STS is away\u{1b}[2J");
+        failing["last_error"] = json!("STS is unavailable\u{1b}[2J");
         failing["last_error_reason"] = json!("sts_unavailable");
         failing["last_error_at"] = json!("2026-01-02T02:59:50Z");
         failing["callers"] = json!(1);
@@ -263,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_operator_looks_for_is_there() {
+    fn table_shows_state_errors_and_callers() {
         let text = render(&status(), now(), Style::plain());
         let expected = "\
 awsvid 1.2.3, ready, 4 connections open
@@ -274,14 +275,14 @@ STS from eu-central-1: failing
 SPIFFE ID                     ROLE     SESSION  EXPIRES    NEXT TRY   CALLERS               STATE
 spiffe://example.org/billing  billing  billing  in 59m 7s  in 29m 0s  uid 1002              ok
 spiffe://example.org/reports  reports  reports  in 59m 7s  in 29m 0s  1 (uid 1001, pid 77)  refresh fails
-    10s ago: STS is away [2J (sts_unavailable)
+    10s ago: STS is unavailable [2J (sts_unavailable)
 spiffe://example.org/unasked  unasked  unasked  in 59m 7s  in 29m 0s  -                     ok
 ";
         assert_eq!(text, expected);
         let mut refusing = status();
         refusing["unsupported_kernel"] = json!(["callers over TCP are refused: no\u{1b}"]);
         refusing["counts_executions"] = json!(false);
-        let line = "\nunsupported_kernel: callers over TCP are refused: no \nexecutions of programs: not counted, so ";
+        let line = "\nunsupported_kernel: callers over TCP are refused: no \nexecutions of programs: not counted: callers are refused";
         assert!(render(&refusing, now(), Style::plain()).contains(line));
         refusing["counts_executions"] = json!(true);
         assert!(

@@ -1,4 +1,4 @@
-//! The plan as commands of the AWS CLI, with their documents as JSON: a script that can be read, and run.
+//! The plan as a script with commands of the AWS CLI and their documents as JSON.
 
 use std::fmt::Write;
 
@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 
 use super::plan::{Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole};
 
-/// All accounts, each under a heading: the commands of one are for credentials of that account.
+/// Renders all accounts, each under a heading, because its commands need credentials of that
+/// account.
 pub(super) fn render(plan: &Plan) -> String {
     let mut text = String::new();
     for (name, account) in &plan.accounts {
@@ -23,7 +24,7 @@ pub(super) fn render(plan: &Plan) -> String {
             let _ = writeln!(text, "\n# {role_arn}\n{}", create(role, &policy));
             let _ = writeln!(
                 text,
-                "# If there is that role already:\n{}",
+                "# If the role exists already (this replaces its whole trust policy):\n{}",
                 commented(&update(role, &policy))
             );
         }
@@ -33,7 +34,7 @@ pub(super) fn render(plan: &Plan) -> String {
     text
 }
 
-/// An existing provider is kept. Adding an audience that it has already is not an error in IAM.
+/// Keeps an existing provider. IAM accepts an audience that it already has.
 fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
     let arn = word(&plan.provider_arn(name));
     let mut text = match &plan.provider {
@@ -93,7 +94,7 @@ fn quoted(document: &Value) -> String {
     word(&format!("{document:#}"))
 }
 
-/// A word of a POSIX shell.
+/// Quotes a word for a POSIX shell.
 fn word(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }

@@ -1,4 +1,5 @@
-//! The plan of one account as a CloudFormation template, in JSON: in YAML a value could be read as something else than text.
+//! The plan of one account as a CloudFormation template, in JSON: YAML could read a string as
+//! another type.
 
 use std::collections::BTreeSet;
 
@@ -6,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::plan::{Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole};
 
-/// Of the provider's resource.
+/// Logical id of the provider's resource.
 const PROVIDER: &str = "OidcProvider";
 
 pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
@@ -21,15 +22,15 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
                 PROVIDER.to_owned(),
                 oidc_provider(plan, account, thumbprint.as_deref()),
             );
-            let what = "Makes the OIDC provider for it: if the account has that already, use awsvid trust-policy --existing-provider.";
-            // Of this resource a Ref is the ARN.
+            let what = "Creates the OIDC provider for it. If the account has this provider already, use awsvid trust-policy --existing-provider.";
+            // A Ref to this resource is its ARN.
             (json!({ "Ref": PROVIDER }), what)
         }
     };
-    let mut taken = BTreeSet::from([PROVIDER.to_owned()]);
+    let mut used = BTreeSet::from([PROVIDER.to_owned()]);
     for role in account.roles.values() {
         resources.insert(
-            logical_id(&role.name, &mut taken),
+            logical_id(&role.name, &mut used),
             resource(plan, role, &provider),
         );
     }
@@ -66,13 +67,13 @@ fn resource(plan: &Plan, role: &PlannedRole, provider: &Value) -> Value {
     })
 }
 
-/// Letters and digits, another one for each role.
-fn logical_id(name: &str, taken: &mut BTreeSet<String>) -> String {
+/// Returns an id of letters and digits, unique among the roles.
+fn logical_id(name: &str, used: &mut BTreeSet<String>) -> String {
     let mut id: String = std::iter::once("Role")
         .flat_map(str::chars)
         .chain(name.chars().filter(char::is_ascii_alphanumeric))
         .collect();
-    while !taken.insert(id.clone()) {
+    while !used.insert(id.clone()) {
         id.push('X');
     }
     id

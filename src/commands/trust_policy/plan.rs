@@ -1,4 +1,5 @@
-//! What IAM has to hold, in each account: pure, from the configuration and the issuer.
+//! The required IAM resources of each account, computed from the configuration and the issuer
+//! without I/O.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -10,15 +11,15 @@ use crate::config::is_aws_sts;
 use crate::identity::{RoleArn, SpiffeId, SpiffeIdPattern};
 use crate::role::{Role, Roles};
 
-/// IAM: the sessions of a role last at most an hour unless it says otherwise.
-const SESSION_DEFAULT: Duration = Duration::from_secs(3600);
-/// IAM's quota for a trust policy, without white space, unless a higher one was asked for.
-const POLICY_MAX: usize = 2048;
-/// IAM: of an OIDC provider.
-const URL_MAX: usize = 255;
-const AUDIENCES_MAX: usize = 100;
+/// IAM's default: sessions of a role last at most an hour.
+const DEFAULT_SESSION: Duration = Duration::from_secs(3600);
+/// IAM's default quota for a trust policy, in characters without white space.
+const MAX_POLICY_LENGTH: usize = 2048;
+/// IAM's limits for an OIDC provider.
+const MAX_URL_LENGTH: usize = 255;
+const MAX_AUDIENCES: usize = 100;
 
-/// The issuer of the tokens: what IAM is given as a URL, byte by byte.
+/// The issuer of the tokens, as the URL that IAM compares byte by byte.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct PlannedIssuer(String);
 
@@ -27,13 +28,12 @@ impl PlannedIssuer {
         let rest = text
             .strip_prefix("https://")
             .or_else(|| text.strip_prefix("http://"));
-        let rest = rest.ok_or_else(|| {
-            format!("the issuer {text:?} is no URL: it has to begin with https://")
-        })?;
+        let rest = rest
+            .ok_or_else(|| format!("the issuer {text:?} is not a URL; write it with https://"))?;
         let plain = |c: u8| c.is_ascii_alphanumeric() || b"-._~:/%[]".contains(&c);
-        if rest.is_empty() || text.len() > URL_MAX || !rest.bytes().all(plain) {
+        if rest.is_empty() || text.len() > MAX_URL_LENGTH || !rest.bytes().all(plain) {
             return Err(format!(
-                "the issuer {text:?} is none that IAM takes: a host and a path, {URL_MAX} characters"
+                "IAM does not accept the issuer {text:?}; use a host and a path of at most {MAX_URL_LENGTH} characters"
             ));
         }
         Ok(Self(text.to_owned()))
@@ -43,7 +43,8 @@ impl PlannedIssuer {
         &self.0
     }
 
-    /// What condition keys and the provider's ARN begin with: the URL without its scheme.
+    /// Returns the prefix of condition keys, and of the provider's name in its ARN: the URL without
+    /// its scheme.
     pub(super) fn key(&self) -> &str {
         self.0.split_once("://").map_or("", |(_, rest)| rest)
     }
@@ -51,17 +52,14 @@ impl PlannedIssuer {
     fn warnings(&self) -> Vec<String> {
         let (host, url) = (self.key().split('/').next().unwrap_or_default(), &self.0);
         let table = [
-            (
-                !url.starts_with("https://"),
-                "IAM takes issuers over https only",
-            ),
+            (!url.starts_with("https://"), "IAM accepts only https"),
             (
                 url.ends_with('/'),
-                "it ends with a slash, which IAM and SPIRE do not treat alike: remove it from `jwt_issuer`",
+                "it ends with a slash, which IAM and SPIRE treat differently; remove it from `jwt_issuer`",
             ),
             (
                 host.contains(':'),
-                "IAM's documentation says that an issuer has no port: serve it at 443",
+                "by IAM's documentation an issuer has no port; serve it at 443",
             ),
             (
                 host.bytes().any(|c| c.is_ascii_uppercase()),
@@ -76,7 +74,7 @@ impl PlannedIssuer {
     }
 }
 
-/// Everything, by account.
+/// The resources of all accounts.
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) issuer: PlannedIssuer,
@@ -85,16 +83,16 @@ pub(super) struct Plan {
     pub(super) warnings: Vec<String>,
 }
 
-/// The OIDC provider in IAM, of which an account has at most one for an issuer.
+/// The OIDC provider in IAM. An account has at most one for an issuer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum PlannedProvider {
-    /// It is there already; only audiences are added to it.
+    /// It exists, and only gets further audiences.
     Existing,
     /// It is created, with this thumbprint if IAM needs one.
     New { thumbprint: Option<String> },
 }
 
-/// An account's name: several partitions may have the same number.
+/// Name of an account, with its partition, because several partitions may have the same number.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct PlannedAccountName {
     pub(super) partition: String,
@@ -117,29 +115,29 @@ impl fmt::Display for PlannedAccountName {
     }
 }
 
-/// One AWS account.
+/// Resources of one AWS account.
 #[derive(Debug, Default)]
 pub(super) struct PlannedAccount {
     pub(super) audiences: BTreeSet<String>,
     pub(super) roles: BTreeMap<String, PlannedRole>,
 }
 
-/// A role, and who may assume it.
+/// A role, and the statements of its trust policy.
 #[derive(Debug)]
 pub(super) struct PlannedRole {
     pub(super) name: String,
-    /// `/`, or `/team/`.
+    /// IAM path: `/`, or `/team/` and the like.
     pub(super) path: String,
     pub(super) max_session: Duration,
     pub(super) statements: Vec<Statement>,
 }
 
-/// Whose tokens.
+/// A statement of a trust policy: the subject and the audience that it admits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Statement {
     pub(super) audience: String,
     pub(super) subject: SpiffeIdPattern,
-    /// Whether the role's ARN was made from the subject.
+    /// Set if the role's ARN was made from the subject.
     pub(super) is_rendered: bool,
 }
 
@@ -147,8 +145,10 @@ pub(super) struct Statement {
 pub(super) type Condition = Vec<(&'static str, Vec<(String, String)>)>;
 
 impl Statement {
-    /// Who else than the rule's own IDs would get in is kept out where IAM's language can say it: `*` there stands for any
-    /// characters, `/` too, so IDs with more segments are refused by a second pattern.
+    /// Returns the condition that admits the subject.
+    ///
+    /// It excludes other IDs as far as IAM's language allows. There `*` matches any characters, `/`
+    /// too, so a second pattern rejects IDs with more segments.
     pub(super) fn condition(&self, issuer: &PlannedIssuer) -> Condition {
         let (aud, sub) = (
             format!("{}:aud", issuer.key()),
@@ -178,7 +178,7 @@ impl Statement {
         condition
     }
 
-    /// What the policy lets in and the rule does not.
+    /// Describes the IDs that the policy admits and the rule does not.
     fn excess(&self) -> Option<String> {
         let text = self.subject.as_str();
         let before = text.strip_suffix("/**")?;
@@ -193,7 +193,7 @@ impl Statement {
 }
 
 impl PlannedRole {
-    /// The trust policy, with the provider by its ARN, or whatever names it.
+    /// Returns the trust policy. `provider` is its ARN, or an expression for it.
     pub(super) fn policy(&self, issuer: &PlannedIssuer, provider: &Value) -> Value {
         let statements: Vec<Value> = self
             .statements
@@ -222,7 +222,7 @@ impl PlannedRole {
 }
 
 impl Plan {
-    /// `ids`: those that are known, for ARNs with `{path[N]}`.
+    /// Computes the plan. `ids` are the known IDs, for ARNs with `{path[N]}`.
     pub(super) fn new(
         roles: &Roles,
         ids: &[SpiffeId],
@@ -239,8 +239,8 @@ impl Plan {
         roles.defined.iter().for_each(|role| plan.add(role, ids));
         if roles.requested.is_some() {
             plan.warnings.push(
-                "allow_requested_roles: workloads name these roles themselves, so each needs a trust policy like the ones \
-                 here, with the SPIFFE IDs of those who are to have it"
+                "[requested_roles] allow: workloads name these roles themselves, so each needs a trust policy like the ones \
+                 here, with the SPIFFE IDs of its workloads"
                     .to_owned(),
             );
         }
@@ -250,7 +250,7 @@ impl Plan {
         plan
     }
 
-    /// The ARN that IAM gives the provider in this account.
+    /// Returns the ARN that IAM gives the provider in this account.
     pub(super) fn provider_arn(&self, account: &PlannedAccountName) -> String {
         format!(
             "arn:{}:iam::{}:oidc-provider/{}",
@@ -291,13 +291,13 @@ impl Plan {
         };
         if subjects.is_empty() {
             self.warnings.push(format!(
-                "role {name:?} is left out: which ARN {} stands for depends on the SPIFFE ID, and none that it is for is \
-                 known; name them with --spiffe-id",
+                "role {name:?} is left out: the ARN of {} depends on the SPIFFE ID, and no ID that it covers is \
+                 known; give them with --spiffe-id",
                 role.role_arn.as_str()
             ));
         }
         for subject in subjects {
-            // A pattern's ARN has no `{path[N]}`: any ID will do.
+            // A pattern's ARN has no `{path[N]}`, so any ID gives it.
             let id = subject
                 .exact()
                 .or_else(|| SpiffeId::parse("spiffe://any/any").ok());
@@ -322,7 +322,7 @@ impl Plan {
     fn trust(&mut self, arn: &RoleArn, duration: Duration, statement: Statement) {
         let (Some(partition), Some(number)) = (arn.partition(), arn.account()) else {
             self.warnings
-                .push(format!("{arn} is left out: it is no role at AWS"));
+                .push(format!("{arn} is left out: not a role at AWS"));
             return;
         };
         let full = arn
@@ -342,7 +342,7 @@ impl Plan {
             .or_insert_with(|| PlannedRole {
                 name: name.to_owned(),
                 path: format!("{path}/"),
-                max_session: SESSION_DEFAULT,
+                max_session: DEFAULT_SESSION,
                 statements: Vec::new(),
             });
         role.max_session = role.max_session.max(duration);
@@ -351,7 +351,8 @@ impl Plan {
         }
     }
 
-    /// Warns of a role that several IDs share by a placeholder. Without one the sharing is intended.
+    /// Warns about a role that several IDs share by a placeholder. Without a placeholder the
+    /// sharing is intended.
     fn check_meeting(&mut self) {
         for (arn, role) in self.accounts.values().flat_map(|account| &account.roles) {
             let subjects: BTreeSet<&str> = role
@@ -367,7 +368,7 @@ impl Plan {
             {
                 let subjects: Vec<&str> = subjects.into_iter().collect();
                 self.warnings.push(format!(
-                    "{arn}: `role_arn` gives this one role to {}; where they are to be kept apart, write into it every {{path[N]}} \
+                    "{arn}: `role_arn` gives this one role to {}; to separate them, write into it every {{path[N]}} \
                      in which they differ",
                     subjects.join(" and ")
                 ));
@@ -375,7 +376,8 @@ impl Plan {
         }
     }
 
-    /// Warns of roles that IAM cannot create both: names differ neither by path nor by case.
+    /// Warns about roles that IAM cannot create side by side: IAM's names are unique without regard
+    /// to path and case.
     fn check_names(&mut self) {
         for (account, content) in &self.accounts {
             let mut names: BTreeMap<String, Vec<&str>> = BTreeMap::new();
@@ -387,7 +389,7 @@ impl Plan {
             }
             for arns in names.values().filter(|arns| arns.len() > 1) {
                 self.warnings.push(format!(
-                    "account {account}: IAM makes only one of {}: it tells names apart neither by path nor by capital letters",
+                    "account {account}: IAM creates only one of {}: its role names differ neither by path nor by case",
                     arns.join(" and ")
                 ));
             }
@@ -396,17 +398,17 @@ impl Plan {
 
     fn check_limits(&mut self) {
         for (name, account) in &self.accounts {
-            if account.audiences.len() > AUDIENCES_MAX {
+            if account.audiences.len() > MAX_AUDIENCES {
                 self.warnings.push(format!(
-                    "account {name}: an IAM provider takes at most {AUDIENCES_MAX} audiences"
+                    "account {name}: an IAM provider takes at most {MAX_AUDIENCES} audiences"
                 ));
             }
             let provider = Value::from(self.provider_arn(name));
             for (arn, role) in &account.roles {
                 let length = role.policy(&self.issuer, &provider).to_string().len();
-                if length > POLICY_MAX {
+                if length > MAX_POLICY_LENGTH {
                     self.warnings.push(format!(
-                        "{arn}: its trust policy has {length} characters, and IAM takes {POLICY_MAX} unless the quota was \
+                        "{arn}: its trust policy has {length} characters, and IAM takes {MAX_POLICY_LENGTH} unless the quota was \
                          raised (to 4096 at most)"
                     ));
                 }

@@ -1,4 +1,4 @@
-//! The plan of one account as Terraform: resources of the AWS provider.
+//! The plan of one account as resources of Terraform's AWS provider.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -7,7 +7,7 @@ use super::plan::{
     Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole, Statement,
 };
 
-/// Of the provider, as a resource or as a data source.
+/// Address of the provider, as a resource or a data source.
 const PROVIDER: &str = "aws_iam_openid_connect_provider.awsvid";
 
 pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
@@ -16,9 +16,9 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
         "# Account {number}, partition {partition}.\n\n{}",
         provider(plan, name, account)
     );
-    let mut taken = BTreeSet::new();
+    let mut used = BTreeSet::new();
     for role in account.roles.values() {
-        let label = label(&role.name, &mut taken);
+        let label = label(&role.name, &mut used);
         // Writing to a string cannot fail.
         let _ = write!(
             text,
@@ -30,7 +30,7 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
     text
 }
 
-/// `apply` fails for a resource that exists already.
+/// Renders the provider. Terraform's `apply` fails for a resource that exists already.
 fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
     let audiences: Vec<String> = account
         .audiences
@@ -96,8 +96,8 @@ fn statement(plan: &Plan, statement: &Statement) -> String {
     )
 }
 
-/// A name of a resource: letters, digits and `_`, another one for each role.
-fn label(name: &str, taken: &mut BTreeSet<String>) -> String {
+/// Returns a resource name of letters, digits and `_`, unique among the roles.
+fn label(name: &str, used: &mut BTreeSet<String>) -> String {
     let mut label: String = name
         .chars()
         .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
@@ -105,13 +105,13 @@ fn label(name: &str, taken: &mut BTreeSet<String>) -> String {
     if !label.starts_with(|c: char| c.is_ascii_alphabetic()) {
         label.insert_str(0, "role_");
     }
-    while !taken.insert(label.clone()) {
+    while !used.insert(label.clone()) {
         label.push('_');
     }
     label
 }
 
-/// A quoted string, in which nothing is a template.
+/// Quotes a string, with templates escaped.
 fn string(text: &str) -> String {
     let mut quoted = String::from("\"");
     for (i, c) in text.char_indices() {

@@ -1,4 +1,5 @@
-//! Each output is read by a real reader of its language, and what it then says is asked for tokens and their neighbours.
+//! Each output is read by a real reader of its language, and the result is evaluated with tokens
+//! that match or nearly match.
 
 mod reading;
 
@@ -38,7 +39,7 @@ fn role(name: &str, id: &str, arn: &str) -> String {
     format!("[[role]]\nname = \"{name}\"\nspiffe_id = \"{id}\"\nrole_arn = \"{arn}\"\n")
 }
 
-/// Whether a role's trust policy lets a token of the plan's issuer in.
+/// Evaluates whether a role's trust policy admits a token of the plan's issuer.
 fn allows(policy: &Value, audience: &str, subject: &str) -> bool {
     reading::allows(
         policy,
@@ -58,7 +59,7 @@ fn read_all(plan: &Plan) -> Read {
 }
 
 #[test]
-fn every_language_says_the_same_and_lets_in_only_who_is_meant() {
+fn formats_agree_and_admit_only_matching_tokens() {
     let text = role(
         "billing",
         "spiffe://example.org/ns/pay/sa/billing",
@@ -126,7 +127,7 @@ fn every_language_says_the_same_and_lets_in_only_who_is_meant() {
 }
 
 #[test]
-fn a_policy_lets_in_what_the_pattern_matches_and_nothing_else() {
+fn policy_admits_exactly_the_ids_of_the_pattern() {
     let segments = ["a", "b", "ab"];
     let mut paths = vec![String::new()];
     let mut ids = Vec::new();
@@ -160,7 +161,7 @@ fn a_policy_lets_in_what_the_pattern_matches_and_nothing_else() {
 }
 
 #[test]
-fn what_iam_cannot_say_is_a_warning_with_an_example() {
+fn excess_of_a_policy_is_a_warning_with_an_example() {
     let plan = plan(&role(
         "r",
         "spiffe://t/ns/*/sa/**",
@@ -178,7 +179,7 @@ fn what_iam_cannot_say_is_a_warning_with_an_example() {
 }
 
 #[test]
-fn an_arn_from_the_id_is_one_role_for_each_id_that_is_known() {
+fn arn_with_placeholders_is_one_role_per_known_id() {
     let roles = roles(&role(
         "r",
         "spiffe://t/app/*",
@@ -220,7 +221,7 @@ fn an_arn_from_the_id_is_one_role_for_each_id_that_is_known() {
 }
 
 #[test]
-fn accounts_and_partitions_are_kept_apart_and_others_are_left_out() {
+fn plan_separates_accounts_and_partitions() {
     let text = role("a", "spiffe://t/a", "arn:aws:iam::123456789012:role/a")
         + &role("b", "spiffe://t/b", "arn:aws-cn:iam::210987654321:role/b")
         + &role("m", "spiffe://t/m", "arn:minio:iam:::role/m")
@@ -260,7 +261,7 @@ fn accounts_and_partitions_are_kept_apart_and_others_are_left_out() {
     );
 }
 
-/// Partitions number their accounts each for itself.
+/// Account numbers are unique only within a partition.
 #[test]
 fn account_number_in_two_partitions_is_two_accounts() {
     let plan = plan(
@@ -286,7 +287,7 @@ fn account_number_in_two_partitions_is_two_accounts() {
 }
 
 #[test]
-fn existing_provider_is_used_and_not_made() {
+fn existing_provider_is_used_and_not_created() {
     let text =
         role("a", "spiffe://t/a", "arn:aws:iam::123456789012:role/a") + "audience = \"shop\"\n";
     let plan = Plan::new(
@@ -297,7 +298,7 @@ fn existing_provider_is_used_and_not_made() {
     );
     let [script, terraform, template] = [Format::AwsCli, Format::Terraform, Format::Cloudformation]
         .map(|format| render(&plan, format).unwrap());
-    // The audience may be missing there.
+    // The existing provider may lack the audience.
     let audience = format!(
         "aws iam add-client-id-to-open-id-connect-provider --open-id-connect-provider-arn '{PROVIDER}' --client-id 'shop'"
     );
@@ -336,7 +337,7 @@ fn existing_provider_is_used_and_not_made() {
 }
 
 #[test]
-fn commands_create_the_provider_only_if_there_is_none() {
+fn script_creates_only_a_missing_provider() {
     let plan = plan(&role(
         "a",
         "spiffe://t/a",
@@ -353,18 +354,18 @@ fn commands_create_the_provider_only_if_there_is_none() {
             .output()
             .unwrap();
         assert!(output.status.success(), "{output:?}");
-        let called = String::from_utf8(output.stdout).unwrap();
+        let calls = String::from_utf8(output.stdout).unwrap();
         assert_eq!(
-            called.contains("create-open-id-connect-provider"),
+            calls.contains("create-open-id-connect-provider"),
             made,
-            "{called}"
+            "{calls}"
         );
         assert!(
-            called.ends_with("add-client-id-to-open-id-connect-provider\ncreate-role\n"),
-            "{called}"
+            calls.ends_with("add-client-id-to-open-id-connect-provider\ncreate-role\n"),
+            "{calls}"
         );
     }
-    // The other formats cannot check, and their output has the option's name.
+    // The other formats cannot check this, so their output names the option.
     for format in [Format::Terraform, Format::Cloudformation] {
         let output = render(&plan, format).unwrap();
         assert!(
@@ -374,9 +375,9 @@ fn commands_create_the_provider_only_if_there_is_none() {
     }
 }
 
-/// Attack 36.
+/// Several IDs in one role (T36).
 #[test]
-fn ids_that_meet_in_one_role_are_a_warning() {
+fn ids_that_share_a_rendered_role_are_a_warning() {
     let ids = [
         "spiffe://t/ns/a/sa/x",
         "spiffe://t/ns/b/sa/x",
@@ -412,8 +413,8 @@ fn ids_that_meet_in_one_role_are_a_warning() {
         )),
         [""; 0]
     );
-    // A fixed role beside one that is made from an ID.
-    let beside = role(
+    // A fixed role next to one that is made from an ID.
+    let fixed = role(
         "r",
         pattern,
         "arn:aws:iam::123456789012:role/{path[1]}={path[3]}",
@@ -423,17 +424,17 @@ fn ids_that_meet_in_one_role_are_a_warning() {
         "arn:aws:iam::123456789012:role/a=x",
     );
     assert!(
-        warnings(&beside)[0]
+        warnings(&fixed)[0]
             .contains("gives this one role to spiffe://t/ns/a/sa/x and spiffe://t/other")
     );
-    // Two that are written for one role are meant so.
+    // Two IDs for one role without a placeholder are intended.
     let meant = role("r", "spiffe://t/one", "arn:aws:iam::123456789012:role/f")
         + &role("f", "spiffe://t/other", "arn:aws:iam::123456789012:role/f");
     assert_eq!(warnings(&meant), [""; 0]);
 }
 
 #[test]
-fn roles_whose_names_iam_does_not_tell_apart_are_a_warning() {
+fn role_names_that_are_equal_in_iam_are_a_warning() {
     let both = |one: &str, other: &str| {
         let text = role(
             "r",
@@ -453,7 +454,7 @@ fn roles_whose_names_iam_does_not_tell_apart_are_a_warning() {
     ] {
         let warnings = both(one, other);
         assert!(
-            warnings.len() == 1 && warnings[0].contains("IAM makes only one of"),
+            warnings.len() == 1 && warnings[0].contains("IAM creates only one of"),
             "{warnings:?}"
         );
     }
@@ -461,10 +462,10 @@ fn roles_whose_names_iam_does_not_tell_apart_are_a_warning() {
 }
 
 #[test]
-fn issuers() {
+fn issuer_parse_rejects_urls_that_iam_rejects() {
     for (text, words) in [
         ("https://oidc.example.org/", "ends with a slash"),
-        ("http://oidc.example.org", "over https only"),
+        ("http://oidc.example.org", "accepts only https"),
         ("https://oidc.example.org:8443", "no port"),
         ("https://OIDC.example.org", "capital letters"),
     ] {
@@ -493,7 +494,7 @@ fn issuers() {
 }
 
 #[test]
-fn a_policy_that_iam_finds_too_long_is_a_warning() {
+fn policy_over_iams_quota_is_a_warning() {
     let text: String = (0..9)
         .map(|i| {
             role(

@@ -1,4 +1,7 @@
+use std::collections::BTreeSet;
+
 use super::*;
+use crate::config::keys::TABLES;
 
 fn parsed(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Config {
     Config::parse(text, env)
@@ -30,26 +33,27 @@ role_arn = \"arn:aws:iam::123456789012:role/billing\"
 ";
 
 const LARGE: &str = "\
-allow_requested_roles = [\"arn:aws:iam::123456789012:role/app-*\"]
+requested_roles.allow = [\"arn:aws:iam::123456789012:role/app-*\"]
 [listen]
 unix = \"\"
 tcp = [\"127.0.0.1:80\"]
-pods = true
-pods_dir = \"/run/other\"
-pods_cgroup = \"/kubepods\"
-handover = \"\"
 admin = \"\"
 status = \"/run/other/status.sock\"
 authorization = \"token\"
 token_file = \"/run/other/token\"
 max_connections = 100
 max_connections_per_workload = 10
+[pods]
+enabled = true
+netns_dir = \"/run/other\"
+cgroup_root = \"/kubepods\"
+handover_socket = \"\"
 [identity]
 source = \"spiffe-broker\"
-reference = \"process\"
+workload_reference = \"process\"
 broker_socket = \"unix:///run/b.sock\"
-broker_server = \"spiffe://example.org/agent\"
-socket = \"unix:///run/a.sock\"
+broker_server_id = \"spiffe://example.org/agent\"
+workload_api_socket = \"unix:///run/a.sock\"
 audience = \"other\"
 [sts]
 region = \"eu-central-1\"
@@ -83,24 +87,97 @@ audience = \"minio\"
 ";
 
 #[test]
-fn what_it_prints_is_read_again_to_the_same() {
-    for text in [SMALL, LARGE] {
+fn page_is_read_again_to_the_same() {
+    for text in [SMALL, LARGE, BY_EXE, BY_NAMES] {
         let config = parsed(text, &|_| None);
-        let explained = config.explain(text, &|_| None);
+        let explained = config.show(text, &|_| None);
         let again = parsed(&explained, &|_| None);
         let [again, config] = [again, config].map(without_lines);
         assert_eq!(format!("{again:?}"), format!("{config:?}"), "{explained}");
     }
 }
 
+const BY_NAMES: &str = "\
+[sts]
+region = \"eu-central-1\"
+endpoint = \"https://minio.internal:9000\"
+ca_file = \"/etc/awsvid/ca.pem\"
+[identity]
+audience = \"minio\"
+[[workload]]
+uid = 7
+gid = 8
+supplementary_group = \"backup\"
+systemd_unit = \"a.service\"
+cgroup = \"/system.slice/a.service\"
+spiffe_id = \"spiffe://example.org/a\"
+[[workload]]
+user = \"a\"
+group = \"b\"
+exe = \"/opt/a\"
+spiffe_id = \"spiffe://example.org/a\"
+[[role]]
+name = \"a\"
+spiffe_id = \"spiffe://example.org/a\"
+role_arn = \"arn:minio:iam:::role/a\"
+";
+
+const BY_EXE: &str = "\
+[sts]
+region = \"eu-central-1\"
+[[workload]]
+exe = \"/opt/a\"
+allow_exe_only = true
+spiffe_id = \"spiffe://example.org/a\"
+[[role]]
+name = \"a\"
+spiffe_id = \"spiffe://example.org/a\"
+role_arn = \"arn:aws:iam::123456789012:role/a\"
+";
+
 #[test]
-fn each_value_says_where_it_is_from() {
+fn page_names_each_listed_key() {
+    let delegated = LARGE
+        .replace("spiffe-broker", "spire-delegated")
+        .replace("workload_reference = \"process\"\n", "")
+        .replace("broker_server_id = \"spiffe://example.org/agent\"\n", "")
+        .replace("broker_socket", "admin_socket");
+    let mut shown = BTreeSet::new();
+    for text in [SMALL, LARGE, &delegated, BY_EXE, BY_NAMES] {
+        let page = parsed(text, &|_| None).show(text, &|_| None);
+        let mut table = "";
+        for line in page.lines() {
+            if line.starts_with('[') {
+                table = line.trim_matches(['[', ']']);
+            } else if let Some(key) = line.trim_start_matches("# ").split(' ').next()
+                && !table.is_empty()
+                // A policy may have several lines.
+                && key.starts_with(|c: char| c.is_ascii_lowercase())
+            {
+                shown.insert((table.to_owned(), key.to_owned()));
+            }
+        }
+    }
+    let listed: BTreeSet<_> = TABLES
+        .iter()
+        .flat_map(|table| {
+            table
+                .keys
+                .iter()
+                .map(|key| (table.name.into(), key.name.into()))
+        })
+        .collect();
+    assert_eq!(shown, listed);
+}
+
+#[test]
+fn page_names_the_origin_of_each_value() {
     let env = |name: &str| match name {
         "AWSVID_LOG" => Some("debug".to_owned()),
         "SPIFFE_ENDPOINT_SOCKET" => Some("unix:///run/other.sock".to_owned()),
         _ => None,
     };
-    let explained = parsed(SMALL, &env).explain(SMALL, &env);
+    let explained = parsed(SMALL, &env).show(SMALL, &env);
     let origin = |line: &str| {
         let found = explained
             .lines()
@@ -113,7 +190,7 @@ fn each_value_says_where_it_is_from() {
         ("unix = \"/run/awsvid/awsvid.sock\"", Some("default")),
         ("tcp = [\"127.0.0.1:974\", \"[::1]:974\"]", Some("default")),
         (
-            "socket = \"unix:///run/other.sock\"",
+            "workload_api_socket = \"unix:///run/other.sock\"",
             Some("from SPIFFE_ENDPOINT_SOCKET"),
         ),
         ("level = \"debug\"", Some("from AWSVID_LOG")),

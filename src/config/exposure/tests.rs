@@ -2,7 +2,7 @@ use std::os::unix::fs::{PermissionsExt, chown, symlink};
 
 use super::*;
 
-/// What another user could do, by the words before "; ".
+/// Returns the problems of the file at this path, without their fixes.
 fn found(path: &Path) -> Vec<String> {
     exposures(path, &fs::metadata(path).unwrap(), "configuration")
         .into_iter()
@@ -24,7 +24,7 @@ fn file() -> (tempfile::TempDir, PathBuf) {
 }
 
 #[test]
-fn a_file_of_ones_own_is_safe_also_below_the_sticky_tmp() {
+fn own_file_is_safe_below_a_sticky_directory() {
     let (_folder, path) = file();
     assert_eq!(found(&path), [] as [&str; 0]);
     set_mode(&path, 0o400);
@@ -34,7 +34,7 @@ fn a_file_of_ones_own_is_safe_also_below_the_sticky_tmp() {
 }
 
 #[test]
-fn modes_of_the_file_and_its_folder_count() {
+fn modes_of_file_and_directory_count() {
     let (folder, path) = file();
     set_mode(&path, 0o646);
     assert_eq!(
@@ -62,7 +62,7 @@ fn modes_of_the_file_and_its_folder_count() {
 }
 
 #[test]
-fn a_symbolic_link_counts_with_its_folder_and_with_what_it_leads_to() {
+fn symbolic_link_counts_with_its_directory_and_target() {
     let (folder, path) = file();
     let other = tempfile::tempdir().unwrap();
     // As a ConfigMap is mounted: awsvid.toml -> ..data/awsvid.toml, ..data -> ..2026
@@ -94,7 +94,7 @@ fn a_symbolic_link_counts_with_its_folder_and_with_what_it_leads_to() {
 }
 
 #[test]
-fn owners_count() {
+fn owners_of_file_and_directory_count() {
     if !geteuid().is_root() {
         return;
     }

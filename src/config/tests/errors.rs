@@ -1,5 +1,5 @@
-//! Each thing that is refused, by the line, key and words that the report has for it. A row is complete: what it doesn't
-//! list must not be reported.
+//! Errors, by their lines, keys and words. A row is complete: an error that it does not list fails
+//! the test.
 
 use super::*;
 
@@ -40,7 +40,7 @@ fn each(rows: &[(&str, &str, Expected<'_>)]) {
 
 #[test]
 fn all_errors_are_reported_together_in_their_order() {
-    let text = r#"alow_requested_roles = []
+    let text = r#"requested_role.allow = []
 [listen]
 tcp = "127.0.0.1:974"
 admin = "localhost:975"
@@ -59,11 +59,7 @@ duration = "1"
     refused(
         text,
         &[
-            (
-                1,
-                "alow_requested_roles",
-                "did you mean `allow_requested_roles`?",
-            ),
+            (1, "requested_role", "did you mean `requested_roles`?"),
             (3, "listen.tcp", "this is a string, where a list is wanted"),
             (
                 4,
@@ -90,7 +86,7 @@ duration = "1"
 }
 
 #[test]
-fn the_report_reads_as_lines_of_file_line_key_text_and_fix() {
+fn errors_print_as_file_line_key_text_and_fix() {
     let problems = parse("[listen]\nadmin = 975\n[[workload]]\nuid = 1\n").unwrap_err();
     let text = ConfigErrors {
         path: "/etc/awsvid.toml".into(),
@@ -100,12 +96,12 @@ fn the_report_reads_as_lines_of_file_line_key_text_and_fix() {
     let expected = "\
         /etc/awsvid.toml:2: listen.admin: this is an integer, where a string is wanted; write a string in quotes\n\
         /etc/awsvid.toml:3: workload.spiffe_id: it is missing; add the SPIFFE ID that these callers have\n\
-        /etc/awsvid.toml: role: nobody has a role, so every request would be refused; add a [[role]]";
+        /etc/awsvid.toml: role: no caller has a role, so every request would be rejected; add a [[role]]";
     assert_eq!(text, expected);
 }
 
 #[test]
-fn a_syntax_error_stands_alone() {
+fn syntax_error_is_reported_alone() {
     let table: [(&str, usize, &str); 6] = [
         (
             "unknown = 1\n[listen\n",
@@ -128,7 +124,7 @@ fn a_syntax_error_stands_alone() {
 }
 
 #[test]
-fn nothing_at_all_is_not_enough() {
+fn empty_file_is_an_error() {
     let nothing = [
         (0, "workload", "add a [[workload]]"),
         (0, "role", "add a [[role]]"),
@@ -152,7 +148,7 @@ fn nothing_at_all_is_not_enough() {
 }
 
 #[test]
-fn unknown_keys_lead_to_the_known() {
+fn unknown_key_has_a_suggestion() {
     each(&[
         ("", "[listne]", (10, "listne", "did you mean `listen`?")),
         (
@@ -178,12 +174,21 @@ fn unknown_keys_lead_to_the_known() {
         (
             "",
             "[listen]\nsocket = \"unix:///x\"",
-            (11, "listen.socket", "it belongs to [identity]"),
+            (11, "listen.socket", "remove it; known here: unix, tcp"),
+        ),
+        (
+            "",
+            "[listen]\nworkload_api_socket = \"unix:///x\"",
+            (11, "listen.workload_api_socket", "it belongs to [identity]"),
         ),
         (
             "",
             "[listen]\nallow_requested_roles = []",
-            (11, "listen.allow_requested_roles", "at the top of the file"),
+            (
+                11,
+                "listen.allow_requested_roles",
+                "did you mean `allow` in [requested_roles]?",
+            ),
         ),
         (
             "",
@@ -217,7 +222,7 @@ fn unknown_keys_lead_to_the_known() {
 }
 
 #[test]
-fn wrong_types_are_named() {
+fn wrong_type_is_named() {
     each(&[
         (
             "",
@@ -356,14 +361,14 @@ fn wrong_types_are_named() {
 }
 
 #[test]
-fn one_mistake_is_one_error() {
+fn mistake_is_reported_once() {
     // What stands in for a wrong value must not be compared with the rest of the file.
     let role = "[[role]]\nname = \"m\"\nspiffe_id = \"spiffe://example.org/billing\"\nrole_arn = \"arn:minio:iam:::role/m\"\n";
     let minio = with("region = \"eu-central-1\"", "endpoint = \"http://minio\"") + role;
     refused(&minio, &[(2, "sts.endpoint", "without TLS")]);
     refused(
         &format!("{LEAST}{role}sts_endpoint = \"minio\"\n"),
-        &[(14, "role.sts_endpoint", "it is no URL")],
+        &[(14, "role.sts_endpoint", "it is not a URL")],
     );
     let audience =
         format!("{LEAST}{role}sts_endpoint = \"https://minio\"\n[identity]\naudience = \"\"\n");
@@ -395,7 +400,7 @@ fn one_mistake_is_one_error() {
 }
 
 #[test]
-fn what_is_planned_is_said_to_be_so() {
+fn reserved_key_is_an_error() {
     each(&[
         (
             "",
@@ -415,7 +420,7 @@ fn what_is_planned_is_said_to_be_so() {
 }
 
 #[test]
-fn listeners() {
+fn listeners_are_checked() {
     let long = format!("[listen]\nunix = \"/{}\"", "x".repeat(107));
     each(&[
         (
@@ -446,46 +451,50 @@ fn listeners() {
         ),
         (
             "",
-            "[listen]\npods_dir = \"netns\"",
-            (11, "listen.pods_dir", "it is relative"),
+            "[pods]\nnetns_dir = \"netns\"",
+            (11, "pods.netns_dir", "it is relative"),
         ),
         (
             "",
-            "[listen]\npods_dir = \"/\"",
-            (11, "listen.pods_dir", "it is empty"),
+            "[pods]\nnetns_dir = \"/\"",
+            (11, "pods.netns_dir", "it is empty"),
         ),
         (
             "",
-            "[listen]\npods = \"yes\"",
-            (11, "listen.pods", "true or false"),
+            "[pods]\nenabled = \"yes\"",
+            (11, "pods.enabled", "true or false"),
         ),
         (
             "",
-            "[listen]\npods = true\nunix = \"/run/awsvid-handover/awsvid.sock\"",
-            (12, "listen.unix", "is also what `listen.handover` names"),
-        ),
-        (
-            "",
-            "[listen]\npods_cgroup = \"/\"",
+            "[pods]\nenabled = true\n[listen]\nunix = \"/run/awsvid-handover/awsvid.sock\"",
             (
-                11,
-                "listen.pods_cgroup",
-                "no path of a cgroup below the root",
+                13,
+                "listen.unix",
+                "is also what `pods.handover_socket` names",
             ),
         ),
         (
             "",
-            "[listen]\npods_cgroup = \"kubepods\"",
+            "[pods]\ncgroup_root = \"/\"",
             (
                 11,
-                "listen.pods_cgroup",
-                "no path of a cgroup below the root",
+                "pods.cgroup_root",
+                "not a path of a cgroup below the root",
             ),
         ),
         (
             "",
-            "[listen]\npods_cgroup = \"/sys/fs/cgroup/kubepods\"",
-            (11, "listen.pods_cgroup", "not of its directory"),
+            "[pods]\ncgroup_root = \"kubepods\"",
+            (
+                11,
+                "pods.cgroup_root",
+                "not a path of a cgroup below the root",
+            ),
+        ),
+        (
+            "",
+            "[pods]\ncgroup_root = \"/sys/fs/cgroup/kubepods\"",
+            (11, "pods.cgroup_root", "not of its directory"),
         ),
         (
             "",
@@ -508,8 +517,12 @@ fn listeners() {
         ),
         (
             "",
-            "[identity]\nsocket = \"unix:/run/awsvid/awsvid.sock\"",
-            (11, "identity.socket", "what `listen.unix` names"),
+            "[identity]\nworkload_api_socket = \"unix:/run/awsvid/awsvid.sock\"",
+            (
+                11,
+                "identity.workload_api_socket",
+                "what `listen.unix` names",
+            ),
         ),
         (
             "",
@@ -542,23 +555,23 @@ fn listeners() {
             (
                 11,
                 "listen.tcp",
-                "\"127.0.0.1\" is no IP address with a port",
+                "\"127.0.0.1\" is not an IP address with a port",
             ),
         ),
         (
             "",
             "[listen]\ntcp = [\"localhost:974\"]",
-            (11, "listen.tcp", "is no IP address with a port"),
+            (11, "listen.tcp", "is not an IP address with a port"),
         ),
         (
             "",
             "[listen]\ntcp = [\"127.0.0.1:99999\"]",
-            (11, "listen.tcp", "is no IP address with a port"),
+            (11, "listen.tcp", "is not an IP address with a port"),
         ),
         (
             "",
             "[listen]\ntcp = [\"127.0.0.1:80\",\n\"127.0.0.1:80\"]",
-            (12, "listen.tcp", "127.0.0.1:80 is there twice"),
+            (12, "listen.tcp", "127.0.0.1:80 occurs twice"),
         ),
         (
             "",
@@ -640,23 +653,31 @@ fn listeners() {
 }
 
 #[test]
-fn identity_source() {
+fn identity_is_checked() {
     let long = format!("[identity]\naudience = \"{}\"", "a".repeat(256));
     each(&[
         (
             "",
-            "[identity]\nsocket = \"/run/spire.sock\"",
-            (11, "identity.socket", "write unix:///run/spire.sock"),
+            "[identity]\nworkload_api_socket = \"/run/spire.sock\"",
+            (
+                11,
+                "identity.workload_api_socket",
+                "write unix:///run/spire.sock",
+            ),
         ),
         (
             "",
-            "[identity]\nsocket = \"\"",
-            (11, "identity.socket", "begins with unix:// or tcp://"),
+            "[identity]\nworkload_api_socket = \"\"",
+            (
+                11,
+                "identity.workload_api_socket",
+                "begins with unix:// or tcp://",
+            ),
         ),
         (
             "",
-            "[identity]\nsocket = \"tcp://agent:8081\"",
-            (11, "identity.socket", "no name"),
+            "[identity]\nworkload_api_socket = \"tcp://agent:8081\"",
+            (11, "identity.workload_api_socket", "no name"),
         ),
         (
             "",
@@ -673,7 +694,7 @@ fn identity_source() {
 }
 
 #[test]
-fn sts_cache_audit_log() {
+fn sts_cache_audit_and_log_are_checked() {
     each(&[
         (
             "region = \"eu-central-1\"",
@@ -723,12 +744,12 @@ fn sts_cache_audit_log() {
         (
             "region = \"eu-central-1\"",
             "endpoint = \"minio:9000\"",
-            (2, "sts.endpoint", "it is no URL"),
+            (2, "sts.endpoint", "it is not a URL"),
         ),
         (
             "region = \"eu-central-1\"",
             "endpoint = \"\"",
-            (2, "sts.endpoint", "it is no URL"),
+            (2, "sts.endpoint", "it is not a URL"),
         ),
         (
             "",
@@ -762,7 +783,7 @@ fn sts_cache_audit_log() {
         (
             "region = \"eu-central-1\"",
             "region = \"eu-central-1\"\ntimeout = \"5 parsecs\"",
-            (3, "sts.timeout", "is no duration"),
+            (3, "sts.timeout", "is not a duration"),
         ),
         (
             "region = \"eu-central-1\"",
@@ -787,13 +808,17 @@ fn sts_cache_audit_log() {
         (
             "",
             "[log]\nlevel = \"inof\"",
-            (11, "log.level", "`inof` is no level"),
+            (11, "log.level", "`inof` is not a level"),
         ),
-        ("", "[log]\nlevel = \"\"", (11, "log.level", "is no level")),
+        (
+            "",
+            "[log]\nlevel = \"\"",
+            (11, "log.level", "is not a level"),
+        ),
         (
             "",
             "[log]\nlevel = \"info,hyper=loud\"",
-            (11, "log.level", "`loud` is no level"),
+            (11, "log.level", "`loud` is not a level"),
         ),
         (
             "",
@@ -804,7 +829,7 @@ fn sts_cache_audit_log() {
 }
 
 #[test]
-fn workload_ids_and_keys() {
+fn rules_are_checked() {
     each(&[
         (
             "uid = 1001",
@@ -818,12 +843,12 @@ fn workload_ids_and_keys() {
         (
             "uid = 1001",
             "uid = 1001\nuser = \"billing\"",
-            (6, "workload.user", "`user` and `uid` say the same thing"),
+            (6, "workload.user", "`user` and `uid` mean the same"),
         ),
         (
             "uid = 1001",
             "gid = 1001\ngroup = \"billing\"",
-            (6, "workload.group", "`group` and `gid` say the same thing"),
+            (6, "workload.group", "`group` and `gid` mean the same"),
         ),
         (
             "uid = 1001",
@@ -878,7 +903,7 @@ fn workload_ids_and_keys() {
         (
             "uid = 1001",
             "exe = \"/opt/billing\"\nallow_exe_only = false",
-            (5, "workload.exe", "whoever runs this program"),
+            (5, "workload.exe", "any user that runs this program"),
         ),
         (
             "uid = 1001",
@@ -898,12 +923,12 @@ fn workload_ids_and_keys() {
         (
             "uid = 1001",
             "systemd_unit = \"a/b.service\"",
-            (5, "workload.systemd_unit", "it is no unit's name"),
+            (5, "workload.systemd_unit", "it is not the name of a unit"),
         ),
         (
             "uid = 1001",
             "systemd_unit = \".service\"",
-            (5, "workload.systemd_unit", "it is no unit's name"),
+            (5, "workload.systemd_unit", "it is not the name of a unit"),
         ),
         (
             "uid = 1001",
@@ -962,7 +987,7 @@ fn workload_ids_and_keys() {
         (
             "spiffe_id = \"spiffe://example.org/billing\"\nuid",
             "spiffe_id = \"spiffe://example.org/*\"\nuid",
-            (4, "workload.spiffe_id", "`*` is no path segment"),
+            (4, "workload.spiffe_id", "`*` is not a path segment"),
         ),
         (
             "spiffe_id = \"spiffe://example.org/billing\"\nuid",
@@ -986,7 +1011,7 @@ fn workload_ids_and_keys() {
 }
 
 #[test]
-fn a_rule_behind_one_that_matches_all_of_its_callers() {
+fn shadowed_rule_is_an_error() {
     let second = |first: &str, second: &str| {
         let rule = format!(
             "{first}\n[[workload]]\nspiffe_id = \"spiffe://example.org/billing\"\n{second}"
@@ -1037,7 +1062,7 @@ fn a_rule_behind_one_that_matches_all_of_its_callers() {
 }
 
 #[test]
-fn roles() {
+fn roles_are_checked() {
     let policy = format!("policy = '{{\"a\": \"{}\"}}'", "x".repeat(2040));
     let arns = format!(
         "policy_arns = [{}]",
@@ -1124,12 +1149,12 @@ fn roles() {
         (
             "",
             "policy = '[]'",
-            (10, "role.policy", "it is no JSON object"),
+            (10, "role.policy", "it is not a JSON object"),
         ),
         (
             "",
             "policy = '{'",
-            (10, "role.policy", "it is no JSON: EOF"),
+            (10, "role.policy", "it is not JSON: EOF"),
         ),
         (
             "",
@@ -1144,12 +1169,12 @@ fn roles() {
         (
             "",
             "policy_arns = [\"ReadOnlyAccess\"]",
-            (10, "role.policy_arns", "is no policy's ARN"),
+            (10, "role.policy_arns", "is not the ARN of a policy"),
         ),
         (
             "",
             "policy_arns = [\"arn:aws:iam::123456789012:role/x\"]",
-            (10, "role.policy_arns", "is no policy's ARN"),
+            (10, "role.policy_arns", "is not the ARN of a policy"),
         ),
         (
             "",
@@ -1201,11 +1226,11 @@ fn roles() {
 }
 
 #[test]
-fn requested_roles() {
-    let top = |list: &str| format!("allow_requested_roles = {list}\n{LEAST}");
+fn requested_roles_are_checked() {
+    let top = |list: &str| format!("requested_roles.allow = {list}\n{LEAST}");
     let table = [
-        (r#"["app-*"]"#, "it is no role's ARN"),
-        (r#"["*"]"#, "it is no role's ARN"),
+        (r#"["app-*"]"#, "it is not the ARN of a role"),
+        (r#"["*"]"#, "it is not the ARN of a role"),
         (r#"["arn:aws:iam::12:role/x"]"#, "<12 digits>"),
         (r#"["arn:aws:iam::123456789012:role/"]"#, "not of the form"),
         (r#"["arn:aws:iam::123456789012:user/*"]"#, "not of the form"),
@@ -1219,7 +1244,7 @@ fn requested_roles() {
         ),
     ];
     for (list, words) in table {
-        refused(&top(list), &[(1, "allow_requested_roles", words)]);
+        refused(&top(list), &[(1, "requested_roles.allow", words)]);
     }
     for list in [
         r#"["arn:aws:iam::123456789012:role/app-*"]"#,
@@ -1232,18 +1257,18 @@ fn requested_roles() {
         .replace("region = \"eu-central-1\"", "endpoint = \"https://minio\"");
     refused(
         &format!("{minio}audience = \"minio\"\n"),
-        &[(1, "allow_requested_roles", "[sts] endpoint is not AWS's")],
+        &[(1, "requested_roles.allow", "[sts] endpoint is not AWS's")],
     );
     // With requested roles alone, a region is needed as well.
     refused(
-        "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n[[workload]]\nspiffe_id = \"spiffe://a/b\"\nuid = 1\n",
+        "requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n[[workload]]\nspiffe_id = \"spiffe://a/b\"\nuid = 1\n",
         &[(0, "sts.region", "no AWS region is set")],
     );
 }
 
 #[test]
-fn an_audience_belongs_to_one_endpoint() {
-    // A role of its own endpoint and audience beside the one at AWS.
+fn audience_belongs_to_one_endpoint() {
+    // A role with its own endpoint and audience, and one at AWS.
     let second = |keys: &str| {
         format!(
             "{LEAST}[[role]]\nname = \"second\"\nspiffe_id = \"spiffe://example.org/billing\"\nrole_arn = \"arn:minio:iam:::role/second\"\n{keys}\n"
@@ -1255,7 +1280,7 @@ fn an_audience_belongs_to_one_endpoint() {
         )
     };
 
-    let replayable = "tokens for \"sts.amazonaws.com\" go to https://minio, whose operator could use them at AWS";
+    let replayable = "tokens for \"sts.amazonaws.com\" go to https://minio, and its operator could use them at AWS";
     refused(
         &second("sts_endpoint = \"https://minio\""),
         &[(10, "role.audience", replayable)],
@@ -1278,7 +1303,7 @@ fn an_audience_belongs_to_one_endpoint() {
     loaded(&format!("{minio}{same}"));
     let other = third("sts_endpoint = \"https://ceph\"\naudience = \"m\"");
     let shared =
-        "tokens for \"m\" go to https://ceph, whose operator could use them at https://minio";
+        "tokens for \"m\" go to https://ceph, and its operator could use them at https://minio";
     refused(&format!("{minio}{other}"), &[(21, "role.audience", shared)]);
     loaded(&format!("{minio}{other}allow_shared_audience = true\n"));
 
@@ -1295,9 +1320,9 @@ fn an_audience_belongs_to_one_endpoint() {
     let customer = aws("sts_endpoint = \"https://sts.abc.execute-api.eu-central-1.amazonaws.com\"");
     refused(&customer, &[(10, "role.audience", "could use them at AWS")]);
 
-    // What a workload asks for goes to AWS with the audience of [identity].
+    // A requested role goes to AWS with the audience of [identity].
     let requested = format!(
-        "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n{minio}[identity]\naudience = \"m\"\n"
+        "requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n{minio}[identity]\naudience = \"m\"\n"
     );
     refused(
         &requested,
@@ -1306,7 +1331,7 @@ fn an_audience_belongs_to_one_endpoint() {
 }
 
 #[test]
-fn the_names_of_dev_are_for_dev_alone() {
+fn names_of_dev_are_errors() {
     each(&[
         (
             "spiffe_id = \"spiffe://example.org/billing\"\nuid = 1001",
@@ -1314,7 +1339,7 @@ fn the_names_of_dev_are_for_dev_alone() {
             (
                 3,
                 "workload",
-                "is the trust domain of `awsvid dev`, which is no provider for production",
+                "is the trust domain of `awsvid dev`, which is not a provider for production",
             ),
         ),
         (

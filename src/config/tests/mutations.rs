@@ -1,9 +1,9 @@
-//! Random damage to the example: the reader reports it or takes it, and never panics.
+//! Random damage to the example: the reader accepts or reports it, and never panics.
 
 use super::*;
-use crate::rule::WorkloadRule;
+use crate::workload_rule::WorkloadRule;
 
-/// Pieces that mean something somewhere.
+/// Pieces of text that have a meaning in some position.
 const PIECES: [&str; 24] = [
     "[[workload]]\n",
     "[[role]]\n",
@@ -56,7 +56,7 @@ fn mutate(text: &mut Vec<u8>, random: &mut fastrand::Rng) {
     }
 }
 
-/// All of the example's keys, so that damage hits values and not only comments.
+/// Returns all keys of the example, so that damage hits values and not only comments.
 fn uncommented() -> String {
     let key = |line: &str| line.starts_with(|c: char| c.is_ascii_lowercase() || c == '[');
     EXAMPLE
@@ -67,7 +67,7 @@ fn uncommented() -> String {
 }
 
 #[test]
-fn no_damage_makes_the_reader_panic() {
+fn reader_survives_damage() {
     let seed = 0x_a115_71d0;
     let mut random = fastrand::Rng::with_seed(seed);
     let sources = [EXAMPLE.to_owned(), uncommented(), LEAST.to_owned()];
@@ -85,7 +85,7 @@ fn no_damage_makes_the_reader_panic() {
         let problems = match outcome {
             Ok(loaded) => {
                 taken += 1;
-                holds(&loaded.config, &text);
+                assert_properties(&loaded.config, &text);
                 loaded.warnings
             }
             Err(problems) => {
@@ -116,15 +116,15 @@ fn no_damage_makes_the_reader_panic() {
             "{text}"
         );
     }
-    // Else the damage would be too little or too much to show anything.
+    // Too little or too much damage would show nothing.
     assert!(
         taken > 100 && refused > 100 && beyond_syntax > 100,
         "{taken} taken, {refused} refused, {beyond_syntax}"
     );
 }
 
-/// What the rest of the program relies on, in whatever was taken.
-fn holds(config: &Config, text: &str) {
+/// Checks the properties of an accepted configuration on which the rest of the program relies.
+fn assert_properties(config: &Config, text: &str) {
     assert!(
         config
             .listen
@@ -134,7 +134,7 @@ fn holds(config: &Config, text: &str) {
         "{text}"
     );
     assert!(
-        config.listen.unix.is_some() || !config.listen.tcp.is_empty() || config.listen.pods,
+        config.listen.unix.is_some() || !config.listen.tcp.is_empty() || config.pods.enabled,
         "{text}"
     );
     assert!(!config.workloads.is_empty(), "{text}");

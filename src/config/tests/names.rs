@@ -5,7 +5,7 @@ use super::*;
 
 /// Only that STS knows what its roles and policies are called.
 #[test]
-fn names_at_another_sts_are_its_affair() {
+fn names_at_another_sts_are_not_checked() {
     let elsewhere = |names: &str| {
         let text = with(
             "role_arn = \"arn:aws:iam::123456789012:role/billing\"",
@@ -43,7 +43,10 @@ fn names_at_another_sts_are_its_affair() {
         refused(&text, &[(9, "role.role_arn", "has no spaces")]);
     }
     for text in elsewhere("role_arn = \"x\"\npolicy_arns = [\"a b\"]") {
-        refused(&text, &[(10, "role.policy_arns", "is no policy's ARN")]);
+        refused(
+            &text,
+            &[(10, "role.policy_arns", "is not the ARN of a policy")],
+        );
     }
     for text in elsewhere("role_arn = \"urn:ecs:iam::ns:role/{path[0]}-{path[1]}\"") {
         refused(
@@ -51,13 +54,13 @@ fn names_at_another_sts_are_its_affair() {
             &[(9, "role.role_arn", "two SPIFFE IDs could give one role")],
         );
     }
-    // Whose the names are is not known while the endpoint is wrong.
+    // With a wrong endpoint the rules for names are unknown.
     let unknown = with(
         "role_arn = \"arn:aws:iam::123456789012:role/billing\"",
         "role_arn = \"x\"\nsts_endpoint = \"minio\"",
     );
-    refused(&unknown, &[(10, "role.sts_endpoint", "it is no URL")]);
-    // What is only below AWS's suffix is not AWS (attack 38).
+    refused(&unknown, &[(10, "role.sts_endpoint", "it is not a URL")]);
+    // A host below AWS's suffix is not always AWS's (T38).
     let bucket = with(
         "region = \"eu-central-1\"",
         "endpoint = \"https://sts.s3.amazonaws.com\"",
@@ -67,15 +70,15 @@ fn names_at_another_sts_are_its_affair() {
         &[(
             6,
             "role.audience",
-            "tokens for \"sts.amazonaws.com\" go to https://sts.s3.amazonaws.com, whose operator could use them at AWS",
+            "tokens for \"sts.amazonaws.com\" go to https://sts.s3.amazonaws.com, and its operator could use them at AWS",
         )],
     );
     refused(
         &format!(
-            "allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n{bucket}[identity]\naudience = \"other\"\n"
+            "requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n{bucket}[identity]\naudience = \"other\"\n"
         ),
         &[
-            (1, "allow_requested_roles", "[sts] endpoint is not AWS's"),
+            (1, "requested_roles.allow", "[sts] endpoint is not AWS's"),
             (7, "role.audience", "could use them at AWS"),
         ],
     );

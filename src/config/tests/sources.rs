@@ -3,7 +3,8 @@
 use super::*;
 use crate::identity::SpiffeIdPattern;
 
-/// What is complete where the agent attests workloads itself: [sts] is lines 1 and 2, [[role]] 3 to 6, [identity] line 7.
+/// The smallest configuration for an agent that attests workloads itself: [sts] is lines 1 and 2,
+/// [[role]] 3 to 6, [identity] line 7.
 const ATTESTED: &str = r#"[sts]
 region = "eu-central-1"
 [[role]]
@@ -30,7 +31,7 @@ fn refused(identity: &str, line: usize, key: &str, words: &str) {
 }
 
 #[test]
-fn sources_that_attest_need_no_workloads_and_have_their_own_socket() {
+fn attesting_source_needs_no_rules() {
     let delegated = loaded(&format!(
         "{ATTESTED}{DELEGATED}admin_socket = \"unix:///run/spire/admin.sock\"\n"
     ));
@@ -59,7 +60,7 @@ fn sources_that_attest_need_no_workloads_and_have_their_own_socket() {
     );
 
     let all = format!(
-        "{ATTESTED}{BROKER}broker_server = \"spiffe://example.org/agent\"\nreference = \"process\"\naudience = \"minio\"\n"
+        "{ATTESTED}{BROKER}broker_server_id = \"spiffe://example.org/agent\"\nworkload_reference = \"process\"\naudience = \"minio\"\n"
     );
     let env = |name: &str| {
         (name == "SPIFFE_BROKER_SOCKET").then(|| "unix:///run/spire/broker.sock".to_owned())
@@ -78,12 +79,12 @@ fn sources_that_attest_need_no_workloads_and_have_their_own_socket() {
 }
 
 #[test]
-fn what_a_source_lacks_or_does_not_have_is_an_error() {
+fn wrong_keys_of_a_source_are_errors() {
     refused(
         "source = \"vault\"\n",
         8,
         "identity.source",
-        "there is no such source",
+        "this source does not exist",
     );
     refused(DELEGATED, 8, "identity.source", "needs `admin_socket`");
     refused(BROKER, 8, "identity.source", "needs `broker_socket`");
@@ -103,8 +104,8 @@ fn what_a_source_lacks_or_does_not_have_is_an_error() {
     let admin = format!("{admin}\"unix:///run/spire/admin.sock\"\n");
     let others = [
         ("broker_socket", "unix:///b"),
-        ("broker_server", "x"),
-        ("reference", "process"),
+        ("broker_server_id", "x"),
+        ("workload_reference", "process"),
     ];
     for (key, value) in others {
         let text = format!("{admin}{key} = \"{value}\"\n");
@@ -123,21 +124,21 @@ fn what_a_source_lacks_or_does_not_have_is_an_error() {
         "\"spire-delegated\" has it",
     );
     refused(
-        &format!("{broker}broker_server = \"agent\"\n"),
+        &format!("{broker}broker_server_id = \"agent\"\n"),
         10,
-        "identity.broker_server",
+        "identity.broker_server_id",
         "begins with spiffe://",
     );
     refused(
-        &format!("{broker}reference = \"pod\"\n"),
+        &format!("{broker}workload_reference = \"pod\"\n"),
         10,
-        "identity.reference",
+        "identity.workload_reference",
         "write \"auto\" or \"process\"",
     );
     refused(
-        &format!("{admin}socket = \"unix:///run/spire/admin.sock\"\n"),
+        &format!("{admin}workload_api_socket = \"unix:///run/spire/admin.sock\"\n"),
         10,
-        "identity.socket",
+        "identity.workload_api_socket",
         "is also what",
     );
     let workload = "[[workload]]\nspiffe_id = \"spiffe://example.org/billing\"\nuid = 1001\n";
@@ -145,6 +146,6 @@ fn what_a_source_lacks_or_does_not_have_is_an_error() {
         &format!("{admin}{workload}"),
         10,
         "workload",
-        "rules are never looked at",
+        "the daemon never uses rules",
     );
 }

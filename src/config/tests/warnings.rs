@@ -14,17 +14,12 @@ fn warned(text: &str, expected: &[(usize, &str, &str)]) {
 }
 
 #[test]
-fn of_one_key() {
+fn risky_key_has_a_warning() {
     let table = [
         (
             "",
             "duration = \"29m 59s\"",
-            (10, "role.duration", "SDKs ask anew for every call"),
-        ),
-        (
-            "",
-            "[listen]\ntcp = [\"127.0.0.1:80\",\n\"127.0.0.1:1024\"]",
-            (12, "listen.tcp", "any user can take port 1024"),
+            (10, "role.duration", "SDKs fetch credentials for every call"),
         ),
         (
             "",
@@ -33,23 +28,28 @@ fn of_one_key() {
         ),
         (
             "",
-            "[identity]\nsocket = \"tcp://10.0.0.1:8081\"",
-            (11, "identity.socket", "in clear text"),
+            "[pods]\nenabled = true\n[listen]\nauthorization = \"token\"",
+            (13, "listen.authorization", "pods do not have `token_file`"),
+        ),
+        (
+            "",
+            "[identity]\nworkload_api_socket = \"tcp://10.0.0.1:8081\"",
+            (11, "identity.workload_api_socket", "in clear text"),
         ),
         (
             "uid = 1001",
             "uid = 1001\nexe = \"/usr/bin/python3.12\"",
-            (6, "workload.exe", "runs whatever its caller gives it"),
+            (6, "workload.exe", "runs any text that its caller gives it"),
         ),
         (
             "uid = 1001",
             "exe = \"/bin/sh\"\nallow_exe_only = true",
-            (5, "workload.exe", "runs whatever"),
+            (5, "workload.exe", "runs any text"),
         ),
         (
             "",
             "region = \"cn-north-1\"",
-            (9, "role.role_arn", "can't be assumed in cn-north-1"),
+            (9, "role.role_arn", "cannot be assumed in cn-north-1"),
         ),
     ];
     for (line, new, expected) in table {
@@ -63,7 +63,8 @@ fn of_one_key() {
     for quiet in [
         "duration = \"30m\"",
         "[listen]\nauthorization = \"off\"\ntcp = []",
-        "[identity]\nsocket = \"tcp://[::1]:1\"",
+        "[listen]\nauthorization = \"token\"",
+        "[identity]\nworkload_api_socket = \"tcp://[::1]:1\"",
     ] {
         warned(&format!("{LEAST}{quiet}\n"), &[]);
     }
@@ -87,7 +88,7 @@ fn of_one_key() {
 }
 
 #[test]
-fn of_wildcards() {
+fn open_wildcard_has_a_warning() {
     let role = |id: &str, arn: &str, more: &str| {
         let text = with(
             "uid = 1001",
@@ -97,11 +98,7 @@ fn of_wildcards() {
             "{text}[[role]]\nname = \"x\"\nspiffe_id = \"{id}\"\nrole_arn = \"arn:aws:iam::123456789012:role/{arn}\"\n{more}\n"
         )
     };
-    let claim = (
-        15,
-        "role.spiffe_id",
-        "whoever can create what `*` stands for",
-    );
+    let claim = (15, "role.spiffe_id", "a new name instead of `*` is enough");
     warned(&role("spiffe://example.org/ns/*/sa/x", "x", ""), &[claim]);
     warned(
         &role("spiffe://example.org/ns/*/sa/x", "{path[1]}", ""),
@@ -122,7 +119,7 @@ fn of_wildcards() {
     );
     warned(&role("spiffe://example.org/ns/shop/sa/*", "x", ""), &[]);
     warned(&role("spiffe://example.org/ns/**", "x", ""), &[]);
-    let alike = (17, "role.session_name", "look the same in CloudTrail");
+    let alike = (17, "role.session_name", "have the same name in CloudTrail");
     warned(
         &role("spiffe://example.org/ns/**", "x", "session_name = \"shop\""),
         &[alike],
@@ -138,7 +135,7 @@ fn of_wildcards() {
 }
 
 #[test]
-fn of_a_role_for_a_whole_trust_domain() {
+fn role_of_a_whole_trust_domain_has_a_warning() {
     let role = |id: &str, arn: &str| {
         with(
             "spiffe_id = \"spiffe://example.org/billing\"\nrole_arn",
@@ -159,7 +156,7 @@ fn of_a_role_for_a_whole_trust_domain() {
 }
 
 #[test]
-fn of_a_role_that_an_earlier_one_hides() {
+fn hidden_role_has_a_warning() {
     let two = |first: &str, second: &str| {
         let text = with(
             "uid = 1001",
@@ -176,7 +173,7 @@ fn of_a_role_that_an_earlier_one_hides() {
     let hidden = (
         14,
         "role.name",
-        "/v1/credentials gives its workloads the one in line 10 instead",
+        "/v1/credentials answers its workloads with the one in line 10 instead",
     );
     let other = (3, "workload", "no role is for spiffe://example.org/billing");
     warned(
@@ -199,7 +196,7 @@ fn of_a_role_that_an_earlier_one_hides() {
 }
 
 #[test]
-fn of_an_id_that_makes_a_name_too_long() {
+fn long_role_name_has_a_warning() {
     let long = "x".repeat(65);
     let text = with(
         "spiffe_id = \"spiffe://example.org/billing\"\nuid",
@@ -209,7 +206,7 @@ fn of_an_id_that_makes_a_name_too_long() {
         "spiffe_id = \"spiffe://example.org/billing\"",
         "spiffe_id = \"spiffe://example.org/*\"",
     );
-    let words = format!("spiffe://example.org/{long} can't have it");
+    let words = format!("spiffe://example.org/{long} cannot have it");
     warned(
         &text.replace("role/billing", "role/{path[0]}"),
         &[(7, "role.name", &words)],
@@ -217,7 +214,7 @@ fn of_an_id_that_makes_a_name_too_long() {
 }
 
 #[test]
-fn of_what_nothing_leads_to() {
+fn unused_identity_or_role_has_a_warning() {
     let other = with(
         "spiffe_id = \"spiffe://example.org/billing\"\nuid",
         "spiffe_id = \"spiffe://example.org/other\"\nuid",
@@ -234,22 +231,22 @@ fn of_what_nothing_leads_to() {
             role,
         ],
     );
-    // A workload may still ask for roles by their ARN.
+    // A workload may still request roles by their ARN.
     let requested =
-        format!("allow_requested_roles = [\"arn:aws:iam::123456789012:role/*\"]\n{other}");
+        format!("requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n{other}");
     warned(&requested, &[(8, "role.name", "no workload on this node")]);
     let any = requested.replace("::123456789012:role/*", "::*:role/*");
     warned(
         &any,
         &[
-            (1, "allow_requested_roles", "anybody's account"),
+            (1, "requested_roles.allow", "roles of any account"),
             (8, "role.name", "no workload"),
         ],
     );
 }
 
 #[test]
-fn of_programs_of_one_user() {
+fn rules_that_differ_by_exe_have_a_warning() {
     let two = |first: &str, second: &str| {
         let text = format!(
             "{first}\nexe = \"/a\"\n[[workload]]\nspiffe_id = \"spiffe://example.org/other\"\n{second}\nexe = \"/b\""
@@ -263,12 +260,49 @@ fn of_programs_of_one_user() {
         &[(
             7,
             "workload",
-            "only `exe` tells its callers from those of the one in line 3",
+            "only `exe` separates its callers from those of the one in line 3",
         )],
     );
     warned(&two("uid = 1", "uid = 2"), &[]);
     warned(
         &two("uid = 1", "uid = 1").replace("/other", "/billing"),
         &[],
+    );
+}
+
+/// The kernel's setting decides which ports any user can take.
+#[test]
+fn port_has_a_warning_where_any_user_can_take_it() {
+    let text =
+        format!("{LEAST}[listen]\ntcp = [\"127.0.0.1:80\",\n\"127.0.0.1:1024\", \"[::1]:0\"]\n");
+    let loaded = loaded(&text);
+    assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
+    let warned = |first: u16| -> Vec<(Option<usize>, String)> {
+        let problems = loaded.config.unprivileged_ports(first);
+        assert!(problems.iter().all(|problem| problem.key == "listen.tcp"));
+        problems
+            .into_iter()
+            .map(|problem| (problem.line, format!("{}; {}", problem.what, problem.fix)))
+            .collect()
+    };
+    let text = |port: u16, fix: &str| {
+        format!("any user can take port {port} while awsvid is down, and answer for it; {fix}")
+    };
+    let low = "set net.ipv4.ip_unprivileged_port_start to 1024";
+    assert_eq!(warned(u16::MAX), []);
+    assert_eq!(warned(1025), []);
+    assert_eq!(
+        warned(FIRST_UNPRIVILEGED_PORT),
+        [(Some(12), text(1024, "use a port below 1024"))]
+    );
+    assert_eq!(
+        warned(80),
+        [(Some(11), text(80, low)), (Some(12), text(1024, low))]
+    );
+    // The default ports have no line.
+    let default = super::loaded(LEAST).config.unprivileged_ports(0);
+    assert!(
+        default.len() == 2 && default.iter().all(|problem| problem.line.is_none()),
+        "{default:?}"
     );
 }

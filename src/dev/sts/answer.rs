@@ -1,4 +1,4 @@
-//! How STS writes: XML of its query protocol, for success and for each refusal.
+//! Responses of the STS: XML of its query protocol, for success and for each error.
 
 use std::fmt::Write;
 use std::time::SystemTime;
@@ -10,11 +10,11 @@ use hyper::header::{CONTENT_TYPE, HeaderValue};
 use super::refusal::DevRefusal;
 use super::token::DevTokenClaims;
 use crate::credentials::Credentials;
-use crate::dev::loopback::{self, LoopbackResponse};
+use crate::dev::loopback_http::{self, LoopbackResponse};
 
 const NAMESPACE: &str = "https://sts.amazonaws.com/doc/2011-06-15/";
 
-/// A refusal as it goes out.
+/// Returns the response for a rejected request.
 pub(super) fn refused(refusal: &DevRefusal, request_id: &str) -> LoopbackResponse {
     let (code, status) = refusal.code.wire();
     let side = if status.is_server_error() {
@@ -28,11 +28,11 @@ pub(super) fn refused(refusal: &DevRefusal, request_id: &str) -> LoopbackRespons
          </Error><RequestId>{request_id}</RequestId></ErrorResponse>",
         escape(message)
     );
-    tracing::debug!(code, message, "dev: STS refused");
+    tracing::debug!(code, message, "dev: STS rejected a request");
     xml(status, body)
 }
 
-/// What `AssumeRoleWithWebIdentity` gives.
+/// Returns the response of `AssumeRoleWithWebIdentity`.
 pub(super) fn assumed(
     credentials: &Credentials,
     session: &DevCaller,
@@ -63,18 +63,18 @@ pub(super) fn assumed(
     success("AssumeRoleWithWebIdentity", &result, request_id)
 }
 
-/// Who a session is, as `GetCallerIdentity` shows it.
+/// Identity of a session, as `GetCallerIdentity` returns it.
 #[derive(Debug, Clone)]
 pub(super) struct DevCaller {
-    /// `arn:aws:sts::<account>:assumed-role/<role>/<session>`.
+    /// ARN of the session: `arn:aws:sts::<account>:assumed-role/<role>/<session>`.
     pub(super) arn: String,
-    /// `AROA...:<session>`.
+    /// User id of the session: `AROA...:<session>`.
     pub(super) user_id: String,
-    /// The account's number.
+    /// Number of the account.
     pub(super) account: String,
 }
 
-/// What `GetCallerIdentity` gives.
+/// Returns the response of `GetCallerIdentity`.
 pub(super) fn identity(caller: &DevCaller, request_id: &str) -> LoopbackResponse {
     let fields = [
         ("Arn", caller.arn.as_str()),
@@ -93,7 +93,7 @@ fn success(action: &str, result: &str, request_id: &str) -> LoopbackResponse {
 }
 
 fn xml(status: StatusCode, body: String) -> LoopbackResponse {
-    let mut response = loopback::empty(status);
+    let mut response = loopback_http::empty(status);
     response
         .headers_mut()
         .insert(CONTENT_TYPE, HeaderValue::from_static("text/xml"));
@@ -109,7 +109,7 @@ fn elements(fields: &[(&str, &str)]) -> String {
     })
 }
 
-/// Text as XML 1.0 character data; what XML can't hold at all becomes U+FFFD.
+/// Escapes text as XML 1.0 character data. Characters that XML cannot contain become U+FFFD.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {

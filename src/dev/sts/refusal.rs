@@ -1,41 +1,41 @@
-//! Why this STS refuses, in the codes and words of AWS's.
+//! Errors of this STS, with the codes and messages of AWS's.
 
 use hyper::StatusCode;
 
-/// Of a value that a message repeats.
-const QUOTED_LENGTH: usize = 128;
+/// Maximum length of a value that a message repeats, in characters.
+const MAX_QUOTED_LENGTH: usize = 128;
 
-/// The codes that this STS refuses with; `code()` is what stands on the wire.
+/// Error codes of this STS. `wire()` returns them as they are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Code {
-    /// The trust policy does not let this token in, or there is no such role.
+    /// The trust policy does not admit this token, or the role does not exist.
     AccessDenied,
     /// The credentials that signed the request have expired.
     ExpiredToken,
     /// The web identity token has expired.
     ExpiredWebIdentity,
-    /// A signature that can't be read.
+    /// The signature cannot be parsed.
     IncompleteSignature,
-    /// Something failed here.
+    /// An operation of this STS failed.
     InternalFailure,
-    /// No such action.
+    /// The action does not exist.
     InvalidAction,
-    /// An access key that was never issued, or not with this session token.
+    /// The access key was never issued, or not with this session token.
     InvalidClientTokenId,
     /// The web identity token is not one of the provider's for this audience.
     InvalidIdentityToken,
-    /// A session policy that is none.
+    /// The session policy is not a policy.
     MalformedPolicyDocument,
-    /// No signature.
+    /// The request has no signature.
     MissingAuthenticationToken,
-    /// Another signature than signing again gives.
+    /// Signing the request again gives another signature.
     SignatureDoesNotMatch,
     /// A parameter is missing or out of its bounds.
     ValidationError,
 }
 
 impl Code {
-    /// `<Code>` and the HTTP status, as STS pairs them.
+    /// Returns `<Code>` and the HTTP status, paired as in STS.
     pub(super) fn wire(self) -> (&'static str, StatusCode) {
         match self {
             Self::AccessDenied => ("AccessDenied", StatusCode::FORBIDDEN),
@@ -56,7 +56,7 @@ impl Code {
     }
 }
 
-/// A refusal; its message never holds a token or a secret.
+/// An error response. Its message never contains a token or a secret.
 #[derive(Debug)]
 pub(super) struct DevRefusal {
     pub(super) code: Code,
@@ -71,12 +71,13 @@ impl DevRefusal {
         }
     }
 
-    /// A parameter that breaks a constraint, in the words of AWS's own validation.
+    /// Returns the error for a parameter that breaks a constraint, with the text of AWS's own
+    /// validation.
     pub(super) fn parameter(name: &str, value: Option<&str>, constraint: &str) -> Self {
         let value = match value {
             Some(value) => format!(
                 "'{}'",
-                value.chars().take(QUOTED_LENGTH).collect::<String>()
+                value.chars().take(MAX_QUOTED_LENGTH).collect::<String>()
             ),
             None => "null".to_owned(),
         };

@@ -1,4 +1,4 @@
-//! What a request asks for: the parameters of the query protocol, and the bounds that STS sets to them.
+//! Parameters of a request in the query protocol, with the bounds that STS sets.
 
 use std::time::Duration;
 
@@ -9,18 +9,18 @@ use hyper::header::CONTENT_TYPE;
 use super::refusal::{Code, DevRefusal};
 use crate::identity::{RoleArn, SessionName};
 
-/// Characters.
+/// Length of a web identity token, in characters.
 const TOKEN_LENGTH: std::ops::RangeInclusive<usize> = 4..=20_000;
-/// Seconds.
+/// Bounds of `DurationSeconds`, in seconds.
 const DURATION: std::ops::RangeInclusive<u32> = 900..=43_200;
-/// Seconds, where the request doesn't say.
+/// Duration of a request without `DurationSeconds`, in seconds.
 const DEFAULT_DURATION: u32 = 3600;
-/// Characters of a session policy.
-const POLICY_MAX: usize = 2048;
-/// Managed session policies.
-const POLICY_ARNS_MAX: usize = 10;
+/// Maximum length of a session policy, in characters.
+const MAX_POLICY_LENGTH: usize = 2048;
+/// Maximum number of managed session policies.
+const MAX_POLICY_ARNS: usize = 10;
 
-/// The parameters: those of the URL, then those of a form.
+/// The parameters of the URL, then those of a form.
 #[derive(Debug)]
 pub(super) struct Parameters(Vec<(String, String)>);
 
@@ -40,7 +40,7 @@ impl Parameters {
         Self(parameters.collect())
     }
 
-    /// The first parameter of that name.
+    /// Returns the first parameter with this name.
     pub(super) fn get(&self, name: &str) -> Option<&str> {
         self.0
             .iter()
@@ -48,7 +48,7 @@ impl Parameters {
             .map(|(_, value)| value.as_str())
     }
 
-    /// How many of the list `PolicyArns` there are.
+    /// Returns the items of the list `PolicyArns`.
     fn policy_arns(&self) -> impl Iterator<Item = &str> {
         self.0
             .iter()
@@ -57,7 +57,7 @@ impl Parameters {
     }
 }
 
-/// `AssumeRoleWithWebIdentity`, with all that can be checked without the token.
+/// A request for `AssumeRoleWithWebIdentity`, with all checks that do not need the token.
 #[derive(Debug)]
 pub(super) struct WebIdentityRequest<'a> {
     pub(super) token: &'a str,
@@ -67,7 +67,7 @@ pub(super) struct WebIdentityRequest<'a> {
 }
 
 impl<'a> WebIdentityRequest<'a> {
-    /// Reads the parameters, or refuses as STS's validation does.
+    /// Parses the parameters, with the errors of STS's validation.
     pub(super) fn of(parameters: &'a Parameters) -> Result<Self, DevRefusal> {
         let token = required(parameters, "WebIdentityToken", "webIdentityToken")?;
         if !TOKEN_LENGTH.contains(&token.len()) {
@@ -76,7 +76,7 @@ impl<'a> WebIdentityRequest<'a> {
             } else {
                 "greater than or equal to 4"
             };
-            // The token itself is a secret, so it is not repeated.
+            // The token itself is a secret, so the message does not repeat it.
             let constraint = format!("have length {bound}");
             return Err(DevRefusal::parameter(
                 "webIdentityToken",
@@ -139,11 +139,11 @@ fn duration(parameters: &Parameters) -> Result<Duration, DevRefusal> {
     Ok(Duration::from_secs(seconds.into()))
 }
 
-/// Session policies can only narrow a role, and the role of `dev` may do nothing that they could take away: they are
-/// checked for their form.
+/// Checks the form of session policies. They can only narrow a role, and the role of `dev` has no
+/// permissions to narrow.
 fn check_policies(parameters: &Parameters) -> Result<(), DevRefusal> {
     if let Some(policy) = parameters.get("Policy") {
-        if policy.is_empty() || policy.len() > POLICY_MAX {
+        if policy.is_empty() || policy.len() > MAX_POLICY_LENGTH {
             return Err(DevRefusal::parameter(
                 "policy",
                 Some(policy),
@@ -158,7 +158,7 @@ fn check_policies(parameters: &Parameters) -> Result<(), DevRefusal> {
             ));
         }
     }
-    if parameters.policy_arns().count() > POLICY_ARNS_MAX {
+    if parameters.policy_arns().count() > MAX_POLICY_ARNS {
         return Err(DevRefusal::parameter(
             "policyArns",
             Some("..."),

@@ -1,4 +1,4 @@
-//! The role sessions that STS has issued and must know again.
+//! The role sessions that STS has issued and has to recognise.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -12,26 +12,26 @@ use super::answer::DevCaller;
 use crate::credentials::Credentials;
 use crate::dev::keys::{KeyError, random_bytes};
 
-/// Sessions at one time. Over it, the one that expires first is forgotten.
+/// Maximum number of sessions. Beyond it, the session that expires first is removed.
 const MAX_SESSIONS: usize = 10_000;
-/// The letters of AWS's ids (base32).
-const ID_LETTERS: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
-/// Behind the four letters that tell the kind.
+/// Alphabet of AWS's ids (base32).
+const ID_ALPHABET: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
+/// Number of characters after the four letters of the kind.
 const ID_LENGTH: usize = 16;
 
-/// One role session.
+/// A role session and its credentials.
 #[derive(Debug, Clone)]
 pub(super) struct Session {
     pub(super) credentials: Credentials,
     pub(super) caller: DevCaller,
 }
 
-/// All of them, by access key id.
+/// All sessions, by access key id.
 #[derive(Debug, Default)]
 pub(super) struct Sessions(Mutex<HashMap<String, Session>>);
 
 impl Sessions {
-    /// Issues credentials for a session and remembers them.
+    /// Issues credentials for a session and stores the session.
     pub(super) fn issue(
         &self,
         caller: DevCaller,
@@ -68,7 +68,7 @@ impl Sessions {
         sessions.insert(session.credentials.access_key_id.clone(), session);
     }
 
-    /// The session of an access key id, expired or not.
+    /// Returns the session of an access key id, expired or not.
     pub(super) fn find(&self, access_key_id: &str) -> Option<Session> {
         self.0
             .lock()
@@ -78,12 +78,12 @@ impl Sessions {
     }
 }
 
-/// An id as AWS writes them: a prefix for the kind, and random letters.
+/// Returns an id in the form of AWS's: a prefix for the kind, and random letters.
 pub(super) fn random_id(prefix: &str) -> Result<String, KeyError> {
     let letters = random_bytes::<ID_LENGTH>()?;
     let letters = letters
         .iter()
-        .map(|byte| char::from(ID_LETTERS[usize::from(byte % 32)]));
+        .map(|byte| char::from(ID_ALPHABET[usize::from(byte % 32)]));
     Ok(prefix.chars().chain(letters).collect())
 }
 
@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_number_of_sessions_is_bounded_and_the_first_to_expire_goes() {
+    fn sessions_are_bounded_and_the_first_to_expire_is_removed() {
         let sessions = Sessions::default();
         let now = SystemTime::UNIX_EPOCH;
         let caller = DevCaller {

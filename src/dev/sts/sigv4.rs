@@ -1,4 +1,4 @@
-//! Signature Version 4 of a request, checked by signing it again with AWS's own signer.
+//! Verification of a request's Signature Version 4, by signing it again with AWS's own signer.
 
 use std::time::{Duration, SystemTime};
 
@@ -18,11 +18,11 @@ use super::sessions::{Session, Sessions};
 
 const ALGORITHM: &str = "AWS4-HMAC-SHA256";
 const SERVICE: &str = "sts";
-/// How far a request's time may be from this clock.
-const SKEW: Duration = Duration::from_secs(15 * 60);
-/// A presigned request is valid for a week at most.
-const EXPIRES_MAX: u64 = 604_800;
-/// What a presigned request adds to the query; signing again adds it again.
+/// Maximum difference between a request's time and this clock.
+const MAX_SKEW: Duration = Duration::from_secs(15 * 60);
+/// Maximum validity of a presigned request: a week, in seconds.
+const MAX_EXPIRES: u64 = 604_800;
+/// Query parameters that presigning adds. Signing again adds them again.
 const PRESIGNED: [&str; 7] = [
     "X-Amz-Algorithm",
     "X-Amz-Credential",
@@ -33,20 +33,20 @@ const PRESIGNED: [&str; 7] = [
     "X-Amz-SignedHeaders",
 ];
 
-/// What a request says of its signature.
+/// Fields of a request's signature.
 struct Signature {
     access_key_id: String,
-    /// `yyyymmdd`.
+    /// Date of the scope: `yyyymmdd`.
     date: String,
     region: String,
     service: String,
     signed_headers: Vec<String>,
     signature: String,
-    /// `yyyymmddThhmmssZ`.
+    /// Time of the signature: `yyyymmddThhmmssZ`.
     time_text: String,
     time: SystemTime,
     session_token: Option<String>,
-    /// Only presigned.
+    /// Validity of a presigned request.
     expires: Option<Duration>,
 }
 
@@ -58,7 +58,7 @@ fn mismatch<T>(message: impl Into<String>) -> Result<T, DevRefusal> {
     Err(DevRefusal::new(Code::SignatureDoesNotMatch, message))
 }
 
-/// Finds the session that signed a request, or refuses as STS does.
+/// Returns the session that signed a request, or the error of STS.
 pub(super) fn authenticate(
     request: &Request<Bytes>,
     parameters: &Parameters,
@@ -162,7 +162,7 @@ impl Signature {
         let Some(expires) = expires
             .parse()
             .ok()
-            .filter(|seconds| *seconds <= EXPIRES_MAX)
+            .filter(|seconds| *seconds <= MAX_EXPIRES)
         else {
             return incomplete("X-Amz-Expires must be a number of seconds, 604800 at most.");
         };
@@ -208,7 +208,7 @@ impl Signature {
         })
     }
 
-    /// What the signature covers, and for when and where it was made.
+    /// Checks the signed headers, and the time and region of the signature.
     fn check_scope(
         &self,
         request: &Request<Bytes>,
@@ -226,7 +226,7 @@ impl Signature {
                 "Date in Credential scope does not match YYYYMMDD from ISO-8601 version of date from HTTP",
             );
         }
-        // Headers that the signature leaves out could be changed on the way.
+        // Headers that the signature does not cover could be changed on the way.
         let is_signed = |name: &str| self.signed_headers.iter().any(|signed| signed == name);
         let mut must = request
             .headers()
@@ -238,14 +238,14 @@ impl Signature {
                 "'Host' and all 'x-amz-*' headers must be 'SignedHeaders' in the AWS Authorization.",
             );
         }
-        let valid_for = self.expires.unwrap_or(SKEW);
+        let valid_for = self.expires.unwrap_or(MAX_SKEW);
         if now > self.time + valid_for {
             return mismatch(format!(
                 "Signature expired: {} is more than {valid_for:?} ago",
                 self.time_text
             ));
         }
-        if self.time > now + SKEW {
+        if self.time > now + MAX_SKEW {
             return mismatch(format!(
                 "Signature not yet current: {} is still later than now",
                 self.time_text
@@ -254,7 +254,7 @@ impl Signature {
         Ok(())
     }
 
-    /// The signature that the session's secret key gives this request.
+    /// Computes the signature of this request with the session's secret key.
     fn recompute(&self, request: &Request<Bytes>, session: &Session) -> Result<String, DevRefusal> {
         let credentials = &session.credentials;
         let identity = SigningCredentials::new(
@@ -266,7 +266,7 @@ impl Signature {
         )
         .into();
         let mut settings = SigningSettings::default();
-        // The client says which headers it signed; none of them is left out.
+        // The client lists the headers that it signed. All of them count.
         settings.excluded_headers = None;
         if self.expires.is_some() {
             settings.signature_location = SignatureLocation::QueryParams;
@@ -298,7 +298,7 @@ impl Signature {
         Ok(signed.into_parts().1)
     }
 
-    /// The request's URI before it was signed. The host is signed as a header.
+    /// Returns the request's URI before it was signed. The host is signed as a header.
     fn unsigned_uri(&self, request: &Request<Bytes>) -> String {
         let uri = request.uri();
         let is_added = |pair: &&str| {
@@ -322,7 +322,7 @@ fn header<'a>(request: &'a Request<Bytes>, name: &str) -> Option<&'a str> {
         .and_then(|value| value.to_str().ok())
 }
 
-/// `20260101T120000Z`.
+/// Parses a time such as `20260101T120000Z`.
 fn parse_amz_date(text: &str) -> Option<SystemTime> {
     if text.len() != 16 || !text.is_ascii() {
         return None;

@@ -66,7 +66,7 @@ impl DevStsEnv {
         json!({ "iss": self.issuer.url(), "sub": SUBJECT, "aud": [AUDIENCE], "iat": now(), "exp": now() + 300 })
     }
 
-    /// The claims of a good token with some of them replaced, or removed where the value is null.
+    /// Returns a valid token with these changes of claims. A null removes a claim.
     fn token(&self, changes: Value) -> String {
         let mut claims = self.claims();
         let members = claims.as_object_mut().unwrap();
@@ -197,7 +197,7 @@ impl DevStsReply {
 }
 
 #[tokio::test]
-async fn a_good_token_gives_a_session_whose_credentials_are_recognised() {
+async fn valid_token_gives_a_session_with_working_credentials() {
     let world = world().await;
     let assumed = world
         .client(None)
@@ -242,7 +242,7 @@ async fn a_good_token_gives_a_session_whose_credentials_are_recognised() {
 }
 
 #[tokio::test]
-async fn the_sdk_reads_the_refusals_as_those_of_sts() {
+async fn sdk_parses_the_errors_as_those_of_sts() {
     let world = world().await;
     let expired = world.token(json!({ "iat": now() - 600, "exp": now() - 1 }));
     let request = world
@@ -298,7 +298,7 @@ async fn the_sdk_reads_the_refusals_as_those_of_sts() {
 }
 
 #[tokio::test]
-async fn tokens_are_refused_for_what_their_claims_say() {
+async fn tokens_with_invalid_claims_are_rejected() {
     let world = world().await;
     let identity = "InvalidIdentityToken";
     let denied = "Not authorized to perform sts:AssumeRoleWithWebIdentity";
@@ -388,7 +388,7 @@ async fn tokens_are_refused_for_what_their_claims_say() {
 }
 
 #[tokio::test]
-async fn tokens_that_the_issuer_did_not_sign_are_refused() {
+async fn tokens_of_other_keys_are_rejected() {
     let world = world().await;
     let identity = "InvalidIdentityToken";
     let good = world.token(json!({}));
@@ -403,7 +403,7 @@ async fn tokens_that_the_issuer_did_not_sign_are_refused() {
         .await
         .refused(400, identity, "Couldn't retrieve verification key");
 
-    // Another key that claims to be the issuer's by its key id.
+    // Another key under the issuer's key id.
     let pkcs8 = aws_lc_rs::signature::EcdsaKeyPair::generate_pkcs8(
         &aws_lc_rs::signature::ECDSA_P256_SHA256_FIXED_SIGNING,
         &aws_lc_rs::rand::SystemRandom::new(),
@@ -450,7 +450,7 @@ async fn tokens_that_the_issuer_did_not_sign_are_refused() {
 }
 
 #[tokio::test]
-async fn an_issuer_that_does_not_answer_or_is_another_is_refused() {
+async fn silent_or_different_issuer_is_rejected() {
     let DevStsEnv { key, issuer, sts } = world().await;
     let verify = async |account: &DevAccount| {
         let iss = &account.providers[0].issuer;
@@ -460,9 +460,9 @@ async fn an_issuer_that_does_not_answer_or_is_another_is_refused() {
     let mut account = sts.desk.account.clone();
     assert!(verify(&account).await.is_ok());
 
-    // Another issuer's document where the configured one's should be.
-    let (listener, address) = loopback::bind().await.unwrap();
-    let document = loopback::get(&format!(
+    // A discovery document of another issuer at the URL of the configured one.
+    let (listener, address) = loopback_http::bind().await.unwrap();
+    let document = loopback_http::get(&format!(
         "{}/.well-known/openid-configuration",
         issuer.url()
     ))
@@ -488,7 +488,7 @@ async fn an_issuer_that_does_not_answer_or_is_another_is_refused() {
 }
 
 #[tokio::test]
-async fn a_role_trusts_its_own_issuer_only() {
+async fn role_trusts_only_its_own_issuer() {
     let DevStsEnv { sts, .. } = world().await;
     let DevStsEnv { key, issuer, .. } = world().await;
     let mut account = sts.desk.account.clone();
@@ -497,7 +497,7 @@ async fn a_role_trusts_its_own_issuer_only() {
         client_ids: vec![AUDIENCE.to_owned()],
     });
     let sts = DevSts::start(account, Clock::system()).await.unwrap();
-    // The second issuer is known to the account, and its token is good.
+    // The account has the second issuer, and its token is valid.
     let other = DevStsEnv { key, issuer, sts };
     other
         .with_token(&other.token(json!({})))
@@ -506,7 +506,7 @@ async fn a_role_trusts_its_own_issuer_only() {
 }
 
 #[tokio::test]
-async fn parameters_out_of_their_bounds_are_refused() {
+async fn parameters_out_of_bounds_are_rejected() {
     let world = world().await;
     let validation = "ValidationError";
     let long = "x".repeat(20_001);
@@ -644,7 +644,7 @@ async fn parameters_out_of_their_bounds_are_refused() {
 }
 
 #[tokio::test]
-async fn an_oversized_body_is_not_read() {
+async fn oversized_body_is_not_read() {
     let world = world().await;
     let mut stream = TcpStream::connect(world.sts.url().trim_start_matches("http://"))
         .await
@@ -653,7 +653,7 @@ async fn an_oversized_body_is_not_read() {
         .write_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
         .await
         .unwrap();
-    // Until the server has had enough: it answers, or closes while this still writes.
+    // Writes until the server answers or closes the connection.
     while stream.write_all(&[b'x'; 4096]).await.is_ok() {}
     let mut reply = Vec::new();
     let _ = stream.read_to_end(&mut reply).await;
@@ -667,7 +667,7 @@ async fn an_oversized_body_is_not_read() {
 
 const FORM: &str = "Action=GetCallerIdentity&Version=2011-06-15";
 
-/// A request for `GetCallerIdentity`, to be spoilt before it is sent.
+/// A request for `GetCallerIdentity`, which a test modifies before it is sent.
 struct Signed {
     method: &'static str,
     path: String,
@@ -796,7 +796,7 @@ impl Signed {
 }
 
 #[tokio::test]
-async fn requests_whose_signature_does_not_hold_are_refused() {
+async fn requests_with_invalid_signatures_are_rejected() {
     let world = world().await;
     let alice = world.session(600);
     let bob = world.session(600);
@@ -943,7 +943,7 @@ async fn requests_whose_signature_does_not_hold_are_refused() {
 }
 
 #[tokio::test]
-async fn expired_credentials_are_refused() {
+async fn expired_credentials_are_rejected() {
     let world = world().await;
     let request = Signed::new(&world, &world.session(-1), SystemTime::now(), "us-east-1");
     request

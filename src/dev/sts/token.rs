@@ -1,4 +1,5 @@
-//! The web identity token: its signature by the provider's keys, which are fetched anew each time, and its claims.
+//! Verification of the web identity token: its signature by the provider's keys, fetched for each
+//! request, and its claims.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -9,12 +10,12 @@ use serde_json::Value;
 
 use super::refusal::{Code, DevRefusal};
 use super::{DevAccount, DevProvider};
-use crate::dev::loopback::{self, FetchError};
+use crate::dev::loopback_http::{self, FetchError};
 use crate::dev::oidc::DISCOVERY_PATH;
 
-/// How far ahead of this clock a token may be made.
-const SKEW: Duration = Duration::from_secs(300);
-/// What STS accepts, of what the library can verify (it has no ES512).
+/// Maximum time by which a token may be issued ahead of this clock.
+const MAX_SKEW: Duration = Duration::from_secs(300);
+/// Algorithms of STS that the library supports (it lacks ES512).
 const ALGORITHMS: [Algorithm; 5] = [
     Algorithm::RS256,
     Algorithm::RS384,
@@ -23,7 +24,7 @@ const ALGORITHMS: [Algorithm; 5] = [
     Algorithm::ES384,
 ];
 
-/// What a verified token says.
+/// Claims of a verified token.
 #[derive(Debug)]
 pub(super) struct DevTokenClaims {
     pub(super) issuer: String,
@@ -31,7 +32,7 @@ pub(super) struct DevTokenClaims {
     pub(super) audience: String,
 }
 
-/// As they stand in the token. All optional, so that a missing one is refused by its name.
+/// Claims as parsed. All are optional, so that an error can name the missing one.
 #[derive(Deserialize)]
 struct RawClaims {
     iss: Option<String>,
@@ -54,7 +55,7 @@ fn refused<T>(message: impl Into<String>) -> Result<T, DevRefusal> {
     Err(DevRefusal::new(Code::InvalidIdentityToken, message))
 }
 
-/// Verifies a token for this account, in the order in which STS reports.
+/// Verifies a token for this account, in the order in which STS reports errors.
 pub(super) async fn verify(
     token: &str,
     account: &DevAccount,
@@ -72,7 +73,7 @@ pub(super) async fn verify(
     let Some(issuer) = unverified.iss else {
         return refused("Missing a required claim: iss");
     };
-    // The name of the issuer only chooses among the configured ones: nothing is fetched from where a token says.
+    // The issuer only selects one of the configured providers. No URL from the token is fetched.
     let Some(provider) = account
         .providers
         .iter()
@@ -93,7 +94,7 @@ pub(super) async fn verify(
     check(claims, provider, now)
 }
 
-/// In AWS's words, which its users search for.
+/// Returns AWS's error for missing keys, with its text, because users search for it.
 fn no_key() -> DevRefusal {
     DevRefusal::new(
         Code::InvalidIdentityToken,
@@ -108,7 +109,7 @@ struct Discovery {
     jwks_uri: String,
 }
 
-/// Why there are no keys; only the log shows it, as with AWS.
+/// Reason why the keys are missing. As with AWS, only the log shows it.
 #[derive(Debug, thiserror::Error)]
 enum KeysError {
     #[error(transparent)]
@@ -120,13 +121,13 @@ enum KeysError {
 }
 
 async fn fetch_keys(issuer: &str) -> Result<JwkSet, KeysError> {
-    let document = loopback::get(&format!("{issuer}{DISCOVERY_PATH}")).await?;
+    let document = loopback_http::get(&format!("{issuer}{DISCOVERY_PATH}")).await?;
     let discovery: Discovery = serde_json::from_slice(&document)?;
     if discovery.issuer != issuer {
         return Err(KeysError::Issuer(discovery.issuer));
     }
     Ok(serde_json::from_slice(
-        &loopback::get(&discovery.jwks_uri).await?,
+        &loopback_http::get(&discovery.jwks_uri).await?,
     )?)
 }
 
@@ -137,7 +138,7 @@ fn verify_signature(token: &str, header: &Header, keys: &JwkSet) -> Result<RawCl
         .and_then(|kid| keys.find(kid))
         .ok_or_else(no_key)?;
     let key = DecodingKey::from_jwk(key).map_err(|_| no_key())?;
-    // The claims are checked below, in STS's own words and order; this is for the signature alone.
+    // Only the signature is checked here. The claims follow, with STS's own messages and order.
     let mut validation = Validation::new(header.alg);
     validation.required_spec_claims.clear();
     validation.validate_exp = false;
@@ -164,14 +165,15 @@ fn check(
         .as_ref()
         .map_or(Ok(iat), |nbf| timestamp(Some(nbf), "nbf"))?;
     if exp <= now {
-        // AWS goes on to accept a token for a while. This is stricter, so that nobody comes to rely on it.
+        // AWS accepts an expired token for a while. This STS is stricter, so that users do not rely
+        // on that.
         let message = format!(
             "Token expired: current date/time {now} must be before the expiration date/time {exp}"
         );
         return Err(DevRefusal::new(Code::ExpiredWebIdentity, message));
     }
     let made = iat.max(not_before);
-    if made > now + SKEW.as_secs() {
+    if made > now + MAX_SKEW.as_secs() {
         return refused(format!(
             "Token is not yet valid: current date/time {now} must be after {made}"
         ));
@@ -187,7 +189,8 @@ fn check(
     })
 }
 
-/// STS takes integers only: `1.7e9` is refused, although it is the same number.
+/// Parses a timestamp. STS accepts integers only, so `1.7e9` is rejected although it is the same
+/// number.
 fn timestamp(claim: Option<&Value>, name: &str) -> Result<u64, DevRefusal> {
     match claim {
         Some(value) => match value.as_u64() {
@@ -198,7 +201,7 @@ fn timestamp(claim: Option<&Value>, name: &str) -> Result<u64, DevRefusal> {
     }
 }
 
-/// The one audience that counts: the authorized party, where the token names one.
+/// Returns the audience that counts: the authorized party, if the token has one.
 fn audience(
     claim: Option<DevAudience>,
     authorized_party: Option<String>,

@@ -66,7 +66,7 @@ fn with_header<T>(message: T, values: &[&'static str]) -> Request<T> {
 }
 
 #[tokio::test]
-async fn it_signs_what_the_bundle_verifies() {
+async fn bundle_verifies_the_tokens() {
     let world = world(geteuid());
     let request = with_header(JwtBundlesRequest {}, &["true"]);
     let mut bundles = world
@@ -110,14 +110,14 @@ async fn it_signs_what_the_bundle_verifies() {
 }
 
 #[tokio::test]
-async fn without_an_id_it_gives_all_that_are_registered() {
+async fn fetch_without_an_id_returns_all_registered_ids() {
     let svids = world(geteuid()).fetch(&["dev-sts"], "").await.unwrap();
     let ids: HashSet<&str> = svids.iter().map(|svid| svid.spiffe_id.as_str()).collect();
     assert_eq!(ids, HashSet::from([ALICE, BOB]));
 }
 
 #[tokio::test]
-async fn requests_are_refused_as_the_standard_says() {
+async fn requests_are_rejected_as_the_standard_requires() {
     let world = world(geteuid());
     let table: [(&[&str], &str, Code); 6] = [
         (&[], ALICE, Code::InvalidArgument),
@@ -162,7 +162,7 @@ async fn requests_are_refused_as_the_standard_says() {
 }
 
 #[tokio::test]
-async fn another_user_is_refused() {
+async fn another_user_is_rejected() {
     let refused = world(Uid::from_raw(geteuid().as_raw() + 1))
         .fetch(&["a"], ALICE)
         .await
@@ -171,7 +171,7 @@ async fn another_user_is_refused() {
 }
 
 #[tokio::test]
-async fn nobody_else_can_reach_the_socket() {
+async fn other_users_cannot_reach_the_socket() {
     let world = world(geteuid());
     let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
     let directory = world.directory.path().join("api");

@@ -53,14 +53,16 @@ fn arn_at_aws_has_account_and_partition() {
     assert!(role(64).is_ok() && role(65).is_err());
 }
 
-/// Names of roles as other makers' documents and code have them.
+/// Names of roles from the documents and code of other implementations.
 #[test]
-fn name_at_another_sts_is_taken_as_it_stands() {
+fn opaque_name_is_accepted_unchanged() {
     let table = [
-        // minio/minio, docs/sts/web-identity.md; its name may be chosen (MINIO_IDENTITY_OPENID_ROLE_POLICY_<name>).
+        // minio/minio, docs/sts/web-identity.md. The name may be chosen
+        // (MINIO_IDENTITY_OPENID_ROLE_POLICY_<name>).
         "arn:minio:iam:::role/nOybJqMNzNmroqEKq5D0EUsRZw0",
         "arn:minio:iam:::role/idp-vault:x",
-        // ceph/ceph, doc/radosgw/role.rst: no account, or a tenant by its name; doc/radosgw/account.rst: an account's id.
+        // ceph/ceph, doc/radosgw/role.rst: no account, or a tenant by its name.
+        // doc/radosgw/account.rst: an account's ID.
         "arn:aws:iam:::role/application_abc/component_xyz/S3Access",
         "arn:aws:iam::tenant:role/S3Access",
         "arn:aws:iam::RGW33567154695143645:role/S3Access",
@@ -69,7 +71,8 @@ fn name_at_another_sts_is_taken_as_it_stands() {
         // Dell ECS and ObjectScale, administration guides, "Accessing accounts using AssumeRole".
         "urn:ecs:iam::apj:role/upgradeJoe",
         "urn:osc:iam::ns1:role/assumeRoleSameAccount",
-        // NetApp StorageGRID, "Policies and permissions": tenants have 20 digits, and groups take the place of roles.
+        // NetApp StorageGRID, "Policies and permissions": tenants have 20 digits, and groups
+        // replace roles.
         "arn:aws:iam::27233906934684427525:group/tenant2group1",
         "urn:sgws:identity::87066461224079950546:group/x",
         // scality/vault: as AWS, with a path that is longer than a name may be.
@@ -116,7 +119,7 @@ fn name_at_another_sts_is_taken_as_it_stands() {
 }
 
 #[test]
-fn arn_that_aws_cannot_have_is_an_error() {
+fn arn_that_is_invalid_at_aws_is_an_error() {
     let table = [
         ("", "20 to 2048 characters, this one 0"),
         ("arn:x:y:::role/z", "20 to 2048 characters"),
@@ -182,7 +185,7 @@ fn arn_that_aws_cannot_have_is_an_error() {
 }
 
 #[test]
-fn template_is_filled_from_the_path() {
+fn template_renders_segments_of_the_path() {
     let billing = id("spiffe://td/ns/shop/sa/billing");
     // (the role in the template, what it becomes, the segments)
     let table: [(&str, Option<&str>, &[usize]); 9] = [
@@ -215,7 +218,7 @@ fn template_is_filled_from_the_path() {
         );
         assert_eq!(template.highest_segment(), segments.iter().copied().max());
     }
-    // The account of another STS is that one's affair.
+    // The account of another STS is not checked.
     let opaque = |text: &str| {
         ArnTemplate::opaque(text)
             .unwrap()
@@ -232,7 +235,7 @@ fn template_is_filled_from_the_path() {
         "urn:ecs:iam::shop:role/billing"
     );
     assert_eq!(opaque("{path[3]}"), "billing");
-    // IAM has no role of so long a name, and STS takes no longer one.
+    // IAM's role names are not this long, and STS rejects longer ones.
     let long = id(&format!("spiffe://td/{}", "x".repeat(65)));
     assert_eq!(template(&format!("{AWS}{{path[0]}}")).render(&long), None);
     let longest = ArnTemplate::opaque(&format!("{}{{path[0]}}", "x".repeat(2040))).unwrap();
@@ -240,7 +243,7 @@ fn template_is_filled_from_the_path() {
 }
 
 #[test]
-fn text_that_is_no_template_is_an_error() {
+fn template_parser_rejects_invalid_templates() {
     let table = [
         ("{path[0]}", "20 to 2048 characters"),
         (
@@ -270,7 +273,7 @@ fn text_that_is_no_template_is_an_error() {
             "`{{path[0]}` is not known",
         ),
         ("arn:aws:iam::123456789012:role/x}", "an AWS role's name"),
-        // The account decides whose role it is: nothing in a SPIFFE ID may.
+        // The account decides on the owner of the role, so a SPIFFE ID must not choose it.
         ("arn:aws:iam::{path[0]}:role/billing", "<12 digits>"),
         (
             "arn:aws:iam::123456789012:{path[0]}/billing",
@@ -278,7 +281,7 @@ fn text_that_is_no_template_is_an_error() {
         ),
         (
             "arn:aws-{path[0]}:iam::123456789012:role/billing",
-            "behind `role/`",
+            "can only follow `role/`",
         ),
     ];
     for (text, words) in table {
@@ -287,9 +290,9 @@ fn text_that_is_no_template_is_an_error() {
     }
 }
 
-/// Attack 36.
+/// Placeholders need a separator, so that two SPIFFE IDs cannot render one role (T36).
 #[test]
-fn two_placeholders_need_a_character_that_no_segment_has_between_them() {
+fn template_needs_a_separator_between_placeholders() {
     for between in ["", "-", ".", "_", "-role-", "x"] {
         let text = format!("{AWS}{{path[1]}}{between}{{path[3]}}");
         for error in [
@@ -306,7 +309,7 @@ fn two_placeholders_need_a_character_that_no_segment_has_between_them() {
         let third = format!("{AWS}{{path[1]}}={{path[2]}}{between}{{path[3]}}");
         assert!(ArnTemplate::parse(&third).is_err(), "{third}");
     }
-    // Different segments give different ARNs.
+    // Different segments render different ARNs.
     let parts = ["a", "b", "a-b", "b-a", "a-", "-b", "a.b", "_"];
     for between in ["=", "+", ",", "@", "/", "-=-", "a=b"] {
         let template = template(&format!("{AWS}x{{path[0]}}{between}{{path[1]}}a"));
@@ -327,7 +330,7 @@ fn two_placeholders_need_a_character_that_no_segment_has_between_them() {
 }
 
 #[test]
-fn fixed_template_is_the_arn_itself() {
+fn fixed_template_renders_the_arn_itself() {
     let arn = RoleArn::opaque("arn:aws:iam::123456789012:role/{path[0]}/x").unwrap();
     let fixed = ArnTemplate::fixed(&arn);
     assert_eq!(

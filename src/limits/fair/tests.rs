@@ -9,7 +9,7 @@ fn id(name: &str) -> SpiffeId {
     SpiffeId::parse(&format!("spiffe://example.org/{name}")).unwrap()
 }
 
-/// A key of a person who may have several.
+/// A key in a group of several.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Key(&'static str, u32);
 
@@ -18,6 +18,12 @@ impl FairKey for Key {
 
     fn group(&self) -> &'static str {
         self.0
+    }
+}
+
+impl<K: FairKey> FairSemaphore<K> {
+    async fn acquire(&self, key: &K) -> Option<FairPermit<K>> {
+        self.acquire_within(ACQUIRE_TIMEOUT, key).await
     }
 }
 
@@ -32,7 +38,7 @@ fn is_empty<K: FairKey>(limit: &FairSemaphore<K>) -> bool {
 }
 
 #[tokio::test(start_paused = true)]
-async fn semaphore_leaves_each_key_its_share() {
+async fn semaphore_reserves_permits_for_other_keys() {
     let limit = FairSemaphore::new(4, 3);
     let mut held = Vec::new();
     for _ in 0..3 {
@@ -49,7 +55,7 @@ async fn semaphore_leaves_each_key_its_share() {
         })
         .collect();
     tokio::task::yield_now().await;
-    // No time passes: the hundred that wait are in nobody's way.
+    // No time passes: the hundred waiters do not delay other keys.
     let start = Instant::now();
     for name in ["a", "b", "c"] {
         drop(limit.acquire(&id(name)).await.unwrap());
@@ -97,13 +103,13 @@ async fn released_permit_goes_to_the_group_that_holds_the_fewest() {
     for task in tasks {
         task.await.unwrap();
     }
-    // However many keys one person has, and however long they have waited.
+    // The number of the group's keys does not matter, nor how long they have waited.
     assert_eq!(order.lock().unwrap()[0], Key("one", 1));
     assert!(is_empty(&limit));
 }
 
 #[tokio::test(start_paused = true)]
-async fn waiter_that_gives_up_leaves_nothing_behind() {
+async fn waiter_leaves_no_state_after_its_timeout() {
     let limit = FairSemaphore::new(1, 1);
     let held = limit.acquire(&id("a")).await.unwrap();
     assert!(limit.acquire(&id("a")).await.is_none());
@@ -123,9 +129,9 @@ async fn full_queue_drops_a_waiter_of_the_group_that_has_the_most() {
     };
     let greedy: Vec<_> = (0..4).map(|uid| wait(Key("greedy", uid))).collect();
     tokio::task::yield_now().await;
-    // The greedy group has the most, so it finds no room ...
+    // The greedy group has the most waiters, so the queue has no room for it.
     assert!(limit.acquire(&Key("greedy", 9)).await.is_none());
-    // ... and its newest gives way to others.
+    // Its newest waiters are dropped in favour of other groups.
     let modest = [wait(Key("a", 1)), wait(Key("b", 1))];
     tokio::task::yield_now().await;
     drop(held);
@@ -138,7 +144,7 @@ async fn full_queue_drops_a_waiter_of_the_group_that_has_the_most() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn eviction_takes_the_oldest_idle_permit_of_whoever_has_the_most() {
+async fn eviction_takes_the_oldest_idle_permit_of_the_largest_key() {
     let limit = FairSemaphore::new(4, 4);
     let greedy: Vec<_> = (0..4)
         .map(|uid| limit.try_acquire_evicting(&Key("greedy", uid % 2)).unwrap())
@@ -149,11 +155,11 @@ async fn eviction_takes_the_oldest_idle_permit_of_whoever_has_the_most() {
         Exhausted::Total
     );
     let modest = limit.try_acquire_evicting(&Key("modest", 1)).unwrap();
-    // Of the two keys of that group either has two; one of them has an idle permit that is the oldest.
+    // Both keys of that group hold two permits. One of these keys has the oldest idle permit.
     assert_eq!(greedy.iter().filter(|permit| is_evicted(permit)).count(), 1);
     assert!(!is_evicted(&greedy[0]) && !is_evicted(&modest));
     let second = limit.try_acquire_evicting(&Key("modest", 1)).unwrap();
-    // Two against two: nobody has more than the other any longer.
+    // Two against two: neither group holds more than the other.
     assert_eq!(
         limit.try_acquire_evicting(&Key("modest", 1)).unwrap_err(),
         Exhausted::Total
@@ -175,7 +181,7 @@ fn is_evicted<K: FairKey>(permit: &FairPermit<K>) -> bool {
 }
 
 #[tokio::test]
-async fn admission_takes_the_oldest_of_the_same_key_at_its_limit() {
+async fn admission_takes_the_keys_oldest_at_its_limit() {
     let limit = FairSemaphore::new(10, 3);
     let other = limit.admit(&id("other"));
     let flood: Vec<_> = (0..100).map(|_| limit.admit(&id("flood"))).collect();
@@ -190,7 +196,7 @@ async fn admission_takes_the_oldest_of_the_same_key_at_its_limit() {
 }
 
 #[tokio::test]
-async fn admission_takes_the_oldest_of_whoever_has_the_most() {
+async fn admission_takes_the_oldest_of_the_largest_key() {
     let limit = FairSemaphore::new(6, 3);
     let one = limit.admit(&id("one"));
     let most: Vec<_> = (0..3).map(|_| limit.admit(&id("most"))).collect();
@@ -202,7 +208,7 @@ async fn admission_takes_the_oldest_of_whoever_has_the_most() {
                 .into_iter()
                 .any(is_evicted)
     );
-    // All have one or two now, and it is one of those that have two.
+    // Each key now holds one or two permits, and the victim is one of those that hold two.
     let last = limit.admit(&id("last"));
     let evicted = [&most[1], &two[0]]
         .into_iter()
@@ -222,7 +228,7 @@ async fn admission_takes_the_oldest_of_whoever_has_the_most() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn permit_in_use_gives_way_where_none_is_idle() {
+async fn permit_in_use_is_evicted_if_none_is_idle() {
     let limit = FairSemaphore::new(2, 2);
     let held = [1, 2].map(|_| {
         let permit = limit.try_acquire_evicting(&id("greedy")).unwrap();
@@ -236,7 +242,76 @@ async fn permit_in_use_gives_way_where_none_is_idle() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn detached_permit_counts_for_its_key_alone() {
+async fn permit_in_use_gives_way_only_to_a_smaller_group() {
+    let limit = FairSemaphore::new(6, 3);
+    let acquire = |key: Key| {
+        let limit = limit.clone();
+        async move {
+            limit
+                .acquire_evicting_within(Duration::from_secs(1), &key)
+                .await
+        }
+    };
+    let mut held = Vec::new();
+    for key in [("greedy", 1), ("greedy", 1), ("greedy", 2), ("slow", 1)] {
+        held.push(acquire(Key(key.0, key.1)).await.unwrap());
+    }
+    for _ in 0..2 {
+        held.push(acquire(Key("other", 1)).await.unwrap());
+    }
+    let start = Instant::now();
+    // 3, 1 and 2: the largest group loses the newest of its largest key.
+    held.push(acquire(Key("new", 1)).await.unwrap());
+    let evicted: Vec<bool> = held.iter().map(is_evicted).collect();
+    assert_eq!(
+        evicted,
+        [false, true, false, false, false, false, false],
+        "the newest of the key with two"
+    );
+    // 2, 1, 2 and 1: one of the groups with two, and then the other.
+    held.push(acquire(Key("newest", 1)).await.unwrap());
+    held.push(acquire(Key("crowd", 0)).await.unwrap());
+    assert_eq!(start.elapsed(), Duration::ZERO);
+    // Each of the six groups holds one now. No newcomer takes it, whether of another group or of
+    // another key in one of these.
+    for key in [Key("late", 1), Key("late", 2), Key("crowd", 1)] {
+        assert!(acquire(key).await.is_none());
+    }
+    assert_eq!(held.iter().filter(|permit| is_evicted(permit)).count(), 2);
+    assert!(!is_evicted(&held[3]), "the only one of its group");
+    drop(held);
+    assert!(is_empty(&limit));
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiter_gets_a_permit_that_can_be_evicted() {
+    let limit = FairSemaphore::new(2, 1);
+    let wait = |key: Key| {
+        let limit = limit.clone();
+        tokio::spawn(async move { limit.acquire_evicting(&key).await.unwrap() })
+    };
+    let held = [
+        limit.acquire(&Key("a", 1)).await.unwrap(),
+        limit.acquire(&Key("a", 2)).await.unwrap(),
+    ];
+    let waiting = [wait(Key("b", 1)), wait(Key("b", 2))];
+    tokio::task::yield_now().await;
+    drop(held);
+    let mut granted = Vec::new();
+    for waiting in waiting {
+        granted.push(waiting.await.unwrap());
+    }
+    let c = limit.acquire_evicting(&Key("c", 1)).await.unwrap();
+    assert_eq!(
+        granted.iter().filter(|permit| is_evicted(permit)).count(),
+        1
+    );
+    drop((granted, c));
+    assert!(is_empty(&limit));
+}
+
+#[tokio::test(start_paused = true)]
+async fn detached_permit_counts_only_for_its_key() {
     let limit = FairSemaphore::new(1, 1);
     let stuck = limit.acquire(&id("stuck")).await.unwrap();
     assert!(limit.try_acquire(&id("other")).is_err());

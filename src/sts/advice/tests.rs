@@ -37,7 +37,7 @@ fn advice(reason: &str, answer: &str, is_aws: bool, arn: &str, algorithm: &str) 
 }
 
 #[test]
-fn advice_names_what_has_to_be_changed() {
+fn advice_names_the_setting_to_change() {
     const AWS: &str = "arn:aws:iam::123456789012:role/shop";
     const MINIO: &str = "arn:minio:iam:::role/x";
     // (reason, STS's answer, at AWS, the role, words of the advice)
@@ -177,14 +177,14 @@ fn advice_names_what_has_to_be_changed() {
             &[],
         ),
     ];
-    for (reason, answer, is_aws, arn, words) in table {
+    for (reason, answer, is_aws, arn, fragments) in table {
         let advice = advice(reason, answer, is_aws, arn, "ES256");
         assert_eq!(
             advice.is_empty(),
-            words.is_empty(),
+            fragments.is_empty(),
             "{reason} {answer}: {advice}"
         );
-        for word in words {
+        for word in fragments {
             assert!(advice.contains(word), "{reason} {answer} {arn}: {advice}");
         }
         assert!(
@@ -195,7 +195,7 @@ fn advice_names_what_has_to_be_changed() {
 }
 
 #[test]
-fn signature_that_aws_does_not_know_is_named() {
+fn advice_names_an_unsupported_signature() {
     const ARN: &str = "arn:aws:iam::123456789012:role/shop";
     for (algorithm, reason, is_aws, named) in [
         ("PS256", "sts_invalid_token", true, true),

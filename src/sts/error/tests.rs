@@ -10,7 +10,7 @@ fn refused(code: Option<&str>, status: u16, message: &str) -> Failure {
 }
 
 #[test]
-fn each_code_has_its_meaning() {
+fn code_is_classified() {
     use RetryPolicy::{Later, Never, NewToken};
     let keys = "Couldn't retrieve verification key from your identity provider, please reference \
                 AssumeRoleWithWebIdentity documentation for requirements";
@@ -192,7 +192,7 @@ fn each_code_has_its_meaning() {
             "sts_unavailable",
         ),
         (Some("UpstreamError"), 500, "", Later, "sts_unavailable"),
-        // Ceph, RustFS, and S3s that are no STS.
+        // Codes of Ceph, RustFS, and S3 services that do not offer STS.
         (Some("NoSuchEntity"), 404, "", Never, "sts_bad_request"),
         (
             Some("InvalidArgument"),
@@ -234,31 +234,39 @@ fn each_code_has_its_meaning() {
         (None, 503, "", Later, "sts_unavailable"),
         (None, 504, "", Later, "sts_unavailable"),
     ];
-    for (code, status, message, again, reason) in table {
+    for (code, status, message, retry, reason) in table {
         assert_eq!(
             refused(code, status, message).classify(),
-            (again, reason),
+            (retry, reason),
             "{code:?} {status} {message}"
         );
     }
     let others = [
-        (Failure::Garbled(String::new()), Later, "sts_bad_answer"),
-        (Failure::NoAnswer(String::new()), Later, "sts_unreachable"),
         (
-            Failure::Unsendable(String::new()),
+            Failure::InvalidResponse(String::new()),
+            Later,
+            "sts_bad_answer",
+        ),
+        (
+            Failure::Unreachable(String::new()),
+            Later,
+            "sts_unreachable",
+        ),
+        (
+            Failure::InvalidRequest(String::new()),
             Never,
             "sts_misconfigured",
         ),
         (Failure::Untrusted(String::new()), Later, "sts_no_ca"),
         (Failure::Busy, Later, "sts_busy"),
     ];
-    for (failure, again, reason) in others {
-        assert_eq!(failure.classify(), (again, reason));
+    for (failure, retry, reason) in others {
+        assert_eq!(failure.classify(), (retry, reason));
     }
 }
 
 #[test]
-fn words_of_the_token_are_taken_out() {
+fn error_text_does_not_quote_the_token() {
     let svid = svid_for(&billing(), 300, 1);
     let token = svid.secret();
     let clean = |text: &str| without_token(text, Some(&svid));
@@ -300,9 +308,9 @@ fn error_names_the_host_and_the_proxy() {
     };
     let failures = [
         refused(Some("AccessDenied"), 403, ""),
-        Failure::Garbled("x".to_owned()),
-        Failure::NoAnswer("x".to_owned()),
-        Failure::Unsendable("x".to_owned()),
+        Failure::InvalidResponse("x".to_owned()),
+        Failure::Unreachable("x".to_owned()),
+        Failure::InvalidRequest("x".to_owned()),
         Failure::Untrusted("x".to_owned()),
         Failure::Busy,
     ];
@@ -314,7 +322,8 @@ fn error_names_the_host_and_the_proxy() {
         );
     }
     let through = at(Some("the proxy proxy.example.org:3128 (HTTPS_PROXY)"));
-    let error = StsError::new(&Failure::NoAnswer("refused".to_owned()), &through, None).to_string();
+    let error =
+        StsError::new(&Failure::Unreachable("refused".to_owned()), &through, None).to_string();
     assert!(
         error.contains("through the proxy proxy.example.org:3128 (HTTPS_PROXY): refused"),
         "{error}"
@@ -326,7 +335,7 @@ fn error_names_the_host_and_the_proxy() {
 struct Link(&'static str, #[source] Option<Box<Link>>);
 
 #[test]
-fn causes_are_said_once_each_and_no_structures() {
+fn causes_are_unique_and_without_structures() {
     let chain = |texts: &[&'static str]| {
         texts
             .iter()
@@ -344,10 +353,7 @@ fn causes_are_said_once_each_and_no_structures() {
             ][..],
             "client error (Connect): invalid certificate",
         ),
-        (
-            &["the SDK's own words say nothing"],
-            "the connection failed",
-        ),
+        (&["the SDK's own words"], "the connection failed"),
         (
             &["other", "failed to apply to `Request { body: ... }`"],
             "the connection failed",
@@ -361,7 +367,7 @@ fn causes_are_said_once_each_and_no_structures() {
             "no such host",
         ),
     ];
-    for (texts, said) in table {
-        assert_eq!(causes(&*chain(texts)), said);
+    for (texts, parts) in table {
+        assert_eq!(causes(&*chain(texts)), parts);
     }
 }

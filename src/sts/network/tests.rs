@@ -6,12 +6,12 @@ fn network(variables: Variables<'_>) -> NetworkSettings {
     NetworkSettings::from_env(|name| {
         variables
             .iter()
-            .find(|(known, _)| *known == name)
+            .find(|(existing, _)| *existing == name)
             .map(|(_, value)| (*value).to_owned())
     })
 }
 
-/// The proxy on the way there, as `host:port`, or the error.
+/// Returns the proxy for calls to this URL as `host:port`, or the error.
 fn hop(variables: Variables<'_>, to: &str) -> Result<Option<String>, String> {
     let found = network(variables).hop(&to.parse().unwrap());
     found
@@ -95,7 +95,7 @@ fn first_variable_that_is_set_names_the_proxy() {
     }
 }
 
-/// `ALL_PROXY` for a terminal's other programs is often one of SOCKS.
+/// `ALL_PROXY` for the other programs of a terminal often names a SOCKS proxy.
 #[test]
 fn variable_is_an_error_only_where_it_is_used() {
     const STS: &str = "https://sts.eu-central-1.amazonaws.com";
@@ -206,7 +206,7 @@ fn password_is_taken_up_to_the_last_at_sign() {
 }
 
 #[tokio::test]
-async fn one_function_says_which_host_is_called() {
+async fn sts_url_is_the_called_host() {
     let (fips, dual_stack) = ((FIPS, "True"), (DUAL_STACK, "true"));
     let table: [(&str, Variables<'_>, &str); 14] = [
         (
@@ -279,7 +279,7 @@ async fn one_function_says_which_host_is_called() {
             "{region} {variables:?}"
         );
     }
-    // An endpoint is called as it is; a variable that has nothing to say about it may hold anything.
+    // An endpoint is called as it is. A variable that does not apply may have any value.
     let endpoint = StsTarget {
         region: "x".to_owned(),
         endpoint: Some("https://minio.internal:9000".to_owned()),

@@ -1,4 +1,4 @@
-//! Servers in STS's place, and a proxy in front of them.
+//! Fake STS servers, and a fake proxy in front of them.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -25,31 +25,31 @@ use tokio_rustls::rustls::crypto::aws_lc_rs::default_provider;
 use tokio_rustls::rustls::pki_types::PrivateKeyDer;
 use tokio_stream::StreamExt;
 
-/// What to answer.
+/// Reply of the fake server.
 #[derive(Clone)]
 pub(crate) enum StsReply {
-    /// This.
+    /// This response, at once.
     Body(u16, &'static str, String),
-    /// This head without a body, and a place to go.
+    /// This head without a body, and a `Location`.
     Redirect(String),
-    /// This, when two are waiting for it.
-    Together(Arc<Meeting>, String),
-    /// Nothing, ever.
+    /// This response, once two requests wait for it.
+    Together(Arc<RequestBarrier>, String),
+    /// No response at all.
     Never,
-    /// The beginning of an answer, and no end.
+    /// The beginning of a response, without an end.
     Stalls,
-    /// The beginning of an answer, and the end of the connection.
+    /// The beginning of a response, and the end of the connection.
     Breaks,
 }
 
-/// Where requests wait for one another, and are counted.
-pub(crate) struct Meeting {
+/// Barrier at which requests wait for one another, and are counted.
+pub(crate) struct RequestBarrier {
     two: Barrier,
     waiting: AtomicUsize,
     pub(crate) most: AtomicUsize,
 }
 
-impl Meeting {
+impl RequestBarrier {
     pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self {
             two: Barrier::new(2),
@@ -61,17 +61,17 @@ impl Meeting {
 
 /// A request that arrived.
 #[derive(Clone, Debug)]
-pub(crate) struct Received {
+pub(crate) struct ReceivedRequest {
     pub(crate) uri: String,
     pub(crate) headers: HeaderMap,
     pub(crate) form: HashMap<String, String>,
     pub(crate) connection: usize,
 }
 
-/// A running server; it ends with the value.
+/// A running server, which stops when the value is dropped.
 pub(crate) struct FakeSts {
     pub(crate) address: SocketAddr,
-    received: Arc<Mutex<Vec<Received>>>,
+    received: Arc<Mutex<Vec<ReceivedRequest>>>,
     task: JoinHandle<()>,
 }
 
@@ -81,34 +81,34 @@ impl Drop for FakeSts {
     }
 }
 
-type Script = dyn Fn(usize, &Received) -> StsReply + Send + Sync;
+type Script = dyn Fn(usize, &ReceivedRequest) -> StsReply + Send + Sync;
 
 impl FakeSts {
-    /// Plain HTTP on loopback. `script` is given the request's number, from 0.
+    /// Starts plain HTTP on loopback. `script` gets the request's number, from 0.
     pub(crate) async fn start(
-        script: impl Fn(usize, &Received) -> StsReply + Send + Sync + 'static,
+        script: impl Fn(usize, &ReceivedRequest) -> StsReply + Send + Sync + 'static,
     ) -> Self {
         Self::start_with(None, script).await
     }
 
-    /// With TLS, where a certificate is given.
+    /// Starts a server, with TLS if there is a certificate.
     pub(crate) async fn start_with(
         tls: Option<TlsAcceptor>,
-        script: impl Fn(usize, &Received) -> StsReply + Send + Sync + 'static,
+        script: impl Fn(usize, &ReceivedRequest) -> StsReply + Send + Sync + 'static,
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let received = Arc::new(Mutex::new(Vec::new()));
-        let (seen, script): (_, Arc<Script>) = (received.clone(), Arc::new(script));
+        let (previous, script): (_, Arc<Script>) = (received.clone(), Arc::new(script));
         let task = tokio::spawn(async move {
             for connection in 0.. {
                 let (stream, _) = listener.accept().await.unwrap();
-                let (tls, seen, script) = (tls.clone(), seen.clone(), script.clone());
+                let (tls, previous, script) = (tls.clone(), previous.clone(), script.clone());
                 tokio::spawn(async move {
                     match tls {
-                        None => serve(stream, connection, seen, script).await,
+                        None => serve(stream, connection, previous, script).await,
                         Some(tls) => match tls.accept(stream).await {
-                            Ok(stream) => serve(stream, connection, seen, script).await,
+                            Ok(stream) => serve(stream, connection, previous, script).await,
                             Err(refused_by_the_client) => drop(refused_by_the_client),
                         },
                     }
@@ -122,7 +122,7 @@ impl FakeSts {
         }
     }
 
-    pub(crate) fn received(&self) -> Vec<Received> {
+    pub(crate) fn received(&self) -> Vec<ReceivedRequest> {
         self.received.lock().unwrap().clone()
     }
 }
@@ -130,7 +130,7 @@ impl FakeSts {
 async fn serve(
     stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
     connection: usize,
-    seen: Arc<Mutex<Vec<Received>>>,
+    previous: Arc<Mutex<Vec<ReceivedRequest>>>,
     script: Arc<Script>,
 ) {
     let service = hyper::service::service_fn(|request: Request<Incoming>| async {
@@ -149,16 +149,16 @@ async fn serve(
         let form = form
             .map(|(name, value)| (decode(name), decode(value)))
             .collect();
-        let request = Received {
+        let request = ReceivedRequest {
             uri: head.uri.to_string(),
             headers: head.headers,
             form,
             connection,
         };
         let number = {
-            let mut seen = seen.lock().unwrap();
-            seen.push(request.clone());
-            seen.len() - 1
+            let mut previous = previous.lock().unwrap();
+            previous.push(request.clone());
+            previous.len() - 1
         };
         Ok::<_, Infallible>(answer(script(number, &request)).await)
     });
@@ -208,7 +208,7 @@ async fn answer(reply: StsReply) -> Response<UnsyncBoxBody<Bytes, std::io::Error
     }
 }
 
-/// A certificate authority of one's own and a server's certificate for these names: (CA as PEM, TLS).
+/// Creates a certificate authority and a server's certificate for these names: (CA as PEM, TLS).
 pub(crate) fn tls(names: &[&str]) -> (String, TlsAcceptor) {
     let ca_key = rcgen::KeyPair::generate().unwrap();
     let mut ca = rcgen::CertificateParams::new(vec![]).unwrap();
@@ -232,7 +232,7 @@ pub(crate) fn tls(names: &[&str]) -> (String, TlsAcceptor) {
     (ca_pem, TlsAcceptor::from(Arc::new(config)))
 }
 
-/// A proxy that tunnels every CONNECT to one server, whatever was asked for, and notes what that was.
+/// A proxy that tunnels every CONNECT to one server, and records the requested hosts.
 pub(crate) struct FakeProxy {
     pub(crate) address: SocketAddr,
     heads: Arc<Mutex<Vec<String>>>,
@@ -250,11 +250,11 @@ impl FakeProxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let heads = Arc::new(Mutex::new(Vec::new()));
-        let seen = heads.clone();
+        let previous = heads.clone();
         let task = tokio::spawn(async move {
             loop {
                 let (client, _) = listener.accept().await.unwrap();
-                let seen = seen.clone();
+                let previous = previous.clone();
                 tokio::spawn(async move {
                     let mut client = BufReader::new(client);
                     let mut head = String::new();
@@ -263,10 +263,10 @@ impl FakeProxy {
                             return;
                         }
                     }
-                    seen.lock().unwrap().push(head);
+                    previous.lock().unwrap().push(head);
                     let mut server = TcpStream::connect(server).await.unwrap();
                     client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
-                    // An error is one of the two hanging up.
+                    // An error is one of the two ends hanging up.
                     let _ = copy_bidirectional(&mut client, &mut server).await;
                 });
             }
@@ -278,7 +278,7 @@ impl FakeProxy {
         }
     }
 
-    /// The heads of the CONNECT requests.
+    /// Returns the heads of the CONNECT requests.
     pub(crate) fn heads(&self) -> Vec<String> {
         self.heads.lock().unwrap().clone()
     }

@@ -1,9 +1,9 @@
-//! The way to an STS: certificates, proxies, variables.
+//! Connections to STS: certificates, proxies, environment variables.
 
 use super::*;
 
 #[tokio::test]
-async fn a_private_ca_is_trusted_for_an_endpoint_of_ones_own() {
+async fn private_ca_is_trusted_for_a_private_endpoint() {
     let dir = tempdir().unwrap();
     let (ca, tls) = fake::tls(&["127.0.0.1"]);
     let file = dir.path().join("ca.pem");
@@ -17,7 +17,7 @@ async fn a_private_ca_is_trusted_for_an_endpoint_of_ones_own() {
     });
     trusting.assume(&grant(&target), &token).await.unwrap();
 
-    // Without the file, and with that of another CA.
+    // Without the file, and with a file of another CA.
     let other = dir.path().join("other.pem");
     std::fs::write(&other, fake::tls(&["127.0.0.1"]).0).unwrap();
     for ca_file in [None, Some(other)] {
@@ -29,13 +29,13 @@ async fn a_private_ca_is_trusted_for_an_endpoint_of_ones_own() {
         .await
         .unwrap_err();
         assert_eq!(
-            (error.again, error.reason),
+            (error.retry, error.reason),
             (RetryPolicy::Later, "sts_unreachable"),
             "{error}"
         );
         assert!(error.to_string().contains("certificate"), "{error}");
     }
-    // For another name than the certificate's.
+    // For another name than that of the certificate.
     let named = endpoint(format!("https://localhost:{}", server.address.port()));
     let error = trusting.assume(&grant(&named), &token).await.unwrap_err();
     assert!(error.to_string().contains("certificate"), "{error}");
@@ -45,7 +45,7 @@ async fn a_private_ca_is_trusted_for_an_endpoint_of_ones_own() {
         "no token went to a server that is not trusted"
     );
 
-    // A file that is not there yet stops nothing but the calls that need it, which come right with it.
+    // A missing file fails only the calls that need it. They succeed once it exists.
     let late = dir.path().join("late.pem");
     let waiting = sts(Settings {
         ca_file: Some(late.clone()),
@@ -54,7 +54,7 @@ async fn a_private_ca_is_trusted_for_an_endpoint_of_ones_own() {
     waiting.prepare(&[&target]).await.unwrap();
     let error = waiting.assume(&grant(&target), &token).await.unwrap_err();
     assert_eq!(
-        (error.again, error.reason),
+        (error.retry, error.reason),
         (RetryPolicy::Later, "sts_no_ca"),
         "{error}"
     );
@@ -67,7 +67,7 @@ async fn a_private_ca_is_trusted_for_an_endpoint_of_ones_own() {
         assert_eq!(error.reason, "sts_no_ca", "{error}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    // One that is there and has no certificate is a mistake; only who needs it finds it.
+    // A file without a certificate is a mistake. Only a call that needs it finds it.
     std::fs::write(&late, "").unwrap();
     let wrong = sts(Settings {
         ca_file: Some(late),
@@ -80,12 +80,12 @@ async fn a_private_ca_is_trusted_for_an_endpoint_of_ones_own() {
             .await
             .unwrap_err()
             .0
-            .contains("no certificate in it")
+            .contains("it has no certificate")
     );
 }
 
 #[tokio::test]
-async fn variable_that_a_target_uses_is_looked_at_first() {
+async fn prepare_checks_the_variables_of_a_target() {
     let aws = StsTarget {
         region: "eu-central-1".to_owned(),
         endpoint: None,
@@ -110,7 +110,7 @@ async fn variable_that_a_target_uses_is_looked_at_first() {
             .await
             .unwrap_err();
         assert_eq!(
-            (error.again, error.reason),
+            (error.retry, error.reason),
             (RetryPolicy::Never, "sts_misconfigured"),
             "{error}"
         );
@@ -118,7 +118,7 @@ async fn variable_that_a_target_uses_is_looked_at_first() {
     }
 }
 
-/// Its name may resolve later; the error says whose it is.
+/// The proxy's name may resolve later. The error names the proxy.
 #[tokio::test]
 async fn proxy_that_does_not_resolve_is_an_outage() {
     let sts = sts(Settings {
@@ -135,16 +135,16 @@ async fn proxy_that_does_not_resolve_is_an_outage() {
         .await
         .unwrap_err();
     assert_eq!(
-        (error.again, error.reason),
+        (error.retry, error.reason),
         (RetryPolicy::Later, "sts_unreachable"),
         "{error}"
     );
-    let words = "STS at https://sts.eu-central-1.amazonaws.com did not answer through the proxy proxy.invalid:3128 (HTTPS_PROXY)";
-    assert!(error.what.contains(words), "{error}");
+    let fragments = "STS at https://sts.eu-central-1.amazonaws.com did not answer through the proxy proxy.invalid:3128 (HTTPS_PROXY)";
+    assert!(error.what.contains(fragments), "{error}");
 }
 
 #[tokio::test]
-async fn aws_is_reached_through_the_proxy_and_not_trusted_by_a_private_ca() {
+async fn aws_call_uses_the_proxy_and_not_the_private_ca() {
     let dir = tempdir().unwrap();
     let names = [
         "sts.eu-central-1.amazonaws.com",
@@ -219,7 +219,7 @@ async fn aws_is_reached_through_the_proxy_and_not_trusted_by_a_private_ca() {
 }
 
 #[tokio::test]
-async fn an_endpoint_of_ones_own_is_reached_through_the_proxy() {
+async fn private_endpoint_call_uses_the_proxy() {
     let dir = tempdir().unwrap();
     let (ca, tls) = fake::tls(&["sts.test.invalid", "127.0.0.1", "0.0.0.0"]);
     let file = dir.path().join("ca.pem");
@@ -248,7 +248,7 @@ async fn an_endpoint_of_ones_own_is_reached_through_the_proxy() {
         proxy.heads()
     );
 
-    // 0.0.0.0 is this host too, though no loopback address.
+    // 0.0.0.0 is this host too, though it is not a loopback address.
     let here = endpoint(format!("https://0.0.0.0:{}", server.address.port()));
     with(&[("HTTPS_PROXY", url.clone())])
         .assume(&grant(&here), &token)
@@ -276,9 +276,9 @@ async fn an_endpoint_of_ones_own_is_reached_through_the_proxy() {
     assert_eq!(server.received().len(), 4);
 }
 
-/// In an environment that is set to lead an SDK elsewhere: this test starts itself in one.
+/// The environment is set to lead an SDK elsewhere: this test starts itself with it.
 #[test]
-fn neither_environment_nor_profiles_lead_the_call_elsewhere() {
+fn environment_and_profiles_do_not_redirect_the_call() {
     const CHILD: &str = "AWSVID_TEST_CHILD_STS";
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -307,7 +307,7 @@ fn neither_environment_nor_profiles_lead_the_call_elsewhere() {
         std::fs::write(dir.path().join(name), &profile).unwrap();
     }
     let mut child = std::process::Command::new(std::env::current_exe().unwrap());
-    let name = "sts::tests::way::neither_environment_nor_profiles_lead_the_call_elsewhere";
+    let name = "sts::tests::way::environment_and_profiles_do_not_redirect_the_call";
     child.args(["--exact", name, "--nocapture"]).env_clear();
     child
         .env(CHILD, format!("http://{}", server.address))

@@ -16,7 +16,7 @@ fn certificate() -> (String, String) {
 }
 
 #[test]
-fn file_is_read_before_the_sdk_sees_it() {
+fn file_is_validated_before_the_sdk_reads_it() {
     let folder = tempfile::tempdir().unwrap();
     let (certificate, key) = certificate();
     let broken: Vec<_> = certificate
@@ -35,13 +35,13 @@ fn file_is_read_before_the_sdk_sees_it() {
         (
             "cut.pem",
             certificate[..certificate.len() / 2].to_owned(),
-            Some("no valid PEM"),
+            Some("not a valid PEM"),
         ),
         ("broken.pem", broken.join("\n"), Some("cannot be read")),
         (
             "half.pem",
             format!("{certificate}-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n"),
-            Some("no valid PEM"),
+            Some("not a valid PEM"),
         ),
     ];
     for (name, content, reason) in table {
@@ -58,7 +58,7 @@ fn file_is_read_before_the_sdk_sees_it() {
             (result, _) => panic!("{name}: {:?}", result.map(|_| ())),
         }
     }
-    // A missing file, or a directory in its place, is not a mistake in the configuration.
+    // A missing file, or a directory at its path, is not a mistake in the configuration.
     for path in [folder.path().join("absent.pem"), folder.path().to_owned()] {
         assert!(
             matches!(read_file(&path), Err(NoRoots::Missing(_))),
@@ -77,7 +77,7 @@ fn file_that_others_can_change_is_not_used() {
     let path = folder.path().join("ca.pem");
     fs::write(&path, certificate().0).unwrap();
     assert!(read_file(&path).is_ok());
-    for (exposed, mode, words) in [
+    for (exposed, mode, fragments) in [
         (
             &*path,
             0o646,
@@ -92,7 +92,7 @@ fn file_that_others_can_change_is_not_used() {
         set_mode(exposed, mode);
         let error = read_file(&path).unwrap_err();
         assert!(
-            matches!(&error, NoRoots::Invalid(text) if text.contains(words)),
+            matches!(&error, NoRoots::Invalid(text) if text.contains(fragments)),
             "{error:?}"
         );
         set_mode(exposed, 0o755);
@@ -150,7 +150,7 @@ async fn late_file_is_loaded_in_the_background() {
             sleep(Duration::from_millis(100)).await;
         }
     };
-    // The clock moves only by sleeps like this one.
+    // The paused clock moves only in sleeps like this one.
     tokio::time::timeout(2 * BACKGROUND_PAUSE, found)
         .await
         .expect("it was found");
@@ -171,4 +171,40 @@ async fn call_after_the_pause_reads_again() {
     fs::write(&path, certificate().0).unwrap();
     tokio::time::advance(RELOAD_PAUSE).await;
     roots.store().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn late_file_is_read_until_it_is_complete() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("ca.pem");
+    let roots = Roots::of_file(&path);
+    assert!(roots.store().await.is_err());
+    // A part of the file is valid by itself.
+    let (first, second) = (certificate().0, certificate().0);
+    fs::write(&path, &first).unwrap();
+    tokio::time::advance(RELOAD_PAUSE).await;
+    roots.store().await.unwrap();
+    let until = async |wanted: &str| {
+        while roots.state.lock().await.pem.as_deref() != Some(wanted.as_bytes()) {
+            sleep(Duration::from_millis(100)).await;
+        }
+    };
+    until(&first).await;
+    assert_eq!(roots.replaced(), 0);
+    // What is not valid changes nothing.
+    fs::write(&path, format!("{first}{}", &second[..second.len() / 2])).unwrap();
+    sleep(BACKGROUND_PAUSE).await;
+    until(&first).await;
+    let whole = format!("{first}{second}");
+    fs::write(&path, &whole).unwrap();
+    tokio::time::timeout(2 * BACKGROUND_PAUSE, until(&whole))
+        .await
+        .expect("it was read again");
+    assert_eq!(roots.replaced(), 1);
+    // Two reads agree, so the file is not read any more.
+    sleep(2 * BACKGROUND_PAUSE).await;
+    fs::write(&path, &first).unwrap();
+    sleep(10 * BACKGROUND_PAUSE).await;
+    until(&whole).await;
+    assert_eq!(Arc::weak_count(&roots), 0);
 }

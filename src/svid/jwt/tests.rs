@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use super::*;
 
 pub(crate) const AUDIENCE: &str = "sts.amazonaws.com";
-/// 2026-01-01: where these tests stand in time.
+/// 2026-01-01, the current time in these tests.
 pub(crate) const NOW: u64 = 1_767_225_600;
 
 pub(crate) fn now() -> SystemTime {
@@ -15,18 +15,20 @@ pub(crate) fn billing() -> SpiffeId {
     SpiffeId::parse("spiffe://example.org/billing").unwrap()
 }
 
-/// A token with this header and these claims, as JSON text. The signature is none: nobody here looks at it.
+/// Returns a token with this header and these claims, as JSON text. The signature is invalid, since
+/// it is not checked here.
 pub(crate) fn raw_token(header: &str, claims: &str) -> String {
     let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
     format!(
         "{}.{}.{}",
         part(header),
         part(claims),
-        part("a signature that nobody verifies here")
+        part("a signature that no test verifies")
     )
 }
 
-/// A good token for `id` and [`AUDIENCE`] that ends `life` seconds after [`NOW`]; `serial` tells one from another.
+/// Returns a valid token for `id` and [`AUDIENCE`] that expires `life` seconds after [`NOW`].
+/// `serial` makes it unique.
 pub(crate) fn token_for(id: &SpiffeId, life: u64, serial: u32) -> String {
     let exp = NOW + life;
     raw_token(
@@ -37,21 +39,21 @@ pub(crate) fn token_for(id: &SpiffeId, life: u64, serial: u32) -> String {
     )
 }
 
-/// The same, checked.
+/// Returns such a token after the check.
 pub(crate) fn svid_for(id: &SpiffeId, life: u64, serial: u32) -> JwtSvid {
     JwtSvid::check(token_for(id, life, serial), id, AUDIENCE, now()).unwrap()
 }
 
-/// Keeps everything that any crate logs on this thread while it exists, at every level.
+/// Captures everything that any crate logs on this thread while it exists, at every level.
 pub(crate) struct CapturedLog {
-    lines: Lines,
+    lines: CapturedBytes,
     _until_dropped: tracing::subscriber::DefaultGuard,
 }
 
 #[derive(Clone, Default)]
-struct Lines(Arc<Mutex<Vec<u8>>>);
+struct CapturedBytes(Arc<Mutex<Vec<u8>>>);
 
-impl io::Write for Lines {
+impl io::Write for CapturedBytes {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.lock().unwrap().extend_from_slice(bytes);
         Ok(bytes.len())
@@ -64,7 +66,7 @@ impl io::Write for Lines {
 
 impl CapturedLog {
     pub(crate) fn start() -> Self {
-        let lines = Lines::default();
+        let lines = CapturedBytes::default();
         let writer = lines.clone();
         let subscriber = tracing_subscriber::fmt()
             .with_max_level(tracing::Level::TRACE)
@@ -82,7 +84,7 @@ impl CapturedLog {
 }
 
 fn check(header: &str, claims: &str) -> Result<JwtSvid, BadToken> {
-    // Short names, so that a row of a table shows what is odd in it.
+    // Short names emphasize the unusual part of a row.
     let claims = claims
         .replace("NOW", &NOW.to_string())
         .replace("LATER", &(NOW + 300).to_string());
@@ -94,7 +96,7 @@ const CLAIMS: &str =
     r#"{"sub":"spiffe://example.org/billing","aud":["sts.amazonaws.com"],"iat":NOW,"exp":LATER}"#;
 
 #[test]
-fn good_tokens_pass() {
+fn check_accepts_valid_tokens() {
     let headers = [
         HEADER,
         r#"{"alg":"RS256"}"#,
@@ -122,7 +124,7 @@ fn good_tokens_pass() {
 }
 
 #[test]
-fn what_was_checked_is_kept() {
+fn token_keeps_its_checked_claims() {
     let raw = token_for(&billing(), 300, 1);
     let svid = JwtSvid::check(raw.clone(), &billing(), AUDIENCE, now()).unwrap();
     assert_eq!(svid.secret(), raw);
@@ -135,7 +137,7 @@ fn what_was_checked_is_kept() {
 }
 
 #[test]
-fn bad_headers_are_refused() {
+fn check_rejects_invalid_headers() {
     let table = [
         (r#"{"alg":"none"}"#, "algorithm"),
         (r#"{"alg":"HS256"}"#, "algorithm"),
@@ -151,7 +153,7 @@ fn bad_headers_are_refused() {
         (r#"["RS256","JWT"]"#, "objects"),
         ("null", "objects"),
         ("", "base64url"),
-        ("{", "no valid JSON"),
+        ("{", "not valid JSON"),
     ];
     for (header, reason) in table {
         let error = check(header, CLAIMS).expect_err(header);
@@ -163,9 +165,9 @@ fn bad_headers_are_refused() {
 }
 
 #[test]
-fn bad_claims_are_refused() {
+fn check_rejects_invalid_claims() {
     let table = [
-        // Whose it is.
+        // The subject.
         (r#"{"aud":"sts.amazonaws.com","exp":LATER}"#, "lack"),
         (
             r#"{"sub":"","aud":"sts.amazonaws.com","exp":LATER}"#,
@@ -191,7 +193,8 @@ fn bad_claims_are_refused() {
             r#"{"sub":["spiffe://example.org/billing"],"aud":"sts.amazonaws.com","exp":LATER}"#,
             "lack",
         ),
-        // Twice: one reader takes the first, another the last. The second spelling of the name is the same name.
+        // Claims that appear twice: one reader takes the first, another the last. An escaped name
+        // is the same name.
         (
             r#"{"sub":"spiffe://example.org/billing","sub":"a","aud":"sts.amazonaws.com","exp":LATER}"#,
             "twice",
@@ -208,7 +211,7 @@ fn bad_claims_are_refused() {
             r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","aud":"b","exp":LATER}"#,
             "twice",
         ),
-        // For whom it is.
+        // The audience.
         (
             r#"{"sub":"spiffe://example.org/billing","exp":LATER}"#,
             "lack",
@@ -241,7 +244,7 @@ fn bad_claims_are_refused() {
             r#"{"sub":"spiffe://example.org/billing","aud":[["sts.amazonaws.com"]],"exp":LATER}"#,
             "lack",
         ),
-        // How its times are written.
+        // The form of the timestamps.
         (
             r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com"}"#,
             "lack",
@@ -290,7 +293,7 @@ fn bad_claims_are_refused() {
             r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"nbf":1.7e9}"#,
             "`nbf`",
         ),
-        // What they say.
+        // The values of the timestamps.
         (
             r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER,"iat":LATER}"#,
             "not before",
@@ -303,7 +306,7 @@ fn bad_claims_are_refused() {
             r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":1867225600,"nbf":1767225901}"#,
             "future",
         ),
-        // No claims at all.
+        // Claims that are not an object.
         (
             r#"["spiffe://example.org/billing","sts.amazonaws.com",LATER,NOW,NOW]"#,
             "objects",
@@ -312,7 +315,7 @@ fn bad_claims_are_refused() {
         ("", "base64url"),
         (
             r#"{"sub":"spiffe://example.org/billing","aud":"sts.amazonaws.com","exp":LATER} x"#,
-            "no valid JSON",
+            "not valid JSON",
         ),
     ];
     for (claims, reason) in table {
@@ -324,7 +327,7 @@ fn bad_claims_are_refused() {
     }
 }
 
-/// A token that was issued so long ago (or does not say when), for so many seconds in all.
+/// Checks a token of this age (or without `iat`) and this total life, in seconds.
 fn aged(id: &SpiffeId, age: Option<u64>, life: u64) -> Result<JwtSvid, BadToken> {
     let (iat, exp) = match age {
         Some(age) => (format!(r#""iat":{},"#, NOW - age), NOW - age + life),
@@ -335,7 +338,7 @@ fn aged(id: &SpiffeId, age: Option<u64>, life: u64) -> Result<JwtSvid, BadToken>
 }
 
 #[test]
-fn a_token_needs_thirty_seconds_or_a_third_of_its_life() {
+fn token_needs_thirty_seconds_or_a_third_of_its_life() {
     let id = billing();
     for (life, least) in [(300, 30), (90, 30), (60, 20), (30, 10), (9, 3), (3, 1)] {
         aged(&id, Some(life - least), life).unwrap();
@@ -345,13 +348,13 @@ fn a_token_needs_thirty_seconds_or_a_third_of_its_life() {
             "{error}: a new one may follow"
         );
     }
-    // Of one that does not say when it was issued it is not known for how long it was to be good.
+    // Without `iat` the total life is unknown.
     aged(&id, None, 30).unwrap();
     aged(&id, None, 29).unwrap_err();
 }
 
 #[test]
-fn a_token_that_is_too_short_says_how_short_and_what_to_change() {
+fn short_life_error_names_the_life_and_the_fix() {
     let id = billing();
     let text = |age, life| aged(&id, Some(age), life).unwrap_err().to_string();
     for (age, life, state, whole) in [
@@ -384,7 +387,7 @@ fn a_token_that_is_too_short_says_how_short_and_what_to_change() {
 }
 
 #[test]
-fn of_several_tokens_the_longest_that_is_its_own_is_taken() {
+fn check_any_returns_the_last_to_expire() {
     let (id, other) = (
         billing(),
         SpiffeId::parse("spiffe://example.org/other").unwrap(),
@@ -421,7 +424,7 @@ fn of_several_tokens_the_longest_that_is_its_own_is_taken() {
 }
 
 #[test]
-fn what_is_no_jwt_is_refused() {
+fn check_rejects_text_that_is_not_a_jwt() {
     let good = token_for(&billing(), 300, 0);
     let (rest, _) = good.rsplit_once('.').unwrap();
     let table = [
@@ -435,7 +438,7 @@ fn what_is_no_jwt_is_refused() {
         format!(" {good}"),
         format!("{good}\n"),
         good.replace('.', ".."),
-        // JWS in JSON form, which AWS doesn't take either.
+        // JWS in JSON form, which AWS does not accept either.
         format!(r#"{{"payload":"{rest}"}}"#),
     ];
     for token in table {
@@ -445,13 +448,14 @@ fn what_is_no_jwt_is_refused() {
 }
 
 #[test]
-fn length_is_limited_to_what_sts_takes() {
+fn check_limits_the_length() {
     let of_length = |length: usize| {
         let head = token_for(&billing(), 300, 0);
         let head = head.rsplit_once('.').unwrap().0;
         format!("{head}.{}", "A".repeat(length - head.len() - 1))
     };
-    // No base64 has a length of 4n + 1, so the nearest that are possible on both sides of the limit.
+    // Base64 never has a length of 4n + 1, so these are the nearest lengths on both sides of the
+    // limit.
     let lengths: Vec<usize> = (19_990..=20_010)
         .filter(|l| (l - of_length(1000).rfind('.').unwrap() - 1) % 4 != 1)
         .collect();
@@ -468,14 +472,14 @@ fn length_is_limited_to_what_sts_takes() {
 }
 
 #[test]
-fn nothing_prints_the_token() {
+fn debug_and_errors_do_not_show_the_token() {
     let svid = svid_for(&billing(), 300, 7);
     let shown = format!("{svid:?} {svid:#?}");
     assert!(shown.contains("spiffe://example.org/billing"));
     for part in svid.secret().split('.') {
         assert!(!shown.contains(part), "{shown}");
     }
-    // serde's messages quote what they stumble over; ours must not.
+    // serde's messages quote the invalid value. The error must not.
     let claims = r#"{"sub":{"secret":1},"aud":"a-secret-audience","exp":"secret"}"#;
     let error = JwtSvid::check(
         raw_token(r#"{"alg":"secret"}"#, claims),

@@ -14,9 +14,9 @@ use tokio::time::Instant;
 use super::*;
 use crate::caller::unchanged::unchanged;
 use crate::caller::{ListenerKind, Process};
-use crate::rule::WorkloadRule;
 use crate::svid::BadToken;
 use crate::svid::jwt::tests::{AUDIENCE, CapturedLog, NOW, billing, now, raw_token, token_for};
+use crate::workload_rule::WorkloadRule;
 use fake::{FakeWorkloadApi, WorkloadApiScript, socket, svids};
 
 const ID: &str = "spiffe://example.org/billing";
@@ -36,7 +36,7 @@ fn always(
     Arc::new(move |_| Some(answer()))
 }
 
-/// What one fetch makes of `answer`.
+/// Returns the result of one fetch that gets `reply`.
 async fn fetch_of(
     answer: Result<JwtsvidResponse, Status>,
 ) -> (Result<JwtSvid, SourceError>, FakeWorkloadApi) {
@@ -47,10 +47,10 @@ async fn fetch_of(
 }
 
 #[tokio::test]
-async fn asks_for_one_audience_and_one_id_with_the_header_once() {
+async fn request_has_one_audience_one_id_and_one_header() {
     let (result, fake) = fetch_of(Ok(good())).await;
     assert_eq!(result.unwrap().secret(), token_for(&billing(), 300, 1));
-    let [(metadata, request)] = &fake.seen.all()[..] else {
+    let [(metadata, request)] = &fake.requests.all()[..] else {
         panic!("not exactly one request")
     };
     assert_eq!(
@@ -62,12 +62,12 @@ async fn asks_for_one_audience_and_one_id_with_the_header_once() {
     );
     let header: Vec<_> = metadata.get_all("workload.spiffe.io").iter().collect();
     assert_eq!(header, ["true"]);
-    // The agent may give up when nobody waits any more.
+    // The agent may end the call when no request waits any more.
     assert!(metadata.contains_key("grpc-timeout"));
 }
 
 #[tokio::test]
-async fn takes_only_the_id_that_was_asked_for() {
+async fn fetch_returns_only_the_requested_id() {
     let ours = || (ID, token_for(&billing(), 300, 1));
     let other = || {
         (
@@ -85,7 +85,7 @@ async fn takes_only_the_id_that_was_asked_for() {
         vec![ours(), other()],
         vec![(ID, String::new()), ours()],
         vec![ours(), ours()],
-        // Another's token under this name, as of an agent that puts others' answers together.
+        // Another's token under this name, as from an agent that merges the replies of others.
         vec![(ID, other().1), ours()],
         vec![ours(), (ID, other().1)],
     ] {
@@ -111,7 +111,7 @@ async fn takes_only_the_id_that_was_asked_for() {
 }
 
 #[tokio::test]
-async fn a_token_that_fails_the_check_is_not_given_out() {
+async fn token_that_fails_the_check_is_rejected() {
     let other = SpiffeId::parse("spiffe://example.org/other").unwrap();
     let float = raw_token(
         r#"{"alg":"ES256"}"#,
@@ -140,7 +140,7 @@ async fn a_token_that_fails_the_check_is_not_given_out() {
 }
 
 #[tokio::test]
-async fn each_status_code_has_its_meaning() {
+async fn status_code_is_classified() {
     let table = [
         (Code::Cancelled, "source_unavailable"),
         (Code::Unknown, "source_unavailable"),
@@ -160,7 +160,7 @@ async fn each_status_code_has_its_meaning() {
         (Code::Unauthenticated, "source_unavailable"),
     ];
     for (code, reason) in table {
-        let (result, fake) = fetch_of(Err(Status::new(code, "what the agent\nsays"))).await;
+        let (result, fake) = fetch_of(Err(Status::new(code, "the agent's\nmessage"))).await;
         let error = result.unwrap_err();
         assert_eq!(error.reason(), reason, "{code:?}");
         assert_eq!(
@@ -169,15 +169,19 @@ async fn each_status_code_has_its_meaning() {
             "{code:?}"
         );
         assert!(
-            error.to_string().contains("what the agent says"),
+            error.to_string().contains("the agent's message"),
             "{code:?}: {error}"
         );
-        assert_eq!(fake.seen.count(), 1, "{code:?} is for others to try again");
+        assert_eq!(
+            fake.requests.count(),
+            1,
+            "{code:?} is for others to try again"
+        );
     }
 }
 
 #[tokio::test]
-async fn an_agent_that_recovers_is_asked_again() {
+async fn recovered_agent_is_used_again() {
     for code in [Code::Unavailable, Code::PermissionDenied] {
         let dir = tempdir().unwrap();
         let path = socket(&dir);
@@ -198,7 +202,7 @@ async fn an_agent_that_recovers_is_asked_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_that_is_never_answered_ends_at_the_deadline() {
+async fn unanswered_call_ends_at_the_deadline() {
     let dir = tempdir().unwrap();
     let path = socket(&dir);
     let fake = fake::at(&path, Arc::new(|_| None));
@@ -216,11 +220,11 @@ async fn a_call_that_is_never_answered_ends_at_the_deadline() {
             "{took:?}"
         );
     }
-    assert_eq!(fake.seen.count(), 2);
+    assert_eq!(fake.requests.count(), 2);
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_agent_that_hangs_before_it_accepts_is_left_at_the_deadline() {
+async fn agent_that_does_not_accept_is_abandoned_at_the_deadline() {
     let dir = tempdir().unwrap();
     let path = socket(&dir);
     let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
@@ -232,7 +236,7 @@ async fn an_agent_that_hangs_before_it_accepts_is_left_at_the_deadline() {
 }
 
 #[tokio::test]
-async fn an_agent_without_room_for_connections_is_unavailable() {
+async fn agent_with_full_backlog_is_unavailable() {
     use nix::sys::socket::{
         AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket as new_socket,
     };
@@ -257,7 +261,7 @@ async fn an_agent_without_room_for_connections_is_unavailable() {
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_during_the_call_is_an_outage() {
+async fn connection_that_breaks_is_an_outage() {
     let dir = tempdir().unwrap();
     let path = socket(&dir);
     let listener = UnixListener::bind(&path).unwrap();
@@ -272,7 +276,7 @@ async fn a_connection_that_breaks_during_the_call_is_an_outage() {
 }
 
 #[tokio::test]
-async fn goaway_during_the_call_is_an_outage_and_the_next_call_connects_anew() {
+async fn goaway_is_an_outage_and_the_next_call_reconnects() {
     let dir = tempdir().unwrap();
     let path = socket(&dir);
     for reason in [h2::Reason::NO_ERROR, h2::Reason::ENHANCE_YOUR_CALM] {
@@ -298,10 +302,10 @@ async fn goaway_during_the_call_is_an_outage_and_the_next_call_connects_anew() {
 }
 
 #[tokio::test]
-async fn a_broken_stream_says_nothing_about_the_workload() {
+async fn broken_stream_is_not_a_denial() {
     let dir = tempdir().unwrap();
     let path = socket(&dir);
-    // tonic takes the first for PermissionDenied. That nobody has said.
+    // tonic converts the first to PermissionDenied, which the agent did not send.
     for reason in [
         h2::Reason::INADEQUATE_SECURITY,
         h2::Reason::CANCEL,
@@ -323,7 +327,7 @@ async fn a_broken_stream_says_nothing_about_the_workload() {
 }
 
 #[tokio::test]
-async fn an_agent_that_took_over_the_path_is_asked_even_while_the_old_one_lives() {
+async fn replaced_agent_is_used_while_the_old_one_runs() {
     let dir = tempdir().unwrap();
     let path = socket(&dir);
     let api = api(&path);
@@ -332,7 +336,7 @@ async fn an_agent_that_took_over_the_path_is_asked_even_while_the_old_one_lives(
 
     std::fs::rename(&path, dir.path().join("old.sock")).unwrap();
     let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
-    assert!(error.to_string().contains("there is no socket"), "{error}");
+    assert!(error.to_string().contains("no socket at"), "{error}");
 
     let new = fake::at(
         &path,
@@ -340,24 +344,24 @@ async fn an_agent_that_took_over_the_path_is_asked_even_while_the_old_one_lives(
     );
     let svid = api.fetch(&billing(), AUDIENCE).await.unwrap();
     assert_eq!(svid.secret(), token_for(&billing(), 300, 2));
-    assert_eq!((old.seen.count(), new.seen.count()), (1, 1));
+    assert_eq!((old.requests.count(), new.requests.count()), (1, 1));
 }
 
 #[tokio::test]
-async fn a_socket_that_is_not_there_yet_or_not_any_more() {
+async fn missing_or_dead_socket_is_unavailable() {
     let dir = tempdir().unwrap();
     let path = socket(&dir);
     let api = api(&path);
     let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("there is no socket")),
+        matches!(&error, SourceError::Unavailable(text) if text.contains("no socket at")),
         "{error}"
     );
 
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let error = api.fetch(&billing(), AUDIENCE).await.unwrap_err();
     assert!(
-        matches!(&error, SourceError::Unavailable(text) if text.contains("nobody listens")),
+        matches!(&error, SourceError::Unavailable(text) if text.contains("nothing listens")),
         "{error}"
     );
 
@@ -367,12 +371,12 @@ async fn a_socket_that_is_not_there_yet_or_not_any_more() {
 }
 
 #[test]
-fn a_socket_that_awsvid_may_not_open() {
+fn socket_without_permission_is_unavailable() {
     let dir = tempdir().unwrap();
     let path = socket(&dir);
     let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o000)).unwrap();
-    // For root, permissions count only under another file system uid, which is a thread's own.
+    // For root, permissions count only under another file system uid, which is per thread.
     let error = std::thread::spawn(move || {
         if nix::unistd::geteuid().is_root() {
             nix::unistd::setfsuid(nix::unistd::Uid::from_raw(65_533));
@@ -393,7 +397,7 @@ fn a_socket_that_awsvid_may_not_open() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_no_workload_api() {
+async fn server_without_workload_api_is_a_misconfiguration() {
     let dir = tempdir().unwrap();
     let path = socket(&dir);
     // HTTP/1, as at a container engine's socket.
@@ -423,14 +427,14 @@ async fn a_server_that_is_no_workload_api() {
     });
     let error = api(&path).fetch(&billing(), AUDIENCE).await.unwrap_err();
     assert!(
-        matches!(&error, SourceError::Misconfigured(text) if text.contains("Workload API?")),
+        matches!(&error, SourceError::Misconfigured(text) if text.contains("check that it is a SPIFFE Workload API")),
         "{error:?}"
     );
     website.abort();
 }
 
 #[tokio::test]
-async fn fields_that_are_not_known_are_passed_over() {
+async fn unknown_fields_are_ignored() {
     let dir = tempdir().unwrap();
     let path = socket(&dir);
     let _agent = fake::at_h2(&path, |mut connection| async move {
@@ -459,7 +463,7 @@ async fn fields_that_are_not_known_are_passed_over() {
 }
 
 #[tokio::test]
-async fn an_answer_without_measure_is_refused() {
+async fn oversized_reply_is_rejected() {
     let other = || ("spiffe://example.org/other", "x".repeat(20_000));
     let (result, _) = fetch_of(Ok(svids((0..60).map(|_| other())))).await;
     let error = result.unwrap_err();
@@ -474,7 +478,7 @@ async fn an_answer_without_measure_is_refused() {
 }
 
 #[tokio::test]
-async fn tcp_endpoints_are_asked_too() {
+async fn tcp_endpoint_is_supported() {
     for address in ["127.0.0.1", "::1"] {
         let (agent, bound) = fake::at_tcp(address, always(|| Ok(good()))).await;
         let endpoint = Endpoint::parse(&format!("tcp://{bound}")).unwrap();
@@ -482,10 +486,10 @@ async fn tcp_endpoints_are_asked_too() {
         api.fetch(&billing(), AUDIENCE).await.unwrap();
         drop(agent);
     }
-    // A port that is taken, so that nobody else can, but not listened at.
-    let taken = tokio::net::TcpSocket::new_v4().unwrap();
-    taken.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    let address = taken.local_addr().unwrap();
+    // A port that is bound, so that no other process can take it, but without a listener.
+    let bound_port = tokio::net::TcpSocket::new_v4().unwrap();
+    bound_port.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = bound_port.local_addr().unwrap();
     let api = WorkloadApi::new(
         Endpoint::Tcp(address),
         [],
@@ -496,7 +500,7 @@ async fn tcp_endpoints_are_asked_too() {
     assert!(
         error
             .to_string()
-            .contains(&format!("nobody listens at tcp://{address}")),
+            .contains(&format!("nothing listens at tcp://{address}")),
         "{error}"
     );
 }
@@ -511,7 +515,7 @@ fn caller(uid: u32, process: Option<Process>) -> Arc<Caller> {
 }
 
 #[tokio::test]
-async fn the_rules_say_who_a_caller_is() {
+async fn rules_assign_identities_to_callers() {
     let rule = |uid, gid, path: &str| WorkloadRule {
         spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(),
         uid: Some(uid),
@@ -569,7 +573,7 @@ async fn the_rules_say_who_a_caller_is() {
 }
 
 #[tokio::test]
-async fn an_identity_of_other_nodes_keeps_nobody_from_readiness() {
+async fn ready_ignores_identities_of_other_nodes() {
     let rule = |path: &str, uid| WorkloadRule {
         spiffe_id: SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap(),
         uid: Some(uid),
@@ -599,7 +603,7 @@ async fn an_identity_of_other_nodes_keeps_nobody_from_readiness() {
             })
         };
         let fake = fake::at(&path, Arc::new(script));
-        // Each identity twice: it is asked for once.
+        // Each identity appears twice, and is fetched once.
         let rules: Vec<WorkloadRule> = (0..20)
             .map(|number| rule(&format!("w{}", number / 2), number))
             .collect();
@@ -612,7 +616,7 @@ async fn an_identity_of_other_nodes_keeps_nobody_from_readiness() {
         );
         let result = api.ready(AUDIENCE).await;
         assert_eq!(
-            (result.is_ok(), fake.seen.count()),
+            (result.is_ok(), fake.requests.count()),
             (ready, expected),
             "{result:?}"
         );
@@ -622,7 +626,7 @@ async fn an_identity_of_other_nodes_keeps_nobody_from_readiness() {
             "{result:?}"
         );
     }
-    // What keeps everybody from tokens is no matter of one identity.
+    // An outage for all identities is reported at once.
     let dir = tempdir().unwrap();
     let path = socket(&dir);
     let fake = fake::at(&path, always(|| Err(Status::unavailable("x"))));
@@ -638,11 +642,11 @@ async fn an_identity_of_other_nodes_keeps_nobody_from_readiness() {
         api.ready(AUDIENCE).await,
         Err(SourceError::Unavailable(_))
     ));
-    assert_eq!(fake.seen.count(), 1);
+    assert_eq!(fake.requests.count(), 1);
 }
 
 #[tokio::test]
-async fn no_log_level_shows_a_token() {
+async fn log_does_not_show_a_token() {
     let log = CapturedLog::start();
     let (result, _) = fetch_of(Ok(good())).await;
     let svid = result.unwrap();

@@ -67,7 +67,7 @@ def awscrt(endpoint, bucket, key):
         try:
             answer.finished_future.result()
         except s3.S3ResponseError as error:
-            # Its text has nothing of what S3 has said.
+            # Its text has no part of S3's response.
             raise RuntimeError(f"{error}: {error.status_code} {error.body}") from error
         return bytes(body)
 

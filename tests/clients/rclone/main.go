@@ -1,4 +1,5 @@
-// rclone as it is, with only the storage and the command that the tests use: with all of them it builds for minutes.
+// rclone unchanged, with only the storage and the command that the tests use: with all of them a
+// build takes minutes.
 package main
 
 import (

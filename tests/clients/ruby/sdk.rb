@@ -24,7 +24,7 @@ times.to_i.times do |i|
   rescue StandardError => e
     puts "failed #{one_line(e)}"
     status = 1
-    # A client that got no credentials when it was made never asks again.
+    # A client that got no credentials when it was made never fetches any again.
     client = nil if e.is_a?(Aws::Errors::MissingCredentialsError)
   end
 end

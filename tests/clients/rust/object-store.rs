@@ -1,5 +1,5 @@
-//! Reads an object with object_store, which Arrow, DataFusion and Polars use, and what its builder finds in the
-//! environment.
+//! Reads an object with object_store, which Arrow, DataFusion and Polars use, and its builder's
+//! settings from the environment.
 
 use std::process::ExitCode;
 

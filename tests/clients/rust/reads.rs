@@ -1,11 +1,11 @@
-//! What all clients in Rust have in common: their arguments and what they print.
+//! The common part of all clients in Rust: their arguments and their output.
 
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
 
-/// What each client is started with: ENDPOINT BUCKET KEY TIMES PAUSE.
+/// The arguments that each client is started with: ENDPOINT BUCKET KEY TIMES PAUSE.
 pub struct Arguments {
     pub endpoint: String,
     pub bucket: String,
@@ -26,7 +26,7 @@ impl Arguments {
         Ok(Arguments { endpoint, bucket, key, times: times.parse()?, pause: Duration::from_secs_f64(pause.parse()?) })
     }
 
-    /// Reads the object as often as asked, and says on one line each time what came of it.
+    /// Reads the object TIMES times, and prints one line with each result.
     pub async fn run(&self, read: impl AsyncFn() -> anyhow::Result<String>) -> ExitCode {
         let mut status = ExitCode::FAILURE;
         for i in 0..self.times {

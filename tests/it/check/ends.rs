@@ -1,12 +1,12 @@
-//! How it ends and what it looks like: what could not be looked at, what hangs, terminals.
+//! Ends and outputs of `check`: steps that could not be checked, servers that hang, terminals.
 
 use std::net::TcpListener;
 
 use super::*;
 use crate::harness::terminal::on_a_terminal_until;
 
-/// Listens, and takes no notice of whoever connects.
-fn deaf() -> (TcpListener, String) {
+/// Listens, and ignores each connection.
+fn silent_listener() -> (TcpListener, String) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     (listener, url)
@@ -28,9 +28,9 @@ fn findings(report: &Value, verdict: &str) -> Vec<String> {
     .collect()
 }
 
-/// Which is neither a pass nor a failure.
+/// A step that could not be checked is neither a pass nor a failure.
 #[test]
-fn what_could_not_be_looked_at_has_an_exit_status_of_its_own() {
+fn unchecked_steps_have_own_exit_status() {
     if !root() {
         return;
     }
@@ -38,14 +38,14 @@ fn what_could_not_be_looked_at_has_an_exit_status_of_its_own() {
     let upstream = Upstream::start(&[(0, "reader")]);
     let text = configuration(
         &upstream.socket(),
-        NOBODY,
+        UNREACHABLE,
         "arn:aws:iam::123456789012:role/app",
         "shop",
     );
     let (text, _) = text.split_once("[[role]]").unwrap();
-    let text = text.replace(&format!("endpoint = \"{NOBODY}\"\n"), "");
+    let text = text.replace(&format!("endpoint = \"{UNREACHABLE}\"\n"), "");
     let text =
-        format!("allow_requested_roles = [\"arn:aws:iam::123456789012:role/app-*\"]\n{text}");
+        format!("requested_roles.allow = [\"arn:aws:iam::123456789012:role/app-*\"]\n{text}");
     let (output, report) = check(folder.path(), &text);
     assert_eq!(
         (output.status.code(), &report["result"]),
@@ -56,20 +56,20 @@ fn what_could_not_be_looked_at_has_an_exit_status_of_its_own() {
     let [unchecked] = &findings(&report, "unchecked")[..] else {
         panic!("{report:#}")
     };
-    assert!(unchecked.contains("allow_requested_roles"), "{report:#}");
-    // For people the same.
+    assert!(unchecked.contains("requested_roles"), "{report:#}");
+    // The report for people shows the same.
     let mut command = Command::new(PROGRAM);
     command
         .env_clear()
         .args(["check", "--config"])
         .arg(folder.path().join("check.toml"));
-    let output = run(command, b"", PATIENCE);
+    let output = run(command, b"", TIMEOUT);
     assert_eq!(output.status.code(), Some(2));
     assert!(output.stdout.contains("  ?    sts"), "{output:?}");
     assert!(
         output
             .stdout
-            .ends_with("unchecked: nothing failed, but 1 step could not be looked at\n"),
+            .ends_with("unchecked: nothing failed, but 1 step could not be checked\n"),
         "{output:?}"
     );
 
@@ -80,28 +80,28 @@ fn what_could_not_be_looked_at_has_an_exit_status_of_its_own() {
         "{report:#}"
     );
     // A failure counts more.
-    let nobody = text.replace(
+    let no_identity = text.replace(
         &upstream.socket().display().to_string(),
         "/nonexistent/agent.sock",
     );
-    let (output, report) = check(folder.path(), &nobody);
+    let (output, report) = check(folder.path(), &no_identity);
     assert_eq!(output.status.code(), Some(1), "{report:#}");
     assert_eq!(findings(&report, "unchecked").len(), 1, "{report:#}");
 }
 
-/// An agent that takes connections and says nothing.
+/// An agent that accepts connections and never replies.
 #[test]
-fn an_agent_that_hangs_is_waited_for_until_a_deadline() {
+fn hanging_agent_ends_at_deadline() {
     let folder = folder();
     let socket = folder.path().join("agent.sock");
     let _listener = UnixListener::bind(&socket).unwrap();
-    let text = configuration(&socket, NOBODY, "arn:minio:iam:::role/r", "shop");
+    let text = configuration(&socket, UNREACHABLE, "arn:minio:iam:::role/r", "shop");
     let found = check(folder.path(), &text);
     assert_failed(
         &found,
         "identity",
         "did not answer within 10s",
-        "look at the agent's log",
+        "read the agent's log",
     );
     let (_, report) = found;
     assert!(
@@ -111,7 +111,7 @@ fn an_agent_that_hangs_is_waited_for_until_a_deadline() {
         "{report:#}"
     );
 
-    // Where it attests callers it is asked for more, and about itself first.
+    // An agent that attests callers gets more queries, the first one about check itself.
     let attested = text.split("[[workload]]").next().unwrap().to_owned()
         + &text[text.find("[[role]]").unwrap()..];
     let other = folder.path().join("other.sock");
@@ -140,10 +140,10 @@ fn an_agent_that_hangs_is_waited_for_until_a_deadline() {
 }
 
 #[test]
-fn an_sts_that_hangs_is_waited_for_until_a_deadline() {
+fn hanging_sts_ends_at_deadline() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
-    let (_listener, sts) = deaf();
+    let (_listener, sts) = silent_listener();
     let text = configuration(&upstream.socket(), &sts, "arn:minio:iam:::role/r", "shop")
         .replace("/w/", "/user/");
     let found = check(
@@ -161,12 +161,17 @@ fn an_sts_that_hangs_is_waited_for_until_a_deadline() {
 }
 
 #[test]
-fn an_issuer_that_hangs_is_waited_for_until_a_deadline() {
+fn hanging_issuer_ends_at_deadline() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
-    let (_listener, issuer) = deaf();
-    let text = configuration(&upstream.socket(), NOBODY, "arn:minio:iam:::role/r", "shop")
-        .replace("/w/", "/user/");
+    let (_listener, issuer) = silent_listener();
+    let text = configuration(
+        &upstream.socket(),
+        UNREACHABLE,
+        "arn:minio:iam:::role/r",
+        "shop",
+    )
+    .replace("/w/", "/user/");
     let found = check_with(&[], folder.path(), &text, &["--url", &issuer]);
     assert_failed(
         &found,
@@ -176,13 +181,18 @@ fn an_issuer_that_hangs_is_waited_for_until_a_deadline() {
     );
 }
 
-/// On one that is no typewriter, what is waited for is a line that the next one takes the place of.
+/// On a terminal that can move its cursor, the line of a pending step is replaced by the next one.
 #[test]
-fn colours_are_for_terminals_and_who_wants_them() {
+fn check_is_coloured_only_on_a_terminal_without_no_color() {
     let folder = folder();
     let upstream = Upstream::start(&[(0, "reader")]);
-    let text = configuration(&upstream.socket(), NOBODY, "arn:minio:iam:::role/r", "shop")
-        .replace("/w/", "/user/");
+    let text = configuration(
+        &upstream.socket(),
+        UNREACHABLE,
+        "arn:minio:iam:::role/r",
+        "shop",
+    )
+    .replace("/w/", "/user/");
     fs::write(folder.path().join("check.toml"), text).unwrap();
     let command = |variables: &[(&str, &str)]| {
         let mut command = Command::new(PROGRAM);
@@ -222,7 +232,7 @@ fn colours_are_for_terminals_and_who_wants_them() {
         typed.contains("  ...  STS, for role \"shop\"\r\n"),
         "{typed:?}"
     );
-    let output = run(command(&[("TERM", "xterm")]), b"", PATIENCE);
+    let output = run(command(&[("TERM", "xterm")]), b"", TIMEOUT);
     assert!(
         output.status.code() == Some(1) && !output.stdout.contains('\x1b'),
         "{output:?}"

@@ -1,4 +1,4 @@
-//! Tokens that no SPIRE of today issues, and networks that no test machine has.
+//! Tokens that no current SPIRE issues, and networks that no test machine has.
 
 use std::sync::mpsc::channel;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,30 +10,35 @@ const HEADER: &str = r#"{"alg":"ES256","kid":"k1"}"#;
 const CLAIMS: &str =
     r#"{"iss":"http://127.0.0.1:1","sub":"{sub}","aud":"shop","iat":{now},"exp":{end}}"#;
 
-/// For STS of one's own.
+/// Returns a configuration for an STS other than AWS's.
 fn text(tokens: &Tokens) -> String {
-    configuration(tokens.socket(), NOBODY, "arn:minio:iam:::role/r", "shop")
+    configuration(
+        tokens.socket(),
+        UNREACHABLE,
+        "arn:minio:iam:::role/r",
+        "shop",
+    )
 }
 
-fn noted(report: &Value, step: &str, saw: &str) -> bool {
+fn requests(report: &Value, step: &str, saw: &str) -> bool {
     report["findings"]
         .as_array()
         .unwrap()
         .iter()
         .any(|finding| {
-            let said = finding["saw"]
+            let message = finding["saw"]
                 .as_str()
                 .is_some_and(|text| text.contains(saw));
             finding["step"] == step
                 && finding["verdict"] == "note"
-                && said
+                && message
                 && finding["fix"].is_string()
         })
 }
 
-/// Those that awsvid itself takes to nobody.
+/// awsvid itself exchanges none of those.
 #[test]
-fn tokens_that_sts_would_refuse() {
+fn invalid_tokens_are_reported() {
     let folder = folder();
     let right = check(
         folder.path(),
@@ -43,7 +48,7 @@ fn tokens_that_sts_would_refuse() {
     assert!(
         !right
             .to_string()
-            .contains("mend it at the SPIFFE provider: STS would refuse the token"),
+            .contains("STS would refuse the token: correct it at the SPIFFE provider"),
         "{right:#}"
     );
     let now = SystemTime::now()
@@ -82,7 +87,7 @@ fn tokens_that_sts_would_refuse() {
             &check(folder.path(), &text(&tokens)),
             "identity",
             saw,
-            "mend it at the SPIFFE provider",
+            "correct it at the SPIFFE provider",
         );
     }
     let tokens = Tokens::start(folder.path(), r#"{"alg":"EdDSA","kid":"k1"}"#, CLAIMS);
@@ -90,12 +95,12 @@ fn tokens_that_sts_would_refuse() {
         &check(folder.path(), &text(&tokens)),
         "identity",
         "its signature's algorithm",
-        "mend it",
+        "correct it",
     );
 }
 
 #[test]
-fn tokens_that_are_good_for_a_short_time() {
+fn short_lived_tokens_are_reported() {
     let folder = folder();
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -110,10 +115,10 @@ fn tokens_that_are_good_for_a_short_time() {
             &text(&Tokens::start(folder.path(), HEADER, &claims)),
         )
     };
-    // They are used as long as they are good.
+    // They are used as long as they are valid.
     let short = lasting(now, now + 60).1;
     assert!(
-        noted(&short, "identity", "are good for only 60 s from the start"),
+        requests(&short, "identity", "are good for only 60 s from the start"),
         "{short:#}"
     );
     assert!(
@@ -126,12 +131,12 @@ fn tokens_that_are_good_for_a_short_time() {
         &lasting(now - 85, now + 5),
         "identity",
         "and was good for only 90 s",
-        "mend it",
+        "correct it",
     );
 }
 
 #[test]
-fn a_subject_that_may_be_too_long() {
+fn long_subject_is_reported() {
     let folder = folder();
     let tokens = Tokens::start(folder.path(), HEADER, CLAIMS);
     let with = |length: usize| {
@@ -144,41 +149,41 @@ fn a_subject_that_may_be_too_long() {
         .1
     };
     let long = with(256);
-    assert!(noted(&long, "token", "256 characters"), "{long:#}");
+    assert!(requests(&long, "token", "256 characters"), "{long:#}");
     assert!(!with(255).to_string().contains("255 characters"));
 }
 
-/// AWS's STS and an issuer on the internet, where only a proxy leads to them: here it leads nowhere.
+/// AWS's STS and an issuer on the internet, which only a proxy can reach: here it reaches nothing.
 #[test]
-fn behind_a_proxy_all_steps_take_the_way_of_the_exchange() {
+fn all_steps_use_the_proxy_of_the_exchange() {
     let folder = folder();
     let claims = CLAIMS.replace("http://127.0.0.1:1", "https://oidc.example.org");
     let tokens = Tokens::start(folder.path(), r#"{"alg":"PS256","kid":"k1"}"#, &claims);
-    let (sender, asked) = channel();
-    let proxy = answering::start(move |first, _| {
+    let (sender, requested) = channel();
+    let proxy = stub_http::start(move |first, _| {
         // The test may have ended.
         let _ = sender.send(first.to_owned());
-        answering::http("403 Forbidden", "", "")
+        stub_http::http("403 Forbidden", "", "")
     });
     let text = configuration(
         tokens.socket(),
-        NOBODY,
+        UNREACHABLE,
         "arn:aws:iam::123456789012:role/app",
         "shop",
     );
-    let text = text.replace(&format!("endpoint = \"{NOBODY}\"\n"), "");
+    let text = text.replace(&format!("endpoint = \"{UNREACHABLE}\"\n"), "");
     let found = check_with(
         &["env", &format!("HTTPS_PROXY={proxy}")],
         folder.path(),
         &text,
         &[],
     );
-    // No more can be seen of an account; of the token this much.
+    // An account shows no more than this, and this much of the token.
     assert_failed(&found, "token", "PS256, which AWS does not take", "RS256");
     let refused = "does not let through to oidc.example.org:443: HTTP/1.1 403";
     assert_failed(&found, "discovery", refused, "--resolve or --url");
     assert!(
-        noted(
+        requests(
             &found.1,
             "clock",
             "does not let through to sts.us-east-1.amazonaws.com:443"
@@ -187,13 +192,13 @@ fn behind_a_proxy_all_steps_take_the_way_of_the_exchange() {
         found.1
     );
     assert_failed(&found, "sts", "", "HTTPS_PROXY");
-    let asked: Vec<String> = asked.try_iter().collect();
+    let requested: Vec<String> = requested.try_iter().collect();
     for host in ["sts.us-east-1.amazonaws.com", "oidc.example.org"] {
         assert!(
-            asked
+            requested
                 .iter()
                 .any(|line| line.starts_with(&format!("CONNECT {host}:443 "))),
-            "{host}: {asked:?}"
+            "{host}: {requested:?}"
         );
     }
     let excepted = [
@@ -204,23 +209,23 @@ fn behind_a_proxy_all_steps_take_the_way_of_the_exchange() {
         &["env", excepted[0], excepted[1]],
         folder.path(),
         &text,
-        &["--url", NOBODY],
+        &["--url", UNREACHABLE],
     );
     assert!(!report.to_string().contains("the proxy 127"), "{report:#}");
 }
 
-/// Of AWS's five seconds each document takes more than half.
+/// Each document takes more than half of AWS's five seconds.
 #[test]
-fn an_issuer_that_is_too_slow() {
+fn slow_issuer_is_reported() {
     let folder = folder();
     let late = |body: String| {
-        answering::start(move |_, _| {
+        stub_http::start(move |_, _| {
             std::thread::sleep(Duration::from_millis(2600));
-            answering::http("200 OK", "", &body)
+            stub_http::http("200 OK", "", &body)
         })
     };
     let keys = late(r#"{"keys":[]}"#.to_owned());
-    let issuer = late(json!({ "issuer": NOBODY, "jwks_uri": keys }).to_string());
+    let issuer = late(json!({ "issuer": UNREACHABLE, "jwks_uri": keys }).to_string());
     let tokens = Tokens::start(folder.path(), HEADER, CLAIMS);
     let found = check_with(&[], folder.path(), &text(&tokens), &["--url", &issuer]);
     assert_failed(

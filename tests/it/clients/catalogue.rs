@@ -1,4 +1,4 @@
-//! The clients: what they are called, which version it is, how they are started.
+//! The clients: their names, versions and commands.
 
 mod command_lines;
 mod python;
@@ -12,44 +12,48 @@ use crate::harness::counterparts::{skip, tool};
 
 /// A client as its users have it.
 pub(crate) struct Client {
-    /// As the table calls it.
+    /// Its name in the table.
     pub(crate) name: &'static str,
-    /// Where it was installed from, by its name.
+    /// The registry that it was installed from.
     pub(crate) registry: &'static str,
     pub(crate) version: Version,
     pub(crate) start: Start,
-    /// Added to the environment: what its users set for an S3 other than AWS's. `{endpoint}` is filled in.
+    /// Added to the environment: the variables that its users set for an S3 other than AWS's.
+    /// `{endpoint}` is filled in.
     pub(crate) environment: &'static [(&'static str, &'static str)],
-    /// What a user should know that the table's other columns don't say, in few words.
+    /// A short fact for users that the table's other columns do not have.
     pub(crate) note: &'static str,
 }
 
-/// Where its version is known from, so that it is written in one place.
+/// The source of its version, so that it is written in one file.
 pub(crate) enum Version {
     /// The first one that follows these words in this file of the repository.
     Locked {
         file: &'static str,
         after: &'static str,
     },
-    /// The first one that its program prints with these arguments. It is not pinned: the system's.
+    /// The first one that its program prints with these arguments. It is the system's, which is not
+    /// pinned.
     Printed(&'static [&'static str]),
 }
 
-/// How reads are done. The first word is a program that `tests/counterparts/get` provides; a word that begins with `tests/`
-/// is a file of the repository, which the client gets a copy of.
+/// The way in which reads are done. The first word is a program that `tests/counterparts/get`
+/// provides. A word that begins with `tests/` is a file of the repository, of which the client gets
+/// a copy.
 pub(crate) enum Start {
-    /// One process does all of them with one client of its SDK. `ENDPOINT BUCKET KEY TIMES PAUSE` are added (PAUSE in
-    /// seconds). For each read it prints one line, `read <content>` or `failed <message>`; it ends with 0 if the last read
-    /// succeeded, else with 1.
+    /// One process does all of them with one client of its SDK. `ENDPOINT BUCKET KEY TIMES PAUSE`
+    /// are added (PAUSE in seconds). For each read it prints one line, `read <content>` or `failed
+    /// <message>`. It ends with 0 if the last read succeeded, else with 1.
     Program(&'static [&'static str]),
-    /// Each read is a run of a command, which prints the content and ends with 0, or says why not. `{endpoint}`, `{bucket}` and `{key}` are filled in.
+    /// Each read is a run of a command, which prints the content and ends with 0, or prints an
+    /// error. `{endpoint}`, `{bucket}` and `{key}` are filled in.
     Command(&'static [&'static str]),
 }
 
-/// A note: then S3's refusal is all that one sees.
+/// A note: the user then sees only S3's refusal.
 const UNSIGNED: &str = "without credentials it sends its request unsigned";
 
-/// All of them, in the order of the table.
+/// Returns all of them, in the order of the table.
 pub(crate) fn all() -> Vec<Client> {
     [command_lines::clients(), python::clients(), sdks::clients()]
         .into_iter()
@@ -58,7 +62,7 @@ pub(crate) fn all() -> Vec<Client> {
 }
 
 impl Client {
-    /// Its name in SPIFFE IDs, object keys and names of files.
+    /// Returns its name in SPIFFE IDs, object keys and names of files.
     pub(crate) fn slug(&self) -> String {
         let words = self
             .name
@@ -67,20 +71,21 @@ impl Client {
         words.collect::<Vec<_>>().join("-").to_lowercase()
     }
 
-    /// Its program. `None` after a printed skip if it is not there.
+    /// Returns its program, or `None` after a printed skip if it is missing.
     pub(crate) fn program(&self) -> Option<PathBuf> {
         // Not the link: Python knows its libraries by the path that it was started with.
         std::fs::read_link(tool(self.words()[0])?).ok()
     }
 
-    /// The program's name, and what follows it.
+    /// Returns the program's name and its arguments.
     pub(crate) fn words(&self) -> &'static [&'static str] {
         match self.start {
             Start::Program(words) | Start::Command(words) => words,
         }
     }
 
-    /// Its version. `None` after a printed skip for a system's client in another version than the one that is expected.
+    /// Returns its version, or `None` after a printed skip for a system's client in another version
+    /// than the expected one.
     pub(crate) fn version(&self, program: &Path, expected: Option<&str>) -> Option<String> {
         let arguments = match self.version {
             Version::Locked { file, after } => return Some(locked(file, after)),
@@ -104,7 +109,7 @@ impl Client {
     }
 }
 
-/// The version in a file that pins it.
+/// Returns the version in a file that pins it.
 fn locked(file: &str, after: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
     let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{file}: {error}"));
@@ -114,7 +119,7 @@ fn locked(file: &str, after: &str) -> String {
     first_version(rest)
 }
 
-/// The first word that begins with a digit, as far as it looks like a version.
+/// Returns the first word that begins with a digit, up to the end of its version number.
 fn first_version(text: &str) -> String {
     let version = text.split(|c: char| !(c.is_ascii_alphanumeric() || ".-+".contains(c)));
     let version = version

@@ -1,85 +1,86 @@
-//! A session of which less and less is left, with an STS that does not renew it. Only in `tests/run slow`, which has the time.
+//! A session that nears its end, with an STS that does not renew it. Only in `tests/run slow`,
+//! which has the time.
 
 use std::thread;
 use std::time::{Duration, SystemTime};
 
 use super::catalogue::Start;
 use super::reading::{Reading, for_each, read};
-use super::stage::{Setting, Stage};
+use super::stage::{ClientSetting, ClientStage};
 use super::table::{self, Cell, Column, Table};
 use crate::harness::counterparts::folder;
-use crate::harness::delay::Delay;
 use crate::harness::is_slow;
+use crate::harness::slow_proxy::SlowProxy;
 
-/// What is left of the session, in minutes, when the clients read. The first is when it is new.
-const LEFT: [u64; 4] = [25, 14, 9, 4];
+/// The remaining minutes of the session at each read of the clients. At the first it is new.
+const REMAINING_MINUTES: [u64; 4] = [25, 14, 9, 4];
 const READS: u32 = 9;
-/// Others ask once. Who asks again does so at each call, or every few seconds, as Java's v2.
-const AGAIN: usize = 2;
+/// Most clients send one request. Some repeat it at each call, or every few seconds, as Java's v2.
+const REPEATED_REQUESTS: usize = 2;
 /// Most of the time they wait for their next read.
-const AT_ONCE: usize = 4;
+const MAX_CONCURRENT: usize = 4;
 
 #[test]
-fn who_asks_at_each_call_when_a_session_is_about_to_end() {
+fn clients_refetch_near_session_end_as_documented() {
     if !is_slow() {
         return;
     }
     let folder = folder();
-    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else {
+    let Some(stage) = ClientStage::start(folder.path(), &Table::committed()) else {
         return;
     };
-    let (way, address) = Delay::tcp(stage.sts(), Duration::ZERO);
-    let role = format!("duration = \"{}m\"", LEFT[0]);
-    let setting = Setting {
+    let (way, address) = SlowProxy::tcp(stage.sts(), Duration::ZERO);
+    let role = format!("duration = \"{}m\"", REMAINING_MINUTES[0]);
+    let setting = ClientSetting {
         role: &role,
         sts: Some(format!("http://{address}")),
-        ..Setting::default()
+        ..ClientSetting::default()
     };
     let serving = stage.daemon("ending", &setting);
-    let asked = |left: u64| {
-        for_each(&stage.members(), AT_ONCE, |_, member| {
+    let request_counts = |remaining: u64| {
+        for_each(&stage.members(), MAX_CONCURRENT, |_, member| {
             let before = serving.issued(member).len();
             let reading = Reading {
                 times: READS,
                 pause: Duration::from_secs(1),
-                ..Reading::once(member, &serving)
+                ..Reading::single_read(member, &serving)
             };
             let reads = read(&stage, member, &serving, &reading);
             let requests = serving.issued(member).len() - before;
             eprintln!(
-                "{}, {left} min left: {requests} requests for {READS} reads",
+                "{}, {remaining} min left: {requests} requests for {READS} reads",
                 member.client.name
             );
             assert!(
-                reads.are(&member.content()),
-                "{} with {left} min left: {reads:?}",
+                reads.all_equal(&member.content()),
+                "{} with {remaining} min left: {reads:?}",
                 member.client.name
             );
             requests
         })
     };
     let began = SystemTime::now();
-    let mut all = vec![asked(LEFT[0])];
-    // Nothing is renewed from here on.
+    let mut all = vec![request_counts(REMAINING_MINUTES[0])];
+    // No refresh succeeds from here on.
     drop(way);
-    for left in &LEFT[1..] {
+    for remaining in &REMAINING_MINUTES[1..] {
         // The clients' starts take their time; a minute is left for them in each direction.
-        let at = began + Duration::from_secs((LEFT[0] - left) * 60);
+        let at = began + Duration::from_secs((REMAINING_MINUTES[0] - remaining) * 60);
         thread::sleep(at.duration_since(SystemTime::now()).unwrap_or_default());
-        all.push(asked(*left));
+        all.push(request_counts(*remaining));
     }
     let cells = stage
         .members()
         .into_iter()
         .enumerate()
         .map(|(number, member)| {
-            let each = LEFT
+            let each = REMAINING_MINUTES
                 .iter()
                 .zip(&all)
-                .find(|(_, requests)| requests[number] >= AGAIN);
+                .find(|(_, requests)| requests[number] >= REPEATED_REQUESTS);
             let text = match (&member.client.start, each) {
                 (Start::Command(_), _) => "each run".to_owned(),
-                (Start::Program(_), Some((left, _))) => format!("at {left} min"),
+                (Start::Program(_), Some((remaining, _))) => format!("at {remaining} min"),
                 (Start::Program(_), None) => "never".to_owned(),
             };
             Cell::new(member.client.name, Column::EachCall, text)

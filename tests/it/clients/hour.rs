@@ -1,4 +1,5 @@
-//! A session of an hour, to its end and on: all clients side by side, each with one client object. Only in `tests/run slow`.
+//! A session of an hour, to its end and on: all clients side by side, each with one client object.
+//! Only in `tests/run slow`.
 
 use std::time::Duration;
 
@@ -6,32 +7,33 @@ use serde_json::Value;
 
 use super::catalogue::Start;
 use super::reading::{Reading, for_each, read};
-use super::stage::{Setting, Stage};
+use super::stage::{ClientSetting, ClientStage};
 use super::table::{self, Cell, Column, Table};
 use crate::harness::counterparts::folder;
 use crate::harness::is_slow;
 
 /// Between the reads of a program.
 const PAUSE: Duration = Duration::from_secs(20);
-/// Between the runs of a command, which has nothing that could get old.
+/// Between the runs of a command, which keeps no credentials.
 const BETWEEN_RUNS: Duration = Duration::from_secs(60);
 const LENGTH: Duration = Duration::from_secs(65 * 60);
-/// What asks no more often than this in that time does so when its credentials get old, and not by a schedule of its own.
-const FEW: u64 = 5;
+/// A client with at most this many requests in that time refreshes because its credentials get old,
+/// and not by a schedule of its own.
+const MAX_REFRESHES: u64 = 5;
 
-/// With less left some SDKs ask at each call.
+/// With less left some SDKs fetch credentials at each call.
 const EARLIEST: Duration = Duration::from_secs(15 * 60);
 
 #[test]
-fn nobody_notices_that_sessions_end() {
+fn clients_see_no_error_at_session_end() {
     if !is_slow() {
         return;
     }
     let folder = folder();
-    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else {
+    let Some(stage) = ClientStage::start(folder.path(), &Table::committed()) else {
         return;
     };
-    let serving = stage.daemon("hour", &Setting::default());
+    let serving = stage.daemon("hour", &ClientSetting::default());
     let all = for_each(&stage.members(), stage.members().len(), |_, member| {
         let pause = if matches!(member.client.start, Start::Command(_)) {
             BETWEEN_RUNS
@@ -42,7 +44,7 @@ fn nobody_notices_that_sessions_end() {
         let reading = Reading {
             times,
             pause,
-            ..Reading::once(member, &serving)
+            ..Reading::single_read(member, &serving)
         };
         let reads = read(&stage, member, &serving, &reading);
         let failed = reads
@@ -61,16 +63,16 @@ fn nobody_notices_that_sessions_end() {
         }
         (failed, requests)
     });
-    // Whatever has less asks at each call, if it is one of those that ask early.
+    // An SDK that refreshes early fetches them at each call with less than this.
     let least = stage
         .members()
         .into_iter()
         .flat_map(|member| serving.issued(member))
-        .map(|record| left(&record))
+        .map(|record| remaining_life(&record))
         .min();
-    let least = least.expect("somebody asked");
+    let least = least.expect("a client sent a request");
     eprintln!(
-        "the least that was left of what was handed out: {} min",
+        "the least that was left of what was issued: {} min",
         least.as_secs() / 60
     );
     assert!(least > EARLIEST, "{least:?}");
@@ -95,7 +97,7 @@ fn nobody_notices_that_sessions_end() {
         .map(|(member, (_, requests))| {
             let text = match member.client.start {
                 Start::Command(_) => "each run".to_owned(),
-                Start::Program(_) if *requests <= FEW => format!("when due ({requests})"),
+                Start::Program(_) if *requests <= MAX_REFRESHES => format!("when due ({requests})"),
                 Start::Program(_) => format!(
                     "every {} min ({requests})",
                     (LENGTH.as_secs() / 60).div_ceil(*requests)
@@ -106,8 +108,8 @@ fn nobody_notices_that_sessions_end() {
     table::settle(&cells.collect::<Vec<_>>());
 }
 
-/// What was left of the credentials of an audit record.
-fn left(record: &Value) -> Duration {
+/// Returns the remaining life of the credentials of an audit record.
+fn remaining_life(record: &Value) -> Duration {
     let [time, expiration] = ["time", "expiration"].map(|field| {
         let text = record[field]
             .as_str()

@@ -1,26 +1,27 @@
-//! Each client by each way to the daemon, cold, and refused. Only in `tests/run slow`.
+//! Each client with each way to configure the endpoint, cold, and refused. Only in `tests/run
+//! slow`.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::Value;
 
-use super::reading::{PATIENCE, Reading, Reads, for_each, read};
-use super::stage::{Member, ROLE, Serving, Setting, Stage};
+use super::reading::{Reading, Reads, TIMEOUT, for_each, read};
+use super::stage::{ClientSetting, ClientStage, Member, ROLE, Serving};
 use super::table::{self, Cell, Column, Table};
-use super::{AT_ONCE, facts};
+use super::{MAX_CONCURRENT, facts};
 use crate::harness::counterparts::{folder, minio};
-use crate::harness::delay::Delay;
 use crate::harness::is_slow;
+use crate::harness::slow_proxy::SlowProxy;
 
 #[test]
-fn the_whole_matrix() {
+fn clients_match_the_documented_matrix() {
     if !is_slow() {
         return;
     }
     table::settle_rows();
     let folder = folder();
-    let Some(stage) = Stage::start(folder.path(), &Table::committed()) else {
+    let Some(stage) = ClientStage::start(folder.path(), &Table::committed()) else {
         return;
     };
     let mut cells: Vec<Cell> = stage.members().into_iter().flat_map(facts).collect();
@@ -31,67 +32,72 @@ fn the_whole_matrix() {
     table::settle(&cells);
 }
 
-/// A cell for each client, made of what it has seen.
-fn cells<T>(stage: &Stage, column: Column, seen: Vec<T>, text: impl Fn(T) -> String) -> Vec<Cell> {
+/// Makes a cell for each client from its results.
+fn cells<T>(
+    stage: &ClientStage,
+    column: Column,
+    results: Vec<T>,
+    text: impl Fn(T) -> String,
+) -> Vec<Cell> {
     stage
         .members()
         .into_iter()
-        .zip(seen)
-        .map(|(member, seen)| Cell::new(member.client.name, column, text(seen)))
+        .zip(results)
+        .map(|(member, results)| Cell::new(member.client.name, column, text(results)))
         .collect()
 }
 
-/// With a token that has to be right, from its file alone; over IPv6, by name, and for a role by its name.
-fn ways(stage: &Stage) -> Vec<Cell> {
+/// Checks a token that has to be right, from its file alone; IPv6; a host name; a role's name.
+fn ways(stage: &ClientStage) -> Vec<Cell> {
     let serving = stage.daemon(
         "ways",
-        &Setting {
+        &ClientSetting {
             listen: "authorization = \"token\"",
-            ..Setting::default()
+            ..ClientSetting::default()
         },
     );
     let (tcp, tcp6) = (serving.daemon.tcp(), serving.daemon.tcp6());
-    let failed = for_each(&stage.members(), AT_ONCE, |_, member| {
-        let once = Reading::once(member, &serving);
+    let failed = for_each(&stage.members(), MAX_CONCURRENT, |_, member| {
+        let single_read = Reading::single_read(member, &serving);
         let url = |host: &str, port: u16| format!("http://{host}:{port}");
         let ways = [
-            ("", once.clone()),
+            ("", single_read.clone()),
             (
                 "token file alone",
                 Reading {
                     file_alone: true,
-                    ..once.clone()
+                    ..single_read.clone()
                 },
             ),
             (
                 "`[::1]`",
                 Reading {
                     url: url("[::1]", tcp6.port()),
-                    ..once.clone()
+                    ..single_read.clone()
                 },
             ),
             (
                 "`localhost`",
                 Reading {
                     url: url("localhost", tcp.port()),
-                    ..once.clone()
+                    ..single_read.clone()
                 },
             ),
             (
                 "a role's name",
                 Reading {
                     role: Some(ROLE),
-                    ..once
+                    ..single_read
                 },
             ),
         ];
         let failed = ways.into_iter().filter_map(|(name, reading)| {
             let reads = read(stage, member, &serving, &reading);
-            let failed = !reads.are(&member.content());
+            let failed = !reads.all_equal(&member.content());
             failed.then(|| {
-                let asked = serving.requests(member.uid).pop();
+                let request_count = serving.requests(member.uid).pop();
                 eprintln!(
-                    "{}, {name:?}: {reads:?}, last asked: {asked:?}",
+                    "{}, {name:?}: {reads:?}, requests at last: {request_count:?}",
                     member.client.name
                 );
                 name
@@ -109,11 +115,12 @@ fn ways(stage: &Stage) -> Vec<Cell> {
 /// Together, half of it each. The daemon holds a request for 4.5 s.
 const UPSTREAM_TAKES: [f64; 3] = [0.3, 1.5, 4.0];
 
-/// On a busy machine a client may be late by itself. Who is too slow every time is too slow.
+/// On a busy machine a client may be late by itself. A client that is late in every try is too
+/// slow.
 const TRIES: u32 = 3;
 
-/// The first read of all, with nothing cached; then a second one.
-fn cold(stage: &Stage) -> Vec<Cell> {
+/// Measures the first read of all, with nothing cached, and then a second one.
+fn cold(stage: &ClientStage) -> Vec<Cell> {
     let waited = stage.members().into_iter().map(|member| (member.uid, 0.0));
     let mut waited: BTreeMap<u32, f64> = waited.collect();
     for seconds in UPSTREAM_TAKES {
@@ -140,19 +147,19 @@ fn cold(stage: &Stage) -> Vec<Cell> {
     )
 }
 
-/// Whether the first read of each of these came to its object.
-fn with_delay(stage: &Stage, seconds: f64, number: u32, members: &[&Member]) -> Vec<bool> {
+/// Returns whether the first read of each of these got its object.
+fn with_delay(stage: &ClientStage, seconds: f64, number: u32, members: &[&Member]) -> Vec<bool> {
     let (each, name) = (
         Duration::from_secs_f64(seconds / 2.0),
         format!("cold-{seconds}-{number}"),
     );
     let socket = stage.path(&format!("{name}.sock"));
-    let _source = Delay::unix(&socket, stage.spire.agent_socket(), each);
-    let (_sts, address) = Delay::tcp(stage.sts(), each);
-    let setting = Setting {
+    let _source = SlowProxy::unix(&socket, stage.spire.agent_socket(), each);
+    let (_sts, address) = SlowProxy::tcp(stage.sts(), each);
+    let setting = ClientSetting {
         source: Some(socket),
         sts: Some(format!("http://{address}")),
-        ..Setting::default()
+        ..ClientSetting::default()
     };
     let serving = stage.daemon(&name, &setting);
     let trace = stage.minio.trace();
@@ -165,13 +172,13 @@ fn with_delay(stage: &Stage, seconds: f64, number: u32, members: &[&Member]) -> 
     };
     let fetched = |member: &&Member| stage.spire.jwt_svids_fetched(&member.spiffe_id());
     let before: (usize, Vec<usize>) = (exchanged(), members.iter().map(fetched).collect());
-    let reads = for_each(members, AT_ONCE, |_, member| {
-        // Its next try comes when what the first one started has come to its end.
+    let reads = for_each(members, MAX_CONCURRENT, |_, member| {
+        // Its next try begins when the exchange that the first one started has ended.
         let pause = Duration::from_secs_f64(seconds.ceil());
         let reading = Reading {
             times: 2,
             pause,
-            ..Reading::once(member, &serving)
+            ..Reading::single_read(member, &serving)
         };
         read(stage, member, &serving, &reading)
     });
@@ -179,7 +186,7 @@ fn with_delay(stage: &Stage, seconds: f64, number: u32, members: &[&Member]) -> 
         let name = member.client.name;
         eprintln!(
             "{name}, cold, {seconds} s: {} requests, {reads:?}",
-            serving.asked(member.uid)
+            serving.request_count(member.uid)
         );
         assert_eq!(
             reads.each.last(),
@@ -201,57 +208,58 @@ fn with_delay(stage: &Stage, seconds: f64, number: u32, members: &[&Member]) -> 
 }
 
 /// Most of the time they wait for their next try.
-const WAITING_AT_ONCE: usize = 6;
+const MAX_CONCURRENT_WAITING: usize = 6;
 
-/// From so many tries on their number is no part of what is compared: who has tries within tries, or an end in time, does not
-/// come to the same number each time.
-const MANY: u64 = 7;
+/// From this number of tries on, the number is not compared: a client with tries within tries, or
+/// with a deadline, does not reach the same number each time.
+const MIN_UNCOMPARED_TRIES: u64 = 7;
 
-/// Users without an identity: a 403.
-fn refused(stage: &Stage) -> Vec<Cell> {
-    let serving = stage.daemon("refused", &Setting::default());
-    let seen = for_each(&stage.members(), WAITING_AT_ONCE, |_, member| {
+/// Checks the 403 of users without an identity.
+fn refused(stage: &ClientStage) -> Vec<Cell> {
+    let serving = stage.daemon("refused", &ClientSetting::default());
+    let results = for_each(&stage.members(), MAX_CONCURRENT_WAITING, |_, member| {
         let reading = Reading {
             uid: member.stranger,
-            ..Reading::once(member, &serving)
+            ..Reading::single_read(member, &serving)
         };
-        let said = format!(
-            "No identity is configured on this node for uid {}",
+        let message = format!(
+            "no SPIFFE identity: this node has none for uid {}",
             member.stranger
         );
-        told(stage, member, &serving, &reading, &said)
+        shown_message(stage, member, &serving, &reading, &message)
     });
-    cells(stage, Column::Refused, seen, |text| text)
+    cells(stage, Column::Refused, results, |text| text)
 }
 
-/// While STS is away: a 503.
-fn unavailable(stage: &Stage) -> Vec<Cell> {
-    let (way, address) = Delay::tcp(stage.sts(), Duration::ZERO);
-    let setting = Setting {
+/// Checks the 503 while STS is unavailable.
+fn unavailable(stage: &ClientStage) -> Vec<Cell> {
+    let (way, address) = SlowProxy::tcp(stage.sts(), Duration::ZERO);
+    let setting = ClientSetting {
         sts: Some(format!("http://{address}")),
-        ..Setting::default()
+        ..ClientSetting::default()
     };
     let serving = stage.daemon("unavailable", &setting);
     drop(way);
-    let seen = for_each(&stage.members(), WAITING_AT_ONCE, |_, member| {
-        told(
+    let results = for_each(&stage.members(), MAX_CONCURRENT_WAITING, |_, member| {
+        shown_message(
             stage,
             member,
             &serving,
-            &Reading::once(member, &serving),
+            &Reading::single_read(member, &serving),
             "awsvid: ",
         )
     });
-    cells(stage, Column::Unavailable, seen, |text| text)
+    cells(stage, Column::Unavailable, results, |text| text)
 }
 
-/// Whether the client shows what the daemon has said, and how often and how long it has asked.
-fn told(
-    stage: &Stage,
+/// Returns whether the client shows the daemon's message, with the number of its requests and the
+/// time that they took.
+fn shown_message(
+    stage: &ClientStage,
     member: &Member,
     serving: &Serving,
     reading: &Reading<'_>,
-    said: &str,
+    message: &str,
 ) -> String {
     let Reads {
         each,
@@ -268,18 +276,18 @@ fn told(
         .iter()
         .all(|record: &Value| record["outcome"] != "issued");
     assert!(!requests.is_empty() && none_issued, "{name}: {requests:?}");
-    let tries = serving.asked(reading.uid);
-    eprintln!("{name}, {said:?}: {tries} tries, {took:?}, {printed}");
-    let why = if printed.contains(said) {
+    let tries = serving.request_count(reading.uid);
+    eprintln!("{name}, {message:?}: {tries} tries, {took:?}, {printed}");
+    let why = if printed.contains(message) {
         "shows why"
     } else {
         "hides why"
     };
     let seconds = took.as_secs();
     match tries {
-        _ if took >= PATIENCE => format!("does not give up ({tries} tries, {seconds} s)"),
+        _ if took >= TIMEOUT => format!("does not give up ({tries} tries, {seconds} s)"),
         1 => format!("{why}, 1 try ({seconds} s)"),
-        2..MANY => format!("{why}, {tries} tries ({seconds} s)"),
+        2..MIN_UNCOMPARED_TRIES => format!("{why}, {tries} tries ({seconds} s)"),
         _ => format!("{why}, many tries ({tries}, {seconds} s)"),
     }
 }

@@ -1,4 +1,4 @@
-//! Running a client, and what it says.
+//! Runs a client and parses its output.
 
 use std::ffi::OsString;
 use std::os::unix::fs::chown;
@@ -9,30 +9,30 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::catalogue::Start;
-use super::stage::{BUCKET, Member, Serving, Stage};
+use super::stage::{BUCKET, ClientStage, Member, Serving};
 use crate::harness::counterparts::process::{Output, behind, run};
 
-/// For what a client does once, with all its tries, on a machine that is busy with others.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
+/// Bounds one task of a client, with all its tries, on a machine that is busy with others.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(180);
 
-/// How a client is to read.
+/// The settings of a client's read.
 #[derive(Clone)]
 pub(crate) struct Reading<'a> {
     pub(crate) uid: u32,
     pub(crate) key: String,
     pub(crate) times: u32,
     pub(crate) pause: Duration,
-    /// For `awsvid exec --url` ...
+    /// The value of `awsvid exec --url`.
     pub(crate) url: String,
-    /// ... and its `--role`.
+    /// For its option `--role`.
     pub(crate) role: Option<&'a str>,
     /// Whether the client has the token's file alone, of the two that `awsvid exec` sets.
     pub(crate) file_alone: bool,
 }
 
 impl Reading<'_> {
-    /// One read of the client's own object.
-    pub(crate) fn once(member: &Member, serving: &Serving) -> Self {
+    /// Returns the settings for one read of the client's own object.
+    pub(crate) fn single_read(member: &Member, serving: &Serving) -> Self {
         let url = format!("http://{}", serving.daemon.tcp());
         Self {
             uid: member.uid,
@@ -46,27 +46,27 @@ impl Reading<'_> {
     }
 }
 
-/// What came of it.
+/// The results of a client's reads.
 #[derive(Debug)]
 pub(crate) struct Reads {
-    /// The content, or what the client says about why there is none.
+    /// The content, or the client's error.
     pub(crate) each: Vec<Result<String, String>>,
     /// With the start of the program.
     pub(crate) took: Duration,
-    /// All that a person would have seen.
+    /// All output that a person would have seen.
     pub(crate) printed: String,
 }
 
 impl Reads {
-    /// Whether each read came to this content.
-    pub(crate) fn are(&self, content: &str) -> bool {
+    /// Returns whether each read got this content.
+    pub(crate) fn all_equal(&self, content: &str) -> bool {
         !self.each.is_empty() && self.each.iter().all(|read| read.as_deref() == Ok(content))
     }
 }
 
-/// Has a client read.
+/// Runs a client's reads.
 pub(crate) fn read(
-    stage: &Stage,
+    stage: &ClientStage,
     member: &Member,
     serving: &Serving,
     reading: &Reading<'_>,
@@ -78,7 +78,7 @@ pub(crate) fn read(
     chown(home.path(), Some(reading.uid), Some(reading.uid)).expect("chown, as root");
     let began = Instant::now();
     let command = || command(stage, member, serving, reading, home.path());
-    let within = PATIENCE + reading.pause * reading.times;
+    let within = TIMEOUT + reading.pause * reading.times;
     let (each, printed) = match member.client.start {
         Start::Program(_) => {
             let output = run(command(), b"", within);
@@ -109,7 +109,7 @@ pub(crate) fn read(
     }
 }
 
-/// What a program's lines say.
+/// Parses the lines of a program.
 fn lines(output: &Output, slug: &str) -> Vec<Result<String, String>> {
     let line = |line: &str| match line.split_once(' ') {
         Some(("read", content)) => Ok(content.to_owned()),
@@ -136,16 +136,17 @@ fn content(output: Output) -> Result<String, String> {
     }
 }
 
-/// The client behind `awsvid exec`, as its user, in its cgroup, with nothing else in its environment.
+/// Returns the client behind `awsvid exec`, as its user, in its cgroup, with nothing else in its
+/// environment.
 fn command(
-    stage: &Stage,
+    stage: &ClientStage,
     member: &Member,
     serving: &Serving,
     reading: &Reading<'_>,
     home: &Path,
 ) -> Command {
     let uid = reading.uid.to_string();
-    // A test program that is killed takes along who still reads.
+    // A test program that is killed also ends its clients.
     let user = [
         "setpriv",
         "--pdeathsig",
@@ -199,8 +200,8 @@ fn command(
     command
 }
 
-/// A word of the catalogue.
-fn filled(stage: &Stage, word: &str, reading: &Reading<'_>) -> OsString {
+/// Fills in a word of the catalogue.
+fn filled(stage: &ClientStage, word: &str, reading: &Reading<'_>) -> OsString {
     if word.starts_with("tests/") {
         return stage.file(word).into();
     }
@@ -210,7 +211,7 @@ fn filled(stage: &Stage, word: &str, reading: &Reading<'_>) -> OsString {
         .into()
 }
 
-/// Does something for each client, by its place among them, for some of them at one time.
+/// Runs `act` for each client, by its index, for some of them at one time.
 pub(crate) fn for_each<T: Send>(
     members: &[&Member],
     at_once: usize,

@@ -1,4 +1,4 @@
-//! SPIRE and MinIO with an identity and an object for each client. Daemons come and go.
+//! SPIRE and MinIO with an identity and an object for each client. Daemons start and end.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -12,10 +12,10 @@ use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::root;
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::daemon::{Daemon, PROGRAM};
-use crate::harness::world::id;
+use crate::harness::env::id;
 
 pub(crate) const BUCKET: &str = "clients";
-/// Users with an identity have the numbers from here on, those without one from there.
+/// The first uids of users with an identity, and of those without one.
 const FIRST_UID: u32 = 62_000;
 const FIRST_STRANGER: u32 = 63_000;
 
@@ -28,17 +28,17 @@ pub(crate) struct Member {
     pub(crate) uid: u32,
     /// A user without an identity, for refusals.
     pub(crate) stranger: u32,
-    /// As its service would have.
+    /// A cgroup as its service would have.
     pub(crate) cgroup: Cgroup,
 }
 
 impl Member {
-    /// The key of the object that only it may read.
+    /// Returns the key of the object that only it may read.
     pub(crate) fn key(&self) -> String {
         key(&self.slug)
     }
 
-    /// What is in it.
+    /// Returns the content of that object.
     pub(crate) fn content(&self) -> String {
         content(&self.slug)
     }
@@ -56,29 +56,30 @@ fn content(slug: &str) -> String {
     format!("the object of {slug}")
 }
 
-/// What runs while the daemons change.
-pub(crate) struct Stage {
+/// The counterparts that run while the daemons change.
+pub(crate) struct ClientStage {
     pub(crate) spire: Spire,
     pub(crate) minio: Minio,
     members: Vec<Member>,
     folder: PathBuf,
 }
 
-/// What one daemon has that others don't.
+/// The settings of one daemon.
 #[derive(Default)]
-pub(crate) struct Setting<'a> {
-    /// Put into `[listen]` ...
+pub(crate) struct ClientSetting<'a> {
+    /// Added to `[listen]` of the configuration.
     pub(crate) listen: &'a str,
-    /// ... and into the role.
+    /// Added to the role.
     pub(crate) role: &'a str,
-    /// In place of the agent's socket ...
+    /// Replaces the agent's socket.
     pub(crate) source: Option<PathBuf>,
-    /// ... and of MinIO's URL as an STS.
+    /// Replaces MinIO's URL as an STS.
     pub(crate) sts: Option<String>,
 }
 
-impl Stage {
-    /// With those clients that are installed, in the versions of the table. `None` after a printed skip.
+impl ClientStage {
+    /// Starts it with the installed clients, in the versions of the table. Returns `None` after a
+    /// printed skip.
     pub(crate) fn start(folder: &Path, table: &Table) -> Option<Self> {
         if !root() {
             return None;
@@ -116,7 +117,8 @@ impl Stage {
             .collect();
         minio.make_bucket(BUCKET);
         minio.put_all(BUCKET, &objects);
-        // The daemon runs as root: all identities are its own at SPIRE. Readiness asks for that of its first rule.
+        // The daemon runs as root: all identities are its own at SPIRE. Readiness fetches a token
+        // of its first rule.
         let ids: Vec<String> = ["root"].iter().chain(&slugs).map(|slug| id(slug)).collect();
         spire.register_all(&ids, &["unix:uid:0"]);
         // Other users have to start it, too.
@@ -141,17 +143,17 @@ impl Stage {
         })
     }
 
-    /// The clients, in the table's order.
+    /// Returns the clients, in the table's order.
     pub(crate) fn members(&self) -> Vec<&Member> {
         self.members.iter().collect()
     }
 
-    /// awsvid, as the clients' users can start it.
+    /// Returns the copy of awsvid that the clients' users can start.
     pub(crate) fn awsvid(&self) -> PathBuf {
         self.folder.join("awsvid")
     }
 
-    /// Where MinIO is as an STS, for a way to it that can be cut.
+    /// Returns MinIO's address as an STS, for a proxy that can be cut.
     pub(crate) fn sts(&self) -> SocketAddr {
         self.minio
             .endpoint()
@@ -160,18 +162,18 @@ impl Stage {
             .expect("MinIO's address")
     }
 
-    /// A place for a file of the test's.
+    /// Returns a path for a file of the test.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
 
-    /// The copy of a file of the repository that a client starts with.
+    /// Returns the copy of a file of the repository that a client starts with.
     pub(crate) fn file(&self, word: &str) -> PathBuf {
         self.folder.join(word)
     }
 
-    /// Starts a daemon that has nothing cached yet, with its files in a folder of its own.
-    pub(crate) fn daemon(&self, name: &str, setting: &Setting<'_>) -> Serving {
+    /// Starts a daemon with an empty cache, with its files in a folder of its own.
+    pub(crate) fn daemon(&self, name: &str, setting: &ClientSetting<'_>) -> Serving {
         let folder = self.folder.join(name);
         std::fs::create_dir(&folder).expect("a new folder");
         let users = self
@@ -188,7 +190,7 @@ impl Stage {
             .clone()
             .unwrap_or_else(|| self.spire.agent_socket());
         let configuration = format!(
-            "[identity]\nsocket = \"unix://{}\"\naudience = \"{}\"\n[sts]\nendpoint = \"{}\"\n{rules}\
+            "[identity]\nworkload_api_socket = \"unix://{}\"\naudience = \"{}\"\n[sts]\nendpoint = \"{}\"\n{rules}\
              [[role]]\nname = \"{ROLE}\"\nspiffe_id = \"{}\"\nrole_arn = \"{}\"\n{}\n",
             socket.display(),
             minio::AUDIENCE,
@@ -204,10 +206,9 @@ impl Stage {
     }
 }
 
-/// The role's name.
 pub(crate) const ROLE: &str = "reader";
 
-/// Whoever has the role may read the object of his own name.
+/// Returns a policy in which each user of the role may read the object of its own name.
 fn policy(slugs: &[&str]) -> Value {
     let statement = |slug: &&str| {
         json!({
@@ -220,7 +221,7 @@ fn policy(slugs: &[&str]) -> Value {
     json!({ "Version": "2012-10-17", "Statement": slugs.iter().map(statement).collect::<Vec<_>>() })
 }
 
-/// A daemon and where its files are.
+/// A daemon and the folder of its files.
 pub(crate) struct Serving {
     pub(crate) daemon: Daemon,
     folder: PathBuf,
@@ -231,14 +232,15 @@ impl Serving {
         self.folder.join("token")
     }
 
-    /// The audit records of a user.
+    /// Returns the audit records of a user.
     pub(crate) fn requests(&self, uid: u32) -> Vec<Value> {
         let mut records = self.daemon.audit();
         records.retain(|record| record["uid"] == uid);
         records
     }
 
-    /// The audit records of what a client was given. On a busy machine it may have hung up before, and asked once more.
+    /// Returns the audit records of a client's credentials. On a busy machine it may have closed
+    /// its connection before, and sent a second request.
     pub(crate) fn issued(&self, member: &Member) -> Vec<Value> {
         let mut records = self.requests(member.uid);
         records.retain(|record| record["outcome"] == "issued");
@@ -251,8 +253,8 @@ impl Serving {
         records
     }
 
-    /// How often a user has asked.
-    pub(crate) fn asked(&self, uid: u32) -> u64 {
+    /// Returns the number of a user's requests.
+    pub(crate) fn request_count(&self, uid: u32) -> u64 {
         self.requests(uid)
             .iter()
             .map(|record| record["repeated"].as_u64().unwrap_or(1))

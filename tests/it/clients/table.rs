@@ -11,30 +11,30 @@ const BEGIN: &str = "<!-- The clients: made by tests/it/clients.rs. -->\n";
 const END: &str = "<!-- The end of the clients. -->\n";
 const HEADER: &str = "| client | version | works | cold wait | fetches | re-fetches | on a 403 | on a 503 | note |\n|---|---|---|---|---|---|---|---|---|\n";
 
-/// In the order of the header.
+/// A column of the table, in the order of the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Column {
     Client,
-    /// With the registry.
+    /// The version, with the name of its registry.
     Version,
-    /// Which of the ways to the daemon.
+    /// The ways to the daemon that work.
     Works,
-    /// How long its first credentials may take.
+    /// The time that its first credentials may take.
     Waits,
-    /// How often, with sessions of an hour.
+    /// The number of requests with sessions of an hour.
     Asks,
-    /// With how much left it asks anew on each call.
+    /// The remaining lifetime below which it sends a request for each call.
     EachCall,
-    /// What it makes of a 403 ...
+    /// The client's behaviour after a 403.
     Refused,
-    /// ... and of a 503.
+    /// The client's behaviour after a 503.
     Unavailable,
     Note,
 }
 
 const COLUMNS: usize = 9;
 
-/// What a test has seen of one client.
+/// The result of a test with one client.
 pub(crate) struct Cell {
     pub(crate) client: &'static str,
     pub(crate) column: Column,
@@ -57,7 +57,7 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Reads it.
+    /// Reads the table of the document.
     pub(crate) fn committed() -> Self {
         let text = fs::read_to_string(document()).expect("sdks.md");
         let (_, table, _) = split(&text);
@@ -197,7 +197,8 @@ fn write(seen: &[Cell]) {
     fs::write(document(), format!("{before}{HEADER}{rows}{after}")).expect("sdks.md");
 }
 
-/// What stands in parentheses is for people: seconds and counts that are others on each machine and in each run.
+/// Returns the part of a cell that the tests compare. Text in parentheses is for people: seconds
+/// and counts that differ between machines and runs.
 fn compared(column: Column, text: &str) -> String {
     if matches!(column, Column::Client | Column::Version | Column::Note) {
         return text.to_owned();
@@ -208,7 +209,7 @@ fn compared(column: Column, text: &str) -> String {
     parts.collect::<Vec<_>>().join(" ").trim().to_owned()
 }
 
-/// What comes before the table, with its marker; the table; and the rest.
+/// Splits the document: the text before the table with the marker, the table, and the rest.
 fn split(text: &str) -> (&str, &str, &str) {
     let begin = text
         .find(BEGIN)
@@ -230,7 +231,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_stands_in_parentheses_may_differ() {
+    fn cells_may_differ_only_in_parentheses() {
         let same = |a, b| compared(Column::Refused, a) == compared(Column::Refused, b);
         assert!(same(
             "shows why, 3 tries (9 s)",

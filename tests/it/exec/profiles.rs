@@ -1,16 +1,17 @@
-//! Profiles that come before the container endpoint, and those that lead to it, with the real AWS CLI and boto3.
+//! Profiles that precede the container endpoint, and those that lead to it, with the real AWS CLI
+//! and boto3.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
-use std::process::Command;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use super::{daemon, exec, output};
-use crate::harness::counterparts::{folder, tool};
+use super::{daemon, output};
+use crate::harness::counterparts::process::{Output, behind};
+use crate::harness::counterparts::{folder, root, tool};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::upstream::Upstream;
 
@@ -23,25 +24,25 @@ const ROLE: &str = "<AssumeRoleResponse xmlns=\"https://sts.amazonaws.com/doc/20
     <AccessKeyId>ASIAASSUMED</AccessKeyId><SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken>\
     <Expiration>2099-01-01T00:00:00Z</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>";
 
-/// An STS that believes everybody, and notes who has signed what.
-struct Credulous {
+/// An STS that accepts every signature, and records the key of each request.
+struct PermissiveSts {
     address: SocketAddr,
     /// The action, the access key id and the region of each request.
     requests: Arc<Mutex<Vec<(String, String, String)>>>,
 }
 
-impl Credulous {
+impl PermissiveSts {
     fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (address, requests) = (
             listener.local_addr().unwrap(),
             Arc::<Mutex<Vec<_>>>::default(),
         );
-        let noted = requests.clone();
+        let records = requests.clone();
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
-                let noted = noted.clone();
-                thread::spawn(move || answer(stream, &noted));
+                let records = records.clone();
+                thread::spawn(move || answer(stream, &records));
             }
         });
         Self { address, requests }
@@ -52,7 +53,7 @@ impl Credulous {
     }
 }
 
-fn answer(stream: TcpStream, noted: &Mutex<Vec<(String, String, String)>>) {
+fn answer(stream: TcpStream, records: &Mutex<Vec<(String, String, String)>>) {
     let mut stream = BufReader::new(stream);
     loop {
         let (mut head, mut length) = (String::new(), 0);
@@ -81,7 +82,7 @@ fn answer(stream: TcpStream, noted: &Mutex<Vec<(String, String, String)>>) {
             scope.nth(1).unwrap_or_default(),
         );
         let text = if action == "AssumeRole" { ROLE } else { CALLER };
-        noted
+        records
             .lock()
             .unwrap()
             .push((action, key.to_owned(), region.to_owned()));
@@ -102,7 +103,7 @@ fn answer(stream: TcpStream, noted: &Mutex<Vec<(String, String, String)>>) {
 /// A config file, a credentials file, and variables.
 type Setup<'a> = (String, &'a str, &'a [(&'a str, &'a str)]);
 
-/// The clients, each as a command that asks the STS who it is.
+/// Returns the clients, each as a command that calls the STS for its own identity.
 fn clients(sts: &str) -> Option<Vec<(&'static str, Vec<String>)>> {
     // Not the link: Python knows its libraries by the path that it was started with.
     let python = fs::read_link(tool("client-boto3")?).unwrap();
@@ -123,48 +124,56 @@ fn clients(sts: &str) -> Option<Vec<(&'static str, Vec<String>)>> {
     ])
 }
 
-struct Stage {
+struct ExecStage {
     daemon: Daemon,
-    sts: Credulous,
+    sts: PermissiveSts,
     _upstream: Upstream,
     folder: tempfile::TempDir,
 }
 
-impl Stage {
+impl ExecStage {
     fn write(&self, config: &str, credentials: &str) {
         fs::create_dir_all(self.folder.path().join(".aws")).unwrap();
         fs::write(self.folder.path().join(".aws/config"), config).unwrap();
         fs::write(self.folder.path().join(".aws/credentials"), credentials).unwrap();
     }
 
-    /// What the client has asked the STS for, behind `awsvid exec` and with these variables; and what exec has said.
+    /// Runs the client behind `awsvid exec` with these variables. Returns its requests to the STS,
+    /// and the output of exec.
     fn requests(
         &self,
         client: &[String],
         variables: &[(&str, &str)],
     ) -> (Vec<(String, String, String)>, String) {
+        let output = self.run(&[], client, variables);
+        let output_text = output.stderr.clone();
+        output.success(&format!("{client:?}"));
+        (self.sts.take(), output_text)
+    }
+
+    /// Runs the client behind these words and `awsvid exec`.
+    fn run(&self, words: &[&str], client: &[String], variables: &[(&str, &str)]) -> Output {
         let (url, token) = (
             format!("http://{}", self.daemon.tcp()),
             self.folder.path().join("token"),
         );
         let options = ["--url", &url, "--token-file", token.to_str().unwrap(), "--"];
         let client: Vec<&str> = client.iter().map(String::as_str).collect();
-        // Where the AWS CLI keeps the credentials of roles.
+        // The AWS CLI keeps the credentials of roles here.
         let _ = fs::remove_dir_all(self.folder.path().join(".aws/cli"));
-        let mut command: Command = exec(&[&options[..], &client].concat());
+        let mut command = behind(words, Path::new(PROGRAM));
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/bin");
+        command.arg("exec").args(options).args(client);
         let sts = format!("http://{}", self.sts.address);
-        // What a profile asks of an STS goes to the same one.
+        // A profile's requests to an STS go to the same one.
         command
             .env("HOME", self.folder.path())
             .env("AWS_ENDPOINT_URL_STS", sts)
             .envs(variables.iter().copied());
-        let output = output(command);
-        let said = output.stderr.clone();
-        output.success(&format!("{client:?}"));
-        (self.sts.take(), said)
+        output(command)
     }
 
-    /// The key ids that awsvid has handed out.
+    /// Returns the access key ids that awsvid has served.
     fn issued(&self) -> BTreeSet<String> {
         let keys = self
             .daemon
@@ -177,19 +186,19 @@ impl Stage {
 
 const KEYS: &str = "[default]\naws_access_key_id = AKIAEXAMPLE\naws_secret_access_key = s3cret\n";
 
-fn stage() -> Stage {
+fn stage() -> ExecStage {
     let folder = folder();
     let (daemon, upstream) = daemon(folder.path(), "authorization = \"token\"");
-    Stage {
+    ExecStage {
         daemon,
-        sts: Credulous::start(),
+        sts: PermissiveSts::start(),
         _upstream: upstream,
         folder,
     }
 }
 
 #[test]
-fn a_profile_that_leads_elsewhere_is_replaced_and_the_rest_of_it_counts() {
+fn profile_of_other_provider_is_replaced_except_its_settings() {
     let stage = stage();
     let Some(clients) = clients(&format!("http://{}", stage.sts.address)) else {
         return;
@@ -204,7 +213,7 @@ fn a_profile_that_leads_elsewhere_is_replaced_and_the_rest_of_it_counts() {
     for (config, credentials, variables) in setups {
         stage.write(&config, credentials);
         for (name, client) in &clients {
-            let (requests, said) = stage.requests(client, variables);
+            let (requests, output_text) = stage.requests(client, variables);
             let [(action, key, region)] = &requests[..] else {
                 panic!("{name}: {config}\n{requests:?}")
             };
@@ -215,8 +224,8 @@ fn a_profile_that_leads_elsewhere_is_replaced_and_the_rest_of_it_counts() {
             );
             assert!(stage.issued().contains(key), "{name}: {config}\n{key}");
             assert!(
-                said.contains("the command has the profile [awsvid-exec]"),
-                "{name}: {said}"
+                output_text.contains("the command has the profile [awsvid-exec]"),
+                "{name}: {output_text}"
             );
         }
         assert_eq!(
@@ -226,8 +235,55 @@ fn a_profile_that_leads_elsewhere_is_replaced_and_the_rest_of_it_counts() {
     }
 }
 
+/// A machine without a writable directory, except for one in memory, and then without any.
 #[test]
-fn a_profile_that_leads_to_awsvid_is_used() {
+fn settings_are_kept_without_writable_directory() {
+    if !root() {
+        return;
+    }
+    let stage = stage();
+    let Some(clients) = clients(&format!("http://{}", stage.sts.address)) else {
+        return;
+    };
+    stage.write("[default]\nregion = eu-central-1\n", KEYS);
+    let home = stage.folder.path().to_str().unwrap();
+    let variables = [("TMPDIR", home)];
+    for (name, client) in &clients {
+        for (options, is_writable) in [("rw", true), ("ro", false)] {
+            let script = "mount --bind \"$0\" \"$0\"; mount -o remount,bind,ro \"$0\"; \
+                          mount -t tmpfs -o \"$1\" tmpfs /dev/shm; shift; exec \"$@\"";
+            let words = ["unshare", "--mount", "sh", "-euc", script, home, options];
+            let output = stage.run(&words, client, &variables);
+            let requests = stage.sts.take();
+            if is_writable {
+                let [(action, key, region)] = &requests[..] else {
+                    panic!("{name}: {requests:?} {output:?}")
+                };
+                assert_eq!(
+                    (action.as_str(), region.as_str()),
+                    ("GetCallerIdentity", "eu-central-1"),
+                    "{name}"
+                );
+                assert!(stage.issued().contains(key), "{name}: {key}");
+                assert!(
+                    output.stderr.contains("are in /dev/shm/awsvid-0/"),
+                    "{name}: {output:?}"
+                );
+            } else {
+                assert_eq!(output.status.code(), Some(125), "{name}: {output:?}");
+                assert_eq!(requests, [], "{name}: the command was started");
+                assert!(
+                    output.stderr.contains("Read-only file system")
+                        && output.stderr.contains("set TMPDIR to a directory"),
+                    "{name}: {output:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn profile_for_awsvid_is_used() {
     let stage = stage();
     let Some(clients) = clients(&format!("http://{}", stage.sts.address)) else {
         return;
@@ -248,11 +304,11 @@ fn a_profile_that_leads_to_awsvid_is_used() {
     for (config, variables) in setups {
         stage.write(&config, "");
         for (name, client) in &clients {
-            // The version of Debian 12 knows no variable for the STS that a profile asks.
+            // The version of Debian 12 has no variable for the STS of a profile.
             if *name == "aws2" {
                 continue;
             }
-            let (requests, said) = stage.requests(client, variables);
+            let (requests, output_text) = stage.requests(client, variables);
             let (first, last) = (&requests[0], &requests[requests.len() - 1]);
             // The role of the profile, with awsvid's credentials, and then with those of the role.
             assert!(
@@ -264,10 +320,13 @@ fn a_profile_that_leads_to_awsvid_is_used() {
                 ("GetCallerIdentity", "ASIAASSUMED"),
                 "{name}: {config}\n{requests:?}"
             );
-            assert!(!said.contains("awsvid exec"), "{name}: {said}");
+            assert!(
+                !output_text.contains("awsvid exec"),
+                "{name}: {output_text}"
+            );
         }
     }
-    // The process that asks over the unix socket.
+    // The process that sends the request over the unix socket.
     let process = format!(
         "credential_process = {PROGRAM} credential-process --socket {}",
         stage.daemon.unix().display()
@@ -278,10 +337,10 @@ fn a_profile_that_leads_to_awsvid_is_used() {
     );
     for (name, client) in &clients {
         let before = stage.daemon.audit().len();
-        let (requests, said) = stage.requests(client, &[]);
+        let (requests, output_text) = stage.requests(client, &[]);
         assert!(
-            stage.issued().contains(&requests[0].1) && !said.contains("awsvid exec"),
-            "{name}: {requests:?} {said}"
+            stage.issued().contains(&requests[0].1) && !output_text.contains("awsvid exec"),
+            "{name}: {requests:?} {output_text}"
         );
         assert!(
             stage

@@ -1,4 +1,4 @@
-//! The program `tests/actor`, which plays scenes with processes of several users.
+//! Drives the program `tests/actor`, which plays scenes with processes of several users.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
@@ -12,10 +12,12 @@ use std::time::Duration;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::Pid;
 
+use super::cgroup::Cgroup;
 use super::counterparts::process::{Owned, behind, run, spawn};
 
-/// Where cargo puts it: beside the folder of the test programs. Cargo builds examples only when all of a project's tests
-/// are run, so for a run of some of them this does it.
+/// Returns the path of the program. Cargo puts it into the folder next to that of the test
+/// programs. Cargo builds examples only when all of a project's tests are run. For a run of some of
+/// them, this builds it.
 pub(crate) fn program() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     let build = || {
@@ -49,7 +51,8 @@ pub(crate) fn program() -> PathBuf {
     BUILT.get_or_init(build).clone()
 }
 
-/// Plays a scene against a listener of the process `daemon`, in this cgroup; what it answered on the connection.
+/// Plays a scene against a listener of the process `daemon`, in this cgroup. Returns the daemon's
+/// response on the connection.
 pub(crate) fn play(
     scene: &str,
     listener: &str,
@@ -60,7 +63,7 @@ pub(crate) fn play(
     run_in(cgroup, daemon, &program(), &[scene, listener, address])
 }
 
-/// The same played by a copy of the program, which is what its processes then run.
+/// Plays a scene by a copy of the program. The processes of the scene then run that copy.
 pub(crate) fn play_by(
     program: &Path,
     scene: &str,
@@ -72,7 +75,7 @@ pub(crate) fn play_by(
     run_in(cgroup, daemon, program, &[scene, listener, address])
 }
 
-/// The same for a scene about what a caller runs: `program` is the file that a rule names.
+/// Plays a scene about the program that a caller runs: `program` is the file that a rule names.
 pub(crate) fn play_program(
     scene: &str,
     listener: &str,
@@ -103,19 +106,19 @@ fn run_in(cgroup: &Path, daemon: Pid, program: &Path, words: &[&str]) -> String 
     run(command, b"", Duration::from_secs(60)).success(&format!("scene {words:?}"))
 }
 
-/// A user's process that connects for the test, which then talks itself.
+/// A user's process that opens connections for the test. The test itself then speaks on them.
 pub(crate) struct Connector {
     owned: Owned,
     socket: UnixStream,
 }
 
 impl Connector {
-    /// Connects to this listener as this user and from this cgroup.
+    /// Starts a process that connects to this listener as this user and from this cgroup.
     pub(crate) fn start(uid: u32, listener: &str, address: &str, cgroup: &Path) -> Self {
         Self::start_by(&program(), uid, listener, address, cgroup)
     }
 
-    /// The same by a copy of the program.
+    /// Starts a connector that runs a copy of the program.
     pub(crate) fn start_by(
         program: &Path,
         uid: u32,
@@ -126,7 +129,7 @@ impl Connector {
         Self::start_behind(&[], program, uid, listener, address, cgroup)
     }
 
-    /// The same behind these words.
+    /// Starts a connector with these words in front of its command.
     pub(crate) fn start_behind(
         words: &[String],
         program: &Path,
@@ -149,17 +152,17 @@ impl Connector {
         }
     }
 
-    /// Its process.
     pub(crate) fn id(&self) -> Pid {
         self.owned.id()
     }
 
-    /// A new connection, which only the test has then.
+    /// Opens a connection that only the test holds.
     pub(crate) fn connect(&self) -> OwnedFd {
         self.connect_by(b"x")
     }
 
-    /// A new connection, which the user's process keeps, too, until it ends: over TCP it may be looked for.
+    /// Opens a connection that the user's process also keeps until it ends. Over TCP the daemon can
+    /// then find that process as the socket's owner.
     pub(crate) fn connect_and_keep(&self) -> OwnedFd {
         self.connect_by(b"k")
     }
@@ -195,17 +198,18 @@ fn in_cgroup(cgroup: &Path, actor: &str) -> Command {
     command
 }
 
-/// One user's process that does something very often, until it is told that it is enough.
-pub(crate) struct Acting {
+/// One user's process that repeats an action at a high rate until the test stops it.
+pub(crate) struct Repeater {
     owned: Owned,
-    says: BufReader<ChildStdout>,
+    output: BufReader<ChildStdout>,
 }
 
-/// Answers by their code, or connections by how they ended.
+/// Counts of responses by their status code, or of connections by the way they ended.
 pub(crate) type Counts = BTreeMap<String, usize>;
 
-impl Acting {
-    /// Starts `act` (see `tests/actor/floods.rs`) as the user whose id is the first of `numbers`, in this cgroup.
+impl Repeater {
+    /// Starts `act` (see `tests/actor/floods.rs`) in this cgroup, as the user with the first id of
+    /// `numbers`.
     pub(crate) fn start(
         act: &str,
         listener: &str,
@@ -222,8 +226,8 @@ impl Acting {
         Self::of(in_cgroup(cgroup, &actor))
     }
 
-    /// So many processes of Alice's in each of these cgroups that ask the process `daemon`, and keep those waiting who look at
-    /// them.
+    /// Starts this many processes of Alice in each of these cgroups. They send requests to the
+    /// process `daemon`, and make reads of their own `/proc` files hang.
     pub(crate) fn block(
         count: usize,
         listener: &str,
@@ -231,7 +235,18 @@ impl Acting {
         daemon: Pid,
         cgroups: &[&Path],
     ) -> Self {
-        let mut command = Command::new(program());
+        Self::block_behind(&[], count, (listener, address), daemon, cgroups)
+    }
+
+    /// Does the same with these words in front of the command.
+    pub(crate) fn block_behind(
+        words: &[&str],
+        count: usize,
+        (listener, address): (&str, &str),
+        daemon: Pid,
+        cgroups: &[&Path],
+    ) -> Self {
+        let mut command = behind(words, &program());
         command
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
@@ -242,7 +257,17 @@ impl Acting {
         Self::of(command)
     }
 
-    /// One of root's that asks over and over, behind these words.
+    /// Starts a process that listens at this path, and makes reads of its own `/proc` files hang.
+    /// It runs in this cgroup, so that no other test waits for it.
+    pub(crate) fn block_agent(socket: &Path, cgroup: &Cgroup) -> Self {
+        let mut command = behind(&cgroup.enter(), &program());
+        command.env_clear().env("PATH", "/usr/bin:/bin");
+        command.arg("blocked-agent").arg(socket);
+        Self::of(command)
+    }
+
+    /// Starts a process of root that sends requests repeatedly, with these words in front of its
+    /// command.
     pub(crate) fn start_behind(words: &[&str], listener: &str, address: &str) -> Self {
         let mut command = behind(words, &program());
         command.env_clear().env("PATH", "/usr/bin:/bin");
@@ -253,23 +278,23 @@ impl Acting {
     fn of(mut command: Command) -> Self {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut owned = spawn(command).expect("the actor");
-        let says = BufReader::new(owned.stdout().expect("a pipe"));
-        Self { owned, says }
+        let output = BufReader::new(owned.stdout().expect("a pipe"));
+        Self { owned, output }
     }
 
-    /// Waits until all is open, or the first answer has come.
-    pub(crate) fn begun(mut self) -> Self {
+    /// Waits until all connections are open, or the first response has arrived.
+    pub(crate) fn wait_started(mut self) -> Self {
         let mut line = String::new();
-        self.says.read_line(&mut line).expect("the actor's word");
+        self.output.read_line(&mut line).expect("the actor's word");
         assert_eq!(line, "begun\n");
         self
     }
 
-    /// Says that it is enough, and gives what was counted.
-    pub(crate) fn enough(mut self) -> Counts {
+    /// Stops the process and returns what it counted.
+    pub(crate) fn stop(mut self) -> Counts {
         drop(self.owned.stdin());
         let mut text = String::new();
-        self.says
+        self.output
             .read_to_string(&mut text)
             .expect("what was counted");
         let status = self
@@ -285,29 +310,30 @@ impl Acting {
     }
 }
 
-/// What comes of so many requests of this user, one after another.
+/// Sends this number of requests as this user, one after another, and returns the counts.
 pub(crate) fn ask(listener: &str, address: &str, uid: u32, count: usize, cgroup: &Path) -> Counts {
-    Acting::start(
+    Repeater::start(
         "ask",
         listener,
         address,
         &[usize::try_from(uid).unwrap(), count],
         cgroup,
     )
-    .enough()
+    .stop()
 }
 
-/// A scene that goes on step by step: see `tests/actor/asked.rs`.
+/// A scene that the test advances step by step: see `tests/actor/asked.rs`.
 pub(crate) struct Steps {
     _owned: Owned,
-    /// `None` once it is told to end.
-    hears: Option<ChildStdin>,
-    says: BufReader<ChildStdout>,
+    /// Is `None` once the scene has been ended.
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
     caller: i32,
 }
 
 impl Steps {
-    /// Begins it with the program in a folder of its copies, in this cgroup. Nobody has connected yet.
+    /// Starts the scene with the program in a folder of its copies, in this cgroup. No process has
+    /// connected yet.
     pub(crate) fn start(
         program: &Path,
         scene: &str,
@@ -317,44 +343,48 @@ impl Steps {
     ) -> Self {
         let mut command = in_cgroup(
             cgroup,
-            &format!("{} asked {scene} {listener} {address}", program.display()),
+            &format!(
+                "{} requests {scene} {listener} {address}",
+                program.display()
+            ),
         );
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut owned = spawn(command).expect("the actor");
-        let hears = owned.stdin();
-        let says = BufReader::new(owned.stdout().expect("a pipe"));
+        let input = owned.stdin();
+        let output = BufReader::new(owned.stdout().expect("a pipe"));
         let mut steps = Self {
             _owned: owned,
-            hears,
-            says,
+            input,
+            output,
             caller: 0,
         };
         steps.caller = steps.line().parse().expect("the caller's pid");
         steps
     }
 
-    /// The pid of the process that is going to ask.
+    /// Returns the pid of the process that is going to send the request.
     pub(crate) fn caller(&self) -> i32 {
         self.caller
     }
 
-    /// Says a word, and gives what was said to it: for those that ask for it, an answer of the daemon.
+    /// Sends a word and returns the reply. For words that cause a request, the reply is the
+    /// daemon's response.
     pub(crate) fn step(&mut self, word: &str) -> String {
-        writeln!(self.hears.as_ref().expect("a pipe"), "{word}").expect("the actor lives");
+        writeln!(self.input.as_ref().expect("a pipe"), "{word}").expect("the actor lives");
         self.line()
     }
 
     fn line(&mut self) -> String {
         let mut line = String::new();
-        self.says.read_line(&mut line).expect("the actor's word");
+        self.output.read_line(&mut line).expect("the actor's word");
         serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
     }
 }
 
 impl Drop for Steps {
     fn drop(&mut self) {
-        drop(self.hears.take());
-        // Until it has tidied up and ended.
-        let _ = self.says.read_to_end(&mut Vec::new());
+        drop(self.input.take());
+        // Until the scene has cleaned up and ended.
+        let _ = self.output.read_to_end(&mut Vec::new());
     }
 }

@@ -1,5 +1,5 @@
-//! A SPIRE agent of the test's own, and the STS that trusts it. It attests as SPIRE does, by what `/proc` shows of a process
-//! while it is being asked; the test says at which moment that is.
+//! A fake SPIRE agent, and the STS that trusts it. Like SPIRE, it attests a process by what `/proc`
+//! shows of it during the call. The test decides at which moment that is.
 
 use std::collections::HashMap;
 use std::fs;
@@ -25,17 +25,17 @@ use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
+use super::env::AWSVID;
 use super::sts::{AUDIENCE, OneRoleSts};
-use super::world::AWSVID;
 
 const TRUST_DOMAIN: &str = "example.org";
-/// Of a test, for what takes milliseconds.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Bounds steps that take milliseconds.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A registration entry: who has all of these selectors has this SPIFFE ID.
+/// A registration entry: a process with all of these selectors has this SPIFFE ID.
 pub(crate) struct Entry {
     id: String,
-    /// Whose token is given with it.
+    /// The `sub` of the token that the agent returns for this entry.
     sub: String,
     selectors: Vec<String>,
 }
@@ -46,7 +46,7 @@ impl Entry {
         Self::labelled(id, id, selectors)
     }
 
-    /// The same with another's token, as of an agent that puts others' answers together and mixes them up.
+    /// Makes an entry with the token of another ID, as an agent does that mixes up responses.
     pub(crate) fn labelled(id: &str, sub: &str, selectors: &[&str]) -> Self {
         let selectors = selectors.iter().map(|text| (*text).to_owned()).collect();
         Self {
@@ -57,16 +57,16 @@ impl Entry {
     }
 }
 
-/// The agent and the STS, until it is dropped.
+/// The agent and the STS, which run until this is dropped.
 pub(crate) struct FakeAgent {
     runtime: Runtime,
-    desk: Arc<Desk>,
+    state: Arc<AgentState>,
     socket: PathBuf,
     sts: OneRoleSts,
     _issuer: DevOidcIssuer,
 }
 
-struct Desk {
+struct AgentState {
     entries: Vec<Entry>,
     key: SigningKey,
     issuer: String,
@@ -75,26 +75,42 @@ struct Desk {
 
 #[derive(Default)]
 struct Calls {
-    /// How often it was asked about each process.
+    /// The number of queries about each process.
     count: HashMap<i32, usize>,
-    /// About whom the next question is to be held.
-    held: HashMap<i32, watch::Sender<Stage>>,
+    /// The processes for which the next query is held.
+    query: HashMap<i32, watch::Sender<QueryProgress>>,
+    /// The number of queries that the client cancelled.
+    cancelled: usize,
 }
 
-/// How far a question that is held has come, in this order.
+/// Counts a query as cancelled if it is dropped before its reply.
+struct RunningQuery<'a> {
+    calls: &'a Mutex<Calls>,
+    is_replied: bool,
+}
+
+impl Drop for RunningQuery<'_> {
+    fn drop(&mut self) {
+        if !self.is_replied {
+            self.calls.lock().unwrap().cancelled += 1;
+        }
+    }
+}
+
+/// The progress of a held query, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Stage {
+enum QueryProgress {
     Expected,
-    Asked,
-    Looking,
-    Seen,
-    Answered,
+    Received,
+    Reading,
+    Read,
+    Replied,
 }
 
-/// A question that goes on when the test says so; else when this is dropped.
-pub(crate) struct Held<'a> {
+/// A held query. It goes on when the test lets it, and at the latest when this is dropped.
+pub(crate) struct HeldQuery<'a> {
     runtime: &'a Runtime,
-    stage: watch::Sender<Stage>,
+    progress: watch::Sender<QueryProgress>,
 }
 
 impl FakeAgent {
@@ -113,7 +129,7 @@ impl FakeAgent {
             .block_on(DevOidcIssuer::start(key.jwks()))
             .expect("an issuer");
         let sts = OneRoleSts::start(issuer.url());
-        let desk = Arc::new(Desk {
+        let state = Arc::new(AgentState {
             entries,
             key,
             issuer: issuer.url().to_owned(),
@@ -123,19 +139,19 @@ impl FakeAgent {
         let listener = runtime
             .block_on(async { UnixListener::bind(&socket) })
             .expect("a socket");
-        let service = DelegatedIdentityServer::from_arc(desk.clone());
+        let service = DelegatedIdentityServer::from_arc(state.clone());
         let server = tonic::transport::Server::builder().add_service(service);
         runtime.spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
         Self {
             runtime,
-            desk,
+            state,
             socket,
             sts,
             _issuer: issuer,
         }
     }
 
-    /// All that a daemon needs but `[listen]`, `[audit]` and `[log]`.
+    /// Returns all tables that a daemon needs, except `[listen]`, `[audit]` and `[log]`.
     pub(crate) fn configuration(&self) -> String {
         let identity = format!(
             "admin_socket = \"unix://{}\"\naudience = \"{AUDIENCE}\"",
@@ -147,24 +163,24 @@ impl FakeAgent {
         )
     }
 
-    /// Holds the next question about this process.
-    pub(crate) fn hold(&self, pid: i32) -> Held<'_> {
-        let stage = watch::Sender::new(Stage::Expected);
-        self.desk
+    /// Holds the next query about this process.
+    pub(crate) fn hold(&self, pid: i32) -> HeldQuery<'_> {
+        let progress = watch::Sender::new(QueryProgress::Expected);
+        self.state
             .calls
             .lock()
             .unwrap()
-            .held
-            .insert(pid, stage.clone());
-        Held {
+            .query
+            .insert(pid, progress.clone());
+        HeldQuery {
             runtime: &self.runtime,
-            stage,
+            progress,
         }
     }
 
-    /// How often it was asked about processes other than this one.
-    pub(crate) fn questions(&self, but: Pid) -> usize {
-        let calls = self.desk.calls.lock().unwrap();
+    /// Returns the number of queries about processes other than this one.
+    pub(crate) fn queries_except(&self, but: Pid) -> usize {
+        let calls = self.state.calls.lock().unwrap();
         calls
             .count
             .iter()
@@ -173,40 +189,46 @@ impl FakeAgent {
             .sum()
     }
 
-    /// How often a token was exchanged.
+    /// Returns the number of queries that the client cancelled.
+    pub(crate) fn cancelled(&self) -> usize {
+        self.state.calls.lock().unwrap().cancelled
+    }
+
+    /// Returns the number of exchanged tokens.
     pub(crate) fn exchanged(&self) -> u64 {
         self.sts.exchanged()
     }
 }
 
-impl Held<'_> {
-    /// Waits until the question has come: nothing has been looked at. `false` if none comes.
-    pub(crate) fn await_asked(&self) -> bool {
-        self.reached(Stage::Asked)
+impl HeldQuery<'_> {
+    /// Waits until the query has arrived, before the agent reads anything of the process. Returns
+    /// `false` if none arrives.
+    pub(crate) fn await_query(&self) -> bool {
+        self.reached(QueryProgress::Received)
     }
 
-    /// Lets the agent look, and waits until it has: nothing is answered yet.
-    pub(crate) fn look(&self) {
-        self.advance(Stage::Looking);
+    /// Lets the agent read the process, and waits until it has. It has not replied yet.
+    pub(crate) fn let_read(&self) {
+        self.advance(QueryProgress::Reading);
         assert!(
-            self.reached(Stage::Seen),
-            "the agent looks within {PATIENCE:?}"
+            self.reached(QueryProgress::Read),
+            "the agent reads within {TIMEOUT:?}"
         );
     }
 
-    /// Lets the answer go, to what was seen.
-    pub(crate) fn answer(&self) {
-        self.advance(Stage::Answered);
+    /// Lets the agent reply with what it has read.
+    pub(crate) fn let_reply(&self) {
+        self.advance(QueryProgress::Replied);
     }
 
-    fn advance(&self, to: Stage) {
-        advance(&self.stage, to);
+    fn advance(&self, to: QueryProgress) {
+        advance(&self.progress, to);
     }
 
-    fn reached(&self, wanted: Stage) -> bool {
-        let mut stage = self.stage.subscribe();
+    fn reached(&self, wanted: QueryProgress) -> bool {
+        let mut progress = self.progress.subscribe();
         let reached = async {
-            tokio::time::timeout(PATIENCE, stage.wait_for(|stage| *stage >= wanted))
+            tokio::time::timeout(TIMEOUT, progress.wait_for(|progress| *progress >= wanted))
                 .await
                 .is_ok()
         };
@@ -214,52 +236,57 @@ impl Held<'_> {
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for HeldQuery<'_> {
     fn drop(&mut self) {
-        self.advance(Stage::Answered);
+        self.advance(QueryProgress::Replied);
     }
 }
 
-fn advance(stage: &watch::Sender<Stage>, to: Stage) {
-    stage.send_if_modified(|stage| {
-        let is_later = *stage < to;
-        *stage = (*stage).max(to);
+fn advance(progress: &watch::Sender<QueryProgress>, to: QueryProgress) {
+    progress.send_if_modified(|progress| {
+        let is_later = *progress < to;
+        *progress = (*progress).max(to);
         is_later
     });
 }
 
 #[tonic::async_trait]
-impl DelegatedIdentity for Desk {
+impl DelegatedIdentity for AgentState {
     async fn fetch_jwtsvi_ds(
         &self,
         request: Request<FetchJwtsviDsRequest>,
     ) -> Result<Response<FetchJwtsviDsResponse>, Status> {
         let FetchJwtsviDsRequest { audience, pid, .. } = request.into_inner();
-        let held = {
+        let query = {
             let mut calls = self.calls.lock().unwrap();
             *calls.count.entry(pid).or_default() += 1;
-            calls.held.remove(&pid)
+            calls.query.remove(&pid)
         };
-        // Whoever holds it lets go at the latest when he is dropped.
-        let reached = async |to: Stage, wanted: Stage| {
-            if let Some(stage) = &held {
-                advance(stage, to);
-                stage
+        let mut running = RunningQuery {
+            calls: &self.calls,
+            is_replied: false,
+        };
+        // The query is released at the latest when its `HeldQuery` is dropped.
+        let reached = async |to: QueryProgress, wanted: QueryProgress| {
+            if let Some(progress) = &query {
+                advance(progress, to);
+                progress
                     .subscribe()
-                    .wait_for(|stage| *stage >= wanted)
+                    .wait_for(|progress| *progress >= wanted)
                     .await
                     .expect("this has a sender");
             }
         };
-        reached(Stage::Asked, Stage::Looking).await;
-        let seen = selectors(pid);
-        reached(Stage::Seen, Stage::Answered).await;
-        let seen = seen.map_err(|_| Status::unavailable("workload attestation failed"))?;
+        reached(QueryProgress::Received, QueryProgress::Reading).await;
+        let attested = selectors(pid);
+        reached(QueryProgress::Read, QueryProgress::Replied).await;
+        running.is_replied = true;
+        let attested = attested.map_err(|_| Status::unavailable("workload attestation failed"))?;
         let has_all = |entry: &&Entry| {
             entry
                 .selectors
                 .iter()
-                .all(|selector| seen.contains(selector))
+                .all(|selector| attested.contains(selector))
         };
         let svids: Vec<_> = self
             .entries
@@ -274,7 +301,7 @@ impl DelegatedIdentity for Desk {
     }
 }
 
-impl Desk {
+impl AgentState {
     fn svid(&self, entry: &Entry, audience: &[String]) -> Jwtsvid {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -297,7 +324,8 @@ impl Desk {
     }
 }
 
-/// What SPIRE's attestor `unix` finds, with `discover_workload_path`: the effective ids and the executable's path.
+/// Returns the selectors that SPIRE's attestor `unix` finds with `discover_workload_path`: the
+/// effective ids and the executable's path.
 fn selectors(pid: i32) -> io::Result<Vec<String>> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let effective = |name: &str| {

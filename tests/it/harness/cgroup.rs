@@ -1,4 +1,4 @@
-//! cgroups of the tests' own.
+//! cgroups that a test creates for itself.
 
 use std::fs;
 use std::io;
@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use super::counterparts::process::await_some;
 
-/// How long processes that were killed may take to end.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// Begins the names of those in which a whole system lives; the test process's id and a name follow.
+/// Bounds how long killed processes may take to end.
+const TIMEOUT: Duration = Duration::from_secs(60);
+/// The prefix of the cgroup names of whole systems. The test process's id and a name follow.
 const PREFIX: &str = "awsvid-test-";
 
-/// A rule's key for callers of the test's own process, by which the socket alone decides: over TCP, and in the root cgroup,
-/// the daemon would otherwise search all processes of the machine for the socket, as far as its budget goes.
+/// Returns a rule's key that matches callers in the test's own process, so that the socket alone
+/// decides. Without it, over TCP and in the root cgroup, the daemon would search all processes of
+/// the machine for the socket, up to its budget.
 pub(crate) fn own_rule() -> String {
     let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap();
     let path = cgroups
@@ -23,11 +24,11 @@ pub(crate) fn own_rule() -> String {
     format!("cgroup = {path:?}\n")
 }
 
-/// A cgroup of the test's own, as systemd would name a unit's, removed at the end.
+/// A cgroup of the test, named as systemd names that of a unit, and removed at the end.
 pub(crate) struct Cgroup(PathBuf);
 
 impl Cgroup {
-    /// Makes it, in a slice of this test program's.
+    /// Creates it in a slice of this test program.
     pub(crate) fn new(name: &str) -> Self {
         let path = root()
             .join(format!("awsvid-test-{}.slice", std::process::id()))
@@ -36,7 +37,7 @@ impl Cgroup {
         Self(path)
     }
 
-    /// One of a person's sessions, as the login manager makes it.
+    /// Creates that of a login session, as the login manager does.
     pub(crate) fn of_session(uid: u32, number: usize) -> Self {
         let session = format!("session-{}-{number}.scope", std::process::id());
         let path = root()
@@ -47,7 +48,7 @@ impl Cgroup {
         Self(path)
     }
 
-    /// That of a container in a pod of its own, as kubelet and a runtime make it.
+    /// Creates that of a container in a new pod, as kubelet and a runtime do.
     pub(crate) fn of_pod(number: u16) -> Self {
         let uid = format!("pod{:08x}-0000-4000-8000-{number:012x}", std::process::id());
         let container = format!("{:032x}{number:032x}", std::process::id());
@@ -56,14 +57,14 @@ impl Cgroup {
         Self(path)
     }
 
-    /// One below it.
+    /// Creates a cgroup below this one.
     pub(crate) fn below(&self, name: &str) -> Self {
         let path = self.0.join(name);
         fs::create_dir(&path).unwrap();
         Self(path)
     }
 
-    /// Words behind which a command of root's runs in it.
+    /// Returns the words in front of a command of root that make it run in this cgroup.
     pub(crate) fn enter(&self) -> [&str; 4] {
         [
             "sh",
@@ -73,13 +74,12 @@ impl Cgroup {
         ]
     }
 
-    /// Its directory.
     pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 }
 
-/// Where the cgroup v2 tree is mounted.
+/// Returns the mount point of the cgroup v2 tree.
 fn root() -> PathBuf {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let cgroup2 = mounts
@@ -89,7 +89,7 @@ fn root() -> PathBuf {
     cgroup2.split(' ').nth(4).unwrap().into()
 }
 
-/// Removes a cgroup and those that were made below it, as far as they have no processes.
+/// Removes a cgroup and those below it, as far as they have no processes.
 fn remove(cgroup: &Path) {
     for entry in fs::read_dir(cgroup)
         .into_iter()
@@ -105,17 +105,18 @@ fn remove(cgroup: &Path) {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // The parent goes with the last of the tests that share it.
+        // The last of the tests that share the parent removes it.
         remove(&self.0);
         let _ = fs::remove_dir(self.0.parent().unwrap());
     }
 }
 
-/// A cgroup in which a whole system makes its own, removed with all below it once nobody is in it any more.
+/// A cgroup in which a whole system creates its own. It is removed with all cgroups below it once
+/// no process is left in it.
 pub(crate) struct CgroupTree(PathBuf);
 
 impl CgroupTree {
-    /// Makes it below `parent`. `name` is another one for each of this test process's.
+    /// Creates it below `parent`. `name` must be unique within this test process.
     pub(crate) fn create(parent: &Path, name: &str) -> io::Result<Self> {
         remove_abandoned(parent);
         let path = parent.join(format!("{PREFIX}{}-{name}", std::process::id()));
@@ -123,7 +124,6 @@ impl CgroupTree {
         Ok(Self(path))
     }
 
-    /// Its directory.
     pub(crate) fn path(&self) -> &Path {
         &self.0
     }
@@ -131,11 +131,9 @@ impl CgroupTree {
 
 impl Drop for CgroupTree {
     fn drop(&mut self) {
-        // The processes were killed, but may be ending still.
+        // The processes were killed, but may not have ended yet.
         let removed = std::panic::catch_unwind(|| {
-            await_some("the cgroup is empty", PATIENCE, || {
-                remove_tree(&self.0).ok()
-            });
+            await_some("the cgroup is empty", TIMEOUT, || remove_tree(&self.0).ok());
         });
         if removed.is_err() {
             eprintln!("{} is left behind", self.0.display());
@@ -143,7 +141,7 @@ impl Drop for CgroupTree {
     }
 }
 
-/// Removes what test processes left that were killed. Their systems were killed with them.
+/// Removes the cgroups of test processes that were killed. Their systems were killed with them.
 fn remove_abandoned(parent: &Path) {
     for entry in fs::read_dir(parent)
         .into_iter()
@@ -155,7 +153,8 @@ fn remove_abandoned(parent: &Path) {
             .strip_prefix(PREFIX)
             .and_then(|rest| rest.split_once('-')?.0.parse::<u32>().ok());
         if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
-            // Another test may be doing the same; one that is not empty after all is left alone.
+            // Another test may be removing it at the same time. One that is not empty is left as it
+            // is.
             let _ = remove_tree(&entry.path());
         }
     }

@@ -1,4 +1,4 @@
-//! A client of this test's own process.
+//! A client inside the test's own process.
 
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -8,13 +8,14 @@ use serde_json::Value;
 const REQUEST: &[u8] =
     b"GET /v1/credentials HTTP/1.1\r\nHost: localhost\r\nAuthorization: any\r\n\r\n";
 
-/// Asks for credentials; the stream is for [`answer`].
+/// Sends a request for credentials and returns the stream for [`answer`].
 pub(crate) fn send<S: Write>(mut stream: S) -> S {
     stream.write_all(REQUEST).expect("send a request");
     stream
 }
 
-/// The status and body of an answer, read to its very end. Panics if there is none.
+/// Reads a response to the end of the stream, and returns its status and body. Panics if there is
+/// none.
 pub(crate) fn answer(stream: &mut impl Read) -> (u16, Value) {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("read an answer");
@@ -27,20 +28,20 @@ pub(crate) fn answer(stream: &mut impl Read) -> (u16, Value) {
     )
 }
 
-/// Both.
+/// Sends a request and returns the response's status and body.
 pub(crate) fn ask(stream: impl Read + Write) -> (u16, Value) {
     answer(&mut send(stream))
 }
 
-/// Asks all the time, and panics at the first answer that is no credentials.
-pub(crate) struct Asker<'a> {
+/// Sends requests continuously, and panics at the first response without credentials.
+pub(crate) struct Poller<'a> {
     ask: Box<dyn Fn() -> (u16, Value) + Sync + 'a>,
     answered: AtomicUsize,
     ended: AtomicBool,
 }
 
-/// Ends it when dropped, also by a panic.
-pub(crate) struct EndLater<'a>(&'a AtomicBool);
+/// Ends the requests when dropped, also by a panic.
+pub(crate) struct EndLater<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for EndLater<'_> {
     fn drop(&mut self) {
@@ -48,8 +49,8 @@ impl Drop for EndLater<'_> {
     }
 }
 
-impl<'a> Asker<'a> {
-    /// Asks by `ask`.
+impl<'a> Poller<'a> {
+    /// Makes one that sends its requests by `ask`.
     pub(crate) fn new(ask: impl Fn() -> (u16, Value) + Sync + 'a) -> Self {
         Self {
             ask: Box::new(ask),
@@ -58,7 +59,7 @@ impl<'a> Asker<'a> {
         }
     }
 
-    /// Does so until it is ended.
+    /// Sends requests until it is ended.
     pub(crate) fn run(&self) {
         while !self.ended.load(Ordering::Relaxed) {
             let (status, body) = (self.ask)();
@@ -70,12 +71,12 @@ impl<'a> Asker<'a> {
         }
     }
 
-    /// How often it was answered.
+    /// Returns the number of responses so far.
     pub(crate) fn count(&self) -> usize {
         self.answered.load(Ordering::Relaxed)
     }
 
-    /// Ends `run` with the value.
+    /// Returns a guard that ends `run` when it is dropped.
     pub(crate) fn end_later(&self) -> EndLater<'_> {
         EndLater(&self.ended)
     }

@@ -1,8 +1,8 @@
-//! The real systems that awsvid works with, started by a test on loopback and gone with it: SPIRE, MinIO, the AWS CLI.
-//! `tests/counterparts/get` builds them.
+//! The real systems that awsvid works with: SPIRE, MinIO, the AWS CLI. A test starts them on
+//! loopback, and they end with it. `tests/counterparts/get` builds them.
 //!
-//! All of it blocks the calling thread: in an async test use a multi-threaded runtime. What goes wrong is a panic that
-//! says what was awaited and shows the logs.
+//! All calls block the calling thread: in an async test use a multi-threaded runtime. A failure is
+//! a panic that names the awaited event and shows the logs.
 
 pub(crate) mod minio;
 pub(crate) mod process;
@@ -16,7 +16,8 @@ use std::time::Duration;
 
 use tokio::net::TcpSocket;
 
-/// Where `tests/counterparts/get` puts the programs. Both must come to the same answer.
+/// Returns the folder into which `tests/counterparts/get` puts the programs. Both must compute the
+/// same path.
 fn cache() -> PathBuf {
     let env = |name| {
         std::env::var_os(name)
@@ -34,8 +35,8 @@ fn cache() -> PathBuf {
         .join("awsvid-tests")
 }
 
-/// The path of a program that `tests/counterparts/get` provides, such as `aws` or `mc`. `None` after a printed skip if
-/// it is not there; in CI that is a panic.
+/// Returns the path of a program that `tests/counterparts/get` provides, such as `aws` or `mc`.
+/// Returns `None` after a printed skip if it is missing. In CI that is a panic.
 pub(crate) fn tool(name: &str) -> Option<PathBuf> {
     let path = cache().join("bin").join(name);
     if path.exists() {
@@ -48,8 +49,8 @@ pub(crate) fn tool(name: &str) -> Option<PathBuf> {
     None
 }
 
-/// True if this process is root, as most tests with other users' processes need. Else false after a printed skip; in
-/// CI that is a panic.
+/// Returns whether this process is root, as most tests with other users' processes need. If not, it
+/// prints a skip. In CI that is a panic.
 pub(crate) fn root() -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
@@ -58,7 +59,8 @@ pub(crate) fn root() -> bool {
     root
 }
 
-/// Says why a test does not run here. In CI (`CI` set and not empty) nothing may be skipped, so there it panics.
+/// Prints why a test does not run here. In CI (`CI` set and not empty) nothing may be skipped, so
+/// there it panics.
 pub(crate) fn skip(reason: &str) {
     assert!(
         std::env::var_os("CI").is_none_or(|value| value.is_empty()),
@@ -67,8 +69,8 @@ pub(crate) fn skip(reason: &str) {
     eprintln!("skipped: {reason}");
 }
 
-/// A new folder that other users can enter (a plain temporary folder is its owner's alone), removed at the end. Its
-/// path is short enough for unix sockets.
+/// Creates a folder that other users can enter, removed at the end. A plain temporary folder is
+/// closed to them. Its path is short enough for unix sockets.
 pub(crate) fn folder() -> tempfile::TempDir {
     use std::os::unix::fs::PermissionsExt;
     let permissions = std::fs::Permissions::from_mode(0o755);
@@ -79,12 +81,12 @@ pub(crate) fn folder() -> tempfile::TempDir {
         .expect("a temporary folder")
 }
 
-/// A loopback TCP port that the kernel picked and that stays ours while this lives, however often the program that was
-/// given it stops and starts.
+/// A loopback TCP port that the kernel picked and that stays reserved while this lives, however
+/// often the program that uses it stops and starts.
 ///
-/// The socket is bound and never listens. With SO_REUSEADDR on both, another socket may bind the same port and listen,
-/// but only by naming it (Go's listeners and tokio's do set it): the kernel gives the port to nobody who asks for any
-/// port, be it to listen or to connect.
+/// The socket is bound and never listens. With SO_REUSEADDR on both, another socket may bind the
+/// same port and listen, but only by naming it (Go's listeners and tokio's set it). The kernel
+/// never picks this port for a socket that names none, neither to listen nor to connect.
 pub(crate) struct Port {
     address: SocketAddr,
     _socket: TcpSocket,
@@ -104,17 +106,18 @@ impl Port {
         }
     }
 
-    /// 127.0.0.1 and the port.
+    /// Returns 127.0.0.1 with the port.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 }
 
-/// The status and body of `GET path` over plain HTTP; `None` if nobody answers within 5 s, or the answer is not HTTP.
+/// Sends `GET path` over plain HTTP, and returns the status and body. Returns `None` without a
+/// response within 5 s, or if it is not HTTP.
 pub(crate) fn http_get(address: SocketAddr, path: &str) -> Option<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-    // HTTP/1.0: the server closes the connection after an answer that is not chunked.
+    // HTTP/1.0: the server closes the connection after a response that is not chunked.
     write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n").ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;
@@ -123,7 +126,8 @@ pub(crate) fn http_get(address: SocketAddr, path: &str) -> Option<(u16, String)>
     Some((status, body.to_owned()))
 }
 
-/// The text of a file that may not exist yet, or end within a character while it is being written.
+/// Returns the text of a file that may not exist yet, or that ends within a character during a
+/// write.
 fn read(path: &Path) -> String {
     String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into_owned()
 }

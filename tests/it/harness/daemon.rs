@@ -1,4 +1,4 @@
-//! `awsvid serve` as a process of its own.
+//! `awsvid serve` as a child process.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -17,14 +17,14 @@ use super::cgroup::Cgroup;
 use super::counterparts::http_get;
 use super::counterparts::process::{Process, behind, run};
 
-/// How long the daemon may take for anything that it does in milliseconds, on a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Bounds steps that the daemon does in milliseconds, on a machine that is busy with other tests.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// As it was built with these tests.
+/// The program that was built with these tests.
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_awsvid");
 
-/// The program as it is released, built now if it is not there.
-pub(crate) fn released() -> PathBuf {
+/// Returns the path of the release build, and builds it if it does not exist.
+pub(crate) fn release_build() -> PathBuf {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
     cargo.args([
@@ -45,7 +45,7 @@ pub(crate) fn released() -> PathBuf {
     path.expect("cargo names what it has built")
 }
 
-/// A configuration as [`Daemon::start`] writes it, with `[listen]`, `[audit]` and `[log]`.
+/// Returns a configuration as [`Daemon::start`] writes it, with `[listen]`, `[audit]` and `[log]`.
 pub(crate) fn text(folder: &Path, listen: &str, configuration: &str) -> String {
     let path = |name: &str| folder.join(name).display().to_string();
     format!(
@@ -62,22 +62,24 @@ pub(crate) fn text(folder: &Path, listen: &str, configuration: &str) -> String {
 /// A running daemon, with its files below one folder.
 pub(crate) struct Daemon {
     process: Process,
-    /// As a service has. Over TCP the daemon's questions to itself are looked for among the processes of its cgroup, which
-    /// without one of its own would be half of the machine's.
+    /// A cgroup of its own, as a service has. Over TCP the daemon searches the processes of its
+    /// cgroup for its own readiness probes. In the test's cgroup that would be half of the
+    /// machine's processes.
     _cgroup: Option<Cgroup>,
     folder: PathBuf,
-    /// By access key id, as far as it was asked.
+    /// SPIFFE IDs by access key id, as far as a test has queried them.
     issued: Mutex<HashMap<String, String>>,
 }
 
 impl Daemon {
-    /// Starts `awsvid serve` with this configuration, to which `[listen]`, `[audit]` and `[log]` are added: ports that the
-    /// kernel picks, files below `folder`. `listen` is put into `[listen]`. Returns when its listeners are bound.
+    /// Starts `awsvid serve` with this configuration. It adds `[listen]`, `[audit]` and `[log]`:
+    /// ports that the kernel picks, files below `folder`. `listen` goes into `[listen]`. Returns
+    /// when the listeners are bound.
     pub(crate) fn start(folder: &Path, listen: &str, configuration: &str) -> Self {
         Self::start_behind(&[], folder, listen, configuration)
     }
 
-    /// The same behind another command, such as one that makes it another user's.
+    /// Starts it behind another command, such as one that changes the user.
     pub(crate) fn start_behind(
         words: &[&str],
         folder: &Path,
@@ -87,7 +89,7 @@ impl Daemon {
         Self::start_program(words, Path::new(PROGRAM), folder, listen, configuration)
     }
 
-    /// The same with another build of the program.
+    /// Starts another build of the program.
     pub(crate) fn start_program(
         words: &[&str],
         program: &Path,
@@ -103,7 +105,7 @@ impl Daemon {
         Self::start_text_behind(&[], folder, text)
     }
 
-    /// The same behind another command.
+    /// Starts it with this whole configuration, behind another command.
     pub(crate) fn start_text_behind(words: &[&str], folder: &Path, text: &str) -> Self {
         std::fs::write(folder.join("awsvid.toml"), text).expect("write the configuration");
         Self::spawn(words, Path::new(PROGRAM), folder).listening()
@@ -111,23 +113,23 @@ impl Daemon {
 
     fn listening(self) -> Self {
         self.process
-            .await_some("the daemon's listeners", PATIENCE, || {
+            .await_some("the daemon's listeners", TIMEOUT, || {
                 self.address("serving operators", "127.0.0.1:")
             });
         self
     }
 
-    /// The same where it is to end by itself before it listens: its exit status and all that it has logged.
-    pub(crate) fn refused(
+    /// Starts a daemon that is to exit before it listens. Returns its exit status and its log.
+    pub(crate) fn run_to_exit(
         words: &[&str],
         folder: &Path,
         configuration: &str,
     ) -> (Option<i32>, String) {
-        Self::refused_with(words, folder, "", configuration)
+        Self::run_to_exit_with(words, folder, "", configuration)
     }
 
-    /// The same with this in `[listen]`.
-    pub(crate) fn refused_with(
+    /// Starts such a daemon with this text in `[listen]`.
+    pub(crate) fn run_to_exit_with(
         words: &[&str],
         folder: &Path,
         listen: &str,
@@ -137,7 +139,7 @@ impl Daemon {
         let status = daemon
             .process
             .owned()
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends by itself");
         (status.code(), daemon.log())
     }
@@ -157,7 +159,7 @@ impl Daemon {
         Self::spawn(words, program, folder)
     }
 
-    /// With the configuration that is in the folder.
+    /// Starts it with the configuration that is in the folder.
     fn spawn(words: &[&str], program: &Path, folder: &Path) -> Self {
         let config = folder.join("awsvid.toml");
         let cgroup = nix::unistd::geteuid().is_root().then(|| {
@@ -184,22 +186,22 @@ impl Daemon {
         }
     }
 
-    /// Replaces the configuration by another one as `start` would write it, and sends SIGHUP. Returns whether the daemon
-    /// has taken it, once it has said so.
+    /// Replaces the configuration by one as `start` would write it, and sends SIGHUP. Waits for the
+    /// daemon's log line, and returns whether it applied the configuration.
     pub(crate) fn reload(&self, listen: &str, configuration: &str) -> bool {
         self.reload_text(&text(&self.folder, listen, configuration))
     }
 
-    /// The same with the whole file.
+    /// Replaces the whole file and sends SIGHUP, like `reload`.
     pub(crate) fn reload_text(&self, text: &str) -> bool {
-        const DONE: &str = "the configuration was reloaded";
-        const REFUSED: &str = "the configuration was not reloaded";
+        const DONE: &str = "configuration reloaded";
+        const REFUSED: &str = "configuration not reloaded";
         let count = |message: &str| self.process.log().matches(message).count();
         let before = [DONE, REFUSED].map(count);
-        self.write_and_hang_up(text);
+        self.write_and_send_sighup(text);
         self.process.await_some(
             "the daemon has read its configuration again",
-            PATIENCE,
+            TIMEOUT,
             || {
                 let after = [DONE, REFUSED].map(count);
                 (after != before).then(|| after[0] > before[0])
@@ -207,51 +209,53 @@ impl Daemon {
         )
     }
 
-    /// The same without waiting for it.
-    pub(crate) fn write_and_hang_up(&self, text: &str) {
+    /// Replaces the whole file and sends SIGHUP, but does not wait.
+    pub(crate) fn write_and_send_sighup(&self, text: &str) {
         std::fs::write(self.folder.join("awsvid.toml"), text).expect("write the configuration");
-        self.hang_up();
+        self.send_sighup();
     }
 
-    /// Sends SIGHUP.
-    pub(crate) fn hang_up(&self) {
+    pub(crate) fn send_sighup(&self) {
         self.process.signal(Signal::SIGHUP);
     }
 
-    /// The configuration as it is.
+    /// Returns the text of the current configuration file.
     pub(crate) fn text(&self) -> String {
         std::fs::read_to_string(self.folder.join("awsvid.toml")).expect("the configuration")
     }
 
     /// Waits until `/readyz` is 200.
     pub(crate) fn ready(self) -> Self {
-        self.process
-            .await_some("the daemon is ready", PATIENCE, || {
-                http_get(self.admin(), "/readyz").filter(|(status, _)| *status == 200)
-            });
+        self.process.await_some("the daemon is ready", TIMEOUT, || {
+            http_get(self.admin(), "/readyz").filter(|(status, _)| *status == 200)
+        });
         self
     }
 
-    /// Waits for a line of its log whose message has all of these words; the message.
+    /// Waits for a log line with all of these words in its event and fields. Returns both as text.
     pub(crate) fn await_line(&self, words: &[&str]) -> String {
         self.process.await_some(
             &format!("a line with {words:?} in the log"),
-            PATIENCE,
+            TIMEOUT,
             || {
-                let mut messages = self
-                    .log_lines()
-                    .filter_map(|line| Some(line["message"].as_str()?.to_owned()));
-                messages.find(|message| words.iter().all(|word| message.contains(word)))
+                let mut texts = self.log_lines().filter_map(|line| event_text(&line));
+                texts.find(|message| words.iter().all(|word| message.contains(word)))
             },
         )
     }
 
-    /// Its process id.
+    /// Returns the number of log lines with exactly this event and these fields.
+    pub(crate) fn line_count(&self, text: &str) -> usize {
+        self.log_lines()
+            .filter(|line| event_text(line).as_deref() == Some(text))
+            .count()
+    }
+
     pub(crate) fn pid(&self) -> Pid {
         self.process.id()
     }
 
-    /// How much memory it has of its own, in KiB.
+    /// Returns the size of its private memory, in KiB.
     pub(crate) fn memory(&self) -> u64 {
         let status =
             std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("its status");
@@ -265,21 +269,20 @@ impl Daemon {
             .expect("a number")
     }
 
-    /// How many descriptors it has open.
+    /// Returns the number of its open descriptors.
     pub(crate) fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid()))
             .expect("its descriptors")
             .count()
     }
 
-    /// How long after the start of its process all pods were listened in that were there then.
+    /// Returns the time from the start of its process until it listened in all pods of that moment.
     pub(crate) fn listening_in_pods_after(&self) -> Duration {
         let line = self
             .log_lines()
             .find(|line| line["message"] == "serving workloads in pods")
             .expect("the line");
-        let at =
-            humantime::parse_rfc3339(line["timestamp"].as_str().expect("a time")).expect("a time");
+        let at = humantime::parse_rfc3339(line["time"].as_str().expect("a time")).expect("a time");
         let stat =
             std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("its times");
         let (_, fields) = stat.rsplit_once(')').expect("a name");
@@ -301,7 +304,6 @@ impl Daemon {
         at.duration_since(boot + since_boot).unwrap_or_default()
     }
 
-    /// The process.
     pub(crate) fn process(&mut self) -> &mut Process {
         &mut self.process
     }
@@ -327,46 +329,47 @@ impl Daemon {
         lines.into_iter()
     }
 
-    /// Everything that it has logged.
+    /// Returns all of its log.
     pub(crate) fn log(&self) -> String {
         self.process.log()
     }
 
-    /// Where it listens on 127.0.0.1.
+    /// Returns the address of its listener on 127.0.0.1.
     pub(crate) fn tcp(&self) -> SocketAddr {
         self.address("serving workloads", "127.0.0.1:")
             .expect("a TCP listener")
     }
 
-    /// Where it listens on ::1.
+    /// Returns the address of its listener on ::1.
     pub(crate) fn tcp6(&self) -> SocketAddr {
         self.address("serving workloads", "[::1]:")
             .expect("a TCP listener on ::1")
     }
 
-    /// Where it answers operators.
+    /// Returns the admin address.
     pub(crate) fn admin(&self) -> SocketAddr {
         self.address("serving operators", "127.0.0.1:")
             .expect("an operators' listener")
     }
 
-    /// The unix socket.
+    /// Returns the path of its unix socket.
     pub(crate) fn unix(&self) -> PathBuf {
         self.folder.join("awsvid.sock")
     }
 
-    /// The metrics as of this moment: only the status socket has them, over TCP they may be a second old.
+    /// Returns the current metrics. Only the status socket has them; over TCP they may be a second
+    /// old.
     pub(crate) fn metrics(&self) -> String {
-        let (status, text) = self.ask_locally("/metrics");
+        let (status, text) = self.query_status_socket("/metrics");
         assert_eq!(status, 200, "{text}");
         text
     }
 
-    /// The status and body of an answer over the status socket.
-    pub(crate) fn ask_locally(&self, path: &str) -> (u16, String) {
+    /// Sends a request over the status socket, and returns the response's status and body.
+    pub(crate) fn query_status_socket(&self, path: &str) -> (u16, String) {
         let mut stream =
             UnixStream::connect(self.folder.join("status.sock")).expect("the status socket");
-        // Without chunks.
+        // HTTP/1.0, for a response without chunks.
         write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").expect("send a request");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).expect("an answer");
@@ -374,7 +377,7 @@ impl Daemon {
         (head[9..12].parse().expect("a status"), body.to_owned())
     }
 
-    /// A counter of `/metrics`, by its name with labels; 0 if it is not there.
+    /// Returns a counter of `/metrics` by its name with labels, or 0 if it does not exist.
     pub(crate) fn metric(&self, name: &str) -> u64 {
         let text = self.metrics();
         let value = text
@@ -383,7 +386,8 @@ impl Daemon {
         value.map_or(0, |value| value.parse().expect("a number"))
     }
 
-    /// How many requests were answered with credentials. The audit has one record for several that come quickly.
+    /// Returns the number of requests that got credentials. The audit has one record for several in
+    /// quick succession.
     pub(crate) fn issued(&self) -> u64 {
         let metrics = self.metrics();
         let counts = metrics.lines().filter(|line| {
@@ -399,9 +403,9 @@ impl Daemon {
             .sum()
     }
 
-    /// The credentials that `/status` has for this SPIFFE ID and the first role.
+    /// Returns the credentials in `/status` for this SPIFFE ID and the first role.
     pub(crate) fn status(&self, spiffe_id: &str) -> Value {
-        let (status, body) = self.ask_locally("/status");
+        let (status, body) = self.query_status_socket("/status");
         assert_eq!(status, 200, "{body}");
         let body: Value = serde_json::from_str(&body).expect("JSON");
         let all = body["credentials"].as_array().expect("a list");
@@ -411,7 +415,8 @@ impl Daemon {
             .unwrap_or_default()
     }
 
-    /// Where clients of a listener connect, by its name in the actor's scenes: `unix`, `tcp` or `tcp6`.
+    /// Returns the address of a listener, by its name in the actor's scenes: `unix`, `tcp` or
+    /// `tcp6`.
     pub(crate) fn listener(&self, name: &str) -> String {
         match name {
             "unix" => self.unix().display().to_string(),
@@ -420,7 +425,8 @@ impl Daemon {
         }
     }
 
-    /// What curl gets over a listener, as this user and group, from this cgroup.
+    /// Runs curl against a listener as this user and group, from this cgroup, and returns its
+    /// output.
     pub(crate) fn curl(&self, listener: &str, (uid, gid): (u32, u32), cgroup: &Cgroup) -> String {
         let target = match listener {
             "unix" => format!(
@@ -439,20 +445,21 @@ impl Daemon {
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
             .args(["-c", &script]);
-        run(command, b"", 2 * PATIENCE).success(&script)
+        run(command, b"", 2 * TIMEOUT).success(&script)
     }
 
-    /// The URI for SDKs.
+    /// Returns the URI for SDKs.
     pub(crate) fn uri(&self) -> String {
         format!("http://{}/v1/credentials", self.tcp())
     }
 
-    /// All audit records so far.
+    /// Returns all audit records so far.
     pub(crate) fn audit(&self) -> Vec<Value> {
         self.audit_where(|_, _| true)
     }
 
-    /// The audit records that this is true of: their number, from 0, and their text.
+    /// Returns the audit records that match. `wanted` gets the number of each, from 0, and its
+    /// text.
     pub(crate) fn audit_where(&self, mut wanted: impl FnMut(usize, &str) -> bool) -> Vec<Value> {
         let text = std::fs::read_to_string(self.folder.join("audit.log")).unwrap_or_default();
         let lines = text
@@ -464,15 +471,15 @@ impl Daemon {
             .collect()
     }
 
-    /// The audit records after the first `count`, once there is at least one.
+    /// Returns the audit records after the first `count`, once there is at least one.
     pub(crate) fn audit_after(&self, count: usize) -> Vec<Value> {
-        self.process.await_some("an audit record", PATIENCE, || {
+        self.process.await_some("an audit record", TIMEOUT, || {
             let records = self.audit_where(|i, _| i >= count);
             (!records.is_empty()).then_some(records)
         })
     }
 
-    /// For which SPIFFE ID these credentials were handed out first, by the audit.
+    /// Returns the SPIFFE ID for which these credentials were issued first, by the audit.
     pub(crate) fn first_issued_to(&self, access_key_id: &str) -> String {
         let mut issued = self.issued.lock().unwrap();
         let mut found = false;
@@ -484,7 +491,7 @@ impl Daemon {
             })
         };
         let of = |records: &[Value]| {
-            let record = records.first().expect("what is handed out is in the audit");
+            let record = records.first().expect("each issue is in the audit");
             assert_eq!(record["access_key_id"], access_key_id);
             record["spiffe_id"]
                 .as_str()
@@ -496,4 +503,18 @@ impl Daemon {
             .or_insert_with(|| of(&first()))
             .clone()
     }
+}
+
+/// Returns a log line's event, and its fields as `name=value`.
+fn event_text(line: &Value) -> Option<String> {
+    let mut text = line["message"].as_str()?.to_owned();
+    for (name, value) in line.as_object()? {
+        if !["message", "target", "level", "time"].contains(&name.as_str()) {
+            let value = value
+                .as_str()
+                .map_or_else(|| value.to_string(), str::to_owned);
+            text.push_str(&format!(" {name}={value}"));
+        }
+    }
+    Some(text)
 }

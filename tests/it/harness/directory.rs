@@ -1,7 +1,8 @@
-//! A directory of users beyond the local files, which the name service asks through nss-systemd: it can learn a user, fail, or
-//! not answer at all.
+//! A directory of users beyond the local files, which the name service queries through nss-systemd.
+//! It can know a user, fail, or not respond at all.
 //!
-//! The interface is that of `io.systemd.UserDatabase` (systemd's "User/Group Record Lookup API via Varlink").
+//! The interface is that of `io.systemd.UserDatabase` (systemd's "User/Group Record Lookup API via
+//! Varlink").
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,23 +18,23 @@ use super::counterparts::skip;
 
 const SERVICE: &str = "io.example.Directory";
 const MODULE: &str = "libnss_systemd.so.2";
-/// Puts the files of the directory in the place of this computer's, for one process and what it starts.
+/// Mounts the directory's files over this computer's, for one process and its children.
 const ENTER: &str = r#"for name in passwd group nsswitch.conf; do mount --bind "$0/$name" "/etc/$name"; done
 mount --bind "$0/run" /run
 exec "$@""#;
 
-/// What is answered about a name.
+/// The directory's response for a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Account {
-    /// It has this number.
+    /// The name has this number.
     Is(u32),
-    /// The directory fails.
+    /// The directory returns an error.
     Fails,
-    /// There is no answer, until this is changed.
+    /// No response, until this is changed.
     Hangs,
 }
 
-/// Ends with the value.
+/// A directory that ends with the value.
 pub(crate) struct Directory {
     folder: PathBuf,
     shared: Arc<Shared>,
@@ -46,8 +47,8 @@ struct Shared {
 }
 
 impl Directory {
-    /// With no accounts yet, and root as the only local one; its files are below `folder`. `None` after a printed skip if this
-    /// computer lacks the module.
+    /// Starts it with no accounts, and root as the only local user. Its files are below `folder`.
+    /// Returns `None` after a printed skip if this computer lacks the module.
     pub(crate) fn start(folder: &Path) -> Option<Self> {
         let libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64"].map(Path::new);
         let below = libraries.iter().flat_map(|path| {
@@ -93,7 +94,7 @@ impl Directory {
         Some(Self { folder, shared })
     }
 
-    /// What is answered about the user and the group of this name from now on.
+    /// Sets the response for the user and the group of this name from now on.
     pub(crate) fn set(&self, name: &str, account: Account) {
         self.shared
             .accounts
@@ -112,7 +113,8 @@ impl Directory {
         writeln!(file, "{line}").expect("written");
     }
 
-    /// Words behind which a command of root's has this directory and these local files.
+    /// Returns words in front of a command of root that make it use this directory and these local
+    /// files.
     pub(crate) fn words(&self) -> Vec<&str> {
         let folder = self.folder.to_str().expect("a path in UTF-8");
         vec![

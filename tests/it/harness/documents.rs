@@ -14,11 +14,13 @@ pub(crate) struct Block {
     pub(crate) text: String,
 }
 
-/// Returns the path of a page of deploy/docs.
+/// Returns the path of a page of deploy/docs, or of README.md.
 pub(crate) fn path(page: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("deploy/docs")
-        .join(page)
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    match page {
+        "README.md" => root.join(page),
+        _ => root.join("deploy/docs").join(page),
+    }
 }
 
 /// Returns all blocks of a page, in their order.

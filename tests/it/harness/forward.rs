@@ -1,4 +1,5 @@
-//! A way from one network namespace, which may be connected to nothing, to an address in another.
+//! A forward from one network namespace, which may be connected to nothing, to an address in
+//! another.
 
 use std::fs::File;
 use std::io;
@@ -10,16 +11,15 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::socket;
 use nix::unistd::Pid;
 
-/// A network namespace.
 pub(crate) enum Network {
-    /// That of the tests.
+    /// The namespace of the tests.
     Own,
-    /// That of a process.
+    /// The namespace of a process.
     Of(Pid),
 }
 
 impl Network {
-    /// Makes the calling thread, which must be one that ends after it, part of it.
+    /// Moves the calling thread into it. The thread must end afterwards.
     fn enter(&self) {
         if let Self::Of(pid) = self {
             let file = File::open(format!("/proc/{pid}/ns/net")).expect("a network namespace");
@@ -27,7 +27,7 @@ impl Network {
         }
     }
 
-    /// A listener there, which stays usable outside.
+    /// Binds a listener in it, which stays usable outside.
     pub(crate) fn bind(self, address: SocketAddr) -> TcpListener {
         let bind = move || {
             self.enter();
@@ -37,13 +37,14 @@ impl Network {
     }
 }
 
-/// Passes connections on until it is dropped.
+/// Forwards connections until it is dropped.
 pub(crate) struct Forward {
     listener: TcpListener,
 }
 
 impl Forward {
-    /// From an address in one network, where port 0 is one that the kernel picks, to one in another.
+    /// Forwards from an address in one network to one in another. For port 0 the kernel picks a
+    /// port.
     pub(crate) fn start(
         from: Network,
         address: SocketAddr,
@@ -56,7 +57,7 @@ impl Forward {
             to.enter();
             for inside in accepting.incoming().map_while(Result::ok) {
                 if let Ok(outside) = TcpStream::connect(target) {
-                    // Whoever has closed is not passed on.
+                    // A client that has closed its connection gets nothing.
                     let _ = pass(&inside, &outside).and_then(|()| pass(&outside, &inside));
                 }
             }
@@ -64,7 +65,7 @@ impl Forward {
         Self { listener }
     }
 
-    /// Where it listens.
+    /// Returns the address at which it listens.
     pub(crate) fn address(&self) -> SocketAddr {
         self.listener.local_addr().expect("its own address")
     }

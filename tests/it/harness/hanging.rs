@@ -1,4 +1,4 @@
-//! A file system that stops answering, in a mount namespace of its own: see `tests/actor/fuse.rs`.
+//! A file system that stops responding, in a mount namespace of its own: see `tests/actor/fuse.rs`.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -8,18 +8,18 @@ use std::time::Duration;
 use super::actor;
 use super::counterparts::process::{Owned, spawn};
 
-/// With one file, which is the program `tests/actor`. Ends with the value, and whatever waits for an answer then gets an
-/// error: so this is to be dropped before what may wait, which cannot end before.
+/// A file system with one file, the program `tests/actor`. It ends with the value, and each pending
+/// call then gets an error. Drop it before all that may wait for it, which cannot end earlier.
 pub(crate) struct HangingFiles {
     owned: Owned,
-    /// `None` once it is told to end.
-    hears: Option<ChildStdin>,
-    says: BufReader<ChildStdout>,
+    /// Is `None` once the server has been ended.
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
     program: PathBuf,
 }
 
 impl HangingFiles {
-    /// Mounts it. It answers until it is told to hang.
+    /// Mounts it. It responds until `hang` is called.
     pub(crate) fn mount() -> Self {
         let mut command = Command::new(actor::program());
         command
@@ -28,24 +28,24 @@ impl HangingFiles {
             .arg("hanging-files");
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut owned = spawn(command).expect("the actor");
-        let hears = owned.stdin();
-        let says = BufReader::new(owned.stdout().expect("a pipe"));
+        let input = owned.stdin();
+        let output = BufReader::new(owned.stdout().expect("a pipe"));
         let mut files = Self {
             owned,
-            hears,
-            says,
+            input,
+            output,
             program: PathBuf::new(),
         };
         files.program = files.line().into();
         files
     }
 
-    /// Its file, as seen behind [`HangingFiles::enter`].
+    /// Returns the path of its file, as seen behind [`HangingFiles::enter`].
     pub(crate) fn program(&self) -> &Path {
         &self.program
     }
 
-    /// Words behind which a command sees it.
+    /// Returns words in front of a command that make it see the file system.
     pub(crate) fn enter(&self) -> [String; 3] {
         [
             "nsenter".to_owned(),
@@ -54,32 +54,34 @@ impl HangingFiles {
         ]
     }
 
-    /// From here on it does not answer where the file is, nor what it is. What was read of it can be read again.
+    /// Makes lookups and status calls of the file hang from here on. Data that was read of it can
+    /// be read again.
     pub(crate) fn hang(&mut self) {
         self.step("hang");
     }
 
-    /// Its server ends, as one does that is killed: from here on there are errors instead of answers.
+    /// Ends its server, like a server that is killed: from here on calls fail at once.
     pub(crate) fn end_server(&mut self) {
         self.step("end");
     }
 
     fn step(&mut self, word: &str) {
-        writeln!(self.hears.as_ref().expect("a pipe"), "{word}").expect("the actor lives");
+        writeln!(self.input.as_ref().expect("a pipe"), "{word}").expect("the actor lives");
         assert_eq!(self.line(), "done");
     }
 
     fn line(&mut self) -> String {
         let mut line = String::new();
-        self.says.read_line(&mut line).expect("the actor's word");
+        self.output.read_line(&mut line).expect("the actor's word");
         line.trim_end().to_owned()
     }
 }
 
 impl Drop for HangingFiles {
     fn drop(&mut self) {
-        drop(self.hears.take());
-        // It unmounts it and removes the directory; if it does not, it is killed, and the mount ends with its server.
+        drop(self.input.take());
+        // The server unmounts it and removes the directory. If it does not, it is killed, and the
+        // mount ends with it.
         self.owned.wait(Duration::from_secs(10));
     }
 }

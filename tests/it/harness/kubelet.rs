@@ -1,4 +1,4 @@
-//! What a kubelet tells of its pods, for SPIRE's attestor `k8s`.
+//! A fake kubelet that lists pods for SPIRE's attestor `k8s`.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -7,7 +7,7 @@ use std::thread;
 
 use serde_json::{Value, json};
 
-/// Runs as long as the test program.
+/// A server that runs as long as the test program.
 pub(crate) struct FakeKubelet {
     port: u16,
     pods: Arc<Mutex<Vec<Value>>>,
@@ -18,17 +18,17 @@ impl FakeKubelet {
         let listener = TcpListener::bind("127.0.0.1:0").expect("the kubelet's port");
         let port = listener.local_addr().expect("an address").port();
         let pods = Arc::<Mutex<Vec<Value>>>::default();
-        let told = pods.clone();
+        let pod_list = pods.clone();
         thread::spawn(move || {
             for client in listener.incoming().map_while(Result::ok) {
-                // A client that is gone wants no answer.
-                let _ = serve(client, &told);
+                // A client that has closed its connection needs no response.
+                let _ = serve(client, &pod_list);
             }
         });
         Self { port, pods }
     }
 
-    /// For the agent's configuration; awsvid's SPIFFE ID is that of a broker.
+    /// Returns the agent's configuration of the attestor. awsvid's SPIFFE ID is that of a broker.
     pub(crate) fn attestor(&self, broker: &str) -> String {
         format!(
             "WorkloadAttestor \"k8s\" {{ plugin_data {{ kubelet_read_only_port = {}, disable_container_selectors = true, experimental {{ broker {{ \
@@ -37,8 +37,8 @@ impl FakeKubelet {
         )
     }
 
-    /// From now on it has this pod, of this service account.
-    pub(crate) fn has(&self, uid: &str, account: &str) {
+    /// Adds this pod, with this service account, to the list.
+    pub(crate) fn add_pod(&self, uid: &str, account: &str) {
         let pod = json!({
             "metadata": { "uid": uid, "name": account, "namespace": "shop" },
             "spec": { "serviceAccountName": account, "nodeName": "node" },
@@ -47,8 +47,8 @@ impl FakeKubelet {
         self.pods.lock().unwrap().push(pod);
     }
 
-    /// From now on it has none.
-    pub(crate) fn has_none(&self) {
+    /// Removes all pods from the list.
+    pub(crate) fn remove_pods(&self) {
         self.pods.lock().unwrap().clear();
     }
 }

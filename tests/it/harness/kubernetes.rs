@@ -1,8 +1,9 @@
-//! A real Kubernetes node, alone in its cluster, in namespaces of its own on this computer's kernel: etcd, API server, controller
-//! manager, scheduler, kubelet, containerd, runc, CNI. It is ready after some fifteen seconds.
+//! A real Kubernetes node, alone in its cluster, in namespaces of its own on this computer's
+//! kernel: etcd, API server, controller manager, scheduler, kubelet, containerd, runc, CNI. It is
+//! ready after about fifteen seconds.
 //!
-//! Its files, network, processes and cgroups are its own, so that several may run at a time, and all ends with the value, or
-//! with the test process however that ends.
+//! Its files, network, processes and cgroups are its own, so that several may run at a time. All of
+//! it ends with the value, or with the test process in whichever way that ends.
 
 mod certificates;
 mod configuration;
@@ -28,8 +29,8 @@ pub(crate) use configuration::{ADDRESS, Families, NAME};
 use hierarchies::Hierarchies;
 pub(crate) use images::{Image, root_of};
 
-/// How long anything may take that takes seconds on a machine that is not busy.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Bounds steps that take seconds on an idle machine.
+const TIMEOUT: Duration = Duration::from_secs(120);
 const NAMESPACES: [&str; 7] = [
     "--pid", "--mount", "--uts", "--ipc", "--net", "--cgroup", "--fork",
 ];
@@ -52,22 +53,21 @@ const PROGRAMS: [&str; 14] = [
 /// The image that most pods run.
 pub(crate) const BUSYBOX: &str = "docker.io/library/busybox:test";
 
-/// A running node.
 pub(crate) struct Node {
     init: Pid,
     folder: PathBuf,
-    /// Where the programs are.
+    /// The folder of the counterparts' programs.
     bin: PathBuf,
-    // Dropped in this order: nobody's log fills with complaints about those gone before, and a cgroup can be removed when
-    // nobody is in it.
+    // Dropped in this order, so that no program logs complaints about one that has ended. A cgroup
+    // can be removed when no process is in it.
     processes: Vec<Process>,
     _machine: Process,
     _hierarchies: Hierarchies,
 }
 
 impl Node {
-    /// Starts one with its files below `folder`. `None` after a printed skip if a program is missing or this computer does not
-    /// let the test make namespaces; in CI that is a panic.
+    /// Starts one with its files below `folder`. Returns `None` after a printed skip if a program
+    /// is missing or this computer does not let the test create namespaces. In CI that is a panic.
     pub(crate) fn start(folder: &Path) -> Option<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         if !root() {
@@ -80,7 +80,7 @@ impl Node {
         let probe = run(
             outside("unshare", NAMESPACES.iter().copied().chain(["true"])),
             b"",
-            PATIENCE,
+            TIMEOUT,
         );
         if !probe.status.success() {
             skip(&format!("no namespaces can be made here: {}", probe.stderr));
@@ -99,17 +99,18 @@ impl Node {
         Some(node)
     }
 
-    /// Makes the namespaces, with nothing in them yet.
+    /// Creates the namespaces, which are still empty.
     fn boot(folder: PathBuf, bin: PathBuf, hierarchies: Hierarchies) -> Self {
         let home = folder.join("node");
         fs::create_dir_all(home.join("files")).expect("a directory for the node");
         configuration::write(&home.join("files"), &bin);
         fs::write(home.join("cgroups"), hierarchies.mounts()).expect("a file");
-        // The programs are links to folders beside theirs.
+        // The programs are links to sibling folders.
         let cache = bin.parent().expect("a directory").display().to_string();
         fs::write(home.join("mounts"), format!("{cache} {cache}\n")).expect("a file");
-        // The shell puts itself into the cgroups before it makes a cgroup namespace, whose roots those then are. Nobody is left
-        // behind to end the node: pid 1 is killed with `unshare`, and the rest with pid 1.
+        // The shell enters the cgroups before it creates a cgroup namespace, so that they become
+        // its roots. No process is needed to end the node: pid 1 is killed with `unshare`, and the
+        // rest with pid 1.
         let enter = r#"while [ "$1" != -- ]; do echo $$ >"$1"; shift; done; shift; exec unshare --kill-child "$@""#;
         let mut command = outside("sh", ["-ec", enter, "enter"]);
         command.args(hierarchies.procs()).arg("--").args(NAMESPACES);
@@ -122,7 +123,7 @@ impl Node {
             configuration::SERVICE,
         ]);
         let machine = Process::start("the node", command, &folder.join("node.log"));
-        let init = machine.await_some("the node's pid 1", PATIENCE, || {
+        let init = machine.await_some("the node's pid 1", TIMEOUT, || {
             fs::read_to_string(home.join("init.pid"))
                 .ok()?
                 .trim()
@@ -138,7 +139,7 @@ impl Node {
             _hierarchies: hierarchies,
         };
         node._machine
-            .await_some("the node has booted", PATIENCE, || {
+            .await_some("the node has booted", TIMEOUT, || {
                 node.path("/run/booted").exists().then_some(())
             });
         node
@@ -213,15 +214,15 @@ impl Node {
             .iter()
             .position(|program| *program == name)
             .expect("a program of the node");
-        self.processes[number].await_some(what, PATIENCE, ready)
+        self.processes[number].await_some(what, TIMEOUT, ready)
     }
 
-    /// Where the programs of the counterparts are.
+    /// Returns the folder of the counterparts' programs.
     pub(crate) fn bin(&self) -> &Path {
         &self.bin
     }
 
-    /// A command that runs on the node as root, outside of every pod.
+    /// Returns a command that runs on the node as root, outside of every pod.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let init = self.init.to_string();
         let namespaces = [
@@ -236,22 +237,24 @@ impl Node {
 
     /// Runs such a command to its end.
     pub(crate) fn run(&self, arguments: &[&str]) -> Output {
-        run(self.command(arguments), b"", PATIENCE)
+        run(self.command(arguments), b"", TIMEOUT)
     }
 
-    /// Offers, at this port of the node, what listens on a loopback address of this computer. Pods reach it there too.
+    /// Forwards this port of the node to a loopback address of this computer. Pods can reach it
+    /// there too.
     pub(crate) fn offer(&self, port: u16, to: SocketAddr) -> Forward {
         let address = SocketAddr::new(ADDRESS.parse().expect("an address"), port);
         Forward::start(Network::Of(self.init), address, Network::Own, to)
     }
 
-    /// The same with TLS.
+    /// Forwards this port with TLS.
     pub(crate) fn offer_with_tls(&self, port: u16, to: SocketAddr) -> TlsFront {
         let address = SocketAddr::new(ADDRESS.parse().expect("an address"), port);
         TlsFront::start(Network::Of(self.init), address, to)
     }
 
-    /// A kubeconfig of the cluster's administrator for programs that run beside the node, and what must live as long as those.
+    /// Returns a kubeconfig of the cluster's administrator for programs outside the node, and the
+    /// forward that must live as long as those.
     pub(crate) fn kubeconfig_outside(&self) -> (PathBuf, Forward) {
         let (own, api) = (
             (Ipv4Addr::LOCALHOST, 0).into(),
@@ -266,7 +269,7 @@ impl Node {
         (file, forward)
     }
 
-    /// A path of the node as this process sees it.
+    /// Returns a path of the node as this process sees it.
     pub(crate) fn path(&self, inside: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{inside}", self.init))
     }
@@ -276,7 +279,7 @@ impl Node {
         self.kubectl_with(arguments, "")
     }
 
-    /// The same with standard input.
+    /// Runs kubectl with standard input.
     pub(crate) fn kubectl_with(&self, arguments: &[&str], input: &str) -> Output {
         self.client("kubectl", arguments, input)
     }
@@ -296,23 +299,40 @@ impl Node {
                 self.folder.join("node/files").join(configuration::ADMIN),
             )
             .env("HOME", &self.folder);
-        run(command, input.as_bytes(), PATIENCE)
+        run(command, input.as_bytes(), TIMEOUT)
     }
 
-    /// What `kubectl get` has, as JSON. Panics if it is not there.
+    /// Runs a script of the cluster's administrator, which finds kubectl in its path.
+    pub(crate) fn shell(&self, script: &str) -> Output {
+        let init = self.init.to_string();
+        let mut command = outside("nsenter", ["--target", &init, "--net", "--"]);
+        command.args(["sh", "-euc", script]);
+        command
+            .env(
+                "PATH",
+                format!("{}:/usr/sbin:/usr/bin:/bin", self.bin.display()),
+            )
+            .env(
+                "KUBECONFIG",
+                self.folder.join("node/files").join(configuration::ADMIN),
+            )
+            .env("HOME", &self.folder);
+        run(command, b"", TIMEOUT)
+    }
+
+    /// Returns the output of `kubectl get` as JSON. Panics if the object does not exist.
     pub(crate) fn get(&self, arguments: &[&str]) -> Value {
         let got = self.kubectl(&[&["get", "--output", "json"], arguments].concat());
         serde_json::from_str(&got.success(&format!("kubectl get {}", arguments.join(" "))))
             .expect("JSON")
     }
 
-    /// Applies a manifest.
     pub(crate) fn apply(&self, manifest: &Value) {
         self.kubectl_with(&["apply", "--filename", "-"], &manifest.to_string())
             .success("kubectl apply");
     }
 
-    /// Makes an image known to the container runtime.
+    /// Imports an image into the container runtime.
     pub(crate) fn import(&self, image: &Image<'_>) {
         let directory = tempfile::tempdir_in(&self.folder).expect("a directory for an image");
         let archive = fs::File::open(image.archive(directory.path())).expect("the image's archive");
@@ -334,7 +354,7 @@ impl Node {
         );
     }
 
-    /// The address families of pods from now on.
+    /// Sets the address families of pods that start from now on.
     pub(crate) fn use_families(&self, families: Families) {
         configuration::write_network(&self.path("/"), families);
     }
@@ -350,7 +370,7 @@ const PROGRAMS_STARTED: [&str; 6] = [
     "kubelet",
 ];
 
-/// A command on this computer with nothing in its environment.
+/// Returns a command on this computer with an empty environment.
 fn outside<'a>(program: &str, arguments: impl IntoIterator<Item = &'a str>) -> Command {
     let mut command = Command::new(program);
     command.env_clear().env(

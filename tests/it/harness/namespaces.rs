@@ -1,4 +1,5 @@
-//! Network namespaces, mounted on files as a container runtime does it, in a mount namespace that ends with the test.
+//! Network namespaces, mounted on files as a container runtime does it, in a mount namespace that
+//! ends with the test.
 
 use std::fs;
 use std::io::{self, Read};
@@ -17,16 +18,16 @@ use super::cgroup::Cgroup;
 use super::counterparts::process::{Owned, behind, run, spawn};
 
 /// A node's mounts, and the directory of its pods' network namespaces.
-pub(crate) struct Node {
+pub(crate) struct NetnsNode {
     anchor: Owned,
     directory: PathBuf,
 }
 
-/// Says what mounts and network a process has that is started behind them.
+/// The program that gives a process that it starts other mounts and another network.
 const NSENTER: &str = "nsenter";
 
-impl Node {
-    /// With its directory below `folder`.
+impl NetnsNode {
+    /// Starts it with its directory below `folder`.
     pub(crate) fn start(folder: &Path) -> Self {
         let mut command = behind(
             &["unshare", "--mount", "--propagation", "private"],
@@ -36,7 +37,7 @@ impl Node {
             .args(["-c", "echo; exec sleep infinity"])
             .stdout(Stdio::piped());
         let mut anchor = spawn(command).expect("unshare");
-        // It is in its own mount namespace once it has said something.
+        // Its first output shows that it is in its own mount namespace.
         anchor
             .stdout()
             .expect("a pipe")
@@ -47,20 +48,20 @@ impl Node {
         Self { anchor, directory }
     }
 
-    /// Where the files are.
+    /// Returns the directory of the namespace files.
     pub(crate) fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// What `[listen]` says of it.
+    /// Returns the daemon's table `[pods]`, which has to follow the keys of `[listen]`.
     pub(crate) fn listen(&self) -> String {
         format!(
-            "pods = true\npods_dir = {:?}\nhandover = \"\"\n",
+            "[pods]\nenabled = true\nnetns_dir = {:?}\nhandover_socket = \"\"\n",
             self.directory
         )
     }
 
-    /// The file of this name.
+    /// Returns the file of this name.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
@@ -69,12 +70,12 @@ impl Node {
         format!("--mount=/proc/{}/ns/mnt", self.anchor.id())
     }
 
-    /// Words behind which a command sees the node's mounts.
+    /// Returns words in front of a command that make it see the node's mounts.
     pub(crate) fn enter(&self) -> Vec<String> {
         vec![NSENTER.to_owned(), self.mounts(), "--".to_owned()]
     }
 
-    /// Runs on a thread with the node's mounts.
+    /// Runs `act` on a thread with the node's mounts.
     pub(crate) fn within<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
         let mounts = fs::File::open(format!("/proc/{}/ns/mnt", self.anchor.id()))
             .expect("the node's mounts");
@@ -91,17 +92,18 @@ impl Node {
         })
     }
 
-    /// A new network namespace on the file of this name, with a loopback device as a CNI plugin leaves it.
+    /// Adds a network namespace on the file of this name, with a loopback device as a CNI plugin
+    /// leaves it.
     pub(crate) fn add(&self, name: &str) {
         self.add_with(name, |_| {});
     }
 
-    /// The same; `set_up` runs in the namespace before it is mounted.
+    /// Adds one in which `set_up` runs before it is mounted.
     pub(crate) fn add_with(&self, name: &str, set_up: impl FnOnce(&Path) + Send) {
         self.make(name, set_up, || {});
     }
 
-    /// The same; `act` runs in it as soon as it is mounted.
+    /// Adds one in which `act` runs as soon as it is mounted.
     pub(crate) fn add_and<T: Send>(&self, name: &str, act: impl FnOnce() -> T + Send) -> T {
         self.make(name, |_| {}, act)
     }
@@ -124,7 +126,7 @@ impl Node {
         })
     }
 
-    /// The namespace of this file on another one, too.
+    /// Mounts the namespace of this file on another one, too.
     pub(crate) fn add_again(&self, name: &str, again: &str) {
         let (from, to) = (self.path(name), self.path(again));
         self.within(move || {
@@ -133,7 +135,7 @@ impl Node {
         });
     }
 
-    /// The test's own network namespace on a file of this name.
+    /// Mounts the test's own network namespace on a file of this name.
     pub(crate) fn add_own(&self, name: &str) {
         let path = self.path(name);
         self.within(move || {
@@ -142,7 +144,7 @@ impl Node {
         });
     }
 
-    /// As a runtime does it once the pod's processes are dead.
+    /// Removes it, as a runtime does once the pod's processes are dead.
     pub(crate) fn remove(&self, name: &str) {
         let path = self.path(name);
         self.within(move || {
@@ -151,13 +153,14 @@ impl Node {
         });
     }
 
-    /// Only unmounts it.
+    /// Unmounts the file but leaves it.
     pub(crate) fn unmount(&self, name: &str) {
         let path = self.path(name);
         self.within(move || umount2(&path, MntFlags::MNT_DETACH).expect("umount"));
     }
 
-    /// Runs on a thread in this namespace; nothing of it is open afterwards but what `act` gives back.
+    /// Runs `act` on a thread in this namespace. Afterwards only what `act` returns may keep the
+    /// namespace.
     pub(crate) fn inside<T: Send>(&self, name: &str, act: impl FnOnce() -> T + Send) -> T {
         let path = self.path(name);
         self.within(move || {
@@ -167,7 +170,7 @@ impl Node {
         })
     }
 
-    /// Words behind which a command runs in this namespace and in this cgroup.
+    /// Returns words in front of a command that make it run in this namespace and this cgroup.
     pub(crate) fn enter_pod(&self, name: &str, cgroup: &Cgroup) -> Vec<String> {
         let mut words = self.enter();
         let network = format!("--net={}", self.path(name).display());
@@ -176,7 +179,7 @@ impl Node {
         words
     }
 
-    /// What a process of this pod is answered there, as its first act.
+    /// Sends a request as the first act of a new process of this pod, and returns the response.
     pub(crate) fn ask(&self, name: &str, cgroup: &Cgroup, address: SocketAddr) -> String {
         let words = self.enter_pod(name, cgroup);
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
@@ -188,7 +191,7 @@ impl Node {
         run(command, b"", Duration::from_secs(60)).stdout
     }
 
-    /// A connection from inside; the descriptor keeps the namespace.
+    /// Opens a connection from inside. Its descriptor keeps the namespace.
     pub(crate) fn connect(&self, name: &str, address: SocketAddr) -> io::Result<OwnedFd> {
         self.inside(name, || {
             std::net::TcpStream::connect(address).map(OwnedFd::from)
@@ -196,16 +199,17 @@ impl Node {
     }
 }
 
-/// A device of the host's that ends with this namespace: the other end of a pair. To be made by `set_up`.
+/// A device of the host that ends with this namespace: one end of a pair. `set_up` creates it.
 pub(crate) struct Peer(String);
 
 impl Peer {
-    /// A name for it.
+    /// Makes a name for the device.
     pub(crate) fn new(number: usize) -> Self {
         Self(format!("awv{}x{number}", std::process::id()))
     }
 
-    /// Makes the pair, in the calling thread's network namespace; the other end goes to the test's own.
+    /// Creates the pair in the calling thread's network namespace, and moves the other end to the
+    /// test's own.
     pub(crate) fn make(&self) {
         let own = std::process::id().to_string();
         ip(&[
@@ -213,8 +217,8 @@ impl Peer {
         ]);
     }
 
-    /// Whether it is there.
-    pub(crate) fn is_there(&self) -> bool {
+    /// Returns whether the device exists.
+    pub(crate) fn exists(&self) -> bool {
         Path::new("/sys/class/net").join(&self.0).exists()
     }
 }

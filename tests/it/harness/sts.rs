@@ -1,5 +1,7 @@
-//! The verifying STS of `awsvid dev` with one role, for all whom one issuer calls `spiffe://example.org/w/<name>`.
+//! The verifying STS of `awsvid dev` with one role, for each `spiffe://example.org/w/<name>` of one
+//! issuer.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use awsvid::clock::Clock;
@@ -7,20 +9,20 @@ use awsvid::dev::sts::{DevAccount, DevProvider, DevSts, TrustedRole};
 use awsvid::identity::{RoleArn, SpiffeIdPattern};
 use tokio::runtime::Runtime;
 
-use super::world::id;
+use super::env::id;
 
-/// What a token has to be for.
+/// The audience that a token must have.
 pub(crate) const AUDIENCE: &str = "awsvid-test";
 const ROLE: &str = "arn:aws:iam::123456789012:role/app";
 
-/// Runs until it is dropped.
+/// The STS, which runs until this is dropped.
 pub(crate) struct OneRoleSts {
     sts: DevSts,
     _runtime: Runtime,
 }
 
 impl OneRoleSts {
-    /// Trusts the tokens of this issuer.
+    /// Starts an STS that trusts the tokens of this issuer.
     pub(crate) fn start(issuer: &str) -> Self {
         let runtime = Runtime::new().expect("a runtime");
         let account = DevAccount {
@@ -46,7 +48,7 @@ impl OneRoleSts {
         }
     }
 
-    /// `[sts]` and the role.
+    /// Returns the tables `[sts]` and `[[role]]`.
     pub(crate) fn configuration(&self) -> String {
         format!(
             "[sts]\nregion = \"us-east-1\"\nendpoint = \"{}\"\n\
@@ -56,7 +58,19 @@ impl OneRoleSts {
         )
     }
 
-    /// How often a token was exchanged.
+    /// Returns the address at which it listens.
+    pub(crate) fn address(&self) -> SocketAddr {
+        let url = self.sts.url();
+        let address = url.trim_start_matches("http://").trim_end_matches('/');
+        address.parse().expect("an address in its URL")
+    }
+
+    /// Returns the URL at which it listens.
+    pub(crate) fn url(&self) -> &str {
+        self.sts.url()
+    }
+
+    /// Returns the number of exchanged tokens.
     pub(crate) fn exchanged(&self) -> u64 {
         self.sts.issued()
     }

@@ -1,4 +1,4 @@
-//! A terminal, for programs that look whether there is one.
+//! A pseudo-terminal, for programs that check whether they have one.
 
 use std::fs::File;
 use std::io::Read;
@@ -10,21 +10,22 @@ use nix::pty::openpty;
 
 use super::counterparts::process::{Owned, spawn};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What a short program prints where its standard output is a terminal.
+/// Runs a short program with a terminal as its standard output, and returns what it prints.
 pub(crate) fn on_a_terminal(mut command: Command) -> String {
     let pty = openpty(None, None).expect("a pseudo-terminal");
     command.stdout(pty.slave);
     let mut process = spawn(command).expect("start it");
-    assert!(process.wait(PATIENCE).expect("it ends").success());
+    assert!(process.wait(TIMEOUT).expect("it ends").success());
     let mut shown = Vec::new();
-    // The terminal hangs up (EIO) once nobody has its other end.
+    // The terminal hangs up (EIO) once no process has its other end.
     let _ = File::from(pty.master).read_to_end(&mut shown);
     String::from_utf8(shown).expect("UTF-8")
 }
 
-/// What a program has printed on its terminal, errors too, by the time that this is `enough`; then it is ended.
+/// Runs a program on a terminal until its output, errors included, is `stop`. Then ends it and
+/// returns the output.
 pub(crate) fn on_a_terminal_until(mut command: Command, enough: impl Fn(&str) -> bool) -> String {
     let pty = openpty(None, None).expect("a pseudo-terminal");
     command
@@ -35,7 +36,7 @@ pub(crate) fn on_a_terminal_until(mut command: Command, enough: impl Fn(&str) ->
     let mut terminal = File::from(pty.master);
     std::thread::spawn(move || {
         let mut part = [0; 4096];
-        // Until the program has ended (EIO), or nobody reads on.
+        // Until the program has ended (EIO), or the reader is gone.
         while let Ok(length) = terminal.read(&mut part) {
             if sender.send(part[..length].to_vec()).is_err() {
                 break;
@@ -44,7 +45,7 @@ pub(crate) fn on_a_terminal_until(mut command: Command, enough: impl Fn(&str) ->
     });
     let mut shown = Vec::new();
     while !enough(&String::from_utf8_lossy(&shown)) {
-        shown.extend(printed.recv_timeout(PATIENCE).expect("it goes on printing"));
+        shown.extend(printed.recv_timeout(TIMEOUT).expect("it goes on printing"));
     }
     drop(process);
     String::from_utf8_lossy(&shown).into_owned()

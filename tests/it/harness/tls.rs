@@ -16,10 +16,13 @@ use tokio_rustls::TlsAcceptor;
 use super::counterparts::process::run;
 use super::forward::Network;
 
-/// For what takes milliseconds.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Bounds steps that take milliseconds.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// It ends when this is dropped.
+/// A name in the certificate that no name service has, for clients that use a proxy.
+pub(crate) const PROXIED_NAME: &str = "sts.behind-the-proxy.invalid";
+
+/// A TLS proxy that ends when this is dropped.
 pub(crate) struct TlsFront {
     certificate: String,
     address: SocketAddr,
@@ -27,7 +30,8 @@ pub(crate) struct TlsFront {
 }
 
 impl TlsFront {
-    /// Listens in `network` at `address`, with a certificate of its own, for what is at `target` in the test's network.
+    /// Listens in `network` at `address`, with a certificate of its own, and forwards to `target`
+    /// in the test's network.
     pub(crate) fn start(network: Network, address: SocketAddr, target: SocketAddr) -> Self {
         let listener = network.bind(address);
         let address = listener.local_addr().expect("its own address");
@@ -35,7 +39,12 @@ impl TlsFront {
             .set_nonblocking(true)
             .expect("a listener that does not block");
         let key = KeyPair::generate().expect("a key");
-        let params = CertificateParams::new(vec![address.ip().to_string()]).expect("an address");
+        let names = [
+            address.ip().to_string(),
+            "localhost".into(),
+            PROXIED_NAME.into(),
+        ];
+        let params = CertificateParams::new(names).expect("an address and two names");
         let certificate = params.self_signed(&key).expect("a certificate");
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let config =
@@ -69,17 +78,18 @@ impl TlsFront {
         }
     }
 
-    /// By which clients know it.
+    /// Returns the certificate by which clients verify it.
     pub(crate) fn certificate(&self) -> &str {
         &self.certificate
     }
 
-    /// What IAM calls the certificate's thumbprint, as OpenSSL has it.
+    /// Returns the certificate's thumbprint in IAM's sense, as OpenSSL computes it.
     pub(crate) fn thumbprint(&self) -> String {
         let mut command = Command::new("openssl");
         command.args(["x509", "-noout", "-fingerprint", "-sha1"]);
-        let said = run(command, self.certificate.as_bytes(), PATIENCE).success("openssl x509");
-        said.trim()
+        let output = run(command, self.certificate.as_bytes(), TIMEOUT).success("openssl x509");
+        output
+            .trim()
             .rsplit('=')
             .next()
             .expect("a fingerprint")
@@ -87,7 +97,10 @@ impl TlsFront {
             .to_lowercase()
     }
 
-    /// Its URL.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     pub(crate) fn url(&self) -> String {
         format!("https://{}", self.address)
     }

@@ -1,4 +1,5 @@
-//! A Workload API that gives whatever token the test has made: what a provider that is set up wrong gives, or a broken one.
+//! A Workload API that returns any token that the test has made, like a provider that is configured
+//! wrong or broken.
 
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -18,7 +19,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status};
 
-/// Serves until it is dropped.
+/// A server that runs until it is dropped.
 pub(crate) struct Tokens {
     socket: PathBuf,
     _runtime: Runtime,
@@ -30,12 +31,12 @@ struct Api {
 }
 
 impl Tokens {
-    /// Tokens with this header and these claims, as they are written here but for `{sub}`, `{now}` and `{end}`, and a signature that is
-    /// none.
+    /// Serves tokens with this header and these claims, and an invalid signature. Only `{sub}`,
+    /// `{now}` and `{end}` are replaced in them.
     pub(crate) fn start(folder: &Path, header: &str, claims: &str) -> Self {
         let runtime = Runtime::new().expect("a runtime");
         let socket = folder.join("tokens.sock");
-        // From a start before.
+        // From an earlier start.
         let _ = std::fs::remove_file(&socket);
         let listener = runtime
             .block_on(async { UnixListener::bind(&socket) })

@@ -1,20 +1,35 @@
-//! The Workload API and the verifying STS of `awsvid dev`, for tests of what lies before them.
+//! The Workload API and the verifying STS of `awsvid dev`, for tests of the daemon alone.
 
 use std::path::{Path, PathBuf};
 
-use awsvid::dev::users::User;
+use awsvid::dev::local_users::User;
 use awsvid::dev::{Dev, DevNames};
 use tokio::runtime::Runtime;
 
-/// Runs until it is dropped.
+use super::cgroup::own_rule;
+
+/// The identity of the user of this test, by [`Upstream::start_for_me`] and [`my_rule`].
+pub(crate) const ME: &str = "spiffe://example.org/user/me";
+
+/// Returns the rule by which the user of this test has the identity [`ME`], in its own cgroup.
+pub(crate) fn my_rule() -> String {
+    let (uid, cgroup) = (own_uid(), own_rule());
+    format!("\n[[workload]]\nspiffe_id = \"{ME}\"\nuid = {uid}\n{cgroup}")
+}
+
+fn own_uid() -> u32 {
+    nix::unistd::geteuid().as_raw()
+}
+
+/// Both servers, which run until this is dropped.
 pub(crate) struct Upstream {
     dev: Dev,
     _runtime: Runtime,
 }
 
 impl Upstream {
-    /// Serves these users' identities: (uid, name), which are `spiffe://example.org/user/<name>`: `serve` takes none of
-    /// `dev`'s own names.
+    /// Serves the identities `spiffe://example.org/user/<name>` of these users (uid, name). `serve`
+    /// accepts none of `dev`'s own names.
     pub(crate) fn start(users: &[(u32, &str)]) -> Self {
         let runtime = Runtime::new().expect("a runtime");
         let users = users.iter().map(|(uid, name)| User {
@@ -37,7 +52,12 @@ impl Upstream {
         }
     }
 
-    /// The socket of the Workload API.
+    /// Serves the identity [`ME`] of the user of this test.
+    pub(crate) fn start_for_me() -> Self {
+        Self::start(&[(own_uid(), "me")])
+    }
+
+    /// Returns the socket of the Workload API.
     pub(crate) fn socket(&self) -> PathBuf {
         let configuration = self.configuration();
         let (_, rest) = configuration
@@ -46,12 +66,12 @@ impl Upstream {
         rest.split_once('"').expect("a string").0.into()
     }
 
-    /// The URL of the STS.
+    /// Returns the URL of the STS.
     pub(crate) fn sts(&self) -> &str {
         self.dev.sts().url()
     }
 
-    /// The same as `configuration`, with another path for that socket.
+    /// Returns the text of `configuration`, with another path for that socket.
     pub(crate) fn configuration_at(&self, path: &Path) -> String {
         self.configuration().replace(
             &self.socket().display().to_string(),
@@ -59,7 +79,7 @@ impl Upstream {
         )
     }
 
-    /// `[identity]`, `[sts]` and the role, without rules.
+    /// Returns `[identity]`, `[sts]` and the role, without rules.
     pub(crate) fn configuration(&self) -> String {
         let all = self.dev.configuration(0, true);
         let section = |name: &str| {

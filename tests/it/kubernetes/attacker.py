@@ -1,5 +1,6 @@
-# What runs in the pods of attacks.rs: `victim` for as long as it is let, each other scene once. Every line that is printed
-# says how one attempt went: the status of an answer, or the name of the kernel's error.
+# The program in the pods of attacks.rs: `victim` runs until the pod ends, each other scene once.
+# Every line of output has the result of one attempt: the status of a response, or the name of the
+# kernel's error.
 import ctypes
 import errno
 import fcntl
@@ -49,7 +50,7 @@ def attempt(label, what):
 
 
 def meet(word, descriptors):
-    """Asks the victim for something over the volume that is shared, and gives it these."""
+    """Sends the victim a word and these descriptors over the shared volume, and returns the connection."""
     meeting = socket.socket(socket.AF_UNIX)
     while meeting.connect_ex(MEETING) != 0:
         time.sleep(0.02)
@@ -76,7 +77,7 @@ def victim():
         if word == b"give alone":
             given.close()
             meeting.sendall(b"closed")
-        # Until the other has asked.
+        # Until the other has sent its request.
         meeting.recv(1)
 
 
@@ -115,7 +116,7 @@ def source(own, other):
 
 
 def nested(own, other, container):
-    """In a cgroup below its own with the whole name of another pod's container."""
+    """Enters a cgroup below its own with the whole name of another pod's container."""
     for place in [place for place, _, _ in os.walk("/cgroup") if os.path.basename(os.path.dirname(place)) == f"pod{own}"]:
         if str(os.getpid()) not in processes(place):
             continue
@@ -125,7 +126,7 @@ def nested(own, other, container):
             with open(os.path.join(forged, "cgroup.procs"), "w") as file:
                 file.write("0")
         except OSError:
-            # In the old hierarchies a new cgroup may not be ready to take anybody.
+            # In the v1 hierarchies a new cgroup may not be ready to accept a process.
             pass
     with open("/proc/self/cgroup") as file:
         [path] = [line.strip() for line in file if line.startswith("0::")]
@@ -139,7 +140,7 @@ def processes(place):
 
 
 def enter(other):
-    """Into the network namespace in which that pod has its address."""
+    """Enters the network namespace in which that pod has its address."""
     attempt("own", lambda: answer(tcp()))
     for name in os.listdir("/netns"):
         with open(os.path.join("/netns", name)) as file:
@@ -154,7 +155,7 @@ def enter(other):
 
 
 def destroy():
-    """As `ss -K` does it."""
+    """Destroys a socket, as `ss -K` does."""
     attempt("before", lambda: answer(tcp()))
     netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4)  # NETLINK_SOCK_DIAG
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
@@ -182,10 +183,11 @@ def mounted():
     path = "/run/awsvid/awsvid.sock"
     attempt("remove", lambda: os.unlink(path))
     attempt("replace", lambda: socket.socket(socket.AF_UNIX).bind(path + ".fake"))
-    attempt("mount again", lambda: system_call(libc.mount(b"none", b"/run/awsvid", None, 0x20, None)))  # MS_REMOUNT
+    remount = 0x20
+    attempt("mount again", lambda: system_call(libc.mount(b"none", b"/run/awsvid", None, remount, None)))
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
-    attempt("ask", lambda: answer(connection))
+    attempt("request", lambda: answer(connection))
 
 
 SCENES = {
@@ -199,6 +201,6 @@ SCENES = {
     "enter": enter,
     "destroy": destroy,
     "mounted": mounted,
-    "ask": lambda: attempt("ask", lambda: answer(tcp())),
+    "request": lambda: attempt("request", lambda: answer(tcp())),
 }
 SCENES[sys.argv[1]](*sys.argv[2:])

@@ -1,22 +1,22 @@
-//! Attacks 2, 5, 9, 10 and 12 on a real node: what a pod's process can try in order to get another pod's credentials, or to keep
-//! it from its own. What runs in the pods is `attacker.py`.
+//! T2, T5, T9, T10 and T12 on a real node: attacks by a pod's process to get another pod's
+//! credentials, or to keep that pod from its own. The pods run `attacker.py`.
 
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::cluster::{AWS, Account, Cluster, OTHER, READER};
+use super::cluster::{AWS, Cluster, OTHER, READER, ServiceAccount};
 use crate::harness::counterparts::process::await_some;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 const ATTACKER: &str = include_str!("attacker.py");
-/// Where the victim and those who would trick it meet: a directory of the node that both mount.
+/// A directory of the node that the victim and its attackers both mount.
 const MEETING: &str = "/run/awsvid-test-meeting";
 const URI: &str = "http://127.0.0.1:974/v1/credentials";
-/// A user of the node, and who he is where SPIRE looks at processes that are in no pod.
+/// A user of the node, and its identity where SPIRE attests processes that are in no pod.
 const PLAIN: u32 = 61234;
 const PLAIN_ID: &str = "spiffe://example.org/ns/node/sa/plain";
-/// Runs the words after it in a systemd unit, as cgroups tell.
+/// Runs the words after it in a systemd unit, as far as cgroups show.
 const IN_A_UNIT: &str = r#"cd /sys/fs/cgroup
 unit=system.slice/plain.service
 if [ ! -e cgroup.controllers ]; then
@@ -27,46 +27,47 @@ mkdir -p "$unit"
 echo $$ >"$unit/cgroup.procs"
 exec "$0" "$@""#;
 
-/// The pod whose credentials the others are after, and awsvid's source.
-pub(super) struct Site<'a> {
+/// The pod that the others attack, and awsvid's source.
+pub(super) struct AttackSite<'a> {
     cluster: &'a Cluster,
     source: &'a str,
     victim: Value,
     namespace: Value,
 }
 
-/// A pod that tries something, and what came of it.
+/// A pod that carries out an attack, and the outcome.
 #[derive(Debug)]
-struct Tried {
+struct AttackResult {
     pod: Value,
-    /// What it has printed.
+    /// The output of the pod.
     log: String,
-    /// What the audit has of it.
+    /// The audit records about the pod.
     records: Vec<Value>,
 }
 
-/// What a pod has that tries something.
+/// The settings of an attacking pod.
 #[derive(Debug, Default)]
-struct With<'a> {
+struct AttackSetup<'a> {
     arguments: &'a [&'a str],
     privileged: bool,
     capabilities: &'a [&'a str],
     host_network: bool,
-    /// Directories of the node, and where they are mounted.
+    /// Directories of the node, and their mount points.
     mounts: &'a [(&'a str, &'a str)],
 }
 
-impl<'a> Site<'a> {
-    /// Starts the victim, which is known to be the owner of its network namespace once this returns.
+impl<'a> AttackSite<'a> {
+    /// Starts the victim, and waits until the daemon knows it as the owner of its network
+    /// namespace.
     pub(super) fn set(cluster: &'a Cluster, source: &'a str, name: &str) -> Self {
         cluster.node.run(&["rm", "-rf", MEETING]).success("rm");
         cluster.node.apply(&pod(
             OTHER,
             name,
             "victim",
-            &With {
+            &AttackSetup {
                 mounts: &[(MEETING, "/shared")],
-                ..With::default()
+                ..AttackSetup::default()
             },
         ));
         let ready = [
@@ -100,8 +101,8 @@ impl<'a> Site<'a> {
         }
     }
 
-    /// Starts a pod of another account that tries this.
-    fn start(&self, scene: &str, with: &With<'_>) {
+    /// Starts a pod of another account that carries out this attack.
+    fn start(&self, scene: &str, with: &AttackSetup<'_>) {
         self.cluster
             .node
             .apply(&pod(READER, &self.name(scene), scene, with));
@@ -115,8 +116,8 @@ impl<'a> Site<'a> {
         )
     }
 
-    /// What came of it.
-    fn tried(&self, scene: &str) -> Tried {
+    /// Returns the outcome of the attack.
+    fn attack_result(&self, scene: &str) -> AttackResult {
         let name = self.name(scene);
         let ended = self.cluster.node.ended(READER.namespace, &name);
         assert!(ended.succeeded, "{scene}: {ended:?}");
@@ -131,14 +132,14 @@ impl<'a> Site<'a> {
             .into_iter()
             .filter(|record| record["pod_uid"] == *uid)
             .collect();
-        Tried {
+        AttackResult {
             pod,
             log: ended.log,
             records,
         }
     }
 
-    /// The audit of the victim's sockets.
+    /// Returns the audit records of the victim's sockets.
     fn victims_records(&self) -> Vec<Value> {
         let records = self.cluster.audit().into_iter();
         records
@@ -147,10 +148,10 @@ impl<'a> Site<'a> {
     }
 }
 
-impl Tried {
-    /// Asserts what the pod has printed, and the reasons in its records.
+impl AttackResult {
+    /// Asserts the pod's output, and the reasons in its records.
     #[track_caller]
-    fn is(&self, printed: &[&str], reasons: &[&str]) {
+    fn assert_outcome(&self, printed: &[&str], reasons: &[&str]) {
         let log: Vec<&str> = self.log.lines().collect();
         assert_eq!(log, printed, "{self:#?}");
         let found: Vec<&str> = self
@@ -159,7 +160,7 @@ impl Tried {
             .map(|record| record["reason"].as_str().unwrap())
             .collect();
         assert_eq!(found, reasons, "{self:#?}");
-        // Whatever a pod of this account was given is its own.
+        // All credentials of a pod of this account are its own.
         for record in &self.records {
             let own = record["outcome"] != "issued" || record["spiffe_id"] == READER.id();
             assert!(
@@ -170,14 +171,14 @@ impl Tried {
     }
 }
 
-fn pod(account: Account, name: &str, scene: &str, with: &With<'_>) -> Value {
+fn pod(account: ServiceAccount, name: &str, scene: &str, with: &AttackSetup<'_>) -> Value {
     let (mut volumes, mut mounts) = (Vec::new(), Vec::new());
     for (number, (directory, inside)) in with.mounts.iter().enumerate() {
         let name = format!("directory-{number}");
         volumes.push(
             json!({ "name": name, "hostPath": { "path": directory, "type": "DirectoryOrCreate" } }),
         );
-        // As a careful owner mounts the socket's directory; the others have to be written to.
+        // A careful owner mounts the socket's directory like this; the others have to be writable.
         let read_only = *inside == "/run/awsvid";
         mounts.push(
             json!({ "name": name, "mountPath": inside, "readOnly": read_only,
@@ -203,9 +204,9 @@ fn pod(account: Account, name: &str, scene: &str, with: &With<'_>) -> Value {
     })
 }
 
-/// All that is tried against a pod's own listener.
-pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
-    let site = Site::set(cluster, source, &format!("victim-{source}"));
+/// Runs all attacks on a pod's own listener.
+pub(super) fn pod_listeners_attest_each_pod(cluster: &Cluster, source: &str) {
+    let site = AttackSite::set(cluster, source, &format!("victim-{source}"));
     let victim = &site.victim;
     let (uid, address) = (
         victim["metadata"]["uid"].as_str().unwrap(),
@@ -215,22 +216,22 @@ pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
         .as_str()
         .unwrap();
     let container = container.strip_prefix("containerd://").unwrap();
-    let privileged = With {
+    let privileged = AttackSetup {
         privileged: true,
-        ..With::default()
+        ..AttackSetup::default()
     };
     site.start("unshared", &privileged);
     site.start(
         "source",
-        &With {
+        &AttackSetup {
             arguments: &["$(POD_IP)", address],
-            ..With::default()
+            ..AttackSetup::default()
         },
     );
     let mounts = &[("/sys/fs/cgroup", "/cgroup")];
     site.start(
         "nested",
-        &With {
+        &AttackSetup {
             arguments: &["$(POD_UID)", uid, container],
             mounts,
             ..privileged
@@ -238,51 +239,53 @@ pub(super) fn no_pod_is_taken_for_another(cluster: &Cluster, source: &str) {
     );
     site.start(
         "enter",
-        &With {
+        &AttackSetup {
             arguments: &[address],
             mounts: &[("/run/netns", "/netns")],
             ..privileged
         },
     );
     site.start(
-        "ask",
-        &With {
+        "request",
+        &AttackSetup {
             host_network: true,
-            ..With::default()
+            ..AttackSetup::default()
         },
     );
     site.start(
         "destroy",
-        &With {
+        &AttackSetup {
             capabilities: &["NET_ADMIN"],
-            ..With::default()
+            ..AttackSetup::default()
         },
     );
     for scene in ["given", "given-alone", "taken"] {
         site.start(
             scene,
-            &With {
+            &AttackSetup {
                 mounts: &[(MEETING, "/shared")],
-                ..With::default()
+                ..AttackSetup::default()
             },
         );
     }
 
     sockets_stay_in_their_network(&site);
-    addresses_say_nothing(&site);
-    names_below_ones_own_cgroup_say_nothing(&site);
-    another_pods_network_is_no_ones_but_its_own(&site);
-    a_killed_listener_comes_back(&site);
-    who_made_the_socket_is_answered(&site);
-    who_is_in_no_pod_has_nothing_there(&site, address);
-    // Attack 5: there is nobody to ask unless that is wished for.
-    site.tried("ask").is(&["ask: ECONNREFUSED"], &[]);
+    spoofed_addresses_are_ignored(&site);
+    cgroup_names_below_container_are_ignored(&site);
+    pod_network_serves_only_its_pod(&site);
+    killed_listener_is_rebound(&site);
+    socket_maker_is_answered(&site);
+    host_process_is_refused_in_pod(&site, address);
+    // T5: the node has no listener unless it is configured.
+    site.attack_result("request")
+        .assert_outcome(&["request: ECONNREFUSED"], &[]);
     site.end();
 }
 
-/// A network namespace of one's own has no listener; a socket that was made before is still the pod's.
-fn sockets_stay_in_their_network(site: &Site<'_>) {
-    site.tried("unshared").is(
+/// Checks that a network namespace of one's own has no listener, and that an earlier socket is
+/// still the pod's.
+fn sockets_stay_in_their_network(site: &AttackSite<'_>) {
+    site.attack_result("unshared").assert_outcome(
         &[
             "new network: ECONNREFUSED",
             "connected before: 200",
@@ -292,9 +295,9 @@ fn sockets_stay_in_their_network(site: &Site<'_>) {
     );
 }
 
-fn addresses_say_nothing(site: &Site<'_>) {
-    let tried = site.tried("source");
-    tried.is(
+fn spoofed_addresses_are_ignored(site: &AttackSite<'_>) {
+    let result = site.attack_result("source");
+    result.assert_outcome(
         &[
             "another loopback address: 200",
             "the pod's address: 403",
@@ -304,7 +307,7 @@ fn addresses_say_nothing(site: &Site<'_>) {
         ],
         &["ok"],
     );
-    let namespace = &tried.records[0]["network_namespace"];
+    let namespace = &result.records[0]["network_namespace"];
     assert_ne!(*namespace, site.namespace);
     let refused = site
         .cluster
@@ -315,21 +318,21 @@ fn addresses_say_nothing(site: &Site<'_>) {
     assert!(refused > 0);
 }
 
-/// Attack 2. An agent that is told the process would read the victim's name.
-fn names_below_ones_own_cgroup_say_nothing(site: &Site<'_>) {
-    let tried = site.tried("nested");
+/// Checks T2: an agent that gets the process would read the victim's name.
+fn cgroup_names_below_container_are_ignored(site: &AttackSite<'_>) {
+    let result = site.attack_result("nested");
     let (printed, reason) = match site.source {
         "spiffe-broker" => ("nested: 200", "ok"),
         _ => ("nested: 403", "nested_container"),
     };
-    tried.is(&["moved: True", printed], &[reason]);
-    let container = tried.pod["status"]["containerStatuses"][0]["containerID"]
+    result.assert_outcome(&["moved: True", printed], &[reason]);
+    let container = result.pod["status"]["containerStatuses"][0]["containerID"]
         .as_str()
         .unwrap();
-    let record = &tried.records[0];
+    let record = &result.records[0];
     assert!(
         container.ends_with(record["container_id"].as_str().unwrap()),
-        "{tried:?}"
+        "{result:?}"
     );
     assert!(
         record["cgroup"]
@@ -340,18 +343,18 @@ fn names_below_ones_own_cgroup_say_nothing(site: &Site<'_>) {
     );
 }
 
-fn another_pods_network_is_no_ones_but_its_own(site: &Site<'_>) {
-    let tried = site.tried("enter");
-    tried.is(&["own: 200", "entered: 403"], &["ok", "other_pod"]);
-    let [own, entered] = &tried.records[..] else {
-        panic!("{tried:?}")
+fn pod_network_serves_only_its_pod(site: &AttackSite<'_>) {
+    let result = site.attack_result("enter");
+    result.assert_outcome(&["own: 200", "entered: 403"], &["ok", "other_pod"]);
+    let [own, entered] = &result.records[..] else {
+        panic!("{result:?}")
     };
     assert_eq!(entered["network_namespace"], site.namespace);
     assert_ne!(own["network_namespace"], site.namespace);
 }
 
-/// A process of the node that enters it.
-fn who_is_in_no_pod_has_nothing_there(site: &Site<'_>, address: &str) {
+/// Checks a process of the node that enters the pod's network.
+fn host_process_is_refused_in_pod(site: &AttackSite<'_>, address: &str) {
     let find = r#"for file in /run/netns/*; do nsenter --net="$file" ip -o address | grep -qF " $0/" && echo "$file"; done"#;
     let found = site.cluster.node.run(&["sh", "-c", find, address]).stdout;
     let record = site.plain(PLAIN, &["nsenter", &format!("--net={}", found.trim())]);
@@ -363,30 +366,33 @@ fn who_is_in_no_pod_has_nothing_there(site: &Site<'_>, address: &str) {
     assert!(record.get("pod_uid").is_none(), "{record}");
 }
 
-/// Attack 9.
-fn a_killed_listener_comes_back(site: &Site<'_>) {
-    site.tried("destroy").is(
+/// Checks T9 on a node: a killed listener is bound again.
+fn killed_listener_is_rebound(site: &AttackSite<'_>) {
+    site.attack_result("destroy").assert_outcome(
         &["before: 200", "destroyed: 0", "destroyed: 0", "after: 200"],
         &["ok", "ok"],
     );
 }
 
-/// Over a volume that both pods mount.
-fn who_made_the_socket_is_answered(site: &Site<'_>) {
-    // Its maker has passed it on and asks through the other, who has connected it: in the maker's network.
-    let taken = site.tried("taken");
-    taken.is(&["taken: 200"], &["ok"]);
+/// Checks a connection that is passed over a volume of both pods.
+fn socket_maker_is_answered(site: &AttackSite<'_>) {
+    // Its maker has passed it on, and sends a request through the other pod, which has connected
+    // it: in the maker's network.
+    let taken = site.attack_result("taken");
+    taken.assert_outcome(&["taken: 200"], &["ok"]);
     assert_ne!(taken.records[0]["network_namespace"], site.namespace);
-    // The victim has made these and given them away itself. Each record is the victim's.
-    site.tried("given").is(&["given: 200"], &[]);
-    // By its process it is nobody's any more, which is seen at once or at the end.
+    // The victim has made these and passed them on itself. Each record is the victim's.
+    site.attack_result("given")
+        .assert_outcome(&["given: 200"], &[]);
+    // By its process it has no owner any more, which the daemon detects at once or at the end.
     let by_socket = site.source == "spiffe-broker";
     let (printed, reasons): (_, &[&str]) = if by_socket {
         ("given: 200", &["ok"])
     } else {
         ("given: 403", &["no_holder", "caller_gone"])
     };
-    site.tried("given-alone").is(&[printed], &[]);
+    site.attack_result("given-alone")
+        .assert_outcome(&[printed], &[]);
     let records = site.victims_records();
     let found: Vec<_> = records
         .iter()
@@ -408,40 +414,41 @@ fn who_made_the_socket_is_answered(site: &Site<'_>) {
     );
 }
 
-/// Where awsvid listens on the node itself: pods with its network, and pods and processes with the unix socket.
-pub(super) fn on_the_node_everybody_is_himself(cluster: &Cluster, source: &str) {
+/// Runs the attacks on the node's own listeners: by pods with its network, and by pods and
+/// processes over the unix socket.
+pub(super) fn node_listeners_attest_each_caller(cluster: &Cluster, source: &str) {
     cluster
         .spire
         .register(PLAIN_ID, &[&format!("unix:uid:{PLAIN}")]);
     cluster.install_for_host(source);
-    let site = Site::set(cluster, source, &format!("host-victim-{source}"));
+    let site = AttackSite::set(cluster, source, &format!("host-victim-{source}"));
     let by_process = source == "spire-delegated";
     site.start(
-        "ask",
-        &With {
+        "request",
+        &AttackSetup {
             host_network: true,
-            ..With::default()
+            ..AttackSetup::default()
         },
     );
     site.start(
         "mounted",
-        &With {
+        &AttackSetup {
             mounts: &[("/run/awsvid", "/run/awsvid")],
-            ..With::default()
+            ..AttackSetup::default()
         },
     );
-    let tried = site.tried("ask");
-    tried.is(&["ask: 200"], &["ok"]);
-    assert_eq!(tried.records[0]["listener"], "tcp");
+    let result = site.attack_result("request");
+    result.assert_outcome(&["request: 200"], &["ok"]);
+    assert_eq!(result.records[0]["listener"], "tcp");
 
-    // Attacks 10 and 12.
+    // T10 and T12 on the node's listeners.
     let (answer, reasons): (_, &[&str]) = if by_process {
-        ("ask: 200", &["ok"])
+        ("request: 200", &["ok"])
     } else {
-        ("ask: 403", &[])
+        ("request: 403", &[])
     };
     let files = "files: awsvid.sock awsvid.sock.lock";
-    site.tried("mounted").is(
+    site.attack_result("mounted").assert_outcome(
         &[
             files,
             "remove: EROFS",
@@ -452,7 +459,7 @@ pub(super) fn on_the_node_everybody_is_himself(cluster: &Cluster, source: &str) 
         reasons,
     );
 
-    // What no pod has to do with.
+    // Processes that are in no pod.
     for (uid, id) in [(PLAIN, Some(PLAIN_ID)), (PLAIN + 1, None)] {
         let record = site.plain(uid, &[]);
         let id = id.filter(|_| by_process);
@@ -474,9 +481,9 @@ pub(super) fn on_the_node_everybody_is_himself(cluster: &Cluster, source: &str) 
     site.end();
 }
 
-impl Site<'_> {
-    /// What the audit has of a process of the node, in no pod, that asks on the loopback address: of the node, or of the network
-    /// that `behind` enters.
+impl AttackSite<'_> {
+    /// Returns the audit record of a process of the node, in no pod, that sends a request on the
+    /// loopback address: that of the node, or of the network that `behind` enters.
     fn plain(&self, uid: u32, behind: &[&str]) -> Value {
         let of_it = || {
             self.cluster
@@ -506,7 +513,7 @@ impl Site<'_> {
         self.cluster
             .node
             .run(&[&["sh", "-ec", IN_A_UNIT], behind, &user, &ask].concat());
-        await_some("its record", PATIENCE, || of_it().get(before).cloned())
+        await_some("its record", TIMEOUT, || of_it().get(before).cloned())
     }
 
     fn end(&self) {

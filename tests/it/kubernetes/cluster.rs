@@ -8,17 +8,17 @@ use serde_json::{Value, json};
 
 use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::process::await_some;
-use crate::harness::counterparts::spire::{Elsewhere, Spire, SpireSetting};
-use crate::harness::daemon::{PROGRAM, released};
+use crate::harness::counterparts::spire::{RemoteAgent, Spire, SpireSetting};
+use crate::harness::daemon::{PROGRAM, release_build};
 use crate::harness::forward::Forward;
 use crate::harness::is_slow;
 use crate::harness::kubernetes::{ADDRESS, Image, NAME, Node, root_of};
 use crate::harness::tls::TlsFront;
 
-/// Of pods that use the AWS CLI.
+/// The image of pods that use the AWS CLI.
 pub(super) const AWS: &str = "docker.io/library/aws:test";
 const AWSVID: &str = "spiffe://example.org/ns/awsvid/sa/awsvid";
-/// Where MinIO and the SPIRE server are on the node.
+/// The ports of MinIO and the SPIRE server on the node.
 const MINIO_PORT: u16 = 9000;
 const STS_PORT: u16 = 9443;
 const SPIRE_PORT: u16 = 8081;
@@ -33,23 +33,24 @@ pub(super) struct Cluster {
     _forwards: [Forward; 3],
 }
 
-/// A service account whose pods may read the object `test.txt` in the bucket of its namespace's name.
+/// A service account. Its pods may read the object `test.txt` in the bucket of its namespace's
+/// name.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Account {
+pub(super) struct ServiceAccount {
     pub(super) namespace: &'static str,
     pub(super) name: &'static str,
 }
 
-pub(super) const READER: Account = Account {
+pub(super) const READER: ServiceAccount = ServiceAccount {
     namespace: "shop",
     name: "reader",
 };
-pub(super) const OTHER: Account = Account {
+pub(super) const OTHER: ServiceAccount = ServiceAccount {
     namespace: "office",
     name: "other",
 };
 
-impl Account {
+impl ServiceAccount {
     pub(super) fn id(self) -> String {
         format!(
             "spiffe://example.org/ns/{}/sa/{}",
@@ -58,13 +59,13 @@ impl Account {
     }
 }
 
-/// The manifests, as they stand.
+/// Returns the directory of the shipped manifests.
 pub(super) fn manifests() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/kubernetes")
 }
 
-/// A directory in `folder` for `kubectl apply -k`, as somebody would have who installs these: a configuration of his own, if
-/// there are resources.
+/// Writes a directory in `folder` for `kubectl apply -k`, as an operator would have it: with a
+/// configuration of its own, if there are resources.
 pub(super) fn overlay(
     folder: &Path,
     name: &str,
@@ -73,7 +74,7 @@ pub(super) fn overlay(
 ) -> PathBuf {
     let directory = folder.join("overlays").join(name);
     fs::create_dir_all(&directory).unwrap();
-    // Kustomize takes no absolute path.
+    // Kustomize accepts no absolute path.
     let up = "../".repeat(directory.components().count() - 1);
     let base = format!("{up}{}", manifests().strip_prefix("/").unwrap().display());
     let mut kustomization = json!({
@@ -95,7 +96,7 @@ pub(super) fn overlay(
 }
 
 impl Cluster {
-    /// Starts all but awsvid and the agent.
+    /// Starts everything except awsvid and the agent.
     pub(super) fn start(folder: &Path) -> Option<Self> {
         let node = Node::start(folder)?;
         let uid = node.get(&["node", NAME])["metadata"]["uid"]
@@ -104,7 +105,7 @@ impl Cluster {
             .to_owned();
         let (kubeconfig, api) = node.kubeconfig_outside();
         let setting = SpireSetting {
-            elsewhere: Some(Elsewhere {
+            remote_agent: Some(RemoteAgent {
                 id: format!("spiffe://example.org/spire/agent/k8s_psat/example/{uid}"),
                 node_attestor: format!(
                     "NodeAttestor \"k8s_psat\" {{ plugin_data {{ clusters = {{ \"example\" = {{ \
@@ -155,9 +156,9 @@ impl Cluster {
                 entrypoint: &[path],
             });
         };
-        // What is measured is what is released.
+        // Measurements use the release build.
         let awsvid = if is_slow() {
-            released()
+            release_build()
         } else {
             PathBuf::from(PROGRAM)
         };
@@ -183,7 +184,8 @@ impl Cluster {
         });
     }
 
-    /// What is there before awsvid: the server's bundle, workloads' namespaces, their entries and objects.
+    /// Sets up what exists before awsvid: the server's bundle, workloads' namespaces, their entries
+    /// and objects.
     fn prepare(&self) {
         self.spire
             .register(AWSVID, &["k8s:ns:awsvid", "k8s:sa:awsvid"]);
@@ -193,7 +195,7 @@ impl Cluster {
             json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": name, "namespace": "awsvid-spire" },
                 "data": { "bundle.crt": bundle } }),
         ];
-        for account @ Account { namespace, name } in [READER, OTHER] {
+        for account @ ServiceAccount { namespace, name } in [READER, OTHER] {
             let labels = json!({ "awsvid.io/environment": "true" });
             items.push(json!({ "apiVersion": "v1", "kind": "Namespace",
                 "metadata": { "name": namespace, "labels": labels } }));
@@ -213,17 +215,17 @@ impl Cluster {
             .apply(&json!({ "apiVersion": "v1", "kind": "List", "items": items }));
     }
 
-    /// Installs the manifests of this directory, with MinIO in the place of AWS.
+    /// Installs the manifests of this directory, with MinIO instead of AWS.
     pub(super) fn install(&self, source: &str) {
         self.install_with(source, &["environment"]);
     }
 
-    /// The same with these components.
+    /// Installs them with these components.
     pub(super) fn install_with(&self, source: &str, components: &[&str]) {
         self.apply(&self.overlay(source, components, |text| text));
     }
 
-    /// The same with awsvid for what uses the node's network, as the README says.
+    /// Installs them with awsvid for pods on the node's network, as the README describes.
     pub(super) fn install_for_host(&self, source: &str) {
         let listen = |text: String| {
             let text = text.replace("tcp = []", "tcp = [\"127.0.0.1:974\", \"[::1]:974\"]");
@@ -251,7 +253,7 @@ impl Cluster {
         self.apply(&directory);
     }
 
-    /// Another `[listen]` is made of the manifests' one.
+    /// Writes an overlay of the manifests, with another `[listen]`.
     fn overlay(
         &self,
         source: &str,
@@ -321,8 +323,9 @@ impl Cluster {
         self.node.rolled_out("awsvid", "daemonset/awsvid");
     }
 
-    /// A pod of an account that runs a shell's script with the AWS CLI at hand, and nothing that names credentials.
-    pub(super) fn pod(&self, account: Account, name: &str, script: &str) -> Value {
+    /// Returns a pod of an account that runs a shell script with the AWS CLI, and no setting that
+    /// names credentials.
+    pub(super) fn pod(&self, account: ServiceAccount, name: &str, script: &str) -> Value {
         json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": { "name": name, "namespace": account.namespace },
@@ -333,7 +336,7 @@ impl Cluster {
         })
     }
 
-    /// awsvid's audit records so far.
+    /// Returns awsvid's audit records so far.
     pub(super) fn audit(&self) -> Vec<Value> {
         let log = self.node.pod_log("awsvid", "awsvid");
         let records = log
@@ -344,16 +347,16 @@ impl Cluster {
             .collect()
     }
 
-    /// Waits until a record of the audit is so.
+    /// Waits until a record of the audit matches.
     pub(super) fn audited(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
-        let patience = std::time::Duration::from_secs(30);
-        await_some(what, patience, || {
+        let timeout = std::time::Duration::from_secs(30);
+        await_some(what, timeout, || {
             self.audit().into_iter().find(|record| wanted(record))
         })
     }
 }
 
-/// A container that runs a script with the AWS CLI at hand.
+/// Returns a container that runs a script with the AWS CLI.
 pub(super) fn container(name: &str, script: &str) -> Value {
     json!({
         "name": name, "image": AWS, "command": ["/bin/busybox", "sh", "-ec", script],
@@ -361,8 +364,8 @@ pub(super) fn container(name: &str, script: &str) -> Value {
     })
 }
 
-/// The command that prints an account's object.
-pub(super) fn copy(account: Account) -> String {
-    let Account { namespace, .. } = account;
+/// Returns the command that prints an account's object.
+pub(super) fn copy(account: ServiceAccount) -> String {
+    let ServiceAccount { namespace, .. } = account;
     format!("aws --endpoint-url http://{ADDRESS}:{MINIO_PORT} s3 cp s3://{namespace}/test.txt -")
 }

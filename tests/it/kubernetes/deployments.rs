@@ -1,4 +1,5 @@
-//! Workloads as they are in production: a Deployment with a service account and an image with the AWS CLI.
+//! Workloads as they are in production: a Deployment with a service account and an image with the
+//! AWS CLI.
 
 use std::fs;
 use std::path::Path;
@@ -6,10 +7,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::cluster::{Account, Cluster, READER, container, copy, overlay};
+use super::cluster::{Cluster, READER, ServiceAccount, container, copy, overlay};
 use crate::harness::counterparts::process::await_some;
 
-fn deployment(account: Account, name: &str, script: &str, annotations: &Value) -> Value {
+fn deployment(account: ServiceAccount, name: &str, script: &str, annotations: &Value) -> Value {
     let labels = json!({ "app": name });
     json!({
         "apiVersion": "apps/v1", "kind": "Deployment",
@@ -27,8 +28,8 @@ fn deployment(account: Account, name: &str, script: &str, annotations: &Value) -
     })
 }
 
-/// That a pod of the Deployment has read the object.
-fn has_read(cluster: &Cluster, account: Account, name: &str) {
+/// Asserts that a pod of the Deployment has read the object.
+fn has_read(cluster: &Cluster, account: ServiceAccount, name: &str) {
     let expected = format!("hello from the {}\n", account.namespace);
     await_some(
         &format!("{name} has read the object"),
@@ -43,8 +44,9 @@ fn has_read(cluster: &Cluster, account: Account, name: &str) {
     );
 }
 
-/// Nobody types `assume-role`: the namespace's label and the service account's entry are all.
-pub(super) fn a_deployment_reads_its_object(cluster: &Cluster) {
+/// Checks that no command assumes a role: the namespace's label and the service account's entry are
+/// all that it takes.
+pub(super) fn deployment_reads_its_object(cluster: &Cluster) {
     let script = format!("{}; exec busybox sleep 3600", copy(READER));
     cluster
         .node
@@ -52,8 +54,8 @@ pub(super) fn a_deployment_reads_its_object(cluster: &Cluster) {
     has_read(cluster, READER, "by-policy");
 }
 
-/// The same without the policy, by the component for older clusters.
-pub(super) fn a_deployment_reads_its_object_by_the_component(cluster: &Cluster, folder: &Path) {
+/// Checks the same without the policy, by the component for older clusters.
+pub(super) fn deployment_reads_its_object_by_component(cluster: &Cluster, folder: &Path) {
     let script = format!("env; {}; exec busybox sleep 3600", copy(READER));
     let out = json!({ "awsvid.io/environment": "false" });
     let directory = overlay(folder, "workloads", &[], &["environment-patch"]);

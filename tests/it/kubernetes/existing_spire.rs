@@ -16,7 +16,7 @@ const SPIRE: &str = include_str!("existing_spire/spire.yaml");
 const AGENT_SOCKETS: &str = "/run/spire/agent-sockets";
 const BROKER: &str = "/run/spire/agent/sockets/csi.spiffe.io/broker";
 const PAGE: &str = "kubernetes-with-spire.md";
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// SPIRE's objects without the fields that controllers write: they must stay as they are.
 #[derive(Debug, PartialEq)]
@@ -113,7 +113,7 @@ fn reads(cluster: &Cluster, when: &str) {
 
 /// Waits until the API server has nothing of awsvid's, and asserts that SPIRE is as it was.
 fn is_removed(cluster: &Cluster, spire: &SpireObjects, when: &str) {
-    await_some("awsvid is removed", PATIENCE, || {
+    await_some("awsvid is removed", TIMEOUT, || {
         let kinds = "clusterroles,clusterrolebindings,mutatingadmissionpolicies,\
                      mutatingadmissionpolicybindings,validatingadmissionpolicies,namespaces";
         let listed = cluster.node.kubectl(&["get", kinds, "--output", "name"]);

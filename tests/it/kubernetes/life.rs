@@ -1,4 +1,4 @@
-//! Life on a node: updates, pods that come and go by the dozen, and what is away for a while.
+//! Events on a node: updates, pods that start and end by the dozen, and outages.
 
 mod asker;
 mod bursts;
@@ -14,17 +14,17 @@ use std::time::Duration;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::kubernetes::Node;
 
-pub(super) use bursts::{many_pods_are_listened_in_soon, pods_come_and_go};
-pub(super) use families::pods_have_the_families_that_they_have;
-pub(super) use missing::what_is_missing_is_named;
-pub(super) use outages::warm_pods_notice_nothing;
+pub(super) use bursts::{many_pods_are_served_soon, pods_start_and_end};
+pub(super) use families::pods_are_served_in_each_address_family;
+pub(super) use missing::missing_part_is_named;
+pub(super) use outages::warm_pods_see_no_error;
 pub(super) use startup::pods_wait_until_awsvid_is_ready;
-pub(super) use updates::{an_update_refuses_nobody, the_one_after_a_killed_one_listens_again};
+pub(super) use updates::{successor_of_killed_daemon_listens, update_refuses_no_request};
 
-/// For what takes seconds, on a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(90);
+/// Bounds steps that take seconds, on a machine that is busy with other tests.
+const TIMEOUT: Duration = Duration::from_secs(90);
 
-/// The ids, as the node has them, of the processes that run a program.
+/// Returns the ids, in the node's namespace, of the processes that run a program.
 fn processes(node: &Node, program: &str) -> Vec<u32> {
     let found = node.run(&["pgrep", "--exact", program]);
     found
@@ -34,11 +34,11 @@ fn processes(node: &Node, program: &str) -> Vec<u32> {
         .collect()
 }
 
-/// The id of the one process that runs a program, once those before it have ended.
+/// Returns the id of the one process that runs a program, once earlier ones have ended.
 fn process(node: &Node, program: &str) -> u32 {
     await_some(
         &format!("one process of {program}"),
-        PATIENCE,
+        TIMEOUT,
         || match processes(node, program)[..] {
             [one] => Some(one),
             _ => None,
@@ -51,7 +51,7 @@ fn signal(node: &Node, signal: &str, process: u32) {
         .success(signal);
 }
 
-/// A field of the process's status, in KiB.
+/// Returns a field of the process's status, in KiB.
 fn status(node: &Node, process: u32, field: &str) -> u64 {
     let text =
         fs::read_to_string(node.path(&format!("/proc/{process}/status"))).expect("its status");
@@ -66,7 +66,7 @@ fn status(node: &Node, process: u32, field: &str) -> u64 {
         .expect("a number")
 }
 
-/// A field of the process's `stat` in hundredths of a second, by its number in `proc(5)`.
+/// Returns a field of the process's `stat` in hundredths of a second, by its number in `proc(5)`.
 fn ticks(node: &Node, process: u32, field: usize) -> u64 {
     let text = fs::read_to_string(node.path(&format!("/proc/{process}/stat"))).expect("its times");
     let (_, fields) = text.rsplit_once(") ").expect("a name");

@@ -1,4 +1,4 @@
-//! What the environment's policy makes of pods.
+//! The changes that the environment's policy makes to pods.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ const TOKEN: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN";
 const FILE: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE";
 const METADATA: &str = "AWS_EC2_METADATA_DISABLED";
 
-/// What the API server would store in the place of this pod.
+/// Returns the pod that the API server would store instead of this one.
 fn admitted(cluster: &Cluster, pod: &Value) -> Value {
     let arguments = [
         "create",
@@ -22,11 +22,11 @@ fn admitted(cluster: &Cluster, pod: &Value) -> Value {
         "--filename",
         "-",
     ];
-    let made = cluster
+    let stored = cluster
         .node
         .kubectl_with(&arguments, &pod.to_string())
         .success("a pod on trial");
-    serde_json::from_str(&made).unwrap()
+    serde_json::from_str(&stored).unwrap()
 }
 
 fn pod(namespace: &str, spec: Value) -> Value {
@@ -53,7 +53,7 @@ const ALL: [Option<&str>; 4] = [
     Some("true"),
 ];
 
-pub(super) fn the_environment_is_set_where_it_is_missing(cluster: &Cluster) {
+pub(super) fn missing_environment_is_set(cluster: &Cluster) {
     cluster
         .node
         .kubectl(&[
@@ -75,7 +75,7 @@ pub(super) fn the_environment_is_set_where_it_is_missing(cluster: &Cluster) {
     });
     assert_eq!(values(&first["spec"]["containers"][0]), ALL);
 
-    // Containers of every kind, each with what it has not.
+    // Containers of every kind, each without a different part.
     let own = json!([
         { "name": URI, "value": "http://127.0.0.1:974/v1/credentials/other" },
         { "name": TOKEN, "valueFrom": { "fieldRef": { "fieldPath": "metadata.name" } } },
@@ -101,14 +101,14 @@ pub(super) fn the_environment_is_set_where_it_is_missing(cluster: &Cluster) {
     let [own, imds] = &spec["containers"].as_array().unwrap()[..] else {
         panic!("two containers: {found}")
     };
-    // SDKs disagree on which of two tokens counts, so one of the pod's own keeps ours away.
-    let kept = [
+    // SDKs disagree on which of two tokens counts, so a token of the pod's own prevents ours.
+    let unchanged_cases = [
         Some("http://127.0.0.1:974/v1/credentials/other"),
         Some("from elsewhere"),
         None,
         Some("true"),
     ];
-    assert_eq!(values(own), kept);
+    assert_eq!(values(own), unchanged_cases);
     assert_eq!(value(own, "SOMETHING"), Some("else"));
     assert_eq!(values(imds), [ALL[0], ALL[1], ALL[2], Some("false")]);
     let names: Vec<_> = spec["volumes"]
@@ -118,21 +118,21 @@ pub(super) fn the_environment_is_set_where_it_is_missing(cluster: &Cluster) {
         .map(|volume| &volume["name"])
         .collect();
     assert_eq!(names, ["scratch", "awsvid"]);
-    // The file has what the variable has.
+    // The file's content equals the variable.
     assert_eq!(
         spec["volumes"][1]["downwardAPI"]["items"][0]["fieldRef"]["fieldPath"],
         "metadata.namespace"
     );
 
-    // Not where nobody asked for it.
+    // Not in a pod that did not opt in.
     let mut out = simple.clone();
     out["metadata"]["annotations"] = json!({ "awsvid.io/environment": "false" });
     let host = pod(
         READER.namespace,
         json!({ "hostNetwork": true, "containers": [plain()] }),
     );
-    let elsewhere = pod("default", json!({ "containers": [plain()] }));
-    for pod in [out, host, elsewhere] {
+    let other_pod = pod("default", json!({ "containers": [plain()] }));
+    for pod in [out, host, other_pod] {
         let found = admitted(cluster, &pod);
         assert_eq!(
             values(&found["spec"]["containers"][0]),
@@ -145,7 +145,7 @@ pub(super) fn the_environment_is_set_where_it_is_missing(cluster: &Cluster) {
         );
     }
 
-    // Up to as many as anybody has.
+    // Up to the largest number that any pod has.
     let environment: Vec<_> = (0..60)
         .map(|i| json!({ "name": format!("V{i}"), "value": "v" }))
         .collect();

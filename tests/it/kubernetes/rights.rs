@@ -1,35 +1,35 @@
-//! Attacks 34 and 38: what the tokens of the manifests' service accounts can do beyond their work.
+//! T34 and T38: the powers of the manifests' service account tokens beyond their work.
 
 use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::cluster::{Account, Cluster, READER, overlay};
+use super::cluster::{Cluster, READER, ServiceAccount, overlay};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::kubernetes::NAME;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 const STARTUP_TAINT: &str = "system:serviceaccount:awsvid:startup-taint";
-const AGENT: Account = Account {
+const AGENT: ServiceAccount = ServiceAccount {
     namespace: "awsvid-spire",
     name: "spire-agent",
 };
 const MACHINE: &str = "aws:///eu-central-1a/i-0123456789abcdef0";
-/// Another taint than awsvid's, which keeps no pod away.
-const KEPT: &str = "example.org/kept=:PreferNoSchedule";
+/// Another taint than awsvid's, which repels no pod.
+const OTHER_TAINT: &str = "example.org/kept=:PreferNoSchedule";
 
 /// Asserts that startup-taint's service account changes no field of a node but the one taint.
 pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
     let node = &cluster.node;
-    let checked = await_some("the policy's types are checked", PATIENCE, || {
+    let checked = await_some("the policy's types are checked", TIMEOUT, || {
         let policy = node.get(&["validatingadmissionpolicy", "awsvid-startup-taint"]);
         policy["status"]["observedGeneration"]
             .is_u64()
             .then(|| policy["status"]["typeChecking"].clone())
     });
     assert_eq!(checked["expressionWarnings"], Value::Null);
-    node.kubectl(&["taint", "node", NAME, KEPT])
+    node.kubectl(&["taint", "node", NAME, OTHER_TAINT])
         .success("a taint");
     node.kubectl(&[
         "taint",
@@ -38,7 +38,7 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
         "awsvid.io/not-ready=:PreferNoSchedule",
     ])
     .success("awsvid's taint");
-    let before = kept(&node.get(&["node", NAME]));
+    let before = constant_part(&node.get(&["node", NAME]));
     let own = json!({ "key": "awsvid.io/not-ready", "effect": "PreferNoSchedule" });
     let other = json!({ "key": "example.org/kept", "effect": "PreferNoSchedule" });
     let stricter = json!({ "key": "example.org/kept", "effect": "NoSchedule" });
@@ -93,7 +93,7 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
             && answer.contains(message);
         assert!(refused, "{patch}: {answer}");
     }
-    // The API server keeps these fields by itself, and RBAC keeps the rest.
+    // The API server protects these fields by itself, and RBAC the rest.
     let map = json!({ "name": "m", "namespace": "default", "uid": "0", "resourceVersion": "0", "kubeletConfigKey": "k" });
     patched(
         cluster,
@@ -119,22 +119,27 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
         "--as",
         STARTUP_TAINT,
     ];
-    let refused = node.kubectl_with(
-        &[&apply[..], &["--subresource=status"]].concat(),
-        &whole(NAME, status),
-    );
+    let change_status = || {
+        let apply = [&apply[..], &["--subresource=status"]].concat();
+        node.kubectl_with(&apply, &whole(NAME, status.clone()))
+    };
+    let refused = change_status();
     assert!(
         refused
             .stderr
             .contains("cannot patch resource \"nodes/status\""),
         "{refused:?}"
     );
+    with_right_to_status(cluster, || {
+        let refused = change_status().stderr;
+        assert!(refused.contains("of a node's status"), "{refused}");
+    });
     let refused = node.kubectl_with(&apply, &whole("another", json!({})));
     assert!(
         refused.stderr.contains("cannot create resource \"nodes\""),
         "{refused:?}"
     );
-    assert_eq!(kept(&node.get(&["node", NAME])), before);
+    assert_eq!(constant_part(&node.get(&["node", NAME])), before);
 
     node.kubectl(&[
         "taint",
@@ -149,12 +154,39 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
         "taint",
         "node",
         NAME,
-        &format!("{}-", KEPT.replace('=', "")),
+        &format!("{}-", OTHER_TAINT.replace('=', "")),
     ])
     .success("the end");
 }
 
-/// Returns what kubectl has printed about a patch of the node by startup-taint's service account.
+/// Runs `act` while another role gives startup-taint's service account the right to the status of
+/// nodes.
+fn with_right_to_status(cluster: &Cluster, act: impl FnOnce()) {
+    let node = &cluster.node;
+    let role = [
+        "clusterrole",
+        "status",
+        "--verb=patch",
+        "--resource=nodes/status",
+    ];
+    let binding = ["clusterrolebinding", "status", "--clusterrole=status"];
+    let account = ["--serviceaccount=awsvid:startup-taint"];
+    node.kubectl(&[&["create"], &role[..]].concat())
+        .success("a role");
+    node.kubectl(&[&["create"], &binding[..], &account[..]].concat())
+        .success("a binding");
+    let words = ["auth", "can-i", "patch", "nodes", "--subresource=status"];
+    await_some("the right is known", TIMEOUT, || {
+        let may = node.kubectl(&[&words[..], &["--as", STARTUP_TAINT]].concat());
+        may.status.success().then_some(())
+    });
+    act();
+    for kind in ["clusterrolebinding", "clusterrole"] {
+        node.kubectl(&["delete", kind, "status"]).success("its end");
+    }
+}
+
+/// Returns kubectl's output about a patch of the node by startup-taint's service account.
 fn patched(cluster: &Cluster, patch: &Value) -> String {
     let patch = format!("--patch={patch}");
     let output = cluster.node.kubectl(&[
@@ -169,8 +201,9 @@ fn patched(cluster: &Cluster, patch: &Value) -> String {
     output.stdout + &output.stderr
 }
 
-/// Returns what stays of a node, without what the kubelet reports and what the API server counts.
-fn kept(node: &Value) -> Value {
+/// Returns the constant part of a node, without the kubelet's reports and the API server's
+/// counters.
+fn constant_part(node: &Value) -> Value {
     let metadata = &node["metadata"];
     let metadata = [
         "labels",
@@ -183,8 +216,9 @@ fn kept(node: &Value) -> Value {
     json!([node["spec"], metadata, node["status"]["capacity"]])
 }
 
-/// Carries out attack 34: the agent's token at the kubelet is refused, and the right of the component for older clusters is enough.
-pub(super) fn the_agent_runs_nothing_in_pods(cluster: &Cluster, folder: &Path) {
+/// Carries out T34: the agent's token at the kubelet is refused, and the right of the component for
+/// older clusters is enough.
+pub(super) fn agent_token_runs_nothing_in_pods(cluster: &Cluster, folder: &Path) {
     let node = &cluster.node;
     node.apply(&cluster.pod(READER, "entered", "exec busybox sleep 3600"));
     let ready = [
@@ -216,12 +250,12 @@ pub(super) fn the_agent_runs_nothing_in_pods(cluster: &Cluster, folder: &Path) {
             "--as",
             account,
         ];
-        await_some("the right is known", PATIENCE, || {
+        await_some("the right is known", TIMEOUT, || {
             node.kubectl(&words).status.success().then_some(())
         });
     };
     may("system:serviceaccount:awsvid-spire:spire-agent");
-    // The kubelet remembers that the agent may not, so that another account shows what the right opens.
+    // The kubelet caches that the agent may not, so another account shows what the right opens.
     let trial = ["clusterrolebinding", "trial"];
     let binding = [
         "--clusterrole=awsvid-spire-agent-nodes-proxy",
@@ -251,9 +285,9 @@ pub(super) fn the_agent_runs_nothing_in_pods(cluster: &Cluster, folder: &Path) {
     .success("its end");
 }
 
-/// Asks the kubelet to run a command in the pod with an account's token. Returns the head of the answer, and what the command
-/// has printed.
-fn entered(cluster: &Cluster, account: Account) -> String {
+/// Requests from the kubelet to run a command in the pod with an account's token. Returns the head
+/// of the response, and the command's output.
+fn entered(cluster: &Cluster, account: ServiceAccount) -> String {
     let token = [
         "create",
         "token",

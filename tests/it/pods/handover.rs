@@ -4,50 +4,50 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 
-use super::{PATIENCE, RULE, Stage, V4, V6, await_namespaces, listens};
-use crate::harness::actor::Acting;
+use super::{PodsStage, RULE, TIMEOUT, V4, V6, await_namespaces, listens};
+use crate::harness::actor::Repeater;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::daemon::Daemon;
-use crate::harness::namespaces::{Node, Peer};
+use crate::harness::namespaces::{NetnsNode, Peer};
 
-pub(super) fn handing_over(folder: &Path, node: &Node) -> String {
+pub(super) fn handing_over(folder: &Path, node: &NetnsNode) -> String {
     format!(
-        "pods = true\npods_dir = {:?}\nhandover = {:?}\n",
+        "[pods]\nenabled = true\nnetns_dir = {:?}\nhandover_socket = {:?}\n",
         node.directory(),
         folder.join("handover/awsvid.sock")
     )
 }
 
-/// Asks from a pod, over and over, each time on a new connection, until it is told that it is enough.
-fn asking(node: &Node, name: &str, cgroup: &Cgroup, address: &str) -> Acting {
+/// Sends requests from a pod repeatedly, each on a new connection, until it is stopped.
+fn start_polling(node: &NetnsNode, name: &str, cgroup: &Cgroup, address: &str) -> Repeater {
     let words = node.enter_pod(name, cgroup);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    Acting::start_behind(&words, "tcp", address).begun()
+    Repeater::start_behind(&words, "tcp", address).wait_started()
 }
 
 #[test]
-fn an_update_refuses_no_connection() {
-    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+fn update_refuses_no_connection() {
+    let Some(stage) = PodsStage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };
-    let Stage {
+    let PodsStage {
         daemon: mut old,
         site,
     } = stage;
     let cgroups = [Cgroup::of_pod(20), Cgroup::of_pod(20)];
     let askers = [
-        asking(&site.node, "a", &cgroups[0], V4),
-        asking(&site.node, "a", &cgroups[1], V6),
+        start_polling(&site.node, "a", &cgroups[0], V4),
+        start_polling(&site.node, "a", &cgroups[1], V6),
     ];
     let peer = Peer::new(20);
     let mut folders = vec![folder()];
     for update in 0..10 {
         let mut new = site.next(folders.last().unwrap().path());
-        new.await_line(&["the listeners in pods are handed over"]);
-        old.await_line(&["the next daemon serves pods now"]);
-        // Between the two, pods come and go as ever.
+        new.await_line(&["took over pods' listeners"]);
+        old.await_line(&["passed pods' listeners to the next instance"]);
+        // Between the two, pods start and end as usual.
         let name = format!("b{update}");
         site.node.add_with(&name, |_| peer.make());
         await_namespaces(&new, 2);
@@ -56,26 +56,26 @@ fn an_update_refuses_no_connection() {
             "{update}"
         );
         site.node.remove(&name);
-        await_some("the namespace is freed", PATIENCE, || {
-            (!peer.is_there()).then_some(())
+        await_some("the namespace is freed", TIMEOUT, || {
+            (!peer.exists()).then_some(())
         });
         std::mem::swap(&mut old, &mut new);
         new.process().signal(Signal::SIGTERM);
-        let ended = new.process().owned().wait(PATIENCE).expect("it ends");
+        let ended = new.process().owned().wait(TIMEOUT).expect("it ends");
         assert!(ended.success(), "{ended}");
         folders.push(folder());
     }
     for (asker, address) in askers.into_iter().zip([V4, V6]) {
-        let counts = asker.enough();
+        let counts = asker.stop();
         eprintln!("ten updates: {counts:?} over {address}");
         assert!(counts.len() == 1 && counts["Success"] > 20, "{counts:?}");
     }
-    assert!(!old.log().contains("is taken"), "{}", old.log());
+    assert!(!old.log().contains("is in use"), "{}", old.log());
 }
 
 #[test]
-fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
-    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+fn failed_update_leaves_previous_daemon_active() {
+    let Some(stage) = PodsStage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };
     let cgroup = Cgroup::of_pod(50);
@@ -83,42 +83,43 @@ fn an_update_that_fails_leaves_the_daemon_before_in_its_place() {
     let next = stage.site.next(first.path());
     stage
         .daemon
-        .await_line(&["the next daemon serves pods now"]);
+        .await_line(&["passed pods' listeners to the next instance"]);
     let peer = Peer::new(21);
     stage.site.node.add_with("b", |_| peer.make());
     await_namespaces(&next, 2);
-    // SIGKILL, which cuts what it has accepted, and nothing else.
+    // SIGKILL, which cuts only the connections that it has accepted.
     drop(next);
-    stage.daemon.await_line(&["the next daemon is gone"]);
+    stage.daemon.await_line(&["the next instance is gone"]);
     stage.await_namespaces(2);
     for name in ["a", "b"] {
-        await_some("it is listened there", PATIENCE, || {
+        await_some("it is listened there", TIMEOUT, || {
             listens(&stage.site.node, name, V4).then_some(())
         });
     }
     assert!(stage.site.serves("a", &cgroup, V4) && stage.site.serves("b", &Cgroup::of_pod(52), V6));
-    // Which can hand over again.
-    let asker = asking(&stage.site.node, "a", &cgroup, V4);
+    // This one can hand over again.
+    let asker = start_polling(&stage.site.node, "a", &cgroup, V4);
     let next = stage.site.next(second.path());
-    next.await_line(&["the listeners in pods are handed over"]);
-    let counts = asker.enough();
+    next.await_line(&["took over pods' listeners"]);
+    let counts = asker.stop();
     assert!(counts.len() == 1 && counts["Success"] > 2, "{counts:?}");
-    // A namespace that goes while one has handed it over and the other has it, is freed all the same.
+    // A namespace that ends after one daemon has passed it to another is freed all the same.
     stage.site.node.remove("b");
-    await_some("the namespace is freed", PATIENCE, || {
-        (!peer.is_there()).then_some(())
+    await_some("the namespace is freed", TIMEOUT, || {
+        (!peer.exists()).then_some(())
     });
 }
 
-/// Both are restarted before the next one could serve. Whoever asks meanwhile is answered, if only that it has to wait.
+/// Both are restarted before the next one could serve. Requests meanwhile are answered, if only
+/// with a 503.
 #[test]
-fn a_daemon_that_ends_gives_to_one_that_is_not_ready() {
-    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+fn ending_daemon_hands_over_to_standby_not_yet_ready() {
+    let Some(stage) = PodsStage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };
     let cgroup = Cgroup::of_pod(53);
     let folder = folder();
-    let Stage {
+    let PodsStage {
         daemon: mut old,
         site,
     } = stage;
@@ -130,73 +131,74 @@ fn a_daemon_that_ends_gives_to_one_that_is_not_ready() {
         + RULE;
     let listen = handing_over(site.folder.path(), &site.node);
     let next = Daemon::start_behind(&words, folder.path(), &listen, &configuration);
-    next.await_line(&["another daemon serves pods"]);
+    next.await_line(&["waiting to take over pods' listeners"]);
     assert!(site.serves("a", &cgroup, V4), "the one before still does");
-    let asker = asking(&site.node, "a", &cgroup, V4);
+    let asker = start_polling(&site.node, "a", &cgroup, V4);
     old.process().signal(Signal::SIGTERM);
-    next.await_line(&["the listeners in pods are handed over"]);
+    next.await_line(&["took over pods' listeners"]);
     assert!(
         old.process()
             .owned()
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends")
             .success()
     );
-    // That a connection was refused, or reset, would be a panic of the asker's.
-    let counts = asker.enough();
+    // A refused or reset connection would be a panic of the client.
+    let counts = asker.stop();
     assert!(!counts.contains_key("nothing"), "{counts:?}");
 }
 
 #[test]
-fn a_daemon_that_was_killed_is_followed_by_one_that_binds_anew() {
-    let Some(mut stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+fn killed_daemon_is_replaced_by_one_that_binds() {
+    let Some(mut stage) = PodsStage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };
     stage.daemon.process().owned().end();
     let folder = folder();
     let next = stage.site.next(folder.path());
-    assert_eq!(next.metric("awsvid_pod_namespaces"), 1);
+    assert_eq!(next.metric("awsvid_pod_listeners"), 1);
     assert!(stage.site.serves("a", &Cgroup::of_pod(51), V4));
 }
 
-/// Two updates one after the other, and the first daemon is there still: it is the last that serves again.
+/// Two updates, one after the other, and the first daemon still runs: it serves again only as the
+/// last one.
 #[test]
-fn a_daemon_goes_on_only_if_all_who_came_after_it_are_gone() {
-    let Some(stage) = Stage::set_with(|node| node.add("a"), handing_over) else {
+fn superseded_daemon_resumes_only_without_successors() {
+    let Some(stage) = PodsStage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };
-    let Stage {
+    let PodsStage {
         daemon: first,
         site,
     } = stage;
     let cgroup = Cgroup::of_pod(54);
     let folders = [folder(), folder()];
     let mut second = site.next(folders[0].path());
-    first.await_line(&["the next daemon serves pods now"]);
+    first.await_line(&["passed pods' listeners to the next instance"]);
     let third = site.next(folders[1].path());
-    second.await_line(&["the next daemon serves pods now"]);
+    second.await_line(&["passed pods' listeners to the next instance"]);
     second.process().signal(Signal::SIGTERM);
     assert!(
         second
             .process()
             .owned()
-            .wait(PATIENCE)
+            .wait(TIMEOUT)
             .expect("it ends")
             .success()
     );
-    // The end of the second one is seen by whoever waits for it before that one's process can be waited for.
+    // A daemon that waits for the second one sees its end before the process can be reaped.
     for count in 1..=20 {
         assert!(site.serves("a", &cgroup, V4));
-        assert_eq!(third.issued(), count, "nobody else answers");
+        assert_eq!(third.issued(), count, "no other daemon answers");
     }
     assert!(
-        !first.log().contains("this one serves pods again"),
+        !first.log().contains("serving pods again"),
         "{}",
         first.log()
     );
     // SIGKILL.
     drop(third);
-    first.await_line(&["the next daemon is gone"]);
+    first.await_line(&["the next instance is gone"]);
     await_namespaces(&first, 1);
     assert!(site.serves("a", &cgroup, V4));
 }

@@ -1,7 +1,19 @@
 //! Exceptions to the rules of prose, each with its reason.
 
 /// Banned words that are right in some files: the beginning of the path, the word, the reason.
-pub(super) const ALLOWED_WORDS: [(&str, &str, &str); 0] = [];
+pub(super) const ALLOWED_WORDS: [(&str, &str, &str); 4] = [
+    ("src/commands/node/tests.rs", "nobody", "the name of a user"),
+    ("src/config/", "nobody", "the name of a user"),
+    (
+        "src/config/manual.rs",
+        "isn't",
+        "a test of roff's apostrophe",
+    ),
+    ("src/", "couldn't", "a message of AWS's STS"),
+];
+
+/// Files that quote what the rules ban.
+pub(super) const QUOTING: [&str; 2] = ["tests/it/prose.rs", "tests/it/prose/"];
 
 /// Files that do not follow the rules yet, by the beginnings of their paths.
-pub(super) const UNSWEPT: [&str; 3] = ["src/", "tests/", "deploy/"];
+pub(super) const UNSWEPT: [&str; 0] = [];

@@ -2,7 +2,7 @@
 
 /// Where a piece of prose comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum TextKind {
     Doc,
     Comment,
     Message,
@@ -12,37 +12,55 @@ pub(super) enum Kind {
 /// A piece of prose, and the number of its first line.
 #[derive(Debug)]
 pub(super) struct Text {
-    pub(super) kind: Kind,
+    pub(super) kind: TextKind,
     pub(super) line: usize,
     pub(super) prose: String,
 }
 
 /// Returns all prose of a file.
 pub(super) fn texts(file: &str, source: &str) -> Vec<Text> {
-    if file.ends_with(".md") {
-        paragraphs(source)
-    } else {
-        comments_and_messages(source, is_test(file))
+    let extension = file.rsplit_once('.').map_or("", |(_, extension)| extension);
+    match extension {
+        "md" => paragraphs(source),
+        "rs" => comments_and_messages(source),
+        "proto" | "go" | "java" | "js" => {
+            let mut found = comments_and_messages(source);
+            found.retain(|text| text.kind != TextKind::Message);
+            found
+        }
+        _ => lines(source),
     }
 }
 
-/// Returns whether messages in this file are the tests' own data, such as the bytes of a bad request.
-fn is_test(file: &str) -> bool {
-    !file.starts_with("src/")
-        || file.ends_with("tests.rs")
-        || file.contains("/tests/")
-        || file.ends_with("fuzzing.rs")
+/// Returns whether a line of Markdown begins a paragraph of its own: a list item, a row, a heading.
+fn begins_paragraph(line: &str) -> bool {
+    let numbered = line.trim_start_matches(|c: char| c.is_ascii_digit());
+    ["- ", "* ", "|", "#", "> "]
+        .iter()
+        .any(|mark| line.starts_with(mark))
+        || (numbered.len() < line.len() && numbered.starts_with(". "))
 }
 
 fn paragraphs(source: &str) -> Vec<Text> {
-    let mut in_code = false;
-    let mut found = Vec::new();
+    let (mut in_code, mut continues) = (false, false);
+    let mut found: Vec<Text> = Vec::new();
     for (index, line) in source.lines().enumerate() {
-        if line.trim_start().starts_with("```") {
+        let trimmed = line.trim_start();
+        if trimmed.starts_with("```") {
             in_code = !in_code;
-        } else if !in_code && !line.trim().is_empty() {
+            continues = false;
+        } else if in_code || trimmed.is_empty() {
+            continues = false;
+        } else if let Some(last) = found
+            .last_mut()
+            .filter(|_| continues && !begins_paragraph(trimmed))
+        {
+            last.prose.push('\n');
+            last.prose.push_str(line);
+        } else {
+            continues = true;
             found.push(Text {
-                kind: Kind::Paragraph,
+                kind: TextKind::Paragraph,
                 line: index + 1,
                 prose: line.to_owned(),
             });
@@ -51,19 +69,54 @@ fn paragraphs(source: &str) -> Vec<Text> {
     found
 }
 
-fn comments_and_messages(source: &str, is_test: bool) -> Vec<Text> {
+/// Returns the comments of a file in which they begin with `#`, and its descriptions.
+fn lines(source: &str) -> Vec<Text> {
+    let mut found = Vec::new();
+    for (index, line) in source.lines().enumerate() {
+        let line_number = index + 1;
+        let trimmed = line.trim_start();
+        let description = ["Description=", "description = "]
+            .iter()
+            .find_map(|key| trimmed.strip_prefix(key));
+        let trailing = || {
+            let (code, comment) = line.split_once(" # ")?;
+            (code.matches(['"', '\'']).count() % 2 == 0).then_some(comment)
+        };
+        let (kind, prose) = if let Some(description) = description {
+            (TextKind::Message, description)
+        } else if trimmed.starts_with("#!") {
+            continue;
+        } else if let Some(comment) = trimmed.strip_prefix('#') {
+            (TextKind::Comment, comment)
+        } else if let Some(comment) = trailing() {
+            (TextKind::Comment, comment)
+        } else {
+            continue;
+        };
+        push(
+            &mut found,
+            Text {
+                kind,
+                line: line_number,
+                prose: prose.to_owned(),
+            },
+        );
+    }
+    found
+}
+
+fn comments_and_messages(source: &str) -> Vec<Text> {
     let mut found: Vec<Text> = Vec::new();
     let bytes = source.as_bytes();
     let (mut at, mut line) = (0, 1);
-    let mut in_tests = is_test;
     while at < bytes.len() {
         let rest = &source[at..];
-        let (length, text) = if rest.starts_with("//") {
+        let is_in_url = source[..at].ends_with(':');
+        let (length, text) = if rest.starts_with("//") && !is_in_url {
             comment(rest)
         } else if let Some((length, message)) = string(source, at) {
-            (length, Some((Kind::Message, message)).filter(|_| !in_tests))
+            (length, Some((TextKind::Message, message)))
         } else {
-            in_tests |= rest.starts_with("#[cfg(test)]");
             (character(rest), None)
         };
         if let Some((kind, prose)) = text {
@@ -72,7 +125,7 @@ fn comments_and_messages(source: &str, is_test: bool) -> Vec<Text> {
         line += source[at..at + length].matches('\n').count();
         at += length;
     }
-    found.retain(|text| text.kind != Kind::Message || text.prose.contains(' '));
+    found.retain(|text| text.kind != TextKind::Message || text.prose.contains(' '));
     found
 }
 
@@ -81,7 +134,7 @@ fn push(found: &mut Vec<Text>, text: Text) {
     match found.last_mut() {
         Some(last)
             if last.kind == text.kind
-                && text.kind != Kind::Message
+                && text.kind != TextKind::Message
                 && last.line + last.prose.matches('\n').count() + 1 == text.line =>
         {
             last.prose.push('\n');
@@ -91,12 +144,13 @@ fn push(found: &mut Vec<Text>, text: Text) {
     }
 }
 
-fn comment(rest: &str) -> (usize, Option<(Kind, String)>) {
+fn comment(rest: &str) -> (usize, Option<(TextKind, String)>) {
     let line = rest.lines().next().unwrap_or_default();
-    let kind = if line.starts_with("///") || line.starts_with("//!") {
-        Kind::Doc
+    let kind = if (line.starts_with("///") && !line.starts_with("////")) || line.starts_with("//!")
+    {
+        TextKind::Doc
     } else {
-        Kind::Comment
+        TextKind::Comment
     };
     (
         line.len(),
@@ -133,7 +187,7 @@ fn string(source: &str, at: usize) -> Option<(usize, String)> {
     None
 }
 
-/// Returns the length of what is neither a comment nor a string: a character literal, or one character of code.
+/// Returns the length of a character literal, or of one character of code.
 fn character(rest: &str) -> usize {
     for literal in ["'\"'", "'\\''", "'\\\\'", "'\\\"'"] {
         if rest.starts_with(literal) {

@@ -6,14 +6,14 @@ use std::path::Path;
 use std::thread;
 
 use super::{
-    BILLING, CONFIGURATION, Content, PATIENCE, PROGRAM, TCP, UNIX, ask, assert_known, install,
+    BILLING, CONFIGURATION, Content, PROGRAM, TCP, TIMEOUT, UNIX, ask, assert_known, install,
     newer_version, rule, start, with_rules,
 };
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::process::{Output, await_some};
 use crate::harness::counterparts::spire::Spire;
-use crate::harness::documents::block;
+use crate::harness::documents::{block, blocks};
 use crate::harness::systemd::SystemdMachine;
 
 fn sh(machine: &SystemdMachine, script: &str) -> Output {
@@ -94,7 +94,7 @@ fn documented_first_workload_gets_credentials() {
     );
     sh(&machine, &validate).success(&validate);
     let start = block("install-vm.md", "5. Start and check", "sudo systemctl");
-    await_some("ready", PATIENCE, || {
+    await_some("ready", TIMEOUT, || {
         sh(&machine, &start).status.success().then_some(())
     });
     let curl = block("cli.md", "`awsvid credential-process`", "curl");
@@ -112,6 +112,8 @@ fn documented_first_workload_gets_credentials() {
         let check = block(page, heading, check);
         sh_of_workload(&machine, &check).success(&check);
     }
+    let reason = block("troubleshooting.md", "On a host", "sudo -u billing awsvid");
+    sh_of_workload(&machine, &reason).success(&reason);
     // The issuer's documents are outside of the machine. Every other step passes.
     let check = sh(
         &machine,
@@ -152,12 +154,22 @@ fn documented_first_workload_gets_credentials() {
         assert!(output.contains(expected), "{commands}: {output}");
     }
 
+    // README.md has commands of the installation.
+    let short = block("README.md", "Install", "sudo systemctl enable");
+    let installation: String = blocks("install-vm.md")
+        .into_iter()
+        .map(|block| block.text)
+        .collect();
+    for line in short.lines() {
+        assert!(installation.lines().any(|known| known == line), "{line}");
+    }
+
     assert_revoked(&machine, &spire, &entry, &text);
 }
 
 /// Runs the documented revocation for the workload.
 fn assert_revoked(machine: &SystemdMachine, spire: &Spire, entry: &str, text: &str) {
-    let count = block("revoke.md", "3. See that it worked", "awsvid status");
+    let count = block("revoke.md", "3. See that it worked", "sudo awsvid status");
     assert_eq!(sh(machine, &count).success(&count).trim(), "1");
     let commands = block(
         "revoke.md",
@@ -169,19 +181,23 @@ fn assert_revoked(machine: &SystemdMachine, spire: &Spire, entry: &str, text: &s
         let words: Vec<&str> = line.split_whitespace().collect();
         spire.server_command(&words[1..]).success(line);
     }
-    // A rule for another user replaces the workload's.
-    let other = text.replace("user      = \"billing\"", "user = \"shop\"");
+    // A role for another identity replaces the workload's.
+    let (rest, role) = text.split_once("[[role]]").expect("a role");
+    let other = format!(
+        "{rest}[[role]]{}",
+        role.replace(BILLING, "spiffe://example.org/shop")
+    );
     assert_ne!(other, text);
     fs::write(machine.path(CONFIGURATION), other).unwrap();
     let reload = block(
         "revoke.md",
         "2. Stop new credentials",
-        "awsvid config validate",
+        "sudo awsvid config validate",
     );
     sh(machine, &reload).success(&reload);
-    await_some("the workload is rejected", PATIENCE, || {
+    await_some("the workload is rejected", TIMEOUT, || {
         let (status, body) = ask(machine, "billing.service", "billing", UNIX);
-        (status == 403 && body["code"] == "no_identity").then_some(())
+        (status == 403 && body["code"] == "no_role").then_some(())
     });
     assert_eq!(sh(machine, &count).success(&count).trim(), "0");
 }
@@ -207,7 +223,7 @@ fn documented_upgrade_interrupts_no_caller() {
                 assert_known(ask(machine, "asker.service", "billing", UNIX));
             }
         });
-        let upgrade = block("upgrade.md", "Upgrade on a VM", "cp --preserve");
+        let upgrade = block("upgrade.md", "Upgrade on a VM", "cp --preserve /usr/bin");
         sh(machine, &format!("cd /source\n{upgrade}")).success("the documented upgrade");
         asker.join().unwrap();
     });

@@ -4,13 +4,15 @@ use std::sync::mpsc;
 use tokio::sync::oneshot;
 
 use super::*;
+use crate::caller::PeerFacts;
+use crate::cgroup::CgroupPath;
 
 fn spawn(threads: &LookupThreads, uid: u32, task: impl Future<Output = ()> + Send + 'static) {
     threads.spawn(WorkloadKey::user(uid), task, || {});
 }
 
-/// Runs a task that says on which kind of thread it was, and is answered.
-async fn where_it_runs(threads: &LookupThreads, uid: u32) -> bool {
+/// Runs a task that reports whether it runs on a lookup thread, and returns the report.
+async fn runs_on_lookup_thread(threads: &LookupThreads, uid: u32) -> bool {
     let (say, said) = oneshot::channel();
     spawn(threads, uid, async move {
         let _ = say.send(on_lookup_thread());
@@ -24,9 +26,9 @@ fn count(threads: &LookupThreads) -> usize {
 }
 
 #[tokio::test]
-async fn task_runs_there_and_goes_on_at_home() {
+async fn task_starts_on_a_lookup_thread_and_continues_on_its_runtime() {
     let threads = LookupThreads::new(1);
-    assert!(where_it_runs(&threads, 1).await && !on_lookup_thread());
+    assert!(runs_on_lookup_thread(&threads, 1).await && !on_lookup_thread());
     let (go, wait) = oneshot::channel::<()>();
     let (say, mut said) = tokio::sync::mpsc::unbounded_channel();
     spawn(&threads, 1, async move {
@@ -35,16 +37,16 @@ async fn task_runs_there_and_goes_on_at_home() {
         say.send(on_lookup_thread()).unwrap();
     });
     assert_eq!(said.recv().await, Some(true));
-    // It waits at home, so the one thread is free.
-    assert!(where_it_runs(&threads, 1).await);
+    // The task waits on its own runtime, so the one thread is free.
+    assert!(runs_on_lookup_thread(&threads, 1).await);
     go.send(()).unwrap();
-    // What woke it was at home.
+    // The task was woken on its own runtime.
     let second = said.recv().await;
     assert!(second == Some(false) || said.recv().await == Some(false));
 }
 
 #[tokio::test]
-async fn threads_that_are_kept_waiting_are_replaced() {
+async fn blocked_threads_are_replaced() {
     let threads = LookupThreads::new(2);
     let mut held = Vec::new();
     for uid in 0..20 {
@@ -52,7 +54,8 @@ async fn threads_that_are_kept_waiting_are_replaced() {
             let (release, wait) = mpsc::channel::<()>();
             held.push(release);
             spawn(&threads, uid, async move {
-                // One that waits too long for its turn is at home, where it must not keep the test itself waiting.
+                // A task that has waited too long for a thread is on its own runtime. It must not
+                // block the test itself there.
                 if on_lookup_thread() {
                     let _ = wait.recv();
                 }
@@ -60,9 +63,9 @@ async fn threads_that_are_kept_waiting_are_replaced() {
         }
     }
     for uid in 100..150 {
-        assert!(where_it_runs(&threads, uid).await);
+        assert!(runs_on_lookup_thread(&threads, uid).await);
     }
-    // Two for each workload that is kept waiting, and at least those two that are not.
+    // There are two threads for each workload that blocks, and at least two more that do not block.
     let all = count(&threads);
     assert!(
         (20 * MAX_PER_WORKLOAD + 1..=20 * MAX_PER_WORKLOAD + 4).contains(&all),
@@ -70,17 +73,16 @@ async fn threads_that_are_kept_waiting_are_replaced() {
     );
     drop(held);
     for uid in 0..20 {
-        assert!(where_it_runs(&threads, uid).await);
+        assert!(runs_on_lookup_thread(&threads, uid).await);
     }
-    // Those that came back are too many.
-    while count(&threads) > 2 {
+    // The threads that have returned are too many.
+    while count(&threads) > 2 || !threads.0.state().workloads.is_empty() {
         tokio::task::yield_now().await;
     }
-    assert!(threads.0.state().workloads.is_empty());
 }
 
 #[tokio::test]
-async fn workload_with_many_tasks_leaves_others_their_turns() {
+async fn pool_schedules_workloads_round_robin() {
     let threads = LookupThreads::new(1);
     let (release, wait) = mpsc::channel::<()>();
     spawn(&threads, 9, async move {
@@ -111,31 +113,79 @@ async fn workload_with_many_tasks_leaves_others_their_turns() {
 }
 
 #[tokio::test]
-async fn task_that_panics_ends_alone() {
+async fn panic_ends_only_its_own_task() {
     let threads = LookupThreads::new(1);
     spawn(&threads, 1, async { panic!("on purpose") });
-    assert!(where_it_runs(&threads, 1).await);
+    assert!(runs_on_lookup_thread(&threads, 1).await);
 }
 
 #[tokio::test]
-async fn task_that_keeps_its_thread_waiting_is_given_up_once() {
+async fn blocked_task_is_given_up_once() {
     let threads = LookupThreads::new(1);
     let (release, wait) = mpsc::channel::<()>();
     let (give_up, mut given_up) = tokio::sync::mpsc::unbounded_channel();
-    let begun = Instant::now();
+    let start = Instant::now();
     let task = async move {
         let _ = wait.recv();
     };
     threads.spawn(WorkloadKey::user(1), task, move || {
-        give_up.send(begun.elapsed()).unwrap()
+        give_up.send(start.elapsed()).unwrap()
     });
-    // With nothing else to run, and while others are.
+    // It holds with no other job to run, and while others run.
     assert!(given_up.recv().await.unwrap() >= REQUEST_HOLD);
     assert_eq!(given_up.recv().await, None, "the closure is gone");
-    assert!(where_it_runs(&threads, 2).await);
+    assert!(runs_on_lookup_thread(&threads, 2).await);
     drop(release);
-    assert!(where_it_runs(&threads, 1).await);
+    assert!(runs_on_lookup_thread(&threads, 1).await);
     while threads.0.state().watched {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Returns the workload of a person.
+fn person(number: u32) -> WorkloadKey {
+    PeerFacts {
+        uid: number,
+        cgroup: CgroupPath::parse(&format!("/user.slice/user-{number}.slice/session-1.scope")),
+        pod: None,
+        netns_inode: None,
+    }
+    .workload_key()
+}
+
+/// Covers T29: one party with many users, such as subordinate ids without systemd, blocks as many
+/// threads as it can.
+#[tokio::test]
+async fn scope_that_blocks_leaves_threads_for_others() {
+    let threads = LookupThreads::new(2);
+    let (release, wait) = std::sync::mpsc::channel::<()>();
+    let wait = Arc::new(Mutex::new(wait));
+    for uid in 0..400 {
+        for _ in 0..MAX_PER_WORKLOAD {
+            let wait = wait.clone();
+            spawn(&threads, uid, async move {
+                if on_lookup_thread() {
+                    // All of them wait for the one that waits for the channel.
+                    let _ = wait.lock().map(|wait| wait.recv());
+                }
+            });
+        }
+    }
+    let busy = || threads.0.state().busy.len();
+    while busy() < MAX_THREADS / 2 {
+        tokio::task::yield_now().await;
+    }
+    for number in 0..100 {
+        let (say, said) = oneshot::channel();
+        let task = async move {
+            let _ = say.send(on_lookup_thread());
+        };
+        threads.spawn(person(number), task, || {});
+        assert!(said.await.unwrap());
+    }
+    assert!(busy() <= MAX_THREADS / 2 + 4, "{}", busy());
+    drop(release);
+    while !threads.0.state().workloads.is_empty() {
         tokio::task::yield_now().await;
     }
 }

@@ -1,4 +1,4 @@
-//! What no real counterpart does on demand: an issuer that fails in each way.
+//! An issuer that fails in each way, which no real counterpart does on demand.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -6,14 +6,14 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
-use super::super::documented::assert_documented;
+use super::super::doc_tables::assert_documented;
 use super::super::report::{CheckFinding, Verdict};
 use super::*;
 use crate::dev::keys::SigningKey;
 use crate::identity::SpiffeId;
 use crate::svid::JwtSvid;
 
-/// Serves answers by path, whole as they go over the wire; `{own}` in them is its URL.
+/// Serves complete HTTP responses by path. `{own}` in them is the server's URL.
 async fn serve(answers: Vec<(&'static str, String)>) -> String {
     serve_by(move |path, own| {
         let answer = answers
@@ -25,7 +25,8 @@ async fn serve(answers: Vec<(&'static str, String)>) -> String {
     .await
 }
 
-/// The same by what `answer` makes of the path and of the server's URL. Nothing at all hangs.
+/// Serves the responses that `answer` makes of the path and the server's URL. An empty response
+/// hangs.
 async fn serve_by(mut answer: impl FnMut(&str, &str) -> String + Send + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -44,7 +45,7 @@ async fn serve_by(mut answer: impl FnMut(&str, &str) -> String + Send + 'static)
     url
 }
 
-/// Ends with the connection.
+/// Returns a response that ends with the connection.
 fn http(status: &str, body: &str) -> String {
     format!("HTTP/1.1 {status}\r\nConnection: close\r\n\r\n{body}")
 }
@@ -61,8 +62,8 @@ fn live(key: &SigningKey, issuer: &str) -> LiveToken {
     )
 }
 
-/// What is found at an issuer with these answers, in which `{own}` is its URL.
-async fn found(key: &SigningKey, discovery: &str, keys: &str) -> Vec<CheckFinding> {
+/// Returns the findings for an issuer with these responses, in which `{own}` is its URL.
+async fn findings_of(key: &SigningKey, discovery: &str, keys: &str) -> Vec<CheckFinding> {
     let url = serve(vec![
         ("/.well-known/openid-configuration", discovery.to_owned()),
         ("/keys", keys.to_owned()),
@@ -109,9 +110,9 @@ fn assert_all_documented(findings: &[CheckFinding]) {
 }
 
 #[tokio::test]
-async fn a_right_one_passes() {
+async fn correct_issuer_passes() {
     let key = SigningKey::generate().unwrap();
-    let findings = found(&key, &right(), &http("200 OK", &key.jwks())).await;
+    let findings = findings_of(&key, &right(), &http("200 OK", &key.jwks())).await;
     assert!(
         findings
             .iter()
@@ -127,7 +128,7 @@ async fn a_right_one_passes() {
 }
 
 #[tokio::test]
-async fn documents_that_cannot_be_had() {
+async fn unavailable_documents_are_reported() {
     let key = SigningKey::generate().unwrap();
     let keys = http("200 OK", &key.jwks());
     let table = [
@@ -141,15 +142,19 @@ async fn documents_that_cannot_be_had() {
             "does not know this host name",
             "`domains`",
         ),
-        (http("403 Forbidden", ""), "who asks", "no credentials"),
+        (
+            http("403 Forbidden", ""),
+            "requires authentication",
+            "no credentials",
+        ),
         (
             http("404 Not Found", ""),
             "no such document",
             "server_path_prefix",
         ),
         (http("502 Bad Gateway", ""), "answers 502", "log"),
-        (http("200 OK", "<html>"), "no JSON", "login page"),
-        (http("200 OK", "[]"), "no JSON object", "login page"),
+        (http("200 OK", "<html>"), "not a JSON object", "login page"),
+        (http("200 OK", "[]"), "not a JSON object", "login page"),
         (http("200 OK", "{}"), "no `issuer`", "byte by byte"),
         (
             http("200 OK", r#"{"issuer":"{own}"}"#),
@@ -190,7 +195,12 @@ async fn documents_that_cannot_be_had() {
         ("SSH-2.0\r\n".to_owned(), "no HTTP", "--resolve"),
     ];
     for (discovery, saw, fix) in table {
-        assert_failed(&found(&key, &discovery, &keys).await, "discovery", saw, fix);
+        assert_failed(
+            &findings_of(&key, &discovery, &keys).await,
+            "discovery",
+            saw,
+            fix,
+        );
     }
     let table = [
         (
@@ -202,12 +212,12 @@ async fn documents_that_cannot_be_had() {
         (http("200 OK", "{}"), "no list `keys`", "JWK set"),
     ];
     for (keys, saw, fix) in table {
-        assert_failed(&found(&key, &right(), &keys).await, "keys", saw, fix);
+        assert_failed(&findings_of(&key, &right(), &keys).await, "keys", saw, fix);
     }
 }
 
 #[tokio::test]
-async fn key_sets_that_sts_cannot_use() {
+async fn unusable_key_sets_are_reported() {
     let (key, other) = (
         SigningKey::generate().unwrap(),
         SigningKey::generate().unwrap(),
@@ -223,7 +233,7 @@ async fn key_sets_that_sts_cannot_use() {
         (
             http("200 OK", &other.jwks()),
             "a copy from before the last rotation",
-            "publish the keys anew",
+            "publish the current keys",
         ),
         (
             http("200 OK", &renamed),
@@ -257,13 +267,13 @@ async fn key_sets_that_sts_cannot_use() {
         ),
     ];
     for (keys, saw, fix) in table {
-        assert_failed(&found(&key, &right(), &keys).await, "keys", saw, fix);
+        assert_failed(&findings_of(&key, &right(), &keys).await, "keys", saw, fix);
     }
 }
 
-/// Once alone all is well, which is when an operator looks.
+/// A single fetch succeeds, as that of an operator does, and concurrent ones fail.
 #[tokio::test]
-async fn keys_that_are_not_for_many_at_once() {
+async fn rate_limited_keys_are_reported() {
     let key = SigningKey::generate().unwrap();
     let jwks = key.jwks();
     let after_five = |refusal: String| {
@@ -311,7 +321,7 @@ async fn keys_that_are_not_for_many_at_once() {
 }
 
 #[tokio::test]
-async fn what_aws_wants_besides() {
+async fn aws_has_further_requirements() {
     let key = SigningKey::generate().unwrap();
     let url = serve(vec![
         ("/.well-known/openid-configuration", right()),
@@ -334,9 +344,10 @@ async fn what_aws_wants_besides() {
     );
 }
 
-/// As from outside: the name leads to another address, and what is there may be another issuer.
+/// The documents as seen from outside: the name leads to another address, which may serve another
+/// issuer.
 #[tokio::test]
-async fn it_looks_where_it_is_told_to() {
+async fn check_uses_the_given_address_and_url() {
     let key = SigningKey::generate().unwrap();
     let answers = |issuer: &str| {
         let text = format!(r#"{{"issuer":"{issuer}","jwks_uri":"http://oidc.invalid:PORT/keys"}}"#);

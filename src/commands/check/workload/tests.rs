@@ -1,10 +1,11 @@
 use std::collections::HashMap;
 
-use super::super::documented::assert_documented;
+use super::super::doc_tables::assert_documented;
 use super::super::report::{CheckFinding, Verdict};
 use super::*;
 
-/// What fails for a workload with these variables besides those of a right one. Nobody listens at the endpoint.
+/// Returns the failures of a workload with these variables in addition to correct ones. No process
+/// listens at the endpoint.
 async fn failures(variables: &[(&str, &str)]) -> Vec<String> {
     let mut all = HashMap::from([
         (FULL, "http://127.0.0.1:1/v1/credentials"),
@@ -34,7 +35,7 @@ async fn failures(variables: &[(&str, &str)]) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn each_trap_is_found_alone() {
+async fn each_fault_is_reported_alone() {
     assert_eq!(failures(&[]).await, [""; 0]);
     for (name, preempts) in HIGHER_PRECEDENCE_VARS {
         if !matches!(preempts, HigherPrecedence::Alone(_)) {
@@ -52,13 +53,13 @@ async fn each_trap_is_found_alone() {
         );
     }
     let table = [
-        (FULL, "", "no SDK looks"),
+        (FULL, "", "no SDK uses"),
         (FULL, "https://127.0.0.1:1/v1/credentials", "is not http"),
         (FULL, "http://127.0.0.1:1", "has no path"),
         (FULL, "http://127.0.0.1:1/v1/credentials?x=y", "has a query"),
         (FULL, "http://awsvid.internal/v1/credentials", "is a name"),
         (FULL, "http://192.0.2.1/v1/credentials", "not on loopback"),
-        (FULL, "nonsense", "no URL"),
+        (FULL, "nonsense", "not a URL"),
         ("http_proxy", "http://proxy:3128", "may go to the proxy"),
         (TOKEN_VARIABLE, "", "neither"),
         (TOKEN_FILE, "/nonexistent/token", "/nonexistent/token"),
@@ -83,9 +84,9 @@ async fn each_trap_is_found_alone() {
     );
 }
 
-/// Of what is another's only together with something else, it is said that it is there.
+/// Variables that belong to other credentials only in combination are a note.
 #[tokio::test]
-async fn what_is_no_trap_alone_is_a_note() {
+async fn harmless_variables_are_a_note() {
     for (name, preempts) in HIGHER_PRECEDENCE_VARS {
         if preempts == HigherPrecedence::WithOthers {
             assert_eq!(failures(&[(name, "s3cret")]).await, [""; 0]);
@@ -110,7 +111,7 @@ async fn what_is_no_trap_alone_is_a_note() {
 }
 
 #[tokio::test]
-async fn profiles_and_token_files() {
+async fn profiles_and_token_files_are_checked() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let table = [

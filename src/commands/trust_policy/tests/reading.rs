@@ -1,5 +1,5 @@
-//! Real readers of the three languages, and an evaluator of IAM's conditions: for the tests beside this, and for those with a
-//! real SPIRE, which take this file as it is.
+//! Real readers of the three languages, and an evaluator of IAM's conditions. Used by the unit
+//! tests and, included as a file, by the tests with a real SPIRE.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -7,7 +7,7 @@ use std::process::Command;
 use hcl::eval::{Context, FuncArgs, FuncDef, ParamType};
 use serde_json::{Value, json};
 
-/// What STS looks at in a token.
+/// The claims of a token that STS evaluates.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Token<'a> {
     pub(crate) issuer: &'a str,
@@ -15,8 +15,9 @@ pub(crate) struct Token<'a> {
     pub(crate) subject: &'a str,
 }
 
-/// Whether a trust policy lets a token in: IAM's condition language, as far as it is used. STS has the token's provider, whose
-/// ARN is `provider`, by its issuer; each claim has a name that begins with that.
+/// Evaluates whether a trust policy admits a token, by the parts of IAM's condition language in
+/// use. STS finds the token's provider, with the ARN `provider`, by the issuer. The names of the
+/// claims begin with that.
 pub(crate) fn allows(policy: &Value, token: &Token<'_>, provider: &str) -> bool {
     let issuer = token.issuer.split_once("://").expect("a URL").1;
     let claims = BTreeMap::from([
@@ -43,7 +44,7 @@ pub(crate) fn allows(policy: &Value, token: &Token<'_>, provider: &str) -> bool 
                                 "StringEquals" => claim.is_some_and(|claim| *claim == wanted),
                                 "StringLike" => claim
                                     .is_some_and(|claim| like(wanted.as_bytes(), claim.as_bytes())),
-                                // As IAM has it: true also if there is no such claim.
+                                // By IAM's rules also true if the claim is missing.
                                 "StringNotLike" => claim
                                     .is_none_or(|claim| !like(wanted.as_bytes(), claim.as_bytes())),
                                 other => panic!("{other}"),
@@ -53,7 +54,7 @@ pub(crate) fn allows(policy: &Value, token: &Token<'_>, provider: &str) -> bool 
         })
 }
 
-/// `*` is any number of any characters, `?` any one.
+/// Matches a pattern: `*` is any number of any characters, `?` any one.
 fn like(pattern: &[u8], text: &[u8]) -> bool {
     match pattern.split_first() {
         None => text.is_empty(),
@@ -65,21 +66,21 @@ fn like(pattern: &[u8], text: &[u8]) -> bool {
     }
 }
 
-/// What an output comes to: the provider, and each role by its name.
+/// Content of an output: the provider, and each role by its name.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Read {
     pub(crate) provider: Value,
     pub(crate) roles: BTreeMap<String, (String, u64, Value)>,
 }
 
-/// The provider by these names of its three properties. The last may be missing.
-fn provider_of(given: &Value, [url, audiences, thumbprints]: [&str; 3]) -> Value {
-    json!({ "Url": given[url], "ClientIDList": given[audiences], "ThumbprintList": given[thumbprints] })
+/// Returns the provider by the names of its three properties. The last one may be missing.
+fn provider_of(input: &Value, [url, audiences, thumbprints]: [&str; 3]) -> Value {
+    json!({ "Url": input[url], "ClientIDList": input[audiences], "ThumbprintList": input[thumbprints] })
 }
 
-/// By a shell, with a program `aws` that says what it was given.
+/// Runs the script in a shell, with a program `aws` that records its arguments.
 pub(crate) fn by_a_shell(script: &str) -> Read {
-    // An account that has nothing yet.
+    // An account without resources.
     let stub = "aws() {\n[ \"$2\" != get-open-id-connect-provider ] || return 254\n\
                 for word; do printf '%s\\0' \"$word\"; done; printf 'END\\0'; }\n";
     let output = Command::new("sh")
@@ -110,8 +111,8 @@ pub(crate) fn by_a_shell(script: &str) -> Read {
         };
         match command[..2] {
             ["iam", "create-open-id-connect-provider"] => {
-                let given: Value = serde_json::from_str(option("--cli-input-json")).unwrap();
-                read.provider = provider_of(&given, ["Url", "ClientIDList", "ThumbprintList"]);
+                let input: Value = serde_json::from_str(option("--cli-input-json")).unwrap();
+                read.provider = provider_of(&input, ["Url", "ClientIDList", "ThumbprintList"]);
             }
             ["iam", "create-role"] => {
                 let policy = serde_json::from_str(option("--assume-role-policy-document")).unwrap();
@@ -123,7 +124,7 @@ pub(crate) fn by_a_shell(script: &str) -> Read {
                         .is_none()
                 );
             }
-            // Behind the provider, each of its own audiences.
+            // The provider is followed by each of its own audiences.
             ["iam", "add-client-id-to-open-id-connect-provider"] => {
                 let audiences = read.provider["ClientIDList"].as_array().unwrap();
                 assert!(
@@ -139,7 +140,7 @@ pub(crate) fn by_a_shell(script: &str) -> Read {
     read
 }
 
-/// By an evaluator of HCL, with the function that Terraform adds.
+/// Evaluates the HCL, with the function that Terraform adds.
 fn by_hcl(text: &str, provider: &str) -> Read {
     fn jsonencode(arguments: FuncArgs) -> Result<hcl::Value, String> {
         Ok(hcl::Value::from(
@@ -158,7 +159,7 @@ fn by_hcl(text: &str, provider: &str) -> Read {
     let document: Value =
         hcl::eval::from_str(text, &context).unwrap_or_else(|error| panic!("{error}\n{text}"));
     let resources = document["resource"].as_object().unwrap();
-    let made = &resources["aws_iam_openid_connect_provider"]["awsvid"];
+    let provider_resource = &resources["aws_iam_openid_connect_provider"]["awsvid"];
     let roles = resources["aws_iam_role"]
         .as_object()
         .unwrap()
@@ -177,12 +178,15 @@ fn by_hcl(text: &str, provider: &str) -> Read {
             )
         });
     Read {
-        provider: provider_of(made, ["url", "client_id_list", "thumbprint_list"]),
+        provider: provider_of(
+            provider_resource,
+            ["url", "client_id_list", "thumbprint_list"],
+        ),
         roles: roles.collect(),
     }
 }
 
-/// As CloudFormation resolves it.
+/// Resolves the template as CloudFormation does.
 fn by_cloudformation(text: &str, provider: &str) -> Read {
     let resolved = text.replace("\n", "").replace("  ", "");
     let template: Value = serde_json::from_str(&resolved).unwrap();
@@ -222,8 +226,8 @@ fn by_cloudformation(text: &str, provider: &str) -> Read {
     read
 }
 
-/// What all of them say, in the order of `awsvid trust-policy --format`: the same, or it is a panic. `provider` is the ARN that
-/// the provider will have.
+/// Returns the content of all three outputs, in the order of `awsvid trust-policy --format`. Panics
+/// if they differ. `provider` is the ARN that the provider will have.
 pub(crate) fn same([aws_cli, terraform, cloudformation]: [&str; 3], provider: &str) -> Read {
     let read = by_a_shell(aws_cli);
     assert_eq!(by_hcl(terraform, provider), read);

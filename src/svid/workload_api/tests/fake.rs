@@ -1,4 +1,4 @@
-//! Servers at the other end of the socket, for answers that no real agent can be made to give.
+//! Fake Workload APIs, for replies that a real agent cannot be made to send.
 
 use std::future::pending;
 use std::path::{Path, PathBuf};
@@ -17,22 +17,22 @@ use crate::svid::proto::workload::spiffe_workload_api_server::{
 };
 use crate::svid::proto::workload::{Jwtsvid, JwtsvidRequest, JwtsvidResponse};
 
-/// What to say to the request with this number (from 0); `None`: nothing, ever.
+/// Reply to the request with this number (from 0), or `None` for no reply at all.
 pub(super) type WorkloadApiScript =
     dyn Fn(usize) -> Option<Result<JwtsvidResponse, Status>> + Send + Sync;
 
-/// A Workload API that answers as it is told, and is as strict about the header as SPIRE.
+/// A Workload API that replies by a script, and is as strict about the header as SPIRE.
 #[derive(Clone)]
 struct WorkloadApiService {
     script: Arc<WorkloadApiScript>,
-    seen: Seen,
+    requests: ReceivedRequests,
 }
 
 /// The requests that arrived, with their metadata.
 #[derive(Clone, Default)]
-pub(super) struct Seen(Arc<Mutex<Vec<(MetadataMap, JwtsvidRequest)>>>);
+pub(super) struct ReceivedRequests(Arc<Mutex<Vec<(MetadataMap, JwtsvidRequest)>>>);
 
-impl Seen {
+impl ReceivedRequests {
     pub(super) fn all(&self) -> Vec<(MetadataMap, JwtsvidRequest)> {
         self.0.lock().unwrap().clone()
     }
@@ -59,9 +59,9 @@ impl SpiffeWorkloadApi for WorkloadApiService {
             ));
         }
         let number = {
-            let mut seen = self.seen.0.lock().unwrap();
-            seen.push((request.metadata().clone(), request.into_inner()));
-            seen.len() - 1
+            let mut requests = self.requests.0.lock().unwrap();
+            requests.push((request.metadata().clone(), request.into_inner()));
+            requests.len() - 1
         };
         match (self.script)(number) {
             Some(answer) => answer.map(Response::new),
@@ -70,9 +70,9 @@ impl SpiffeWorkloadApi for WorkloadApiService {
     }
 }
 
-/// A running fake; it ends with the value.
+/// A running fake, which stops when the value is dropped.
 pub(super) struct FakeWorkloadApi {
-    pub(super) seen: Seen,
+    pub(super) requests: ReceivedRequests,
     task: JoinHandle<()>,
 }
 
@@ -82,21 +82,21 @@ impl Drop for FakeWorkloadApi {
     }
 }
 
-fn router(script: Arc<WorkloadApiScript>) -> (Router, Seen) {
-    let seen = Seen::default();
+fn router(script: Arc<WorkloadApiScript>) -> (Router, ReceivedRequests) {
+    let requests = ReceivedRequests::default();
     let service = WorkloadApiService {
         script,
-        seen: seen.clone(),
+        requests: requests.clone(),
     };
     (
         Server::builder().add_service(SpiffeWorkloadApiServer::new(service)),
-        seen,
+        requests,
     )
 }
 
-/// Listens at `path`.
+/// Starts a fake that listens at `path`.
 pub(super) fn at(path: &Path, script: Arc<WorkloadApiScript>) -> FakeWorkloadApi {
-    let (router, seen) = router(script);
+    let (router, requests) = router(script);
     let listener = UnixListener::bind(path).unwrap();
     let task = tokio::spawn(async move {
         router
@@ -104,15 +104,15 @@ pub(super) fn at(path: &Path, script: Arc<WorkloadApiScript>) -> FakeWorkloadApi
             .await
             .unwrap();
     });
-    FakeWorkloadApi { seen, task }
+    FakeWorkloadApi { requests, task }
 }
 
-/// Listens at a free port of this address.
+/// Starts a fake at a free port of this address.
 pub(super) async fn at_tcp(
     address: &str,
     script: Arc<WorkloadApiScript>,
 ) -> (FakeWorkloadApi, std::net::SocketAddr) {
-    let (router, seen) = router(script);
+    let (router, requests) = router(script);
     let listener = tokio::net::TcpListener::bind((address, 0)).await.unwrap();
     let bound = listener.local_addr().unwrap();
     let task = tokio::spawn(async move {
@@ -121,10 +121,10 @@ pub(super) async fn at_tcp(
             .await
             .unwrap();
     });
-    (FakeWorkloadApi { seen, task }, bound)
+    (FakeWorkloadApi { requests, task }, bound)
 }
 
-/// Accepts HTTP/2 connections below gRPC and gives each to `serve`.
+/// Accepts HTTP/2 connections below gRPC and passes each to `serve`.
 pub(super) fn at_h2<F>(
     path: &Path,
     serve: impl Fn(h2::server::Connection<tokio::net::UnixStream, bytes::Bytes>) -> F + Send + 'static,
@@ -143,7 +143,7 @@ where
     })
 }
 
-/// An answer with these (SPIFFE ID, token) pairs.
+/// Returns a reply with these (SPIFFE ID, token) pairs.
 pub(super) fn svids<'a>(pairs: impl IntoIterator<Item = (&'a str, String)>) -> JwtsvidResponse {
     let svid = |(id, svid): (&str, String)| Jwtsvid {
         spiffe_id: id.to_owned(),
@@ -155,7 +155,7 @@ pub(super) fn svids<'a>(pairs: impl IntoIterator<Item = (&'a str, String)>) -> J
     }
 }
 
-/// Where a socket may be made, and the endpoint of it.
+/// Returns the path for a socket in `dir`.
 pub(super) fn socket(dir: &tempfile::TempDir) -> PathBuf {
     dir.path().join("agent.sock")
 }

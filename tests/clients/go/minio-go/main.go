@@ -1,5 +1,5 @@
-// Reads an object with MinIO's client library for Go and its credentials "from IAM", which mean the container endpoint
-// where its variables are set.
+// Reads an object with MinIO's client library for Go and its credentials "from IAM", which mean the
+// container endpoint where its variables are set.
 package main
 
 import (

@@ -1,4 +1,4 @@
-// Package reads is what all clients in Go have in common: their arguments and what they print.
+// Package reads has the common part of all clients in Go: their arguments and their output.
 package reads
 
 import (
@@ -37,7 +37,7 @@ func usage() {
 	os.Exit(2)
 }
 
-// Run reads the object as often as asked, says on one line each time what came of it, and ends the program.
+// Run reads the object TIMES times, prints one line with each result, and ends the program.
 func (a Arguments) Run(read func() ([]byte, error)) {
 	status := 1
 	for i := range a.times {

@@ -16,7 +16,7 @@ import (
 func main() {
 	arguments := reads.Parse()
 	session, err := session.NewSession(&aws.Config{
-		// Else an error of the container endpoint is only "no valid providers in chain".
+		// Without it an error of the container endpoint is only "no valid providers in chain".
 		CredentialsChainVerboseErrors: aws.Bool(true),
 		Endpoint:                      aws.String(arguments.Endpoint),
 		S3ForcePathStyle:              aws.Bool(true),

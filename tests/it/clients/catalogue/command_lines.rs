@@ -1,4 +1,4 @@
-//! Command lines that have the SDK inside them: each run asks anew.
+//! Command lines that contain the SDK: each run fetches credentials again.
 
 use super::{Client, Start, Version};
 

@@ -1,4 +1,4 @@
-//! Python's, and what of C++ and Rust is used from Python.
+//! Python's clients, and those of C++ and Rust that are used from Python.
 
 use super::{Client, Start, UNSIGNED, Version};
 

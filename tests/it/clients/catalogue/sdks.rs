@@ -1,8 +1,8 @@
-//! AWS's SDKs for other languages than Python, and what is built on them or does without.
+//! AWS's SDKs for languages other than Python, and clients that are built on them or use none.
 
 use super::{Client, Start, UNSIGNED, Version};
 
-/// There is none for PHP: Debian has no package of that SDK.
+/// Returns the SDKs. PHP's is missing: Debian has no package of it.
 pub(super) fn clients() -> Vec<Client> {
     let ruby = Version::Printed(&["-e", "require 'aws-sdk-core'; puts Aws::CORE_GEM_VERSION"]);
     vec![
@@ -31,7 +31,7 @@ pub(super) fn clients() -> Vec<Client> {
             "name = \"object_store\"\n",
         ),
         Client {
-            note: "from 3.171 on (Debian 13); a client object that got no credentials when it was made never asks again",
+            note: "from 3.171 on (Debian 13); a client object that got no credentials when it was made never requests them again",
             ..program(
                 "Ruby",
                 "Debian",
@@ -125,7 +125,8 @@ fn mc() -> Client {
             after: "github.com/minio/minio-go/v7 ",
         },
         start: Start::Command(&["mc", "--quiet", "cat", "m/{bucket}/{key}"]),
-        // Without an STS it looks for no credentials but the alias's. The token's file comes before that STS.
+        // Without an STS it uses no credentials but the alias's. The token's file precedes that
+        // STS.
         environment: &[
             ("MC_HOST_m", "{endpoint}"),
             ("MC_STS_ENDPOINT_m", "{endpoint}"),
@@ -142,7 +143,7 @@ fn rclone() -> Client {
             file: "tests/clients/rclone/go.mod",
             after: "github.com/rclone/rclone ",
         },
-        // Else it lists the bucket, which takes a right that reading takes not.
+        // Otherwise it lists the bucket, which takes a right that reading does not need.
         start: Start::Command(&["rclone", "cat", "--no-traverse", "m:{bucket}/{key}"]),
         environment: &[
             ("RCLONE_CONFIG_M_TYPE", "s3"),

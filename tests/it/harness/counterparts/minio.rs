@@ -1,4 +1,5 @@
-//! MinIO: an STS that verifies JWT-SVIDs against the OIDC discovery document, and an S3 that takes its credentials.
+//! MinIO: an STS that verifies JWT-SVIDs against the OIDC discovery document, and an S3 that
+//! accepts its credentials.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,20 +11,21 @@ use serde_json::{Deserializer, Value, json};
 use super::process::{Process, run};
 use super::{Port, http_get, read, tool};
 
-/// How long each step of MinIO's start, and each call of its client, may take on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Bounds each step of MinIO's start, and each call of its client, on a loaded machine.
+const TIMEOUT: Duration = Duration::from_secs(60);
 const ROOT_USER: &str = "minio-root";
 const ROOT_PASSWORD: &str = "minio-password";
 const POLICY: &str = "awsvid";
 
-/// What the trace calls AssumeRoleWithWebIdentity (`Record::api`), because one function of MinIO serves two actions.
+/// MinIO's name for AssumeRoleWithWebIdentity in the trace (`Record::api`), because one function of
+/// MinIO serves two actions.
 pub(crate) const ASSUME_ROLE: &str = "sts.AssumeRoleWithSSO";
 
-/// The audience that MinIO asks for in a token.
+/// The audience that MinIO requires in a token.
 pub(crate) const AUDIENCE: &str = "minio";
 
-/// A MinIO server with one OpenID provider and one role that anybody with a valid token of it may assume. It ends when
-/// this is dropped.
+/// A MinIO server with one OpenID provider and one role that any valid token of it may assume. It
+/// ends when this is dropped.
 pub(crate) struct Minio {
     folder: PathBuf,
     program: PathBuf,
@@ -34,9 +36,9 @@ pub(crate) struct Minio {
 }
 
 impl Minio {
-    /// Starts MinIO with its data below `folder`, its OpenID provider at `issuer_url` (which must answer already:
-    /// `Spire::issuer_url`), the audience `AUDIENCE`, and `policy` (an IAM policy document) for the role. `None` after
-    /// a printed skip if the programs are missing.
+    /// Starts MinIO with its data below `folder` and its OpenID provider at `issuer_url`, which
+    /// must respond already (`Spire::issuer_url`). Its audience is `AUDIENCE`, and `policy` is the
+    /// role's IAM policy document. Returns `None` after a printed skip if the programs are missing.
     pub(crate) fn start(folder: &Path, issuer_url: &str, policy: &Value) -> Option<Minio> {
         let (program, client) = (tool("minio")?, tool("mc")?);
         let folder = folder.join("minio");
@@ -52,7 +54,8 @@ impl Minio {
         minio.restart();
         let file = minio.folder.join("policy.json");
         fs::write(&file, policy.to_string()).expect("the policy's file");
-        // The role names the policy, and is looked up at each request: it may come after the start.
+        // The role names the policy, which MinIO reads at each request: it may be created after the
+        // start.
         minio.client(
             &[
                 "admin",
@@ -67,17 +70,16 @@ impl Minio {
         Some(minio)
     }
 
-    /// The URL of both S3 and STS.
+    /// Returns the URL of both S3 and STS.
     pub(crate) fn endpoint(&self) -> String {
         format!("http://{}", self.port.address())
     }
 
-    /// The role's ARN, as MinIO printed it.
+    /// Returns the role's ARN, as MinIO printed it.
     pub(crate) fn role_arn(&self) -> String {
         role_arn(&self.log()).expect("MinIO has printed its role")
     }
 
-    /// Makes a bucket.
     pub(crate) fn make_bucket(&self, bucket: &str) {
         self.client(&["mb", &format!("m/{bucket}")], b"");
     }
@@ -97,17 +99,18 @@ impl Minio {
         self.client(&["cp", "--recursive", &from, &format!("m/{bucket}/")], b"");
     }
 
-    /// What MinIO has printed so far.
+    /// Returns MinIO's output so far.
     pub(crate) fn log(&self) -> String {
         read(&self.folder.join("server.log"))
     }
 
-    /// Kills the server; its endpoint refuses connections.
+    /// Kills the server. Its endpoint then refuses connections.
     pub(crate) fn stop(&mut self) {
         self.server = None;
     }
 
-    /// Starts the server again at the same endpoint, with the data, the policy and the role that it had.
+    /// Starts the server again at the same endpoint, with the data, the policy and the role that it
+    /// had.
     pub(crate) fn restart(&mut self) {
         self.stop();
         let printed = self.log().len();
@@ -131,7 +134,7 @@ impl Minio {
             ]);
         let server = Process::start("minio", command, &self.folder.join("server.log"));
         // It prints its roles when IAM is ready, which is after it has read the provider's keys.
-        server.await_some("MinIO is ready", PATIENCE, || {
+        server.await_some("MinIO is ready", TIMEOUT, || {
             role_arn(&self.log()[printed..])?;
             http_get(self.port.address(), "/minio/health/ready")
                 .filter(|(status, _)| *status == 200)
@@ -155,10 +158,10 @@ impl Minio {
         let trace = Trace {
             process: Process::start("mc admin trace", command, &log),
         };
-        // Nothing tells when the subscription is there but a call that shows up.
+        // Only a call that appears in the trace proves that the subscription exists.
         trace
             .process
-            .await_some("mc admin trace shows a call", PATIENCE, || {
+            .await_some("mc admin trace shows a call", TIMEOUT, || {
                 http_get(self.port.address(), "/awsvid-trace-begins/")?;
                 trace
                     .records()
@@ -186,12 +189,12 @@ impl Minio {
     fn client(&self, arguments: &[&str], input: &[u8]) {
         let mut command = self.client_command();
         command.args(arguments);
-        run(command, input, PATIENCE).success(&format!("mc {}", arguments.join(" ")));
+        run(command, input, TIMEOUT).success(&format!("mc {}", arguments.join(" ")));
     }
 }
 
-/// A policy that lets whoever has the role read one bucket, but only with credentials that came from a token with this
-/// `sub`.
+/// Returns a policy that lets the role read one bucket, but only with credentials from a token with
+/// this `sub`.
 pub(crate) fn readable_by(spiffe_id: &str, bucket: &str) -> Value {
     json!({ "Version": "2012-10-17", "Statement": [{
         "Effect": "Allow",
@@ -207,17 +210,17 @@ fn role_arn(log: &str) -> Option<String> {
     Some(format!("arn:minio:iam:{}", &rest[..end]))
 }
 
-/// A running `mc admin trace` of the server's S3 and STS calls, from its start on. It has the secrets of the calls
-/// too. It ends when the server does.
+/// A running `mc admin trace` of the server's S3 and STS calls, from its start on. It contains the
+/// secrets of the calls. It ends when the server does.
 pub(crate) struct Trace {
     process: Process,
 }
 
 impl Trace {
-    /// All calls shown so far, in their order. MinIO shows a call after it has answered it, so one that was just
-    /// answered may come a little later: `await_record`.
+    /// Returns all calls shown so far, in their order. MinIO shows a call after its response, so
+    /// the latest call may be missing: use `await_record`.
     pub(crate) fn records(&self) -> Vec<Record> {
-        // The last record may still be being written: it ends the stream.
+        // The last record may be incomplete, which ends the stream.
         Deserializer::from_str(&self.process.log())
             .into_iter()
             .map_while(Result::ok)
@@ -225,13 +228,14 @@ impl Trace {
             .collect()
     }
 
-    /// Waits for the first record that `wanted` accepts. `what` says what it is.
+    /// Waits for the first record that `wanted` accepts. `what` describes it in a failure.
     pub(crate) fn await_record(&self, what: &str, wanted: impl Fn(&Record) -> bool) -> Record {
         self.process
-            .await_some(what, PATIENCE, || self.records().into_iter().find(&wanted))
+            .await_some(what, TIMEOUT, || self.records().into_iter().find(&wanted))
     }
 
-    /// How many calls of this API, so far, were signed with this access key id or (`ASSUME_ROLE`) answered with it.
+    /// Returns the number of calls of this API so far that were signed with this access key id. For
+    /// `ASSUME_ROLE` it counts the responses with it.
     pub(crate) fn count(&self, api: &str, access_key_id: &str) -> usize {
         self.records()
             .iter()
@@ -242,30 +246,29 @@ impl Trace {
     }
 }
 
-/// One call, as MinIO saw it.
+/// One call, as MinIO recorded it.
 #[derive(Debug)]
 pub(crate) struct Record(Value);
 
 impl Record {
-    /// Such as `s3.GetObject`, or `ASSUME_ROLE`.
+    /// Returns the API, such as `s3.GetObject` or `ASSUME_ROLE`.
     pub(crate) fn api(&self) -> &str {
         self.0["api"].as_str().unwrap_or_default()
     }
 
-    /// The URL's path.
     pub(crate) fn path(&self) -> &str {
         self.0["path"].as_str().unwrap_or_default()
     }
 
-    /// The HTTP status of the answer.
+    /// Returns the HTTP status of the response.
     pub(crate) fn status(&self) -> u64 {
         self.0["response"]["statusCode"]
             .as_u64()
             .unwrap_or_default()
     }
 
-    /// The access key id of the call: the one that STS gave in its answer, else the one that the request was signed
-    /// with. `None`: refused by STS, or unsigned.
+    /// Returns the access key id of the call: the one in the STS response, else the one that signed
+    /// the request. It is `None` if STS refused, or if the call is unsigned.
     pub(crate) fn access_key_id(&self) -> Option<String> {
         let text = |pointer| {
             self.0
@@ -290,14 +293,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_access_key_id_of_a_call_is_read_from_wherever_it_stands() {
+    fn access_key_id_is_read_from_each_form_of_record() {
         let scope = "20261124/eu-central-1/s3/aws4_request";
         let signed = json!({ "Authorization": format!("AWS4-HMAC-SHA256 Credential=SIGNED/{scope}, Signature=0") });
         let presigned = format!(
             "X-Amz-Date=0&X-Amz-Credential=PRESIGNED%2F{}",
             scope.replace('/', "%2F")
         );
-        let given = "<Credentials><AccessKeyId>GIVEN</AccessKeyId><SecretAccessKey>s</SecretAccessKey></Credentials>";
+        let issued = "<Credentials><AccessKeyId>GIVEN</AccessKeyId><SecretAccessKey>s</SecretAccessKey></Credentials>";
         let refused = "<Error><Code>AccessDenied</Code></Error>";
         for (call, expected) in [
             (json!({ "request": { "headers": signed } }), Some("SIGNED")),
@@ -305,9 +308,9 @@ mod tests {
                 json!({ "request": { "rawQuery": presigned } }),
                 Some("PRESIGNED"),
             ),
-            (json!({ "response": { "body": given } }), Some("GIVEN")),
+            (json!({ "response": { "body": issued } }), Some("GIVEN")),
             (
-                json!({ "request": { "headers": signed }, "response": { "body": given } }),
+                json!({ "request": { "headers": signed }, "response": { "body": issued } }),
                 Some("GIVEN"),
             ),
             (

@@ -16,11 +16,11 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Pid, getppid};
 
-/// How many of a log's last lines a failed test shows.
+/// The number of a log's last lines that a failed test shows.
 const SHOWN_LINES: usize = 40;
 
-/// Asks `ready` until it gives something. Panics with `what` after `within`, which is for a machine that hangs, so be
-/// generous.
+/// Calls `ready` until it returns a value. Panics with `what` after `within`, a bound for a machine
+/// that hangs, so choose it generously.
 pub(crate) fn await_some<T>(
     what: &str,
     within: Duration,
@@ -36,7 +36,8 @@ pub(crate) fn await_some<T>(
     }
 }
 
-/// A command that starts `program` by these words, such as `unshare --pid`, or by itself if there are none.
+/// Returns a command that starts `program` behind these words, such as `unshare --pid`, or directly
+/// if there are none.
 pub(crate) fn behind(words: &[&str], program: &Path) -> Command {
     let mut words = words.iter().map(OsStr::new).chain([program.as_os_str()]);
     let mut command = Command::new(words.next().expect("the program at least"));
@@ -44,29 +45,31 @@ pub(crate) fn behind(words: &[&str], program: &Path) -> Command {
     command
 }
 
-/// A child process. Dropping it ends it and what it has started: SIGKILL to its process group, then wait.
+/// A child process. Dropping it ends it and all that it has started: SIGKILL to its process group,
+/// then wait.
 pub(crate) struct Owned {
     child: Child,
     status: Option<ExitStatus>,
 }
 
 impl Owned {
-    /// Its process id, which nobody else can have until this is dropped or `wait` has returned a status.
+    /// Returns its process id. The kernel does not reuse it until this is dropped or `wait` has
+    /// returned a status.
     pub(crate) fn id(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id()).expect("the kernel's pids are below 2^22"))
     }
 
-    /// Its standard input, once, if the command made a pipe of it.
+    /// Takes its standard input, if the command made a pipe of it.
     pub(crate) fn stdin(&mut self) -> Option<ChildStdin> {
         self.child.stdin.take()
     }
 
-    /// Its standard output, once, if the command made a pipe of it.
+    /// Takes its standard output, if the command made a pipe of it.
     pub(crate) fn stdout(&mut self) -> Option<ChildStdout> {
         self.child.stdout.take()
     }
 
-    /// False once it has ended.
+    /// Returns false once it has ended.
     pub(crate) fn is_running(&self) -> bool {
         // WNOWAIT leaves the zombie: until `end` reaps it, its id names its group and nothing else.
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
@@ -74,7 +77,8 @@ impl Owned {
             && waitid(Id::Pid(self.id()), flags).expect("an own child") == WaitStatus::StillAlive
     }
 
-    /// How it ended by itself, with what is left of its group killed. `None`: it still runs after `within`.
+    /// Waits for its exit status, with what is left of its group killed. Returns `None` if it still
+    /// runs after `within`.
     pub(crate) fn wait(&mut self, within: Duration) -> Option<ExitStatus> {
         let deadline = Instant::now() + within;
         while self.is_running() {
@@ -86,12 +90,12 @@ impl Owned {
         Some(self.end())
     }
 
-    /// Ends it now.
+    /// Kills it and returns its exit status.
     pub(crate) fn end(&mut self) -> ExitStatus {
         if let Some(status) = self.status {
             return status;
         }
-        // An error says that nobody is left to kill.
+        // An error means that no process is left to kill.
         let _ = killpg(self.id(), Signal::SIGKILL);
         let status = self.child.wait().expect("an own child");
         self.status = Some(status);
@@ -105,25 +109,27 @@ impl Drop for Owned {
     }
 }
 
-/// Starts a child that the kernel kills when this test process ends, however it ends, also by SIGKILL.
+/// Starts a child that the kernel kills when this test process ends, in whichever way it ends, also
+/// by SIGKILL.
 ///
-/// PR_SET_PDEATHSIG fires when the *thread* that forked ends. Each test runs in a thread of its own, which ends before
-/// others are done, so one thread that lives as long as the process starts all children.
+/// PR_SET_PDEATHSIG fires when the *thread* that forked ends. Each test runs in a thread of its
+/// own, which ends before other tests do. So one thread that lives as long as the process starts
+/// all children.
 pub(crate) fn spawn(mut command: Command) -> io::Result<Owned> {
     type Job = (Command, Sender<io::Result<Owned>>);
     static SPAWNER: OnceLock<Sender<Job>> = OnceLock::new();
 
-    // A group of its own, so that ending it takes along what it has started.
+    // A group of its own, so that ending it also ends what it has started.
     command.process_group(0);
     let parent = Pid::this();
-    // SAFETY: the closure runs between fork and exec and makes two system calls; it neither allocates nor takes a
-    // lock.
+    // SAFETY: the closure runs between fork and exec and makes two system calls. It neither
+    // allocates nor takes a lock.
     #[allow(unsafe_code)]
     unsafe {
-        // This comes after std's setuid, which would clear the signal again.
+        // After std's setuid, which would clear the signal again.
         command.pre_exec(move || {
             prctl::set_pdeathsig(Signal::SIGKILL)?;
-            // The parent may have ended before the call above: nobody would kill this child then.
+            // If the parent ended before the call above, the kernel would not kill this child.
             if getppid() == parent {
                 Ok(())
             } else {
@@ -135,7 +141,7 @@ pub(crate) fn spawn(mut command: Command) -> io::Result<Owned> {
         let (sender, jobs): (_, Receiver<Job>) = channel();
         let run = move || {
             for (mut command, reply) in jobs {
-                // If the test that asked is gone, dropping the answer ends the child.
+                // If the test has ended, dropping the reply ends the child.
                 let _ = reply.send(command.spawn().map(|child| Owned {
                     child,
                     status: None,
@@ -155,7 +161,7 @@ pub(crate) fn spawn(mut command: Command) -> io::Result<Owned> {
     answer.recv().expect("the spawner never ends")
 }
 
-/// A long-running program, with both outputs in a log file that a failed test shows the end of.
+/// A long-running program, with both outputs in a log file. A failed test shows the end of it.
 pub(crate) struct Process {
     name: String,
     owned: Owned,
@@ -163,7 +169,7 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts `command`, with its outputs appended to the file `log`. `name` is what failures call it.
+    /// Starts `command`, with its outputs appended to the file `log`. Failures call it `name`.
     pub(crate) fn start(name: &str, mut command: Command, log: &Path) -> Process {
         let file = OpenOptions::new()
             .create(true)
@@ -183,22 +189,22 @@ impl Process {
         }
     }
 
-    /// See [`Owned::id`].
+    /// Returns its process id, as [`Owned::id`] does.
     pub(crate) fn id(&self) -> Pid {
         self.owned.id()
     }
 
-    /// The child itself.
     pub(crate) fn owned(&mut self) -> &mut Owned {
         &mut self.owned
     }
 
-    /// All that it has printed so far, in earlier starts too if they had the same log file.
+    /// Returns its output so far, that of earlier starts included if they had the same log file.
     pub(crate) fn log(&self) -> String {
         super::read(&self.log)
     }
 
-    /// `await_some`, but it panics at once if the program has ended, with or without success.
+    /// Waits like `await_some`, but panics at once if the program has ended, with or without
+    /// success.
     pub(crate) fn await_some<T>(
         &self,
         what: &str,
@@ -217,7 +223,6 @@ impl Process {
         })
     }
 
-    /// Sends it `signal`.
     pub(crate) fn signal(&self, signal: Signal) {
         kill(self.owned.id(), signal)
             .unwrap_or_else(|error| panic!("{signal} to {}: {error}", self.name));
@@ -242,20 +247,17 @@ impl Drop for Process {
     }
 }
 
-/// What a program that has ended left behind.
+/// The result of a program that has ended.
 #[derive(Debug)]
 pub(crate) struct Output {
-    /// How it ended.
     pub status: ExitStatus,
-    /// Its standard output.
     pub stdout: String,
-    /// Its standard error.
     pub stderr: String,
 }
 
 impl Output {
-    /// The standard output of a program that must have succeeded; else a panic with all that is known. `what` says
-    /// what it was to do.
+    /// Returns the standard output of a program that must have succeeded, else panics with all that
+    /// is known. `what` describes its task.
     pub(crate) fn success(self, what: &str) -> String {
         assert!(
             self.status.success(),
@@ -268,10 +270,12 @@ impl Output {
     }
 }
 
-/// Runs `command` to its end, with `input` as its standard input. After `within` it is killed, which its status shows.
+/// Runs `command` to its end, with `input` as its standard input. After `within` it is killed,
+/// which its status shows.
 pub(crate) fn run(mut command: Command, input: &[u8], within: Duration) -> Output {
     let name = command.get_program().to_owned();
-    // Files, not pipes: a grandchild that keeps an output open can't make this wait, nor a full pipe the program.
+    // Files, not pipes: a grandchild that keeps an output open can't delay this, and a full pipe
+    // can't block the program.
     let [mut stdin, mut stdout, mut stderr] =
         [(); 3].map(|()| tempfile::tempfile().expect("a temporary file"));
     stdin

@@ -13,68 +13,68 @@ use serde_json::{Value, json};
 use super::process::{Process, behind, run};
 use super::{Port, http_get, read, tool};
 
-/// How long each step of SPIRE's start, and each call of its command line, may take on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Bounds each step of SPIRE's start, and each call of its command line, on a loaded machine.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A SPIRE server, an agent that it has attested, and an OIDC discovery provider whose URL is the issuer of the
-/// JWT-SVIDs. All ends when this is dropped.
+/// A SPIRE server, an agent that it has attested, and an OIDC discovery provider. The provider's
+/// URL is the issuer of the JWT-SVIDs. All of them end when this is dropped.
 pub(crate) struct Spire {
-    /// What the agent's next start reads; the server's part is read once.
+    /// Settings that the agent's next start reads. The server's part is read once.
     pub(crate) setting: SpireSetting,
     folder: PathBuf,
     programs: [PathBuf; 3],
     server_port: Port,
     oidc_port: Port,
     agent_id: String,
-    // Dropped in this order: nobody's log fills with complaints about those gone before.
+    // Dropped in this order, so that no program logs complaints about one that has ended.
     oidc: Option<Process>,
     agent: Option<Process>,
     server: Option<Process>,
-    /// How long the agent's log was when the agent was last started.
+    /// The length of the agent's log at the agent's last start.
     agent_log_start: usize,
 }
 
-/// What SPIRE is started with beyond what every test needs.
+/// Settings of SPIRE beyond what every test needs.
 #[derive(Clone, Default)]
 pub(crate) struct SpireSetting {
-    /// `authorized_delegates`: the SPIFFE IDs that may use the Delegated Identity API. Its socket is there in any case.
+    /// `authorized_delegates`: the SPIFFE IDs that may use the Delegated Identity API. Its socket
+    /// always exists.
     pub(crate) delegates: Vec<String>,
-    /// `brokers`: who may use the Broker API. Its socket is there if this is not empty.
+    /// `brokers`: the clients that may use the Broker API. Its socket exists if this is not empty.
     pub(crate) brokers: Vec<Broker>,
-    /// `default_x509_svid_ttl`, in SPIRE's notation. The agent renews an SVID when half of its life is over, and SPIRE
-    /// dates it back by 10 s: from "10s" down it renews all the time.
+    /// `default_x509_svid_ttl`, in SPIRE's notation. The agent renews an SVID after half of its
+    /// life, and SPIRE dates it back by 10 s: from "10s" down it renews continuously.
     pub(crate) x509_svid_ttl: Option<&'static str>,
-    /// What the agent's command is put behind, to run it in other namespaces.
-    pub(crate) agent_behind: Vec<&'static str>,
-    /// Whether the agent leaves out `unix:sha256`, for which it reads the whole executable of whoever calls, and of whoever
-    /// it is asked about, at each call.
+    /// Words in front of the agent's command, to run it in other namespaces.
+    pub(crate) agent_behind: Vec<String>,
+    /// Whether the agent leaves out `unix:sha256`. For it, the agent reads the whole executable of
+    /// the client and of the process in question at each call.
     pub(crate) without_hashes: bool,
-    /// `jwt_issuer`, made of the right one; nothing for none at all.
+    /// Makes `jwt_issuer` from the right one. It makes an empty text for no issuer at all.
     pub(crate) jwt_issuer: Option<fn(&str) -> String>,
     /// `domains` of the OIDC discovery provider, and its other settings.
     pub(crate) domains: Option<&'static str>,
     pub(crate) oidc: &'static str,
-    /// Where that provider looks for the server, if not where it is.
+    /// The server's address for that provider, if not the real one.
     pub(crate) oidc_server: Option<&'static str>,
-    /// Another `WorkloadAttestor` beside `unix`, as the agent's configuration has it.
+    /// Another `WorkloadAttestor` in addition to `unix`, as the agent's configuration has it.
     pub(crate) attestor: String,
-    /// An agent elsewhere, in place of one beside the server.
-    pub(crate) elsewhere: Option<Elsewhere>,
+    /// An agent on another machine, instead of one on the server's.
+    pub(crate) remote_agent: Option<RemoteAgent>,
 }
 
-/// An agent that somebody else starts.
+/// An agent that the test starts itself.
 #[derive(Clone)]
-pub(crate) struct Elsewhere {
+pub(crate) struct RemoteAgent {
     /// The SPIFFE ID that it will have.
     pub(crate) id: String,
     /// The server's `NodeAttestor` for it, as its configuration has it.
     pub(crate) node_attestor: String,
 }
 
-/// Somebody who may use the Broker API.
+/// A client that may use the Broker API.
 #[derive(Clone)]
 pub(crate) struct Broker {
-    /// SPIFFE ID.
     pub(crate) id: String,
     /// `allowed_reference_types`; "*" alone is all of them.
     pub(crate) reference_types: Vec<&'static str>,
@@ -88,7 +88,7 @@ impl Broker {
     pub(crate) const BY_OBJECT: &str =
         "type.googleapis.com/spiffe.broker.KubernetesObjectReference";
 
-    /// One that may refer to processes.
+    /// Returns a broker that may refer to processes.
     pub(crate) fn by_pid(id: &str) -> Broker {
         Broker {
             id: id.to_owned(),
@@ -98,14 +98,14 @@ impl Broker {
 }
 
 impl Spire {
-    /// Starts all three with their data below `folder` and returns when each answers. `None` after a printed skip if
-    /// the programs are missing (`counterparts::tool`). `folder` must be one that other users can enter
-    /// (`counterparts::folder`).
+    /// Starts all three with their data below `folder`, and waits until each responds. Returns
+    /// `None` after a printed skip if the programs are missing (`counterparts::tool`). Other users
+    /// must be able to enter `folder` (`counterparts::folder`).
     pub(crate) fn start(folder: &Path) -> Option<Spire> {
         Self::start_with(folder, SpireSetting::default())
     }
 
-    /// The same, with more in the configuration.
+    /// Starts all three with more in the configuration.
     pub(crate) fn start_with(folder: &Path, setting: SpireSetting) -> Option<Spire> {
         let programs = [
             tool("spire-server")?,
@@ -113,8 +113,8 @@ impl Spire {
             tool("oidc-discovery-provider")?,
         ];
         let folder = folder.join("spire");
-        // The admin and broker sockets may not lie in or below the folder of the Workload API's socket: the agent would
-        // end at once.
+        // The admin and broker sockets may not be in or below the folder of the Workload API's
+        // socket: the agent would end at once.
         for name in ["server", "agent", "admin", "broker"] {
             fs::create_dir_all(folder.join(name)).expect("a folder for SPIRE");
         }
@@ -135,8 +135,8 @@ impl Spire {
             .server_command(&["bundle", "show"])
             .success("the server's bundle");
         fs::write(spire.folder.join("bundle.pem"), bundle).expect("the bundle's file");
-        if let Some(elsewhere) = &spire.setting.elsewhere {
-            spire.agent_id = elsewhere.id.clone();
+        if let Some(remote_agent) = &spire.setting.remote_agent {
+            spire.agent_id = remote_agent.id.clone();
             spire.start_oidc();
             return Some(spire);
         }
@@ -154,53 +154,53 @@ impl Spire {
         Some(spire)
     }
 
-    /// The trust domain's name.
+    /// Returns the trust domain's name.
     pub(crate) fn trust_domain(&self) -> &str {
         "example.org"
     }
 
-    /// The agent's own SPIFFE ID.
+    /// Returns the agent's own SPIFFE ID.
     pub(crate) fn agent_id(&self) -> &str {
         &self.agent_id
     }
 
-    /// Where the server listens for agents.
+    /// Returns the address at which the server listens for agents.
     pub(crate) fn server_address(&self) -> SocketAddr {
         self.server_port.address()
     }
 
-    /// The server's certificates, by which agents know it.
+    /// Returns the server's certificates, by which agents verify it.
     pub(crate) fn bundle(&self) -> String {
         read(&self.folder.join("bundle.pem"))
     }
 
-    /// The socket of the SPIFFE Workload API; any user may connect.
+    /// Returns the socket of the SPIFFE Workload API. Any user may connect.
     pub(crate) fn agent_socket(&self) -> PathBuf {
         self.folder.join("agent/api.sock")
     }
 
-    /// The socket of the Delegated Identity API: mode 0770.
+    /// Returns the socket of the Delegated Identity API: mode 0770.
     pub(crate) fn admin_socket(&self) -> PathBuf {
         self.folder.join("admin/api.sock")
     }
 
-    /// The socket of the Broker API, if the setting names a broker: mode 0770.
+    /// Returns the socket of the Broker API, which exists if the setting names a broker: mode 0770.
     pub(crate) fn broker_socket(&self) -> PathBuf {
         self.folder.join("broker/api.sock")
     }
 
-    /// The `iss` of the JWT-SVIDs; below it is the discovery document.
+    /// Returns the `iss` of the JWT-SVIDs. The discovery document is below it.
     pub(crate) fn issuer_url(&self) -> String {
         format!("http://{}", self.oidc_port.address())
     }
 
-    /// Makes a registration entry whose parent is the agent, and returns its ID once the agent serves it (if it runs).
-    /// Selectors are such as `unix:uid:1001`.
+    /// Creates a registration entry with the agent as its parent. If the agent runs, waits until it
+    /// serves the entry. Returns the entry's ID. Selectors are such as `unix:uid:1001`.
     pub(crate) fn register(&self, spiffe_id: &str, selectors: &[&str]) -> String {
         self.register_with(spiffe_id, selectors, &[])
     }
 
-    /// The same with further options of `spire-server entry create`, such as `-admin`.
+    /// Creates an entry with further options of `spire-server entry create`, such as `-admin`.
     pub(crate) fn register_with(
         &self,
         spiffe_id: &str,
@@ -231,7 +231,8 @@ impl Spire {
         entry.to_owned()
     }
 
-    /// Makes a registration entry with these selectors for each of these IDs, and returns once the agent serves them.
+    /// Creates an entry with these selectors for each of these IDs, and waits until the agent
+    /// serves them.
     pub(crate) fn register_all(&self, spiffe_ids: &[String], selectors: &[&str]) {
         let selectors: Vec<Value> = selectors
             .iter()
@@ -264,7 +265,7 @@ impl Spire {
         self.await_agent_line("Entry created", entry);
     }
 
-    /// Deletes a registration entry, and returns once the agent has forgotten it (if it runs).
+    /// Deletes a registration entry. If the agent runs, waits until it has dropped it.
     pub(crate) fn delete_entry(&self, entry: &str) {
         self.server_command(&["entry", "delete", "-entryID", entry])
             .success("delete an entry");
@@ -273,7 +274,8 @@ impl Spire {
         }
     }
 
-    /// A JWT-SVID of whoever runs the test, for this audience, from the agent's Workload API.
+    /// Fetches a JWT-SVID of the test's own process for this audience, from the agent's Workload
+    /// API.
     pub(crate) fn fetch_jwt(&self, audience: &str) -> String {
         let mut command = Command::new(&self.programs[1]);
         command.args([
@@ -287,7 +289,7 @@ impl Spire {
             "-socketPath",
         ]);
         command.arg(self.agent_socket());
-        let answer = run(command, b"", PATIENCE).success("fetch a JWT-SVID");
+        let answer = run(command, b"", TIMEOUT).success("fetch a JWT-SVID");
         let answer: Value =
             serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{error} in {answer}"));
         answer[0]["svids"][0]["svid"]
@@ -296,8 +298,8 @@ impl Spire {
             .to_owned()
     }
 
-    /// The JWT-SVIDs with this `sub` that the server has signed, by its own log. The agent caches them, so this may be
-    /// less than `jwt_svids_fetched`.
+    /// Returns the number of JWT-SVIDs with this `sub` that the server has signed, by its own log.
+    /// The agent caches them, so this may be less than `jwt_svids_fetched`.
     pub(crate) fn jwt_svids_signed(&self, spiffe_id: &str) -> usize {
         count(
             &self.server_log(),
@@ -306,14 +308,15 @@ impl Spire {
         )
     }
 
-    /// The JWT-SVIDs with this `sub` that the agent has handed out over the Workload API, by its own log. It writes
-    /// the line before it answers.
+    /// Returns the number of JWT-SVIDs with this `sub` that the agent has returned over the
+    /// Workload API, by its own log. It writes the line before it replies.
     pub(crate) fn jwt_svids_fetched(&self, spiffe_id: &str) -> usize {
         count(&self.agent_log(), "Fetched JWT SVID", spiffe_id)
     }
 
-    /// The processes that the agent has attested and found to have this selector, such as `uid:1001`, by its own log: one for
-    /// each time, whoever asked. Whoever asks by an admin socket is attested each time, too.
+    /// Returns the processes that the agent has attested and found to have this selector, such as
+    /// `uid:1001`, by its own log. Each attestation counts, for any client. The agent attests
+    /// clients of its admin socket, too, each time.
     pub(crate) fn attested(&self, selector: &str) -> Vec<Pid> {
         let has = |line: &Value| {
             let selectors = line["selectors"].as_array();
@@ -329,46 +332,44 @@ impl Spire {
             .collect()
     }
 
-    /// The server's log: JSON lines, level debug.
+    /// Returns the server's log: JSON lines, level debug.
     pub(crate) fn server_log(&self) -> String {
         read(&self.folder.join("server.log"))
     }
 
-    /// The agent's log: JSON lines, level debug, of all its starts.
+    /// Returns the agent's log: JSON lines, level debug, of all its starts.
     pub(crate) fn agent_log(&self) -> String {
         read(&self.folder.join("agent.log"))
     }
 
-    /// The agent's process.
     pub(crate) fn agent_pid(&self) -> Pid {
         self.agent.as_ref().expect("the agent runs").id()
     }
 
-    /// Kills the agent. Its socket file stays, as it does after a crash.
+    /// Kills the agent. Its socket file stays, as after a crash.
     pub(crate) fn stop_agent(&mut self) {
         self.agent = None;
     }
 
-    /// Starts the agent again, with the key and SVID that it had, and waits until it answers. It still has to sync:
-    /// `await_entry`.
+    /// Starts the agent again, with the key and SVID that it had, and waits until it responds. It
+    /// still has to sync: `await_entry`.
     pub(crate) fn start_agent(&mut self) {
         self.run_agent(&[]);
         self.await_agent();
     }
 
-    /// Kills the server.
     pub(crate) fn stop_server(&mut self) {
         self.server = None;
     }
 
-    /// Starts the server, with the keys and entries that it had, and waits until it answers.
+    /// Starts the server, with the keys and entries that it had, and waits until it responds.
     pub(crate) fn start_server(&mut self) {
         let config = self.write("server.conf", &self.server_config());
         let mut command = Command::new(&self.programs[0]);
         command.arg("run").arg("-config").arg(config);
         let server = Process::start("spire-server", command, &self.folder.join("server.log"));
         // The agent needs the port, the command line the socket.
-        server.await_some("spire-server listens", PATIENCE, || {
+        server.await_some("spire-server listens", TIMEOUT, || {
             TcpStream::connect(self.server_port.address())
                 .and(UnixStream::connect(self.server_socket()))
                 .ok()
@@ -383,7 +384,7 @@ impl Spire {
             .args(arguments)
             .arg("-socketPath")
             .arg(self.server_socket());
-        run(command, b"", PATIENCE)
+        run(command, b"", TIMEOUT)
     }
 
     fn server_json(&self, arguments: &[&str]) -> Value {
@@ -401,7 +402,13 @@ impl Spire {
     fn run_agent(&mut self, arguments: &[&str]) {
         self.agent_log_start = self.agent_log().len();
         let config = self.write("agent.conf", &self.agent_config());
-        let mut command = behind(&self.setting.agent_behind, &self.programs[1]);
+        let words: Vec<&str> = self
+            .setting
+            .agent_behind
+            .iter()
+            .map(String::as_str)
+            .collect();
+        let mut command = behind(&words, &self.programs[1]);
         command
             .arg("run")
             .arg("-config")
@@ -420,7 +427,7 @@ impl Spire {
         sockets.extend((!self.setting.brokers.is_empty()).then(|| self.broker_socket()));
         for socket in sockets {
             let what = format!("spire-agent listens at {}", socket.display());
-            agent.await_some(&what, PATIENCE, || UnixStream::connect(&socket).ok());
+            agent.await_some(&what, TIMEOUT, || UnixStream::connect(&socket).ok());
         }
     }
 
@@ -428,7 +435,7 @@ impl Spire {
         let agent = self.agent.as_ref().expect("the agent runs");
         agent.await_some(
             &format!("{message} in the agent's log for {entry}"),
-            PATIENCE,
+            TIMEOUT,
             || {
                 lines(&self.agent_log()[self.agent_log_start..])
                     .any(|line| line["msg"] == message && line["entry"] == entry)
@@ -446,9 +453,9 @@ impl Spire {
             command,
             &self.folder.join("oidc.log"),
         );
-        oidc.await_some("the OIDC discovery provider has keys", PATIENCE, || {
+        oidc.await_some("the OIDC discovery provider has keys", TIMEOUT, || {
             let (status, keys) = http_get(self.oidc_port.address(), "/keys")?;
-            // One that is set up wrong may never say so.
+            // A provider that is configured wrong may never respond.
             let is_right = self.setting.domains.is_none() && self.setting.oidc_server.is_none();
             (!is_right || status == 200 && keys.contains("\"kid\"")).then_some(())
         });
@@ -461,8 +468,9 @@ impl Spire {
         path
     }
 
-    // Keys are kept on disk, so that server and agent can be stopped and started: a join token is good for one
-    // attestation. The two intervals are 5 s by default, and an entry takes both to reach the agent.
+    // Returns the server's configuration. Keys are on disk, so that server and agent can be stopped
+    // and started: a join token is good for one attestation. The two intervals are 5 s by default,
+    // and an entry needs both to reach the agent.
     fn server_config(&self) -> String {
         format!(
             r#"
@@ -492,9 +500,9 @@ plugins {{
 "#,
             node_attestor = self
                 .setting
-                .elsewhere
+                .remote_agent
                 .as_ref()
-                .map_or("", |elsewhere| &elsewhere.node_attestor),
+                .map_or("", |remote_agent| &remote_agent.node_attestor),
             trust_domain = self.trust_domain(),
             folder = self.folder.display(),
             port = self.server_port.address().port(),
@@ -608,7 +616,7 @@ server_api {{ address = "unix://{server}" }}
     }
 }
 
-/// The lines of a JSON log; a line that is still being written is left out.
+/// Returns the lines of a JSON log. A line that is still being written is left out.
 fn lines(log: &str) -> impl Iterator<Item = Value> {
     log.lines()
         .filter_map(|line| serde_json::from_str(line).ok())

@@ -1,4 +1,5 @@
-//! A workload: a process of some user, with nothing in its environment but what the test gives it.
+//! A workload: a process of some user, with only those variables in its environment that the test
+//! sets.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -12,11 +13,11 @@ use tempfile::TempDir;
 
 use super::process::{Output, run};
 
-/// How long one command of a workload may take; the AWS CLI retries for a while before it gives up.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Bounds one command of a workload. The AWS CLI retries for a while before it gives up.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Runs commands as one user, by number: no passwd entry is needed. The environment is empty but for HOME, an empty
-/// folder of that user, and what `env` adds.
+/// Runs commands as one user, by number: no passwd entry is needed. The environment has only HOME,
+/// an empty folder of that user, and what `env` adds.
 pub(crate) struct Workload {
     uid: u32,
     gid: u32,
@@ -25,8 +26,8 @@ pub(crate) struct Workload {
 }
 
 impl Workload {
-    /// A workload with this uid, the gid of the same number, and no supplementary groups. Needs root
-    /// (`counterparts::root`).
+    /// Makes a workload with this uid, the gid of the same number, and no supplementary groups.
+    /// Needs root (`counterparts::root`).
     pub(crate) fn new(uid: u32) -> Workload {
         let home = tempfile::Builder::new()
             .prefix("awsvid-home-")
@@ -42,25 +43,25 @@ impl Workload {
         .env("HOME", &path)
     }
 
-    /// The same with another gid.
+    /// Sets another gid for it.
     pub(crate) fn gid(mut self, gid: u32) -> Workload {
         self.gid = gid;
         self
     }
 
-    /// The same with one more environment variable.
+    /// Adds one more environment variable.
     pub(crate) fn env(mut self, name: &str, value: &str) -> Workload {
         self.environment.insert(name.to_owned(), value.to_owned());
         self
     }
 
-    /// The workload's HOME and working directory.
+    /// Returns the workload's HOME and working directory.
     pub(crate) fn home(&self) -> &Path {
         self.home.path()
     }
 
-    /// A command of this workload, to be changed further and given to `process::run`, `Process::start` or
-    /// `process::spawn`. `program` is a path: there is no PATH.
+    /// Returns a command of this workload, to be changed further and passed to `process::run`,
+    /// `Process::start` or `process::spawn`. `program` is a path, since PATH is not set.
     pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
         chown(self.home(), Some(self.uid), Some(self.gid))
             .expect("chown of the workload's HOME, as root");
@@ -79,6 +80,6 @@ impl Workload {
     pub(crate) fn run(&self, program: impl AsRef<OsStr>, arguments: &[&str]) -> Output {
         let mut command = self.command(program);
         command.args(arguments);
-        run(command, b"", PATIENCE)
+        run(command, b"", TIMEOUT)
     }
 }

@@ -1,13 +1,15 @@
-# Pid 1 of the namespaces of its own that a Node lives in: makes its file system and its network, then only reaps.
+# Pid 1 of a Node's namespaces: sets up the file system and the network, then only reaps.
 #
-#   $1  a directory for it: `files` in it is copied to the node's root, `cgroups` has what to mount below /sys/fs/cgroup (file
-#       system, options, directory), each line of `mounts` is a directory outside and where it is mounted inside, `init.pid`
-#       gets this process's id
+#   $1  its directory:
+#         files     is copied to the node's root
+#         cgroups   lists the mounts below /sys/fs/cgroup (file system, options, directory)
+#         mounts    has a directory outside and its mount point inside on each line
+#         init.pid  gets this process's id
 #   $2  the node's IPv4 address, $3 its IPv6 address, $4 the address of the API server's service
 #
-# All is there when /run/booted is.
+# The setup is complete when /run/booted exists.
 #
-# Nothing of it is visible outside of its namespaces, and all of it is gone when this process is.
+# It is visible only in its namespaces, and ends with this process.
 set -eu
 
 # /proc is still the outer one, so this is the id outside.
@@ -22,7 +24,8 @@ mkdir -m 0755 dev etc home overlay overlay/upper overlay/work proc root run sys 
 ln -s usr/bin usr/sbin usr/lib usr/lib64 .
 ln -s /run var/run
 
-# The programs of this computer, under a layer that takes what is written; of its configuration only what those need.
+# The programs of this computer, under a layer for writes. Of its configuration only the files that
+# those need.
 mount -t overlay node -o "lowerdir=/usr,upperdir=$root/overlay/upper,workdir=$root/overlay/work" usr
 for name in alternatives ld.so.cache ld.so.conf ld.so.conf.d ssl/certs; do
     [ ! -e "/etc/$name" ] || cp -a --parents "/etc/$name" .
@@ -31,7 +34,7 @@ cp -a "$1/files/." .
 
 mount -t proc -o nosuid,nodev,noexec proc proc
 mount -t tmpfs -o mode=0755,nosuid,nodev run run
-# The kubelet insists on some values of the whole computer. It finds them in files that it may have.
+# The kubelet requires some settings of the whole computer. It finds them in files of its own.
 mkdir run/sysctl
 for setting in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 \
     kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000; do
@@ -62,7 +65,8 @@ done <"$1/mounts"
 
 echo node >/proc/sys/kernel/hostname
 ip link set lo up
-# The node's addresses, and that of the API server's service: with it on the node, pods need no kube-proxy to get there.
+# The node's addresses, and that of the API server's service: with it on the node, pods need no
+# kube-proxy to reach it.
 ip addr add "$2/32" dev lo
 ip addr add "$3/128" dev lo nodad
 ip addr add "$4/32" dev lo

@@ -1,4 +1,4 @@
-//! The certificates of a node: one authority, who serves and who asks.
+//! The certificates of a node: one authority, with servers and clients.
 
 use std::fs;
 use std::path::Path;
@@ -7,14 +7,14 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
 };
 
-/// A certificate authority that writes into a directory: `ca.crt`, and for each certificate `<name>.crt` and `<name>.key`.
+/// A certificate authority that writes into a directory: `ca.crt`, and for each certificate
+/// `<name>.crt` and `<name>.key`.
 pub(super) struct Authority<'a> {
     directory: &'a Path,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl<'a> Authority<'a> {
-    /// A new one.
     pub(super) fn new(directory: &'a Path) -> Self {
         let key = KeyPair::generate().expect("a key");
         let mut params = named("kubernetes", None, &[]);
@@ -27,7 +27,8 @@ impl<'a> Authority<'a> {
         }
     }
 
-    /// A certificate for whoever has this common name and organization, and serves at these names and addresses.
+    /// Issues a certificate with this common name and organization, for a server at these names and
+    /// addresses.
     pub(super) fn issue(
         &self,
         name: &str,
@@ -55,7 +56,7 @@ impl<'a> Authority<'a> {
     }
 }
 
-/// A key pair alone, for the tokens of service accounts.
+/// Writes a key pair alone, for the tokens of service accounts.
 pub(super) fn key_pair(directory: &Path, name: &str) {
     let key = KeyPair::generate().expect("a key");
     fs::write(directory.join(format!("{name}.key")), key.serialize_pem()).expect("a file");

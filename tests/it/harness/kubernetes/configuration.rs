@@ -1,4 +1,4 @@
-//! What the programs of a node are told.
+//! The configuration of a node's programs.
 
 use std::fs;
 use std::path::Path;
@@ -8,12 +8,11 @@ use base64::engine::general_purpose::STANDARD;
 
 use super::certificates::{Authority, key_pair};
 
-/// The node's name.
 pub(crate) const NAME: &str = "node";
-/// The node's own addresses, at which pods reach what listens on it.
+/// The node's own address, at which pods reach the node's listeners.
 pub(crate) const ADDRESS: &str = "10.98.0.1";
 pub(super) const ADDRESS6: &str = "fd98::1";
-/// The API server's service, which the node has as an address of its own.
+/// The address of the API server's service, which the node has as its own.
 pub(super) const SERVICE: &str = "10.96.0.1";
 pub(super) const ADMIN: &str = "etc/kubernetes/admin.conf";
 pub(super) const PAUSE: &str = "docker.io/library/pause:test";
@@ -23,11 +22,8 @@ pub(super) const CONTAINERD: &str = "/run/containerd/containerd.sock";
 /// The address families that new pods get.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Families {
-    /// IPv4 alone.
     Four,
-    /// IPv6 alone.
     Six,
-    /// Both.
     Dual,
 }
 
@@ -89,7 +85,8 @@ pub(super) fn write(files: &Path, bin: &Path) {
     fs::write(files.join("etc/hosts"), hosts).expect("a file");
 }
 
-/// The pods' network. 510 addresses, for the 300 pods that the kubelet allows and those that are going away.
+/// Writes the pods' network. It has 510 addresses: the kubelet allows 300 pods, and others are
+/// still ending.
 pub(super) fn write_network(root: &Path, families: Families) {
     let four = r#"[{ "subnet": "10.97.0.0/23" }]"#;
     let six = r#"[{ "subnet": "fd97::/64" }]"#;
@@ -112,7 +109,7 @@ pub(super) fn write_network(root: &Path, families: Families) {
         .expect("a file");
 }
 
-/// How a client whose certificate is in `directory` finds the API server.
+/// Returns a kubeconfig for a client with its certificate in `directory`.
 pub(super) fn kubeconfig(directory: &Path, name: &str, server: &str) -> String {
     let data = |file: String| STANDARD.encode(fs::read(directory.join(file)).expect("a file"));
     format!(
@@ -174,7 +171,7 @@ fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
-/// The thresholds are those of a computer whose disk may be nearly full.
+/// The thresholds are those of a computer with a disk that may be nearly full.
 const KUBELET: &str = r#"
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -192,7 +189,8 @@ imageGCHighThresholdPercent: 100
 evictionHard: { memory.available: 1Mi, nodefs.available: 1%, nodefs.inodesFree: 1%, imagefs.available: 1% }
 "#;
 
-/// Without CAP_SYS_RESOURCE, which a computer may not give to its tests, nobody can lower his OOM score.
+/// Without CAP_SYS_RESOURCE, which a computer may deny its tests, no process can lower its OOM
+/// score.
 const CONTAINERD_CONFIGURATION: &str = r#"
 version = 3
 [plugins.'io.containerd.cri.v1.images']

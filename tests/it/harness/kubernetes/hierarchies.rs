@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::super::cgroup::CgroupTree;
 
-/// Where they are mounted.
+/// The directory in which they are mounted.
 const DIRECTORY: &str = "/sys/fs/cgroup";
 
 /// The same cgroup in all hierarchies.
@@ -16,44 +16,44 @@ pub(super) struct Hierarchies {
 }
 
 impl Hierarchies {
-    /// Makes them.
     pub(super) fn create(number: u32) -> io::Result<Self> {
         let all = Mount::all();
         // Several are mounted side by side in a directory of their own.
-        let beside = all.iter().all(|mount| mount.point != Path::new(DIRECTORY));
-        let mounts = if beside {
+        let in_subdirectories = all.iter().all(|mount| mount.point != Path::new(DIRECTORY));
+        let mounts = if in_subdirectories {
             "tmpfs mode=0755,nosuid,nodev .\n"
         } else {
             ""
         };
-        let mut made = Self {
+        let mut created = Self {
             cgroups: Vec::new(),
             mounts: mounts.to_owned(),
         };
         for mount in all {
             let parent = mount.own_cgroup();
-            made.cgroups
+            created
+                .cgroups
                 .push(CgroupTree::create(&parent, &format!("node-{number}"))?);
-            let cgroup = made.cgroups.last().expect("the new one").path();
-            made.mounts.push_str(&mount.line());
-            // A new cgroup of v1's cpuset takes no process before it is told what those may use.
+            let cgroup = created.cgroups.last().expect("the new one").path();
+            created.mounts.push_str(&mount.line());
+            // A new cgroup of v1's cpuset accepts a process only after these files are set.
             for file in ["cpuset.cpus", "cpuset.mems"] {
                 if mount.kind == "cgroup" && cgroup.join(file).exists() {
                     fs::write(cgroup.join(file), fs::read(parent.join(file))?)?;
                 }
             }
         }
-        Ok(made)
+        Ok(created)
     }
 
-    /// The file that a process writes to in order to move there, of each.
+    /// Returns for each the file that a process writes to in order to enter it.
     pub(super) fn procs(&self) -> impl Iterator<Item = PathBuf> {
         self.cgroups
             .iter()
             .map(|cgroup| cgroup.path().join("cgroup.procs"))
     }
 
-    /// What `boot.sh` mounts, so that these are the roots.
+    /// Returns the mounts that `boot.sh` makes, so that these are the roots.
     pub(super) fn mounts(&self) -> &str {
         &self.mounts
     }
@@ -62,7 +62,7 @@ impl Hierarchies {
 /// A cgroup file system that is mounted on this computer.
 struct Mount {
     point: PathBuf,
-    /// Below which directory of the hierarchy it begins.
+    /// The directory of the hierarchy at which the mount begins.
     root: String,
     kind: String,
     options: String,
@@ -94,8 +94,8 @@ impl Mount {
         found
     }
 
-    /// v1: the one that this process is in, with the limits that it has. v2: the root, which alone may have both processes
-    /// and cgroups with controllers.
+    /// Returns the parent of new cgroups. v1: the one that this process is in, with the limits that
+    /// it has. v2: the root, which alone may have both processes and cgroups with controllers.
     fn own_cgroup(&self) -> PathBuf {
         let own = fs::read_to_string("/proc/self/cgroup").expect("/proc");
         let path = own.lines().find_map(|line| {

@@ -1,4 +1,5 @@
-//! Container images made of files of this computer, as archives that a container runtime imports: no registry, no Docker.
+//! Container images made of files of this computer, as archives that a container runtime imports:
+//! no registry, no Docker.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -10,16 +11,16 @@ use serde_json::{Value, json};
 
 use super::super::counterparts::process::run;
 
-/// A layer of some hundred megabytes, on a machine that is busy.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Bounds the writing of a layer of some hundred megabytes on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// What an image is made of.
+/// The parts of an image.
 pub(crate) struct Image<'a> {
     /// Its whole name, such as `docker.io/library/busybox:test`.
     pub(crate) name: &'a str,
     /// Root directories, one layer each.
     pub(crate) layers: &'a [&'a Path],
-    /// What a container runs by default.
+    /// The command of a container by default.
     pub(crate) entrypoint: &'a [&'a str],
 }
 
@@ -84,11 +85,11 @@ fn blob(layout: &Path, media_type: &str, content: &Value) -> Value {
     stored(layout, media_type, &file)
 }
 
-/// Moves a file to where its digest says; the descriptor.
+/// Moves a file to the path of its digest, and returns the descriptor.
 fn stored(layout: &Path, media_type: &str, file: &Path) -> Value {
     let mut command = Command::new("sha256sum");
     command.arg(file);
-    let printed = run(command, b"", PATIENCE).success("sha256sum");
+    let printed = run(command, b"", TIMEOUT).success("sha256sum");
     let digest = printed
         .split(' ')
         .next()
@@ -108,16 +109,17 @@ fn tar(archive: &Path, directory: &Path) {
         .arg("--directory")
         .arg(directory);
     command.args(["--owner=0", "--group=0", "--numeric-owner", "."]);
-    run(command, b"", PATIENCE).success("tar");
+    run(command, b"", TIMEOUT).success("tar");
 }
 
-/// Lays out a root directory with a program of this computer at `path`, and the shared libraries that it is linked with.
+/// Lays out a root directory with a program of this computer at `path`, and the shared libraries
+/// that it is linked with.
 pub(crate) fn root_of(directory: &Path, program: &Path, path: &str) -> PathBuf {
     let root = directory.join("root");
     let mut files = vec![(program.to_owned(), PathBuf::from(path))];
     let mut command = Command::new("ldd");
     command.arg(program);
-    let linked = run(command, b"", PATIENCE);
+    let linked = run(command, b"", TIMEOUT);
     // A program that is linked with nothing makes ldd fail.
     for library in linked
         .stdout

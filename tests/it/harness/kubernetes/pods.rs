@@ -1,24 +1,24 @@
-//! What runs in the node's pods, and what it has printed.
+//! Runs pods on the node and reads their output.
 
 use std::fs;
 
 use serde_json::Value;
 
 use super::super::counterparts::process::await_some;
-use super::{Node, PATIENCE};
+use super::{Node, TIMEOUT};
 
-/// How a pod has ended.
+/// The result of a pod that has ended.
 #[derive(Debug)]
-pub(crate) struct Ended {
+pub(crate) struct PodResult {
     /// Whether every container has ended with success.
     pub(crate) succeeded: bool,
-    /// What all of its containers have printed.
+    /// The output of all of its containers.
     pub(crate) log: String,
 }
 
 impl Node {
     /// Runs a pod to its end.
-    pub(crate) fn run_pod(&self, manifest: &Value) -> Ended {
+    pub(crate) fn run_pod(&self, manifest: &Value) -> PodResult {
         self.apply(manifest);
         let metadata = &manifest["metadata"];
         let name = metadata["name"].as_str().expect("a name");
@@ -26,8 +26,8 @@ impl Node {
     }
 
     /// Waits for the end of a pod.
-    pub(crate) fn ended(&self, namespace: &str, name: &str) -> Ended {
-        let phase = await_some(&format!("the end of {namespace}/{name}"), PATIENCE, || {
+    pub(crate) fn ended(&self, namespace: &str, name: &str) -> PodResult {
+        let phase = await_some(&format!("the end of {namespace}/{name}"), TIMEOUT, || {
             let pod = self.get(&["pod", "--namespace", namespace, name]);
             let phase = pod["status"]["phase"]
                 .as_str()
@@ -35,13 +35,13 @@ impl Node {
                 .to_owned();
             ["Succeeded", "Failed"].contains(&&*phase).then_some(phase)
         });
-        Ended {
+        PodResult {
             succeeded: phase == "Succeeded",
             log: self.pod_log(namespace, name),
         }
     }
 
-    /// What the containers of the pods have printed whose name begins so, the last one's last.
+    /// Returns the output of the containers of the pods with this prefix, the last one's last.
     pub(crate) fn pod_log(&self, namespace: &str, name: &str) -> String {
         let mut files = Vec::new();
         for pod in fs::read_dir(self.path("/var/log/pods"))
@@ -63,7 +63,7 @@ impl Node {
                 files.extend(runs.filter_map(Result::ok).map(|run| run.path()));
             }
         }
-        // What is written to meanwhile keeps its place.
+        // A file that is written to meanwhile keeps its position.
         files.sort_by_cached_key(|file| fs::metadata(file).and_then(|found| found.modified()).ok());
         let texts: Vec<String> = files
             .iter()

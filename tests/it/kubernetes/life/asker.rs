@@ -1,18 +1,19 @@
-//! A pod that asks.
+//! A pod that sends requests.
 
 use serde_json::{Value, json};
 
-use super::PATIENCE;
+use super::TIMEOUT;
 use crate::harness::counterparts::process::await_some;
 
 use crate::harness::kubernetes::BUSYBOX;
-use crate::kubernetes::cluster::{Account, Cluster, READER};
+use crate::kubernetes::cluster::{Cluster, READER, ServiceAccount};
 
-/// A shell function that asks at an address of the pod's own, on a new connection.
-const ASK: &str = "ask() { busybox wget -q -O /dev/null --header 'Authorization: any' \"http://$1:974/v1/credentials\" 2>&1; }";
+/// A shell function that sends a request to an address of the pod's own, on a new connection.
+const FETCH: &str = "fetch() { busybox wget -q -O /dev/null --header 'Authorization: any' \"http://$1:974/v1/credentials\" 2>&1; }";
 
-/// A pod that runs a script, which can `ask` an address; light, so that many can run.
-pub(super) fn pod(account: Account, name: &str, script: &str) -> Value {
+/// Returns a pod that runs a script which can `fetch` from an address. It is light, so that many
+/// can run.
+pub(super) fn pod(account: ServiceAccount, name: &str, script: &str) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": { "name": name, "namespace": account.namespace, "labels": {} },
@@ -20,29 +21,29 @@ pub(super) fn pod(account: Account, name: &str, script: &str) -> Value {
             "serviceAccountName": account.name, "restartPolicy": "Never", "terminationGracePeriodSeconds": 1,
             "automountServiceAccountToken": false,
             "containers": [{
-                "name": "main", "image": BUSYBOX, "command": ["/bin/busybox", "sh", "-ec", format!("{ASK}\n{script}")],
+                "name": "main", "image": BUSYBOX, "command": ["/bin/busybox", "sh", "-ec", format!("{FETCH}\n{script}")],
             }],
         },
     })
 }
 
-/// One that asks over and over until it is told that it is enough.
-pub(super) struct Asker<'a> {
+/// A pod that sends requests repeatedly until the test stops it.
+pub(super) struct PollingPod<'a> {
     cluster: &'a Cluster,
     name: &'static str,
 }
 
-impl<'a> Asker<'a> {
-    /// Starts one, which has been answered when this returns.
+impl<'a> PollingPod<'a> {
+    /// Starts it, and waits for its first response.
     pub(super) fn start(cluster: &'a Cluster, name: &'static str) -> Self {
         let script = "while [ ! -e /enough ]; do
-                if why=$(ask 127.0.0.1); then echo answered; else echo \"failed: $why\"; fi
+                if why=$(fetch 127.0.0.1); then echo answered; else echo \"failed: $why\"; fi
                 read now rest </proc/uptime; echo \"at $now\"
                 busybox usleep 20000
             done";
         cluster.node.apply(&pod(READER, name, script));
         let asker = Self { cluster, name };
-        asker.goes_on();
+        asker.await_more();
         asker
     }
 
@@ -57,16 +58,17 @@ impl<'a> Asker<'a> {
             .count()
     }
 
-    /// Waits until it has been answered some times more.
-    pub(super) fn goes_on(&self) {
+    /// Waits until it has got some more responses.
+    pub(super) fn await_more(&self) {
         let before = self.answered();
-        await_some(&format!("{} is answered", self.name), PATIENCE, || {
+        await_some(&format!("{} is answered", self.name), TIMEOUT, || {
             (self.answered() >= before + 20).then_some(())
         });
     }
 
-    /// Lets it end: how often it was answered, each failure, and the longest time from one answer to the next in seconds.
-    pub(super) fn enough(self) -> (usize, Vec<String>, f64) {
+    /// Stops it. Returns the number of responses, each failure, and the longest time from one
+    /// response to the next in seconds.
+    pub(super) fn stop(self) -> (usize, Vec<String>, f64) {
         let words = [
             "exec",
             "--namespace",

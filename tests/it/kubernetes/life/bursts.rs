@@ -1,4 +1,4 @@
-//! Pods by the dozen.
+//! Pods that start by the dozen.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -7,20 +7,20 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
-use super::{PATIENCE, asker, process, signal, status, ticks, updates};
+use super::{TIMEOUT, asker, process, signal, status, ticks, updates};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::is_slow;
 use crate::kubernetes::cluster::{Cluster, READER};
 
-/// What a pod that is gone must not leave on the node.
+/// The traces that a pod must not leave on the node.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Counts {
+struct PodTraces {
     files: usize,
     namespaces: usize,
     descriptors: usize,
 }
 
-impl Counts {
+impl PodTraces {
     fn of(cluster: &Cluster) -> Self {
         let awsvid = process(&cluster.node, "awsvid");
         let count = |directory: &str| {
@@ -44,7 +44,8 @@ impl Counts {
         }
     }
 
-    /// Nothing is left that was not there before. A connection of awsvid's to its neighbours may have ended meanwhile.
+    /// Returns whether nothing is left that did not exist before. A connection of awsvid's to its
+    /// counterparts may have ended meanwhile.
     fn are_back_to(&self, before: &Self) -> bool {
         let descriptors = self.descriptors.min(before.descriptors);
         Self {
@@ -53,10 +54,10 @@ impl Counts {
         } == *self
     }
 
-    /// Once two looks in a row find the same.
+    /// Counts until two counts in a row are equal.
     fn settled(cluster: &Cluster) -> Self {
         let mut before = Self::of(cluster);
-        await_some("nothing comes or goes", PATIENCE, || {
+        await_some("nothing comes or goes", TIMEOUT, || {
             std::thread::sleep(Duration::from_millis(500));
             let now = Self::of(cluster);
             (std::mem::replace(&mut before, now) == before).then_some(())
@@ -65,14 +66,16 @@ impl Counts {
     }
 }
 
-/// Creates pods that ask as their first act and stay; when it returns each has been answered. Their UIDs.
+/// Creates pods that send a request as their first act and stay. Waits until each has a response,
+/// and returns their UIDs.
 fn create(cluster: &Cluster, burst: usize, count: usize) -> BTreeSet<String> {
     let prefix = format!("burst-{burst}-");
     let pods: Vec<Value> = (0..count)
         .map(|i| {
-            // As often as SDKs do: on a machine with more to do than it can, an answer may be that it takes longer.
-            let script = "again() { busybox sleep 1; ask 127.0.0.1; }
-                ask 127.0.0.1 || again || again; echo answered; exec busybox sleep 36000";
+            // As often as SDKs do: on a machine with too much load, a response may be that it takes
+            // longer.
+            let script = "again() { busybox sleep 1; fetch 127.0.0.1; }
+                fetch 127.0.0.1 || again || again; echo answered; exec busybox sleep 36000";
             let mut pod = asker::pod(READER, &format!("{prefix}{i}"), script);
             pod["metadata"]["labels"] = json!({ "burst": burst.to_string() });
             pod
@@ -81,7 +84,7 @@ fn create(cluster: &Cluster, burst: usize, count: usize) -> BTreeSet<String> {
     cluster
         .node
         .apply(&json!({ "apiVersion": "v1", "kind": "List", "items": pods }));
-    await_some("all are answered", 4 * PATIENCE, || {
+    await_some("all are answered", 4 * TIMEOUT, || {
         std::thread::sleep(Duration::from_millis(200));
         let log = cluster.node.pod_log(READER.namespace, &prefix);
         let answered = log.lines().filter(|line| *line == "answered").count();
@@ -101,7 +104,7 @@ fn create(cluster: &Cluster, burst: usize, count: usize) -> BTreeSet<String> {
         .collect()
 }
 
-/// Deletes them; how long it took until they were gone.
+/// Deletes them, and returns how long it took until they were gone.
 fn delete(cluster: &Cluster, burst: usize) -> Duration {
     let start = Instant::now();
     let selector = format!("burst={burst}");
@@ -116,7 +119,7 @@ fn delete(cluster: &Cluster, burst: usize) -> Duration {
         .node
         .kubectl(&[&["delete", "--wait=false"], &which[..]].concat())
         .success("pods are deleted");
-    await_some("all are gone", 4 * PATIENCE, || {
+    await_some("all are gone", 4 * TIMEOUT, || {
         std::thread::sleep(Duration::from_millis(200));
         let left = cluster
             .node
@@ -127,9 +130,9 @@ fn delete(cluster: &Cluster, burst: usize) -> Duration {
     start.elapsed()
 }
 
-pub(in crate::kubernetes) fn pods_come_and_go(cluster: &Cluster) {
+pub(in crate::kubernetes) fn pods_start_and_end(cluster: &Cluster) {
     let (bursts, size) = if is_slow() { (20, 25) } else { (2, 10) };
-    let before = Counts::settled(cluster);
+    let before = PodTraces::settled(cluster);
     let (mut uids, mut longest) = (BTreeSet::new(), Duration::ZERO);
     let start = Instant::now();
     for burst in 0..bursts {
@@ -138,8 +141,8 @@ pub(in crate::kubernetes) fn pods_come_and_go(cluster: &Cluster) {
     }
     let took = start.elapsed();
     let mut after = None;
-    await_some("as much is left as there was before", PATIENCE, || {
-        let now = Counts::of(cluster);
+    await_some("as much is left as there was before", TIMEOUT, || {
+        let now = PodTraces::of(cluster);
         let back = now.are_back_to(&before);
         after = Some(now);
         back.then_some(())
@@ -174,14 +177,15 @@ pub(in crate::kubernetes) fn pods_come_and_go(cluster: &Cluster) {
     assert!(!events.contains("FailedKillPod"), "{events}");
 }
 
-/// The time from each pod's network namespace to its listener, by the name of the namespace's file.
+/// Returns the time from each pod's network namespace to its listener, by the name of the
+/// namespace's file.
 fn listening(cluster: &Cluster) -> Vec<(String, Duration)> {
     let log = cluster.node.pod_log("awsvid", "awsvid");
     let lines = log
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let times = lines
-        .filter(|line| line["message"] == "listening in a pod's network namespace")
+        .filter(|line| line["message"] == "serving a pod's network namespace")
         .filter_map(|line| {
             let path = line["namespace"].as_str()?;
             let file = fs::metadata(cluster.node.path(path)).ok()?;
@@ -190,14 +194,15 @@ fn listening(cluster: &Cluster) -> Vec<(String, Duration)> {
                     file.ctime().try_into().ok()?,
                     file.ctime_nsec().try_into().ok()?,
                 );
-            let at = humantime::parse_rfc3339(line["timestamp"].as_str()?).ok()?;
+            let at = humantime::parse_rfc3339(line["time"].as_str()?).ok()?;
             Some((path.to_owned(), at.duration_since(made).unwrap_or_default()))
         });
     times.collect()
 }
 
-/// Measured: what one more pod, and the daemon, take with few pods and with many.
-pub(in crate::kubernetes) fn many_pods_are_listened_in_soon(cluster: &Cluster) {
+/// Measures the time for one more pod, and the daemon's use of resources, with few pods and with
+/// many.
+pub(in crate::kubernetes) fn many_pods_are_served_soon(cluster: &Cluster) {
     if !is_slow() {
         return;
     }
@@ -248,7 +253,7 @@ pub(in crate::kubernetes) fn many_pods_are_listened_in_soon(cluster: &Cluster) {
         idle.1.elapsed()
     );
     signal(&cluster.node, "KILL", awsvid);
-    let next = await_some("another process", PATIENCE, || {
+    let next = await_some("another process", TIMEOUT, || {
         let found = process(&cluster.node, "awsvid");
         (found != awsvid).then_some(found)
     });

@@ -1,4 +1,4 @@
-//! Pods whose network is IPv4, IPv6, or both.
+//! Pods in an IPv4 network, an IPv6 network, or both.
 
 use std::net::IpAddr;
 
@@ -8,17 +8,18 @@ use super::asker;
 use crate::harness::kubernetes::Families;
 use crate::kubernetes::cluster::{Cluster, READER};
 
-pub(in crate::kubernetes) fn pods_have_the_families_that_they_have(cluster: &Cluster) {
+pub(in crate::kubernetes) fn pods_are_served_in_each_address_family(cluster: &Cluster) {
     for (families, expected) in [
         (Families::Four, [1, 0]),
         (Families::Six, [0, 1]),
         (Families::Dual, [1, 1]),
     ] {
         cluster.node.use_families(families);
-        // The container runtime looks at its network's configuration when it is told that it has changed.
+        // The container runtime reads its network's configuration at a notification that it has
+        // changed.
         let found = (0..20).find(|attempt| {
             let name = format!("{families:?}-{attempt}").to_lowercase();
-            let script = "ask 127.0.0.1; ask '[::1]'; echo answered twice";
+            let script = "fetch 127.0.0.1; fetch '[::1]'; echo answered twice";
             let ended = cluster.node.run_pod(&asker::pod(READER, &name, script));
             assert!(
                 ended.succeeded && ended.log.contains("answered twice"),
@@ -31,7 +32,7 @@ pub(in crate::kubernetes) fn pods_have_the_families_that_they_have(cluster: &Clu
         });
         assert!(found.is_some(), "{families:?}: {expected:?}");
     }
-    // The kubelet's probes, and Prometheus, come by whichever family the cluster prefers.
+    // The kubelet's probes, and Prometheus, use whichever family the cluster prefers.
     let pod = &cluster.node.get(&[
         "pods",
         "--namespace",
@@ -55,7 +56,7 @@ pub(in crate::kubernetes) fn pods_have_the_families_that_they_have(cluster: &Clu
     }
 }
 
-/// A pod's addresses: IPv4 and IPv6.
+/// Returns a pod's addresses: IPv4 and IPv6.
 fn addresses(pod: &Value) -> [Vec<IpAddr>; 2] {
     let all = pod["status"]["podIPs"]
         .as_array()

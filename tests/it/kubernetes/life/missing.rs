@@ -1,12 +1,12 @@
-//! A DaemonSet without something that awsvid needs says which field of the manifest is to be mended.
+//! A DaemonSet without something that awsvid needs logs the field of the manifest to correct.
 
 use serde_json::{Value, json};
 
-use super::PATIENCE;
+use super::TIMEOUT;
 use crate::harness::counterparts::process::await_some;
 use crate::kubernetes::cluster::Cluster;
 
-/// What is taken from the container, and the lines that follow.
+/// The parts that are removed from the container, and the resulting log lines.
 struct Missing<'a> {
     capabilities: &'a [&'a str],
     mounts: &'a [&'a str],
@@ -23,10 +23,11 @@ const OF_PODS: [Missing<'_>; 2] = [
         capabilities: &["NET_BIND_SERVICE"],
         mounts: &["/run/netns", "/host/cgroup", "/run/spire/broker"],
         lines: &[
-            "CAP_NET_BIND_SERVICE is missing: ports below 1024 may be closed to it, as 974 in pods; in Kubernetes add NET_BIND_SERVICE to",
-            "/run/netns is not there; it is waited for. In Kubernetes mount the host's directory by a hostPath volume",
+            "ports below 1024, such as 974 in pods, may not be bound",
+            "in Kubernetes add NET_BIND_SERVICE to the container's securityContext.capabilities.add",
+            "[pods] netns_dir does not exist yet; in Kubernetes mount the host's directory by a hostPath volume",
             "mount the host's /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup",
-            "in Kubernetes the agent's directory has to be there by a hostPath volume and a volumeMount",
+            "in Kubernetes mount the agent's directory with a hostPath volume and a volumeMount",
         ],
     },
 ];
@@ -40,7 +41,7 @@ const OF_PROCESSES: Missing<'_> = Missing {
     ],
 };
 
-pub(in crate::kubernetes) fn what_is_missing_is_named(cluster: &Cluster, source: &str) {
+pub(in crate::kubernetes) fn missing_part_is_named(cluster: &Cluster, source: &str) {
     let before = template(cluster);
     match source {
         "spiffe-broker" => OF_PODS
@@ -50,7 +51,7 @@ pub(in crate::kubernetes) fn what_is_missing_is_named(cluster: &Cluster, source:
             names(cluster, &before, &OF_PROCESSES);
             let mut own_pids = before.clone();
             own_pids["spec"]["hostPID"] = json!(false);
-            says(cluster, &own_pids, &["hostPID: true"]);
+            await_log_lines(cluster, &own_pids, &["hostPID: true"]);
         }
     }
     replace(cluster, &before);
@@ -80,16 +81,16 @@ fn names(cluster: &Cluster, before: &Value, missing: &Missing<'_>) {
         &|one| is_one(missing.mounts, &one["mountPath"]),
         missing.mounts.len(),
     );
-    says(cluster, &template, missing.lines);
+    await_log_lines(cluster, &template, missing.lines);
 }
 
-/// Waits until a daemon that is started so has written these lines, which none wrote before.
-fn says(cluster: &Cluster, template: &Value, lines: &[&str]) {
+/// Waits until a daemon that is started so has written these lines, which no earlier one wrote.
+fn await_log_lines(cluster: &Cluster, template: &Value, lines: &[&str]) {
     let log = || cluster.node.pod_log("awsvid", "awsvid");
     let before = log();
     assert!(!lines.iter().any(|line| before.contains(line)), "{before}");
     replace(cluster, template);
-    await_some(&format!("{lines:?}"), PATIENCE, || {
+    await_some(&format!("{lines:?}"), TIMEOUT, || {
         let log = log();
         lines.iter().all(|line| log.contains(line)).then_some(())
     });

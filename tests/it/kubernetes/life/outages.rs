@@ -1,20 +1,20 @@
-//! What awsvid does while somebody else is away.
+//! awsvid during outages of the node's programs.
 
 use serde_json::json;
 
-use super::asker::{self, Asker};
-use super::{PATIENCE, process, processes, signal};
+use super::asker::{self, PollingPod};
+use super::{TIMEOUT, process, processes, signal};
 use crate::harness::counterparts::process::await_some;
 use crate::kubernetes::cluster::{Cluster, READER};
 
-pub(in crate::kubernetes) fn warm_pods_notice_nothing(cluster: &Cluster) {
+pub(in crate::kubernetes) fn warm_pods_see_no_error(cluster: &Cluster) {
     let node = &cluster.node;
-    let warm = Asker::start(cluster, "warm");
-    // Stopped, they take connections and answer nothing: worse than not to be there.
+    let warm = PollingPod::start(cluster, "warm");
+    // Stopped, they accept connections and never respond, which is worse than a refused connection.
     for program in ["kubelet", "kube-apiserver"] {
         let stopped = process(node, program);
         signal(node, "STOP", stopped);
-        warm.goes_on();
+        warm.await_more();
         signal(node, "CONT", stopped);
     }
     let place_agent = |selector| {
@@ -30,28 +30,28 @@ pub(in crate::kubernetes) fn warm_pods_notice_nothing(cluster: &Cluster) {
             "--patch",
             &patch,
         ];
-        await_some("the API server is back", PATIENCE, || {
+        await_some("the API server is back", TIMEOUT, || {
             node.kubectl(&words).status.success().then_some(())
         });
     };
     place_agent(json!("true"));
-    await_some("the agent is away", PATIENCE, || {
+    await_some("the agent is unavailable", TIMEOUT, || {
         processes(node, "spire-agent").is_empty().then_some(())
     });
-    warm.goes_on();
-    // Its standard input stays open until it is answered, else the client would be taken for gone.
+    warm.await_more();
+    // Its standard input stays open until the response, else the client would be taken for gone.
     let raw = "printf 'GET /v1/credentials HTTP/1.1\\r\\nHost: localhost\\r\\nAuthorization: any\\r\\nConnection: close\\r\\n\\r\\n'";
     let script = format!(
-        "{{ {raw}; busybox sleep 5; }} | busybox nc 127.0.0.1 974; echo; echo told; until ask 127.0.0.1; do busybox sleep 1; done"
+        "{{ {raw}; busybox sleep 5; }} | busybox nc 127.0.0.1 974; echo; echo refused; until fetch 127.0.0.1; do busybox sleep 1; done"
     );
     node.apply(&asker::pod(
         READER,
         "without-agent",
         &format!("{script}; echo answered"),
     ));
-    let log = await_some("the new pod is told why", PATIENCE, || {
+    let log = await_some("the new pod gets the reason", TIMEOUT, || {
         let log = node.pod_log(READER.namespace, "without-agent");
-        log.contains("\ntold\n").then_some(log)
+        log.contains("\nrefused\n").then_some(log)
     });
     assert!(
         log.starts_with("HTTP/1.1 503") && log.contains("start the SPIFFE agent"),
@@ -64,7 +64,7 @@ pub(in crate::kubernetes) fn warm_pods_notice_nothing(cluster: &Cluster) {
         ended.succeeded && ended.log.ends_with("answered\n"),
         "{ended:?}"
     );
-    let (answered, failed, longest) = warm.enough();
+    let (answered, failed, longest) = warm.stop();
     eprintln!("outages: a warm pod was answered {answered} times, at most {longest:.2} s apart");
     assert!(failed.is_empty(), "{failed:?}");
 }

@@ -1,8 +1,8 @@
-//! A node that has just come, whose pods wait for awsvid by a taint.
+//! A node that has just joined. Its pods wait for awsvid by a taint.
 
 use std::path::Path;
 
-use super::{PATIENCE, asker};
+use super::{TIMEOUT, asker};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::kubernetes::{Image, NAME, root_of};
 use crate::kubernetes::cluster::{Cluster, READER};
@@ -31,7 +31,11 @@ pub(in crate::kubernetes) fn pods_wait_until_awsvid_is_ready(cluster: &Cluster, 
     // As `kubelet --register-with-taints` does.
     node.kubectl(&["taint", "node", NAME, "awsvid.io/not-ready=:NoSchedule"])
         .success("a taint");
-    node.apply(&asker::pod(READER, "early", "ask 127.0.0.1; echo answered"));
+    node.apply(&asker::pod(
+        READER,
+        "early",
+        "fetch 127.0.0.1; echo answered",
+    ));
     let waits = |reason: &str| {
         let pod = node.get(&["pod", "--namespace", READER.namespace, "early"]);
         pod["status"]["conditions"]
@@ -40,7 +44,7 @@ pub(in crate::kubernetes) fn pods_wait_until_awsvid_is_ready(cluster: &Cluster, 
             .flatten()
             .any(|one| one["reason"] == reason)
     };
-    await_some("the pod waits", PATIENCE, || {
+    await_some("the pod waits", TIMEOUT, || {
         waits("Unschedulable").then_some(())
     });
     cluster.install_with("spiffe-broker", &["environment", "startup-taint"]);

@@ -2,7 +2,7 @@ import java.io.PrintWriter;
 import java.io.StringWriter;
 import java.util.concurrent.Callable;
 
-/** What all clients in Java have in common: their arguments and what they print. */
+/** The common part of all clients in Java: their arguments and their output. */
 record Reads(String endpoint, String bucket, String key, int times, double pause) {
 
     static Reads of(String[] arguments) {

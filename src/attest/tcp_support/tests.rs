@@ -1,0 +1,187 @@
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+
+use tokio::time::advance;
+
+use super::*;
+use crate::attest::cgroup_mounts::CgroupMounts;
+use crate::cgroup::PodRoots;
+
+/// A daemon's view of a machine: this machine's kernel, with files of `/proc` that a test writes.
+struct Machine {
+    proc: tempfile::TempDir,
+    support: TcpSupport,
+    _listener: TcpListener,
+    client: TcpStream,
+}
+
+/// Returns a file of this process's own `/proc`.
+fn real(name: &str) -> String {
+    fs::read_to_string(format!("/proc/{name}")).unwrap()
+}
+
+impl Machine {
+    /// Starts with these mounts. `None` if this machine itself does not attest callers over TCP.
+    fn start(mountinfo: &str) -> Option<Self> {
+        crate::attest::try_tcp("/proc".as_ref()).ok()?;
+        let proc = tempfile::tempdir().unwrap();
+        for folder in ["self", "sys/kernel"] {
+            fs::create_dir_all(proc.path().join(folder)).unwrap();
+        }
+        for name in ["self/cgroup", "sys/kernel/osrelease"] {
+            fs::write(proc.path().join(name), real(name)).unwrap();
+        }
+        fs::write(proc.path().join("self/mountinfo"), mountinfo).unwrap();
+        let host = Host::new(
+            proc.path().to_owned(),
+            CgroupMounts::find(mountinfo),
+            PodRoots::defaults(),
+            None,
+        );
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Some(Self {
+            proc,
+            support: TcpSupport::new(Arc::new(host)),
+            client: TcpStream::connect(listener.local_addr().unwrap()).unwrap(),
+            _listener: listener,
+        })
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.proc.path().join(name), text).unwrap();
+    }
+
+    /// Returns the refusal of the test's own connection, or `None` if its socket is found.
+    async fn refusal(&self) -> Option<AttestError> {
+        let client = self.client.local_addr().unwrap();
+        self.refusal_of(client).await
+    }
+
+    async fn refusal_of(&self, client: SocketAddr) -> Option<AttestError> {
+        let addresses = (client, self.client.peer_addr().unwrap());
+        let found = self.support.find_socket(addresses, || ()).await;
+        found.err().map(|unattested| unattested.refusal)
+    }
+}
+
+const NO_CGROUPS: &str = "no cgroup v2 tree is mounted, which callers over TCP need";
+
+#[tokio::test(start_paused = true)]
+async fn cgroup_tree_is_found_that_was_mounted_later() {
+    let Some(machine) = Machine::start("") else {
+        return;
+    };
+    let missing = machine.support.missing().unwrap();
+    assert!(
+        missing.starts_with("no cgroup v2 tree is mounted; ") && !missing.contains("restart"),
+        "{missing}"
+    );
+    assert!(machine.support.attestor().is_none());
+    machine.write("self/mountinfo", &real("self/mountinfo"));
+    // The next test is due after the interval, whatever the number of requests.
+    for _ in 0..3 {
+        let refusal = machine.refusal().await;
+        assert_eq!(refusal, Some(AttestError::Unsupported(NO_CGROUPS)));
+    }
+    advance(TEST_INTERVAL).await;
+    assert_eq!(machine.refusal().await, None);
+    assert_eq!(machine.support.missing(), None);
+    assert!(machine.support.host.cgroup_tree().is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn status_repeats_a_failed_test() {
+    let Some(machine) = Machine::start("") else {
+        return;
+    };
+    machine.write("self/mountinfo", &real("self/mountinfo"));
+    assert!(machine.support.missing().is_some());
+    advance(TEST_INTERVAL).await;
+    assert_eq!(machine.support.missing(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn unmounted_cgroup_tree_is_noticed_and_found_again() {
+    let Some(machine) = Machine::start(&real("self/mountinfo")) else {
+        return;
+    };
+    assert_eq!(machine.refusal().await, None);
+    machine.write("self/mountinfo", "");
+    advance(TEST_INTERVAL).await;
+    let gone = "127.0.0.1:1".parse().unwrap();
+    let unsupported = Some(AttestError::Unsupported(NO_CGROUPS));
+    assert_eq!(machine.refusal_of(gone).await, unsupported);
+    assert_eq!(machine.refusal().await, unsupported);
+    machine.write("self/mountinfo", &real("self/mountinfo"));
+    advance(TEST_INTERVAL).await;
+    assert_eq!(
+        machine.refusal_of(gone).await,
+        Some(AttestError::CallerGone)
+    );
+    assert_eq!(machine.refusal().await, None);
+}
+
+/// The kernel's netlink socket does not answer about TCP any more, as when a module is unloaded.
+#[tokio::test(start_paused = true)]
+async fn lost_sock_diag_is_noticed_and_opened_again() {
+    let Some(machine) = Machine::start(&real("self/mountinfo")) else {
+        return;
+    };
+    machine.support.attestor().unwrap().close();
+    // The test at the start is too recent to be repeated.
+    assert_eq!(machine.refusal().await, Some(AttestError::CallerGone));
+    advance(TEST_INTERVAL).await;
+    let refusal = machine.refusal().await;
+    assert!(
+        matches!(refusal, Some(AttestError::Unsupported(text)) if text.contains("tcp_diag")),
+        "{refusal:?}"
+    );
+    assert_eq!(
+        machine
+            .support
+            .attempt()
+            .missing
+            .as_ref()
+            .map(ToString::to_string)
+            .as_deref(),
+        Some("sock_diag(7) does not work for TCP: it does not find a socket that exists")
+    );
+    advance(TEST_INTERVAL).await;
+    assert_eq!(machine.refusal().await, None);
+}
+
+/// Returns the path of a cgroup that this process is not in.
+fn other_cgroup(own: &str, host: &Host) -> Option<String> {
+    if !own.lines().any(|line| line == "0::/") {
+        return Some("/".to_owned());
+    }
+    let root = crate::cgroup::CgroupPath::parse("/")?;
+    let below = fs::read_dir(host.cgroup_tree()?.directory(&root)).ok()?;
+    let folder = below.flatten().find(|entry| entry.path().is_dir())?;
+    Some(format!("/{}", folder.file_name().to_str()?))
+}
+
+/// A socket has another cgroup than its process, as on a kernel before Linux 5.15 with `net_cls`.
+#[tokio::test(start_paused = true)]
+async fn wrong_cgroup_is_noticed_and_passes() {
+    let Some(machine) = Machine::start(&real("self/mountinfo")) else {
+        return;
+    };
+    let own = real("self/cgroup");
+    let Some(other) = other_cgroup(&own, &machine.support.host) else {
+        return;
+    };
+    machine.write("self/cgroup", &format!("0::{other}\n"));
+    advance(TEST_INTERVAL).await;
+    let gone = "127.0.0.1:1".parse().unwrap();
+    let refusal = machine.refusal_of(gone).await;
+    assert_eq!(
+        refusal,
+        Some(AttestError::Unsupported(
+            "it reports a wrong cgroup of a TCP socket"
+        ))
+    );
+    machine.write("self/cgroup", &own);
+    advance(TEST_INTERVAL).await;
+    assert_eq!(machine.refusal().await, None);
+}

@@ -1,0 +1,114 @@
+//! Failures of exchanges: how long each is cached, when the next try is due, and its effect on
+//! cached credentials.
+
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
+
+use crate::exchange::ExchangeError;
+use crate::svid::{DENIAL_CONFIRMATION, SourceError};
+
+/// First delay between tries to refresh. It doubles with each failure.
+const BACKOFF_FIRST: Duration = Duration::from_secs(1);
+/// Number of doublings. Each delay is jittered by half of it.
+const BACKOFF_STEPS: u32 = 6;
+
+/// Kind of failure, by its effect on credentials that are already cached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum FailureKind {
+    /// An outage or a rate limit. It has no effect.
+    Outage,
+    /// The caller cannot be attested again. It has no effect, but a try without another caller is
+    /// useless.
+    CallerUnusable,
+    /// The source does not give this identity to the caller any more.
+    Denied,
+    /// STS refuses, or the source's reply is unusable. The credentials could not be issued now.
+    Refused,
+}
+
+impl FailureKind {
+    pub(super) fn of(error: &ExchangeError) -> Self {
+        match error {
+            ExchangeError::Source(SourceError::Caller(_)) => Self::CallerUnusable,
+            ExchangeError::Source(SourceError::Denied(_)) => Self::Denied,
+            error if error.is_transient() => Self::Outage,
+            _ => Self::Refused,
+        }
+    }
+}
+
+/// Returns how long a failure is cached where no credentials are. SDKs repeat even a rejected
+/// request three to six times within seconds. A transient failure is cached no longer than clients
+/// have to wait.
+pub(super) fn negative_ttl(error: &ExchangeError) -> Duration {
+    Duration::from_secs(match error {
+        error if error.is_transient() => 1,
+        // An operator may be creating the registration entry right now.
+        ExchangeError::Source(SourceError::Denied(_)) => 3,
+        _ => 5,
+    })
+}
+
+/// The failures since the last success.
+#[derive(Debug)]
+pub(super) struct FailureState {
+    pub(super) error: ExchangeError,
+    pub(super) at: Instant,
+    pub(super) time: SystemTime,
+    /// The earliest time of the next refresh.
+    pub(super) retry_at: Instant,
+    tries: u32,
+    /// Time of the first refusal. A later outage does not reset it.
+    pub(super) refused_since: Option<(Instant, SystemTime)>,
+    denied_since: Option<Instant>,
+    /// True once a second denial has confirmed the first.
+    pub(super) withdrawn: bool,
+    /// True if this kind of failure has been logged.
+    pub(super) logged: bool,
+}
+
+impl FailureState {
+    /// Returns the state after another failure.
+    pub(super) fn record(
+        previous: Option<&Self>,
+        error: &ExchangeError,
+        at: Instant,
+        time: SystemTime,
+    ) -> Self {
+        let kind = FailureKind::of(error);
+        let since = previous.and_then(|previous| previous.refused_since);
+        let refused_since = if kind == FailureKind::Refused {
+            since.or(Some((at, time)))
+        } else {
+            since
+        };
+        let since = previous.and_then(|previous| previous.denied_since);
+        let denied_since = if kind == FailureKind::Denied {
+            since.or(Some(at))
+        } else {
+            since
+        };
+        let confirmed =
+            denied_since.is_some_and(|since| at.duration_since(since) >= DENIAL_CONFIRMATION);
+        let tries = previous.map_or(0, |previous| previous.tries);
+        Self {
+            error: error.clone(),
+            at,
+            time,
+            retry_at: match (kind, denied_since) {
+                // The second query to the source, which decides.
+                (FailureKind::Denied, Some(since)) if !confirmed => {
+                    since + DENIAL_CONFIRMATION + BACKOFF_FIRST.mul_f64(fastrand::f64())
+                }
+                (FailureKind::CallerUnusable, _) => at + BACKOFF_FIRST,
+                _ => at + (BACKOFF_FIRST * (1 << tries)).mul_f64(0.5 + fastrand::f64()),
+            },
+            tries: (tries + 1).min(BACKOFF_STEPS),
+            refused_since,
+            denied_since,
+            withdrawn: kind == FailureKind::Denied && confirmed,
+            logged: previous.is_some_and(|previous| previous.logged),
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! Every table and key of the configuration file, once.
+//!
+//! The reader takes the known names from here, `awsvid.toml(5)` is made from it, and tests compare
+//! it with `config show`, `deploy/awsvid.toml` and `deploy/docs/configuration.md`.
+
+mod list;
+
+pub(super) use list::TABLES;
+
+/// A table of the configuration file.
+#[derive(Debug)]
+pub(super) struct TableSpec {
+    pub(super) name: &'static str,
+    /// Whether a file may have several, as `[[name]]`.
+    pub(super) is_list: bool,
+    pub(super) meaning: &'static str,
+    pub(super) keys: &'static [KeySpec],
+}
+
+/// A key of a table. Its texts have code in backticks.
+#[derive(Debug)]
+pub(super) struct KeySpec {
+    pub(super) name: &'static str,
+    /// Type of the value, with its bounds.
+    pub(super) value: &'static str,
+    /// The default as TOML in backticks, or what a missing key means.
+    pub(super) default: &'static str,
+    pub(super) meaning: &'static str,
+}
+
+/// Keys of a later version, by table: only a value that requests nothing is allowed.
+const RESERVED: [(&str, &str); 2] = [("listen", "node"), ("role", "chain")];
+
+impl TableSpec {
+    /// Returns the header that begins the table in a file.
+    pub(super) fn header(&self) -> String {
+        match self.is_list {
+            true => format!("[[{}]]", self.name),
+            false => format!("[{}]", self.name),
+        }
+    }
+
+    pub(super) fn key(&self, name: &str) -> Option<&'static KeySpec> {
+        self.keys.iter().find(|key| key.name == name)
+    }
+}
+
+/// Finds a table by its name.
+pub(super) fn table(name: &str) -> Option<&'static TableSpec> {
+    TABLES.iter().find(|table| table.name == name)
+}
+
+/// Returns the names that are known in a table, or at the top of the file for the empty name.
+pub(super) fn names_in(table_name: &str) -> Vec<&'static str> {
+    match table(table_name) {
+        Some(table) => table.keys.iter().map(|key| key.name).collect(),
+        None if table_name.is_empty() => TABLES.iter().map(|table| table.name).collect(),
+        None => Vec::new(),
+    }
+}
+
+/// Returns whether a file may have this key in this table.
+pub(super) fn is_known(table: &str, key: &str) -> bool {
+    RESERVED.contains(&(table, key)) || names_in(table).contains(&key)
+}
+
+/// Returns what the writer of an unknown key of this table probably meant.
+pub(super) fn suggestion(table_name: &str, name: &str) -> String {
+    let here = names_in(table_name);
+    let distance = |key: &&str| strsim::damerau_levenshtein(name, key);
+    let near = here.iter().copied().min_by_key(distance);
+    if let Some(near) = near.filter(|key| distance(key) <= MAX_TYPOS) {
+        return format!("did you mean `{near}`?");
+    }
+    if let Some(table) = table(name).filter(|_| !table_name.is_empty()) {
+        return format!("write it as {}, with its keys below", table.header());
+    }
+    let elsewhere = TABLES.iter().filter(|table| table.key(name).is_some());
+    let mut elsewhere: Vec<String> = elsewhere.map(TableSpec::header).collect();
+    if !elsewhere.is_empty() {
+        elsewhere.sort_by(|a, b| a.trim_matches('[').cmp(b.trim_matches('[')));
+        return format!("it belongs to {}", elsewhere.join(" or to "));
+    }
+    let similar = similar(table_name, name);
+    if (1..=MAX_SIMILAR).contains(&similar.len()) {
+        return format!("did you mean {}?", similar.join(" or "));
+    }
+    format!("remove it; known here: {}", here.join(", "))
+}
+
+/// Names that differ by more edits than this are not the same name mistyped.
+const MAX_TYPOS: usize = 2;
+/// More names than this are not a help.
+const MAX_SIMILAR: usize = 3;
+
+/// Returns the keys with all words of an unknown name, those of the same table if it has any.
+fn similar(table_name: &str, name: &str) -> Vec<String> {
+    let words: Vec<&str> = name.split('_').collect();
+    let has_all = |table: &str, key: &str| {
+        let known: Vec<&str> = table.split('_').chain(key.split('_')).collect();
+        words.iter().all(|word| known.contains(word))
+    };
+    let here = names_in(table_name);
+    let here: Vec<String> = here
+        .iter()
+        .filter(|key| has_all("", key))
+        .map(|key| format!("`{key}`"))
+        .collect();
+    if !here.is_empty() {
+        return here;
+    }
+    let in_table = |table: &'static TableSpec| {
+        let keys = table.keys.iter();
+        keys.filter(|key| has_all(table.name, key.name))
+            .map(|key| format!("`{}` in {}", key.name, table.header()))
+    };
+    TABLES.iter().flat_map(in_table).collect()
+}
+
+#[cfg(test)]
+mod tests;

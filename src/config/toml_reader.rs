@@ -1,0 +1,459 @@
+//! Reads a TOML tree key by key, and goes on after an error. serde would stop at the first wrong
+//! type.
+//!
+//! [`keys`] has the names that exist. A key that is read and not listed there would be reported as
+//! unknown.
+
+use std::cell::RefCell;
+use std::fmt::Display;
+use std::ops::{Range, RangeInclusive};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use toml::de::{DeTable, DeValue};
+
+use super::error::Problem;
+use super::keys;
+
+/// A key or table, with its line if the file has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Location {
+    pub(super) line: Option<usize>,
+    pub(super) key: String,
+}
+
+/// Collects the errors and warnings of a file.
+pub(super) struct Diagnostics<'t> {
+    text: &'t str,
+    errors: RefCell<Vec<Problem>>,
+    warnings: RefCell<Vec<Problem>>,
+}
+
+impl<'t> Diagnostics<'t> {
+    pub(super) fn new(text: &'t str) -> Self {
+        let (errors, warnings) = (RefCell::default(), RefCell::default());
+        Self {
+            text,
+            errors,
+            warnings,
+        }
+    }
+
+    /// Returns the table at the top of the file.
+    pub(super) fn root<'r>(&'r self, entries: &'r DeTable<'r>) -> Table<'r> {
+        Table {
+            report: self,
+            location: Location {
+                line: None,
+                key: String::new(),
+            },
+            entries: Some(entries),
+        }
+    }
+
+    pub(super) fn error(&self, at: &Location, what: impl Into<String>, fix: impl Into<String>) {
+        self.errors.borrow_mut().push(problem(at, what, fix));
+    }
+
+    pub(super) fn warn(&self, at: &Location, what: impl Into<String>, fix: impl Into<String>) {
+        self.warnings.borrow_mut().push(problem(at, what, fix));
+    }
+
+    /// Returns the errors if there are any, else the warnings, both by line. Unknown keys are
+    /// errors.
+    pub(super) fn finish(self, entries: &DeTable<'_>) -> Result<Vec<Problem>, Vec<Problem>> {
+        self.unknown_keys("", entries);
+        self.sorted()
+    }
+
+    /// Returns the same for a file of which only this table was read.
+    pub(super) fn finish_table(
+        self,
+        table: &str,
+        entries: &DeTable<'_>,
+    ) -> Result<Vec<Problem>, Vec<Problem>> {
+        if let Some(inner) = entries
+            .get(table)
+            .and_then(|value| value.get_ref().as_table())
+        {
+            self.unknown_keys(table, inner);
+        }
+        self.sorted()
+    }
+
+    fn sorted(self) -> Result<Vec<Problem>, Vec<Problem>> {
+        let by_line = |problem: &Problem| problem.line.unwrap_or(usize::MAX);
+        let mut errors = self.errors.into_inner();
+        let mut warnings = self.warnings.into_inner();
+        errors.sort_by_key(by_line);
+        warnings.sort_by_key(by_line);
+        if errors.is_empty() {
+            Ok(warnings)
+        } else {
+            Err(errors)
+        }
+    }
+
+    fn unknown_keys(&self, table: &str, entries: &DeTable<'_>) {
+        for (key, value) in entries {
+            let name = key.get_ref().as_ref();
+            let path = join(table, name);
+            if !keys::is_known(table, name) {
+                let at = Location {
+                    line: Some(self.line(key.span())),
+                    key: path,
+                };
+                // With the version, because the file may be of a newer one.
+                self.error(
+                    &at,
+                    concat!("awsvid ", env!("CARGO_PKG_VERSION"), " has no such key"),
+                    keys::suggestion(table, name),
+                );
+                continue;
+            }
+            // A table instead of another value has been reported as a wrong type.
+            if keys::table(&path).is_none() {
+                continue;
+            }
+            match value.get_ref() {
+                DeValue::Table(inner) => self.unknown_keys(&path, inner),
+                DeValue::Array(elements) => {
+                    elements
+                        .iter()
+                        .filter_map(|e| e.get_ref().as_table())
+                        .for_each(|e| self.unknown_keys(&path, e));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn line(&self, span: Range<usize>) -> usize {
+        line_at(self.text, span.start)
+    }
+}
+
+fn problem(at: &Location, what: impl Into<String>, fix: impl Into<String>) -> Problem {
+    Problem {
+        line: at.line,
+        key: at.key.clone(),
+        what: what.into(),
+        fix: fix.into(),
+    }
+}
+
+fn join(table: &str, key: &str) -> String {
+    if table.is_empty() {
+        key.to_owned()
+    } else {
+        format!("{table}.{key}")
+    }
+}
+
+/// Returns the line, from 1, of this byte of the text.
+pub(super) fn line_at(text: &str, byte: usize) -> usize {
+    text.bytes().take(byte).filter(|b| *b == b'\n').count() + 1
+}
+
+/// A table of the file. A missing table reads as empty.
+pub(super) struct Table<'r> {
+    pub(super) report: &'r Diagnostics<'r>,
+    location: Location,
+    entries: Option<&'r DeTable<'r>>,
+}
+
+impl<'r> Table<'r> {
+    /// Returns the location of the table's header.
+    pub(super) fn at(&self) -> Location {
+        self.location.clone()
+    }
+
+    /// Returns the location of the key, or of its table if the key is missing.
+    pub(super) fn location(&self, key: &str) -> Location {
+        let found = self.entries.and_then(|entries| entries.get_key_value(key));
+        let line = found
+            .map(|(_, value)| self.report.line(value.span()))
+            .or(self.location.line);
+        Location {
+            line,
+            key: join(&self.location.key, key),
+        }
+    }
+
+    pub(super) fn contains(&self, key: &str) -> bool {
+        self.entries
+            .is_some_and(|entries| entries.contains_key(key))
+    }
+
+    /// Returns whether the key is missing or an empty list.
+    pub(super) fn missing(&self, key: &str) -> bool {
+        let value = self.entries.and_then(|entries| entries.get(key));
+        value.is_none_or(|value| {
+            value
+                .get_ref()
+                .as_array()
+                .is_some_and(|elements| elements.is_empty())
+        })
+    }
+
+    /// Returns whether this key has an error, so that its stand-in means nothing.
+    pub(super) fn is_wrong(&self, key: &str) -> bool {
+        let at = self.location(key);
+        self.contains(key)
+            && self
+                .report
+                .errors
+                .borrow()
+                .iter()
+                .any(|error| error.line == at.line && error.key == at.key)
+    }
+
+    pub(super) fn value(&self, key: &'static str) -> Option<&'r DeValue<'r>> {
+        debug_assert!(
+            keys::is_known(&self.location.key, key),
+            "{key} is not listed"
+        );
+        self.entries
+            .and_then(|entries| entries.get(key))
+            .map(|value| value.get_ref())
+    }
+
+    pub(super) fn error(&self, key: &str, what: impl Into<String>, fix: impl Into<String>) {
+        self.report.error(&self.location(key), what, fix);
+    }
+
+    pub(super) fn warn(&self, key: &str, what: impl Into<String>, fix: impl Into<String>) {
+        self.report.warn(&self.location(key), what, fix);
+    }
+
+    /// Reports a required key that is missing.
+    pub(super) fn require(&self, key: &'static str, fix: &str) {
+        if !self.contains(key) {
+            self.report.error(&self.location(key), "it is missing", fix);
+        }
+    }
+
+    fn wrong_type(&self, at: &Location, wanted: &str, found: &DeValue<'_>, fix: &str) {
+        let found = found.type_str();
+        let article = if found.starts_with(['a', 'i']) {
+            "an"
+        } else {
+            "a"
+        };
+        self.report.error(
+            at,
+            format!("this is {article} {found}, where {wanted} is wanted"),
+            fix,
+        );
+    }
+
+    pub(super) fn string(&self, key: &'static str) -> Option<&'r str> {
+        let value = self.value(key)?;
+        if value.as_str().is_none() {
+            self.wrong_type(
+                &self.location(key),
+                "a string",
+                value,
+                "write a string in quotes",
+            );
+        }
+        value.as_str()
+    }
+
+    /// Reads a string by `parse`, and reports its error.
+    pub(super) fn parse<T, E: Display>(
+        &self,
+        key: &'static str,
+        fix: &str,
+        parse: impl FnOnce(&'r str) -> Result<T, E>,
+    ) -> Option<T> {
+        let text = self.string(key)?;
+        parse(text)
+            .map_err(|error| self.error(key, format!("{text:?}: {error}"), fix))
+            .ok()
+    }
+
+    pub(super) fn flag(&self, key: &'static str) -> Option<bool> {
+        let value = self.value(key)?;
+        if value.as_bool().is_none() {
+            self.wrong_type(
+                &self.location(key),
+                "true or false",
+                value,
+                "write true or false, without quotes",
+            );
+        }
+        value.as_bool()
+    }
+
+    pub(super) fn number<T: TryFrom<i128> + Display + PartialOrd>(
+        &self,
+        key: &'static str,
+        range: RangeInclusive<T>,
+    ) -> Option<T> {
+        let value = self.value(key)?;
+        let fix = format!(
+            "write a whole number from {} to {}, without quotes",
+            range.start(),
+            range.end()
+        );
+        let Some(integer) = value.as_integer() else {
+            self.wrong_type(&self.location(key), "a number", value, &fix);
+            return None;
+        };
+        let number = i128::from_str_radix(integer.as_str(), integer.radix())
+            .ok()
+            .and_then(|n| T::try_from(n).ok());
+        let number = number.filter(|number| range.contains(number));
+        if number.is_none() {
+            self.error(key, format!("{integer} is out of range"), fix);
+        }
+        number
+    }
+
+    pub(super) fn duration(
+        &self,
+        key: &'static str,
+        range: RangeInclusive<Duration>,
+    ) -> Option<Duration> {
+        let [least, most] =
+            [range.start(), range.end()].map(|end| humantime::format_duration(*end));
+        let fix = format!("write a number and a unit in quotes, from \"{least}\" to \"{most}\"");
+        match self.value(key)? {
+            DeValue::String(text) => match humantime::parse_duration(text) {
+                Ok(duration) if range.contains(&duration) => return Some(duration),
+                Ok(duration) => {
+                    self.error(
+                        key,
+                        format!("{} is out of range", humantime::format_duration(duration)),
+                        fix,
+                    );
+                }
+                Err(error) => self.error(key, format!("{text:?} is not a duration: {error}"), fix),
+            },
+            other => self.wrong_type(&self.location(key), "a duration", other, &fix),
+        }
+        None
+    }
+
+    pub(super) fn path(&self, key: &'static str) -> Option<PathBuf> {
+        self.parse(
+            key,
+            "write the whole path of a file, from the first `/`",
+            absolute,
+        )
+    }
+
+    /// Reads one of the words of `known`, and returns its meaning.
+    pub(super) fn word<T: Copy>(&self, key: &'static str, known: &[(&str, T)]) -> Option<T> {
+        let words: Vec<_> = known
+            .iter()
+            .map(|(word, _)| format!("\"{word}\""))
+            .collect();
+        self.parse(key, &format!("write {}", words.join(" or ")), |text| {
+            known
+                .iter()
+                .find(|(word, _)| *word == text)
+                .map(|(_, meaning)| *meaning)
+                .ok_or("it is not known")
+        })
+    }
+
+    /// Reads the strings of a list with their locations. `None` if the key is missing or not a
+    /// list.
+    pub(super) fn strings(&self, key: &'static str) -> Option<Vec<(Location, &'r str)>> {
+        const FIX: &str = "write a list of strings: [\"...\", \"...\"]";
+        let value = self.value(key)?;
+        let Some(elements) = value.as_array() else {
+            self.wrong_type(&self.location(key), "a list", value, FIX);
+            return None;
+        };
+        let mut strings = Vec::with_capacity(elements.len());
+        for element in elements.iter() {
+            let at = Location {
+                line: Some(self.report.line(element.span())),
+                ..self.location(key)
+            };
+            match element.get_ref().as_str() {
+                Some(text) => strings.push((at, text)),
+                None => self.wrong_type(&at, "a string", element.get_ref(), FIX),
+            }
+        }
+        Some(strings)
+    }
+
+    /// Returns the table `[key]`, which may be missing.
+    pub(super) fn table(&self, key: &'static str) -> Table<'r> {
+        let entries = self.value(key).and_then(|value| {
+            if value.as_table().is_none() {
+                let fix = format!("write it as [{key}], with its keys below");
+                self.wrong_type(&self.location(key), "a table", value, &fix);
+            }
+            value.as_table()
+        });
+        let line = entries.and(self.location(key).line);
+        Table {
+            report: self.report,
+            location: Location {
+                line,
+                key: join(&self.location.key, key),
+            },
+            entries,
+        }
+    }
+
+    /// Returns the tables `[[key]]`, without those of a wrong type.
+    pub(super) fn tables(&self, key: &'static str) -> Vec<Table<'r>> {
+        let Some(value) = self.value(key) else {
+            return Vec::new();
+        };
+        let fix = format!("write each as [[{key}]], with its keys below");
+        let Some(elements) = value.as_array() else {
+            self.wrong_type(&self.location(key), "a list of tables", value, &fix);
+            return Vec::new();
+        };
+        let mut tables = Vec::with_capacity(elements.len());
+        for element in elements.iter() {
+            let location = Location {
+                line: Some(self.report.line(element.span())),
+                key: join(&self.location.key, key),
+            };
+            match element.get_ref().as_table() {
+                Some(entries) => tables.push(Table {
+                    report: self.report,
+                    location,
+                    entries: Some(entries),
+                }),
+                None => self.wrong_type(&location, "a table", element.get_ref(), &fix),
+            }
+        }
+        tables
+    }
+
+    /// Reports a key of a later version, unless its value requests nothing.
+    pub(super) fn reserved_key(&self, key: &'static str) {
+        let is_empty = |value: &DeValue<'_>| match value {
+            DeValue::Boolean(on) => !on,
+            DeValue::Array(elements) => elements.is_empty(),
+            _ => false,
+        };
+        if self.value(key).is_some_and(|value| !is_empty(value)) {
+            self.error(
+                key,
+                "this version of awsvid does not have it yet",
+                "remove it",
+            );
+        }
+    }
+}
+
+/// Parses a path that does not depend on the daemon's working directory.
+pub(super) fn absolute(text: &str) -> Result<PathBuf, &'static str> {
+    match text {
+        "" => Err("it is empty"),
+        _ if !Path::new(text).is_absolute() => Err("it is relative"),
+        _ if text.ends_with('/') => Err("it names a directory"),
+        _ if text.contains('\0') => Err("it holds a NUL byte"),
+        _ => Ok(PathBuf::from(text)),
+    }
+}

@@ -1,0 +1,251 @@
+//! The `awsvid serve` command: configuration, start, signals, exit status.
+
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
+
+use sd_notify::NotifyState;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::spawn_blocking;
+
+use crate::app::{App, AppError, Startup};
+use crate::attest::{ExecMonitor, StartError};
+use crate::config::{self, Config, Exposure, Problem};
+use crate::hardening::{self, DaemonFeatures};
+use crate::listen::ActivatedSockets;
+use crate::metrics::Metrics;
+use crate::pod_listeners::PodsError;
+use crate::telemetry;
+use crate::telemetry::Log;
+
+/// EX_CONFIG of sysexits.h. The systemd unit does not restart on it.
+const EX_CONFIG: u8 = 78;
+/// Added to a signal's number when that signal cut open requests, as shells report a killed
+/// process.
+const SIGNAL_EXIT_BASE: u8 = 128;
+
+const NOT_COUNTED: &str =
+    "executions of programs cannot be counted: callers are refused (unseen_program)";
+
+/// Runs the daemon with the configuration at `path` until SIGTERM or SIGINT. SIGHUP reloads it.
+///
+/// Has to be called before any thread is started. The exit statuses are in deploy/docs/cli.md.
+#[expect(
+    clippy::print_stderr,
+    reason = "before the log is started, errors go to standard error"
+)]
+pub fn serve(path: &Path) -> ExitCode {
+    let loaded = match Config::load(path, Exposure::Refused, |name| std::env::var(name).ok()) {
+        Ok(loaded) => loaded,
+        Err(errors) => {
+            eprintln!(
+                "{errors}\nawsvid: not started: the configuration has errors; correct the lines above"
+            );
+            return ExitCode::from(EX_CONFIG);
+        }
+    };
+    let config::Loaded { config, warnings } = loaded;
+    let metrics = Metrics::default();
+    let log = match telemetry::init(
+        &config.log.level,
+        config.log.format,
+        metrics.log_lines_dropped.clone(),
+    ) {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("{}: [log] level: {error}", path.display());
+            return ExitCode::from(EX_CONFIG);
+        }
+    };
+    warn(path, &warnings);
+    let features = DaemonFeatures::of(&config);
+    // The monitor needs capabilities that are dropped right after.
+    let exec_monitor = features.names_processes().then(exec_monitor).flatten();
+    hardening::harden_before_threads(features);
+    if let Err(error) = log.start() {
+        eprintln!("awsvid: the log cannot be written: {error}");
+        return ExitCode::FAILURE;
+    }
+    // The default hook writes to standard error directly, and would block on its reader.
+    std::panic::set_hook(Box::new(
+        |panic| tracing::error!(%panic, "a thread panicked"),
+    ));
+    let status = start(path, config, (&log, metrics), exec_monitor).unwrap_or_else(|error| {
+        tracing::error!(%error, "awsvid did not start");
+        // Errors that another start would repeat: an environment variable, or a lack of the unit or
+        // the container.
+        match error.downcast_ref() {
+            Some(
+                AppError::Sts(_)
+                | AppError::Attest(StartError::UserNamespace)
+                | AppError::Pods(PodsError::Denied(_)),
+            ) => ExitCode::from(EX_CONFIG),
+            _ => ExitCode::FAILURE,
+        }
+    });
+    log.flush();
+    status
+}
+
+/// Starts the monitor of program executions. Without it no process is referred to an agent, and the
+/// log has the reason.
+fn exec_monitor() -> Option<ExecMonitor> {
+    ExecMonitor::start()
+        .inspect_err(|error| tracing::error!(%error, fix = error.fix(), "{NOT_COUNTED}"))
+        .ok()
+}
+
+fn start(
+    path: &Path,
+    config: Config,
+    (log, metrics): (&Log, Metrics),
+    exec_monitor: Option<ExecMonitor>,
+) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let inherited = ActivatedSockets::from_environment();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let startup = Startup {
+        inherited,
+        exec_monitor,
+        metrics,
+    };
+    let ended = runtime.block_on(run(path, config, startup, log));
+    // Does not wait for blocked threads, such as the lookup of a name that is not needed any more.
+    runtime.shutdown_background();
+    ended
+}
+
+async fn run(
+    path: &Path,
+    config: Config,
+    startup: Startup,
+    log: &Log,
+) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let mut signals = Signals::catch()?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut app = App::start(config, startup).await?;
+    notify(&[NotifyState::Ready]);
+    spawn_blocking(seed_tls);
+    loop {
+        tokio::select! {
+            _ = signals.end() => break,
+            _ = hangup.recv() => {}
+        }
+        // A name service may block the reload. The signals still end the daemon.
+        tokio::select! {
+            _ = signals.end() => break,
+            () = reload(&mut app, path, log) => {}
+        }
+    }
+    notify(&[NotifyState::Stopping]);
+    tracing::info!("draining: open requests are finished; a second signal cuts them");
+    tokio::select! {
+        () = app.drain() => Ok(ExitCode::SUCCESS),
+        number = signals.end() => {
+            tracing::warn!("stopped before open requests were finished");
+            Ok(ExitCode::from(SIGNAL_EXIT_BASE + number))
+        }
+    }
+}
+
+/// Lets the TLS library gather its first randomness, 40 ms of CPU time, before a handshake needs
+/// it.
+fn seed_tls() {
+    // A handshake would fail with the same error and report it.
+    let _ = aws_lc_rs::rand::fill(&mut [0]);
+}
+
+/// Reloads the configuration. One with errors changes nothing.
+async fn reload(app: &mut App, path: &Path, log: &Log) {
+    let reload_start = NotifyState::monotonic_usec_now().ok();
+    notify(
+        &[Some(NotifyState::Reloading), reload_start]
+            .into_iter()
+            .flatten()
+            .collect::<Vec<_>>(),
+    );
+    let loading = {
+        let path = path.to_owned();
+        spawn_blocking(move || {
+            Config::load(&path, Exposure::Refused, |name| std::env::var(name).ok())
+        })
+    };
+    let used = match loading.await {
+        Ok(Ok(loaded)) => {
+            let (log_config, features) = (
+                loaded.config.log.clone(),
+                DaemonFeatures::of(&loaded.config),
+            );
+            app.reload(loaded.config)
+                .await
+                .map_err(|error| error.to_string())
+                .inspect(|()| {
+                    // It was checked with the configuration, so it cannot fail here.
+                    let _ = log.change(&log_config.level, log_config.format);
+                    warn(path, &loaded.warnings);
+                    hardening::warn_missing(features);
+                    if features.names_processes() && !app.counts_executions() {
+                        tracing::error!(
+                            error = "the privileges for that were dropped at the start",
+                            fix = "restart awsvid",
+                            "{NOT_COUNTED}"
+                        );
+                    }
+                })
+        }
+        Ok(Err(errors)) => Err(errors.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    let status = match used {
+        Ok(()) => {
+            tracing::info!("configuration reloaded");
+            "Reloaded"
+        }
+        Err(errors) => {
+            app.reload_failed();
+            for error in errors.lines() {
+                tracing::error!(%error, "the configuration has a mistake");
+            }
+            tracing::error!("configuration not reloaded: the previous one stays in effect");
+            "The new configuration has errors, see the log; the previous one stays in effect"
+        }
+    };
+    notify(&[NotifyState::Ready, NotifyState::Status(status)]);
+}
+
+fn warn(path: &Path, warnings: &[Problem]) {
+    for warning in warnings {
+        let warning = format!("{}: {warning}", path.display());
+        tracing::warn!(%warning, "the configuration has a warning");
+    }
+}
+
+/// Notifies systemd. Outside systemd this does nothing.
+fn notify(state: &[NotifyState<'_>]) {
+    let _ = sd_notify::notify(state);
+}
+
+struct Signals {
+    term: Signal,
+    int: Signal,
+}
+
+impl Signals {
+    fn catch() -> io::Result<Self> {
+        Ok(Self {
+            term: signal(SignalKind::terminate())?,
+            int: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Waits for a signal that ends the daemon, and returns its number.
+    async fn end(&mut self) -> u8 {
+        const SIGINT: u8 = 2;
+        const SIGTERM: u8 = 15;
+        tokio::select! {
+            _ = self.term.recv() => SIGTERM,
+            _ = self.int.recv() => SIGINT,
+        }
+    }
+}

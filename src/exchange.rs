@@ -1,0 +1,305 @@
+//! Exchange of JWT-SVIDs for AWS credentials, without a cache: a token from the source, credentials
+//! from STS.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::time::{Instant, sleep};
+
+use crate::caller::{AttestError, Caller};
+use crate::clock::Clock;
+use crate::credentials::Credentials;
+use crate::identity::SpiffeId;
+use crate::limits::{FairSemaphore, KeyedRateLimiter};
+use crate::metrics::{CallLabel, Metrics, UpstreamCall};
+use crate::role::Grant;
+use crate::sts::{AssumeRole, RetryPolicy, StsError};
+use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError, TTL_FIX};
+use crate::upstream_status::LastError;
+
+/// No retry begins later than this after the start. A client hardly waits longer, and the cache
+/// retries longer outages at its own pace.
+const RETRY_WINDOW: Duration = Duration::from_secs(4);
+/// Maximum number of retries of one exchange, at the source and at STS together.
+const MAX_RETRIES: u32 = 3;
+/// Delay before the first retry. It doubles with each retry, and has jitter so that a node's
+/// exchanges do not retry together.
+const RETRY_PAUSE: Duration = Duration::from_millis(250);
+
+/// Maximum number of concurrent calls to the source. An agent answers most of them from its cache,
+/// and each has a connection of its own. At this limit the SPIFFE ID with the most loses its newest
+/// call, unless no other one holds fewer (T29).
+const MAX_SOURCE_CALLS: usize = 64;
+/// The part of [`MAX_SOURCE_CALLS`] that one SPIFFE ID may use. SPIRE can delay the calls of one
+/// workload for up to 30 s; permits for others remain.
+const MAX_SOURCE_CALLS_PER_SPIFFE_ID: usize = 4;
+/// Number of exchanges that one SPIFFE ID may start at once: its 16 cached roles, and each of them
+/// once more.
+const EXCHANGE_BURST: u32 = 32;
+/// Interval of further exchanges. 16 roles with the shortest session need one in 28 s, and an
+/// outage of hours needs one in 4 s. So it is far above any real need, and a thousandth of what STS
+/// accepts from an account.
+const EXCHANGE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Client that exchanges JWT-SVIDs at STS. It keeps no state but the counts of its limiters.
+#[derive(Debug, Clone)]
+pub struct TokenExchanger {
+    source: Arc<dyn IdentitySource>,
+    sts: Arc<dyn AssumeRole>,
+    clock: Clock,
+    metrics: Metrics,
+    source_permits: FairSemaphore<SpiffeId>,
+    rate_limit: Arc<KeyedRateLimiter>,
+}
+
+/// Reason why an exchange failed.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum ExchangeError {
+    /// The source returned no usable token.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// STS returned no credentials for the token.
+    #[error(transparent)]
+    Sts(#[from] StsError),
+    /// This SPIFFE ID has started too many exchanges in a short time, or has too many calls that
+    /// wait.
+    #[error("too many exchanges for this workload; retry in a few seconds, and for fewer roles")]
+    TooOften,
+    /// The credentials expire too soon to be served.
+    #[error(
+        "STS returned credentials that expire within a minute; compare this node's clock with STS's, and \
+         raise the JWT-SVID lifetime if this STS ends sessions with the token"
+    )]
+    TooShort,
+}
+
+impl ExchangeError {
+    /// Returns the error of a flight that ended by a panic. The panic itself is in the log.
+    pub fn task_panicked() -> Self {
+        Self::Source(SourceError::Unavailable(
+            "exchange ended by an internal error; see the panic in awsvid's log".to_owned(),
+        ))
+    }
+
+    /// Returns an error of each kind, for their labels.
+    pub fn samples() -> Vec<Self> {
+        let callers = AttestError::ALL.map(|error| Self::Source(SourceError::Caller(error)));
+        let sources = SourceError::samples().into_iter().map(Self::Source);
+        let sts = StsError::samples().into_iter().map(Self::Sts);
+        let own = [Self::TooOften, Self::TooShort];
+        sources.chain(callers).chain(sts).chain(own).collect()
+    }
+
+    /// Returns true if the failure may pass by itself: an outage or a rate limit, not a refusal.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Source(error) => error.is_transient(),
+            Self::Sts(error) => match error.retry {
+                RetryPolicy::Later => true,
+                // The exchange has already retried with a new token.
+                RetryPolicy::NewToken | RetryPolicy::Never => false,
+            },
+            Self::TooOften | Self::TooShort => true,
+        }
+    }
+
+    /// Returns the label in metrics and audit records.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Source(error) => error.reason(),
+            Self::Sts(error) => error.reason,
+            Self::TooOften => "too_many_exchanges",
+            Self::TooShort => "sts_bad_answer",
+        }
+    }
+}
+
+impl TokenExchanger {
+    /// Creates an exchanger of tokens from `source` for credentials from `sts`.
+    pub fn new(
+        source: Arc<dyn IdentitySource>,
+        sts: Arc<dyn AssumeRole>,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> Self {
+        let source_permits = FairSemaphore::new(MAX_SOURCE_CALLS, MAX_SOURCE_CALLS_PER_SPIFFE_ID);
+        let rate_limit = Arc::new(KeyedRateLimiter::new(EXCHANGE_BURST, EXCHANGE_INTERVAL));
+        Self {
+            source,
+            sts,
+            clock,
+            metrics,
+            source_permits,
+            rate_limit,
+        }
+    }
+
+    /// Returns true if the source gives tokens only for a caller that is alive.
+    pub fn requires_live_caller(&self) -> bool {
+        self.source.requires_live_caller()
+    }
+
+    /// Exchanges a token that the source gives `caller` for the credentials of `grant`.
+    ///
+    /// Outages are retried for `RETRY_WINDOW`. A token that STS refuses is replaced once.
+    pub async fn exchange(
+        &self,
+        caller: &Arc<Caller>,
+        grant: &Grant,
+    ) -> Result<Credentials, ExchangeError> {
+        if !self.rate_limit.take(&grant.spiffe_id) {
+            return Err(ExchangeError::TooOften);
+        }
+        let _running = self.metrics.exchange_started();
+        let mut budget = RetryBudget::new();
+        let token = self.token(caller, grant, &mut budget).await?;
+        let refused = match self.assume(grant, &token, &mut budget).await {
+            Err(error) if error.retry == RetryPolicy::NewToken => error,
+            result => return Ok(result?),
+        };
+        let fresh = self.token(caller, grant, &mut budget).await?;
+        if fresh.is_same(&token) {
+            return Err(
+                with_note(refused, "the identity source returned the same token again").into(),
+            );
+        }
+        match self.assume(grant, &fresh, &mut budget).await {
+            Err(error) if error.retry == RetryPolicy::NewToken => {
+                Err(self.refused_twice(error, &fresh).into())
+            }
+            result => Ok(result?),
+        }
+    }
+
+    async fn token(
+        &self,
+        caller: &Arc<Caller>,
+        grant: &Grant,
+        budget: &mut RetryBudget,
+    ) -> Result<JwtSvid, ExchangeError> {
+        let audience = &grant.role.audience;
+        loop {
+            let permit = self
+                .source_permits
+                .acquire_evicting(&grant.spiffe_id)
+                .await
+                .ok_or(ExchangeError::TooOften)?;
+            let call = self.source.token(caller, &grant.spiffe_id, audience);
+            let Some(result) = permit.run(call).await else {
+                if budget.pause().await {
+                    continue;
+                }
+                return Err(ExchangeError::TooOften);
+            };
+            drop(permit);
+            match result {
+                Err(SourceError::Unavailable(_)) if budget.pause().await => {}
+                // The source has checked the token against the request, so a mismatch is a bug of
+                // the source. It would give one workload the account of another.
+                Ok(token)
+                    if *token.spiffe_id() != grant.spiffe_id || token.audience() != audience =>
+                {
+                    return Err(SourceError::from(BadToken::Wrong(
+                        "the agent returned a token for another SPIFFE ID or audience".to_owned(),
+                    ))
+                    .into());
+                }
+                result => return Ok(result?),
+            }
+        }
+    }
+
+    /// Classifies STS's refusal of a second token. If the token expired in a queue or between
+    /// retries, the refusal is an outage. The role may be right, so cached credentials
+    /// stay valid.
+    fn refused_twice(&self, error: StsError, token: &JwtSvid) -> StsError {
+        match (token.check_life(self.clock.now()), token.short_life()) {
+            (Err(expired), _) => StsError {
+                retry: RetryPolicy::Later,
+                ..with_note(error, &format!("the token: {expired}"))
+            },
+            (Ok(()), Some(life)) => with_note(
+                error,
+                &format!(
+                    "STS refused a new token as well; the token is good for only {} s: {TTL_FIX}, and compare this node's clock with \
+                     STS's",
+                    life.as_secs()
+                ),
+            ),
+            (Ok(()), None) => with_note(error, "STS refused a new token as well"),
+        }
+    }
+
+    async fn assume(
+        &self,
+        grant: &Grant,
+        token: &JwtSvid,
+        budget: &mut RetryBudget,
+    ) -> Result<Credentials, StsError> {
+        loop {
+            let start = Instant::now();
+            let result = self.sts.assume(grant, token).await;
+            self.metrics.sts_call(UpstreamCall {
+                name: grant.role.sts.to_string(),
+                result: CallLabel::of(&result, |error| error.reason),
+                error: last_error(&result),
+                took: start.elapsed(),
+                at: self.clock.now(),
+            });
+            match result {
+                Err(error) if error.retry == RetryPolicy::Later => {
+                    if !budget.pause().await || token.expires() <= self.clock.now() {
+                        return Err(error);
+                    }
+                }
+                result => return result,
+            }
+        }
+    }
+}
+
+fn last_error<T>(result: &Result<T, StsError>) -> Option<LastError> {
+    let error = result.as_ref().err()?;
+    Some(LastError {
+        text: error.to_string(),
+        reason: error.reason,
+        outage: error.retry == RetryPolicy::Later,
+    })
+}
+
+fn with_note(error: StsError, note: &str) -> StsError {
+    StsError {
+        what: format!("{}; {note}", error.what),
+        ..error
+    }
+}
+
+/// Number of retries of one exchange, and the time at which they end.
+struct RetryBudget {
+    start: Instant,
+    tries: u32,
+}
+
+impl RetryBudget {
+    fn new() -> Self {
+        Self {
+            start: Instant::now(),
+            tries: 0,
+        }
+    }
+
+    /// Waits before a retry. Returns `false` at once if no retry is left.
+    async fn pause(&mut self) -> bool {
+        let pause = RETRY_PAUSE.mul_f64(f64::from(1 << self.tries) * (0.5 + 0.5 * fastrand::f64()));
+        if self.tries == MAX_RETRIES || self.start.elapsed() + pause > RETRY_WINDOW {
+            return false;
+        }
+        self.tries += 1;
+        sleep(pause).await;
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests;

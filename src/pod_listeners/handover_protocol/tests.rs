@@ -1,0 +1,190 @@
+use std::fs::Permissions;
+use std::io::Read;
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
+
+use super::*;
+
+fn id(number: u8) -> NamespaceId {
+    NamespaceId::from_bytes([number; NamespaceId::LENGTH])
+}
+
+fn listener() -> (Arc<OwnedFd>, SocketAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    (Arc::new(listener.into()), address)
+}
+
+#[tokio::test]
+async fn listeners_arrive_with_namespace_and_address() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let sent: Vec<_> = (0..250)
+        .flat_map(|number| POD_ADDRESSES.map(|address| ((id(number), address), listener().0)))
+        .collect();
+    let (mut before, kept) = std::os::unix::net::UnixStream::pair().unwrap();
+    let kept = [OwnedFd::from(kept)];
+    let (sending, received) = tokio::join!(send_all(&ours, &sent, &kept), receive_all(&theirs));
+    sending.unwrap();
+    let ReceivedListeners {
+        listeners: received,
+        earlier: kept_there,
+    } = received.unwrap();
+    assert_eq!((received.len(), kept_there.len()), (500, 1));
+    // The listening ends when its last owner closes it.
+    before.set_nonblocking(true).unwrap();
+    drop(kept);
+    assert_eq!(
+        before.read(&mut [0]).unwrap_err().kind(),
+        io::ErrorKind::WouldBlock
+    );
+    drop(kept_there);
+    assert_eq!(before.read(&mut [0]).unwrap(), 0);
+    for (key, listener) in &sent {
+        let here: SockaddrStorage = getsockname(listener.as_raw_fd()).unwrap();
+        assert_eq!(
+            getsockname::<SockaddrStorage>(received[key].as_raw_fd()).unwrap(),
+            here,
+            "{key:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn receiving_ends_at_an_invalid_record() {
+    let end = record(END, id(0), 0);
+    let with_one = record(LISTENER, id(1), 0);
+    let (descriptor, _) = listener();
+    let cases: [(&[u8], bool, io::ErrorKind); 7] = [
+        (&[], false, io::ErrorKind::UnexpectedEof),
+        (&with_one, false, io::ErrorKind::InvalidData),
+        (&end, true, io::ErrorKind::InvalidData),
+        (
+            &record(EARLIER, id(0), 0),
+            false,
+            io::ErrorKind::InvalidData,
+        ),
+        (&with_one[..9], true, io::ErrorKind::InvalidData),
+        (
+            &record(LISTENER, id(1), 2),
+            true,
+            io::ErrorKind::InvalidData,
+        ),
+        (&record(b'X', id(1), 0), false, io::ErrorKind::InvalidData),
+    ];
+    for (bytes, has_descriptor, kind) in cases {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        if !bytes.is_empty() {
+            sys::send(
+                ours.as_fd(),
+                bytes,
+                has_descriptor.then(|| descriptor.as_fd()),
+            )
+            .unwrap();
+        }
+        drop(ours);
+        assert_eq!(
+            receive_all(&theirs).await.unwrap_err().kind(),
+            kind,
+            "{bytes:?}"
+        );
+    }
+}
+
+#[test]
+fn listener_is_verified_by_address_and_namespace() {
+    let (good, address) = listener();
+    let is = |descriptor: OwnedFd, address| is_listener(&descriptor, address).unwrap_or(false);
+    let another = |descriptor: &Arc<OwnedFd>| descriptor.try_clone().unwrap();
+    assert!(is(another(&good), address));
+    assert!(!is(another(&good), POD_ADDRESSES[0]), "another address");
+    let connected = TcpStream::connect(address).unwrap();
+    let local = connected.local_addr().unwrap();
+    assert!(!is(connected.into(), local), "it does not accept");
+    let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let local = datagrams.local_addr().unwrap();
+    assert!(!is(datagrams.into(), local), "no stream");
+    assert!(
+        !is(std::fs::File::open("/dev/null").unwrap().into(), address),
+        "no socket"
+    );
+    if geteuid().is_root() {
+        let elsewhere = std::thread::spawn(move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            TcpListener::bind(address).unwrap()
+        });
+        assert!(
+            !is(elsewhere.join().unwrap().into(), address),
+            "in another network namespace"
+        );
+    }
+}
+
+#[test]
+fn cgroups_of_two_pods_of_one_kind_are_equal() {
+    let table = [
+        (
+            "/kubepods/besteffort/poda/x",
+            "/kubepods/besteffort/podb/y",
+            true,
+        ),
+        (
+            "/kubepods/besteffort/poda/x",
+            "/kubepods/burstable/podb/y",
+            false,
+        ),
+        (
+            "/kubepods/besteffort/poda/x",
+            "/user.slice/user-1000.slice/x",
+            false,
+        ),
+        (
+            "/kubepods.slice/kubepods-poda.slice/cri-x.scope",
+            "/kubepods.slice/kubepods-podb.slice/cri-y.scope",
+            true,
+        ),
+        (
+            "/system.slice/awsvid.service",
+            "/system.slice/awsvid-next.service",
+            true,
+        ),
+        // The paths as read from within the first one's cgroup namespace.
+        ("/", "/../../podb/y", true),
+        ("/", "/../../../burstable/podb/y", false),
+        ("/", "/../../../../system.slice/x.service", false),
+    ];
+    for (own, other, same) in table {
+        assert_eq!(
+            grandparent_cgroup(own) == grandparent_cgroup(other),
+            same,
+            "{own} {other}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn socket_admits_only_its_owner() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o700)).unwrap();
+    let path = folder.path().join("handover.sock");
+    let handover = Handover::bind(&path).unwrap();
+    assert_eq!(
+        std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    let (next, before) = tokio::join!(handover.accept(), connect(&path));
+    send_message(&before.unwrap(), REQUEST).await.unwrap();
+    let next = next.unwrap();
+    assert_eq!(
+        (
+            receive_message(&next).await.unwrap(),
+            receive_message(&next).await.unwrap()
+        ),
+        (Some(REQUEST), None)
+    );
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    drop(handover);
+    assert!(matches!(
+        Handover::bind(&path),
+        Err(ListenError::UnsafeDirectory { .. })
+    ));
+}

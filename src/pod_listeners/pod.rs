@@ -1,0 +1,268 @@
+//! The network namespace of one pod: its sockets and their life.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::attest::{PodAttestor, SockDiag};
+use crate::http::CredentialEndpoint;
+use crate::listen::{
+    self, ConnectionTracker, ListenError, Listener, NetnsRef, POD_ADDRESSES, PodListener,
+};
+use crate::netns::{NamespaceError, NamespaceId};
+use crate::pod_listeners::handover_protocol::{self, HandoverKey};
+use crate::pod_listeners::sys;
+
+/// Parts that all pods share.
+#[derive(Debug)]
+pub(super) struct PodService {
+    pub(super) endpoint: Arc<CredentialEndpoint>,
+    pub(super) connections: ConnectionTracker,
+    /// Ends all accept loops.
+    pub(super) stop: watch::Receiver<bool>,
+    pub(super) loops: TaskTracker,
+}
+
+/// A pod's namespace in which the daemon listens.
+#[derive(Debug)]
+pub(super) struct ListenedPod {
+    pub(super) netns: Arc<NetnsRef>,
+    attestor: Arc<PodAttestor>,
+    listeners: Vec<Arc<PodListener>>,
+    /// Addresses that could not be bound yet.
+    pub(super) missing: Vec<SocketAddr>,
+    /// Set when the pod that owns the namespace was logged.
+    named: bool,
+    /// Time at which the daemon began to listen there.
+    pub(super) since: Instant,
+    /// Set when the ports that unprivileged users can bind were checked.
+    pub(super) ports_checked: bool,
+    /// Cancels the pod's accept loops.
+    accepting: CancellationToken,
+}
+
+/// Results of making the sockets of one namespace.
+pub(super) struct NamespaceSockets {
+    diag: io::Result<SockDiag>,
+    listeners: Vec<BindResult>,
+}
+
+/// An address, and the result of binding it.
+pub(super) type BindResult = (SocketAddr, io::Result<PodListener>);
+
+/// Listeners that another instance claims to have had in one namespace. They are not verified yet.
+pub(super) type ReceivedSockets = Vec<(SocketAddr, OwnedFd)>;
+
+/// Listens on these addresses in the namespace `netns`.
+pub(super) fn bind(
+    netns: &Arc<NetnsRef>,
+    addresses: &[SocketAddr],
+) -> Result<Vec<BindResult>, NamespaceError> {
+    netns.run_in(|| {
+        addresses
+            .iter()
+            .map(|address| (*address, PodListener::bind(netns.clone(), *address)))
+            .collect()
+    })
+}
+
+impl NamespaceSockets {
+    /// Makes all sockets that a pod needs, except listeners that another instance passed. The
+    /// result keeps the namespace alive until it is dropped.
+    pub(super) fn inside(
+        netns: &Arc<NetnsRef>,
+        received: ReceivedSockets,
+    ) -> Result<Self, NamespaceError> {
+        let mut received: HashMap<_, _> = received.into_iter().collect();
+        let mut listener = |address: SocketAddr| match received
+            .remove(&address)
+            .filter(|received| handover_protocol::is_listener(received, address).unwrap_or(false))
+        {
+            Some(listener) => PodListener::with(netns.clone(), address, listener),
+            None => PodListener::bind(netns.clone(), address),
+        };
+        netns.run_in(|| {
+            let cookie = match sys::cookie_here() {
+                // Kernels without cookies do not report a caller's cgroup either: this namespace is
+                // not served.
+                Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => None,
+                cookie => Some(cookie?),
+            };
+            if netns.id().is_initial(cookie) {
+                return Err(NamespaceError::Machines);
+            }
+            let listeners = POD_ADDRESSES
+                .iter()
+                .map(|address| (*address, listener(*address)))
+                .collect();
+            Ok(Self {
+                diag: SockDiag::open(),
+                listeners,
+            })
+        })?
+    }
+}
+
+/// Reason why an address of a pod cannot be bound.
+#[derive(Debug)]
+pub(super) enum BindFailure {
+    /// A process of the pod uses it.
+    Taken,
+    /// The daemon lacks `CAP_NET_BIND_SERVICE`.
+    Denied,
+    /// Any other error of the bind.
+    Failed(io::Error),
+}
+
+impl ListenedPod {
+    /// Serves on the sockets of this namespace. `None` where the kernel does not distinguish TCP
+    /// callers.
+    pub(super) fn serve(
+        netns: Arc<NetnsRef>,
+        made: NamespaceSockets,
+        service: &PodService,
+    ) -> io::Result<Option<(Self, Vec<BindFailure>)>> {
+        let Some(attestor) = service.endpoint.attestor.in_pod(made.diag?) else {
+            return Ok(None);
+        };
+        let mut pod = Self {
+            netns,
+            attestor: Arc::new(attestor),
+            listeners: Vec::new(),
+            missing: Vec::new(),
+            named: false,
+            since: Instant::now(),
+            ports_checked: false,
+            accepting: CancellationToken::new(),
+        };
+        let unbound = pod.add(made.listeners, service);
+        Ok(Some((pod, unbound)))
+    }
+
+    /// Serves on these addresses, too. Returns the failures, and keeps their addresses for a retry.
+    pub(super) fn add(
+        &mut self,
+        listeners: Vec<BindResult>,
+        service: &PodService,
+    ) -> Vec<BindFailure> {
+        let mut unbound = Vec::new();
+        for (address, bound) in listeners {
+            self.missing.retain(|missing| *missing != address);
+            let served = match bound {
+                Ok(inside) => self.listen(Arc::new(inside), service),
+                Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+                    // The machine has no IPv6.
+                    continue;
+                }
+                Err(error) => Err(error),
+            };
+            if let Err(error) = served {
+                self.missing.push(address);
+                unbound.push(match error.raw_os_error().map(Errno::from_raw) {
+                    Some(Errno::EADDRINUSE) => BindFailure::Taken,
+                    Some(Errno::EACCES) => BindFailure::Denied,
+                    _ => BindFailure::Failed(error),
+                });
+            }
+        }
+        unbound
+    }
+
+    fn listen(&mut self, inside: Arc<PodListener>, service: &PodService) -> io::Result<()> {
+        let bound = Listener::pod(inside.clone()).map_err(|error| match error {
+            ListenError::Pod { source, .. } => source,
+            other => io::Error::other(other),
+        })?;
+        let (endpoint, attestor) = (service.endpoint.clone(), self.attestor.clone());
+        let connection = move |stream, pending| {
+            endpoint
+                .clone()
+                .serve_connection(stream, pending, Some(attestor.clone()))
+        };
+        let accepting = listen::serve(
+            bound,
+            service.connections.clone(),
+            service.stop.clone(),
+            connection,
+        );
+        service
+            .loops
+            .spawn(self.accepting.clone().run_until_cancelled_owned(accepting));
+        self.listeners.push(inside);
+        Ok(())
+    }
+
+    /// Returns the listeners that accept there.
+    pub(super) fn listening(&self) -> impl Iterator<Item = (HandoverKey, Arc<OwnedFd>)> {
+        self.listeners
+            .iter()
+            .map(|inside| ((self.id(), inside.address()), inside.listener()))
+    }
+
+    /// Stops accepting, and keeps the listeners in `kept`, which another instance has, too.
+    /// Connections go on.
+    pub(super) fn pause(&mut self, kept: &[(HandoverKey, Arc<OwnedFd>)]) {
+        self.accepting.cancel();
+        let is_kept = |inside: &Arc<PodListener>| {
+            kept.iter()
+                .any(|(_, listener)| Arc::ptr_eq(listener, &inside.listener()))
+        };
+        let (listeners, dropped) = self.listeners.drain(..).partition::<Vec<_>, _>(is_kept);
+        self.missing
+            .extend(dropped.into_iter().map(|inside| inside.address()));
+        self.listeners = listeners;
+    }
+
+    /// Accepts again after a pause. Addresses without a kept listener are missing.
+    pub(super) fn resume(&mut self, service: &PodService) {
+        self.accepting = CancellationToken::new();
+        for inside in std::mem::take(&mut self.listeners) {
+            let address = inside.address();
+            if let Err(error) = self.listen(inside, service) {
+                tracing::warn!(%error, namespace = %self.path().display(), "a pod's listener cannot be served again yet");
+                self.missing.push(address);
+            }
+        }
+    }
+
+    /// Drops the listeners that another instance has, too. Connections go on.
+    pub(super) fn release(&mut self) {
+        self.listeners.clear();
+    }
+
+    /// Returns the pod that owns the namespace if an address is missing there and the owner is
+    /// known. Returns it once.
+    pub(super) fn warn_missing_with_owner(&mut self) -> Option<String> {
+        if self.missing.is_empty() || self.named {
+            return None;
+        }
+        let owner = self.attestor.owner()?.to_string();
+        self.named = true;
+        Some(owner)
+    }
+
+    pub(super) fn id(&self) -> NamespaceId {
+        self.netns.id()
+    }
+
+    pub(super) fn path(&self) -> PathBuf {
+        self.netns.path()
+    }
+}
+
+impl Drop for ListenedPod {
+    /// Closes all sockets made inside, because each of them would keep the network of a dead pod.
+    fn drop(&mut self) {
+        self.accepting.cancel();
+        self.attestor.close();
+    }
+}

@@ -1,0 +1,306 @@
+//! Takeover of pods' listeners from the previous instance, and handover to the next one.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::pin;
+use std::sync::Arc;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tokio::net::UnixStream;
+use tokio::time::{sleep, timeout};
+
+use crate::pod_listeners::handover_protocol::{
+    self, DONE, Handover, HandoverKey, REQUEST, ReceivedListeners, SERVING, STEP_TIMEOUT,
+};
+use crate::pod_listeners::{ListenedPod, MOUNT_POLL, PodListeners};
+
+/// Role of this instance among those that may serve pods.
+#[derive(Debug)]
+pub(super) enum HandoverRole {
+    /// The previous instance serves, until this one takes over.
+    Standby(UnixStream),
+    /// This instance serves the pods.
+    Active,
+    /// The next instance serves, as long as it keeps this connection open.
+    Superseded(UnixStream),
+}
+
+/// Next event that the loop handles.
+enum HandoverEvent {
+    Rescan,
+    TakeOver,
+    /// A later instance has connected.
+    Next(UnixStream),
+    /// It has sent a message, or is gone.
+    Message,
+    /// The next instance is gone after it had taken over.
+    Resume,
+}
+
+impl PodListeners {
+    /// Determines whether a previous instance serves pods.
+    pub(super) async fn begin(&mut self) {
+        let previous = match &self.handover {
+            Some(path) => handover_protocol::connect(path).await,
+            None => Err(io::ErrorKind::NotFound.into()),
+        };
+        match previous {
+            Ok(previous) => {
+                tracing::info!("waiting to take over pods' listeners from the previous instance");
+                self.stage = HandoverRole::Standby(previous);
+            }
+            Err(error) => {
+                if !matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                ) {
+                    tracing::warn!(%error, "[pods] handover_socket: ignoring the socket: its peer is not a previous instance of awsvid");
+                }
+                self.reconcile().await;
+                self.listen_for_successor();
+            }
+        }
+    }
+
+    fn listen_for_successor(&mut self) {
+        let Some(path) = self.handover.as_ref().filter(|_| self.successors.is_none()) else {
+            return;
+        };
+        match Handover::bind(path) {
+            Ok(successors) => self.successors = Some(successors),
+            Err(error) if std::mem::replace(&mut self.logged.no_handover, true) => {
+                tracing::debug!(%error, "the handover socket cannot be bound yet");
+            }
+            Err(error) => {
+                tracing::warn!(%error, "[pods] handover_socket: the socket cannot be bound: an update will interrupt pods' listeners");
+            }
+        }
+    }
+
+    /// Handles events until the daemon has to stop, then waits for the open connections.
+    pub async fn run(mut self) {
+        let mut stop = self.service.stop.clone();
+        let mut stopping = pin!(async { drop(stop.wait_for(|stop| *stop).await) });
+        let mut next = None;
+        loop {
+            let event = tokio::select! {
+                biased;
+                () = &mut stopping => break,
+                event = self.event(next.as_ref()) => event,
+            };
+            match event {
+                HandoverEvent::Rescan => self.follow().await,
+                HandoverEvent::TakeOver => self.take_over().await,
+                HandoverEvent::Next(stream) => next = Some(stream),
+                HandoverEvent::Message => next = self.hand_over(next).await,
+                HandoverEvent::Resume => self.resume().await,
+            }
+        }
+        self.end(next).await;
+    }
+
+    /// Waits for the next event. `next` is an instance that waits for the listeners.
+    async fn event(&self, next: Option<&UnixStream>) -> HandoverEvent {
+        match &self.stage {
+            HandoverRole::Standby(previous) => {
+                let mut could_serve = self.could_serve.clone();
+                tokio::select! {
+                    // The previous instance ends and sends its listeners, or is gone.
+                    _ = previous.readable() => {}
+                    () = async { drop(could_serve.wait_for(|could_serve| *could_serve).await) } => {}
+                }
+                HandoverEvent::TakeOver
+            }
+            HandoverRole::Superseded(after) => tokio::select! {
+                () = end_of(after) => HandoverEvent::Resume,
+                () = self.wait_for_change() => HandoverEvent::Rescan,
+            },
+            HandoverRole::Active => tokio::select! {
+                biased;
+                stream = accept(self.successors.as_ref(), next) => HandoverEvent::Next(stream),
+                () = message(next) => HandoverEvent::Message,
+                () = self.wait_for_change() => HandoverEvent::Rescan,
+            },
+        }
+    }
+
+    async fn follow(&mut self) {
+        match &self.stage {
+            HandoverRole::Active => {
+                self.reconcile().await;
+                self.listen_for_successor();
+            }
+            HandoverRole::Standby(_) | HandoverRole::Superseded(_) => self.drop_removed(),
+        }
+    }
+
+    /// Drops the removed namespaces, and adds none.
+    fn drop_removed(&mut self) {
+        let found = self.scan();
+        self.pods.retain(|id, _| found.contains_key(id));
+    }
+
+    async fn take_over(&mut self) {
+        let HandoverRole::Standby(previous) =
+            std::mem::replace(&mut self.stage, HandoverRole::Active)
+        else {
+            return;
+        };
+        let taking = timeout(STEP_TIMEOUT, async {
+            handover_protocol::send_message(&previous, REQUEST).await?;
+            handover_protocol::receive_all(&previous).await
+        });
+        let received = taking.await.unwrap_or_else(|late| Err(late.into()));
+        match received {
+            Ok(ReceivedListeners { listeners, earlier }) => {
+                tracing::info!(listeners = listeners.len(), "took over pods' listeners");
+                self.earlier = earlier;
+                self.reconcile_dir(listeners).await;
+                let released = timeout(STEP_TIMEOUT, async {
+                    handover_protocol::send_message(&previous, SERVING).await?;
+                    handover_protocol::receive_message(&previous).await
+                });
+                let _ = released.await;
+                // If it cannot be kept it is closed. The other end then finds this instance gone.
+                self.earlier.extend(previous.into_std().map(OwnedFd::from));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "taking over pods' listeners failed: binding new ones");
+                drop(previous);
+                self.reconcile().await;
+            }
+        }
+        self.listen_for_successor();
+    }
+
+    /// Passes the listeners to the next instance, which requested them. Returns `next` if it is
+    /// alive and has not taken over.
+    async fn hand_over(&mut self, next: Option<UnixStream>) -> Option<UnixStream> {
+        let next = next?;
+        let mut message = [0];
+        match next.try_read(&mut message) {
+            Ok(1) if message == [REQUEST] => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(next),
+            _ => return None,
+        }
+        let sent = self.send_listeners(&next).await?;
+        self.successors = None;
+        self.pods.values_mut().for_each(|pod| pod.pause(&sent));
+        self.metrics.pod_listeners.set(0);
+        tracing::info!(
+            listeners = sent.len(),
+            "passed pods' listeners to the next instance"
+        );
+        // A failure means that it is gone, which the next event reports.
+        let _ = timeout(STEP_TIMEOUT, handover_protocol::send_message(&next, DONE)).await;
+        self.stage = HandoverRole::Superseded(next);
+        None
+    }
+
+    /// Sends all listeners, and waits until they are served. Both instances accept meanwhile.
+    async fn send_listeners(
+        &mut self,
+        next: &UnixStream,
+    ) -> Option<Vec<(HandoverKey, Arc<OwnedFd>)>> {
+        let sent: Vec<_> = self.pods.values().flat_map(|pod| pod.listening()).collect();
+        self.earlier
+            .retain(|connection| is_alive(connection.as_fd()));
+        let giving = timeout(STEP_TIMEOUT, async {
+            handover_protocol::send_all(next, &sent, &self.earlier).await?;
+            while let Some(message) = handover_protocol::receive_message(next).await? {
+                if message == SERVING {
+                    return Ok(());
+                }
+            }
+            Err(io::Error::from(io::ErrorKind::UnexpectedEof))
+        });
+        match giving.await.unwrap_or_else(|late| Err(late.into())) {
+            Ok(()) => Some(sent),
+            Err(error) => {
+                tracing::warn!(%error, "passing pods' listeners to the next instance failed");
+                None
+            }
+        }
+    }
+
+    /// Serves again, because the next instance ended before this one: the update failed.
+    async fn resume(&mut self) {
+        tracing::warn!("the next instance is gone: serving pods again");
+        self.stage = HandoverRole::Active;
+        self.drop_removed();
+        self.pods
+            .values_mut()
+            .for_each(|pod| pod.resume(&self.service));
+        self.follow().await;
+    }
+
+    /// Ends after the accept loops have got the signal to stop.
+    async fn end(mut self, next: Option<UnixStream>) {
+        (self.successors, self.handover) = (None, None);
+        if let (Some(next), HandoverRole::Active) = (next, &self.stage) {
+            // From here on the next instance serves, ready or not.
+            let _ = self.send_listeners(&next).await;
+        }
+        // Without a next instance, the previous one serves again if it is still alive.
+        self.earlier.clear();
+        self.stage = HandoverRole::Active;
+        self.pods.values_mut().for_each(ListenedPod::release);
+        self.service.loops.close();
+        let (loops, connections) = (self.service.loops.clone(), self.service.connections.clone());
+        // Loops and connections end by themselves, or with their pod.
+        let mut ended = pin!(async {
+            loops.wait().await;
+            connections.drained().await;
+        });
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut ended => break,
+                () = self.wait_for_change() => self.drop_removed(),
+            }
+        }
+    }
+}
+
+/// Waits for the next instance to connect. Only one at a time is accepted.
+async fn accept(successors: Option<&Handover>, next: Option<&UnixStream>) -> UnixStream {
+    let (Some(successors), None) = (successors, next) else {
+        return std::future::pending().await;
+    };
+    loop {
+        match successors.accept().await {
+            Ok(stream) => return stream,
+            Err(error) => {
+                if let Some(missed) = successors.refusal() {
+                    tracing::warn!(%error, missed, "[pods] handover_socket: rejected a request for pods' listeners");
+                }
+                // A lack of descriptors does not pass at once.
+                sleep(MOUNT_POLL).await;
+            }
+        }
+    }
+}
+
+/// Checks that the previous instance is still alive at the other end of this connection.
+fn is_alive(previous: BorrowedFd<'_>) -> bool {
+    let mut polled = [PollFd::new(previous, PollFlags::POLLIN)];
+    let ended = |polled: &PollFd<'_>| {
+        polled
+            .revents()
+            .is_some_and(|events| events.contains(PollFlags::POLLHUP))
+    };
+    poll(&mut polled, PollTimeout::ZERO).is_err() || !ended(&polled[0])
+}
+
+/// Waits until the peer has closed the connection.
+async fn end_of(stream: &UnixStream) {
+    while let Ok(Some(_)) = handover_protocol::receive_message(stream).await {}
+}
+
+/// Waits until the next instance sends a message, or is gone.
+async fn message(next: Option<&UnixStream>) {
+    match next {
+        Some(next) => drop(next.readable().await),
+        None => std::future::pending().await,
+    }
+}
