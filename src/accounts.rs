@@ -16,6 +16,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::config::ConfigLine;
 use crate::metrics::Metrics;
 use crate::workload_rule::{AccountName, AccountState, OVERFLOW_ID};
 
@@ -73,7 +74,7 @@ pub struct AccountIds {
 #[derive(Debug)]
 struct AccountEntry {
     /// Lines of the configuration that contain the name.
-    lines: Vec<usize>,
+    lines: Vec<ConfigLine>,
     known: AccountState,
     /// Error of the last lookup, if it failed.
     error: Option<Errno>,
@@ -140,7 +141,7 @@ impl Accounts {
     }
 
     /// Returns the names, each with the lines of the configuration that contain it.
-    pub fn names(&self) -> BTreeMap<AccountName, Vec<usize>> {
+    pub fn names(&self) -> BTreeMap<AccountName, Vec<ConfigLine>> {
         let state = self.0.state();
         let lines =
             |(name, entry): (&AccountName, &AccountEntry)| (name.clone(), entry.lines.clone());
@@ -151,7 +152,7 @@ impl Accounts {
     ///
     /// Starts a lookup of all of them and waits for at most `patience`. Until a lookup ends, a name
     /// keeps its state. Has to be called within a tokio runtime.
-    pub async fn add(&self, names: BTreeMap<AccountName, Vec<usize>>, patience: Duration) {
+    pub async fn add(&self, names: BTreeMap<AccountName, Vec<ConfigLine>>, patience: Duration) {
         let wanted: Vec<AccountName> = names.keys().cloned().collect();
         if self.0.add(names) {
             tokio::spawn(run(self.0.clone()));
@@ -162,7 +163,7 @@ impl Accounts {
     }
 
     /// Drops all other names, and gives these their lines.
-    pub fn keep(&self, names: &BTreeMap<AccountName, Vec<usize>>) {
+    pub fn keep(&self, names: &BTreeMap<AccountName, Vec<ConfigLine>>) {
         let mut state = self.0.state();
         state.names.retain(|name, entry| {
             let lines = names.get(name);
@@ -211,7 +212,7 @@ impl AccountsInner {
     }
 
     /// Adds names. Returns whether the background task has to be started.
-    fn add(&self, names: BTreeMap<AccountName, Vec<usize>>) -> bool {
+    fn add(&self, names: BTreeMap<AccountName, Vec<ConfigLine>>) -> bool {
         let mut state = self.state();
         for (name, lines) in names {
             let entry = state.names.entry(name).or_insert_with(AccountEntry::new);

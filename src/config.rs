@@ -5,16 +5,19 @@
 //! `SPIFFE_ENDPOINT_SOCKET` and `SPIFFE_BROKER_SOCKET` stand in for keys of `[identity]`.
 
 mod aws;
+mod config_line;
 mod cross_checks;
 mod digest;
 mod error;
 mod explain;
 mod exposure;
+mod files;
 mod identity;
 mod keys;
 mod listen;
 mod manual;
 mod output;
+mod path_steps;
 mod pods;
 mod role;
 mod sts;
@@ -22,21 +25,23 @@ mod toml_reader;
 mod workload;
 
 use std::collections::BTreeMap;
-use std::fs::{File, Metadata};
-use std::io::{self, Read};
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
 use toml::de::DeTable;
 
 pub(crate) use aws::is_aws as is_aws_sts;
+pub use config_line::ConfigLine;
 pub use digest::ConfigDigest;
 pub use error::{ConfigErrors, Problem};
 pub(crate) use exposure::exposures;
+pub use files::ConfigFiles;
 pub use identity::{IdentityConfig, Reference, Source};
 pub use listen::{AuthorizationMode, FIRST_UNPRIVILEGED_PORT, Listen};
 pub use manual::manual_page;
 pub use output::{AuditConfig, AuditFile, LogConfig, LogFormat};
+pub(crate) use path_steps::path_steps;
 pub use pods::PodsConfig;
 pub use sts::StsConfig;
 pub use workload::{ParsedWorkload, WorkloadRuleKey};
@@ -44,6 +49,7 @@ pub use workload::{ParsedWorkload, WorkloadRuleKey};
 use crate::role::Roles;
 use crate::socket_endpoint::Endpoint;
 use crate::workload_rule::{AccountName, AccountState};
+use files::{ConfigText, read_file, utf8};
 use toml_reader::{Diagnostics, Table};
 
 /// The trust domain of `awsvid dev`'s identities.
@@ -67,7 +73,7 @@ pub struct Config {
     /// The tables `[[role]]` and `[requested_roles]`.
     pub roles: Roles,
     tcp_lines: listen::TcpLines,
-    /// The digest of the text.
+    /// The digest of the files.
     pub digest: ConfigDigest,
 }
 
@@ -96,6 +102,15 @@ pub struct Loaded {
     pub config: Config,
     /// Warnings, by line: settings that are allowed and risky.
     pub warnings: Vec<Problem>,
+    files: ConfigFiles,
+}
+
+impl Loaded {
+    /// Returns this configuration as one file, which parses to the same configuration. `env` is
+    /// what it was parsed with.
+    pub fn show(&self, env: &dyn Fn(&str) -> Option<String>) -> String {
+        explain::show(&self.config, &self.files, env)
+    }
 }
 
 /// The severity of a configuration that another user than root or the process's own could change
@@ -122,9 +137,10 @@ impl Exposure {
 }
 
 impl Config {
-    /// Reads the file. `env` returns environment variables. Users and groups are not resolved.
+    /// Reads the file, and those that it includes. `env` returns environment variables. Users and
+    /// groups are not resolved.
     ///
-    /// A syntax error is reported alone. All other errors are reported together.
+    /// Syntax errors are reported alone. All other errors are reported together.
     pub fn load(
         path: &Path,
         exposure: Exposure,
@@ -134,13 +150,9 @@ impl Config {
             path: path.to_owned(),
             problems,
         };
-        let (bytes, file) = read_file(path).map_err(|problem| failed(vec![problem]))?;
-        let exposed = match exposure {
-            Exposure::Ignored => Vec::new(),
-            Exposure::Refused | Exposure::Warned => exposures(path, &file, "configuration"),
-        };
-        let loaded = Self::parse_bytes(bytes, &env);
-        match (loaded, exposure) {
+        let files = ConfigFiles::read(path, exposure).map_err(|problem| failed(vec![problem]))?;
+        let exposed = files.exposures.clone();
+        match (parse(files, &env, NamePolicy::OfServe), exposure) {
             (Ok(mut loaded), Exposure::Warned) => {
                 loaded.warnings.extend(exposed);
                 Ok(loaded)
@@ -159,7 +171,7 @@ impl Config {
         bytes: Vec<u8>,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Loaded, Vec<Problem>> {
-        Self::parse(&utf8(bytes).map_err(|problem| vec![problem])?, env)
+        Self::parse(&utf8(bytes, None).map_err(|problem| vec![problem])?, env)
     }
 
     /// Returns the problem for a file, or standard input, that cannot be read.
@@ -188,14 +200,14 @@ impl Config {
     }
 
     /// Returns the users and groups that rules name, each with its lines.
-    pub fn accounts(&self) -> BTreeMap<AccountName, Vec<usize>> {
-        let mut lines: BTreeMap<AccountName, Vec<usize>> = BTreeMap::new();
+    pub fn accounts(&self) -> BTreeMap<AccountName, Vec<ConfigLine>> {
+        let mut lines: BTreeMap<AccountName, Vec<ConfigLine>> = BTreeMap::new();
         for (name, (_, line)) in self
             .workloads
             .iter()
             .flat_map(|workload| &workload.accounts)
         {
-            lines.entry(name.clone()).or_default().extend(*line);
+            lines.entry(name.clone()).or_default().extend(line.clone());
         }
         lines
     }
@@ -210,24 +222,25 @@ impl Config {
             path: path.to_owned(),
             problems,
         };
-        let (bytes, _) = read_file(path).map_err(|problem| failed(vec![problem]))?;
-        let text = utf8(bytes).map_err(|problem| failed(vec![problem]))?;
-        let entries = DeTable::parse(&text)
-            .map_err(|error| failed(vec![syntax_error(&text, &error)]))?
-            .into_inner();
-        let rest = Diagnostics::new(&text);
-        let region = sts::read(&rest.root(&entries).table("sts")).region;
-        let pods = pods::read(&rest.root(&entries).table("pods"));
-        let report = Diagnostics::new(&text);
-        let (listen, _) = listen::read(&report.root(&entries).table("listen"), &pods);
-        report.finish_table("listen", &entries).map_err(failed)?;
+        let (bytes, _) = read_file(path).map_err(|error| failed(vec![Self::unreadable(&error)]))?;
+        let text = utf8(bytes, None).map_err(|problem| failed(vec![problem]))?;
+        // Included files have no such table.
+        let files = ConfigFiles::of_text(text).texts;
+        let tables = parse_tables(&files).map_err(failed)?;
+        let rest = Diagnostics::new(&files);
+        let region = sts::read(&rest.root(&tables).table("sts")).region;
+        let pods = pods::read(&rest.root(&tables).table("pods"));
+        let report = Diagnostics::new(&files);
+        let (listen, _) = listen::read(&report.root(&tables).table("listen"), &pods);
+        report.finish_table("listen", &tables).map_err(failed)?;
         Ok((listen, region))
     }
 
     /// Parses a configuration. An error has at least one problem, and they are in the order of
     /// their lines. The names of `awsvid dev` are errors: its identities and role are for trials.
     pub fn parse(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded, Vec<Problem>> {
-        parse(text, env, NamePolicy::OfServe)
+        let files = ConfigFiles::of_text(text.to_owned());
+        parse(files, env, NamePolicy::OfServe)
     }
 
     /// Parses the configuration of `awsvid dev`, with its own names.
@@ -235,7 +248,8 @@ impl Config {
         text: &str,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Loaded, Vec<Problem>> {
-        parse(text, env, NamePolicy::OfDev)
+        let files = ConfigFiles::of_text(text.to_owned());
+        parse(files, env, NamePolicy::OfDev)
     }
 }
 
@@ -247,18 +261,43 @@ enum NamePolicy {
 }
 
 fn parse(
-    text: &str,
+    files: ConfigFiles,
     env: &dyn Fn(&str) -> Option<String>,
     names: NamePolicy,
 ) -> Result<Loaded, Vec<Problem>> {
-    let entries = DeTable::parse(text)
-        .map_err(|error| vec![syntax_error(text, &error)])?
-        .into_inner();
-    let report = Diagnostics::new(text);
-    let mut config = read(&report.root(&entries), env, names);
-    config.digest = ConfigDigest::of(text);
-    let warnings = report.finish(&entries)?;
-    Ok(Loaded { config, warnings })
+    let tables = parse_tables(&files.texts)?;
+    let report = Diagnostics::new(&files.texts);
+    report.extend(files.problems.clone());
+    let root = report.root(&tables);
+    let included = files::read(&root);
+    if let Some((at, _)) = included.first().filter(|_| !files.has_directory) {
+        let what = "a text without a file has no directory for other files";
+        report.error(at, what, "name the configuration by its file");
+    }
+    let mut config = read(&root, env, names);
+    config.digest = files.digest();
+    let warnings = report.finish(&tables)?;
+    drop(tables);
+    Ok(Loaded {
+        config,
+        warnings,
+        files,
+    })
+}
+
+/// Parses the text of each file, and reports the syntax errors of all of them.
+fn parse_tables(files: &[ConfigText]) -> Result<Vec<DeTable<'_>>, Vec<Problem>> {
+    let (mut tables, mut problems) = (Vec::new(), Vec::new());
+    for file in files {
+        match DeTable::parse(&file.text) {
+            Ok(table) => tables.push(table.into_inner()),
+            Err(error) => problems.push(syntax_error(file, &error)),
+        }
+    }
+    match problems.is_empty() {
+        true => Ok(tables),
+        false => Err(problems),
+    }
 }
 
 /// Reads all tables. A value with an error is replaced by its default or left out, so that the rest
@@ -400,7 +439,8 @@ fn read_cache(table: &Table<'_>) -> CacheConfig {
     }
 }
 
-fn syntax_error(text: &str, error: &toml::de::Error) -> Problem {
+fn syntax_error(file: &ConfigText, error: &toml::de::Error) -> Problem {
+    let ConfigText { path, text } = file;
     let span = error.span().unwrap_or(text.len()..text.len());
     let before = text.get(..span.start).unwrap_or(text);
     let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
@@ -411,7 +451,10 @@ fn syntax_error(text: &str, error: &toml::de::Error) -> Problem {
         .map(|found| format!(" at `{found}`"))
         .unwrap_or_default();
     Problem {
-        line: Some(toml_reader::line_at(text, span.start)),
+        line: Some(ConfigLine::new(
+            path.clone(),
+            toml_reader::line_at(text, span.start),
+        )),
         key: String::new(),
         what: format!(
             "this is not TOML: {}{found} (column {column})",
@@ -419,29 +462,6 @@ fn syntax_error(text: &str, error: &toml::de::Error) -> Problem {
         ),
         fix: "correct it; the rest of the file is checked after that".to_owned(),
     }
-}
-
-/// Returns the content of the file, and the metadata of the file that was opened.
-fn read_file(path: &Path) -> Result<(Vec<u8>, Metadata), Problem> {
-    let read = || {
-        let mut file = File::open(path)?;
-        let (mut bytes, found) = (Vec::new(), file.metadata()?);
-        file.read_to_end(&mut bytes)?;
-        Ok((bytes, found))
-    };
-    read().map_err(|error: io::Error| Config::unreadable(&error))
-}
-
-fn utf8(bytes: Vec<u8>) -> Result<String, Problem> {
-    String::from_utf8(bytes).map_err(|error| {
-        let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-        Problem {
-            line: Some(valid.iter().filter(|byte| **byte == b'\n').count() + 1),
-            key: String::new(),
-            what: "this is not UTF-8".to_owned(),
-            fix: "save the file as UTF-8".to_owned(),
-        }
-    })
 }
 
 #[cfg(test)]

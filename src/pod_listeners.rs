@@ -34,6 +34,7 @@ mod takeover;
 use handover_protocol::{Handover, HandoverKey};
 use netns_watch::{Change, NetnsWatch};
 use pod::{BindFailure, ListenedPod, NamespaceSockets, PodService, ReceivedSockets};
+pub(crate) use sys::watch as watch_descriptor;
 use takeover::HandoverRole;
 
 /// Maximum time for which a file without a mount may belong to a pod that the runtime is creating.

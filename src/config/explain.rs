@@ -9,66 +9,79 @@ use super::identity::{IdentityConfig, Reference, Source};
 use super::output::{AuditConfig, AuditFile, LogConfig, LogFormat};
 use super::pods::PodsConfig;
 use super::sts::StsConfig;
-use super::{CacheConfig, Config, listen};
+use super::{CacheConfig, Config, ConfigFiles, listen};
 use crate::role::{Role, StsTarget};
 use crate::workload_rule::{NamedRule, WorkloadRule};
 
 const DEFAULT: &str = "default";
 
-/// The page under construction, and the file that it shows.
+/// The page under construction, and the files that it shows.
 struct Page<'a> {
     text: String,
+    /// Content of the main file.
     file: toml::Table,
+    /// The included files, with their paths.
+    included: Vec<(String, toml::Table)>,
     env: &'a dyn Fn(&str) -> Option<String>,
 }
 
-impl Config {
-    /// Returns this configuration as a file, which parses to the same configuration. `text` and
-    /// `env` are what it was parsed from.
-    pub fn show(&self, text: &str, env: &dyn Fn(&str) -> Option<String>) -> String {
-        let mut page = Page {
-            text: String::new(),
-            file: text.parse().unwrap_or_default(),
-            env,
-        };
-        // All fields by name, so that the compiler finds a new one.
-        let Self {
-            listen,
-            pods,
-            identity,
-            sts,
-            cache,
-            audit,
-            log,
-            workloads,
-            roles,
-            tcp_lines: _,
-            digest: _,
-        } = self;
-        let requested = roles
-            .requested
-            .iter()
-            .flat_map(|requested| &requested.allowed);
-        let requested: Vec<&str> = requested.map(glob::Pattern::as_str).collect();
-        page.listen(listen);
-        page.pods(pods);
-        page.identity(identity);
-        page.sts(sts);
-        page.cache(cache);
-        page.output(audit, log);
-        page.table("[requested_roles]");
-        page.key("requested_roles", "allow", requested);
-        workloads
-            .iter()
-            .enumerate()
-            .for_each(|(i, workload)| page.workload(i, &workload.rule));
-        roles
-            .defined
-            .iter()
-            .enumerate()
-            .for_each(|(i, role)| page.role(i, role));
-        page.text
-    }
+/// Returns a configuration as one file, which parses to the same configuration. It was parsed from
+/// `files` and `env`.
+pub(super) fn show(
+    config: &Config,
+    files: &ConfigFiles,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> String {
+    let parsed = |text: &str| text.parse().unwrap_or_default();
+    let main = files.texts.iter().find(|file| file.path.is_none());
+    let included = files.texts.iter().filter_map(|file| {
+        let path = file.path.as_ref()?;
+        Some((path.display().to_string(), parsed(&file.text)))
+    });
+    let mut page = Page {
+        text: String::new(),
+        file: main.map_or_else(toml::Table::new, |file| parsed(&file.text)),
+        included: included.collect(),
+        env,
+    };
+    // All fields by name, so that the compiler finds a new one.
+    let Config {
+        listen,
+        pods,
+        identity,
+        sts,
+        cache,
+        audit,
+        log,
+        workloads,
+        roles,
+        tcp_lines: _,
+        digest: _,
+    } = config;
+    let requested = roles
+        .requested
+        .iter()
+        .flat_map(|requested| &requested.allowed);
+    let requested: Vec<&str> = requested.map(glob::Pattern::as_str).collect();
+    page.include();
+    page.listen(listen);
+    page.pods(pods);
+    page.identity(identity);
+    page.sts(sts);
+    page.cache(cache);
+    page.output(audit, log);
+    page.table("[requested_roles]");
+    page.key("requested_roles", "allow", requested);
+    workloads
+        .iter()
+        .enumerate()
+        .for_each(|(i, workload)| page.workload(i, &workload.rule));
+    roles
+        .defined
+        .iter()
+        .enumerate()
+        .for_each(|(i, role)| page.role(i, role));
+    page.text
 }
 
 impl Page<'_> {
@@ -110,6 +123,14 @@ impl Page<'_> {
         match is_set && !self.has(table, key) {
             true => self.line(key, value, &format!("from {variable}")),
             false => self.key(table, key, value),
+        }
+    }
+
+    /// Shows `include` as a comment, because the page has what the files contain.
+    fn include(&mut self) {
+        match self.included.len() {
+            0 => self.unset("include", "default: no other files"),
+            files => self.unset("include", &format!("{files} files, which are below")),
         }
     }
 
@@ -303,7 +324,7 @@ impl Page<'_> {
             systemd_unit,
             cgroup,
         } = rule;
-        self.table("[[workload]]");
+        self.entry_header("workload", index);
         self.line("spiffe_id", spiffe_id.as_str(), "");
         for (key, id) in [
             ("uid", uid),
@@ -365,7 +386,7 @@ impl Page<'_> {
         } else {
             DEFAULT
         };
-        self.table("[[role]]");
+        self.entry_header("role", index);
         self.line("name", name.as_str(), "");
         self.line("spiffe_id", spiffe_id.as_str(), "");
         self.line("role_arn", role_arn.as_str(), "");
@@ -404,14 +425,36 @@ impl Page<'_> {
         );
     }
 
-    /// Returns one of the tables of this name from the file.
+    /// Returns one of the tables of this name, and the path of its file if that is included. The
+    /// included files continue the list of the main file.
+    fn find(&self, name: &str, index: usize) -> (Option<&str>, Option<&toml::Table>) {
+        let included = self.included.iter();
+        let files = std::iter::once((None, &self.file))
+            .chain(included.map(|(path, file)| (Some(path.as_str()), file)));
+        let mut entries = files.flat_map(|(path, file)| {
+            let list = file.get(name).and_then(Value::as_array);
+            list.into_iter()
+                .flatten()
+                .map(move |entry| (path, entry.as_table()))
+        });
+        entries.nth(index).unwrap_or_default()
+    }
+
     fn entry(&self, name: &str, index: usize) -> toml::Table {
-        let entry = self
-            .file
-            .get(name)
-            .and_then(|list| list.get(index))
-            .and_then(Value::as_table);
-        entry.cloned().unwrap_or_default()
+        self.find(name, index).1.cloned().unwrap_or_default()
+    }
+
+    /// Writes the header of such a table.
+    fn entry_header(&mut self, name: &str, index: usize) {
+        let header = format!("[[{name}]]");
+        match self
+            .find(name, index)
+            .0
+            .map(|path| format!("{header:<56} # {path}"))
+        {
+            Some(with_path) => self.table(&with_path),
+            None => self.table(&header),
+        }
     }
 }
 

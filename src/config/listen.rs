@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
+use super::config_line::ConfigLine;
 use super::error::Problem;
 use super::pods::PodsConfig;
 use super::toml_reader::{Location, Table, absolute};
@@ -40,7 +41,7 @@ pub struct Listen {
 ///
 /// `Debug` leaves them out, because configurations with other lines may be equal.
 #[derive(Clone, Default)]
-pub(super) struct TcpLines(Vec<Option<usize>>);
+pub(super) struct TcpLines(Vec<Option<ConfigLine>>);
 
 impl fmt::Debug for TcpLines {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -162,7 +163,7 @@ pub(super) fn unprivileged_ports(
     TcpLines(lines): &TcpLines,
     first: u16,
 ) -> Vec<Problem> {
-    let lines = lines.iter().copied().chain(std::iter::repeat(None));
+    let lines = lines.iter().cloned().chain(std::iter::repeat(None));
     listen
         .tcp
         .iter()
@@ -204,10 +205,10 @@ pub(super) fn socket(
         .unwrap_or(default)
 }
 
-fn tcp(table: &Table<'_>) -> Option<Vec<(SocketAddr, Option<usize>)>> {
+fn tcp(table: &Table<'_>) -> Option<Vec<(SocketAddr, Option<ConfigLine>)>> {
     const FIX: &str = "write an address as \"127.0.0.1:974\" or \"[::1]:974\"";
     let report = table.report;
-    let mut addresses: Vec<(SocketAddr, Option<usize>)> = Vec::new();
+    let mut addresses: Vec<(SocketAddr, Option<ConfigLine>)> = Vec::new();
     for (at, text) in table.strings("tcp")? {
         let Ok(address) = text.parse::<SocketAddr>() else {
             report.error(

@@ -12,43 +12,60 @@ use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
+use super::config_line::ConfigLine;
 use super::error::Problem;
+use super::files::ConfigText;
 use super::keys;
 
-/// A key or table, with its line if the file has it.
+/// The tables that an included file may have.
+const INCLUDABLE: [&str; 2] = ["workload", "role"];
+
+/// A key or table, with its line if a file has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Location {
-    pub(super) line: Option<usize>,
+    pub(super) line: Option<ConfigLine>,
     pub(super) key: String,
 }
 
-/// Collects the errors and warnings of a file.
+/// Collects the errors and warnings of a configuration's files.
 pub(super) struct Diagnostics<'t> {
-    text: &'t str,
+    files: &'t [ConfigText],
     errors: RefCell<Vec<Problem>>,
     warnings: RefCell<Vec<Problem>>,
 }
 
 impl<'t> Diagnostics<'t> {
-    pub(super) fn new(text: &'t str) -> Self {
+    pub(super) fn new(files: &'t [ConfigText]) -> Self {
         let (errors, warnings) = (RefCell::default(), RefCell::default());
         Self {
-            text,
+            files,
             errors,
             warnings,
         }
     }
 
-    /// Returns the table at the top of the file.
-    pub(super) fn root<'r>(&'r self, entries: &'r DeTable<'r>) -> Table<'r> {
+    /// Returns the table at the top of the main file, which is the first of `tables`. Its lists of
+    /// tables continue in the others.
+    pub(super) fn root<'r>(&'r self, tables: &'r [DeTable<'r>]) -> Table<'r> {
+        let (entries, included) = match tables.split_first() {
+            Some((main, included)) => (Some(main), included),
+            None => (None, &[][..]),
+        };
         Table {
             report: self,
+            file: 0,
             location: Location {
                 line: None,
                 key: String::new(),
             },
-            entries: Some(entries),
+            entries,
+            included,
         }
+    }
+
+    /// Adds errors that were found before the texts were parsed.
+    pub(super) fn extend(&self, errors: impl IntoIterator<Item = Problem>) {
+        self.errors.borrow_mut().extend(errors);
     }
 
     pub(super) fn error(&self, at: &Location, what: impl Into<String>, fix: impl Into<String>) {
@@ -61,32 +78,34 @@ impl<'t> Diagnostics<'t> {
 
     /// Returns the errors if there are any, else the warnings, both by line. Unknown keys are
     /// errors.
-    pub(super) fn finish(self, entries: &DeTable<'_>) -> Result<Vec<Problem>, Vec<Problem>> {
-        self.unknown_keys("", entries);
+    pub(super) fn finish(self, tables: &[DeTable<'_>]) -> Result<Vec<Problem>, Vec<Problem>> {
+        for (file, entries) in tables.iter().enumerate() {
+            self.unknown_keys(file, "", entries);
+        }
         self.sorted()
     }
 
-    /// Returns the same for a file of which only this table was read.
+    /// Returns the same where only this table of the main file was read.
     pub(super) fn finish_table(
         self,
         table: &str,
-        entries: &DeTable<'_>,
+        tables: &[DeTable<'_>],
     ) -> Result<Vec<Problem>, Vec<Problem>> {
-        if let Some(inner) = entries
-            .get(table)
+        if let Some(inner) = tables
+            .first()
+            .and_then(|entries| entries.get(table))
             .and_then(|value| value.get_ref().as_table())
         {
-            self.unknown_keys(table, inner);
+            self.unknown_keys(0, table, inner);
         }
         self.sorted()
     }
 
     fn sorted(self) -> Result<Vec<Problem>, Vec<Problem>> {
-        let by_line = |problem: &Problem| problem.line.unwrap_or(usize::MAX);
         let mut errors = self.errors.into_inner();
         let mut warnings = self.warnings.into_inner();
-        errors.sort_by_key(by_line);
-        warnings.sort_by_key(by_line);
+        errors.sort_by(Problem::by_line);
+        warnings.sort_by(Problem::by_line);
         if errors.is_empty() {
             Ok(warnings)
         } else {
@@ -94,15 +113,23 @@ impl<'t> Diagnostics<'t> {
         }
     }
 
-    fn unknown_keys(&self, table: &str, entries: &DeTable<'_>) {
+    fn unknown_keys(&self, file: usize, table: &str, entries: &DeTable<'_>) {
         for (key, value) in entries {
             let name = key.get_ref().as_ref();
             let path = join(table, name);
+            let at = Location {
+                line: Some(self.line(file, key.span())),
+                key: path.clone(),
+            };
+            if file > 0 && table.is_empty() && !INCLUDABLE.contains(&name) {
+                self.error(
+                    &at,
+                    "an included file has only [[workload]] and [[role]]",
+                    "move it to the file with `include`",
+                );
+                continue;
+            }
             if !keys::is_known(table, name) {
-                let at = Location {
-                    line: Some(self.line(key.span())),
-                    key: path,
-                };
                 // With the version, because the file may be of a newer one.
                 self.error(
                     &at,
@@ -116,26 +143,31 @@ impl<'t> Diagnostics<'t> {
                 continue;
             }
             match value.get_ref() {
-                DeValue::Table(inner) => self.unknown_keys(&path, inner),
+                DeValue::Table(inner) => self.unknown_keys(file, &path, inner),
                 DeValue::Array(elements) => {
                     elements
                         .iter()
                         .filter_map(|e| e.get_ref().as_table())
-                        .for_each(|e| self.unknown_keys(&path, e));
+                        .for_each(|e| self.unknown_keys(file, &path, e));
                 }
                 _ => {}
             }
         }
     }
 
-    fn line(&self, span: Range<usize>) -> usize {
-        line_at(self.text, span.start)
+    /// Returns the line of a span in the file with this index.
+    fn line(&self, file: usize, span: Range<usize>) -> ConfigLine {
+        let (path, text) = self
+            .files
+            .get(file)
+            .map_or((None, ""), |file| (file.path.clone(), &*file.text));
+        ConfigLine::new(path, line_at(text, span.start))
     }
 }
 
 fn problem(at: &Location, what: impl Into<String>, fix: impl Into<String>) -> Problem {
     Problem {
-        line: at.line,
+        line: at.line.clone(),
         key: at.key.clone(),
         what: what.into(),
         fix: fix.into(),
@@ -155,11 +187,15 @@ pub(super) fn line_at(text: &str, byte: usize) -> usize {
     text.bytes().take(byte).filter(|b| *b == b'\n').count() + 1
 }
 
-/// A table of the file. A missing table reads as empty.
+/// A table of a file. A missing table reads as empty.
 pub(super) struct Table<'r> {
     pub(super) report: &'r Diagnostics<'r>,
+    /// Index of its file.
+    file: usize,
     location: Location,
     entries: Option<&'r DeTable<'r>>,
+    /// The tables of the included files, for the table at the top of the main file.
+    included: &'r [DeTable<'r>],
 }
 
 impl<'r> Table<'r> {
@@ -172,8 +208,8 @@ impl<'r> Table<'r> {
     pub(super) fn location(&self, key: &str) -> Location {
         let found = self.entries.and_then(|entries| entries.get_key_value(key));
         let line = found
-            .map(|(_, value)| self.report.line(value.span()))
-            .or(self.location.line);
+            .map(|(_, value)| self.line(value.span()))
+            .or_else(|| self.location.line.clone());
         Location {
             line,
             key: join(&self.location.key, key),
@@ -185,15 +221,22 @@ impl<'r> Table<'r> {
             .is_some_and(|entries| entries.contains_key(key))
     }
 
-    /// Returns whether the key is missing or an empty list.
+    /// Returns whether the key is missing or an empty list, in included files too.
     pub(super) fn missing(&self, key: &str) -> bool {
-        let value = self.entries.and_then(|entries| entries.get(key));
-        value.is_none_or(|value| {
-            value
-                .get_ref()
-                .as_array()
-                .is_some_and(|elements| elements.is_empty())
-        })
+        self.entries
+            .into_iter()
+            .chain(self.included)
+            .filter_map(|entries| entries.get(key))
+            .all(|value| {
+                value
+                    .get_ref()
+                    .as_array()
+                    .is_some_and(|elements| elements.is_empty())
+            })
+    }
+
+    fn line(&self, span: Range<usize>) -> ConfigLine {
+        self.report.line(self.file, span)
     }
 
     /// Returns whether this key has an error, so that its stand-in means nothing.
@@ -371,7 +414,7 @@ impl<'r> Table<'r> {
         let mut strings = Vec::with_capacity(elements.len());
         for element in elements.iter() {
             let at = Location {
-                line: Some(self.report.line(element.span())),
+                line: Some(self.line(element.span())),
                 ..self.location(key)
             };
             match element.get_ref().as_str() {
@@ -394,16 +437,32 @@ impl<'r> Table<'r> {
         let line = entries.and(self.location(key).line);
         Table {
             report: self.report,
+            file: self.file,
             location: Location {
                 line,
                 key: join(&self.location.key, key),
             },
             entries,
+            included: &[],
         }
     }
 
-    /// Returns the tables `[[key]]`, without those of a wrong type.
+    /// Returns the tables `[[key]]` of this file and of those that it includes, without those of a
+    /// wrong type.
     pub(super) fn tables(&self, key: &'static str) -> Vec<Table<'r>> {
+        let included = self.included.iter().zip(1..).map(|(entries, file)| Table {
+            report: self.report,
+            file,
+            location: self.location.clone(),
+            entries: Some(entries),
+            included: &[],
+        });
+        let mut tables = self.own_tables(key);
+        tables.extend(included.flat_map(|file| file.own_tables(key)));
+        tables
+    }
+
+    fn own_tables(&self, key: &'static str) -> Vec<Table<'r>> {
         let Some(value) = self.value(key) else {
             return Vec::new();
         };
@@ -415,14 +474,16 @@ impl<'r> Table<'r> {
         let mut tables = Vec::with_capacity(elements.len());
         for element in elements.iter() {
             let location = Location {
-                line: Some(self.report.line(element.span())),
+                line: Some(self.line(element.span())),
                 key: join(&self.location.key, key),
             };
             match element.get_ref().as_table() {
                 Some(entries) => tables.push(Table {
                     report: self.report,
+                    file: self.file,
                     location,
                     entries: Some(entries),
+                    included: &[],
                 }),
                 None => self.wrong_type(&location, "a table", element.get_ref(), &fix),
             }

@@ -6,7 +6,9 @@ use super::*;
 fn warned(text: &str, expected: &[(usize, &str, &str)]) {
     let warnings = loaded(text).warnings;
     let fits = |problem: &Problem, (line, key, words): &(usize, &str, &str)| {
-        problem.line == Some(*line) && problem.key == *key && problem.to_string().contains(words)
+        line_of(problem) == Some(*line)
+            && problem.key == *key
+            && problem.to_string().contains(words)
     };
     let all =
         warnings.len() == expected.len() && warnings.iter().zip(expected).all(|(w, e)| fits(w, e));
@@ -282,7 +284,12 @@ fn port_has_a_warning_where_any_user_can_take_it() {
         assert!(problems.iter().all(|problem| problem.key == "listen.tcp"));
         problems
             .into_iter()
-            .map(|problem| (problem.line, format!("{}; {}", problem.what, problem.fix)))
+            .map(|problem| {
+                (
+                    line_of(&problem),
+                    format!("{}; {}", problem.what, problem.fix),
+                )
+            })
             .collect()
     };
     let text = |port: u16, fix: &str| {

@@ -2,9 +2,7 @@
 
 use serde_json::json;
 
-use super::rendered::{
-    DEFAULTS, Renderer, VERSION, assert_equal, comparable_chart, comparable_tree, key, tree,
-};
+use super::rendered::{DEFAULTS, Renderer, VERSION, assert_equal, comparable, key, tree};
 
 #[test]
 fn chart_equals_the_tree_by_default() {
@@ -13,7 +11,7 @@ fn chart_equals_the_tree_by_default() {
     };
     let chart = renderer.chart(&DEFAULTS, &VERSION);
     let tree = renderer.kustomization(&tree());
-    assert_equal(comparable_chart(chart), comparable_tree(tree));
+    assert_equal(comparable(chart), comparable(tree));
 }
 
 /// The components that the chart has too, and the values that enable them.
@@ -38,7 +36,7 @@ fn chart_equals_the_tree_for_each_source_and_component() {
         values.extend([source_value.as_str(), "environment.mode=none"]);
         let none = renderer.chart(&values, &VERSION);
         let tree = renderer.kustomization(&tree().join(source));
-        assert_equal(comparable_chart(none), comparable_tree(tree));
+        assert_equal(comparable(none), comparable(tree));
 
         values.pop();
         values.extend(COMPONENTS.map(|(_, value)| value));
@@ -46,13 +44,13 @@ fn chart_equals_the_tree_for_each_source_and_component() {
         components.push("environment");
         let chart = renderer.chart(&values, &VERSION);
         let tree = renderer.overlay(source, &components, |text| text);
-        assert_equal(comparable_chart(chart), comparable_tree(tree));
+        assert_equal(comparable(chart), comparable(tree));
 
         values.push("host.enabled=true");
         components.push("host");
         let chart = renderer.chart(&values, &VERSION);
         let tree = renderer.overlay(source, &components, listen);
-        assert_equal(comparable_chart(chart), comparable_tree(tree));
+        assert_equal(comparable(chart), comparable(tree));
     }
 }
 
@@ -107,7 +105,7 @@ fn configuration_keeps_types_and_nested_tables() {
     });
     let set = format!("config={config}");
     let options = [&VERSION[..], &["--set-json", &set]].concat();
-    let chart = comparable_chart(renderer.chart(&DEFAULTS, &options));
+    let chart = comparable(renderer.chart(&DEFAULTS, &options));
     let written = &chart[&key("ConfigMap", "awsvid")]["data"]["awsvid.toml"];
     for table in ["audit", "role", "odd", "sts"] {
         assert_eq!(written[table], config[table], "{table}");
@@ -121,12 +119,13 @@ fn configuration_keeps_types_and_nested_tables() {
 }
 
 #[test]
-fn configuration_change_replaces_pods_unless_disabled() {
+fn configuration_change_replaces_pods_if_enabled() {
     let Some(renderer) = Renderer::new() else {
         return;
     };
     let sum = |value: &str| {
-        let chart = renderer.chart(&["strict=false", value], &VERSION);
+        let values = ["strict=false", "restartOnConfigChange=true", value];
+        let chart = renderer.chart(&values, &VERSION);
         chart[&key("DaemonSet", "awsvid")]["spec"]["template"]["metadata"]["annotations"]
             ["checksum/config"]
             .clone()

@@ -165,45 +165,9 @@ fn parse_configuration(config_map: &mut Value) {
     *text = serde_json::to_value(parsed).unwrap();
 }
 
-/// Brings the chart's objects to the form that both have. A change of the configuration replaces
-/// the pods by an annotation here, and by the ConfigMap's name there.
-pub(super) fn comparable_chart(mut objects: Objects) -> Objects {
-    let daemonset = objects.get_mut(&key("DaemonSet", "awsvid")).unwrap();
-    let annotations = &mut daemonset["spec"]["template"]["metadata"]["annotations"];
-    let sum = annotations
-        .as_object_mut()
-        .unwrap()
-        .remove("checksum/config");
-    assert!(sum.is_some_and(|sum| sum.as_str().is_some_and(|sum| sum.len() == 64)));
+/// Parses the objects' configuration, so that its comments and order do not count.
+pub(super) fn comparable(mut objects: Objects) -> Objects {
     parse_configuration(objects.get_mut(&key("ConfigMap", "awsvid")).unwrap());
-    objects
-}
-
-/// Brings the Kustomize tree's objects to the form that both have.
-pub(super) fn comparable_tree(mut objects: Objects) -> Objects {
-    let is_configuration = |key: &Key| key.0 == "ConfigMap" && key.2.starts_with("awsvid-");
-    let generated: Vec<Key> = objects
-        .keys()
-        .filter(|key| is_configuration(key))
-        .cloned()
-        .collect();
-    let [generated] = &generated[..] else {
-        panic!("one ConfigMap: {generated:?}")
-    };
-    let mut config_map = objects.remove(generated).unwrap();
-    config_map["metadata"]["name"] = "awsvid".into();
-    parse_configuration(&mut config_map);
-    objects.insert(key("ConfigMap", "awsvid"), config_map);
-    let daemonset = objects.get_mut(&key("DaemonSet", "awsvid")).unwrap();
-    let volumes = daemonset["spec"]["template"]["spec"]["volumes"]
-        .as_array_mut()
-        .unwrap();
-    let volume = volumes
-        .iter_mut()
-        .find(|volume| volume["name"] == "configuration")
-        .unwrap();
-    assert_eq!(volume["configMap"]["name"], generated.2.as_str());
-    volume["configMap"]["name"] = "awsvid".into();
     objects
 }
 
