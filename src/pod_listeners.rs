@@ -24,6 +24,7 @@ use crate::metrics::{Metrics, PodListenerFailure};
 use crate::netns::{NamespaceError, NamespaceId, NetNs};
 use crate::telemetry::LogQuota;
 
+mod gate;
 mod handover_protocol;
 mod netns_watch;
 mod pod;
@@ -31,6 +32,8 @@ mod ports;
 mod sys;
 mod takeover;
 
+use gate::Coverage;
+pub use gate::TakeoverGate;
 use handover_protocol::{Handover, HandoverKey};
 use netns_watch::{Change, NetnsWatch};
 use pod::{BindFailure, ListenedPod, NamespaceSockets, PodService, ReceivedSockets};
@@ -100,23 +103,7 @@ pub struct PodListeners {
     could_serve: watch::Receiver<bool>,
     /// Set when the namespaces that were there at the start have been tried.
     first_scan: watch::Sender<bool>,
-}
-
-/// The condition on which readiness and the pod listeners wait for each other.
-#[derive(Debug, Clone)]
-pub struct TakeoverGate {
-    could_serve: watch::Sender<bool>,
-    first_scan: watch::Receiver<bool>,
-}
-
-impl TakeoverGate {
-    /// Reports that all other dependencies answered, so that the listeners can be taken over.
-    /// Returns when pods are served.
-    pub async fn pass(&mut self) {
-        self.could_serve.send_replace(true);
-        // An error means that the daemon ends.
-        let _ = self.first_scan.wait_for(|first_scan| *first_scan).await;
-    }
+    coverage: watch::Sender<Coverage>,
 }
 
 /// State of log lines that appear once, though each pod may give a reason, or at a bounded rate.
@@ -168,6 +155,7 @@ impl PodListeners {
         };
         let ((could_serve, can_serve), (first_scan, first_scan_done)) =
             (watch::channel(false), watch::channel(false));
+        let (coverage, latest_coverage) = watch::channel(Coverage::default());
         let mut pods = Self {
             directory: directory.to_owned(),
             watch: NetnsWatch::new(directory).map_err(failed)?,
@@ -193,6 +181,7 @@ impl PodListeners {
             earlier: Vec::new(),
             could_serve: can_serve,
             first_scan,
+            coverage,
         };
         // Logged also where the first scan has to wait for the previous instance.
         pods.warn_no_directory();
@@ -200,8 +189,11 @@ impl PodListeners {
         Ok((
             pods,
             TakeoverGate {
+                directory: directory.to_owned(),
+                own,
                 could_serve,
                 first_scan: first_scan_done,
+                coverage: latest_coverage,
             },
         ))
     }
@@ -251,10 +243,22 @@ impl PodListeners {
         self.add_namespaces(new.collect()).await;
         self.bind_missing().await;
         self.check_ports().await;
+        self.coverage.send_replace(self.coverage());
         self.first_scan.send_replace(true);
         self.metrics
             .pod_listeners
             .set(i64::try_from(self.pods.len()).unwrap_or(i64::MAX));
+    }
+
+    fn coverage(&self) -> Coverage {
+        let unbound = self.pods.values().filter(|pod| !pod.missing.is_empty());
+        let unbound = unbound.count();
+        // Not those with a port that a pod's own process has taken.
+        let denied = if self.logged.denied { unbound } else { 0 };
+        Coverage {
+            served: self.pods.len() - unbound,
+            unserved: denied + self.failed.len() + self.unsupported.len(),
+        }
     }
 
     fn renew_watch(&mut self) {
