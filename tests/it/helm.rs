@@ -2,6 +2,7 @@
 
 mod chart;
 mod environment;
+mod monitoring;
 mod names;
 mod rendered;
 mod values;

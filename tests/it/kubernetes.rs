@@ -66,7 +66,7 @@ fn pods_get_their_own_credentials() {
     }
 }
 
-/// Installs awsvid by Helm and by Kustomize on a cluster with the objects of SPIRE's own Helm chart.
+/// Installs awsvid by Helm and by Kustomize on a cluster with the objects of SPIRE's Helm chart.
 #[test]
 fn awsvid_leaves_an_existing_spire_alone() {
     let directory = folder();
@@ -82,6 +82,8 @@ fn awsvid_leaves_an_existing_spire_alone() {
 fn run_life_scenes(cluster: &Cluster, done: &impl Fn(&str)) {
     life::pods_are_served_in_each_address_family(cluster);
     done("families");
+    life::config_map_change_needs_no_other_pod(cluster);
+    done("another ConfigMap");
     life::update_refuses_no_request(cluster);
     life::successor_of_killed_daemon_listens(cluster);
     done("updates");
@@ -195,28 +197,29 @@ fn documented_commands_work(cluster: &Cluster) {
     }
 }
 
+/// Defines the kinds of the Prometheus Operator, as far as the API server checks them.
+fn define_monitoring(cluster: &Cluster) {
+    let schema = json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true });
+    for kind in ["PodMonitor", "PrometheusRule"] {
+        let plural = format!("{}s", kind.to_lowercase());
+        let name = format!("{plural}.monitoring.coreos.com");
+        cluster.node.apply(&json!({
+            "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+            "metadata": { "name": name },
+            "spec": {
+                "group": "monitoring.coreos.com", "scope": "Namespaced", "names": { "kind": kind, "plural": plural },
+                "versions": [{ "name": "v1", "served": true, "storage": true, "schema": { "openAPIV3Schema": schema } }],
+            },
+        }));
+        let crd = format!("crd/{name}");
+        let established = ["wait", "--for=condition=Established", &crd];
+        cluster.node.kubectl(&established).success(kind);
+    }
+}
+
 /// Applies all that can be applied, unchanged, in a dry run.
 fn manifests_are_accepted(cluster: &Cluster, folder: &Path) {
-    // Of the Prometheus Operator, as far as the API server checks it.
-    let (kind, plural) = ("PodMonitor", "podmonitors");
-    let schema = json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true });
-    cluster.node.apply(&json!({
-        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
-        "metadata": { "name": format!("{plural}.monitoring.coreos.com") },
-        "spec": {
-            "group": "monitoring.coreos.com", "scope": "Namespaced", "names": { "kind": kind, "plural": plural },
-            "versions": [{ "name": "v1", "served": true, "storage": true, "schema": { "openAPIV3Schema": schema } }],
-        },
-    }));
-    let established = [
-        "wait",
-        "--for=condition=Established",
-        "crd/podmonitors.monitoring.coreos.com",
-    ];
-    cluster
-        .node
-        .kubectl(&established)
-        .success("the PodMonitor's definition");
+    define_monitoring(cluster);
     let accepted = |directory: &Path| {
         let arguments = [
             "apply",
@@ -239,11 +242,13 @@ fn manifests_are_accepted(cluster: &Cluster, folder: &Path) {
         accepted(&manifests().join(directory));
     }
     for component in [
+        "dashboard",
         "environment",
         "environment-patch",
         "network-policy",
         "nodes-proxy",
         "pod-monitor",
+        "prometheus-rule",
         "startup-taint",
     ] {
         accepted(&overlay(folder, component, &[], &[component]));

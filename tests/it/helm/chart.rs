@@ -15,9 +15,11 @@ fn chart_equals_the_tree_by_default() {
 }
 
 /// The components that the chart has too, and the values that enable them.
-const COMPONENTS: [(&str, &str); 3] = [
+const COMPONENTS: [(&str, &str); 5] = [
+    ("dashboard", "dashboards.enabled=true"),
     ("network-policy", "networkPolicy.enabled=true"),
     ("pod-monitor", "metrics.podMonitor.enabled=true"),
+    ("prometheus-rule", "metrics.prometheusRule.enabled=true"),
     ("startup-taint", "startupTaint.enabled=true"),
 ];
 

@@ -7,11 +7,13 @@ use super::rendered::{DEFAULTS, Objects, Renderer, VERSION, tree};
 use crate::manifests::is_whole;
 
 /// Everything that the chart can render at once.
-const EVERYTHING: [&str; 8] = [
+const EVERYTHING: [&str; 10] = [
     "resourceQuota.enabled=true",
     "host.enabled=true",
     "startupTaint.enabled=true",
     "metrics.podMonitor.enabled=true",
+    "metrics.prometheusRule.enabled=true",
+    "dashboards.enabled=true",
     "networkPolicy.enabled=true",
     "openshift.enabled=true",
     "spire.clusterSPIFFEID.create=true",

@@ -18,6 +18,8 @@ use crate::harness::tls::TlsFront;
 /// The image of pods that use the AWS CLI.
 pub(super) const AWS: &str = "docker.io/library/aws:test";
 const AWSVID: &str = "spiffe://example.org/ns/awsvid/sa/awsvid";
+/// The name of the seccomp profile in the kubelet's directory.
+const SECCOMP_PROFILE: &str = "awsvid.json";
 /// The ports of MinIO and the SPIRE server on the node.
 const MINIO_PORT: u16 = 9000;
 const STS_PORT: u16 = 9443;
@@ -296,10 +298,20 @@ impl Cluster {
         directory
     }
 
-    /// Returns values of the Helm chart with MinIO as the STS, as `overlay` does it in TOML.
+    /// Copies awsvid's seccomp profile to where the kubelet expects it.
+    pub(super) fn install_seccomp_profile(&self) {
+        let directory = self.node.path("/var/lib/kubelet/seccomp");
+        fs::create_dir_all(&directory).unwrap();
+        let profile = manifests().join("seccomp.json");
+        fs::copy(profile, directory.join(SECCOMP_PROFILE)).unwrap();
+    }
+
+    /// Returns values of the Helm chart with MinIO as the STS, as `overlay` does it in TOML, and
+    /// the seccomp profile.
     pub(super) fn chart_values(&self) -> Value {
         json!({
             "strict": false,
+            "seccomp": { "localhostProfile": SECCOMP_PROFILE },
             "config": {
                 "identity": { "audience": minio::AUDIENCE },
                 // A null removes the chart's example.

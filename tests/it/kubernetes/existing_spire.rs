@@ -111,7 +111,7 @@ fn reads(cluster: &Cluster, when: &str) {
     );
 }
 
-/// Waits until the API server has nothing of awsvid's, and asserts that SPIRE is as it was.
+/// Waits until the API server has no object of awsvid's, and asserts that SPIRE is as it was.
 fn is_removed(cluster: &Cluster, spire: &SpireObjects, when: &str) {
     await_some("awsvid is removed", TIMEOUT, || {
         let kinds = "clusterroles,clusterrolebindings,mutatingadmissionpolicies,\
@@ -147,6 +147,7 @@ pub(super) fn helm_installs_and_removes_awsvid(
     folder: &Path,
 ) {
     let chart = manifests().with_file_name("helm").join("awsvid");
+    cluster.install_seccomp_profile();
     let values = folder.join("values.json");
     fs::write(&values, cluster.chart_values().to_string()).unwrap();
     let files = format!(

@@ -31,13 +31,13 @@
 {{- end -}}
 
 {{/*
-Returns a table in TOML: its values, then its tables, then its arrays of tables. Helm's own toToml
-writes whole numbers as floats, which awsvid rejects.
+Returns a table in TOML: its values, then its tables, then its arrays of tables. A null removes a
+key. Helm's own toToml writes whole numbers as floats, which awsvid rejects.
 */}}
 {{- define "awsvid.toml.table" -}}
 {{- $path := .path -}}
 {{- range $key, $value := .table -}}
-{{- if not (or (kindIs "map" $value) (eq "true" (include "awsvid.toml.isTables" $value))) }}
+{{- if not (or (kindIs "invalid" $value) (kindIs "map" $value) (eq "true" (include "awsvid.toml.isTables" $value))) }}
 {{ include "awsvid.toml.key" $key }} = {{ include "awsvid.toml.value" $value }}
 {{- end -}}
 {{- end -}}
@@ -83,7 +83,7 @@ writes whole numbers as floats, which awsvid rejects.
 {{- else if kindIs "float64" . -}}
 {{- if eq (floor .) . }}{{ int64 . }}{{ else }}{{ . }}{{ end -}}
 {{- else if kindIs "invalid" . -}}
-{{- fail "config has a null, which TOML cannot express; remove the key" -}}
+{{- fail "a list in config has a null, which TOML cannot express; remove it" -}}
 {{- else -}}
 {{- mustToRawJson . -}}
 {{- end -}}
