@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::cluster::{Cluster, READER, copy, manifests};
+use super::life::PollingPod;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::documents;
 
@@ -121,8 +122,21 @@ fn is_removed(cluster: &Cluster, spire: &SpireObjects, when: &str) {
         let is_own = |line: &str| line.contains("awsvid") && line != "namespace/awsvid-spire";
         (!listed.lines().any(is_own)).then_some(())
     });
+    assert_node_is_clean(cluster);
     attests(cluster, when);
     assert_eq!(&SpireObjects::read(cluster), spire, "{when}");
+}
+
+/// Asserts that the node has no process, file or listener of awsvid's.
+fn assert_node_is_clean(cluster: &Cluster) {
+    await_some("awsvid has ended", TIMEOUT, || {
+        let found = cluster.node.run(&["pgrep", "--exact", "awsvid"]);
+        found.stdout.is_empty().then_some(())
+    });
+    let left = cluster
+        .node
+        .run(&["find", "/run/awsvid-handover", "-not", "-type", "d"]);
+    assert_eq!(left.success("find"), "");
 }
 
 /// Runs the commands of a block of the page, with these words replaced.
@@ -173,10 +187,14 @@ pub(super) fn helm_installs_and_removes_awsvid(
         "awsvid",
         "--reuse-values",
         "--set",
-        "config.sts.max_concurrent=8",
+        "config.sts.max_concurrent=8,podAnnotations.trial=upgraded",
     ];
+    let asker = PollingPod::start(cluster, "during-helm-upgrade");
     cluster.node.helm(&upgrade).success("helm upgrade");
     cluster.node.rolled_out("awsvid", "daemonset/awsvid");
+    asker.await_more();
+    let (answered, failed, _) = asker.stop();
+    assert!(failed.is_empty() && answered > 40, "{answered}: {failed:?}");
     attests(cluster, "after-upgrade");
     reads(cluster, "after-upgrade");
 

@@ -15,6 +15,7 @@ use std::time::Duration;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::kubernetes::Node;
 
+pub(super) use asker::PollingPod;
 pub(super) use bursts::{many_pods_are_served_soon, pods_start_and_end};
 pub(super) use configuration::config_map_change_needs_no_other_pod;
 pub(super) use families::pods_are_served_in_each_address_family;
