@@ -120,6 +120,27 @@ fn configuration_keeps_types_and_nested_tables() {
     assert_eq!(annotations["prometheus.io/port"], "9750");
 }
 
+/// `helm upgrade --reuse-values` keeps a null of an earlier installation.
+#[test]
+fn null_in_configuration_removes_the_key() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    let config = json!({
+        "sts": { "region": null, "endpoint": "https://sts.internal", "timeout": null },
+        "cache": null,
+    });
+    let set = format!("config={config}");
+    let options = [&VERSION[..], &["--set-json", &set]].concat();
+    let chart = comparable(renderer.chart(&DEFAULTS, &options));
+    let written = &chart[&key("ConfigMap", "awsvid")]["data"]["awsvid.toml"];
+    assert_eq!(
+        written["sts"],
+        json!({ "endpoint": "https://sts.internal" })
+    );
+    assert!(written.get("cache").is_none(), "{written}");
+}
+
 #[test]
 fn configuration_change_replaces_pods_if_enabled() {
     let Some(renderer) = Renderer::new() else {
