@@ -14,6 +14,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout};
 
+use crate::config::ConfigLine;
 use crate::metrics::Metrics;
 use crate::workload_rule::{AccountName, AccountState};
 
@@ -105,7 +106,7 @@ impl Accounts {
     }
 
     /// Returns the names, each with the lines of the configuration that contain it.
-    pub fn names(&self) -> BTreeMap<AccountName, Vec<usize>> {
+    pub fn names(&self) -> BTreeMap<AccountName, Vec<ConfigLine>> {
         let state = self.0.state();
         let lines =
             |(name, entry): (&AccountName, &AccountEntry)| (name.clone(), entry.lines.clone());
@@ -116,7 +117,7 @@ impl Accounts {
     ///
     /// Starts a lookup of all of them and waits for at most `patience`. Until a lookup ends, a name
     /// keeps its state. Has to be called within a tokio runtime.
-    pub async fn add(&self, names: BTreeMap<AccountName, Vec<usize>>, patience: Duration) {
+    pub async fn add(&self, names: BTreeMap<AccountName, Vec<ConfigLine>>, patience: Duration) {
         let added: Vec<AccountName> = names.keys().cloned().collect();
         if self.0.add(names) {
             tokio::spawn(lookup::run(self.0.clone()));
@@ -127,7 +128,7 @@ impl Accounts {
     }
 
     /// Drops all other names, and gives these their lines.
-    pub fn keep(&self, names: &BTreeMap<AccountName, Vec<usize>>) {
+    pub fn keep(&self, names: &BTreeMap<AccountName, Vec<ConfigLine>>) {
         let mut state = self.0.state();
         state.names.retain(|name, entry| {
             let lines = names.get(name);
@@ -176,7 +177,7 @@ impl AccountsInner {
     }
 
     /// Adds names. Returns whether the background task has to be started.
-    fn add(&self, names: BTreeMap<AccountName, Vec<usize>>) -> bool {
+    fn add(&self, names: BTreeMap<AccountName, Vec<ConfigLine>>) -> bool {
         let mut state = self.state();
         for (name, lines) in names {
             let entry = state.names.entry(name).or_insert_with(AccountEntry::new);

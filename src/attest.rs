@@ -145,6 +145,11 @@ impl Attestor {
         self.host.cgroups().pod_roots()
     }
 
+    /// Returns whether this process is in a pod of a kubelet whose cgroup is visible.
+    pub fn is_in_pod(&self) -> bool {
+        self.host.is_in_pod()
+    }
+
     /// Returns the threads to which connections move before their callers' processes are read.
     pub fn lookup_threads(&self) -> &LookupThreads {
         &self.host.lookups

@@ -7,16 +7,19 @@
 mod audit;
 mod aws;
 mod cache;
+mod config_line;
 mod cross_checks;
 mod digest;
 mod error;
 mod exposure;
+mod files;
 mod identity;
 mod keys;
 mod listen;
 mod load;
 mod log;
 mod manual;
+mod path_steps;
 mod pods;
 mod role;
 mod show;
@@ -27,27 +30,28 @@ mod workload;
 
 use std::collections::BTreeMap;
 
-use toml::de::DeTable;
-
 pub use audit::{AuditConfig, AuditFile};
 pub(crate) use aws::is_aws as is_aws_sts;
 pub use cache::CacheConfig;
+pub use config_line::ConfigLine;
 pub use digest::ConfigDigest;
 pub use error::{ConfigErrors, Problem};
 pub use exposure::Exposure;
 pub(crate) use exposure::exposures;
+pub use files::ConfigFiles;
 pub use identity::{IdentityConfig, Reference, Source};
 pub use listen::{AuthorizationMode, FIRST_UNPRIVILEGED_PORT, Listen};
 pub use load::LoadedConfig;
 pub use log::{LogConfig, LogFormat};
 pub use manual::manual_page;
+pub(crate) use path_steps::path_steps;
 pub use pods::PodsConfig;
 pub use sts::StsConfig;
 pub use workload::{ParsedWorkload, WorkloadRuleKey};
 
 use crate::role::Roles;
 use crate::workload_rule::{AccountName, AccountState};
-use load::syntax_error;
+use load::parse_tables;
 use tables::Tables;
 use toml_reader::{Diagnostics, Table};
 
@@ -72,7 +76,7 @@ pub struct Config {
     /// The tables `[[role]]` and `[requested_roles]`.
     pub roles: Roles,
     listen_lines: listen::AddressLines,
-    /// The digest of the text.
+    /// The digest of the files.
     pub digest: ConfigDigest,
 }
 
@@ -93,14 +97,14 @@ impl Config {
     }
 
     /// Returns the users and groups that rules name, each with its lines.
-    pub fn accounts(&self) -> BTreeMap<AccountName, Vec<usize>> {
-        let mut lines: BTreeMap<AccountName, Vec<usize>> = BTreeMap::new();
+    pub fn accounts(&self) -> BTreeMap<AccountName, Vec<ConfigLine>> {
+        let mut lines: BTreeMap<AccountName, Vec<ConfigLine>> = BTreeMap::new();
         for (name, (_, line)) in self
             .workloads
             .iter()
             .flat_map(|workload| &workload.accounts)
         {
-            lines.entry(name.clone()).or_default().extend(*line);
+            lines.entry(name.clone()).or_default().extend(line.clone());
         }
         lines
     }
@@ -111,7 +115,8 @@ impl Config {
         text: &str,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<LoadedConfig, Vec<Problem>> {
-        parse(text, env, NamePolicy::OfServe)
+        let files = ConfigFiles::of_text(text.to_owned());
+        parse(files, env, NamePolicy::OfServe)
     }
 
     /// Parses the configuration of `awsvid dev`, with its own names.
@@ -119,7 +124,8 @@ impl Config {
         text: &str,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<LoadedConfig, Vec<Problem>> {
-        parse(text, env, NamePolicy::OfDev)
+        let files = ConfigFiles::of_text(text.to_owned());
+        parse(files, env, NamePolicy::OfDev)
     }
 }
 
@@ -131,18 +137,28 @@ enum NamePolicy {
 }
 
 fn parse(
-    text: &str,
+    files: ConfigFiles,
     env: &dyn Fn(&str) -> Option<String>,
     names: NamePolicy,
 ) -> Result<LoadedConfig, Vec<Problem>> {
-    let entries = DeTable::parse(text)
-        .map_err(|error| vec![syntax_error(text, &error)])?
-        .into_inner();
-    let report = Diagnostics::new(text);
-    let mut config = read(&report.root(&entries), env, names);
-    config.digest = ConfigDigest::of(text);
-    let warnings = report.finish(&entries)?;
-    Ok(LoadedConfig { config, warnings })
+    let tables = parse_tables(&files.texts)?;
+    let report = Diagnostics::new(&files.texts);
+    report.extend(files.problems.clone());
+    let root = report.root(&tables);
+    let included = files::read(&root);
+    if let Some((at, _)) = included.first().filter(|_| !files.has_directory) {
+        let what = "a text without a file has no directory for other files";
+        report.error(at, what, "name the configuration by its file");
+    }
+    let mut config = read(&root, env, names);
+    config.digest = files.digest();
+    let warnings = report.finish(&tables)?;
+    drop(tables);
+    Ok(LoadedConfig {
+        config,
+        warnings,
+        files,
+    })
 }
 
 /// Reads all tables. A value with an error is replaced by its default or left out, so that the rest

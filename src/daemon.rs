@@ -1,7 +1,8 @@
 //! The `awsvid serve` command: configuration, start, signals, exit status.
 
+use std::future::pending;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use sd_notify::NotifyState;
@@ -19,8 +20,10 @@ use crate::telemetry;
 use crate::telemetry::Log;
 use crate::watchdog;
 
+mod config_watch;
 mod notifier;
 
+use config_watch::ConfigWatch;
 use notifier::Notifier;
 
 /// EX_CONFIG of sysexits.h. The systemd unit does not restart on it.
@@ -32,14 +35,17 @@ const SIGNAL_EXIT_BASE: u8 = 128;
 const NOT_COUNTED: &str =
     "executions of programs cannot be counted: callers are rejected (unseen_program)";
 
-/// Runs the daemon with the configuration at `path` until SIGTERM or SIGINT. SIGHUP reloads it.
+/// Runs the daemon with the configuration at `path` until SIGTERM or SIGINT. SIGHUP reloads it, and
+/// with `watch` so does a change of its files.
 ///
 /// Has to be called before any thread is started. The exit statuses are in deploy/docs/cli.md.
 #[expect(
     clippy::print_stderr,
     reason = "before the log is started, errors go to standard error"
 )]
-pub fn serve(path: &Path) -> ExitCode {
+pub fn serve(path: &Path, watch: bool) -> ExitCode {
+    // Before the files are loaded, so that no change is lost in between.
+    let watch = watch.then(|| ConfigWatch::new(path));
     let loaded = match Config::load(path, Exposure::Refused, |name| std::env::var(name).ok()) {
         Ok(loaded) => loaded,
         Err(errors) => {
@@ -49,7 +55,9 @@ pub fn serve(path: &Path) -> ExitCode {
             return ExitCode::from(EX_CONFIG);
         }
     };
-    let config::LoadedConfig { config, warnings } = loaded;
+    let config::LoadedConfig {
+        config, warnings, ..
+    } = loaded;
     let metrics = Metrics::default();
     let log = match telemetry::init(
         &config.log.level,
@@ -75,7 +83,11 @@ pub fn serve(path: &Path) -> ExitCode {
     std::panic::set_hook(Box::new(
         |panic| tracing::error!(%panic, "a thread panicked"),
     ));
-    let status = start(path, config, (&log, metrics), exec_monitor).unwrap_or_else(|error| {
+    let files = WatchedConfig {
+        path: path.to_owned(),
+        watch,
+    };
+    let status = start(files, config, (&log, metrics), exec_monitor).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
         // Errors that another start would repeat: an environment variable, or a lack of the unit or
         // the container.
@@ -100,8 +112,37 @@ fn exec_monitor() -> Option<ExecMonitor> {
         .ok()
 }
 
+/// The file of the configuration, and the watch on it if it is watched.
+struct WatchedConfig {
+    path: PathBuf,
+    watch: Option<ConfigWatch>,
+}
+
+impl WatchedConfig {
+    /// Waits until the watch reports another content.
+    async fn changed(&mut self) {
+        match &mut self.watch {
+            Some(watch) => watch.changed().await,
+            None => pending().await,
+        }
+    }
+
+    /// Prevents that the watch reports the content that is loaded now.
+    async fn skip_current(&mut self) {
+        if let Some(watch) = &mut self.watch {
+            watch.skip_current().await;
+        }
+    }
+
+    fn follow_ca_file(&mut self, ca_file: Option<PathBuf>) {
+        if let Some(watch) = &mut self.watch {
+            watch.follow_ca_file(ca_file);
+        }
+    }
+}
+
 fn start(
-    path: &Path,
+    files: WatchedConfig,
     config: Config,
     (log, metrics): (&Log, Metrics),
     exec_monitor: Option<ExecMonitor>,
@@ -115,14 +156,14 @@ fn start(
         exec_monitor,
         metrics,
     };
-    let ended = runtime.block_on(run(path, config, startup, log));
+    let ended = runtime.block_on(run(files, config, startup, log));
     // Does not wait for blocked threads, such as the lookup of a name that is not needed any more.
     runtime.shutdown_background();
     ended
 }
 
 async fn run(
-    path: &Path,
+    mut files: WatchedConfig,
     config: Config,
     startup: Startup,
     log: &Log,
@@ -130,6 +171,7 @@ async fn run(
     let mut signals = Signals::catch()?;
     let mut hangup = signal(SignalKind::hangup())?;
     let notifier = Notifier::start();
+    files.follow_ca_file(config.sts.ca_file.clone());
     let mut app = App::start(config, startup).await?;
     notifier.notify(vec![NotifyState::Ready]).await;
     if let Some(limit) = sd_notify::watchdog_enabled() {
@@ -141,12 +183,13 @@ async fn run(
     loop {
         tokio::select! {
             _ = signals.end() => break,
-            _ = hangup.recv() => {}
+            _ = hangup.recv() => files.skip_current().await,
+            () = files.changed() => tracing::info!("configuration files changed"),
         }
         // A name service may block the reload. The signals still end the daemon.
         tokio::select! {
             _ = signals.end() => break,
-            () = reload(&mut app, path, log, &notifier) => {}
+            () = reload(&mut app, &mut files, log, &notifier) => {}
         }
     }
     notifier.notify(vec![NotifyState::Stopping]).await;
@@ -168,14 +211,14 @@ fn seed_tls() {
 }
 
 /// Reloads the configuration. One with errors changes nothing.
-async fn reload(app: &mut App, path: &Path, log: &Log, notifier: &Notifier) {
+async fn reload(app: &mut App, files: &mut WatchedConfig, log: &Log, notifier: &Notifier) {
     let reload_start = NotifyState::monotonic_usec_now().ok();
     let reloading = [Some(NotifyState::Reloading), reload_start];
     notifier
         .notify(reloading.into_iter().flatten().collect())
         .await;
     let loading = {
-        let path = path.to_owned();
+        let path = files.path.clone();
         spawn_blocking(move || {
             Config::load(&path, Exposure::Refused, |name| std::env::var(name).ok())
         })
@@ -186,13 +229,15 @@ async fn reload(app: &mut App, path: &Path, log: &Log, notifier: &Notifier) {
                 loaded.config.log.clone(),
                 DaemonFeatures::of(&loaded.config),
             );
+            let ca_file = loaded.config.sts.ca_file.clone();
             app.reload(loaded.config)
                 .await
                 .map_err(|error| error.to_string())
                 .inspect(|()| {
                     // It was checked with the configuration, so it cannot fail here.
                     let _ = log.change(&log_config.level, log_config.format);
-                    warn(path, &loaded.warnings);
+                    warn(&files.path, &loaded.warnings);
+                    files.follow_ca_file(ca_file);
                     hardening::warn_missing(features);
                     if features.names_processes() && !app.counts_executions() {
                         tracing::error!(
@@ -227,7 +272,7 @@ async fn reload(app: &mut App, path: &Path, log: &Log, notifier: &Notifier) {
 
 fn warn(path: &Path, warnings: &[Problem]) {
     for warning in warnings {
-        let warning = format!("{}: {warning}", path.display());
+        let warning = format!("{}: {warning}", warning.location(path));
         tracing::warn!(%warning, "the configuration has a warning");
     }
 }

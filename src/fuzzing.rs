@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
-use crate::config::Config;
+use crate::config::{Config, ConfigLine};
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 use crate::socket_endpoint::Endpoint;
 use crate::svid::JwtSvid;
@@ -110,10 +110,11 @@ fn configuration(text: &str) -> bool {
         }
     };
     let lines = text.matches('\n').count() + 1;
+    let numbers = problems.iter().filter_map(|problem| problem.line.as_ref());
     assert!(
-        problems
-            .iter()
-            .all(|problem| problem.line.is_none_or(|line| (1..=lines).contains(&line)))
+        numbers
+            .map(ConfigLine::number)
+            .all(|number| (1..=lines).contains(&number))
     );
     accepted
 }

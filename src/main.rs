@@ -79,6 +79,9 @@ Validate a configuration before the start: awsvid config validate FILE")]
             hide_default_value = true
         )]
         config: PathBuf,
+        /// Reloads the configuration when its files change, as SIGHUP does
+        #[arg(long)]
+        watch: bool,
     },
     Config(ConfigArgs),
     Status(StatusCommand),
@@ -133,7 +136,7 @@ Examples:
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
-        Command::Serve { config } => daemon::serve(&config),
+        Command::Serve { config, watch } => daemon::serve(&config, watch),
         Command::Config(configuration) => configuration.run(),
         Command::Status(status) => status.run(),
         Command::Probe(probe) => probe.run(),

@@ -22,6 +22,7 @@ use crate::netns::{NamespaceError, NetNs};
 
 mod directory_thread;
 mod failure_log;
+mod gate;
 mod handover_protocol;
 mod netns_directory;
 mod netns_watch;
@@ -30,11 +31,15 @@ mod reconciler;
 mod sys;
 mod takeover;
 
+use directory_thread::DirectoryThread;
 use failure_log::FailureLog;
+use gate::Coverage;
+pub use gate::TakeoverGate;
 use handover_protocol::HandoverSocket;
 use netns_directory::NetnsDirectory;
 use pod::PodService;
 use reconciler::Reconciler;
+pub(crate) use sys::watch as watch_descriptor;
 use takeover::HandoverRole;
 
 /// Minimum interval between log lines about a lasting failure.
@@ -77,23 +82,6 @@ pub struct PodListeners {
     could_serve: watch::Receiver<bool>,
 }
 
-/// The condition on which readiness and the pod listeners wait for each other.
-#[derive(Debug, Clone)]
-pub struct TakeoverGate {
-    could_serve: watch::Sender<bool>,
-    first_scan: watch::Receiver<bool>,
-}
-
-impl TakeoverGate {
-    /// Reports that all other dependencies answered, so that the listeners can be taken over.
-    /// Returns when pods are served.
-    pub async fn pass(&mut self) {
-        self.could_serve.send_replace(true);
-        // An error means that the daemon ends.
-        let _ = self.first_scan.wait_for(|first_scan| *first_scan).await;
-    }
-}
-
 impl PodListeners {
     /// Checks that namespaces can be entered, and starts to watch the directory.
     ///
@@ -120,11 +108,12 @@ impl PodListeners {
         };
         let ((could_serve, can_serve), (first_scan, first_scan_done)) =
             (watch::channel(false), watch::channel(false));
+        let (coverage, latest_coverage) = watch::channel(Coverage::default());
         let mut log = FailureLog::new(metrics.clone());
-        let directory = NetnsDirectory::watch(directory, own, &mut log).await;
-        let directory = directory.map_err(failed)?;
+        let watched = NetnsDirectory::watch(directory, own, &mut log).await;
+        let watched = watched.map_err(failed)?;
         let mut pods = Self {
-            pods: Reconciler::new(directory, service, log, metrics, first_scan),
+            pods: Reconciler::new(watched, service, (log, metrics), (first_scan, coverage)),
             handover: handover.map(Path::to_owned),
             successors: None,
             logged_unbound: false,
@@ -136,8 +125,12 @@ impl PodListeners {
         Ok((
             pods,
             TakeoverGate {
+                directory: directory.to_owned(),
+                own,
+                thread: Arc::new(DirectoryThread::new()),
                 could_serve,
                 first_scan: first_scan_done,
+                coverage: latest_coverage,
             },
         ))
     }

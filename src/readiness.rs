@@ -38,6 +38,10 @@ const MAX_ANSWER_BYTES: u64 = 4096;
 const UNSUPPORTED: &str = "unsupported_kernel";
 const NOTHING_SERVED: &str =
     "this kernel cannot attest the callers of any listener in [listen] (unsupported_kernel)";
+const NO_PODS_SERVED: &str =
+    "[pods] enabled: this kernel cannot attest the callers in pods (unsupported_kernel)";
+const NO_KUBELET: &str = "[pods] enabled: the kubelet's cgroup is missing; in Kubernetes mount the host's /sys/fs/cgroup \
+     by a hostPath volume, with its volumeMount at /host/cgroup, or set `cgroup_root`";
 /// The reasons that have a line of the log without a pause.
 const MAX_LOG_LINES: u32 = 5;
 /// The time between log lines after the first ones.
@@ -115,14 +119,15 @@ impl ReadinessProbes {
             ..ProbedListeners::default()
         };
         loop {
-            let missing = self
-                .missing(&mut listeners, &attestor, pods.is_some())
-                .await;
+            let mut missing = self.missing(&mut listeners, &attestor, pods.as_ref()).await;
+            if missing.is_empty()
+                && let Some(pods) = &mut pods
+            {
+                pods.pass().await;
+                missing.extend(pods.without_served_pod());
+            }
             if missing.is_empty() {
                 listeners.warn_of_unsupported(&attestor);
-                if let Some(pods) = &mut pods {
-                    pods.pass().await;
-                }
                 readiness.set_ready();
                 tracing::info!("ready");
                 return;
@@ -150,7 +155,7 @@ impl ReadinessProbes {
         &self,
         listeners: &mut ProbedListeners,
         attestor: &Attestor,
-        has_pods: bool,
+        pods: Option<&TakeoverGate>,
     ) -> Vec<String> {
         let mut missing = Vec::new();
         let unanswered = if listeners.are_left() {
@@ -166,10 +171,13 @@ impl ReadinessProbes {
         } else {
             attestor.retry_tcp().await;
             let for_tcp = attestor.missing_for_tcp();
-            if listeners.serve_no_caller(has_pods.then_some(for_tcp.is_none())) {
+            if listeners.serve_no_caller(pods.is_some() && for_tcp.is_none()) {
                 // The answer of the listener does not name the missing feature.
                 missing.push(format!("{NOTHING_SERVED}: {}", for_tcp.unwrap_or_default()));
             }
+        }
+        if let Some(pods) = pods {
+            missing.extend(missing_for_pods(pods, attestor).await);
         }
         let source = self.source.ready(&self.audience).await;
         let is_up = source.as_ref().err().is_none_or(|error| !error.is_outage());
@@ -186,6 +194,17 @@ impl ReadinessProbes {
         }
         missing
     }
+}
+
+/// Returns why a new pod would not be served.
+async fn missing_for_pods(pods: &TakeoverGate, attestor: &Attestor) -> Option<String> {
+    if let Some(missing) = attestor.missing_for_tcp() {
+        return Some(format!("{NO_PODS_SERVED}: {missing}"));
+    }
+    if attestor.pod_roots().is_empty() {
+        return Some(NO_KUBELET.to_owned());
+    }
+    pods.missing_for_new_pods(attestor.is_in_pod()).await
 }
 
 /// The reason that the log has. A new reason has a line; one that stays has no other.
@@ -259,11 +278,10 @@ impl ProbedListeners {
         None
     }
 
-    /// Returns whether this kernel supports none of the listeners. `pods` is `None` if there are to
-    /// be no listeners in pods, else whether the kernel supports those.
-    fn serve_no_caller(&self, pods: Option<bool>) -> bool {
-        let is_unsupported = pods == Some(false) || !self.unsupported.is_empty();
-        is_unsupported && !self.serves && pods != Some(true)
+    /// Returns whether this kernel supports none of the listeners. `serves_pods` is set if there
+    /// are listeners in pods, which it supports.
+    fn serve_no_caller(&self, serves_pods: bool) -> bool {
+        !self.unsupported.is_empty() && !self.serves && !serves_pods
     }
 
     fn warn_of_unsupported(&self, attestor: &Attestor) {

@@ -6,6 +6,7 @@ use nix::errno::Errno;
 use tokio::time::Instant;
 
 use super::lookup::LookupResult;
+use crate::config::ConfigLine;
 use crate::workload_rule::{AccountState, OVERFLOW_ID};
 
 /// Interval between lookups of a name with a number. It bounds the time until a changed number
@@ -22,7 +23,7 @@ pub(super) const ABSENT_GRACE: Duration = Duration::from_secs(300);
 #[derive(Debug)]
 pub(super) struct AccountEntry {
     /// Lines of the configuration that contain the name.
-    pub(super) lines: Vec<usize>,
+    pub(super) lines: Vec<ConfigLine>,
     pub(super) state: AccountState,
     /// Error of the last lookup, if it failed.
     error: Option<Errno>,

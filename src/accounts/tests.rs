@@ -84,8 +84,11 @@ fn user(name: &str) -> AccountName {
     AccountName::User(name.to_owned())
 }
 
-fn names(names: &[&str]) -> BTreeMap<AccountName, Vec<usize>> {
-    names.iter().map(|name| (user(name), vec![1])).collect()
+fn names(names: &[&str]) -> BTreeMap<AccountName, Vec<ConfigLine>> {
+    names
+        .iter()
+        .map(|name| (user(name), vec![1.into()]))
+        .collect()
 }
 
 const WAIT: Duration = Duration::from_secs(3);

@@ -110,6 +110,20 @@ impl Host {
         self.cgroups().tree.clone()
     }
 
+    /// Returns whether this process is below the cgroup of a kubelet.
+    pub(crate) fn is_in_pod(&self) -> bool {
+        let Ok(membership) = std::fs::read_to_string(self.proc_root.join("self/cgroup")) else {
+            return false;
+        };
+        let shown = membership.lines().find_map(|line| line.strip_prefix("0::"));
+        let cgroups = self.cgroups();
+        let own = shown.and_then(|shown| cgroups.hierarchies.path("", shown));
+        own.is_some_and(|own| {
+            let roots = cgroups.pod_roots();
+            roots.iter().any(|root| own.is_at_or_below(root))
+        })
+    }
+
     /// Reads again which hierarchies are mounted. Keeps what is known of them if that is unchanged.
     /// Blocks where it has to find the daemon's own cgroup in a new mount.
     ///

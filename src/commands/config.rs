@@ -134,7 +134,7 @@ fn with_files_of_node(path: &Path, mut loaded: LoadedConfig) -> Result<LoadedCon
 }
 
 fn sort(warnings: &mut [Problem]) {
-    warnings.sort_by_key(|warning| warning.line.unwrap_or(usize::MAX));
+    warnings.sort_by(Problem::by_line);
 }
 
 fn read_stdin(
@@ -153,14 +153,11 @@ fn read_stdin(
 }
 
 fn show(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<ExitCode, ExitCode> {
-    let LoadedConfig { config, .. } = report(path, Config::load(path, Exposure::Warned, &env))?;
-    // A second read finds which keys the file has. If the file has changed meanwhile, only the
-    // origins are those of the new one.
-    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let loaded = report(path, Config::load(path, Exposure::Warned, &env))?;
     Ok(print(&format!(
         "# {}, with all defaults\n{}",
         path.display(),
-        config.show(&text, &env)
+        loaded.show(&env)
     )))
 }
 
@@ -173,10 +170,7 @@ fn report(
     match loaded {
         Ok(loaded) => {
             for warning in &loaded.warnings {
-                let line = warning
-                    .line
-                    .map_or(String::new(), |line| format!("{line}:"));
-                eprintln!("{}:{line} warning: {warning}", path.display());
+                eprintln!("{}: warning: {warning}", warning.location(path));
             }
             Ok(loaded)
         }

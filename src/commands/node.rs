@@ -77,7 +77,7 @@ fn accounts(
         .flat_map(|workload| &workload.accounts)
     {
         let warning = |what: String, fix: &str| Problem {
-            line: *line,
+            line: line.clone(),
             key: key.clone(),
             what,
             fix: fix.to_owned(),
@@ -115,7 +115,7 @@ fn programs(config: &Config) -> impl Iterator<Item = Problem> {
         let path = workload.rule.rule.exe.as_ref().map(ExeMatcher::path)?;
         let (what, fix) = program(path)?;
         Some(Problem {
-            line: workload.line,
+            line: workload.line.clone(),
             key: "workload.exe".to_owned(),
             what,
             fix: fix.to_owned(),

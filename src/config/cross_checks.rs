@@ -121,7 +121,7 @@ pub(super) fn shadowed(
 }
 
 fn line_ref(at: &Location) -> String {
-    at.line.map_or_else(
+    at.line.as_ref().map_or_else(
         || "another".to_owned(),
         |line| format!("the one in line {line}"),
     )

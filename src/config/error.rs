@@ -1,16 +1,19 @@
 //! Errors and warnings about a configuration, for the person that wrote it.
 
 use std::borrow::Cow;
+use std::cmp::Ordering;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
+
+use super::config_line::ConfigLine;
 
 /// An error, or a warning about a risky setting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// Line in the file, from 1. `None` for a missing table and for the environment.
-    pub line: Option<usize>,
+    /// Line of a file. `None` for a missing table and for the environment.
+    pub line: Option<ConfigLine>,
     /// Path of the key, such as `listen.tcp`, or the environment variable. Empty if the problem is
     /// the file itself.
     pub key: String,
@@ -18,6 +21,23 @@ pub struct Problem {
     pub what: String,
     /// Fix as an imperative, in words.
     pub fix: String,
+}
+
+impl Problem {
+    /// Returns where the problem is, as `file` or `file:line`. `path` is that of the main file.
+    pub fn location(&self, path: &Path) -> String {
+        let Some(line) = &self.line else {
+            return path.display().to_string();
+        };
+        let file = line.file().unwrap_or(path);
+        format!("{}:{}", file.display(), line.number())
+    }
+
+    /// Compares by line. Problems without a line are last.
+    pub fn by_line(&self, other: &Self) -> Ordering {
+        let key = |problem: &Self| (problem.line.is_none(), problem.line.clone());
+        key(self).cmp(&key(other))
+    }
 }
 
 impl fmt::Display for Problem {
@@ -61,11 +81,7 @@ impl fmt::Display for ConfigErrors {
             if i > 0 {
                 writeln!(f)?;
             }
-            write!(f, "{}:", self.path.display())?;
-            if let Some(line) = problem.line {
-                write!(f, "{line}:")?;
-            }
-            write!(f, " {problem}")?;
+            write!(f, "{}: {problem}", problem.location(&self.path))?;
         }
         Ok(())
     }

@@ -1,20 +1,17 @@
 //! Finds users that could change a file which the daemon trusts, and with it the credentials that
 //! workloads get (T38).
 
-use std::collections::VecDeque;
-use std::ffi::OsString;
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::Path;
 
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{getegid, geteuid};
 
 use super::error::Problem;
+use super::path_steps::path_steps;
 
-/// The kernel's limit of symbolic links on a path (`path_resolution(7)`).
-const MAX_LINKS: usize = 40;
 const STICKY: u32 = 0o1000;
 const GROUP_WRITES: u32 = 0o020;
 const OTHERS_WRITE: u32 = 0o002;
@@ -94,32 +91,8 @@ impl TrustedFile<'_> {
     }
 
     fn check_way(&self, path: &Path, problems: &mut Vec<Problem>) -> io::Result<()> {
-        let mut at = PathBuf::from("/");
-        let mut rest = parts(&std::path::absolute(path)?);
-        let mut links = 0;
-        while let Some(name) = rest.pop_front() {
-            if name == ".." {
-                at.pop();
-                continue;
-            }
-            let entry = at.join(&name);
-            let found = fs::symlink_metadata(&entry)?;
-            self.check_directory(&at, &found, problems)?;
-            if found.is_symlink() {
-                links += 1;
-                if links > MAX_LINKS {
-                    return Err(io::Error::from_raw_os_error(libc::ELOOP));
-                }
-                let target = fs::read_link(&entry)?;
-                if target.is_absolute() {
-                    at = PathBuf::from("/");
-                }
-                for part in parts(&target).into_iter().rev() {
-                    rest.push_front(part);
-                }
-            } else if found.is_dir() {
-                at = entry;
-            }
+        for step in path_steps(path)? {
+            self.check_directory(&step.directory, &step.entry?, problems)?;
         }
         Ok(())
     }
@@ -172,16 +145,6 @@ impl TrustedFile<'_> {
         }
         Ok(())
     }
-}
-
-/// Returns the parts of a path without the leading `/`.
-fn parts(path: &Path) -> VecDeque<OsString> {
-    let part = |component: Component<'_>| match component {
-        Component::Normal(name) => Some(name.to_owned()),
-        Component::ParentDir => Some(OsString::from("..")),
-        Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
-    };
-    path.components().filter_map(part).collect()
 }
 
 fn is_read_only(path: &Path) -> bool {

@@ -34,6 +34,9 @@ const RESERVED: [(&str, &str); 2] = [("listen", "node"), ("role", "chain")];
 impl TableSpec {
     /// Returns the header that begins the table in a file.
     pub(super) fn header(&self) -> String {
+        if self.name.is_empty() {
+            return "the top of the file".to_owned();
+        }
         match self.is_list {
             true => format!("[[{}]]", self.name),
             false => format!("[{}]", self.name),
@@ -50,13 +53,14 @@ pub(super) fn table(name: &str) -> Option<&'static TableSpec> {
     TABLES.iter().find(|table| table.name == name)
 }
 
-/// Returns the names that are known in a table, or at the top of the file for the empty name.
+/// Returns the names that are known in a table. The empty name is the top of the file, where the
+/// tables are known too.
 pub(super) fn names_in(table_name: &str) -> Vec<&'static str> {
-    match table(table_name) {
-        Some(table) => table.keys.iter().map(|key| key.name).collect(),
-        None if table_name.is_empty() => TABLES.iter().map(|table| table.name).collect(),
-        None => Vec::new(),
-    }
+    let keys = table(table_name).into_iter().flat_map(|table| table.keys);
+    let keys = keys.map(|key| key.name);
+    let tables = TABLES.iter().map(|table| table.name);
+    let tables = tables.filter(|name| table_name.is_empty() && !name.is_empty());
+    keys.chain(tables).collect()
 }
 
 /// Returns whether a file may have this key in this table.

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
+use super::config_line::ConfigLine;
 use super::error::Problem;
 use super::pods::PodsConfig;
 use super::toml_reader::{Location, Table, absolute};
@@ -41,8 +42,8 @@ pub struct Listen {
 /// `Debug` leaves them out, because configurations with other lines may be equal.
 #[derive(Clone, Default)]
 pub(super) struct AddressLines {
-    tcp: Vec<Option<usize>>,
-    admin: Option<usize>,
+    tcp: Vec<Option<ConfigLine>>,
+    admin: Option<ConfigLine>,
 }
 
 impl fmt::Debug for AddressLines {
@@ -177,10 +178,10 @@ pub(super) fn unprivileged_ports(
     lines: &AddressLines,
     first: u16,
 ) -> Vec<Problem> {
-    let tcp_lines = lines.tcp.iter().copied().chain(std::iter::repeat(None));
+    let tcp_lines = lines.tcp.iter().cloned().chain(std::iter::repeat(None));
     let tcp = listen.tcp.iter().copied().zip(tcp_lines);
     let admin = listen.exposed_admin(serves_pods);
-    let admin = admin.map(|address| ("listen.admin", (address, lines.admin)));
+    let admin = admin.map(|address| ("listen.admin", (address, lines.admin.clone())));
     tcp.map(|address| ("listen.tcp", address))
         .chain(admin)
         // The kernel chooses another port for 0.
@@ -221,10 +222,10 @@ pub(super) fn socket(
         .unwrap_or(default)
 }
 
-fn tcp(table: &Table<'_>) -> Option<Vec<(SocketAddr, Option<usize>)>> {
+fn tcp(table: &Table<'_>) -> Option<Vec<(SocketAddr, Option<ConfigLine>)>> {
     const FIX: &str = "write an address as \"127.0.0.1:974\" or \"[::1]:974\"";
     let report = table.report;
-    let mut addresses: Vec<(SocketAddr, Option<usize>)> = Vec::new();
+    let mut addresses: Vec<(SocketAddr, Option<ConfigLine>)> = Vec::new();
     for (at, text) in table.strings("tcp")? {
         let Ok(address) = text.parse::<SocketAddr>() else {
             report.error(

@@ -1,14 +1,15 @@
-//! The configuration's file: its content, its syntax, and the users that could change it.
+//! Loads a configuration: its files, their syntax, and the users that could change them.
 
-use std::fs::{File, Metadata};
-use std::io::{self, Read};
+use std::io;
 use std::path::Path;
 
 use toml::de::DeTable;
 
-use super::exposure::{Exposure, exposures};
+use super::config_line::ConfigLine;
+use super::exposure::Exposure;
+use super::files::{ConfigFiles, ConfigText, read_file, utf8};
 use super::toml_reader::{Diagnostics, line_at};
-use super::{Config, ConfigErrors, Listen, Problem, listen, pods, sts};
+use super::{Config, ConfigErrors, Listen, NamePolicy, Problem, listen, parse, pods, sts};
 
 /// A configuration without errors.
 #[derive(Debug, Clone)]
@@ -17,12 +18,14 @@ pub struct LoadedConfig {
     pub config: Config,
     /// Warnings, by line: settings that are allowed and risky.
     pub warnings: Vec<Problem>,
+    pub(super) files: ConfigFiles,
 }
 
 impl Config {
-    /// Reads the file. `env` returns environment variables. Users and groups are not resolved.
+    /// Reads the file, and those that it includes. `env` returns environment variables. Users and
+    /// groups are not resolved.
     ///
-    /// A syntax error is reported alone. All other errors are reported together.
+    /// Syntax errors are reported alone. All other errors are reported together.
     pub fn load(
         path: &Path,
         exposure: Exposure,
@@ -32,13 +35,9 @@ impl Config {
             path: path.to_owned(),
             problems,
         };
-        let (bytes, file) = read_file(path).map_err(|problem| failed(vec![problem]))?;
-        let exposed = match exposure {
-            Exposure::Ignored => Vec::new(),
-            Exposure::Refused | Exposure::Warned => exposures(path, &file, "configuration"),
-        };
-        let loaded = Self::parse_bytes(bytes, &env);
-        match (loaded, exposure) {
+        let files = ConfigFiles::read(path, exposure).map_err(|problem| failed(vec![problem]))?;
+        let exposed = files.exposures.clone();
+        match (parse(files, &env, NamePolicy::OfServe), exposure) {
             (Ok(mut loaded), Exposure::Warned) => {
                 loaded.warnings.extend(exposed);
                 Ok(loaded)
@@ -57,7 +56,7 @@ impl Config {
         bytes: Vec<u8>,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<LoadedConfig, Vec<Problem>> {
-        Self::parse(&utf8(bytes).map_err(|problem| vec![problem])?, env)
+        Self::parse(&utf8(bytes, None).map_err(|problem| vec![problem])?, env)
     }
 
     /// Returns the problem for a file, or standard input, that cannot be read.
@@ -80,23 +79,39 @@ impl Config {
             path: path.to_owned(),
             problems,
         };
-        let (bytes, _) = read_file(path).map_err(|problem| failed(vec![problem]))?;
-        let text = utf8(bytes).map_err(|problem| failed(vec![problem]))?;
-        let entries = DeTable::parse(&text)
-            .map_err(|error| failed(vec![syntax_error(&text, &error)]))?
-            .into_inner();
-        let rest = Diagnostics::new(&text);
-        let region = sts::read(&rest.root(&entries).table("sts")).region;
-        let pods = pods::read(&rest.root(&entries).table("pods"));
-        let report = Diagnostics::new(&text);
-        let (listen, _) = listen::read(&report.root(&entries).table("listen"), &pods);
-        report.finish_table("listen", &entries).map_err(failed)?;
+        let (bytes, _) = read_file(path).map_err(|error| failed(vec![Self::unreadable(&error)]))?;
+        let text = utf8(bytes, None).map_err(|problem| failed(vec![problem]))?;
+        // Included files have no such table.
+        let files = ConfigFiles::of_text(text).texts;
+        let tables = parse_tables(&files).map_err(failed)?;
+        let rest = Diagnostics::new(&files);
+        let region = sts::read(&rest.root(&tables).table("sts")).region;
+        let pods = pods::read(&rest.root(&tables).table("pods"));
+        let report = Diagnostics::new(&files);
+        let (listen, _) = listen::read(&report.root(&tables).table("listen"), &pods);
+        report.finish_table("listen", &tables).map_err(failed)?;
         Ok((listen, region))
     }
 }
 
+/// Parses the text of each file, and reports the syntax errors of all of them.
+pub(super) fn parse_tables(files: &[ConfigText]) -> Result<Vec<DeTable<'_>>, Vec<Problem>> {
+    let (mut tables, mut problems) = (Vec::new(), Vec::new());
+    for file in files {
+        match DeTable::parse(&file.text) {
+            Ok(table) => tables.push(table.into_inner()),
+            Err(error) => problems.push(syntax_error(file, &error)),
+        }
+    }
+    match problems.is_empty() {
+        true => Ok(tables),
+        false => Err(problems),
+    }
+}
+
 /// Describes a syntax error by its line and column.
-pub(super) fn syntax_error(text: &str, error: &toml::de::Error) -> Problem {
+fn syntax_error(file: &ConfigText, error: &toml::de::Error) -> Problem {
+    let ConfigText { path, text } = file;
     let span = error.span().unwrap_or(text.len()..text.len());
     let before = text.get(..span.start).unwrap_or(text);
     let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
@@ -107,7 +122,7 @@ pub(super) fn syntax_error(text: &str, error: &toml::de::Error) -> Problem {
         .map(|found| format!(" at `{found}`"))
         .unwrap_or_default();
     Problem {
-        line: Some(line_at(text, span.start)),
+        line: Some(ConfigLine::new(path.clone(), line_at(text, span.start))),
         key: String::new(),
         what: format!(
             "this is not TOML: {}{found} (column {column})",
@@ -115,27 +130,4 @@ pub(super) fn syntax_error(text: &str, error: &toml::de::Error) -> Problem {
         ),
         fix: "correct it; the rest of the file is checked after that".to_owned(),
     }
-}
-
-/// Returns the content of the file, and the metadata of the file that was opened.
-fn read_file(path: &Path) -> Result<(Vec<u8>, Metadata), Problem> {
-    let read = || {
-        let mut file = File::open(path)?;
-        let (mut bytes, found) = (Vec::new(), file.metadata()?);
-        file.read_to_end(&mut bytes)?;
-        Ok((bytes, found))
-    };
-    read().map_err(|error: io::Error| Config::unreadable(&error))
-}
-
-fn utf8(bytes: Vec<u8>) -> Result<String, Problem> {
-    String::from_utf8(bytes).map_err(|error| {
-        let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-        Problem {
-            line: Some(valid.iter().filter(|byte| **byte == b'\n').count() + 1),
-            key: String::new(),
-            what: "this is not UTF-8".to_owned(),
-            fix: "save the file as UTF-8".to_owned(),
-        }
-    })
 }

@@ -5,8 +5,8 @@ use std::fmt::Write;
 use super::keys::{KeySpec, TABLES};
 
 const INTRODUCTION: [&str; 3] = [
-    "The daemon reads one TOML file: `/etc/awsvid/awsvid.toml`, or the file that `--config` or \
-     `AWSVID_CONFIG` names. It reports all mistakes of a file at once, each with its line and its \
+    "The daemon reads a TOML file: `/etc/awsvid/awsvid.toml`, or the file that `--config` or \
+     `AWSVID_CONFIG` names. It may include others. The daemon reports all mistakes of a file at once, each with its line and its \
      fix. An unknown key is a mistake.",
     "Paths are absolute. A duration is a number with a unit, as in `\"90s\"`, `\"5m\"`, `\"1h\"`. \
      An address is an IP address with a port, as in `\"127.0.0.1:974\"` or `\"[::1]:974\"`. A \
@@ -25,7 +25,7 @@ pub fn manual_page() -> String {
         let _ = writeln!(page, "{}\n.PP", roff(text));
     }
     for table in TABLES {
-        let header = roff(&table.header());
+        let header = roff(&capital(&table.header()));
         let _ = writeln!(page, ".SH \"{header}\"\n{}.", roff(&capital(table.meaning)));
         for key in table.keys {
             page.push_str(&entry(key));
@@ -87,7 +87,7 @@ mod tests {
         assert!(page.contains(".TH awsvid.toml 5 "), "{page}");
         for table in TABLES {
             assert!(
-                page.contains(&format!(".SH \"{}\"\n", table.header())),
+                page.contains(&format!(".SH \"{}\"\n", capital(&table.header()))),
                 "{page}"
             );
             for key in table.keys {

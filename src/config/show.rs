@@ -10,30 +10,29 @@ use super::identity::{IdentityConfig, Reference, Source};
 use super::log::{LogConfig, LogFormat};
 use super::pods::PodsConfig;
 use super::sts::StsConfig;
-use super::{CacheConfig, Config, listen};
+use super::{CacheConfig, Config, ConfigFiles, LoadedConfig, listen};
 
 mod entries;
 
 const DEFAULT: &str = "default";
 
-/// The page under construction, and the file that it shows.
+/// The page under construction, and the files that it shows.
 struct ConfigWriter<'a> {
     text: String,
+    /// Content of the main file.
     file: toml::Table,
+    /// The included files, with their paths.
+    included: Vec<(String, toml::Table)>,
     env: &'a dyn Fn(&str) -> Option<String>,
 }
 
-impl Config {
-    /// Returns this configuration as a file, which parses to the same configuration. `text` and
-    /// `env` are what it was parsed from.
-    pub fn show(&self, text: &str, env: &dyn Fn(&str) -> Option<String>) -> String {
-        let mut writer = ConfigWriter {
-            text: String::new(),
-            file: text.parse().unwrap_or_default(),
-            env,
-        };
+impl LoadedConfig {
+    /// Returns this configuration as one file, which parses to the same configuration. `env` is
+    /// what it was parsed with.
+    pub fn show(&self, env: &dyn Fn(&str) -> Option<String>) -> String {
+        let mut writer = ConfigWriter::of(&self.files, env);
         // All fields by name, so that the compiler finds a new one.
-        let Self {
+        let Config {
             listen,
             pods,
             identity,
@@ -45,12 +44,13 @@ impl Config {
             roles,
             listen_lines: _,
             digest: _,
-        } = self;
+        } = &self.config;
         let requested = roles
             .requested
             .iter()
             .flat_map(|requested| &requested.allowed);
         let requested: Vec<&str> = requested.map(glob::Pattern::as_str).collect();
+        writer.include();
         writer.listen(listen);
         writer.pods(pods);
         writer.identity(identity);
@@ -69,6 +69,24 @@ impl Config {
             .enumerate()
             .for_each(|(i, role)| writer.role(i, role));
         writer.text
+    }
+}
+
+impl<'a> ConfigWriter<'a> {
+    /// Returns an empty page about these files.
+    fn of(files: &ConfigFiles, env: &'a dyn Fn(&str) -> Option<String>) -> Self {
+        let parsed = |text: &str| text.parse().unwrap_or_default();
+        let main = files.texts.iter().find(|file| file.path.is_none());
+        let included = files.texts.iter().filter_map(|file| {
+            let path = file.path.as_ref()?;
+            Some((path.display().to_string(), parsed(&file.text)))
+        });
+        Self {
+            text: String::new(),
+            file: main.map_or_else(toml::Table::new, |file| parsed(&file.text)),
+            included: included.collect(),
+            env,
+        }
     }
 }
 
@@ -111,6 +129,14 @@ impl ConfigWriter<'_> {
         match is_set && !self.has(table, key) {
             true => self.line(key, value, &format!("from {variable}")),
             false => self.key(table, key, value),
+        }
+    }
+
+    /// Shows `include` as a comment, because the page has what the files contain.
+    fn include(&mut self) {
+        match self.included.len() {
+            0 => self.unset("include", "default: no other files"),
+            files => self.unset("include", &format!("{files} files, which are below")),
         }
     }
 

@@ -5,12 +5,13 @@
 //! unknown.
 
 use std::fmt::Display;
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
+use super::config_line::ConfigLine;
 use super::keys;
 
 mod diagnostics;
@@ -18,11 +19,15 @@ mod diagnostics;
 use diagnostics::join;
 pub(super) use diagnostics::{Diagnostics, Location, line_at};
 
-/// A table of the file. A missing table reads as empty.
+/// A table of a file. A missing table reads as empty.
 pub(super) struct Table<'r> {
     pub(super) report: &'r Diagnostics<'r>,
+    /// Index of its file.
+    file: usize,
     location: Location,
     entries: Option<&'r DeTable<'r>>,
+    /// The tables of the included files, for the table at the top of the main file.
+    included: &'r [DeTable<'r>],
 }
 
 impl<'r> Table<'r> {
@@ -35,8 +40,8 @@ impl<'r> Table<'r> {
     pub(super) fn location(&self, key: &str) -> Location {
         let found = self.entries.and_then(|entries| entries.get_key_value(key));
         let line = found
-            .map(|(_, value)| self.report.line(value.span()))
-            .or(self.location.line);
+            .map(|(_, value)| self.line(value.span()))
+            .or_else(|| self.location.line.clone());
         Location {
             line,
             key: join(&self.location.key, key),
@@ -48,15 +53,22 @@ impl<'r> Table<'r> {
             .is_some_and(|entries| entries.contains_key(key))
     }
 
-    /// Returns whether the key is missing or an empty list.
+    /// Returns whether the key is missing or an empty list, in included files too.
     pub(super) fn missing(&self, key: &str) -> bool {
-        let value = self.entries.and_then(|entries| entries.get(key));
-        value.is_none_or(|value| {
-            value
-                .get_ref()
-                .as_array()
-                .is_some_and(|elements| elements.is_empty())
-        })
+        self.entries
+            .into_iter()
+            .chain(self.included)
+            .filter_map(|entries| entries.get(key))
+            .all(|value| {
+                value
+                    .get_ref()
+                    .as_array()
+                    .is_some_and(|elements| elements.is_empty())
+            })
+    }
+
+    fn line(&self, span: Range<usize>) -> ConfigLine {
+        self.report.line(self.file, span)
     }
 
     /// Returns whether this key has an error, so that its stand-in means nothing.
@@ -234,7 +246,7 @@ impl<'r> Table<'r> {
         let mut strings = Vec::with_capacity(elements.len());
         for element in elements.iter() {
             let at = Location {
-                line: Some(self.report.line(element.span())),
+                line: Some(self.line(element.span())),
                 ..self.location(key)
             };
             match element.get_ref().as_str() {
@@ -257,16 +269,32 @@ impl<'r> Table<'r> {
         let line = entries.and(self.location(key).line);
         Table {
             report: self.report,
+            file: self.file,
             location: Location {
                 line,
                 key: join(&self.location.key, key),
             },
             entries,
+            included: &[],
         }
     }
 
-    /// Returns the tables `[[key]]`, without those of a wrong type.
+    /// Returns the tables `[[key]]` of this file and of those that it includes, without those of a
+    /// wrong type.
     pub(super) fn tables(&self, key: &'static str) -> Vec<Table<'r>> {
+        let included = self.included.iter().zip(1..).map(|(entries, file)| Table {
+            report: self.report,
+            file,
+            location: self.location.clone(),
+            entries: Some(entries),
+            included: &[],
+        });
+        let mut tables = self.own_tables(key);
+        tables.extend(included.flat_map(|file| file.own_tables(key)));
+        tables
+    }
+
+    fn own_tables(&self, key: &'static str) -> Vec<Table<'r>> {
         let Some(value) = self.value(key) else {
             return Vec::new();
         };
@@ -278,14 +306,16 @@ impl<'r> Table<'r> {
         let mut tables = Vec::with_capacity(elements.len());
         for element in elements.iter() {
             let location = Location {
-                line: Some(self.report.line(element.span())),
+                line: Some(self.line(element.span())),
                 key: join(&self.location.key, key),
             };
             match element.get_ref().as_table() {
                 Some(entries) => tables.push(Table {
                     report: self.report,
+                    file: self.file,
                     location,
                     entries: Some(entries),
+                    included: &[],
                 }),
                 None => self.wrong_type(&location, "a table", element.get_ref(), &fix),
             }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use toml::de::DeValue;
 
+use super::config_line::ConfigLine;
 use super::error::InvalidValue;
 use super::toml_reader::{Location, Table, absolute};
 use crate::cgroup::CgroupPath;
@@ -35,19 +36,19 @@ const GID_FIX: &str = "write the name of a group, or its number";
 pub struct ParsedWorkload {
     /// The rule with names, before they are resolved.
     pub rule: NamedRule,
-    /// Line of the rule's table, from 1.
-    pub line: Option<usize>,
+    /// Line of the rule's table.
+    pub line: Option<ConfigLine>,
     /// Users and groups that the rule names, each with its key and line.
     pub accounts: Vec<(AccountName, WorkloadRuleKey)>,
 }
 
 /// A key of a rule, and its line.
-pub type WorkloadRuleKey = (String, Option<usize>);
+pub type WorkloadRuleKey = (String, Option<ConfigLine>);
 
 impl ParsedWorkload {
     pub(super) fn at(&self) -> Location {
         Location {
-            line: self.line,
+            line: self.line.clone(),
             key: "workload".to_owned(),
         }
     }

@@ -36,6 +36,11 @@ impl FailureLog {
         }
     }
 
+    /// Returns whether a port could not be bound because the daemon lacks the capability.
+    pub(super) fn has_denied(&self) -> bool {
+        self.denied
+    }
+
     /// Counts a namespace, or an address in one, that is not served.
     pub(super) fn count(&self, failure: PodListenerFailure) {
         self.metrics

@@ -178,3 +178,61 @@ impl EventFilter {
         }
     }
 }
+
+/// Returns whether a mount that the host makes at or below this directory appears here too, by the
+/// content of `/proc/self/mountinfo` (proc(5)). True if that does not show the directory's mount.
+pub(super) fn receives_mounts(mountinfo: &str, directory: &Path) -> bool {
+    let mut best: Option<(usize, bool)> = None;
+    for line in mountinfo.lines() {
+        let mut fields = line.split(' ');
+        let Some(point) = fields.nth(4).map(Path::new) else {
+            continue;
+        };
+        if !directory.starts_with(point) {
+            continue;
+        }
+        let mut optional = fields.skip(1).take_while(|field| *field != "-");
+        let receives =
+            optional.any(|field| field.starts_with("shared:") || field.starts_with("master:"));
+        let depth = point.components().count();
+        // A later mount at the same point covers the earlier one.
+        if best.is_none_or(|(deepest, _)| depth >= deepest) {
+            best = Some((depth, receives));
+        }
+    }
+    best.is_none_or(|(_, receives)| receives)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_receives_what_the_host_mounts_if_it_propagates() {
+        const ROOT: &str = "21 20 0:19 / / rw,relatime - overlay overlay rw\n";
+        let mount = |point: &str, optional: &str| {
+            format!("22 21 0:20 / {point} ro,relatime {optional}- tmpfs tmpfs rw\n")
+        };
+        let directory = Path::new("/run/netns");
+        let table = [
+            (String::new(), true),
+            (ROOT.to_owned(), false),
+            (mount("/run/netns", "master:7 "), true),
+            (mount("/run/netns", "shared:3 master:7 "), true),
+            (mount("/run/netns", ""), false),
+            // The deepest mount counts, and the latest one at the same point.
+            (mount("/run", "master:7 "), true),
+            (mount("/run/netns", "") + &mount("/run", "master:7 "), false),
+            (
+                mount("/run/netns", "master:7 ") + &mount("/run/netns", ""),
+                false,
+            ),
+            (mount("/run/netns-other", ""), false),
+        ];
+        for (mounts, expected) in table {
+            let text = ROOT.to_owned() + &mounts;
+            let text = if mounts.is_empty() { "" } else { &text };
+            assert_eq!(receives_mounts(text, directory), expected, "{text}");
+        }
+    }
+}

@@ -14,6 +14,7 @@ use crate::listen::{NetnsRef, POD_ADDRESSES};
 use crate::metrics::{Metrics, PodListenerFailure};
 use crate::netns::{NamespaceError, NamespaceId};
 use crate::pod_listeners::failure_log::FailureLog;
+use crate::pod_listeners::gate::Coverage;
 use crate::pod_listeners::handover_protocol::HandoverKey;
 use crate::pod_listeners::netns_directory::NetnsDirectory;
 use crate::pod_listeners::netns_watch::Change;
@@ -43,15 +44,15 @@ pub(super) struct Reconciler {
     log: FailureLog,
     /// Set when the namespaces that were there at the start have been tried.
     first_scan: watch::Sender<bool>,
+    coverage: watch::Sender<Coverage>,
 }
 
 impl Reconciler {
     pub(super) fn new(
         directory: NetnsDirectory,
         service: PodService,
-        log: FailureLog,
-        metrics: Metrics,
-        first_scan: watch::Sender<bool>,
+        (log, metrics): (FailureLog, Metrics),
+        (first_scan, coverage): (watch::Sender<bool>, watch::Sender<Coverage>),
     ) -> Self {
         Self {
             directory,
@@ -63,6 +64,7 @@ impl Reconciler {
             unsupported: HashSet::new(),
             log,
             first_scan,
+            coverage,
         }
     }
 
@@ -98,12 +100,24 @@ impl Reconciler {
         self.add_namespaces(new.collect()).await;
         self.bind_missing().await;
         self.check_ports().await;
+        self.coverage.send_replace(self.coverage());
         if self.directory.responds() {
             self.first_scan.send_replace(true);
         }
         self.metrics
             .pod_listeners
             .set(i64::try_from(self.pods.len()).unwrap_or(i64::MAX));
+    }
+
+    fn coverage(&self) -> Coverage {
+        let unbound = self.pods.values().filter(|pod| !pod.missing.is_empty());
+        let unbound = unbound.count();
+        // Not those with a port that a pod's own process has taken.
+        let denied = if self.log.has_denied() { unbound } else { 0 };
+        Coverage {
+            served: self.pods.len() - unbound,
+            unserved: denied + self.failed.len() + self.unsupported.len(),
+        }
     }
 
     /// Drops the listeners in namespaces that are gone, and adds none.

@@ -18,7 +18,7 @@ use tokio::io::unix::AsyncFd;
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
 /// Registers a descriptor with the runtime, so that tasks can wait for `interest`.
-pub(super) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the value owns the descriptor, and returns no other one.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }

@@ -4,6 +4,7 @@ mod attacks;
 mod cluster;
 mod deployments;
 mod documented;
+mod existing_spire;
 mod life;
 mod policy;
 mod rights;
@@ -64,10 +65,24 @@ fn pods_get_their_own_credentials() {
     }
 }
 
+/// Installs awsvid by Helm and by Kustomize on a cluster with the objects of SPIRE's Helm chart.
+#[test]
+fn awsvid_leaves_an_existing_spire_alone() {
+    let directory = folder();
+    let Some(cluster) = Cluster::start(directory.path()) else {
+        return;
+    };
+    let spire = existing_spire::install(&cluster);
+    existing_spire::helm_installs_and_removes_awsvid(&cluster, &spire, directory.path());
+    existing_spire::kustomize_installs_and_removes_awsvid(&cluster, &spire);
+}
+
 /// Plays the events in the life of a node.
 fn run_life_scenes(cluster: &Cluster, done: &impl Fn(&str)) {
     life::pods_are_served_in_each_address_family(cluster);
     done("families");
+    life::config_map_change_needs_no_other_pod(cluster);
+    done("another ConfigMap");
     life::update_refuses_no_request(cluster);
     life::successor_of_killed_daemon_listens(cluster);
     done("updates");
@@ -146,28 +161,29 @@ fn first_act_is_answered(cluster: &Cluster, source: &str) {
     );
 }
 
+/// Defines the kinds of the Prometheus Operator, as far as the API server checks them.
+fn define_monitoring(cluster: &Cluster) {
+    let schema = json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true });
+    for kind in ["PodMonitor", "PrometheusRule"] {
+        let plural = format!("{}s", kind.to_lowercase());
+        let name = format!("{plural}.monitoring.coreos.com");
+        cluster.node.apply(&json!({
+            "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+            "metadata": { "name": name },
+            "spec": {
+                "group": "monitoring.coreos.com", "scope": "Namespaced", "names": { "kind": kind, "plural": plural },
+                "versions": [{ "name": "v1", "served": true, "storage": true, "schema": { "openAPIV3Schema": schema } }],
+            },
+        }));
+        let crd = format!("crd/{name}");
+        let established = ["wait", "--for=condition=Established", &crd];
+        cluster.node.kubectl(&established).success(kind);
+    }
+}
+
 /// Applies all that can be applied, unchanged, in a dry run.
 fn manifests_are_accepted(cluster: &Cluster, folder: &Path) {
-    // Of the Prometheus Operator, as far as the API server checks it.
-    let (kind, plural) = ("PodMonitor", "podmonitors");
-    let schema = json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true });
-    cluster.node.apply(&json!({
-        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
-        "metadata": { "name": format!("{plural}.monitoring.coreos.com") },
-        "spec": {
-            "group": "monitoring.coreos.com", "scope": "Namespaced", "names": { "kind": kind, "plural": plural },
-            "versions": [{ "name": "v1", "served": true, "storage": true, "schema": { "openAPIV3Schema": schema } }],
-        },
-    }));
-    let established = [
-        "wait",
-        "--for=condition=Established",
-        "crd/podmonitors.monitoring.coreos.com",
-    ];
-    cluster
-        .node
-        .kubectl(&established)
-        .success("the PodMonitor's definition");
+    define_monitoring(cluster);
     let accepted = |directory: &Path| {
         let arguments = [
             "apply",
@@ -183,18 +199,20 @@ fn manifests_are_accepted(cluster: &Cluster, folder: &Path) {
     for directory in [
         "",
         "spiffe-broker",
-        "spiffe-broker/awsvid",
         "spire-delegated",
-        "spire-delegated/awsvid",
+        "examples/spiffe-broker",
+        "examples/spire-delegated",
     ] {
         accepted(&manifests().join(directory));
     }
     for component in [
+        "dashboard",
         "environment",
         "environment-patch",
         "network-policy",
         "nodes-proxy",
         "pod-monitor",
+        "prometheus-rule",
         "startup-taint",
     ] {
         accepted(&overlay(folder, component, &[], &[component]));

@@ -35,6 +35,7 @@ mod exposure;
 mod full_queues;
 mod groups;
 mod harness;
+mod helm;
 mod help;
 mod hostile_http;
 mod kubernetes;

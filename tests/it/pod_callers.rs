@@ -63,6 +63,7 @@ impl PodCallersStage {
             words.extend(NO_HANDLES.map(str::to_owned));
         }
         if kind == Kind::InAContainer {
+            node.add_own("own");
             let (own, mount) = (own.path().to_str().unwrap(), mount.to_str().unwrap());
             words.extend(["sh", "-c", IN_A_CONTAINER, own, mount].map(str::to_owned));
         }

@@ -4,7 +4,9 @@
 use std::collections::HashSet;
 use std::fs;
 use std::net::TcpStream;
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -365,6 +367,66 @@ fn reload_changes_log_level_and_format() {
         serde_json::from_str::<Value>(log.lines().last().unwrap()).is_ok(),
         "{log}"
     );
+}
+
+/// Writes the files as the kubelet writes a ConfigMap's volume: all through one symbolic link.
+fn write_volume(directory: &Path, version: &str, files: &[(&str, &str)]) {
+    let path = |name: &str| directory.join(name);
+    fs::create_dir_all(path(version)).unwrap();
+    for (name, text) in files {
+        fs::write(path(version).join(name), text).unwrap();
+    }
+    symlink(version, path("..data_tmp")).unwrap();
+    fs::rename(path("..data_tmp"), path("..data")).unwrap();
+}
+
+#[test]
+fn watched_files_are_reloaded_without_signal() {
+    let stage = ReloadStage::set();
+    let volume = stage.folder.path().join("volume");
+    let wrong = "[[role]]\nname = 1\n";
+    write_volume(&volume, "..1", &[]);
+    for name in ["a.toml", "b.toml"] {
+        symlink(format!("..data/{name}"), volume.join(name)).unwrap();
+    }
+    write_volume(&volume, "..2", &[("a.toml", ""), ("b.toml", "")]);
+    let configuration = "include = \"volume/*.toml\"\n".to_owned() + &stage.without_rule();
+    let words = ["sh", "-c", "exec \"$@\" --watch", "sh"];
+    let folder = stage.folder.path();
+    let daemon = Daemon::start_behind(&words, folder, "", &configuration).ready();
+    assert_eq!(refusal(&daemon), "no_identity");
+
+    let rule = rule(nix::unistd::getuid().as_raw());
+    write_volume(&volume, "..3", &[("a.toml", &rule), ("b.toml", "")]);
+    await_some("the rule takes effect", TIMEOUT, || {
+        (ask(unix(&daemon)).0 == 200).then_some(())
+    });
+    let before = key(&daemon);
+    let last = "awsvid_config_last_reload_successful";
+    assert_eq!(daemon.metric(last), 1);
+
+    write_volume(&volume, "..4", &[("a.toml", ""), ("b.toml", wrong)]);
+    await_some("the mistake is reported", TIMEOUT, || {
+        (daemon.metric(last) == 0).then_some(())
+    });
+    daemon.await_line(&[
+        "the configuration has a mistake",
+        "volume/b.toml:2: role.name",
+    ]);
+    assert_eq!(key(&daemon), before);
+
+    // The main file, as an editor replaces it.
+    let other = folder.join("new.toml");
+    fs::write(
+        &other,
+        daemon.text().replace("volume/*.toml", "none/*.toml"),
+    )
+    .unwrap();
+    fs::rename(other, folder.join("awsvid.toml")).unwrap();
+    await_some("the rule ends", TIMEOUT, || {
+        (daemon.metric(last) == 1).then_some(())
+    });
+    assert_eq!(refusal(&daemon), "no_identity");
 }
 
 #[test]

@@ -273,6 +273,50 @@ fn without(unit: &str, name: &str) -> String {
     unit.lines().map(line).collect()
 }
 
+/// The calls that a container's default profile allows because of `CAP_SYS_ADMIN`, without those
+/// that awsvid uses.
+const OF_SYS_ADMIN: [&str; 17] = [
+    "fanotify_init",
+    "fsconfig",
+    "fsmount",
+    "fsopen",
+    "lookup_dcookie",
+    "mount",
+    "mount_setattr",
+    "move_mount",
+    "open_tree",
+    "perf_event_open",
+    "quotactl",
+    "setdomainname",
+    "sethostname",
+    "syslog",
+    "umount",
+    "umount2",
+    "unshare",
+];
+
+/// Asserts that the seccomp profile for Kubernetes names these calls, and allows less than a
+/// container's default profile does.
+fn assert_profile_allows(called: &BTreeSet<String>) {
+    let profile = include_str!("../../deploy/kubernetes/seccomp.json");
+    let profile: serde_json::Value = serde_json::from_str(profile).unwrap();
+    let rules = profile["syscalls"].as_array().unwrap();
+    let named: BTreeSet<&str> = rules
+        .iter()
+        .flat_map(|rule| rule["names"].as_array().unwrap())
+        .map(|name| name.as_str().unwrap())
+        .collect();
+    let missing: Vec<_> = called
+        .iter()
+        .filter(|name| !named.contains(name.as_str()))
+        .collect();
+    assert!(
+        missing.is_empty(),
+        "what the seccomp profile lacks: {missing:?}"
+    );
+    assert!(OF_SYS_ADMIN.iter().all(|name| !named.contains(name)));
+}
+
 #[test]
 fn unit_allows_all_system_calls_of_daemon() {
     if !root() || !tools() {
@@ -302,6 +346,7 @@ fn unit_allows_all_system_calls_of_daemon() {
         [] as [&str; 0],
         "what the unit's SystemCallFilter= lacks"
     );
+    assert_profile_allows(&called);
     // Each privileged call is allowed for a use that exists, and would be missed.
     for (name, calls) in [
         ("capset", [&rules, &broker]),

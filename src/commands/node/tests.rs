@@ -5,6 +5,7 @@ use nix::errno::Errno;
 
 use super::*;
 use crate::accounts::LocalAccounts;
+use crate::config::ConfigLine;
 
 /// A name service with `alice` as 1001, `nobody` as usual, and failing lookups of `away`.
 struct NodeService;
@@ -43,7 +44,12 @@ fn warnings_of(rules: &[&str], rest: &str) -> Vec<String> {
     let config = loaded
         .unwrap_or_else(|problems| panic!("{problems:?}"))
         .config;
-    let shown = |problem: &Problem| format!("{}: {problem}", problem.line.unwrap_or_default());
+    let shown = |problem: &Problem| {
+        format!(
+            "{}: {problem}",
+            problem.line.as_ref().map_or(0, ConfigLine::number)
+        )
+    };
     warnings(&config, &NodeService).iter().map(shown).collect()
 }
 

@@ -1,4 +1,5 @@
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::path::PathBuf;
 
 use super::*;
 
@@ -29,8 +30,6 @@ fn own_file_is_safe_below_a_sticky_directory() {
     assert_eq!(found(&path), [] as [&str; 0]);
     set_mode(&path, 0o400);
     assert_eq!(found(&path), [] as [&str; 0]);
-    // Relative, as on a command line.
-    assert_eq!(parts(Path::new("./a/../b")), ["a", "..", "b"]);
 }
 
 #[test]

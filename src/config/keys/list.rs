@@ -19,6 +19,17 @@ const fn key(
 /// All tables, in the order of the documents.
 pub(in crate::config) const TABLES: &[TableSpec] = &[
     TableSpec {
+        name: "",
+        is_list: false,
+        meaning: "what stands before the first table",
+        keys: &[key(
+            "include",
+            "pattern, or a list of patterns",
+            "`[]`",
+            "more files, as in `\"conf.d/*.toml\"`, in the order of their names; each may have `[[workload]]` and `[[role]]` only; a name without `/` in front is relative to the directory of this file; `*`, `?` and `[...]` may be in the file's name",
+        )],
+    },
+    TableSpec {
         name: "listen",
         is_list: false,
         meaning: "addresses at which workloads and operators reach the daemon",

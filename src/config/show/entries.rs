@@ -23,7 +23,7 @@ impl ConfigWriter<'_> {
             systemd_unit,
             cgroup,
         } = rule;
-        self.table("[[workload]]");
+        self.entry_header("workload", index);
         self.line("spiffe_id", spiffe_id.as_str(), "");
         for (key, id) in [
             ("uid", uid),
@@ -72,7 +72,7 @@ impl ConfigWriter<'_> {
             policy_arns,
         } = role;
         let entry = self.entry("role", index);
-        self.table("[[role]]");
+        self.entry_header("role", index);
         self.line("name", name.as_str(), "");
         self.line("spiffe_id", spiffe_id.as_str(), "");
         self.line("role_arn", role_arn.as_str(), "");
@@ -115,14 +115,33 @@ impl ConfigWriter<'_> {
         self.line(key, value, origin(entry, key, DEFAULT));
     }
 
-    /// Returns one of the tables of this name from the file.
+    /// Returns one of the tables of this name, and the path of its file if that is included. The
+    /// included files continue the list of the main file.
+    fn find(&self, name: &str, index: usize) -> (Option<&str>, Option<&toml::Table>) {
+        let included = self.included.iter();
+        let files = std::iter::once((None, &self.file))
+            .chain(included.map(|(path, file)| (Some(path.as_str()), file)));
+        let mut entries = files.flat_map(|(path, file)| {
+            let list = file.get(name).and_then(Value::as_array);
+            list.into_iter()
+                .flatten()
+                .map(move |entry| (path, entry.as_table()))
+        });
+        entries.nth(index).unwrap_or_default()
+    }
+
     fn entry(&self, name: &str, index: usize) -> toml::Table {
-        let entry = self
-            .file
-            .get(name)
-            .and_then(|list| list.get(index))
-            .and_then(Value::as_table);
-        entry.cloned().unwrap_or_default()
+        self.find(name, index).1.cloned().unwrap_or_default()
+    }
+
+    /// Writes the header of such a table.
+    fn entry_header(&mut self, name: &str, index: usize) {
+        let header = format!("[[{name}]]");
+        let with_path = self
+            .find(name, index)
+            .0
+            .map(|path| format!("{header:<56} # {path}"));
+        self.table(with_path.as_deref().unwrap_or(&header));
     }
 }
 

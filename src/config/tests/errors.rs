@@ -10,7 +10,7 @@ type Expected<'a> = (usize, &'a str, &'a str);
 pub(super) fn refused(text: &str, expected: &[Expected<'_>]) {
     let problems = parse(text).expect_err(text);
     let fits = |problem: &Problem, (line, key, words): &Expected<'_>| {
-        problem.line.unwrap_or(0) == *line
+        line_of(problem).unwrap_or(0) == *line
             && problem.key == *key
             && problem.to_string().contains(words)
     };

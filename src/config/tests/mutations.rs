@@ -97,13 +97,13 @@ fn reader_survives_damage() {
         };
         let lines = text.matches('\n').count() + 1;
         assert!(
-            problems.is_sorted_by_key(|problem| problem.line.unwrap_or(usize::MAX)),
+            problems.is_sorted_by(|a, b| Problem::by_line(a, b).is_le()),
             "{problems:?}"
         );
         assert!(
             problems
                 .iter()
-                .all(|p| p.line.is_none_or(|line| (1..=lines).contains(&line))),
+                .all(|p| line_of(p).is_none_or(|line| (1..=lines).contains(&line))),
             "{problems:?}\n{text}"
         );
         assert!(

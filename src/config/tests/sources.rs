@@ -25,7 +25,7 @@ fn refused(identity: &str, line: usize, key: &str, words: &str) {
     };
     let shown = problem.to_string();
     assert!(
-        (problem.line, &*problem.key) == (Some(line), key) && shown.contains(words),
+        (line_of(problem), &*problem.key) == (Some(line), key) && shown.contains(words),
         "{text}\n{problem:#?}"
     );
 }

@@ -6,7 +6,9 @@ use super::*;
 fn warned(text: &str, expected: &[(usize, &str, &str)]) {
     let warnings = loaded(text).warnings;
     let fits = |problem: &Problem, (line, key, words): &(usize, &str, &str)| {
-        problem.line == Some(*line) && problem.key == *key && problem.to_string().contains(words)
+        line_of(problem) == Some(*line)
+            && problem.key == *key
+            && problem.to_string().contains(words)
     };
     let all =
         warnings.len() == expected.len() && warnings.iter().zip(expected).all(|(w, e)| fits(w, e));
@@ -282,7 +284,10 @@ fn port_has_a_warning_where_any_user_can_take_it() {
         problems
             .into_iter()
             .filter(|problem| problem.key == "listen.tcp")
-            .map(|problem| (problem.line, format!("{}; {}", problem.what, problem.fix)))
+            .map(|problem| {
+                let line = line_of(&problem);
+                (line, format!("{}; {}", problem.what, problem.fix))
+            })
             .collect()
     };
     let text = |port: u16, fix: &str| {
@@ -317,7 +322,7 @@ fn admin_port_has_a_warning_where_others_share_its_network() {
         problems
             .into_iter()
             .filter(admin)
-            .map(|problem| (problem.line, problem.what))
+            .map(|problem| (line_of(&problem), problem.what))
             .collect()
     };
     let taken = |port: u16| {

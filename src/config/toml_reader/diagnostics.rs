@@ -1,4 +1,4 @@
-//! Errors and warnings of a file, with their locations.
+//! Errors and warnings of a configuration's files, with their locations.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -6,43 +6,60 @@ use std::ops::Range;
 use toml::de::{DeTable, DeValue};
 
 use super::Table;
+use crate::config::config_line::ConfigLine;
 use crate::config::error::Problem;
+use crate::config::files::ConfigText;
 use crate::config::keys;
 
-/// A key or table, with its line if the file has it.
+/// The tables that an included file may have.
+const INCLUDABLE: [&str; 2] = ["workload", "role"];
+
+/// A key or table, with its line if a file has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::config) struct Location {
-    pub(in crate::config) line: Option<usize>,
+    pub(in crate::config) line: Option<ConfigLine>,
     pub(in crate::config) key: String,
 }
 
-/// Collects the errors and warnings of a file.
+/// Collects the errors and warnings of a configuration's files.
 pub(in crate::config) struct Diagnostics<'t> {
-    text: &'t str,
+    files: &'t [ConfigText],
     pub(super) errors: RefCell<Vec<Problem>>,
     warnings: RefCell<Vec<Problem>>,
 }
 
 impl<'t> Diagnostics<'t> {
-    pub(in crate::config) fn new(text: &'t str) -> Self {
+    pub(in crate::config) fn new(files: &'t [ConfigText]) -> Self {
         let (errors, warnings) = (RefCell::default(), RefCell::default());
         Self {
-            text,
+            files,
             errors,
             warnings,
         }
     }
 
-    /// Returns the table at the top of the file.
-    pub(in crate::config) fn root<'r>(&'r self, entries: &'r DeTable<'r>) -> Table<'r> {
+    /// Returns the table at the top of the main file, which is the first of `tables`. Its lists of
+    /// tables continue in the others.
+    pub(in crate::config) fn root<'r>(&'r self, tables: &'r [DeTable<'r>]) -> Table<'r> {
+        let (entries, included) = match tables.split_first() {
+            Some((main, included)) => (Some(main), included),
+            None => (None, &[][..]),
+        };
         Table {
             report: self,
+            file: 0,
             location: Location {
                 line: None,
                 key: String::new(),
             },
-            entries: Some(entries),
+            entries,
+            included,
         }
+    }
+
+    /// Adds errors that were found before the texts were parsed.
+    pub(in crate::config) fn extend(&self, errors: impl IntoIterator<Item = Problem>) {
+        self.errors.borrow_mut().extend(errors);
     }
 
     pub(in crate::config) fn error(
@@ -67,33 +84,35 @@ impl<'t> Diagnostics<'t> {
     /// errors.
     pub(in crate::config) fn finish(
         self,
-        entries: &DeTable<'_>,
+        tables: &[DeTable<'_>],
     ) -> Result<Vec<Problem>, Vec<Problem>> {
-        self.unknown_keys("", entries);
+        for (file, entries) in tables.iter().enumerate() {
+            self.unknown_keys(file, "", entries);
+        }
         self.sorted()
     }
 
-    /// Returns the same for a file of which only this table was read.
+    /// Returns the same where only this table of the main file was read.
     pub(in crate::config) fn finish_table(
         self,
         table: &str,
-        entries: &DeTable<'_>,
+        tables: &[DeTable<'_>],
     ) -> Result<Vec<Problem>, Vec<Problem>> {
-        if let Some(inner) = entries
-            .get(table)
+        if let Some(inner) = tables
+            .first()
+            .and_then(|entries| entries.get(table))
             .and_then(|value| value.get_ref().as_table())
         {
-            self.unknown_keys(table, inner);
+            self.unknown_keys(0, table, inner);
         }
         self.sorted()
     }
 
     fn sorted(self) -> Result<Vec<Problem>, Vec<Problem>> {
-        let by_line = |problem: &Problem| problem.line.unwrap_or(usize::MAX);
         let mut errors = self.errors.into_inner();
         let mut warnings = self.warnings.into_inner();
-        errors.sort_by_key(by_line);
-        warnings.sort_by_key(by_line);
+        errors.sort_by(Problem::by_line);
+        warnings.sort_by(Problem::by_line);
         if errors.is_empty() {
             Ok(warnings)
         } else {
@@ -101,15 +120,23 @@ impl<'t> Diagnostics<'t> {
         }
     }
 
-    fn unknown_keys(&self, table: &str, entries: &DeTable<'_>) {
+    fn unknown_keys(&self, file: usize, table: &str, entries: &DeTable<'_>) {
         for (key, value) in entries {
             let name = key.get_ref().as_ref();
             let path = join(table, name);
+            let at = Location {
+                line: Some(self.line(file, key.span())),
+                key: path.clone(),
+            };
+            if file > 0 && table.is_empty() && !INCLUDABLE.contains(&name) {
+                self.error(
+                    &at,
+                    "an included file has only [[workload]] and [[role]]",
+                    "move it to the file with `include`",
+                );
+                continue;
+            }
             if !keys::is_known(table, name) {
-                let at = Location {
-                    line: Some(self.line(key.span())),
-                    key: path,
-                };
                 // With the version, because the file may be of a newer one.
                 self.error(
                     &at,
@@ -123,26 +150,31 @@ impl<'t> Diagnostics<'t> {
                 continue;
             }
             match value.get_ref() {
-                DeValue::Table(inner) => self.unknown_keys(&path, inner),
+                DeValue::Table(inner) => self.unknown_keys(file, &path, inner),
                 DeValue::Array(elements) => {
                     elements
                         .iter()
                         .filter_map(|e| e.get_ref().as_table())
-                        .for_each(|e| self.unknown_keys(&path, e));
+                        .for_each(|e| self.unknown_keys(file, &path, e));
                 }
                 _ => {}
             }
         }
     }
 
-    pub(super) fn line(&self, span: Range<usize>) -> usize {
-        line_at(self.text, span.start)
+    /// Returns the line of a span in the file with this index.
+    pub(super) fn line(&self, file: usize, span: Range<usize>) -> ConfigLine {
+        let (path, text) = self
+            .files
+            .get(file)
+            .map_or((None, ""), |file| (file.path.clone(), &*file.text));
+        ConfigLine::new(path, line_at(text, span.start))
     }
 }
 
 fn problem(at: &Location, what: impl Into<String>, fix: impl Into<String>) -> Problem {
     Problem {
-        line: at.line,
+        line: at.line.clone(),
         key: at.key.clone(),
         what: what.into(),
         fix: fix.into(),

@@ -19,7 +19,7 @@ use crate::harness::sts::{AUDIENCE, OneRoleSts};
 
 const V4: &str = "127.0.0.1:974";
 const TIMEOUT: Duration = Duration::from_secs(60);
-const LEAST: [&str; 8] = [
+const LEAST: [&str; 9] = [
     "setpriv",
     "--bounding-set=-dac_read_search,-sys_ptrace,-perfmon",
     "--inh-caps=-dac_read_search,-sys_ptrace,-perfmon",
@@ -28,6 +28,8 @@ const LEAST: [&str; 8] = [
     "--fork",
     "--kill-child",
     "--mount-proc",
+    // As `mountPropagation: HostToContainer`.
+    "--propagation=slave",
 ];
 
 fn uid(pod: &Cgroup) -> String {

@@ -48,6 +48,11 @@ impl Cgroup {
         Self(path)
     }
 
+    /// Creates that of a kubelet. It stays, because tests share it.
+    pub(crate) fn create_kubelets() {
+        fs::create_dir_all(root().join("kubepods/besteffort")).unwrap();
+    }
+
     /// Creates that of a container in a new pod, as kubelet and a runtime do.
     pub(crate) fn of_pod(number: u16) -> Self {
         let uid = format!("pod{:08x}-0000-4000-8000-{number:012x}", std::process::id());

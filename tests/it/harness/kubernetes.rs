@@ -34,8 +34,9 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 const NAMESPACES: [&str; 7] = [
     "--pid", "--mount", "--uts", "--ipc", "--net", "--cgroup", "--fork",
 ];
-const PROGRAMS: [&str; 13] = [
+const PROGRAMS: [&str; 14] = [
     "kubectl",
+    "helm",
     "ctr",
     "etcd",
     "kube-apiserver",
@@ -280,9 +281,18 @@ impl Node {
 
     /// Runs kubectl with standard input.
     pub(crate) fn kubectl_with(&self, arguments: &[&str], input: &str) -> Output {
+        self.client("kubectl", arguments, input)
+    }
+
+    /// Runs helm as the cluster's administrator. It sees the files of this computer.
+    pub(crate) fn helm(&self, arguments: &[&str]) -> Output {
+        self.client("helm", arguments, "")
+    }
+
+    fn client(&self, program: &str, arguments: &[&str], input: &str) -> Output {
         let init = self.init.to_string();
         let mut command = outside("nsenter", ["--target", &init, "--net", "--"]);
-        command.arg(self.bin.join("kubectl")).args(arguments);
+        command.arg(self.bin.join(program)).args(arguments);
         command
             .env(
                 "KUBECONFIG",

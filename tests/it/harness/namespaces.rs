@@ -58,11 +58,20 @@ impl NetnsNode {
     fn with_mounts_of(anchor: Pid, owned: Option<Owned>, folder: &Path) -> Self {
         let directory = folder.join("netns");
         fs::create_dir(&directory).expect("the directory");
-        Self {
+        // Before its first pod a kubelet has a cgroup, too.
+        Cgroup::create_kubelets();
+        let node = Self {
             anchor,
             directory,
             _anchor: owned,
-        }
+        };
+        // Mounts in the directory propagate, as they do on a node.
+        node.within(|| {
+            bind(&node.directory, &node.directory);
+            let none = None::<&str>;
+            mount(none, &node.directory, none, MsFlags::MS_SHARED, none).expect("a shared mount");
+        });
+        node
     }
 
     /// Returns the directory of the namespace files.

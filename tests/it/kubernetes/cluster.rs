@@ -10,6 +10,7 @@ use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::spire::{RemoteAgent, Spire, SpireSetting};
 use crate::harness::daemon::PROGRAM;
+use crate::harness::documents::block;
 use crate::harness::forward::Forward;
 use crate::harness::is_slow;
 use crate::harness::kubernetes::{ADDRESS, Image, NAME, Node, root_of};
@@ -19,6 +20,8 @@ use crate::harness::tls::TlsFront;
 /// The image of pods that use the AWS CLI.
 pub(super) const AWS: &str = "docker.io/library/aws:test";
 const AWSVID: &str = "spiffe://example.org/ns/awsvid/sa/awsvid";
+/// The name of the seccomp profile in the kubelet's directory.
+const SECCOMP_PROFILE: &str = "awsvid.json";
 /// The ports of MinIO and the SPIRE server on the node.
 const MINIO_PORT: u16 = 9000;
 const STS_PORT: u16 = 9443;
@@ -117,7 +120,7 @@ impl Cluster {
                 id: format!("spiffe://example.org/spire/agent/k8s_psat/example/{uid}"),
                 node_attestor: format!(
                     "NodeAttestor \"k8s_psat\" {{ plugin_data {{ clusters = {{ \"example\" = {{ \
-                     service_account_allow_list = [\"spire:spire-agent\"], kube_config_file = {kubeconfig:?} }} }} }} }}"
+                     service_account_allow_list = [\"awsvid-spire:spire-agent\", \"spire-system:spire-agent\"], kube_config_file = {kubeconfig:?} }} }} }} }}"
                 ),
             }),
             ..SpireSetting::default()
@@ -189,8 +192,8 @@ impl Cluster {
             .register(AWSVID, &["k8s:ns:awsvid", "k8s:sa:awsvid"]);
         let (name, bundle) = ("spire-bundle", self.spire.bundle());
         let mut items = vec![
-            json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "spire" } }),
-            json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": name, "namespace": "spire" },
+            json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "awsvid-spire" } }),
+            json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": name, "namespace": "awsvid-spire" },
                 "data": { "bundle.crt": bundle } }),
         ];
         for account @ ServiceAccount { namespace, name } in [READER, OTHER] {
@@ -231,7 +234,9 @@ impl Cluster {
         };
         let directory = self.overlay(source, &["environment", "host"], listen);
         if source == "spire-delegated" {
-            let agent = fs::read_to_string(manifests().join(source).join("agent.conf")).unwrap();
+            let agent =
+                fs::read_to_string(manifests().join("examples").join(source).join("agent.conf"))
+                    .unwrap();
             let unix = "plugins {\n  WorkloadAttestor \"unix\" {\n    plugin_data {}\n  }";
             fs::write(
                 directory.join("agent.conf"),
@@ -242,7 +247,7 @@ impl Cluster {
             let mut kustomization: Value =
                 serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
             kustomization["configMapGenerator"].as_array_mut().unwrap().push(
-                json!({ "name": "spire-agent", "namespace": "spire", "behavior": "merge", "files": ["agent.conf"] }),
+                json!({ "name": "spire-agent", "namespace": "awsvid-spire", "behavior": "merge", "files": ["agent.conf"] }),
             );
             fs::write(file, kustomization.to_string()).unwrap();
         }
@@ -256,7 +261,18 @@ impl Cluster {
         components: &[&str],
         listen: impl Fn(String) -> String,
     ) -> PathBuf {
-        let text = fs::read_to_string(manifests().join(source).join("awsvid/awsvid.toml")).unwrap();
+        self.overlay_of(&format!("examples/{source}"), source, components, listen)
+    }
+
+    /// The same of another folder than an example's, whose configuration is that of `source`.
+    pub(super) fn overlay_of(
+        &self,
+        resource: &str,
+        source: &str,
+        components: &[&str],
+        listen: impl Fn(String) -> String,
+    ) -> PathBuf {
+        let text = fs::read_to_string(manifests().join(source).join("awsvid.toml")).unwrap();
         let (start, _) = text.split_once("[sts]").expect("the example's [sts]");
         let start = listen(start.to_owned());
         let text = format!(
@@ -268,8 +284,12 @@ impl Cluster {
         );
         let directory = overlay(
             &self.folder,
-            &[source, components.join("-").as_str()].join("-"),
-            &[source],
+            &[
+                resource.replace('/', "-").as_str(),
+                components.join("-").as_str(),
+            ]
+            .join("-"),
+            &[resource],
             components,
         );
         fs::write(directory.join("awsvid.toml"), text).unwrap();
@@ -277,11 +297,48 @@ impl Cluster {
         directory
     }
 
+    /// Copies awsvid's seccomp profile to where the kubelet expects it, by the name that the guide
+    /// has.
+    pub(super) fn install_seccomp_profile(&self) {
+        let patch = block(
+            "install-kubernetes.md",
+            "A narrower seccomp profile",
+            "securityContext:",
+        );
+        let name = format!("localhostProfile: {SECCOMP_PROFILE} }}");
+        assert!(patch.contains(&name), "{patch}");
+        let directory = self.node.path("/var/lib/kubelet/seccomp");
+        fs::create_dir_all(&directory).unwrap();
+        let profile = manifests().join("seccomp.json");
+        fs::copy(profile, directory.join(SECCOMP_PROFILE)).unwrap();
+    }
+
+    /// Returns values of the Helm chart with MinIO as the STS, as `overlay` does it in TOML, and
+    /// the seccomp profile.
+    pub(super) fn chart_values(&self) -> Value {
+        json!({
+            "strict": false,
+            "seccomp": { "localhostProfile": SECCOMP_PROFILE },
+            "config": {
+                "identity": { "audience": minio::AUDIENCE },
+                // A null removes the chart's example.
+                "sts": { "region": null, "endpoint": self.sts.url(), "ca_file": "/etc/awsvid/ca.crt" },
+                "log": { "level": "awsvid=debug,info" },
+                "role": [{
+                    "name": "all", "spiffe_id": "spiffe://example.org/ns/*/sa/*",
+                    "role_arn": self.minio.role_arn(),
+                }],
+            },
+            "configFiles": { "ca.crt": self.sts.certificate() },
+        })
+    }
+
     fn apply(&self, directory: &Path) {
         self.node
             .kubectl(&["apply", "--kustomize", directory.to_str().unwrap()])
             .success("kubectl apply -k");
-        self.node.rolled_out("spire", "daemonset/spire-agent");
+        self.node
+            .rolled_out("awsvid-spire", "daemonset/spire-agent");
         self.node.rolled_out("awsvid", "daemonset/awsvid");
     }
 

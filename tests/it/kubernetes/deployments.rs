@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::cluster::{Cluster, READER, ServiceAccount, container, copy, overlay};
+use super::cluster::{AWS, Cluster, READER, ServiceAccount, container, copy, overlay};
 use crate::harness::counterparts::process::await_some;
 
 fn deployment(account: ServiceAccount, name: &str, script: &str, annotations: &Value) -> Value {
@@ -78,17 +78,91 @@ pub(super) fn deployment_reads_its_object_by_component(cluster: &Cluster, folder
     apply().success("kubectl apply -k");
     has_read(cluster, READER, "by-component");
 
-    // A value of the workload's own is not replaced: it is an error that names the variable.
-    let mut own = good;
-    let variable = json!({ "name": "AWS_CONTAINER_CREDENTIALS_FULL_URI", "value": "http://127.0.0.1:974/v1/credentials/other" });
-    own["spec"]["template"]["spec"]["containers"][0]["env"]
-        .as_array_mut()
-        .unwrap()
-        .push(variable);
-    write(&own);
-    let refused = apply();
-    assert!(
-        !refused.status.success() && refused.stderr.contains("valueFrom"),
-        "{refused:?}"
-    );
+    component_covers_each_kind_of_workload(cluster, &directory);
+}
+
+/// Returns a workload of each kind, with an init container and a container that sets a variable.
+fn workloads() -> Vec<Value> {
+    let own = json!([{ "name": "AWS_EC2_METADATA_DISABLED", "value": "false" }]);
+    let container = |name: &str, env: &Value| json!({ "name": name, "image": AWS, "env": env });
+    let spec = json!({
+        "restartPolicy": "Never",
+        "containers": [container("main", &own)], "initContainers": [container("first", &json!([]))],
+    });
+    let mut always = spec.clone();
+    always["restartPolicy"] = "Always".into();
+    let labels = json!({ "app": "trial" });
+    let template = |spec: &Value| json!({ "metadata": { "labels": labels }, "spec": spec });
+    let selected =
+        |spec: &Value| json!({ "selector": { "matchLabels": labels }, "template": template(spec) });
+    let mut stateful = selected(&always);
+    stateful["serviceName"] = "trial".into();
+    let job = json!({ "template": template(&spec) });
+    let cron = json!({ "schedule": "@daily", "jobTemplate": { "spec": job } });
+    let kinds = [
+        ("apps/v1", "Deployment", selected(&always)),
+        ("apps/v1", "StatefulSet", stateful),
+        ("apps/v1", "DaemonSet", selected(&always)),
+        ("batch/v1", "Job", job.clone()),
+        ("batch/v1", "CronJob", cron),
+        ("v1", "Pod", spec.clone()),
+    ];
+    // The policy of this cluster leaves the bare pod alone.
+    let annotations =
+        json!({ "awsvid.io/init-containers": "true", "awsvid.io/environment": "false" });
+    kinds
+        .into_iter()
+        .map(|(version, kind, spec)| {
+            let name = format!("trial-{}", kind.to_lowercase());
+            json!({ "apiVersion": version, "kind": kind,
+                "metadata": { "name": name, "annotations": annotations }, "spec": spec })
+        })
+        .collect()
+}
+
+/// Returns the pod's spec within a workload.
+fn pod_spec(workload: &Value) -> &Value {
+    let spec = &workload["spec"];
+    match workload["kind"].as_str().unwrap() {
+        "Pod" => spec,
+        "CronJob" => &spec["jobTemplate"]["spec"]["template"]["spec"],
+        _ => &spec["template"]["spec"],
+    }
+}
+
+/// Applies a workload of each kind in a dry run, and checks what the API server would store.
+fn component_covers_each_kind_of_workload(cluster: &Cluster, directory: &Path) {
+    let workloads = workloads();
+    let list = json!({ "apiVersion": "v1", "kind": "List", "items": workloads });
+    fs::write(directory.join("deployment.json"), list.to_string()).unwrap();
+    let directory = directory.to_str().unwrap();
+    let words = [
+        "apply",
+        "--dry-run=server",
+        "--output",
+        "json",
+        "--kustomize",
+        directory,
+    ];
+    let stored = cluster.node.kubectl(&words).success("each kind");
+    let stored: Value = serde_json::from_str(&stored).unwrap();
+    let stored = stored["items"].as_array().unwrap();
+    let with_pods: Vec<&Value> = stored
+        .iter()
+        .filter(|item| item["kind"] != "ConfigMap")
+        .collect();
+    assert_eq!(with_pods.len(), workloads.len());
+    for workload in with_pods {
+        let spec = pod_spec(workload);
+        for containers in ["containers", "initContainers"] {
+            let container = &spec[containers][0];
+            assert_eq!(container["envFrom"][0]["prefix"], "AWS_", "{workload}");
+            assert_eq!(container["volumeMounts"][0]["name"], "awsvid", "{workload}");
+        }
+        let own = &spec["containers"][0]["env"][0];
+        assert_eq!(
+            own["value"], "false",
+            "a value of the workload's own stays: {workload}"
+        );
+    }
 }

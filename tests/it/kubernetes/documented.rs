@@ -19,17 +19,15 @@ const CURL: &str = "docker.io/curlimages/curl:test";
 const OVERLAY: &str = "spiffe-broker";
 
 /// Writes the kustomization of the guide next to a checkout of the manifests, with the overlay's
-/// own `awsvid.toml` and `agent.conf`. The guide's digest is a placeholder.
+/// own `awsvid.toml`. The guide's digest is a placeholder.
 fn kustomization(folder: &Path, text: &str) -> PathBuf {
     fs::create_dir_all(folder.join("awsvid/deploy")).unwrap();
     let mut copy = Command::new("cp");
     copy.arg("--recursive").arg(manifests());
     copy.arg(folder.join("awsvid/deploy/kubernetes"));
     run(copy, b"", TIMEOUT).success("copy the manifests");
-    for file in ["awsvid/awsvid.toml", "agent.conf"] {
-        let file = manifests().join(OVERLAY).join(file);
-        fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();
-    }
+    let own = manifests().join(OVERLAY).join("awsvid.toml");
+    fs::copy(own, folder.join("awsvid.toml")).unwrap();
     let digest = format!("sha256:{}", "0".repeat(64));
     let text = text.replace("sha256:...", &digest);
     assert!(text.contains(&digest), "{text}");
@@ -79,44 +77,6 @@ pub(super) fn documented_commands_work(cluster: &Cluster, folder: &Path) {
     ] {
         run_on_trial(cluster, &directory, &block);
     }
-    documented_kustomization_without_spire_works(cluster, &folder.join("alone"), &guide);
-}
-
-/// Applies the kustomization of the guide for a cluster that has SPIRE.
-fn documented_kustomization_without_spire_works(cluster: &Cluster, folder: &Path, guide: &str) {
-    let alone = block(
-        "install-kubernetes.md",
-        "If SPIRE runs already",
-        "resources:",
-    );
-    let resource = |text: &str| {
-        let line = text.lines().find(|line| line.contains("- awsvid/deploy"));
-        line.expect("a resource").to_owned()
-    };
-    let mut text = guide.replace(&resource(guide), &resource(&alone));
-    let agent = text.lines().find(|line| line.contains("spire-agent"));
-    text = text.replace(agent.expect("the agent's ConfigMap"), "");
-    let directory = kustomization(folder, &text);
-    let applied = run_on_trial(cluster, &directory, "kubectl apply -k .");
-    assert!(
-        applied.contains("daemonset.apps/awsvid")
-            && !applied.contains("daemonset.apps/spire-agent"),
-        "{applied}"
-    );
-    let binding = block(
-        "install-kubernetes.md",
-        "If SPIRE runs already",
-        "kubectl create",
-    );
-    run_on_trial(cluster, &directory, &binding);
-    // The agents' volume is that of awsvid, with another mount.
-    let volume = block("install-kubernetes.md", "If SPIRE runs already", "volumes:");
-    let own = fs::read_to_string(manifests().join(OVERLAY).join("awsvid/daemonset.yaml")).unwrap();
-    let lines = |text: &str| -> Vec<String> {
-        let after = text.lines().skip_while(|line| line.trim() != "volumes:");
-        after.map(|line| line.trim().to_owned()).collect()
-    };
-    assert_eq!(lines(&volume), lines(&own));
 }
 
 /// Imports an image with curl and the shell, as the documented one has them.

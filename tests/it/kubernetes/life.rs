@@ -2,6 +2,7 @@
 
 mod asker;
 mod bursts;
+mod configuration;
 mod families;
 mod missing;
 mod outages;
@@ -14,7 +15,9 @@ use std::time::Duration;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::kubernetes::Node;
 
+pub(super) use asker::PollingPod;
 pub(super) use bursts::{many_pods_are_served_soon, pods_start_and_end};
+pub(super) use configuration::config_map_change_needs_no_other_pod;
 pub(super) use families::pods_are_served_in_each_address_family;
 pub(super) use missing::missing_part_is_named;
 pub(super) use outages::warm_pods_see_no_error;

@@ -12,7 +12,7 @@ use crate::harness::kubernetes::NAME;
 const TIMEOUT: Duration = Duration::from_secs(60);
 const STARTUP_TAINT: &str = "system:serviceaccount:awsvid:startup-taint";
 const AGENT: ServiceAccount = ServiceAccount {
-    namespace: "spire",
+    namespace: "awsvid-spire",
     name: "spire-agent",
 };
 const MACHINE: &str = "aws:///eu-central-1a/i-0123456789abcdef0";
@@ -254,11 +254,11 @@ pub(super) fn agent_token_runs_nothing_in_pods(cluster: &Cluster, folder: &Path)
             node.kubectl(&words).status.success().then_some(())
         });
     };
-    may("system:serviceaccount:spire:spire-agent");
+    may("system:serviceaccount:awsvid-spire:spire-agent");
     // The kubelet caches that the agent may not, so another account shows what the right opens.
     let trial = ["clusterrolebinding", "trial"];
     let binding = [
-        "--clusterrole=spire-agent-nodes-proxy",
+        "--clusterrole=awsvid-spire-agent-nodes-proxy",
         "--serviceaccount=shop:reader",
     ];
     node.kubectl(&[&["create"], &trial[..], &binding[..]].concat())

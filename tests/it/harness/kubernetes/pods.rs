@@ -116,7 +116,7 @@ impl Drop for Node {
         for (namespace, name) in [
             ("awsvid", "awsvid"),
             ("awsvid", "startup-taint"),
-            ("spire", "spire-agent"),
+            ("awsvid-spire", "spire-agent"),
         ] {
             let log = self.pod_log(namespace, name);
             let lines: Vec<_> = log.lines().collect();

@@ -28,14 +28,14 @@ pub(super) fn pod(account: ServiceAccount, name: &str, script: &str) -> Value {
 }
 
 /// A pod that sends requests repeatedly until the test stops it.
-pub(super) struct PollingPod<'a> {
+pub(in crate::kubernetes) struct PollingPod<'a> {
     cluster: &'a Cluster,
     name: &'static str,
 }
 
 impl<'a> PollingPod<'a> {
     /// Starts it, and waits for its first response.
-    pub(super) fn start(cluster: &'a Cluster, name: &'static str) -> Self {
+    pub(in crate::kubernetes) fn start(cluster: &'a Cluster, name: &'static str) -> Self {
         let script = "while [ ! -e /enough ]; do
                 if why=$(fetch 127.0.0.1); then echo answered; else echo \"failed: $why\"; fi
                 read now rest </proc/uptime; echo \"at $now\"
@@ -59,7 +59,7 @@ impl<'a> PollingPod<'a> {
     }
 
     /// Waits until it has got some more responses.
-    pub(super) fn await_more(&self) {
+    pub(in crate::kubernetes) fn await_more(&self) {
         let before = self.answered();
         await_some(&format!("{} is answered", self.name), TIMEOUT, || {
             (self.answered() >= before + 20).then_some(())
@@ -68,7 +68,7 @@ impl<'a> PollingPod<'a> {
 
     /// Stops it. Returns the number of responses, each failure, and the longest time from one
     /// response to the next in seconds.
-    pub(super) fn stop(self) -> (usize, Vec<String>, f64) {
+    pub(in crate::kubernetes) fn stop(self) -> (usize, Vec<String>, f64) {
         let words = [
             "exec",
             "--namespace",

@@ -44,9 +44,12 @@ const OF_PROCESSES: Missing<'_> = Missing {
 pub(in crate::kubernetes) fn missing_part_is_named(cluster: &Cluster, source: &str) {
     let before = template(cluster);
     match source {
-        "spiffe-broker" => OF_PODS
-            .iter()
-            .for_each(|missing| names(cluster, &before, missing)),
+        "spiffe-broker" => {
+            OF_PODS
+                .iter()
+                .for_each(|missing| names(cluster, &before, missing));
+            wrong_mount_of_namespaces_is_named(cluster, &before);
+        }
         _ => {
             names(cluster, &before, &OF_PROCESSES);
             let mut own_pids = before.clone();
@@ -56,6 +59,25 @@ pub(in crate::kubernetes) fn missing_part_is_named(cluster: &Cluster, source: &s
     }
     replace(cluster, &before);
     cluster.node.rolled_out("awsvid", "daemonset/awsvid");
+}
+
+/// Checks that awsvid is not ready without the runtime's directory, or without its later mounts.
+fn wrong_mount_of_namespaces_is_named(cluster: &Cluster, before: &Value) {
+    let entry = |list: &Value| {
+        let list = list.as_array().expect("a list");
+        let is_netns = |entry: &Value| entry["name"] == "netns";
+        list.iter().position(is_netns).expect("the namespaces")
+    };
+    let mounts = &before["spec"]["containers"][0]["volumeMounts"];
+    let (mount, volume) = (entry(mounts), entry(&before["spec"]["volumes"]));
+    let mut template = before.clone();
+    template["spec"]["containers"][0]["volumeMounts"][mount]["mountPropagation"] = json!("None");
+    let reason = "netns_dir /run/netns does not receive the mounts of new pods";
+    await_log_lines(cluster, &template, &[reason]);
+    let mut template = before.clone();
+    template["spec"]["volumes"][volume]["hostPath"]["path"] = json!("/run/other-netns");
+    let reason = "not even that of awsvid's own pod";
+    await_log_lines(cluster, &template, &[reason]);
 }
 
 fn names(cluster: &Cluster, before: &Value, missing: &Missing<'_>) {

@@ -26,7 +26,7 @@ pub(in crate::kubernetes) fn warm_pods_see_no_error(cluster: &Cluster) {
             "daemonset",
             "spire-agent",
             "--namespace",
-            "spire",
+            "awsvid-spire",
             "--patch",
             &patch,
         ];
@@ -58,7 +58,7 @@ pub(in crate::kubernetes) fn warm_pods_see_no_error(cluster: &Cluster) {
         "{log}"
     );
     place_agent(json!(null));
-    node.rolled_out("spire", "daemonset/spire-agent");
+    node.rolled_out("awsvid-spire", "daemonset/spire-agent");
     let ended = node.ended(READER.namespace, "without-agent");
     assert!(
         ended.succeeded && ended.log.ends_with("answered\n"),

@@ -1,0 +1,90 @@
+//! The state of the pod listeners, for readiness.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::netns::NamespaceId;
+use crate::pod_listeners::directory_thread::DirectoryThread;
+use crate::pod_listeners::netns_watch::receives_mounts;
+
+/// The condition on which readiness and the pod listeners wait for each other.
+#[derive(Debug, Clone)]
+pub struct TakeoverGate {
+    pub(super) directory: PathBuf,
+    pub(super) own: NamespaceId,
+    /// Reads the directory, whose file system may not respond.
+    pub(super) thread: Arc<DirectoryThread>,
+    pub(super) could_serve: watch::Sender<bool>,
+    pub(super) first_scan: watch::Receiver<bool>,
+    pub(super) coverage: watch::Receiver<Coverage>,
+}
+
+/// The pods' namespaces after the latest scan.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Coverage {
+    pub(super) served: usize,
+    pub(super) unserved: usize,
+}
+
+impl TakeoverGate {
+    /// Returns why a new pod would have no listener, as far as the directory of namespaces shows
+    /// it. `is_in_pod` is set if this process itself is in a pod.
+    pub async fn missing_for_new_pods(&self, is_in_pod: bool) -> Option<String> {
+        // Outside a pod the directory may appear with the first one.
+        if !is_in_pod {
+            return None;
+        }
+        let directory = self.directory.display();
+        let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        if !receives_mounts(&mountinfo, &self.directory) {
+            return Some(format!(
+                "[pods] netns_dir {directory} does not receive the mounts of new pods; set mountPropagation: \
+                 HostToContainer on the directory's volumeMount"
+            ));
+        }
+        // The namespace of this process's own pod is there before its containers start. A pod with
+        // hostNetwork has none.
+        if self.own.is_initial(None) {
+            return None;
+        }
+        let (path, own) = (self.directory.clone(), self.own);
+        match self.thread.run(move || has_namespace(&path, own)).await {
+            Ok(true) => None,
+            Ok(false) => Some(format!(
+                "[pods] netns_dir {directory} has no network namespace, not even that of awsvid's own pod; mount the \
+                 directory in which the container runtime mounts them"
+            )),
+            Err(error) => Some(format!(
+                "[pods] netns_dir {directory} does not respond: {error}; unmount the file system that hangs there"
+            )),
+        }
+    }
+
+    /// Returns a text if no namespace of the present pods can be served.
+    pub fn without_served_pod(&self) -> Option<String> {
+        let Coverage { served, unserved } = *self.coverage.borrow();
+        (served == 0 && unserved > 0).then(|| {
+            format!(
+                "none of the {unserved} network namespaces of pods can be served; see the log for each cause"
+            )
+        })
+    }
+
+    /// Reports that all other dependencies answered, so that the listeners can be taken over.
+    /// Returns when pods are served.
+    pub async fn pass(&mut self) {
+        self.could_serve.send_replace(true);
+        // An error means that the daemon ends.
+        let _ = self.first_scan.wait_for(|first_scan| *first_scan).await;
+    }
+}
+
+fn has_namespace(directory: &Path, own: NamespaceId) -> bool {
+    let files = fs::read_dir(directory).into_iter().flatten();
+    files
+        .filter_map(Result::ok)
+        .any(|file| matches!(NamespaceId::at(&file.path(), own), Ok(Some(_))))
+}

@@ -1,0 +1,184 @@
+//! The chart chooses by the cluster's APIs how pods get their variables, and its notes describe it.
+
+use super::rendered::{Renderer, chart};
+use crate::harness::documents;
+
+const POLICY_V1: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy";
+const POLICY_V1BETA1: &str = "admissionregistration.k8s.io/v1beta1/MutatingAdmissionPolicy";
+const KYVERNO: &str = "kyverno.io/v1/ClusterPolicy";
+
+/// The version of a cluster, an API that it has, the chosen kind, a line of the notes.
+const CLUSTERS: [(&str, &str, Option<&str>, &str); 7] = [
+    (
+        "1.36.0",
+        "",
+        Some(POLICY_V1),
+        "Injected by the API server (MutatingAdmissionPolicy awsvid-environment, v1)",
+    ),
+    (
+        "1.35.2",
+        POLICY_V1,
+        Some(POLICY_V1),
+        "Injected by the API server",
+    ),
+    (
+        "1.34.0",
+        POLICY_V1BETA1,
+        Some(POLICY_V1BETA1),
+        "Injected by the API server (MutatingAdmissionPolicy awsvid-environment, v1beta1)",
+    ),
+    ("1.30.0", KYVERNO, Some(KYVERNO), "Injected by Kyverno"),
+    (
+        "1.36.0",
+        KYVERNO,
+        Some(POLICY_V1),
+        "Injected by the API server",
+    ),
+    ("1.35.9", "", None, "NOTHING IS INJECTED"),
+    ("1.25.0", "", None, "NOTHING IS INJECTED"),
+];
+
+fn options<'a>(version: &'a str, api: &'a str) -> Vec<&'a str> {
+    let mut options = vec!["--kube-version", version];
+    if !api.is_empty() {
+        options.extend(["--api-versions", api]);
+    }
+    options
+}
+
+#[test]
+fn environment_follows_the_apis_of_the_cluster() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    for (version, api, chosen, _) in CLUSTERS {
+        let objects = renderer.chart(&["strict=false"], &options(version, api));
+        let found: Vec<String> = objects
+            .iter()
+            .filter(|(key, _)| key.2 == "awsvid-environment" && !key.0.ends_with("Binding"))
+            .map(|(key, object)| format!("{}/{}", object["apiVersion"].as_str().unwrap(), key.0))
+            .collect();
+        assert_eq!(found, Vec::from_iter(chosen), "{version} {api}");
+    }
+    let none = ["strict=false", "environment.mode=none"];
+    let objects = renderer.chart(&none, &options("1.36.0", ""));
+    assert!(!objects.keys().any(|key| key.2 == "awsvid-environment"));
+}
+
+/// Returns the notes that `helm install` prints on such a cluster.
+fn notes(renderer: &Renderer, values: &[&str], version: &str, api: &str) -> String {
+    // `helm install` has no `--kube-version`, and `helm template` does not print the notes. So a
+    // copy of the chart renders them into an object.
+    let copy = renderer.folder().join("notes");
+    if !copy.exists() {
+        copy_folder(&chart(), &copy);
+        let notes = copy.join("templates/NOTES.txt");
+        let text = std::fs::read_to_string(&notes).unwrap();
+        let define = format!("{{{{ define \"notes\" }}}}{text}{{{{ end }}}}");
+        std::fs::remove_file(notes).unwrap();
+        std::fs::write(copy.join("templates/_notes.tpl"), define).unwrap();
+        let object = "apiVersion: v1\nkind: Secret\nmetadata: { name: notes, namespace: awsvid }\n\
+                      stringData:\n  notes: |\n    {{- include \"notes\" . | nindent 4 }}\n";
+        std::fs::write(copy.join("templates/notes.yaml"), object).unwrap();
+    }
+    let copy = copy.to_str().unwrap();
+    let mut arguments = vec!["template", "awsvid", copy, "--namespace", "awsvid"];
+    arguments.extend(options(version, api));
+    for value in values {
+        arguments.extend(["--set", *value]);
+    }
+    let rendered = renderer.helm(&arguments).success("helm template");
+    let objects = renderer.objects(&rendered);
+    let key = ("Secret".to_owned(), "awsvid".to_owned(), "notes".to_owned());
+    let text = &objects[&key]["stringData"]["notes"];
+    text.as_str().unwrap().to_owned()
+}
+
+fn copy_folder(from: &std::path::Path, to: &std::path::Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_folder(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+#[test]
+fn notes_list_what_is_injected_and_what_is_not() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    for (version, api, chosen, line) in CLUSTERS {
+        let notes = notes(&renderer, &["strict=false"], version, api);
+        assert!(notes.contains(line), "{version} {api}: {notes}");
+        assert_eq!(notes.contains("Not injected:"), chosen.is_some(), "{notes}");
+    }
+}
+
+#[test]
+fn notes_print_the_values_for_the_chart_of_spire() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    let values: String = example("spire-values.yaml")
+        .lines()
+        .map(|line| format!("    {line}\n"))
+        .collect();
+    let broker = notes(&renderer, &["strict=false"], "1.36.0", "");
+    assert!(broker.contains(&values), "{broker}");
+    let delegated = ["strict=false", "source=spire-delegated"];
+    let delegated = notes(&renderer, &delegated, "1.36.0", "");
+    assert!(
+        delegated.contains("authorizedDelegates: [/ns/awsvid/sa/awsvid]"),
+        "{delegated}"
+    );
+}
+
+/// Returns the lines of an example without its comments.
+fn example(name: &str) -> String {
+    let text = std::fs::read_to_string(chart().join("examples").join(name)).unwrap();
+    text.lines()
+        .filter(|line| !line.trim_start().starts_with('#'))
+        .map(|line| format!("{line}\n"))
+        .collect()
+}
+
+#[test]
+fn page_has_the_values_of_the_examples() {
+    let spire = documents::block(
+        "kubernetes-with-spire.md",
+        "1. Let SPIRE serve awsvid",
+        "spire-agent:",
+    );
+    assert_eq!(spire, example("spire-values.yaml"));
+    let awsvid = documents::block("kubernetes-with-spire.md", "2. Install awsvid", "spire:");
+    let placeholders = awsvid
+        .replace("prod.example.com", "example.org")
+        .replace("111122223333", "123456789012");
+    assert_eq!(placeholders, example("awsvid-values.yaml"));
+}
+
+#[test]
+fn extra_variables_reach_every_kind_of_container() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    let region = "environment.extraVariables.AWS_REGION=eu-central-1";
+    for (mode, containers) in [("policy-v1", 2), ("policy-v1beta1", 2), ("kyverno", 2)] {
+        let mode = format!("environment.mode={mode}");
+        let objects = renderer.chart(&["strict=false", region, &mode], &options("1.36.0", ""));
+        let policy = objects
+            .iter()
+            .find(|(key, _)| key.2 == "awsvid-environment" && !key.0.ends_with("Binding"))
+            .expect("the policy");
+        let text = policy.1.to_string();
+        assert_eq!(
+            text.matches("eu-central-1").count(),
+            containers,
+            "{mode}: {text}"
+        );
+    }
+}
