@@ -17,7 +17,7 @@ use crate::harness::documents::{Block, block, blocks};
 
 mod formats;
 
-const PAGES: [&str; 13] = [
+const PAGES: [&str; 14] = [
     "README.md",
     "install-vm.md",
     "install-kubernetes.md",
