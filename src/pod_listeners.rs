@@ -15,12 +15,12 @@ use thiserror::Error;
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
+use crate::file_threads::FileThreads;
 use crate::http::CredentialEndpoint;
 use crate::listen::DrainHandle;
 use crate::metrics::Metrics;
 use crate::netns::{NamespaceError, NetNs};
 
-mod directory_thread;
 mod failure_log;
 mod handover_protocol;
 mod netns_directory;
@@ -102,6 +102,7 @@ impl PodListeners {
     pub async fn start(
         (directory, handover): (&Path, Option<&Path>),
         endpoint: Arc<CredentialEndpoint>,
+        threads: FileThreads,
         metrics: Metrics,
         drain: DrainHandle,
     ) -> Result<(Self, TakeoverGate), PodsError> {
@@ -121,7 +122,7 @@ impl PodListeners {
         let ((could_serve, can_serve), (first_scan, first_scan_done)) =
             (watch::channel(false), watch::channel(false));
         let mut log = FailureLog::new(metrics.clone());
-        let directory = NetnsDirectory::watch(directory, own, &mut log).await;
+        let directory = NetnsDirectory::watch(directory, own, threads, &mut log).await;
         let directory = directory.map_err(failed)?;
         let mut pods = Self {
             pods: Reconciler::new(directory, service, log, metrics, first_scan),
