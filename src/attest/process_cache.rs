@@ -286,7 +286,9 @@ impl ProcessCache {
     pub(crate) fn insert(&self, handle: Arc<ProcessHandle>) {
         let mut cached = lock(&self.0);
         let evicted = cached.by_pid.push(handle.pid, handle);
-        if let (false, Ok(runtime)) = (cached.swept, Handle::try_current()) {
+        if !cached.swept
+            && let Ok(runtime) = Handle::try_current()
+        {
             cached.swept = true;
             runtime.spawn(sweep(Arc::downgrade(&self.0)));
         }
