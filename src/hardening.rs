@@ -1,9 +1,11 @@
 //! Hardening before the daemon has threads: its memory becomes unreadable, and it drops privileges.
 
 mod proc_mount;
+mod process_status;
 mod sys;
 
 pub use proc_mount::HidingProc;
+pub use process_status::ProcessStatus;
 
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
