@@ -342,6 +342,7 @@ impl App {
             let (pods, gate) = PodListeners::start(
                 (directory, handover),
                 endpoint,
+                self.blocking.files.clone(),
                 self.metrics.clone(),
                 drain.clone(),
             )

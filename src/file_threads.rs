@@ -8,9 +8,11 @@ use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 
 /// The threads of all paths. Clones share them.
 #[derive(Debug, Clone, Default)]
@@ -36,6 +38,19 @@ impl FileThreads {
         call: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<T> {
         self.acquire(path).await.run(call).await
+    }
+
+    /// Runs `call` for `limit` at most. Fails with [`io::ErrorKind::TimedOut`] if it takes longer,
+    /// and at once while another call on `path` runs. The result of a call that is late is dropped.
+    pub async fn run_within<T: Send + 'static>(
+        &self,
+        path: &Path,
+        limit: Duration,
+        call: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<T> {
+        let lock = self.lock_of(path).try_lock_owned();
+        let lock = lock.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?;
+        timeout(limit, FileThread(lock).run(call)).await?
     }
 
     fn lock_of(&self, path: &Path) -> Arc<AsyncMutex<()>> {
@@ -70,9 +85,6 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc;
-    use std::time::Duration;
-
-    use tokio::time::timeout;
 
     #[tokio::test]
     async fn blocked_call_takes_one_thread_and_stops_only_its_path() {
@@ -96,5 +108,22 @@ mod tests {
         assert_eq!(calls.load(Ordering::Relaxed), 1);
         threads.lock_of(Path::new("/c"));
         assert!(threads.0.lock().unwrap().len() <= 2);
+    }
+
+    #[tokio::test]
+    async fn blocked_call_stops_later_ones_until_it_returns() {
+        let (threads, path) = (FileThreads::default(), Path::new("/a"));
+        let (short, long) = (Duration::from_millis(20), Duration::from_secs(60));
+        let (release, wait) = mpsc::channel::<()>();
+        let kind = |result: io::Result<_>| result.map_err(|error| error.kind());
+        let call = move || wait.recv().map_err(drop);
+        let blocked = threads.run_within(path, short, call).await;
+        assert_eq!(kind(blocked), Err(io::ErrorKind::TimedOut));
+        let rejected = threads.run_within(path, long, || Ok(())).await;
+        assert_eq!(kind(rejected), Err(io::ErrorKind::TimedOut));
+        release.send(()).unwrap();
+        drop(threads.acquire(path).await);
+        let later = threads.run_within(path, long, || Ok(())).await;
+        assert_eq!(kind(later), Ok(Ok(())));
     }
 }

@@ -2,9 +2,11 @@
 
 pub mod apparmor;
 mod proc_mount;
+mod process_status;
 mod sys;
 
 pub use proc_mount::HidingProc;
+pub use process_status::ProcessStatus;
 
 use std::path::Path;
 

@@ -15,12 +15,12 @@ use thiserror::Error;
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
+use crate::file_threads::FileThreads;
 use crate::http::CredentialEndpoint;
 use crate::listen::DrainHandle;
 use crate::metrics::Metrics;
 use crate::netns::{NamespaceError, NetNs};
 
-mod directory_thread;
 mod failure_log;
 mod gate;
 mod handover_protocol;
@@ -31,7 +31,6 @@ mod reconciler;
 mod sys;
 mod takeover;
 
-use directory_thread::DirectoryThread;
 use failure_log::FailureLog;
 use gate::Coverage;
 pub use gate::TakeoverGate;
@@ -90,6 +89,7 @@ impl PodListeners {
     pub async fn start(
         (directory, handover): (&Path, Option<&Path>),
         endpoint: Arc<CredentialEndpoint>,
+        threads: FileThreads,
         metrics: Metrics,
         drain: DrainHandle,
     ) -> Result<(Self, TakeoverGate), PodsError> {
@@ -110,7 +110,7 @@ impl PodListeners {
             (watch::channel(false), watch::channel(false));
         let (coverage, latest_coverage) = watch::channel(Coverage::default());
         let mut log = FailureLog::new(metrics.clone());
-        let watched = NetnsDirectory::watch(directory, own, &mut log).await;
+        let watched = NetnsDirectory::watch(directory, own, threads.clone(), &mut log).await;
         let watched = watched.map_err(failed)?;
         let mut pods = Self {
             pods: Reconciler::new(watched, service, (log, metrics), (first_scan, coverage)),
@@ -127,7 +127,7 @@ impl PodListeners {
             TakeoverGate {
                 directory: directory.to_owned(),
                 own,
-                thread: Arc::new(DirectoryThread::new()),
+                threads,
                 could_serve,
                 first_scan: first_scan_done,
                 coverage: latest_coverage,

@@ -8,13 +8,16 @@ use std::io::Write;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use lru::LruCache;
 use nix::fcntl::{self, OFlag};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::Mode;
+use tokio::runtime::Handle;
+use tokio::time::sleep;
 
 use crate::attest::sys;
 use crate::caller::AttestError;
@@ -24,8 +27,8 @@ use crate::caller::AttestError;
 const MAX_PROCESSES: u64 = 1024;
 /// The number of descriptors that the process may open, for each cached handle.
 const DESCRIPTORS_PER_HANDLE: u64 = 16;
-/// The number of additions after which the handles of ended processes are evicted.
-const SWEEP_AFTER: usize = 64;
+/// The interval at which the handles of ended processes are evicted.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 /// The number of hints about descriptors that held connections: as many as threads may connect at a
 /// time.
 const MAX_HINTS: usize = 8;
@@ -247,13 +250,13 @@ pub(crate) fn socket(descriptors: BorrowedFd<'_>, number: u32) -> Option<u32> {
 /// The handles that were used last, by pid. A full cache evicts the one that was not used for the
 /// longest time.
 #[derive(Debug)]
-pub(crate) struct ProcessCache(Mutex<CachedHandles>);
+pub(crate) struct ProcessCache(Arc<Mutex<CachedHandles>>);
 
 #[derive(Debug)]
 struct CachedHandles {
     by_pid: LruCache<u32, Arc<ProcessHandle>>,
-    /// The number of additions since the last sweep.
-    added: usize,
+    /// Whether a task evicts the handles of ended processes.
+    swept: bool,
 }
 
 impl ProcessCache {
@@ -266,10 +269,10 @@ impl ProcessCache {
 
     fn with_capacity(capacity: usize) -> Self {
         let capacity = NonZeroUsize::new(capacity).unwrap_or(NonZeroUsize::MIN);
-        Self(Mutex::new(CachedHandles {
+        Self(Arc::new(Mutex::new(CachedHandles {
             by_pid: LruCache::new(capacity),
-            added: 0,
-        }))
+            swept: false,
+        })))
     }
 
     /// Returns the handle that had this pid when it was cached. Its process may be gone, and the
@@ -278,20 +281,37 @@ impl ProcessCache {
         lock(&self.0).by_pid.get(&pid).cloned()
     }
 
-    /// Adds a handle to the cache.
+    /// Adds a handle to the cache. Within a runtime, a task evicts it soon after its process has
+    /// ended.
     pub(crate) fn insert(&self, handle: Arc<ProcessHandle>) {
         let mut cached = lock(&self.0);
         let evicted = cached.by_pid.push(handle.pid, handle);
-        cached.added += 1;
-        let ended = if cached.added >= SWEEP_AFTER {
-            cached.added = 0;
-            cached.take_ended()
-        } else {
-            Vec::new()
-        };
+        if !cached.swept
+            && let Ok(runtime) = Handle::try_current()
+        {
+            cached.swept = true;
+            runtime.spawn(sweep(Arc::downgrade(&self.0)));
+        }
         drop(cached);
         // The descriptors are closed after the lock is released.
-        drop((evicted, ended));
+        drop(evicted);
+    }
+}
+
+/// Evicts the handles of ended processes until the cache is empty or dropped.
+async fn sweep(cache: Weak<Mutex<CachedHandles>>) {
+    loop {
+        sleep(SWEEP_INTERVAL).await;
+        let Some(cache) = cache.upgrade() else { return };
+        let mut cached = lock(&cache);
+        let ended = cached.take_ended();
+        cached.swept = !cached.by_pid.is_empty();
+        let goes_on = cached.swept;
+        drop(cached);
+        drop(ended);
+        if !goes_on {
+            return;
+        }
     }
 }
 

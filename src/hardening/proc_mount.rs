@@ -4,7 +4,7 @@ use std::fs;
 
 use caps::Capability;
 
-use crate::hardening::DaemonFeatures;
+use crate::hardening::{DaemonFeatures, ProcessStatus};
 
 /// A mount of `/proc` that hides other users' processes from this one. It lacks CAP_SYS_PTRACE, and
 /// is not in the group that the mount exempts.
@@ -20,7 +20,8 @@ impl HidingProc {
     /// Finds the mount in the texts of `/proc/self/mountinfo` and `/proc/self/status`. `None` if it
     /// hides nothing from this process, or callers' processes are not read.
     pub fn find(features: DaemonFeatures, mountinfo: &str, status: &str) -> Option<Self> {
-        if !features.sees_processes() || has_capability(status, Capability::CAP_SYS_PTRACE) {
+        let status = ProcessStatus(status);
+        if !features.sees_processes() || status.has_capability(Capability::CAP_SYS_PTRACE) {
             return None;
         }
         // A later mount covers an earlier one.
@@ -85,22 +86,11 @@ fn proc_options(line: &str) -> Option<&str> {
     filesystem.nth(1).filter(|_| is_proc)
 }
 
-/// Returns whether a process with this `status` has the capability in effect.
-fn has_capability(status: &str, capability: Capability) -> bool {
-    let set = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let set = set.and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
-    set.is_some_and(|set| set & capability.bitmask() != 0)
-}
-
 /// Returns whether a process with this `status` is in the group: by its file system's group id, the
 /// last of `Gid`, or by a supplementary group.
-fn is_member(status: &str, group: u32) -> bool {
-    let numbers = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name));
-        let words = line.unwrap_or_default().split_ascii_whitespace();
-        words.filter_map(|word| word.parse::<u32>().ok())
-    };
-    numbers("Gid:").nth(3) == Some(group) || numbers("Groups:").any(|other| other == group)
+fn is_member(status: ProcessStatus<'_>, group: u32) -> bool {
+    let numbers = |name| status.fields(name).filter_map(|word| word.parse().ok());
+    numbers("Gid").nth(3) == Some(group) || numbers("Groups").any(|other: u32| other == group)
 }
 
 #[cfg(test)]

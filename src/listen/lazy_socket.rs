@@ -189,18 +189,25 @@ mod tests {
         let (mut ours, mut theirs) = pair();
         let much = vec![7; 4 * 1024 * 1024];
         let expected = much.len();
-        let writing = tokio::spawn(async move {
+        let mut writing = Box::pin(async move {
             ours.write_all(&much).await.unwrap();
             let watched = ours.watched.is_some();
             ours.shutdown().await.unwrap();
             watched
         });
+        // Nothing is read yet.
+        tokio::select! {
+            biased;
+            _ = &mut writing => panic!("the kernel's buffer has room for all"),
+            () = std::future::ready(()) => {}
+        }
         let read = tokio::task::spawn_blocking(move || {
             let mut all = Vec::new();
             io::Read::read_to_end(&mut theirs, &mut all).unwrap();
             all.len()
         });
-        assert_eq!(read.await.unwrap(), expected);
-        assert!(writing.await.unwrap());
+        let (is_watched, read) = tokio::join!(writing, read);
+        assert_eq!(read.unwrap(), expected);
+        assert!(is_watched);
     }
 }

@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use tokio::sync::watch;
+use tokio::time::timeout;
 
+use crate::file_threads::FileThreads;
 use crate::netns::NamespaceId;
-use crate::pod_listeners::directory_thread::DirectoryThread;
+use crate::pod_listeners::netns_directory::CALL_TIMEOUT;
 use crate::pod_listeners::netns_watch::receives_mounts;
 
 /// The condition on which readiness and the pod listeners wait for each other.
@@ -16,7 +17,7 @@ pub struct TakeoverGate {
     pub(super) directory: PathBuf,
     pub(super) own: NamespaceId,
     /// Reads the directory, whose file system may not respond.
-    pub(super) thread: Arc<DirectoryThread>,
+    pub(super) threads: FileThreads,
     pub(super) could_serve: watch::Sender<bool>,
     pub(super) first_scan: watch::Receiver<bool>,
     pub(super) coverage: watch::Receiver<Coverage>,
@@ -51,7 +52,13 @@ impl TakeoverGate {
             return None;
         }
         let (path, own) = (self.directory.clone(), self.own);
-        match self.thread.run(move || has_namespace(&path, own)).await {
+        let found = self
+            .threads
+            .run(&self.directory, move || has_namespace(&path, own));
+        match timeout(CALL_TIMEOUT, found)
+            .await
+            .unwrap_or_else(|elapsed| Err(elapsed.into()))
+        {
             Ok(true) => None,
             Ok(false) => Some(format!(
                 "[pods] netns_dir {directory} has no network namespace, not even that of awsvid's own pod; mount the \

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::file_threads::FileThreads;
 use crate::netns::NamespaceId;
-use crate::pod_listeners::directory_thread::DirectoryThread;
 use crate::pod_listeners::failure_log::FailureLog;
 use crate::pod_listeners::netns_watch::{Change, EventFilter, NetnsWatch, WatchedDirectories};
 
@@ -19,13 +19,20 @@ use crate::pod_listeners::netns_watch::{Change, EventFilter, NetnsWatch, Watched
 /// Creation takes milliseconds, and some seconds when an overloaded machine creates hundreds.
 const MOUNT_GRACE: Duration = Duration::from_secs(10);
 
+/// The time for which the daemon waits for calls that take milliseconds.
+pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// The directory, with the watch on it.
+///
+/// Root can mount a file system there whose server does not reply, and so can a pod that may do
+/// anything (T25). The daemon then keeps the pods that it serves, and serves new ones once the file
+/// system replies.
 #[derive(Debug)]
 pub(super) struct NetnsDirectory {
     path: PathBuf,
     /// The daemon's own namespace, which does not belong to a pod.
     own: NamespaceId,
-    thread: DirectoryThread,
+    threads: FileThreads,
     watch: NetnsWatch,
     /// The state of the watches, which only the thread changes.
     watched: Arc<Mutex<WatchedDirectories>>,
@@ -47,13 +54,14 @@ impl NetnsDirectory {
     pub(super) async fn watch(
         path: &Path,
         own: NamespaceId,
+        threads: FileThreads,
         log: &mut FailureLog,
     ) -> io::Result<Self> {
         let (watch, watched) = NetnsWatch::new(path)?;
         let mut directory = Self {
             path: path.to_owned(),
             own,
-            thread: DirectoryThread::new(),
+            threads,
             watch,
             watched: Arc::new(Mutex::new(watched)),
             waiting: HashMap::new(),
@@ -94,7 +102,10 @@ impl NetnsDirectory {
         log: &FailureLog,
         calls: impl FnOnce() -> T + Send + 'static,
     ) -> Option<T> {
-        let result = self.thread.run(calls).await;
+        let result = self
+            .threads
+            .run_within(&self.path, CALL_TIMEOUT, calls)
+            .await;
         self.responds = result.is_ok();
         result
             .inspect_err(|error| log.unwatched(&self.path, error))

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use crate::harness::client::connect;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::run;
 use crate::harness::daemon::Daemon;
@@ -65,7 +66,7 @@ fn kernel_buffers_of_waiting_callers_stay_small() {
             });
             let mut clients: Vec<TcpStream> = (0..CONNECTIONS)
                 .map(|_| {
-                    let mut client = TcpStream::connect(listener).unwrap();
+                    let mut client = connect(listener);
                     client
                         .write_all(b"GET /v1/credentials HTTP/1.1\r\nHost: localhost\r\nAuthorization: x\r\n\r\n")
                         .unwrap();

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
-use crate::harness::client::{answer, ask, send};
+use crate::harness::client::{answer, ask, connect, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::Daemon;
@@ -137,10 +137,7 @@ fn pending_connection_is_answered_during_drain() {
     let queued: Vec<_> = (0..CONNECTIONS_PER_LISTENER)
         .map(|_| {
             let unix = send(UnixStream::connect(&unix).unwrap());
-            (
-                unix,
-                [tcp, tcp6].map(|address| send(TcpStream::connect(address).unwrap())),
-            )
+            (unix, [tcp, tcp6].map(|address| send(connect(address))))
         })
         .collect();
     stage.daemon.process().signal(Signal::SIGTERM);
@@ -162,7 +159,7 @@ fn slow_reader_gets_whole_response_during_drain() {
     let mut stage = DrainStage::set();
     let waiting = stage.held_request();
     let slow = [stage.daemon.tcp(), stage.daemon.tcp6()].map(|address| {
-        let stream = TcpStream::connect(address).unwrap();
+        let stream = connect(address);
         // The least that the kernel allows: the response doesn't fit.
         setsockopt(&stream.as_fd(), sockopt::RcvBuf, &1).unwrap();
         send(stream)

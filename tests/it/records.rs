@@ -11,7 +11,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
-use crate::harness::client::ask;
+use crate::harness::client::{ask, connect};
 use crate::harness::counterparts::process::{Process, await_some, behind, spawn};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
@@ -227,7 +227,8 @@ fn required_audit_blocks_credentials_on_full_disk() {
     let listeners = ["unix", "tcp", "tcp6"];
     let answer = |listener: &str| match listener {
         "unix" => ask(UnixStream::connect(daemon.unix()).unwrap()),
-        _ => ask(std::net::TcpStream::connect(daemon.listener(listener)).unwrap()),
+        "tcp" => ask(connect(daemon.tcp())),
+        _ => ask(connect(daemon.tcp6())),
     };
     for listener in listeners {
         assert_eq!(answer(listener).0, 200);

@@ -3,7 +3,6 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::net::TcpStream;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -13,12 +12,12 @@ use std::time::{Duration, SystemTime};
 use serde_json::Value;
 
 use crate::harness::cgroup::own_rule;
-use crate::harness::client::{Poller, answer, ask, send};
+use crate::harness::client::{Poller, answer, ask, connect, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::Daemon;
 use crate::harness::pausable_proxy::PausableProxy;
-use crate::harness::upstream::Upstream;
+use crate::harness::upstream::{Upstream, own_rules};
 
 const ID: &str = "spiffe://example.org/user/me";
 /// Bounds steps that take milliseconds on an idle machine.
@@ -60,7 +59,7 @@ impl ReloadStage {
 
     /// Returns it with the rule for the user of this test.
     fn with_rule(&self, role: &str) -> String {
-        self.role(role) + &rule(nix::unistd::getuid().as_raw())
+        self.role(role) + &own_rules(ID, nix::unistd::getuid().as_raw())
     }
 
     /// Returns it with a rule for another user.
@@ -278,7 +277,8 @@ fn reload_keeps_listeners_and_applies_other_changes() {
         .text()
         .replace("tcp = [\"127.0.0.1:0", "tcp = [\"127.0.0.1:1")
         .replace("awsvid.sock", "other.sock");
-    let text = text.replace("uid = 54321", &format!("uid = {}", nix::unistd::getuid()));
+    let own = own_rules(ID, nix::unistd::getuid().as_raw());
+    let text = text.replace(&rule(54321), &own);
     let text = text.replace(
         "token_file = ",
         "max_connections_per_workload = 7\ntoken_file = ",
@@ -291,8 +291,8 @@ fn reload_keeps_listeners_and_applies_other_changes() {
     ]);
     assert!(socket.exists() && !socket.with_file_name("other.sock").exists());
     key(&daemon);
-    assert_eq!(ask(TcpStream::connect(daemon.tcp()).unwrap()).0, 200);
-    assert_eq!(ask(TcpStream::connect(daemon.tcp6()).unwrap()).0, 200);
+    assert_eq!(ask(connect(daemon.tcp())).0, 200);
+    assert_eq!(ask(connect(daemon.tcp6())).0, 200);
     // The same listeners as at the start: nothing is logged.
     assert!(daemon.reload("", &stage.with_rule("")));
     assert_eq!(
@@ -457,8 +457,8 @@ fn callers_see_no_error_during_fifty_reloads() {
     let path = daemon.unix();
     let askers = [
         Poller::new(|| ask(UnixStream::connect(&path).unwrap())),
-        Poller::new(|| ask(TcpStream::connect(daemon.tcp()).unwrap())),
-        Poller::new(|| ask(TcpStream::connect(daemon.tcp6()).unwrap())),
+        Poller::new(|| ask(connect(daemon.tcp()))),
+        Poller::new(|| ask(connect(daemon.tcp6()))),
     ];
     thread::scope(|scope| {
         let _end = askers.each_ref().map(Poller::end_later);

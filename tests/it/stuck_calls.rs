@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use nix::sys::signal::Signal;
 
 use crate::harness::actor::{Counts, ask as ask_as};
 use crate::harness::cgroup::Cgroup;
-use crate::harness::client::ask;
+use crate::harness::client::{ask, connect};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
@@ -125,7 +125,7 @@ impl Stage {
 /// Checks that the user of this test is answered over each listener.
 fn others_are_answered(daemon: &Daemon, when: &str) {
     let tcp = |address: SocketAddr| {
-        let stream = TcpStream::connect(address).unwrap();
+        let stream = connect(address);
         stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         ask(stream)
     };

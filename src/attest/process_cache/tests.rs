@@ -197,8 +197,8 @@ fn full_process_cache_evicts_the_least_recently_used() {
     }
 }
 
-#[test]
-fn handles_of_ended_processes_are_evicted() {
+#[tokio::test(start_paused = true)]
+async fn handles_of_ended_processes_are_evicted() {
     let processes = ProcessCache::with_capacity(1000);
     let (ended, running) = (sleeper(), sleeper());
     for child in [&ended, &running] {
@@ -207,12 +207,11 @@ fn handles_of_ended_processes_are_evicted() {
     }
     let ended = end(ended);
     assert!(processes.get(ended).is_some());
-    // As many as bring about a sweep.
-    for _ in 0..SWEEP_AFTER {
-        let own = ProcessHandle::new(std::process::id(), pidfd(std::process::id()), None);
-        processes.insert(Arc::new(own));
-    }
+    sleep(2 * SWEEP_INTERVAL).await;
     assert!(processes.get(ended).is_none());
     assert!(processes.get(running.id()).is_some());
     end(running);
+    sleep(2 * SWEEP_INTERVAL).await;
+    let cached = lock(&processes.0);
+    assert!(cached.by_pid.is_empty() && !cached.swept);
 }

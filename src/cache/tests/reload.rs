@@ -16,14 +16,21 @@ fn two_roles() -> [Arc<Role>; 2] {
     ["r", "s"].map(|name| Arc::new(role(name)))
 }
 
+/// Caches credentials for a grant of each role. Returns the policy and its grants.
+async fn two_entries(cache: &CredentialCache) -> (Arc<Policy>, [Grant; 2]) {
+    let [removed, kept] = two_roles();
+    let grants = [grant_of("a", &removed), grant_of("b", &kept)];
+    let policy = cache.policy();
+    for grant in &grants {
+        key_by(cache, &policy, grant).await.unwrap();
+    }
+    (policy, grants)
+}
+
 #[tokio::test(start_paused = true)]
 async fn reload_retires_entries_that_it_does_not_keep() {
     let (env, cache) = env(10_000);
-    let [removed, kept] = two_roles();
-    let (removed, kept) = (grant_of("a", &removed), grant_of("b", &kept));
-    let old = cache.policy();
-    key_by(&cache, &old, &removed).await.unwrap();
-    key_by(&cache, &old, &kept).await.unwrap();
+    let (_, [_, kept]) = two_entries(&cache).await;
     cache.reload(env.policy(&two_roles()[1..], LIMITS));
     let remaining: Vec<_> = cache
         .entries()
@@ -53,11 +60,7 @@ async fn outdated_policy_adds_no_entry() {
 #[tokio::test(start_paused = true)]
 async fn entry_ahead_of_the_sweep_is_verified() {
     let (env, cache) = env(10_000);
-    let [removed, kept] = two_roles();
-    let (removed, kept) = (grant_of("a", &removed), grant_of("b", &kept));
-    let old = cache.policy();
-    key_by(&cache, &old, &removed).await.unwrap();
-    key_by(&cache, &old, &kept).await.unwrap();
+    let (old, [removed, kept]) = two_entries(&cache).await;
     // A reload that has not swept yet.
     let new = Arc::new(env.policy(&two_roles()[1..], LIMITS));
     cache.0.policy.store(new.clone());

@@ -7,7 +7,7 @@ use std::path::Path;
 use super::report::CheckReport;
 use crate::attest::{self, ExecMonitor, TcpUnsupported, UnixSupport};
 use crate::config::Config;
-use crate::hardening::{DaemonFeatures, HidingProc, apparmor};
+use crate::hardening::{DaemonFeatures, HidingProc, ProcessStatus, apparmor};
 
 const STEP: &str = "machine";
 /// The number of the initial cgroup namespace, by linux/nsfs.h.
@@ -140,16 +140,9 @@ fn cgroups(config: &Config, proc: &Path, report: &mut CheckReport) {
 
 fn privileges(config: &Config, proc: &Path, report: &mut CheckReport) {
     let status = text(proc, "self/status");
-    let fields = |name: &str| {
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        line.unwrap_or_default()
-            .split_ascii_whitespace()
-            .collect::<Vec<_>>()
-    };
+    let status = ProcessStatus(&status);
     // The real uid, then the effective one.
-    let uid = fields("Uid").get(1).copied().unwrap_or("?");
+    let uid = status.fields("Uid").nth(1).unwrap_or("?");
     if uid != "0" {
         report.failed(
             STEP,
@@ -157,13 +150,9 @@ fn privileges(config: &Config, proc: &Path, report: &mut CheckReport) {
             "run it as the daemon runs: sudo awsvid check",
         );
     }
-    let effective = fields("CapEff")
-        .first()
-        .and_then(|set| u64::from_str_radix(set, 16).ok())
-        .unwrap_or_default();
     let missing = DaemonFeatures::of(config)
         .required_capabilities()
-        .filter(|(needed, _)| effective & needed.bitmask() == 0);
+        .filter(|(needed, _)| !status.has_capability(*needed));
     let missing: Vec<String> = missing
         .map(|(needed, fails)| format!("{needed} ({fails})"))
         .collect();

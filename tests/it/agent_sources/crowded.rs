@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::harness::actor::{Connector, Counts, ask, program};
+use crate::harness::actor::{Connector, Counts, ask, large_program};
 use crate::harness::agent::{Entry, FakeAgent, HeldQuery};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::client::{answer, ask as ask_over, send};
@@ -123,15 +123,7 @@ fn check_real_agent(source: Source) {
     let Some(env) = Env::start(folder.path(), &users, &setting) else {
         return;
     };
-    let large = folder.path().join("large");
-    fs::copy(program(), &large).unwrap();
-    // A hole at its end takes no space, and is hashed like zeros.
-    File::options()
-        .write(true)
-        .open(&large)
-        .unwrap()
-        .set_len(PROGRAM)
-        .unwrap();
+    let large = large_program(folder.path(), PROGRAM);
     let name = folder.path().file_name().unwrap().display().to_string();
     let unit = |unit: &str| Cgroup::new(&format!("{unit}-{name}.service"));
     let units: Vec<_> = (0..OWNERS)

@@ -305,7 +305,7 @@ fn assert_nothing_left(env: &Env, before: (u64, usize)) {
         "{} KiB of memory, and {kib} after the herd",
         before.0
     );
-    // The daemon keeps the handles of some processes that have ended, until it has new ones of 64.
+    // The daemon closes handles of ended processes every 10 s.
     let left = await_some(
         "the descriptors of those that are gone are closed",
         TIMEOUT,

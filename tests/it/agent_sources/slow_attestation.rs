@@ -1,7 +1,6 @@
 //! T28 against the real agent, which hashes the program of each process that it attests: a user's
 //! program of 200 GB keeps it busy for minutes. ../attacks/README.md has the table of attacks.
 
-use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
@@ -9,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::harness::actor::{Connector, program};
+use crate::harness::actor::{Connector, large_program, program};
 use crate::harness::client::ask;
 use crate::harness::counterparts::folder;
 use crate::harness::env::{Env, Setting, Source, id};
@@ -64,15 +63,7 @@ fn check_slow_processes(source: Source) {
     let Some(mut env) = Env::start(folder.path(), &users, &setting) else {
         return;
     };
-    let large = folder.path().join("large");
-    fs::copy(program(), &large).unwrap();
-    // A hole at its end takes no space, and is hashed like zeros.
-    File::options()
-        .write(true)
-        .open(&large)
-        .unwrap()
-        .set_len(PROGRAM)
-        .unwrap();
+    let large = large_program(folder.path(), PROGRAM);
     let socket = env.daemon.unix().display().to_string();
     let connect = |uid, program: &Path| {
         Connector::start_by(program, uid, "unix", &socket, env.cgroup().path())

@@ -1,6 +1,7 @@
 //! Drives the program `tests/actor`, which plays scenes with processes of several users.
 
 use std::collections::BTreeMap;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -14,6 +15,17 @@ use nix::unistd::Pid;
 
 use super::cgroup::Cgroup;
 use super::counterparts::process::{Owned, behind, run, spawn};
+
+/// Copies the program into `folder`, and makes the copy `length` bytes long. The hole at its end
+/// takes no space, and an agent hashes it like zeros.
+pub(crate) fn large_program(folder: &Path, length: u64) -> PathBuf {
+    let large = folder.join("large");
+    fs::copy(program(), &large).expect("a copy of the program");
+    // Closed before the program is executed, which the kernel rejects for a file that is written.
+    let file = File::options().write(true).open(&large).expect("the copy");
+    file.set_len(length).expect("a longer copy");
+    large
+}
 
 /// Returns the path of the program. Cargo puts it into the folder next to that of the test
 /// programs. Cargo builds examples only when all of a project's tests are run. For a run of some of

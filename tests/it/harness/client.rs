@@ -1,12 +1,30 @@
 //! A client inside the test's own process.
 
 use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use nix::unistd::{Uid, setfsuid};
 use serde_json::Value;
 
 const REQUEST: &[u8] =
     b"GET /v1/credentials HTTP/1.1\r\nHost: localhost\r\nAuthorization: any\r\n\r\n";
+
+/// The user of sockets that [`connect`] makes in a test of root.
+pub(crate) const TCP_USER: u32 = 60_001;
+
+/// Connects over TCP as a user that is not root.
+///
+/// For a socket of such a user a rule by cgroup decides alone. For one of root the daemon also
+/// searches the descriptors of its cgroup, and all tests that run now share this one: together they
+/// may have more descriptors than one search covers.
+pub(crate) fn connect(address: SocketAddr) -> TcpStream {
+    // Of this thread only. Without root it has no effect.
+    let previous = setfsuid(Uid::from_raw(TCP_USER));
+    let connected = TcpStream::connect(address);
+    setfsuid(previous);
+    connected.expect("connect to the daemon")
+}
 
 /// Sends a request for credentials and returns the stream for [`answer`].
 pub(crate) fn send<S: Write>(mut stream: S) -> S {

@@ -7,14 +7,23 @@ use awsvid::dev::{Dev, DevNames};
 use tokio::runtime::Runtime;
 
 use super::cgroup::own_rule;
+use super::client::TCP_USER;
 
 /// The identity of the user of this test, by [`Upstream::start_for_me`] and [`my_rule`].
 pub(crate) const ME: &str = "spiffe://example.org/user/me";
 
-/// Returns the rule by which the user of this test has the identity [`ME`], in its own cgroup.
+/// Returns the rules by which the user of this test has the identity [`ME`], in its own cgroup. One
+/// is for its TCP sockets (see [`connect`](super::client::connect)).
 pub(crate) fn my_rule() -> String {
-    let (uid, cgroup) = (own_uid(), own_rule());
-    format!("\n[[workload]]\nspiffe_id = \"{ME}\"\nuid = {uid}\n{cgroup}")
+    own_rules(ME, own_uid())
+}
+
+/// Returns such rules for a user and an identity.
+pub(crate) fn own_rules(id: &str, uid: u32) -> String {
+    let cgroup = own_rule();
+    [uid, TCP_USER]
+        .map(|uid| format!("\n[[workload]]\nspiffe_id = \"{id}\"\nuid = {uid}\n{cgroup}"))
+        .concat()
 }
 
 fn own_uid() -> u32 {
