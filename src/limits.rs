@@ -8,8 +8,8 @@
 //! A thread that the kernel blocks cannot be cancelled, so an evicted permit would not free it.
 //! Such a thread may never return, and so never release its permit either. So they are limited in
 //! advance. One workload has two threads, and a scope gets another one only while more are left
-//! than it has. If all are blocked, each request is rejected after its hold (`search_busy`), and the
-//! I/O threads still run.
+//! than it has. If all are blocked, each request is rejected after its hold (`search_busy`), and
+//! the I/O threads still run.
 
 use std::fmt;
 use std::hash::Hash;
