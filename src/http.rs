@@ -23,7 +23,7 @@ use tokio::sync::Notify;
 use crate::attest::{Attestor, PodAttestor, Unattested};
 use crate::audit::{self, Audit, CacheResult, Outcome, Record};
 use crate::cache::{CachedBody, CachedCredentials};
-use crate::caller::{AttestError, Caller, ListenerKind, PeerFacts, ProcessFacts, WorkloadKey};
+use crate::caller::{AttestError, Caller, ListenerKind, ProcessFacts, WorkloadKey};
 use crate::credential_service::CredentialService;
 use crate::limits::{FairPermit, FairSemaphore};
 use crate::listen::{AcceptedStream, LazySocket, PendingConnection, PendingPermit};
@@ -97,7 +97,7 @@ impl AdmittedConnection {
     /// Returns what each line of the log about this connection contains.
     fn scope(&self, RequestOrigin { id, listener }: RequestOrigin) -> RequestScope {
         let (uid, pod) = match &self.peer {
-            Ok(caller) => (Some(caller.uid), caller.pod.as_ref()),
+            Ok(caller) => (Some(caller.peer.uid), caller.peer.pod.as_ref()),
             Err(Unattested {
                 peer: Some(peer), ..
             }) => (Some(peer.uid), peer.pod.as_ref()),
@@ -179,12 +179,14 @@ impl CredentialEndpoint {
         // Peers that are not attested are read and answered too, so they need a permit as well.
         let workload = peer
             .as_ref()
-            .map_or_else(Unattested::workload_key, WorkloadKey::of);
+            .map_or_else(Unattested::workload_key, |caller| {
+                caller.peer.workload_key()
+            });
         let permit = self.connections.try_acquire_evicting(&workload)?;
         let facts_needed = peer
             .as_ref()
             .ok()
-            .and_then(|caller| caller.facts_to_read(self.service.facts_needed(caller)));
+            .and_then(|caller| caller.facts_to_read(self.service.facts_needed(caller.facts())));
         Ok(AdmittedConnection {
             peer,
             facts_needed,
@@ -208,7 +210,7 @@ impl CredentialEndpoint {
         let served = async {
             let caller = match (peer, facts_needed) {
                 (Ok(caller), Some(facts)) => {
-                    let seen = PeerFacts::of(&caller);
+                    let seen = caller.peer.clone();
                     let caller = caller.with_process(facts).await;
                     caller.map_err(|refusal| Unattested {
                         refusal,

@@ -266,7 +266,7 @@ async fn rules(service: &Arc<FakeNameService>) -> LiveRules {
 }
 
 async fn identity(rules: &LiveRules, uid: u32) -> Result<String, IdentifyError> {
-    let id = rules.identify(&caller(uid)).await?;
+    let id = rules.identify(caller(uid).facts()).await?;
     Ok(id.map_or_else(String::new, |id| {
         id.segments().collect::<Vec<_>>().join("/")
     }))

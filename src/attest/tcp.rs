@@ -117,10 +117,8 @@ impl TcpAttestor {
     ) -> Result<SocketProof, Unattested> {
         let socket = self.0.diag.client_socket(client, server)?;
         let mut peer = PeerFacts {
-            uid: socket.uid,
-            cgroup: None,
-            pod: None,
             netns_inode: self.0.namespace,
+            ..PeerFacts::of_user(socket.uid)
         };
         let cgroup = self
             .cgroup(&socket, on_wait)
@@ -196,10 +194,7 @@ impl SocketProof {
             } else {
                 ListenerKind::Tcp
             },
-            uid: self.socket.uid,
-            cgroup: Some(self.cgroup.clone()),
-            pod: self.pod.as_ref().map(|resolved| resolved.pod.clone()),
-            netns_inode: namespace,
+            peer: self.peer(),
             process: None,
             proof: Box::new(self),
         }

@@ -128,12 +128,7 @@ impl Peer {
     /// Reads `SO_PEERCRED` and `SO_PEERPIDFD` of the stream.
     pub(crate) fn of(stream: BorrowedFd<'_>) -> Result<Self, Unattested> {
         let peer = getsockopt(&stream, PeerCredentials).map_err(|_| AttestError::Kernel)?;
-        let facts = PeerFacts {
-            uid: peer.uid(),
-            cgroup: None,
-            pod: None,
-            netns_inode: None,
-        };
+        let facts = PeerFacts::of_user(peer.uid());
         let refused = |refusal| Unattested::of(refusal, &facts);
         let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0);
         let pid = pid.ok_or_else(|| refused(AttestError::InvisibleProcess))?;
@@ -160,12 +155,7 @@ pub(crate) fn attest(
     stream: &Arc<OwnedFd>,
 ) -> Result<Caller, Unattested> {
     let Peer { pid, uid, gid, pin } = peer;
-    let mut facts = PeerFacts {
-        uid,
-        cgroup: None,
-        pod: None,
-        netns_inode: None,
-    };
+    let mut facts = PeerFacts::of_user(uid);
     if !host.pidfds_tell_ids {
         // The daemon would have to read its `status` on this thread, which takes milliseconds for
         // 65,536 groups (T27).
@@ -195,10 +185,7 @@ pub(crate) fn attest(
     let described = process.to_process();
     Ok(Caller {
         listener: ListenerKind::Unix,
-        uid,
-        cgroup: facts.cgroup,
-        pod: facts.pod,
-        netns_inode: None,
+        peer: facts,
         process: Some(described),
         proof: Box::new(ConnectorProof {
             process,

@@ -8,7 +8,6 @@ use crate::audit::aggregate::{AggregateKey, RecordAggregator, RecordScope};
 use crate::audit::line::{DisplayAsStr, JsonLine, moment, render, second};
 use crate::audit::{ABORTED, Audit, CacheResult, IssuedFields, Outcome, RequestId};
 use crate::caller::{Caller, ListenerKind, PeerFacts, WorkloadKey};
-use crate::cgroup::{CgroupPath, Pod};
 use crate::identity::SpiffeId;
 use crate::metrics::{CacheLabel, RequestLabel};
 use crate::role::{Grant, RequestedRole};
@@ -45,15 +44,6 @@ struct RequestEnd {
     reason: &'static str,
     cache: CacheLabel,
     seconds: f64,
-}
-
-/// The facts about a caller that every record may have.
-#[derive(Clone, Copy)]
-struct AuditedPeer<'a> {
-    uid: u32,
-    cgroup: Option<&'a CgroupPath>,
-    pod: Option<&'a Pod>,
-    namespace: Option<u64>,
 }
 
 /// The end of a request, with the fields of its record.
@@ -247,42 +237,14 @@ impl Record {
     }
 
     fn workload_key(&self) -> WorkloadKey {
-        match (self.caller.as_deref(), &self.peer) {
-            (Some(caller), _) => WorkloadKey::of(caller),
-            (None, Some(peer)) => peer.workload_key(),
-            (None, None) => WorkloadKey::unknown(),
-        }
+        self.peer_facts()
+            .map_or_else(WorkloadKey::unknown, PeerFacts::workload_key)
     }
 
     /// Returns the facts about the caller, whether it was attested or not.
-    fn audited_peer(&self) -> Option<AuditedPeer<'_>> {
-        match (self.caller.as_deref(), &self.peer) {
-            (
-                Some(Caller {
-                    uid,
-                    cgroup,
-                    pod,
-                    netns_inode: namespace,
-                    ..
-                }),
-                _,
-            )
-            | (
-                None,
-                Some(PeerFacts {
-                    uid,
-                    cgroup,
-                    pod,
-                    netns_inode: namespace,
-                }),
-            ) => Some(AuditedPeer {
-                uid: *uid,
-                cgroup: cgroup.as_ref(),
-                pod: pod.as_ref(),
-                namespace: *namespace,
-            }),
-            (None, None) => None,
-        }
+    fn peer_facts(&self) -> Option<&PeerFacts> {
+        let attested = self.caller.as_deref().map(|caller| &caller.peer);
+        attested.or(self.peer.as_ref())
     }
 
     /// Renders the record, without the fields in which the requests of this scope differ.
@@ -291,10 +253,10 @@ impl Record {
         let is_exact = scope == RecordScope::OneKind;
         let grant = self.grant.as_ref().filter(|_| is_exact);
         let caller = self.caller.as_deref().filter(|_| of_one);
-        let peer = self.audited_peer().filter(|_| of_one);
+        let peer = self.peer_facts().filter(|_| of_one);
         let (cgroup, pod) = (
-            peer.and_then(|peer| peer.cgroup),
-            peer.and_then(|peer| peer.pod),
+            peer.and_then(|peer| peer.cgroup.as_ref()),
+            peer.and_then(|peer| peer.pod.as_ref()),
         );
         let process = caller.and_then(|caller| caller.process.as_ref());
         let issued = end.issued.filter(|_| is_exact);
@@ -310,7 +272,7 @@ impl Record {
             systemd_unit: cgroup.and_then(|cgroup| cgroup.systemd_unit()),
             pod_uid: pod.map(|pod| pod.uid.as_str()),
             container_id: pod.and_then(|pod| pod.container.as_deref()),
-            network_namespace: peer.and_then(|peer| peer.namespace),
+            network_namespace: peer.and_then(|peer| peer.netns_inode),
             pid: process.map(|process| process.pid),
             gid: process.map(|process| process.gid),
             exe: process.and_then(|process| process.program.as_ref()?.exe.as_ref()?.path.to_str()),

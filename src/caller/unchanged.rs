@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 
-use super::{AttestError, Caller, ListenerKind, PeerProof, Process};
+use super::{AttestError, Caller, ListenerKind, PeerFacts, PeerProof, Process};
 use crate::cgroup::CgroupPath;
 
 #[derive(Debug)]
@@ -25,10 +25,10 @@ pub(crate) fn unchanged(
     let cgroup = cgroup.map(|path| CgroupPath::parse(path).unwrap());
     Caller {
         listener,
-        uid,
-        cgroup,
-        pod: None,
-        netns_inode: None,
+        peer: PeerFacts {
+            cgroup,
+            ..PeerFacts::of_user(uid)
+        },
         process,
         proof: Box::new(Unchanged),
     }

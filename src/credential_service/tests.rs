@@ -38,7 +38,7 @@ impl IdentitySource for Slow {
         std::future::pending().await
     }
 
-    fn facts_needed(&self, _: &Caller) -> Option<ProcessFacts> {
+    fn facts_needed(&self, _: CallerFacts<'_>) -> Option<ProcessFacts> {
         None
     }
 

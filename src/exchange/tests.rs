@@ -6,7 +6,7 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::caller::unchanged::unchanged;
-use crate::caller::{ListenerKind, ProcessFacts};
+use crate::caller::{CallerFacts, ListenerKind, ProcessFacts};
 use crate::identity::SpiffeId;
 use crate::role::{Identity, StsTarget};
 use crate::sts::Sts;
@@ -72,7 +72,7 @@ impl IdentitySource for Tokens {
         self.next(format!("{id} {audience}")).await
     }
 
-    fn facts_needed(&self, _: &Caller) -> Option<ProcessFacts> {
+    fn facts_needed(&self, _: CallerFacts<'_>) -> Option<ProcessFacts> {
         None
     }
 

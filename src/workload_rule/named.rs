@@ -4,7 +4,7 @@ use std::fmt;
 
 use tokio::time::Instant;
 
-use crate::caller::{Caller, ProcessFacts};
+use crate::caller::{CallerFacts, ProcessFacts};
 use crate::file_threads::FileThreads;
 use crate::identity::SpiffeId;
 use crate::workload_rule::{Decision, ExeMatcher, OVERFLOW_ID, WorkloadRule, decide, facts_needed};
@@ -197,7 +197,7 @@ impl Resolved {
     }
 
     /// Returns the first rule that matches, as [`decide`] does.
-    pub fn decide(&self, caller: &Caller, since: Instant) -> Decision<'_> {
+    pub fn decide(&self, caller: CallerFacts<'_>, since: Instant) -> Decision<'_> {
         decide(&self.rules, caller, since)
     }
 
@@ -206,7 +206,7 @@ impl Resolved {
     /// that name, since its number may arrive before the decision.
     pub fn facts_needed(
         &self,
-        caller: &Caller,
+        caller: CallerFacts<'_>,
         is_other: impl Fn(&AccountName, u32) -> bool,
     ) -> Option<ProcessFacts> {
         let needed = facts_needed(&self.rules, caller);
@@ -226,7 +226,7 @@ impl Resolved {
     /// another name. Fails if the result depends on the current file at a path.
     pub fn missing(
         &self,
-        caller: &Caller,
+        caller: CallerFacts<'_>,
         decision: &Decision<'_>,
         is_other: impl Fn(&AccountName, u32) -> bool,
         since: Instant,
@@ -251,7 +251,7 @@ impl Incomplete {
     /// not read exclude nothing.
     fn could_match(
         &self,
-        caller: &Caller,
+        caller: CallerFacts<'_>,
         is_other: impl Fn(&AccountName, u32) -> bool,
         since: Instant,
     ) -> Result<bool, &ExeMatcher> {
@@ -266,15 +266,19 @@ impl Incomplete {
     }
 
     /// Returns whether the caller may be the user, and in the groups, that the unknown names mean.
-    fn can_be_of(&self, caller: &Caller, is_other: impl Fn(&AccountName, u32) -> bool) -> bool {
-        let process = caller.process.as_ref();
+    fn can_be_of(
+        &self,
+        caller: CallerFacts<'_>,
+        is_other: impl Fn(&AccountName, u32) -> bool,
+    ) -> bool {
+        let process = caller.process;
         let can_be = |unknown: &UnknownName, ids: Option<&[u32]>| match (unknown, ids) {
             (Some((name, _)), Some(ids)) => ids
                 .iter()
                 .any(|id| *id != OVERFLOW_ID && !is_other(name, *id)),
             _ => true,
         };
-        can_be(&self.user, Some(&[caller.uid]))
+        can_be(&self.user, Some(&[caller.peer.uid]))
             && can_be(
                 &self.group,
                 process.map(|process| std::slice::from_ref(&process.gid)),

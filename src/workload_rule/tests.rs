@@ -2,7 +2,7 @@ use std::path::Path;
 
 use super::*;
 use crate::caller::unchanged::unchanged;
-use crate::caller::{Groups, ListenerKind, Process, Program};
+use crate::caller::{Caller, Groups, ListenerKind, Process, Program};
 
 /// Returns a caller of which only the socket is known.
 fn by_socket(uid: u32, cgroup: Option<&str>) -> Caller {
@@ -61,7 +61,7 @@ fn decide_with_files<'a>(rules: &'a [WorkloadRule], caller: &Caller) -> Decision
         .build()
         .unwrap();
     loop {
-        match decide(rules, caller, since) {
+        match decide(rules, caller.facts(), since) {
             Decision::NeedsFile(file) => assert!(runtime.block_on(file.refresh_stat())),
             decision => return decision,
         }
