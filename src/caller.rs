@@ -150,32 +150,6 @@ impl Caller {
         self.proof.verify_unchanged().await
     }
 
-    /// Returns whether reading these facts can block on something that the caller controls, now or
-    /// at a later verification.
-    pub fn may_wait(&self, facts: ProcessFacts) -> bool {
-        self.process.is_none() || facts.may_wait() || self.proof.needs_process()
-    }
-
-    /// Returns the facts to read by [`Caller::with_process`] before the request is decided: those
-    /// that are `needed` for it. `None` if the process is not read.
-    pub fn facts_to_read(&self, needed: Option<ProcessFacts>) -> Option<ProcessFacts> {
-        needed.or_else(|| self.proof.needs_process().then(ProcessFacts::default))
-    }
-
-    /// Reads `facts` from the caller's process, which is searched for if it is not known. Fails if
-    /// no process, or several different ones, hold the socket, and if the search has used its time.
-    pub async fn with_process(self, facts: ProcessFacts) -> Result<Self, AttestError> {
-        let (process, evidence) = self
-            .proof
-            .with_process(&self.peer.workload_key(), facts)
-            .await?;
-        Ok(Self {
-            process: Some(process),
-            proof: evidence,
-            ..self
-        })
-    }
-
     /// Returns the facts by which rules decide.
     pub fn facts(&self) -> CallerFacts<'_> {
         CallerFacts {

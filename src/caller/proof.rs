@@ -5,34 +5,17 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use crate::caller::{AttestError, Process, ProcessFacts, WorkloadKey};
+use crate::caller::AttestError;
 
 /// A proof that the caller of a connection is unchanged since it was attested.
 ///
 /// Reading a process can block on something that the caller controls (T25). So a connection moves
-/// to a lookup thread (`Caller::may_wait`) before the first such read. All later reads run on
-/// threads of their own.
+/// to a lookup thread before the first such read. All later reads run on threads of their own.
 #[async_trait]
 pub trait PeerProof: fmt::Debug + Send + Sync {
     /// Reads the facts again and compares them. Call it right before credentials are released.
     /// Fails if one of them differs or cannot be read.
     async fn verify_unchanged(&self) -> Result<(), AttestError>;
-
-    /// Finds the process that holds the socket, if it is not yet known, and reads the facts in
-    /// `facts` from it. The returned proof covers these facts too.
-    async fn with_process(
-        &self,
-        _: &WorkloadKey,
-        _: ProcessFacts,
-    ) -> Result<(Process, Box<dyn PeerProof>), AttestError> {
-        Err(AttestError::Kernel)
-    }
-
-    /// Returns whether [`PeerProof::with_process`] has to read the process although no rule needs a
-    /// fact of it: the proof is not complete without that.
-    fn needs_process(&self) -> bool {
-        false
-    }
 
     /// Returns the process for an agent that attests it by pid.
     ///
