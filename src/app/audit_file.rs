@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::{AppError, retry};
-use crate::audit::Audit;
+use crate::audit::{Audit, RequestPeer};
 use crate::clock::Clock;
 use crate::config::{AuditConfig, AuditFile};
 use crate::file_threads::FileThreads;
@@ -101,7 +101,11 @@ mod tests {
             expiration: std::time::SystemTime::now(),
             cache_result: crate::audit::CacheResult::Miss,
         };
-        let record = audit.begin(audit.next_request(), ListenerKind::Unix, None);
+        let record = audit.begin(
+            audit.next_request(),
+            ListenerKind::Unix,
+            RequestPeer::Rejected(None),
+        );
         record.finish(Outcome::Issued, "ok", Some(issued)).await
     }
 

@@ -6,8 +6,8 @@ use tokio::time::Instant;
 
 use crate::audit::aggregate::{AggregateKey, RecordAggregator, RecordScope};
 use crate::audit::line::{DisplayAsStr, JsonLine, moment, render, second};
-use crate::audit::{ABORTED, Audit, CacheResult, IssuedFields, Outcome, RequestId};
-use crate::caller::{Caller, ListenerKind, PeerFacts, WorkloadKey};
+use crate::audit::{ABORTED, Audit, CacheResult, IssuedFields, Outcome, RequestId, RequestPeer};
+use crate::caller::ListenerKind;
 use crate::identity::SpiffeId;
 use crate::metrics::{CacheLabel, RequestLabel};
 use crate::role::{Grant, RequestedRole};
@@ -24,8 +24,7 @@ pub struct Record {
     started: Instant,
     request_id: RequestId,
     listener: ListenerKind,
-    caller: Option<Arc<Caller>>,
-    peer: Option<PeerFacts>,
+    peer: RequestPeer,
     grant: Option<Grant>,
     /// The role that the path names.
     requested: Option<String>,
@@ -75,7 +74,7 @@ impl Record {
         audit: Arc<Audit>,
         request_id: RequestId,
         listener: ListenerKind,
-        caller: Option<Arc<Caller>>,
+        peer: RequestPeer,
     ) -> Self {
         let started = Instant::now();
         Self {
@@ -83,19 +82,13 @@ impl Record {
             started,
             request_id,
             listener,
-            caller,
-            peer: None,
+            peer,
             grant: None,
             requested: None,
             spiffe_ids: Vec::new(),
             is_own_probe: false,
             ended: None,
         }
-    }
-
-    /// Records the facts about a peer that could not be attested.
-    pub fn set_peer(&mut self, peer: Option<PeerFacts>) {
-        self.peer = peer;
     }
 
     /// Records the SPIFFE ID and the role that were selected.
@@ -196,7 +189,7 @@ impl Record {
     }
 
     async fn write_alone(&self, end: RecordEnd<'_>, priority: Priority) -> bool {
-        let owner = Some(self.workload_key());
+        let owner = Some(self.peer.workload_key());
         self.audit
             .write(writer::Line {
                 bytes: self.line(end, RecordScope::OneKind),
@@ -222,7 +215,7 @@ impl Record {
             .issued
             .map(|issued| (issued.access_key_id.to_owned(), issued.cache_result));
         let key = AggregateKey {
-            owner: Some(self.workload_key()),
+            owner: Some(self.peer.workload_key()),
             listener: self.listener,
             reason: end.reason,
             issued,
@@ -236,29 +229,17 @@ impl Record {
         emission.own_record
     }
 
-    fn workload_key(&self) -> WorkloadKey {
-        self.peer_facts()
-            .map_or_else(WorkloadKey::unknown, PeerFacts::workload_key)
-    }
-
-    /// Returns the facts about the caller, whether it was attested or not.
-    fn peer_facts(&self) -> Option<&PeerFacts> {
-        let attested = self.caller.as_deref().map(|caller| &caller.peer);
-        attested.or(self.peer.as_ref())
-    }
-
     /// Renders the record, without the fields in which the requests of this scope differ.
     fn line(&self, end: RecordEnd<'_>, scope: RecordScope) -> Vec<u8> {
         let of_one = scope != RecordScope::ManyCallers;
         let is_exact = scope == RecordScope::OneKind;
         let grant = self.grant.as_ref().filter(|_| is_exact);
-        let caller = self.caller.as_deref().filter(|_| of_one);
-        let peer = self.peer_facts().filter(|_| of_one);
+        let peer = self.peer.facts().filter(|_| of_one);
+        let process = self.peer.process().filter(|_| of_one);
         let (cgroup, pod) = (
             peer.and_then(|peer| peer.cgroup.as_ref()),
             peer.and_then(|peer| peer.pod.as_ref()),
         );
-        let process = caller.and_then(|caller| caller.process.as_ref());
         let issued = end.issued.filter(|_| is_exact);
         render(&JsonLine {
             time: moment(self.audit.clock.now()),
@@ -302,7 +283,7 @@ impl Drop for Record {
             if self.count_in(end, |audit| &audit.refusals) {
                 let (bytes, owner) = (
                     self.line(end, RecordScope::OneKind),
-                    Some(self.workload_key()),
+                    Some(self.peer.workload_key()),
                 );
                 self.audit.put([writer::Line {
                     bytes,

@@ -16,9 +16,9 @@ use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 
 use crate::attest::Rejection;
-use crate::audit::{self, CacheResult, Outcome, Record};
+use crate::audit::{self, CacheResult, Outcome, Record, RequestPeer};
 use crate::cache::{CachedBody, CachedCredentials};
-use crate::caller::{AttestError, Caller, ListenerKind, WorkloadKey};
+use crate::caller::{Caller, ListenerKind, WorkloadKey};
 use crate::http::connection::RequestOrigin;
 use crate::http::connection_bounds::DropReason;
 use crate::http::error_response::RequestError;
@@ -98,17 +98,18 @@ impl CredentialEndpoint {
         RequestOrigin { id, listener }: RequestOrigin,
         caller: Result<Arc<Caller>, Rejection>,
     ) -> HttpResponse {
-        let mut record = self
-            .audit
-            .begin(id, listener, caller.as_ref().ok().cloned());
-        let caller = caller.map_err(|Rejection { error, peer }| {
-            record.set_peer(peer);
-            error
-        });
+        let peer = match &caller {
+            Ok(caller) => RequestPeer::Attested(caller.clone()),
+            Err(rejection) => RequestPeer::Rejected(rejection.peer.clone()),
+        };
+        let mut record = self.audit.begin(id, listener, peer);
         if self.own_probe.sent(request.uri().path(), request.headers()) {
             record.mark_own_probe();
         }
-        match self.issue(request, listener, caller, &mut record).await {
+        match self
+            .issue(request, listener, caller.as_ref(), &mut record)
+            .await
+        {
             Ok((issued, cache_result)) => {
                 let fields = audit::IssuedFields {
                     access_key_id: &issued.access_key_id,
@@ -133,10 +134,10 @@ impl CredentialEndpoint {
         &self,
         request: &Request<Incoming>,
         listener: ListenerKind,
-        caller: Result<Arc<Caller>, AttestError>,
+        caller: Result<&Arc<Caller>, &Rejection>,
         record: &mut Record,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), RequestError> {
-        let caller = caller.map_err(RequestError::Caller)?;
+        let caller = caller.map_err(|rejection| RequestError::Caller(rejection.error.clone()))?;
         let head = RequestHead::of(request);
         let requested = request_validation::validate(&head, listener, &self.authorization)
             .inspect_err(|error| {
@@ -149,11 +150,11 @@ impl CredentialEndpoint {
             })?;
         let (issued, cache_result) = self
             .service
-            .credentials_for(&caller, &requested, record)
+            .credentials_for(caller, &requested, record)
             .await
             .map_err(|error| {
                 record.set_requested_role(&requested);
-                RequestError::from_service(error, &caller, &requested)
+                RequestError::from_service(error, caller, &requested)
             })?;
         if cache_result == CacheResult::Stale {
             tracing::debug!("answered from credentials that are due for a refresh");
