@@ -29,6 +29,7 @@ mod lookups;
 mod peer;
 mod pod_attestor;
 mod pod_lookup;
+mod proc_files;
 mod process_cache;
 mod process_snapshot;
 mod rejection;
@@ -87,7 +88,7 @@ impl Attestor {
             let path = proc_root.join(name);
             std::fs::read_to_string(&path).map_err(|source| StartError::Proc { path, source })
         };
-        if !process_snapshot::is_identity_map(&read("self/uid_map")?) {
+        if !proc_files::is_identity_map(&read("self/uid_map")?) {
             return Err(StartError::UserNamespace);
         }
         let hierarchies = CgroupMounts::find(&read("self/mountinfo")?);
@@ -199,7 +200,7 @@ pub fn shares_pid_namespace_with_peer(stream: &UnixStream) -> bool {
     let Ok(peer) = getsockopt(stream, PeerCredentials) else {
         return false;
     };
-    peer.pid() > 0 && process_snapshot::shares_pid_namespace(Path::new("/proc"), peer.pid())
+    peer.pid() > 0 && proc_files::shares_pid_namespace(Path::new("/proc"), peer.pid())
 }
 
 #[cfg(test)]

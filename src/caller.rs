@@ -5,11 +5,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 mod attest_error;
+#[cfg(test)]
+pub(crate) mod constant_proof;
 mod groups;
 mod peer;
 mod proof;
-#[cfg(test)]
-pub(crate) mod unchanged;
 mod workload_key;
 
 pub use attest_error::AttestError;

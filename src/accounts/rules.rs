@@ -10,7 +10,7 @@ use crate::caller::{CallerFacts, ProcessFacts};
 use crate::clock::REQUEST_HOLD;
 use crate::identity::SpiffeId;
 use crate::workload_rule::{
-    AccountName, AccountState, Decision, ExeMatcher, NamedRule, Resolved, WorkloadRule,
+    AccountName, AccountState, Decision, ExeMatcher, NamedRule, ResolvedRules, WorkloadRule,
 };
 
 /// The `[[workload]]` rules of one configuration.
@@ -24,7 +24,7 @@ pub struct LiveRules {
 #[derive(Debug)]
 struct CurrentRules {
     ids: Arc<AccountIds>,
-    resolved: Resolved,
+    resolved: ResolvedRules,
 }
 
 /// Reason why the rules cannot identify a caller.
@@ -183,7 +183,7 @@ enum RulesOutcome {
 
 impl CurrentRules {
     fn new(rules: &[NamedRule], ids: Arc<AccountIds>) -> Self {
-        let resolved = Resolved::new(rules, |name| ids.get(name));
+        let resolved = ResolvedRules::new(rules, |name| ids.get(name));
         Self { ids, resolved }
     }
 }
@@ -193,7 +193,7 @@ impl<T: IntoIterator<Item = WorkloadRule>> From<T> for LiveRules {
     fn from(rules: T) -> Self {
         let rules: Arc<[NamedRule]> = rules.into_iter().map(NamedRule::from).collect();
         let ids = Arc::<AccountIds>::default();
-        let resolved = Resolved::new(&rules, |_| AccountState::Unanswered);
+        let resolved = ResolvedRules::new(&rules, |_| AccountState::Unanswered);
         Self {
             rules,
             accounts: None,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::{AppError, retry};
-use crate::audit::{Audit, RequestPeer};
+use crate::audit::Audit;
 use crate::clock::Clock;
 use crate::config::{AuditConfig, AuditFile};
 use crate::file_threads::FileThreads;
@@ -91,7 +91,7 @@ pub(super) fn audit_error(file: &AuditFile, source: io::Error) -> AppError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::audit::Outcome;
+    use crate::audit::{Outcome, RequestPeer};
     use crate::caller::ListenerKind;
 
     /// Returns whether the record of a request for credentials was written.

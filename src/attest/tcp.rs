@@ -252,7 +252,7 @@ impl SocketProof {
         match query
             .host
             .lookups
-            .run(workload, self.search(facts, Budget::SHORT))
+            .run(workload, self.search(facts, Budget::INLINE))
             .await
         {
             Err(AttestError::TooManyDescriptors) => {}
@@ -272,7 +272,7 @@ impl SocketProof {
             query
                 .host
                 .lookups
-                .run_offloaded(workload, self.search(facts, Budget::LONG))
+                .run_offloaded(workload, self.search(facts, Budget::OFFLOADED))
         );
         if let Ok(done) = timeout(SEARCH_SHARE, &mut search).await {
             return done;

@@ -2,7 +2,7 @@ use super::*;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::caller::unchanged::unchanged;
+use crate::caller::constant_proof::constant_caller;
 use crate::cgroup::{Pod, PodUid};
 use crate::clock::{LAST_TIME, printable};
 
@@ -201,7 +201,7 @@ async fn rejected_peer_has_the_fields_of_an_attested_one() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("audit.log");
     let audit = open(&path);
-    let mut caller = unchanged(
+    let mut caller = constant_caller(
         ListenerKind::Pod,
         1001,
         Some("/system.slice/shop.service"),

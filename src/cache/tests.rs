@@ -9,9 +9,8 @@ use tokio::time::{advance, sleep};
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::{
-    AttestError, CallerFacts, ListenerKind, PeerFacts, PeerProof, Process, ProcessFacts,
-};
+use crate::caller::constant_proof::ConstantProof;
+use crate::caller::{AttestError, CallerFacts, ListenerKind, PeerFacts, Process, ProcessFacts};
 use crate::clock::REQUEST_HOLD;
 use crate::credentials::Credentials;
 use crate::exchange::TokenExchanger;
@@ -215,16 +214,6 @@ fn refused() -> StsError {
         code: "AccessDenied".to_owned(),
         what,
         fix: None,
-    }
-}
-
-#[derive(Debug)]
-struct ConstantProof;
-
-#[async_trait::async_trait]
-impl PeerProof for ConstantProof {
-    async fn verify_unchanged(&self) -> Result<(), AttestError> {
-        Ok(())
     }
 }
 

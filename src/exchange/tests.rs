@@ -5,7 +5,7 @@ use async_trait::async_trait;
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::unchanged::unchanged;
+use crate::caller::constant_proof::constant_caller;
 use crate::caller::{CallerFacts, ListenerKind, ProcessFacts};
 use crate::identity::SpiffeId;
 use crate::role::{Identity, StsTarget};
@@ -93,7 +93,7 @@ impl AssumeRole for FakeStsReplies {
 }
 
 fn caller() -> Arc<Caller> {
-    Arc::new(unchanged(ListenerKind::Unix, 1001, None, None))
+    Arc::new(constant_caller(ListenerKind::Unix, 1001, None, None))
 }
 
 fn target() -> StsTarget {

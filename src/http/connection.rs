@@ -84,14 +84,14 @@ impl CredentialEndpoint {
             return;
         }
         let (workload, lookups) = (permit.key().clone(), self.attestor.lookup_threads().clone());
-        let give_up = life.give_up(move || {
+        let on_abandon = life.on_abandon(move || {
             RequestError::Caller(AttestError::ProcessUnresponsive).raw_response(id)
         });
         let served = scope.run(async move {
             let served = self.attest_and_answer(stream, origin, attestation, permit);
             life.run(pin!(served)).await;
         });
-        lookups.spawn(workload, served, give_up);
+        lookups.spawn(workload, served, on_abandon);
     }
 
     /// Finishes the attestation and then serves the request, until the connection ends or gives way
