@@ -6,7 +6,6 @@
 //! never a guess.
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,9 +14,8 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use thiserror::Error;
 use tokio::net::UnixStream;
 
-use crate::caller::{AttestError, Caller, PeerFacts, WorkloadKey};
 use crate::cgroup::{CgroupPath, PodRoots};
-use crate::listen::LazySocket;
+use crate::listen::{AcceptedStream, PendingPermit};
 
 mod cgroup_mounts;
 mod cgroup_scan;
@@ -28,10 +26,13 @@ pub(crate) mod fuzzing;
 mod host;
 mod kernel;
 mod lookups;
+mod peer;
 mod pod_attestor;
 mod pod_lookup;
+mod proc_files;
 mod process_cache;
 mod process_snapshot;
+mod rejection;
 mod sock_diag;
 mod socket_owner;
 mod status;
@@ -43,12 +44,15 @@ mod unix;
 pub use exec_monitor::{ExecMonitor, ExecMonitorError};
 pub use kernel::{TcpUnsupported, UnixSupport, try_tcp, unix_support};
 pub use lookups::LookupThreads;
+pub use peer::{Attestation, Peer};
 pub use pod_attestor::PodAttestor;
+pub use rejection::Rejection;
 pub use sock_diag::SockDiag;
 
 use cgroup_mounts::CgroupMounts;
 use host::Host;
 use tcp_support::TcpSupport;
+use unix::ConnectedPeer;
 
 /// An attestor for the peers of all listeners in the daemon's own network namespace.
 #[derive(Debug)]
@@ -56,40 +60,6 @@ pub struct Attestor {
     host: Arc<Host>,
     tcp: TcpSupport,
     unix: UnixSupport,
-}
-
-/// The reason why a peer is not attested, with the facts that its socket had shown by then.
-#[expect(missing_docs, reason = "the names of the fields describe them")]
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unattested {
-    pub refusal: AttestError,
-    /// The facts of the socket, if they were read.
-    pub peer: Option<PeerFacts>,
-}
-
-impl Unattested {
-    fn of(refusal: AttestError, peer: &PeerFacts) -> Self {
-        Self {
-            refusal,
-            peer: Some(peer.clone()),
-        }
-    }
-
-    /// Returns the key by which limits count the peer.
-    pub fn workload_key(&self) -> WorkloadKey {
-        self.peer
-            .as_ref()
-            .map_or_else(WorkloadKey::unknown, PeerFacts::workload_key)
-    }
-}
-
-impl From<AttestError> for Unattested {
-    fn from(refusal: AttestError) -> Self {
-        Self {
-            refusal,
-            peer: None,
-        }
-    }
 }
 
 /// The reason why the daemon cannot attest any caller on this machine.
@@ -118,7 +88,7 @@ impl Attestor {
             let path = proc_root.join(name);
             std::fs::read_to_string(&path).map_err(|source| StartError::Proc { path, source })
         };
-        if !process_snapshot::is_identity_map(&read("self/uid_map")?) {
+        if !proc_files::is_identity_map(&read("self/uid_map")?) {
             return Err(StartError::UserNamespace);
         }
         let hierarchies = CgroupMounts::find(&read("self/mountinfo")?);
@@ -155,29 +125,38 @@ impl Attestor {
         &self.host.lookups
     }
 
-    /// Attests the peer of a unix stream, by the facts that the kernel recorded when it connected.
-    pub async fn unix(&self, stream: &LazySocket) -> Result<Caller, Unattested> {
-        if self.host.cgroup_tree().is_none() {
-            // A rule by cgroup or unit matches no caller until there is one.
-            self.tcp.retry().await;
-        }
-        let stream = stream.descriptor();
-        unix::attest(&self.host, unix::Peer::of(stream.as_fd())?, stream)
-    }
-
-    /// Attests the peer `client` of a TCP connection that was accepted on `server`, by its socket
-    /// alone. Calls `on_wait` before it waits for a cgroup scan, which has limits of its own.
-    pub async fn tcp(
+    /// Reads the facts of a peer from its socket. `pod` is the attestor of a pod's listener, and
+    /// `None` for one of the host.
+    ///
+    /// Releases `pending` before it waits for a cgroup scan, which has limits of its own. Fails
+    /// with the facts that were read until then.
+    pub async fn read_peer(
         &self,
-        client: SocketAddr,
-        server: SocketAddr,
-        on_wait: impl FnOnce(),
-    ) -> Result<Caller, Unattested> {
-        Ok(self
-            .tcp
-            .find_socket((client, server), on_wait)
-            .await?
-            .into_caller())
+        stream: &AcceptedStream,
+        pod: Option<&Arc<PodAttestor>>,
+        pending: PendingPermit,
+    ) -> Result<Peer, Rejection> {
+        match (stream, pod) {
+            (AcceptedStream::Unix(stream), _) => {
+                if self.host.cgroup_tree().is_none() {
+                    // A rule by cgroup or unit matches no caller until there is one.
+                    self.tcp.retry().await;
+                }
+                let stream = stream.descriptor();
+                let connected = ConnectedPeer::of(stream.as_fd())?;
+                let (facts, connector) =
+                    unix::find_connector(&self.host, connected, stream.as_fd())?;
+                Ok(Peer::unix(facts, connector, stream.clone()))
+            }
+            (AcceptedStream::Tcp { client, server, .. }, None) => {
+                let (facts, socket) = self.tcp.find_socket((*client, *server), pending).await?;
+                Ok(Peer::tcp(facts, socket, None))
+            }
+            (AcceptedStream::Tcp { client, server, .. }, Some(pod)) => {
+                let (facts, socket) = pod.find_socket((*client, *server), pending).await?;
+                Ok(Peer::tcp(facts, socket, Some(pod.clone())))
+            }
+        }
     }
 
     /// Returns the interfaces that TCP callers lack here, and the fix. `None` if TCP callers are
@@ -221,7 +200,7 @@ pub fn shares_pid_namespace_with_peer(stream: &UnixStream) -> bool {
     let Ok(peer) = getsockopt(stream, PeerCredentials) else {
         return false;
     };
-    peer.pid() > 0 && process_snapshot::shares_pid_namespace(Path::new("/proc"), peer.pid())
+    peer.pid() > 0 && proc_files::shares_pid_namespace(Path::new("/proc"), peer.pid())
 }
 
 #[cfg(test)]
@@ -232,7 +211,7 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
-    use crate::caller::ProcessFacts;
+    use crate::caller::{AttestError, ProcessFacts, WorkloadKey};
     use crate::clock::REQUEST_HOLD;
 
     /// Shows that long searches wait without a thread, whatever the number of workloads that cause
@@ -252,18 +231,25 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let server = listener.local_addr().unwrap();
         let client = TcpStream::connect(server).unwrap();
-        let peer = attestor
-            .tcp(client.local_addr().unwrap(), server, || ())
+        let (facts, socket) = tcp
+            .find_socket(
+                (client.local_addr().unwrap(), server),
+                PendingPermit::none(),
+            )
             .await
+            .unwrap();
+        let peer = Peer::tcp(facts, socket, None);
+        let attestation = peer
+            .begin_attestation(Some(ProcessFacts::default()))
             .unwrap();
         let start = Instant::now();
         // The short search runs on this thread, as in the daemon. While it ran on another one, the
         // paused clock would advance.
         lookups::set_lookup_thread(true);
-        let attested = peer.with_process(ProcessFacts::default()).await;
+        let attested = attestation.finish().await;
         lookups::set_lookup_thread(false);
         assert_eq!(
-            (attested.unwrap_err(), start.elapsed()),
+            (attested.unwrap_err().error, start.elapsed()),
             (AttestError::SearchBusy, REQUEST_HOLD)
         );
     }

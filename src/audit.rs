@@ -17,7 +17,7 @@ use serde::Serialize;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
 
-use crate::caller::{Caller, ListenerKind};
+use crate::caller::{Caller, ListenerKind, PeerFacts, Process, WorkloadKey};
 use crate::clock::Clock;
 use crate::config::AuditFile;
 use crate::metrics::Metrics;
@@ -111,6 +111,36 @@ pub struct IssuedFields<'a> {
     pub cache_result: CacheResult,
 }
 
+/// The peer that sent a request.
+#[derive(Debug, Clone)]
+pub enum RequestPeer {
+    /// It was attested.
+    Attested(Arc<Caller>),
+    /// It was rejected, with the facts that its socket had shown by then.
+    Rejected(Option<PeerFacts>),
+}
+
+impl RequestPeer {
+    fn facts(&self) -> Option<&PeerFacts> {
+        match self {
+            Self::Attested(caller) => Some(&caller.peer),
+            Self::Rejected(facts) => facts.as_ref(),
+        }
+    }
+
+    fn process(&self) -> Option<&Process> {
+        match self {
+            Self::Attested(caller) => caller.process.as_ref(),
+            Self::Rejected(_) => None,
+        }
+    }
+
+    fn workload_key(&self) -> WorkloadKey {
+        self.facts()
+            .map_or_else(WorkloadKey::unknown, PeerFacts::workload_key)
+    }
+}
+
 impl Audit {
     /// Returns an audit log without a destination. Records wait for [`Audit::redirect`], up to the
     /// bound of the queue. With `required`, no credentials are served without a written record.
@@ -176,14 +206,14 @@ impl Audit {
         self.redirect(to, Self::open(to)?, required)
     }
 
-    /// Begins the record of a request. `caller` is `None` if it could not be attested.
+    /// Begins the record of a request by this peer.
     pub fn begin(
         self: &Arc<Self>,
         id: RequestId,
         listener: ListenerKind,
-        caller: Option<Arc<Caller>>,
+        peer: RequestPeer,
     ) -> Record {
-        Record::new(self.clone(), id, listener, caller)
+        Record::new(self.clone(), id, listener, peer)
     }
 
     fn is_required(&self) -> bool {

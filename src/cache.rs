@@ -228,7 +228,7 @@ impl CacheInner {
         loop {
             let entry = self.entry(policy, grant)?;
             if self.verify(&entry, policy)? {
-                entry.record_use(self.start.elapsed(), caller.uid);
+                entry.record_use(self.start.elapsed(), caller.peer.uid);
                 if policy.source.requires_live_caller() {
                     entry.latest.store(Some(caller.clone()));
                 }

@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::audit::{CacheResult, Record};
 use crate::cache::{CacheError, CachedCredentials, CredentialCache};
-use crate::caller::{AttestError, Caller, ProcessFacts};
+use crate::caller::{AttestError, Caller, CallerFacts, ProcessFacts};
 use crate::clock::REQUEST_HOLD;
 use crate::identity::SpiffeId;
 use crate::policy::Policy;
@@ -111,7 +111,7 @@ impl CredentialService {
     }
 
     /// Returns the facts about the caller's process that a decision needs; `None` if it needs none.
-    pub fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts> {
+    pub fn facts_needed(&self, caller: CallerFacts<'_>) -> Option<ProcessFacts> {
         self.cache.policy().source.facts_needed(caller)
     }
 

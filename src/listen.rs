@@ -22,7 +22,7 @@ mod socket_activation;
 mod socket_file;
 mod sys;
 mod tcp;
-mod unprivileged;
+mod unprivileged_ports;
 
 pub(crate) use connect::connect_unix;
 #[cfg(test)]
@@ -33,7 +33,7 @@ pub use listener::{AcceptedStream, Listener, ListenerSource};
 pub use pod_listener::{NetnsRef, POD_ADDRESSES, PodListener};
 pub use socket_activation::ActivatedSockets;
 pub use socket_file::SocketFile;
-pub use unprivileged::{
+pub use unprivileged_ports::{
     first_unprivileged_port, read_first_unprivileged_port, unprivileged_ports,
     warn_of_unprivileged_ports,
 };

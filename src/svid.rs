@@ -12,7 +12,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use thiserror::Error;
 
-use crate::caller::{AttestError, Caller, ProcessFacts};
+use crate::caller::{AttestError, Caller, CallerFacts, ProcessFacts};
 use crate::identity::SpiffeId;
 use crate::role::Identity;
 use crate::socket_endpoint::Endpoint;
@@ -61,7 +61,7 @@ pub trait IdentitySource: Send + Sync + fmt::Debug {
     ) -> Result<JwtSvid, SourceError>;
 
     /// Returns the process facts that `identify` needs. `None` means that the known facts suffice.
-    fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts>;
+    fn facts_needed(&self, caller: CallerFacts<'_>) -> Option<ProcessFacts>;
 
     /// Returns the basis on which callers have the identity `id`. Two sources with equal bases give
     /// it to the same callers. So credentials of the one may be served by the other.

@@ -15,13 +15,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::time::Instant;
 
-use crate::caller::{Caller, Executable, GroupDetail, ListenerKind, ProcessFacts};
+use crate::caller::{CallerFacts, Executable, GroupDetail, ListenerKind, ProcessFacts};
 use crate::file_threads::FileThreads;
 use crate::identity::SpiffeId;
 
-mod named;
+mod account_rule;
 
-pub use named::{AccountName, AccountState, MissingNames, NamedRule, Resolved};
+pub use account_rule::{AccountName, AccountState, MissingNames, NamedRule, ResolvedRules};
 
 /// The kernel's placeholder for an id without a mapping in the reader's user namespace. It
 /// identifies no user, so it matches no rule (T14).
@@ -145,7 +145,11 @@ enum UndecidedFact<'a> {
 /// Returns the first rule that matches. Stops at the first rule that cannot be decided by the known
 /// facts. Uses only stats of rules' files since `since`, or slightly older ones that prove the
 /// result. Otherwise returns the file that has to be read.
-pub fn decide<'a>(rules: &'a [WorkloadRule], caller: &Caller, since: Instant) -> Decision<'a> {
+pub fn decide<'a>(
+    rules: &'a [WorkloadRule],
+    caller: CallerFacts<'_>,
+    since: Instant,
+) -> Decision<'a> {
     for rule in rules {
         match rule.matches(caller, since) {
             Ok(true) => return Decision::Matched(rule),
@@ -160,7 +164,7 @@ pub fn decide<'a>(rules: &'a [WorkloadRule], caller: &Caller, since: Instant) ->
 /// Returns the facts of the caller's process that have to be read, or `None` if the known facts
 /// decide. It covers all rules that could match a socket of this user in this cgroup. So it is the
 /// same for all processes that may hold the socket.
-pub fn facts_needed(rules: &[WorkloadRule], caller: &Caller) -> Option<ProcessFacts> {
+pub fn facts_needed(rules: &[WorkloadRule], caller: CallerFacts<'_>) -> Option<ProcessFacts> {
     if decide(rules, caller, Instant::now()) != Decision::NeedsProcess {
         return None;
     }
@@ -193,7 +197,7 @@ impl WorkloadRule {
     /// the socket's maker, and the maker is not root. Otherwise a process has to hold the socket
     /// and match, too. A program that got a socket from root is not root (T24). A container without
     /// a name in its cgroup is not its user on the host (T31).
-    fn matches(&self, caller: &Caller, since: Instant) -> Result<bool, UndecidedFact<'_>> {
+    fn matches(&self, caller: CallerFacts<'_>, since: Instant) -> Result<bool, UndecidedFact<'_>> {
         if !self.matches_socket_of(caller) {
             return Ok(false);
         }
@@ -204,14 +208,14 @@ impl WorkloadRule {
         }
         if caller.listener == ListenerKind::Tcp
             && caller.process.is_none()
-            && (caller.uid == 0 || !self.has_location())
+            && (caller.peer.uid == 0 || !self.has_location())
         {
             return Err(UndecidedFact::Process);
         }
         if self.gid.is_none() && self.supplementary_group.is_none() && self.exe.is_none() {
             return Ok(true);
         }
-        let process = caller.process.as_ref().ok_or(UndecidedFact::Process)?;
+        let process = caller.process.ok_or(UndecidedFact::Process)?;
         if self
             .gid
             .is_some_and(|gid| gid != process.gid || gid == OVERFLOW_ID)
@@ -251,21 +255,27 @@ impl WorkloadRule {
     }
 
     /// Returns whether it matches the user and the location of this caller's socket.
-    fn matches_socket_of(&self, caller: &Caller) -> bool {
-        caller.uid != OVERFLOW_ID
-            && self.uid.is_none_or(|uid| uid == caller.uid)
+    fn matches_socket_of(&self, caller: CallerFacts<'_>) -> bool {
+        caller.peer.uid != OVERFLOW_ID
+            && self.uid.is_none_or(|uid| uid == caller.peer.uid)
             && self.cgroup_matches(caller)
     }
 
-    fn cgroup_matches(&self, caller: &Caller) -> bool {
+    fn cgroup_matches(&self, caller: CallerFacts<'_>) -> bool {
         let glob = self.cgroup.as_ref().is_none_or(|pattern| {
             caller
+                .peer
                 .cgroup
                 .as_ref()
                 .is_some_and(|path| pattern.matches_with(path.as_str(), CGROUP_GLOB))
         });
         let unit = self.systemd_unit.as_ref().is_none_or(|unit| {
-            caller.cgroup.as_ref().and_then(|path| path.systemd_unit()) == Some(unit)
+            caller
+                .peer
+                .cgroup
+                .as_ref()
+                .and_then(|path| path.systemd_unit())
+                == Some(unit)
         });
         glob && unit
     }

@@ -6,11 +6,11 @@ use arc_swap::ArcSwap;
 use tokio::time::{Instant, timeout};
 
 use super::{AccountIds, Accounts, LOOKUP_WAIT};
-use crate::caller::{Caller, ProcessFacts};
+use crate::caller::{CallerFacts, ProcessFacts};
 use crate::clock::REQUEST_HOLD;
 use crate::identity::SpiffeId;
 use crate::workload_rule::{
-    AccountName, AccountState, Decision, ExeMatcher, NamedRule, Resolved, WorkloadRule,
+    AccountName, AccountState, Decision, ExeMatcher, NamedRule, ResolvedRules, WorkloadRule,
 };
 
 /// The `[[workload]]` rules of one configuration.
@@ -24,7 +24,7 @@ pub struct LiveRules {
 #[derive(Debug)]
 struct CurrentRules {
     ids: Arc<AccountIds>,
-    resolved: Resolved,
+    resolved: ResolvedRules,
 }
 
 /// Reason why the rules cannot identify a caller.
@@ -57,7 +57,10 @@ impl LiveRules {
     ///
     /// Waits for a bounded time for the file systems of programs. Does the same for the name
     /// service where the result depends on a name without an answer or with a recent denial.
-    pub async fn identify(&self, caller: &Caller) -> Result<Option<SpiffeId>, IdentifyError> {
+    pub async fn identify(
+        &self,
+        caller: CallerFacts<'_>,
+    ) -> Result<Option<SpiffeId>, IdentifyError> {
         let request_time = Instant::now();
         let mut was_looked_up = false;
         loop {
@@ -90,7 +93,7 @@ impl LiveRules {
         }
     }
 
-    fn evaluate(&self, caller: &Caller, request_time: Instant) -> RulesOutcome {
+    fn evaluate(&self, caller: CallerFacts<'_>, request_time: Instant) -> RulesOutcome {
         let current = self.current();
         let decision = current.resolved.decide(caller, request_time);
         let is_other = |name: &AccountName, id| current.ids.is_other(name, id);
@@ -125,7 +128,7 @@ impl LiveRules {
 
     /// Returns the facts that have to be read from the caller's process. `None` if the known facts
     /// decide.
-    pub fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts> {
+    pub fn facts_needed(&self, caller: CallerFacts<'_>) -> Option<ProcessFacts> {
         let current = self.current();
         current
             .resolved
@@ -180,7 +183,7 @@ enum RulesOutcome {
 
 impl CurrentRules {
     fn new(rules: &[NamedRule], ids: Arc<AccountIds>) -> Self {
-        let resolved = Resolved::new(rules, |name| ids.get(name));
+        let resolved = ResolvedRules::new(rules, |name| ids.get(name));
         Self { ids, resolved }
     }
 }
@@ -190,7 +193,7 @@ impl<T: IntoIterator<Item = WorkloadRule>> From<T> for LiveRules {
     fn from(rules: T) -> Self {
         let rules: Arc<[NamedRule]> = rules.into_iter().map(NamedRule::from).collect();
         let ids = Arc::<AccountIds>::default();
-        let resolved = Resolved::new(&rules, |_| AccountState::Unanswered);
+        let resolved = ResolvedRules::new(&rules, |_| AccountState::Unanswered);
         Self {
             rules,
             accounts: None,

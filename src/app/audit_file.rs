@@ -91,7 +91,7 @@ pub(super) fn audit_error(file: &AuditFile, source: io::Error) -> AppError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::audit::Outcome;
+    use crate::audit::{Outcome, RequestPeer};
     use crate::caller::ListenerKind;
 
     /// Returns whether the record of a request for credentials was written.
@@ -101,7 +101,11 @@ mod tests {
             expiration: std::time::SystemTime::now(),
             cache_result: crate::audit::CacheResult::Miss,
         };
-        let record = audit.begin(audit.next_request(), ListenerKind::Unix, None);
+        let record = audit.begin(
+            audit.next_request(),
+            ListenerKind::Unix,
+            RequestPeer::Rejected(None),
+        );
         record.finish(Outcome::Issued, "ok", Some(issued)).await
     }
 

@@ -187,24 +187,21 @@ impl CgroupTree {
         Ok(path)
     }
 
-    /// Returns the path of the cgroup with this id, and scans this part of the tree if it is not
-    /// cached. Fails for a removed cgroup, or one outside this part. Calls `on_wait` before it
-    /// waits.
-    pub(crate) async fn path_of(
+    /// Scans this part of the tree for the cgroup with this id, and returns its path. Call it if
+    /// [`CgroupTree::cached_path`] returns `None`.
+    ///
+    /// Fails for a removed cgroup, or one outside this part, and if too many peers wait for scans.
+    pub(crate) async fn scan_for(
         self: &Arc<Self>,
         id: u64,
-        (scope, key): (TreeScope, ScanKey),
-        on_wait: impl FnOnce(),
+        scope: TreeScope,
+        key: ScanKey,
     ) -> Result<CgroupPath, AttestError> {
-        if let Some(found) = self.cached_path(id) {
-            return found;
-        }
         let waiting = self
             .waiting
             .try_acquire_evicting(&key)
             .map_err(|_| AttestError::SearchBusy)?;
         waiting.set_in_use();
-        on_wait();
         let tree = self.clone();
         let scan = self.throttles[scope as usize].run_after(move || tree.scan(scope));
         waiting.run(scan).await.ok_or(AttestError::SearchBusy)?;
@@ -233,7 +230,7 @@ impl CgroupTree {
     }
 
     /// Returns the result for this id without a scan. `None` if a scan is necessary.
-    fn cached_path(&self, id: u64) -> Option<Result<CgroupPath, AttestError>> {
+    pub(crate) fn cached_path(&self, id: u64) -> Option<Result<CgroupPath, AttestError>> {
         let mut paths = self.paths();
         if let Some(cached) = paths.get_mut(&id) {
             if cached.seen.elapsed() < PATH_RECHECK_AFTER {

@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use crate::attest::cgroup_mounts::CgroupMounts;
 use crate::attest::cgroup_tree::CgroupTree;
-use crate::attest::{process_snapshot, sock_diag, status};
+use crate::attest::{proc_files, sock_diag, status};
 use crate::caller::Groups;
 use crate::cgroup::{CgroupPath, PodRoots, WorkloadKind};
 
@@ -55,11 +55,11 @@ pub(crate) fn sock_diag(reply: &[u8]) -> bool {
 
 /// Checks the parsers of `/proc/<pid>/stat`, `status`, `uid_map` and `cgroup`.
 pub(crate) fn proc(text: &str) -> bool {
-    let start = process_snapshot::start_time(text);
+    let start = proc_files::start_time(text);
     if let Some(start) = start {
         // The name that the process chooses does not matter.
         assert_eq!(
-            process_snapshot::start_time(&format!("7 (a) R 1 (b) {text}")),
+            proc_files::start_time(&format!("7 (a) R 1 (b) {text}")),
             Some(start)
         );
     }
@@ -96,13 +96,13 @@ pub(crate) fn proc(text: &str) -> bool {
             Ok(found)
         );
     }
-    if process_snapshot::is_identity_map(text) {
+    if proc_files::is_identity_map(text) {
         assert!(text.split_ascii_whitespace().eq(["0", "0", "4294967295"]));
     }
     for (_, path) in crate::cgroup::lines(text) {
         assert!(text.contains(path) && !path.contains('\n'));
     }
-    start.is_some() || found.is_ok() || process_snapshot::is_identity_map(text)
+    start.is_some() || found.is_ok() || proc_files::is_identity_map(text)
 }
 
 /// Checks `/proc/self/mountinfo`: only a whole tree of cgroup v2 is accepted.

@@ -95,18 +95,18 @@ impl LookupThreads {
         read: impl FnOnce() -> Result<T, AttestError> + Send + 'static,
     ) -> Result<T, AttestError> {
         let (answer, answered) = oneshot::channel();
-        let (give_up, given_up) = oneshot::channel();
+        let (on_abandon, abandoned) = oneshot::channel();
         let read = async {
             let _ = answer.send(read());
         };
-        let give_up = || {
-            let _ = give_up.send(());
+        let on_abandon = || {
+            let _ = on_abandon.send(());
         };
-        self.spawn_read(workload.clone(), read, give_up);
+        self.spawn_read(workload.clone(), read, on_abandon);
         tokio::select! {
             biased;
             result = answered => result.unwrap_or(Err(AttestError::SearchBusy)),
-            Ok(()) = given_up => Err(AttestError::ProcessUnresponsive),
+            Ok(()) = abandoned => Err(AttestError::ProcessUnresponsive),
         }
     }
 }

@@ -6,11 +6,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio_util::sync::CancellationToken;
 
-use crate::attest::Unattested;
 use crate::attest::pod_lookup::ResolvedPod;
+use crate::attest::rejection::Rejection;
 use crate::attest::tcp::{SocketProof, TcpAttestor};
-use crate::caller::{AttestError, Caller};
+use crate::caller::{AttestError, PeerFacts};
 use crate::cgroup::PodUid;
+use crate::listen::PendingPermit;
 
 /// An attestor for the peers of a listener in one pod's network namespace.
 ///
@@ -52,17 +53,14 @@ impl PodAttestor {
         self.lock().as_ref().map(|owner| owner.pod.pod.uid.clone())
     }
 
-    /// Attests a peer in the namespace, as [`super::Attestor::tcp`] does on the host.
-    pub async fn tcp(
+    /// Finds the socket of a peer in the namespace, as [`TcpAttestor::find_socket`] does on the
+    /// host.
+    pub(crate) async fn find_socket(
         &self,
-        client: SocketAddr,
-        server: SocketAddr,
-        on_wait: impl FnOnce(),
-    ) -> Result<Caller, Unattested> {
-        let proof = self.tcp.find_socket((client, server), on_wait).await?;
-        self.check_owner(&proof)
-            .map_err(|refusal| Unattested::of(refusal, &proof.peer()))?;
-        Ok(proof.into_caller())
+        addresses: (SocketAddr, SocketAddr),
+        pending: PendingPermit,
+    ) -> Result<(PeerFacts, SocketProof), Rejection> {
+        self.tcp.find_socket(addresses, pending).await
     }
 
     /// Releases the network namespace, which would otherwise live as long as one of its callers is
@@ -78,7 +76,9 @@ impl PodAttestor {
         self.closed.cancelled().await;
     }
 
-    fn check_owner(&self, proof: &SocketProof) -> Result<(), AttestError> {
+    /// Claims the namespace for the pod of this socket if it belongs to no other pod. Fails if it
+    /// does, or if the socket is in no pod.
+    pub(crate) fn check_owner(&self, proof: &SocketProof) -> Result<(), AttestError> {
         let pod = proof.pod().ok_or(AttestError::NotAPod)?;
         let namespace = self.tcp.namespace();
         let mut owner = self.lock();

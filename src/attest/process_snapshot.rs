@@ -3,25 +3,24 @@
 //! Interfaces: `PIDFD_GET_INFO` of `ioctl_pidfd(2)` where the kernel has it, else
 //! `proc_pid_status(5)` and `proc_pid_cgroup(5)`; `proc_pid_stat(5)`, `pidfd_open(2)`.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use nix::errno::Errno;
-use nix::fcntl::{self, OFlag};
-use nix::sys::stat::Mode;
+use nix::fcntl;
 
-use crate::attest::cgroup_mounts::CgroupMounts;
 use crate::attest::exec_monitor::ExecCountWatch;
 use crate::attest::host::Host;
+use crate::attest::proc_files::{
+    executable_file, in_other_namespaces, names_container, read, read_groups, start_time,
+    status_numbers, v2,
+};
 use crate::attest::process_cache::ProcessHandle;
-use crate::attest::status::{self, StatusError};
 use crate::attest::sys;
 use crate::caller::{
     AgentProcessRef, AttestError, Executable, GroupDetail, Groups, Process, ProcessFacts, Program,
     WorkloadKey,
 };
-use crate::cgroup::{self, CgroupPath};
+use crate::cgroup::CgroupPath;
 
 /// The ids of a process, which change when it gains other privileges or is moved to another cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,7 +38,7 @@ pub(crate) struct ProcessIds {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum CgroupMembership {
     Id(u64),
-    Shown(Option<String>),
+    Text(Option<String>),
 }
 
 /// A process and its facts at one time. They can be read again without mistaking another process
@@ -65,12 +64,12 @@ impl ProcessSnapshot {
     /// Reads the ids and the cgroup of a process. Whether it is alive shows at the next read.
     pub(crate) fn read(host: &Arc<Host>, handle: Arc<ProcessHandle>) -> Result<Self, AttestError> {
         let directory = || handle.directory(&host.proc_root);
-        let credentials = ProcessIds::read(handle.pidfd(), directory)?;
+        let ids = ProcessIds::read(handle.pidfd(), directory)?;
         let cgroups = host.cgroups();
         let hierarchies = &cgroups.hierarchies;
-        let cgroup = match (&credentials.cgroup, &cgroups.tree) {
-            (CgroupMembership::Shown(shown), _) => {
-                shown.as_ref().and_then(|shown| hierarchies.path("", shown))
+        let cgroup = match (&ids.cgroup, &cgroups.tree) {
+            (CgroupMembership::Text(text), _) => {
+                text.as_ref().and_then(|text| hierarchies.path("", text))
             }
             (CgroupMembership::Id(id), Some(tree)) => {
                 let shown = || {
@@ -86,7 +85,7 @@ impl ProcessSnapshot {
         Ok(Self {
             host: host.clone(),
             handle,
-            ids: credentials,
+            ids,
             cgroup,
             in_container,
             groups: None,
@@ -159,7 +158,7 @@ impl ProcessSnapshot {
     /// Verifies that the process is alive and all facts that were read are unchanged. May block if
     /// the executable was read.
     pub(crate) fn verify_unchanged_blocking(&self) -> Result<(), AttestError> {
-        let credentials = ProcessIds::read(self.handle.pidfd(), || self.directory())? == self.ids;
+        let ids = ProcessIds::read(self.handle.pidfd(), || self.directory())? == self.ids;
         let groups = match &self.groups {
             Some(groups) => read_groups(self.directory()?, GroupDetail::Digest)? == *groups,
             None => true,
@@ -171,7 +170,7 @@ impl ProcessSnapshot {
             None => true,
         };
         self.handle.verify_alive()?;
-        if credentials && groups && program {
+        if ids && groups && program {
             Ok(())
         } else {
             Err(AttestError::IdentityChanged)
@@ -345,67 +344,9 @@ impl ProcessIds {
         Ok(Self {
             uids,
             gids,
-            cgroup: CgroupMembership::Shown(v2(&cgroups).map(str::to_owned)),
+            cgroup: CgroupMembership::Text(v2(&cgroups).map(str::to_owned)),
         })
     }
-}
-
-/// Returns the path on the line of the v2 hierarchy.
-fn v2(cgroups: &str) -> Option<&str> {
-    cgroups.lines().find_map(|line| line.strip_prefix("0::"))
-}
-
-/// Returns whether any of its cgroups names a container. On a host that also has cgroup v1, a
-/// container may be in the root of the v2 hierarchy, and only v1 names it.
-fn names_container<'d>(
-    hierarchies: &CgroupMounts,
-    cgroup: Option<&CgroupPath>,
-    directory: impl FnOnce() -> Result<&'d OwnedFd, AttestError>,
-) -> Result<bool, AttestError> {
-    if let Some(path) = cgroup.filter(|path| !path.is_root()) {
-        return Ok(path.names_container());
-    }
-    let text = read(directory()?, "cgroup")?;
-    let mut paths = cgroup::lines(&text).map(|(names, path)| hierarchies.path(names, path));
-    Ok(paths.any(|path| path.is_none_or(|path| path.names_container())))
-}
-
-/// Returns whether the process lives in another user or pid namespace than the daemon.
-///
-/// It does not read the links to its namespaces, for which the kernel takes a lock of the process.
-/// It does not read its `status` either, which is as long as the list of its groups.
-fn in_other_namespaces(host: &Host, handle: &ProcessHandle) -> Result<bool, AttestError> {
-    // A user namespace that maps every id to itself equals the host's (systemd's
-    // PrivateUsers=identity).
-    let other_user = !is_identity_map(&read(handle.directory(&host.proc_root)?, "uid_map")?);
-    // The daemon's own pidfd shows the other process: pidfd_open(2), "NSpid" from Linux 5.5 on.
-    let own = host
-        .proc_root
-        .join("self/fdinfo")
-        .join(handle.pidfd().as_raw_fd().to_string());
-    let info = std::fs::File::open(own).map_err(|_| AttestError::Kernel)?;
-    let pids = match status::numbers(info, [NAMESPACE_PIDS]) {
-        Ok([pids]) => pids,
-        Err(_) => {
-            let [pids] = status_numbers(handle.directory(&host.proc_root)?, [NAMESPACE_PIDS])?;
-            pids
-        }
-    };
-    match pids[..] {
-        // The process has exited, or is not visible from here.
-        [] | [0, ..] => Err(AttestError::CallerGone),
-        _ => Ok(other_user || pids.len() > 1),
-    }
-}
-
-/// Returns whether the process with this pid, which is visible here, lives in this process's pid
-/// namespace: then it has one pid only. Like [`in_other_namespaces`], this does not read the link
-/// to its namespace.
-pub(crate) fn shares_pid_namespace(proc_root: &Path, pid: i32) -> bool {
-    let status = std::fs::File::open(proc_root.join(pid.to_string()).join("status"));
-    status.is_ok_and(|file| {
-        status::numbers(file, [NAMESPACE_PIDS]).is_ok_and(|[pids]| pids.len() == 1)
-    })
 }
 
 /// Returns device and inode: the parts of an executable that cannot be forged (T11).
@@ -415,79 +356,6 @@ fn key(exe: &Executable) -> (u64, u64) {
 
 fn file(facts: Option<sys::FileFacts>) -> Option<(u64, u64)> {
     facts.map(|facts| (facts.device, facts.inode))
-}
-
-/// Reads the executable's file. Without `CAP_SYS_PTRACE` another user's executable is not visible;
-/// then no rule with `exe` matches.
-fn executable_file(directory: &OwnedFd) -> Result<Option<sys::FileFacts>, AttestError> {
-    match sys::file_facts(directory.as_fd(), c"exe") {
-        Ok(facts) => Ok(Some(facts)),
-        Err(Errno::EACCES | Errno::EPERM | Errno::ENOENT) => Ok(None),
-        Err(_) => Err(AttestError::CallerGone),
-    }
-}
-
-/// The line with the process's pid in each of its pid namespaces, from that of the `/proc` mount
-/// on. The kernel nests at most 32.
-const NAMESPACE_PIDS: (&str, usize) = ("NSpid", 33);
-
-fn read_groups(directory: &OwnedFd, detail: GroupDetail) -> Result<Groups, AttestError> {
-    let [groups] = status_numbers(directory, [("Groups", Groups::MAX)])?;
-    Groups::new(groups, detail)
-}
-
-fn status_numbers<const N: usize>(
-    directory: &OwnedFd,
-    lines: [(&str, usize); N],
-) -> Result<[Vec<u32>; N], AttestError> {
-    status::numbers(open(directory, "status")?, lines).map_err(|error| match error {
-        StatusError::Io(error) => read_error("status", error),
-        StatusError::Malformed => AttestError::Kernel,
-        // A process always has four ids of each kind, so only its groups can be too many.
-        StatusError::TooMany => AttestError::TooManyGroups,
-    })
-}
-
-fn read(directory: &OwnedFd, name: &'static str) -> Result<String, AttestError> {
-    sys::read_whole(&open(directory, name)?, usize::MAX).map_err(|error| read_error(name, error))
-}
-
-fn open(directory: &OwnedFd, name: &'static str) -> Result<OwnedFd, AttestError> {
-    let file = fcntl::openat(
-        directory,
-        name,
-        OFlag::O_RDONLY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    );
-    file.map_err(|error| read_error(name, error))
-}
-
-fn read_error(name: &'static str, error: Errno) -> AttestError {
-    match error {
-        Errno::ESRCH | Errno::ENOENT => AttestError::CallerGone,
-        error => {
-            tracing::warn!(%error, file = name, "cannot read a caller's /proc entry");
-            AttestError::Kernel
-        }
-    }
-}
-
-/// Parses field 22 of `stat`. It counts from the *last* `)`, since the process chooses the name in
-/// field 2.
-pub(crate) fn start_time(stat: &str) -> Option<u64> {
-    let (_, fields) = stat.rsplit_once(')')?;
-    fields.split_ascii_whitespace().nth(19)?.parse().ok()
-}
-
-/// Returns whether a `uid_map` maps every id to itself, as in the initial user namespace.
-pub(crate) fn is_identity_map(text: &str) -> bool {
-    let mut numbers = text.split_ascii_whitespace();
-    (
-        numbers.next(),
-        numbers.next(),
-        numbers.next(),
-        numbers.next(),
-    ) == (Some("0"), Some("0"), Some("4294967295"), None)
 }
 
 #[cfg(test)]

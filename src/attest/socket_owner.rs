@@ -33,13 +33,13 @@ pub(crate) struct Budget {
 
 impl Budget {
     /// The budget of the first search: as much as a small program needs, well under a millisecond.
-    pub(crate) const SHORT: Self = Self {
+    pub(crate) const INLINE: Self = Self {
         list: 1024,
         descriptors: 256,
         time: Duration::from_millis(1),
     };
     /// The most that one search may use.
-    pub(crate) const LONG: Self = Self {
+    pub(crate) const OFFLOADED: Self = Self {
         list: 64 * 1024,
         descriptors: 4096,
         time: Duration::from_millis(20),

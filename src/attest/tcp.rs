@@ -9,20 +9,21 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::time::timeout;
 
-use crate::attest::Unattested;
 use crate::attest::cgroup_tree::{ScanKey, TreeScope};
 use crate::attest::host::Host;
 use crate::attest::kernel::{TcpUnsupported, try_tcp_of};
 use crate::attest::pod_lookup::ResolvedPod;
+use crate::attest::rejection::Rejection;
 use crate::attest::sock_diag::{SockDiag, SocketInfo};
 use crate::attest::socket_owner::{self, Budget, SocketOwner};
 use crate::caller::{
-    AgentProcessRef, AttestError, Caller, ExecWatch, ListenerKind, PeerFacts, PeerProof, PodAge,
-    Process, ProcessFacts, WorkloadKey,
+    AgentProcessRef, AttestError, ExecWatch, PeerFacts, PeerProof, PodAge, Process, ProcessFacts,
+    WorkloadKey,
 };
 use crate::cgroup::CgroupPath;
 use crate::clock::REQUEST_HOLD;
 use crate::limits::FairSemaphore;
+use crate::listen::PendingPermit;
 
 /// The time after which a search releases its permit. A long search takes 20 ms of CPU time; one
 /// that takes longer than this is blocked.
@@ -55,7 +56,7 @@ pub(crate) struct SocketProof {
 
 /// A socket proof with a process that holds the socket.
 #[derive(Debug)]
-struct SocketOwnerProof {
+pub(crate) struct SocketOwnerProof {
     socket: SocketProof,
     workload: WorkloadKey,
     socket_owner: Arc<SocketOwner>,
@@ -108,67 +109,82 @@ impl TcpAttestor {
         self.0.diag.close();
     }
 
-    /// Finds the socket of the peer `client` of a connection to `server`. Calls `on_wait` before it
-    /// waits.
+    /// Finds the socket of the peer `client` of a connection to `server`. Releases `pending` before
+    /// it waits.
     pub(crate) async fn find_socket(
         &self,
         (client, server): (SocketAddr, SocketAddr),
-        on_wait: impl FnOnce(),
-    ) -> Result<SocketProof, Unattested> {
+        pending: PendingPermit,
+    ) -> Result<(PeerFacts, SocketProof), Rejection> {
         let socket = self.0.diag.client_socket(client, server)?;
         let mut peer = PeerFacts {
-            uid: socket.uid,
-            cgroup: None,
-            pod: None,
             netns_inode: self.0.namespace,
+            ..PeerFacts::of_user(socket.uid)
         };
         let cgroup = self
-            .cgroup(&socket, on_wait)
+            .cgroup(&socket, pending)
             .await
-            .map_err(|refusal| Unattested::of(refusal, &peer))?;
+            .map_err(|error| Rejection::of(error, &peer))?;
         peer.cgroup = Some(cgroup.clone());
         // On the host a process of one user passes sockets to those of another. A pod is one
         // workload.
         if self.0.namespace.is_none() && cgroup.is_service_managers() {
-            return Err(Unattested::of(AttestError::ManagerSocket, &peer));
+            return Err(Rejection::of(AttestError::ManagerSocket, &peer));
         }
         let pod = self
             .0
             .host
             .pod(Some(&cgroup))
-            .map_err(|refusal| Unattested::of(refusal, &peer))?;
-        Ok(SocketProof {
+            .map_err(|error| Rejection::of(error, &peer))?;
+        peer.pod = pod.as_ref().map(|resolved| resolved.pod.clone());
+        let proof = SocketProof {
             attestor: self.clone(),
             client,
             server,
             socket,
             cgroup,
             pod,
-        })
+        };
+        Ok((peer, proof))
     }
 
-    /// Returns the path of the socket's cgroup.
+    /// Returns the path of the socket's cgroup. Releases `pending` before it waits for a scan, which
+    /// has limits of its own.
     async fn cgroup(
         &self,
         socket: &SocketInfo,
-        on_wait: impl FnOnce(),
+        pending: PendingPermit,
     ) -> Result<CgroupPath, AttestError> {
         let namespace = &self.0.namespace;
         let cgroups = self.0.host.cgroup_tree();
         let cgroups = cgroups.ok_or(TcpUnsupported::NoCgroups.refusal())?;
-        let uid = namespace.is_none().then_some(socket.uid);
         let key = ScanKey {
             namespace: *namespace,
-            uid,
+            uid: namespace.is_none().then_some(socket.uid),
         };
-        if namespace.is_none() {
-            let id = socket.cgroup_id;
-            let id = id.ok_or(TcpUnsupported::NoCgroupId.refusal())?;
-            return cgroups.path_of(id, (TreeScope::All, key), on_wait).await;
-        }
-        let id = socket.cgroup_id.ok_or(AttestError::NotAPod)?;
-        match cgroups.path_of(id, (TreeScope::Pods, key), on_wait).await {
-            Err(AttestError::UnreadableCgroup) if !cgroups.detects_removed() => {
+        let (id, scope) = match namespace {
+            None => (
+                socket
+                    .cgroup_id
+                    .ok_or(TcpUnsupported::NoCgroupId.refusal())?,
+                TreeScope::All,
+            ),
+            Some(_) => (
+                socket.cgroup_id.ok_or(AttestError::NotAPod)?,
+                TreeScope::Pods,
+            ),
+        };
+        let path = match cgroups.cached_path(id) {
+            Some(cached) => cached,
+            None => {
+                drop(pending);
+                cgroups.scan_for(id, scope, key).await
+            }
+        };
+        match path {
+            Err(AttestError::UnreadableCgroup)
+                if namespace.is_some() && !cgroups.detects_removed() =>
+            {
                 Err(AttestError::NotAPod)
             }
             path => path,
@@ -187,34 +203,26 @@ impl SocketProof {
         self.pod.as_ref()
     }
 
-    /// Returns the caller, as far as its socket shows it.
-    pub(crate) fn into_caller(self) -> Caller {
-        let namespace = self.attestor.0.namespace;
-        Caller {
-            listener: if namespace.is_some() {
-                ListenerKind::Pod
-            } else {
-                ListenerKind::Tcp
-            },
-            uid: self.socket.uid,
-            cgroup: Some(self.cgroup.clone()),
-            pod: self.pod.as_ref().map(|resolved| resolved.pod.clone()),
-            netns_inode: namespace,
-            process: None,
-            proof: Box::new(self),
+    /// Finds the process that holds the socket, and reads the facts in `facts` from it. The returned
+    /// proof covers these facts too.
+    pub(crate) async fn find_process(
+        self: Box<Self>,
+        workload: WorkloadKey,
+        facts: ProcessFacts,
+    ) -> Result<(Process, Box<SocketOwnerProof>), AttestError> {
+        if self.cgroup.is_service_managers() {
+            return Err(AttestError::ManagerSocket);
         }
-    }
-
-    /// Returns the facts of the socket for the audit log.
-    pub(crate) fn peer(&self) -> PeerFacts {
-        let pod = self.pod.as_ref().map(|resolved| resolved.pod.clone());
-        let namespace = self.attestor.0.namespace;
-        PeerFacts {
-            uid: self.socket.uid,
-            cgroup: Some(self.cgroup.clone()),
-            pod,
-            netns_inode: namespace,
-        }
+        let socket_owner = self.find_owner(&workload, facts).await?;
+        // Whether the socket changed during the search shows at the next verification, before
+        // credentials are released.
+        let process = socket_owner.process.to_process();
+        let proof = Box::new(SocketOwnerProof {
+            socket: *self,
+            workload,
+            socket_owner: Arc::new(socket_owner),
+        });
+        Ok((process, proof))
     }
 
     fn verify_socket(&self) -> Result<(), AttestError> {
@@ -244,7 +252,7 @@ impl SocketProof {
         match query
             .host
             .lookups
-            .run(workload, self.search(facts, Budget::SHORT))
+            .run(workload, self.search(facts, Budget::INLINE))
             .await
         {
             Err(AttestError::TooManyDescriptors) => {}
@@ -264,7 +272,7 @@ impl SocketProof {
             query
                 .host
                 .lookups
-                .run_offloaded(workload, self.search(facts, Budget::LONG))
+                .run_offloaded(workload, self.search(facts, Budget::OFFLOADED))
         );
         if let Ok(done) = timeout(SEARCH_SHARE, &mut search).await {
             return done;
@@ -303,28 +311,6 @@ impl SocketProof {
 impl PeerProof for SocketProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
         self.verify_socket()
-    }
-
-    async fn with_process(
-        &self,
-        workload: &WorkloadKey,
-        facts: ProcessFacts,
-    ) -> Result<(Process, Box<dyn PeerProof>), AttestError> {
-        if self.cgroup.is_service_managers() {
-            return Err(AttestError::ManagerSocket);
-        }
-        let socket_owner = self.find_owner(workload, facts).await?;
-        // Whether the socket changed during the search shows at the next verification, before
-        // credentials are released.
-        let process = socket_owner.process.to_process();
-        Ok((
-            process,
-            Box::new(SocketOwnerProof {
-                socket: self.clone(),
-                workload: workload.clone(),
-                socket_owner: Arc::new(socket_owner),
-            }),
-        ))
     }
 
     fn verify_pod(&self) -> Result<PodAge, AttestError> {

@@ -12,13 +12,14 @@ use arc_swap::ArcSwapOption;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, timeout};
 
-use crate::attest::Unattested;
 use crate::attest::host::Host;
 use crate::attest::kernel::{TcpUnsupported, no_sock_diag, try_tcp_of, unix_support};
+use crate::attest::rejection::Rejection;
 use crate::attest::sock_diag::SockDiag;
 use crate::attest::tcp::{SocketProof, TcpAttestor};
-use crate::caller::AttestError;
+use crate::caller::{AttestError, PeerFacts};
 use crate::limits::FairSemaphore;
+use crate::listen::PendingPermit;
 
 /// The shortest interval between two tests, whatever the number of requests.
 const TEST_INTERVAL: Duration = Duration::from_secs(2);
@@ -97,18 +98,18 @@ impl TcpSupport {
     pub(crate) async fn find_socket(
         &self,
         addresses: (SocketAddr, SocketAddr),
-        on_wait: impl FnOnce(),
-    ) -> Result<SocketProof, Unattested> {
+        pending: PendingPermit,
+    ) -> Result<(PeerFacts, SocketProof), Rejection> {
         let attestor = self.current().await?;
-        let found = attestor.find_socket(addresses, on_wait).await;
+        let found = attestor.find_socket(addresses, pending).await;
         // The socket does not exist, or its cgroup is unknown or the root. It is the same for all
         // callers once the kernel reports nothing any more.
         let is_suspect = match &found {
-            Err(unattested) => matches!(
-                unattested.refusal,
+            Err(rejection) => matches!(
+                rejection.error,
                 AttestError::CallerGone | AttestError::UnreadableCgroup
             ),
-            Ok(proof) => proof.is_in_root_cgroup(),
+            Ok((_, socket)) => socket.is_in_root_cgroup(),
         };
         if is_suspect && self.retry().await {
             self.current().await?;

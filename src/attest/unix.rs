@@ -1,8 +1,8 @@
 //! The caller on the unix socket: the process that connected, whichever process holds the
 //! descriptor now.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Weak};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use nix::errno::Errno;
@@ -10,29 +10,59 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{SysconfVar, sysconf};
 
-use crate::attest::Unattested;
 use crate::attest::host::Host;
 use crate::attest::pod_lookup::ResolvedPod;
 use crate::attest::process_snapshot::ProcessSnapshot;
+use crate::attest::rejection::Rejection;
 use crate::attest::sys;
 use crate::caller::{
-    AgentProcessRef, AttestError, Caller, ExecWatch, GroupDetail, Groups, ListenerKind, PeerFacts,
-    PeerProof, PodAge, Process, ProcessFacts, WorkloadKey,
+    AgentProcessRef, AttestError, ExecWatch, GroupDetail, Groups, PeerFacts, PeerProof, PodAge,
+    Process, ProcessFacts, WorkloadKey,
 };
 
 /// The process that connected, with the facts that were read.
 #[derive(Debug)]
-struct ConnectorProof {
+pub(crate) struct ConnectorProof {
     process: ProcessSnapshot,
     /// The time of accept, with which the start of the process is not compared yet.
     accepted: Option<u64>,
     workload: WorkloadKey,
     pod: Option<ResolvedPod>,
-    /// The connection while it is served. A remembered caller does not keep it open.
-    stream: Weak<OwnedFd>,
 }
 
 impl ConnectorProof {
+    /// Returns the process, as far as it was read.
+    pub(crate) fn to_process(&self) -> Process {
+        self.process.to_process()
+    }
+
+    /// Returns whether the process has to be read although no rule needs a fact of it: the proof is
+    /// not complete without that.
+    pub(crate) fn needs_process(&self) -> bool {
+        self.accepted.is_some()
+    }
+
+    /// Reads the facts in `facts` from the process, which then are part of the proof.
+    pub(crate) async fn read_facts(
+        mut self: Box<Self>,
+        stream: BorrowedFd<'_>,
+        facts: ProcessFacts,
+    ) -> Result<(Process, Box<Self>), AttestError> {
+        // The groups of connect(2) come first: if there are too many, the kernel fails without
+        // copying them.
+        let connect_groups = match facts.groups {
+            GroupDetail::None => None,
+            detail => Some(Groups::new(peer_groups(stream)?, detail)?),
+        };
+        self.verify_start().await?;
+        let process = self.process.read_facts(&self.workload, facts).await?;
+        if process.groups() != connect_groups.as_ref() {
+            return Err(AttestError::IdentityChanged);
+        }
+        (self.process, self.accepted) = (process, None);
+        Ok((self.to_process(), self))
+    }
+
     /// Verifies that the process is not one that started after the connection was accepted.
     async fn verify_start(&self) -> Result<(), AttestError> {
         match self.accepted {
@@ -47,40 +77,6 @@ impl PeerProof for ConnectorProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
         self.verify_start().await?;
         self.process.verify_unchanged(&self.workload).await
-    }
-
-    fn needs_process(&self) -> bool {
-        self.accepted.is_some()
-    }
-
-    async fn with_process(
-        &self,
-        workload: &WorkloadKey,
-        facts: ProcessFacts,
-    ) -> Result<(Process, Box<dyn PeerProof>), AttestError> {
-        // The groups of connect(2) come first: if there are too many, the kernel fails without
-        // copying them.
-        let connect_groups = match facts.groups {
-            GroupDetail::None => None,
-            detail => {
-                let stream = self.stream.upgrade().ok_or(AttestError::CallerGone)?;
-                Some(Groups::new(peer_groups(stream.as_fd())?, detail)?)
-            }
-        };
-        self.verify_start().await?;
-        let process = self.process.read_facts(workload, facts).await?;
-        if process.groups() != connect_groups.as_ref() {
-            return Err(AttestError::IdentityChanged);
-        }
-        let described = process.to_process();
-        let proof = Self {
-            process,
-            accepted: None,
-            workload: workload.clone(),
-            pod: self.pod.clone(),
-            stream: Weak::new(),
-        };
-        Ok((described, Box::new(proof)))
     }
 
     async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
@@ -107,7 +103,7 @@ impl PeerProof for ConnectorProof {
 /// The facts that the kernel recorded at connect(2). It is a plain value, so tests can construct
 /// those of other kernels.
 #[derive(Debug)]
-pub(crate) struct Peer {
+pub(crate) struct ConnectedPeer {
     pid: u32,
     uid: u32,
     gid: u32,
@@ -124,17 +120,12 @@ enum PeerPin {
     SinceAccept(u64),
 }
 
-impl Peer {
+impl ConnectedPeer {
     /// Reads `SO_PEERCRED` and `SO_PEERPIDFD` of the stream.
-    pub(crate) fn of(stream: BorrowedFd<'_>) -> Result<Self, Unattested> {
+    pub(crate) fn of(stream: BorrowedFd<'_>) -> Result<Self, Rejection> {
         let peer = getsockopt(&stream, PeerCredentials).map_err(|_| AttestError::Kernel)?;
-        let facts = PeerFacts {
-            uid: peer.uid(),
-            cgroup: None,
-            pod: None,
-            netns_inode: None,
-        };
-        let refused = |refusal| Unattested::of(refusal, &facts);
+        let facts = PeerFacts::of_user(peer.uid());
+        let refused = |error| Rejection::of(error, &facts);
         let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0);
         let pid = pid.ok_or_else(|| refused(AttestError::InvisibleProcess))?;
         let pin = match sys::peer_pidfd(stream).map_err(|_| refused(AttestError::CallerGone))? {
@@ -150,26 +141,21 @@ impl Peer {
     }
 }
 
-/// Attests the process that connected to `stream`, by its ids and its cgroup.
+/// Finds the process that connected to `stream`, and reads its ids and its cgroup.
 ///
 /// The process must still exist, with exactly these ids. A process that has since executed a setuid
 /// program or dropped a privilege is rejected (T3).
-pub(crate) fn attest(
+pub(crate) fn find_connector(
     host: &Arc<Host>,
-    peer: Peer,
-    stream: &Arc<OwnedFd>,
-) -> Result<Caller, Unattested> {
-    let Peer { pid, uid, gid, pin } = peer;
-    let mut facts = PeerFacts {
-        uid,
-        cgroup: None,
-        pod: None,
-        netns_inode: None,
-    };
+    connected: ConnectedPeer,
+    stream: BorrowedFd<'_>,
+) -> Result<(PeerFacts, ConnectorProof), Rejection> {
+    let ConnectedPeer { pid, uid, gid, pin } = connected;
+    let mut facts = PeerFacts::of_user(uid);
     if !host.pidfds_tell_ids {
         // The daemon would have to read its `status` on this thread, which takes milliseconds for
         // 65,536 groups (T27).
-        peer_groups(stream.as_fd()).map_err(|refusal| Unattested::of(refusal, &facts))?;
+        peer_groups(stream).map_err(|error| Rejection::of(error, &facts))?;
     }
     let (process, accepted) = match pin {
         PeerPin::ByKernel(pidfd) => {
@@ -181,33 +167,24 @@ pub(crate) fn attest(
         }
         PeerPin::SinceAccept(accepted) => (read_unpinned(host, pid), Some(accepted)),
     };
-    let process = process.map_err(|refusal| Unattested::of(refusal, &facts))?;
+    let process = process.map_err(|error| Rejection::of(error, &facts))?;
     let credentials = process.ids();
     if credentials.uids != [uid; 4] || credentials.gids != [gid; 4] {
-        return Err(Unattested::of(AttestError::IdentityChanged, &facts));
+        return Err(Rejection::of(AttestError::IdentityChanged, &facts));
     }
     facts.cgroup = process.cgroup().cloned();
     let pod = host
         .pod(process.cgroup())
-        .map_err(|refusal| Unattested::of(refusal, &facts))?;
+        .map_err(|error| Rejection::of(error, &facts))?;
     facts.pod = pod.as_ref().map(|resolved| resolved.pod.clone());
     let workload = facts.workload_key();
-    let described = process.to_process();
-    Ok(Caller {
-        listener: ListenerKind::Unix,
-        uid,
-        cgroup: facts.cgroup,
-        pod: facts.pod,
-        netns_inode: None,
-        process: Some(described),
-        proof: Box::new(ConnectorProof {
-            process,
-            accepted,
-            workload,
-            pod,
-            stream: Arc::downgrade(stream),
-        }),
-    })
+    let proof = ConnectorProof {
+        process,
+        accepted,
+        workload,
+        pod,
+    };
+    Ok((facts, proof))
 }
 
 /// Reads the process that has the pid now, on a kernel that cannot prove that it is the one that

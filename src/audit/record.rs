@@ -6,9 +6,8 @@ use tokio::time::Instant;
 
 use crate::audit::aggregate::{AggregateKey, RecordAggregator, RecordScope};
 use crate::audit::line::{DisplayAsStr, JsonLine, moment, render, second};
-use crate::audit::{ABORTED, Audit, CacheResult, IssuedFields, Outcome, RequestId};
-use crate::caller::{Caller, ListenerKind, PeerFacts, WorkloadKey};
-use crate::cgroup::{CgroupPath, Pod};
+use crate::audit::{ABORTED, Audit, CacheResult, IssuedFields, Outcome, RequestId, RequestPeer};
+use crate::caller::ListenerKind;
 use crate::identity::SpiffeId;
 use crate::metrics::{CacheLabel, RequestLabel};
 use crate::role::{Grant, RequestedRole};
@@ -25,8 +24,7 @@ pub struct Record {
     started: Instant,
     request_id: RequestId,
     listener: ListenerKind,
-    caller: Option<Arc<Caller>>,
-    peer: Option<PeerFacts>,
+    peer: RequestPeer,
     grant: Option<Grant>,
     /// The role that the path names.
     requested: Option<String>,
@@ -45,15 +43,6 @@ struct RequestEnd {
     reason: &'static str,
     cache: CacheLabel,
     seconds: f64,
-}
-
-/// The facts about a caller that every record may have.
-#[derive(Clone, Copy)]
-struct AuditedPeer<'a> {
-    uid: u32,
-    cgroup: Option<&'a CgroupPath>,
-    pod: Option<&'a Pod>,
-    namespace: Option<u64>,
 }
 
 /// The end of a request, with the fields of its record.
@@ -85,7 +74,7 @@ impl Record {
         audit: Arc<Audit>,
         request_id: RequestId,
         listener: ListenerKind,
-        caller: Option<Arc<Caller>>,
+        peer: RequestPeer,
     ) -> Self {
         let started = Instant::now();
         Self {
@@ -93,19 +82,13 @@ impl Record {
             started,
             request_id,
             listener,
-            caller,
-            peer: None,
+            peer,
             grant: None,
             requested: None,
             spiffe_ids: Vec::new(),
             is_own_probe: false,
             ended: None,
         }
-    }
-
-    /// Records the facts about a peer that could not be attested.
-    pub fn set_peer(&mut self, peer: Option<PeerFacts>) {
-        self.peer = peer;
     }
 
     /// Records the SPIFFE ID and the role that were selected.
@@ -206,7 +189,7 @@ impl Record {
     }
 
     async fn write_alone(&self, end: RecordEnd<'_>, priority: Priority) -> bool {
-        let owner = Some(self.workload_key());
+        let owner = Some(self.peer.workload_key());
         self.audit
             .write(writer::Line {
                 bytes: self.line(end, RecordScope::OneKind),
@@ -232,7 +215,7 @@ impl Record {
             .issued
             .map(|issued| (issued.access_key_id.to_owned(), issued.cache_result));
         let key = AggregateKey {
-            owner: Some(self.workload_key()),
+            owner: Some(self.peer.workload_key()),
             listener: self.listener,
             reason: end.reason,
             issued,
@@ -246,57 +229,17 @@ impl Record {
         emission.own_record
     }
 
-    fn workload_key(&self) -> WorkloadKey {
-        match (self.caller.as_deref(), &self.peer) {
-            (Some(caller), _) => WorkloadKey::of(caller),
-            (None, Some(peer)) => peer.workload_key(),
-            (None, None) => WorkloadKey::unknown(),
-        }
-    }
-
-    /// Returns the facts about the caller, whether it was attested or not.
-    fn audited_peer(&self) -> Option<AuditedPeer<'_>> {
-        match (self.caller.as_deref(), &self.peer) {
-            (
-                Some(Caller {
-                    uid,
-                    cgroup,
-                    pod,
-                    netns_inode: namespace,
-                    ..
-                }),
-                _,
-            )
-            | (
-                None,
-                Some(PeerFacts {
-                    uid,
-                    cgroup,
-                    pod,
-                    netns_inode: namespace,
-                }),
-            ) => Some(AuditedPeer {
-                uid: *uid,
-                cgroup: cgroup.as_ref(),
-                pod: pod.as_ref(),
-                namespace: *namespace,
-            }),
-            (None, None) => None,
-        }
-    }
-
     /// Renders the record, without the fields in which the requests of this scope differ.
     fn line(&self, end: RecordEnd<'_>, scope: RecordScope) -> Vec<u8> {
         let of_one = scope != RecordScope::ManyCallers;
         let is_exact = scope == RecordScope::OneKind;
         let grant = self.grant.as_ref().filter(|_| is_exact);
-        let caller = self.caller.as_deref().filter(|_| of_one);
-        let peer = self.audited_peer().filter(|_| of_one);
+        let peer = self.peer.facts().filter(|_| of_one);
+        let process = self.peer.process().filter(|_| of_one);
         let (cgroup, pod) = (
-            peer.and_then(|peer| peer.cgroup),
-            peer.and_then(|peer| peer.pod),
+            peer.and_then(|peer| peer.cgroup.as_ref()),
+            peer.and_then(|peer| peer.pod.as_ref()),
         );
-        let process = caller.and_then(|caller| caller.process.as_ref());
         let issued = end.issued.filter(|_| is_exact);
         render(&JsonLine {
             time: moment(self.audit.clock.now()),
@@ -310,7 +253,7 @@ impl Record {
             systemd_unit: cgroup.and_then(|cgroup| cgroup.systemd_unit()),
             pod_uid: pod.map(|pod| pod.uid.as_str()),
             container_id: pod.and_then(|pod| pod.container.as_deref()),
-            network_namespace: peer.and_then(|peer| peer.namespace),
+            network_namespace: peer.and_then(|peer| peer.netns_inode),
             pid: process.map(|process| process.pid),
             gid: process.map(|process| process.gid),
             exe: process.and_then(|process| process.program.as_ref()?.exe.as_ref()?.path.to_str()),
@@ -340,7 +283,7 @@ impl Drop for Record {
             if self.count_in(end, |audit| &audit.refusals) {
                 let (bytes, owner) = (
                     self.line(end, RecordScope::OneKind),
-                    Some(self.workload_key()),
+                    Some(self.peer.workload_key()),
                 );
                 self.audit.put([writer::Line {
                     bytes,

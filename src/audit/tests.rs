@@ -2,8 +2,11 @@ use super::*;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
+use crate::caller::constant_proof::constant_caller;
+use crate::cgroup::{Pod, PodUid};
 use crate::clock::{LAST_TIME, printable};
 
+const UNKNOWN: RequestPeer = RequestPeer::Rejected(None);
 const REQUEST: RequestId = RequestId { boot: 0, number: 0 };
 
 fn open(path: &Path) -> Arc<Audit> {
@@ -26,17 +29,17 @@ async fn records_go_to_new_file_after_rotation() {
     );
     let audit = open(&path);
     audit
-        .begin(REQUEST, ListenerKind::Unix, None)
+        .begin(REQUEST, ListenerKind::Unix, UNKNOWN)
         .finish(Outcome::Refused, "host", None)
         .await;
     std::fs::rename(&path, &moved).unwrap();
     audit
-        .begin(REQUEST, ListenerKind::Unix, None)
+        .begin(REQUEST, ListenerKind::Unix, UNKNOWN)
         .finish(Outcome::Refused, "path", None)
         .await;
     audit.reopen(&AuditFile::Path(path.clone()), false).unwrap();
     audit
-        .begin(REQUEST, ListenerKind::Unix, None)
+        .begin(REQUEST, ListenerKind::Unix, UNKNOWN)
         .finish(Outcome::Refused, "method", None)
         .await;
     let reasons = |path| {
@@ -57,7 +60,7 @@ async fn records_go_to_new_file_after_rotation() {
             .is_err()
     );
     audit
-        .begin(REQUEST, ListenerKind::Unix, None)
+        .begin(REQUEST, ListenerKind::Unix, UNKNOWN)
         .finish(Outcome::Refused, "browser", None)
         .await;
     assert_eq!(reasons(&path), ["method", "browser"]);
@@ -78,7 +81,7 @@ async fn queue_is_written_when_audit_ends() {
     let mut reader = std::fs::File::open(&path).unwrap();
     drop(both);
     for _ in 0..3 {
-        audit.begin(REQUEST, ListenerKind::Tcp, None);
+        audit.begin(REQUEST, ListenerKind::Tcp, UNKNOWN);
     }
     drop(audit);
     let mut text = String::new();
@@ -105,7 +108,7 @@ fn issued(cache_result: CacheResult) -> IssuedFields<'static> {
 
 async fn issue(audit: &Arc<Audit>, cache_result: CacheResult) -> bool {
     audit
-        .begin(REQUEST, ListenerKind::Tcp, None)
+        .begin(REQUEST, ListenerKind::Tcp, UNKNOWN)
         .finish(Outcome::Issued, "ok", Some(issued(cache_result)))
         .await
 }
@@ -114,12 +117,12 @@ async fn issue(audit: &Arc<Audit>, cache_result: CacheResult) -> bool {
 async fn flood(audit: &Arc<Audit>, count: usize) {
     for _ in 0..count {
         audit
-            .begin(REQUEST, ListenerKind::Tcp, None)
+            .begin(REQUEST, ListenerKind::Tcp, UNKNOWN)
             .finish(Outcome::Refused, "host", None)
             .await;
         issue(audit, CacheResult::Hit).await;
         issue(audit, CacheResult::Miss).await;
-        drop(audit.begin(REQUEST, ListenerKind::Tcp, None));
+        drop(audit.begin(REQUEST, ListenerKind::Tcp, UNKNOWN));
     }
 }
 
@@ -192,6 +195,45 @@ async fn flood_is_counted_in_few_records() {
     check(&lines(&path), 1030, started);
 }
 
+/// A rejection has the same facts of the peer as an attested request.
+#[tokio::test]
+async fn rejected_peer_has_the_fields_of_an_attested_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("audit.log");
+    let audit = open(&path);
+    let mut caller = constant_caller(
+        ListenerKind::Pod,
+        1001,
+        Some("/system.slice/shop.service"),
+        None,
+    );
+    caller.peer.netns_inode = Some(7);
+    caller.peer.pod = Some(Pod {
+        uid: PodUid::parse("72f7f152-440c-66ac-9084-e0fc1d8a910c").unwrap(),
+        container: Some("c0ffee".into()),
+    });
+    let rejected = RequestPeer::Rejected(Some(caller.peer.clone()));
+    for peer in [rejected, RequestPeer::Attested(Arc::new(caller))] {
+        audit
+            .begin(REQUEST, ListenerKind::Pod, peer)
+            .finish(Outcome::Refused, "no_role", None)
+            .await;
+    }
+    let [rejected, attested] = &lines(&path)[..] else {
+        panic!("not two records")
+    };
+    for (field, value) in [
+        ("uid", 1001.into()),
+        ("cgroup", "/system.slice/shop.service".into()),
+        ("systemd_unit", "shop.service".into()),
+        ("pod_uid", "72f7f152-440c-66ac-9084-e0fc1d8a910c".into()),
+        ("container_id", "c0ffee".into()),
+        ("network_namespace", serde_json::Value::from(7)),
+    ] {
+        assert_eq!((&rejected[field], &attested[field]), (&value, &value));
+    }
+}
+
 /// The first release of a key to a caller is in the audit, whatever others do.
 #[tokio::test]
 async fn first_hit_of_each_key_is_written_at_once() {
@@ -205,7 +247,7 @@ async fn first_hit_of_each_key_is_written_at_once() {
             ..issued(CacheResult::Hit)
         };
         let request = audit.next_request();
-        let record = audit.begin(request, ListenerKind::Tcp, None);
+        let record = audit.begin(request, ListenerKind::Tcp, UNKNOWN);
         let id = request.to_string();
         assert!(record.finish(Outcome::Issued, "ok", Some(issued)).await);
         // Some of them, since reading all of it each time takes long.

@@ -9,7 +9,8 @@ use tokio::time::{advance, sleep};
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::{AttestError, ListenerKind, PeerProof, Process, ProcessFacts};
+use crate::caller::constant_proof::ConstantProof;
+use crate::caller::{AttestError, CallerFacts, ListenerKind, PeerFacts, Process, ProcessFacts};
 use crate::clock::REQUEST_HOLD;
 use crate::credentials::Credentials;
 use crate::exchange::TokenExchanger;
@@ -92,13 +93,13 @@ impl CacheEnv {
         id: &SpiffeId,
         audience: &str,
     ) -> Result<JwtSvid, SourceError> {
-        self.requesters.lock().unwrap().push(caller.uid);
+        self.requesters.lock().unwrap().push(caller.peer.uid);
         self.gate.acquire().await.unwrap().forget();
         let takes = *self.takes.lock().unwrap();
         sleep(takes).await;
         self.fetched.fetch_add(1, Ordering::SeqCst);
         assert!(!self.panics.load(Ordering::SeqCst), "a panic was requested");
-        if self.gone.lock().unwrap().contains(&caller.uid) {
+        if self.gone.lock().unwrap().contains(&caller.peer.uid) {
             return Err(SourceError::Caller(AttestError::CallerGone));
         }
         if let Some(failure) = self.failure.lock().unwrap().clone() {
@@ -146,7 +147,7 @@ impl IdentitySource for CacheEnv {
         self.answer(caller, id, audience).await
     }
 
-    fn facts_needed(&self, _: &Caller) -> Option<ProcessFacts> {
+    fn facts_needed(&self, _: CallerFacts<'_>) -> Option<ProcessFacts> {
         None
     }
 
@@ -216,16 +217,6 @@ fn refused() -> StsError {
     }
 }
 
-#[derive(Debug)]
-struct ConstantProof;
-
-#[async_trait::async_trait]
-impl PeerProof for ConstantProof {
-    async fn verify_unchanged(&self) -> Result<(), AttestError> {
-        Ok(())
-    }
-}
-
 /// Returns a caller with a process ID equal to its user ID.
 fn caller_of(uid: u32) -> Arc<Caller> {
     let process = Process {
@@ -239,10 +230,7 @@ fn caller_of(uid: u32) -> Arc<Caller> {
     let process = Some(process);
     Arc::new(Caller {
         listener: ListenerKind::Tcp,
-        uid,
-        cgroup: None,
-        pod: None,
-        netns_inode: None,
+        peer: PeerFacts::of_user(uid),
         process,
         proof: Box::new(ConstantProof),
     })

@@ -1,6 +1,5 @@
 //! The workload of a caller, as limits count it (T29).
 
-use crate::caller::Caller;
 use crate::cgroup::{CgroupPath, Pod, PodUid, WorkloadCgroup, WorkloadKind};
 
 /// The key by which per-workload limits count (T20, T29).
@@ -28,11 +27,6 @@ pub enum WorkloadScope {
 }
 
 impl WorkloadKey {
-    /// Returns the key of a caller, by the facts of its socket.
-    pub fn of(caller: &Caller) -> Self {
-        Self::at(caller.uid, caller.cgroup.as_ref(), caller.pod.as_ref())
-    }
-
     pub(super) fn at(uid: u32, cgroup: Option<&CgroupPath>, pod: Option<&Pod>) -> Self {
         if let Some(pod) = pod {
             return Self {

@@ -5,7 +5,7 @@ use async_trait::async_trait;
 use tokio::time::sleep;
 
 use super::*;
-use crate::audit::Audit;
+use crate::audit::{Audit, RequestPeer};
 use crate::caller::ListenerKind;
 use crate::clock::Clock;
 use crate::config::AuditFile;
@@ -38,7 +38,7 @@ impl IdentitySource for Slow {
         std::future::pending().await
     }
 
-    fn facts_needed(&self, _: &Caller) -> Option<ProcessFacts> {
+    fn facts_needed(&self, _: CallerFacts<'_>) -> Option<ProcessFacts> {
         None
     }
 
@@ -123,7 +123,7 @@ impl ServiceEnv {
         let mut record = self.audit.begin(
             self.audit.next_request(),
             ListenerKind::Unix,
-            Some(caller.clone()),
+            RequestPeer::Attested(caller.clone()),
         );
         self.service
             .credentials_for(&caller, &RequestedRole::Default, &mut record)

@@ -5,8 +5,8 @@ use async_trait::async_trait;
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::caller::unchanged::unchanged;
-use crate::caller::{ListenerKind, ProcessFacts};
+use crate::caller::constant_proof::constant_caller;
+use crate::caller::{CallerFacts, ListenerKind, ProcessFacts};
 use crate::identity::SpiffeId;
 use crate::role::{Identity, StsTarget};
 use crate::sts::Sts;
@@ -72,7 +72,7 @@ impl IdentitySource for Tokens {
         self.next(format!("{id} {audience}")).await
     }
 
-    fn facts_needed(&self, _: &Caller) -> Option<ProcessFacts> {
+    fn facts_needed(&self, _: CallerFacts<'_>) -> Option<ProcessFacts> {
         None
     }
 
@@ -93,7 +93,7 @@ impl AssumeRole for FakeStsReplies {
 }
 
 fn caller() -> Arc<Caller> {
-    Arc::new(unchanged(ListenerKind::Unix, 1001, None, None))
+    Arc::new(constant_caller(ListenerKind::Unix, 1001, None, None))
 }
 
 fn target() -> StsTarget {

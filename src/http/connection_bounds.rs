@@ -134,7 +134,7 @@ impl ConnectionBounds {
 
     /// Returns a function that ends the connection with `answer`, for the case that the task of the
     /// connection blocks its thread.
-    pub(super) fn give_up(
+    pub(super) fn on_abandon(
         &self,
         answer: impl FnOnce() -> Vec<u8> + Send + 'static,
     ) -> impl FnOnce() + Send + 'static {

@@ -299,13 +299,14 @@ impl fmt::Display for Denial {
 /// Describes the caller by facts that it knows itself.
 fn describe(caller: &Caller) -> String {
     let unit = caller
+        .peer
         .cgroup
         .as_ref()
         .and_then(|cgroup| cgroup.systemd_unit());
-    match (unit, caller.in_container()) {
-        (_, Some(true)) => format!("uid {} in a container", caller.uid),
-        (Some(unit), _) => format!("uid {} in {unit}", caller.uid),
-        (None, _) => format!("uid {}", caller.uid),
+    match (unit, caller.facts().in_container()) {
+        (_, Some(true)) => format!("uid {} in a container", caller.peer.uid),
+        (Some(unit), _) => format!("uid {} in {unit}", caller.peer.uid),
+        (None, _) => format!("uid {}", caller.peer.uid),
     }
 }
 

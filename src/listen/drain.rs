@@ -110,6 +110,14 @@ pub struct PendingPermit {
     _permit: Option<OwnedSemaphorePermit>,
 }
 
+impl PendingPermit {
+    /// Returns the permit of a connection that is not counted.
+    #[cfg(test)]
+    pub(crate) fn none() -> Self {
+        Self { _permit: None }
+    }
+}
+
 /// A guard that counts one open connection.
 #[derive(Debug)]
 pub struct OpenConnection {

@@ -21,7 +21,7 @@ use super::identity_cache::{
 };
 use super::log_limit::LogLimiter;
 use super::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
-use crate::caller::{Caller, ProcessFacts, WorkloadKey};
+use crate::caller::{Caller, CallerFacts, ProcessFacts, WorkloadKey};
 use crate::clock::{Clock, REQUEST_HOLD};
 use crate::identity::SpiffeId;
 use crate::limits::FairSemaphore;
@@ -102,7 +102,7 @@ impl IdentitySource for AgentSource {
         let subject = self.0.subject(caller)?;
         // The kernel's stand-in for unmapped IDs does not identify a user (T14). In a pod the user
         // does not matter.
-        if caller.uid == OVERFLOW_ID && !matches!(subject, Subject::Pod(_)) {
+        if caller.peer.uid == OVERFLOW_ID && !matches!(subject, Subject::Pod(_)) {
             return Ok(Vec::new());
         }
         let found = self.0.cache().find(&subject, caller)?;
@@ -145,9 +145,9 @@ impl IdentitySource for AgentSource {
         })
     }
 
-    fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts> {
-        let by_pod = caller.pod.is_some() && self.0.agent.supports_pod_references();
-        (!by_pod && !has_all_facts(caller)).then_some(FACTS_FOR_AGENT)
+    fn facts_needed(&self, caller: CallerFacts<'_>) -> Option<ProcessFacts> {
+        let by_pod = caller.peer.pod.is_some() && self.0.agent.supports_pod_references();
+        (!by_pod && !has_all_facts(caller.process)).then_some(FACTS_FOR_AGENT)
     }
 
     fn basis(&self, _: &SpiffeId) -> IdentityBasis {

@@ -165,7 +165,7 @@ impl IdentityCache {
         {
             return Ok(found);
         }
-        let workload = WorkloadKey::of(caller);
+        let workload = caller.peer.workload_key();
         if self
             .waiting
             .get(&workload)

@@ -18,7 +18,7 @@ use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use super::proto::workload::{JwtsvidRequest, JwtsvidResponse};
 use super::{CALL_TIMEOUT, IdentityBasis, IdentitySource, JwtSvid, SourceError, one_line};
 use crate::accounts::{IdentifyError, LiveRules};
-use crate::caller::{AttestError, Caller, ProcessFacts};
+use crate::caller::{AttestError, Caller, CallerFacts, ProcessFacts};
 use crate::clock::Clock;
 use crate::identity::SpiffeId;
 use crate::metrics::{CallLabel, Metrics, UpstreamCall};
@@ -187,7 +187,7 @@ impl WorkloadApi {
 #[async_trait]
 impl IdentitySource for WorkloadApi {
     async fn identify(&self, caller: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
-        match self.rules.identify(caller).await {
+        match self.rules.identify(caller.facts()).await {
             Ok(id) => Ok(id
                 .map(|spiffe_id| Identity {
                     spiffe_id,
@@ -211,7 +211,7 @@ impl IdentitySource for WorkloadApi {
         self.fetch(id, audience).await
     }
 
-    fn facts_needed(&self, caller: &Caller) -> Option<ProcessFacts> {
+    fn facts_needed(&self, caller: CallerFacts<'_>) -> Option<ProcessFacts> {
         self.rules.facts_needed(caller)
     }
 

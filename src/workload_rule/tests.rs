@@ -1,12 +1,12 @@
 use std::path::Path;
 
 use super::*;
-use crate::caller::unchanged::unchanged;
-use crate::caller::{Groups, ListenerKind, Process, Program};
+use crate::caller::constant_proof::constant_caller;
+use crate::caller::{Caller, Groups, ListenerKind, Process, Program};
 
 /// Returns a caller of which only the socket is known.
 fn by_socket(uid: u32, cgroup: Option<&str>) -> Caller {
-    unchanged(ListenerKind::Tcp, uid, cgroup, None)
+    constant_caller(ListenerKind::Tcp, uid, cgroup, None)
 }
 
 fn groups(groups: &[u32]) -> Option<Groups> {
@@ -61,7 +61,7 @@ fn decide_with_files<'a>(rules: &'a [WorkloadRule], caller: &Caller) -> Decision
         .build()
         .unwrap();
     loop {
-        match decide(rules, caller, since) {
+        match decide(rules, caller.facts(), since) {
             Decision::NeedsFile(file) => assert!(runtime.block_on(file.refresh_stat())),
             decision => return decision,
         }

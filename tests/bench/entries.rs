@@ -7,7 +7,9 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use awsvid::cache::CredentialCache;
-use awsvid::caller::{AttestError, Caller, ListenerKind, PeerProof, ProcessFacts};
+use awsvid::caller::{
+    AttestError, Caller, CallerFacts, ListenerKind, PeerFacts, PeerProof, ProcessFacts,
+};
 use awsvid::cgroup::CgroupPath;
 use awsvid::clock::Clock;
 use awsvid::credentials::Credentials;
@@ -107,10 +109,10 @@ fn caller(number: usize) -> Caller {
     ));
     Caller {
         listener: ListenerKind::Tcp,
-        uid: 1000,
-        cgroup,
-        pod: None,
-        netns_inode: None,
+        peer: PeerFacts {
+            cgroup,
+            ..PeerFacts::of_user(1000)
+        },
         process: None,
         proof: Box::new(Facts([0; 128])),
     }
@@ -151,7 +153,7 @@ impl IdentitySource for Source {
         )?)
     }
 
-    fn facts_needed(&self, _: &Caller) -> Option<ProcessFacts> {
+    fn facts_needed(&self, _: CallerFacts<'_>) -> Option<ProcessFacts> {
         None
     }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::harness::actor;
+use crate::harness::actor::{self, Repeater};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::{await_some, behind, run};
 use crate::harness::counterparts::{folder, root};
@@ -52,7 +52,8 @@ struct PodCallersStage {
 }
 
 impl PodCallersStage {
-    fn set(kind: Kind, first_pod: u16) -> Self {
+    /// Starts it with `limits` in `[listen]`.
+    fn set(kind: Kind, first_pod: u16, limits: &str) -> Self {
         let folder = folder();
         let node = NetnsNode::start(folder.path());
         let own = Cgroup::of_pod(first_pod + 2);
@@ -70,8 +71,8 @@ impl PodCallersStage {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let upstream = Upstream::start(&[(0, "pod")]);
         let configuration = upstream.configuration() + RULE;
-        let daemon =
-            Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration).ready();
+        let listen = format!("{}\n{limits}", node.listen());
+        let daemon = Daemon::start_behind(&words, folder.path(), &listen, &configuration).ready();
         for name in ["a", "b"] {
             node.add(name);
         }
@@ -145,7 +146,7 @@ fn check(kind: Kind, first_pod: u16) {
     if !root() {
         return;
     }
-    let stage = PodCallersStage::set(kind, first_pod);
+    let stage = PodCallersStage::set(kind, first_pod, "");
     let [a, b] = &stage.pods;
     // A process of the host that enters before the pod itself is not taken for the pod.
     let host = Cgroup::new(&format!("host-{first_pod}"));
@@ -223,6 +224,31 @@ fn check(kind: Kind, first_pod: u16) {
         by_file["pid"].is_u64() && by_file.get("network_namespace").is_none(),
         "{by_file}"
     );
+}
+
+/// A connection that gets no permit claims nothing: the namespace belongs to its own pod later.
+#[test]
+fn pod_at_its_limit_claims_no_namespace() {
+    if !root() {
+        return;
+    }
+    let stage = PodCallersStage::set(Kind::OnTheHost, 230, "max_connections_per_workload = 2");
+    let [a, b] = &stage.pods;
+    let socket = stage.daemon.unix().display().to_string();
+    let held = Repeater::start("hold", "unix", &socket, &[0, 2], b.path()).wait_started();
+    await_some("its connections are open", TIMEOUT, || {
+        (stage.daemon.metric("awsvid_connections") >= 2).then_some(())
+    });
+    let before = stage.daemon.audit().len();
+    let answer = stage.node.ask("a", b, V4.parse::<SocketAddr>().unwrap());
+    assert_eq!(
+        (answer.as_str(), stage.daemon.audit().len()),
+        ("", before),
+        "it is reset"
+    );
+    held.stop();
+    stage.assert_record(&stage.ask("a", a), "ok", Some(a));
+    stage.assert_record(&stage.ask("a", b), "other_pod", Some(b));
 }
 
 /// Returns whether the kernel reports a process's cgroup by its id (Linux 6.13). By that of the

@@ -232,6 +232,33 @@ fn id_of(directory: &Path) -> u64 {
     fs::metadata(directory).unwrap().ino()
 }
 
+/// Finds a path as for a peer: in the cache, or by a scan.
+async fn cached_or_scanned(
+    tree: &Arc<CgroupTree>,
+    id: u64,
+    (scope, key): (TreeScope, ScanKey),
+) -> Result<CgroupPath, AttestError> {
+    match tree.cached_path(id) {
+        Some(cached) => cached,
+        None => tree.scan_for(id, scope, key).await,
+    }
+}
+
+/// Returns the result for a peer that does not wait for a scan.
+#[track_caller]
+fn result_without_wait(
+    tree: &Arc<CgroupTree>,
+    id: u64,
+    key: ScanKey,
+) -> Result<CgroupPath, AttestError> {
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    let found = std::pin::pin!(cached_or_scanned(tree, id, (TreeScope::All, key)));
+    match found.poll(&mut context) {
+        std::task::Poll::Ready(found) => found,
+        std::task::Poll::Pending => panic!("it does not wait"),
+    }
+}
+
 /// Finds a path as for a peer in this pod's network.
 async fn path_of(
     tree: &Arc<CgroupTree>,
@@ -242,7 +269,7 @@ async fn path_of(
         namespace: Some(namespace),
         uid: None,
     };
-    tree.path_of(id, (TreeScope::Pods, key), || ()).await
+    cached_or_scanned(tree, id, (TreeScope::Pods, key)).await
 }
 
 /// Simulates a node of 250 pods with two containers each. One pod floods the tree with ids that do
@@ -334,17 +361,12 @@ async fn waiters_for_scans_are_limited_per_user_and_pod() {
     let held: Vec<_> = (0..MAX_WAITING_PER_KEY)
         .map(|_| tree.waiting.try_acquire(&hostile).unwrap())
         .collect();
-    let refused = tree
-        .path_of(id, (TreeScope::All, hostile), || panic!("it does not wait"))
-        .await;
+    let refused = result_without_wait(&tree, id, hostile);
     assert_eq!(refused, Err(AttestError::SearchBusy));
     for (namespace, uid) in [(None, Some(8)), (Some(1), None)] {
-        let mut waits = false;
-        let found = tree
-            .path_of(id, (TreeScope::All, ScanKey { namespace, uid }), || {
-                waits = true
-            })
-            .await;
+        let waits = tree.cached_path(id).is_none();
+        let key = ScanKey { namespace, uid };
+        let found = cached_or_scanned(&tree, id, (TreeScope::All, key)).await;
         assert_eq!(found.unwrap().as_str(), "/new");
         // The first peer had to wait for a scan, and the next one finds the path in the cache.
         assert_eq!(waits, namespace.is_none());
@@ -377,11 +399,9 @@ async fn waiters_with_subordinate_ids_give_way_to_others() {
     };
     let (honest, hostile) = held.split_first().unwrap();
     // One more of those ids takes no permit of another.
-    let refused = tree.path_of(id, (TreeScope::All, key(130_000)), || {
-        panic!("it does not wait")
-    });
-    assert_eq!(refused.await, Err(AttestError::SearchBusy));
-    let found = tree.path_of(id, (TreeScope::All, key(9)), || ()).await;
+    let refused = result_without_wait(&tree, id, key(130_000));
+    assert_eq!(refused, Err(AttestError::SearchBusy));
+    let found = cached_or_scanned(&tree, id, (TreeScope::All, key(9))).await;
     assert_eq!(found.unwrap().as_str(), "/new");
     assert_eq!(
         hostile.iter().filter(|permit| is_evicted(permit)).count(),
@@ -416,7 +436,7 @@ async fn evicted_waiter_is_refused() {
                 namespace: None,
                 uid: Some(uid),
             };
-            tree.path_of(1, (TreeScope::All, key), || ()).await
+            cached_or_scanned(&tree, 1, (TreeScope::All, key)).await
         });
     }
     tokio::task::yield_now().await;

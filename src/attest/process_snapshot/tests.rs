@@ -15,32 +15,6 @@ fn host() -> Arc<Host> {
     ))
 }
 
-#[test]
-fn start_time_survives_hostile_names() {
-    let tail = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 424242 20 21";
-    for name in ["cat", "a b", "a) R 1 (b", "x)\n1 (y", ")", ""] {
-        let stat = format!("77 ({name}) {tail}");
-        assert_eq!(start_time(&stat), Some(424_242), "{name:?}");
-    }
-    for broken in ["", "77", "77 (cat", "77 (cat) S 1 2"] {
-        assert_eq!(start_time(broken), None, "{broken:?}");
-    }
-}
-
-#[test]
-fn identity_map_is_recognized_exactly() {
-    assert!(is_identity_map("         0          0 4294967295\n"));
-    for map in [
-        "",
-        "         0       1001          1\n",
-        "0 0 65536\n",
-        "0 0 4294967294\n1 1 1\n",
-        "0 0 4294967295\n0 0 1\n",
-    ] {
-        assert!(!is_identity_map(map), "{map:?}");
-    }
-}
-
 /// Starts a child process that waits until its standard input is closed.
 fn sleeper() -> std::process::Child {
     std::process::Command::new("cat")

@@ -68,8 +68,11 @@ impl Machine {
 
     async fn refusal_of(&self, client: SocketAddr) -> Option<AttestError> {
         let addresses = (client, self.client.peer_addr().unwrap());
-        let found = self.support.find_socket(addresses, || ()).await;
-        found.err().map(|unattested| unattested.refusal)
+        let found = self
+            .support
+            .find_socket(addresses, PendingPermit::none())
+            .await;
+        found.err().map(|rejection| rejection.error)
     }
 }
 

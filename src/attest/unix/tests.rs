@@ -1,3 +1,4 @@
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -10,6 +11,7 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::attest::cgroup_mounts::CgroupMounts;
+use crate::attest::{Attestation, Peer};
 use crate::cgroup::PodRoots;
 
 fn host() -> Arc<Host> {
@@ -22,8 +24,8 @@ fn host() -> Arc<Host> {
 }
 
 /// Returns what a kernel before 6.5 records of this process or a child of it.
-fn peer(pid: u32, accepted: u64) -> Peer {
-    Peer {
+fn peer(pid: u32, accepted: u64) -> ConnectedPeer {
+    ConnectedPeer {
         pid,
         uid: geteuid().as_raw(),
         gid: getegid().as_raw(),
@@ -41,8 +43,22 @@ fn stream() -> Arc<OwnedFd> {
     Arc::new(UnixStream::pair().unwrap().0.into())
 }
 
-fn attest_peer(peer: Peer) -> Result<Caller, AttestError> {
-    attest(&host(), peer, &stream()).map_err(|unattested| unattested.refusal)
+fn connector_of(peer: ConnectedPeer) -> Result<Box<ConnectorProof>, AttestError> {
+    match find_connector(&host(), peer, stream().as_fd()) {
+        Ok((_, connector)) => Ok(Box::new(connector)),
+        Err(rejection) => Err(rejection.error),
+    }
+}
+
+/// Begins the attestation of the peer, for a decision that needs these facts.
+fn begin_attestation(
+    (host, stream): (&Arc<Host>, &Arc<OwnedFd>),
+    peer: ConnectedPeer,
+    facts: Option<ProcessFacts>,
+) -> Attestation {
+    let (socket, connector) = find_connector(host, peer, stream.as_fd()).unwrap();
+    let peer = Peer::unix(socket, connector, stream.clone());
+    peer.begin_attestation(facts).unwrap()
 }
 
 /// Starts a process that waits until it is killed.
@@ -73,16 +89,18 @@ fn start_time(child: &Child) -> u64 {
 async fn attest_uses_the_pid_without_a_kernel_pidfd() {
     let child = spawn_waiting("cat", &[]);
     let accepted = start_time(&child);
-    let caller = attest_peer(peer(child.id(), accepted)).unwrap();
-    assert_eq!(caller.process.as_ref().unwrap().pid, child.id());
-    assert_eq!(caller.verify_unchanged().await, Ok(()));
-    let facts = caller.facts_to_read(None).unwrap();
-    let caller = caller.with_process(facts).await.unwrap();
-    assert_eq!(caller.facts_to_read(None), None);
-    assert_eq!(caller.verify_unchanged().await, Ok(()));
+    let connector = connector_of(peer(child.id(), accepted)).unwrap();
+    assert_eq!(connector.to_process().pid, child.id());
+    assert_eq!(connector.verify_unchanged().await, Ok(()));
+    assert!(connector.needs_process());
+    let stream = stream();
+    let read = connector.read_facts(stream.as_fd(), ProcessFacts::default());
+    let (_, connector) = read.await.unwrap();
+    assert!(!connector.needs_process());
+    assert_eq!(connector.verify_unchanged().await, Ok(()));
     end(child);
     assert_eq!(
-        caller.verify_unchanged().await,
+        connector.verify_unchanged().await,
         Err(AttestError::CallerGone)
     );
 }
@@ -91,18 +109,19 @@ async fn attest_uses_the_pid_without_a_kernel_pidfd() {
 async fn attest_rejects_a_later_process_without_a_kernel_pidfd() {
     let child = spawn_waiting("cat", &[]);
     let accepted = start_time(&child) - 1;
-    let caller = || attest_peer(peer(child.id(), accepted)).unwrap();
+    let later = || peer(child.id(), accepted);
     // Before the request is decided, its process is read although no rule needs a fact of it.
-    let facts = caller().facts_to_read(None).unwrap();
-    assert!(caller().may_wait(facts));
+    let attestation = begin_attestation((&host(), &stream()), later(), None);
+    assert!(attestation.may_wait());
     assert_eq!(
-        caller().with_process(facts).await.unwrap_err(),
+        attestation.finish().await.unwrap_err().error,
         AttestError::CallerGone
     );
     // No proof of it ever succeeds.
     let gone = Err(AttestError::CallerGone);
-    assert_eq!(caller().verify_unchanged().await, gone);
-    assert_eq!(caller().proof.for_agent().await.map(drop), gone);
+    let connector = connector_of(later()).unwrap();
+    assert_eq!(connector.verify_unchanged().await, gone);
+    assert_eq!(connector.for_agent().await.map(drop), gone);
     end(child);
 }
 
@@ -143,20 +162,20 @@ async fn blocked_start_stops_only_a_lookup_thread() {
         release();
         outcome
     });
-    let caller = attest(&host, peer(child.id(), u64::MAX), &stream()).unwrap();
-    let facts = caller.facts_to_read(None).unwrap();
+    let attestation = begin_attestation((&host, &stream()), peer(child.id(), u64::MAX), None);
     assert!(
-        caller.may_wait(facts),
+        attestation.may_wait(),
         "its connection moves to a lookup thread"
     );
-    let mut reading = tokio::spawn(caller.with_process(facts));
+    let mut reading = tokio::spawn(attestation.finish());
     let waited = timeout(Duration::from_millis(100), &mut reading).await;
     assert!(waited.is_err(), "this thread goes on");
     attested.send(()).unwrap();
     let outcome = releasing.join().unwrap();
     outcome.expect("the caller is attested while its start cannot be read");
     // A pipe cannot be read at an offset, as files of `/proc` are.
-    assert_eq!(reading.await.unwrap().map(drop), Err(AttestError::Kernel));
+    let rejection = reading.await.unwrap().unwrap_err();
+    assert_eq!(rejection.error, AttestError::Kernel);
     end(child);
 }
 
@@ -172,7 +191,7 @@ fn attest_rejects_containers_without_a_kernel_pidfd() {
         &["--user", "--map-current-user", "sh", "-c", "echo; exec cat"],
     );
     std::io::Read::read_exact(&mut child.stdout.take().unwrap(), &mut [0]).unwrap();
-    let refusal = attest_peer(peer(child.id(), u64::MAX)).unwrap_err();
+    let refusal = connector_of(peer(child.id(), u64::MAX)).unwrap_err();
     assert!(
         matches!(refusal, AttestError::Unsupported(_)),
         "{refusal:?}"
@@ -183,20 +202,20 @@ fn attest_rejects_containers_without_a_kernel_pidfd() {
 #[test]
 fn attest_rejects_changed_ids() {
     let child = spawn_waiting("cat", &[]);
-    let other = Peer {
+    let other = ConnectedPeer {
         uid: geteuid().as_raw() + 1,
         ..peer(child.id(), u64::MAX)
     };
     assert_eq!(
-        attest_peer(other).unwrap_err(),
+        connector_of(other).unwrap_err(),
         AttestError::IdentityChanged
     );
-    let other = Peer {
+    let other = ConnectedPeer {
         gid: getegid().as_raw() + 1,
         ..peer(child.id(), u64::MAX)
     };
     assert_eq!(
-        attest_peer(other).unwrap_err(),
+        connector_of(other).unwrap_err(),
         AttestError::IdentityChanged
     );
     end(child);
@@ -205,17 +224,17 @@ fn attest_rejects_changed_ids() {
 #[tokio::test]
 async fn groups_and_program_are_read_only_if_needed() {
     let (child, stream) = (spawn_waiting("cat", &[]), stream());
-    let least = attest(&host(), peer(child.id(), u64::MAX), &stream).unwrap();
-    let process = least.process.as_ref().unwrap();
+    let connector = connector_of(peer(child.id(), u64::MAX)).unwrap();
+    let process = connector.to_process();
     assert_eq!((&process.groups, &process.program), (&None, &None));
-    let all = least
-        .with_process(ProcessFacts {
-            groups: GroupDetail::List,
-            program: true,
-            started: false,
-        })
-        .await
-        .unwrap();
+    let facts = ProcessFacts {
+        groups: GroupDetail::List,
+        program: true,
+        started: false,
+    };
+    let attestation =
+        begin_attestation((&host(), &stream), peer(child.id(), u64::MAX), Some(facts));
+    let all = attestation.finish().await.unwrap();
     let process = all.process.as_ref().unwrap();
     assert_eq!(
         process.groups,
@@ -250,14 +269,15 @@ async fn attest_rejects_changed_groups() {
     );
     let mut child = child;
     std::io::Read::read_exact(&mut child.stdout.take().unwrap(), &mut [0]).unwrap();
-    let looks = ProcessFacts {
+    let facts = ProcessFacts {
         groups: GroupDetail::Digest,
         program: false,
         started: false,
     };
-    let caller = attest(&host(), peer(child.id(), u64::MAX), &stream).unwrap();
+    let attestation =
+        begin_attestation((&host(), &stream), peer(child.id(), u64::MAX), Some(facts));
     assert_eq!(
-        caller.with_process(looks).await.unwrap_err(),
+        attestation.finish().await.unwrap_err().error,
         AttestError::IdentityChanged
     );
     end(child);

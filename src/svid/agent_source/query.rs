@@ -49,7 +49,7 @@ impl AgentSourceInner {
             let start = Instant::now();
             let reply = match self
                 .query_permits
-                .acquire_evicting_within(QUERY_WAIT, &WorkloadKey::of(&caller))
+                .acquire_evicting_within(QUERY_WAIT, &caller.peer.workload_key())
                 .await
             {
                 Some(permit) => self.query_until_evicted(&permit, &subject, &caller).await,

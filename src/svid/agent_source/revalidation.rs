@@ -110,10 +110,10 @@ impl AgentSourceInner {
 
     fn log_expired(&self, callers: &[Arc<Caller>]) {
         for caller in callers {
-            let text = format!("expired {}", caller.uid);
+            let text = format!("expired {}", caller.peer.uid);
             if let Some(LogPermit { missed }) = self.log.admit(&text) {
                 let (uid, pid) = (
-                    caller.uid,
+                    caller.peer.uid,
                     caller.process.as_ref().map(|process| process.pid),
                 );
                 tracing::warn!(

@@ -17,7 +17,7 @@ use super::query::{EXEC_RETRY_PAUSES, NEW_POD_AGE, NEW_POD_RETRY, QUERY_WAIT};
 use super::*;
 use crate::caller::{
     AgentProcessRef, AttestError, ExecWatch, Executable, GroupDetail, Groups, ListenerKind,
-    PeerProof, Process, Program,
+    PeerFacts, PeerProof, Process, Program,
 };
 use crate::socket_endpoint::Endpoint;
 use crate::svid::CALL_TIMEOUT;
@@ -264,10 +264,7 @@ fn caller_by(uid: u32, evidence: ScriptedProof) -> Arc<Caller> {
     };
     Arc::new(Caller {
         listener: ListenerKind::Unix,
-        uid,
-        cgroup: None,
-        pod: None,
-        netns_inode: None,
+        peer: PeerFacts::of_user(uid),
         process: Some(process),
         proof: Box::new(evidence),
     })

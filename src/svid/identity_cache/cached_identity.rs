@@ -166,6 +166,7 @@ impl CachedIdentity {
 /// path.
 fn slots(caller: &Caller) -> usize {
     let cgroup = caller
+        .peer
         .cgroup
         .as_ref()
         .map_or(0, |cgroup| cgroup.as_str().len());

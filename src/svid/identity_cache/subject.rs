@@ -32,10 +32,10 @@ impl Subject {
     /// Returns the subject of a caller: its pod if it is in one and `pods` is true, otherwise its
     /// process. Fails if the facts of the process were not read.
     pub(in crate::svid) fn of(caller: &Caller, pods: bool) -> Result<Self, SourceError> {
-        if let Some(pod) = caller.pod.as_ref().filter(|_| pods) {
+        if let Some(pod) = caller.peer.pod.as_ref().filter(|_| pods) {
             return Ok(Self::Pod(pod.uid.clone()));
         }
-        if !has_all_facts(caller) {
+        if !has_all_facts(caller.process.as_ref()) {
             return Err(SourceError::Reloaded);
         }
         let mut process = caller.process.clone().ok_or(SourceError::Reloaded)?;
@@ -48,8 +48,8 @@ impl Subject {
         // upgrade replaces the file.
         (exe.changed, exe.path) = ((0, 0), Path::new("").into());
         Ok(Self::Process {
-            uid: caller.uid,
-            cgroup: caller.cgroup.clone(),
+            uid: caller.peer.uid,
+            cgroup: caller.peer.cgroup.clone(),
             process,
         })
     }
@@ -63,10 +63,10 @@ impl Subject {
     }
 }
 
-/// Returns true if all facts of the caller's process that a subject needs are known.
-pub(in crate::svid) fn has_all_facts(caller: &Caller) -> bool {
+/// Returns true if all facts of the process that a subject needs are known.
+pub(in crate::svid) fn has_all_facts(process: Option<&Process>) -> bool {
     let cached = |process: &Process| {
         process.groups.is_some() && process.program.is_some() && process.started.is_some()
     };
-    caller.process.as_ref().is_some_and(cached)
+    process.is_some_and(cached)
 }

@@ -7,7 +7,8 @@ use super::cached_identity::{NO_IDENTITY_TTL, RETRY_AFTER};
 use super::slots::MAX_SUBJECTS_PER_WORKLOAD;
 use super::*;
 use crate::caller::{
-    AttestError, Executable, GroupDetail, Groups, ListenerKind, PeerProof, Process, Program,
+    AttestError, Executable, GroupDetail, Groups, ListenerKind, PeerFacts, PeerProof, Process,
+    Program,
 };
 use crate::cgroup::CgroupPath;
 use crate::identity::SpiffeId;
@@ -54,10 +55,7 @@ fn process(uid: u32, pid: u32) -> (Arc<Caller>, Arc<AtomicBool>) {
     let evidence = Box::new(AliveSwitch(lives.clone()));
     let caller = Caller {
         listener: ListenerKind::Unix,
-        uid,
-        cgroup: None,
-        pod: None,
-        netns_inode: None,
+        peer: PeerFacts::of_user(uid),
         process: Some(process),
         proof: evidence,
     };
@@ -101,7 +99,7 @@ fn due_pids(cache: &mut IdentityCache, quick: usize, slow: usize) -> Vec<u32> {
     due_pids
         .queries
         .into_iter()
-        .map(|question| question.caller.uid)
+        .map(|question| question.caller.peer.uid)
         .collect()
 }
 
@@ -164,9 +162,9 @@ async fn process_with_a_changed_fact_is_another_subject() {
         change(&|other| other.process.as_mut().unwrap().program = Some(replaced.clone())),
         base
     );
-    assert_ne!(change(&|other| other.uid = 2), base);
+    assert_ne!(change(&|other| other.peer.uid = 2), base);
     assert_ne!(
-        change(&|other| other.cgroup = CgroupPath::parse("/x")),
+        change(&|other| other.peer.cgroup = CgroupPath::parse("/x")),
         base
     );
     assert_ne!(

@@ -12,7 +12,7 @@ use tokio::net::UnixListener;
 use tokio::time::Instant;
 
 use super::*;
-use crate::caller::unchanged::unchanged;
+use crate::caller::constant_proof::constant_caller;
 use crate::caller::{ListenerKind, Process};
 use crate::svid::BadToken;
 use crate::svid::jwt::tests::{AUDIENCE, CapturedLog, NOW, billing, now, raw_token, token_for};
@@ -506,7 +506,7 @@ async fn tcp_endpoint_is_supported() {
 }
 
 fn caller(uid: u32, process: Option<Process>) -> Arc<Caller> {
-    Arc::new(unchanged(
+    Arc::new(constant_caller(
         ListenerKind::Tcp,
         uid,
         Some("/system.slice/billing.service"),

@@ -3,9 +3,11 @@ use std::sync::mpsc;
 
 use tokio::sync::oneshot;
 
+use super::pool_state::{MAX_PER_WORKLOAD, MAX_THREADS};
 use super::*;
 use crate::caller::PeerFacts;
 use crate::cgroup::CgroupPath;
+use crate::clock::REQUEST_HOLD;
 
 fn spawn(threads: &LookupThreads, uid: u32, task: impl Future<Output = ()> + Send + 'static) {
     threads.spawn(WorkloadKey::user(uid), task, || {});
@@ -120,20 +122,20 @@ async fn panic_ends_only_its_own_task() {
 }
 
 #[tokio::test]
-async fn blocked_task_is_given_up_once() {
+async fn blocked_task_is_abandoned_once() {
     let threads = LookupThreads::new(1);
     let (release, wait) = mpsc::channel::<()>();
-    let (give_up, mut given_up) = tokio::sync::mpsc::unbounded_channel();
+    let (on_abandon, mut abandoned) = tokio::sync::mpsc::unbounded_channel();
     let start = Instant::now();
     let task = async move {
         let _ = wait.recv();
     };
     threads.spawn(WorkloadKey::user(1), task, move || {
-        give_up.send(start.elapsed()).unwrap()
+        on_abandon.send(start.elapsed()).unwrap()
     });
     // It holds with no other job to run, and while others run.
-    assert!(given_up.recv().await.unwrap() >= REQUEST_HOLD);
-    assert_eq!(given_up.recv().await, None, "the closure is gone");
+    assert!(abandoned.recv().await.unwrap() >= REQUEST_HOLD);
+    assert_eq!(abandoned.recv().await, None, "the closure is gone");
     assert!(runs_on_lookup_thread(&threads, 2).await);
     drop(release);
     assert!(runs_on_lookup_thread(&threads, 1).await);

@@ -134,10 +134,11 @@ fn caller_in_pod(uid: u32, ages: PodAge, exists_for: u32) -> Arc<Caller> {
     });
     Arc::new(Caller {
         listener: ListenerKind::Pod,
-        uid,
-        cgroup: None,
-        pod: Some(pod),
-        netns_inode: Some(1),
+        peer: PeerFacts {
+            pod: Some(pod),
+            netns_inode: Some(1),
+            ..PeerFacts::of_user(uid)
+        },
         process: None,
         proof: evidence,
     })
@@ -172,7 +173,7 @@ async fn pod_is_one_subject_for_all_its_processes() {
     let source = source(&agent);
     for uid in [0, 1001, OVERFLOW_ID] {
         let caller = caller_in_pod(uid, since(OLD, OLD), u32::MAX);
-        assert_eq!(source.facts_needed(&caller), None);
+        assert_eq!(source.facts_needed(caller.facts()), None);
         assert_eq!(ids(source.identify(&caller).await), [SHOP]);
     }
     let token = source
@@ -190,7 +191,7 @@ async fn pod_is_one_subject_for_all_its_processes() {
     // Callers outside pods are referred to by process. So are all callers if the agent does not
     // support pods.
     assert_eq!(
-        source.facts_needed(&Caller::synthetic()),
+        source.facts_needed(Caller::synthetic().facts()),
         Some(FACTS_FOR_AGENT)
     );
     assert_eq!(ids(source.identify(&caller(7)).await), [SHOP]);
@@ -198,7 +199,7 @@ async fn pod_is_one_subject_for_all_its_processes() {
     let agent = FakePodAgent::with(false, [Ok(vec![SHOP])]);
     let source = self::source(&agent);
     assert_eq!(
-        source.facts_needed(&caller_in_pod(1, since(OLD, OLD), u32::MAX)),
+        source.facts_needed(caller_in_pod(1, since(OLD, OLD), u32::MAX).facts()),
         Some(FACTS_FOR_AGENT)
     );
     assert_eq!(

@@ -9,11 +9,9 @@ const HONEST: &str = "/system.slice/honest.service";
 
 /// Returns a caller of this user in this cgroup.
 fn caller_in(cgroup: &str, uid: u32, pid: u32) -> Arc<Caller> {
-    let caller = Arc::into_inner(caller_with(uid, pid, None, None)).unwrap();
-    Arc::new(Caller {
-        cgroup: CgroupPath::parse(cgroup),
-        ..caller
-    })
+    let mut caller = Arc::into_inner(caller_with(uid, pid, None, None)).unwrap();
+    caller.peer.cgroup = CgroupPath::parse(cgroup);
+    Arc::new(caller)
 }
 
 /// A query, and the time that it took.

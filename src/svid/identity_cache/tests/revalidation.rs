@@ -84,7 +84,7 @@ async fn workload_is_paused_longer_after_each_timeout() {
     let (start, mut pauses, mut last) = (Instant::now(), Vec::new(), Instant::now());
     while start.elapsed() < Duration::from_secs(1200) {
         for question in cache.take_due(Capacity { quick: 8, slow: 4 }).queries {
-            if question.caller.uid == 2 {
+            if question.caller.peer.uid == 2 {
                 note(&mut cache, &modest, shop());
             } else {
                 pauses.push(last.elapsed().as_secs());
@@ -110,7 +110,7 @@ async fn workload_is_paused_longer_after_each_timeout() {
         let questions = cache.take_due(Capacity { quick: 8, slow: 4 }).queries;
         let queried = questions
             .iter()
-            .find(|question| question.caller.uid == 1)
+            .find(|question| question.caller.peer.uid == 1)
             .expect("it is not paused");
         cache.record(&queried.subject, result, QUICK_TIMEOUT);
         note(&mut cache, &modest, shop());
@@ -169,7 +169,7 @@ async fn revalidate(
                 all.iter()
                     .any(|caller| Arc::ptr_eq(caller, &question.caller))
             );
-            let result = if slow(question.caller.uid) {
+            let result = if slow(question.caller.peer.uid) {
                 unavailable()
             } else {
                 shop()
@@ -232,7 +232,7 @@ async fn query_in_flight_does_not_delay_expiry() {
                 .is_some()
         })
         .unwrap();
-    let other = queried.uid ^ 1;
+    let other = queried.peer.uid ^ 1;
     revalidate(&mut cache, MAX_UNCONFIRMED * 2, &all, |uid| uid != other).await;
     let Ok(IdentityLookup::InFlight(mut result)) =
         cache.find(&Subject::of(queried, true).unwrap(), queried)
@@ -296,7 +296,7 @@ async fn long_names_use_more_slots() {
     let mut cache = IdentityCache::new(10 * MAX_SUBJECTS_PER_WORKLOAD);
     let of_length = |pid, length| {
         let mut caller = Arc::into_inner(process(1, pid).0).unwrap();
-        caller.cgroup = CgroupPath::parse(&format!("/shop.service/{}", "x".repeat(length)));
+        caller.peer.cgroup = CgroupPath::parse(&format!("/shop.service/{}", "x".repeat(length)));
         Arc::new(caller)
     };
     let learn = |cache: &mut IdentityCache, caller: &Arc<Caller>| {

@@ -4,7 +4,7 @@ use std::fmt;
 
 use tokio::time::Instant;
 
-use crate::caller::{Caller, ProcessFacts};
+use crate::caller::{CallerFacts, ProcessFacts};
 use crate::file_threads::FileThreads;
 use crate::identity::SpiffeId;
 use crate::workload_rule::{Decision, ExeMatcher, OVERFLOW_ID, WorkloadRule, decide, facts_needed};
@@ -21,8 +21,8 @@ pub enum AccountName {
 /// The answer of the name service about a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AccountState {
-    /// The number of the user or group.
-    Number(u32),
+    /// The id of the user or group.
+    Id(u32),
     /// The user or group does not exist.
     Absent,
     /// The name service has not responded yet, or has failed.
@@ -43,17 +43,17 @@ pub struct NamedRule {
 
 /// Rules with the numbers that were known at one time.
 #[derive(Debug, Default)]
-pub struct Resolved {
+pub struct ResolvedRules {
     /// The rules in the order of the configuration. An unknown name is replaced by [`OVERFLOW_ID`],
     /// which matches no caller. It still causes the process to be read where the known number
     /// would.
     rules: Vec<WorkloadRule>,
-    incomplete: Vec<Incomplete>,
+    incomplete: Vec<IncompleteRule>,
 }
 
 /// A rule with an unknown name.
 #[derive(Debug)]
-struct Incomplete {
+struct IncompleteRule {
     /// The index of the rule.
     index: usize,
     /// The rule without that name. It matches at least the callers that the rule would match.
@@ -134,17 +134,15 @@ impl NamedRule {
     }
 
     /// Returns the rule with all numbers, or `None` if one is unknown.
-    pub fn resolve(&self, number: impl Fn(&AccountName) -> AccountState) -> Option<WorkloadRule> {
-        let is_known = |name: &AccountName| matches!(number(name), AccountState::Number(_));
-        self.names()
-            .all(is_known)
-            .then(|| self.with_numbers(&number))
+    pub fn resolve(&self, state_of: impl Fn(&AccountName) -> AccountState) -> Option<WorkloadRule> {
+        let is_known = |name: &AccountName| matches!(state_of(name), AccountState::Id(_));
+        self.names().all(is_known).then(|| self.with_ids(&state_of))
     }
 
-    fn with_numbers(&self, number: impl Fn(&AccountName) -> AccountState) -> WorkloadRule {
+    fn with_ids(&self, state_of: impl Fn(&AccountName) -> AccountState) -> WorkloadRule {
         let id = |name: &Option<AccountName>| {
-            name.as_ref().map(|name| match number(name) {
-                AccountState::Number(id) => id,
+            name.as_ref().map(|name| match state_of(name) {
+                AccountState::Id(id) => id,
                 AccountState::Absent | AccountState::Unanswered => OVERFLOW_ID,
             })
         };
@@ -157,18 +155,18 @@ impl NamedRule {
     }
 }
 
-impl Resolved {
+impl ResolvedRules {
     /// Resolves the rules. `number` returns the known answer for a name.
-    pub fn new(rules: &[NamedRule], number: impl Fn(&AccountName) -> AccountState) -> Self {
+    pub fn new(rules: &[NamedRule], state_of: impl Fn(&AccountName) -> AccountState) -> Self {
         let unknown = |name: &Option<AccountName>| {
             let name = name.clone()?;
-            let known = number(&name);
-            (!matches!(known, AccountState::Number(_))).then_some((name, known))
+            let known = state_of(&name);
+            (!matches!(known, AccountState::Id(_))).then_some((name, known))
         };
         let incomplete = rules.iter().enumerate().filter_map(|(index, named)| {
             let [user, group, supplementary_group] =
                 [&named.user, &named.group, &named.supplementary_group].map(unknown);
-            let with = named.with_numbers(&number);
+            let with = named.with_ids(&state_of);
             let without = WorkloadRule {
                 uid: with.uid.filter(|_| user.is_none()),
                 gid: with.gid.filter(|_| group.is_none()),
@@ -178,7 +176,7 @@ impl Resolved {
                 ..with
             };
             let is_incomplete = user.is_some() || group.is_some() || supplementary_group.is_some();
-            is_incomplete.then_some(Incomplete {
+            is_incomplete.then_some(IncompleteRule {
                 index,
                 without,
                 user,
@@ -191,13 +189,13 @@ impl Resolved {
             incomplete,
             rules: rules
                 .iter()
-                .map(|named| named.with_numbers(&number))
+                .map(|named| named.with_ids(&state_of))
                 .collect(),
         }
     }
 
     /// Returns the first rule that matches, as [`decide`] does.
-    pub fn decide(&self, caller: &Caller, since: Instant) -> Decision<'_> {
+    pub fn decide(&self, caller: CallerFacts<'_>, since: Instant) -> Decision<'_> {
         decide(&self.rules, caller, since)
     }
 
@@ -206,11 +204,11 @@ impl Resolved {
     /// that name, since its number may arrive before the decision.
     pub fn facts_needed(
         &self,
-        caller: &Caller,
+        caller: CallerFacts<'_>,
         is_other: impl Fn(&AccountName, u32) -> bool,
     ) -> Option<ProcessFacts> {
         let needed = facts_needed(&self.rules, caller);
-        let may_be = |incomplete: &&Incomplete| {
+        let may_be = |incomplete: &&IncompleteRule| {
             incomplete.user.is_some() && incomplete.can_be_of(caller, &is_other)
         };
         let by_unknown = self.incomplete.iter().filter(may_be);
@@ -226,7 +224,7 @@ impl Resolved {
     /// another name. Fails if the result depends on the current file at a path.
     pub fn missing(
         &self,
-        caller: &Caller,
+        caller: CallerFacts<'_>,
         decision: &Decision<'_>,
         is_other: impl Fn(&AccountName, u32) -> bool,
         since: Instant,
@@ -235,7 +233,7 @@ impl Resolved {
             Decision::Matched(rule) => self.rules.iter().position(|one| std::ptr::eq(one, *rule)),
             Decision::NoMatch | Decision::NeedsProcess | Decision::NeedsFile(_) => None,
         };
-        let before = |incomplete: &&Incomplete| end.is_none_or(|end| incomplete.index < end);
+        let before = |incomplete: &&IncompleteRule| end.is_none_or(|end| incomplete.index < end);
         let mut missing = MissingNames::default();
         for incomplete in self.incomplete.iter().filter(before) {
             if incomplete.could_match(caller, &is_other, since)? {
@@ -246,12 +244,12 @@ impl Resolved {
     }
 }
 
-impl Incomplete {
+impl IncompleteRule {
     /// Returns whether the rule would match with some number for each unknown name. Facts that were
     /// not read exclude nothing.
     fn could_match(
         &self,
-        caller: &Caller,
+        caller: CallerFacts<'_>,
         is_other: impl Fn(&AccountName, u32) -> bool,
         since: Instant,
     ) -> Result<bool, &ExeMatcher> {
@@ -266,15 +264,19 @@ impl Incomplete {
     }
 
     /// Returns whether the caller may be the user, and in the groups, that the unknown names mean.
-    fn can_be_of(&self, caller: &Caller, is_other: impl Fn(&AccountName, u32) -> bool) -> bool {
-        let process = caller.process.as_ref();
+    fn can_be_of(
+        &self,
+        caller: CallerFacts<'_>,
+        is_other: impl Fn(&AccountName, u32) -> bool,
+    ) -> bool {
+        let process = caller.process;
         let can_be = |unknown: &UnknownName, ids: Option<&[u32]>| match (unknown, ids) {
             (Some((name, _)), Some(ids)) => ids
                 .iter()
                 .any(|id| *id != OVERFLOW_ID && !is_other(name, *id)),
             _ => true,
         };
-        can_be(&self.user, Some(&[caller.uid]))
+        can_be(&self.user, Some(&[caller.peer.uid]))
             && can_be(
                 &self.group,
                 process.map(|process| std::slice::from_ref(&process.gid)),

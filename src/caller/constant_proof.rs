@@ -2,21 +2,22 @@
 
 use async_trait::async_trait;
 
-use super::{AttestError, Caller, ListenerKind, PeerProof, Process};
+use super::{AttestError, Caller, ListenerKind, PeerFacts, PeerProof, Process};
 use crate::cgroup::CgroupPath;
 
+/// The proof of a caller that never changes.
 #[derive(Debug)]
-struct Unchanged;
+pub(crate) struct ConstantProof;
 
 #[async_trait]
-impl PeerProof for Unchanged {
+impl PeerProof for ConstantProof {
     async fn verify_unchanged(&self) -> Result<(), AttestError> {
         Ok(())
     }
 }
 
 /// Returns a caller without a pod, in the cgroup at this path if there is one.
-pub(crate) fn unchanged(
+pub(crate) fn constant_caller(
     listener: ListenerKind,
     uid: u32,
     cgroup: Option<&str>,
@@ -25,11 +26,11 @@ pub(crate) fn unchanged(
     let cgroup = cgroup.map(|path| CgroupPath::parse(path).unwrap());
     Caller {
         listener,
-        uid,
-        cgroup,
-        pod: None,
-        netns_inode: None,
+        peer: PeerFacts {
+            cgroup,
+            ..PeerFacts::of_user(uid)
+        },
         process,
-        proof: Box::new(Unchanged),
+        proof: Box::new(ConstantProof),
     }
 }
