@@ -35,9 +35,11 @@ mod error_response;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod guarded_stream;
+mod kernel_failures;
 mod own_probe;
 mod request_validation;
 
+pub use kernel_failures::KernelFailures;
 pub use own_probe::OwnProbe;
 pub use request_validation::{Authorization, RequestHead};
 
@@ -70,6 +72,8 @@ pub struct CredentialEndpoint {
     pub own_probe: OwnProbe,
     /// The limit of connections, in total and for each workload.
     pub connections: FairSemaphore<WorkloadKey>,
+    /// The log of queries to the kernel that failed.
+    pub kernel_failures: KernelFailures,
 }
 
 type HttpResponse = Response<Full<Bytes>>;
@@ -326,6 +330,7 @@ impl CredentialEndpoint {
                 }
             }
             Err(refused) => {
+                self.kernel_failures.log(&refused);
                 record
                     .finish(refused.outcome(), refused.reason(), None)
                     .await;

@@ -4,7 +4,6 @@
 pub mod profiles;
 
 use std::fmt;
-use std::io;
 use std::process::Command;
 
 use HigherPrecedence::{Alone, IsSent, WithOthers};
@@ -80,10 +79,6 @@ const PROXIES: [&str; 6] = [
     "all_proxy",
     "ALL_PROXY",
 ];
-
-/// The shell's exit statuses for a command that cannot be run.
-const NOT_FOUND: u8 = 127;
-const NOT_EXECUTABLE: u8 = 126;
 
 /// Variables to set and to remove.
 #[derive(Debug, Clone)]
@@ -166,14 +161,6 @@ fn quoted(value: &str) -> String {
         return value.to_owned();
     }
     format!("'{}'", value.replace('\'', r"'\''"))
-}
-
-/// Returns the exit status of a shell for a command that could not be started.
-pub fn exit_code(error: &io::Error) -> u8 {
-    match error.kind() {
-        io::ErrorKind::NotFound => NOT_FOUND,
-        _ => NOT_EXECUTABLE,
-    }
 }
 
 #[cfg(test)]
@@ -285,11 +272,5 @@ mod tests {
                 (expected, expected)
             );
         }
-    }
-
-    #[test]
-    fn exit_code_is_that_of_a_shell() {
-        assert_eq!(exit_code(&io::ErrorKind::NotFound.into()), 127);
-        assert_eq!(exit_code(&io::ErrorKind::PermissionDenied.into()), 126);
     }
 }

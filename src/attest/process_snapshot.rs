@@ -3,6 +3,7 @@
 //! Interfaces: `PIDFD_GET_INFO` of `ioctl_pidfd(2)` where the kernel has it, else
 //! `proc_pid_status(5)` and `proc_pid_cgroup(5)`; `proc_pid_stat(5)`, `pidfd_open(2)`.
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -284,7 +285,7 @@ impl ProcessSnapshot {
 
     /// Returns the start time in clock ticks since boot. May block.
     pub(crate) fn start_time(&self) -> Result<u64, AttestError> {
-        start_time(&read(self.directory()?, "stat")?).ok_or(AttestError::Kernel)
+        start_time(&read(self.directory()?, "stat")?).ok_or(AttestError::kernel("stat", None))
     }
 
     /// Returns the number that [`Process::started`] describes.
@@ -332,14 +333,17 @@ impl ProcessIds {
             }),
             Ok(_) => Self::of_proc(directory()?),
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Err(AttestError::CallerGone),
-            Err(_) => Err(AttestError::Kernel),
+            Err(error) => Err(AttestError::kernel("PIDFD_GET_INFO", os_error(&error))),
         }
     }
 
     /// Reads the ids from `/proc`, which every kernel has.
     fn of_proc(directory: &OwnedFd) -> Result<Self, AttestError> {
         let [uids, gids] = status_numbers(directory, [("Uid", 4), ("Gid", 4)])?;
-        let four = |ids: Vec<u32>| ids.try_into().map_err(|_| AttestError::Kernel);
+        let four = |ids: Vec<u32>| {
+            ids.try_into()
+                .map_err(|_| AttestError::kernel("status", None))
+        };
         let (uids, gids) = (four(uids)?, four(gids)?);
         let cgroups = read(directory, "cgroup")?;
         Ok(Self {
@@ -383,7 +387,8 @@ fn in_other_namespaces(host: &Host, handle: &ProcessHandle) -> Result<bool, Atte
         .proc_root
         .join("self/fdinfo")
         .join(handle.pidfd().as_raw_fd().to_string());
-    let info = std::fs::File::open(own).map_err(|_| AttestError::Kernel)?;
+    let info = std::fs::File::open(own)
+        .map_err(|error| AttestError::kernel("self/fdinfo", os_error(&error)))?;
     let pids = match status::numbers(info, [NAMESPACE_PIDS]) {
         Ok([pids]) => pids,
         Err(_) => {
@@ -442,7 +447,7 @@ fn status_numbers<const N: usize>(
 ) -> Result<[Vec<u32>; N], AttestError> {
     status::numbers(open(directory, "status")?, lines).map_err(|error| match error {
         StatusError::Io(error) => read_error("status", error),
-        StatusError::Malformed => AttestError::Kernel,
+        StatusError::Malformed => AttestError::kernel("status", None),
         // A process always has four ids of each kind, so only its groups can be too many.
         StatusError::TooMany => AttestError::TooManyGroups,
     })
@@ -465,11 +470,12 @@ fn open(directory: &OwnedFd, name: &'static str) -> Result<OwnedFd, AttestError>
 fn read_error(name: &'static str, error: Errno) -> AttestError {
     match error {
         Errno::ESRCH | Errno::ENOENT => AttestError::CallerGone,
-        error => {
-            tracing::warn!(%error, file = name, "cannot read a caller's /proc entry");
-            AttestError::Kernel
-        }
+        error => AttestError::kernel(name, error),
     }
+}
+
+fn os_error(error: &io::Error) -> Option<Errno> {
+    error.raw_os_error().map(Errno::from_raw)
 }
 
 /// Parses field 22 of `stat`. It counts from the *last* `)`, since the process chooses the name in

@@ -8,10 +8,10 @@
 use std::borrow::Cow;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::exit_status::ExitStatus;
 use clap::Args;
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
@@ -102,16 +102,16 @@ impl CredentialProcess {
         clippy::print_stderr,
         reason = "SDKs show standard error to their user"
     )]
-    pub fn run(&self) -> ExitCode {
+    pub fn run(&self) -> ExitStatus {
         match self.fetch().and_then(|output| {
             io::stdout()
                 .write_all(&output)
                 .map_err(|error| error.to_string())
         }) {
-            Ok(()) => ExitCode::SUCCESS,
+            Ok(()) => ExitStatus::Success,
             Err(error) => {
                 eprintln!("awsvid credential-process: {error}");
-                ExitCode::FAILURE
+                ExitStatus::Failure
             }
         }
     }

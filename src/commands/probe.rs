@@ -6,9 +6,9 @@
 )]
 
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use crate::exit_status::ExitStatus;
 use clap::{Args, ValueEnum};
 use nix::unistd::geteuid;
 
@@ -52,10 +52,10 @@ enum ProbeKind {
 impl Probe {
     /// Probes once and prints the result.
     #[expect(clippy::print_stdout, reason = "the output of this command")]
-    pub fn run(&self) -> ExitCode {
+    pub fn run(&self) -> ExitStatus {
         let (text, status) = match self.fetch() {
-            Ok((200, text)) => (text, ExitCode::SUCCESS),
-            Ok((_, text)) | Err(text) => (text, ExitCode::FAILURE),
+            Ok((200, text)) => (text, ExitStatus::Success),
+            Ok((_, text)) | Err(text) => (text, ExitStatus::Failure),
         };
         println!("{}", text.trim_end());
         status

@@ -10,10 +10,10 @@ mod table;
 
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::exit_status::ExitStatus;
 use clap::Args;
 use nix::unistd::geteuid;
 use serde_json::Value;
@@ -56,7 +56,7 @@ impl StatusCommand {
         clippy::print_stderr,
         reason = "errors of this command go to standard error"
     )]
-    pub fn run(&self) -> ExitCode {
+    pub fn run(&self) -> ExitStatus {
         let terminal = io::stdout().is_terminal();
         let style = TerminalStyle::new(terminal, |name| std::env::var(name).ok());
         let json = match self.output {
@@ -69,11 +69,11 @@ impl StatusCommand {
                 .and_then(|status| self.show(&status, json, style));
             match (shown, self.watch) {
                 (Ok(StatusView::Printed), None) | (Ok(StatusView::ReaderGone), _) => {
-                    return ExitCode::SUCCESS;
+                    return ExitStatus::Success;
                 }
                 (Err(error), None) => {
                     eprintln!("awsvid status: {error}");
-                    return ExitCode::FAILURE;
+                    return ExitStatus::Failure;
                 }
                 // The daemon may be back at the next attempt.
                 (Err(error), Some(_)) => eprintln!("awsvid status: {error}"),
