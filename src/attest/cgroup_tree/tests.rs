@@ -97,6 +97,27 @@ fn path_by_handle_works_on_the_real_tree() {
     );
 }
 
+/// The ids of removed cgroups are free for any user, so they would cause scans without end.
+#[tokio::test]
+async fn unknown_id_starts_no_scan_with_handles() {
+    let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
+    let Some(tree) = tree.filter(CgroupTree::detects_removed).map(Arc::new) else {
+        return;
+    };
+    let key = ScanKey {
+        namespace: None,
+        uid: Some(0),
+    };
+    let wait = || panic!("it waits for a scan");
+    let unknown = tree.path_of(u64::MAX, (TreeScope::All, key), wait);
+    assert_eq!(unknown.await, Err(AttestError::UnreadableCgroup));
+    assert!(
+        tree.snapshots
+            .iter()
+            .all(|last| last.lock().unwrap().is_empty())
+    );
+}
+
 #[test]
 fn listing_fails_for_unreadable_cgroups() {
     let root = tempfile::tempdir().unwrap();
