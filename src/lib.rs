@@ -26,7 +26,8 @@
 //! | exchange | [`exchange`] | JWT-SVID from [`svid`], credentials from [`sts`], within [`limits`] that are fair between workloads |
 //!
 //! Around the request path: [`pod_listeners`] listens in each pod's network namespace ([`netns`]),
-//! [`admin`] serves health and metrics, [`readiness`] decides when the daemon is ready, and
+//! [`admin`] serves health and metrics, [`readiness`] decides when the daemon is ready (by
+//! [`http_client`]), and
 //! [`hardening`] drops privileges, and [`watchdog`] reports to systemd that the threads work.
 //! [`app`] wires all of it, and [`daemon`] runs it.
 //!
@@ -99,6 +100,8 @@ pub mod cache;
 pub mod credential_service;
 
 pub mod http;
+
+pub mod http_client;
 
 pub mod pod_listeners;
 

@@ -148,19 +148,12 @@ impl Environment {
 impl fmt::Display for Environment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "unset {}", self.removed.join(" "))?;
-        self.set
-            .iter()
-            .try_for_each(|(name, value)| writeln!(f, "export {name}={}", quoted(value)))
+        self.set.iter().try_for_each(|(name, value)| {
+            // Only a NUL cannot be quoted, which no variable has.
+            let value = shlex::try_quote(value).map_err(|_| fmt::Error)?;
+            writeln!(f, "export {name}={value}")
+        })
     }
-}
-
-/// Quotes a word for a POSIX shell.
-fn quoted(value: &str) -> String {
-    let plain = |c: u8| c.is_ascii_alphanumeric() || b"/:._-,".contains(&c);
-    if !value.is_empty() && value.bytes().all(plain) {
-        return value.to_owned();
-    }
-    format!("'{}'", value.replace('\'', r"'\''"))
 }
 
 #[cfg(test)]

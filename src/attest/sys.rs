@@ -1,7 +1,7 @@
 //! System calls and socket options of attestation.
 //!
-//! rustix and nix make the calls that they wrap safely. The functions that are left to this crate
-//! say why their block is sound.
+//! rustix and nix make the calls that they wrap safely. Each unsafe block that is left
+//! has the reason why it is sound.
 
 use std::ffi::CStr;
 use std::io;

@@ -148,7 +148,7 @@ async fn run_steps(options: &CheckArgs, report: &mut CheckReport) {
         &host::KernelSupport::tried(&config, proc),
         report,
     );
-    daemon::check(&config, report);
+    daemon::check(&config, report).await;
     let (network, sts) = sts(&config);
     if let Err(error) = sts.prepare(&config.roles.sts_targets()).await {
         return report.failed(

@@ -246,13 +246,15 @@ async fn thumbprint(issuer: &PlannedIssuer, accepted: bool) -> (Option<String>, 
         deadline: REQUEST_TIMEOUT,
     };
     let chain = async {
-        let document = web.get(&live_token::discovery_url(issuer.url())).await?;
+        let url = live_token::discovery_url(issuer.url());
+        let document = web.get(&url).await.map_err(|error| error.to_string())?;
         let discovery: Value = serde_json::from_slice(&document.body)
             .map_err(|_| "its discovery document is not JSON")?;
         let keys = discovery["jwks_uri"]
             .as_str()
             .ok_or("its discovery document has no `jwks_uri`")?;
-        Ok::<_, String>(web.get(keys).await?.chain)
+        let keys = web.get(keys).await.map_err(|error| error.to_string())?;
+        Ok::<_, String>(keys.chain)
     };
     let url = issuer.url();
     match chain.await {
