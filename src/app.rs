@@ -20,8 +20,9 @@ use crate::cgroup::PodRoots;
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
 use crate::credential_service::CredentialService;
+use crate::exit_status::ExitStatus;
 use crate::hardening::DaemonFeatures;
-use crate::http::{CredentialEndpoint, OwnProbe};
+use crate::http::{CredentialEndpoint, KernelFailures, OwnProbe};
 use crate::limits::FairSemaphore;
 use crate::listen::{self, ActivatedSockets, Drain, ListenError};
 use crate::metrics::Metrics;
@@ -70,6 +71,25 @@ pub enum AppError {
     /// The STS client cannot be built.
     #[error(transparent)]
     Sts(#[from] InvalidSetting),
+}
+
+impl AppError {
+    /// Returns the exit status of a daemon that does not start because of this error.
+    pub fn exit_status(&self) -> ExitStatus {
+        match self {
+            // Another start would fail too: an environment variable, or a lack of the unit or the
+            // container.
+            Self::Sts(_)
+            | Self::Attest(StartError::UserNamespace)
+            | Self::Pods(PodsError::Denied(_)) => ExitStatus::Config,
+            Self::Attest(StartError::Proc { .. })
+            | Self::Pods(_)
+            | Self::Listen(_)
+            | Self::Audit { .. }
+            | Self::Token { .. }
+            | Self::Source(_) => ExitStatus::Failure,
+        }
+    }
 }
 
 /// The running daemon, with its listeners and tasks.
@@ -162,6 +182,7 @@ impl App {
                 config.listen.max_connections,
                 config.listen.max_connections_per_workload,
             ),
+            kernel_failures: KernelFailures::default(),
         });
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
         let admin = Arc::new(Admin::new(

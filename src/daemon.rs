@@ -3,19 +3,19 @@
 use std::future::pending;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
 use sd_notify::NotifyState;
+use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::spawn_blocking;
 
 use crate::app::{App, AppError, Startup};
-use crate::attest::{ExecMonitor, StartError};
+use crate::attest::ExecMonitor;
 use crate::config::{self, Config, Exposure, Problem};
+use crate::exit_status::ExitStatus;
 use crate::hardening::{self, DaemonFeatures};
 use crate::listen::ActivatedSockets;
 use crate::metrics::Metrics;
-use crate::pod_listeners::PodsError;
 use crate::telemetry;
 use crate::telemetry::Log;
 use crate::watchdog;
@@ -26,11 +26,24 @@ mod notifier;
 use config_watch::ConfigWatch;
 use notifier::Notifier;
 
-/// EX_CONFIG of sysexits.h. The systemd unit does not restart on it.
-const EX_CONFIG: u8 = 78;
-/// Added to a signal's number when that signal cut open requests, as shells report a killed
-/// process.
-const SIGNAL_EXIT_BASE: u8 = 128;
+/// The reason why the daemon does not start.
+#[derive(Debug, Error)]
+enum StartFailure {
+    #[error(transparent)]
+    App(#[from] AppError),
+    /// No thread, or no signal handler.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl StartFailure {
+    fn exit_status(&self) -> ExitStatus {
+        match self {
+            Self::App(error) => error.exit_status(),
+            Self::Io(_) => ExitStatus::Failure,
+        }
+    }
+}
 
 const NOT_COUNTED: &str =
     "executions of programs cannot be counted: callers are rejected (unseen_program)";
@@ -43,7 +56,7 @@ const NOT_COUNTED: &str =
     clippy::print_stderr,
     reason = "before the log is started, errors go to standard error"
 )]
-pub fn serve(path: &Path, watch: bool) -> ExitCode {
+pub fn serve(path: &Path, watch: bool) -> ExitStatus {
     // Before the files are loaded, so that no change is lost in between.
     let watch = watch.then(|| ConfigWatch::new(path));
     let loaded = match Config::load(path, Exposure::Refused, |name| std::env::var(name).ok()) {
@@ -52,7 +65,7 @@ pub fn serve(path: &Path, watch: bool) -> ExitCode {
             eprintln!(
                 "{errors}\nawsvid: not started: the configuration has errors; correct the lines above"
             );
-            return ExitCode::from(EX_CONFIG);
+            return ExitStatus::Config;
         }
     };
     let config::LoadedConfig {
@@ -67,7 +80,7 @@ pub fn serve(path: &Path, watch: bool) -> ExitCode {
         Ok(log) => log,
         Err(error) => {
             eprintln!("{}: [log] level: {error}", path.display());
-            return ExitCode::from(EX_CONFIG);
+            return ExitStatus::Config;
         }
     };
     warn(path, &warnings);
@@ -77,7 +90,7 @@ pub fn serve(path: &Path, watch: bool) -> ExitCode {
     hardening::harden_before_threads(features);
     if let Err(error) = log.start() {
         eprintln!("awsvid: the log cannot be written: {error}");
-        return ExitCode::FAILURE;
+        return ExitStatus::Failure;
     }
     // The default hook writes to standard error directly, and would block on its reader.
     std::panic::set_hook(Box::new(
@@ -89,16 +102,7 @@ pub fn serve(path: &Path, watch: bool) -> ExitCode {
     };
     let status = start(files, config, (&log, metrics), exec_monitor).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
-        // Errors that another start would repeat: an environment variable, or a lack of the unit or
-        // the container.
-        match error.downcast_ref() {
-            Some(
-                AppError::Sts(_)
-                | AppError::Attest(StartError::UserNamespace)
-                | AppError::Pods(PodsError::Denied(_)),
-            ) => ExitCode::from(EX_CONFIG),
-            _ => ExitCode::FAILURE,
-        }
+        error.exit_status()
     });
     log.flush();
     status
@@ -146,7 +150,7 @@ fn start(
     config: Config,
     (log, metrics): (&Log, Metrics),
     exec_monitor: Option<ExecMonitor>,
-) -> Result<ExitCode, Box<dyn std::error::Error>> {
+) -> Result<ExitStatus, StartFailure> {
     let inherited = ActivatedSockets::from_environment();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -167,7 +171,7 @@ async fn run(
     config: Config,
     startup: Startup,
     log: &Log,
-) -> Result<ExitCode, Box<dyn std::error::Error>> {
+) -> Result<ExitStatus, StartFailure> {
     let mut signals = Signals::catch()?;
     let mut hangup = signal(SignalKind::hangup())?;
     let notifier = Notifier::start();
@@ -195,10 +199,10 @@ async fn run(
     notifier.notify(vec![NotifyState::Stopping]).await;
     tracing::info!("draining: open requests are finished; a second signal cuts them");
     tokio::select! {
-        () = app.drain() => Ok(ExitCode::SUCCESS),
+        () = app.drain() => Ok(ExitStatus::Success),
         number = signals.end() => {
             tracing::warn!("stopped before open requests were finished");
-            Ok(ExitCode::from(SIGNAL_EXIT_BASE + number))
+            Ok(ExitStatus::Signal(number))
         }
     }
 }

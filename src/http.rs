@@ -21,10 +21,12 @@ mod error_response;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod guarded_stream;
+mod kernel_failures;
 mod own_probe;
 mod request;
 mod request_validation;
 
+pub use kernel_failures::KernelFailures;
 pub use own_probe::OwnProbe;
 pub use request_validation::{Authorization, RequestHead};
 
@@ -50,6 +52,8 @@ pub struct CredentialEndpoint {
     pub own_probe: OwnProbe,
     /// The limit of connections, in total and for each workload.
     pub connections: FairSemaphore<WorkloadKey>,
+    /// The log of queries to the kernel that failed.
+    pub kernel_failures: KernelFailures,
 }
 
 /// Returns the outcome and the reason of each way in which a request ends without credentials.

@@ -7,7 +7,8 @@
 //!
 //! Values, without I/O: [`identity`] (SPIFFE IDs), [`cgroup`] (facts of a cgroup path), [`caller`]
 //! (the attested peer), [`workload_rule`] (the SPIFFE ID of a caller), [`role`] (the roles of a
-//! SPIFFE ID), [`credentials`], [`clock`]. [`file_threads`] runs calls on files that may block.
+//! SPIFFE ID), [`credentials`], [`clock`], [`exit_status`]. [`file_threads`] runs calls on files
+//! that may block.
 //!
 //! Parts that all others need: [`config`], [`writer`] (lines, without blocking the callers),
 //! [`telemetry`] (the log), [`metrics`], [`upstream_status`] (state of the upstreams), [`audit`]
@@ -25,7 +26,8 @@
 //! | exchange | [`exchange`] | JWT-SVID from [`svid`], credentials from [`sts`], within [`limits`] that are fair between workloads |
 //!
 //! Around the request path: [`pod_listeners`] listens in each pod's network namespace ([`netns`]),
-//! [`admin`] serves health and metrics, [`readiness`] decides when the daemon is ready, and
+//! [`admin`] serves health and metrics, [`readiness`] decides when the daemon is ready (by
+//! [`http_client`]), and
 //! [`hardening`] drops privileges, and [`watchdog`] reports to systemd that the threads work.
 //! [`app`] wires all of it, and [`daemon`] runs it.
 //!
@@ -58,6 +60,8 @@ pub mod role;
 pub mod credentials;
 
 pub mod clock;
+
+pub mod exit_status;
 
 pub mod limits;
 
@@ -96,6 +100,8 @@ pub mod cache;
 pub mod credential_service;
 
 pub mod http;
+
+pub mod http_client;
 
 pub mod pod_listeners;
 

@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
 use awsvid::commands::config::ConfigArgs;
 use awsvid::commands::credential_process::CredentialProcess;
@@ -14,6 +13,7 @@ use awsvid::commands::{check, trust_policy};
 use awsvid::daemon;
 #[cfg(feature = "dev")]
 use awsvid::dev;
+use awsvid::exit_status::ExitStatus;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
@@ -134,7 +134,7 @@ Examples:
     },
 }
 
-fn main() -> ExitCode {
+fn main() -> ExitStatus {
     match Arguments::parse().command {
         Command::Serve { config, watch } => daemon::serve(&config, watch),
         Command::Config(configuration) => configuration.run(),
@@ -185,7 +185,7 @@ fn long_version() -> String {
     )
 }
 
-fn completions(shell: Shell) -> ExitCode {
+fn completions(shell: Shell) -> ExitStatus {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Arguments::command(), "awsvid", &mut script);
     print(&script)
@@ -195,7 +195,7 @@ fn completions(shell: Shell) -> ExitCode {
 const CONFIGURATION_PAGE: &str = "awsvid.toml";
 
 /// Prints a page made from the definitions above, so that it agrees with `--help`.
-fn man(names: &[String]) -> ExitCode {
+fn man(names: &[String]) -> ExitStatus {
     if names == [CONFIGURATION_PAGE] {
         return print(awsvid::config::manual_page().as_bytes());
     }
@@ -211,20 +211,20 @@ fn man(names: &[String]) -> ExitCode {
                 .exit(),
         };
     }
-    page(command).map_or(ExitCode::FAILURE, |page| print(&page))
+    page(command).map_or(ExitStatus::Failure, |page| print(&page))
 }
 
 /// Writes all pages, in files with the names that man(1) expects.
 #[expect(clippy::print_stderr, reason = "a command that a person runs")]
-fn pages(directory: &Path) -> ExitCode {
+fn pages(directory: &Path) -> ExitStatus {
     let written = fs::create_dir_all(directory)
         .and_then(|()| write_pages(directory, &defined()))
         .and_then(|()| write_configuration_page(directory));
     match written {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => ExitStatus::Success,
         Err(error) => {
             eprintln!("awsvid man: {}: {error}", directory.display());
-            ExitCode::FAILURE
+            ExitStatus::Failure
         }
     }
 }
@@ -333,9 +333,9 @@ fn usage(arg: &clap::Arg) -> String {
 }
 
 /// Prints the text. A reader that stops early is not an error.
-fn print(text: &[u8]) -> ExitCode {
+fn print(text: &[u8]) -> ExitStatus {
     match io::stdout().write_all(text) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => ExitCode::FAILURE,
-        _ => ExitCode::SUCCESS,
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => ExitStatus::Failure,
+        _ => ExitStatus::Success,
     }
 }

@@ -11,7 +11,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use http_body_util::Empty;
+use hyper::Request;
+use hyper::body::Bytes;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{sleep, timeout};
 use zeroize::Zeroizing;
@@ -21,6 +24,7 @@ use crate::attest::Attestor;
 use crate::config::{self, Config};
 use crate::file_threads::FileThreads;
 use crate::http::OwnProbe;
+use crate::http_client;
 use crate::metrics::Metrics;
 use crate::pod_listeners::TakeoverGate;
 use crate::role::StsTarget;
@@ -32,8 +36,8 @@ use crate::telemetry::LogQuota;
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest time for the answer of a listener.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// The longest answer in bytes. Error answers of awsvid are shorter.
-const MAX_ANSWER_BYTES: u64 = 4096;
+/// The longest body of an answer in bytes. Those of awsvid's errors are shorter.
+const MAX_ANSWER_BYTES: usize = 4096;
 /// The reason of a request that fails because the kernel lacks a feature.
 const UNSUPPORTED: &str = "unsupported_kernel";
 const NOTHING_SERVED: &str =
@@ -262,7 +266,7 @@ impl ProbedListeners {
     }
 
     /// Probes the listeners that have not answered yet, and returns one that still does not.
-    async fn probe_all(&mut self, probe: &str) -> Option<&ProbeTarget> {
+    async fn probe_all(&mut self, probe: &Request<Empty<Bytes>>) -> Option<&ProbeTarget> {
         self.unanswered.append(&mut self.unsupported);
         while let Some(listener) = self.unanswered.pop() {
             match listener.probe(probe).await {
@@ -331,7 +335,8 @@ impl fmt::Display for ProbeTarget {
 
 impl ProbeTarget {
     /// Probes the listener. Returns `None` if it does not answer, or rejects for another reason.
-    async fn probe(&self, probe: &str) -> Option<ProbeAnswer> {
+    async fn probe(&self, probe: &Request<Empty<Bytes>>) -> Option<ProbeAnswer> {
+        let probe = probe.clone();
         let reply = timeout(ANSWER_TIMEOUT, async {
             match self {
                 Self::Unix(path) => probe_listener(UnixStream::connect(path).await?, probe).await,
@@ -357,29 +362,26 @@ impl ProbeTarget {
     }
 }
 
-/// Sends the probe, and returns the result. A 404 shows that the listener attests this process; a
-/// 403 shows that it does not.
+/// Sends the probe, and returns the result.
 async fn probe_listener<S: AsyncRead + AsyncWrite + Unpin>(
-    mut stream: S,
-    request: &str,
+    stream: S,
+    probe: Request<Empty<Bytes>>,
 ) -> io::Result<Option<ProbeAnswer>> {
-    stream.write_all(request.as_bytes()).await?;
-    let mut reply = Vec::new();
-    stream
-        .take(MAX_ANSWER_BYTES)
-        .read_to_end(&mut reply)
-        .await?;
-    Ok(classify_reply(&reply))
+    let response = http_client::send(stream, probe, MAX_ANSWER_BYTES).await;
+    // An answer that is not HTTP is not the daemon's.
+    Ok(response
+        .ok()
+        .and_then(|response| classify_reply(response.status, &response.body)))
 }
 
-fn classify_reply(reply: &[u8]) -> Option<ProbeAnswer> {
-    let end = reply.windows(4).position(|four| four == b"\r\n\r\n")?;
-    let (head, body) = reply.split_at(end + 4);
-    if head.starts_with(b"HTTP/1.1 404 ") {
+/// Returns the meaning of an answer. A 404 shows that the listener attests this process; a 403 shows
+/// that it does not.
+fn classify_reply(status: u16, body: &[u8]) -> Option<ProbeAnswer> {
+    if status == 404 {
         return Some(ProbeAnswer::Attested);
     }
     let body: serde_json::Value = serde_json::from_slice(body).ok()?;
-    let is_unsupported = head.starts_with(b"HTTP/1.1 403 ") && body["code"] == UNSUPPORTED;
+    let is_unsupported = status == 403 && body["code"] == UNSUPPORTED;
     is_unsupported.then_some(ProbeAnswer::Unsupported)
 }
 

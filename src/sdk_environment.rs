@@ -4,7 +4,6 @@
 pub mod profiles;
 
 use std::fmt;
-use std::io;
 use std::process::Command;
 
 use HigherPrecedence::{Alone, IsSent, WithOthers};
@@ -81,10 +80,6 @@ const PROXIES: [&str; 6] = [
     "ALL_PROXY",
 ];
 
-/// The shell's exit statuses for a command that cannot be run.
-const NOT_FOUND: u8 = 127;
-const NOT_EXECUTABLE: u8 = 126;
-
 /// Variables to set and to remove.
 #[derive(Debug, Clone)]
 pub struct Environment {
@@ -153,26 +148,11 @@ impl Environment {
 impl fmt::Display for Environment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "unset {}", self.removed.join(" "))?;
-        self.set
-            .iter()
-            .try_for_each(|(name, value)| writeln!(f, "export {name}={}", quoted(value)))
-    }
-}
-
-/// Quotes a word for a POSIX shell.
-fn quoted(value: &str) -> String {
-    let plain = |c: u8| c.is_ascii_alphanumeric() || b"/:._-,".contains(&c);
-    if !value.is_empty() && value.bytes().all(plain) {
-        return value.to_owned();
-    }
-    format!("'{}'", value.replace('\'', r"'\''"))
-}
-
-/// Returns the exit status of a shell for a command that could not be started.
-pub fn exit_code(error: &io::Error) -> u8 {
-    match error.kind() {
-        io::ErrorKind::NotFound => NOT_FOUND,
-        _ => NOT_EXECUTABLE,
+        self.set.iter().try_for_each(|(name, value)| {
+            // Only a NUL cannot be quoted, which no variable has.
+            let value = shlex::try_quote(value).map_err(|_| fmt::Error)?;
+            writeln!(f, "export {name}={value}")
+        })
     }
 }
 
@@ -285,11 +265,5 @@ mod tests {
                 (expected, expected)
             );
         }
-    }
-
-    #[test]
-    fn exit_code_is_that_of_a_shell() {
-        assert_eq!(exit_code(&io::ErrorKind::NotFound.into()), 127);
-        assert_eq!(exit_code(&io::ErrorKind::PermissionDenied.into()), 126);
     }
 }

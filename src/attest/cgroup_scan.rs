@@ -1,5 +1,10 @@
-//! Scans of the cgroup tree, for kernels that do not open a directory by its id for this process.
-//! It finds the directories that exist, and limits how often that may be done.
+//! Scans of the cgroup tree: they find the directories that exist, and are throttled.
+//!
+//! Where `open_by_handle_at(2)` opens a cgroup by its id, no scan runs. The call is not available
+//! in two cases: the daemon lacks `CAP_DAC_READ_SEARCH`, as in the DaemonSet that names no
+//! processes, or a filter forbids the call. Peers over TCP have only an id there, so only a scan
+//! finds their cgroup. Without scans each daemon would need the capability, which opens every file
+//! of the host for reading.
 
 #![expect(
     clippy::disallowed_methods,

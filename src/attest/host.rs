@@ -150,7 +150,12 @@ impl Host {
         pidfd: OwnedFd,
     ) -> Result<Arc<ProcessHandle>, AttestError> {
         let inode = match self.pidfds_have_inodes {
-            true => Some(fstat(&pidfd).map_err(|_| AttestError::Kernel)?.st_ino),
+            true => {
+                let facts = fstat(&pidfd);
+                let facts =
+                    facts.map_err(|errno| AttestError::kernel("fstat of a pidfd", errno))?;
+                Some(facts.st_ino)
+            }
             false => None,
         };
         if let Some(handle) = self

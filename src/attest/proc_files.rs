@@ -1,5 +1,6 @@
 //! The files of a process in `/proc`.
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
@@ -55,7 +56,8 @@ pub(crate) fn in_other_namespaces(
         .proc_root
         .join("self/fdinfo")
         .join(handle.pidfd().as_raw_fd().to_string());
-    let info = std::fs::File::open(own).map_err(|_| AttestError::Kernel)?;
+    let info = std::fs::File::open(own)
+        .map_err(|error| AttestError::kernel("self/fdinfo", os_error(&error)))?;
     let pids = match status::numbers(info, [NAMESPACE_PIDS]) {
         Ok([pids]) => pids,
         Err(_) => {
@@ -101,7 +103,7 @@ pub(crate) fn status_numbers<const N: usize>(
 ) -> Result<[Vec<u32>; N], AttestError> {
     status::numbers(open(directory, "status")?, lines).map_err(|error| match error {
         StatusError::Io(error) => read_error("status", error),
-        StatusError::Malformed => AttestError::Kernel,
+        StatusError::Malformed => AttestError::kernel("status", None),
         // A process always has four ids of each kind, so only its groups can be too many.
         StatusError::TooMany => AttestError::TooManyGroups,
     })
@@ -124,11 +126,13 @@ fn open(directory: &OwnedFd, name: &'static str) -> Result<OwnedFd, AttestError>
 fn read_error(name: &'static str, error: Errno) -> AttestError {
     match error {
         Errno::ESRCH | Errno::ENOENT => AttestError::CallerGone,
-        error => {
-            tracing::warn!(%error, file = name, "cannot read a caller's /proc entry");
-            AttestError::Kernel
-        }
+        error => AttestError::kernel(name, error),
     }
+}
+
+/// Returns the error's number, if the kernel has returned the error.
+pub(crate) fn os_error(error: &io::Error) -> Option<Errno> {
+    error.raw_os_error().map(Errno::from_raw)
 }
 
 /// Parses field 22 of `stat`. It counts from the *last* `)`, since the process chooses the name in

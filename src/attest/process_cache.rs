@@ -107,7 +107,7 @@ impl ProcessHandle {
         match poll(&mut fds, PollTimeout::ZERO) {
             Ok(0) => Ok(()),
             Ok(_) => Err(AttestError::CallerGone),
-            Err(_) => Err(AttestError::Kernel),
+            Err(errno) => Err(AttestError::kernel("poll of a pidfd", errno)),
         }
     }
 

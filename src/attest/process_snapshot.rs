@@ -11,7 +11,7 @@ use nix::fcntl;
 use crate::attest::exec_monitor::ExecCountWatch;
 use crate::attest::host::Host;
 use crate::attest::proc_files::{
-    executable_file, in_other_namespaces, names_container, read, read_groups, start_time,
+    executable_file, in_other_namespaces, names_container, os_error, read, read_groups, start_time,
     status_numbers, v2,
 };
 use crate::attest::process_cache::ProcessHandle;
@@ -283,7 +283,7 @@ impl ProcessSnapshot {
 
     /// Returns the start time in clock ticks since boot. May block.
     pub(crate) fn start_time(&self) -> Result<u64, AttestError> {
-        start_time(&read(self.directory()?, "stat")?).ok_or(AttestError::Kernel)
+        start_time(&read(self.directory()?, "stat")?).ok_or(AttestError::kernel("stat", None))
     }
 
     /// Returns the number that [`Process::started`] describes.
@@ -331,14 +331,17 @@ impl ProcessIds {
             }),
             Ok(_) => Self::of_proc(directory()?),
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Err(AttestError::CallerGone),
-            Err(_) => Err(AttestError::Kernel),
+            Err(error) => Err(AttestError::kernel("PIDFD_GET_INFO", os_error(&error))),
         }
     }
 
     /// Reads the ids from `/proc`, which every kernel has.
     fn of_proc(directory: &OwnedFd) -> Result<Self, AttestError> {
         let [uids, gids] = status_numbers(directory, [("Uid", 4), ("Gid", 4)])?;
-        let four = |ids: Vec<u32>| ids.try_into().map_err(|_| AttestError::Kernel);
+        let four = |ids: Vec<u32>| {
+            ids.try_into()
+                .map_err(|_| AttestError::kernel("status", None))
+        };
         let (uids, gids) = (four(uids)?, four(gids)?);
         let cgroups = read(directory, "cgroup")?;
         Ok(Self {

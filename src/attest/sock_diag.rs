@@ -32,6 +32,8 @@ const NO_COOKIE: u64 = u64::MAX;
 const LIVE_STATES: [u8; 3] = [1, 4, 5];
 /// The name of the loopback device in every network namespace.
 const LOOPBACK: &str = "lo";
+/// The query, as errors name it.
+const QUERY: &str = "sock_diag";
 /// The network namespace of the calling thread.
 const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
 
@@ -131,10 +133,7 @@ impl SockDiag {
         let mut buffer = [0_u8; 1024];
         let length = self
             .round_trip(&request, sequence, &mut buffer)
-            .map_err(|error| {
-                tracing::error!(%error, "sock_diag query failed; rejecting the TCP caller");
-                AttestError::Kernel
-            })?;
+            .map_err(|errno| AttestError::kernel(QUERY, errno))?;
         let length = length.ok_or(AttestError::CallerGone)?;
         parse(&buffer[..length], client, server)
     }
@@ -158,7 +157,7 @@ impl SockDiag {
         request: &[u8],
         sequence: u32,
         buffer: &mut [u8],
-    ) -> io::Result<Option<usize>> {
+    ) -> nix::Result<Option<usize>> {
         let netlink = self.netlink(sequence);
         let Some(netlink) = &*netlink else {
             return Ok(None);
@@ -191,11 +190,11 @@ fn netlink() -> io::Result<OwnedFd> {
     Ok(netlink)
 }
 
-fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
+fn retry<T>(mut call: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
     loop {
         match call() {
             Err(Errno::EINTR) => {}
-            result => return Ok(result?),
+            result => return result,
         }
     }
 }
@@ -235,29 +234,29 @@ pub(crate) fn parse(
     client: SocketAddr,
     server: SocketAddr,
 ) -> Result<SocketInfo, AttestError> {
-    let kind = read_u16(reply, 4).ok_or(AttestError::Kernel)?;
+    let unreadable = || AttestError::kernel(QUERY, None);
+    let kind = read_u16(reply, 4).ok_or_else(unreadable)?;
     if kind == NLMSG_ERROR {
         let errno = read_u32(reply, NLMSG_HEADER)
             .map(|code| Errno::from_raw(code.cast_signed().wrapping_neg()));
         return Err(if errno == Some(Errno::ENOENT) {
             AttestError::CallerGone
         } else {
-            AttestError::Kernel
+            AttestError::kernel(QUERY, errno)
         });
     }
     let length = read_u32(reply, 0).map_or(0, |length| length as usize);
     let message = reply
         .get(NLMSG_HEADER..length)
         .filter(|message| message.len() >= INET_DIAG_MSG_BYTES)
-        .ok_or(AttestError::Kernel)?;
+        .ok_or_else(unreadable)?;
     if kind != SOCK_DIAG_BY_FAMILY {
-        return Err(AttestError::Kernel);
+        return Err(unreadable());
     }
     let (family, state) = (message[0], message[1]);
-    let source =
-        endpoint(family, &message[8..24], [message[4], message[5]]).ok_or(AttestError::Kernel)?;
-    let target =
-        endpoint(family, &message[24..40], [message[6], message[7]]).ok_or(AttestError::Kernel)?;
+    let source = endpoint(family, &message[8..24], [message[4], message[5]]);
+    let target = endpoint(family, &message[24..40], [message[6], message[7]]);
+    let (source, target) = source.zip(target).ok_or_else(unreadable)?;
     let inode = read_u32(message, 68).unwrap_or(0);
     // A socket that its process has closed has uid 0 and inode 0.
     if source != canonical(client)
@@ -269,7 +268,7 @@ pub(crate) fn parse(
     }
     let (uid, cookie) = read_u32(message, 64)
         .zip(read_u64(message, 44))
-        .ok_or(AttestError::Kernel)?;
+        .ok_or_else(unreadable)?;
     Ok(SocketInfo {
         uid,
         inode,

@@ -255,7 +255,8 @@ impl BudgetTracker {
 }
 
 fn thread_time() -> Result<Duration, AttestError> {
-    let now = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_err(|_| AttestError::Kernel)?;
+    let now = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
+        .map_err(|errno| AttestError::kernel("clock_gettime", errno))?;
     Ok(Duration::from(now))
 }
 

@@ -1,29 +1,22 @@
-//! The few system calls and socket options without a safe wrapper.
-#![allow(
-    unsafe_code,
-    reason = "raw system calls are this module's whole purpose; nothing else is in it"
-)]
+//! System calls and socket options of attestation.
+//!
+//! rustix and nix make the calls that they wrap safely. Each unsafe block that is left
+//! has the reason why it is sound.
 
 use std::ffi::CStr;
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
-
-/// The number of the option, which exists from Linux 6.5 on.
-const SO_PEERPIDFD: libc::c_int = 77;
+use nix::sys::socket::{getsockopt, sockopt::PeerPidfd};
+use rustix::fs::{AtFlags, StatxFlags};
+use rustix::process::{Pid, PidfdFlags};
 
 /// Calls `pidfd_open(2)`: returns a descriptor of the process that has this pid now.
 pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
-    // SAFETY: takes two integers and no memory; the result is checked below.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call succeeded, so this is a new descriptor without another owner.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
 }
 
 /// The size of the first buffer. Most files of `/proc` and cgroups fit, and are read in one call.
@@ -61,17 +54,8 @@ pub(crate) fn read_link<'r>(
     directory: BorrowedFd<'_>,
     name: &CStr,
     room: &'r mut [u8],
-) -> nix::Result<&'r [u8]> {
-    // SAFETY: `name` ends with a zero, and the kernel writes at most `room.len()` bytes.
-    let length = unsafe {
-        libc::readlinkat(
-            directory.as_raw_fd(),
-            name.as_ptr(),
-            room.as_mut_ptr().cast(),
-            room.len(),
-        )
-    };
-    let length = usize::try_from(length).map_err(|_| Errno::last())?;
+) -> io::Result<&'r [u8]> {
+    let length = rustix::fs::readlinkat_raw(directory, name, &mut *room)?;
     Ok(&room[..length])
 }
 
@@ -87,25 +71,13 @@ pub(crate) struct FileFacts {
 /// Calls `statx(2)` for facts that the kernel has cached. A program may be on a network's or a
 /// user's file system. A query to a server that does not reply would hang the daemon.
 pub(crate) fn file_facts(directory: BorrowedFd<'_>, name: &CStr) -> nix::Result<FileFacts> {
-    let mut found = MaybeUninit::<libc::statx>::zeroed();
-    let flags = libc::AT_STATX_DONT_SYNC | libc::AT_NO_AUTOMOUNT;
-    let wanted = libc::STATX_INO | libc::STATX_CTIME;
-    // SAFETY: `name` ends with a zero, and `found` has room for what the kernel writes.
-    let status = unsafe {
-        libc::statx(
-            directory.as_raw_fd(),
-            name.as_ptr(),
-            flags,
-            wanted,
-            found.as_mut_ptr(),
-        )
-    };
-    Errno::result(status)?;
-    // SAFETY: all of its bytes are zero or written by the kernel, and any bytes are a valid value.
-    let found = unsafe { found.assume_init() };
+    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+    let wanted = StatxFlags::INO | StatxFlags::CTIME;
+    let found = rustix::fs::statx(directory, name, flags, wanted)
+        .map_err(|errno| Errno::from_raw(errno.raw_os_error()))?;
     let (seconds, nanoseconds) = (found.stx_ctime.tv_sec, found.stx_ctime.tv_nsec);
     Ok(FileFacts {
-        device: libc::makedev(found.stx_dev_major, found.stx_dev_minor),
+        device: rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor),
         inode: found.stx_ino,
         changed: (seconds, nanoseconds.into()),
     })
@@ -116,26 +88,11 @@ pub(crate) fn file_facts(directory: BorrowedFd<'_>, name: &CStr) -> nix::Result<
 /// If that process has exited, some kernels return an error, and others a pidfd that reads as
 /// exited.
 pub(crate) fn peer_pidfd(socket: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> {
-    let mut fd: RawFd = -1;
-    let mut length = libc::socklen_t::try_from(size_of::<RawFd>()).map_err(io::Error::other)?;
-    // SAFETY: `fd` is valid for the `length` bytes that the kernel may write.
-    let status = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_PEERPIDFD,
-            (&raw mut fd).cast(),
-            &raw mut length,
-        )
-    };
-    if status < 0 {
-        return match Errno::last() {
-            Errno::ENOPROTOOPT => Ok(None),
-            errno => Err(errno.into()),
-        };
+    match getsockopt(&socket, PeerPidfd) {
+        Ok(pidfd) => Ok(Some(pidfd)),
+        Err(Errno::ENOPROTOOPT) => Ok(None),
+        Err(errno) => Err(errno.into()),
     }
-    // SAFETY: the call succeeded, so the kernel has written a new descriptor without another owner.
-    Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
 /// The facts that `PIDFD_GET_INFO` returns: ids in the order real, effective, saved, file system.
@@ -171,6 +128,10 @@ nix::ioctl_readwrite!(get_pidfd_info, 0xFF, 11, RawPidfdInfo);
 
 /// Calls `ioctl_pidfd(2)`: returns the ids and the cgroup of a process in one call. `None` before
 /// Linux 6.13.
+#[expect(
+    unsafe_code,
+    reason = "the ioctl functions of rustix and nix are unsafe, since they take any request"
+)]
 pub(crate) fn pidfd_info(pidfd: BorrowedFd<'_>) -> io::Result<Option<PidfdInfo>> {
     const CREDENTIALS: u64 = 1 << 1;
     const CGROUP_ID: u64 = 1 << 2;
@@ -205,6 +166,7 @@ const FILEID_KERNFS: libc::c_int = 0xfe;
 /// Calls `open_by_handle_at(2)`: opens the directory with this inode number in the kernfs that
 /// `mount` is on (cgroup2, here). It takes CAP_DAC_READ_SEARCH. The descriptor only names the
 /// directory (`O_PATH`).
+#[expect(unsafe_code, reason = "neither rustix nor nix has this call")]
 pub(crate) fn open_kernfs(mount: BorrowedFd<'_>, id: u64) -> io::Result<OwnedFd> {
     let mut handle = KernfsHandle {
         bytes: 8,
@@ -229,6 +191,7 @@ pub(crate) fn open_kernfs(mount: BorrowedFd<'_>, id: u64) -> io::Result<OwnedFd>
 
 /// Reads `SO_PEERGROUPS`: the supplementary groups of the process at connect(2). Fails with ERANGE,
 /// without a copy, if there are more than `most`.
+#[expect(unsafe_code, reason = "neither rustix nor nix has this option")]
 pub(crate) fn peer_groups(socket: BorrowedFd<'_>, most: usize) -> nix::Result<Vec<u32>> {
     let mut groups: Vec<libc::gid_t> = vec![0; most];
     let mut length =

@@ -316,7 +316,7 @@ impl PeerProof for SocketProof {
     fn verify_pod(&self) -> Result<PodAge, AttestError> {
         self.pod
             .as_ref()
-            .ok_or(AttestError::Kernel)?
+            .ok_or(AttestError::kernel("no pod is known", None))?
             .verify_exists()
     }
 }

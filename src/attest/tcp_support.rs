@@ -125,7 +125,10 @@ impl TcpSupport {
         }
         let latest = self.0.latest();
         let missing = latest.missing.as_ref();
-        Err(missing.map_or(AttestError::Kernel, TcpUnsupported::refusal))
+        Err(missing.map_or_else(
+            || AttestError::kernel("test of sock_diag(7)", None),
+            TcpUnsupported::refusal,
+        ))
     }
 
     /// Repeats the test on another thread. Returns whether this test has found that the support has

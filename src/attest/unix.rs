@@ -95,7 +95,7 @@ impl PeerProof for ConnectorProof {
     fn verify_pod(&self) -> Result<PodAge, AttestError> {
         self.pod
             .as_ref()
-            .ok_or(AttestError::Kernel)?
+            .ok_or(AttestError::kernel("no pod is known", None))?
             .verify_exists()
     }
 }
@@ -123,7 +123,8 @@ enum PeerPin {
 impl ConnectedPeer {
     /// Reads `SO_PEERCRED` and `SO_PEERPIDFD` of the stream.
     pub(crate) fn of(stream: BorrowedFd<'_>) -> Result<Self, Rejection> {
-        let peer = getsockopt(&stream, PeerCredentials).map_err(|_| AttestError::Kernel)?;
+        let peer = getsockopt(&stream, PeerCredentials)
+            .map_err(|errno| AttestError::kernel("SO_PEERCRED", errno))?;
         let facts = PeerFacts::of_user(peer.uid());
         let refused = |error| Rejection::of(error, &facts);
         let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0);
@@ -212,16 +213,16 @@ fn read_unpinned(host: &Arc<Host>, pid: u32) -> Result<ProcessSnapshot, AttestEr
 fn peer_groups(stream: BorrowedFd<'_>) -> Result<Vec<u32>, AttestError> {
     sys::peer_groups(stream, Groups::MAX).map_err(|error| match error {
         Errno::ERANGE => AttestError::TooManyGroups,
-        _ => AttestError::Kernel,
+        errno => AttestError::kernel("SO_PEERGROUPS", errno),
     })
 }
 
 fn ticks_since_boot() -> Result<u64, AttestError> {
-    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(|_| AttestError::Kernel)?;
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME)
+        .map_err(|errno| AttestError::kernel("clock_gettime", errno))?;
     let per_second = sysconf(SysconfVar::CLK_TCK)
-        .ok()
-        .flatten()
-        .ok_or(AttestError::Kernel)?;
+        .map_err(|errno| AttestError::kernel("sysconf", errno))?
+        .ok_or(AttestError::kernel("sysconf", None))?;
     let ticks = now.tv_sec() * per_second + now.tv_nsec() * per_second / 1_000_000_000;
     Ok(ticks.cast_unsigned())
 }

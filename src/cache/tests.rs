@@ -19,6 +19,7 @@ use crate::policy::CacheLimits;
 use crate::role::{Identity, RequestedRole, Role, Roles, StsTarget};
 use crate::socket_endpoint::Endpoint;
 use crate::sts::{AssumeRole, RetryPolicy, StsError, StsReason};
+use crate::svid::jwt::tests::token_of;
 use crate::svid::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
 
 mod bounds;
@@ -106,7 +107,7 @@ impl CacheEnv {
             return Err(failure);
         }
         Ok(JwtSvid::check(
-            token(id, audience, self.clock.now()),
+            token_of(id.as_str(), audience, self.clock.now(), 300, 0),
             id,
             audience,
             self.clock.now(),
@@ -162,25 +163,6 @@ impl IdentitySource for CacheEnv {
     fn requires_live_caller(&self) -> bool {
         self.requires_live_caller.load(Ordering::SeqCst)
     }
-}
-
-fn token(id: &SpiffeId, audience: &str, now: SystemTime) -> String {
-    use base64::Engine;
-    let encode = |text: String| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text);
-    let now = now
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap()
-        .as_secs();
-    let claims = format!(
-        r#"{{"sub":"{id}","aud":["{audience}"],"iat":{now},"exp":{}}}"#,
-        now + 300
-    );
-    format!(
-        "{}.{}.{}",
-        encode(r#"{"alg":"ES256","typ":"JWT"}"#.to_owned()),
-        encode(claims),
-        encode("x".to_owned())
-    )
 }
 
 #[async_trait]

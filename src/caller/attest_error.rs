@@ -1,5 +1,6 @@
 //! The reasons why a caller is not attested.
 
+use nix::errno::Errno;
 use thiserror::Error;
 
 use super::Groups;
@@ -101,9 +102,14 @@ pub enum AttestError {
     /// The kernel lacks an interface that this listener needs for this caller.
     #[error("this kernel cannot identify the caller: {0}")]
     Unsupported(&'static str),
-    /// A query to the kernel failed.
+    /// A query to the kernel failed. The caller does not see which; the log has it.
     #[error("a query to the kernel for the caller failed")]
-    Kernel,
+    Kernel {
+        /// The system call, or the name of the file in `/proc/<pid>`, as the log shows it.
+        operation: &'static str,
+        /// The kernel's error. `None` if it sent a reply that the daemon cannot read.
+        errno: Option<Errno>,
+    },
 }
 
 impl AttestError {
@@ -129,15 +135,43 @@ impl AttestError {
         Self::ProcessExecuting,
         Self::ProcessUnresponsive,
         Self::Unsupported(""),
-        Self::Kernel,
+        Self::Kernel {
+            operation: "",
+            errno: None,
+        },
     ];
+
+    /// Creates the error of a query to the kernel. Without an `errno` its reply is not readable.
+    pub fn kernel(operation: &'static str, errno: impl Into<Option<Errno>>) -> Self {
+        Self::Kernel {
+            operation,
+            errno: errno.into(),
+        }
+    }
 
     /// Returns whether the error may pass by itself, so that the caller should retry.
     pub fn is_transient(&self) -> bool {
-        matches!(
-            self,
-            Self::SearchBusy | Self::ProcessExecuting | Self::ProcessUnresponsive
-        )
+        match self {
+            Self::SearchBusy | Self::ProcessExecuting | Self::ProcessUnresponsive => true,
+            Self::CallerGone
+            | Self::NotLoopback
+            | Self::InvisibleProcess
+            | Self::Ambiguous
+            | Self::NoSocketOwner
+            | Self::TooManyDescriptors
+            | Self::IdentityChanged
+            | Self::UnreadableCgroup
+            | Self::DelegatedCgroup
+            | Self::NestedContainer
+            | Self::MisplacedPod
+            | Self::NotAPod
+            | Self::OtherPod
+            | Self::TooManyGroups
+            | Self::ManagerSocket
+            | Self::ExecUnobservable
+            | Self::Unsupported(_)
+            | Self::Kernel { .. } => false,
+        }
     }
 
     /// Returns the fix, if the text of the error has none.
@@ -147,11 +181,23 @@ impl AttestError {
             Self::NotLoopback => Some("connect to a loopback address, or to the unix socket"),
             Self::NestedContainer => Some("run the caller in a container of the node's runtime"),
             Self::OtherPod => Some("run the caller in the network of its own pod"),
-            Self::NoSocketOwner | Self::UnreadableCgroup | Self::Kernel => {
+            Self::NoSocketOwner | Self::UnreadableCgroup | Self::Kernel { .. } => {
                 Some("retry on a new connection, and see the node's log if this repeats")
             }
             Self::Unsupported(_) => Some("see the node's log"),
-            _ => None,
+            Self::InvisibleProcess
+            | Self::Ambiguous
+            | Self::TooManyDescriptors
+            | Self::IdentityChanged
+            | Self::SearchBusy
+            | Self::DelegatedCgroup
+            | Self::MisplacedPod
+            | Self::NotAPod
+            | Self::TooManyGroups
+            | Self::ManagerSocket
+            | Self::ExecUnobservable
+            | Self::ProcessExecuting
+            | Self::ProcessUnresponsive => None,
         }
     }
 
@@ -178,7 +224,7 @@ impl AttestError {
             Self::ProcessExecuting => "process_executing",
             Self::ProcessUnresponsive => "process_unresponsive",
             Self::Unsupported(_) => "unsupported_kernel",
-            Self::Kernel => "kernel_error",
+            Self::Kernel { .. } => "kernel_error",
         }
     }
 }

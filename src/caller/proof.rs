@@ -24,7 +24,7 @@ pub trait PeerProof: fmt::Debug + Send + Sync {
     /// workload. Call it before and after the query to the agent; both results have to be equal
     /// (T2, T3).
     async fn for_agent(&self) -> Result<AgentProcessRef, AttestError> {
-        Err(AttestError::Kernel)
+        Err(AttestError::kernel("no process is known", None))
     }
 
     /// Starts to watch the process for exec. Call it before the first of these reads, and check the

@@ -13,7 +13,6 @@ mod workload;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
@@ -25,6 +24,7 @@ use crate::accounts::Nss;
 use crate::cgroup::PodUid;
 use crate::clock::Clock;
 use crate::config::{Config, Exposure, is_aws_sts};
+use crate::exit_status::ExitStatus;
 use crate::role::StsTarget;
 use crate::sts::{BlockingCalls, NetworkSettings, Settings, Sts};
 use agent::CheckTarget;
@@ -108,7 +108,7 @@ impl CheckArgs {
 
 /// Runs all checks. Exit status: 0 if all passed, 1 if a step failed, 2 if none failed but some
 /// could not be checked.
-pub fn run(options: &CheckArgs) -> ExitCode {
+pub fn run(options: &CheckArgs) -> ExitStatus {
     let mut report = CheckReport::new(options.output == OutputFormat::Json);
     match tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -148,7 +148,7 @@ async fn run_steps(options: &CheckArgs, report: &mut CheckReport) {
         &host::KernelSupport::tried(&config, proc),
         report,
     );
-    daemon::check(&config, report);
+    daemon::check(&config, report).await;
     let (network, sts) = sts(&config);
     if let Err(error) = sts.prepare(&config.roles.sts_targets()).await {
         return report.failed(

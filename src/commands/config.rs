@@ -2,7 +2,6 @@
 
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
@@ -11,9 +10,8 @@ use crate::accounts::Nss;
 use crate::config::{
     Config, ConfigErrors, Exposure, FIRST_UNPRIVILEGED_PORT, LoadedConfig, Problem,
 };
+use crate::exit_status::ExitStatus;
 
-/// EX_CONFIG of sysexits.h, as for `awsvid serve`.
-const EX_CONFIG: u8 = 78;
 /// The name of standard input.
 const STDIN: &str = "-";
 
@@ -81,7 +79,7 @@ struct ShowArgs {
 
 impl ConfigArgs {
     /// Runs the subcommand, and returns the exit status.
-    pub fn run(&self) -> ExitCode {
+    pub fn run(&self) -> ExitStatus {
         let env = |name: &str| std::env::var(name).ok();
         let status = match &self.command {
             ConfigCommand::Validate(args) => {
@@ -98,7 +96,7 @@ fn validate(
     path: &Path,
     offline: bool,
     env: impl Fn(&str) -> Option<String>,
-) -> Result<ExitCode, ExitCode> {
+) -> Result<ExitStatus, ExitStatus> {
     let loaded = match (path.as_os_str() == STDIN, offline) {
         (true, _) => read_stdin(path, &env),
         (false, true) => Config::load(path, Exposure::Ignored, env),
@@ -152,7 +150,7 @@ fn read_stdin(
     })
 }
 
-fn show(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<ExitCode, ExitCode> {
+fn show(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<ExitStatus, ExitStatus> {
     let loaded = report(path, Config::load(path, Exposure::Warned, &env))?;
     Ok(print(&format!(
         "# {}, with all defaults\n{}",
@@ -166,7 +164,7 @@ fn show(path: &Path, env: impl Fn(&str) -> Option<String>) -> Result<ExitCode, E
 fn report(
     path: &Path,
     loaded: Result<LoadedConfig, ConfigErrors>,
-) -> Result<LoadedConfig, ExitCode> {
+) -> Result<LoadedConfig, ExitStatus> {
     match loaded {
         Ok(loaded) => {
             for warning in &loaded.warnings {
@@ -176,16 +174,16 @@ fn report(
         }
         Err(errors) => {
             eprintln!("{errors}");
-            Err(ExitCode::from(EX_CONFIG))
+            Err(ExitStatus::Config)
         }
     }
 }
 
 /// Writes to standard output. A reader that stops early is not an error.
-fn print(text: &str) -> ExitCode {
+fn print(text: &str) -> ExitStatus {
     match io::stdout().write_all(text.as_bytes()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
+        Ok(()) => ExitStatus::Success,
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitStatus::Success,
+        Err(_) => ExitStatus::Failure,
     }
 }

@@ -1,25 +1,20 @@
 //! `awsvid credential-process`, for `~/.aws/config`: fetches credentials over the unix socket.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "a command is a process of its own, without a runtime"
-)]
-
 use std::borrow::Cow;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::process::ExitCode;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Args;
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep};
 use zeroize::Zeroizing;
 
 use super::exec::role_in_path;
-use super::http_client::LocalResponse;
+use super::local_client::{self, LocalResponse};
 use super::{ConfigFile, trusted_socket};
+use crate::exit_status::ExitStatus;
 
 /// Total time of all attempts. SDKs run the command once and use its result.
 const TOTAL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -102,21 +97,23 @@ impl CredentialProcess {
         clippy::print_stderr,
         reason = "SDKs show standard error to their user"
     )]
-    pub fn run(&self) -> ExitCode {
-        match self.fetch().and_then(|output| {
+    pub fn run(&self) -> ExitStatus {
+        let fetched = local_client::block_on(self.fetch());
+        let fetched = fetched.unwrap_or_else(|error| Err(error.to_string()));
+        match fetched.and_then(|output| {
             io::stdout()
                 .write_all(&output)
                 .map_err(|error| error.to_string())
         }) {
-            Ok(()) => ExitCode::SUCCESS,
+            Ok(()) => ExitStatus::Success,
             Err(error) => {
                 eprintln!("awsvid credential-process: {error}");
-                ExitCode::FAILURE
+                ExitStatus::Failure
             }
         }
     }
 
-    fn fetch(&self) -> Result<Zeroizing<Vec<u8>>, String> {
+    async fn fetch(&self) -> Result<Zeroizing<Vec<u8>>, String> {
         let socket = match &self.socket {
             Some(socket) => socket.clone(),
             None => self.config.daemon_endpoints().map_err(|errors| format!("{errors}\nor give the socket with --socket"))?.listen.unix.ok_or(
@@ -131,10 +128,11 @@ impl CredentialProcess {
         owners.extend(self.same_user.then(|| geteuid().as_raw()));
         let deadline = Instant::now() + TOTAL_TIMEOUT;
         loop {
-            let answer = trusted_socket::get(&socket, &owners, &path, MAX_RESPONSE, deadline)?;
+            let answer = trusted_socket::get(&socket, &owners, &path, MAX_RESPONSE, deadline);
+            let answer = answer.await.map_err(|error| error.to_string())?;
             match answer.status {
                 200 => return output(&answer.body),
-                503 if Instant::now() + pause(&answer) < deadline => thread::sleep(pause(&answer)),
+                503 if Instant::now() + pause(&answer) < deadline => sleep(pause(&answer)).await,
                 _ => return Err(refusal(&answer)),
             }
         }

@@ -6,20 +6,19 @@ use std::io::{self, ErrorKind};
 use std::net::IpAddr;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::Command;
 
 use clap::Args;
 use hyper::Uri;
 
 use super::{ConfigFile, DaemonEndpoints};
 use crate::config::{AuthorizationMode, Listen};
-use crate::sdk_environment::{self, Environment, HIGHER_PRECEDENCE_VARS};
+use crate::exit_status::ExitStatus;
+use crate::sdk_environment::{Environment, HIGHER_PRECEDENCE_VARS};
 
 mod over_tcp;
 mod profile;
 
-/// Exit statuses of env(1) and timeout(1) for failures of their own.
-const OWN_FAILURE: u8 = 125;
 /// Path that the daemon serves.
 const PATH: &str = "/v1/credentials";
 /// Addresses of ECS and EKS, which SDKs use over plain HTTP in addition to loopback.
@@ -78,7 +77,7 @@ impl Exec {
         clippy::print_stderr,
         reason = "notes and errors go to standard error before the command takes over the terminal"
     )]
-    pub fn run(&self) -> ExitCode {
+    pub fn run(&self) -> ExitStatus {
         let prepared = self.prepare(|name| std::env::var(name).ok());
         let prepared =
             prepared.and_then(|prepared| over_tcp::check(&prepared.uri).map(|()| prepared));
@@ -86,7 +85,7 @@ impl Exec {
             Ok(prepared) => prepared,
             Err(error) => {
                 eprintln!("awsvid exec: {error}");
-                return ExitCode::from(OWN_FAILURE);
+                return ExitStatus::OwnFailure;
             }
         };
         if !self.quiet {
@@ -109,7 +108,7 @@ impl Exec {
             .map(|name| name.to_string_lossy())
             .unwrap_or_default();
         eprintln!("awsvid exec: {name}: {error}");
-        ExitCode::from(sdk_environment::exit_code(&error))
+        ExitStatus::of_unstarted(&error)
     }
 
     fn prepare(

@@ -8,26 +8,31 @@
     reason = "a command is a process of its own, without a runtime"
 )]
 
+mod error;
 mod server_chain;
-mod tunnel;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::Empty;
 use hyper::body::Bytes;
 use hyper::header::{AUTHORIZATION, DATE, HOST, LOCATION, PROXY_AUTHORIZATION};
 use hyper::http::uri::Authority;
 use hyper::{Request, Uri};
+use hyper_util::client::legacy::connect::proxy::Tunnel;
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
+use tower::{ServiceExt, service_fn};
+use zeroize::Zeroizing;
 
+use crate::http_client;
 use crate::sts::{NetworkSettings, Proxy};
+pub(super) use error::ProbeError;
 pub(super) use server_chain::ServerChain;
 use server_chain::{CertCapture, tls};
 
@@ -39,7 +44,7 @@ pub(super) struct HttpProbeResponse {
     pub(super) status: u16,
     pub(super) location: Option<String>,
     pub(super) date: Option<String>,
-    pub(super) body: Bytes,
+    pub(super) body: Zeroizing<Vec<u8>>,
     pub(super) took: Duration,
     /// The server's chain, if the request used https.
     pub(super) chain: Option<ServerChain>,
@@ -84,8 +89,8 @@ pub(super) struct HttpProbe {
 }
 
 impl HttpProbe {
-    /// Returns the response, with any status, or an error text for an operator.
-    pub(super) async fn get(&self, url: &str) -> Result<HttpProbeResponse, String> {
+    /// Returns the response, with any status. Fails without one within the deadline.
+    pub(super) async fn get(&self, url: &str) -> Result<HttpProbeResponse, ProbeError> {
         self.get_with(url, None).await
     }
 
@@ -95,10 +100,10 @@ impl HttpProbe {
         &self,
         url: &str,
         authorization: Option<&str>,
-    ) -> Result<HttpProbeResponse, String> {
+    ) -> Result<HttpProbeResponse, ProbeError> {
         match timeout(self.deadline, self.exchange(url, authorization)).await {
             Ok(answer) => answer,
-            Err(_) => Err(format!("no answer within {:?}", self.deadline)),
+            Err(_) => Err(ProbeError::TimedOut(self.deadline)),
         }
     }
 
@@ -106,7 +111,7 @@ impl HttpProbe {
         &self,
         url: &str,
         authorization: Option<&str>,
-    ) -> Result<HttpProbeResponse, String> {
+    ) -> Result<HttpProbeResponse, ProbeError> {
         let start = Instant::now();
         let target = HttpTarget::parse(url)?;
         let HttpTarget {
@@ -118,12 +123,12 @@ impl HttpProbe {
             .as_ref()
             .filter(|_| self.forced(host, *port).is_none())
         {
-            Some(network) => network.hop(uri).map_err(|error| error.to_string())?,
+            Some(network) => network.hop(uri)?,
             None => None,
         };
         let mut request = Request::get(uri.path_and_query().map_or("/", |path| path.as_str()));
         let stream = match &hop {
-            Some(hop) if target.secure => self.tunnel(hop, host, *port).await?,
+            Some(hop) if target.secure => self.tunnel(hop, &target).await?,
             Some(hop) => {
                 request = Request::get(uri.clone());
                 if let Some(value) = &hop.authorization {
@@ -139,8 +144,7 @@ impl HttpProbe {
         }
         let request = request
             .header(HOST, target.authority.as_str())
-            .body(Empty::<Bytes>::new())
-            .map_err(|error| error.to_string())?;
+            .body(Empty::<Bytes>::new())?;
         if target.secure {
             answer_over_tls(host, stream, request, start).await
         } else {
@@ -148,21 +152,35 @@ impl HttpProbe {
         }
     }
 
-    async fn to_proxy(&self, hop: &Proxy) -> Result<TcpStream, String> {
+    async fn to_proxy(&self, hop: &Proxy) -> Result<TcpStream, ProbeError> {
         if hop.secure {
-            let what = "needs TLS, which awsvid check does not support; try it with curl";
-            return Err(format!("{hop} {what}"));
+            return Err(ProbeError::ProxyNeedsTls(hop.to_string()));
         }
-        self.connect(&hop.host, hop.port)
-            .await
-            .map_err(|error| format!("through {hop}: {error}"))
+        let connected = self.connect(&hop.host, hop.port).await;
+        connected.map_err(|error| ProbeError::Proxy {
+            hop: hop.to_string(),
+            error: Box::new(error),
+        })
     }
 
-    async fn tunnel(&self, hop: &Proxy, host: &str, port: u16) -> Result<TcpStream, String> {
-        let mut stream = self.to_proxy(hop).await?;
-        let opened = tunnel::open(&mut stream, host, port, hop.authorization.as_ref()).await;
-        opened.map_err(|error| format!("{hop}: {error}"))?;
-        Ok(stream)
+    async fn tunnel(&self, hop: &Proxy, target: &HttpTarget) -> Result<TcpStream, ProbeError> {
+        let mut connected = Some(TokioIo::new(self.to_proxy(hop).await?));
+        // The service is called once. Its own error would be that of a second call.
+        let connect = service_fn(move |_: Uri| {
+            let stream = connected.take().ok_or(std::io::ErrorKind::NotConnected);
+            async move { Ok::<_, std::io::Error>(stream?) }
+        });
+        let mut tunnel = Tunnel::new(Uri::default(), connect);
+        if let Some(value) = &hop.authorization {
+            tunnel = tunnel.with_auth(value.clone());
+        }
+        let opened = tunnel.oneshot(target.uri.clone()).await;
+        let opened = opened.map_err(|error| ProbeError::Tunnel {
+            hop: hop.to_string(),
+            target: format!("{}:{}", target.authority.host(), target.port),
+            error: Box::new(error),
+        })?;
+        Ok(opened.into_inner())
     }
 
     fn forced(&self, host: &str, port: u16) -> Option<&Resolve> {
@@ -171,19 +189,18 @@ impl HttpProbe {
             .find(|forced| forced.host.eq_ignore_ascii_case(host) && forced.port == port)
     }
 
-    async fn connect(&self, host: &str, port: u16) -> Result<TcpStream, String> {
+    async fn connect(&self, host: &str, port: u16) -> Result<TcpStream, ProbeError> {
         let addresses: Vec<SocketAddr> = match self.forced(host, port) {
             Some(forced) => vec![SocketAddr::new(forced.address, port)],
             None => {
                 let found = tokio::net::lookup_host((host, port)).await;
-                found
-                    .map_err(|error| format!("the name {host} does not resolve: {error}"))?
-                    .collect()
+                let unresolved = |error| ProbeError::Unresolved(host.to_owned(), error);
+                found.map_err(unresolved)?.collect()
             }
         };
         TcpStream::connect(&addresses[..])
             .await
-            .map_err(|error| format!("no connection to {host}:{port}: {error}"))
+            .map_err(|error| ProbeError::NotConnected(format!("{host}:{port}"), error))
     }
 }
 
@@ -198,13 +215,13 @@ struct HttpTarget {
 }
 
 impl HttpTarget {
-    fn parse(url: &str) -> Result<Self, String> {
-        let uri: Uri = url.parse().map_err(|_| "not a URL".to_owned())?;
-        let authority = uri.authority().ok_or("it has no host")?.clone();
+    fn parse(url: &str) -> Result<Self, ProbeError> {
+        let uri: Uri = url.parse().map_err(|_| ProbeError::InvalidUrl)?;
+        let authority = uri.authority().ok_or(ProbeError::WithoutHost)?.clone();
         let secure = match uri.scheme_str() {
             Some("https") => true,
             Some("http") => false,
-            _ => return Err("it begins neither with https:// nor with http://".to_owned()),
+            _ => return Err(ProbeError::OtherScheme),
         };
         let host = authority
             .host()
@@ -229,15 +246,15 @@ async fn answer_over_tls(
     stream: TcpStream,
     request: Request<Empty<Bytes>>,
     start: Instant,
-) -> Result<HttpProbeResponse, String> {
+) -> Result<HttpProbeResponse, ProbeError> {
     let capture = Arc::new(CertCapture::default());
     let connector = TlsConnector::from(Arc::new(tls(&capture)?));
     let name = ServerName::try_from(host.to_owned())
-        .map_err(|_| format!("{host} is not the name of a server"))?;
+        .map_err(|_| ProbeError::InvalidName(host.to_owned()))?;
     let stream = connector
         .connect(name, stream)
         .await
-        .map_err(|error| format!("TLS: {error}"))?;
+        .map_err(ProbeError::Tls)?;
     let mut answer = answer(stream, request, start).await?;
     answer.chain = capture.take();
     Ok(answer)
@@ -247,46 +264,23 @@ async fn answer<S>(
     stream: S,
     request: Request<Empty<Bytes>>,
     start: Instant,
-) -> Result<HttpProbeResponse, String>
+) -> Result<HttpProbeResponse, ProbeError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(|error| format!("no HTTP: {error}"))?;
-    let exchange = async {
-        let response = sender
-            .send_request(request)
-            .await
-            .map_err(|error| format!("no HTTP answer: {error}"))?;
-        let text = |name| {
-            response
-                .headers()
-                .get(name)
-                .and_then(|value| value.to_str().ok())
-                .map(str::to_owned)
-        };
-        let (status, location, date) = (response.status().as_u16(), text(LOCATION), text(DATE));
-        let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
-        let body = body
-            .map_err(|error| format!("the response ended early, or is over a megabyte: {error}"))?
-            .to_bytes();
-        Ok(HttpProbeResponse {
-            status,
-            location,
-            date,
-            body,
-            took: start.elapsed(),
-            chain: None,
-        })
+    let response = http_client::send(stream, request, MAX_BODY).await?;
+    let text = |name| {
+        let value = response.headers.get(name);
+        value.and_then(|value| value.to_str().ok().map(str::to_owned))
     };
-    // The connection progresses only while it is polled. The exchange decides when both end.
-    tokio::pin!(connection);
-    tokio::pin!(exchange);
-    tokio::select! {
-        answer = &mut exchange => answer,
-        _ = &mut connection => exchange.await,
-    }
+    Ok(HttpProbeResponse {
+        status: response.status,
+        location: text(LOCATION),
+        date: text(DATE),
+        body: response.body,
+        took: start.elapsed(),
+        chain: None,
+    })
 }
 
 #[cfg(test)]

@@ -1,18 +1,14 @@
 //! `awsvid probe`: liveness and readiness of the local daemon, over the status socket.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "a command is a process of its own, without a runtime"
-)]
-
 use std::path::PathBuf;
-use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use nix::unistd::geteuid;
+use tokio::time::Instant;
 
-use super::{ConfigFile, trusted_socket};
+use super::{ConfigFile, local_client, trusted_socket};
+use crate::exit_status::ExitStatus;
 
 /// Time limit of the response. The kubelet has a limit of its own.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -52,16 +48,17 @@ enum ProbeKind {
 impl Probe {
     /// Probes once and prints the result.
     #[expect(clippy::print_stdout, reason = "the output of this command")]
-    pub fn run(&self) -> ExitCode {
-        let (text, status) = match self.fetch() {
-            Ok((200, text)) => (text, ExitCode::SUCCESS),
-            Ok((_, text)) | Err(text) => (text, ExitCode::FAILURE),
+    pub fn run(&self) -> ExitStatus {
+        let fetched = local_client::block_on(self.fetch());
+        let (text, status) = match fetched.unwrap_or_else(|error| Err(error.to_string())) {
+            Ok((200, text)) => (text, ExitStatus::Success),
+            Ok((_, text)) | Err(text) => (text, ExitStatus::Failure),
         };
         println!("{}", text.trim_end());
         status
     }
 
-    fn fetch(&self) -> Result<(u16, String), String> {
+    async fn fetch(&self) -> Result<(u16, String), String> {
         let socket = self.config.status_socket(self.socket.as_deref())?;
         let path = match self.condition {
             ProbeKind::Live => "/healthz",
@@ -74,7 +71,8 @@ impl Probe {
             path,
             MAX_RESPONSE,
             Instant::now() + RESPONSE_TIMEOUT,
-        )?;
+        );
+        let answer = answer.await.map_err(|error| error.to_string())?;
         Ok((
             answer.status,
             String::from_utf8_lossy(&answer.body).into_owned(),

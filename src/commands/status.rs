@@ -10,17 +10,18 @@ mod table;
 
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use clap::Args;
 use nix::unistd::geteuid;
 use serde_json::Value;
+use tokio::time::Instant;
 
 use super::output::OutputFormat;
 use super::terminal_style::TerminalStyle;
-use super::{ConfigFile, trusted_socket};
+use super::{ConfigFile, local_client, trusted_socket};
+use crate::exit_status::ExitStatus;
 
 /// Time limit of one response.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -56,7 +57,7 @@ impl StatusCommand {
         clippy::print_stderr,
         reason = "errors of this command go to standard error"
     )]
-    pub fn run(&self) -> ExitCode {
+    pub fn run(&self) -> ExitStatus {
         let terminal = io::stdout().is_terminal();
         let style = TerminalStyle::new(terminal, |name| std::env::var(name).ok());
         let json = match self.output {
@@ -64,16 +65,16 @@ impl StatusCommand {
             None => !terminal,
         };
         loop {
-            let shown = self
-                .fetch()
-                .and_then(|status| self.show(&status, json, style));
+            let fetched = local_client::block_on(self.fetch());
+            let fetched = fetched.unwrap_or_else(|error| Err(error.to_string()));
+            let shown = fetched.and_then(|status| self.show(&status, json, style));
             match (shown, self.watch) {
                 (Ok(StatusView::Printed), None) | (Ok(StatusView::ReaderGone), _) => {
-                    return ExitCode::SUCCESS;
+                    return ExitStatus::Success;
                 }
                 (Err(error), None) => {
                     eprintln!("awsvid status: {error}");
-                    return ExitCode::FAILURE;
+                    return ExitStatus::Failure;
                 }
                 // The daemon may be back at the next attempt.
                 (Err(error), Some(_)) => eprintln!("awsvid status: {error}"),
@@ -83,7 +84,7 @@ impl StatusCommand {
         }
     }
 
-    fn fetch(&self) -> Result<Value, String> {
+    async fn fetch(&self) -> Result<Value, String> {
         let socket = self.config.status_socket(self.socket.as_deref())?;
         let owners = [0, geteuid().as_raw()];
         let answer = trusted_socket::get(
@@ -92,7 +93,8 @@ impl StatusCommand {
             "/status",
             MAX_RESPONSE,
             Instant::now() + RESPONSE_TIMEOUT,
-        )?;
+        );
+        let answer = answer.await.map_err(|error| error.to_string())?;
         let status = serde_json::from_slice(&answer.body)
             .ok()
             .filter(|_| answer.status == 200);

@@ -1,15 +1,17 @@
 //! Colours of output on terminals.
 
+use anstyle::{AnsiColor, Style};
+
 /// Whether output is coloured.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct TerminalStyle {
     colours: bool,
 }
 
-pub(super) const BOLD: &str = "1";
-pub(super) const RED: &str = "31";
-pub(super) const GREEN: &str = "32";
-pub(super) const YELLOW: &str = "33";
+pub(super) const BOLD: Style = Style::new().bold();
+pub(super) const RED: Style = AnsiColor::Red.on_default();
+pub(super) const GREEN: Style = AnsiColor::Green.on_default();
+pub(super) const YELLOW: Style = AnsiColor::Yellow.on_default();
 
 impl TerminalStyle {
     /// Enables colours only on a terminal, and only if the user did not disable them
@@ -27,10 +29,10 @@ impl TerminalStyle {
         Self::default()
     }
 
-    /// Returns the text in one of the colours above.
-    pub(super) fn paint(self, code: &str, text: &str) -> String {
+    /// Returns the text in one of the styles above.
+    pub(super) fn paint(self, style: Style, text: &str) -> String {
         if self.colours && !text.is_empty() {
-            format!("\x1b[{code}m{text}\x1b[0m")
+            format!("{style}{text}{style:#}")
         } else {
             text.to_owned()
         }

@@ -9,7 +9,6 @@ mod terraform;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -18,14 +17,13 @@ use serde_json::Value;
 use super::https_probe::{HttpProbe, ServerChain};
 use super::live_token::{self, LiveToken};
 use crate::config::{Config, Exposure};
+use crate::exit_status::ExitStatus;
 use crate::identity::SpiffeId;
 use crate::sts::NetworkSettings;
 use plan::{Plan, PlannedAccount, PlannedAccountName, PlannedIssuer, PlannedProvider};
 
 /// Time limit of a token, and of each document of the issuer.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// Exit status for errors of the configuration, as in `serve`.
-const EX_CONFIG: u8 = 78;
 
 /// Writes the IAM resources for this node's roles: the OIDC provider and the trust policies
 ///
@@ -94,14 +92,14 @@ enum Format {
     clippy::print_stderr,
     reason = "errors of this command go to standard error"
 )]
-pub fn run(options: &TrustPolicyArgs) -> ExitCode {
+pub fn run(options: &TrustPolicyArgs) -> ExitStatus {
     let config = match Config::load(&options.config, Exposure::Ignored, |name| {
         std::env::var(name).ok()
     }) {
         Ok(loaded) => loaded.config,
         Err(errors) => {
             eprintln!("{errors}");
-            return ExitCode::from(EX_CONFIG);
+            return ExitStatus::Config;
         }
     };
     let runtime = match tokio::runtime::Builder::new_current_thread()
@@ -111,7 +109,7 @@ pub fn run(options: &TrustPolicyArgs) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("awsvid: {error}");
-            return ExitCode::FAILURE;
+            return ExitStatus::Failure;
         }
     };
     let planned = runtime.block_on(plan(options, &config));
@@ -128,10 +126,10 @@ pub fn run(options: &TrustPolicyArgs) -> ExitCode {
             .map_err(|error| error.to_string())
     });
     match written {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => ExitStatus::Success,
         Err(error) => {
             eprintln!("awsvid: {error}");
-            ExitCode::FAILURE
+            ExitStatus::Failure
         }
     }
 }
@@ -248,13 +246,15 @@ async fn thumbprint(issuer: &PlannedIssuer, accepted: bool) -> (Option<String>, 
         deadline: REQUEST_TIMEOUT,
     };
     let chain = async {
-        let document = web.get(&live_token::discovery_url(issuer.url())).await?;
+        let url = live_token::discovery_url(issuer.url());
+        let document = web.get(&url).await.map_err(|error| error.to_string())?;
         let discovery: Value = serde_json::from_slice(&document.body)
             .map_err(|_| "its discovery document is not JSON")?;
         let keys = discovery["jwks_uri"]
             .as_str()
             .ok_or("its discovery document has no `jwks_uri`")?;
-        Ok::<_, String>(web.get(keys).await?.chain)
+        let keys = web.get(keys).await.map_err(|error| error.to_string())?;
+        Ok::<_, String>(keys.chain)
     };
     let url = issuer.url();
     match chain.await {

@@ -2,76 +2,109 @@
 //! another account, or read the requests.
 
 use std::fs;
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
 
 use nix::sys::socket::{getsockopt, sockopt};
+use thiserror::Error;
+use tokio::time::Instant;
 
-use super::http_client::{self, LocalResponse, remaining_time};
+use super::local_client::{self, LocalError, LocalResponse};
 use crate::listen::connect_unix;
 
+const OWNER_FIX: &str =
+    "the owner has to be root, as which awsvid runs; --same-user also trusts a daemon of your own";
+
+/// Reason why a socket is not used, or the daemon behind it has not answered.
+#[derive(Debug, Error)]
+pub(super) enum SocketError {
+    #[error("{path}: {error}; {}", fix_for(.error.kind()), path = path.display())]
+    Failed { path: PathBuf, error: LocalError },
+    /// The directory, the socket or its listener belongs to another user.
+    #[error("{path}: not trusted: {what} uid {uid}; {OWNER_FIX}", path = path.display())]
+    Foreign {
+        path: PathBuf,
+        what: &'static str,
+        uid: u32,
+    },
+    #[error(
+        "{path}: not trusted: other users can put their own socket into the directory; chmod go-w {directory}",
+        path = path.display(),
+        directory = directory_of(path).display()
+    )]
+    WritableDirectory { path: PathBuf },
+    #[error("{path}: not a socket; give the socket of [listen] with --socket", path = path.display())]
+    OtherFile { path: PathBuf },
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new("/"))
+}
+
 /// Connects to the socket at `path` if its directory, its file and its listener belong to one of
-/// `owners`. Waits until `deadline` for a daemon that is stopped.
+/// `owners`. Waits until `deadline` for a daemon that is stopped, and blocks the thread meanwhile.
 ///
 /// The kernel recorded the listener's uid when it began to listen. So a file that was swapped in
 /// meanwhile gains nothing.
-fn connect(path: &Path, owners: &[u32], deadline: Instant) -> Result<UnixStream, String> {
-    let at = path.display();
-    let failed = |error: io::Error| format!("{at}: {}", explain_connect_error(&error));
-    let foreign = |what: &str, uid: u32| {
-        let fix = "the owner has to be root, as which awsvid runs; --same-user also trusts a daemon of your own";
-        Err(format!("{at}: not trusted: {what} uid {uid}; {fix}"))
+fn connect(path: &Path, owners: &[u32], deadline: Instant) -> Result<UnixStream, SocketError> {
+    let at = || path.to_owned();
+    let failed = |error: std::io::Error| SocketError::Failed {
+        path: at(),
+        error: error.into(),
     };
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    let found = fs::metadata(directory).map_err(failed)?;
-    if !owners.contains(&found.uid()) {
-        return foreign("the directory belongs to", found.uid());
-    }
+    let check_owner = |what, uid| match owners.contains(&uid) {
+        true => Ok(()),
+        false => Err(SocketError::Foreign {
+            path: at(),
+            what,
+            uid,
+        }),
+    };
+    let found = fs::metadata(directory_of(path)).map_err(failed)?;
+    check_owner("the directory belongs to", found.uid())?;
     if found.mode() & 0o022 != 0 {
-        let fix = format!("chmod go-w {}", directory.display());
-        return Err(format!(
-            "{at}: not trusted: other users can put their own socket into the directory; {fix}"
-        ));
+        return Err(SocketError::WritableDirectory { path: at() });
     }
     let found = fs::symlink_metadata(path).map_err(failed)?;
     if !found.file_type().is_socket() {
-        return Err(format!(
-            "{at}: not a socket; give the socket of [listen] with --socket"
-        ));
+        return Err(SocketError::OtherFile { path: at() });
     }
-    if !owners.contains(&found.uid()) {
-        return foreign("the socket belongs to", found.uid());
+    check_owner("the socket belongs to", found.uid())?;
+    let max_wait = deadline.saturating_duration_since(Instant::now());
+    if max_wait.is_zero() {
+        return Err(failed(ErrorKind::TimedOut.into()));
     }
-    let stream = remaining_time(deadline)
-        .and_then(|max_wait| connect_unix(path, max_wait))
-        .map_err(failed)?;
+    let stream = connect_unix(path, max_wait).map_err(failed)?;
     let peer =
         getsockopt(&stream, sockopt::PeerCredentials).map_err(|errno| failed(errno.into()))?;
-    if !owners.contains(&peer.uid()) {
-        return foreign("its listener runs as", peer.uid());
-    }
+    check_owner("its listener runs as", peer.uid())?;
     Ok(stream)
 }
 
-/// Requests `what` from the daemon at `path`, by [`connect`] and [`http_client::get`].
-pub(super) fn get(
+/// Requests `what` from the daemon at `path`, by [`connect`] and [`local_client::get`].
+pub(super) async fn get(
     path: &Path,
     owners: &[u32],
     what: &str,
-    most: usize,
+    max_body: usize,
     deadline: Instant,
-) -> Result<LocalResponse, String> {
+) -> Result<LocalResponse, SocketError> {
     let stream = connect(path, owners, deadline)?;
-    http_client::get(stream, what, most, deadline)
-        .map_err(|error| format!("{}: {}", path.display(), explain_connect_error(&error)))
+    let request = async {
+        stream.set_nonblocking(true)?;
+        let stream = tokio::net::UnixStream::from_std(stream)?;
+        local_client::get(stream, what, max_body, deadline).await
+    };
+    request.await.map_err(|error| SocketError::Failed {
+        path: path.to_owned(),
+        error,
+    })
 }
 
-/// Returns the error with its fix.
-fn explain_connect_error(error: &io::Error) -> String {
-    let fix = match error.kind() {
+fn fix_for(error: ErrorKind) -> &'static str {
+    match error {
         ErrorKind::NotFound => {
             "start awsvid (systemctl start awsvid), or mount its socket into this container"
         }
@@ -79,10 +112,8 @@ fn explain_connect_error(error: &io::Error) -> String {
         ErrorKind::PermissionDenied => {
             "use sudo, or correct the modes of the socket and of its directory"
         }
-        ErrorKind::TimedOut => "find the cause in the log (journalctl -u awsvid)",
         _ => "find the cause in the log (journalctl -u awsvid)",
-    };
-    format!("{error}; {fix}")
+    }
 }
 
 #[cfg(test)]
@@ -106,7 +137,10 @@ mod tests {
         };
         let own = geteuid().as_raw();
         let in_time = || Instant::now() + Duration::from_secs(20);
-        let error = |owners: &[u32]| connect(&path, owners, in_time()).unwrap_err();
+        let error = |owners: &[u32]| {
+            let refused = connect(&path, owners, in_time()).unwrap_err();
+            refused.to_string()
+        };
         mode(0o755);
         assert!(error(&[own]).contains("start awsvid"));
         fs::write(&path, "").unwrap();
@@ -122,12 +156,12 @@ mod tests {
         mode(0o755);
         let link = directory.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        let linked = connect(&link, &[own], in_time()).unwrap_err();
+        let linked = connect(&link, &[own], in_time()).unwrap_err().to_string();
         assert!(linked.contains("not a socket"));
         // A stopped daemon, whose backlog local users have filled.
         let _waiting = fill_backlog(&listener, &path);
         let soon = Instant::now() + Duration::from_millis(20);
-        let stopped = connect(&path, &[own], soon).unwrap_err();
+        let stopped = connect(&path, &[own], soon).unwrap_err().to_string();
         assert!(stopped.contains("journalctl -u awsvid"), "{stopped}");
         drop(listener);
         assert!(error(&[own]).contains("systemctl start awsvid"));

@@ -13,7 +13,7 @@ use glob::{MatchOptions, Pattern};
 use toml::de::DeTable;
 
 use super::config_line::ConfigLine;
-use super::error::Problem;
+use super::error::{InvalidValue, Problem};
 use super::exposure::exposures;
 use super::toml_reader::{Diagnostics, Location, Table};
 use super::{Config, ConfigDigest, Exposure};
@@ -76,7 +76,9 @@ impl ConfigFiles {
         for (at, pattern) in included {
             match expand(directory, &pattern) {
                 Ok(found) => paths.extend(found.into_iter().map(|path| (at.clone(), path))),
-                Err(what) => files.problems.push(problem(&at, what, PATTERN_FIX)),
+                Err(what) => files
+                    .problems
+                    .push(problem(&at, what.to_string(), PATTERN_FIX)),
             }
         }
         if let Some((at, _)) = paths.get(MAX_INCLUDED_FILES) {
@@ -192,13 +194,13 @@ pub(super) fn read<'r>(root: &Table<'r>) -> Vec<(Location, &'r str)> {
 
 /// Returns the files that a pattern names, sorted by their names. Without a wildcard this is one
 /// file, whether it exists or not. A directory that does not exist has no files.
-fn expand(directory: &Path, pattern: &str) -> Result<Vec<PathBuf>, String> {
+fn expand(directory: &Path, pattern: &str) -> Result<Vec<PathBuf>, InvalidValue> {
     let path = directory.join(pattern);
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(format!("{pattern:?} does not name a file"));
+        return Err(format!("{pattern:?} does not name a file").into());
     };
     if parent.to_string_lossy().contains(WILDCARDS) {
-        return Err(format!("{pattern:?} has a wildcard in a directory's name"));
+        return Err(format!("{pattern:?} has a wildcard in a directory's name").into());
     }
     if !is_pattern(&path) {
         return Ok(vec![path]);
@@ -210,16 +212,16 @@ fn expand(directory: &Path, pattern: &str) -> Result<Vec<PathBuf>, String> {
         require_literal_leading_dot: true,
         ..MatchOptions::new()
     };
+    let unreadable =
+        |error: &io::Error| format!("{} cannot be read: {error}", parent.display()).into();
     let entries = match fs::read_dir(parent) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(format!("{} cannot be read: {error}", parent.display())),
+        Err(error) => return Err(unreadable(&error)),
     };
     let mut found = Vec::new();
     for entry in entries {
-        let name = entry
-            .map_err(|error| format!("{} cannot be read: {error}", parent.display()))?
-            .file_name();
+        let name = entry.map_err(|error| unreadable(&error))?.file_name();
         if matched.matches_with(&name.to_string_lossy(), options) {
             found.push(parent.join(name));
         }

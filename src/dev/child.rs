@@ -5,21 +5,21 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
+use std::process;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpgrp, tcgetpgrp};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::exit_status::ExitStatus;
 use crate::sdk_environment::Environment;
 
-/// Runs `command` to its end. Returns its exit status, or `128 + n` if signal `n` ended it.
+/// Runs `command` to its end. Returns its exit status.
 ///
 /// SIGTERM, SIGHUP, SIGINT and SIGQUIT end the command, and `dev` ends after it. An error means
-/// that the command could not be started; [`crate::sdk_environment::exit_code`] has the exit
-/// status for it.
-pub async fn run(command: &[OsString], environment: &Environment) -> io::Result<u8> {
+/// that the command could not be started.
+pub async fn run(command: &[OsString], environment: &Environment) -> io::Result<ExitStatus> {
     let (program, arguments) = command
         .split_first()
         .ok_or_else(|| io::Error::other("the command is missing"))?;
@@ -34,7 +34,7 @@ pub async fn run(command: &[OsString], environment: &Environment) -> io::Result<
     let mut child = child.spawn()?;
     loop {
         let received = tokio::select! {
-            status = child.wait() => return Ok(code(status?)),
+            status = child.wait() => return Ok(exit_status(status?)),
             _ = terminate.recv() => Signal::SIGTERM,
             _ = hang_up.recv() => Signal::SIGHUP,
             _ = interrupt.recv() => Signal::SIGINT,
@@ -48,12 +48,12 @@ pub async fn run(command: &[OsString], environment: &Environment) -> io::Result<
     }
 }
 
-fn code(status: ExitStatus) -> u8 {
-    let code = status
-        .code()
-        .or_else(|| status.signal().map(|signal| 128 + signal));
-    code.and_then(|code| u8::try_from(code).ok())
-        .unwrap_or(u8::MAX)
+fn exit_status(status: process::ExitStatus) -> ExitStatus {
+    let number = |number: i32| u8::try_from(number).unwrap_or(u8::MAX);
+    match (status.code(), status.signal()) {
+        (Some(code), _) => ExitStatus::Command(number(code)),
+        (None, signal) => ExitStatus::Signal(signal.map_or(u8::MAX, number)),
+    }
 }
 
 /// Sends the signal to the child. A child that was not waited for keeps its pid, so no other
@@ -78,7 +78,8 @@ mod tests {
     fn exit_status_is_that_of_a_shell() {
         // Values of wait(2): the exit code in the second byte, a signal in the first.
         for (raw, expected) in [(0, 0), (7 << 8, 7), (255 << 8, 255), (15, 143), (9, 137)] {
-            assert_eq!(code(ExitStatus::from_raw(raw)), expected, "{raw:#x}");
+            let status = exit_status(process::ExitStatus::from_raw(raw));
+            assert_eq!(status.code(), expected, "{raw:#x}");
         }
     }
 }

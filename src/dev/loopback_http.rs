@@ -16,6 +16,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use crate::http_client::{self, ClientError};
+
 /// Maximum open connections. Further ones are closed at once.
 const MAX_CONNECTIONS: usize = 256;
 /// Maximum size of a request body. The longest token and policy that STS accepts fit in it,
@@ -117,58 +119,48 @@ pub(super) fn empty(status: StatusCode) -> LoopbackResponse {
 #[error("{url}: {reason}")]
 pub(super) struct FetchError {
     url: String,
-    reason: String,
+    reason: FetchFailure,
+}
+
+#[derive(Debug, Error)]
+enum FetchFailure {
+    #[error("not an http URL with a loopback address")]
+    Url,
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Request(#[from] hyper::http::Error),
+    #[error(transparent)]
+    Response(#[from] ClientError),
+    #[error("answered {0}")]
+    Status(u16),
+    #[error("no response in time")]
+    TimedOut,
 }
 
 /// Fetches a document from a server on loopback. Any status but 200 is an error.
 pub(super) async fn get(url: &str) -> Result<Bytes, FetchError> {
-    match timeout(CONNECTION_TIMEOUT, exchange(url)).await {
-        Ok(Ok(body)) => Ok(body),
-        Ok(Err(reason)) => Err(FetchError {
+    let fetched = timeout(CONNECTION_TIMEOUT, fetch(url)).await;
+    fetched
+        .unwrap_or(Err(FetchFailure::TimedOut))
+        .map_err(|reason| FetchError {
             url: url.to_owned(),
             reason,
-        }),
-        Err(_) => Err(FetchError {
-            url: url.to_owned(),
-            reason: "no response in time".to_owned(),
-        }),
-    }
+        })
 }
 
-async fn exchange(url: &str) -> Result<Bytes, String> {
-    let uri: Uri = url.parse().map_err(|_| "not a URL".to_owned())?;
-    let address = address_of(&uri).ok_or("not an http URL with a loopback address")?;
-    let stream = TcpStream::connect(address)
-        .await
-        .map_err(|error| error.to_string())?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(|error| error.to_string())?;
+async fn fetch(url: &str) -> Result<Bytes, FetchFailure> {
+    let uri: Uri = url.parse().map_err(|_| FetchFailure::Url)?;
+    let address = address_of(&uri).ok_or(FetchFailure::Url)?;
+    let stream = TcpStream::connect(address).await?;
     let path = uri.path_and_query().map_or("/", |path| path.as_str());
     let request = Request::get(path)
         .header(HOST, address.to_string())
-        .body(Empty::<Bytes>::new())
-        .map_err(|error| error.to_string())?;
-    let answer = async {
-        let response = sender
-            .send_request(request)
-            .await
-            .map_err(|error| error.to_string())?;
-        if response.status() != StatusCode::OK {
-            return Err(format!("answered {}", response.status()));
-        }
-        let body = Limited::new(response.into_body(), MAX_RESPONSE)
-            .collect()
-            .await;
-        body.map(|body| body.to_bytes())
-            .map_err(|error| error.to_string())
-    };
-    // The connection progresses only while it is polled. The response decides when both end.
-    tokio::pin!(connection);
-    tokio::pin!(answer);
-    tokio::select! {
-        body = &mut answer => body,
-        _ = &mut connection => answer.await,
+        .body(Empty::<Bytes>::new())?;
+    let response = http_client::send(stream, request, MAX_RESPONSE).await?;
+    match response.status {
+        200 => Ok(Bytes::copy_from_slice(&response.body)),
+        status => Err(FetchFailure::Status(status)),
     }
 }
 

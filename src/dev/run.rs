@@ -3,7 +3,6 @@
 use std::error::Error;
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, TcpListener};
-use std::process::ExitCode;
 
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
@@ -11,9 +10,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::{Dev, child};
 use crate::app::{App, Startup};
 use crate::config::Config;
+use crate::exit_status::ExitStatus;
 use crate::listen::ActivatedSockets;
 use crate::metrics::Metrics;
-use crate::sdk_environment::{self, Environment};
+use crate::sdk_environment::Environment;
 use crate::telemetry::{self, Log};
 
 /// Usual port of the daemon.
@@ -28,15 +28,15 @@ const DEFAULT_PORT: u16 = 974;
     clippy::print_stderr,
     reason = "errors of this command go to standard error"
 )]
-pub fn run(command: &[OsString]) -> ExitCode {
+pub fn run(command: &[OsString]) -> ExitStatus {
     let result = || Runtime::new()?.block_on(run_dev(command));
     result().unwrap_or_else(|error: Box<dyn Error>| {
         eprintln!("awsvid dev: {error}");
-        ExitCode::FAILURE
+        ExitStatus::Failure
     })
 }
 
-async fn run_dev(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
+async fn run_dev(command: &[OsString]) -> Result<ExitStatus, Box<dyn Error>> {
     let dev = Dev::start().await?;
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
@@ -49,9 +49,9 @@ async fn run_dev(command: &[OsString]) -> Result<ExitCode, Box<dyn Error>> {
     let status = if command.is_empty() {
         announce(&dev, &environment, address.port());
         tokio::select! { _ = term.recv() => (), _ = int.recv() => () }
-        ExitCode::SUCCESS
+        ExitStatus::Success
     } else {
-        ExitCode::from(run_command(command, &environment).await)
+        run_command(command, &environment).await
     };
     app.drain().await;
     log.flush();
@@ -105,7 +105,7 @@ fn variable(name: &str) -> Option<String> {
     clippy::print_stderr,
     reason = "errors of this command go to standard error"
 )]
-async fn run_command(command: &[OsString], environment: &Environment) -> u8 {
+async fn run_command(command: &[OsString], environment: &Environment) -> ExitStatus {
     child::run(command, environment)
         .await
         .unwrap_or_else(|error| {
@@ -114,7 +114,7 @@ async fn run_command(command: &[OsString], environment: &Environment) -> u8 {
                 .map(|name| name.to_string_lossy())
                 .unwrap_or_default();
             eprintln!("awsvid dev: {name}: {error}");
-            sdk_environment::exit_code(&error)
+            ExitStatus::of_unstarted(&error)
         })
 }
 

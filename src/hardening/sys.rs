@@ -1,17 +1,15 @@
 //! Harmless system calls, to detect a filter that forbids them.
-#![allow(
-    unsafe_code,
-    reason = "raw system calls are this module's whole purpose; nothing else is in it"
-)]
 
 use std::fs::File;
-use std::mem::MaybeUninit;
 
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
+use rustix::fs::{AtFlags, CWD, StatxFlags};
+use rustix::process::PidfdFlags;
 
 /// Tries `open_by_handle_at(2)` with a handle that does not exist: EFAULT, or EPERM where the call
 /// is forbidden.
+#[expect(unsafe_code, reason = "neither rustix nor nix has this call")]
 pub(super) fn open_by_handle_at() -> Result<(), Errno> {
     // SAFETY: the kernel reads the handle through a pointer that it checks, and writes nothing.
     let result = unsafe {
@@ -35,26 +33,18 @@ pub(super) fn setns_net() -> Result<(), Errno> {
 
 /// Tries `pidfd_open(2)` with this process.
 pub(super) fn pidfd_open() -> Result<(), Errno> {
-    // SAFETY: takes two integers and no memory.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) };
-    let fd = Errno::result(fd)?;
-    // SAFETY: the descriptor is new and used nowhere else.
-    unsafe { libc::syscall(libc::SYS_close, fd) };
-    Ok(())
+    let opened = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty());
+    opened.map(drop).map_err(errno)
 }
 
-/// Tries `statx(2)` with this process's executable.
+/// Tries `statx(2)` with this process's executable. The feature `linux_4_11` of rustix has it make
+/// this one call: without that, rustix tries again after an error, and hides EPERM.
 pub(super) fn statx() -> Result<(), Errno> {
-    let mut found = MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: the path ends with a zero, and `found` has room for what the kernel writes.
-    let result = unsafe {
-        libc::statx(
-            libc::AT_FDCWD,
-            c"/proc/self/exe".as_ptr(),
-            libc::AT_STATX_DONT_SYNC,
-            libc::STATX_INO,
-            found.as_mut_ptr(),
-        )
-    };
-    Errno::result(result).map(drop)
+    let (flags, wanted) = (AtFlags::STATX_DONT_SYNC, StatxFlags::INO);
+    let found = rustix::fs::statx(CWD, c"/proc/self/exe", flags, wanted);
+    found.map(drop).map_err(errno)
+}
+
+fn errno(error: rustix::io::Errno) -> Errno {
+    Errno::from_raw(error.raw_os_error())
 }

@@ -203,8 +203,15 @@ impl RequestError {
             Self::Method => 405,
             Self::HeadTooLarge => 431,
             Self::Host | Self::Malformed | Self::Body | Self::BadArn => 400,
-            other if other.is_transient() => 503,
-            _ => 403,
+            Self::Caller(error) => retry_or_reject(error.is_transient()),
+            Self::Exchange(error) => retry_or_reject(error.is_transient()),
+            Self::Pending | Self::Full | Self::TooManyRoles | Self::NotAudited => 503,
+            Self::Browser
+            | Self::Proxied
+            | Self::NoAuthorization
+            | Self::WrongToken
+            | Self::NoIdentity(_)
+            | Self::Denied(_) => 403,
         }
     }
 
@@ -294,6 +301,11 @@ impl fmt::Display for Denial {
             None => Ok(()),
         }
     }
+}
+
+/// Returns the status of an error that other modules classify.
+fn retry_or_reject(is_transient: bool) -> u16 {
+    if is_transient { 503 } else { 403 }
 }
 
 /// Describes the caller by facts that it knows itself.

@@ -8,13 +8,16 @@ use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use hyper::header::HeaderMap;
+use http_body_util::Empty;
+use hyper::body::Bytes;
+use hyper::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue};
+use hyper::{Request, Uri};
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
 /// A path without credentials. Any attested caller gets a 404 there, whatever the rules are.
 const PATH: &str = "/probe";
-const HEADER: &str = "awsvid-probe";
+const HEADER: HeaderName = HeaderName::from_static("awsvid-probe");
 
 /// The secret of this run of the daemon. Cheap to clone.
 #[derive(Clone)]
@@ -41,17 +44,24 @@ impl OwnProbe {
         Self(filled.then(|| Arc::new(Zeroizing::new(URL_SAFE_NO_PAD.encode(&secret)))))
     }
 
-    /// Returns the request, with this value of `Authorization`.
-    pub fn request(&self, authorization: &str) -> Zeroizing<String> {
-        let mark = self
-            .0
-            .as_ref()
-            .map(|secret| format!("{HEADER}: {}\r\n", secret.as_str()));
-        let mark = Zeroizing::new(mark.unwrap_or_default());
-        Zeroizing::new(format!(
-            "GET {PATH} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {authorization}\r\n{}\r\n",
-            mark.as_str()
-        ))
+    /// Returns the request, with this value of `Authorization`. A value that is not one of a header
+    /// is left out.
+    pub fn request(&self, authorization: &str) -> Request<Empty<Bytes>> {
+        let mut request = Request::new(Empty::new());
+        *request.uri_mut() = Uri::from_static(PATH);
+        let secret = self.0.as_ref().map_or("", |secret| secret.as_str());
+        let headers = [
+            (HOST, "localhost"),
+            (AUTHORIZATION, authorization),
+            (HEADER, secret),
+        ];
+        for (name, value) in headers {
+            if let Ok(mut value) = HeaderValue::from_str(value) {
+                value.set_sensitive(name != HOST);
+                request.headers_mut().insert(name, value);
+            }
+        }
+        request
     }
 
     /// Returns whether this daemon sent the request with this path and these headers.
@@ -66,7 +76,6 @@ impl OwnProbe {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use hyper::header::HeaderValue;
 
     #[test]
     fn probe_is_recognized_by_the_secret_of_its_run_alone() {
@@ -77,10 +86,9 @@ mod tests {
         headers.insert(HEADER, HeaderValue::from_str(secret).unwrap());
         assert!(own.sent(PATH, &headers) && !other.sent(PATH, &headers));
         assert!(!own.sent("/v1/credentials", &headers));
-        assert!(
-            own.request("x")
-                .contains(&format!("\r\n{HEADER}: {secret}\r\n"))
-        );
-        assert!(!format!("{own:?}").contains(secret));
+        let request = own.request("x");
+        assert!(own.sent(request.uri().path(), request.headers()));
+        assert_eq!(request.headers()[AUTHORIZATION], "x");
+        assert!(!format!("{own:?} {request:?}").contains(secret));
     }
 }

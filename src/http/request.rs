@@ -122,6 +122,7 @@ impl CredentialEndpoint {
                 }
             }
             Err(refused) => {
+                self.kernel_failures.log(&refused);
                 record
                     .finish(refused.outcome(), refused.reason(), None)
                     .await;

@@ -1,16 +1,14 @@
-//! System calls without a safe wrapper.
-#![allow(
-    unsafe_code,
-    reason = "raw system calls are this module's whole purpose; nothing else is in it"
-)]
+//! System calls and socket options of pods' listeners.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
 };
-use nix::sys::socket::{recvmsg, sendmsg, socket};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -18,6 +16,10 @@ use tokio::io::unix::AsyncFd;
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
 /// Registers a descriptor with the runtime, so that tasks can wait for `interest`.
+#[expect(
+    unsafe_code,
+    reason = "tokio has no other function for this that is not deprecated"
+)]
 pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the value owns the descriptor, and returns no other one.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
@@ -29,18 +31,16 @@ pub(super) fn send(
     bytes: &[u8],
     descriptor: Option<BorrowedFd<'_>>,
 ) -> io::Result<()> {
-    let descriptors = descriptor.map(|fd| [fd.as_raw_fd()]);
-    let rights = descriptors
-        .as_ref()
-        .map(|fds| ControlMessage::ScmRights(fds));
-    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-    let sent = sendmsg::<()>(
-        stream.as_raw_fd(),
-        &[IoSlice::new(bytes)],
-        rights.as_slice(),
-        flags,
-        None,
-    )?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut rights = SendAncillaryBuffer::new(&mut space);
+    if let Some(descriptor) = &descriptor {
+        // The space is that of one descriptor, so it fits.
+        rights.push(SendAncillaryMessage::ScmRights(std::slice::from_ref(
+            descriptor,
+        )));
+    }
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    let sent = rustix::net::sendmsg(stream, &[IoSlice::new(bytes)], &mut rights, flags)?;
     // A unix stream takes so few bytes whole or not at all.
     if sent == bytes.len() {
         Ok(())
@@ -54,22 +54,16 @@ pub(super) fn receive(
     stream: BorrowedFd<'_>,
     room: &mut [u8],
 ) -> io::Result<(usize, Option<OwnedFd>)> {
-    let mut space = nix::cmsg_space!(RawFd);
-    let mut slices = [IoSliceMut::new(room)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
-    let message = recvmsg::<()>(stream.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
-    let mut received = Vec::new();
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = control {
-            // SAFETY: the kernel has just made these descriptors for this process, and nothing else
-            // owns them.
-            received.extend(
-                fds.into_iter()
-                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
-            );
-        }
-    }
-    Ok((message.bytes, received.pop()))
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut rights = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let message = rustix::net::recvmsg(stream, &mut [IoSliceMut::new(room)], &mut rights, flags)?;
+    let received = rights.drain().filter_map(|control| match control {
+        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.last(),
+        _ => None,
+    });
+    let received = received.last();
+    Ok((message.bytes, received))
 }
 
 /// Returns the cookie of the calling thread's network namespace.
@@ -85,6 +79,7 @@ pub(super) fn cookie_here() -> io::Result<u64> {
 
 /// Returns `SO_NETNS_COOKIE` of `socket(7)`: the number of a socket's network namespace, unique
 /// until the next boot.
+#[expect(unsafe_code, reason = "neither rustix nor nix has this option")]
 pub(super) fn network_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let mut cookie: u64 = 0;
     let mut length = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;

@@ -251,7 +251,7 @@ fn read_unexposed(path: &Path) -> io::Result<(Vec<u8>, Option<String>)> {
 
 fn read_system() -> Result<Vec<u8>, NoRoots> {
     // The default paths are the system's own. A variable can name any other.
-    check_variables(|name| std::env::var_os(name)).map_err(NoRoots::Invalid)?;
+    check_variables(|name| std::env::var_os(name))?;
     let loaded = rustls_native_certs::load_native_certs();
     let mut store = RootCertStore::empty();
     let usable: Vec<_> = loaded
@@ -284,7 +284,7 @@ fn read_system() -> Result<Vec<u8>, NoRoots> {
 
 /// Checks each file that `rustls-native-certs` reads because of a variable. A missing file is not a
 /// fault here.
-fn check_variables(env: impl Fn(&str) -> Option<OsString>) -> Result<(), String> {
+fn check_variables(env: impl Fn(&str) -> Option<OsString>) -> Result<(), NoRoots> {
     for name in SYSTEM_VARIABLES {
         let value = env(name).unwrap_or_default();
         for path in std::env::split_paths(&value) {
@@ -298,7 +298,8 @@ fn check_variables(env: impl Fn(&str) -> Option<OsString>) -> Result<(), String>
                     continue;
                 };
                 if let Some(exposed) = exposures(&path, &found, NOUN).first() {
-                    return Err(format!("{name} leads to {}: {exposed}", path.display()));
+                    let what = format!("{name} leads to {}: {exposed}", path.display());
+                    return Err(NoRoots::Invalid(what));
                 }
             }
         }

@@ -5,10 +5,8 @@
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -27,6 +25,11 @@ use awsvid::svid::proto::workload::spiffe_workload_api_server::{
 use awsvid::svid::proto::workload::{Jwtsvid, JwtsvidRequest, JwtsvidResponse};
 
 use crate::{Failed, machine};
+
+#[path = "../support/unsigned_token.rs"]
+mod unsigned_token;
+
+use unsigned_token::token_of;
 
 pub(crate) const TRUST_DOMAIN: &str = "bench.example";
 /// About as long as AWS's own.
@@ -162,17 +165,7 @@ impl SpiffeWorkloadApi for Agent {
 /// Returns a JWT-SVID that passes every check except that of its signature, which only STS can
 /// make.
 pub(crate) fn token(spiffe_id: &str, audience: &str) -> String {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
-    let claims = format!(
-        r#"{{"sub":"{spiffe_id}","aud":["{audience}"],"iat":{now},"exp":{}}}"#,
-        now + 300
-    );
-    [r#"{"alg":"ES256","typ":"JWT"}"#, &claims, "signature"]
-        .map(|part| URL_SAFE_NO_PAD.encode(part))
-        .join(".")
+    token_of(spiffe_id, audience, SystemTime::now(), 300, 0)
 }
 
 async fn sts(listener: TcpListener, tls: Option<TlsAcceptor>, replies: CountingDelay) {

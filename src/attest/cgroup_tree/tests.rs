@@ -97,6 +97,18 @@ fn path_by_handle_works_on_the_real_tree() {
     );
 }
 
+/// The ids of removed cgroups are free for any user, so they would cause scans without end.
+#[test]
+fn unknown_id_starts_no_scan_with_handles() {
+    let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
+    let Some(tree) = tree.filter(CgroupTree::detects_removed) else {
+        return;
+    };
+    // `None` would ask for a scan.
+    let unknown = tree.cached_path(u64::MAX);
+    assert_eq!(unknown, Some(Err(AttestError::UnreadableCgroup)));
+}
+
 #[test]
 fn listing_fails_for_unreadable_cgroups() {
     let root = tempfile::tempdir().unwrap();

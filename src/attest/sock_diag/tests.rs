@@ -178,21 +178,27 @@ fn parse_distinguishes_a_missing_socket_from_failures() {
     let (client, server) = (CLIENT.parse().unwrap(), SERVER.parse().unwrap());
     for (errno, refusal) in [
         (libc::ENOENT, AttestError::CallerGone),
-        (libc::EPERM, AttestError::Kernel),
-        (libc::EINVAL, AttestError::Kernel),
-        (libc::EOPNOTSUPP, AttestError::Kernel),
+        (libc::EPERM, AttestError::kernel(QUERY, Errno::EPERM)),
+        (libc::EINVAL, AttestError::kernel(QUERY, Errno::EINVAL)),
+        (
+            libc::EOPNOTSUPP,
+            AttestError::kernel(QUERY, Errno::EOPNOTSUPP),
+        ),
         // An acknowledgement describes no socket.
-        (0, AttestError::Kernel),
+        (0, AttestError::kernel(QUERY, Errno::from_raw(0))),
     ] {
         let reply = error_reply(errno, [1, 0, 0, 0]);
         assert_eq!(parse(&reply, client, server), Err(refusal), "{errno}");
         // A reply that ends before its number is a failure.
         let cut = parse(&reply[..NLMSG_HEADER + 3], client, server);
-        assert_eq!(cut, Err(AttestError::Kernel), "{errno}");
+        assert_eq!(cut, Err(AttestError::kernel(QUERY, None)), "{errno}");
     }
     let mut other = DiagReply::good().bytes();
     other[4..6].copy_from_slice(&3_u16.to_ne_bytes());
-    assert_eq!(parse(&other, client, server), Err(AttestError::Kernel));
+    assert_eq!(
+        parse(&other, client, server),
+        Err(AttestError::kernel(QUERY, None))
+    );
 }
 
 #[test]

@@ -1,15 +1,11 @@
 //! The running daemon, where its state can differ from that of this process.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "a command is a process of its own, without a runtime"
-)]
-
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::unistd::geteuid;
 use serde_json::Value;
+use tokio::time::Instant;
 
 use super::report::CheckReport;
 use crate::commands::trusted_socket;
@@ -21,7 +17,7 @@ const MAX_RESPONSE: usize = 256 * 1024 * 1024;
 
 /// Queries the daemon at the configuration's status socket. Reports nothing without one, because
 /// `check` also runs before the first start.
-pub(super) fn check(config: &Config, report: &mut CheckReport) {
+pub(super) async fn check(config: &Config, report: &mut CheckReport) {
     let Some(socket) = config
         .listen
         .status
@@ -30,7 +26,7 @@ pub(super) fn check(config: &Config, report: &mut CheckReport) {
     else {
         return;
     };
-    match status(socket) {
+    match status(socket).await {
         Ok(status) => report_state(&status, report),
         Err(error) => {
             let (saw, fix) = error
@@ -45,7 +41,7 @@ pub(super) fn check(config: &Config, report: &mut CheckReport) {
     }
 }
 
-fn status(socket: &Path) -> Result<Value, String> {
+async fn status(socket: &Path) -> Result<Value, String> {
     let owners = [0, geteuid().as_raw()];
     let answer = trusted_socket::get(
         socket,
@@ -53,7 +49,8 @@ fn status(socket: &Path) -> Result<Value, String> {
         "/status",
         MAX_RESPONSE,
         Instant::now() + DAEMON_TIMEOUT,
-    )?;
+    );
+    let answer = answer.await.map_err(|error| error.to_string())?;
     serde_json::from_slice(&answer.body).map_err(|error| format!("{}: {error}", socket.display()))
 }
 

@@ -46,7 +46,8 @@ pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut 
             return;
         }
     };
-    let Some(theirs) = date.as_deref().and_then(from_http_date) else {
+    let parse = |text: &str| httpdate::parse_http_date(text).ok();
+    let Some(theirs) = date.as_deref().and_then(parse) else {
         report.info(
             CLOCK,
             format!("{url} answers without the time"),
@@ -76,19 +77,6 @@ pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut 
             format!("this node's clock and STS's agree, at {url}"),
         ),
     }
-}
-
-/// Parses `Tue, 24 Nov 2026 22:15:00 GMT`, the only form that servers send.
-pub(super) fn from_http_date(text: &str) -> Option<SystemTime> {
-    const MONTHS: [&str; 12] = [
-        "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
-    ];
-    let words: Vec<&str> = text.split(' ').collect();
-    let [_, day, month, year, time, "GMT"] = words[..] else {
-        return None;
-    };
-    let month = MONTHS.iter().position(|known| *known == month)? + 1;
-    humantime::parse_rfc3339(&format!("{year}-{month:02}-{day:0>2}T{time}Z")).ok()
 }
 
 /// Assumes the role, as the daemon would for this token's workload, and discards the credentials.

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use super::report::CheckReport;
-use crate::attest::{self, ExecMonitor, TcpUnsupported, UnixSupport};
+use crate::attest::{self, ExecMonitor, ExecMonitorError, TcpUnsupported, UnixSupport};
 use crate::config::Config;
 use crate::hardening::{DaemonFeatures, HidingProc, ProcessStatus, apparmor};
 
@@ -19,7 +19,7 @@ pub(super) struct KernelSupport {
     unix: UnixSupport,
     tcp: Result<(), TcpUnsupported>,
     /// `None` where no process is referred to an agent.
-    executions: Option<Result<(), String>>,
+    executions: Option<Result<(), ExecMonitorError>>,
 }
 
 impl KernelSupport {
@@ -36,9 +36,8 @@ impl KernelSupport {
     }
 }
 
-fn count_an_execution() -> Result<(), String> {
-    let started = ExecMonitor::start().map_err(|error| format!("{error}; {}", error.fix()));
-    started.map(drop)
+fn count_an_execution() -> Result<(), ExecMonitorError> {
+    ExecMonitor::start().map(drop)
 }
 
 /// Runs the checks. `proc` is the mount point of `/proc`.
@@ -93,11 +92,10 @@ fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut Chec
         None => {}
         Some(Ok(())) => report.ok(STEP, "executions of programs are counted"),
         Some(Err(error)) => {
-            let (saw, fix) = error.split_once("; ").unwrap_or((error, "see the log"));
             let saw = format!(
-                "executions of programs cannot be counted, so callers are rejected (unseen_program): {saw}"
+                "executions of programs cannot be counted, so callers are rejected (unseen_program): {error}"
             );
-            report.failed(STEP, saw, fix);
+            report.failed(STEP, saw, error.fix());
         }
     }
 }

@@ -108,7 +108,7 @@ async fn fetch_concurrently(url: &str, web: &HttpProbe, report: &mut CheckReport
                 continue;
             }
             Ok(answer) => format!("answers {}", answer.status),
-            Err(error) => error,
+            Err(error) => error.to_string(),
         };
         *failures.entry(failure).or_default() += 1;
     }

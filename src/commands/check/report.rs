@@ -2,11 +2,11 @@
 
 use std::cell::Cell;
 use std::io::{self, IsTerminal, Write};
-use std::process::ExitCode;
 
 use serde::Serialize;
 
 use crate::commands::terminal_style::{GREEN, RED, TerminalStyle, YELLOW};
+use crate::exit_status::ExitStatus;
 
 /// Result of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -48,11 +48,6 @@ pub(in crate::commands) struct CheckReport {
 const ERASE_LINE: &str = "\r\x1b[2K";
 /// Maximum length of a progress text on a terminal, in characters.
 const MAX_PROGRESS_LENGTH: usize = 70;
-
-/// At least one step has failed.
-const EXIT_FAILED: u8 = 1;
-/// No step failed, but not all could be checked.
-const EXIT_UNCHECKED: u8 = 2;
 
 impl CheckReport {
     /// Creates the report. With `json` all of it is written at the end, else each line at once.
@@ -163,7 +158,7 @@ impl CheckReport {
     }
 
     /// Prints the summary, and returns the exit status.
-    pub(in crate::commands) fn end(self) -> ExitCode {
+    pub(in crate::commands) fn end(self) -> ExitStatus {
         let count = |verdict| {
             self.findings
                 .iter()
@@ -172,9 +167,9 @@ impl CheckReport {
         };
         let (failed, unchecked) = (count(Verdict::Failed), count(Verdict::Unchecked));
         let (result, colour, status) = match (failed, unchecked) {
-            (1.., _) => ("failed", RED, ExitCode::from(EXIT_FAILED)),
-            (0, 1..) => ("unchecked", YELLOW, ExitCode::from(EXIT_UNCHECKED)),
-            (0, 0) => ("pass", GREEN, ExitCode::SUCCESS),
+            (1.., _) => ("failed", RED, ExitStatus::Failure),
+            (0, 1..) => ("unchecked", YELLOW, ExitStatus::Unchecked),
+            (0, 0) => ("pass", GREEN, ExitStatus::Success),
         };
         self.clear_progress();
         let _ = match self.json {

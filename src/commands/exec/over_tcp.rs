@@ -1,20 +1,17 @@
 //! Check that the daemon attests callers over TCP, because the command's SDK has no other way to
 //! it.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "a command is a process of its own, without a runtime"
-)]
-
-use std::net::{TcpStream, ToSocketAddrs};
+use std::io;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hyper::Uri;
 use serde_json::Value;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
 
 use crate::attest::{self, UnixSupport};
-use crate::commands::http_client;
+use crate::commands::local_client;
 
 /// Time limit of the daemon's response. A slow or missing daemon is left to the command.
 const DAEMON_TIMEOUT: Duration = Duration::from_secs(2);
@@ -57,10 +54,14 @@ fn is_unsupported(uri: &str) -> Option<bool> {
         .port_u16()
         .or_else(|| (uri.scheme_str() == Some("http")).then_some(80))?;
     let host = uri.host()?.trim_start_matches('[').trim_end_matches(']');
-    let address = (host, port).to_socket_addrs().ok()?.next()?;
-    let stream = TcpStream::connect_timeout(&address, DAEMON_TIMEOUT).ok()?;
-    let answer =
-        http_client::get(stream, PATH, MAX_RESPONSE, Instant::now() + DAEMON_TIMEOUT).ok()?;
+    let answer = local_client::block_on(async {
+        let deadline = Instant::now() + DAEMON_TIMEOUT;
+        let connected = timeout_at(deadline, TcpStream::connect((host, port))).await;
+        let stream = connected.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        let deadline = Instant::now() + DAEMON_TIMEOUT;
+        local_client::get(stream, PATH, MAX_RESPONSE, deadline).await
+    });
+    let answer = answer.ok()?.ok()?;
     let body: Value = serde_json::from_slice(&answer.body).ok()?;
     Some(answer.status == 403 && body["code"] == UNSUPPORTED)
 }

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::ProbeError;
 use aws_lc_rs::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -18,19 +19,15 @@ pub(in crate::commands) struct ServerChain {
 }
 
 /// Creates a configuration that accepts every server, and puts its chain into `capture`.
-pub(super) fn tls(capture: &Arc<CertCapture>) -> Result<ClientConfig, String> {
+pub(super) fn tls(capture: &Arc<CertCapture>) -> Result<ClientConfig, ProbeError> {
     let provider = Arc::new(default_provider());
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
         .build()
-        .map_err(|_| {
-            "this machine trusts no CA certificates; install its package of CA certificates"
-                .to_owned()
-        })?;
+        .map_err(|_| ProbeError::NoRoots)?;
     let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?
+        .with_safe_default_protocol_versions()?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(RecordingVerifier {
             verifier,

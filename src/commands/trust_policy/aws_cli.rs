@@ -1,5 +1,6 @@
 //! The plan as a script with commands of the AWS CLI and their documents as JSON.
 
+use std::borrow::Cow;
 use std::fmt::Write;
 
 use serde_json::{Value, json};
@@ -94,7 +95,7 @@ fn quoted(document: &Value) -> String {
     word(&format!("{document:#}"))
 }
 
-/// Quotes a word for a POSIX shell.
+/// Quotes a word for a POSIX shell. Only a NUL cannot be quoted, which neither JSON nor an ARN has.
 fn word(text: &str) -> String {
-    format!("'{}'", text.replace('\'', r"'\''"))
+    shlex::try_quote(text).map_or_else(|_| String::new(), Cow::into_owned)
 }

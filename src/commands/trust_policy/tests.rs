@@ -300,7 +300,7 @@ fn existing_provider_is_used_and_not_created() {
         .map(|format| render(&plan, format).unwrap());
     // The existing provider may lack the audience.
     let audience = format!(
-        "aws iam add-client-id-to-open-id-connect-provider --open-id-connect-provider-arn '{PROVIDER}' --client-id 'shop'"
+        "aws iam add-client-id-to-open-id-connect-provider --open-id-connect-provider-arn {PROVIDER} --client-id shop"
     );
     assert!(script.contains(&audience), "{script}");
     for output in [&script, &terraform, &template] {

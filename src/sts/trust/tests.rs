@@ -107,7 +107,8 @@ fn variable_that_leads_to_a_file_of_others_is_not_used() {
     fs::write(&path, certificate().0).unwrap();
     let found = |name: &str, value: &Path| {
         check_variables(|asked| (asked == name).then(|| value.as_os_str().to_owned())).map_err(
-            |text| {
+            |error| {
+                let text = error.text();
                 assert!(
                     text.starts_with(&format!("{name} leads to {}: every user ", path.display())),
                     "{text}"

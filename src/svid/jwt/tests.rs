@@ -3,6 +3,11 @@ use std::sync::{Arc, Mutex};
 
 use super::*;
 
+#[path = "../../../tests/support/unsigned_token.rs"]
+mod unsigned_token;
+
+pub(crate) use unsigned_token::{raw_token, token_of};
+
 pub(crate) const AUDIENCE: &str = "sts.amazonaws.com";
 /// 2026-01-01, the current time in these tests.
 pub(crate) const NOW: u64 = 1_767_225_600;
@@ -15,28 +20,10 @@ pub(crate) fn billing() -> SpiffeId {
     SpiffeId::parse("spiffe://example.org/billing").unwrap()
 }
 
-/// Returns a token with this header and these claims, as JSON text. The signature is invalid, since
-/// it is not checked here.
-pub(crate) fn raw_token(header: &str, claims: &str) -> String {
-    let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
-    format!(
-        "{}.{}.{}",
-        part(header),
-        part(claims),
-        part("a signature that no test verifies")
-    )
-}
-
 /// Returns a valid token for `id` and [`AUDIENCE`] that expires `life` seconds after [`NOW`].
 /// `serial` makes it unique.
 pub(crate) fn token_for(id: &SpiffeId, life: u64, serial: u32) -> String {
-    let exp = NOW + life;
-    raw_token(
-        r#"{"alg":"ES256","kid":"k1","typ":"JWT"}"#,
-        &format!(
-            r#"{{"sub":"{id}","aud":["{AUDIENCE}"],"iat":{NOW},"exp":{exp},"jti":"{serial}"}}"#
-        ),
-    )
+    token_of(id.as_str(), AUDIENCE, now(), life, serial)
 }
 
 /// Returns such a token after the check.

@@ -2,7 +2,7 @@
 //! wrong or broken.
 
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use awsvid::svid::proto::workload::spiffe_workload_api_server::{
     SpiffeWorkloadApi, SpiffeWorkloadApiServer,
@@ -11,13 +11,16 @@ use awsvid::svid::proto::workload::{
     JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse,
     X509svidRequest, X509svidResponse,
 };
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use tokio::net::UnixListener;
 use tokio::runtime::Runtime;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status};
+
+#[path = "../../support/unsigned_token.rs"]
+mod unsigned_token;
+
+use unsigned_token::raw_token;
 
 /// A server that runs until it is dropped.
 pub(crate) struct Tokens {
@@ -72,22 +75,13 @@ impl SpiffeWorkloadApi for Api {
         request: Request<JwtsvidRequest>,
     ) -> Result<Response<JwtsvidResponse>, Status> {
         let spiffe_id = request.into_inner().spiffe_id;
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .expect("after 1970")
-            .as_secs();
+        let now = unsigned_token::seconds(SystemTime::now());
         let claims = self
             .claims
             .replace("{sub}", &spiffe_id)
             .replace("{now}", &now.to_string());
         let claims = claims.replace("{end}", &(now + 600).to_string());
-        let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
-        let svid = format!(
-            "{}.{}.{}",
-            part(&self.header),
-            part(&claims),
-            part("no signature")
-        );
+        let svid = raw_token(&self.header, &claims);
         Ok(Response::new(JwtsvidResponse {
             svids: vec![Jwtsvid {
                 spiffe_id,

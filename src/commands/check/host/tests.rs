@@ -1,5 +1,6 @@
 //! Machines that no test runs on, as their `/proc` shows them.
 
+use std::io;
 use std::os::unix::fs::symlink;
 
 use caps::Capability;
@@ -228,7 +229,10 @@ fn missing_kernel_features_are_reported() {
         ),
         (
             KernelSupport {
-                executions: Some(Err("bpf(2): EPERM; give it CAP_BPF".to_owned())),
+                executions: Some(Err(ExecMonitorError::Denied {
+                    step: "a program",
+                    source: io::ErrorKind::PermissionDenied.into(),
+                })),
                 ..right()
             },
             "",
