@@ -22,7 +22,8 @@ use tokio::time::sleep;
 
 use crate::caller::WorkloadKey;
 use crate::clock::REQUEST_HOLD;
-use crate::telemetry::{LogQuota, in_current_request};
+use crate::limits::LogQuota;
+use crate::telemetry::in_current_request;
 
 /// The number of reads of one workload that may run at a time. If one of them blocks, another one
 /// remains.
