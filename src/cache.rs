@@ -26,7 +26,7 @@ use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::exchange::ExchangeError;
 use crate::identity::SpiffeId;
-use crate::limits::FairSemaphore;
+use crate::limits::{FairSemaphore, LogQuota};
 use crate::metrics::{CallLabel, EntryStateLabel, EvictionReason, Metrics};
 use crate::policy::Policy;
 use crate::role::Grant;
@@ -41,7 +41,6 @@ mod table;
 pub use entry::{CachedBody, CachedCredentials, EntryStatus};
 
 use entry::{Entry, EntryState, MIN_REMAINING};
-use events::EventLog;
 use flight::Waiter;
 use refresh::{Action, Schedule};
 use table::EntryTable;
@@ -65,7 +64,7 @@ struct CacheInner {
     table: EntryTable,
     schedule: Arc<Schedule>,
     refreshes: FairSemaphore<SpiffeId>,
-    log: EventLog,
+    log: LogQuota,
     /// The caller of every refresh if the source does not need a live caller.
     synthetic_caller: Arc<Caller>,
     /// The zero of [`Entry::last_used`].
@@ -109,7 +108,7 @@ impl CredentialCache {
             table: EntryTable::default(),
             schedule: schedule.clone(),
             refreshes: FairSemaphore::new(MAX_REFRESHES, MAX_REFRESHES_PER_SPIFFE_ID),
-            log: EventLog::default(),
+            log: events::log_quota(),
             synthetic_caller: Arc::new(Caller::synthetic()),
             start: Instant::now(),
         });

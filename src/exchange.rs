@@ -7,6 +7,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::time::{Instant, sleep};
 
+use crate::backoff::{Backoff, Jitter};
 use crate::caller::{AttestError, Caller};
 use crate::clock::Clock;
 use crate::credentials::Credentials;
@@ -23,9 +24,10 @@ use crate::upstream_status::LastError;
 const RETRY_WINDOW: Duration = Duration::from_secs(4);
 /// Maximum number of retries of one exchange, at the source and at STS together.
 const MAX_RETRIES: u32 = 3;
-/// Delay before the first retry. It doubles with each retry, and has jitter so that a node's
-/// exchanges do not retry together.
+/// Delay before the first retry.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
+/// Delays before all retries.
+const BACKOFF: Backoff = Backoff::new(RETRY_PAUSE, Duration::from_secs(1), Jitter::Down);
 
 /// Maximum number of concurrent calls to the source. An agent answers most of them from its cache,
 /// and each has a connection of its own. At this limit the SPIFFE ID with the most loses its newest
@@ -283,7 +285,7 @@ impl RetryBudget {
 
     /// Waits before a retry. Returns `false` at once if no retry is left.
     async fn pause(&mut self) -> bool {
-        let pause = RETRY_PAUSE.mul_f64(f64::from(1 << self.tries) * (0.5 + 0.5 * fastrand::f64()));
+        let pause = BACKOFF.delay(self.tries + 1);
         if self.tries == MAX_RETRIES || self.start.elapsed() + pause > RETRY_WINDOW {
             return false;
         }

@@ -7,8 +7,8 @@
 //!
 //! Values, without I/O: [`identity`] (SPIFFE IDs), [`cgroup`] (facts of a cgroup path), [`caller`]
 //! (the attested peer), [`workload_rule`] (the SPIFFE ID of a caller), [`role`] (the roles of a
-//! SPIFFE ID), [`credentials`], [`clock`], [`exit_status`]. [`file_threads`] runs calls on files
-//! that may block.
+//! SPIFFE ID), [`credentials`], [`clock`], [`backoff`], [`exit_status`]. [`file_threads`] runs
+//! calls on files that may block.
 //!
 //! Parts that all others need: [`config`], [`writer`] (lines, without blocking the callers),
 //! [`telemetry`] (the log), [`metrics`], [`upstream_status`] (state of the upstreams), [`audit`]
@@ -27,9 +27,8 @@
 //!
 //! Around the request path: [`pod_listeners`] listens in each pod's network namespace ([`netns`]),
 //! [`admin`] serves health and metrics, [`readiness`] decides when the daemon is ready (by
-//! [`http_client`]), and
-//! [`hardening`] drops privileges, and [`watchdog`] reports to systemd that the threads work.
-//! [`app`] wires all of it, and [`daemon`] runs it.
+//! [`http_client`]), [`hardening`] drops privileges, and [`watchdog`] reports to systemd that the
+//! threads work. [`app`] wires all of it, and [`daemon`] runs it.
 //!
 //! Outside the daemon: [`commands`] for users and operators, [`sdk_environment`] (the SDK variables
 //! that commands set for child processes), and [`dev`] (the servers that the `dev` command starts
@@ -60,6 +59,8 @@ pub mod role;
 pub mod credentials;
 
 pub mod clock;
+
+pub mod backoff;
 
 pub mod exit_status;
 

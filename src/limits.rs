@@ -1,5 +1,5 @@
 //! Fair limits on the resources that all workloads of a node share: connections, searches, and
-//! calls to the identity source and to STS.
+//! calls to the identity source and to STS. And limits for lines that the log would repeat.
 //!
 //! A workload that takes all it can get delays only itself. Where a shared limit is reached, its
 //! permits are the first to be evicted (T22, T29).
@@ -19,9 +19,11 @@ use crate::caller::{WorkloadKey, WorkloadScope};
 use crate::identity::SpiffeId;
 
 mod fair;
+mod log;
 mod rate;
 
 pub use fair::{ACQUIRE_TIMEOUT, AcquireError, FairPermit, FairSemaphore};
+pub use log::{KeyedLogQuota, LogOnce, LogQuota};
 pub use rate::{KeyedRateLimiter, TokenBucket};
 
 /// The key by which a limit counts permits.

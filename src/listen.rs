@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use thiserror::Error;
 use tokio::time::Instant;
 
-use crate::telemetry::LogQuota;
+use crate::limits::LogQuota;
 
 mod connect;
 mod drain;

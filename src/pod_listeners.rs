@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::file_threads::FileThreads;
 use crate::http::CredentialEndpoint;
+use crate::limits::LogOnce;
 use crate::listen::DrainHandle;
 use crate::metrics::Metrics;
 use crate::netns::{NamespaceError, NetNs};
@@ -71,7 +72,7 @@ pub struct PodListeners {
     handover: Option<PathBuf>,
     successors: Option<HandoverSocket>,
     /// Set when a failure to bind that socket was logged.
-    logged_unbound: bool,
+    logged_unbound: LogOnce,
     role: HandoverRole,
     /// The connection on which this instance took over, and the connections of earlier takeovers
     /// that may still be open. While one is open, the instance at its other end knows that a later
@@ -85,7 +86,8 @@ impl PodListeners {
     /// Checks that namespaces can be entered, and starts to watch the directory.
     ///
     /// On return the present namespaces are served, unless another instance serves them and passes
-    /// its listeners once the gate is passed, or the directory does not respond.
+    /// its listeners once the gate is passed, or the directory does not respond. Fails if
+    /// namespaces cannot be entered here, for which the daemon lacks a privilege.
     pub async fn start(
         (directory, handover): (&Path, Option<&Path>),
         endpoint: Arc<CredentialEndpoint>,
@@ -116,7 +118,7 @@ impl PodListeners {
             pods: Reconciler::new(watched, service, (log, metrics), (first_scan, coverage)),
             handover: handover.map(Path::to_owned),
             successors: None,
-            logged_unbound: false,
+            logged_unbound: LogOnce::default(),
             role: HandoverRole::Active,
             earlier: Vec::new(),
             could_serve: can_serve,

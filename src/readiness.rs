@@ -25,12 +25,12 @@ use crate::config::{self, Config};
 use crate::file_threads::FileThreads;
 use crate::http::OwnProbe;
 use crate::http_client;
+use crate::limits::LogQuota;
 use crate::metrics::Metrics;
 use crate::pod_listeners::TakeoverGate;
 use crate::role::StsTarget;
 use crate::sts::Sts;
 use crate::svid::IdentitySource;
-use crate::telemetry::LogQuota;
 
 /// The pause between two attempts.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
@@ -374,8 +374,8 @@ async fn probe_listener<S: AsyncRead + AsyncWrite + Unpin>(
         .and_then(|response| classify_reply(response.status, &response.body)))
 }
 
-/// Returns the meaning of an answer. A 404 shows that the listener attests this process; a 403 shows
-/// that it does not.
+/// Returns the meaning of an answer. A 404 shows that the listener attests this process. A 403
+/// shows that it does not.
 fn classify_reply(status: u16, body: &[u8]) -> Option<ProbeAnswer> {
     if status == 404 {
         return Some(ProbeAnswer::Attested);

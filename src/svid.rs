@@ -14,6 +14,7 @@ use thiserror::Error;
 
 use crate::caller::{AttestError, Caller, CallerFacts, ProcessFacts};
 use crate::identity::SpiffeId;
+use crate::limits::KeyedLogQuota;
 use crate::role::Identity;
 use crate::socket_endpoint::Endpoint;
 use crate::upstream_status::LastError;
@@ -24,7 +25,6 @@ pub mod agent_source;
 mod channel;
 mod identity_cache;
 pub mod jwt;
-mod log_limit;
 pub mod own_svid;
 pub mod proto;
 pub mod spiffe_broker;
@@ -44,6 +44,16 @@ pub const CALL_TIMEOUT: Duration = Duration::from_secs(35);
 /// between. A single one may be a registration entry that has not spread yet, or an attestor that
 /// failed for a moment.
 pub(crate) const DENIAL_CONFIRMATION: Duration = Duration::from_secs(10);
+
+/// Minimum interval between two log lines with the same text.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// Distinct texts within [`LOG_INTERVAL`]. Further ones are not logged.
+const MAX_LOGGED_TEXTS: usize = 64;
+
+/// Returns the limit of a source's log lines.
+fn log_quota() -> KeyedLogQuota {
+    KeyedLogQuota::new(MAX_LOGGED_TEXTS, LOG_INTERVAL)
+}
 
 /// Source of the identities that the workloads of this node have.
 #[async_trait]

@@ -18,7 +18,6 @@ use tracing_subscriber::prelude::*;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
 use crate::config::LogFormat;
-use crate::limits::TokenBucket;
 use crate::writer::{Line, LineLoss, LossObserver, Priority, Writer};
 
 mod format;
@@ -32,36 +31,6 @@ use format::{JsonLines, TextFields};
 
 /// The longest time for which the end of the process waits for a slow reader of the log.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// A limit for log lines of one kind: a burst at first, then one in each interval.
-#[derive(Debug)]
-pub struct LogQuota {
-    burst: u32,
-    every: Duration,
-    bucket: TokenBucket,
-    missed: u64,
-}
-
-impl LogQuota {
-    /// Allows `burst` lines at once, and one more each `every` after that.
-    pub fn new(burst: u32, every: Duration) -> Self {
-        Self {
-            burst,
-            every,
-            bucket: TokenBucket::default(),
-            missed: 0,
-        }
-    }
-
-    /// Takes a line if the limit allows it, and returns how many were left out since the last one.
-    pub fn take(&mut self) -> Option<u64> {
-        if self.bucket.take(self.burst, self.every) {
-            return Some(std::mem::take(&mut self.missed));
-        }
-        self.missed += 1;
-        None
-    }
-}
 
 type Lines = Box<dyn Layer<Registry> + Send + Sync>;
 
@@ -80,7 +49,8 @@ impl std::fmt::Debug for Log {
 /// Installs the process's log. Lines wait in memory until the log is [started](Log::start).
 ///
 /// `level` is a level or a filter directive of `tracing-subscriber`, for instance
-/// `info,awsvid::cache=debug`. `lost` counts the lines that could not be written.
+/// `info,awsvid::cache=debug`. `lost` counts the lines that could not be written. Fails if `level`
+/// is invalid.
 pub fn init(level: &str, format: LogFormat, lost: Counter) -> Result<Log, ParseError> {
     let destination = LogDestination(Arc::new(Writer::new(Box::new(LostLines(lost)))));
     let (lines, handle) = reload::Layer::new(lines(level, format, destination.clone())?);
@@ -96,6 +66,7 @@ impl Log {
     /// Starts the thread that writes the log.
     ///
     /// Call it once, after the process has dropped the privileges that its threads must not have.
+    /// Fails if no thread can be started.
     pub fn start(&self) -> io::Result<()> {
         self.lines.0.start(
             "awsvid-log",
@@ -103,7 +74,7 @@ impl Log {
         )
     }
 
-    /// Changes the level and the format of all later lines.
+    /// Changes the level and the format of all later lines. Fails if `level` is invalid.
     pub fn change(&self, level: &str, format: LogFormat) -> Result<(), ParseError> {
         // An error means that this log is not the one that is installed.
         let _ = self

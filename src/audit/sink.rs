@@ -14,8 +14,8 @@ use tokio::time::timeout;
 use crate::audit::line::{LostRecordsLine, moment, render};
 use crate::clock::Clock;
 use crate::config::AuditFile;
+use crate::limits::LogQuota;
 use crate::metrics::Metrics;
-use crate::telemetry::LogQuota;
 use crate::writer::{Line, LineLoss, LossObserver, Priority, Writer};
 
 /// The longest time for which an answer waits for a required record. A write takes microseconds,
@@ -41,7 +41,7 @@ pub(super) struct Sink {
 impl Sink {
     /// Returns a destination that is not open. Records wait until it is.
     pub(super) fn unopened(clock: Clock, metrics: &Metrics) -> Self {
-        let log_quota = Mutex::new(LogQuota::new(1, LOG_INTERVAL));
+        let log_quota = LogQuota::new(1, LOG_INTERVAL);
         let lost = LostRecords {
             clock,
             metrics: metrics.clone(),
@@ -175,18 +175,13 @@ fn open_file(path: &Path) -> io::Result<File> {
 struct LostRecords {
     clock: Clock,
     metrics: Metrics,
-    log_quota: Mutex<LogQuota>,
+    log_quota: LogQuota,
 }
 
 impl LossObserver for LostRecords {
     fn lost(&self, loss: &LineLoss) {
         self.metrics.audit_records_dropped.inc();
-        if let Some(before) = self
-            .log_quota
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-        {
+        if let Some(before) = self.log_quota.take() {
             tracing::error!(before, error = %loss, "an audit record cannot be written");
         }
     }

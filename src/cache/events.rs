@@ -1,34 +1,20 @@
 //! The events that the cache logs. It logs once per change, not per try. The rate is limited, since
 //! an outage concerns all workloads of the node at once. `/status` and the metrics have the rest.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::entry::Entry;
 use crate::exchange::ExchangeError;
-use crate::telemetry::LogQuota;
+use crate::limits::LogQuota;
 
 /// Number of log lines at once.
 const LOG_BURST: u32 = 20;
 /// Interval between log lines after [`LOG_BURST`].
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Limiter of the log lines, which counts those it drops.
-#[derive(Debug)]
-pub(super) struct EventLog(Mutex<LogQuota>);
-
-impl Default for EventLog {
-    fn default() -> Self {
-        Self(Mutex::new(LogQuota::new(LOG_BURST, LOG_INTERVAL)))
-    }
-}
-
-impl EventLog {
-    /// Returns the number of lines dropped since the last one if a line may be written now, else
-    /// `None`.
-    pub(super) fn take(&self) -> Option<u64> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
+/// Returns the limit of the log lines.
+pub(super) fn log_quota() -> LogQuota {
+    LogQuota::new(LOG_BURST, LOG_INTERVAL)
 }
 
 /// An event for operators. It is emitted with no lock held, since a log may be slow.
@@ -48,7 +34,7 @@ pub(super) enum CacheEvent {
 }
 
 impl CacheEvent {
-    pub(super) fn emit(self, entry: &Entry, log: &EventLog) {
+    pub(super) fn emit(self, entry: &Entry, log: &LogQuota) {
         let (spiffe_id, role_arn) = (&entry.grant.spiffe_id, &entry.grant.role_arn);
         if let Self::Failed {
             error,

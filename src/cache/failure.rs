@@ -5,13 +5,14 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
+use crate::backoff::{Backoff, Jitter};
 use crate::exchange::ExchangeError;
 use crate::svid::{DENIAL_CONFIRMATION, SourceError};
 
-/// First delay between tries to refresh. It doubles with each failure.
+/// First delay between tries to refresh.
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
-/// Number of doublings. Each delay is jittered by half of it.
-const BACKOFF_STEPS: u32 = 6;
+/// Delays between tries to refresh.
+const BACKOFF: Backoff = Backoff::new(BACKOFF_FIRST, Duration::from_secs(64), Jitter::Around);
 
 /// Kind of failure, by its effect on credentials that are already cached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +59,8 @@ pub(super) struct FailureState {
     pub(super) time: SystemTime,
     /// The earliest time of the next refresh.
     pub(super) retry_at: Instant,
-    tries: u32,
+    /// Number of failures in a row.
+    failures: u32,
     /// Time of the first rejection. A later outage does not reset it.
     pub(super) refused_since: Option<(Instant, SystemTime)>,
     denied_since: Option<Instant>,
@@ -91,7 +93,9 @@ impl FailureState {
         };
         let confirmed =
             denied_since.is_some_and(|since| at.duration_since(since) >= DENIAL_CONFIRMATION);
-        let tries = previous.map_or(0, |previous| previous.tries);
+        let failures = previous
+            .map_or(0, |previous| previous.failures)
+            .saturating_add(1);
         Self {
             error: error.clone(),
             at,
@@ -102,9 +106,9 @@ impl FailureState {
                     since + DENIAL_CONFIRMATION + BACKOFF_FIRST.mul_f64(fastrand::f64())
                 }
                 (FailureKind::CallerUnusable, _) => at + BACKOFF_FIRST,
-                _ => at + (BACKOFF_FIRST * (1 << tries)).mul_f64(0.5 + fastrand::f64()),
+                _ => at + BACKOFF.delay(failures),
             },
-            tries: (tries + 1).min(BACKOFF_STEPS),
+            failures,
             refused_since,
             denied_since,
             withdrawn: kind == FailureKind::Denied && confirmed,

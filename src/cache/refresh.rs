@@ -16,6 +16,7 @@ use super::CacheInner;
 use super::entry::{Entry, EntryState, MIN_REMAINING};
 use super::events::CacheEvent;
 use super::failure::{FailureKind, negative_ttl};
+use crate::backoff::Jitter;
 use crate::clock::Clock;
 use crate::metrics::EvictionReason;
 use crate::policy::Policy;
@@ -333,7 +334,7 @@ impl CacheInner {
         // Without a live caller, the next request starts the refresh.
         let caller = caller?;
         let Ok(permit) = self.refreshes.try_acquire_evicting(&entry.grant.spiffe_id) else {
-            return Some(Instant::now() + LIMITER_RETRY.mul_f64(0.5 + fastrand::f64()));
+            return Some(Instant::now() + Jitter::Around.apply(LIMITER_RETRY));
         };
         permit.set_in_use();
         self.start_flight(entry, caller, state, Some(permit));

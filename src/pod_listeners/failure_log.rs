@@ -3,24 +3,22 @@
 //! Each pod may give the same reason. So a line appears once, or at a bounded rate.
 
 use std::io;
-use std::mem::replace;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
+use crate::limits::{LogOnce, LogQuota};
 use crate::metrics::{Metrics, PodListenerFailure};
 use crate::pod_listeners::LOG_INTERVAL;
 use crate::pod_listeners::pod::BindFailure;
-use crate::telemetry::LogQuota;
 
 /// The log of failures of the pod listeners.
 #[derive(Debug)]
 pub(super) struct FailureLog {
     metrics: Metrics,
-    no_directory: bool,
-    not_mounted: bool,
-    denied: bool,
+    no_directory: LogOnce,
+    not_mounted: LogOnce,
+    denied: LogOnce,
     unprivileged_ports: LogQuota,
-    unwatched: Mutex<LogQuota>,
+    unwatched: LogQuota,
 }
 
 impl FailureLog {
@@ -28,17 +26,17 @@ impl FailureLog {
         let [unprivileged_ports, unwatched] = [(); 2].map(|()| LogQuota::new(1, LOG_INTERVAL));
         Self {
             metrics,
-            no_directory: false,
-            not_mounted: false,
-            denied: false,
+            no_directory: LogOnce::default(),
+            not_mounted: LogOnce::default(),
+            denied: LogOnce::default(),
             unprivileged_ports,
-            unwatched: Mutex::new(unwatched),
+            unwatched,
         }
     }
 
     /// Returns whether a port could not be bound because the daemon lacks the capability.
     pub(super) fn has_denied(&self) -> bool {
-        self.denied
+        self.denied.is_logged()
     }
 
     /// Counts a namespace, or an address in one, that is not served.
@@ -50,8 +48,8 @@ impl FailureLog {
     }
 
     /// The directory of namespaces does not exist.
-    pub(super) fn no_directory(&mut self, directory: &Path) {
-        if !replace(&mut self.no_directory, true) {
+    pub(super) fn no_directory(&self, directory: &Path) {
+        if self.no_directory.first() {
             tracing::warn!(
                 directory = %directory.display(),
                 "[pods] netns_dir does not exist yet; in Kubernetes mount the host's directory by a hostPath volume"
@@ -61,11 +59,7 @@ impl FailureLog {
 
     /// The directory, or the namespaces on its files, cannot be watched, read or entered.
     pub(super) fn unwatched(&self, directory: &Path, error: &io::Error) {
-        let mut quota = self
-            .unwatched
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(missed) = quota.take() {
+        if let Some(missed) = self.unwatched.take() {
             let directory = directory.display();
             if error.kind() == io::ErrorKind::TimedOut {
                 tracing::error!(
@@ -80,9 +74,9 @@ impl FailureLog {
     }
 
     /// No namespace was mounted on a file for a while.
-    pub(super) fn not_mounted(&mut self, path: &Path, directory: &Path) {
+    pub(super) fn not_mounted(&self, path: &Path, directory: &Path) {
         self.count(PodListenerFailure::NotMounted);
-        if !replace(&mut self.not_mounted, true) {
+        if self.not_mounted.first() {
             tracing::warn!(
                 path = %path.display(),
                 directory = %directory.display(),
@@ -93,7 +87,7 @@ impl FailureLog {
     }
 
     /// Addresses of one namespace cannot be bound.
-    pub(super) fn unbound(&mut self, namespace: &Path, failures: &[BindFailure]) {
+    pub(super) fn unbound(&self, namespace: &Path, failures: &[BindFailure]) {
         // The other address failed for the same reason.
         let Some(failure) = failures.first() else {
             return;
@@ -109,7 +103,7 @@ impl FailureLog {
             }
             BindFailure::Denied => {
                 self.count(PodListenerFailure::PortDenied);
-                if !replace(&mut self.denied, true) {
+                if self.denied.first() {
                     tracing::warn!(
                         %namespace,
                         "port 974 cannot be bound: CAP_NET_BIND_SERVICE is missing; in Kubernetes add NET_BIND_SERVICE to \
@@ -126,7 +120,7 @@ impl FailureLog {
     }
 
     /// Any user of a pod may bind the port of the endpoint.
-    pub(super) fn unprivileged_ports(&mut self, namespace: &Path, first: u16) {
+    pub(super) fn unprivileged_ports(&self, namespace: &Path, first: u16) {
         if let Some(missed) = self.unprivileged_ports.take() {
             tracing::warn!(
                 namespace = %namespace.display(),

@@ -15,7 +15,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{SockType, SockaddrStorage, getsockname, getsockopt, sockopt};
@@ -25,9 +25,9 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
 use crate::cgroup;
+use crate::limits::LogQuota;
 use crate::listen::{ListenError, SocketFile};
 use crate::pod_listeners::{LOG_INTERVAL, sys};
-use crate::telemetry::LogQuota;
 
 mod message;
 
@@ -52,7 +52,7 @@ pub(super) struct ReceivedListeners {
 pub(super) struct HandoverSocket {
     listener: UnixListener,
     /// Limits the log lines about connections from other processes.
-    refusals: Mutex<LogQuota>,
+    refusals: LogQuota,
     _file: SocketFile,
 }
 
@@ -64,7 +64,7 @@ impl HandoverSocket {
             path: path.to_owned(),
             source,
         };
-        let refusals = Mutex::new(LogQuota::new(3, LOG_INTERVAL));
+        let refusals = LogQuota::new(3, LOG_INTERVAL);
         Ok(Self {
             listener: UnixListener::from_std(listener).map_err(failed)?,
             refusals,
@@ -74,10 +74,7 @@ impl HandoverSocket {
 
     /// Returns the number of suppressed lines if a rejected connection may be logged now.
     pub(super) fn refusal(&self) -> Option<u64> {
-        self.refusals
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        self.refusals.take()
     }
 
     /// Waits for the next instance to connect.

@@ -73,7 +73,7 @@ impl PodListeners {
         };
         match HandoverSocket::bind(path) {
             Ok(successors) => self.successors = Some(successors),
-            Err(error) if std::mem::replace(&mut self.logged_unbound, true) => {
+            Err(error) if !self.logged_unbound.first() => {
                 tracing::debug!(%error, "the handover socket cannot be bound yet");
             }
             Err(error) => {

@@ -19,12 +19,12 @@ use super::agent::AttestingAgent;
 use super::identity_cache::{
     FACTS_FOR_AGENT, IdentityCache, IdentityLookup, IdentityResult, Subject, has_all_facts,
 };
-use super::log_limit::LogLimiter;
+use super::log_quota;
 use super::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
 use crate::caller::{Caller, CallerFacts, ProcessFacts, WorkloadKey};
 use crate::clock::{Clock, REQUEST_HOLD};
 use crate::identity::SpiffeId;
-use crate::limits::FairSemaphore;
+use crate::limits::{FairSemaphore, KeyedLogQuota};
 use crate::metrics::Metrics;
 use crate::role::Identity;
 use crate::telemetry::in_current_request;
@@ -59,7 +59,7 @@ struct AgentSourceInner {
     query_permits: FairSemaphore<WorkloadKey>,
     /// The daemon's own identities, which no workload gets.
     own: OwnIds,
-    log: LogLimiter,
+    log: KeyedLogQuota,
 }
 
 impl fmt::Debug for AgentSource {
@@ -89,7 +89,7 @@ impl AgentSource {
             tokens: HeldTokens::default(),
             query_permits: FairSemaphore::new(MAX_QUERIES, MAX_QUERIES_PER_WORKLOAD),
             own: OwnIds::default(),
-            log: LogLimiter::default(),
+            log: log_quota(),
         });
         tokio::spawn(revalidation::run(Arc::downgrade(&inner)));
         Self(inner)

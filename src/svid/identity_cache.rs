@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::SourceError;
+use crate::backoff::{Backoff, Jitter};
 use crate::caller::{Caller, WorkloadKey};
 
 mod agent_clock;
@@ -34,6 +35,8 @@ const MAX_WAITING_PER_WORKLOAD: usize = 256;
 /// each further timeout. An agent continues to hash a program after its client has given up.
 const REVALIDATION_PAUSE: Duration = Duration::from_secs(30);
 const MAX_REVALIDATION_PAUSE: Duration = Duration::from_secs(300);
+const REVALIDATION_BACKOFF: Backoff =
+    Backoff::new(REVALIDATION_PAUSE, MAX_REVALIDATION_PAUSE, Jitter::None);
 /// An agent was unavailable if it answered no query for this long.
 const OUTAGE_AFTER: Duration = Duration::from_secs(60);
 
@@ -91,24 +94,24 @@ impl Clocks {
 
 /// Time until which a workload is not revalidated.
 #[derive(Debug)]
-struct Pause {
+struct RevalidationPause {
     until: Instant,
-    length: Duration,
+    failures: u32,
 }
 
-impl Default for Pause {
+impl Default for RevalidationPause {
     fn default() -> Self {
         Self {
             until: Instant::now(),
-            length: REVALIDATION_PAUSE / 2,
+            failures: 0,
         }
     }
 }
 
-impl Pause {
+impl RevalidationPause {
     fn lengthen(&mut self, now: Instant) {
-        self.length = (self.length * 2).min(MAX_REVALIDATION_PAUSE);
-        self.until = now + self.length;
+        self.failures = self.failures.saturating_add(1);
+        self.until = now + REVALIDATION_BACKOFF.delay(self.failures);
     }
 }
 
@@ -125,7 +128,7 @@ pub(super) struct IdentityCache {
     /// Workloads with a revalidation in flight.
     revalidating: HashSet<WorkloadKey>,
     /// Workloads with a timeout in their last query. The agent may still be busy with it.
-    pauses: HashMap<WorkloadKey, Pause>,
+    pauses: HashMap<WorkloadKey, RevalidationPause>,
     /// Time of the agent's last answer.
     answered: Instant,
     clocks: Clocks,

@@ -16,11 +16,13 @@ use tonic::metadata::MetadataValue;
 use tonic::{Code, Request, Status, Streaming};
 
 use super::channel::{file_at, is_broken, open, unreachable};
-use super::log_limit::{LogLimiter, LogPermit};
+use super::log_quota;
 use super::proto::workload::X509svidRequest;
 use super::proto::workload::X509svidResponse;
 use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use super::{CALL_TIMEOUT, SourceError, one_line};
+use crate::backoff::{Backoff, Jitter};
+use crate::limits::KeyedLogQuota;
 use crate::socket_endpoint::Endpoint;
 
 mod certificates;
@@ -29,10 +31,12 @@ pub use certificates::{CertificateIdError, OwnSvid, id_of};
 
 /// A stream that lasted this long was stable. When it ends, the next one is opened at once.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
-/// Delay before the second try to open a stream. It doubles with each further try.
+/// Delay before the second try to open a stream.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 /// Maximum delay. The agent is on this node, so a try costs little.
 const MAX_PAUSE: Duration = Duration::from_secs(10);
+/// Delays between tries. The jitter spreads daemons after a restart of all agents.
+const BACKOFF: Backoff = Backoff::new(FIRST_PAUSE, MAX_PAUSE, Jitter::Down);
 /// Interval between checks for an agent that was replaced at the same path, while the old one still
 /// runs and keeps its streams.
 const SOCKET_POLL: Duration = Duration::from_secs(5);
@@ -74,7 +78,8 @@ impl OwnSvidSource {
             .ok_or_else(|| now.failure.clone().unwrap_or_else(|| self.no_svid_yet()))
     }
 
-    /// Returns the current SVID, after a wait of at most `deadline` for the first one.
+    /// Returns the current SVID, after a wait of at most `deadline` for the first one. Fails if
+    /// none has come by then.
     pub async fn first(&self, deadline: Duration) -> Result<Arc<OwnSvid>, SourceError> {
         let mut now = self.now.clone();
         // After a timeout or a panic of the task, `latest` returns the reason.
@@ -101,7 +106,7 @@ async fn run_streams(endpoint: Endpoint, now: watch::Sender<OwnSvidState>) {
         endpoint,
         now,
         version: 0,
-        log: LogLimiter::default(),
+        log: log_quota(),
     };
     let mut tries = 0;
     loop {
@@ -111,21 +116,9 @@ async fn run_streams(endpoint: Endpoint, now: watch::Sender<OwnSvidState>) {
             tries = 0;
         }
         state.record_failure(failure);
-        sleep(pause(tries)).await;
+        sleep(BACKOFF.delay(tries)).await;
         tries = tries.saturating_add(1);
     }
-}
-
-/// Returns the delay before the next try after this many failed ones. The jitter spreads daemons
-/// after a restart of all agents.
-fn pause(tries: u32) -> Duration {
-    let Some(doublings) = tries.checked_sub(1) else {
-        return Duration::ZERO;
-    };
-    let longest = FIRST_PAUSE
-        .saturating_mul(1_u32.checked_shl(doublings).unwrap_or(u32::MAX))
-        .min(MAX_PAUSE);
-    longest.mul_f64(0.5 + 0.5 * fastrand::f64())
 }
 
 /// State of the task that reads the streams.
@@ -133,7 +126,7 @@ struct StreamTask {
     endpoint: Endpoint,
     now: watch::Sender<OwnSvidState>,
     version: u64,
-    log: LogLimiter,
+    log: KeyedLogQuota,
 }
 
 impl StreamTask {
@@ -214,7 +207,7 @@ impl StreamTask {
                 // An agent that ends each stream at once would fill the log.
                 let is_change = !is_known || previous.failure.is_some();
                 match is_change
-                    .then(|| self.log.admit(svid.spiffe_id.as_str()))
+                    .then(|| self.log.take(svid.spiffe_id.as_str()))
                     .flatten()
                 {
                     None => tracing::debug!(
@@ -243,7 +236,7 @@ impl StreamTask {
             }
             now.failure = Some(failure.clone());
         });
-        if is_change && let Some(LogPermit { missed }) = self.log.admit(&failure.to_string()) {
+        if is_change && let Some(missed) = self.log.take(&failure.to_string()) {
             tracing::warn!(
                 missed,
                 error = %failure,

@@ -204,7 +204,7 @@ fn log(cache: &CredentialCache) -> CapturedLog {
         CacheEvent::Withdrawn(error()),
         CacheEvent::Expired(error()),
     ] {
-        event.emit(&entry, &super::EventLog::default());
+        event.emit(&entry, &events::log_quota());
     }
     CapturedLog::start()
 }

@@ -8,6 +8,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::AgentSourceInner;
 use super::own_ids::{OWN_ID_RECHECK, OWN_ID_TTL};
+use crate::backoff::{Backoff, Jitter};
 use crate::caller::{AttestError, Caller, WorkloadKey};
 use crate::cgroup::PodUid;
 use crate::clock::REQUEST_HOLD;
@@ -17,7 +18,6 @@ use crate::metrics::{CallLabel, UpstreamCall};
 use crate::role::Identity;
 use crate::svid::agent::AgentSvid;
 use crate::svid::identity_cache::{IdentityResult, Subject};
-use crate::svid::log_limit::LogPermit;
 use crate::svid::{JwtSvid, SourceError};
 use crate::telemetry::in_current_request;
 
@@ -27,8 +27,10 @@ pub(super) const QUERY_WAIT: Duration = Duration::from_millis(600);
 /// Age of a pod or container up to which a denial is retried. The kubelet's list, the agent's cache
 /// of it, or a new registration entry may lack it.
 pub(super) const NEW_POD_AGE: Duration = Duration::from_secs(10);
-/// First delay before such a retry. It doubles with each retry, as long as a request waits.
+/// First delay before such a retry.
 pub(super) const NEW_POD_RETRY: Duration = Duration::from_millis(100);
+/// Delays before such retries, as long as a request waits.
+const NEW_POD_BACKOFF: Backoff = Backoff::new(NEW_POD_RETRY, REQUEST_HOLD, Jitter::None);
 /// Delays before the query is repeated, if the process may have executed a program during the
 /// query.
 pub(super) const EXEC_RETRY_PAUSES: [Duration; 4] = [
@@ -44,7 +46,7 @@ type AgentReply = Result<Vec<AgentSvid>, SourceError>;
 impl AgentSourceInner {
     /// Queries the agent about an unknown subject, once a permit is free.
     pub(super) async fn query_new(self: Arc<Self>, subject: Subject, caller: Arc<Caller>) {
-        let (until, mut pause) = (Instant::now() + REQUEST_HOLD, NEW_POD_RETRY);
+        let (until, mut denials) = (Instant::now() + REQUEST_HOLD, 0);
         let (reply, duration) = loop {
             let start = Instant::now();
             let reply = match self
@@ -59,6 +61,8 @@ impl AgentSourceInner {
             if !is_denied || !is_new_pod(&subject, &caller) {
                 break (reply, start.elapsed());
             }
+            denials += 1;
+            let pause = NEW_POD_BACKOFF.delay(denials);
             if Instant::now() + pause >= until {
                 let text = "the SPIFFE agent does not know this new pod yet, or has no registration entry for it; retry";
                 break (
@@ -68,7 +72,6 @@ impl AgentSourceInner {
             }
             // The permit is released during the pause, for known subjects.
             sleep(pause).await;
-            pause *= 2;
         };
         self.cache().record(&subject, reply, duration);
     }
@@ -91,7 +94,7 @@ impl AgentSourceInner {
             CallLabel::of(&evicted, SourceError::reason),
             start.elapsed(),
         );
-        if let Some(LogPermit { missed }) = self.log.admit("evicted") {
+        if let Some(missed) = self.log.take("evicted") {
             let workload = permit.key();
             tracing::warn!(
                 ?workload,
@@ -137,7 +140,7 @@ impl AgentSourceInner {
         let (mut identities, mut invalid_token) = (Vec::new(), None);
         for svid in svids {
             let Ok(spiffe_id) = SpiffeId::parse(&svid.spiffe_id) else {
-                if let Some(LogPermit { missed }) = self.log.admit("no SPIFFE ID") {
+                if let Some(missed) = self.log.take("no SPIFFE ID") {
                     tracing::warn!(
                         missed,
                         "agent returned an identity that is not a SPIFFE ID; it is ignored"
@@ -146,16 +149,14 @@ impl AgentSourceInner {
                 continue;
             };
             if own.contains(&spiffe_id) {
-                if let Some(LogPermit { missed }) = self.log.admit(&format!("own {spiffe_id}")) {
+                if let Some(missed) = self.log.take(&format!("own {spiffe_id}")) {
                     tracing::info!(%spiffe_id, missed, "a process has awsvid's own identity, which no workload gets");
                 }
                 continue;
             }
             // Cached credentials of this identity are served without another check of a token.
             if let Err(bad) = JwtSvid::check_subject(&svid.token, &spiffe_id) {
-                if let Some(LogPermit { missed }) =
-                    self.log.admit(&format!("not its own {spiffe_id} {bad}"))
-                {
+                if let Some(missed) = self.log.take(&format!("not its own {spiffe_id} {bad}")) {
                     tracing::warn!(%spiffe_id, missed, error = %bad, "agent returned an identity without a valid token; it is ignored");
                 }
                 invalid_token = Some(bad);
@@ -252,7 +253,7 @@ impl AgentSourceInner {
 
     /// Logs the agent's reason for a denial, which the caller does not learn.
     pub(super) fn log_denial(&self, reply: &str) {
-        if let Some(LogPermit { missed }) = self.log.admit(reply) {
+        if let Some(missed) = self.log.take(reply) {
             tracing::warn!(missed, reply, "agent has no identity for a workload");
         }
     }

@@ -15,7 +15,6 @@ use super::AgentSourceInner;
 use crate::caller::Caller;
 use crate::svid::SourceError;
 use crate::svid::identity_cache::{Capacity, Lane, QUICK_TIMEOUT, Query};
-use crate::svid::log_limit::LogPermit;
 
 /// Maximum number of queries in flight about subjects with a quick last reply.
 const MAX_QUICK_QUERIES: usize = 8;
@@ -111,7 +110,7 @@ impl AgentSourceInner {
     fn log_expired(&self, callers: &[Arc<Caller>]) {
         for caller in callers {
             let text = format!("expired {}", caller.peer.uid);
-            if let Some(LogPermit { missed }) = self.log.admit(&text) {
+            if let Some(missed) = self.log.take(&text) {
                 let (uid, pid) = (
                     caller.peer.uid,
                     caller.process.as_ref().map(|process| process.pid),

@@ -8,7 +8,7 @@ use tokio::runtime::Handle;
 use crate::attest::lookups::threads::{STUCK_AFTER, Task};
 use crate::caller::WorkloadKey;
 use crate::clock::REQUEST_HOLD;
-use crate::telemetry::LogQuota;
+use crate::limits::LogQuota;
 
 /// The number of reads of one workload that may run at a time. If one of them blocks, another one
 /// remains.
