@@ -119,3 +119,7 @@ pub mod dev;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+
+#[cfg(test)]
+#[path = "../tests/support/skip.rs"]
+mod skip;
