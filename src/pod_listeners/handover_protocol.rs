@@ -29,6 +29,8 @@ use crate::listen::{ListenError, SocketFile};
 use crate::pod_listeners::{LOG_INTERVAL, sys};
 use crate::telemetry::LogQuota;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod message;
 
 pub(super) use message::{HandoverKey, HandoverMessage};

@@ -24,6 +24,8 @@ use super::{CALL_TIMEOUT, SourceError, one_line};
 use crate::socket_endpoint::Endpoint;
 
 mod certificates;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 
 pub use certificates::{CertificateIdError, OwnSvid, id_of};
 
