@@ -121,5 +121,9 @@ pub mod dev;
 pub mod fuzzing;
 
 #[cfg(test)]
+#[path = "../tests/support/random_cases.rs"]
+mod random_cases;
+
+#[cfg(test)]
 #[path = "../tests/support/skip.rs"]
 mod skip;
