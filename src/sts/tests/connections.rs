@@ -307,7 +307,7 @@ fn environment_and_profiles_do_not_redirect_the_call() {
         std::fs::write(dir.path().join(name), &profile).unwrap();
     }
     let mut child = std::process::Command::new(std::env::current_exe().unwrap());
-    let name = "sts::tests::way::environment_and_profiles_do_not_redirect_the_call";
+    let name = "sts::tests::connections::environment_and_profiles_do_not_redirect_the_call";
     child.args(["--exact", name, "--nocapture"]).env_clear();
     child
         .env(CHILD, format!("http://{}", server.address))
