@@ -19,6 +19,8 @@ use crate::metrics::Metrics;
 use crate::workload_rule::{AccountName, AccountState};
 
 mod entry;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod local;
 mod lookup;
 mod nss;

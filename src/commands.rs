@@ -7,6 +7,8 @@ pub mod check;
 pub mod config;
 pub mod credential_process;
 pub mod exec;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod https_probe;
 mod live_token;
 mod local_client;

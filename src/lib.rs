@@ -126,3 +126,11 @@ pub mod dev;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+
+#[cfg(test)]
+#[path = "../tests/support/random_cases.rs"]
+mod random_cases;
+
+#[cfg(test)]
+#[path = "../tests/support/skip.rs"]
+mod skip;

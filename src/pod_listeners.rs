@@ -32,6 +32,9 @@ mod reconciler;
 mod sys;
 mod takeover;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use handover_protocol::fuzzing;
+
 use failure_log::FailureLog;
 use gate::Coverage;
 pub use gate::TakeoverGate;

@@ -31,6 +31,9 @@ pub mod spiffe_broker;
 pub mod spire_delegated;
 pub mod workload_api;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use own_svid::fuzzing;
+
 pub use agent_source::AgentSource;
 pub(crate) use channel::unreachable as agent_unreachable;
 pub use jwt::{BadToken, JwtSvid, TTL_FIX};

@@ -51,9 +51,9 @@ impl LocalAccounts {
     }
 
     /// Parses these texts instead of the files.
-    #[cfg(test)]
-    pub(super) fn of(passwd: &str, group: &str) -> Arc<Self> {
-        let [users, groups] = [passwd, group].map(|text| LocalNames::parse(text.as_bytes()));
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn of(passwd: &[u8], group: &[u8]) -> Arc<Self> {
+        let [users, groups] = [passwd, group].map(LocalNames::parse);
         Arc::new(Self {
             users,
             groups,

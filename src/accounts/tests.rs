@@ -199,7 +199,7 @@ async fn hanging_lookup_does_not_delay_others() {
         .collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     service.hang(&many);
-    *service.local.lock().unwrap() = LocalAccounts::of("alice:x:1001:1001::/:/bin/sh\n", "");
+    *service.local.lock().unwrap() = LocalAccounts::of(b"alice:x:1001:1001::/:/bin/sh\n", b"");
     let accounts = Accounts::new(service.clone(), Metrics::default());
     let all = [&many[..], &["alice"]].concat();
     // More names hang than may be resolved at one time. A local name is resolved all the same.
@@ -275,7 +275,7 @@ async fn identity(rules: &LiveRules, uid: u32) -> Result<String, IdentifyError> 
 #[tokio::test(start_paused = true)]
 async fn caller_is_undecided_while_an_earlier_rule_may_match() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001))), ("away", Err(Errno::EIO))]);
-    *service.local.lock().unwrap() = LocalAccounts::of("root:x:0:0::/:/bin/sh\n", "");
+    *service.local.lock().unwrap() = LocalAccounts::of(b"root:x:0:0::/:/bin/sh\n", b"");
     let rules = rules(&service).await;
     // Other callers are served: alice, root, which the local files name, and a unit with
     // DynamicUser=.
@@ -316,8 +316,8 @@ async fn new_user_is_found_by_its_first_request() {
 #[test]
 fn local_files_are_parsed_as_passwd_5_defines() {
     let local = LocalAccounts::of(
-        "root:x:0:0:root:/root:/bin/sh\ntoor:x:0:0::/:/bin/sh\n+ldap::::::\n+:x:7:7\n#old:x:8:8\nbad\n:x:9:9\n",
-        "adm:x:4:root\n",
+        b"root:x:0:0:root:/root:/bin/sh\ntoor:x:0:0::/:/bin/sh\n+ldap::::::\n+:x:7:7\n#old:x:8:8\nbad\n:x:9:9\n",
+        b"adm:x:4:root\n",
     );
     let group = |name: &str| AccountName::Group(name.to_owned());
     assert!(local.has(&user("root")) && local.has(&user("toor")) && local.has(&group("adm")));

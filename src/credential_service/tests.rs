@@ -22,10 +22,10 @@ const ID: &str = "spiffe://example.org/shop";
 
 /// A source and an STS that answer identities after this time, and never a token.
 #[derive(Debug)]
-struct Slow(Duration);
+struct SlowUpstream(Duration);
 
 #[async_trait]
-impl IdentitySource for Slow {
+impl IdentitySource for SlowUpstream {
     async fn identify(&self, _: &Arc<Caller>) -> Result<Vec<Identity>, SourceError> {
         sleep(self.0).await;
         Ok(vec![Identity {
@@ -52,7 +52,7 @@ impl IdentitySource for Slow {
 }
 
 #[async_trait]
-impl AssumeRole for Slow {
+impl AssumeRole for SlowUpstream {
     async fn assume(&self, _: &Grant, _: &JwtSvid) -> Result<Credentials, StsError> {
         std::future::pending().await
     }
@@ -77,7 +77,7 @@ fn role() -> Arc<Role> {
 
 /// Returns the policy of a source that takes `identify` for each answer.
 fn policy(identify: Duration, roles: Vec<Arc<Role>>, clock: &Clock) -> Policy {
-    let slow = Arc::new(Slow(identify));
+    let slow = Arc::new(SlowUpstream(identify));
     Policy {
         source: slow.clone(),
         roles: Roles {

@@ -2,14 +2,14 @@ use std::collections::HashSet;
 use std::os::unix::fs::symlink;
 
 use nix::sched::unshare;
-use nix::unistd::geteuid;
 
 use super::*;
+use crate::skip::root;
 
 /// Creates a namespace that lives as long as the returned sender, with a thread in it. `None`
 /// without root.
 fn create_namespace() -> Option<(NetNs, std::sync::mpsc::Sender<()>)> {
-    if !geteuid().is_root() {
+    if !root() {
         return None;
     }
     let (sender, receiver) = std::sync::mpsc::channel();
@@ -76,7 +76,7 @@ fn open_rejects_files_without_a_namespace() {
         );
     }
     assert!(NamespaceId::at(&folder.path().join("none"), own).is_err());
-    if geteuid().is_root() {
+    if root() {
         let mounts = NetNs::of(File::open("/proc/self/ns/mnt").unwrap()).unwrap();
         assert!(
             matches!(mounts.run_in(|| ()), Err(NamespaceError::NotMounted)),

@@ -29,6 +29,8 @@ use crate::limits::LogQuota;
 use crate::listen::{ListenError, SocketFile};
 use crate::pod_listeners::{LOG_INTERVAL, sys};
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod message;
 
 pub(super) use message::{HandoverKey, HandoverMessage};

@@ -1,3 +1,5 @@
+mod properties;
+
 use super::*;
 
 fn role(name: &str, spiffe_id: &str, arn: &str) -> Role {

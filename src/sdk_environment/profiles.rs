@@ -8,6 +8,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
+
 /// Variables with the paths of the files, and the default paths below HOME.
 const FILES: [(&str, &str, Kind); 2] = [
     ("AWS_CONFIG_FILE", ".aws/config", Kind::Config),

@@ -1,5 +1,5 @@
+mod connections;
 pub(crate) mod fake;
-mod way;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

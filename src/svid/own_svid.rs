@@ -26,6 +26,8 @@ use crate::limits::KeyedLogQuota;
 use crate::socket_endpoint::Endpoint;
 
 mod certificates;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 
 pub use certificates::{CertificateIdError, OwnSvid, id_of};
 

@@ -485,8 +485,8 @@ fn exe_does_not_match_a_file_that_was_moved() {
             expected,
         );
     };
-    type Take<'t> = &'t dyn Fn(&Path, &Path);
-    let takes: [Take<'_>; 3] = [
+    type ReplaceFile<'t> = &'t dyn Fn(&Path, &Path);
+    let takes: [ReplaceFile<'_>; 3] = [
         &|program, _| std::fs::remove_file(program).unwrap(),
         &|program, other| std::fs::rename(program, other).unwrap(),
         &|program, other| {

@@ -7,13 +7,13 @@ use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::pipe;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Counts losses, and notes in the stream how many events they were.
 #[derive(Debug, Clone, Default)]
-struct Counted(Arc<AtomicU64>);
+struct LossCounter(Arc<AtomicU64>);
 
-impl LossObserver for Counted {
+impl LossObserver for LossCounter {
     fn lost(&self, _: &LineLoss) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
@@ -23,8 +23,8 @@ impl LossObserver for Counted {
     }
 }
 
-fn writer(to: impl Into<OwnedFd>) -> (Writer, Counted) {
-    let losses = Counted::default();
+fn writer(to: impl Into<OwnedFd>) -> (Writer, LossCounter) {
+    let losses = LossCounter::default();
     let writer = Writer::new(Box::new(losses.clone()));
     writer.start("test", File::from(to.into())).unwrap();
     (writer, losses)
@@ -110,7 +110,7 @@ fn stalled_destination_blocks_no_caller_and_sheds_the_flooder() {
             .map(Result::unwrap)
             .collect()
     });
-    writer.flush(PATIENCE);
+    writer.flush(TIMEOUT);
     assert!(!writer.is_behind());
     assert!(
         writer.push(line(0, 1, Priority::Ordinary)).is_some(),
@@ -159,7 +159,7 @@ fn receiver_gets_whether_line_was_written() {
             .unwrap()
     );
     assert!(writer.is_failing());
-    writer.flush(PATIENCE);
+    writer.flush(TIMEOUT);
     assert_eq!(losses.0.load(Ordering::Relaxed), 1);
 }
 
@@ -175,7 +175,7 @@ fn writer_waits_for_reader_that_shares_its_file() {
         File::from(from).read_to_string(&mut all).unwrap();
         all.lines().count()
     });
-    writer.flush(PATIENCE);
+    writer.flush(TIMEOUT);
     drop(writer);
     assert_eq!(
         u64::try_from(reading.join().unwrap()).unwrap(),
@@ -208,7 +208,7 @@ fn line_that_is_cut_off_breaks_no_other() {
     // Room, at the beginning.
     file.rewind().unwrap();
     assert!(written(7));
-    writer.flush(PATIENCE);
+    writer.flush(TIMEOUT);
     let mut text = vec![0; usize::try_from(file.stream_position().unwrap()).unwrap()];
     file.rewind().unwrap();
     file.read_exact(&mut text).unwrap();
@@ -222,7 +222,7 @@ fn line_that_is_cut_off_breaks_no_other() {
 #[test]
 fn line_before_start_is_written_after_it() {
     let (from, to) = pipe().unwrap();
-    let writer = Writer::new(Box::new(Counted::default()));
+    let writer = Writer::new(Box::new(LossCounter::default()));
     let written = writer.push(line(1, 1, Priority::High)).unwrap();
     writer.start("test", to.into()).unwrap();
     assert!(written.blocking_recv().unwrap());

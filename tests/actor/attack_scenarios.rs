@@ -19,9 +19,9 @@ use nix::sys::wait::waitpid;
 use nix::unistd::{execv, setgroups, setresgid, setresuid};
 
 use crate::daemon::{self, StoppedDaemon};
-use crate::handed_on::{self, RootSocket as Socket};
 use crate::process::{Child, become_of, become_user, child, reuse, stay};
 use crate::raw_http::{self, Address};
+use crate::socket_passing::{self, RootSocket as Socket};
 use crate::{ALICE, BOB, blocked, cgroup_moves};
 
 pub(crate) fn play(scene: &str, to: &Address) -> String {
@@ -53,10 +53,10 @@ pub(crate) fn play(scene: &str, to: &Address) -> String {
         "moved" => cgroup_moves::moved(to, late, false),
         "removed-cgroup" => cgroup_moves::moved(to, late, true),
         "threaded" => cgroup_moves::threaded(to),
-        "listener-used-again" => handed_on::used_again(to, Socket::Listener),
-        "shared-listener-used-again" => handed_on::used_again(to, Socket::SharedListener),
-        "accepted-used-again" => handed_on::used_again(to, Socket::Accepted),
-        "made-for-activation" => handed_on::made_for_activation(to),
+        "listener-used-again" => socket_passing::used_again(to, Socket::Listener),
+        "shared-listener-used-again" => socket_passing::used_again(to, Socket::SharedListener),
+        "accepted-used-again" => socket_passing::used_again(to, Socket::Accepted),
+        "made-for-activation" => socket_passing::made_for_activation(to),
         "stuck" => blocked::stuck(to),
         "personality" => cgroup_moves::personality(to),
         "fixed-file" => cgroup_moves::fixed_file(to),

@@ -34,7 +34,6 @@ mod daemon;
 mod floods;
 mod forged_exe;
 mod fuse;
-mod handed_on;
 mod peer_pidfd;
 mod process;
 mod programs;
@@ -43,6 +42,7 @@ mod requests;
 mod short_lived;
 mod soak;
 mod sock_diag;
+mod socket_passing;
 
 /// A user with a rule.
 pub(crate) const ALICE: u32 = 61001;
@@ -88,10 +88,10 @@ fn main() {
         ["activated", listener, address] => {
             print!(
                 "{}",
-                handed_on::used_again_by_service(&raw_http::Address::parse(listener, address))
+                socket_passing::used_again_by_service(&raw_http::Address::parse(listener, address))
             );
         }
-        ["herd", users, rate, seconds, listener, address] => {
+        ["short-lived", users, rate, seconds, listener, address] => {
             println!(
                 "{}",
                 short_lived::ask(

@@ -20,9 +20,9 @@ use crate::process::Part;
 const USER: u32 = 61109;
 
 /// Processes and connections, until it is ended.
-pub(crate) struct Crowd(Part);
+pub(crate) struct BackgroundLoad(Part);
 
-impl Crowd {
+impl BackgroundLoad {
     /// Starts them, in a cgroup of their own.
     pub(crate) fn start(
         processes: usize,

@@ -69,9 +69,9 @@ pub(crate) const ROWS: [Row; 15] = [
         run: processes::processes,
     },
     Row {
-        name: "herd",
+        name: "concurrent-callers",
         meaning: "1,000 callers of one identity at once, nothing cached: from STS's response to that of the last caller",
-        run: cold::herd,
+        run: cold::concurrent_callers,
     },
     Row {
         name: "cold",

@@ -144,8 +144,8 @@ fn user_or_group_is_found_by_first_request_after_its_creation() {
     }
     // Like useradd, and like a directory that starts after the daemon.
     directory.add_local("local:x:51001:51001::/:/bin/sh");
-    directory.set("late", Account::Is(51_002));
-    directory.set("crew", Account::Is(51_009));
+    directory.set("late", Account::Id(51_002));
+    directory.set("crew", Account::Id(51_009));
     for listener in LISTENERS {
         for (name, ids) in callers {
             // The previous request's lookup may be less than a second old.
@@ -155,7 +155,7 @@ fn user_or_group_is_found_by_first_request_after_its_creation() {
         }
     }
     // Another number takes effect with a reload, if not before.
-    directory.set("late", Account::Is(51_012));
+    directory.set("late", Account::Id(51_012));
     assert!(daemon.reload_text(&daemon.text()));
     await_some("the new number", TIMEOUT, || {
         let ids = [51_002, 51_012].map(|uid| identity(&daemon, "tcp", (uid, 7), &cgroup));
@@ -213,7 +213,7 @@ fn hanging_directory_neither_delays_nor_misleads_other_callers() {
         2,
         "{log}"
     );
-    directory.set("restricted", Account::Is(51_002));
+    directory.set("restricted", Account::Id(51_002));
     await_some("an answer", TIMEOUT, || {
         (identity(&daemon, "tcp", (51_002, 0), &cgroup) == "restricted").then_some(())
     });
@@ -229,7 +229,7 @@ fn hanging_directory_neither_delays_nor_misleads_other_callers() {
         identity(&daemon, "unix", (0, 51_009), &cgroup),
         "unknown_account"
     );
-    directory.set("fellows", Account::Is(51_009));
+    directory.set("fellows", Account::Id(51_009));
     await_some("an answer", TIMEOUT, || {
         (identity(&daemon, "unix", (0, 51_009), &cgroup) == "fellow").then_some(())
     });

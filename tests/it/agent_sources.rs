@@ -1,21 +1,21 @@
 //! SPIRE attests the callers itself: the Delegated Identity API and the SPIFFE Broker API, with the
 //! real agent.
 
-mod asked;
-mod crowded;
 mod examples;
 mod groups;
 mod identity_cache;
 mod labels;
-mod lives;
 mod misconfigured;
+mod multiple_identities;
 mod pods;
 mod programs;
+mod query_limits;
+mod query_races;
 mod rates;
-mod several;
 mod slow_attestation;
 mod sockets;
 mod spire;
+mod token_lifetimes;
 
 use serde_json::Value;
 

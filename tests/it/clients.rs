@@ -6,8 +6,8 @@
 //! tries one read and one rejection each, `tests/run slow` all columns.
 
 mod catalogue;
-mod ending;
-mod hour;
+mod expiring_session;
+mod long_session;
 mod matrix;
 mod reading;
 mod stage;

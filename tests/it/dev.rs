@@ -14,7 +14,7 @@ use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, root, tool};
 use crate::harness::documents::block;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn dev(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_awsvid"));
@@ -23,7 +23,7 @@ fn dev(arguments: &[&str]) -> Command {
 }
 
 fn output(command: Command) -> Output {
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
 /// The name that `dev` gives this process's own user.
@@ -212,11 +212,11 @@ fn dev_reports_signal_that_ended_its_command() {
     ] {
         let log = folder.path().join(signal.as_str());
         let mut process = Process::start("awsvid dev", dev(&["--", "sh", "-c", script]), &log);
-        process.await_some("the command runs", PATIENCE, || {
+        process.await_some("the command runs", TIMEOUT, || {
             process.log().contains("up").then_some(())
         });
         process.signal(signal);
-        let ended = process.owned().wait(PATIENCE).expect("it ends");
+        let ended = process.owned().wait(TIMEOUT).expect("it ends");
         assert_eq!(ended.code(), Some(status), "{signal}");
     }
 }
@@ -226,7 +226,7 @@ fn dev_prints_variables_without_a_command() {
     let Some(aws) = tool("aws") else { return };
     let folder = folder();
     let mut process = Process::start("awsvid dev", dev(&[]), &folder.path().join("log"));
-    let lines: Vec<String> = process.await_some("its announcement", PATIENCE, || {
+    let lines: Vec<String> = process.await_some("its announcement", TIMEOUT, || {
         let log = process.log();
         let lines = log
             .lines()
@@ -278,7 +278,7 @@ fn dev_prints_variables_without_a_command() {
         );
     }
     process.signal(Signal::SIGINT);
-    let ended = process.owned().wait(PATIENCE).expect("it ends");
+    let ended = process.owned().wait(TIMEOUT).expect("it ends");
     assert_eq!(ended.code(), Some(0));
     assert!(
         !directory.exists(),

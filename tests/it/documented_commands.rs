@@ -34,7 +34,7 @@ const PAGES: [&str; 14] = [
     "troubleshooting.md",
 ];
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// The parent of entries in the documents, whose last part depends on the installation.
 const PARENT: &str = "spiffe://example.org/spire/agent/...";
 const AUDIT_LOG: &str = "/var/log/awsvid/audit.log";
@@ -560,7 +560,7 @@ fn shell(folder: &Path, script: &str) -> Output {
     command
         .current_dir(folder)
         .args(["-euc", &format!("sudo() {{ \"$@\"; }}\n{script}")]);
-    run(command, b"", PATIENCE)
+    run(command, b"", TIMEOUT)
 }
 
 #[test]
@@ -710,7 +710,7 @@ fn documented_configurations_have_no_mistakes() {
             command
                 .env_clear()
                 .args(["config", "validate", "-", "--offline"]);
-            let output = run(command, completed(page, &block.text).as_bytes(), PATIENCE);
+            let output = run(command, completed(page, &block.text).as_bytes(), TIMEOUT);
             assert!(
                 output.status.success() && output.stderr.is_empty(),
                 "{page}: {output:?}: {}",

@@ -24,6 +24,8 @@ pub(crate) mod namespaces;
 pub(crate) mod outcome;
 pub(crate) mod pausable_proxy;
 pub(crate) mod release;
+#[path = "../support/skip.rs"]
+pub(crate) mod skip;
 pub(crate) mod slow_proxy;
 pub(crate) mod sts;
 pub(crate) mod stub_http;

@@ -5,6 +5,7 @@ use nix::unistd::geteuid;
 
 use super::*;
 use crate::attest::cgroup_mounts::CgroupMounts;
+use crate::skip::skip;
 
 /// Returns a monitor where this process has the privileges for one.
 fn monitor(count_by: CountBy) -> Option<Arc<ExecMonitor>> {
@@ -12,7 +13,7 @@ fn monitor(count_by: CountBy) -> Option<Arc<ExecMonitor>> {
         Ok(monitor) => Some(Arc::new(monitor)),
         Err(error) => {
             assert!(!geteuid().is_root(), "{error}");
-            eprintln!("skipped: {error}");
+            skip(&format!("no monitor of executions: {error}"));
             None
         }
     }
@@ -76,7 +77,7 @@ fn monitor_counts_by_every_ancestor_cgroup() {
     };
     let hierarchies = CgroupMounts::find(&fs::read_to_string("/proc/self/mountinfo").unwrap());
     let Some((mount, _)) = hierarchies.unified() else {
-        return;
+        return skip("no cgroup v2 tree is mounted");
     };
     let own = fs::read_to_string("/proc/self/cgroup").unwrap();
     let own = own

@@ -22,13 +22,9 @@ fn path(text: &str) -> CgroupPath {
     CgroupPath::parse(text).unwrap()
 }
 
-fn is_root() -> bool {
-    nix::unistd::geteuid().is_root()
-}
-
 #[test]
 fn pod_exists_as_long_as_its_directory() {
-    if !is_root() {
+    if !crate::skip::root() {
         return;
     }
     let pod = format!("kubepods/burstable/pod{U}");
@@ -74,7 +70,7 @@ fn pod_exists_as_long_as_its_directory() {
 
 #[test]
 fn lookup_requires_root_to_own_every_directory() {
-    if !is_root() {
+    if !crate::skip::root() {
         return;
     }
     let pod = format!("kubepods/burstable/pod{U}");
@@ -110,7 +106,7 @@ fn lookup_requires_root_to_own_every_directory() {
 
 #[test]
 fn lookup_rejects_pod_names_at_other_paths() {
-    if !is_root() {
+    if !crate::skip::root() {
         return;
     }
     let (user, other) = (

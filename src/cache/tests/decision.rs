@@ -1,8 +1,7 @@
 //! The decision on what is due for an entry, with random entries.
 
-use std::panic::catch_unwind;
-
 use super::*;
+use crate::random_cases::for_random_cases;
 use entry::MIN_REMAINING;
 use refresh::{CredentialTimes, DueActions, EntrySnapshot, FailureTimes, decide};
 
@@ -79,12 +78,5 @@ fn check(entry: &EntrySnapshot) {
 #[test]
 fn decision_is_right_for_random_entries() {
     let start = Instant::now();
-    let first = fastrand::u64(..);
-    for seed in (0..CASES).map(|case| first.wrapping_add(case)) {
-        let entry = snapshot(&mut fastrand::Rng::with_seed(seed), start);
-        if let Err(panic) = catch_unwind(|| check(&entry)) {
-            eprintln!("seed {seed}: {entry:?} -> {:?}", decide(&entry));
-            std::panic::resume_unwind(panic);
-        }
-    }
+    for_random_cases(CASES, |random| check(&snapshot(random, start)));
 }

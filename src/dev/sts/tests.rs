@@ -668,14 +668,14 @@ async fn oversized_body_is_not_read() {
 const FORM: &str = "Action=GetCallerIdentity&Version=2011-06-15";
 
 /// A request for `GetCallerIdentity`, which a test modifies before it is sent.
-struct Signed {
+struct SignedRequest {
     method: &'static str,
     path: String,
     headers: Vec<(String, String)>,
     body: &'static str,
 }
 
-impl Signed {
+impl SignedRequest {
     fn new(
         world: &DevStsEnv,
         credentials: &SigningCredentials,
@@ -801,7 +801,7 @@ async fn requests_with_invalid_signatures_are_rejected() {
     let alice = world.session(600);
     let bob = world.session(600);
     let time = SystemTime::now();
-    let signed = || Signed::new(&world, &alice, time, "us-east-1");
+    let signed = || SignedRequest::new(&world, &alice, time, "us-east-1");
     let good = signed().send(&world).await;
     assert_eq!(
         (good.status, good.element("Account")),
@@ -859,19 +859,19 @@ async fn requests_with_invalid_signatures_are_rejected() {
             "correct service",
         ),
         (
-            Signed::new(&world, &alice, time, "eu-west-1"),
+            SignedRequest::new(&world, &alice, time, "eu-west-1"),
             403,
             mismatch,
             "valid region",
         ),
         (
-            Signed::new(&world, &alice, long_ago, "us-east-1"),
+            SignedRequest::new(&world, &alice, long_ago, "us-east-1"),
             403,
             mismatch,
             "Signature expired",
         ),
         (
-            Signed::new(&world, &alice, ahead, "us-east-1"),
+            SignedRequest::new(&world, &alice, ahead, "us-east-1"),
             403,
             mismatch,
             "not yet current",
@@ -945,7 +945,7 @@ async fn requests_with_invalid_signatures_are_rejected() {
 #[tokio::test]
 async fn expired_credentials_are_rejected() {
     let world = world().await;
-    let request = Signed::new(&world, &world.session(-1), SystemTime::now(), "us-east-1");
+    let request = SignedRequest::new(&world, &world.session(-1), SystemTime::now(), "us-east-1");
     request
         .send(&world)
         .await
@@ -957,14 +957,14 @@ async fn presigned_requests_are_checked_like_signed_ones() {
     let world = world().await;
     let alice = world.session(600);
     let time = SystemTime::now();
-    let signed = || Signed::presigned(&world, &alice, time, Duration::from_secs(60));
+    let signed = || SignedRequest::presigned(&world, &alice, time, Duration::from_secs(60));
     let good = signed().send(&world).await;
     assert_eq!(
         (good.status, good.element("Account")),
         (200, "000000000000"),
         "{good:?}"
     );
-    let old = Signed::presigned(
+    let old = SignedRequest::presigned(
         &world,
         &alice,
         time - Duration::from_secs(61),

@@ -15,7 +15,7 @@ const DELAY: Duration = Duration::from_millis(50);
 
 /// Measures a thousand callers of one identity at once: four units of one user with 250 each, since
 /// one unit may have 512 connections.
-pub(crate) fn herd(bench: &Bench) -> Result<Vec<Line>, Failed> {
+pub(crate) fn concurrent_callers(bench: &Bench) -> Result<Vec<Line>, Failed> {
     const UNITS: usize = 4;
     let folder = bench.folder()?;
     let upstream = Upstream::start(&folder, DELAY, false)?;
@@ -34,7 +34,7 @@ pub(crate) fn herd(bench: &Bench) -> Result<Vec<Line>, Failed> {
         after.sessions - before.sessions,
     );
     Ok(vec![Line::new(
-        "herd",
+        "concurrent-callers",
         format!(
             "last answer {} after STS's",
             millis(micros(last.saturating_sub(after.answered)))

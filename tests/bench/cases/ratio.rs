@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::background_load::Crowd;
+use crate::background_load::BackgroundLoad;
 use crate::caller::Caller;
 use crate::daemon::{Daemon, Direct, Transport, role, rule};
 use crate::load::{Load, Plan, Report};
@@ -313,7 +313,7 @@ pub(crate) fn busy_node(bench: &Bench) -> Result<Vec<Line>, Failed> {
             without.push(measure(bench, pair.daemon.pid(), &pair.plan)?);
         }
         let crowd = bench.cgroups.unit("crowd")?;
-        let crowd = Crowd::start(bench.count(10_000, 100), bench.count(2000, 20), &crowd)?;
+        let crowd = BackgroundLoad::start(bench.count(10_000, 100), bench.count(2000, 20), &crowd)?;
         for (pair, (_, with)) in pairs.iter().zip(&mut runs) {
             with.push(measure(bench, pair.daemon.pid(), &pair.plan)?);
         }

@@ -76,7 +76,7 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
     Ok(vec![
         line("memory idle", idle, "at most 8 MiB"),
         line("memory after load", loaded, "at most 12 MiB"),
-        line("memory after herd", crowded, "at most 12 MiB"),
+        line("memory after callers", crowded, "at most 12 MiB"),
     ])
 }
 

@@ -219,44 +219,45 @@ impl Direct {
     }
 }
 
-/// Starts new processes at this rate, and returns their responses, by `tests/actor/herd.rs`.
-fn herd(env: &Env, processors: &Processors, rate: f64, length: Duration) -> Value {
+/// Starts new processes at this rate, and returns their responses, by `tests/actor/short_lived.rs`.
+fn short_lived_callers(env: &Env, processors: &Processors, rate: f64, length: Duration) -> Value {
     let users = USERS.map(|(uid, _)| uid.to_string()).join(",");
     let mut command = behind(&processors.behind(env), &program());
-    command
-        .env_clear()
-        .env("PATH", "/usr/bin:/bin")
-        .args(["herd", &users, &format!("{rate:.0}")]);
+    command.env_clear().env("PATH", "/usr/bin:/bin").args([
+        "short-lived",
+        &users,
+        &format!("{rate:.0}"),
+    ]);
     command.args([
         &length.as_secs().to_string(),
         "unix",
         env.daemon.unix().to_str().unwrap(),
     ]);
-    serde_json::from_str(&run(command, b"", TIMEOUT).success("the herd")).unwrap()
+    serde_json::from_str(&run(command, b"", TIMEOUT).success("the processes")).unwrap()
 }
 
 /// Checks that each process got its own credentials or a 503.
-fn assert_right(env: &Env, herd: &Value) {
-    let answers = herd["answers"].as_object().unwrap();
+fn assert_right(env: &Env, report: &Value) {
+    let answers = report["answers"].as_object().unwrap();
     assert!(
         answers
             .values()
             .all(|of_kind| of_kind["longest"].as_f64().unwrap() < 6.0),
-        "{herd}"
+        "{report}"
     );
     let kinds: BTreeSet<&str> = answers.keys().map(String::as_str).collect();
     assert!(
         kinds.contains("200") && kinds.is_subset(&["200", "503+retry-after"].into()),
-        "{herd}"
+        "{report}"
     );
     for (uid, name) in USERS {
         let key = &env.daemon.status(&id(name))["access_key_id"];
         assert_eq!(
-            herd["keys"][format!("{uid} 200")],
+            report["keys"][format!("{uid} 200")],
             Value::from([key.clone()]),
-            "{herd}"
+            "{report}"
         );
-        let refused = &herd["keys"][format!("{uid} 503+retry-after")];
+        let refused = &report["keys"][format!("{uid} 503+retry-after")];
         let cached = |code: &Value| {
             ["source_busy", "source_unavailable"]
                 .iter()
@@ -266,7 +267,7 @@ fn assert_right(env: &Env, herd: &Value) {
             refused
                 .as_array()
                 .is_none_or(|codes| codes.iter().all(cached)),
-            "{herd}"
+            "{report}"
         );
     }
 }
@@ -297,12 +298,12 @@ fn start(folder: &Path, processors: &Processors, setting: &Setting<'_>) -> Optio
     Some(env)
 }
 
-/// Checks that nothing is left of a herd's processes once they have ended.
+/// Checks that nothing is left of short-lived processes once they have ended.
 fn assert_nothing_left(env: &Env, before: (u64, usize)) {
     let (kib, _) = resources(env);
     assert!(
         kib < before.0 + 64 * 1024,
-        "{} KiB of memory, and {kib} after the herd",
+        "{} KiB of memory, and {kib} after the processes",
         before.0
     );
     // The daemon closes handles of ended processes every 10 s.
@@ -326,12 +327,12 @@ fn check_crowd(source: Source) {
     let before = resources(&env);
     // This agent attests some tens in a second: at each query it reads the whole of a large awsvid.
     // The processes are fewer than the connections of each user, so that no connection is reset.
-    let herd = herd(&env, &processors, 400.0, Duration::from_secs(2));
-    eprintln!("{}", herd["answers"]);
-    assert_right(&env, &herd);
+    let report = short_lived_callers(&env, &processors, 400.0, Duration::from_secs(2));
+    eprintln!("{}", report["answers"]);
+    assert_right(&env, &report);
     assert!(
-        !herd["answers"]["503+retry-after"].is_null(),
-        "a crowd that is none: {herd}"
+        !report["answers"]["503+retry-after"].is_null(),
+        "a crowd that is none: {report}"
     );
     assert_nothing_left(&env, before);
 }
@@ -367,12 +368,12 @@ fn share_through_awsvid(source: Source, without_hashes: bool) -> Option<f64> {
     let (mut alone, mut through) = (0.0, 0.0);
     for _ in 0..ROUNDS {
         let rate = direct.rate(&env, &processors);
-        let herd = herd(&env, &processors, rate * 1.5, ROUND);
-        assert_right(&env, &herd);
-        let completed = herd["answered_per_second"].as_f64().unwrap();
+        let report = short_lived_callers(&env, &processors, rate * 1.5, ROUND);
+        assert_right(&env, &report);
+        let completed = report["answered_per_second"].as_f64().unwrap();
         eprintln!(
             "{rate:.0}/s alone, {completed:.0}/s through awsvid: {}",
-            herd["answers"]
+            report["answers"]
         );
         (alone, through) = (alone + rate, through + completed);
     }

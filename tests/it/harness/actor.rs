@@ -334,7 +334,7 @@ pub(crate) fn ask(listener: &str, address: &str, uid: u32, count: usize, cgroup:
     .stop()
 }
 
-/// A scene that the test advances step by step: see `tests/actor/asked.rs`.
+/// A scene that the test advances step by step: see `tests/actor/requests.rs`.
 pub(crate) struct Steps {
     _owned: Owned,
     /// Is `None` once the scene has been ended.

@@ -16,6 +16,8 @@ use std::time::Duration;
 
 use tokio::net::TcpSocket;
 
+pub(crate) use super::skip::{root, skip};
+
 /// Returns the folder into which `tests/counterparts/get` puts the programs. Both must compute the
 /// same path.
 fn cache() -> PathBuf {
@@ -52,26 +54,6 @@ pub(crate) fn tool(name: &str) -> Option<PathBuf> {
         path.display()
     ));
     None
-}
-
-/// Returns whether this process is root, as most tests with other users' processes need. If not, it
-/// prints a skip. In CI that is a panic.
-pub(crate) fn root() -> bool {
-    let root = nix::unistd::geteuid().is_root();
-    if !root {
-        skip("only root can run processes of other users: run the tests as root");
-    }
-    root
-}
-
-/// Prints why a test does not run here. In CI (`CI` set and not empty) nothing may be skipped, so
-/// there it panics.
-pub(crate) fn skip(reason: &str) {
-    assert!(
-        std::env::var_os("CI").is_none_or(|value| value.is_empty()),
-        "in CI nothing is skipped: {reason}"
-    );
-    eprintln!("skipped: {reason}");
 }
 
 /// Creates a folder that other users can enter, removed at the end. A plain temporary folder is

@@ -27,7 +27,7 @@ exec "$@""#;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Account {
     /// The name has this number.
-    Is(u32),
+    Id(u32),
     /// The directory returns an error.
     Fails,
     /// No response, until this is changed.
@@ -176,8 +176,8 @@ impl Shared {
         let accounts = self.changed.wait_while(accounts, hangs).unwrap();
         let is_user = method.ends_with(".GetUserRecord");
         match accounts.get(&name) {
-            Some(Account::Is(_)) if method.ends_with(".GetMemberships") => failed("NoRecordFound"),
-            Some(Account::Is(id)) => {
+            Some(Account::Id(_)) if method.ends_with(".GetMemberships") => failed("NoRecordFound"),
+            Some(Account::Id(id)) => {
                 let record = match is_user {
                     true => json!({"userName": name, "uid": id, "gid": id, "service": SERVICE}),
                     false => json!({"groupName": name, "gid": id, "service": SERVICE}),

@@ -1,11 +1,11 @@
 //! Events on a node: updates, pods that start and end by the dozen, and outages.
 
-mod asker;
 mod bursts;
 mod configuration;
 mod families;
 mod missing;
 mod outages;
+mod request_pod;
 mod startup;
 mod updates;
 
@@ -15,12 +15,12 @@ use std::time::Duration;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::kubernetes::Node;
 
-pub(super) use asker::PollingPod;
 pub(super) use bursts::{many_pods_are_served_soon, pods_start_and_end};
 pub(super) use configuration::config_map_change_needs_no_other_pod;
 pub(super) use families::pods_are_served_in_each_address_family;
 pub(super) use missing::missing_part_is_named;
 pub(super) use outages::warm_pods_see_no_error;
+pub(super) use request_pod::PollingPod;
 pub(super) use startup::pods_wait_until_awsvid_is_ready;
 pub(super) use updates::{successor_of_killed_daemon_listens, update_refuses_no_request};
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
-use super::{TIMEOUT, asker, process, signal, status, ticks, updates};
+use super::{TIMEOUT, process, request_pod, signal, status, ticks, updates};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::is_slow;
 use crate::kubernetes::cluster::{Cluster, READER};
@@ -76,7 +76,7 @@ fn create(cluster: &Cluster, burst: usize, count: usize) -> BTreeSet<String> {
             // longer.
             let script = "again() { busybox sleep 1; fetch 127.0.0.1; }
                 fetch 127.0.0.1 || again || again; echo answered; exec busybox sleep 36000";
-            let mut pod = asker::pod(READER, &format!("{prefix}{i}"), script);
+            let mut pod = request_pod::pod(READER, &format!("{prefix}{i}"), script);
             pod["metadata"]["labels"] = json!({ "burst": burst.to_string() });
             pod
         })

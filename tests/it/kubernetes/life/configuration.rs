@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::asker::{self, PollingPod};
 use super::process;
+use super::request_pod::{self, PollingPod};
 use crate::harness::counterparts::process::await_some;
 use crate::kubernetes::cluster::{Cluster, READER};
 
@@ -50,7 +50,7 @@ pub(in crate::kubernetes) fn config_map_change_needs_no_other_pod(cluster: &Clus
             do echo not yet; busybox sleep 1; done; echo answered";
     let start = Instant::now();
     write(cluster, &(original.clone() + &role));
-    let ended = node.run_pod(&asker::pod(READER, "added-role", script));
+    let ended = node.run_pod(&request_pod::pod(READER, "added-role", script));
     let took = start.elapsed();
     eprintln!("a role of the ConfigMap is served after {took:.1?}");
     assert!(ended.succeeded && took < MAX_DELAY, "{took:?}: {ended:?}");

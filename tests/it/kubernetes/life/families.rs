@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use serde_json::Value;
 
-use super::asker;
+use super::request_pod;
 use crate::harness::kubernetes::Families;
 use crate::kubernetes::cluster::{Cluster, READER};
 
@@ -20,7 +20,9 @@ pub(in crate::kubernetes) fn pods_are_served_in_each_address_family(cluster: &Cl
         let found = (0..20).find(|attempt| {
             let name = format!("{families:?}-{attempt}").to_lowercase();
             let script = "fetch 127.0.0.1; fetch '[::1]'; echo answered twice";
-            let ended = cluster.node.run_pod(&asker::pod(READER, &name, script));
+            let ended = cluster
+                .node
+                .run_pod(&request_pod::pod(READER, &name, script));
             assert!(
                 ended.succeeded && ended.log.contains("answered twice"),
                 "{families:?}: {ended:?}"

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::asker::{self, PollingPod};
+use super::request_pod::{self, PollingPod};
 use super::{TIMEOUT, process, processes, signal};
 use crate::harness::counterparts::process::await_some;
 use crate::kubernetes::cluster::{Cluster, READER};
@@ -44,7 +44,7 @@ pub(in crate::kubernetes) fn warm_pods_see_no_error(cluster: &Cluster) {
     let script = format!(
         "{{ {raw}; busybox sleep 5; }} | busybox nc 127.0.0.1 974; echo; echo rejected; until fetch 127.0.0.1; do busybox sleep 1; done"
     );
-    node.apply(&asker::pod(
+    node.apply(&request_pod::pod(
         READER,
         "without-agent",
         &format!("{script}; echo answered"),

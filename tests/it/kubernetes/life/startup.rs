@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{TIMEOUT, asker};
+use super::{TIMEOUT, request_pod};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::kubernetes::{Image, NAME, root_of};
 use crate::kubernetes::cluster::{Cluster, READER};
@@ -31,7 +31,7 @@ pub(in crate::kubernetes) fn pods_wait_until_awsvid_is_ready(cluster: &Cluster, 
     // As `kubelet --register-with-taints` does.
     node.kubectl(&["taint", "node", NAME, "awsvid.io/not-ready=:NoSchedule"])
         .success("a taint");
-    node.apply(&asker::pod(
+    node.apply(&request_pod::pod(
         READER,
         "early",
         "fetch 127.0.0.1; echo answered",

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use super::asker::PollingPod;
+use super::request_pod::PollingPod;
 use super::{TIMEOUT, process, signal, ticks};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::is_slow;

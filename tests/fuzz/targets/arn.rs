@@ -1,0 +1,6 @@
+//! Fuzzes the parser of role ARNs and their templates.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    awsvid::fuzzing::arn(bytes);
+});
