@@ -7,7 +7,8 @@
 
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, join, sink};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+use tokio::task::yield_now;
 use tokio::time::Instant;
 
 use super::local_client::{LocalResponse, block_on, get};
@@ -15,16 +16,44 @@ use super::local_client::{LocalResponse, block_on, get};
 /// Maximum length of a body.
 const MAX_BODY: usize = 4096;
 
+/// Maximum length of an input.
+const MAX_RESPONSE: usize = 16 * 1024;
+
 /// Reads a response that arrives in two parts, of which the first has `first` bytes. Then the
 /// server closes the connection.
 fn read(bytes: &[u8], first: usize) -> Option<LocalResponse> {
-    let (first, second) = bytes.split_at(first);
-    let stream = join(first.chain(second), sink());
-    let request = async {
-        let deadline = Instant::now() + Duration::from_secs(600);
-        get(stream, "/v1/credentials", MAX_BODY, deadline).await
+    let (client, mut server) = duplex(MAX_RESPONSE);
+    let serve = async move {
+        // A response before its request is not one.
+        server.read(&mut [0; 1024]).await?;
+        let (first, second) = bytes.split_at(first);
+        server.write_all(first).await?;
+        yield_now().await;
+        server.write_all(second).await
     };
-    block_on(request).ok()?.ok()
+    let deadline = Instant::now() + Duration::from_secs(600);
+    let request = get(client, "/v1/credentials", MAX_BODY, deadline);
+    // The server's part fails if the client closes the connection early.
+    let (response, _) = block_on(async { tokio::join!(request, serve) }).ok()?;
+    response.ok()
+}
+
+/// Returns the head of a response, up to its empty line. `None` if the body does not follow as it
+/// is: in chunks, or after an interim response.
+fn plain_head(bytes: &[u8]) -> Option<&[u8]> {
+    let lines = bytes.split_inclusive(|byte| *byte == b'\n');
+    let until_empty = lines.take_while(|line| !matches!(line, [b'\n'] | [b'\r', b'\n']));
+    let end = until_empty.map(<[u8]>::len).sum::<usize>();
+    let empty = if bytes[end..].starts_with(b"\r") {
+        2
+    } else {
+        1
+    };
+    let head = bytes.get(..end + empty)?;
+    let text = head.to_ascii_lowercase();
+    let is_chunked = text.windows(7).any(|word| word == b"chunked");
+    (text.starts_with(b"http/1.1 ") && !text.starts_with(b"http/1.1 1") && !is_chunked)
+        .then_some(head)
 }
 
 /// Checks a response: the parts in which it arrives do not matter, its body is bounded, and one
@@ -42,16 +71,12 @@ pub(crate) fn client(bytes: &[u8]) -> bool {
     assert_eq!(whole.as_ref().map(facts), in_parts.as_ref().map(facts));
     let Some(response) = whole else { return false };
     assert!(response.body.len() <= MAX_BODY);
-    // With chunks the last bytes do not belong to the body.
-    let head = bytes.strip_suffix(&response.body[..]);
-    let is_chunked = |head: &[u8]| {
-        head.to_ascii_lowercase()
-            .windows(7)
-            .any(|w| w == b"chunked")
-    };
-    if let Some(head) = head.filter(|head| !is_chunked(head)) {
-        let cut = [0, head.len() / 2, head.len().saturating_sub(2)];
-        let in_body = (!response.body.is_empty()).then(|| bytes.len() - 1);
+    let head = plain_head(bytes);
+    if let Some(head) = head {
+        let end = head.len() + response.body.len();
+        assert_eq!(bytes.get(head.len()..end), Some(&response.body[..]));
+        let in_body = (!response.body.is_empty()).then(|| end - 1);
+        let cut = [0, head.len() / 2, head.len() - 1];
         for end in cut.into_iter().chain(in_body) {
             assert!(
                 read(&bytes[..end], end).is_none(),
