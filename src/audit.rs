@@ -114,9 +114,9 @@ pub struct IssuedFields<'a> {
 /// The peer that sent a request.
 #[derive(Debug, Clone)]
 pub enum RequestPeer {
-    /// It was attested.
+    /// The peer was attested, and its connection is served for this caller.
     Attested(Arc<Caller>),
-    /// It was rejected, with the facts that its socket had shown by then.
+    /// A rejected peer, with the facts that its socket had shown by then.
     Rejected(Option<PeerFacts>),
 }
 

@@ -160,14 +160,14 @@ impl CgroupMounts {
         {
             (rest, up) = (below, up + 1);
         }
-        let kept = above.checked_sub(up)?;
-        let own = match kept {
+        let count = above.checked_sub(up)?;
+        let own = match count {
             0 => String::new(),
             _ => own
                 .as_ref()?
                 .split('/')
                 .skip(1)
-                .take(kept)
+                .take(count)
                 .map(|segment| format!("/{segment}"))
                 .collect(),
         };

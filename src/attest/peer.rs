@@ -23,7 +23,7 @@ pub struct Peer {
     evidence: Evidence,
 }
 
-/// What the kernel showed about the peer.
+/// The facts from the kernel that the attestation continues with.
 #[derive(Debug)]
 enum Evidence {
     Unix {

@@ -295,13 +295,13 @@ fn canonical(address: SocketAddr) -> SocketAddr {
 
 /// Finds a `u64` among netlink attributes: length (2 bytes, with this header of 4), type (2),
 /// value, padded to 4.
-fn attribute(mut rest: &[u8], wanted: u16) -> Option<u64> {
+fn attribute(mut rest: &[u8], kind: u16) -> Option<u64> {
     loop {
         let length = usize::from(read_u16(rest, 0)?);
         if length < 4 {
             return None;
         }
-        if read_u16(rest, 2)? == wanted {
+        if read_u16(rest, 2)? == kind {
             return read_u64(rest.get(..length)?, 4);
         }
         rest = rest.get(length.next_multiple_of(4)..)?;

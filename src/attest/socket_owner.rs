@@ -134,7 +134,7 @@ fn process_owning(
                     (handle, found.descriptor)
                 }
                 Err(AttestError::CallerGone) => return Ok(None),
-                Err(refusal) => return Err(refusal),
+                Err(error) => return Err(error),
             }
         }
     };
@@ -144,7 +144,7 @@ fn process_owning(
     {
         Ok(process) => process,
         Err(AttestError::CallerGone) => return Ok(None),
-        Err(refusal) => return Err(refusal),
+        Err(error) => return Err(error),
     };
     if !process.has_fd(descriptor, socket.inode) {
         return Ok(None);

@@ -148,8 +148,8 @@ impl TcpAttestor {
         Ok((peer, proof))
     }
 
-    /// Returns the path of the socket's cgroup. Releases `pending` before it waits for a scan, which
-    /// has limits of its own.
+    /// Returns the path of the socket's cgroup. Releases `pending` before it waits for a scan,
+    /// which has limits of its own.
     async fn cgroup(
         &self,
         socket: &SocketInfo,
@@ -203,8 +203,8 @@ impl SocketProof {
         self.pod.as_ref()
     }
 
-    /// Finds the process that holds the socket, and reads the facts in `facts` from it. The returned
-    /// proof covers these facts too.
+    /// Finds the process that holds the socket, and reads `facts` from it. The returned proof
+    /// covers these facts too.
     pub(crate) async fn find_process(
         self: Box<Self>,
         workload: WorkloadKey,

@@ -126,10 +126,10 @@ impl ConnectedPeer {
         let peer = getsockopt(&stream, PeerCredentials)
             .map_err(|errno| AttestError::kernel("SO_PEERCRED", errno))?;
         let facts = PeerFacts::of_user(peer.uid());
-        let refused = |error| Rejection::of(error, &facts);
+        let rejected = |error| Rejection::of(error, &facts);
         let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid != 0);
-        let pid = pid.ok_or_else(|| refused(AttestError::InvisibleProcess))?;
-        let pin = match sys::peer_pidfd(stream).map_err(|_| refused(AttestError::CallerGone))? {
+        let pid = pid.ok_or_else(|| rejected(AttestError::InvisibleProcess))?;
+        let pin = match sys::peer_pidfd(stream).map_err(|_| rejected(AttestError::CallerGone))? {
             Some(pidfd) => PeerPin::ByKernel(pidfd),
             None => PeerPin::SinceAccept(ticks_since_boot()?),
         };

@@ -122,13 +122,13 @@ impl RequestError {
         requested: &RequestedRole,
     ) -> Self {
         match error {
-            ServiceError::Refused(refusal) => Self::Caller(refusal),
+            ServiceError::Refused(error) => Self::Caller(error),
             ServiceError::NoIdentity => Self::NoIdentity(describe(caller)),
             // The source attested the caller, or a process that waits with it.
-            ServiceError::Source(SourceError::Caller(refusal))
+            ServiceError::Source(SourceError::Caller(error))
             | ServiceError::Cache(CacheError::Exchange(ExchangeError::Source(
-                SourceError::Caller(refusal),
-            ))) => Self::Caller(refusal),
+                SourceError::Caller(error),
+            ))) => Self::Caller(error),
             ServiceError::Source(error) => Self::Exchange(ExchangeError::Source(error)),
             ServiceError::Denied { denied, spiffe_ids } => Self::Denied(Denial {
                 denied,
@@ -145,7 +145,7 @@ impl RequestError {
     /// Returns the label in metrics and audit records.
     pub(super) fn reason(&self) -> &'static str {
         match self {
-            Self::Caller(refusal) => refusal.reason(),
+            Self::Caller(error) => error.reason(),
             Self::Host => "host",
             Self::Browser => "browser",
             Self::Proxied => "proxied",
@@ -170,7 +170,7 @@ impl RequestError {
     fn is_transient(&self) -> bool {
         match self {
             Self::Exchange(error) => error.is_transient(),
-            Self::Caller(refusal) => refusal.is_transient(),
+            Self::Caller(error) => error.is_transient(),
             Self::Pending | Self::Full | Self::TooManyRoles | Self::NotAudited => true,
             Self::Host
             | Self::Browser

@@ -70,7 +70,7 @@ impl CredentialEndpoint {
             .max_headers(MAX_HEADERS)
             .serve_connection(TokioIo::new(&mut wire), service)
             .await;
-        let refused = match served {
+        let error = match served {
             Ok(()) if state.is_answering() => {
                 if has_body.load(Ordering::Relaxed) {
                     wire.drain_input().await;
@@ -83,9 +83,9 @@ impl CredentialEndpoint {
             Err(error) if error.is_parse() => RequestError::Malformed,
             Ok(()) | Err(_) => return Err(DropReason::Closed),
         };
-        tracing::debug!(reason = refused.reason(), "head rejected");
+        tracing::debug!(reason = error.reason(), "head rejected");
         // A client that is gone by now gets no answer.
-        let _ = wire.write_raw(&refused.raw_response(origin.id)).await;
+        let _ = wire.write_raw(&error.raw_response(origin.id)).await;
         wire.drain_input().await;
         Err(DropReason::BadRequest)
     }
@@ -121,12 +121,10 @@ impl CredentialEndpoint {
                     false => error_response(&RequestError::NotAudited, id),
                 }
             }
-            Err(refused) => {
-                self.kernel_failures.log(&refused);
-                record
-                    .finish(refused.outcome(), refused.reason(), None)
-                    .await;
-                error_response(&refused, id)
+            Err(error) => {
+                self.kernel_failures.log(&error);
+                record.finish(error.outcome(), error.reason(), None).await;
+                error_response(&error, id)
             }
         }
     }
@@ -173,14 +171,14 @@ impl AsRef<[u8]> for SharedBody {
     }
 }
 
-fn error_response(refused: &RequestError, id: RequestId) -> HttpResponse {
-    let mut response = json_response(refused.status(), Bytes::from(refused.body(id)));
-    if let Some(seconds) = refused.retry_after() {
+fn error_response(error: &RequestError, id: RequestId) -> HttpResponse {
+    let mut response = json_response(error.status(), Bytes::from(error.body(id)));
+    if let Some(seconds) = error.retry_after() {
         response
             .headers_mut()
             .insert(RETRY_AFTER, HeaderValue::from(seconds));
     }
-    if let Some(methods) = refused.allow() {
+    if let Some(methods) = error.allow() {
         response
             .headers_mut()
             .insert(ALLOW, HeaderValue::from_static(methods));

@@ -71,7 +71,7 @@ impl PodCallersStage {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let upstream = Upstream::start(&[(0, "pod")]);
         let configuration = upstream.configuration() + RULE;
-        let listen = format!("{}\n{limits}", node.listen());
+        let listen = format!("{limits}\n{}", node.listen());
         let daemon = Daemon::start_behind(&words, folder.path(), &listen, &configuration).ready();
         for name in ["a", "b"] {
             node.add(name);

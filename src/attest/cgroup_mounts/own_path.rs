@@ -10,7 +10,7 @@ use std::path::Path;
 /// The number of directories of which a search reads the metadata: 0.1 s of work.
 const MAX_DIRECTORIES: usize = 32_768;
 
-/// A directory that may lead to the wanted one. The least is searched first.
+/// A directory that may lead to the own_id one. The least is searched first.
 ///
 /// A user with a delegated cgroup can make any number of cgroups in it (T25). Those do not delay
 /// the search, since root owns each directory on the way to the daemon's own. Root in a container
@@ -27,7 +27,7 @@ struct CgroupDirectory {
 /// Finds the path from `mount` down to the directory that is mounted at `own_root`, `levels` below
 /// it. `None` if it is not among the first [`MAX_DIRECTORIES`].
 pub(super) fn own_path(mount: &Path, own_root: &Path, levels: usize) -> Option<String> {
-    let wanted = fs::metadata(own_root).ok()?.ino();
+    let own_id = fs::metadata(own_root).ok()?.ino();
     let mut directories = BinaryHeap::from([Reverse(CgroupDirectory {
         is_users: false,
         links: 0,
@@ -50,7 +50,7 @@ pub(super) fn own_path(mount: &Path, own_root: &Path, levels: usize) -> Option<S
                     level,
                     path,
                 }));
-            } else if found.ino() == wanted {
+            } else if found.ino() == own_id {
                 return Some(path);
             }
         }

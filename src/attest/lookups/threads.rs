@@ -87,8 +87,8 @@ impl LookupThreads {
     /// round-robin order. Call it within a runtime: the task continues there if it has to wait, or
     /// has waited too long for a thread.
     ///
-    /// Calls `on_abandon` if the task blocks its thread for as long as a request is held. `on_abandon`
-    /// must not block.
+    /// Calls `on_abandon` if the task blocks its thread for as long as a request is held. That must
+    /// not block.
     pub fn spawn(
         &self,
         workload: WorkloadKey,
