@@ -85,7 +85,7 @@ impl AccountIds {
         let is_same_kind =
             |other: &AccountName| std::mem::discriminant(other) == std::mem::discriminant(name);
         let has_id = |(other, state): (&AccountName, &AccountState)| {
-            other != name && is_same_kind(other) && *state == AccountState::Number(id)
+            other != name && is_same_kind(other) && *state == AccountState::Id(id)
         };
         self.local.is_other(name, id) || self.states.iter().any(has_id)
     }
@@ -211,7 +211,7 @@ impl AccountsInner {
             .collect();
         let unknown = states
             .values()
-            .filter(|state| !matches!(state, AccountState::Number(_)))
+            .filter(|state| !matches!(state, AccountState::Id(_)))
             .count();
         self.metrics
             .unknown_accounts

@@ -19,9 +19,9 @@ use crate::caller::{Caller, Executable, GroupDetail, ListenerKind, ProcessFacts}
 use crate::file_threads::FileThreads;
 use crate::identity::SpiffeId;
 
-mod named;
+mod account_rule;
 
-pub use named::{AccountName, AccountState, MissingNames, NamedRule, Resolved};
+pub use account_rule::{AccountName, AccountState, MissingNames, NamedRule, ResolvedRules};
 
 /// The kernel's placeholder for an id without a mapping in the reader's user namespace. It
 /// identifies no user, so it matches no rule (T14).

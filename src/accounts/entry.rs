@@ -58,10 +58,9 @@ impl AccountEntry {
         (self.is_running, self.answered) = (false, Some(now));
         match (result.id, self.state) {
             (Ok(Some(id)), _) => {
-                (self.state, self.error, self.absent_since) =
-                    (AccountState::Number(id), None, None);
+                (self.state, self.error, self.absent_since) = (AccountState::Id(id), None, None);
             }
-            (Ok(None), AccountState::Number(_)) => {
+            (Ok(None), AccountState::Id(_)) => {
                 let since = *self.absent_since.get_or_insert(now);
                 if result.successor.is_some() || now >= since + ABSENT_GRACE {
                     (self.state, self.error, self.absent_since) =
@@ -70,7 +69,7 @@ impl AccountEntry {
             }
             (Ok(None), _) => (self.state, self.error) = (AccountState::Absent, None),
             // The last number stays valid: a failed lookup is not evidence against it.
-            (Err(error), AccountState::Number(_)) => self.error = Some(error),
+            (Err(error), AccountState::Id(_)) => self.error = Some(error),
             (Err(error), _) => (self.state, self.error) = (AccountState::Unanswered, Some(error)),
         }
         if matches!(result.id, Ok(Some(_))) {
@@ -90,25 +89,25 @@ impl AccountEntry {
         let (account, lines) = (&result.name, &self.lines);
         let cause = self.error.map(Errno::desc);
         match (previous, self.state) {
-            (before, AccountState::Number(OVERFLOW_ID)) if before != self.state => tracing::warn!(
+            (before, AccountState::Id(OVERFLOW_ID)) if before != self.state => tracing::warn!(
                 %account, ?lines, number = OVERFLOW_ID,
                 "workload rule matches no caller: the kernel shows this number for ids that it cannot map"
             ),
-            (AccountState::Number(before), AccountState::Number(number)) if before != number => {
+            (AccountState::Id(before), AccountState::Id(number)) if before != number => {
                 tracing::warn!(%account, ?lines, before, number, "account number changed");
             }
-            (AccountState::Number(_), AccountState::Number(_)) => {
+            (AccountState::Id(_), AccountState::Id(_)) => {
                 if error.is_none()
                     && let Some(cause) = cause
                 {
                     tracing::warn!(%account, ?lines, cause, "account lookup failed: its last number stays in use");
                 }
             }
-            (_, AccountState::Number(number)) if !is_first => {
+            (_, AccountState::Id(number)) if !is_first => {
                 tracing::info!(%account, ?lines, number, "workload rule active: the account has a number");
             }
-            (_, AccountState::Number(_)) => {}
-            (AccountState::Number(_), _) => {
+            (_, AccountState::Id(_)) => {}
+            (AccountState::Id(_), _) => {
                 let successor = result.successor.as_deref();
                 tracing::warn!(
                     %account, ?lines, successor, "workload rule inactive: the account was removed"

@@ -45,7 +45,7 @@ impl AccountsState {
             allowed.min_by_key(|(name, entry)| (!local.has(name), entry.answered))?;
         (entry.is_running, entry.is_requested) = (true, false);
         let id = match entry.state {
-            AccountState::Number(id) => Some(id),
+            AccountState::Id(id) => Some(id),
             AccountState::Absent | AccountState::Unanswered => None,
         };
         Some((name.clone(), id))

@@ -10,7 +10,7 @@ use crate::caller::{Caller, ProcessFacts};
 use crate::clock::REQUEST_HOLD;
 use crate::identity::SpiffeId;
 use crate::workload_rule::{
-    AccountName, AccountState, Decision, ExeMatcher, NamedRule, Resolved, WorkloadRule,
+    AccountName, AccountState, Decision, ExeMatcher, NamedRule, ResolvedRules, WorkloadRule,
 };
 
 /// The `[[workload]]` rules of one configuration.
@@ -24,7 +24,7 @@ pub struct LiveRules {
 #[derive(Debug)]
 struct CurrentRules {
     ids: Arc<AccountIds>,
-    resolved: Resolved,
+    resolved: ResolvedRules,
 }
 
 /// Reason why the rules cannot identify a caller.
@@ -56,7 +56,9 @@ impl LiveRules {
     /// Returns the SPIFFE ID of a caller. `None` if no rule matches.
     ///
     /// Waits for a bounded time for the file systems of programs. Does the same for the name
-    /// service where the result depends on a name without an answer or with a recent denial.
+    /// service where the result depends on a name without an answer or with a recent denial. Fails
+    /// if the result depends on a name that the name service has not answered, or on a file that
+    /// does not respond.
     pub async fn identify(&self, caller: &Caller) -> Result<Option<SpiffeId>, IdentifyError> {
         let request_time = Instant::now();
         let mut was_looked_up = false;
@@ -180,7 +182,7 @@ enum RulesOutcome {
 
 impl CurrentRules {
     fn new(rules: &[NamedRule], ids: Arc<AccountIds>) -> Self {
-        let resolved = Resolved::new(rules, |name| ids.get(name));
+        let resolved = ResolvedRules::new(rules, |name| ids.get(name));
         Self { ids, resolved }
     }
 }
@@ -190,7 +192,7 @@ impl<T: IntoIterator<Item = WorkloadRule>> From<T> for LiveRules {
     fn from(rules: T) -> Self {
         let rules: Arc<[NamedRule]> = rules.into_iter().map(NamedRule::from).collect();
         let ids = Arc::<AccountIds>::default();
-        let resolved = Resolved::new(&rules, |_| AccountState::Unanswered);
+        let resolved = ResolvedRules::new(&rules, |_| AccountState::Unanswered);
         Self {
             rules,
             accounts: None,

@@ -115,7 +115,7 @@ async fn await_state(accounts: &Accounts, name: &str, expected: AccountState) {
 async fn lookup_finds_a_user_created_later() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001))), ("away", Err(Errno::EIO))]);
     let accounts = accounts_of(&service, &["alice", "away", "late"]).await;
-    assert_eq!(state_of(&accounts, "alice"), AccountState::Number(1001));
+    assert_eq!(state_of(&accounts, "alice"), AccountState::Id(1001));
     assert_eq!(
         (state_of(&accounts, "away"), state_of(&accounts, "late")),
         (AccountState::Unanswered, AccountState::Absent)
@@ -123,8 +123,8 @@ async fn lookup_finds_a_user_created_later() {
     assert_eq!(accounts.0.metrics.unknown_accounts.get(), 2);
     service.set("late", Ok(Some(1002)));
     service.set("away", Ok(Some(1003)));
-    await_state(&accounts, "late", AccountState::Number(1002)).await;
-    await_state(&accounts, "away", AccountState::Number(1003)).await;
+    await_state(&accounts, "late", AccountState::Id(1002)).await;
+    await_state(&accounts, "away", AccountState::Id(1003)).await;
     assert_eq!(accounts.0.metrics.unknown_accounts.get(), 0);
     // A stable number is resolved about once a minute.
     let before = service.count("alice");
@@ -159,7 +159,7 @@ async fn lookup_follows_a_changed_number_and_a_successor() {
     let service = FakeNameService::with(&[("alice", Ok(Some(1001)))]);
     let accounts = accounts_of(&service, &["alice"]).await;
     service.set("alice", Ok(Some(2001)));
-    await_state(&accounts, "alice", AccountState::Number(2001)).await;
+    await_state(&accounts, "alice", AccountState::Id(2001)).await;
     // The user is deleted, and another one gets its number.
     service.set("alice", Ok(None));
     service.set("bob", Ok(Some(2001)));
@@ -178,11 +178,11 @@ async fn number_survives_failures_and_restarts_of_the_name_service() {
     let accounts = accounts_of(&service, &["alice"]).await;
     service.set("alice", Err(Errno::ECONNREFUSED));
     tokio::time::sleep(Duration::from_secs(7200)).await;
-    assert_eq!(state_of(&accounts, "alice"), AccountState::Number(1001));
+    assert_eq!(state_of(&accounts, "alice"), AccountState::Id(1001));
     // Some name services report that a name does not exist while they restart.
     service.set("alice", Ok(None));
     tokio::time::sleep(ABSENT_GRACE).await;
-    assert_eq!(state_of(&accounts, "alice"), AccountState::Number(1001));
+    assert_eq!(state_of(&accounts, "alice"), AccountState::Id(1001));
     service.set("alice", Ok(Some(1001)));
     tokio::time::sleep(2 * RECHECK_INTERVAL).await;
     service.set("alice", Ok(None));
@@ -204,12 +204,12 @@ async fn hanging_lookup_does_not_delay_others() {
     let all = [&many[..], &["alice"]].concat();
     // More names hang than may be resolved at one time. A local name is resolved all the same.
     accounts.add(names(&all), Duration::from_millis(100)).await;
-    await_state(&accounts, "alice", AccountState::Number(1001)).await;
+    await_state(&accounts, "alice", AccountState::Id(1001)).await;
     assert_eq!(state_of(&accounts, "remote0"), AccountState::Unanswered);
     assert_eq!(service.lookups.lock().unwrap().len(), MAX_LOOKUPS + 1);
     service.set("remote0", Ok(Some(5)));
     service.hang(&[]);
-    await_state(&accounts, "remote0", AccountState::Number(5)).await;
+    await_state(&accounts, "remote0", AccountState::Id(5)).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -220,7 +220,7 @@ async fn numbers_survive_another_configuration() {
     accounts.add(names(&["bob"]), WAIT).await;
     assert_eq!(
         [state_of(&accounts, "alice"), state_of(&accounts, "bob")],
-        [AccountState::Number(1001), AccountState::Number(1002)]
+        [AccountState::Id(1001), AccountState::Id(1002)]
     );
     accounts.keep(&names(&["bob"]));
     assert_eq!(accounts.names(), names(&["bob"]));

@@ -437,7 +437,7 @@ fn executable_file(directory: &OwnedFd) -> Result<Option<sys::FileFacts>, Attest
 const NAMESPACE_PIDS: (&str, usize) = ("NSpid", 33);
 
 fn read_groups(directory: &OwnedFd, detail: GroupDetail) -> Result<Groups, AttestError> {
-    let [groups] = status_numbers(directory, [("Groups", Groups::MAX)])?;
+    let [groups] = status_numbers(directory, [("Groups", Groups::MAX_GROUPS)])?;
     Groups::new(groups, detail)
 }
 

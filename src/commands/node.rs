@@ -83,7 +83,7 @@ fn accounts(
             fix: fix.to_owned(),
         };
         let state = match service.id(name) {
-            Ok(Some(id)) => AccountState::Number(id),
+            Ok(Some(id)) => AccountState::Id(id),
             Ok(None) => AccountState::Absent,
             Err(error) => {
                 let what = format!("the lookup of the {name} failed: {}", error.desc());
@@ -95,7 +95,7 @@ fn accounts(
             }
         };
         match state {
-            AccountState::Number(OVERFLOW_ID) => warnings.push(warning(
+            AccountState::Id(OVERFLOW_ID) => warnings.push(warning(
                 format!("the {name} has the number {OVERFLOW_ID}, which the kernel shows for an id that it cannot map"),
                 "give the workload a user or group of its own: no caller matches this one",
             )),
@@ -103,7 +103,7 @@ fn accounts(
                 format!("the {name} does not exist on this node, so the rule matches no caller yet"),
                 "correct the name if it is wrong",
             )),
-            AccountState::Number(_) | AccountState::Unanswered => {}
+            AccountState::Id(_) | AccountState::Unanswered => {}
         }
         states.insert(name.clone(), state);
     }

@@ -65,8 +65,6 @@ const MAX_FILE_LINES: usize = 420;
 const MAX_FUNCTION_LINES: usize = 70;
 /// Files that are longer, until they are split.
 const LONG_FILES: [&str; 2] = ["attest/lookups/threads.rs", "attest/process_snapshot.rs"];
-/// Functions that are longer, until they are split.
-const LONG_FUNCTIONS: [&str; 1] = ["app.rs: start"];
 
 #[test]
 fn file_and_function_are_short() {
@@ -93,9 +91,9 @@ fn file_and_function_are_short() {
         files_over, LONG_FILES,
         "files over {MAX_FILE_LINES} lines; split a new one, or remove one that is short now"
     );
-    assert_eq!(
-        functions_over, LONG_FUNCTIONS,
-        "functions over {MAX_FUNCTION_LINES} lines; split a new one, or remove one that is short now"
+    assert!(
+        functions_over.is_empty(),
+        "functions over {MAX_FUNCTION_LINES} lines; split them: {functions_over:?}"
     );
 }
 

@@ -21,8 +21,8 @@ pub enum AccountName {
 /// The answer of the name service about a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AccountState {
-    /// The number of the user or group.
-    Number(u32),
+    /// The id of the user or group.
+    Id(u32),
     /// The user or group does not exist.
     Absent,
     /// The name service has not responded yet, or has failed.
@@ -43,17 +43,17 @@ pub struct NamedRule {
 
 /// Rules with the numbers that were known at one time.
 #[derive(Debug, Default)]
-pub struct Resolved {
+pub struct ResolvedRules {
     /// The rules in the order of the configuration. An unknown name is replaced by [`OVERFLOW_ID`],
     /// which matches no caller. It still causes the process to be read where the known number
     /// would.
     rules: Vec<WorkloadRule>,
-    incomplete: Vec<Incomplete>,
+    incomplete: Vec<IncompleteRule>,
 }
 
 /// A rule with an unknown name.
 #[derive(Debug)]
-struct Incomplete {
+struct IncompleteRule {
     /// The index of the rule.
     index: usize,
     /// The rule without that name. It matches at least the callers that the rule would match.
@@ -135,7 +135,7 @@ impl NamedRule {
 
     /// Returns the rule with all numbers, or `None` if one is unknown.
     pub fn resolve(&self, number: impl Fn(&AccountName) -> AccountState) -> Option<WorkloadRule> {
-        let is_known = |name: &AccountName| matches!(number(name), AccountState::Number(_));
+        let is_known = |name: &AccountName| matches!(number(name), AccountState::Id(_));
         self.names()
             .all(is_known)
             .then(|| self.with_numbers(&number))
@@ -144,7 +144,7 @@ impl NamedRule {
     fn with_numbers(&self, number: impl Fn(&AccountName) -> AccountState) -> WorkloadRule {
         let id = |name: &Option<AccountName>| {
             name.as_ref().map(|name| match number(name) {
-                AccountState::Number(id) => id,
+                AccountState::Id(id) => id,
                 AccountState::Absent | AccountState::Unanswered => OVERFLOW_ID,
             })
         };
@@ -157,13 +157,13 @@ impl NamedRule {
     }
 }
 
-impl Resolved {
+impl ResolvedRules {
     /// Resolves the rules. `number` returns the known answer for a name.
     pub fn new(rules: &[NamedRule], number: impl Fn(&AccountName) -> AccountState) -> Self {
         let unknown = |name: &Option<AccountName>| {
             let name = name.clone()?;
             let known = number(&name);
-            (!matches!(known, AccountState::Number(_))).then_some((name, known))
+            (!matches!(known, AccountState::Id(_))).then_some((name, known))
         };
         let incomplete = rules.iter().enumerate().filter_map(|(index, named)| {
             let [user, group, supplementary_group] =
@@ -178,7 +178,7 @@ impl Resolved {
                 ..with
             };
             let is_incomplete = user.is_some() || group.is_some() || supplementary_group.is_some();
-            is_incomplete.then_some(Incomplete {
+            is_incomplete.then_some(IncompleteRule {
                 index,
                 without,
                 user,
@@ -210,7 +210,7 @@ impl Resolved {
         is_other: impl Fn(&AccountName, u32) -> bool,
     ) -> Option<ProcessFacts> {
         let needed = facts_needed(&self.rules, caller);
-        let may_be = |incomplete: &&Incomplete| {
+        let may_be = |incomplete: &&IncompleteRule| {
             incomplete.user.is_some() && incomplete.can_be_of(caller, &is_other)
         };
         let by_unknown = self.incomplete.iter().filter(may_be);
@@ -235,7 +235,7 @@ impl Resolved {
             Decision::Matched(rule) => self.rules.iter().position(|one| std::ptr::eq(one, *rule)),
             Decision::NoMatch | Decision::NeedsProcess | Decision::NeedsFile(_) => None,
         };
-        let before = |incomplete: &&Incomplete| end.is_none_or(|end| incomplete.index < end);
+        let before = |incomplete: &&IncompleteRule| end.is_none_or(|end| incomplete.index < end);
         let mut missing = MissingNames::default();
         for incomplete in self.incomplete.iter().filter(before) {
             if incomplete.could_match(caller, &is_other, since)? {
@@ -246,7 +246,7 @@ impl Resolved {
     }
 }
 
-impl Incomplete {
+impl IncompleteRule {
     /// Returns whether the rule would match with some number for each unknown name. Facts that were
     /// not read exclude nothing.
     fn could_match(

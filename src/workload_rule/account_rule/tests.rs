@@ -62,8 +62,8 @@ fn of_unit(path: &str, unit: &str) -> NamedRule {
 /// unanswered.
 fn known(name: &AccountName) -> AccountState {
     match (name, name.as_str()) {
-        (AccountName::User(_), "alice") => AccountState::Number(1001),
-        (AccountName::Group(_), "ops") => AccountState::Number(2001),
+        (AccountName::User(_), "alice") => AccountState::Id(1001),
+        (AccountName::Group(_), "ops") => AccountState::Id(2001),
         (_, "ghost") => AccountState::Absent,
         _ => AccountState::Unanswered,
     }
@@ -77,7 +77,7 @@ fn is_other(name: &AccountName, id: u32) -> bool {
 /// Returns the path of the rule that matches, and the names that could change that.
 #[track_caller]
 fn decide_with_missing(rules: &[NamedRule], caller: &Caller) -> (Option<String>, MissingNames) {
-    let resolved = Resolved::new(rules, known);
+    let resolved = ResolvedRules::new(rules, known);
     let since = Instant::now();
     let decision = resolved.decide(caller, since);
     let missing = resolved
@@ -161,12 +161,12 @@ fn unknown_name_matches_no_caller() {
             }
         }
         // The process is read for a group as for a known one, and never for a user.
-        let resolved = Resolved::new(&rules, known);
+        let resolved = ResolvedRules::new(&rules, known);
         assert_eq!(
             resolved.decide(&caller(1001, None), Instant::now()),
             Decision::NeedsProcess
         );
-        let by_user = Resolved::new(&rules[..1], known);
+        let by_user = ResolvedRules::new(&rules[..1], known);
         assert_eq!(
             by_user.decide(&caller(1001, None), Instant::now()),
             Decision::NoMatch
@@ -306,7 +306,7 @@ fn process_facts_are_needed_for_a_user_of_unknown_name() {
     };
     for name in ["ghost", "stranger"] {
         let needs = |rule: NamedRule, caller: &Caller| {
-            Resolved::new(&[rule], known).facts_needed(caller, is_other)
+            ResolvedRules::new(&[rule], known).facts_needed(caller, is_other)
         };
         assert_eq!(
             needs(of_user(name), &over_tcp(1001)),
@@ -339,7 +339,7 @@ fn process_facts_are_needed_for_a_user_of_unknown_name() {
         ..program
     };
     assert_eq!(
-        Resolved::new(&rules, known).facts_needed(&over_tcp(1001), is_other),
+        ResolvedRules::new(&rules, known).facts_needed(&over_tcp(1001), is_other),
         Some(both)
     );
 }
