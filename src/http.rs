@@ -133,10 +133,8 @@ impl CredentialEndpoint {
             permit: pending_permit,
             open,
         } = pending;
-        let (id, descriptor) = (
-            self.audit.next_request(),
-            stream.socket().descriptor().clone(),
-        );
+        let id = self.audit.next_request();
+        let descriptor = stream.socket().descriptor().clone();
         let origin = RequestOrigin { id, listener };
         let life = ConnectionBounds::new(descriptor, pod.clone(), &self.metrics, open);
         let unattested = RequestScope {
@@ -331,9 +329,8 @@ impl CredentialEndpoint {
             }
             Err(refused) => {
                 self.kernel_failures.log(&refused);
-                record
-                    .finish(refused.outcome(), refused.reason(), None)
-                    .await;
+                let outcome = refused.outcome();
+                record.finish(outcome, refused.reason(), None).await;
                 error_response(&refused, id)
             }
         }
