@@ -4,8 +4,8 @@
 use std::fs;
 use std::path::Path;
 
-/// The callers that are refused because of the profile.
-pub const CONFINED: &str = "processes outside of this profile cannot be inspected, so their requests are refused \
+/// The callers that are rejected because of the profile.
+pub const CONFINED: &str = "processes outside of this profile cannot be inspected, so their requests are rejected \
      (no_holder, unseen_program)";
 /// The fix for a profile that hides processes.
 pub const CONFINED_FIX: &str = "in Kubernetes set appArmorProfile: { type: Unconfined } in the container's securityContext, in Docker use \

@@ -447,13 +447,13 @@ fn check_reports_refusals_of_minio() {
     assert_failed(
         &with(&minio.role_arn(), "other"),
         "sts",
-        "refused",
+        "rejected",
         "audience",
     );
     assert_failed(
         &with("arn:minio:iam:::role/none", minio::AUDIENCE),
         "sts",
-        "refused",
+        "rejected",
         "the ARN that it prints",
     );
 }

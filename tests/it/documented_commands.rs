@@ -265,6 +265,14 @@ const PROFILE: Tested = In("credential_process.rs", "output_is_accepted_by_cli")
 const OTHER_BLOCKS: &[(&str, &str, Tested)] = &[
     ("README.md", " ┌ node", Not("a picture of the node's parts")),
     ("install-vm.md", "[Service]", FIRST_WORKLOAD),
+    (
+        "install-vm.md",
+        "[Socket]",
+        In(
+            "systemd.rs",
+            "unconfigured_socket_of_unit_is_refused_and_others_are_served",
+        ),
+    ),
     ("install-kubernetes.md", "apiVersion: kustomize", NODE),
     (
         "install-kubernetes.md",

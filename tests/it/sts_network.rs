@@ -343,7 +343,7 @@ fn daemon_and_check_give_the_same_advice() {
         .unwrap();
     let [saw, fix] = ["saw", "fix"].map(|name| found[name].as_str().unwrap());
     assert!(
-        saw.contains("refused")
+        saw.contains("rejected")
             && saw.contains("AccessDenied")
             && fix.contains("the trust policy of"),
         "{found}"

@@ -223,7 +223,10 @@ fn documented_rotation_loses_no_record() {
     assert_eq!(before.len(), 1, "{before:?}");
 
     fs::create_dir(folder.join("bin")).unwrap();
-    let reload = format!("[ \"$*\" = \"reload awsvid\" ]\nkill -HUP {}", daemon.pid());
+    let reload = format!(
+        "[ \"$*\" = \"try-reload-or-restart awsvid.service\" ]\nkill -HUP {}",
+        daemon.pid()
+    );
     stand_in(folder, "bin/systemctl", &reload);
     let log = folder.join("audit.log");
     let text = block("audit-log.md", "Rotation", "/var/log/awsvid/audit.log {")

@@ -79,8 +79,8 @@ impl ServedCallers {
             serde_json::from_str(&status).unwrap_or_else(|error| panic!("{error} in {status}"));
         let missing = status["unsupported_kernel"].to_string();
         let unix = match () {
-            () if missing.contains("all callers are refused on the unix socket") => "no",
-            () if missing.contains("callers in containers are refused") => "outside containers",
+            () if missing.contains("all callers are rejected on the unix socket") => "no",
+            () if missing.contains("callers in containers are rejected") => "outside containers",
             () => "yes",
         };
         let version = stock.read("uname --kernel-release; systemctl --version | head -n 1");
@@ -91,7 +91,7 @@ impl ServedCallers {
             kernel: kernel.join("."),
             systemd: systemd.expect("systemd's version").to_owned(),
             unix,
-            tcp: !missing.contains("callers over TCP are refused"),
+            tcp: !missing.contains("callers over TCP are rejected"),
             by_process: status["counts_executions"] == true,
             cgroups: !missing.contains("no cgroup v2 tree is mounted"),
         }

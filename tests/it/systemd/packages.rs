@@ -183,7 +183,7 @@ fn assert_removal_leaves_the_changed_file(machine: &SystemdMachine, manager: &Ma
 }
 
 /// Runs `change` while callers send one request after the other. It replaces the daemon, and no
-/// caller is refused.
+/// caller is rejected.
 fn assert_change_refuses_nothing(machine: &SystemdMachine, change: impl FnOnce()) {
     const DONE: &str = "/tmp/done";
     let before = machine.property("awsvid.service", "MainPID");
