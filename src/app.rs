@@ -1,96 +1,46 @@
 //! Wires the daemon from its configuration. Only this module knows every other one.
 
-use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use thiserror::Error;
-use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::accounts::{Accounts, Nss};
 use crate::admin::{Address, Admin, Readiness};
-use crate::attest::{Attestor, ExecMonitor, StartError};
+use crate::attest::{Attestor, ExecMonitor};
 use crate::audit::Audit;
 use crate::cache::CredentialCache;
-use crate::cgroup::PodRoots;
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
 use crate::credential_service::CredentialService;
-use crate::exit_status::ExitStatus;
 use crate::hardening::DaemonFeatures;
-use crate::http::{CredentialEndpoint, KernelFailures, OwnProbe};
-use crate::limits::FairSemaphore;
-use crate::listen::{self, ActivatedSockets, Drain, ListenError};
+use crate::http::{CredentialEndpoint, OwnProbe};
+use crate::listen::{self, ActivatedSockets, Drain};
 use crate::metrics::Metrics;
-use crate::pod_listeners::{PodListeners, PodsError, TakeoverGate};
+use crate::pod_listeners::{PodListeners, TakeoverGate};
 use crate::readiness::ReadinessProbes;
-use crate::sts::{BlockingCalls, InvalidSetting};
-use crate::svid::{IdentitySource, SourceError};
+use crate::sts::BlockingCalls;
+use crate::svid::IdentitySource;
 
 mod audit_file;
 mod components;
+mod endpoint;
+mod error;
 mod listeners;
 mod retry;
 mod series;
 mod token_file;
 
-use audit_file::{audit_error, open_audit, reopen};
+use audit_file::{audit_error, reopen};
 use components::Components;
+use endpoint::credential_endpoint;
+pub use error::AppError;
 use listeners::{ListenAddress, bind_all, refuse_rest, tcp_address};
-use token_file::authorization;
 
 /// Time that operators' connections have to end after the workloads' connections have ended.
 const ADMIN_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// Reason why the daemon does not start, or keeps its old configuration.
-#[expect(missing_docs, reason = "the names of the fields describe them")]
-#[derive(Debug, Error)]
-pub enum AppError {
-    /// The attestor cannot be started.
-    #[error(transparent)]
-    Attest(#[from] StartError),
-    /// An address cannot be bound.
-    #[error(transparent)]
-    Listen(#[from] ListenError),
-    /// The audit file cannot be opened.
-    #[error("[audit] file {path}: {source}", path = path.display())]
-    Audit { path: PathBuf, source: io::Error },
-    /// The token file cannot be read or written.
-    #[error("[listen] token_file {path}: {source}", path = path.display())]
-    Token { path: PathBuf, source: io::Error },
-    /// Pods' network namespaces cannot be served.
-    #[error(transparent)]
-    Pods(#[from] PodsError),
-    /// The identity source is misconfigured and cannot work.
-    #[error("[identity] {0}")]
-    Source(SourceError),
-    /// The STS client cannot be built.
-    #[error(transparent)]
-    Sts(#[from] InvalidSetting),
-}
-
-impl AppError {
-    /// Returns the exit status of a daemon that does not start because of this error.
-    pub fn exit_status(&self) -> ExitStatus {
-        match self {
-            // Another start would fail too: an environment variable, or a lack of the unit or the
-            // container.
-            Self::Sts(_)
-            | Self::Attest(StartError::UserNamespace)
-            | Self::Pods(PodsError::Denied(_)) => ExitStatus::Config,
-            Self::Attest(StartError::Proc { .. })
-            | Self::Pods(_)
-            | Self::Listen(_)
-            | Self::Audit { .. }
-            | Self::Token { .. }
-            | Self::Source(_) => ExitStatus::Failure,
-        }
-    }
-}
 
 /// The running daemon, with its listeners and tasks.
 #[derive(Debug)]
@@ -156,34 +106,9 @@ impl App {
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.policy, clock.clone(), metrics.clone());
         let service = Arc::new(CredentialService::new(cache.clone()));
-        let pod_roots = config
-            .pods
-            .cgroup_root
-            .clone()
-            .map_or_else(PodRoots::defaults, PodRoots::at);
-        let attestor = Arc::new(Attestor::new(pod_roots, exec_monitor)?);
-        let own_probe = OwnProbe::new();
-        let token_needed = Arc::<Notify>::default();
-        let endpoint = Arc::new(CredentialEndpoint {
-            attestor: attestor.clone(),
-            service: service.clone(),
-            audit: open_audit(
-                &config.audit,
-                clock.clone(),
-                metrics.clone(),
-                &blocking.files,
-            )
-            .await,
-            metrics: metrics.clone(),
-            authorization: authorization(&config.listen, &token_needed)?,
-            token_needed,
-            own_probe: own_probe.clone(),
-            connections: FairSemaphore::new(
-                config.listen.max_connections,
-                config.listen.max_connections_per_workload,
-            ),
-            kernel_failures: KernelFailures::default(),
-        });
+        let shared = (&clock, &metrics, &blocking.files);
+        let endpoint = credential_endpoint(&config, exec_monitor, service.clone(), shared).await?;
+        let attestor = endpoint.attestor.clone();
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
         let admin = Arc::new(Admin::new(
             metrics.clone(),
@@ -201,7 +126,7 @@ impl App {
             pods: config.pods,
             source,
             sts,
-            own_probe,
+            own_probe: endpoint.own_probe.clone(),
             accounts,
             blocking,
             service,

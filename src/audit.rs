@@ -167,7 +167,8 @@ impl Audit {
         self.sink.load_full().needed().await;
     }
 
-    /// Opens the destination. Blocks while the file's server does not respond.
+    /// Opens the destination. Blocks while the file's server does not respond. Fails if the file
+    /// cannot be opened for appending.
     pub fn open(to: &AuditFile) -> io::Result<File> {
         sink::open(to)
     }
@@ -176,7 +177,8 @@ impl Audit {
     /// opens it again.
     ///
     /// Records go to the previous destination until then. The thread of the previous one then
-    /// writes its queue and ends.
+    /// writes its queue and ends. Fails if no thread for the destination can be started; then the
+    /// previous one stays.
     pub fn redirect(&self, to: &AuditFile, opened: File, required: bool) -> io::Result<()> {
         let before = self.sink.load_full();
         if before.is_unopened() {

@@ -43,7 +43,7 @@ pub struct DaemonFeatures {
 }
 
 /// A required capability, and the failure without it.
-pub type Need = (Capability, &'static str);
+pub type RequiredCapability = (Capability, &'static str);
 
 impl DaemonFeatures {
     /// Returns the features that this configuration needs.
@@ -106,7 +106,7 @@ impl DaemonFeatures {
     }
 
     /// Returns the capabilities that these features need.
-    pub fn required_capabilities(self) -> impl Iterator<Item = Need> {
+    pub fn required_capabilities(self) -> impl Iterator<Item = RequiredCapability> {
         let cannot_inspect = "callers' processes cannot be found and inspected";
         [
             (

@@ -13,7 +13,7 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use zeroize::Zeroizing;
 
-/// A complete response.
+/// A response that has arrived to its end.
 #[derive(Debug)]
 pub struct ClientResponse {
     /// The status, which may be that of an error.
@@ -24,7 +24,7 @@ pub struct ClientResponse {
     pub body: Zeroizing<Vec<u8>>,
 }
 
-/// The reason why there is no complete response.
+/// The reason why a response has not arrived to its end.
 #[derive(Debug, Error)]
 pub enum ClientError {
     /// The connection broke, or the bytes are not HTTP.
@@ -44,7 +44,7 @@ fn with_cause(error: &hyper::Error) -> String {
 }
 
 /// Sends a request without a body, and waits for the whole response, of any status. Fails if its
-/// body is longer than `max_body` bytes, or ends early. There is no time limit here.
+/// body is longer than `max_body` bytes, or ends early. It has no time limit of its own.
 ///
 /// A body of known length is in one buffer, which is cleared when the response is dropped. hyper's
 /// own buffer of the connection is not cleared.

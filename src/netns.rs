@@ -66,7 +66,7 @@ impl NamespaceId {
 
     /// Returns the namespace that is mounted on the file. `None` if none is, or if the file is a
     /// link, which does not show when the namespace ends. `own` provides the device that all
-    /// namespaces are on.
+    /// namespaces are on. Fails if the file cannot be opened.
     pub fn at(path: &Path, own: Self) -> io::Result<Option<Self>> {
         let found = Self::of(&std::fs::symlink_metadata(path)?);
         Ok((found.device == own.device).then_some(found))
@@ -113,7 +113,8 @@ impl NetNs {
         Self::of(File::open(OWN_NETNS)?)
     }
 
-    /// Opens the namespace that is mounted on this file.
+    /// Opens the namespace that is mounted on this file. Fails if nothing is mounted there, or if
+    /// it is not a network namespace.
     pub fn open(path: &Path) -> Result<Self, NamespaceError> {
         // If the file is of another kind, the open neither blocks nor follows a link.
         let opened = OpenOptions::new()
@@ -142,7 +143,7 @@ impl NetNs {
     }
 
     /// Runs `make` inside the namespace, only to create sockets there. It runs on a thread of its
-    /// own, since a namespace belongs to a thread.
+    /// own, since a namespace belongs to a thread. Fails if the namespace cannot be entered.
     pub fn run_in<T: Send>(&self, make: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
         let enter = || {
             let own = File::open(OWN_NETNS)?;

@@ -172,7 +172,8 @@ impl Roles {
     }
 
     /// Selects the role for a caller with these identities: the first that matches, or the
-    /// requested one.
+    /// requested one. Fails if no role matches, or if the requested one is not for these
+    /// identities.
     pub fn select(
         &self,
         identities: &[Identity],

@@ -23,8 +23,8 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// Parses `unix:///absolute/path`, `unix:/absolute/path` or `tcp://<IP address>:<port>`, an IPv6 address in
-    /// brackets.
+    /// Parses `unix:///absolute/path`, `unix:/absolute/path` or `tcp://<IP address>:<port>`, an
+    /// IPv6 address in brackets. Fails for any other form.
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
         if let Some(rest) = text.strip_prefix("unix:") {
             return parse_unix(rest);

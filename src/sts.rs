@@ -123,12 +123,14 @@ impl Sts {
         Ok(())
     }
 
-    /// Returns the URL that calls for `target` go to.
+    /// Returns the URL that calls for `target` go to. Fails if the endpoint or the region is
+    /// invalid.
     pub async fn url(&self, target: &StsTarget) -> Result<String, InvalidSetting> {
         self.connections.network.sts_url(target).await
     }
 
     /// Checks for `/readyz` whether STS responds to an invalid token. Any response of STS counts.
+    /// Fails if none comes in time.
     pub async fn probe(&self, target: &StsTarget) -> Result<(), StsError> {
         let invalid_token = |call: AssumeRoleWithWebIdentityFluentBuilder| {
             call.role_arn(NO_ROLE)

@@ -178,7 +178,8 @@ impl Writer {
         }))
     }
 
-    /// Starts the thread called `name`, which writes to `file`. Call it once.
+    /// Starts the thread called `name`, which writes to `file`. Call it once. Fails if the thread
+    /// cannot be started.
     pub fn start(&self, name: &str, file: File) -> io::Result<()> {
         let writing = self.0.clone();
         std::thread::Builder::new()

@@ -56,7 +56,9 @@ impl LiveRules {
     /// Returns the SPIFFE ID of a caller. `None` if no rule matches.
     ///
     /// Waits for a bounded time for the file systems of programs. Does the same for the name
-    /// service where the result depends on a name without an answer or with a recent denial.
+    /// service where the result depends on a name without an answer or with a recent denial. Fails
+    /// if the result depends on a name that the name service has not answered, or on a file that
+    /// does not respond.
     pub async fn identify(
         &self,
         caller: CallerFacts<'_>,

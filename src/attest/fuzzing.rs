@@ -66,7 +66,7 @@ pub(crate) fn proc(text: &str) -> bool {
     let lines = [
         ("Uid", 4),
         ("Gid", 4),
-        ("Groups", Groups::MAX),
+        ("Groups", Groups::MAX_GROUPS),
         ("NSpid", 33),
     ];
     let found = status::numbers_of(text.as_bytes(), lines, 4096);

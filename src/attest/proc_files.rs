@@ -93,7 +93,7 @@ pub(crate) fn executable_file(directory: &OwnedFd) -> Result<Option<sys::FileFac
 }
 
 pub(crate) fn read_groups(directory: &OwnedFd, detail: GroupDetail) -> Result<Groups, AttestError> {
-    let [groups] = status_numbers(directory, [("Groups", Groups::MAX)])?;
+    let [groups] = status_numbers(directory, [("Groups", Groups::MAX_GROUPS)])?;
     Groups::new(groups, detail)
 }
 

@@ -211,7 +211,7 @@ fn read_unpinned(host: &Arc<Host>, pid: u32) -> Result<ProcessSnapshot, AttestEr
 
 /// Reads `SO_PEERGROUPS` of the stream.
 fn peer_groups(stream: BorrowedFd<'_>) -> Result<Vec<u32>, AttestError> {
-    sys::peer_groups(stream, Groups::MAX).map_err(|error| match error {
+    sys::peer_groups(stream, Groups::MAX_GROUPS).map_err(|error| match error {
         Errno::ERANGE => AttestError::TooManyGroups,
         errno => AttestError::kernel("SO_PEERGROUPS", errno),
     })

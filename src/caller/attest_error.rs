@@ -70,10 +70,10 @@ pub enum AttestError {
     /// The caller connected to the listener of another pod.
     #[error("the caller is in the network of another pod than its own")]
     OtherPod,
-    /// The caller has more than [`Groups::MAX`] supplementary groups, and they matter.
+    /// The caller has more than [`Groups::MAX_GROUPS`] supplementary groups, and they matter.
     #[error(
         "the calling process has more than {} supplementary groups, and the decision depends on them; run it with fewer",
-        Groups::MAX
+        Groups::MAX_GROUPS
     )]
     TooManyGroups,
     /// The service manager made the socket. It passes sockets to services of other users.

@@ -20,7 +20,7 @@ pub enum GroupDetail {
     List,
 }
 
-/// The supplementary groups of a process, at most [`Groups::MAX`].
+/// The supplementary groups of a process, at most [`Groups::MAX_GROUPS`].
 ///
 /// Any local user can have 65,536 groups, through a user namespace with subordinate ids. Callers
 /// with many groups must not fill the daemon's memory. The bound prevents that, and so does the
@@ -35,12 +35,12 @@ pub struct Groups {
 impl Groups {
     /// The bound on the number of groups. Where groups matter, a caller with more is rejected.
     /// Active Directory allows 1,015 groups per user.
-    pub const MAX: usize = 1024;
+    pub const MAX_GROUPS: usize = 1024;
 
     /// Takes the groups in any order. Fails with [`AttestError::TooManyGroups`] if there are more
-    /// than [`Self::MAX`].
+    /// than [`Self::MAX_GROUPS`].
     pub fn new(mut groups: Vec<u32>, detail: GroupDetail) -> Result<Self, AttestError> {
-        if groups.len() > Self::MAX {
+        if groups.len() > Self::MAX_GROUPS {
             return Err(AttestError::TooManyGroups);
         }
         groups.sort_unstable();
@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn groups_are_bounded() {
-        let most = u32::try_from(Groups::MAX).unwrap();
+        let most = u32::try_from(Groups::MAX_GROUPS).unwrap();
         for detail in [GroupDetail::Digest, GroupDetail::List] {
             Groups::new((0..most).collect(), detail).unwrap();
             assert_eq!(

@@ -81,7 +81,8 @@ impl PodRoots {
         self.0.iter()
     }
 
-    /// Returns the pod that `path` belongs to, or `None` if it is outside all pods.
+    /// Returns the pod that `path` belongs to, or `None` if it is outside all pods. Fails for a pod
+    /// outside the kubelet's roots.
     pub fn find(&self, path: &CgroupPath) -> Result<Option<PodSegment>, MisplacedPod> {
         for root in &self.0 {
             let below = path

@@ -33,7 +33,7 @@ pub(super) enum LocalError {
     Request(#[from] hyper::http::Error),
     #[error("invalid response: {0}")]
     Response(#[from] ClientError),
-    /// Without a length, a response that was cut would look complete.
+    /// Without a length, the end of the connection may be that of a response that was cut.
     #[error("invalid response: it has no Content-Length")]
     WithoutLength,
 }

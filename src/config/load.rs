@@ -51,7 +51,8 @@ impl Config {
         }
     }
 
-    /// Parses the content of a file, as [`Config::parse`] does its text.
+    /// Parses the content of a file, as [`Config::parse`] does its text. Fails as that does, and
+    /// for bytes that are not UTF-8.
     pub fn parse_bytes(
         bytes: Vec<u8>,
         env: &dyn Fn(&str) -> Option<String>,

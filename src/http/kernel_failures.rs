@@ -30,3 +30,36 @@ impl KernelFailures {
         tracing::warn!(operation, errno, missed, "query to the kernel failed");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::errno::Errno;
+
+    use super::*;
+    use crate::svid::jwt::tests::CapturedLog;
+
+    #[test]
+    fn log_has_operation_and_errno_of_the_first_failure() {
+        let failed = |errno| RequestError::Caller(AttestError::kernel("PIDFD_GET_INFO", errno));
+        // A line that another thread writes first, without a log, would be disabled for this one.
+        KernelFailures::default().log(&failed(None));
+        let (failures, log) = (KernelFailures::default(), CapturedLog::start());
+        failures.log(&RequestError::Caller(AttestError::CallerGone));
+        assert_eq!(log.text(), "");
+        failures.log(&failed(Some(Errno::EPERM)));
+        failures.log(&failed(None));
+        let text = log.text();
+        assert_eq!(text.lines().count(), 1, "{text}");
+        for words in ["PIDFD_GET_INFO", "Operation not permitted", "missed=0"] {
+            assert!(text.contains(words), "{words}: {text}");
+        }
+        // The caller sees neither.
+        let body =
+            failed(Some(Errno::EPERM)).body(crate::telemetry::RequestId { boot: 1, number: 1 });
+        let body = String::from_utf8(body).unwrap();
+        assert!(
+            body.contains("kernel_error") && !body.contains("permitted"),
+            "{body}"
+        );
+    }
+}

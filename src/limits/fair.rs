@@ -120,7 +120,7 @@ impl<K: FairKey> FairSemaphore<K> {
         permit.ok()?.ok()
     }
 
-    /// Returns a permit if one is available now.
+    /// Returns a permit if one is available now. Fails at the total limit, and at that of the key.
     pub fn try_acquire(&self, key: &K) -> Result<FairPermit<K>, AcquireError> {
         let mut state = self.0.state();
         self.0.check_key(&state, key)?;
@@ -145,7 +145,7 @@ impl<K: FairKey> FairSemaphore<K> {
     }
 
     /// Returns an idle permit that can be evicted later ([`FairPermit::evicted`]). At the total
-    /// limit it evicts another permit.
+    /// limit it evicts another permit. Fails at the limit of the key, or if no other key has more.
     pub fn try_acquire_evicting(&self, key: &K) -> Result<FairPermit<K>, AcquireError> {
         let mut state = self.0.state();
         self.0.check_key(&state, key)?;

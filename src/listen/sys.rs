@@ -55,8 +55,9 @@ fn ip(address: &SockaddrStorage) -> Option<SocketAddr> {
     v4().or_else(v6)
 }
 
-/// The bytes that one read takes. The head of an SDK's request has less than 2,000.
-const READ_BYTES: usize = 4096;
+/// The bytes that one read takes, and initializes in 50 ns. The head of an SDK's request has less
+/// than 2,000.
+const READ_BYTES: usize = 2048;
 
 /// Calls `recv(2)` into the free part of `buffer`. It initializes only what one read takes: tokio
 /// returns the rest of a fresh buffer only by an unsafe function.

@@ -137,10 +137,10 @@ impl ListenedPod {
     /// callers.
     pub(super) fn serve(
         netns: Arc<NetnsRef>,
-        made: NamespaceSockets,
+        sockets: NamespaceSockets,
         service: &PodService,
     ) -> io::Result<Option<(Self, Vec<BindFailure>)>> {
-        let Some(attestor) = service.endpoint.attestor.in_pod(made.diag?) else {
+        let Some(attestor) = service.endpoint.attestor.in_pod(sockets.diag?) else {
             return Ok(None);
         };
         let mut pod = Self {
@@ -152,7 +152,7 @@ impl ListenedPod {
             port_check: Some(Instant::now() + SETTLE_TIME),
             accepting: CancellationToken::new(),
         };
-        let unbound = pod.add(made.listeners, service);
+        let unbound = pod.add(sockets.listeners, service);
         Ok(Some((pod, unbound)))
     }
 

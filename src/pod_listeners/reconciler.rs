@@ -182,15 +182,15 @@ impl Reconciler {
         if namespaces.is_empty() {
             return;
         }
-        let making = self.directory.run(&self.log, move || {
+        let opening = self.directory.run(&self.log, move || {
             namespaces
                 .into_iter()
                 .map(|(netns, received)| (NamespaceSockets::inside(&netns, received), netns))
                 .collect::<Vec<_>>()
         });
-        for (made, netns) in making.await.unwrap_or_default() {
-            let served = match made {
-                Ok(made) => ListenedPod::serve(netns.clone(), made, &self.service)
+        for (opened, netns) in opening.await.unwrap_or_default() {
+            let served = match opened {
+                Ok(sockets) => ListenedPod::serve(netns.clone(), sockets, &self.service)
                     .map_err(NamespaceError::Io),
                 Err(error) => Err(error),
             };

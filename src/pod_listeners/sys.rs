@@ -68,13 +68,13 @@ pub(super) fn receive(
 
 /// Returns the cookie of the calling thread's network namespace.
 pub(super) fn cookie_here() -> io::Result<u64> {
-    let made = socket(
+    let datagram = socket(
         AddressFamily::Inet,
         SockType::Datagram,
         SockFlag::SOCK_CLOEXEC,
         None,
     )?;
-    network_cookie(made.as_fd())
+    network_cookie(datagram.as_fd())
 }
 
 /// Returns `SO_NETNS_COOKIE` of `socket(7)`: the number of a socket's network namespace, unique

@@ -152,7 +152,8 @@ impl JwtSvid {
         best.transpose()
     }
 
-    /// Checks only the `sub` of `token`.
+    /// Checks only the `sub` of `token`. Fails if it is not a SPIFFE ID, or another one than
+    /// expected.
     pub fn check_subject(token: &str, expected: &SpiffeId) -> Result<(), BadToken> {
         let (_, claims) = decode(token)?;
         let claims: Claims<'_> =
@@ -160,7 +161,7 @@ impl JwtSvid {
         expect_subject(&claims.sub, expected)
     }
 
-    /// Checks that enough of the life remains, for use after a wait.
+    /// Checks that enough of the life remains, for use after a wait. Fails if too little remains.
     pub fn check_life(&self, now: SystemTime) -> Result<(), BadToken> {
         self.lifetime.check(now)
     }

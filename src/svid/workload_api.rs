@@ -66,7 +66,8 @@ impl WorkloadApi {
         Self { deadline, ..self }
     }
 
-    /// Fetches a token for one of the daemon's identities, for any caller.
+    /// Fetches a token for one of the daemon's identities, for any caller. Fails if the agent
+    /// rejects, does not answer, or sends a token that is not valid for this ID.
     pub async fn fetch(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         let start = Instant::now();
         let result = self.fetch_checked(id, audience).await;

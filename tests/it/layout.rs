@@ -63,10 +63,6 @@ fn module_imports_only_modules_listed_above_it() {
 const MAX_FILE_LINES: usize = 420;
 /// Maximum number of lines of a function.
 const MAX_FUNCTION_LINES: usize = 70;
-/// Files that are longer, until they are split.
-const LONG_FILES: [&str; 0] = [];
-/// Functions that are longer, until they are split.
-const LONG_FUNCTIONS: [&str; 1] = ["app.rs: start"];
 
 #[test]
 fn file_and_function_are_short() {
@@ -88,14 +84,13 @@ fn file_and_function_are_short() {
             }
         }
     }
-    files_over.sort();
-    assert_eq!(
-        files_over, LONG_FILES,
-        "files over {MAX_FILE_LINES} lines; split a new one, or remove one that is short now"
+    assert!(
+        files_over.is_empty(),
+        "files over {MAX_FILE_LINES} lines; split them: {files_over:?}"
     );
-    assert_eq!(
-        functions_over, LONG_FUNCTIONS,
-        "functions over {MAX_FUNCTION_LINES} lines; split a new one, or remove one that is short now"
+    assert!(
+        functions_over.is_empty(),
+        "functions over {MAX_FUNCTION_LINES} lines; split them: {functions_over:?}"
     );
 }
 

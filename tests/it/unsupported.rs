@@ -82,6 +82,7 @@ fn daemon_without_tcp_is_ready_on_unix_socket() {
     {
         assert!(left_out.contains(words), "{words}: {left_out}");
     }
+    // The fix names awsvid.socket, the unit.
     let unix = daemon.unix().display().to_string();
     assert!(!left_out.contains(&unix), "{left_out}");
     assert_eq!(daemon.log().matches("readiness leaves out").count(), 1);

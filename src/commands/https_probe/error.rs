@@ -9,7 +9,7 @@ use thiserror::Error;
 use crate::http_client::ClientError;
 use crate::sts::InvalidSetting;
 
-/// Reason why there is no response. The URL precedes the text.
+/// Reason why a server has not responded. The URL precedes the text.
 #[derive(Debug, Error)]
 pub(in crate::commands) enum ProbeError {
     #[error("not a URL")]

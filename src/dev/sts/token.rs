@@ -172,10 +172,10 @@ fn check(
         );
         return Err(DevRefusal::new(Code::ExpiredWebIdentity, message));
     }
-    let made = iat.max(not_before);
-    if made > now + MAX_SKEW.as_secs() {
+    let valid_from = iat.max(not_before);
+    if valid_from > now + MAX_SKEW.as_secs() {
         return refused(format!(
-            "Token is not yet valid: current date/time {now} must be after {made}"
+            "Token is not yet valid: current date/time {now} must be after {valid_from}"
         ));
     }
     let audience = audience(claims.aud, claims.azp)?;

@@ -188,7 +188,7 @@ fn read_one(
 }
 
 /// Returns the SPIFFE ID of a certificate. An X.509-SVID has exactly one URI among its names. The
-/// signature is not verified.
+/// signature is not verified. Fails for any other number, and for a name that is not a SPIFFE ID.
 pub fn id_of(certificate: &CertificateDer<'_>) -> Result<SpiffeId, CertificateIdError> {
     let certificate =
         EndEntityCert::try_from(certificate).map_err(CertificateIdError::Unreadable)?;
