@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::harness::cgroup::own_rule;
 use crate::harness::client::{Poller, answer, ask, connect, send};
 use crate::harness::counterparts::process::await_some;
-use crate::harness::counterparts::{folder, http_get};
+use crate::harness::counterparts::{folder, http_get, skip};
 use crate::harness::daemon::Daemon;
 use crate::harness::pausable_proxy::PausableProxy;
 use crate::harness::upstream::{Upstream, own_rules};
@@ -235,7 +235,10 @@ fn invalid_configuration_changes_nothing() {
 fn failed_reload_keeps_numbers_of_names() {
     let stage = ReloadStage::set();
     let uid = nix::unistd::getuid();
-    let user = nix::unistd::User::from_uid(uid).unwrap().unwrap().name;
+    let Some(user) = nix::unistd::User::from_uid(uid).unwrap() else {
+        return skip("this user has no name");
+    };
+    let user = user.name;
     let by_name = |name: &str| {
         let by_number = format!("uid = {uid}\n");
         assert!(stage.with_rule("").contains(&by_number));
