@@ -2,8 +2,8 @@
 //! kernel fixed.
 //!
 //! On a unix socket that is the process that connected, on TCP the process that made the socket. It
-//! is never the process that happens to write on the descriptor now. A doubt is an [`AttestError`],
-//! never a guess.
+//! is never the process that happens to write on the descriptor now. A doubt is an
+//! [`AttestError`](crate::caller::AttestError), never a guess.
 
 use std::io;
 use std::os::fd::AsFd;
