@@ -4,6 +4,7 @@
 #![allow(
     clippy::expect_used,
     clippy::print_stdout,
+    clippy::print_stderr,
     reason = "in a test a panic is the report"
 )]
 
