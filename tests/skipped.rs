@@ -5,7 +5,6 @@
     clippy::expect_used,
     clippy::print_stderr,
     clippy::print_stdout,
-    clippy::print_stderr,
     reason = "in a test a panic is the report"
 )]
 
