@@ -1,13 +1,14 @@
 //! The last answer for one name, and the time of its next lookup.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use tokio::time::Instant;
 
-use super::lookup::LookupResult;
+use super::LocalAccounts;
 use crate::config::ConfigLine;
-use crate::workload_rule::{AccountState, OVERFLOW_ID};
+use crate::workload_rule::{AccountName, AccountState, OVERFLOW_ID};
 
 /// Interval between lookups of a name with a number. It bounds the time until a changed number
 /// takes effect.
@@ -18,6 +19,15 @@ const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Time for which a name that was removed keeps its number, unless another name gets the number:
 /// some name services report that a name does not exist while they restart.
 pub(super) const ABSENT_GRACE: Duration = Duration::from_secs(300);
+
+/// Result of one lookup.
+pub(super) struct LookupResult {
+    pub(super) name: AccountName,
+    pub(super) id: Result<Option<u32>, Errno>,
+    /// The other name that has the number now, if the name was removed.
+    pub(super) successor: Option<String>,
+    pub(super) local: Arc<LocalAccounts>,
+}
 
 /// A name's last answer, and the schedule of its lookups.
 #[derive(Debug)]
