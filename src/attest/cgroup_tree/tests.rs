@@ -116,7 +116,7 @@ fn unknown_id_starts_no_scan_with_handles() {
     let Some(tree) = tree.filter(CgroupTree::detects_removed) else {
         return;
     };
-    // `None` would ask for a scan.
+    // `None` would start a scan.
     let unknown = tree.cached_path(u64::MAX);
     assert_eq!(unknown, Some(Err(AttestError::UnreadableCgroup)));
 }
