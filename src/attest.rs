@@ -220,7 +220,7 @@ mod tests {
     async fn long_searches_are_limited_in_total() {
         let attestor = Attestor::new(PodRoots::defaults(), None).unwrap();
         let Some(tcp) = attestor.tcp.attestor() else {
-            return;
+            return crate::skip::skip("this kernel cannot attest callers over TCP");
         };
         let all: Vec<_> = (0..)
             .map_while(|uid| tcp.searches().try_acquire(&WorkloadKey::user(uid)).ok())

@@ -114,7 +114,7 @@ fn path_by_handle_works_on_the_real_tree() {
 fn unknown_id_starts_no_scan_with_handles() {
     let tree = found(&fs::read_to_string("/proc/self/mountinfo").unwrap());
     let Some(tree) = tree.filter(CgroupTree::detects_removed) else {
-        return;
+        return skip("cgroups cannot be opened by their id: CAP_DAC_READ_SEARCH is missing");
     };
     // `None` would start a scan.
     let unknown = tree.cached_path(u64::MAX);
