@@ -15,6 +15,7 @@ use crate::cache::CredentialCache;
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
 use crate::credential_service::CredentialService;
+use crate::file_threads::FileThreads;
 use crate::hardening::DaemonFeatures;
 use crate::http::{CredentialEndpoint, OwnProbe};
 use crate::listen::{self, ActivatedSockets, Drain};
@@ -84,6 +85,8 @@ pub struct Startup {
     pub exec_monitor: Option<ExecMonitor>,
     /// Registry of all metrics, those of the log included.
     pub metrics: Metrics,
+    /// Threads for calls on files that may block.
+    pub file_threads: FileThreads,
 }
 
 impl App {
@@ -95,12 +98,16 @@ impl App {
             mut inherited,
             exec_monitor,
             metrics,
+            file_threads,
         } = startup;
         let clock = Clock::system();
         series::create(&metrics);
         let (sts, digest) = (sts_names(&config), config.digest.clone());
         let accounts = Accounts::new(Nss, metrics.clone());
-        let blocking = BlockingCalls::default();
+        let blocking = BlockingCalls {
+            files: file_threads,
+            ..BlockingCalls::default()
+        };
         let names = (&accounts, &blocking);
         let parts = Components::new(&config, None, false, names, (&clock, &metrics)).await?;
         let source = (parts.identity, parts.policy.source.clone());

@@ -3,6 +3,7 @@
 use std::future::pending;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use sd_notify::NotifyState;
 use thiserror::Error;
@@ -13,6 +14,7 @@ use crate::app::{App, AppError, Startup};
 use crate::attest::ExecMonitor;
 use crate::config::{self, Config, Exposure, Problem};
 use crate::exit_status::ExitStatus;
+use crate::file_threads::FileThreads;
 use crate::hardening::{self, DaemonFeatures};
 use crate::listen::ActivatedSockets;
 use crate::metrics::Metrics;
@@ -45,6 +47,9 @@ impl StartFailure {
     }
 }
 
+/// The time within which worker threads have to make progress where systemd sets none.
+const WATCHDOG_TIME: Duration = Duration::from_secs(60);
+
 const NOT_COUNTED: &str =
     "executions of programs cannot be counted: callers are rejected (unseen_program)";
 
@@ -58,7 +63,8 @@ const NOT_COUNTED: &str =
 )]
 pub fn serve(path: &Path, watch: bool) -> ExitStatus {
     // Before the files are loaded, so that no change is lost in between.
-    let watch = watch.then(|| ConfigWatch::new(path));
+    let threads = FileThreads::default();
+    let watch = watch.then(|| ConfigWatch::new(path, threads.clone()));
     let loaded = match Config::load(path, Exposure::Refused, |name| std::env::var(name).ok()) {
         Ok(loaded) => loaded,
         Err(errors) => {
@@ -99,6 +105,7 @@ pub fn serve(path: &Path, watch: bool) -> ExitStatus {
     let files = WatchedConfig {
         path: path.to_owned(),
         watch,
+        threads,
     };
     let status = start(files, config, (&log, metrics), exec_monitor).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
@@ -120,6 +127,8 @@ fn exec_monitor() -> Option<ExecMonitor> {
 struct WatchedConfig {
     path: PathBuf,
     watch: Option<ConfigWatch>,
+    /// Threads for calls on files, those of the daemon's other parts included.
+    threads: FileThreads,
 }
 
 impl WatchedConfig {
@@ -159,6 +168,7 @@ fn start(
         inherited,
         exec_monitor,
         metrics,
+        file_threads: files.threads.clone(),
     };
     let ended = runtime.block_on(run(files, config, startup, log));
     // Does not wait for blocked threads, such as the lookup of a name that is not needed any more.
@@ -178,11 +188,8 @@ async fn run(
     files.follow_ca_file(config.sts.ca_file.clone());
     let mut app = App::start(config, startup).await?;
     notifier.notify(vec![NotifyState::Ready]).await;
-    if let Some(limit) = sd_notify::watchdog_enabled() {
-        let notifier = notifier.clone();
-        let notify = move || notifier.notify_later(vec![NotifyState::Watchdog]);
-        tokio::spawn(watchdog::watch(limit, notify));
-    }
+    let limit = sd_notify::watchdog_enabled().unwrap_or(WATCHDOG_TIME);
+    tokio::spawn(watchdog::watch(limit, report_workers(notifier.clone())));
     spawn_blocking(seed_tls);
     loop {
         tokio::select! {
@@ -207,6 +214,14 @@ async fn run(
     }
 }
 
+/// Returns what notifies systemd's watchdog while no worker thread is blocked, and else logs it.
+fn report_workers(notifier: Notifier) -> impl Fn(usize) {
+    move |workers| match workers {
+        0 => notifier.notify_later(vec![NotifyState::Watchdog]),
+        workers => tracing::error!(workers, "worker threads are blocked"),
+    }
+}
+
 /// Lets the TLS library gather its first randomness, 40 ms of CPU time, before a handshake needs
 /// it.
 fn seed_tls() {
@@ -223,9 +238,8 @@ async fn reload(app: &mut App, files: &mut WatchedConfig, log: &Log, notifier: &
         .await;
     let loading = {
         let path = files.path.clone();
-        spawn_blocking(move || {
-            Config::load(&path, Exposure::Refused, |name| std::env::var(name).ok())
-        })
+        let load = move || Config::load(&path, Exposure::Refused, |name| std::env::var(name).ok());
+        files.threads.run(&files.path, load)
     };
     let used = match loading.await {
         Ok(Ok(loaded)) => {

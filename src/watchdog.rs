@@ -1,9 +1,9 @@
-//! Notifies systemd's watchdog while every worker thread of the runtime makes progress.
+//! Watches whether every worker thread of the runtime makes progress.
 //!
 //! A worker that is blocked keeps the connections that it polls at that time, and half of the
-//! daemon's capacity on a small machine. systemd then restarts the daemon, and holds its sockets
-//! meanwhile. The notification itself needs a worker and the runtime's timers, so it also ends when
-//! those do.
+//! daemon's capacity on a small machine. The log then has a line. Under systemd the daemon notifies
+//! the watchdog no more, and is restarted, while systemd holds its sockets. The notification itself
+//! needs a worker and the runtime's timers, so it also ends when those do.
 //!
 //! It does not depend on a request, an agent, STS or a file: a caller could make those fail, and
 //! with them the daemon (T20, T25). For the same reason the threads that may block are no part of
@@ -47,9 +47,9 @@ fn blocked(before: &[WorkerProgress], now: &[WorkerProgress]) -> usize {
     before.iter().zip(now).filter(is_blocked).count()
 }
 
-/// Calls `notify` several times within `limit`, except while a worker is blocked. Runs until it is
-/// dropped. Has to be called in the runtime that it observes.
-pub async fn watch(limit: Duration, notify: impl Fn()) {
+/// Calls `report` several times within `limit`, with the number of workers that are blocked. Runs
+/// until it is dropped. Has to be called in the runtime that it observes.
+pub async fn watch(limit: Duration, report: impl Fn(usize)) {
     let metrics = Handle::current().metrics();
     let mut attempts = interval(limit / ATTEMPTS);
     attempts.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -57,13 +57,7 @@ pub async fn watch(limit: Duration, notify: impl Fn()) {
     loop {
         attempts.tick().await;
         let now = WorkerProgress::of_all(&metrics);
-        match blocked(&before, &now) {
-            0 => notify(),
-            workers => tracing::error!(
-                workers,
-                "worker threads are blocked: systemd will restart the daemon"
-            ),
-        }
+        report(blocked(&before, &now));
         before = now;
     }
 }
@@ -73,6 +67,7 @@ mod tests {
     use std::sync::mpsc;
 
     use tokio::sync::mpsc::unbounded_channel;
+    use tokio::time::timeout;
 
     use super::*;
 
@@ -96,34 +91,26 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn watchdog_is_not_notified_while_a_worker_is_blocked() {
-        let (sender, mut notified) = unbounded_channel();
-        tokio::spawn(watch(Duration::from_millis(200), move || {
-            let _ = sender.send(());
+    async fn blocked_worker_is_reported_until_it_returns() {
+        let (sender, mut reports) = unbounded_channel();
+        tokio::spawn(watch(Duration::from_millis(200), move |workers| {
+            let _ = sender.send(workers);
         }));
         for _ in 0..8 {
-            notified.recv().await.unwrap();
+            reports.recv().await.unwrap();
         }
         // A task that blocks its worker until this channel is closed.
         let (release, blocks) = mpsc::channel::<()>();
-        let (begin, begun) = tokio::sync::oneshot::channel();
         let blocking = tokio::spawn(async move {
-            begin.send(()).unwrap();
             let _ = blocks.recv();
         });
-        begun.await.unwrap();
-        // Notifications of the time before, and no more.
-        let silence = async {
-            while tokio::time::timeout(Duration::from_secs(1), notified.recv())
-                .await
-                .is_ok()
-            {}
+        let mut await_report = async |expected| {
+            let report = async { while reports.recv().await != Some(expected) {} };
+            timeout(Duration::from_secs(30), report).await.unwrap();
         };
-        tokio::time::timeout(Duration::from_secs(30), silence)
-            .await
-            .unwrap();
+        await_report(1).await;
         drop(release);
         blocking.await.unwrap();
-        notified.recv().await.unwrap();
+        await_report(0).await;
     }
 }

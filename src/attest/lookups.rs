@@ -41,17 +41,20 @@
 //! | setns(2), and making sockets in a pod's network namespace | nothing: a namespace has no lock that its processes could hold | a thread of its own |
 //! | poll(2) of `/proc/self/mountinfo` | nothing | at once ([`crate::pod_listeners`]) |
 //! | a pod's directories: kubelet's cgroups | kernfs, as above. No file of a pod is read, and no volume | at once |
-//! | the configuration, with statvfs(2) and the links on its path, after the start | a file system that the operator chose | another thread, one reload at a time; not bounded: the old configuration stays in effect, and signals still end the daemon |
+//! | the configuration, with statvfs(2) and the links on its path, after the start | a file system that the operator chose | one thread for the path; not bounded: the old configuration stays in effect, and signals still end the daemon |
+//! | with `serve --watch`: reads of the configuration and of `ca_file`, `inotify_add_watch(2)` of their directories | the same | the same threads of those two paths; until they reply, only SIGHUP reloads, which waits for the watch for 1 s (`daemon/config_watch.rs`) |
 //! | the trust store and `ca_file`, likewise | the same | one thread for each path, over all clients and reloads; the timeout of the call ([`crate::sts`]) |
 //! | the token's file | the same | at the start on the main thread. Later one thread: for the daemon's own probes 5 s ([`crate::readiness`]), for writing not bounded |
 //! | stat(2) of the agent's socket, and the lookup of its path in connect(2) | a file system mounted on its directory, which only root can do. Where root lets users mount FUSE for others (`user_allow_other`), the owner of that directory can, too: that is the agent's user, and the agent decides about every identity | at once |
 //! | execve(2) of awsvid itself | the server of its file's file system | at the start, on the main thread ([`super::exec_monitor`]) |
 //! | sd_notify(3) | pid 1, while it does not read and its queue is full | a thread of its own, in order; the daemon goes on after 1 s |
 //!
-//! The tests stop these calls by FUSE, by pipes without a reader, by a DNS server that does not
-//! reply and by full queues (`blocked.rs`, `records.rs`, `stuck_calls.rs` and `full_queues.rs` in
-//! `tests/it`). FUSE stands for NFS and 9p, which the kernel of the test machines lacks.
-//! The daemon waits in the VFS for all three: for the reply of a server.
+//! The tests stop the calls that a caller, a user, a server or the operator's file system can
+//! block. They do so by FUSE, by pipes without a reader, by a DNS server that does not reply and by
+//! full queues (`blocked.rs`, `records.rs`, `stuck_calls.rs` and `full_queues.rs` in `tests/it`).
+//! Where only root can block a call, no test does: the directory of the agent's socket, `modprobe`,
+//! the program file of awsvid. FUSE stands for NFS and 9p, which the kernel of the test machines
+//! lacks. The daemon waits in the VFS for all three: for the reply of a server.
 //!
 //! *Here* means on a thread of [`LookupThreads`], two at a time for each workload. Blocked reads of
 //! one scope (T29) leave half of the threads for others. A connection

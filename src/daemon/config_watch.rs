@@ -15,35 +15,48 @@ use std::time::Duration;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::config::{ConfigFiles, path_steps};
+use crate::file_threads::FileThreads;
 use crate::pod_listeners::watch_descriptor;
 
 /// Time without an event after which the files count as complete. A writer may need several steps.
 const SETTLE_TIME: Duration = Duration::from_millis(200);
 /// Maximum time that further events delay the comparison.
 const MAX_SETTLE_TIME: Duration = Duration::from_secs(5);
+/// Maximum time that a reload by a signal waits for the watch.
+const MAX_SKIP_TIME: Duration = Duration::from_secs(1);
 /// Interval at which the content is compared without an event. A network file system reports no
 /// change of another machine.
 const COMPARE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Watch on the configuration's files, and on the CA file that it names.
+///
+/// All reads but the first run on [`FileThreads`]. While a file system does not reply, the watch
+/// waits, and a signal still reloads.
 #[derive(Debug)]
 pub(super) struct ConfigWatch {
-    path: PathBuf,
-    ca_file: Option<PathBuf>,
-    /// The content that was reported last.
-    content: Content,
+    configuration: WatchedFiles<String>,
+    ca_file: Option<WatchedFiles<Vec<u8>>>,
     directories: Directories,
+    /// All watches that the kernel has.
+    watches: Vec<WatchDescriptor>,
+    threads: FileThreads,
 }
 
-/// The content of the files, for a comparison.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Content {
-    configuration: String,
-    ca_file: Option<Vec<u8>>,
+/// Files of which one path leads to all.
+#[derive(Debug)]
+struct WatchedFiles<T> {
+    path: PathBuf,
+    /// Returns the paths of the files.
+    paths: fn(&Path) -> Vec<PathBuf>,
+    /// Returns what is compared.
+    read: fn(&Path) -> T,
+    /// The content that was read last. Nothing before the first read.
+    content: Option<T>,
+    /// Watches on the directories through which the files are found.
+    watches: Vec<WatchDescriptor>,
 }
 
 /// Events of directories. Without inotify there are none.
@@ -54,98 +67,132 @@ enum Directories {
     Watched {
         inotify: Arc<Inotify>,
         events: AsyncFd<OwnedFd>,
-        watches: Vec<WatchDescriptor>,
     },
     Unwatched,
 }
 
 impl ConfigWatch {
-    /// Returns a watch for a change of the content from now on.
-    pub(super) fn new(path: &Path) -> Self {
+    /// Returns a watch for a change of the content from now on. Reads the configuration on this
+    /// thread.
+    pub(super) fn new(path: &Path, threads: FileThreads) -> Self {
+        let mut configuration = WatchedFiles::configuration(path.to_owned());
+        configuration.content = Some(ConfigFiles::fingerprint(path));
         Self {
-            path: path.to_owned(),
+            configuration,
             ca_file: None,
-            content: Content::read(path, None),
             directories: Directories::default(),
+            watches: Vec::new(),
+            threads,
         }
     }
 
-    /// Also watches the CA file of the configuration that is in effect now.
+    /// Also watches the CA file of the configuration that is in effect now. Reads no file.
     pub(super) fn follow_ca_file(&mut self, ca_file: Option<PathBuf>) {
-        if self.ca_file != ca_file {
-            self.content.ca_file = ca_file.as_deref().map(read);
-            self.ca_file = ca_file;
-        }
-    }
-
-    /// Records the content that is loaded now for another reason.
-    pub(super) async fn skip_current(&mut self) {
-        let (path, ca_file) = (self.path.clone(), self.ca_file.clone());
-        let read = spawn_blocking(move || Content::read(&path, ca_file.as_deref()));
-        if let Ok(content) = read.await {
-            self.content = content;
+        let before = self.ca_file.as_ref().map(|files| &files.path);
+        if before != ca_file.as_ref() {
+            self.ca_file = ca_file.map(WatchedFiles::ca_file);
         }
     }
 
     /// Waits until the content differs from the last one. It may be called again after it was
     /// cancelled.
     pub(super) async fn changed(&mut self) {
-        loop {
-            // Before the comparison, so that no change is lost in between.
-            self.renew_watches().await;
-            let before = self.content.clone();
-            self.skip_current().await;
-            if self.content != before {
-                return;
-            }
+        while !self.read().await {
             self.directories.event().await;
         }
     }
 
-    /// Moves the watches to the directories through which the files are found now.
-    async fn renew_watches(&mut self) {
+    /// Records the content that is loaded now for another reason. If that takes too long, the
+    /// content is reported later, and loaded once more.
+    pub(super) async fn skip_current(&mut self) {
+        let _ = timeout(MAX_SKIP_TIME, self.read()).await;
+    }
+
+    /// Reads the files, and watches the directories through which they are found now. Returns
+    /// whether the content differs from the last one.
+    async fn read(&mut self) -> bool {
         if let Directories::New = self.directories {
             self.directories = Directories::create().unwrap_or_else(|error| {
                 tracing::warn!(%error, "the configuration is read every minute: its files cannot be watched");
                 Directories::Unwatched
             });
         }
-        let Directories::Watched {
-            inotify, watches, ..
-        } = &mut self.directories
-        else {
-            return;
-        };
-        let (path, ca_file, inotify) = (self.path.clone(), self.ca_file.clone(), inotify.clone());
-        let old = std::mem::take(watches);
-        let renewed = spawn_blocking(move || {
-            let files = ConfigFiles::watched_paths(&path).into_iter().chain(ca_file);
-            let now: Vec<_> = files
-                .flat_map(|file| directories_to(&file))
-                .filter_map(|directory| inotify.add_watch(&directory, EVENTS).ok())
-                .collect();
-            for gone in old.into_iter().filter(|old| !now.contains(old)) {
+        let (inotify, threads) = (self.directories.inotify(), &self.threads);
+        let mut differs = self.configuration.read(&inotify, threads).await;
+        if let Some(ca_file) = &mut self.ca_file {
+            differs |= ca_file.read(&inotify, threads).await;
+        }
+        self.end_unused_watches();
+        differs
+    }
+
+    /// Removes the watches of directories that lead to no file any more. The configuration and the
+    /// CA file may share one.
+    fn end_unused_watches(&mut self) {
+        let mut now = self.configuration.watches.clone();
+        now.extend(self.ca_file.iter().flat_map(|files| &files.watches));
+        let unused = self.watches.iter().filter(|watch| !now.contains(watch));
+        if let Some(inotify) = self.directories.inotify() {
+            for watch in unused {
                 // The kernel may have removed it with its directory.
-                let _ = inotify.rm_watch(gone);
+                let _ = inotify.rm_watch(*watch);
             }
-            now
-        });
-        *watches = renewed.await.unwrap_or_default();
+        }
+        self.watches = now;
     }
 }
 
-impl Content {
-    fn read(path: &Path, ca_file: Option<&Path>) -> Self {
+impl WatchedFiles<String> {
+    fn configuration(path: PathBuf) -> Self {
         Self {
-            configuration: ConfigFiles::fingerprint(path),
-            ca_file: ca_file.map(read),
+            path,
+            paths: ConfigFiles::watched_paths,
+            read: ConfigFiles::fingerprint,
+            content: None,
+            watches: Vec::new(),
         }
     }
 }
 
-/// Returns the content of the file, or nothing if it cannot be read.
-fn read(path: &Path) -> Vec<u8> {
-    fs::read(path).unwrap_or_default()
+impl WatchedFiles<Vec<u8>> {
+    fn ca_file(path: PathBuf) -> Self {
+        Self {
+            path,
+            paths: |path| vec![path.to_owned()],
+            // A file that cannot be read is as one without content.
+            read: |path| fs::read(path).unwrap_or_default(),
+            content: None,
+            watches: Vec::new(),
+        }
+    }
+}
+
+impl<T: PartialEq + Send + 'static> WatchedFiles<T> {
+    /// Watches the directories through which the files are found now, then reads the content: no
+    /// change is lost in between. Returns whether it differs. If the future is dropped, the content
+    /// stays that of before.
+    async fn read(&mut self, inotify: &Option<Arc<Inotify>>, threads: &FileThreads) -> bool {
+        let (path, inotify) = (self.path.clone(), inotify.clone());
+        let (paths, content) = (self.paths, self.read);
+        let read = move || {
+            let watches = inotify.map(|inotify| watch_directories(&inotify, &paths(&path)));
+            (watches.unwrap_or_default(), content(&path))
+        };
+        let Ok((watches, content)) = threads.run(&self.path, read).await else {
+            return false;
+        };
+        self.watches = watches;
+        let before = self.content.replace(content);
+        before.is_some() && before != self.content
+    }
+}
+
+fn watch_directories(inotify: &Inotify, files: &[PathBuf]) -> Vec<WatchDescriptor> {
+    files
+        .iter()
+        .flat_map(|file| directories_to(file))
+        .filter_map(|directory| inotify.add_watch(&directory, EVENTS).ok())
+        .collect()
 }
 
 /// The events after which a file may have another content. A file that is open for writing is not
@@ -177,16 +224,19 @@ impl Directories {
         Ok(Self::Watched {
             events: watch_descriptor(descriptor, Interest::READABLE)?,
             inotify: Arc::new(inotify),
-            watches: Vec::new(),
         })
+    }
+
+    fn inotify(&self) -> Option<Arc<Inotify>> {
+        match self {
+            Self::Watched { inotify, .. } => Some(inotify.clone()),
+            Self::New | Self::Unwatched => None,
+        }
     }
 
     /// Waits for an event and the rest of its series, or for the interval.
     async fn event(&self) {
-        let Self::Watched {
-            inotify, events, ..
-        } = self
-        else {
+        let Self::Watched { inotify, events } = self else {
             return sleep(COMPARE_INTERVAL).await;
         };
         if timeout(COMPARE_INTERVAL, next(inotify, events))

@@ -11,6 +11,7 @@ use super::{Dev, child};
 use crate::app::{App, Startup};
 use crate::config::Config;
 use crate::exit_status::ExitStatus;
+use crate::file_threads::FileThreads;
 use crate::listen::ActivatedSockets;
 use crate::metrics::Metrics;
 use crate::sdk_environment::Environment;
@@ -85,6 +86,7 @@ async fn start(dev: &Dev, quiet: bool) -> Result<(Log, App), Box<dyn Error>> {
             inherited: ActivatedSockets::default(),
             exec_monitor: None,
             metrics,
+            file_threads: FileThreads::default(),
         },
     )
     .await

@@ -66,11 +66,19 @@ fn upstream(others: &[(u32, &str)]) -> Upstream {
     Upstream::start(&[&[(me, "me")], others].concat())
 }
 
+/// Words in front of the daemon's, without and with `--watch`.
+const WATCHING: [&[&str]; 2] = [&[], &["sh", "-c", "exec \"$@\" --watch", "sh"]];
+
 impl Stage {
     fn start(files: HangingFiles, configuration: &str) -> Self {
+        Self::start_behind(files, &[], configuration)
+    }
+
+    fn start_behind(files: HangingFiles, words: &[&str], configuration: &str) -> Self {
         let folder = folder();
         let enter = files.enter();
-        let enter: Vec<&str> = enter.iter().map(String::as_str).collect();
+        let enter = enter.iter().map(String::as_str);
+        let enter: Vec<&str> = enter.chain(words.iter().copied()).collect();
         let daemon = Daemon::start_behind(&enter, folder.path(), "", configuration);
         let name = folder.path().file_name().unwrap().display().to_string();
         Self {
@@ -169,6 +177,12 @@ fn hanging_ca_file_takes_one_thread_over_reloads() {
     if !root() {
         return;
     }
+    for words in WATCHING {
+        hanging_ca_file(words);
+    }
+}
+
+fn hanging_ca_file(words: &[&str]) {
     let upstream = upstream(&[(ALICE, "alice")]);
     let mut files = HangingFiles::mount();
     files.hang();
@@ -180,7 +194,7 @@ fn hanging_ca_file_takes_one_thread_over_reloads() {
             "spiffe://example.org/user/*",
             "spiffe://example.org/user/me",
         );
-    let stage = Stage::start(files, &text);
+    let stage = Stage::start_behind(files, words, &text);
     for reload in 0..=RELOADS {
         let answers = stage.ask_as(ALICE);
         assert!(!answers.contains_key("Success"), "{answers:?}");
@@ -198,9 +212,15 @@ fn hanging_configuration_stops_only_reloads() {
     if !root() {
         return;
     }
+    for words in WATCHING {
+        hanging_configuration(words);
+    }
+}
+
+fn hanging_configuration(words: &[&str]) {
     let upstream = upstream(&[]);
     let text = configuration(&upstream, "");
-    let mut stage = Stage::start(HangingFiles::mount(), &text);
+    let mut stage = Stage::start_behind(HangingFiles::mount(), words, &text);
     stage.hang("awsvid.toml");
     for _ in 0..RELOADS {
         stage.daemon.send_sighup();

@@ -50,9 +50,13 @@ impl ConfigMapVolume {
 
 const INCLUDE: &str = "include = \"conf.d/*.toml\"\n";
 
-/// Waits until the watch waits for events, then changes files.
+fn watch_on(path: &Path) -> ConfigWatch {
+    ConfigWatch::new(path, FileThreads::default())
+}
+
+/// Changes files, of which the watch has read the content, and waits.
 async fn reported(watch: &mut ConfigWatch, change: impl FnOnce()) -> bool {
-    watch.renew_watches().await;
+    watch.skip_current().await;
     change();
     timeout(IN_TIME, watch.changed()).await.is_ok()
 }
@@ -60,7 +64,7 @@ async fn reported(watch: &mut ConfigWatch, change: impl FnOnce()) -> bool {
 #[tokio::test]
 async fn new_version_of_a_config_map_is_reported() {
     let mut volume = ConfigMapVolume::new(INCLUDE);
-    let mut watch = ConfigWatch::new(&volume.path("awsvid.toml"));
+    let mut watch = watch_on(&volume.path("awsvid.toml"));
     let main = format!("{INCLUDE}[sts]\n");
     let versions: [&[(&str, &str)]; 3] = [
         &[("awsvid.toml", &main), ("conf.d/a.toml", "")],
@@ -76,8 +80,8 @@ async fn new_version_of_a_config_map_is_reported() {
 #[tokio::test]
 async fn event_without_other_content_is_not_reported() {
     let mut volume = ConfigMapVolume::new(INCLUDE);
-    let mut watch = ConfigWatch::new(&volume.path("awsvid.toml"));
-    watch.renew_watches().await;
+    let mut watch = watch_on(&volume.path("awsvid.toml"));
+    watch.skip_current().await;
     volume.write(&[("awsvid.toml", INCLUDE), ("conf.d/a.toml", "")]);
     let brief = 5 * SETTLE_TIME;
     assert!(timeout(brief, watch.changed()).await.is_err());
@@ -91,7 +95,7 @@ async fn files_of_an_editor_are_reported() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     fs::write(path("awsvid.toml"), INCLUDE).unwrap();
-    let mut watch = ConfigWatch::new(&path("awsvid.toml"));
+    let mut watch = watch_on(&path("awsvid.toml"));
     let create = || {
         fs::create_dir(path("conf.d")).unwrap();
         fs::write(path("conf.d/a.toml"), "# a\n").unwrap();
@@ -112,11 +116,25 @@ async fn ca_file_is_reported_and_loaded_content_is_not() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
     fs::write(path("awsvid.toml"), "").unwrap();
-    let mut watch = ConfigWatch::new(&path("awsvid.toml"));
+    let mut watch = watch_on(&path("awsvid.toml"));
     watch.follow_ca_file(Some(path("ca.pem")));
     let write = || fs::write(path("ca.pem"), "another certificate").unwrap();
     assert!(reported(&mut watch, write).await);
     fs::write(path("awsvid.toml"), "# loaded by SIGHUP\n").unwrap();
     watch.skip_current().await;
     assert!(timeout(5 * SETTLE_TIME, watch.changed()).await.is_err());
+}
+
+#[tokio::test]
+async fn files_in_one_directory_keep_its_watch() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    fs::write(path("awsvid.toml"), "").unwrap();
+    fs::write(path("ca.pem"), "").unwrap();
+    let mut watch = watch_on(&path("awsvid.toml"));
+    watch.follow_ca_file(Some(path("ca.pem")));
+    watch.skip_current().await;
+    watch.follow_ca_file(None);
+    let write = || fs::write(path("awsvid.toml"), "# a\n").unwrap();
+    assert!(reported(&mut watch, write).await);
 }
