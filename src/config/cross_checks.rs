@@ -66,7 +66,7 @@ pub(super) fn rules(report: &Diagnostics<'_>, workloads: &[ParsedWorkload]) {
                 "this rule can never match: {} matches all of its callers first",
                 line_ref(&earlier.at())
             );
-            report.error(&later.at(), what, HIDDEN_FIX);
+            report.warn(&later.at(), what, HIDDEN_FIX);
         } else if let Some(other) = workloads[..i]
             .iter()
             .find(|other| differ_only_by_exe(&other.rule, &later.rule))
@@ -82,7 +82,7 @@ pub(super) fn rules(report: &Diagnostics<'_>, workloads: &[ParsedWorkload]) {
     }
 }
 
-/// Warns of shadowed rules by the numbers of users and groups on this node.
+/// Warns of rules that are shadowed only by the numbers of users and groups on this node.
 pub(super) fn shadowed(
     workloads: &[ParsedWorkload],
     number: impl Fn(&AccountName) -> AccountState,
@@ -102,6 +102,10 @@ pub(super) fn shadowed(
                 .as_ref()
                 .is_some_and(|earlier| covers(earlier, later))
         };
+        let by_text = |earlier: &ParsedWorkload| covers(&earlier.rule, &workloads[i].rule);
+        if workloads[..i].iter().any(by_text) {
+            continue;
+        }
         let Some(earlier) = resolved[..i].iter().position(hides) else {
             continue;
         };

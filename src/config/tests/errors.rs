@@ -1011,57 +1011,6 @@ fn rules_are_checked() {
 }
 
 #[test]
-fn shadowed_rule_is_an_error() {
-    let second = |first: &str, second: &str| {
-        let rule = format!(
-            "{first}\n[[workload]]\nspiffe_id = \"spiffe://example.org/billing\"\n{second}"
-        );
-        with("uid = 1001", &rule)
-    };
-    let hidden = [
-        ("uid = 1", "uid = 1"),
-        ("uid = 1", "uid = 1\ngid = 2"),
-        ("user = \"billing\"", "user = \"billing\"\ngid = 2"),
-        (
-            "systemd_unit = \"a.service\"",
-            "uid = 1\nsystemd_unit = \"a.service\"\nexe = \"/x\"",
-        ),
-        ("cgroup = \"/a/*\"", "cgroup = \"/a/b\""),
-        ("cgroup = \"/a/**\"", "uid = 3\ncgroup = \"/a/b/c\""),
-        ("cgroup = \"/a/*\"", "cgroup = \"/a/*\""),
-        ("cgroup = \"/a/**\"", "cgroup = \"/a/*\""),
-        ("cgroup = \"/a/**\"", "cgroup = \"/a/b-*/**\""),
-    ];
-    for (earlier, later) in hidden {
-        let text = second(earlier, later);
-        refused(
-            &text,
-            &[(
-                6,
-                "workload",
-                "this rule can never match: the one in line 3 matches all of its callers first",
-            )],
-        );
-    }
-    let seen = [
-        ("uid = 1", "gid = 1"),
-        ("uid = 1\ngid = 2", "uid = 1"),
-        // The first is for the host only, the second for a container of that user.
-        ("uid = 1", "uid = 1\ncgroup = \"/machine.slice/**\""),
-        ("uid = 1\ncgroup = \"/machine.slice/**\"", "uid = 1"),
-        ("cgroup = \"/a/*\"", "cgroup = \"/a/b/c\""),
-        ("cgroup = \"/a/*\"", "cgroup = \"/a/**\""),
-        ("cgroup = \"/a/b/**\"", "cgroup = \"/a/*/**\""),
-        ("cgroup = \"/a-*/**\"", "cgroup = \"/a-*/b\""),
-        ("gid = 1", "supplementary_group = 1"),
-    ];
-    for (earlier, later) in seen {
-        // The number of lines in the first rule moves the second.
-        loaded(&second(earlier, later));
-    }
-}
-
-#[test]
 fn roles_are_checked() {
     let policy = format!("policy = '{{\"a\": \"{}\"}}'", "x".repeat(2040));
     let arns = format!(

@@ -274,6 +274,57 @@ fn rules_that_differ_by_exe_have_a_warning() {
 
 /// The kernel's setting decides which ports any user can take.
 #[test]
+fn shadowed_rule_has_a_warning() {
+    let second = |first: &str, second: &str| {
+        let rule = format!(
+            "{first}\n[[workload]]\nspiffe_id = \"spiffe://example.org/billing\"\n{second}"
+        );
+        with("uid = 1001", &rule)
+    };
+    let hidden = [
+        ("uid = 1", "uid = 1"),
+        ("uid = 1", "uid = 1\ngid = 2"),
+        ("user = \"billing\"", "user = \"billing\"\ngid = 2"),
+        (
+            "systemd_unit = \"a.service\"",
+            "uid = 1\nsystemd_unit = \"a.service\"\nexe = \"/x\"",
+        ),
+        ("cgroup = \"/a/*\"", "cgroup = \"/a/b\""),
+        ("cgroup = \"/a/**\"", "uid = 3\ncgroup = \"/a/b/c\""),
+        ("cgroup = \"/a/*\"", "cgroup = \"/a/*\""),
+        ("cgroup = \"/a/**\"", "cgroup = \"/a/*\""),
+        ("cgroup = \"/a/**\"", "cgroup = \"/a/b-*/**\""),
+    ];
+    for (earlier, later) in hidden {
+        let text = second(earlier, later);
+        warned(
+            &text,
+            &[(
+                6,
+                "workload",
+                "this rule can never match: the one in line 3 matches all of its callers first",
+            )],
+        );
+    }
+    let seen = [
+        ("uid = 1", "gid = 1"),
+        ("uid = 1\ngid = 2", "uid = 1"),
+        // The first is for the host only, the second for a container of that user.
+        ("uid = 1", "uid = 1\ncgroup = \"/machine.slice/**\""),
+        ("uid = 1\ncgroup = \"/machine.slice/**\"", "uid = 1"),
+        ("cgroup = \"/a/*\"", "cgroup = \"/a/b/c\""),
+        ("cgroup = \"/a/*\"", "cgroup = \"/a/**\""),
+        ("cgroup = \"/a/b/**\"", "cgroup = \"/a/*/**\""),
+        ("cgroup = \"/a-*/**\"", "cgroup = \"/a-*/b\""),
+        ("gid = 1", "supplementary_group = 1"),
+    ];
+    for (earlier, later) in seen {
+        // The number of lines in the first rule moves the second.
+        warned(&second(earlier, later), &[]);
+    }
+}
+
+#[test]
 fn port_has_a_warning_where_any_user_can_take_it() {
     let text =
         format!("{LEAST}[listen]\ntcp = [\"127.0.0.1:80\",\n\"127.0.0.1:1024\", \"[::1]:0\"]\n");
