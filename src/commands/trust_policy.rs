@@ -34,12 +34,14 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   sudo awsvid trust-policy > iam.sh          commands to review and run
-  sudo awsvid trust-policy --format terraform > awsvid.tf
-  awsvid trust-policy --issuer https://oidc.example.org --format cloudformation
+  sudo awsvid trust-policy --format terraform --new-provider > awsvid.tf
+  awsvid trust-policy --issuer https://oidc.example.org \\
+    --format cloudformation --existing-provider
   sudo awsvid trust-policy --account aws-cn:123456789012 --existing-provider
 
 Exit status: 0 on success, 78 if the configuration has errors, 1 if the issuer
-is unknown, no role is at AWS, or the roles are in several accounts.")]
+is unknown, no role is at AWS, the roles are in several accounts, or the choice
+of the provider is missing.")]
 pub struct TrustPolicyArgs {
     /// Path of the daemon's configuration file [default: /etc/awsvid/awsvid.toml]
     #[arg(
@@ -60,11 +62,13 @@ pub struct TrustPolicyArgs {
     /// Terraform and CloudFormation create the resources of one account at a time
     #[arg(long, value_name = "NUMBER")]
     account: Option<String>,
-    /// Uses the OIDC provider that the accounts have for this issuer already. Without this option
-    /// the AWS CLI's commands create a missing one. Terraform and CloudFormation always create one,
-    /// and fail if it exists
+    /// Uses the OIDC provider that the accounts have for this issuer already
     #[arg(long)]
     existing_provider: bool,
+    /// Creates the OIDC provider. The AWS CLI's commands do so by themselves, if there is none.
+    /// Terraform and CloudFormation cannot check that, and need this option or the previous one
+    #[arg(long, conflicts_with = "existing_provider")]
+    new_provider: bool,
     /// Writes the thumbprint of the issuer's certificate although this machine does not trust that
     /// certificate. Compare it with your own CA's first: AWS will trust every server that has such
     /// a certificate
@@ -153,7 +157,13 @@ fn render(plan: &Plan, format: Format) -> Result<String, String> {
     })
 }
 
+const NO_CHOICE: &str = "Terraform and CloudFormation cannot check whether the account has an OIDC provider for this \
+     issuer, and would fail to create it again: add --existing-provider, or --new-provider";
+
 async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, String> {
+    if options.format != Format::AwsCli && !options.existing_provider && !options.new_provider {
+        return Err(NO_CHOICE.to_owned());
+    }
     let live = live_issuer(config).await;
     let mut warnings = Vec::new();
     let issuer = match (&options.issuer, live) {

@@ -155,6 +155,7 @@ fn trust_policy_uses_live_issuer_and_cli_accepts_commands() {
             "https://oidc.example.org",
             "--format",
             "terraform",
+            "--new-provider",
         ],
     );
     assert!(
@@ -192,8 +193,9 @@ fn policies_accept_only_the_live_token() {
         spire.agent_socket().display()
     );
     fs::write(&config, head + &text.concat()).unwrap();
-    let outputs =
-        FORMATS.map(|format| trust_policy(&config, &["--format", format]).success(format));
+    let outputs = FORMATS.map(|format| {
+        trust_policy(&config, &["--format", format, "--new-provider"]).success(format)
+    });
 
     let token = spire.fetch_jwt("sts.amazonaws.com");
     let claims = URL_SAFE_NO_PAD
@@ -391,6 +393,16 @@ fn cloudformation_accepts_the_template() {
         "--format",
         "cloudformation",
     ];
+    let unchosen = trust_policy(&config, &arguments);
+    assert!(
+        unchosen.status.code() == Some(1)
+            && unchosen.stdout.is_empty()
+            && unchosen
+                .stderr
+                .contains("--existing-provider, or --new-provider"),
+        "{unchosen:?}"
+    );
+    let arguments = [&arguments[..], &["--new-provider"]].concat();
     let template = trust_policy(&config, &arguments).success("awsvid trust-policy");
     let path = folder.path().join("template.json");
     let linted = |template: &str| {

@@ -48,7 +48,7 @@ fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) ->
         .as_ref()
         .map(|thumbprint| format!("  thumbprint_list = [{}]\n", string(thumbprint)));
     format!(
-        "# If the account has this provider already: awsvid trust-policy --existing-provider, or\n\
+        "# If the account has this provider already, use awsvid trust-policy --existing-provider, or\n\
          # terraform import {PROVIDER} {}\n\
          resource \"aws_iam_openid_connect_provider\" \"awsvid\" {{\n  url            = {url}\n  client_id_list = [{audiences}]\n{}}}\n",
         plan.provider_arn(name),
