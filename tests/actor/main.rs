@@ -1,6 +1,6 @@
 //! A process that an integration test starts as root, to play attackers and odd honest clients with
 //! real processes: `actor SCENE LISTENER ADDRESS [PROGRAM]`, with the daemon's pid in `DAEMON`. It
-//! prints the daemon's response on standard output. There are five more forms.
+//! prints the daemon's response on standard output. There are six more forms.
 //!
 //! - `actor connect UID LISTENER ADDRESS` only connects, for a test that sends the request itself.
 //! - `actor in-numbers ACT LISTENER ADDRESS NUMBER...` is for acts that one user repeats very
@@ -8,6 +8,7 @@
 //! - `actor without-sock-diag FILE PROGRAM...` executes a program where sock_diag(7) does not work
 //!   while the file exists.
 //! - `actor without-peer-pidfd PROGRAM...` executes a program as on a kernel before Linux 6.5.
+//! - `actor without-pidfd-info PROGRAM...` executes a program as on a kernel before Linux 6.13.
 //! - `actor asked SCENE LISTENER ADDRESS` goes on step by step, at the test's words.
 //!
 //! Two users take part: [`ALICE`] and [`BOB`]. The test knows which of them may be answered in a
@@ -105,6 +106,7 @@ fn main() {
         ["idle", uid, count] => short_lived::idle(uid, count),
         ["without-sock-diag", lost, ref words @ ..] => sock_diag::run_without(lost, words),
         ["without-peer-pidfd", ref words @ ..] => peer_pidfd::run_without(words),
+        ["without-pidfd-info", ref words @ ..] => peer_pidfd::run_without_info(words),
         ["soak", uid, listener, address, pause] => {
             soak::ask(uid, &raw_http::Address::parse(listener, address), pause)
         }

@@ -1,7 +1,7 @@
 //! Callers with very many supplementary groups, which any local user can have that may make a user
 //! namespace (T27). attacks/README.md has the table of attacks.
 
-use crate::harness::actor::{Counts, Repeater};
+use crate::harness::actor::{self, Counts, Repeater};
 use crate::harness::agent::{Entry, FakeAgent};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::{folder, root};
@@ -108,6 +108,35 @@ fn groups_count_only_for_group_rules_with_rules() {
                 all("Success", 50),
                 "over {listener}: no rule of that user names a group"
             );
+        }
+    });
+}
+
+/// Without `PIDFD_GET_INFO` the ids of a caller on the unix socket are in a file that lists its
+/// groups. Over TCP the socket has its user.
+#[test]
+fn groups_always_count_on_the_unix_socket_without_pidfd_info() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let upstream = Upstream::start(&[(BOB, "bob")]);
+    let actor = actor::program();
+    let words = [actor.to_str().unwrap(), "without-pidfd-info"];
+    let text = format!(
+        "{}\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/bob\"\nuid = {BOB}\n",
+        upstream.configuration()
+    );
+    let daemon = Daemon::start_behind(&words, folder.path(), "", &text).ready();
+    let cgroup = Cgroup::new(&format!(
+        "groups-{}",
+        folder.path().file_name().unwrap().display()
+    ));
+    assert_memory_is_bounded(&daemon, || {
+        for (listener, code) in [("unix", "too_many_groups"), ("tcp", "Success")] {
+            let ask = |groups, count| ask(&daemon, &cgroup, listener, BOB, groups, count);
+            assert_eq!(ask(MAX_GROUPS, 2), all("Success", 2), "over {listener}");
+            assert_eq!(ask(NGROUPS_MAX, 50), all(code, 50), "over {listener}");
         }
     });
 }

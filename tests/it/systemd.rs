@@ -220,6 +220,9 @@ fn units_are_valid_and_sandbox_holds() {
         "{verified:?}"
     );
     assert_exposure_is_explained(&machine);
+    // Users and groups of SSSD or LDAP are there before the daemon.
+    let order = machine.run(&["systemctl", "show", "--property=After", "awsvid.service"]);
+    assert!(order.stdout.contains("nss-user-lookup.target"), "{order:?}");
 
     // tmpfiles.d has created it at boot.
     let made = fs::metadata(machine.path("/run/awsvid")).unwrap();

@@ -12,6 +12,8 @@ use crate::harness::env::{Env, Setting, Source, id};
 const TIMEOUT: Duration = Duration::from_secs(60);
 const TWO: u32 = 51_001;
 const ADMIN: u32 = 51_003;
+/// A trust domain that SPIRE federates with.
+const FOREIGN: &str = "spiffe://foreign.test";
 
 /// Returns the SPIFFE ID for which a user gets credentials by a role, or the code of the rejection.
 /// Where no role was selected, the answer, the record and the log have the caller's SPIFFE IDs.
@@ -183,11 +185,15 @@ fn check_admin_entry(source: Source) {
     );
 }
 
-/// Checks an identity with several registrations: the agent returns one token for each, with the
-/// hint of that registration.
+/// Checks an identity with several registrations, one of them federated: the agent returns one
+/// token for each, with the hint of that registration. awsvid's own identity has two as well, so
+/// the agent returns its X.509-SVID twice.
 fn check_several_registrations(source: Source) {
     let folder = folder();
-    let setting = Setting::of(source);
+    let setting = Setting {
+        own_identity_twice: source != Source::Rules,
+        ..Setting::of(source)
+    };
     let Some(mut env) = Env::start(folder.path(), &[(51_002, "reader")], &setting) else {
         return;
     };
@@ -204,8 +210,9 @@ fn check_several_registrations(source: Source) {
     };
     let [user, group] = ["uid", "gid"].map(|kind| format!("unix:{kind}:{owner}"));
     env.register(&id(name), &[&user, &group], &["-hint", "unused"]);
-    env.spire
-        .register_with(&id(name), &[&group], &["-hint", "by-hint"]);
+    env.spire.federate(FOREIGN);
+    let options = ["-hint", "by-hint", "-federatesWith", FOREIGN];
+    env.spire.register_with(&id(name), &[&group], &options);
     add_roles(&env, &[("exact", &id(name)), ("by-hint", &id("*"))]);
     assert_eq!(by_role(&env, uid, "/exact"), id(name));
     assert_eq!(by_role(&env, uid, "/shop"), id(name), "the only one");

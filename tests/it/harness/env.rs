@@ -47,6 +47,8 @@ pub(crate) struct Setting<'a> {
     pub(crate) source: Source,
     pub(crate) x509_svid_ttl: Option<&'static str>,
     pub(crate) without_hashes: bool,
+    /// Whether awsvid's own identity has two entries, the second with a hint.
+    pub(crate) own_identity_twice: bool,
     /// Another build of awsvid.
     pub(crate) program: Option<&'a Path>,
     /// Words in front of the commands of awsvid and of the agent.
@@ -160,6 +162,9 @@ impl Env {
                     &awsvid_selectors(program).each_ref().map(String::as_str),
                 ),
             );
+        }
+        if setting.own_identity_twice {
+            spire.register_with(AWSVID, &["unix:uid:0"], &["-hint", "twice"]);
         }
         for (uid, name) in users {
             // The daemon runs as root. With rules, SPIRE registers all identities for the daemon,

@@ -402,6 +402,26 @@ impl Spire {
             .unwrap_or_else(|error| panic!("{}: {error} in {answer}", arguments.join(" ")))
     }
 
+    /// Makes the server know a foreign trust domain, by this server's own keys.
+    pub(crate) fn federate(&self, trust_domain: &str) {
+        let bundle = self
+            .server_command(&["bundle", "show", "-format", "spiffe"])
+            .success("the server's bundle");
+        let file = self.write("foreign.json", &bundle);
+        let path = file.to_str().expect("a path in UTF-8");
+        self.server_command(&[
+            "bundle",
+            "set",
+            "-format",
+            "spiffe",
+            "-id",
+            trust_domain,
+            "-path",
+            path,
+        ])
+        .success("the foreign bundle");
+    }
+
     /// Returns the socket of the server's API for local programs.
     pub(crate) fn server_socket(&self) -> PathBuf {
         self.folder.join("server/api.sock")
