@@ -65,7 +65,7 @@ pub(crate) const ROWS: [Row; 15] = [
     },
     Row {
         name: "processes",
-        meaning: "tcp-pid with 50, 127, 129 and 1,000 processes in one cgroup that send requests one after another: CPU time of the daemon per request",
+        meaning: "tcp-pid with 50, 127, 129 and 1,000 processes in units of 50 that send requests one after another: CPU time of the daemon per request",
         run: processes::processes,
     },
     Row {

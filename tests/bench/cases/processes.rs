@@ -1,7 +1,7 @@
-//! CPU time per request where many processes of one cgroup send requests one after another.
+//! CPU time per request where many processes of one user send requests one after another.
 //!
-//! The daemon searches these processes for the one that holds the socket, so its time grows with
-//! their number. It must not jump where a cache of the daemon is full.
+//! Each unit has 50 of them. The daemon searches those of one unit for the process that holds the
+//! socket, so its time is the same for all numbers. It must not jump where a cache is full.
 
 use crate::caller::Caller;
 use crate::cases::ratio::{self, TCP_PID};
@@ -12,20 +12,28 @@ use crate::{Bench, Failed, machine};
 
 /// The numbers of processes. 128 handles were kept until the cache evicted the least recently used.
 const COUNTS: [usize; 4] = [50, 127, 129, 1000];
+/// The processes of one unit.
+const UNIT: usize = 50;
 
 /// Measures one line for each number of processes.
 pub(crate) fn processes(bench: &Bench) -> Result<Vec<Line>, Failed> {
-    let caller = Caller {
-        uid: ratio::USER,
-        cgroup: bench.cgroups.unit("load")?,
-        // None of its own.
-        descriptors: 3,
+    let caller = |number: usize| -> Result<Caller, Failed> {
+        Ok(Caller {
+            uid: ratio::USER,
+            cgroup: bench.cgroups.unit(&format!("load-{}", number / UNIT))?,
+            // None of its own.
+            descriptors: 3,
+        })
     };
-    let pair = ratio::Pair::start(bench, &TCP_PID, caller)?;
+    let pair = ratio::Pair::start(bench, &TCP_PID, caller(0)?)?;
     let (mut callers, mut lines) = (Vec::new(), Vec::new());
     for count in COUNTS {
         while callers.len() < count {
-            callers.push(start(&pair.plan)?);
+            let plan = Plan {
+                caller: caller(callers.len())?,
+                ..pair.plan.clone()
+            };
+            callers.push(start(&plan)?);
         }
         let turns = bench.count(2000, 1).div_ceil(count).max(2);
         each(&mut callers)?;
@@ -42,11 +50,7 @@ pub(crate) fn processes(bench: &Bench) -> Result<Vec<Line>, Failed> {
                 "the curve"
             }
             .to_owned(),
-            format!(
-                "CPU {}; {:.2} us for each process",
-                cpu.show("us"),
-                cpu.median / f64::from(u32::try_from(count)?)
-            ),
+            format!("CPU {}", cpu.show("us")),
         ));
     }
     Ok(lines)
