@@ -2,7 +2,8 @@
 //! and the host of the calls.
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
@@ -12,7 +13,7 @@ use std::time::Duration;
 use nix::unistd::geteuid;
 use serde_json::Value;
 
-use crate::harness::client::ask;
+use crate::harness::client::{answer, ask};
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{await_some, behind, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
@@ -437,4 +438,54 @@ fn role_of_another_sts_is_assumed_by_its_own_name() {
                 .contains("is not AWS, and has policies of its own"),
         "{policy:?}"
     );
+}
+
+/// An unescaped `@` belongs to the password.
+#[test]
+fn proxy_gets_the_password_up_to_the_last_at_sign() {
+    let (folder, proxy) = (folder(), TcpListener::bind("127.0.0.1:0").unwrap());
+    let variable = format!("HTTPS_PROXY=http://u:p@ss@{}", proxy.local_addr().unwrap());
+    let aws = with_sts(&upstream(), AWS);
+    let _daemon = Daemon::start_behind(&["env", &variable], folder.path(), "", &aws);
+    let (stream, _) = proxy.accept().unwrap();
+    let head: Vec<String> = BufReader::new(stream)
+        .lines()
+        .map(Result::unwrap)
+        .take_while(|line| !line.is_empty())
+        .collect();
+    assert!(
+        head[0].starts_with("CONNECT sts.us-east-1.amazonaws.com:443 "),
+        "{head:?}"
+    );
+    // `u:p@ss` in Base64.
+    let expected = "proxy-authorization: Basic dTpwQHNz";
+    let has = |line: &String| line.eq_ignore_ascii_case(expected);
+    assert!(head.iter().any(has), "{head:?}");
+}
+
+/// The DNS name of the proxy may be there later. Roles at an STS that needs no proxy are served.
+#[test]
+fn proxy_that_does_not_resolve_stops_only_the_calls_through_it() {
+    let (folder, upstream) = (folder(), upstream());
+    let role = "[[role]]\nname = \"aws\"\nspiffe_id = \"spiffe://example.org/user/self\"\n\
+                role_arn = \"arn:aws:iam::123456789012:role/aws\"\naudience = \"aws\"\n\
+                sts_endpoint = \"https://sts.us-east-1.amazonaws.com\"\n";
+    let text = format!("{}\n{}\n{role}", upstream.configuration(), rule(&upstream));
+    let words = ["env", "HTTPS_PROXY=http://proxy.invalid:3128"];
+    let daemon = Daemon::start_behind(&words, folder.path(), "", &text);
+    let fetch = |path: &str| {
+        let mut stream = UnixStream::connect(daemon.unix()).unwrap();
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: any\r\n\r\n"
+        )
+        .unwrap();
+        answer(&mut stream)
+    };
+    await_some("the call through the proxy fails", TIMEOUT, || {
+        let (status, body) = fetch("/v1/credentials/aws");
+        (status == 503 && body["code"] == "sts_unreachable").then_some(())
+    });
+    assert_eq!(fetch("/v1/credentials").0, 200);
+    daemon.await_line(&["exchange failed", "proxy.invalid:3128"]);
 }

@@ -5,10 +5,12 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::net::{SocketAddr, UdpSocket};
+use std::io::Read;
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -18,7 +20,7 @@ use nix::sys::signal::Signal;
 use crate::harness::actor::{Counts, ask as ask_as};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::client::{ask, connect};
-use crate::harness::counterparts::process::await_some;
+use crate::harness::counterparts::process::{await_some, spawn};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::hanging::HangingFiles;
@@ -255,6 +257,100 @@ fn hanging_token_file_takes_one_thread_over_reloads() {
     // The probes of the listeners went on without the token.
     stage.daemon.await_line(&["not ready", "STS: "]);
     assert_eq!(stage.blocked_threads(), 1);
+}
+
+/// Identities that request roles at an STS that never replies, and the number of roles of each:
+/// together all calls that the daemon makes at one time.
+const HANGING: [(u32, &str); 4] = [
+    (61_201, "hanging0"),
+    (61_202, "hanging1"),
+    (61_203, "hanging2"),
+    (61_204, "hanging3"),
+];
+const ROLES: usize = 4;
+
+/// Reads the daemon's request to STS. Returns the connection of an exchange, and nothing for one
+/// that only tests whether STS responds.
+fn exchange(mut stream: TcpStream) -> Option<TcpStream> {
+    let (mut text, mut part) = (String::new(), [0; 4096]);
+    loop {
+        let length = stream.read(&mut part).unwrap();
+        text += &String::from_utf8_lossy(&part[..length]);
+        if text.contains("hang-") {
+            return Some(stream);
+        }
+        if length == 0 || text.contains("role%2Fnone") {
+            return None;
+        }
+    }
+}
+
+/// Four workloads hold all calls to STS (T29). Another is answered over each listener, and a call
+/// of theirs gives way to it.
+#[test]
+fn sts_calls_that_hang_leave_room_for_others() {
+    if !root() {
+        return;
+    }
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", silent.local_addr().unwrap());
+    let honest = [
+        (61_211, "honest0"),
+        (61_212, "honest1"),
+        (61_213, "honest2"),
+    ];
+    let users = [&HANGING[..], &honest].concat();
+    let upstream = upstream(&users);
+    let rules: String = users
+        .iter()
+        .map(|(uid, name)| rule(name, *uid, ""))
+        .collect();
+    let role = |number: usize| {
+        role_at("*", &endpoint)
+            .replace("\"*\"", &format!("\"hang-{number}\""))
+            .replace("role/dev", &format!("role/hang-{number}"))
+    };
+    let roles: String = (0..ROLES).map(role).collect();
+    let text =
+        configuration(&upstream, &(rules + &roles)).replace("[sts]", "[sts]\ntimeout = \"30s\"");
+    let folder = folder();
+    let daemon = Daemon::start(folder.path(), "", &text);
+    let socket = daemon.unix();
+    let fetch = |uid: u32, number: usize| {
+        let mut command = Command::new("setpriv");
+        let id = uid.to_string();
+        command
+            .args(["--reuid", &id, "--regid", &id, "--clear-groups", "curl"])
+            .args([
+                "--silent",
+                "--header",
+                "Authorization: any",
+                "--unix-socket",
+            ])
+            .arg(&socket)
+            .arg(format!("http://localhost/v1/credentials/hang-{number}"))
+            .stdout(Stdio::null());
+        spawn(command).unwrap()
+    };
+    let _clients: Vec<_> = HANGING
+        .iter()
+        .flat_map(|(uid, _)| (0..ROLES).map(move |number| (*uid, number)))
+        .map(|(uid, number)| fetch(uid, number))
+        .collect();
+    let calls = HANGING.len() * ROLES;
+    let requests = silent.incoming().map(Result::unwrap);
+    let _held: Vec<_> = requests.filter_map(exchange).take(calls).collect();
+    let name = folder.path().file_name().unwrap().display().to_string();
+    let cgroup = Cgroup::new(&format!("honest-{name}.service"));
+    for (listener, (uid, _)) in ["unix", "tcp", "tcp6"].into_iter().zip(honest) {
+        let answers = ask_as(listener, &daemon.listener(listener), uid, 1, cgroup.path());
+        let success = Counts::from([("Success".to_owned(), 1)]);
+        assert_eq!(answers, success, "over {listener}");
+    }
+    let given_way = "awsvid_sts_calls_total{result=\"sts_busy\"}";
+    await_some("a call gives way", TIMEOUT, || {
+        (daemon.metric(given_way) > 0).then_some(())
+    });
 }
 
 /// A DNS server that never replies, at an address of this test's own.
