@@ -180,15 +180,27 @@ fn hanging_ca_file_takes_one_thread_over_reloads() {
         return;
     }
     for words in WATCHING {
-        hanging_ca_file(words);
+        let files = HangingFiles::mount();
+        let key = format!("ca_file = {:?}", files.program());
+        hanging_certificates(files, words, &key);
     }
 }
 
-fn hanging_ca_file(words: &[&str]) {
+/// The system's certificates are on a file system that hangs.
+#[test]
+fn hanging_trust_store_takes_one_thread_over_reloads() {
+    if !root() {
+        return;
+    }
+    let files = HangingFiles::mount();
+    let variable = format!("SSL_CERT_FILE={}", files.program().display());
+    hanging_certificates(files, &["env", &variable], "");
+}
+
+fn hanging_certificates(mut files: HangingFiles, words: &[&str], key: &str) {
     let upstream = upstream(&[(ALICE, "alice")]);
-    let mut files = HangingFiles::mount();
     files.hang();
-    let sts = format!("[sts]\ntimeout = \"1s\"\nca_file = {:?}", files.program());
+    let sts = format!("[sts]\ntimeout = \"1s\"\n{key}");
     let alice = rule("alice", ALICE, "") + &role_at("alice", "https://127.0.0.1:9");
     let text = configuration(&upstream, &alice)
         .replace("[sts]", &sts)
