@@ -37,7 +37,7 @@ use audit_file::{audit_error, reopen};
 use components::Components;
 use endpoint::credential_endpoint;
 pub use error::AppError;
-use listeners::{ListenAddress, bind_all, refuse_rest, tcp_address};
+use listeners::{ListenAddress, bind_all, reset_unclaimed, tcp_address};
 
 /// Time that operators' connections have to end after the workloads' connections have ended.
 const ADMIN_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
@@ -142,7 +142,7 @@ impl App {
         app.serve_workloads(&mut inherited, &endpoint)?;
         app.serve_pods(endpoint).await?;
         app.serve_operators(&mut inherited, &admin);
-        refuse_rest(&app.workloads, &mut inherited);
+        reset_unclaimed(&app.workloads, &mut inherited);
         app.config_loaded(digest.to_string());
         app.probe(parts.probes);
         Ok(app)
@@ -312,8 +312,8 @@ impl App {
             .status
             .clone()
             .map(|path| (Address::Status, ListenAddress::Unix(path, 0o600)));
-        for (kind, wanted) in address.into_iter().chain(status) {
-            for attempt in bind_all(vec![wanted], inherited) {
+        for (kind, listen_address) in address.into_iter().chain(status) {
+            for attempt in bind_all(vec![listen_address], inherited) {
                 self.admin = self.admin.or(tcp_address(&attempt));
                 let admin = admin.clone();
                 let connection =

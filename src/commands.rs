@@ -65,11 +65,11 @@ impl ConfigFile {
         if let Some(named) = named {
             return Ok(named.to_owned());
         }
-        let beside = self
+        let endpoints = self
             .daemon_endpoints()
             .map_err(|errors| format!("{errors}\nor give the socket with --socket"))?;
         let missing = "the configuration has no status socket; set `status` in [listen]";
-        beside.listen.status.ok_or_else(|| missing.to_owned())
+        endpoints.listen.status.ok_or_else(|| missing.to_owned())
     }
 }
 

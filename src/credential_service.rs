@@ -27,7 +27,7 @@ pub struct CredentialService {
 pub enum ServiceError {
     /// The caller was not attested, or has changed since.
     #[error(transparent)]
-    Refused(#[from] AttestError),
+    Rejected(#[from] AttestError),
     /// The source has no identity for the caller.
     #[error("no identity is configured for this workload")]
     NoIdentity,

@@ -59,7 +59,7 @@ const NOT_COUNTED: &str =
 pub fn serve(path: &Path, watch: bool) -> ExitStatus {
     // Before the files are loaded, so that no change is lost in between.
     let watch = watch.then(|| ConfigWatch::new(path));
-    let loaded = match Config::load(path, Exposure::Refused, |name| std::env::var(name).ok()) {
+    let loaded = match Config::load(path, Exposure::Rejected, |name| std::env::var(name).ok()) {
         Ok(loaded) => loaded,
         Err(errors) => {
             eprintln!(
@@ -224,7 +224,7 @@ async fn reload(app: &mut App, files: &mut WatchedConfig, log: &Log, notifier: &
     let loading = {
         let path = files.path.clone();
         spawn_blocking(move || {
-            Config::load(&path, Exposure::Refused, |name| std::env::var(name).ok())
+            Config::load(&path, Exposure::Rejected, |name| std::env::var(name).ok())
         })
     };
     let used = match loading.await {

@@ -148,19 +148,21 @@ impl TokenExchanger {
         let _running = self.metrics.exchange_started();
         let mut budget = RetryBudget::new();
         let token = self.token(caller, grant, &mut budget).await?;
-        let refused = match self.assume(grant, &token, &mut budget).await {
+        let first_error = match self.assume(grant, &token, &mut budget).await {
             Err(error) if error.retry == RetryPolicy::NewToken => error,
             result => return Ok(result?),
         };
         let fresh = self.token(caller, grant, &mut budget).await?;
         if fresh.is_same(&token) {
-            return Err(
-                with_note(refused, "the identity source returned the same token again").into(),
-            );
+            return Err(with_note(
+                first_error,
+                "the identity source returned the same token again",
+            )
+            .into());
         }
         match self.assume(grant, &fresh, &mut budget).await {
             Err(error) if error.retry == RetryPolicy::NewToken => {
-                Err(self.refused_twice(error, &fresh).into())
+                Err(self.second_rejection(error, &fresh).into())
             }
             result => Ok(result?),
         }
@@ -207,7 +209,7 @@ impl TokenExchanger {
     /// Classifies STS's rejection of a second token. If the token expired in a queue or between
     /// retries, the rejection is an outage. The role may be right, so cached credentials
     /// stay valid.
-    fn refused_twice(&self, error: StsError, token: &JwtSvid) -> StsError {
+    fn second_rejection(&self, error: StsError, token: &JwtSvid) -> StsError {
         match (token.check_life(self.clock.now()), token.short_life()) {
             (Err(expired), _) => StsError {
                 retry: RetryPolicy::Later,

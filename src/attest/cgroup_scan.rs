@@ -340,7 +340,7 @@ mod tests {
         ["a/b/c", "a/d", "e"].into_iter().for_each(make);
         let root = [CgroupPath::parse("/").unwrap()];
         let mut snapshots = DirSnapshots::new();
-        let mut walk = || {
+        let mut run_scan = || {
             let roots = PodRoots::defaults();
             let found = CgroupScanner {
                 mount: tree.path(),
@@ -357,10 +357,10 @@ mod tests {
             paths.sort();
             paths.join(" ")
         };
-        assert_eq!(walk(), "/ /a /a/b /a/b/c /a/d /e");
-        assert_eq!(walk(), "/ /a /a/b /a/b/c /a/d /e");
+        assert_eq!(run_scan(), "/ /a /a/b /a/b/c /a/d /e");
+        assert_eq!(run_scan(), "/ /a /a/b /a/b/c /a/d /e");
         make("a/b/f");
-        assert_eq!(walk(), "/ /a /a/b /a/b/c /a/b/f /a/d /e");
+        assert_eq!(run_scan(), "/ /a /a/b /a/b/c /a/b/f /a/d /e");
         // Another directory of the same name, and one that replaced another: no counts have
         // changed.
         let kept = fs::File::open(tree.path().join("e")).unwrap();
@@ -368,48 +368,48 @@ mod tests {
         make("e");
         fs::remove_dir(tree.path().join("a/d")).unwrap();
         make("a/g");
-        assert_eq!(walk(), "/ /a /a/b /a/b/c /a/b/f /a/g /e");
+        assert_eq!(run_scan(), "/ /a /a/b /a/b/c /a/b/f /a/g /e");
         drop(kept);
         fs::remove_dir_all(tree.path().join("a/b")).unwrap();
-        assert_eq!(walk(), "/ /a /a/g /e");
+        assert_eq!(run_scan(), "/ /a /a/g /e");
     }
 
     #[tokio::test]
     async fn throttle_shares_scans_and_pauses_after_each() {
-        const WALK: Duration = Duration::from_millis(5);
-        let (throttle, walked) = (
+        const SCAN_TIME: Duration = Duration::from_millis(5);
+        let (throttle, scans) = (
             Arc::<ScanThrottle>::default(),
             Arc::<AtomicUsize>::default(),
         );
-        let ask = || {
-            let (throttle, walked) = (throttle.clone(), walked.clone());
+        let request_scan = || {
+            let (throttle, scans) = (throttle.clone(), scans.clone());
             async move {
-                let walk = move || {
+                let run_scan = move || {
                     let started = thread_time();
-                    while thread_time() - started < WALK {}
-                    walked.fetch_add(1, Ordering::SeqCst);
+                    while thread_time() - started < SCAN_TIME {}
+                    scans.fetch_add(1, Ordering::SeqCst);
                 };
-                throttle.run_after(walk).await;
+                throttle.run_after(run_scan).await;
             }
         };
         let start = Instant::now();
-        let all: Vec<_> = (0..1000).map(|_| tokio::spawn(ask())).collect();
+        let all: Vec<_> = (0..1000).map(|_| tokio::spawn(request_scan())).collect();
         for one in all {
             one.await.unwrap();
         }
-        assert!(walked.load(Ordering::SeqCst) <= 3, "{walked:?}");
-        walked.store(0, Ordering::SeqCst);
+        assert!(scans.load(Ordering::SeqCst) <= 3, "{scans:?}");
+        scans.store(0, Ordering::SeqCst);
         // The scans run one after the other, and no task waits for their end.
         let start_again = Instant::now();
         for _ in 0..3 {
-            let one = tokio::spawn(ask());
+            let one = tokio::spawn(request_scan());
             tokio::task::yield_now().await;
             one.abort();
-            ask().await;
+            request_scan().await;
         }
-        let count = u32::try_from(walked.load(Ordering::SeqCst)).unwrap();
+        let count = u32::try_from(scans.load(Ordering::SeqCst)).unwrap();
         assert!(
-            count >= 3 && start_again.elapsed() >= WALK * (PAUSE_FACTOR + 1) * (count - 1),
+            count >= 3 && start_again.elapsed() >= SCAN_TIME * (PAUSE_FACTOR + 1) * (count - 1),
             "{count} {:?}",
             start.elapsed()
         );

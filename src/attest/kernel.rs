@@ -82,7 +82,7 @@ impl TcpUnsupported {
     }
 
     /// Returns the rejection of a caller, which names what is missing.
-    pub(super) fn refusal(&self) -> AttestError {
+    pub(super) fn rejection(&self) -> AttestError {
         AttestError::Unsupported(match self {
             Self::NoCgroups => "no cgroup v2 tree is mounted, which callers over TCP need",
             Self::NoSockDiag(_) => {
@@ -235,10 +235,10 @@ fn own_socket(diag: &SockDiag) -> Result<SocketInfo, TcpUnsupported> {
     let address = client.local_addr().map_err(TcpUnsupported::NoLoopback)?;
     // ENOENT has two meanings: the kernel has no such socket, or no handler for TCP sockets. This
     // socket exists.
-    diag.client_socket(address, server).map_err(|refusal| {
-        TcpUnsupported::NoSockDiag(match refusal {
+    diag.client_socket(address, server).map_err(|rejection| {
+        TcpUnsupported::NoSockDiag(match rejection {
             AttestError::CallerGone => "it does not find a socket that exists".to_owned(),
-            refusal => refusal.to_string(),
+            rejection => rejection.to_string(),
         })
     })
 }

@@ -72,8 +72,8 @@ pub(crate) struct FileFacts {
 /// user's file system. A query to a server that does not reply would hang the daemon.
 pub(crate) fn file_facts(directory: BorrowedFd<'_>, name: &CStr) -> nix::Result<FileFacts> {
     let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
-    let wanted = StatxFlags::INO | StatxFlags::CTIME;
-    let found = rustix::fs::statx(directory, name, flags, wanted)
+    let fields = StatxFlags::INO | StatxFlags::CTIME;
+    let found = rustix::fs::statx(directory, name, flags, fields)
         .map_err(|errno| Errno::from_raw(errno.raw_os_error()))?;
     let (seconds, nanoseconds) = (found.stx_ctime.tv_sec, found.stx_ctime.tv_nsec);
     Ok(FileFacts {

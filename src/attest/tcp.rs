@@ -157,7 +157,7 @@ impl TcpAttestor {
     ) -> Result<CgroupPath, AttestError> {
         let namespace = &self.0.namespace;
         let cgroups = self.0.host.cgroup_tree();
-        let cgroups = cgroups.ok_or(TcpUnsupported::NoCgroups.refusal())?;
+        let cgroups = cgroups.ok_or(TcpUnsupported::NoCgroups.rejection())?;
         let key = ScanKey {
             namespace: *namespace,
             uid: namespace.is_none().then_some(socket.uid),
@@ -166,7 +166,7 @@ impl TcpAttestor {
             None => (
                 socket
                     .cgroup_id
-                    .ok_or(TcpUnsupported::NoCgroupId.refusal())?,
+                    .ok_or(TcpUnsupported::NoCgroupId.rejection())?,
                 TreeScope::All,
             ),
             Some(_) => (
@@ -298,7 +298,7 @@ impl SocketProof {
             let cgroups = host.cgroup_tree();
             socket_owner::find_socket_owner(
                 host,
-                &*cgroups.ok_or(TcpUnsupported::NoCgroups.refusal())?,
+                &*cgroups.ok_or(TcpUnsupported::NoCgroups.rejection())?,
                 &socket,
                 &cgroup,
                 (facts, budget),

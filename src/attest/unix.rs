@@ -153,7 +153,7 @@ pub(crate) fn find_connector(
 ) -> Result<(PeerFacts, ConnectorProof), Rejection> {
     let ConnectedPeer { pid, uid, gid, pin } = connected;
     let mut facts = PeerFacts::of_user(uid);
-    if !host.pidfds_tell_ids {
+    if !host.pidfds_report_ids {
         // The daemon would have to read its `status` on this thread, which takes milliseconds for
         // 65,536 groups (T27).
         peer_groups(stream).map_err(|error| Rejection::of(error, &facts))?;

@@ -119,7 +119,7 @@ fn validate(
 /// Adds warnings about this node. For root, a file that the daemon would not use is an error.
 fn with_files_of_node(path: &Path, mut loaded: LoadedConfig) -> Result<LoadedConfig, ConfigErrors> {
     let exposed = node::exposed(&loaded.config);
-    if Exposure::of_command() == Exposure::Refused && !exposed.is_empty() {
+    if Exposure::of_command() == Exposure::Rejected && !exposed.is_empty() {
         return Err(ConfigErrors {
             path: path.to_owned(),
             problems: exposed,

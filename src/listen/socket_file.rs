@@ -303,10 +303,10 @@ mod tests {
         assert_eq!(fs::metadata(&closed).unwrap().mode() & 0o777, 0o700);
         for mode in [0o755, 0o710, 0o701] {
             fs::set_permissions(&closed, Permissions::from_mode(mode)).unwrap();
-            let refused = SocketFile::bind_private(&closed.join("b.sock"));
+            let rejected = SocketFile::bind_private(&closed.join("b.sock"));
             assert!(
                 matches!(
-                    refused,
+                    rejected,
                     Err(ListenError::UnsafeDirectory { mode: 0o700, .. })
                 ),
                 "{mode:o}"

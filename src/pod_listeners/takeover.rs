@@ -266,7 +266,7 @@ async fn accept(successors: Option<&HandoverSocket>, next: Option<&UnixStream>) 
         match successors.accept().await {
             Ok(stream) => return stream,
             Err(error) => {
-                if let Some(missed) = successors.refusal() {
+                if let Some(missed) = successors.take_rejection_log_permit() {
                     tracing::warn!(%error, missed, "[pods] handover_socket: rejected a request for pods' listeners");
                 }
                 // A lack of descriptors does not pass at once.

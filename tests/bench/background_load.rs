@@ -31,14 +31,14 @@ impl BackgroundLoad {
     ) -> Result<Self, Failed> {
         let cgroup = cgroup.to_str().ok_or("the cgroup's path is not UTF-8")?;
         let mut part = Part::start(&[
-            "crowd",
+            "background",
             &processes.to_string(),
             &connections.to_string(),
             cgroup,
         ])?;
-        match part.hear()?.as_str() {
+        match part.next_line()?.as_str() {
             "ready" => Ok(Self(part)),
-            other => Err(format!("unexpected line of the crowd: {other:?}").into()),
+            other => Err(format!("unexpected line of the background load: {other:?}").into()),
         }
     }
 
@@ -48,7 +48,7 @@ impl BackgroundLoad {
     }
 }
 
-/// Runs the part `crowd`.
+/// Runs the part `background`.
 pub(crate) fn run(processes: usize, connections: usize, cgroup: &Path) -> Result<(), Failed> {
     std::fs::write(cgroup.join("cgroup.procs"), "0")?;
     let descriptors = u64::try_from(2 * connections)? + 100;

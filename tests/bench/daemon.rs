@@ -87,12 +87,12 @@ impl Daemon {
         let Some(admin) = self.logged_address("serving operators") else {
             return false;
         };
-        let ask = || {
+        let probe = || {
             let mut stream = TcpStream::connect(admin)?;
             std::io::Write::write_all(&mut stream, &caller::request("/readyz"))?;
             caller::answer(&mut stream)
         };
-        ask().is_ok_and(|answer| answer.status == 200)
+        probe().is_ok_and(|answer| answer.status == 200)
     }
 
     fn log(&self) -> String {
@@ -152,9 +152,9 @@ impl Direct {
                 &socket
             },
         ])?;
-        part.say(body)?;
-        part.hang_up();
-        let address = part.hear()?;
+        part.write_text(body)?;
+        part.close_input();
+        let address = part.next_line()?;
         Ok(Self { part, address })
     }
 

@@ -89,7 +89,7 @@ impl Load {
 
     fn part(name: &str, plan: &Plan) -> Result<Self, Failed> {
         let mut part = Part::start(&[name, &serde_json::to_string(plan)?])?;
-        match part.hear()?.as_str() {
+        match part.next_line()?.as_str() {
             "ready" => Ok(Self(part)),
             other => Err(format!("unexpected line of the load: {other:?}").into()),
         }
@@ -97,17 +97,17 @@ impl Load {
 
     /// Starts the measured requests.
     pub(crate) fn begin(&mut self) -> Result<(), Failed> {
-        self.0.say("go\n")
+        self.0.write_text("go\n")
     }
 
     /// Waits for its end.
     pub(crate) fn report(mut self) -> Result<Report, Failed> {
-        Ok(serde_json::from_str(&self.0.hear()?)?)
+        Ok(serde_json::from_str(&self.0.next_line()?)?)
     }
 
     /// Ends a load without a number of requests.
     pub(crate) fn stop(mut self) -> Result<Report, Failed> {
-        self.0.hang_up();
+        self.0.close_input();
         self.report()
     }
 }
@@ -166,13 +166,13 @@ type Sample = (Duration, Option<Answer>);
 /// Runs one thread. It waits twice at the gate: before `ready`, and for the start.
 fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<Sample> {
     let request = caller::request(&plan.path);
-    let ask = || {
+    let exchange = || {
         let mut wire = caller::connect(&plan.address)?;
         wire.write_all(&request)?;
         caller::answer(&mut *wire)
     };
     for _ in 0..plan.warm_up / plan.threads {
-        let _ = ask();
+        let _ = exchange();
     }
     gate.wait();
     gate.wait();
@@ -188,7 +188,7 @@ fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<S
             None => Instant::now(),
             Some(rate) => on_time(begin + due_at(index, samples.len(), plan.threads, rate)),
         };
-        let answer = ask().ok();
+        let answer = exchange().ok();
         let at = answer
             .as_ref()
             .map_or_else(Instant::now, |answer| answer.at);
@@ -244,19 +244,19 @@ fn summary(start: Instant, samples: Vec<Sample>) -> Report {
             .unwrap_or_default()
     };
     (report.p50, report.p99, report.max) = (at(0.5), at(0.99), at(1.0));
-    let mut refused = None;
+    let mut unissued = None;
     for (_, answer) in samples {
         *report
             .answers
             .entry(answer.as_ref().map_or(0, |answer| answer.status))
             .or_default() += 1;
         match answer {
-            Some(answer) if !is_issued(&answer) => refused = refused.or(Some(answer.body)),
+            Some(answer) if !is_issued(&answer) => unissued = unissued.or(Some(answer.body)),
             Some(answer) if !answer.body.is_empty() => report.body = answer.body,
             _ => {}
         }
     }
-    report.body = refused.unwrap_or(report.body);
+    report.body = unissued.unwrap_or(report.body);
     report
 }
 

@@ -109,7 +109,7 @@ fn main() -> ExitCode {
         ["callers", plan] => serde_json::from_str(plan)
             .map_err(Into::into)
             .and_then(|plan| load::callers(&plan)),
-        ["crowd", processes, connections, cgroup] => {
+        ["background", processes, connections, cgroup] => {
             numbers(processes, connections).and_then(|(processes, connections)| {
                 background_load::run(processes, connections, Path::new(cgroup))
             })

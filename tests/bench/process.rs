@@ -58,7 +58,7 @@ impl Part {
     }
 
     /// Writes to its standard input.
-    pub(crate) fn say(&mut self, text: &str) -> Result<(), Failed> {
+    pub(crate) fn write_text(&mut self, text: &str) -> Result<(), Failed> {
         Ok(self
             .input
             .as_mut()
@@ -67,12 +67,12 @@ impl Part {
     }
 
     /// Closes its standard input.
-    pub(crate) fn hang_up(&mut self) {
+    pub(crate) fn close_input(&mut self) {
         self.input = None;
     }
 
     /// Reads its next line.
-    pub(crate) fn hear(&mut self) -> Result<String, Failed> {
+    pub(crate) fn next_line(&mut self) -> Result<String, Failed> {
         let mut line = String::new();
         if self.output.read_line(&mut line)? == 0 {
             return Err(
@@ -84,7 +84,7 @@ impl Part {
 
     /// Lets it end by itself: closes its standard input and waits.
     pub(crate) fn end(mut self) -> Result<(), Failed> {
-        self.hang_up();
+        self.close_input();
         let status = self.child.wait()?;
         if status.success() {
             Ok(())

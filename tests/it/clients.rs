@@ -57,11 +57,11 @@ fn each_client_reads_only_its_own_object() {
             ..Reading::single_read(member, &serving)
         };
         let other = read(&stage, member, &serving, &other);
-        let refused = other
+        let rejected = other
             .each
             .iter()
             .all(|read| read.as_ref().is_err_and(|message| is_denied(message)));
-        (!refused).then(|| {
+        (!rejected).then(|| {
             format!(
                 "{} is not denied another's object: {other:?}",
                 member.client.name

@@ -270,7 +270,7 @@ const OTHER_BLOCKS: &[(&str, &str, Tested)] = &[
         "[Socket]",
         In(
             "systemd.rs",
-            "unconfigured_socket_of_unit_is_refused_and_others_are_served",
+            "unconfigured_socket_of_unit_is_rejected_and_others_are_served",
         ),
     ),
     ("install-kubernetes.md", "apiVersion: kustomize", NODE),

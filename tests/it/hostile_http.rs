@@ -32,7 +32,7 @@ struct Address {
 enum Expected {
     Credentials,
     /// An error, audited: the status line, and the code in the body.
-    Refused(&'static str, &'static str),
+    Rejected(&'static str, &'static str),
     /// An error for a head that could not be parsed: counted as a connection without a request.
     BadHead(&'static str, &'static str),
 }
@@ -42,12 +42,12 @@ const LARGE: Expected = Expected::BadHead(
     "HTTP/1.1 431 Request Header Fields Too Large",
     "head_too_large",
 );
-const HOST: Expected = Expected::Refused("HTTP/1.1 400 Bad Request", "host");
-const BODY: Expected = Expected::Refused("HTTP/1.1 400 Bad Request", "body");
-const PATH: Expected = Expected::Refused("HTTP/1.1 404 Not Found", "path");
-const METHOD: Expected = Expected::Refused("HTTP/1.1 405 Method Not Allowed", "method");
-const PROXIED: Expected = Expected::Refused("HTTP/1.1 403 Forbidden", "proxied");
-const UNAUTHORIZED: Expected = Expected::Refused("HTTP/1.1 403 Forbidden", "no_authorization");
+const HOST: Expected = Expected::Rejected("HTTP/1.1 400 Bad Request", "host");
+const BODY: Expected = Expected::Rejected("HTTP/1.1 400 Bad Request", "body");
+const PATH: Expected = Expected::Rejected("HTTP/1.1 404 Not Found", "path");
+const METHOD: Expected = Expected::Rejected("HTTP/1.1 405 Method Not Allowed", "method");
+const PROXIED: Expected = Expected::Rejected("HTTP/1.1 403 Forbidden", "proxied");
+const UNAUTHORIZED: Expected = Expected::Rejected("HTTP/1.1 403 Forbidden", "no_authorization");
 
 struct HttpStage {
     daemon: Daemon,
@@ -235,7 +235,7 @@ fn check(stage: &HttpStage, address: &Address, request: &[u8], right: Expected) 
     let shown = String::from_utf8_lossy(&request[..request.len().min(300)]).into_owned();
     let labels = match right {
         Expected::Credentials => "outcome=\"issued\",reason=\"ok\"".to_owned(),
-        Expected::Refused(_, code) | Expected::BadHead(_, code) => {
+        Expected::Rejected(_, code) | Expected::BadHead(_, code) => {
             format!("outcome=\"refused\",reason=\"{code}\"")
         }
     };
@@ -281,7 +281,7 @@ fn check(stage: &HttpStage, address: &Address, request: &[u8], right: Expected) 
                 context()
             );
         }
-        Expected::Refused(line, code) | Expected::BadHead(line, code) => {
+        Expected::Rejected(line, code) | Expected::BadHead(line, code) => {
             // HTTP/1.0 is answered as such.
             let is_1_0 = shown.contains(" HTTP/1.0\r\n") && !matches!(right, Expected::BadHead(..));
             let line = if is_1_0 {
@@ -466,7 +466,7 @@ fn hidden_second_request_is_not_answered() {
 }
 
 #[test]
-fn input_other_than_http_1_is_refused() {
+fn input_other_than_http_1_is_rejected() {
     let hello: &[u8] =
         b"\x16\x03\x01\x00\x2f\x01\x00\x00\x2b\x03\x03GET /v1/credentials HTTP/1.1\r\n\r\n";
     let case = |bytes: &str| (bytes.as_bytes().to_vec(), BAD);
@@ -502,7 +502,7 @@ fn input_other_than_http_1_is_refused() {
 }
 
 #[test]
-fn oversized_heads_are_refused() {
+fn oversized_heads_are_rejected() {
     let long = |length: usize| "a".repeat(length);
     let many = |count: usize| {
         (0..count)
@@ -543,7 +543,7 @@ fn oversized_heads_are_refused() {
 }
 
 #[test]
-fn valid_but_forbidden_requests_are_refused() {
+fn valid_but_forbidden_requests_are_rejected() {
     let plain = |line: &str, right| (request(line, ""), right);
     let bare = |headers: &str, right| {
         (

@@ -15,9 +15,9 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::harness::actor::{Counts, ask as ask_as};
+use crate::harness::actor::{Counts, fetch as fetch_as};
 use crate::harness::cgroup::Cgroup;
-use crate::harness::client::{ask, connect};
+use crate::harness::client::{connect, fetch};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
@@ -89,9 +89,9 @@ impl Stage {
         self.files.hang();
     }
 
-    fn ask_as(&self, uid: u32) -> Counts {
+    fn fetch_as(&self, uid: u32) -> Counts {
         let address = self.daemon.listener("unix");
-        ask_as("unix", &address, uid, 1, self.cgroup.path())
+        fetch_as("unix", &address, uid, 1, self.cgroup.path())
     }
 
     fn await_one_blocked_thread(&self) {
@@ -127,12 +127,12 @@ fn others_are_answered(daemon: &Daemon, when: &str) {
     let tcp = |address: SocketAddr| {
         let stream = connect(address);
         stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-        ask(stream)
+        fetch(stream)
     };
     for _ in 0..5 {
         let unix = UnixStream::connect(daemon.unix()).unwrap();
         unix.set_read_timeout(Some(TIMEOUT)).unwrap();
-        for (status, body) in [ask(unix), tcp(daemon.tcp()), tcp(daemon.tcp6())] {
+        for (status, body) in [fetch(unix), tcp(daemon.tcp()), tcp(daemon.tcp6())] {
             assert_eq!(status, 200, "{when}: {body}");
         }
     }
@@ -155,7 +155,7 @@ fn hanging_exe_takes_one_thread_over_reloads() {
     for reload in 0..=RELOADS {
         let unresponsive = Counts::from([("process_unresponsive".to_owned(), 1)]);
         for uid in [ALICE, BOB] {
-            assert_eq!(stage.ask_as(uid), unresponsive, "reload {reload}");
+            assert_eq!(stage.fetch_as(uid), unresponsive, "reload {reload}");
         }
         assert_eq!(stage.blocked_threads(), 1, "reload {reload}");
         others_are_answered(&stage.daemon, "while the program hangs");
@@ -182,7 +182,7 @@ fn hanging_ca_file_takes_one_thread_over_reloads() {
         );
     let stage = Stage::start(files, &text);
     for reload in 0..=RELOADS {
-        let answers = stage.ask_as(ALICE);
+        let answers = stage.fetch_as(ALICE);
         assert!(!answers.contains_key("Success"), "{answers:?}");
         stage.await_one_blocked_thread();
         others_are_answered(&stage.daemon, "while the CA file hangs");
@@ -327,7 +327,7 @@ fn silent_name_service_takes_few_threads() {
             for (uid, _) in &users {
                 let address = &address;
                 scope.spawn(move || {
-                    let answers = ask_as("unix", address, *uid, 1, cgroup);
+                    let answers = fetch_as("unix", address, *uid, 1, cgroup);
                     assert!(!answers.contains_key("Success"), "{answers:?}");
                 });
             }

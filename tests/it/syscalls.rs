@@ -184,7 +184,7 @@ fn in_pods() -> BTreeSet<String> {
     };
     let first = start("first");
     let pod = Cgroup::of_pod(77);
-    let answer = node.ask("cni-1", &pod, "127.0.0.1:974".parse().unwrap());
+    let answer = node.fetch("cni-1", &pod, "127.0.0.1:974".parse().unwrap());
     assert!(answer.contains("AccessKeyId"), "{answer}");
     let second = start("second");
     node.add("cni-2");

@@ -152,15 +152,15 @@ fn missing_handler_is_not_taken_for_a_missing_socket() {
                 .contains("inet_diag and tcp_diag"),
             "{errno:?}"
         );
-        let refusal = missing.refusal();
-        assert_eq!(refusal.reason(), "unsupported_kernel", "{errno:?}");
-        assert!(refusal.to_string().contains("tcp_diag"), "{errno:?}");
+        let rejection = missing.rejection();
+        assert_eq!(rejection.reason(), "unsupported_kernel", "{errno:?}");
+        assert!(rejection.to_string().contains("tcp_diag"), "{errno:?}");
     }
 }
 
 /// Versions prove little: a rejection names the interface.
 #[test]
-fn refusals_name_what_is_missing() {
+fn rejections_name_what_is_missing() {
     let io = || io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
     for (missing, words) in [
         (TcpUnsupported::NoCgroups, "no cgroup v2 tree is mounted"),
@@ -172,7 +172,7 @@ fn refusals_name_what_is_missing() {
         (TcpUnsupported::NoLoopback(io()), "the device lo"),
         (no_sock_diag(io()), "sock_diag(7)"),
     ] {
-        let text = missing.refusal().to_string();
+        let text = missing.rejection().to_string();
         assert!(text.contains(words) && !text.contains("5.15"), "{text}");
     }
 }

@@ -106,7 +106,7 @@ pub(super) async fn exchange(
                 ),
                 "where the agent attests callers, name a running workload that it is for: awsvid check --pid PID, or --pod UID",
             ),
-            Err(error) => refused(&error, report),
+            Err(error) => rejected(&error, report),
         }
         return;
     };
@@ -121,12 +121,12 @@ pub(super) async fn exchange(
                 humantime::format_rfc3339_seconds(credentials.expiration)
             ),
         ),
-        Err(error) => refused(&error, report),
+        Err(error) => rejected(&error, report),
     }
 }
 
 /// Reports the failure, with the same text as the daemon's log.
-fn refused(error: &StsError, report: &mut CheckReport) {
+fn rejected(error: &StsError, report: &mut CheckReport) {
     let fix = error
         .fix
         .clone()

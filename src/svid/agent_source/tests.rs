@@ -440,7 +440,7 @@ async fn process_is_queried_again_after_an_execution() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn own_identity_is_given_to_no_workload() {
+async fn own_identity_is_issued_to_no_workload() {
     let agent = AgentScript::reply(|_| Ok(vec![AWSVID, "spiffe://example.org/daemon-too"]));
     let source = source(&agent);
     assert_eq!(ids(source.identify(&caller(1)).await), [""; 0]);

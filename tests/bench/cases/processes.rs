@@ -27,10 +27,10 @@ pub(crate) fn processes(bench: &Bench) -> Result<Vec<Line>, Failed> {
         while callers.len() < count {
             callers.push(start(&pair.plan)?);
         }
-        let turns = bench.count(2000, 1).div_ceil(count).max(2);
+        let repeats = bench.count(2000, 1).div_ceil(count).max(2);
         each(&mut callers)?;
         let runs = (0..bench.rounds())
-            .map(|_| measure(pair.daemon.pid(), &mut callers, turns))
+            .map(|_| measure(pair.daemon.pid(), &mut callers, repeats))
             .collect::<Result<Vec<_>, _>>()?;
         let cpu = Spread::of(runs);
         lines.push(Line::new(
@@ -54,7 +54,7 @@ pub(crate) fn processes(bench: &Bench) -> Result<Vec<Line>, Failed> {
 
 fn start(plan: &Plan) -> Result<Part, Failed> {
     let mut caller = Part::start(&["caller", &serde_json::to_string(plan)?])?;
-    match caller.hear()?.as_str() {
+    match caller.next_line()?.as_str() {
         "ready" => Ok(caller),
         other => Err(format!("unexpected line of a caller: {other:?}").into()),
     }
@@ -63,8 +63,8 @@ fn start(plan: &Plan) -> Result<Part, Failed> {
 /// Makes each of these processes send one request, one after the other.
 fn each(callers: &mut [Part]) -> Result<(), Failed> {
     for caller in callers {
-        caller.say("go\n")?;
-        match caller.hear()?.as_str() {
+        caller.write_text("go\n")?;
+        match caller.next_line()?.as_str() {
             "200" => {}
             other => return Err(format!("a caller got status {other}").into()),
         }
@@ -73,11 +73,11 @@ fn each(callers: &mut [Part]) -> Result<(), Failed> {
 }
 
 /// Returns the server's CPU time per request, in microseconds.
-fn measure(server: u32, callers: &mut [Part], turns: usize) -> Result<f64, Failed> {
+fn measure(server: u32, callers: &mut [Part], repeats: usize) -> Result<f64, Failed> {
     let before = machine::settled(server)?;
-    for _ in 0..turns {
+    for _ in 0..repeats {
         each(callers)?;
     }
     let cpu = machine::settled(server)? - before;
-    Ok(micros(cpu) / f64::from(u32::try_from(turns * callers.len())?))
+    Ok(micros(cpu) / f64::from(u32::try_from(repeats * callers.len())?))
 }

@@ -312,12 +312,13 @@ pub(crate) fn busy_node(bench: &Bench) -> Result<Vec<Line>, Failed> {
         for (pair, (without, _)) in pairs.iter().zip(&mut runs) {
             without.push(measure(bench, pair.daemon.pid(), &pair.plan)?);
         }
-        let crowd = bench.cgroups.unit("crowd")?;
-        let crowd = BackgroundLoad::start(bench.count(10_000, 100), bench.count(2000, 20), &crowd)?;
+        let background = bench.cgroups.unit("background")?;
+        let background =
+            BackgroundLoad::start(bench.count(10_000, 100), bench.count(2000, 20), &background)?;
         for (pair, (_, with)) in pairs.iter().zip(&mut runs) {
             with.push(measure(bench, pair.daemon.pid(), &pair.plan)?);
         }
-        crowd.end()?;
+        background.end()?;
     }
     let lines = SHAPES.iter().zip(&runs).map(|(shape, (without, with))| {
         line(

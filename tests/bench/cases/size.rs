@@ -53,7 +53,7 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
         4,
         bench.count(1000, 40),
     )?;
-    let crowded = later(&daemon)?;
+    let after_callers = later(&daemon)?;
     let line = |row,
                 Memory {
                     anonymous,
@@ -76,7 +76,7 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
     Ok(vec![
         line("memory idle", idle, "at most 8 MiB"),
         line("memory after load", loaded, "at most 12 MiB"),
-        line("memory after callers", crowded, "at most 12 MiB"),
+        line("memory after callers", after_callers, "at most 12 MiB"),
     ])
 }
 
@@ -91,10 +91,10 @@ fn later(daemon: &Daemon) -> Result<Memory, Failed> {
 pub(crate) fn entries(bench: &Bench) -> Result<Vec<Line>, Failed> {
     let count = bench.count(100_000, 1000);
     let mut part = Part::start(&["entries", &count.to_string()])?;
-    part.hear()?;
+    part.next_line()?;
     let empty = machine::memory(part.pid())?;
-    part.say("\n")?;
-    part.hear()?;
+    part.write_text("\n")?;
+    part.next_line()?;
     let full = machine::memory(part.pid())?;
     part.end()?;
     let bytes = f64::from(u32::try_from(

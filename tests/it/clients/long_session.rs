@@ -103,7 +103,7 @@ fn clients_see_no_error_at_session_end() {
                     (LENGTH.as_secs() / 60).div_ceil(*requests)
                 ),
             };
-            Cell::new(member.client.name, Column::Asks, text)
+            Cell::new(member.client.name, Column::Requests, text)
         });
     table::settle(&cells.collect::<Vec<_>>());
 }

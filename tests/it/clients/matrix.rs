@@ -27,7 +27,7 @@ fn clients_match_the_documented_matrix() {
     let mut cells: Vec<Cell> = stage.members().into_iter().flat_map(facts).collect();
     cells.extend(ways(&stage));
     cells.extend(cold(&stage));
-    cells.extend(refused(&stage));
+    cells.extend(rejected(&stage));
     cells.extend(unavailable(&stage));
     table::settle(&cells);
 }
@@ -215,7 +215,7 @@ const MAX_CONCURRENT_WAITING: usize = 6;
 const MIN_UNCOMPARED_TRIES: u64 = 7;
 
 /// Checks the 403 of users without an identity.
-fn refused(stage: &ClientStage) -> Vec<Cell> {
+fn rejected(stage: &ClientStage) -> Vec<Cell> {
     let serving = stage.daemon("refused", &ClientSetting::default());
     let results = for_each(&stage.members(), MAX_CONCURRENT_WAITING, |_, member| {
         let reading = Reading {
@@ -228,7 +228,7 @@ fn refused(stage: &ClientStage) -> Vec<Cell> {
         );
         shown_message(stage, member, &serving, &reading, &message)
     });
-    cells(stage, Column::Refused, results, |text| text)
+    cells(stage, Column::Rejected, results, |text| text)
 }
 
 /// Checks the 503 while STS is unavailable.

@@ -323,9 +323,15 @@ impl Repeater {
 }
 
 /// Sends this number of requests as this user, one after another, and returns the counts.
-pub(crate) fn ask(listener: &str, address: &str, uid: u32, count: usize, cgroup: &Path) -> Counts {
+pub(crate) fn fetch(
+    listener: &str,
+    address: &str,
+    uid: u32,
+    count: usize,
+    cgroup: &Path,
+) -> Counts {
     Repeater::start(
-        "ask",
+        "fetch",
         listener,
         address,
         &[usize::try_from(uid).unwrap(), count],

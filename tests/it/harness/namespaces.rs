@@ -208,14 +208,14 @@ impl NetnsNode {
     }
 
     /// Sends a request as the first act of a new process of this pod, and returns the response.
-    pub(crate) fn ask(&self, name: &str, cgroup: &Cgroup, address: SocketAddr) -> String {
+    pub(crate) fn fetch(&self, name: &str, cgroup: &Cgroup, address: SocketAddr) -> String {
         let words = self.enter_pod(name, cgroup);
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let mut command = behind(&words, &actor::program());
         command
             .env_clear()
             .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
-            .args(["ask", "tcp", &address.to_string()]);
+            .args(["fetch", "tcp", &address.to_string()]);
         run(command, b"", Duration::from_secs(60)).stdout
     }
 

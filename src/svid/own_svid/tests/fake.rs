@@ -135,7 +135,7 @@ impl FakeAgent {
 }
 
 impl Opening {
-    pub(in crate::svid) fn refuse(self, status: Status) {
+    pub(in crate::svid) fn reject(self, status: Status) {
         // An error means that the client is gone.
         let _ = self.reply.send(Err(status));
     }
