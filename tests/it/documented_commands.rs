@@ -1,5 +1,5 @@
-//! Runs the command blocks of README.md and deploy/docs, here or by a test that this file names.
-//! Every other block is read by the program that it is for.
+//! Runs the command blocks of all documents, here or by a test that this file names. Every other
+//! block is read by the program that it is for.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -13,26 +13,9 @@ use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::counterparts::{folder, root, skip, tool};
 use crate::harness::daemon::PROGRAM;
-use crate::harness::documents::{Block, block, blocks};
+use crate::harness::documents::{Block, block, blocks, pages};
 
 mod formats;
-
-const PAGES: [&str; 14] = [
-    "README.md",
-    "install-vm.md",
-    "install-kubernetes.md",
-    "kubernetes-with-spire.md",
-    "spire-setup.md",
-    "configuration.md",
-    "cli.md",
-    "metrics-and-alerts.md",
-    "audit-log.md",
-    "packages.md",
-    "upgrade.md",
-    "migrate.md",
-    "revoke.md",
-    "troubleshooting.md",
-];
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// The parent of entries in the documents, whose last part depends on the installation.
@@ -227,8 +210,23 @@ const POD_RECIPE: Tested = In(
 );
 const README_OUTPUT: Tested = In("dev.rs", "dev_prints_the_output_of_the_readme");
 
-/// The same for README.md and troubleshooting.md.
+/// The same for README.md, troubleshooting.md, and the pages of other folders.
 const MORE_COMMANDS: &[(&str, &str, Tested)] = &[
+    (
+        "deploy/helm/awsvid/README.md",
+        "kubectl create namespace",
+        EXISTING_SPIRE,
+    ),
+    (
+        "deploy/helm/awsvid/README.md",
+        "helm uninstall",
+        EXISTING_SPIRE,
+    ),
+    (
+        "tests/bench/README.md",
+        "cargo bench",
+        In("bench.rs", "documented_commands_run_the_bench"),
+    ),
     ("README.md", "cargo run --release", README_OUTPUT),
     (
         "README.md",
@@ -259,6 +257,7 @@ const SPIRE_CONFIGURATIONS: Tested = In(
     "documented_configurations_of_spire_are_valid",
 );
 const VALUES: Tested = In("helm/environment.rs", "page_has_the_values_of_the_examples");
+const README_VALUES: Tested = In("helm/values.rs", "values_of_the_readme_are_rendered");
 const PROFILE: Tested = In("credential_process.rs", "output_is_accepted_by_cli");
 
 /// Every other block that is not JSON, a configuration of awsvid or a synopsis.
@@ -278,6 +277,16 @@ const OTHER_BLOCKS: &[(&str, &str, Tested)] = &[
         "install-kubernetes.md",
         "securityContext:",
         In("kubernetes/cluster.rs", "install_seccomp_profile"),
+    ),
+    (
+        "deploy/helm/awsvid/README.md",
+        "config:\n  sts:",
+        README_VALUES,
+    ),
+    (
+        "deploy/helm/awsvid/README.md",
+        "config:\n  include:",
+        README_VALUES,
     ),
     (
         "kubernetes-with-spire.md",
@@ -362,19 +371,18 @@ fn is_read_by_kind(page: &str, block: &Block) -> bool {
 }
 
 /// Returns all blocks that need a row, in the order of the pages.
-fn blocks_with_rows() -> Vec<(&'static str, Block)> {
-    let of_page = |page| {
-        let needs_row = move |block: &Block| !is_read_by_kind(page, block);
-        blocks(page)
-            .into_iter()
-            .filter(needs_row)
-            .map(move |block| (page, block))
-    };
-    PAGES.into_iter().flat_map(of_page).collect()
+fn blocks_with_rows() -> Vec<(String, Block)> {
+    let mut found = Vec::new();
+    for page in pages() {
+        let blocks = blocks(&page).into_iter();
+        let needing_rows = blocks.filter(|block| !is_read_by_kind(&page, block));
+        found.extend(needing_rows.map(|block| (page.clone(), block)));
+    }
+    found
 }
 
 /// Returns the blocks that are tested in this way.
-fn commands(is_meant: impl Fn(Tested) -> bool) -> Vec<(&'static str, String)> {
+fn commands(is_meant: impl Fn(Tested) -> bool) -> Vec<(String, String)> {
     blocks_with_rows()
         .into_iter()
         .filter(|(page, block)| is_meant(tested(page, block)))
@@ -402,18 +410,18 @@ fn with_names(text: &str, log: &Path) -> String {
 fn reads_block(source: &str, page: &str, begin: &str) -> bool {
     let source = source.replace("\\\"", "'");
     let parts: Vec<&str> = source.split('"').collect();
-    let wanted = blocks(page)
+    let candidate = blocks(page)
         .into_iter()
         .find(|block| !is_read_by_kind(page, block) && block.text.starts_with(begin))
         .unwrap_or_else(|| panic!("{page} has no block {begin:?}"));
     let is_comma = |text: &str| text.trim() == ",";
-    let text = wanted.text.replace('"', "'");
+    let text = candidate.text.replace('"', "'");
     parts.windows(5).any(|parts| {
         let [of, comma, heading, other_comma, words] = parts else {
             return false;
         };
         *of == page
-            && *heading == wanted.heading
+            && *heading == candidate.heading
             && is_comma(comma)
             && is_comma(other_comma)
             && !words.is_empty()
@@ -664,8 +672,11 @@ fn documented_commands_work_with_spire() {
 
 #[test]
 fn documented_json_can_be_parsed() {
-    for page in PAGES {
-        for block in blocks(page).iter().filter(|block| block.language == "json") {
+    for page in pages() {
+        for block in blocks(&page)
+            .iter()
+            .filter(|block| block.language == "json")
+        {
             let parsed: Result<Value, _> = serde_json::from_str(&block.text);
             assert!(parsed.is_ok(), "{page}: {parsed:?}: {}", block.text);
         }
@@ -704,13 +715,16 @@ fn completed(page: &str, text: &str) -> String {
 #[test]
 fn documented_configurations_have_no_mistakes() {
     let mut count = 0;
-    for page in PAGES {
-        for block in blocks(page).iter().filter(|block| block.language == "toml") {
+    for page in pages() {
+        for block in blocks(&page)
+            .iter()
+            .filter(|block| block.language == "toml")
+        {
             let mut command = Command::new(PROGRAM);
             command
                 .env_clear()
                 .args(["config", "validate", "-", "--offline"]);
-            let output = run(command, completed(page, &block.text).as_bytes(), TIMEOUT);
+            let output = run(command, completed(&page, &block.text).as_bytes(), TIMEOUT);
             assert!(
                 output.status.success() && output.stderr.is_empty(),
                 "{page}: {output:?}: {}",
