@@ -6,11 +6,6 @@
 //! finds their cgroup. Without scans each daemon would need the capability, which opens every file
 //! of the host for reading.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "scans run on threads, and are throttled by real time"
-)]
-
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs;
@@ -19,10 +14,11 @@ use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::time::{ClockId, clock_gettime};
+use tokio::time::Instant;
 
+use crate::attest::sys;
 use crate::cgroup::{CgroupPath, PodRoots};
 
 /// The number of directories that are scanned below one workload's own. Whatever the workload
@@ -230,7 +226,7 @@ impl ScanThrottle {
         }
         let scan_task = tokio::spawn(async move {
             if let Some(next) = times.next {
-                tokio::time::sleep_until(next.into()).await;
+                tokio::time::sleep_until(next).await;
             }
             let started = Instant::now();
             // A panic is logged, and the callers find nothing.
@@ -252,9 +248,7 @@ impl ScanThrottle {
 /// Returns the CPU time of this thread. On a loaded machine a scan takes longer, and costs the
 /// same.
 fn thread_time() -> Duration {
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
-        .map(Duration::from)
-        .unwrap_or_default()
+    sys::thread_time().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -9,7 +9,6 @@ use std::time::Duration;
 use nix::dir::Dir;
 use nix::fcntl::OFlag;
 use nix::sys::stat::{Mode, stat};
-use nix::time::{ClockId, clock_gettime};
 
 use crate::attest::cgroup_tree::CgroupTree;
 use crate::attest::host::Host;
@@ -244,7 +243,7 @@ impl BudgetTracker {
         if !self.steps.is_multiple_of(CLOCK_CHECK_EVERY) {
             return Ok(());
         }
-        let now = thread_time()?;
+        let now = sys::thread_time().map_err(|errno| AttestError::kernel("clock_gettime", errno))?;
         let deadline = *self.deadline.get_or_insert(now + self.budget.time);
         if now > deadline {
             Err(AttestError::TooManyDescriptors)
@@ -252,12 +251,6 @@ impl BudgetTracker {
             Ok(())
         }
     }
-}
-
-fn thread_time() -> Result<Duration, AttestError> {
-    let now = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
-        .map_err(|errno| AttestError::kernel("clock_gettime", errno))?;
-    Ok(Duration::from(now))
 }
 
 #[cfg(test)]

@@ -1,10 +1,5 @@
 //! The file of a unix socket: created safely, and removed at the end.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "a bind waits at most 200 ms for the lock"
-)]
-
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
@@ -155,6 +150,10 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 ///
 /// A container in which the directory is mounted, even read-only, can take the lock too. That must
 /// not stop the daemon from starting, so a holder counts only if it listens.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a bind waits at most 200 ms for the lock"
+)]
 fn take_lock(mut lock: File, path: &Path) -> Result<Option<Flock<File>>, ListenError> {
     let start = Instant::now();
     loop {

@@ -1,14 +1,10 @@
 //! Checks of STS: its clock, and a real exchange.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "a command is a process of its own, without a runtime"
-)]
-
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use super::report::CheckReport;
+use crate::clock::Clock;
 use crate::commands::https_probe::HttpProbe;
 use crate::commands::live_token::LiveToken;
 use crate::role::{Identity, RequestedRole, Role, Roles};
@@ -34,7 +30,7 @@ pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut 
         }
     };
     report.show_progress(&format!("STS's clock, at {url}"));
-    let before = SystemTime::now();
+    let before = Clock::system().now();
     let date = match web.get(&url).await {
         Ok(answer) => answer.date,
         Err(error) => {
