@@ -1,8 +1,8 @@
 //! Cached credentials through failures of the source and of STS.
 
 use super::*;
+use crate::captured_log::CapturedLog;
 use crate::svid::BadToken;
-use crate::svid::jwt::tests::CapturedLog;
 use events::CacheEvent;
 
 /// The latest time at which the first refresh may be due.
