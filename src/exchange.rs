@@ -168,6 +168,7 @@ impl TokenExchanger {
         }
     }
 
+    /// Fetches a token of `caller` from the source, within its limits, and retries outages.
     async fn token(
         &self,
         caller: &Arc<Caller>,
@@ -227,6 +228,7 @@ impl TokenExchanger {
         }
     }
 
+    /// Exchanges the token at STS, and retries outages while the token is valid.
     async fn assume(
         &self,
         grant: &Grant,
@@ -274,24 +276,24 @@ fn with_note(error: StsError, note: &str) -> StsError {
 /// Number of retries of one exchange, and the time at which they end.
 struct RetryBudget {
     start: Instant,
-    tries: u32,
+    retries: u32,
 }
 
 impl RetryBudget {
     fn new() -> Self {
         Self {
             start: Instant::now(),
-            tries: 0,
+            retries: 0,
         }
     }
 
     /// Waits before a retry. Returns `false` at once if no retry is left.
     async fn pause(&mut self) -> bool {
-        let pause = BACKOFF.delay(self.tries + 1);
-        if self.tries == MAX_RETRIES || self.start.elapsed() + pause > RETRY_WINDOW {
+        let pause = BACKOFF.delay(self.retries + 1);
+        if self.retries == MAX_RETRIES || self.start.elapsed() + pause > RETRY_WINDOW {
             return false;
         }
-        self.tries += 1;
+        self.retries += 1;
         sleep(pause).await;
         true
     }
