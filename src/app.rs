@@ -38,7 +38,7 @@ use audit_file::{audit_error, reopen};
 use components::Components;
 use endpoint::credential_endpoint;
 pub use error::AppError;
-use listeners::{ListenAddress, bind_all, refuse_rest, tcp_address};
+use listeners::{ListenAddress, bind_all, reset_unclaimed, tcp_address};
 
 /// Time that operators' connections have to end after the workloads' connections have ended.
 const ADMIN_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
@@ -51,7 +51,7 @@ pub struct App {
     /// Address for operators, if one is bound.
     pub admin: Option<SocketAddr>,
     /// The `[listen]` section of the start. A reload does not change it.
-    listen: config::Listen,
+    listen: config::ListenConfig,
     /// The `[pods]` section of the start. A reload does not change it.
     pods: config::PodsConfig,
     /// The source in use, with the configuration that it was built from.
@@ -108,20 +108,29 @@ impl App {
             files: file_threads,
             ..BlockingCalls::default()
         };
-        let names = (&accounts, &blocking);
-        let parts = Components::new(&config, None, false, names, (&clock, &metrics)).await?;
+        let parts =
+            Components::new(&config, None, false, &accounts, &blocking, &clock, &metrics).await?;
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.policy, clock.clone(), metrics.clone());
         let service = Arc::new(CredentialService::new(cache.clone()));
-        let shared = (&clock, &metrics, &blocking.files);
-        let endpoint = credential_endpoint(&config, exec_monitor, service.clone(), shared).await?;
+        let endpoint = credential_endpoint(
+            &config,
+            exec_monitor,
+            service.clone(),
+            &clock,
+            &metrics,
+            &blocking.files,
+        )
+        .await?;
         let attestor = endpoint.attestor.clone();
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
         let admin = Arc::new(Admin::new(
             metrics.clone(),
             readiness.clone(),
             cache,
-            (attestor.clone(), config.listen.clone(), config.pods.enabled),
+            attestor.clone(),
+            config.listen.clone(),
+            config.pods.enabled,
         ));
         admin.names_processes(DaemonFeatures::of(&config).names_processes());
         let mut app = Self {
@@ -149,7 +158,7 @@ impl App {
         app.serve_workloads(&mut inherited, &endpoint)?;
         app.serve_pods(endpoint).await?;
         app.serve_operators(&mut inherited, &admin);
-        refuse_rest(&app.workloads, &mut inherited);
+        reset_unclaimed(&app.workloads, &mut inherited);
         app.config_loaded(digest.to_string());
         app.probe(parts.probes);
         Ok(app)
@@ -182,8 +191,10 @@ impl App {
             &config,
             reusable,
             true,
-            (&self.accounts, &self.blocking),
-            (&self.clock, &self.metrics),
+            &self.accounts,
+            &self.blocking,
+            &self.clock,
+            &self.metrics,
         )
         .await?;
         let reopened = reopen(&self.audit, &config.audit, &self.blocking.files).await;
@@ -293,7 +304,8 @@ impl App {
                 (&self.pods.netns_dir, self.pods.handover_socket.as_deref());
             let drain = self.workloads.handle();
             let (pods, gate) = PodListeners::start(
-                (directory, handover),
+                directory,
+                handover,
                 endpoint,
                 self.blocking.files.clone(),
                 self.metrics.clone(),
@@ -319,8 +331,8 @@ impl App {
             .status
             .clone()
             .map(|path| (Address::Status, ListenAddress::Unix(path, 0o600)));
-        for (kind, wanted) in address.into_iter().chain(status) {
-            for attempt in bind_all(vec![wanted], inherited) {
+        for (kind, listen_address) in address.into_iter().chain(status) {
+            for attempt in bind_all(vec![listen_address], inherited) {
                 self.admin = self.admin.or(tcp_address(&attempt));
                 let admin = admin.clone();
                 let connection =

@@ -44,7 +44,7 @@ pub struct Audit {
     boot: u32,
     next: AtomicU64,
     /// Requests that got no credentials.
-    refusals: RecordAggregator,
+    rejections: RecordAggregator,
     /// Requests that were answered from the cache.
     hits: RecordAggregator,
 }
@@ -152,7 +152,7 @@ impl Audit {
             metrics,
             boot: fastrand::u32(..),
             next: AtomicU64::new(0),
-            refusals: RecordAggregator::default(),
+            rejections: RecordAggregator::default(),
             hits: RecordAggregator::default(),
         })
     }
@@ -255,7 +255,7 @@ impl Audit {
 
 impl Drop for Audit {
     fn drop(&mut self) {
-        for aggregator in [&self.refusals, &self.hits] {
+        for aggregator in [&self.rejections, &self.hits] {
             self.put(aggregator.sweep(None).0);
         }
         self.sink.load().flush();

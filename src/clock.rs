@@ -1,8 +1,6 @@
 //! Wall-clock time, for `Expiration`, tokens, and times that are shown. Everything else uses
 //! tokio's monotonic clock.
 
-#![expect(clippy::disallowed_methods, reason = "this is the clock")]
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -63,6 +61,7 @@ impl Clock {
     }
 
     /// Returns the current wall-clock time.
+    #[expect(clippy::disallowed_methods, reason = "this is the clock")]
     pub fn now(&self) -> SystemTime {
         let Some(simulated) = &self.simulated else {
             return SystemTime::now();

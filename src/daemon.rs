@@ -65,7 +65,7 @@ pub fn serve(path: &Path, watch: bool) -> ExitStatus {
     // Before the files are loaded, so that no change is lost in between.
     let threads = FileThreads::default();
     let watch = watch.then(|| ConfigWatch::new(path, threads.clone()));
-    let loaded = match Config::load(path, Exposure::Refused, |name| std::env::var(name).ok()) {
+    let loaded = match Config::load(path, Exposure::Rejected, |name| std::env::var(name).ok()) {
         Ok(loaded) => loaded,
         Err(errors) => {
             eprintln!(
@@ -107,7 +107,7 @@ pub fn serve(path: &Path, watch: bool) -> ExitStatus {
         watch,
         threads,
     };
-    let status = start(files, config, (&log, metrics), exec_monitor).unwrap_or_else(|error| {
+    let status = start(files, config, &log, metrics, exec_monitor).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
         error.exit_status()
     });
@@ -157,7 +157,8 @@ impl WatchedConfig {
 fn start(
     files: WatchedConfig,
     config: Config,
-    (log, metrics): (&Log, Metrics),
+    log: &Log,
+    metrics: Metrics,
     exec_monitor: Option<ExecMonitor>,
 ) -> Result<ExitStatus, StartFailure> {
     let inherited = ActivatedSockets::from_environment();
@@ -238,7 +239,7 @@ async fn reload(app: &mut App, files: &mut WatchedConfig, log: &Log, notifier: &
         .await;
     let loading = {
         let path = files.path.clone();
-        let load = move || Config::load(&path, Exposure::Refused, |name| std::env::var(name).ok());
+        let load = move || Config::load(&path, Exposure::Rejected, |name| std::env::var(name).ok());
         files.threads.run(&files.path, load)
     };
     let used = match loading.await {

@@ -148,24 +148,27 @@ impl TokenExchanger {
         let _running = self.metrics.exchange_started();
         let mut budget = RetryBudget::new();
         let token = self.token(caller, grant, &mut budget).await?;
-        let refused = match self.assume(grant, &token, &mut budget).await {
+        let first_error = match self.assume(grant, &token, &mut budget).await {
             Err(error) if error.retry == RetryPolicy::NewToken => error,
             result => return Ok(result?),
         };
         let fresh = self.token(caller, grant, &mut budget).await?;
         if fresh.is_same(&token) {
-            return Err(
-                with_note(refused, "the identity source returned the same token again").into(),
-            );
+            return Err(with_note(
+                first_error,
+                "the identity source returned the same token again",
+            )
+            .into());
         }
         match self.assume(grant, &fresh, &mut budget).await {
             Err(error) if error.retry == RetryPolicy::NewToken => {
-                Err(self.refused_twice(error, &fresh).into())
+                Err(self.second_rejection(error, &fresh).into())
             }
             result => Ok(result?),
         }
     }
 
+    /// Fetches a token of `caller` from the source, within its limits, and retries outages.
     async fn token(
         &self,
         caller: &Arc<Caller>,
@@ -207,7 +210,7 @@ impl TokenExchanger {
     /// Classifies STS's rejection of a second token. If the token expired in a queue or between
     /// retries, the rejection is an outage. The role may be right, so cached credentials
     /// stay valid.
-    fn refused_twice(&self, error: StsError, token: &JwtSvid) -> StsError {
+    fn second_rejection(&self, error: StsError, token: &JwtSvid) -> StsError {
         match (token.check_life(self.clock.now()), token.short_life()) {
             (Err(expired), _) => StsError {
                 retry: RetryPolicy::Later,
@@ -225,6 +228,7 @@ impl TokenExchanger {
         }
     }
 
+    /// Exchanges the token at STS, and retries outages while the token is valid.
     async fn assume(
         &self,
         grant: &Grant,
@@ -272,24 +276,24 @@ fn with_note(error: StsError, note: &str) -> StsError {
 /// Number of retries of one exchange, and the time at which they end.
 struct RetryBudget {
     start: Instant,
-    tries: u32,
+    retries: u32,
 }
 
 impl RetryBudget {
     fn new() -> Self {
         Self {
             start: Instant::now(),
-            tries: 0,
+            retries: 0,
         }
     }
 
     /// Waits before a retry. Returns `false` at once if no retry is left.
     async fn pause(&mut self) -> bool {
-        let pause = BACKOFF.delay(self.tries + 1);
-        if self.tries == MAX_RETRIES || self.start.elapsed() + pause > RETRY_WINDOW {
+        let pause = BACKOFF.delay(self.retries + 1);
+        if self.retries == MAX_RETRIES || self.start.elapsed() + pause > RETRY_WINDOW {
             return false;
         }
-        self.tries += 1;
+        self.retries += 1;
         sleep(pause).await;
         true
     }

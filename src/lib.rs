@@ -50,6 +50,8 @@ pub mod cgroup;
 
 pub mod caller;
 
+pub mod clock;
+
 pub mod file_threads;
 
 pub mod workload_rule;
@@ -57,8 +59,6 @@ pub mod workload_rule;
 pub mod role;
 
 pub mod credentials;
-
-pub mod clock;
 
 pub mod backoff;
 
@@ -126,6 +126,10 @@ pub mod dev;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+
+#[cfg(test)]
+#[path = "../tests/support/captured_log.rs"]
+mod captured_log;
 
 #[cfg(test)]
 #[path = "../tests/support/random_cases.rs"]

@@ -15,7 +15,7 @@ use awsvid::daemon;
 use awsvid::dev;
 use awsvid::exit_status::ExitStatus;
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 
 /// Gives each workload on this machine its own AWS credentials, by its SPIFFE ID
@@ -97,7 +97,11 @@ Validate a configuration before the start: awsvid config validate FILE")]
     #[command(after_help = "\
 Examples:
   awsvid dev                                  prints variables to copy elsewhere
-  awsvid dev -- aws sts get-caller-identity   runs one command with them")]
+  awsvid dev -- aws sts get-caller-identity   runs one command with them
+
+Exit status: that of the command, 128 plus the number of a signal that ended it,
+127 if it does not exist, 126 if it cannot be run. Without a command 0. 1 if
+awsvid dev itself cannot start.")]
     #[cfg(feature = "dev")]
     Dev {
         /// Command to run with the endpoint in its environment. Without one, `dev` prints the
@@ -110,7 +114,9 @@ Examples:
 Examples:
   awsvid completions bash > ~/.local/share/bash-completion/completions/awsvid
   awsvid completions zsh > ~/.zfunc/_awsvid
-  awsvid completions fish > ~/.config/fish/completions/awsvid.fish")]
+  awsvid completions fish > ~/.config/fish/completions/awsvid.fish
+
+Exit status: 0, or 1 if the script cannot be written.")]
     Completions {
         /// Shell to print the script for
         shell: Shell,
@@ -122,7 +128,9 @@ Examples:
   awsvid man exec > awsvid-exec.1
   awsvid man config validate > awsvid-config-validate.1
   awsvid man awsvid.toml > awsvid.toml.5
-  sudo awsvid man --directory /usr/share/man/man1       all pages")]
+  sudo awsvid man --directory /usr/share/man/man1       all pages
+
+Exit status: 0, or 1 if a page cannot be written.")]
     Man {
         /// A command, or `awsvid.toml` for the configuration file.
         #[arg(value_name = "COMMAND|awsvid.toml")]
@@ -135,7 +143,16 @@ Examples:
 }
 
 fn main() -> ExitStatus {
-    match Arguments::parse().command {
+    let matches = Arguments::command().get_matches();
+    let name = matches.subcommand_name().unwrap_or_default();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let status = run(arguments.command);
+    debug_assert!(status.is_of(name), "awsvid {name} ends with {status:?}");
+    status
+}
+
+fn run(command: Command) -> ExitStatus {
+    match command {
         Command::Serve { config, watch } => daemon::serve(&config, watch),
         Command::Config(configuration) => configuration.run(),
         Command::Status(status) => status.run(),

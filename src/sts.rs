@@ -138,7 +138,7 @@ impl Sts {
                 .web_identity_token(NO_TOKEN)
         };
         match self.call(target, invalid_token).await {
-            Ok(_) | Err(Failure::Refused { .. } | Failure::InvalidResponse(_)) => Ok(()),
+            Ok(_) | Err(Failure::Rejected { .. } | Failure::InvalidResponse(_)) => Ok(()),
             Err(failure) => Err(StsError::new(
                 &failure,
                 &self.destination(target).await,

@@ -1,11 +1,6 @@
 //! The `[[workload]]` rules: they map callers on this node to SPIFFE IDs, if the node's
 //! configuration has any.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "the times of files are compared with the wall clock"
-)]
-
 use std::hash::{Hash, Hasher};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -16,6 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::time::Instant;
 
 use crate::caller::{CallerFacts, Executable, GroupDetail, ListenerKind, ProcessFacts};
+use crate::clock::Clock;
 use crate::file_threads::FileThreads;
 use crate::identity::SpiffeId;
 
@@ -314,7 +310,7 @@ impl ExeMatcher {
         }
         let (path, cached) = (self.path.clone(), self.cached.clone());
         let read = move || {
-            let (at, wall) = (Instant::now(), SystemTime::now());
+            let (at, wall) = (Instant::now(), Clock::system().now());
             let result = std::fs::metadata(&path);
             let file = StatResult::of(&result);
             let before = cached

@@ -5,11 +5,6 @@
 //! loses its own first (T30). Lost lines are counted, and the output gets a note of them as soon as
 //! a line can be written again.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "the thread of a writer has no runtime"
-)]
-
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::fs::File;
@@ -228,6 +223,10 @@ impl Writer {
     }
 
     /// Blocks until all lines so far are written or lost, at most for `patience`.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "it blocks a thread without a runtime"
+    )]
     pub fn flush(&self, patience: Duration) {
         let deadline = Instant::now() + patience;
         let mut queue = self.0.queue();

@@ -64,7 +64,7 @@ impl LiveRules {
         caller: CallerFacts<'_>,
     ) -> Result<Option<SpiffeId>, IdentifyError> {
         let request_time = Instant::now();
-        let mut was_looked_up = false;
+        let mut is_resolved = false;
         loop {
             let names = match self.evaluate(caller, request_time) {
                 RulesOutcome::Decided(decided) => return decided,
@@ -78,20 +78,20 @@ impl LiveRules {
                     }
                     continue;
                 }
-                RulesOutcome::Unanswered(names) if was_looked_up => {
+                RulesOutcome::Unanswered(names) if is_resolved => {
                     return names
                         .into_iter()
                         .next()
                         .map_or(Ok(None), |name| Err(IdentifyError::UnknownAccount(name)));
                 }
-                RulesOutcome::NoMatchYet(_) if was_looked_up => return Ok(None),
+                RulesOutcome::NoMatchYet(_) if is_resolved => return Ok(None),
                 RulesOutcome::Unanswered(names) | RulesOutcome::NoMatchYet(names) => names,
             };
             let Some(accounts) = &self.accounts else {
                 return Ok(None);
             };
             accounts.await_lookup(&names, LOOKUP_WAIT).await;
-            was_looked_up = true;
+            is_resolved = true;
         }
     }
 

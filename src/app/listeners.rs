@@ -48,11 +48,11 @@ pub(super) type BindAttempt = (ListenAddress, Result<Listener, ListenError>);
 
 /// Binds each address. IPv6 addresses are left out, with a warning, on a machine without IPv6.
 pub(super) fn bind_all(
-    wanted: Vec<ListenAddress>,
+    requested: Vec<ListenAddress>,
     inherited: &mut ActivatedSockets,
 ) -> Vec<BindAttempt> {
     let mut attempts = Vec::new();
-    for address in wanted {
+    for address in requested {
         match (address.bind(inherited), &address) {
             (Err(error), ListenAddress::Tcp(tcp))
                 if tcp.is_ipv6() && error.is_unavailable_family() =>
@@ -67,8 +67,8 @@ pub(super) fn bind_all(
 
 /// Returns the TCP address with the port that the kernel chose. `None` for a unix socket, and for a
 /// port that is not chosen yet.
-pub(super) fn tcp_address((wanted, bound): &BindAttempt) -> Option<SocketAddr> {
-    match (bound, wanted) {
+pub(super) fn tcp_address((requested, bound): &BindAttempt) -> Option<SocketAddr> {
+    match (bound, requested) {
         (Ok(Listener::Tcp { address, .. }), _) => Some(*address),
         (Err(_), ListenAddress::Tcp(address)) if address.port() != 0 => Some(*address),
         _ => None,
@@ -108,7 +108,7 @@ pub(super) fn serve<F, C>(
 
 /// Resets callers of sockets that systemd holds and the configuration does not name. In their
 /// queues the callers would wait for ever.
-pub(super) fn refuse_rest(drain: &Drain, inherited: &mut ActivatedSockets) {
+pub(super) fn reset_unclaimed(drain: &Drain, inherited: &mut ActivatedSockets) {
     for bound in inherited.take_unclaimed() {
         let bound = match bound {
             Ok(bound) => bound,
@@ -140,10 +140,10 @@ async fn bind_later(
         if drain.stops_within(RETRY_INTERVAL).await {
             return None;
         }
-        let wanted = address.clone();
+        let requested = address.clone();
         // Binding touches files, so it may block.
         let error =
-            match spawn_blocking(move || wanted.bind(&mut ActivatedSockets::default())).await {
+            match spawn_blocking(move || requested.bind(&mut ActivatedSockets::default())).await {
                 Ok(Ok(bound)) => return Some(bound),
                 Ok(Err(error)) => error.to_string(),
                 Err(error) => error.to_string(),

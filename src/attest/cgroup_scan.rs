@@ -6,11 +6,6 @@
 //! finds their cgroup. Without scans each daemon would need the capability, which opens every file
 //! of the host for reading.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "scans run on threads, and are throttled by real time"
-)]
-
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs;
@@ -19,10 +14,11 @@ use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::time::{ClockId, clock_gettime};
+use tokio::time::Instant;
 
+use crate::attest::sys;
 use crate::cgroup::{CgroupPath, PodRoots};
 
 /// The number of directories that are scanned below one workload's own. Whatever the workload
@@ -230,7 +226,7 @@ impl ScanThrottle {
         }
         let scan_task = tokio::spawn(async move {
             if let Some(next) = times.next {
-                tokio::time::sleep_until(next.into()).await;
+                tokio::time::sleep_until(next).await;
             }
             let started = Instant::now();
             // A panic is logged, and the callers find nothing.
@@ -252,9 +248,7 @@ impl ScanThrottle {
 /// Returns the CPU time of this thread. On a loaded machine a scan takes longer, and costs the
 /// same.
 fn thread_time() -> Duration {
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
-        .map(Duration::from)
-        .unwrap_or_default()
+    sys::thread_time().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -340,7 +334,7 @@ mod tests {
         ["a/b/c", "a/d", "e"].into_iter().for_each(make);
         let root = [CgroupPath::parse("/").unwrap()];
         let mut snapshots = DirSnapshots::new();
-        let mut walk = || {
+        let mut run_scan = || {
             let roots = PodRoots::defaults();
             let found = CgroupScanner {
                 mount: tree.path(),
@@ -357,10 +351,10 @@ mod tests {
             paths.sort();
             paths.join(" ")
         };
-        assert_eq!(walk(), "/ /a /a/b /a/b/c /a/d /e");
-        assert_eq!(walk(), "/ /a /a/b /a/b/c /a/d /e");
+        assert_eq!(run_scan(), "/ /a /a/b /a/b/c /a/d /e");
+        assert_eq!(run_scan(), "/ /a /a/b /a/b/c /a/d /e");
         make("a/b/f");
-        assert_eq!(walk(), "/ /a /a/b /a/b/c /a/b/f /a/d /e");
+        assert_eq!(run_scan(), "/ /a /a/b /a/b/c /a/b/f /a/d /e");
         // Another directory of the same name, and one that replaced another: no counts have
         // changed.
         let kept = fs::File::open(tree.path().join("e")).unwrap();
@@ -368,48 +362,48 @@ mod tests {
         make("e");
         fs::remove_dir(tree.path().join("a/d")).unwrap();
         make("a/g");
-        assert_eq!(walk(), "/ /a /a/b /a/b/c /a/b/f /a/g /e");
+        assert_eq!(run_scan(), "/ /a /a/b /a/b/c /a/b/f /a/g /e");
         drop(kept);
         fs::remove_dir_all(tree.path().join("a/b")).unwrap();
-        assert_eq!(walk(), "/ /a /a/g /e");
+        assert_eq!(run_scan(), "/ /a /a/g /e");
     }
 
     #[tokio::test]
     async fn throttle_shares_scans_and_pauses_after_each() {
-        const WALK: Duration = Duration::from_millis(5);
-        let (throttle, walked) = (
+        const SCAN_TIME: Duration = Duration::from_millis(5);
+        let (throttle, scans) = (
             Arc::<ScanThrottle>::default(),
             Arc::<AtomicUsize>::default(),
         );
-        let ask = || {
-            let (throttle, walked) = (throttle.clone(), walked.clone());
+        let request_scan = || {
+            let (throttle, scans) = (throttle.clone(), scans.clone());
             async move {
-                let walk = move || {
+                let run_scan = move || {
                     let started = thread_time();
-                    while thread_time() - started < WALK {}
-                    walked.fetch_add(1, Ordering::SeqCst);
+                    while thread_time() - started < SCAN_TIME {}
+                    scans.fetch_add(1, Ordering::SeqCst);
                 };
-                throttle.run_after(walk).await;
+                throttle.run_after(run_scan).await;
             }
         };
         let start = Instant::now();
-        let all: Vec<_> = (0..1000).map(|_| tokio::spawn(ask())).collect();
+        let all: Vec<_> = (0..1000).map(|_| tokio::spawn(request_scan())).collect();
         for one in all {
             one.await.unwrap();
         }
-        assert!(walked.load(Ordering::SeqCst) <= 3, "{walked:?}");
-        walked.store(0, Ordering::SeqCst);
+        assert!(scans.load(Ordering::SeqCst) <= 3, "{scans:?}");
+        scans.store(0, Ordering::SeqCst);
         // The scans run one after the other, and no task waits for their end.
         let start_again = Instant::now();
         for _ in 0..3 {
-            let one = tokio::spawn(ask());
+            let one = tokio::spawn(request_scan());
             tokio::task::yield_now().await;
             one.abort();
-            ask().await;
+            request_scan().await;
         }
-        let count = u32::try_from(walked.load(Ordering::SeqCst)).unwrap();
+        let count = u32::try_from(scans.load(Ordering::SeqCst)).unwrap();
         assert!(
-            count >= 3 && start_again.elapsed() >= WALK * (PAUSE_FACTOR + 1) * (count - 1),
+            count >= 3 && start_again.elapsed() >= SCAN_TIME * (PAUSE_FACTOR + 1) * (count - 1),
             "{count} {:?}",
             start.elapsed()
         );

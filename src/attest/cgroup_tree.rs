@@ -1,10 +1,5 @@
 //! The host's cgroup v2 tree: maps ids of cgroups to paths, and lists the processes of a cgroup.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "paths are found on threads without a runtime"
-)]
-
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::num::NonZeroUsize;
@@ -115,12 +110,18 @@ struct CachedPath {
     seen: Instant,
 }
 
+/// Returns the time of the threads that find paths.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "these threads have no runtime, so that its time cannot be paused there"
+)]
+fn now() -> Instant {
+    Instant::now()
+}
+
 impl CachedPath {
-    fn now(path: CgroupPath) -> Self {
-        Self {
-            path,
-            seen: Instant::now(),
-        }
+    fn new(path: CgroupPath) -> Self {
+        Self { path, seen: now() }
     }
 }
 
@@ -233,11 +234,11 @@ impl CgroupTree {
     pub(crate) fn cached_path(&self, id: u64) -> Option<Result<CgroupPath, AttestError>> {
         let mut paths = self.paths();
         if let Some(cached) = paths.get_mut(&id) {
-            if cached.seen.elapsed() < PATH_RECHECK_AFTER {
+            if now().duration_since(cached.seen) < PATH_RECHECK_AFTER {
                 return Some(Ok(cached.path.clone()));
             }
             if self.is_at(&cached.path, id) {
-                cached.seen = Instant::now();
+                cached.seen = now();
                 return Some(Ok(cached.path.clone()));
             }
             // A removed directory never reappears with this id.
@@ -260,7 +261,7 @@ impl CgroupTree {
             self.sweep_at
                 .store(MAX_PATHS.max(2 * paths.len()), Ordering::Relaxed);
         }
-        paths.insert(id, CachedPath::now(path.clone()));
+        paths.insert(id, CachedPath::new(path.clone()));
     }
 
     /// Scans a part of the tree and replaces its cached paths. Lookups of cached paths do not wait
@@ -298,7 +299,7 @@ impl CgroupTree {
                 paths.extend(
                     found
                         .into_iter()
-                        .map(|(id, path)| (id, CachedPath::now(path))),
+                        .map(|(id, path)| (id, CachedPath::new(path))),
                 );
             }
             Err(error) => {

@@ -38,7 +38,7 @@ pub(crate) struct Host {
     pidfds_have_inodes: bool,
     /// From Linux 6.13 on a pidfd reports the ids of its process. Before, they are read from its
     /// `status`, which is as long as the list of its groups.
-    pub(crate) pidfds_tell_ids: bool,
+    pub(crate) pidfds_report_ids: bool,
 }
 
 /// The cgroup hierarchies of the machine.
@@ -83,7 +83,7 @@ impl Host {
         exec_monitor: Option<Arc<ExecMonitor>>,
     ) -> Self {
         let own_pidfd = sys::pidfd_open(std::process::id()).ok();
-        let tells_ids = own_pidfd
+        let reports_ids = own_pidfd
             .as_ref()
             .and_then(|pidfd| sys::pidfd_info(pidfd.as_fd()).ok().flatten())
             .is_some();
@@ -95,7 +95,7 @@ impl Host {
             processes: ProcessCache::new(),
             exec_monitor,
             lookups: LookupThreads::default(),
-            pidfds_tell_ids: tells_ids,
+            pidfds_report_ids: reports_ids,
             pidfds_have_inodes: kind == Some(PID_FS),
         }
     }

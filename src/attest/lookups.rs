@@ -139,15 +139,15 @@ mod tests {
             }
         }
         assert_eq!(threads.run(&WorkloadKey::user(1000), || Ok(7)).await, Ok(7));
-        let mut refused = [0, 0];
+        let mut rejected = [0, 0];
         for stuck in stuck {
             match stuck.await.unwrap() {
-                Err(AttestError::ProcessUnresponsive) => refused[0] += 1,
-                Err(AttestError::SearchBusy) => refused[1] += 1,
+                Err(AttestError::ProcessUnresponsive) => rejected[0] += 1,
+                Err(AttestError::SearchBusy) => rejected[1] += 1,
                 other => panic!("{other:?}"),
             }
         }
-        assert_eq!(refused, [40, 40]);
+        assert_eq!(rejected, [40, 40]);
         assert_eq!(threads.run(&WorkloadKey::user(1000), || Ok(7)).await, Ok(7));
         assert_eq!(
             threads.run(&WorkloadKey::user(1), || Ok(7)).await,

@@ -1,20 +1,16 @@
 //! The pod that a caller's cgroup belongs to, and whether it still exists.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "the times of directories are compared with the wall clock"
-)]
-
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 use crate::attest::cgroup_tree::CgroupTree;
 use crate::caller::{AttestError, PodAge};
 use crate::cgroup::{CgroupPath, MisplacedPod, Pod, PodSegment};
+use crate::clock::Clock;
 
 /// A lookup of pods by cgroup.
 #[derive(Debug)]
@@ -120,7 +116,8 @@ impl ResolvedPod {
 fn age(directory: &fs::Metadata) -> Duration {
     let created =
         UNIX_EPOCH + Duration::from_secs(directory.ctime().try_into().unwrap_or_default());
-    SystemTime::now()
+    Clock::system()
+        .now()
         .duration_since(created)
         .unwrap_or_default()
 }

@@ -6,9 +6,11 @@
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt::PeerPidfd};
+use nix::time::{ClockId, clock_gettime};
 use rustix::fs::{AtFlags, StatxFlags};
 use rustix::process::{Pid, PidfdFlags};
 
@@ -17,6 +19,12 @@ pub(crate) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
     let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
     Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
+}
+
+/// Returns the CPU time that this thread has used.
+#[expect(clippy::disallowed_methods, reason = "no other clock shows CPU time")]
+pub(crate) fn thread_time() -> nix::Result<Duration> {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from)
 }
 
 /// The size of the first buffer. Most files of `/proc` and cgroups fit, and are read in one call.
@@ -72,8 +80,8 @@ pub(crate) struct FileFacts {
 /// user's file system. A query to a server that does not reply would hang the daemon.
 pub(crate) fn file_facts(directory: BorrowedFd<'_>, name: &CStr) -> nix::Result<FileFacts> {
     let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
-    let wanted = StatxFlags::INO | StatxFlags::CTIME;
-    let found = rustix::fs::statx(directory, name, flags, wanted)
+    let fields = StatxFlags::INO | StatxFlags::CTIME;
+    let found = rustix::fs::statx(directory, name, flags, fields)
         .map_err(|errno| Errno::from_raw(errno.raw_os_error()))?;
     let (seconds, nanoseconds) = (found.stx_ctime.tv_sec, found.stx_ctime.tv_nsec);
     Ok(FileFacts {

@@ -127,7 +127,7 @@ impl TcpSupport {
         let missing = latest.missing.as_ref();
         Err(missing.map_or_else(
             || AttestError::kernel("test of sock_diag(7)", None),
-            TcpUnsupported::refusal,
+            TcpUnsupported::rejection,
         ))
     }
 

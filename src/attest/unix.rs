@@ -153,7 +153,7 @@ pub(crate) fn find_connector(
 ) -> Result<(PeerFacts, ConnectorProof), Rejection> {
     let ConnectedPeer { pid, uid, gid, pin } = connected;
     let mut facts = PeerFacts::of_user(uid);
-    if !host.pidfds_tell_ids {
+    if !host.pidfds_report_ids {
         // The daemon would have to read its `status` on this thread, which takes milliseconds for
         // 65,536 groups (T27).
         peer_groups(stream).map_err(|error| Rejection::of(error, &facts))?;
@@ -217,6 +217,10 @@ fn peer_groups(stream: BorrowedFd<'_>) -> Result<Vec<u32>, AttestError> {
     })
 }
 
+#[expect(
+    clippy::disallowed_methods,
+    reason = "/proc counts from the boot, as this clock does"
+)]
 fn ticks_since_boot() -> Result<u64, AttestError> {
     let now = clock_gettime(ClockId::CLOCK_BOOTTIME)
         .map_err(|errno| AttestError::kernel("clock_gettime", errno))?;

@@ -160,7 +160,7 @@ impl Record {
             Some(CacheResult::Hit | CacheResult::Stale) => {
                 self.write_or_combine(end, |audit| &audit.hits).await
             }
-            None => self.write_or_combine(end, |audit| &audit.refusals).await,
+            None => self.write_or_combine(end, |audit| &audit.rejections).await,
         };
         let released = issued.is_none() || written || !self.audit.is_required();
         if !released {
@@ -280,7 +280,7 @@ impl Drop for Record {
         }
         let ended = self.ended.take().unwrap_or_else(|| {
             let end = self.end(ABORTED, ABORTED, None);
-            if self.count_in(end, |audit| &audit.refusals) {
+            if self.count_in(end, |audit| &audit.rejections) {
                 let (bytes, owner) = (
                     self.line(end, RecordScope::OneKind),
                     Some(self.peer.workload_key()),

@@ -25,7 +25,7 @@ pub(super) enum FailureKind {
     /// The source does not give this identity to the caller any more.
     Denied,
     /// STS rejects, or the source's reply is unusable. The credentials could not be issued now.
-    Refused,
+    Rejected,
 }
 
 impl FailureKind {
@@ -46,7 +46,7 @@ impl FailureKind {
             | ExchangeError::Sts(_)
             | ExchangeError::TooOften
             | ExchangeError::TooShort
-            | ExchangeError::Panicked => Self::Refused,
+            | ExchangeError::Panicked => Self::Rejected,
         }
     }
 }
@@ -92,7 +92,7 @@ impl FailureState {
     ) -> Self {
         let kind = FailureKind::of(error);
         let since = previous.and_then(|previous| previous.refused_since);
-        let refused_since = if kind == FailureKind::Refused {
+        let refused_since = if kind == FailureKind::Rejected {
             since.or(Some((at, time)))
         } else {
             since

@@ -49,7 +49,7 @@ struct CacheEnv {
     takes: Mutex<Duration>,
     fetched: AtomicUsize,
     failure: Mutex<Option<SourceError>>,
-    refusal: Mutex<Option<StsError>>,
+    rejection: Mutex<Option<StsError>>,
     lifetime: Mutex<Duration>,
     panics: AtomicBool,
     requires_live_caller: AtomicBool,
@@ -66,8 +66,8 @@ impl CacheEnv {
         *self.failure.lock().unwrap() = failure.into();
     }
 
-    fn refuse(&self, refusal: impl Into<Option<StsError>>) {
-        *self.refusal.lock().unwrap() = refusal.into();
+    fn reject(&self, rejection: impl Into<Option<StsError>>) {
+        *self.rejection.lock().unwrap() = rejection.into();
     }
 
     fn fetched(&self) -> usize {
@@ -168,8 +168,8 @@ impl IdentitySource for CacheEnv {
 #[async_trait]
 impl AssumeRole for CacheEnv {
     async fn assume(&self, _: &Grant, _: &JwtSvid) -> Result<Credentials, StsError> {
-        if let Some(refusal) = self.refusal.lock().unwrap().clone() {
-            return Err(refusal);
+        if let Some(rejection) = self.rejection.lock().unwrap().clone() {
+            return Err(rejection);
         }
         Ok(Credentials {
             access_key_id: format!("KEY{}", self.fetched()),
@@ -188,7 +188,7 @@ fn denied() -> SourceError {
     SourceError::Denied("not registered".to_owned())
 }
 
-fn refused() -> StsError {
+fn rejected() -> StsError {
     let what = "STS rejects".to_owned();
     StsError {
         retry: RetryPolicy::Never,
@@ -270,7 +270,7 @@ fn env_of(open: usize, limits: CacheLimits) -> (Arc<CacheEnv>, CredentialCache) 
         takes: Mutex::default(),
         fetched: AtomicUsize::new(0),
         failure: Mutex::default(),
-        refusal: Mutex::default(),
+        rejection: Mutex::default(),
         lifetime: Mutex::new(HOUR),
         panics: AtomicBool::new(false),
         requires_live_caller: AtomicBool::new(false),
@@ -483,7 +483,7 @@ async fn entry_is_removed_when_unused_for_a_lifetime() {
 
 #[tokio::test(start_paused = true)]
 async fn cache_is_bounded_by_max_entries() {
-    let (_world, cache) = env(100);
+    let (_env, cache) = env(100);
     for name in ["a", "b", "c"] {
         cache
             .get(&cache.policy(), &grant(name), &caller())
@@ -504,7 +504,7 @@ async fn cache_is_bounded_by_max_entries() {
 
 #[tokio::test(start_paused = true)]
 async fn entry_is_separate_for_each_role_definition() {
-    let (_world, cache) = env(10_000);
+    let (_env, cache) = env(10_000);
     let narrowed = Role {
         policy: Some(r#"{"Version":"2012-10-17"}"#.to_owned()),
         ..role("r")
@@ -618,7 +618,7 @@ async fn cache_has_one_task_that_ends_with_its_last_handle() {
             .metrics()
             .num_alive_tasks()
     };
-    let (_world, cache) = env_of(
+    let (_env, cache) = env_of(
         10_000,
         CacheLimits {
             max_entries: 1000,
@@ -686,25 +686,28 @@ async fn status_describes_an_entry() {
         "{next}"
     );
 
-    env.refuse(refused());
+    env.reject(rejected());
     pass(MINUTE * 26).await;
     while env.fetched() == 1 {
         pass(SECOND).await;
     }
     pass(MINUTE).await;
-    let [refused] = &cache.entries()[..] else {
+    let [rejected] = &cache.entries()[..] else {
         panic!("one entry")
     };
     assert_eq!(
-        (refused.access_key_id.as_deref(), refused.last_error_reason),
+        (
+            rejected.access_key_id.as_deref(),
+            rejected.last_error_reason
+        ),
         (Some("KEY1"), Some("sts_access_denied"))
     );
     let (since, at) = (
-        refused.refused_since.as_deref().unwrap(),
-        refused.last_error_at.as_deref().unwrap(),
+        rejected.refused_since.as_deref().unwrap(),
+        rejected.last_error_at.as_deref().unwrap(),
     );
     assert!(since >= next && since < at, "{next} {since} {at}");
-    let text = serde_json::to_string(&refused).unwrap();
+    let text = serde_json::to_string(&rejected).unwrap();
     assert!(
         !text.contains("secret") && !text.contains("token\":"),
         "{text}"

@@ -24,7 +24,7 @@ Examples:
   awsvid config validate awsvid.toml
   awsvid config show | grep -v '# default'
 
-Exit status: 0, or 78 if the file has mistakes.")]
+Exit status: 0, 78 if the file has mistakes, 1 if the output cannot be written.")]
 pub struct ConfigArgs {
     #[command(subcommand)]
     command: ConfigCommand,
@@ -49,7 +49,7 @@ Examples:
 Each mistake is one line on standard error: `file:line: key: mistake; fix`.
 A warning has `warning:` before the key, and does not change the status.
 
-Exit status: 0, or 78 if the file has mistakes.")]
+Exit status: 0, 78 if the file has mistakes, 1 if the output cannot be written.")]
 struct ValidateArgs {
     /// The file, or `-` for standard input [default: the file of --config]
     #[arg(value_name = "FILE|-")]
@@ -71,7 +71,7 @@ Examples:
   awsvid config show
   awsvid config show --config awsvid.toml | grep -v '# default'
 
-Exit status: 0, or 78 if the file has mistakes.")]
+Exit status: 0, 78 if the file has mistakes, 1 if the output cannot be written.")]
 struct ShowArgs {
     #[command(flatten)]
     config: ConfigFile,
@@ -119,7 +119,7 @@ fn validate(
 /// Adds warnings about this node. For root, a file that the daemon would not use is an error.
 fn with_files_of_node(path: &Path, mut loaded: LoadedConfig) -> Result<LoadedConfig, ConfigErrors> {
     let exposed = node::exposed(&loaded.config);
-    if Exposure::of_command() == Exposure::Refused && !exposed.is_empty() {
+    if Exposure::of_command() == Exposure::Rejected && !exposed.is_empty() {
         return Err(ConfigErrors {
             path: path.to_owned(),
             problems: exposed,

@@ -75,7 +75,7 @@ struct ProcessCredentials<'a> {
 
 /// The daemon's response without credentials.
 #[derive(Deserialize)]
-struct ProcessRefusal {
+struct DaemonError {
     code: String,
     message: String,
 }
@@ -133,7 +133,7 @@ impl CredentialProcess {
             match answer.status {
                 200 => return output(&answer.body),
                 503 if Instant::now() + pause(&answer) < deadline => sleep(pause(&answer)).await,
-                _ => return Err(refusal(&answer)),
+                _ => return Err(error_text(&answer)),
             }
         }
     }
@@ -147,9 +147,9 @@ fn pause(answer: &LocalResponse) -> Duration {
 }
 
 /// Returns the daemon's error message, for the user of the workload.
-fn refusal(answer: &LocalResponse) -> String {
-    match serde_json::from_slice::<ProcessRefusal>(&answer.body) {
-        Ok(ProcessRefusal { code, message }) => {
+fn error_text(answer: &LocalResponse) -> String {
+    match serde_json::from_slice::<DaemonError>(&answer.body) {
+        Ok(DaemonError { code, message }) => {
             let exe = "rules by `exe` never match here, because the caller is awsvid's own executable: see --help";
             let hint = if code == "no_identity" {
                 format!(" ({exe})")
@@ -205,20 +205,20 @@ mod tests {
     }
 
     #[test]
-    fn refusal_is_the_daemons_message() {
+    fn error_text_is_the_daemons_message() {
         let answer = |body: &str| LocalResponse {
             status: 403,
             retry_after: None,
             body: Zeroizing::new(body.as_bytes().to_vec()),
         };
-        let refused = refusal(&answer(
+        let rejected = error_text(&answer(
             r#"{"code":"no_role","message":"add a role\u001b[2J","Code":"","Message":""}"#,
         ));
-        assert_eq!(refused, "add a role [2J");
+        assert_eq!(rejected, "add a role [2J");
         assert!(
-            refusal(&answer(r#"{"code":"no_identity","message":"m"}"#))
+            error_text(&answer(r#"{"code":"no_identity","message":"m"}"#))
                 .contains("`exe` never match")
         );
-        assert!(refusal(&answer("<html>")).contains("status 403"));
+        assert!(error_text(&answer("<html>")).contains("status 403"));
     }
 }

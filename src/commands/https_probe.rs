@@ -3,17 +3,12 @@
 //! An untrusted certificate chain is a finding here and not an error. No secret is sent, and the
 //! content behind it can be checked too.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "a command is a process of its own, without a runtime"
-)]
-
 mod error;
 mod server_chain;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use http_body_util::Empty;
 use hyper::body::Bytes;
@@ -25,7 +20,7 @@ use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 use tower::{ServiceExt, service_fn};
 use zeroize::Zeroizing;

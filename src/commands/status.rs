@@ -1,17 +1,12 @@
 //! `awsvid status`: the daemon's cache entries and the state of its upstreams, over the status
 //! socket.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "a command is a process of its own, without a runtime"
-)]
-
 mod table;
 
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use clap::Args;
 use nix::unistd::geteuid;
@@ -21,6 +16,7 @@ use tokio::time::Instant;
 use super::output::OutputFormat;
 use super::terminal_style::TerminalStyle;
 use super::{ConfigFile, local_client, trusted_socket};
+use crate::clock::Clock;
 use crate::exit_status::ExitStatus;
 
 /// Time limit of one response.
@@ -56,6 +52,10 @@ impl StatusCommand {
     #[expect(
         clippy::print_stderr,
         reason = "errors of this command go to standard error"
+    )]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "between two displays nothing else runs"
     )]
     pub fn run(&self) -> ExitStatus {
         let terminal = io::stdout().is_terminal();
@@ -107,9 +107,12 @@ impl StatusCommand {
                 serde_json::to_string_pretty(status).map_err(|error| error.to_string())? + "\n"
             }
             (true, Some(_)) => format!("{status}\n"),
-            (false, None) => table::render(status, SystemTime::now(), style),
+            (false, None) => table::render(status, Clock::system().now(), style),
             (false, Some(_)) => {
-                format!("{CLEAR}{}", table::render(status, SystemTime::now(), style))
+                format!(
+                    "{CLEAR}{}",
+                    table::render(status, Clock::system().now(), style)
+                )
             }
         };
         match io::stdout()

@@ -170,13 +170,13 @@ async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, String
         (None, live) => live.map_err(|error| {
             format!("{error}\nawsvid: without a token, give the issuer with --issuer")
         })?,
-        (Some(given), Ok(live)) if *given != live => {
+        (Some(named), Ok(live)) if *named != live => {
             warnings.push(format!(
-                "--issuer is {given}, but this node's tokens are issued by {live}: STS will reject them"
+                "--issuer is {named}, but this node's tokens are issued by {live}: STS will reject them"
             ));
-            given.clone()
+            named.clone()
         }
-        (Some(given), _) => given.clone(),
+        (Some(named), _) => named.clone(),
     };
     let issuer = PlannedIssuer::parse(&issuer)?;
     let (provider, doubts) = match options.existing_provider {

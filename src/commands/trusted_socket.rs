@@ -138,8 +138,8 @@ mod tests {
         let own = geteuid().as_raw();
         let in_time = || Instant::now() + Duration::from_secs(20);
         let error = |owners: &[u32]| {
-            let refused = connect(&path, owners, in_time()).unwrap_err();
-            refused.to_string()
+            let rejected = connect(&path, owners, in_time()).unwrap_err();
+            rejected.to_string()
         };
         mode(0o755);
         assert!(error(&[own]).contains("start awsvid"));

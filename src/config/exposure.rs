@@ -21,7 +21,7 @@ const OTHERS_WRITE: u32 = 0o002;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the names of the variants are the severities")]
 pub enum Exposure {
-    Refused,
+    Rejected,
     Warned,
     /// The owner and mode are not checked.
     Ignored,
@@ -32,7 +32,7 @@ impl Exposure {
     /// validate a file before its installation.
     pub fn of_command() -> Self {
         if nix::unistd::geteuid().is_root() {
-            Self::Refused
+            Self::Rejected
         } else {
             Self::Warned
         }

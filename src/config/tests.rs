@@ -121,7 +121,7 @@ fn missing_key_has_the_documented_default() {
     } = loaded(LEAST);
     assert_eq!(warnings, []);
     let address = |text: &str| text.parse::<SocketAddr>().unwrap();
-    let listen = Listen {
+    let listen = ListenConfig {
         unix: Some(PathBuf::from("/run/awsvid/awsvid.sock")),
         tcp: vec![address("127.0.0.1:974"), address("[::1]:974")],
         admin: Some(address("127.0.0.1:975")),
@@ -191,7 +191,7 @@ fn missing_key_has_the_documented_default() {
 #[test]
 fn reader_reads_every_key_of_the_tables() {
     let config = loaded(EVERY_KEY).config;
-    let Listen {
+    let ListenConfig {
         unix,
         tcp,
         admin,
@@ -463,7 +463,7 @@ fn load_reads_the_file_at_its_path() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("awsvid.toml");
     let load = |exposure| Config::load(&path, exposure, no_env);
-    let missing = load(Exposure::Refused).unwrap_err().to_string();
+    let missing = load(Exposure::Rejected).unwrap_err().to_string();
     let expected = format!(
         "{}: the file cannot be read: No such file or directory (os error 2); name a",
         path.display()
@@ -471,7 +471,7 @@ fn load_reads_the_file_at_its_path() {
     assert!(missing.starts_with(&expected), "{missing}");
 
     std::fs::write(&path, b"[listen]\n\xff\n").unwrap();
-    let errors = load(Exposure::Refused).unwrap_err();
+    let errors = load(Exposure::Rejected).unwrap_err();
     assert_eq!(
         errors.to_string(),
         format!(
@@ -485,7 +485,7 @@ fn load_reads_the_file_at_its_path() {
     std::fs::set_permissions(&path, mode(0o644)).unwrap();
     let LoadedConfig {
         config, warnings, ..
-    } = load(Exposure::Refused).unwrap();
+    } = load(Exposure::Rejected).unwrap();
     assert_eq!((config.workloads.len(), warnings.len()), (1, 0));
 }
 
@@ -497,10 +497,10 @@ fn load_rejects_or_warns_of_a_file_that_others_can_change() {
     std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o646)).unwrap();
     let load = |exposure| Config::load(&path, exposure, no_env);
     let words = "every user of this node can write the configuration; chmod o-w ";
-    let refused = load(Exposure::Refused).unwrap_err().to_string();
+    let rejected = load(Exposure::Rejected).unwrap_err().to_string();
     assert!(
-        refused.starts_with(&format!("{}: {words}", path.display())),
-        "{refused}"
+        rejected.starts_with(&format!("{}: {words}", path.display())),
+        "{rejected}"
     );
     let [warning] = &load(Exposure::Warned).unwrap().warnings[..] else {
         panic!("one warning")
@@ -509,7 +509,7 @@ fn load_rejects_or_warns_of_a_file_that_others_can_change() {
     assert_eq!(load(Exposure::Ignored).unwrap().warnings, []);
     // With all that is wrong in it.
     std::fs::write(&path, with("uid = 1001", "")).unwrap();
-    for exposure in [Exposure::Refused, Exposure::Warned] {
+    for exposure in [Exposure::Rejected, Exposure::Warned] {
         let errors = load(exposure).unwrap_err().problems;
         assert!(
             errors.len() == 2 && errors[1].to_string().starts_with(words),
@@ -546,7 +546,7 @@ fn changed_names_the_keys_that_differ() {
                 max_connections_per_workload";
     assert_eq!(default.changed(&other).join(" "), keys);
     assert_eq!(
-        default.changed(&Listen {
+        default.changed(&ListenConfig {
             admin: None,
             ..default.clone()
         }),

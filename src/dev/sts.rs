@@ -17,14 +17,14 @@ use crate::clock::Clock;
 use crate::identity::{RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 
 mod answer;
-mod refusal;
+mod rejection;
 mod request;
 mod sessions;
 mod sigv4;
 mod token;
 
 use answer::DevCaller;
-use refusal::{Code, DevRefusal};
+use rejection::{Code, DevRejection};
 use request::{Parameters, WebIdentityRequest};
 use sessions::{Sessions, random_id};
 
@@ -69,7 +69,7 @@ pub struct TrustedRole {
 #[derive(Debug)]
 pub struct DevSts {
     url: String,
-    desk: Arc<StsState>,
+    state: Arc<StsState>,
     _server: Server,
 }
 
@@ -78,24 +78,24 @@ impl DevSts {
     pub async fn start(account: DevAccount, clock: Clock) -> io::Result<Self> {
         let (listener, address) = loopback_http::bind().await?;
         let role_id = random_id("AROA").map_err(io::Error::other)?;
-        let desk = StsState {
+        let state = StsState {
             account,
             role_id,
             clock,
             sessions: Sessions::default(),
             issued: AtomicU64::new(0),
         };
-        let desk = Arc::new(desk);
+        let state = Arc::new(state);
         let server = Server::start(listener, {
-            let desk = desk.clone();
+            let state = state.clone();
             move |request| {
-                let desk = desk.clone();
-                async move { desk.answer(request).await }
+                let state = state.clone();
+                async move { state.answer(request).await }
             }
         });
         Ok(Self {
             url: format!("http://{address}"),
-            desk,
+            state,
             _server: server,
         })
     }
@@ -107,7 +107,7 @@ impl DevSts {
 
     /// Returns the number of issued sessions, which is the number of successful exchanges.
     pub fn issued(&self) -> u64 {
-        self.desk.issued.load(Ordering::Relaxed)
+        self.state.issued.load(Ordering::Relaxed)
     }
 }
 
@@ -137,17 +137,17 @@ impl StsState {
             _ => {
                 let message =
                     format!("Could not find operation {action:.64} for version {version:.64}");
-                Err(DevRefusal::new(Code::InvalidAction, message))
+                Err(DevRejection::new(Code::InvalidAction, message))
             }
         };
-        answered.unwrap_or_else(|refusal| answer::refused(&refusal, &request_id))
+        answered.unwrap_or_else(|rejection| answer::rejected(&rejection, &request_id))
     }
 
     async fn assume_role(
         &self,
         parameters: &Parameters,
         request_id: &str,
-    ) -> Result<LoopbackResponse, DevRefusal> {
+    ) -> Result<LoopbackResponse, DevRejection> {
         let request = WebIdentityRequest::of(parameters)?;
         let now = self.clock.now();
         let claims = token::verify(request.token, &self.account, now).await?;
@@ -158,7 +158,7 @@ impl StsState {
             .iter()
             .find(|role| role.arn == request.role_arn);
         let Some(role) = role.filter(|role| role.trusts(&claims)) else {
-            return Err(DevRefusal::new(
+            return Err(DevRejection::new(
                 Code::AccessDenied,
                 "Not authorized to perform sts:AssumeRoleWithWebIdentity",
             ));
@@ -166,13 +166,13 @@ impl StsState {
         if request.duration > role.max_duration {
             let message =
                 "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.";
-            return Err(DevRefusal::new(Code::ValidationError, message));
+            return Err(DevRejection::new(Code::ValidationError, message));
         }
         let caller = self.caller(&role.arn, &request.session_name);
         let session = self
             .sessions
             .issue(caller, now, request.duration)
-            .map_err(|error| DevRefusal::internal(&error))?;
+            .map_err(|error| DevRejection::internal(&error))?;
         self.issued.fetch_add(1, Ordering::Relaxed);
         Ok(answer::assumed(
             &session.credentials,
@@ -187,7 +187,7 @@ impl StsState {
         request: &Request<Bytes>,
         parameters: &Parameters,
         request_id: &str,
-    ) -> Result<LoopbackResponse, DevRefusal> {
+    ) -> Result<LoopbackResponse, DevRejection> {
         let now = self.clock.now();
         let session = sigv4::authenticate(
             request,

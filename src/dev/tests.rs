@@ -96,8 +96,8 @@ async fn configuration_works_with_the_daemons_parts() {
     );
 
     let carol = SpiffeId::parse("spiffe://dev.local/user/carol").unwrap();
-    let refused = source.fetch(&carol, AUDIENCE).await.unwrap_err();
-    assert!(matches!(refused, SourceError::Denied(_)), "{refused:?}");
+    let rejected = source.fetch(&carol, AUDIENCE).await.unwrap_err();
+    assert!(matches!(rejected, SourceError::Denied(_)), "{rejected:?}");
 }
 
 #[tokio::test]
@@ -124,8 +124,8 @@ async fn sockets_are_on_loopback_or_in_a_private_directory() {
         assert!(path.starts_with(&directory), "{}", path.display());
     }
     let found = std::fs::metadata(&directory).unwrap();
-    let wanted = if geteuid().is_root() { 0o755 } else { 0o700 };
-    assert_eq!(found.permissions().mode() & 0o777, wanted);
+    let expected_mode = if geteuid().is_root() { 0o755 } else { 0o700 };
+    assert_eq!(found.permissions().mode() & 0o777, expected_mode);
     drop(dev);
     assert!(!directory.exists());
 }

@@ -175,18 +175,18 @@ impl SpiffeWorkloadApi for DevWorkloadApiService {
             return Err(Status::invalid_argument("audience must be specified"));
         }
         let registered = self.registrations.spiffe_ids.iter();
-        let wanted: Vec<&SpiffeId> = if spiffe_id.is_empty() {
+        let requested: Vec<&SpiffeId> = if spiffe_id.is_empty() {
             registered.collect()
         } else {
-            let wanted = SpiffeId::parse(&spiffe_id).map_err(|error| {
+            let requested = SpiffeId::parse(&spiffe_id).map_err(|error| {
                 Status::invalid_argument(format!("invalid requested SPIFFE ID: {error}"))
             })?;
-            registered.filter(|id| **id == wanted).collect()
+            registered.filter(|id| **id == requested).collect()
         };
-        if wanted.is_empty() {
+        if requested.is_empty() {
             return Err(Status::permission_denied("no identity issued"));
         }
-        let svids = wanted
+        let svids = requested
             .into_iter()
             .map(|id| self.sign(id, &audience))
             .collect::<Result<_, _>>()?;

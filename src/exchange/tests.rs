@@ -11,7 +11,7 @@ use crate::identity::SpiffeId;
 use crate::role::{Identity, StsTarget};
 use crate::sts::Sts;
 use crate::sts::tests::fake::FakeSts;
-use crate::sts::tests::{good, grant, plain, refusal, settings};
+use crate::sts::tests::{good, grant, plain, rejection, settings};
 use crate::svid::IdentityBasis;
 use crate::svid::jwt::tests::{billing, now, raw_token, svid_for};
 
@@ -133,7 +133,7 @@ fn credentials() -> Result<Credentials, StsError> {
     })
 }
 
-fn refused(retry: RetryPolicy) -> Result<Credentials, StsError> {
+fn rejected(retry: RetryPolicy) -> Result<Credentials, StsError> {
     let what = "STS rejected".to_owned();
     Err(StsError {
         retry,
@@ -185,9 +185,9 @@ async fn exchange_retries_short_outages() {
     assert!(took >= RETRY_PAUSE && took < RETRY_WINDOW, "{took:?}");
 
     let recovers = ScriptedReplies::new([
-        refused(RetryPolicy::Later),
-        refused(RetryPolicy::Later),
-        refused(RetryPolicy::Later),
+        rejected(RetryPolicy::Later),
+        rejected(RetryPolicy::Later),
+        rejected(RetryPolicy::Later),
         credentials(),
     ]);
     let (result, tokens, calls, took) = run(ScriptedReplies::new([token(1)]), recovers).await;
@@ -211,7 +211,7 @@ async fn exchange_fails_after_its_retries() {
 
     let (result, tokens, calls, took) = run(
         ScriptedReplies::new([token(1)]),
-        ScriptedReplies::new([refused(RetryPolicy::Later)]),
+        ScriptedReplies::new([rejected(RetryPolicy::Later)]),
     )
     .await;
     assert!(result.unwrap_err().is_transient());
@@ -221,7 +221,7 @@ async fn exchange_fails_after_its_retries() {
     // The bound is for the whole exchange, not for each of its steps.
     let both = (
         ScriptedReplies::new([Err(unavailable()), Err(unavailable()), token(1)]),
-        ScriptedReplies::new([refused(RetryPolicy::Later)]),
+        ScriptedReplies::new([rejected(RetryPolicy::Later)]),
     );
     let (_, tokens, calls, _) = run(both.0, both.1).await;
     assert_eq!((tokens, calls), (3, 2));
@@ -236,7 +236,7 @@ async fn exchange_does_not_retry_slow_failures() {
         "{tokens} {took:?}"
     );
 
-    let hangs = ScriptedReplies::slow(Duration::from_secs(5), [refused(RetryPolicy::Later)]);
+    let hangs = ScriptedReplies::slow(Duration::from_secs(5), [rejected(RetryPolicy::Later)]);
     let (result, _, calls, took) = run(ScriptedReplies::new([token(1)]), hangs).await;
     assert!(
         result.is_err() && calls == 1 && took == Duration::from_secs(5),
@@ -245,25 +245,25 @@ async fn exchange_does_not_retry_slow_failures() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn exchange_does_not_retry_refusals() {
-    let refusals = [
+async fn exchange_does_not_retry_rejections() {
+    let rejections = [
         SourceError::Denied("no".to_owned()),
         SourceError::Misconfigured("no".to_owned()),
         SourceError::BadToken(BadToken::Wrong("no".to_owned())),
         SourceError::BadToken(BadToken::Expiring("soon".to_owned())),
     ];
-    for refusal in refusals {
+    for rejection in rejections {
         let (result, tokens, calls, took) = run(
-            ScriptedReplies::new([Err(refusal.clone())]),
+            ScriptedReplies::new([Err(rejection.clone())]),
             ScriptedReplies::new([credentials()]),
         )
         .await;
-        assert_eq!(result.unwrap_err(), ExchangeError::Source(refusal));
+        assert_eq!(result.unwrap_err(), ExchangeError::Source(rejection));
         assert_eq!((tokens, calls, took), (1, 0, Duration::ZERO));
     }
     let (result, tokens, calls, took) = run(
         ScriptedReplies::new([token(1)]),
-        ScriptedReplies::new([refused(RetryPolicy::Never)]),
+        ScriptedReplies::new([rejected(RetryPolicy::Never)]),
     )
     .await;
     assert!(!result.unwrap_err().is_transient());
@@ -271,10 +271,10 @@ async fn exchange_does_not_retry_refusals() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn exchange_replaces_a_refused_token_once() {
+async fn exchange_replaces_a_rejected_token_once() {
     let (source, sts) = (
         ScriptedReplies::new([token(1), token(2)]),
-        ScriptedReplies::new([refused(RetryPolicy::NewToken), credentials()]),
+        ScriptedReplies::new([rejected(RetryPolicy::NewToken), credentials()]),
     );
     exchange_once(&source, &sts).await.unwrap();
     assert_eq!(
@@ -284,7 +284,7 @@ async fn exchange_replaces_a_refused_token_once() {
 
     let (source, sts) = (
         ScriptedReplies::new([token(1), token(2), token(3)]),
-        ScriptedReplies::new([refused(RetryPolicy::NewToken)]),
+        ScriptedReplies::new([rejected(RetryPolicy::NewToken)]),
     );
     let (result, tokens, calls, _) = run(source, sts).await;
     let error = result.unwrap_err();
@@ -300,7 +300,7 @@ async fn exchange_replaces_a_refused_token_once() {
     // An agent that replies from its cache. STS would reject the same token again.
     let (result, tokens, calls, _) = run(
         ScriptedReplies::new([token(1)]),
-        ScriptedReplies::new([refused(RetryPolicy::NewToken)]),
+        ScriptedReplies::new([rejected(RetryPolicy::NewToken)]),
     )
     .await;
     let error = result.unwrap_err();
@@ -312,18 +312,21 @@ async fn exchange_replaces_a_refused_token_once() {
 
     // The result of the new token is classified like that of the first.
     let sts = ScriptedReplies::new([
-        refused(RetryPolicy::NewToken),
-        refused(RetryPolicy::Later),
+        rejected(RetryPolicy::NewToken),
+        rejected(RetryPolicy::Later),
         credentials(),
     ]);
     let (result, tokens, calls, _) = run(ScriptedReplies::new([token(1), token(2)]), sts).await;
     assert!(result.is_ok() && (tokens, calls) == (2, 3));
-    let sts = ScriptedReplies::new([refused(RetryPolicy::NewToken), refused(RetryPolicy::Never)]);
+    let sts = ScriptedReplies::new([
+        rejected(RetryPolicy::NewToken),
+        rejected(RetryPolicy::Never),
+    ]);
     let (result, ..) = run(ScriptedReplies::new([token(1), token(2)]), sts).await;
     assert_eq!(result.unwrap_err().to_string(), "STS rejected");
     let (result, _, calls, _) = run(
         ScriptedReplies::new([token(1), Err(unavailable())]),
-        ScriptedReplies::new([refused(RetryPolicy::NewToken)]),
+        ScriptedReplies::new([rejected(RetryPolicy::NewToken)]),
     )
     .await;
     assert!(result.unwrap_err().is_transient() && calls == 1);
@@ -332,7 +335,7 @@ async fn exchange_replaces_a_refused_token_once() {
 #[tokio::test(start_paused = true)]
 async fn exchange_does_not_resend_an_expired_token() {
     let brief = svid_for(&billing(), 30, 1);
-    let sts = ScriptedReplies::slow(Duration::from_secs(2), [refused(RetryPolicy::Later)]);
+    let sts = ScriptedReplies::slow(Duration::from_secs(2), [rejected(RetryPolicy::Later)]);
     let exchanger = TokenExchanger::new(
         ScriptedReplies::new([Ok(brief.clone())]),
         sts.clone(),
@@ -351,7 +354,7 @@ async fn exchange_does_not_resend_an_expired_token() {
 #[tokio::test(start_paused = true)]
 async fn token_that_expires_in_a_queue_is_an_outage() {
     let brief = |serial| svid_for(&billing(), 9, serial);
-    let sts = ScriptedReplies::slow(Duration::from_secs(10), [refused(RetryPolicy::NewToken)]);
+    let sts = ScriptedReplies::slow(Duration::from_secs(10), [rejected(RetryPolicy::NewToken)]);
     let (result, tokens, calls, _) =
         run(ScriptedReplies::new([Ok(brief(1)), Ok(brief(2))]), sts).await;
     let error = result.unwrap_err();
@@ -363,7 +366,7 @@ async fn token_that_expires_in_a_queue_is_an_outage() {
     // STS takes a valid token for expired, because of its clock or of its own minimum lifetime.
     let (result, ..) = run(
         ScriptedReplies::new([Ok(brief(1)), Ok(brief(2))]),
-        ScriptedReplies::new([refused(RetryPolicy::NewToken)]),
+        ScriptedReplies::new([rejected(RetryPolicy::NewToken)]),
     )
     .await;
     let error = result.unwrap_err();
@@ -400,8 +403,8 @@ async fn token_of_another_identity_does_not_reach_sts() {
 #[tokio::test]
 async fn sts_client_error_replaces_an_expired_token() {
     let server = FakeSts::start(|number, _| match number {
-        0 => refusal(400, "ExpiredTokenException", "Token expired"),
-        1 => refusal(
+        0 => rejection(400, "ExpiredTokenException", "Token expired"),
+        1 => rejection(
             400,
             "InvalidIdentityToken",
             "Couldn't retrieve verification key from your identity provider",
@@ -463,7 +466,7 @@ fn exchange_error_has_label_and_transience() {
         (RetryPolicy::NewToken, false),
         (RetryPolicy::Never, false),
     ] {
-        let error = ExchangeError::from(refused(retry).unwrap_err());
+        let error = ExchangeError::from(rejected(retry).unwrap_err());
         assert_eq!(
             (error.reason(), error.is_transient()),
             ("sts_refused", transient)

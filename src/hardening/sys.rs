@@ -40,8 +40,8 @@ pub(super) fn pidfd_open() -> Result<(), Errno> {
 /// Tries `statx(2)` with this process's executable. The feature `linux_4_11` of rustix has it make
 /// this one call: without that, rustix tries again after an error, and hides EPERM.
 pub(super) fn statx() -> Result<(), Errno> {
-    let (flags, wanted) = (AtFlags::STATX_DONT_SYNC, StatxFlags::INO);
-    let found = rustix::fs::statx(CWD, c"/proc/self/exe", flags, wanted);
+    let (flags, mask) = (AtFlags::STATX_DONT_SYNC, StatxFlags::INO);
+    let found = rustix::fs::statx(CWD, c"/proc/self/exe", flags, mask);
     found.map(drop).map_err(errno)
 }
 

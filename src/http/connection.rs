@@ -49,7 +49,7 @@ impl CredentialEndpoint {
             listener: listener_kind(&stream, pod.as_deref()),
         };
         let descriptor = stream.socket().descriptor().clone();
-        let life = ConnectionBounds::new(descriptor, pod.clone(), &self.metrics, pending.open);
+        let bounds = ConnectionBounds::new(descriptor, pod.clone(), &self.metrics, pending.open);
         let admission = async {
             // 1. The facts of the peer by its socket, or the reason why they are not known.
             let peer = self
@@ -70,7 +70,7 @@ impl CredentialEndpoint {
             });
             Ok((attestation, permit))
         };
-        let admitted = origin.scope(None).run(life.run(pin!(admission))).await;
+        let admitted = origin.scope(None).run(bounds.run(pin!(admission))).await;
         let Some((attestation, permit)) = admitted else {
             return;
         };
@@ -82,16 +82,16 @@ impl CredentialEndpoint {
         // thread, and the caller is answered from here if that thread does not return in time.
         if !may_wait {
             let served = self.attest_and_answer(stream, origin, attestation, permit);
-            scope.run(life.run(pin!(served))).await;
+            scope.run(bounds.run(pin!(served))).await;
             return;
         }
         let (workload, lookups) = (permit.key().clone(), self.attestor.lookup_threads().clone());
-        let on_abandon = life.on_abandon(move || {
+        let on_abandon = bounds.on_abandon(move || {
             RequestError::Caller(AttestError::ProcessUnresponsive).raw_response(id)
         });
         let served = scope.run(async move {
             let served = self.attest_and_answer(stream, origin, attestation, permit);
-            life.run(pin!(served)).await;
+            bounds.run(pin!(served)).await;
         });
         lookups.spawn(workload, served, on_abandon);
     }

@@ -122,7 +122,7 @@ impl RequestError {
         requested: &RequestedRole,
     ) -> Self {
         match error {
-            ServiceError::Refused(error) => Self::Caller(error),
+            ServiceError::Rejected(error) => Self::Caller(error),
             ServiceError::NoIdentity => Self::NoIdentity(describe(caller)),
             // The source attested the caller, or a process that waits with it.
             ServiceError::Source(SourceError::Caller(error))

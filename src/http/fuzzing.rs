@@ -26,7 +26,7 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
             headers.append(name, value);
         }
     }
-    let asked = RequestHead {
+    let head = RequestHead {
         method: &method,
         has_authority: uri.authority().is_some() || uri.scheme().is_some(),
         path: uri.path(),
@@ -35,15 +35,15 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
         has_body: false,
     };
     let [tcp, unix] = [ListenerKind::Tcp, ListenerKind::Unix]
-        .map(|listener| validate(&asked, listener, &Authorization::Present).ok());
+        .map(|listener| validate(&head, listener, &Authorization::Present).ok());
     assert!(
         tcp.is_none() || tcp == unix,
         "the unix socket requires less, never something else"
     );
-    let Some(wanted) = unix else { return false };
+    let Some(requested) = unix else { return false };
     assert_eq!(method, Method::GET);
     let no_query = uri.query().is_none_or(str::is_empty);
-    assert!(!asked.has_authority && uri.path().starts_with("/v1/credentials") && no_query);
+    assert!(!head.has_authority && uri.path().starts_with("/v1/credentials") && no_query);
     assert_eq!(headers.get_all(HOST).iter().count(), 1);
     for (name, value) in &headers {
         let name = name.as_str();
@@ -55,7 +55,7 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
         let site = value.as_bytes().ends_with(b"-site") || value.as_bytes() == b"same-origin";
         assert!(!(name == "sec-fetch-site" && site), "{value:?}");
     }
-    match wanted {
+    match requested {
         RequestedRole::Default => {
             assert!(matches!(uri.path(), "/v1/credentials" | "/v1/credentials/"))
         }
@@ -78,6 +78,6 @@ pub(crate) fn request(bytes: &[u8]) -> bool {
 }
 
 fn split(line: &[u8], at: u8) -> Option<(&[u8], &[u8])> {
-    let place = line.iter().position(|byte| *byte == at)?;
-    Some((&line[..place], &line[place + 1..]))
+    let separator = line.iter().position(|byte| *byte == at)?;
+    Some((&line[..separator], &line[separator + 1..]))
 }

@@ -25,7 +25,8 @@ pub(super) struct ResponseState {
 }
 
 impl ResponseState {
-    pub(super) fn answering(&self) {
+    /// Records that hyper has read a request.
+    pub(super) fn set_answering(&self) {
         self.answering.store(true, Ordering::Relaxed);
     }
 
@@ -36,7 +37,7 @@ impl ResponseState {
     /// Waits for the answer. If it is not ready at once, the connection is polled again, so that
     /// hyper checks whether the client is still there. Its first check is before it polls the
     /// answer, and is suppressed ([`GuardedStream::poll_read`]).
-    pub(super) async fn waiting<A>(&self, mut answer: Pin<&mut impl Future<Output = A>>) -> A {
+    pub(super) async fn wait_for<A>(&self, mut answer: Pin<&mut impl Future<Output = A>>) -> A {
         poll_fn(|cx| {
             let polled = answer.as_mut().poll(cx);
             if polled.is_pending() && !self.waiting.swap(true, Ordering::Relaxed) {
@@ -58,25 +59,25 @@ pub(super) struct GuardedStream<'a, S> {
     /// The stream is shut down before it is closed. Over TCP this sends the answer. On a unix
     /// socket close(2) is enough, and wakes the client once less.
     shuts_down: bool,
-    stage: &'a ResponseState,
+    state: &'a ResponseState,
     last_byte: u8,
-    line_feed_alone: bool,
+    bare_lf_seen: bool,
 }
 
 impl<'a, S: AsyncRead + AsyncWrite + Unpin> GuardedStream<'a, S> {
-    pub(super) fn new(stream: S, shuts_down: bool, stage: &'a ResponseState) -> Self {
+    pub(super) fn new(stream: S, shuts_down: bool, state: &'a ResponseState) -> Self {
         Self {
             stream,
             shuts_down,
-            stage,
+            state,
             last_byte: 0,
-            line_feed_alone: false,
+            bare_lf_seen: false,
         }
     }
 
     /// Returns whether the head has a line feed without a carriage return.
     pub(super) fn saw_bare_lf(&self) -> bool {
-        self.line_feed_alone
+        self.bare_lf_seen
     }
 
     /// Writes the answer to a head that hyper rejects.
@@ -102,7 +103,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> GuardedStream<'a, S> {
     /// Returns whether a line feed follows another byte than a carriage return. Some parsers end a
     /// line there and others do not, so text that a client passes on in one header could become a
     /// second.
-    fn has_line_feed_alone(&mut self, bytes: &[u8]) -> bool {
+    fn has_bare_lf(&mut self, bytes: &[u8]) -> bool {
         let before = |at: usize| at.checked_sub(1).map_or(self.last_byte, |at| bytes[at]);
         let alone = bytes
             .iter()
@@ -121,13 +122,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for GuardedStream<'_, S> {
     ) -> Poll<io::Result<()>> {
         // hyper checks here whether the client is still there, and polls again while the answer
         // takes time. Most answers take none, and this would be one more system call.
-        if self.stage.is_answering() && !self.stage.is_waiting() {
+        if self.state.is_answering() && !self.state.is_waiting() {
             return Poll::Pending;
         }
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
-        if !self.stage.is_answering() && self.has_line_feed_alone(&buf.filled()[before..]) {
-            self.line_feed_alone = true;
+        if !self.state.is_answering() && self.has_bare_lf(&buf.filled()[before..]) {
+            self.bare_lf_seen = true;
             return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
         }
         Poll::Ready(Ok(()))
@@ -140,7 +141,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedStream<'_, S> {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        if self.stage.is_answering() {
+        if self.state.is_answering() {
             Pin::new(&mut self.stream).poll_write(cx, bytes)
         } else {
             Poll::Ready(Ok(bytes.len()))
@@ -152,7 +153,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedStream<'_, S> {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        if self.stage.is_answering() {
+        if self.state.is_answering() {
             Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
         } else {
             Poll::Ready(Ok(slices.iter().map(|slice| slice.len()).sum()))
@@ -168,7 +169,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedStream<'_, S> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.shuts_down && self.stage.is_answering() {
+        if self.shuts_down && self.state.is_answering() {
             Pin::new(&mut self.stream).poll_shutdown(cx)
         } else {
             Poll::Ready(Ok(()))

@@ -49,18 +49,18 @@ impl CredentialEndpoint {
         let caller = caller.map(Arc::new);
         let (state, has_body) = (ResponseState::default(), AtomicBool::new(false));
         let service = service_fn(|request: Request<Incoming>| {
-            state.answering();
+            state.set_answering();
             permit.set_in_use();
             has_body.store(request_validation::has_body(&request), Ordering::Relaxed);
             let (caller, state) = (caller.clone(), &state);
             async move {
                 let answer = state
-                    .waiting(pin!(self.answer(&request, origin, caller)))
+                    .wait_for(pin!(self.answer(&request, origin, caller)))
                     .await;
                 Ok::<_, Infallible>(answer)
             }
         });
-        let mut wire = GuardedStream::new(stream, origin.listener != ListenerKind::Unix, &state);
+        let mut guarded = GuardedStream::new(stream, origin.listener != ListenerKind::Unix, &state);
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_TIMEOUT)
@@ -68,16 +68,16 @@ impl CredentialEndpoint {
             .max_buf_size(MAX_HEAD_BYTES)
             .max_header_size(MAX_HEAD_BYTES)
             .max_headers(MAX_HEADERS)
-            .serve_connection(TokioIo::new(&mut wire), service)
+            .serve_connection(TokioIo::new(&mut guarded), service)
             .await;
         let error = match served {
             Ok(()) if state.is_answering() => {
                 if has_body.load(Ordering::Relaxed) {
-                    wire.drain_input().await;
+                    guarded.drain_input().await;
                 }
                 return Ok(());
             }
-            _ if wire.saw_bare_lf() => RequestError::Malformed,
+            _ if guarded.saw_bare_lf() => RequestError::Malformed,
             Err(error) if error.is_timeout() => return Err(DropReason::SlowHead),
             Err(error) if error.is_parse_too_large() => RequestError::HeadTooLarge,
             Err(error) if error.is_parse() => RequestError::Malformed,
@@ -85,8 +85,8 @@ impl CredentialEndpoint {
         };
         tracing::debug!(reason = error.reason(), "head rejected");
         // A client that is gone by now gets no answer.
-        let _ = wire.write_raw(&error.raw_response(origin.id)).await;
-        wire.drain_input().await;
+        let _ = guarded.write_raw(&error.raw_response(origin.id)).await;
+        guarded.drain_input().await;
         Err(DropReason::BadRequest)
     }
 
@@ -129,6 +129,8 @@ impl CredentialEndpoint {
         }
     }
 
+    /// Validates the request and returns the credentials. `record` gets the facts of the decision.
+    /// [`Self::answer`] finishes it, also after an error.
     async fn issue(
         &self,
         request: &Request<Incoming>,

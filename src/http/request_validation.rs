@@ -179,16 +179,16 @@ fn is_browser_header(name: &str, value: &HeaderValue) -> bool {
 
 fn authorized(headers: &HeaderMap, authorization: &Authorization) -> bool {
     let mut values = headers.get_all(AUTHORIZATION).iter();
-    let (given, only_one) = (values.next(), values.next().is_none());
+    let (header, only_one) = (values.next(), values.next().is_none());
     match authorization {
         Authorization::Off => true,
-        Authorization::Present => only_one && given.is_some_and(|given| !given.is_empty()),
-        Authorization::Token(token) => given.is_some_and(|given| {
-            let given = given
+        Authorization::Present => only_one && header.is_some_and(|header| !header.is_empty()),
+        Authorization::Token(token) => header.is_some_and(|header| {
+            let header = header
                 .as_bytes()
                 .strip_prefix(b"Bearer ")
-                .unwrap_or(given.as_bytes());
-            only_one && bool::from(given.ct_eq(token.as_bytes()))
+                .unwrap_or(header.as_bytes());
+            only_one && bool::from(header.ct_eq(token.as_bytes()))
         }),
     }
 }

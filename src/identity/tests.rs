@@ -291,7 +291,7 @@ fn pattern_parser_rejects_invalid_patterns() {
 }
 
 #[test]
-fn session_name_is_made_from_the_id() {
+fn session_name_follows_from_the_id() {
     let of = |text: &str| SessionName::of(&id(text)).as_str().to_owned();
     assert_eq!(
         of("spiffe://example.org/ns/shop/sa/billing"),

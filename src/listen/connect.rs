@@ -1,10 +1,5 @@
 //! Connections to a unix socket whose listener may be stopped.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "connect(2) itself waits, so this never runs on an I/O thread"
-)]
-
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -22,6 +17,10 @@ const MIN_WAIT: Duration = Duration::from_millis(1);
 ///
 /// Without a limit connect(2) waits until the listener accepts. Any local user can fill the backlog
 /// of a process that is stopped (T25). The stream keeps the limit for its writes.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "connect(2) itself waits, so this never runs on an I/O thread"
+)]
 pub(crate) fn connect_unix(path: &Path, max_wait: Duration) -> io::Result<UnixStream> {
     let address = UnixAddr::new(path)?;
     let stream = UnixStream::from(socket(

@@ -1,10 +1,5 @@
 //! The file of a unix socket: created safely, and removed at the end.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "a bind waits at most 200 ms for the lock"
-)]
-
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
@@ -155,6 +150,10 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 ///
 /// A container in which the directory is mounted, even read-only, can take the lock too. That must
 /// not stop the daemon from starting, so a holder counts only if it listens.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a bind waits at most 200 ms for the lock"
+)]
 fn take_lock(mut lock: File, path: &Path) -> Result<Option<Flock<File>>, ListenError> {
     let start = Instant::now();
     loop {
@@ -303,10 +302,10 @@ mod tests {
         assert_eq!(fs::metadata(&closed).unwrap().mode() & 0o777, 0o700);
         for mode in [0o755, 0o710, 0o701] {
             fs::set_permissions(&closed, Permissions::from_mode(mode)).unwrap();
-            let refused = SocketFile::bind_private(&closed.join("b.sock"));
+            let rejected = SocketFile::bind_private(&closed.join("b.sock"));
             assert!(
                 matches!(
-                    refused,
+                    rejected,
                     Err(ListenError::UnsafeDirectory { mode: 0o700, .. })
                 ),
                 "{mode:o}"

@@ -9,7 +9,7 @@ use crate::caller::ListenerKind;
 pub struct RequestLabel {
     /// `unix`, `tcp` or `pod`.
     pub listener: &'static str,
-    /// `issued`, `refused`, `failed` or `aborted`.
+    /// `issued`, `rejected`, `failed` or `aborted`.
     pub outcome: &'static str,
     /// The reason of a request without credentials; `ok` if they were issued.
     pub reason: &'static str,
@@ -115,7 +115,7 @@ impl EntryStateLabel {
 /// The label of `awsvid_cache_entries`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct EntryLabel {
-    /// `fresh`, `due`, `failing`, `refused` or `empty`.
+    /// `fresh`, `due`, `failing`, `rejected` or `empty`.
     pub state: &'static str,
 }
 

@@ -34,6 +34,10 @@ impl ProcessStart {
         Self(Self::read())
     }
 
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "/proc counts from the boot, as this clock does"
+    )]
     fn read() -> Option<f64> {
         let stat = ProcessStat::read()?;
         let since_boot = clock_gettime(ClockId::CLOCK_BOOTTIME).ok()?;

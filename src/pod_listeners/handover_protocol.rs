@@ -54,7 +54,7 @@ pub(super) struct ReceivedListeners {
 pub(super) struct HandoverSocket {
     listener: UnixListener,
     /// Limits the log lines about connections from other processes.
-    refusals: LogQuota,
+    rejection_log_quota: LogQuota,
     _file: SocketFile,
 }
 
@@ -66,17 +66,17 @@ impl HandoverSocket {
             path: path.to_owned(),
             source,
         };
-        let refusals = LogQuota::new(3, LOG_INTERVAL);
+        let rejection_log_quota = LogQuota::new(3, LOG_INTERVAL);
         Ok(Self {
             listener: UnixListener::from_std(listener).map_err(failed)?,
-            refusals,
+            rejection_log_quota,
             _file: file,
         })
     }
 
     /// Returns the number of suppressed lines if a rejected connection may be logged now.
-    pub(super) fn refusal(&self) -> Option<u64> {
-        self.refusals.take()
+    pub(super) fn take_rejection_log_permit(&self) -> Option<u64> {
+        self.rejection_log_quota.take()
     }
 
     /// Waits for the next instance to connect.

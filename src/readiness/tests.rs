@@ -31,12 +31,12 @@ async fn reason_is_logged_when_it_is_new_and_not_each_second() {
 
 #[test]
 fn answer_distinguishes_attested_caller_from_unsupported_kernel() {
-    let refused = |code: &str| format!("{{\"code\":\"{code}\"}}");
+    let rejected = |code: &str| format!("{{\"code\":\"{code}\"}}");
     let table = [
         (404, String::new(), Some(ProbeAnswer::Attested)),
-        (403, refused(UNSUPPORTED), Some(ProbeAnswer::Unsupported)),
-        (403, refused("no_holder"), None),
-        (503, refused(UNSUPPORTED), None),
+        (403, rejected(UNSUPPORTED), Some(ProbeAnswer::Unsupported)),
+        (403, rejected("no_holder"), None),
+        (503, rejected(UNSUPPORTED), None),
         (403, String::new(), None),
         (200, "{}".to_owned(), None),
     ];
@@ -115,13 +115,13 @@ fn sts_of_requested_roles_is_probed_without_any_role() {
             metrics,
             FileThreads::default(),
         );
-        let asked: Vec<_> = probes
+        let probed: Vec<_> = probes
             .targets
             .iter()
             .map(|target| target.region.as_str())
             .collect();
         assert_eq!(
-            (asked, probes.audience.as_str()),
+            (probed, probes.audience.as_str()),
             (regions.to_vec(), "a"),
             "{text}"
         );

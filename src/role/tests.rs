@@ -428,16 +428,16 @@ fn can_grant_needs_the_same_definition() {
     let billing = before
         .select(&caller, &RequestedRole::ByName("billing".to_owned()))
         .unwrap();
-    let asked = before
+    let by_arn = before
         .select(&caller, &arn("arn:aws:iam::123456789012:role/app-1"))
         .unwrap();
-    assert!(before.can_grant(&billing) && before.can_grant(&asked));
+    assert!(before.can_grant(&billing) && before.can_grant(&by_arn));
     // At another position of the list, and next to others.
     let moved = roles([
         role("billing", "shop/billing", "billing"),
         role("new", "**", "new"),
     ]);
-    assert!(moved.can_grant(&billing) && !moved.can_grant(&asked));
+    assert!(moved.can_grant(&billing) && !moved.can_grant(&by_arn));
     let narrowed = Role {
         policy: Some("{}".to_owned()),
         ..role("billing", "shop/billing", "billing")
@@ -454,7 +454,7 @@ fn can_grant_needs_the_same_definition() {
         requested: requesting(&["arn:aws:iam::123456789012:role/web-*"]).requested,
         ..Roles::default()
     };
-    assert!(!fewer.can_grant(&asked));
+    assert!(!fewer.can_grant(&by_arn));
 }
 
 #[test]

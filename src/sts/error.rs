@@ -55,7 +55,7 @@ impl fmt::Display for StsError {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Failure {
     /// STS rejected, or a server that answers instead of it.
-    Refused {
+    Rejected {
         code: Option<String>,
         status: u16,
         message: String,
@@ -79,16 +79,16 @@ impl Failure {
     /// hold the request.
     pub(super) fn of(error: &StsCallError) -> Self {
         match error {
-            SdkError::ServiceError(refused) => {
-                let status = refused.raw().status();
-                match error_response::read(refused.raw()) {
+            SdkError::ServiceError(rejected) => {
+                let status = rejected.raw().status();
+                match error_response::read(rejected.raw()) {
                     None if status.is_success() => {
                         Self::InvalidResponse("the response is not readable".to_owned())
                     }
-                    refusal => {
+                    rejection => {
                         let error_response::StsErrorResponse { code, message } =
-                            refusal.unwrap_or_default();
-                        Self::Refused {
+                            rejection.unwrap_or_default();
+                        Self::Rejected {
                             code,
                             status: status.as_u16(),
                             message,
@@ -116,7 +116,7 @@ impl Failure {
     /// Returns the action and the reason: the one table of both.
     fn classify(&self) -> (RetryPolicy, StsReason) {
         match self {
-            Self::Refused {
+            Self::Rejected {
                 code,
                 status,
                 message,
@@ -250,7 +250,7 @@ impl StsError {
         let sts = &at.name;
         let clean = |text: &str| one_line(&without_token(text, call.map(|(_, token)| token)));
         let what = match failure {
-            Failure::Refused {
+            Failure::Rejected {
                 code,
                 status,
                 message,
@@ -281,7 +281,7 @@ impl StsError {
             Failure::Busy => format!("too many calls are waiting for {sts}"),
         };
         let (code, fragments) = match failure {
-            Failure::Refused { code, message, .. } => {
+            Failure::Rejected { code, message, .. } => {
                 (clean(code.as_deref().unwrap_or_default()), clean(message))
             }
             _ => Default::default(),

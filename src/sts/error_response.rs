@@ -28,24 +28,24 @@ pub(super) fn read(response: &HttpResponse) -> Option<StsErrorResponse> {
     let body = response.body().bytes().unwrap_or_default();
     let text = String::from_utf8_lossy(body);
     let text = text.trim_start_matches('\u{feff}').trim();
-    let mut refusal = match text.bytes().next() {
+    let mut error = match text.bytes().next() {
         Some(b'<') => of_xml(text),
         Some(b'{') => serde_json::from_str(text)
             .map(|value| of_json(&value, 0))
             .unwrap_or_default(),
         _ => StsErrorResponse::default(),
     };
-    if refusal.code.is_none() {
-        refusal.code = response.headers().get(CODE_HEADER).and_then(code);
+    if error.code.is_none() {
+        error.code = response.headers().get(CODE_HEADER).and_then(code);
     }
-    (refusal != StsErrorResponse::default()).then_some(refusal)
+    (error != StsErrorResponse::default()).then_some(error)
 }
 
 /// Finds the first `Code` and `Message`, at any depth and in any namespace, up to the first XML
 /// error.
 fn of_xml(text: &str) -> StsErrorResponse {
     let mut document = Document::new(text);
-    let mut refusal = StsErrorResponse::default();
+    let mut error = StsErrorResponse::default();
     while let Some(element) = document.next_start_element() {
         let (is_code, is_message) = (element.local() == "Code", element.local() == "Message");
         if !is_code && !is_message {
@@ -54,15 +54,15 @@ fn of_xml(text: &str) -> StsErrorResponse {
         let data = try_data(&mut document.scoped_to(element))
             .map(|data| data.trim().to_owned())
             .unwrap_or_default();
-        if is_code && refusal.code.is_none() {
-            refusal.code = code(&data);
-        } else if is_message && refusal.message.is_empty() {
-            refusal.message = data;
+        if is_code && error.code.is_none() {
+            error.code = code(&data);
+        } else if is_message && error.message.is_empty() {
+            error.message = data;
         }
     }
     // A message without a code does not belong to a rejection.
-    if refusal.code.is_some() {
-        refusal
+    if error.code.is_some() {
+        error
     } else {
         StsErrorResponse::default()
     }

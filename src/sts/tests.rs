@@ -7,9 +7,10 @@ use std::sync::atomic::Ordering;
 use tempfile::tempdir;
 
 use super::*;
+use crate::captured_log::CapturedLog;
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 use crate::role::Role;
-use crate::svid::jwt::tests::{AUDIENCE, CapturedLog, NOW, billing, now, svid_for};
+use crate::svid::jwt::tests::{AUDIENCE, NOW, billing, now, svid_for};
 use fake::{FakeProxy, FakeSts, RequestBarrier, StsReply};
 
 const ARN: &str = "arn:aws:iam::123456789012:role/billing";
@@ -102,7 +103,7 @@ pub(crate) fn good() -> StsReply {
     success(NAMESPACE, CREDENTIALS)
 }
 
-pub(crate) fn refusal(status: u16, code: &str, message: &str) -> StsReply {
+pub(crate) fn rejection(status: u16, code: &str, message: &str) -> StsReply {
     let text = format!(
         "<ErrorResponse{NAMESPACE}><Error><Type>Sender</Type><Code>{code}</Code><Message>{message}</Message></Error>\
          <RequestId>3b0e1c5f-0000-0000-0000-000000000000</RequestId></ErrorResponse>"
@@ -266,7 +267,7 @@ async fn unusable_response_is_an_error() {
 }
 
 #[tokio::test]
-async fn refusal_on_the_wire_is_classified() {
+async fn rejection_on_the_wire_is_classified() {
     use RetryPolicy::{Later, Never, NewToken};
     let keys = "Couldn't retrieve verification key from your identity provider";
     let table = [
@@ -331,7 +332,7 @@ async fn refusal_on_the_wire_is_classified() {
         (503, "STSNotInitialized", "", Later, "sts_unavailable"),
     ];
     for (status, code, message, retry, reason) in table {
-        let (result, server) = assume_of(refusal(status, code, message)).await;
+        let (result, server) = assume_of(rejection(status, code, message)).await;
         let error = result.unwrap_err();
         assert_eq!(
             (error.retry, error.reason.label(), error.code.as_str()),
@@ -554,7 +555,7 @@ async fn logs_and_errors_do_not_show_secrets() {
                 "1 validation error: Value '{token}' at 'webIdentityToken', {}...",
                 &token[..50]
             );
-            refusal(status, &token[..80], &message)
+            rejection(status, &token[..80], &message)
         }
     };
     for server in [
@@ -743,7 +744,7 @@ async fn target_has_one_client_and_one_connection() {
 #[tokio::test]
 async fn probe_succeeds_if_sts_responds() {
     let server = FakeSts::start(|_, _| {
-        refusal(
+        rejection(
             400,
             "InvalidIdentityToken",
             "The ID Token provided is not a valid JWT",

@@ -98,7 +98,7 @@ fn stalled_destination_blocks_no_caller_and_sheds_the_flooder() {
     assert!(taken[17] > 3 * share, "{}", taken[17]);
     taken[18] = fill(&writer, 18, Priority::High);
     assert_eq!(fill(&writer, 19, Priority::High), 0, "and that is all");
-    let refused = losses.0.load(Ordering::Relaxed);
+    let rejected = losses.0.load(Ordering::Relaxed);
     writer.flush(Duration::from_millis(1));
     writer.fall_behind();
     assert!(writer.is_behind());
@@ -129,7 +129,7 @@ fn stalled_destination_blocks_no_caller_and_sheds_the_flooder() {
     assert_eq!(
         lines
             .iter()
-            .filter(|line| **line == format!("lost {refused}"))
+            .filter(|line| **line == format!("lost {rejected}"))
             .count(),
         1,
         "it is logged once"

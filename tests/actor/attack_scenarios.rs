@@ -30,11 +30,11 @@ pub(crate) fn play(scene: &str, to: &Address) -> String {
         "alice" => honest(to, ALICE),
         "bob" => honest(to, BOB),
         "passed" => passed(to, late),
-        "made-for" => made_for(to),
+        "connected-by-another" => connected_by_another(to),
         "exited" => exited(to, late, true),
         "zombie" => exited(to, late, false),
         "reused" => reused(to, late),
-        "forked" => alone(|| child_asks(to.connect())),
+        "forked" => alone(|| child_fetches(to.connect())),
         "executed" => alone(|| executed(to.connect())),
         "setuid" => setuid(to, late),
         "shared" => shared(to),
@@ -56,7 +56,7 @@ pub(crate) fn play(scene: &str, to: &Address) -> String {
         "listener-used-again" => socket_passing::used_again(to, Socket::Listener),
         "shared-listener-used-again" => socket_passing::used_again(to, Socket::SharedListener),
         "accepted-used-again" => socket_passing::used_again(to, Socket::Accepted),
-        "made-for-activation" => socket_passing::made_for_activation(to),
+        "from-socket-unit" => socket_passing::from_socket_unit(to),
         "stuck" => blocked::stuck(to),
         "personality" => cgroup_moves::personality(to),
         "fixed-file" => cgroup_moves::fixed_file(to),
@@ -67,7 +67,7 @@ pub(crate) fn play(scene: &str, to: &Address) -> String {
 fn honest(to: &Address, uid: u32) -> String {
     finish(child(|_| {
         become_user(uid);
-        raw_http::ask(&to.connect())
+        raw_http::fetch(&to.connect())
     }))
 }
 
@@ -97,7 +97,7 @@ impl PassedConnection {
     /// does `then` at its cue.
     fn start(to: &Address, late: bool, heir: (u32, u32), then: impl FnOnce()) -> Self {
         let (over, from) = UnixStream::pair().unwrap();
-        let (tell, continued) = UnixStream::pair().unwrap();
+        let (steps, continued) = UnixStream::pair().unwrap();
         let stopped = (!late).then(daemon::hold);
         let alice = child(|cue| {
             become_user(ALICE);
@@ -107,7 +107,7 @@ impl PassedConnection {
             }
             raw_http::pass(&over, &fd);
             drop(fd);
-            (&tell).write_all(b"x").unwrap();
+            (&steps).write_all(b"x").unwrap();
             cue.wait();
             then();
             String::new()
@@ -115,12 +115,12 @@ impl PassedConnection {
         let heir = child(|cue| {
             become_of(heir.0, heir.1);
             let fd = raw_http::receive(&from);
-            (&tell).write_all(b"x").unwrap();
+            (&steps).write_all(b"x").unwrap();
             cue.wait();
             if late {
                 raw_http::conclude(&fd)
             } else {
-                raw_http::ask(&fd)
+                raw_http::fetch(&fd)
             }
         });
         (&continued).read_exact(&mut [0; 2]).unwrap();
@@ -132,10 +132,10 @@ impl PassedConnection {
     }
 }
 
-fn goes_on(stopped: Option<StoppedDaemon>, mut asking: Child) -> String {
+fn goes_on(stopped: Option<StoppedDaemon>, mut fetcher: Child) -> String {
     drop(stopped);
-    asking.cue();
-    finish(asking)
+    fetcher.cue();
+    finish(fetcher)
 }
 
 /// Plays a request of Bob, in Alice's group, on the connection of Alice's living process.
@@ -152,7 +152,7 @@ fn passed(to: &Address, late: bool) -> String {
 }
 
 /// Plays a socket that Alice makes and only Bob has then. Bob connects it and sends a request.
-fn made_for(to: &Address) -> String {
+fn connected_by_another(to: &Address) -> String {
     let (over, from) = UnixStream::pair().unwrap();
     let alice = child(|_| {
         become_user(ALICE);
@@ -164,7 +164,7 @@ fn made_for(to: &Address) -> String {
         become_user(BOB);
         let fd = raw_http::receive(&from);
         to.connect_from(&fd);
-        raw_http::ask(&fd)
+        raw_http::fetch(&fd)
     }))
 }
 
@@ -206,8 +206,8 @@ fn reused(to: &Address, late: bool) -> String {
     response
 }
 
-fn child_asks(fd: OwnedFd) -> String {
-    finish(child(|_| raw_http::ask(&fd)))
+fn child_fetches(fd: OwnedFd) -> String {
+    finish(child(|_| raw_http::fetch(&fd)))
 }
 
 fn executed(fd: OwnedFd) -> String {
@@ -276,11 +276,11 @@ fn other_group(to: &Address) -> String {
 /// the elder, connects and sends the request.
 fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let (continued, tell) = UnixStream::pair().unwrap();
+    let (continued, steps) = UnixStream::pair().unwrap();
     let mut elder = child(|cue| {
         become_of(elder.0, elder.1);
         let fd = raw_http::receive(&theirs);
-        raw_http::pass(&tell, &fd);
+        raw_http::pass(&steps, &fd);
         cue.wait();
         String::new()
     });
@@ -292,7 +292,7 @@ fn held_by_two(to: &Address, elder: (u32, u32), younger: (u32, u32)) -> String {
         raw_http::pass(&ours, &fd);
         raw_http::receive(&continued);
         to.connect_from(&fd);
-        raw_http::ask(&fd)
+        raw_http::fetch(&fd)
     });
     let response = finish(younger);
     elder.cue();
@@ -306,7 +306,7 @@ fn mixed_group(to: &Address) -> String {
         setgroups(&[]).unwrap();
         setresgid(BOB.into(), ALICE.into(), ALICE.into()).unwrap();
         setresuid(ALICE.into(), ALICE.into(), ALICE.into()).unwrap();
-        raw_http::ask(&to.connect())
+        raw_http::fetch(&to.connect())
     }))
 }
 
@@ -337,7 +337,7 @@ fn half_closed(fd: OwnedFd) -> String {
 /// descriptors.
 fn queued(to: &Address) -> String {
     let (over, from) = UnixStream::pair().unwrap();
-    let (tell, continued) = UnixStream::pair().unwrap();
+    let (steps, continued) = UnixStream::pair().unwrap();
     let stopped = daemon::hold();
     let mut alice = child(|cue| {
         become_user(ALICE);
@@ -346,7 +346,7 @@ fn queued(to: &Address) -> String {
         raw_http::pass(&over, &fd);
         let client = matches!(to, Address::Tcp(_)).then(|| Address::local(&fd));
         drop(fd);
-        (&tell).write_all(b"x").unwrap();
+        (&steps).write_all(b"x").unwrap();
         cue.wait();
         // On the unix socket the daemon does not search for it.
         if let (Some(client), Address::Tcp(server)) = (client, to) {
@@ -374,7 +374,7 @@ fn decoy(to: &Address) -> String {
 }
 
 fn decoy_on(to: &Address, port: u16) -> Option<String> {
-    let (tell, continued) = UnixStream::pair().unwrap();
+    let (steps, continued) = UnixStream::pair().unwrap();
     let are_ready = || {
         let mut ready = [0];
         (&continued).read_exact(&mut ready).unwrap();
@@ -383,11 +383,11 @@ fn decoy_on(to: &Address, port: u16) -> Option<String> {
     let mut alice = child(|cue| {
         become_user(ALICE);
         let bound = to.bound_socket(port);
-        (&tell).write_all(&[bound.is_ok().into()]).unwrap();
+        (&steps).write_all(&[bound.is_ok().into()]).unwrap();
         cue.wait();
         let Ok(fd) = bound else { return String::new() };
         to.connect_from(&fd);
-        raw_http::ask(&fd)
+        raw_http::fetch(&fd)
     });
     let is_bound = are_ready();
     let every: IpAddr = if to.another(0).is_ipv4() {
@@ -398,7 +398,7 @@ fn decoy_on(to: &Address, port: u16) -> Option<String> {
     let mut bob = child(|cue| {
         become_user(BOB);
         let listener = TcpListener::bind((every, port));
-        (&tell).write_all(&[listener.is_ok().into()]).unwrap();
+        (&steps).write_all(&[listener.is_ok().into()]).unwrap();
         cue.wait();
         String::new()
     });
@@ -417,7 +417,7 @@ fn apart(to: &Address, namespace: CloneFlags) -> String {
         if namespace == CloneFlags::CLONE_NEWUSER {
             become_user(ALICE);
             unshare(namespace).unwrap();
-            return raw_http::ask(&to.connect());
+            return raw_http::fetch(&to.connect());
         }
         unshare(namespace).unwrap();
         // The first process in it.
@@ -433,22 +433,22 @@ fn regrouped(to: &Address, late: bool) -> String {
 
 /// Plays a root that connects, and then changes something of itself or of the connection.
 fn changed_by_root(to: &Address, late: bool, change: impl FnOnce(&OwnedFd)) -> String {
-    let (tell, continued) = UnixStream::pair().unwrap();
+    let (steps, continued) = UnixStream::pair().unwrap();
     let stopped = (!late).then(daemon::hold);
-    let asking = child(|cue| {
+    let fetcher = child(|cue| {
         let fd = to.connect();
         if late {
             raw_http::begin(to, &fd);
         }
         change(&fd);
-        (&tell).write_all(b"x").unwrap();
+        (&steps).write_all(b"x").unwrap();
         cue.wait();
         if late {
             raw_http::conclude(&fd)
         } else {
-            raw_http::ask(&fd)
+            raw_http::fetch(&fd)
         }
     });
     (&continued).read_exact(&mut [0]).unwrap();
-    goes_on(stopped, asking)
+    goes_on(stopped, fetcher)
 }

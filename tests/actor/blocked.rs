@@ -112,14 +112,14 @@ pub(crate) fn stuck(to: &Address) -> String {
     });
     files.await_hanging_request();
     let (over, from) = UnixStream::pair().unwrap();
-    let (mut hears, says) = UnixStream::pair().unwrap();
+    let (mut response_pipe, output_end) = UnixStream::pair().unwrap();
     let stopped = daemon::hold();
     let (caller, _) = caller(&files, || {
         become_user(ALICE);
         let fd = to.connect();
         raw_http::send_part(&fd);
         raw_http::pass(&over, &fd);
-        dup2_stdout(&says).unwrap();
+        dup2_stdout(&output_end).unwrap();
         let program = std::env::current_exe().unwrap();
         let words = [
             program.to_str().unwrap(),
@@ -128,7 +128,7 @@ pub(crate) fn stuck(to: &Address) -> String {
         ];
         words.map(|word| CString::new(word).unwrap()).to_vec()
     });
-    drop(says);
+    drop(output_end);
     let connection = Connection::of(to, &raw_http::receive(&from));
     drop(stopped);
     while !daemon::has_stuck_thread() && !daemon::is_read(&connection) {
@@ -139,13 +139,13 @@ pub(crate) fn stuck(to: &Address) -> String {
     let mut bob = child(|_| {
         bobs_cgroup.write("cgroup.procs", "0");
         become_user(BOB);
-        raw_http::ask(&to.connect())
+        raw_http::fetch(&to.connect())
     });
     let bobs = bob.output();
     bob.reap();
     drop(files);
     let mut alices = String::new();
-    hears.read_to_string(&mut alices).unwrap();
+    response_pipe.read_to_string(&mut alices).unwrap();
     caller.reap();
     reader.cue();
     reader.reap();

@@ -79,7 +79,7 @@ pub(crate) fn moved(to: &Address, late: bool, remove: bool) -> String {
             return raw_http::conclude(&fd);
         }
         to.connect_from(&fd);
-        raw_http::ask(&fd)
+        raw_http::fetch(&fd)
     });
     let pid = alice.pid.to_string();
     let mut steps = &here;
@@ -106,7 +106,7 @@ pub(crate) fn threaded(to: &Address) -> String {
     let mut alice = child(|_| {
         (&there).read_exact(&mut [0]).unwrap();
         become_user(ALICE);
-        raw_http::ask(&to.connect())
+        raw_http::fetch(&to.connect())
     });
     domain.write("cgroup.procs", &alice.pid.to_string());
     threaded.write("cgroup.threads", &alice.pid.to_string());
@@ -143,7 +143,7 @@ pub(crate) fn personality(to: &Address) -> String {
         // SAFETY: the kernel has just made this descriptor.
         let fd = unsafe { OwnedFd::from_raw_fd(socket_fd) };
         to.connect_from(&fd);
-        raw_http::ask(&fd)
+        raw_http::fetch(&fd)
     });
     let response = bob.output();
     bob.reap();
@@ -153,7 +153,7 @@ pub(crate) fn personality(to: &Address) -> String {
 /// Plays a request of Alice on a connection that is among the fixed files of an io_uring, and in no
 /// process's descriptors.
 pub(crate) fn fixed_file(to: &Address) -> String {
-    let (tell, signalled) = UnixStream::pair().unwrap();
+    let (ready, signalled) = UnixStream::pair().unwrap();
     let stopped = daemon::hold();
     let mut alice = child(|cue| {
         let mut ring = IoUring::new(2).unwrap();
@@ -161,7 +161,7 @@ pub(crate) fn fixed_file(to: &Address) -> String {
         let fd = to.connect();
         ring.submitter().register_files(&[fd.as_raw_fd()]).unwrap();
         drop(fd);
-        (&tell).write_all(b"x").unwrap();
+        (&ready).write_all(b"x").unwrap();
         cue.wait();
         let length = u32::try_from(raw_http::REQUEST.len()).unwrap();
         let sent = complete(

@@ -37,7 +37,7 @@ pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
     }
     become_user(u32::try_from(numbers[0]).unwrap());
     match (what, numbers) {
-        ("ask", [_, count]) => show(&send_requests(to, *count)),
+        ("fetch", [_, count]) => show(&send_requests(to, *count)),
         ("hold", [_, count]) => hold(to, *count, |_| ()),
         ("mute", [_, count]) => hold(to, *count, raw_http::send),
         ("storm", [_, threads, descriptors]) => storm(to, *threads, *descriptors),
@@ -71,7 +71,7 @@ fn send_requests(to: &Address, count: usize) -> Counts {
     let mut counts = Counts::new();
     for _ in 0..count {
         *counts
-            .entry(code(&raw_http::ask(&to.connect())))
+            .entry(code(&raw_http::fetch(&to.connect())))
             .or_default() += 1;
     }
     counts
@@ -82,12 +82,12 @@ fn send_requests(to: &Address, count: usize) -> Counts {
 fn grouped(to: &Address, uid: u32, groups: usize, processes: usize) -> Counts {
     let mut counts = Counts::new();
     for _ in 0..processes {
-        let mut asking = child(|_| {
+        let mut caller = child(|_| {
             become_with_groups(uid, groups);
-            raw_http::ask(&to.connect())
+            raw_http::fetch(&to.connect())
         });
-        *counts.entry(code(&asking.output())).or_default() += 1;
-        asking.reap();
+        *counts.entry(code(&caller.output())).or_default() += 1;
+        caller.reap();
     }
     counts
 }
@@ -152,7 +152,7 @@ fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
     let mut counts = Counts::new();
     std::thread::scope(|scope| {
         let (first, is_first) = std::sync::mpsc::channel();
-        let ask = |first: std::sync::mpsc::Sender<()>| {
+        let fetch_in_loop = |first: std::sync::mpsc::Sender<()>| {
             let mut counts = Counts::new();
             while !ended.load(Ordering::Relaxed) {
                 for (code, count) in send_requests(to, 1) {
@@ -166,7 +166,7 @@ fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
             .map(|_| {
                 scope.spawn({
                     let first = first.clone();
-                    move || ask(first)
+                    move || fetch_in_loop(first)
                 })
             })
             .collect();

@@ -91,9 +91,9 @@ impl HangingFiles {
             Some(&*options),
         )
         .unwrap();
-        let (tell, lookups) = UnixStream::pair().unwrap();
+        let (ready, lookups) = UnixStream::pair().unwrap();
         let server = child(|_| {
-            Server::new(hangs).serve(&device, || (&tell).write_all(b"x").unwrap());
+            Server::new(hangs).serve(&device, || (&ready).write_all(b"x").unwrap());
             String::new()
         });
         Self {

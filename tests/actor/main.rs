@@ -55,7 +55,7 @@ fn main() {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
         // Executed by scenes: to send a request on an inherited descriptor, or only to run.
-        ["speak", descriptor] => print!("{}", raw_http::ask_on(descriptor.parse().unwrap())),
+        ["speak", descriptor] => print!("{}", raw_http::fetch_on(descriptor.parse().unwrap())),
         ["stay"] => process::stay(),
         ["connect", uid, listener, address] => {
             floods::connect(
@@ -73,9 +73,9 @@ fn main() {
                 floods::act(act, &numbers, &raw_http::Address::parse(listener, address))
             );
         }
-        ["ask", listener, address] => {
+        ["fetch", listener, address] => {
             let to = raw_http::Address::parse(listener, address);
-            print!("{}", raw_http::ask(&to.connect()));
+            print!("{}", raw_http::fetch(&to.connect()));
         }
         ["blocked", count, listener, address, ref cgroups @ ..] => {
             blocked::callers(
@@ -95,7 +95,7 @@ fn main() {
         ["short-lived", users, rate, seconds, listener, address] => {
             println!(
                 "{}",
-                short_lived::ask(
+                short_lived::fetch(
                     users,
                     rate,
                     seconds,
@@ -108,7 +108,7 @@ fn main() {
         ["without-peer-pidfd", ref words @ ..] => peer_pidfd::run_without(words),
         ["without-pidfd-info", ref words @ ..] => peer_pidfd::run_without_info(words),
         ["soak", uid, listener, address, pause] => {
-            soak::ask(uid, &raw_http::Address::parse(listener, address), pause)
+            soak::fetch(uid, &raw_http::Address::parse(listener, address), pause)
         }
         ["requests", scene, listener, address] => requests::play(scene, [listener, address]),
         ["obey", descriptor, listener, address] => {
@@ -119,7 +119,7 @@ fn main() {
         }
         ["forge", when, listener, address, file] => {
             let to = raw_http::Address::parse(listener, address);
-            print!("{}", programs::ask_as(file.as_ref(), when, &to));
+            print!("{}", programs::fetch_as(file.as_ref(), when, &to));
         }
         ["conclude", descriptor] => {
             print!("{}", raw_http::conclude_on(descriptor.parse().unwrap()))

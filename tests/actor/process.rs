@@ -36,8 +36,8 @@ pub(crate) fn become_with_groups(uid: u32, count: usize) {
 /// A child, which ends at its cue or with its parent.
 pub(crate) struct Child {
     pub(crate) pid: Pid,
-    says: File,
-    hears: Option<File>,
+    output_pipe: File,
+    cue_pipe: Option<File>,
 }
 
 /// The child's end of the pipe for its cue.
@@ -52,21 +52,21 @@ impl Cue {
 
 /// Starts a child that does `act` and then ends. The result of `act` is kept for [`Child::output`].
 pub(crate) fn child(act: impl FnOnce(&mut Cue) -> String) -> Child {
-    let (says, mut say) = pair();
-    let (hear, hears) = pair();
+    let (output_pipe, mut output_end) = pair();
+    let (cue_end, cue_pipe) = pair();
     // SAFETY: this program has one thread.
     match unsafe { fork() }.unwrap() {
         ForkResult::Parent { child } => Child {
             pid: child,
-            says,
-            hears: Some(hears),
+            output_pipe,
+            cue_pipe: Some(cue_pipe),
         },
         ForkResult::Child => {
-            drop((says, hears));
+            drop((output_pipe, cue_pipe));
             set_pdeathsig(Signal::SIGKILL).unwrap();
-            let text = act(&mut Cue(hear));
-            let _ = say.write_all(text.as_bytes());
-            drop(say);
+            let text = act(&mut Cue(cue_end));
+            let _ = output_end.write_all(text.as_bytes());
+            drop(output_end);
             // SAFETY: ends this process without running the parent's exit code in it.
             unsafe { libc::_exit(0) }
         }
@@ -81,15 +81,15 @@ fn pair() -> (File, File) {
 impl Child {
     /// Lets a waiting child go on.
     pub(crate) fn cue(&mut self) {
-        if let Some(mut hears) = self.hears.take() {
-            let _ = hears.write_all(b"x");
+        if let Some(mut cue_pipe) = self.cue_pipe.take() {
+            let _ = cue_pipe.write_all(b"x");
         }
     }
 
     /// Returns the child's whole output, and waits until it has ended. It stays a zombie.
     pub(crate) fn output(&mut self) -> String {
         let mut text = String::new();
-        let _ = self.says.read_to_string(&mut text);
+        let _ = self.output_pipe.read_to_string(&mut text);
         // Its end of the pipe is closed a moment before it has ended.
         waitid(
             Id::Pid(self.pid),
@@ -100,7 +100,7 @@ impl Child {
     }
 
     pub(crate) fn reap(self) {
-        drop(self.hears);
+        drop(self.cue_pipe);
         waitpid(self.pid, None).unwrap();
     }
 }
@@ -126,10 +126,10 @@ struct CloneArgs {
 /// this one. Returns `None` if the number is in use.
 pub(crate) fn reuse(pid: Pid, uid: u32, act: impl FnOnce()) -> Option<Pid> {
     let (mut is_there, mut there) = pair();
-    let wanted = pid.as_raw();
+    let number = pid.as_raw();
     let arguments = CloneArgs {
         exit_signal: u64::try_from(libc::SIGCHLD).unwrap(),
-        set_tid: std::ptr::from_ref(&wanted) as u64,
+        set_tid: std::ptr::from_ref(&number) as u64,
         set_tid_size: 1,
         ..CloneArgs::default()
     };

@@ -18,7 +18,7 @@ pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
         "program" => become_user(ALICE),
         "other-program" => {
             become_user(ALICE);
-            execute(&forged(program), &["ask", listener, address]);
+            execute(&forged(program), &["fetch", listener, address]);
         }
         // In a mount namespace alone, which takes root to make: only the file itself shows it.
         "forged-path" => {
@@ -51,14 +51,14 @@ pub(crate) fn play(scene: &str, [listener, address]: [&str; 2], program: &str) {
         }
         other => panic!("no scene {other}"),
     }
-    execute(program, &["ask", listener, address]);
+    execute(program, &["fetch", listener, address]);
 }
 
 /// Sends a request with this file as the executable, from the beginning or late.
-pub(crate) fn ask_as(file: &Path, when: &str, to: &Address) -> String {
+pub(crate) fn fetch_as(file: &Path, when: &str, to: &Address) -> String {
     if when != "late" {
         forged_exe::show_as(file);
-        return raw_http::ask(&to.connect());
+        return raw_http::fetch(&to.connect());
     }
     let fd = to.connect();
     raw_http::begin(to, &fd);

@@ -114,7 +114,7 @@ impl Address {
 }
 
 /// Sends the whole request, and returns the whole response, empty if the daemon sends none.
-pub(crate) fn ask(fd: &OwnedFd) -> String {
+pub(crate) fn fetch(fd: &OwnedFd) -> String {
     send(fd);
     answer(fd)
 }
@@ -147,8 +147,8 @@ pub(crate) fn answer(fd: &OwnedFd) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-pub(crate) fn ask_on(descriptor: RawFd) -> String {
-    ask(&inherited(descriptor))
+pub(crate) fn fetch_on(descriptor: RawFd) -> String {
+    fetch(&inherited(descriptor))
 }
 
 pub(crate) fn conclude_on(descriptor: RawFd) -> String {

@@ -68,7 +68,7 @@ pub(crate) fn play(scene: &str, to: [&str; 2]) {
 impl Stage<'_> {
     fn step(&mut self, word: &str) -> String {
         match word {
-            "ask" => self.alice.send_word("ask"),
+            "send" => self.alice.send_word("send"),
             "change" => self.change(),
             "back" if self.scene == "forged-and-back" => self.alice.send_word("show first"),
             // As `newgrp` and busybox's `su` do: from privileges back to the user, and to any
@@ -240,14 +240,14 @@ impl<'a> Part<'a> {
     fn act(&mut self, word: &str) -> String {
         let to = Address::parse(self.listener, self.address);
         match word {
-            "ask" => raw_http::send(self.connection.insert(to.connect())),
+            "send" => raw_http::send(self.connection.insert(to.connect())),
             "give" => raw_http::pass(
                 self.over.as_ref().unwrap(),
                 self.connection.as_ref().unwrap(),
             ),
             "take" => self.connection = Some(raw_http::receive(self.over.as_ref().unwrap())),
             "answer" => return quoted(&raw_http::answer(self.connection.as_ref().unwrap())),
-            "again" => return quoted(&raw_http::ask(&to.connect())),
+            "again" => return quoted(&raw_http::fetch(&to.connect())),
             moved if moved.starts_with("move ") => {
                 let cgroup = Path::new(&moved["move ".len()..]);
                 fs::create_dir_all(cgroup).unwrap();

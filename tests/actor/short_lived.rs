@@ -25,11 +25,11 @@ const RECORD: usize = 64;
 ///
 /// All of them exist before the first request and until the last response, so that their starts and
 /// ends do not load the machine.
-pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> String {
+pub(crate) fn fetch(users: &str, rate: &str, seconds: &str, to: &Address) -> String {
     let users: Vec<u32> = users.split(',').map(|uid| uid.parse().unwrap()).collect();
     let (rate, seconds): (u128, u128) = (rate.parse().unwrap(), seconds.parse().unwrap());
     ignore_children();
-    let [(mut said, mut say), (cue, cues)] = [(); 2].map(|()| {
+    let [(mut record_pipe, mut record_end), (cue, cues)] = [(); 2].map(|()| {
         let (read, write): (OwnedFd, OwnedFd) = pipe().unwrap();
         (File::from(read), File::from(write))
     });
@@ -40,11 +40,11 @@ pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> Strin
             become_user(uid);
             // Each byte wakes one of the waiting processes.
             (&cue).read_exact(&mut [0]).unwrap();
-            say.write_all(&record(uid, to)).unwrap();
+            record_end.write_all(&record(uid, to)).unwrap();
             stay()
         });
     }
-    fcntl(&said, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    fcntl(&record_pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
     let mut results = Results::default();
     let (began, mut cued, mut busy) = (Instant::now(), 0, None);
     while cued < count {
@@ -53,7 +53,7 @@ pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> Strin
             .min(count);
         (&cues).write_all(&vec![0; due - cued]).unwrap();
         cued = due;
-        results.read(&mut said);
+        results.read(&mut record_pipe);
         if busy.is_none() && cued >= count / 4 {
             busy = Some((Instant::now(), results.count("200")));
         }
@@ -64,10 +64,10 @@ pub(crate) fn ask(users: &str, rate: &str, seconds: &str, to: &Address) -> Strin
         f64::from(results.count("200") - before) / since.elapsed().as_secs_f64()
     });
     while results.all() < count {
-        results.read(&mut said);
+        results.read(&mut record_pipe);
         thread::sleep(Duration::from_millis(1));
     }
-    results.show(json!({ "asked": count, "answered_per_second": per_second }))
+    results.show(json!({ "requests": count, "answered_per_second": per_second }))
 }
 
 /// Starts this number of processes of a user, which do nothing until this one ends. Prints their
@@ -106,7 +106,7 @@ fn record(uid: u32, to: &Address) -> [u8; RECORD] {
     let began = Instant::now();
     let answer = to
         .try_connect()
-        .map(|fd| raw_http::ask(&fd))
+        .map(|fd| raw_http::fetch(&fd))
         .unwrap_or_default();
     let took = began.elapsed().as_micros();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
@@ -138,9 +138,9 @@ struct Results {
 
 impl Results {
     /// Reads all that is there: up to the end, if the pipe blocks.
-    fn read(&mut self, said: &mut File) {
+    fn read(&mut self, record_pipe: &mut File) {
         // An error means that the pipe is empty for now.
-        let _ = said.read_to_end(&mut self.rest);
+        let _ = record_pipe.read_to_end(&mut self.rest);
         let whole = self.rest.len() / RECORD * RECORD;
         let records: Vec<u8> = self.rest.drain(..whole).collect();
         for record in records.chunks(RECORD) {

@@ -28,7 +28,7 @@ struct SoakResults {
 /// Sends requests as `uid` until SIGTERM, with this many milliseconds between. Prints lines of
 /// JSON: each access key id that differs from the previous one, the first bad responses, and at the
 /// end the counts.
-pub(crate) fn ask(uid: &str, to: &Address, pause: &str) {
+pub(crate) fn fetch(uid: &str, to: &Address, pause: &str) {
     let mut end = SigSet::empty();
     end.add(Signal::SIGTERM);
     end.thread_block().unwrap();
@@ -53,7 +53,7 @@ pub(crate) fn ask(uid: &str, to: &Address, pause: &str) {
 }
 
 fn answer(to: &Address) -> io::Result<String> {
-    Ok(raw_http::ask(&to.try_connect()?))
+    Ok(raw_http::fetch(&to.try_connect()?))
 }
 
 impl SoakResults {

@@ -109,7 +109,7 @@ fn supervise(calls: &OwnedFd, lost: &Path) -> ! {
             SockFlag::SOCK_CLOEXEC,
         )
         .unwrap();
-        let given = libc::seccomp_notif_addfd {
+        let reply_fd = libc::seccomp_notif_addfd {
             id: call.id,
             flags: u32::try_from(libc::SECCOMP_ADDFD_FLAG_SEND).unwrap(),
             srcfd: theirs.as_raw_fd().cast_unsigned(),
@@ -117,7 +117,7 @@ fn supervise(calls: &OwnedFd, lost: &Path) -> ! {
             newfd_flags: libc::O_CLOEXEC.cast_unsigned(),
         };
         // SAFETY: the kernel reads one value. An error means that the program has ended.
-        if unsafe { add_descriptor(calls.as_raw_fd(), &raw const given) }.is_ok() {
+        if unsafe { add_descriptor(calls.as_raw_fd(), &raw const reply_fd) }.is_ok() {
             let lost: PathBuf = lost.to_owned();
             thread::spawn(move || reply(&ours, &lost));
         }

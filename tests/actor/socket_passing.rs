@@ -45,7 +45,7 @@ pub(crate) fn used_again(to: &Address, socket_kind: RootSocket) -> String {
         let socket = raw_http::receive(&from);
         disconnect(&socket);
         to.connect_from(&socket);
-        raw_http::ask(&socket)
+        raw_http::fetch(&socket)
     });
     let response = bob.output();
     bob.reap();
@@ -64,17 +64,17 @@ pub(crate) fn used_again_by_service(to: &Address) -> String {
     let socket = unsafe { OwnedFd::from_raw_fd(3) };
     disconnect(&socket);
     to.connect_from(&socket);
-    raw_http::ask(&socket)
+    raw_http::fetch(&socket)
 }
 
 /// Plays a request of Alice on a socket from a cgroup that has the name of one of systemd's socket
 /// units.
-pub(crate) fn made_for_activation(to: &Address) -> String {
+pub(crate) fn from_socket_unit(to: &Address) -> String {
     let unit = Cgroup::named(&own_cgroup(), &format!("{}.socket", getpid()));
     let mut alice = child(|_| {
         unit.write("cgroup.procs", "0");
         become_user(ALICE);
-        raw_http::ask(&to.connect())
+        raw_http::fetch(&to.connect())
     });
     let response = alice.output();
     alice.reap();

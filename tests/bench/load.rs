@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::Failed;
+use crate::BenchError;
 use crate::caller::{self, Answer, Caller};
 use crate::machine;
 use crate::process::Part;
@@ -61,7 +61,7 @@ impl Report {
     }
 
     /// Returns an error unless each request was answered with credentials.
-    pub(crate) fn all_issued(&self) -> Result<(), Failed> {
+    pub(crate) fn all_issued(&self) -> Result<(), BenchError> {
         if self.answers.keys().eq([&200]) {
             return Ok(());
         }
@@ -78,42 +78,42 @@ pub(crate) struct Load(Part);
 
 impl Load {
     /// Starts it, and waits until it has warmed up.
-    pub(crate) fn start(plan: &Plan) -> Result<Self, Failed> {
+    pub(crate) fn start(plan: &Plan) -> Result<Self, BenchError> {
         Self::part("load", plan)
     }
 
     /// Starts it with all of its requests at one time (see [`callers`]).
-    pub(crate) fn callers(plan: &Plan) -> Result<Self, Failed> {
+    pub(crate) fn callers(plan: &Plan) -> Result<Self, BenchError> {
         Self::part("callers", plan)
     }
 
-    fn part(name: &str, plan: &Plan) -> Result<Self, Failed> {
+    fn part(name: &str, plan: &Plan) -> Result<Self, BenchError> {
         let mut part = Part::start(&[name, &serde_json::to_string(plan)?])?;
-        match part.hear()?.as_str() {
+        match part.next_line()?.as_str() {
             "ready" => Ok(Self(part)),
             other => Err(format!("unexpected line of the load: {other:?}").into()),
         }
     }
 
     /// Starts the measured requests.
-    pub(crate) fn begin(&mut self) -> Result<(), Failed> {
-        self.0.say("go\n")
+    pub(crate) fn begin(&mut self) -> Result<(), BenchError> {
+        self.0.write_text("go\n")
     }
 
     /// Waits for its end.
-    pub(crate) fn report(mut self) -> Result<Report, Failed> {
-        Ok(serde_json::from_str(&self.0.hear()?)?)
+    pub(crate) fn report(mut self) -> Result<Report, BenchError> {
+        Ok(serde_json::from_str(&self.0.next_line()?)?)
     }
 
     /// Ends a load without a number of requests.
-    pub(crate) fn stop(mut self) -> Result<Report, Failed> {
-        self.0.hang_up();
+    pub(crate) fn stop(mut self) -> Result<Report, BenchError> {
+        self.0.close_input();
         self.report()
     }
 }
 
 /// Prints that it is ready, and waits for the start.
-fn ready() -> Result<(), Failed> {
+fn ready() -> Result<(), BenchError> {
     println!("ready");
     let mut line = String::new();
     io::stdin().lock().read_line(&mut line)?;
@@ -125,7 +125,7 @@ fn ready() -> Result<(), Failed> {
 }
 
 /// Runs the part `load`.
-pub(crate) fn run(plan: Plan) -> Result<(), Failed> {
+pub(crate) fn run(plan: Plan) -> Result<(), BenchError> {
     let _descriptors = plan.caller.become_it()?;
     let plan = Arc::new(plan);
     let gate = Arc::new(Barrier::new(plan.threads + 1));
@@ -166,13 +166,13 @@ type Sample = (Duration, Option<Answer>);
 /// Runs one thread. It waits twice at the gate: before `ready`, and for the start.
 fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<Sample> {
     let request = caller::request(&plan.path);
-    let ask = || {
+    let exchange = || {
         let mut wire = caller::connect(&plan.address)?;
         wire.write_all(&request)?;
         caller::answer(&mut *wire)
     };
     for _ in 0..plan.warm_up / plan.threads {
-        let _ = ask();
+        let _ = exchange();
     }
     gate.wait();
     gate.wait();
@@ -188,7 +188,7 @@ fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<S
             None => Instant::now(),
             Some(rate) => on_time(begin + due_at(index, samples.len(), plan.threads, rate)),
         };
-        let answer = ask().ok();
+        let answer = exchange().ok();
         let at = answer
             .as_ref()
             .map_or_else(Instant::now, |answer| answer.at);
@@ -244,19 +244,19 @@ fn summary(start: Instant, samples: Vec<Sample>) -> Report {
             .unwrap_or_default()
     };
     (report.p50, report.p99, report.max) = (at(0.5), at(0.99), at(1.0));
-    let mut refused = None;
+    let mut unissued = None;
     for (_, answer) in samples {
         *report
             .answers
             .entry(answer.as_ref().map_or(0, |answer| answer.status))
             .or_default() += 1;
         match answer {
-            Some(answer) if !is_issued(&answer) => refused = refused.or(Some(answer.body)),
+            Some(answer) if !is_issued(&answer) => unissued = unissued.or(Some(answer.body)),
             Some(answer) if !answer.body.is_empty() => report.body = answer.body,
             _ => {}
         }
     }
-    report.body = refused.unwrap_or(report.body);
+    report.body = unissued.unwrap_or(report.body);
     report
 }
 
@@ -272,7 +272,7 @@ fn rank(part: f64, count: usize) -> usize {
 }
 
 /// Runs the part `caller`: sends a request for each line on standard input, and prints the status.
-pub(crate) fn caller(plan: &Plan) -> Result<(), Failed> {
+pub(crate) fn caller(plan: &Plan) -> Result<(), BenchError> {
     let _descriptors = plan.caller.become_it()?;
     let request = caller::request(&plan.path);
     println!("ready");
@@ -287,7 +287,7 @@ pub(crate) fn caller(plan: &Plan) -> Result<(), Failed> {
 
 /// Runs the part `callers`: connects as often as it has requests, and then sends all of them at
 /// once.
-pub(crate) fn callers(plan: &Plan) -> Result<(), Failed> {
+pub(crate) fn callers(plan: &Plan) -> Result<(), BenchError> {
     let _descriptors = plan.caller.become_it()?;
     let mut wires = (0..plan.requests)
         .map(|_| caller::connect(&plan.address))

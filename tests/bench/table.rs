@@ -77,7 +77,7 @@ impl Spread {
     pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
-        let at = |place: usize| values.get(place).copied().unwrap_or(f64::NAN);
+        let at = |rank: usize| values.get(rank).copied().unwrap_or(f64::NAN);
         Self {
             median: at(values.len().saturating_sub(1) / 2),
             least: at(0),

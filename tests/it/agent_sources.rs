@@ -58,10 +58,10 @@ fn check_entries_per_process(source: Source) {
     );
     assert_eq!(trace.count(minio::ASSUME_ROLE, key), 1);
 
-    let refused = env.copy(1002);
+    let rejected = env.copy(1002);
     assert!(
-        !refused.status.success() && refused.stderr.contains("403"),
-        "{refused:?}"
+        !rejected.status.success() && rejected.stderr.contains("403"),
+        "{rejected:?}"
     );
     let others = env.daemon.audit_after(probes + 2);
     assert_eq!(

@@ -14,7 +14,7 @@ use awsvid::svid::own_svid::OwnSvidSource;
 use awsvid::svid::spiffe_broker::BrokerApi;
 use awsvid::svid::spire_delegated::SpireDelegated;
 
-use crate::harness::counterparts::process::{Owned, spawn};
+use crate::harness::counterparts::process::{OwnedProcess, spawn};
 use crate::harness::counterparts::spire::{Broker, Spire, SpireSetting};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, root};
@@ -24,7 +24,7 @@ const AWSVID: &str = "spiffe://example.org/awsvid";
 const DEADLINE: Duration = Duration::from_secs(35);
 
 /// Starts a process of this user that does nothing until the value is dropped.
-fn idle(workload: &Workload, program: &str, arguments: &[&str]) -> Owned {
+fn idle(workload: &Workload, program: &str, arguments: &[&str]) -> OwnedProcess {
     let mut command = workload.command(program);
     command.args(arguments);
     spawn(command).unwrap()
@@ -39,7 +39,10 @@ fn ids(answer: Result<Vec<AgentSvid>, SourceError>) -> Vec<String> {
 }
 
 /// Queries the agent about a process.
-async fn of(agent: &dyn AttestingAgent, process: &Owned) -> Result<Vec<AgentSvid>, SourceError> {
+async fn of(
+    agent: &dyn AttestingAgent,
+    process: &OwnedProcess,
+) -> Result<Vec<AgentSvid>, SourceError> {
     agent
         .fetch_for_pid(u32::try_from(process.id().as_raw()).unwrap(), AUDIENCE)
         .await
@@ -96,10 +99,10 @@ async fn delegated_identity_api_attests_other_processes() {
         ..SpireSetting::default()
     };
     spire.start_agent();
-    let refused = agent.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
+    let rejected = agent.fetch_for_pid(1, AUDIENCE).await.unwrap_err();
     assert!(
-        matches!(&refused, SourceError::Misconfigured(text) if text.contains("`authorized_delegates`")),
-        "{refused:?}"
+        matches!(&rejected, SourceError::Misconfigured(text) if text.contains("`authorized_delegates`")),
+        "{rejected:?}"
     );
 }
 
@@ -125,11 +128,11 @@ fn brokers(id: &str, reference_types: &[&'static str]) -> SpireSetting {
     }
 }
 
-/// Repeats `ask` until its error, if any, is not a temporary one.
-async fn settled<T>(ask: impl AsyncFn() -> Result<T, SourceError>) -> Result<T, SourceError> {
+/// Repeats `fetch` until its error, if any, is not a temporary one.
+async fn settled<T>(fetch: impl AsyncFn() -> Result<T, SourceError>) -> Result<T, SourceError> {
     let begun = Instant::now();
     loop {
-        match ask().await {
+        match fetch().await {
             Err(SourceError::Unavailable(text)) => assert!(begun.elapsed() < DEADLINE, "{text}"),
             answer => return answer,
         }
@@ -195,7 +198,7 @@ async fn broker_api_attests_other_processes() {
     }
 
     // The same client, and an agent that rejects in each way.
-    let refusals = [
+    let rejections = [
         (
             brokers("spiffe://example.org/other", &["*"]),
             [AWSVID, "`brokers`"],
@@ -208,7 +211,7 @@ async fn broker_api_attests_other_processes() {
             ["`allowed_reference_types`", Broker::BY_PID],
         ),
     ];
-    for (setting, message) in refusals {
+    for (setting, message) in rejections {
         spire.stop_agent();
         spire.setting = setting;
         spire.start_agent();
@@ -260,7 +263,7 @@ async fn calls_succeed_during_certificate_renewal() {
         Instant::now(),
     );
     let done = Arc::new(AtomicBool::new(false));
-    let ask = |(agent, done): (Arc<BrokerApi>, Arc<AtomicBool>)| async move {
+    let fetch = |(agent, done): (Arc<BrokerApi>, Arc<AtomicBool>)| async move {
         let mut answers = 0;
         while !done.load(Relaxed) {
             assert_eq!(
@@ -272,7 +275,7 @@ async fn calls_succeed_during_certificate_renewal() {
         answers
     };
     let tasks: Vec<_> = (0..TASKS)
-        .map(|_| tokio::spawn(ask((agent.clone(), done.clone()))))
+        .map(|_| tokio::spawn(fetch((agent.clone(), done.clone()))))
         .collect();
     let first = own.first(DEADLINE).await.unwrap().version;
     while own.latest().unwrap().version < first + RENEWALS {

@@ -9,7 +9,7 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
-use crate::harness::outcome::{Outcome, credentials_of, refused};
+use crate::harness::outcome::{Outcome, credentials_of, rejected};
 use crate::harness::upstream::Upstream;
 use crate::harness::{campaign_seed, is_slow};
 
@@ -23,14 +23,14 @@ const ROOT: &str = "spiffe://example.org/user/root";
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Rules {
     /// The user and the cgroup, which are the socket's own.
-    Place,
+    UserAndCgroup,
     /// The user, and so a process that holds the socket.
     User,
     /// The user and the group, and so a process too.
     UserAndGroup,
 }
 
-const ALL_RULES: [Rules; 3] = [Rules::Place, Rules::User, Rules::UserAndGroup];
+const ALL_RULES: [Rules; 3] = [Rules::UserAndCgroup, Rules::User, Rules::UserAndGroup];
 
 struct AttackStage {
     daemon: Daemon,
@@ -42,7 +42,7 @@ struct AttackStage {
 impl AttackStage {
     fn set(rules: Rules) -> Self {
         let key = |uid: u32| match rules {
-            Rules::Place => "cgroup = \"/awsvid-test-*.slice/**\"".to_owned(),
+            Rules::UserAndCgroup => "cgroup = \"/awsvid-test-*.slice/**\"".to_owned(),
             Rules::User => String::new(),
             Rules::UserAndGroup => format!("gid = {uid}"),
         };
@@ -105,7 +105,7 @@ impl AttackStage {
             [] => Outcome::NoResponse,
             [one] if one.contains("outcome=\"refused\"") => {
                 let (_, reason) = one.split_once("reason=\"").expect("a reason");
-                refused(reason.split('"').next().unwrap())
+                rejected(reason.split('"').next().unwrap())
             }
             other => Outcome::Issued(format!("{other:?}")),
         }
@@ -154,15 +154,15 @@ fn expected() -> Vec<Row> {
         &credentials_of(ROOT),
     );
     let (caller_gone, changed, ambiguous) = (
-        &refused("caller_gone"),
-        &refused("identity_changed"),
-        &refused("ambiguous_caller"),
+        &rejected("caller_gone"),
+        &rejected("identity_changed"),
+        &rejected("ambiguous_caller"),
     );
     let (no_identity, no_holder, unreadable, activated) = (
-        &refused("no_identity"),
-        &refused("no_holder"),
-        &refused("unreadable_cgroup"),
-        &refused("manager_socket"),
+        &rejected("no_identity"),
+        &rejected("no_holder"),
+        &rejected("unreadable_cgroup"),
+        &rejected("manager_socket"),
     );
     vec![
         row("alice", alice, alice, alice),
@@ -171,7 +171,7 @@ fn expected() -> Vec<Row> {
         // A search on TCP finds Bob's process.
         row("passed", alice, alice, ambiguous),
         row("passed-late", alice, alice, caller_gone),
-        row("made-for", bob, alice, ambiguous),
+        row("connected-by-another", bob, alice, ambiguous),
         row("shared", alice, alice, ambiguous),
         // On TCP the heir is Alice's process, and holds the socket that Alice made.
         Row {
@@ -214,7 +214,7 @@ fn expected() -> Vec<Row> {
         row("listener-used-again", bob, ambiguous, ambiguous),
         row("shared-listener-used-again", bob, ambiguous, ambiguous),
         row("accepted-used-again", bob, ambiguous, ambiguous),
-        row("made-for-activation", alice, activated, activated),
+        row("from-socket-unit", alice, activated, activated),
         // The socket alone shows its new owner, Alice. The change of owner takes root's capability.
         row("chowned", root, alice, ambiguous),
         row("chowned-late", root, changed, changed),
@@ -236,7 +236,7 @@ fn expected_outcome<'a>(row: &'a Row, listener: &str, rules: Rules) -> Option<&'
         // No process listens on the port of a client that has none.
         ("unix", _) if row.scene == "decoy" || row.scene.ends_with("used-again") => None,
         ("unix", rules) => Some(&row.unix[rules as usize]),
-        (_, Rules::Place) => Some(&row.socket),
+        (_, Rules::UserAndCgroup) => Some(&row.socket),
         (_, Rules::User | Rules::UserAndGroup) => Some(&row.process),
     }
 }
@@ -280,7 +280,7 @@ fn check(rules: Rules) {
 
 #[test]
 fn scenes_have_right_outcomes_by_user_and_cgroup() {
-    check(Rules::Place);
+    check(Rules::UserAndCgroup);
 }
 
 #[test]
@@ -316,8 +316,8 @@ fn group_rule_uses_groups_at_connect() {
             "no_identity"
         };
         for (scene, right) in [
-            ("regrouped", refused(early)),
-            ("regrouped-late", refused("identity_changed")),
+            ("regrouped", rejected(early)),
+            ("regrouped-late", rejected("identity_changed")),
         ] {
             let outcome = stage.play(scene, listener);
             if outcome != right {
@@ -346,7 +346,7 @@ fn many_scenes_have_right_outcomes_in_random_order() {
     let rows = expected();
     let (mut wrong, mut otherwise, mut played, mut honest, mut unanswered) =
         (Vec::new(), 0, 0, 0, 0);
-    let tell = |played, wrong, otherwise, unanswered, honest| {
+    let report = |played, wrong, otherwise, unanswered, honest| {
         eprintln!(
             "{played} scenes: {wrong} wrong, {otherwise} rejected otherwise, {unanswered} of {honest} honest callers not answered"
         );
@@ -394,13 +394,13 @@ fn many_scenes_have_right_outcomes_in_random_order() {
             Outcome::Issued(other) => wrong.push(format!(
                 "{scene} over {listener}, {rules:?}: answered as {other}"
             )),
-            Outcome::Refused(_) | Outcome::NoResponse => unanswered += 1,
+            Outcome::Rejected(_) | Outcome::NoResponse => unanswered += 1,
         }
         if played % 1000 == 0 {
-            tell(played, wrong.len(), otherwise, unanswered, honest);
+            report(played, wrong.len(), otherwise, unanswered, honest);
         }
     }
-    tell(played, wrong.len(), otherwise, unanswered, honest);
+    report(played, wrong.len(), otherwise, unanswered, honest);
     assert!(wrong.is_empty(), "seed {seed}\n{}", wrong.join("\n"));
     assert!(
         otherwise * 1000 <= played,

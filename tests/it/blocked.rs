@@ -18,7 +18,7 @@ use crate::harness::daemon::Daemon;
 use crate::harness::env::{Env, Setting, Source, id};
 use crate::harness::hanging::HangingFiles;
 use crate::harness::namespaces::NetnsNode;
-use crate::harness::outcome::{Outcome, credentials_of, refused};
+use crate::harness::outcome::{Outcome, credentials_of, rejected};
 use crate::harness::upstream::Upstream;
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
@@ -196,7 +196,7 @@ fn blocked_callers_in_pods_do_not_stop_others() {
     let honest = Cgroup::of_pod(FIRST_POD + 100);
     let bobs = Cgroup::new("honest-beside-pods");
     for _ in 0..10 {
-        let answer = node.ask("honest", &honest, POD_ADDRESS.parse().unwrap());
+        let answer = node.fetch("honest", &honest, POD_ADDRESS.parse().unwrap());
         let outcome = Outcome::of(&answer, "another pod", &daemon);
         assert_eq!(outcome, credentials_of("spiffe://example.org/user/pod"));
         for listener in LISTENERS {
@@ -308,7 +308,7 @@ impl HangingRule {
         Outcome::of(&answer, "a request", &self.daemon)
     }
 
-    fn ask(&self, caller: &Connector) -> Outcome {
+    fn fetch(&self, caller: &Connector) -> Outcome {
         self.outcome(send(caller))
     }
 }
@@ -348,7 +348,7 @@ fn hanging_exe_rule_affects_only_its_user() {
         for (listener, _, bobs) in &callers {
             for bob in bobs {
                 assert_eq!(
-                    stage.ask(bob),
+                    stage.fetch(bob),
                     credentials_of(BOB),
                     "over {listener} {when}"
                 );
@@ -357,16 +357,16 @@ fn hanging_exe_rule_affects_only_its_user() {
     };
     let alices = || callers.iter().flat_map(|(_, alices, _)| alices);
     for (alice, id) in alices() {
-        assert_eq!(stage.ask(alice), credentials_of(id));
+        assert_eq!(stage.fetch(alice), credentials_of(id));
     }
     bob_is_answered(&stage, "before");
 
     stage.files.hang();
     // The daemon keeps the file's status for a moment.
-    let unresponsive = refused("process_unresponsive");
+    let unresponsive = rejected("process_unresponsive");
     await_some("the file is read again", TIMEOUT, || {
         let (alice, id) = &callers[0].1[0];
-        let outcome = stage.ask(alice);
+        let outcome = stage.fetch(alice);
         assert!(
             outcome == unresponsive || outcome == credentials_of(id),
             "{outcome:?}"
@@ -397,7 +397,7 @@ fn hanging_exe_rule_affects_only_its_user() {
     }
     for (listener, _, [_, bob]) in &callers {
         assert_eq!(
-            stage.ask(bob),
+            stage.fetch(bob),
             credentials_of(BOB),
             "over {listener} without its server"
         );

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::harness::client::ask;
+use crate::harness::client::fetch;
 use crate::harness::counterparts::process::run;
 use crate::harness::counterparts::{folder, skip};
 use crate::harness::daemon::Daemon;
@@ -55,7 +55,7 @@ fn serve(page: String, requests: &Path) -> SocketAddr {
 }
 
 #[test]
-fn browser_page_is_refused() {
+fn browser_page_is_rejected() {
     let chromium = Path::new("/usr/bin/chromium");
     if !chromium.exists() {
         return skip("chromium is missing: run tests/counterparts/get browser");
@@ -76,7 +76,7 @@ fn browser_page_is_refused() {
         "REBOUND",
         &format!("http://rebound.test:{port}/v1/credentials"),
     );
-    let requests = folder.path().join("asked");
+    let requests = folder.path().join("requests");
     let address = serve(page, &requests);
     // Another site, and another port of the same one.
     for host in ["page.test", "127.0.0.1"] {
@@ -106,17 +106,17 @@ fn browser_page_is_refused() {
         records.iter().all(|record| record["outcome"] == "refused"),
         "{records:?}"
     );
-    let refused = |reason: &str| {
+    let rejected = |reason: &str| {
         daemon.metric(&format!(
             "awsvid_requests_total{{listener=\"tcp\",outcome=\"refused\",reason=\"{reason}\"}}"
         ))
     };
     // Twice each. Of those to the rebound name, one is sent without a preflight.
-    let (browser, host) = (refused("browser"), refused("host"));
+    let (browser, host) = (rejected("browser"), rejected("host"));
     assert!(
         browser >= 2 * 14 && host >= 2,
         "{browser} and {host} requests came"
     );
     // The same user gets credentials if the request is not a page's.
-    assert_eq!(ask(UnixStream::connect(daemon.unix()).unwrap()).0, 200);
+    assert_eq!(fetch(UnixStream::connect(daemon.unix()).unwrap()).0, 200);
 }

@@ -16,7 +16,7 @@ use crate::harness::daemon::Daemon;
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Runs curl as this user and group, in this cgroup, over the listener.
-fn ask(
+fn fetch(
     daemon: &Daemon,
     listener: &str,
     (uid, gid, groups): (u32, u32, &str),
@@ -107,7 +107,7 @@ gid = 51009
             (51006, &below, "cgroup"),
             (51001, &other_cgroup, "user"),
         ] {
-            let record = ask(&daemon, listener, (uid, uid, ""), Some(cgroup));
+            let record = fetch(&daemon, listener, (uid, uid, ""), Some(cgroup));
             assert_eq!(
                 record["spiffe_id"],
                 format!("spiffe://example.org/{id}"),
@@ -121,19 +121,19 @@ gid = 51009
                 "{listener} {record}"
             );
         }
-        let record = ask(&daemon, listener, (51007, 51007, ""), Some(&other_cgroup));
+        let record = fetch(&daemon, listener, (51007, 51007, ""), Some(&other_cgroup));
         assert_eq!(
             (&record["reason"], record["pid"].is_null()),
             (&"no_identity".into(), listener != "unix")
         );
         // A rule by group does need the process.
-        let record = ask(&daemon, listener, (51002, 51009, ""), Some(&other_cgroup));
+        let record = fetch(&daemon, listener, (51002, 51009, ""), Some(&other_cgroup));
         assert_eq!(
             record["spiffe_id"], "spiffe://example.org/group",
             "{listener} {record}"
         );
         assert!(record["pid"].is_number());
-        let record = ask(
+        let record = fetch(
             &daemon,
             listener,
             (51002, 51008, "51009"),
@@ -164,7 +164,7 @@ fn groups_and_executable_are_read_from_process() {
             ((52002, 1, ""), "spiffe://example.org/exe"),
             ((52003, 1, ""), "no_identity"),
         ] {
-            let record = ask(&daemon, listener, caller, None);
+            let record = fetch(&daemon, listener, caller, None);
             let got = if record["spiffe_id"].is_null() {
                 &record["reason"]
             } else {
@@ -195,7 +195,7 @@ fn host_user_rule_does_not_match_in_container() {
     let host = Cgroup::new("host");
     for listener in LISTENERS {
         let reason = |uid, cgroup| {
-            let record = ask(&daemon, listener, (uid, uid, ""), Some(cgroup));
+            let record = fetch(&daemon, listener, (uid, uid, ""), Some(cgroup));
             record["spiffe_id"]
                 .as_str()
                 .or(record["reason"].as_str())

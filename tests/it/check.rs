@@ -429,7 +429,7 @@ fn check_reports_outdated_keys() {
 }
 
 #[test]
-fn check_reports_refusals_of_minio() {
+fn check_reports_rejections_of_minio() {
     let folder = folder();
     let Some(spire) = spire(folder.path(), SpireSetting::default()) else {
         return;
@@ -537,7 +537,7 @@ fn account(issuer: &str, audience: &str, provider_audience: &str, subject: &str)
 
 /// In AWS's words, by the verifying STS of `awsvid dev`.
 #[test]
-fn check_reports_refusals_of_aws() {
+fn check_reports_rejections_of_aws() {
     let folder = folder();
     let Some(spire) = spire(folder.path(), SpireSetting::default()) else {
         return;

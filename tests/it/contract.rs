@@ -58,7 +58,7 @@ fn exchange(mut stream: impl Read + Write, request: &str) -> Answer {
     }
 }
 
-fn ask(address: SocketAddr, request: &str) -> Answer {
+fn fetch(address: SocketAddr, request: &str) -> Answer {
     let stream = TcpStream::connect(address).unwrap();
     stream
         .set_read_timeout(Some(Duration::from_secs(20)))
@@ -67,7 +67,7 @@ fn ask(address: SocketAddr, request: &str) -> Answer {
 }
 
 #[test]
-fn refusals_are_counted_audited_and_readable() {
+fn rejections_are_counted_audited_and_readable() {
     let folder = folder();
     let daemon = Daemon::start(folder.path(), "", CONFIGURATION);
     let with = |line: &str| GOOD.replace("\r\n\r\n", &format!("\r\n{line}\r\n\r\n"));
@@ -105,7 +105,7 @@ fn refusals_are_counted_audited_and_readable() {
     for address in [daemon.tcp(), daemon.tcp6()] {
         for (request, status, code) in &cases {
             let before = daemon.audit().len();
-            let answer = ask(address, request);
+            let answer = fetch(address, request);
             assert_eq!(
                 (answer.status, &answer.body["code"]),
                 (*status, &Value::from(*code)),
@@ -220,7 +220,7 @@ fn sigterm_lets_open_request_end() {
         .unwrap();
     stream.write_all(&GOOD.as_bytes()[..20]).unwrap();
     // Answered after the first one was accepted, since both connected to the same listener.
-    assert_eq!(ask(daemon.tcp(), GOOD).status, 403);
+    assert_eq!(fetch(daemon.tcp(), GOOD).status, 403);
     daemon.process().signal(Signal::SIGTERM);
     let mut rest = stream.try_clone().unwrap();
     rest.write_all(&GOOD.as_bytes()[20..]).unwrap();

@@ -18,7 +18,7 @@ use crate::harness::upstream::{ME, Upstream, my_rule};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-fn ask(arguments: &[&str]) -> Output {
+fn fetch(arguments: &[&str]) -> Output {
     let mut command = Command::new(PROGRAM);
     command
         .env_clear()
@@ -41,7 +41,7 @@ fn output_is_accepted_by_cli() {
     let folder = folder();
     let (daemon, upstream) = daemon(folder.path());
     let socket = daemon.unix().display().to_string();
-    let printed = ask(&["--socket", &socket, "--role", "dev"]);
+    let printed = fetch(&["--socket", &socket, "--role", "dev"]);
     assert_eq!(printed.stderr, "");
     let printed: Value = serde_json::from_str(&printed.success("credential-process")).unwrap();
     let keys: Vec<&str> = printed
@@ -72,18 +72,18 @@ fn output_is_accepted_by_cli() {
     let path = folder.path().join("other.toml");
     let recorded = |text: &str| {
         fs::write(&path, text).unwrap();
-        ask(&["--config", path.to_str().unwrap()])
+        fetch(&["--config", path.to_str().unwrap()])
     };
     let text = format!(
         "[listen]\nunix = \"{socket}\"\n[[role]]\nuser = \"nobody-of-that-name\"\n[[workload]]\n"
     );
     assert_eq!(recorded(&text).status.code(), Some(0));
-    let refused = recorded(&text.replace("unix", "unx"));
+    let rejected = recorded(&text.replace("unix", "unx"));
     assert_eq!(
-        (refused.status.code(), refused.stdout.as_str()),
+        (rejected.status.code(), rejected.stdout.as_str()),
         (Some(1), "")
     );
-    assert!(refused.stderr.contains("other.toml:2:"), "{refused:?}");
+    assert!(rejected.stderr.contains("other.toml:2:"), "{rejected:?}");
 
     let Some(aws) = tool("aws") else { return };
     fs::create_dir(folder.path().join(".aws")).unwrap();
@@ -125,22 +125,22 @@ fn output_is_accepted_by_cli() {
 }
 
 #[test]
-fn refusal_prints_only_the_fix() {
+fn rejection_prints_only_the_fix() {
     let folder = folder();
     let (mut daemon, _upstream) = daemon(folder.path());
     let socket = daemon.unix().display().to_string();
-    let refused = ask(&["--socket", &socket, "--role", "other"]);
+    let rejected = fetch(&["--socket", &socket, "--role", "other"]);
     assert_eq!(
-        (refused.status.code(), refused.stdout.as_str()),
+        (rejected.status.code(), rejected.stdout.as_str()),
         (Some(1), "")
     );
     assert!(
-        refused.stderr.starts_with("awsvid credential-process: "),
-        "{refused:?}"
+        rejected.stderr.starts_with("awsvid credential-process: "),
+        "{rejected:?}"
     );
     assert!(
-        refused.stderr.to_lowercase().contains("role"),
-        "{refused:?}"
+        rejected.stderr.to_lowercase().contains("role"),
+        "{rejected:?}"
     );
     if root() {
         // Other users may be unable to enter the build folder.
@@ -160,7 +160,7 @@ fn refusal_prints_only_the_fix() {
     }
     daemon.process().signal(Signal::SIGTERM);
     daemon.process().owned().wait(TIMEOUT).expect("it ends");
-    let missing_socket = ask(&["--socket", &socket]);
+    let missing_socket = fetch(&["--socket", &socket]);
     assert_eq!(
         (missing_socket.status.code(), missing_socket.stdout.as_str()),
         (Some(1), "")
@@ -192,8 +192,8 @@ fn socket_of_other_user_gets_no_request() {
     process.await_some("it listens", TIMEOUT, || {
         process.log().contains("listening").then_some(())
     });
-    let refused = |path: &Path, why: &str| {
-        let output = ask(&["--socket", path.to_str().unwrap()]);
+    let rejected = |path: &Path, why: &str| {
+        let output = fetch(&["--socket", path.to_str().unwrap()]);
         assert_eq!(
             (output.status.code(), output.stdout.as_str()),
             (Some(1), "")
@@ -203,16 +203,16 @@ fn socket_of_other_user_gets_no_request() {
             "{why}: {output:?}"
         );
     };
-    refused(&socket, "the directory belongs to uid 1777");
+    rejected(&socket, "the directory belongs to uid 1777");
     // As if root had been made to move it, step by step.
     let directory = folder.path().join("roots");
     fs::create_dir(&directory).unwrap();
     fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).unwrap();
     let moved = directory.join("awsvid.sock");
     fs::rename(&socket, &moved).unwrap();
-    refused(&moved, "the socket belongs to uid 1777");
+    rejected(&moved, "the socket belongs to uid 1777");
     chown(&moved, Some(0), Some(0)).unwrap();
-    refused(&moved, "its listener runs as uid 1777");
+    rejected(&moved, "its listener runs as uid 1777");
     // A connection reveals nothing; the requested role would.
     assert!(!process.log().contains("received b'G"), "{}", process.log());
 }

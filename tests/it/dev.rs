@@ -263,10 +263,10 @@ fn dev_prints_variables_without_a_command() {
             socket.to_str().unwrap(),
             "http://localhost/v1/credentials",
         ];
-        let refused = Workload::new(1777)
+        let rejected = Workload::new(1777)
             .run("/usr/bin/curl", &curl)
             .success("curl");
-        assert!(refused.contains("\"code\":\"no_identity\""), "{refused}");
+        assert!(rejected.contains("\"code\":\"no_identity\""), "{rejected}");
         // Other users cannot enter the directory of the API that signs for all users.
         let api = directory.join("workload-api");
         let mut ls = Command::new("/bin/ls");

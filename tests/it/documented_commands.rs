@@ -1,5 +1,5 @@
-//! Runs the command blocks of README.md and deploy/docs, here or by a test that this file names.
-//! Every other block is read by the program that it is for.
+//! Runs the command blocks of all documents, here or by a test that this file names. Every other
+//! block is read by the program that it is for.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -13,26 +13,10 @@ use crate::harness::counterparts::process::{Output, run};
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::counterparts::{folder, root, skip, tool};
 use crate::harness::daemon::PROGRAM;
-use crate::harness::documents::{Block, block, blocks};
+use crate::harness::documents::{Block, block, blocks, pages};
 
+mod filters;
 mod formats;
-
-const PAGES: [&str; 14] = [
-    "README.md",
-    "install-vm.md",
-    "install-kubernetes.md",
-    "kubernetes-with-spire.md",
-    "spire-setup.md",
-    "configuration.md",
-    "cli.md",
-    "metrics-and-alerts.md",
-    "audit-log.md",
-    "packages.md",
-    "upgrade.md",
-    "migrate.md",
-    "revoke.md",
-    "troubleshooting.md",
-];
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// The parent of entries in the documents, whose last part depends on the installation.
@@ -41,7 +25,7 @@ const AUDIT_LOG: &str = "/var/log/awsvid/audit.log";
 
 /// How a block is tested.
 #[derive(Debug, Clone, Copy)]
-enum Tested {
+enum TestMethod {
     /// By a shell with a configuration, an audit log and `awsvid`.
     ByShell,
     /// By a real SPIRE server.
@@ -54,30 +38,30 @@ enum Tested {
     Not(&'static str),
 }
 
-use Tested::{ByAwsCli, ByShell, BySpire, In, Not};
+use TestMethod::{ByAwsCli, ByShell, BySpire, In, Not};
 
-const INSTALLATION: Tested = In("systemd.rs", "documented_installation_works");
-const FIRST_WORKLOAD: Tested = In(
+const INSTALLATION: TestMethod = In("systemd.rs", "documented_installation_works");
+const FIRST_WORKLOAD: TestMethod = In(
     "systemd/documented.rs",
     "documented_first_workload_gets_credentials",
 );
-const UPGRADE: Tested = In(
+const UPGRADE: TestMethod = In(
     "systemd/documented.rs",
     "documented_upgrade_interrupts_no_caller",
 );
-const ROLLBACK: Tested = In("systemd.rs", "documented_rollback_interrupts_no_caller");
-const EXISTING_SPIRE: Tested = In(
+const ROLLBACK: TestMethod = In("systemd.rs", "documented_rollback_interrupts_no_caller");
+const EXISTING_SPIRE: TestMethod = In(
     "kubernetes/existing_spire.rs",
     "helm_installs_and_removes_awsvid",
 );
-const NODE: Tested = In("kubernetes/documented.rs", "documented_commands_work");
-const DEV: Tested = In("dev.rs", "dev_gives_cli_its_role_despite_other_settings");
-const AT_AWS: Tested = Not(
+const NODE: TestMethod = In("kubernetes/documented.rs", "documented_commands_work");
+const DEV: TestMethod = In("dev.rs", "dev_gives_cli_its_role_despite_other_settings");
+const AT_AWS: TestMethod = Not(
     "only AWS's own STS answers it; tests/it/dev.rs runs the same command at that of awsvid dev",
 );
 
 /// Each command block: its page, its first words, how it is tested.
-const COMMANDS: &[(&str, &str, Tested)] = &[
+const COMMANDS: &[(&str, &str, TestMethod)] = &[
     ("install-vm.md", "cargo build --release", INSTALLATION),
     ("install-vm.md", "spire-server entry create", BySpire),
     ("install-vm.md", "awsvid trust-policy", ByShell),
@@ -221,14 +205,29 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
     ("revoke.md", "spire-server agent ban", BySpire),
 ];
 
-const POD_RECIPE: Tested = In(
+const POD_RECIPE: TestMethod = In(
     "kubernetes/documented.rs",
     "documented_recipe_explains_a_403",
 );
-const README_OUTPUT: Tested = In("dev.rs", "dev_prints_the_output_of_the_readme");
+const README_OUTPUT: TestMethod = In("dev.rs", "dev_prints_the_output_of_the_readme");
 
-/// The same for README.md and troubleshooting.md.
-const MORE_COMMANDS: &[(&str, &str, Tested)] = &[
+/// The same for README.md, troubleshooting.md, and the pages of other folders.
+const MORE_COMMANDS: &[(&str, &str, TestMethod)] = &[
+    (
+        "deploy/helm/awsvid/README.md",
+        "kubectl create namespace",
+        EXISTING_SPIRE,
+    ),
+    (
+        "deploy/helm/awsvid/README.md",
+        "helm uninstall",
+        EXISTING_SPIRE,
+    ),
+    (
+        "tests/bench/README.md",
+        "cargo bench",
+        In("bench.rs", "documented_commands_run_the_bench"),
+    ),
     ("README.md", "cargo run --release", README_OUTPUT),
     (
         "README.md",
@@ -254,15 +253,16 @@ const MORE_COMMANDS: &[(&str, &str, Tested)] = &[
     ("troubleshooting.md", "sudo journalctl", ByShell),
 ];
 
-const SPIRE_CONFIGURATIONS: Tested = In(
+const SPIRE_CONFIGURATIONS: TestMethod = In(
     "documented_commands/formats.rs",
     "documented_configurations_of_spire_are_valid",
 );
-const VALUES: Tested = In("helm/environment.rs", "page_has_the_values_of_the_examples");
-const PROFILE: Tested = In("credential_process.rs", "output_is_accepted_by_cli");
+const VALUES: TestMethod = In("helm/environment.rs", "page_has_the_values_of_the_examples");
+const README_VALUES: TestMethod = In("helm/values.rs", "values_of_the_readme_are_rendered");
+const PROFILE: TestMethod = In("credential_process.rs", "output_is_accepted_by_cli");
 
 /// Every other block that is not JSON, a configuration of awsvid or a synopsis.
-const OTHER_BLOCKS: &[(&str, &str, Tested)] = &[
+const OTHER_BLOCKS: &[(&str, &str, TestMethod)] = &[
     ("README.md", " ┌ node", Not("a picture of the node's parts")),
     ("install-vm.md", "[Service]", FIRST_WORKLOAD),
     (
@@ -270,7 +270,7 @@ const OTHER_BLOCKS: &[(&str, &str, Tested)] = &[
         "[Socket]",
         In(
             "systemd.rs",
-            "unconfigured_socket_of_unit_is_refused_and_others_are_served",
+            "unconfigured_socket_of_unit_is_rejected_and_others_are_served",
         ),
     ),
     ("install-kubernetes.md", "apiVersion: kustomize", NODE),
@@ -278,6 +278,16 @@ const OTHER_BLOCKS: &[(&str, &str, Tested)] = &[
         "install-kubernetes.md",
         "securityContext:",
         In("kubernetes/cluster.rs", "install_seccomp_profile"),
+    ),
+    (
+        "deploy/helm/awsvid/README.md",
+        "config:\n  sts:",
+        README_VALUES,
+    ),
+    (
+        "deploy/helm/awsvid/README.md",
+        "config:\n  include:",
+        README_VALUES,
     ),
     (
         "kubernetes-with-spire.md",
@@ -348,7 +358,7 @@ const OTHER_BLOCKS: &[(&str, &str, Tested)] = &[
     ),
 ];
 
-fn all_rows() -> impl Iterator<Item = &'static (&'static str, &'static str, Tested)> {
+fn all_rows() -> impl Iterator<Item = &'static (&'static str, &'static str, TestMethod)> {
     COMMANDS.iter().chain(MORE_COMMANDS).chain(OTHER_BLOCKS)
 }
 
@@ -362,19 +372,18 @@ fn is_read_by_kind(page: &str, block: &Block) -> bool {
 }
 
 /// Returns all blocks that need a row, in the order of the pages.
-fn blocks_with_rows() -> Vec<(&'static str, Block)> {
-    let of_page = |page| {
-        let needs_row = move |block: &Block| !is_read_by_kind(page, block);
-        blocks(page)
-            .into_iter()
-            .filter(needs_row)
-            .map(move |block| (page, block))
-    };
-    PAGES.into_iter().flat_map(of_page).collect()
+fn blocks_with_rows() -> Vec<(String, Block)> {
+    let mut found = Vec::new();
+    for page in pages() {
+        let blocks = blocks(&page).into_iter();
+        let needing_rows = blocks.filter(|block| !is_read_by_kind(&page, block));
+        found.extend(needing_rows.map(|block| (page.clone(), block)));
+    }
+    found
 }
 
 /// Returns the blocks that are tested in this way.
-fn commands(is_meant: impl Fn(Tested) -> bool) -> Vec<(&'static str, String)> {
+fn commands(is_meant: impl Fn(TestMethod) -> bool) -> Vec<(String, String)> {
     blocks_with_rows()
         .into_iter()
         .filter(|(page, block)| is_meant(tested(page, block)))
@@ -382,9 +391,9 @@ fn commands(is_meant: impl Fn(Tested) -> bool) -> Vec<(&'static str, String)> {
         .collect()
 }
 
-fn tested(page: &str, block: &Block) -> Tested {
+fn tested(page: &str, block: &Block) -> TestMethod {
     let fits =
-        |(of, begin, _): &&(&str, &str, Tested)| *of == page && block.text.starts_with(begin);
+        |(of, begin, _): &&(&str, &str, TestMethod)| *of == page && block.text.starts_with(begin);
     let found: Vec<_> = all_rows().filter(fits).collect();
     let [(_, _, tested)] = &found[..] else {
         panic!("{page}: in the table {} times: {}", found.len(), block.text)
@@ -402,59 +411,23 @@ fn with_names(text: &str, log: &Path) -> String {
 fn reads_block(source: &str, page: &str, begin: &str) -> bool {
     let source = source.replace("\\\"", "'");
     let parts: Vec<&str> = source.split('"').collect();
-    let wanted = blocks(page)
+    let candidate = blocks(page)
         .into_iter()
         .find(|block| !is_read_by_kind(page, block) && block.text.starts_with(begin))
         .unwrap_or_else(|| panic!("{page} has no block {begin:?}"));
     let is_comma = |text: &str| text.trim() == ",";
-    let text = wanted.text.replace('"', "'");
+    let text = candidate.text.replace('"', "'");
     parts.windows(5).any(|parts| {
         let [of, comma, heading, other_comma, words] = parts else {
             return false;
         };
         *of == page
-            && *heading == wanted.heading
+            && *heading == candidate.heading
             && is_comma(comma)
             && is_comma(other_comma)
             && !words.is_empty()
             && text.starts_with(&words.replace("\\n", "\n"))
     })
-}
-
-/// Returns whether this cargo filter names a test, by the module and the beginning of the name.
-fn names_a_test(filter: &str) -> bool {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let (module, name) = filter.rsplit_once("::").unwrap_or(("", filter));
-    let is_lib = root
-        .join(format!("src/{}.rs", module.split("::").next().unwrap()))
-        .exists();
-    let folder = if is_lib { "src" } else { "tests/it" };
-    let path = root.join(folder).join(module.replace("::", "/") + ".rs");
-    fs::read_to_string(path).is_ok_and(|source| source.contains(&format!("fn {name}")))
-}
-
-/// CONTRIBUTING.md shows how to run one test; its examples have to be tests.
-#[test]
-fn filters_of_contributing_name_tests() {
-    let text = include_str!("../../.github/CONTRIBUTING.md");
-    let mut count = 0;
-    for command in text.split('`').filter(|code| code.contains("cargo test ")) {
-        let Some(filter) = command
-            .split_whitespace()
-            .last()
-            .filter(|word| word.contains("::"))
-        else {
-            continue;
-        };
-        count += 1;
-        let module = filter.trim_end_matches("::");
-        let file = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/it")
-            .join(format!("{module}.rs"));
-        let is_module = filter.ends_with("::") && file.exists();
-        assert!(is_module || names_a_test(filter), "{command}");
-    }
-    assert_eq!(count, 3);
 }
 
 #[test]
@@ -664,8 +637,11 @@ fn documented_commands_work_with_spire() {
 
 #[test]
 fn documented_json_can_be_parsed() {
-    for page in PAGES {
-        for block in blocks(page).iter().filter(|block| block.language == "json") {
+    for page in pages() {
+        for block in blocks(&page)
+            .iter()
+            .filter(|block| block.language == "json")
+        {
             let parsed: Result<Value, _> = serde_json::from_str(&block.text);
             assert!(parsed.is_ok(), "{page}: {parsed:?}: {}", block.text);
         }
@@ -704,13 +680,16 @@ fn completed(page: &str, text: &str) -> String {
 #[test]
 fn documented_configurations_have_no_mistakes() {
     let mut count = 0;
-    for page in PAGES {
-        for block in blocks(page).iter().filter(|block| block.language == "toml") {
+    for page in pages() {
+        for block in blocks(&page)
+            .iter()
+            .filter(|block| block.language == "toml")
+        {
             let mut command = Command::new(PROGRAM);
             command
                 .env_clear()
                 .args(["config", "validate", "-", "--offline"]);
-            let output = run(command, completed(page, &block.text).as_bytes(), TIMEOUT);
+            let output = run(command, completed(&page, &block.text).as_bytes(), TIMEOUT);
             assert!(
                 output.status.success() && output.stderr.is_empty(),
                 "{page}: {output:?}: {}",

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
 
-use crate::harness::client::{answer, ask, connect, send};
+use crate::harness::client::{answer, connect, fetch, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get};
 use crate::harness::daemon::Daemon;
@@ -66,15 +66,15 @@ impl DrainStage {
     fn end(&mut self, signal: Signal) {
         self.daemon.process().signal(signal);
         await_some("no listener is left", TIMEOUT, || {
-            let refused = |error: std::io::Error| {
+            let rejected = |error: std::io::Error| {
                 matches!(
                     error.kind(),
                     ErrorKind::ConnectionRefused | ErrorKind::NotFound
                 )
             };
-            let unix = UnixStream::connect(self.daemon.unix()).is_err_and(refused);
+            let unix = UnixStream::connect(self.daemon.unix()).is_err_and(rejected);
             let tcp = [self.daemon.tcp(), self.daemon.tcp6()]
-                .map(|address| TcpStream::connect(address).is_err_and(refused));
+                .map(|address| TcpStream::connect(address).is_err_and(rejected));
             (unix && tcp == [true; 2]).then_some(())
         });
     }
@@ -129,7 +129,7 @@ fn pending_connection_is_answered_during_drain() {
     const CONNECTIONS_PER_LISTENER: usize = 150;
     let mut stage = DrainStage::set();
     stage.gate.set_open(true);
-    let warm = ask(UnixStream::connect(stage.daemon.unix()).unwrap()).1["AccessKeyId"].clone();
+    let warm = fetch(UnixStream::connect(stage.daemon.unix()).unwrap()).1["AccessKeyId"].clone();
     let (unix, tcp, tcp6) = (stage.daemon.unix(), stage.daemon.tcp(), stage.daemon.tcp6());
     // While it is stopped the kernel accepts for it. On continuation it finds the signal and the
     // connections at the same time.

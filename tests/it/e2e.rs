@@ -86,10 +86,10 @@ fn each_process_gets_its_own_credentials() {
     );
     let other_key = issued["access_key_id"].as_str().unwrap();
     assert_ne!(other_key, key);
-    let refused = trace.await_record("the object is rejected", |record| {
+    let rejected = trace.await_record("the object is rejected", |record| {
         record.access_key_id().as_deref() == Some(other_key) && record.api().starts_with("s3.")
     });
-    assert_eq!(refused.status(), 403);
+    assert_eq!(rejected.status(), 403);
     assert_eq!(curl(&env, 1002)["AccessKeyId"], other_key);
     assert_eq!(upstream(&env, &trace, OTHER, other_key), (1, 1));
 
@@ -103,12 +103,12 @@ fn each_process_gets_its_own_credentials() {
         "{output:?}"
     );
     assert_eq!(curl(&env, 1003)["code"], "no_identity");
-    let refused = env.daemon.audit_after(probes + 4);
+    let rejected = env.daemon.audit_after(probes + 4);
     assert!(
-        refused
+        rejected
             .iter()
             .all(|record| record["reason"] == "no_identity" && record["access_key_id"].is_null()),
-        "{refused:?}"
+        "{rejected:?}"
     );
 
     // Nothing that the daemon wrote has a secret in it.

@@ -138,12 +138,12 @@ fn exec_finds_daemon_by_configuration() {
         "{environment}"
     );
     fs::write(config, "[listen]\ntpc = []\n").unwrap();
-    let refused = output(exec(&["--config", config, "--", "env"]));
+    let rejected = output(exec(&["--config", config, "--", "env"]));
     assert_eq!(
-        (refused.status.code(), refused.stdout.as_str()),
+        (rejected.status.code(), rejected.stdout.as_str()),
         (Some(125), "")
     );
-    assert!(refused.stderr.contains("awsvid.toml:2:"), "{refused:?}");
+    assert!(rejected.stderr.contains("awsvid.toml:2:"), "{rejected:?}");
 }
 
 const URL: [&str; 3] = ["--url", "http://127.0.0.1:974", "--"];

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::harness::client::ask;
+use crate::harness::client::fetch;
 use crate::harness::counterparts::process::{Output, await_some, run};
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::{Daemon, PROGRAM, text};
@@ -176,7 +176,7 @@ fn signal_exits_with_0() {
 }
 
 fn unix(daemon: &Daemon) -> (u16, serde_json::Value) {
-    ask(UnixStream::connect(daemon.unix()).unwrap())
+    fetch(UnixStream::connect(daemon.unix()).unwrap())
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::harness::client::ask;
+use crate::harness::client::fetch;
 use crate::harness::counterparts::process::run;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
@@ -109,10 +109,10 @@ fn exposed_configuration_is_rejected_by_reload() {
         daemon.log()
     );
     let unix = || std::os::unix::net::UnixStream::connect(daemon.unix()).unwrap();
-    assert_eq!(ask(unix()).1["code"], "no_identity");
+    assert_eq!(fetch(unix()).1["code"], "no_identity");
     set_mode(&file, 0o644);
     assert!(daemon.reload_text(&changed));
-    assert_ne!(ask(unix()).1["code"], "no_identity");
+    assert_ne!(fetch(unix()).1["code"], "no_identity");
 }
 
 /// Returns a configuration in which this file has the certificate of the STS.

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
-use crate::harness::client::ask;
+use crate::harness::client::fetch;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::run;
 use crate::harness::daemon::{Daemon, PROGRAM};
@@ -25,7 +25,7 @@ fn configuration(upstream: &Upstream) -> String {
 }
 
 fn assert_answers(daemon: &Daemon) {
-    let (status, body) = ask(UnixStream::connect(daemon.unix()).unwrap());
+    let (status, body) = fetch(UnixStream::connect(daemon.unix()).unwrap());
     assert_eq!(status, 200, "{body}");
 }
 

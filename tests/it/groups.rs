@@ -24,7 +24,7 @@ const MEMORY: u64 = 24 * 1024;
 
 /// Sends requests from this number of processes of a user, each with this number of groups, and
 /// returns the outcomes.
-fn ask(
+fn fetch(
     daemon: &Daemon,
     cgroup: &Cgroup,
     listener: &str,
@@ -86,25 +86,25 @@ fn groups_count_only_for_group_rules_with_rules() {
     ));
     assert_memory_is_bounded(&daemon, || {
         for listener in LISTENERS {
-            let ask = |uid, groups, count| ask(&daemon, &cgroup, listener, uid, groups, count);
-            assert_eq!(ask(ALICE, 0, 1), all("no_identity", 1), "over {listener}");
+            let fetch = |uid, groups, count| fetch(&daemon, &cgroup, listener, uid, groups, count);
+            assert_eq!(fetch(ALICE, 0, 1), all("no_identity", 1), "over {listener}");
             assert_eq!(
-                ask(ALICE, MAX_GROUPS, 2),
+                fetch(ALICE, MAX_GROUPS, 2),
                 all("Success", 2),
                 "over {listener}"
             );
             assert_eq!(
-                ask(ALICE, MAX_GROUPS + 1, 2),
+                fetch(ALICE, MAX_GROUPS + 1, 2),
                 all("too_many_groups", 2),
                 "over {listener}"
             );
             assert_eq!(
-                ask(ALICE, NGROUPS_MAX, 50),
+                fetch(ALICE, NGROUPS_MAX, 50),
                 all("too_many_groups", 50),
                 "over {listener}"
             );
             assert_eq!(
-                ask(BOB, NGROUPS_MAX, 50),
+                fetch(BOB, NGROUPS_MAX, 50),
                 all("Success", 50),
                 "over {listener}: no rule of that user names a group"
             );
@@ -134,9 +134,9 @@ fn groups_always_count_on_the_unix_socket_without_pidfd_info() {
     ));
     assert_memory_is_bounded(&daemon, || {
         for (listener, code) in [("unix", "too_many_groups"), ("tcp", "Success")] {
-            let ask = |groups, count| ask(&daemon, &cgroup, listener, BOB, groups, count);
-            assert_eq!(ask(MAX_GROUPS, 2), all("Success", 2), "over {listener}");
-            assert_eq!(ask(NGROUPS_MAX, 50), all(code, 50), "over {listener}");
+            let fetch = |groups, count| fetch(&daemon, &cgroup, listener, BOB, groups, count);
+            assert_eq!(fetch(MAX_GROUPS, 2), all("Success", 2), "over {listener}");
+            assert_eq!(fetch(NGROUPS_MAX, 50), all(code, 50), "over {listener}");
         }
     });
 }
@@ -158,11 +158,15 @@ fn groups_always_count_and_take_little_memory_with_agent() {
     ));
     assert_memory_is_bounded(&daemon, || {
         for listener in LISTENERS {
-            let ask = |groups, count| ask(&daemon, &cgroup, listener, ALICE, groups, count);
-            assert_eq!(ask(MAX_GROUPS, 300), all("Success", 300), "over {listener}");
+            let fetch = |groups, count| fetch(&daemon, &cgroup, listener, ALICE, groups, count);
+            assert_eq!(
+                fetch(MAX_GROUPS, 300),
+                all("Success", 300),
+                "over {listener}"
+            );
             let outcomes = agent.queries_except(daemon.pid());
             assert_eq!(
-                ask(NGROUPS_MAX, 100),
+                fetch(NGROUPS_MAX, 100),
                 all("too_many_groups", 100),
                 "over {listener}"
             );

@@ -268,12 +268,12 @@ fn bash_completes() {
             panic!("{typed}")
         };
         let index = words.len() - 1;
-        let asked = format!(
+        let script_input = format!(
             "{script}\nCOMP_WORDS=({typed}); COMP_CWORD={index}\n\
              _awsvid awsvid {last} {before}; echo \"${{COMPREPLY[@]}}\"\n"
         );
         assert_eq!(
-            shell("bash", &["-s"], &asked).success("bash").trim(),
+            shell("bash", &["-s"], &script_input).success("bash").trim(),
             completed
         );
     }
@@ -294,7 +294,7 @@ fn zsh_completes() {
         zpty -w line 'PS1=; fpath=($DIR $fpath); autoload -Uz compinit; compinit -u -D; awsvid() { print \"last\": $@[-1]; }; print re\"ady\"'\n\
         zpty -r line shown $'*ready*'\n";
     for (typed, completed) in TYPED {
-        let asked = format!(
+        let script_input = format!(
             "{begin}zpty -n -w line $'{typed}\\t\\n'\nzpty -r line shown $'*last: *\\n'\nprint -r -- $shown\n"
         );
         let mut command = Command::new("/usr/bin/zsh");
@@ -304,7 +304,7 @@ fn zsh_completes() {
             .env("TERM", "xterm")
             .env("DIR", folder.path())
             .args(["-f", "-s"]);
-        let shown = run(command, asked.as_bytes(), Duration::from_secs(60)).success("zsh");
+        let shown = run(command, script_input.as_bytes(), Duration::from_secs(60)).success("zsh");
         let found = shown.lines().find_map(|line| line.split_once("last: "));
         assert_eq!(
             found.map(|(_, word)| word.trim()),
@@ -383,12 +383,12 @@ fn man_writes_all_pages_to_a_directory() {
     let page = fs::read_to_string(flat.join("awsvid.toml.5")).unwrap();
     assert_eq!(page, configuration);
     assert_eq!(fs::read_dir(&flat).unwrap().count(), expected.len() + 1);
-    let refused = awsvid(&["man", "--directory", "/dev/null/man1"]);
+    let rejected = awsvid(&["man", "--directory", "/dev/null/man1"]);
     assert_eq!(
-        (refused.status.code(), refused.stdout.as_str()),
+        (rejected.status.code(), rejected.stdout.as_str()),
         (Some(1), "")
     );
-    assert!(refused.stderr.contains("/dev/null/man1: "), "{refused:?}");
+    assert!(rejected.stderr.contains("/dev/null/man1: "), "{rejected:?}");
 }
 
 /// Compares the revision that proto/build.rs records.

@@ -83,7 +83,7 @@ fn run_life_scenes(cluster: &Cluster, done: &impl Fn(&str)) {
     done("families");
     life::config_map_change_needs_no_other_pod(cluster);
     done("another ConfigMap");
-    life::update_refuses_no_request(cluster);
+    life::update_rejects_no_request(cluster);
     life::successor_of_killed_daemon_listens(cluster);
     done("updates");
     life::pods_start_and_end(cluster);
@@ -131,12 +131,12 @@ fn pods_read_their_own_objects(cluster: &Cluster, source: &str) {
 /// waits for its hook.
 fn first_act_is_answered(cluster: &Cluster, source: &str) {
     let name = format!("asks-{source}");
-    let ask = "busybox wget -q -O /dev/null --header 'Authorization: any' \"$AWS_CONTAINER_CREDENTIALS_FULL_URI\" && echo answered";
-    let mut pod = cluster.pod(READER, &name, ask);
-    let mut hooked = container("hooked", ask);
+    let fetch = "busybox wget -q -O /dev/null --header 'Authorization: any' \"$AWS_CONTAINER_CREDENTIALS_FULL_URI\" && echo answered";
+    let mut pod = cluster.pod(READER, &name, fetch);
+    let mut hooked = container("hooked", fetch);
     hooked["lifecycle"] =
         json!({ "postStart": { "exec": { "command": ["/bin/busybox", "sleep", "3"] } } });
-    pod["spec"]["initContainers"] = json!([container("first", ask)]);
+    pod["spec"]["initContainers"] = json!([container("first", fetch)]);
     pod["spec"]["containers"]
         .as_array_mut()
         .unwrap()

@@ -34,7 +34,7 @@ fn module_imports_only_modules_listed_above_it() {
             .to_str()
             .unwrap()
             .trim_end_matches(".rs");
-        let Some(place) = order.get(module) else {
+        let Some(rank) = order.get(module) else {
             assert!(
                 matches!(module, "lib" | "main"),
                 "{module} is not in lib.rs"
@@ -58,7 +58,7 @@ fn module_imports_only_modules_listed_above_it() {
                     .next()
             })
         {
-            if order.get(imported).is_some_and(|other| other > place) {
+            if order.get(imported).is_some_and(|other| other > rank) {
                 wrong.push(format!(
                     "{} imports {imported}, which stands below {module}",
                     relative.display()

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::harness::actor::{Counts, Repeater, ask};
+use crate::harness::actor::{Counts, Repeater, fetch};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
@@ -66,7 +66,7 @@ impl LoadStage {
 
     /// Sends this number of requests as Bob, each of which must be answered.
     fn bob_is_answered(&self, listener: &str, count: usize) {
-        let answers = ask(
+        let answers = fetch(
             listener,
             &self.daemon.listener(listener),
             BOB,
@@ -111,7 +111,7 @@ fn idle_connections_leave_room_for_other_workloads() {
         let connections = stage.alice("hold", listener, &[2000]);
         // Alice's own requests are rejected meanwhile: first, since a connection that sends nothing
         // ends after 5 s.
-        let more = ask(
+        let more = fetch(
             listener,
             &stage.daemon.listener(listener),
             ALICE,
@@ -137,7 +137,7 @@ fn idle_connections_leave_room_for_other_workloads() {
             (stage.metric("awsvid_connections") == 1).then_some(())
         });
         await_some("Alice is answered again", TIMEOUT, || {
-            let answers = ask(
+            let answers = fetch(
                 listener,
                 &stage.daemon.listener(listener),
                 ALICE,
@@ -256,9 +256,9 @@ fn rejected_callers_do_not_share_one_limit() {
         let numbers = [usize::try_from(ALICE).unwrap(), 200];
         let connections =
             Repeater::start("hold", listener, &address, &numbers, flooding.path()).wait_started();
-        let refused = ask(listener, &address, BOB, 20, other.path());
+        let rejected = fetch(listener, &address, BOB, 20, other.path());
         assert_eq!(
-            refused,
+            rejected,
             counts(&[("manager_socket", 20)]),
             "over {listener}"
         );
@@ -297,14 +297,14 @@ fn many_descriptors_delay_only_their_owner() {
         let storm = stage.alice("storm", listener, &[8, 10_000]);
         stage.bob_is_answered(listener, 100);
         stage.bob_is_answered("unix", 100);
-        let refused = storm.stop();
+        let rejected = storm.stop();
         assert_eq!(
-            refused.keys().collect::<Vec<_>>(),
+            rejected.keys().collect::<Vec<_>>(),
             ["too_many_descriptors"],
-            "{refused:?}"
+            "{rejected:?}"
         );
         // So is Alice herself, without that many descriptors.
-        let answers = ask(
+        let answers = fetch(
             listener,
             &stage.daemon.listener(listener),
             ALICE,
@@ -317,7 +317,7 @@ fn many_descriptors_delay_only_their_owner() {
 
 /// Sets how many descriptors the process may have from now on: `None` for its hard limit.
 #[allow(unsafe_code, reason = "nix has no prlimit")]
-fn set_limit(pid: Pid, wanted: Option<u64>) {
+fn set_limit(pid: Pid, expected: Option<u64>) {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
@@ -326,7 +326,7 @@ fn set_limit(pid: Pid, wanted: Option<u64>) {
     // SAFETY: the kernel writes one struct, which lives; none is read.
     let result = unsafe { libc::prlimit(pid.as_raw(), libc::RLIMIT_NOFILE, null, &raw mut limit) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
-    limit.rlim_cur = wanted.unwrap_or(limit.rlim_max);
+    limit.rlim_cur = expected.unwrap_or(limit.rlim_max);
     // SAFETY: the kernel reads one struct, which lives; none is written.
     let result = unsafe {
         libc::prlimit(
@@ -348,7 +348,7 @@ fn daemon_recovers_from_descriptor_exhaustion() {
     }
     let mut stage = LoadStage::set("", "");
     let pid = stage.daemon.process().owned().id();
-    let limit = |wanted: Option<u64>| set_limit(pid, wanted);
+    let limit = |expected: Option<u64>| set_limit(pid, expected);
     let open = || {
         std::fs::read_dir(format!("/proc/{pid}/fd"))
             .unwrap()
@@ -371,7 +371,7 @@ fn daemon_recovers_from_descriptor_exhaustion() {
         connections.stop();
         // It recovers by itself, before there is more.
         await_some("Bob is answered", TIMEOUT, || {
-            let answers = ask(
+            let answers = fetch(
                 listener,
                 &stage.daemon.listener(listener),
                 BOB,
@@ -407,7 +407,7 @@ fn audited(records: &[Value], uid: u32) -> (usize, BTreeMap<String, u64>) {
 /// T23: a caller that is rejected very often fills neither the disk nor the log, and no record of
 /// another caller is missing.
 #[test]
-fn refusals_are_aggregated_without_losing_issues() {
+fn rejections_are_aggregated_without_losing_issues() {
     if !root() {
         return;
     }
@@ -416,7 +416,7 @@ fn refusals_are_aggregated_without_losing_issues() {
     let one = |outcome: &str, count| BTreeMap::from([(outcome.to_owned(), count)]);
     let started = Instant::now();
     let numbers = [usize::try_from(MALLORY).unwrap(), 3000];
-    let flood = Repeater::start("ask", "tcp", &address, &numbers, stage.alice.path());
+    let flood = Repeater::start("fetch", "tcp", &address, &numbers, stage.alice.path());
     stage.bob_is_answered("tcp", 100);
     assert_eq!(flood.stop(), counts(&[("no_identity", 3000)]));
     // The last of them is written without a further request.
@@ -430,7 +430,7 @@ fn refusals_are_aggregated_without_losing_issues() {
 
     // Requests that were only counted are written when the daemon ends.
     assert_eq!(
-        ask("tcp", &address, MALLORY, 50, stage.alice.path()),
+        fetch("tcp", &address, MALLORY, 50, stage.alice.path()),
         counts(&[("no_identity", 50)])
     );
     stage.daemon.process().signal(Signal::SIGTERM);
@@ -465,7 +465,7 @@ fn hits_are_aggregated_with_right_counts() {
             usize::try_from(ALICE).unwrap(),
         );
         let flood = Repeater::start(
-            "ask",
+            "fetch",
             listener,
             &address,
             &[alice, 10_000],
@@ -545,7 +545,7 @@ fn callers_of_removed_cgroups_do_not_stop_others() {
         for number in 0..20 {
             // The daemon has not seen this cgroup before.
             let cgroup = Cgroup::new(&format!("new-{listener}-{number}"));
-            let counts = ask(listener, &address, BOB, 1, cgroup.path());
+            let counts = fetch(listener, &address, BOB, 1, cgroup.path());
             assert_eq!(counts.get("Success"), Some(&1), "{listener}: {counts:?}");
         }
         hostile.stop();

@@ -15,6 +15,7 @@ mod accounts;
 mod agent_sources;
 mod agents;
 mod attacks;
+mod bench;
 mod blocked;
 mod browsers;
 mod buffers;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::harness::client::{Poller, ask};
+use crate::harness::client::{Poller, fetch};
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::env::{Env, Setting, id};
@@ -29,11 +29,11 @@ const COLD: [u32; 2] = [1001, 1002];
 /// the same key throughout.
 fn while_warm(env: &mut Env, act: impl FnOnce(&mut Env)) {
     let socket = env.daemon.unix();
-    let ask = || ask(UnixStream::connect(&socket).unwrap());
-    let key = ask().1["AccessKeyId"].clone();
+    let fetch = || fetch(UnixStream::connect(&socket).unwrap());
+    let key = fetch().1["AccessKeyId"].clone();
     assert!(key.is_string());
     let asker = Poller::new(|| {
-        let (status, body) = ask();
+        let (status, body) = fetch();
         assert_eq!(body["AccessKeyId"], key, "{status} {body}");
         (status, body)
     });

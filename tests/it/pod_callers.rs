@@ -92,19 +92,19 @@ impl PodCallersStage {
     }
 
     /// Returns the audit record of a process of this cgroup that sends a request in this network.
-    fn ask(&self, name: &str, cgroup: &Cgroup) -> Value {
+    fn fetch(&self, name: &str, cgroup: &Cgroup) -> Value {
         let before = self.daemon.audit().len();
         let answer = self
             .node
-            .ask(name, cgroup, V4.parse::<SocketAddr>().unwrap());
+            .fetch(name, cgroup, V4.parse::<SocketAddr>().unwrap());
         self.record(before, &answer)
     }
 
     /// Returns the audit record of such a request over the unix socket.
-    fn ask_by_file(&self, cgroup: &Cgroup) -> Value {
+    fn fetch_by_file(&self, cgroup: &Cgroup) -> Value {
         let before = self.daemon.audit().len();
         let mut command = behind(&cgroup.enter(), &actor::program());
-        command.args(["ask", "unix", self.daemon.unix().to_str().unwrap()]);
+        command.args(["fetch", "unix", self.daemon.unix().to_str().unwrap()]);
         let answer = run(command, b"", TIMEOUT).stdout;
         self.record(before, &answer)
     }
@@ -150,26 +150,26 @@ fn check(kind: Kind, first_pod: u16) {
     let [a, b] = &stage.pods;
     // A process of the host that enters before the pod itself is not taken for the pod.
     let host = Cgroup::new(&format!("host-{first_pod}"));
-    stage.assert_record(&stage.ask("a", &host), "not_a_pod", None);
-    let own = stage.ask("a", a);
+    stage.assert_record(&stage.fetch("a", &host), "not_a_pod", None);
+    let own = stage.fetch("a", a);
     stage.assert_record(&own, "ok", Some(a));
     assert_eq!(own["listener"], "pod");
     assert!(
         own["network_namespace"].is_u64() && own.get("pid").is_none(),
         "{own}"
     );
-    stage.assert_record(&stage.ask("b", b), "ok", Some(b));
+    stage.assert_record(&stage.fetch("b", b), "ok", Some(b));
 
-    let stranger = stage.ask("a", b);
+    let stranger = stage.fetch("a", b);
     stage.assert_record(&stranger, "other_pod", Some(b));
     assert_eq!(
         (&stranger["network_namespace"], &stranger["uid"]),
         (&own["network_namespace"], &Value::from(0))
     );
-    let intruder = stage.ask("a", &host);
+    let intruder = stage.fetch("a", &host);
     stage.assert_record(&intruder, "not_a_pod", None);
     assert_eq!(intruder["network_namespace"], own["network_namespace"]);
-    stage.assert_record(&stage.ask("a", a), "ok", Some(a));
+    stage.assert_record(&stage.fetch("a", a), "ok", Some(a));
 
     // A process that entered first keeps the pod from its own network while it lives, and no
     // longer.
@@ -178,47 +178,47 @@ fn check(kind: Kind, first_pod: u16) {
         (stage.daemon.metric("awsvid_pod_listeners") == 3).then_some(())
     });
     let first = Cgroup::of_pod(first_pod + 3);
-    stage.assert_record(&stage.ask("c", &first), "ok", Some(&first));
-    stage.assert_record(&stage.ask("c", a), "other_pod", Some(a));
+    stage.assert_record(&stage.fetch("c", &first), "ok", Some(&first));
+    stage.assert_record(&stage.fetch("c", a), "other_pod", Some(a));
     drop(first);
-    stage.assert_record(&stage.ask("c", &host), "not_a_pod", None);
-    stage.assert_record(&stage.ask("c", a), "ok", Some(a));
-    stage.assert_record(&stage.ask("c", b), "other_pod", Some(b));
+    stage.assert_record(&stage.fetch("c", &host), "not_a_pod", None);
+    stage.assert_record(&stage.fetch("c", a), "ok", Some(a));
+    stage.assert_record(&stage.fetch("c", b), "other_pod", Some(b));
 
     // Names below the pod's own container decide nothing, not even those of another pod.
     let [pod, container] = [b.path().parent().unwrap(), b.path()]
         .map(|path| path.file_name().unwrap().to_str().unwrap());
     let named = |outer: &Cgroup| {
-        let place = format!("kubepods/besteffort/{pod}");
-        fs::create_dir_all(outer.path().join(&place)).unwrap();
-        outer.below(&format!("{place}/{container}"))
+        let nested_path = format!("kubepods/besteffort/{pod}");
+        fs::create_dir_all(outer.path().join(&nested_path)).unwrap();
+        outer.below(&format!("{nested_path}/{container}"))
     };
     let nested = named(a);
-    stage.assert_record(&stage.ask("a", &nested), "ok", Some(a));
-    stage.assert_record(&stage.ask("b", &nested), "other_pod", Some(a));
+    stage.assert_record(&stage.fetch("a", &nested), "ok", Some(a));
+    stage.assert_record(&stage.fetch("b", &nested), "other_pod", Some(a));
 
     // Nor does a cgroup of such a name outside the pods' root.
     let other_cgroup = Cgroup::new(&format!("elsewhere-{first_pod}"));
     let misplaced = named(&other_cgroup);
-    let refused = stage.ask_by_file(&misplaced);
-    stage.assert_record(&refused, "misplaced_pod", None);
+    let rejected = stage.fetch_by_file(&misplaced);
+    stage.assert_record(&rejected, "misplaced_pod", None);
     assert!(
-        refused["cgroup"]
+        rejected["cgroup"]
             .as_str()
             .unwrap()
             .ends_with(&format!("{pod}/{container}")),
-        "{refused}"
+        "{rejected}"
     );
     chown(other_cgroup.path(), Some(61001), None).unwrap();
-    stage.assert_record(&stage.ask_by_file(&misplaced), "delegated_cgroup", None);
+    stage.assert_record(&stage.fetch_by_file(&misplaced), "delegated_cgroup", None);
     let reason = match kind == Kind::OnTheHost || pidfds_have_cgroups() {
         true => "delegated_cgroup",
         false => "not_a_pod",
     };
-    stage.assert_record(&stage.ask("b", &misplaced), reason, None);
+    stage.assert_record(&stage.fetch("b", &misplaced), reason, None);
 
     // Over the unix socket a pod is known by its process.
-    let by_file = stage.ask_by_file(b);
+    let by_file = stage.fetch_by_file(b);
     stage.assert_record(&by_file, "ok", Some(b));
     assert!(
         by_file["pid"].is_u64() && by_file.get("network_namespace").is_none(),
@@ -240,15 +240,15 @@ fn pod_at_its_limit_claims_no_namespace() {
         (stage.daemon.metric("awsvid_connections") >= 2).then_some(())
     });
     let before = stage.daemon.audit().len();
-    let answer = stage.node.ask("a", b, V4.parse::<SocketAddr>().unwrap());
+    let answer = stage.node.fetch("a", b, V4.parse::<SocketAddr>().unwrap());
     assert_eq!(
         (answer.as_str(), stage.daemon.audit().len()),
         ("", before),
         "it is reset"
     );
     held.stop();
-    stage.assert_record(&stage.ask("a", a), "ok", Some(a));
-    stage.assert_record(&stage.ask("a", b), "other_pod", Some(b));
+    stage.assert_record(&stage.fetch("a", a), "ok", Some(a));
+    stage.assert_record(&stage.fetch("a", b), "other_pod", Some(b));
 }
 
 /// Returns whether the kernel reports a process's cgroup by its id (Linux 6.13). By that of the

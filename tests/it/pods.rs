@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::harness::cgroup::Cgroup;
-use crate::harness::client::ask;
+use crate::harness::client::fetch;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root, skip};
 use crate::harness::daemon::Daemon;
@@ -99,7 +99,7 @@ impl PodSite {
 
     /// Returns whether a process of a pod is answered here, as its first act.
     fn serves(&self, name: &str, cgroup: &Cgroup, address: &str) -> bool {
-        let answer = self.node.ask(name, cgroup, address.parse().unwrap());
+        let answer = self.node.fetch(name, cgroup, address.parse().unwrap());
         answer.starts_with("HTTP/1.1 200") && answer.contains("AccessKeyId")
     }
 }
@@ -532,7 +532,7 @@ fn many_namespaces_are_served_soon() {
                 .unwrap(),
         );
         stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-        assert_eq!(ask(&mut stream).0, 403, "{name}, {address}");
+        assert_eq!(fetch(&mut stream).0, 403, "{name}, {address}");
     }
     let last = names.last().unwrap();
     assert!(stage.site.serves(last, &Cgroup::of_pod(15), V4));

@@ -11,7 +11,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
-use crate::harness::client::{ask, connect};
+use crate::harness::client::{connect, fetch};
 use crate::harness::counterparts::process::{Process, await_some, behind, spawn};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::{Daemon, PROGRAM};
@@ -60,7 +60,7 @@ fn stopped_log_readers_do_not_stop_daemon() {
         for _ in 0..500 {
             let stream = await_some("it listens", TIMEOUT, || UnixStream::connect(&socket).ok());
             stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-            assert_eq!(ask(stream).0, 200);
+            assert_eq!(fetch(stream).0, 200);
         }
         let ready = || {
             let mut stream = UnixStream::connect(path("status.sock")).unwrap();
@@ -147,7 +147,7 @@ fn audit_file_that_blocks_does_not_stop_daemon() {
         let stage = (files, daemon);
         let daemon = &stage.1;
         let stream = || UnixStream::connect(&socket).ok();
-        let answer = |stream| ask(stream).0;
+        let answer = |stream| fetch(stream).0;
         let connected = daemon.await_some("it listens", TIMEOUT, stream);
         assert_eq!(answer(connected), 200);
         let why = if hangs {
@@ -227,9 +227,9 @@ fn required_audit_blocks_credentials_on_full_disk() {
     )));
     let listeners = ["unix", "tcp", "tcp6"];
     let answer = |listener: &str| match listener {
-        "unix" => ask(UnixStream::connect(daemon.unix()).unwrap()),
-        "tcp" => ask(connect(daemon.tcp())),
-        _ => ask(connect(daemon.tcp6())),
+        "unix" => fetch(UnixStream::connect(daemon.unix()).unwrap()),
+        "tcp" => fetch(connect(daemon.tcp())),
+        _ => fetch(connect(daemon.tcp6())),
     };
     for listener in listeners {
         assert_eq!(answer(listener).0, 200);

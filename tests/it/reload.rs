@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::Value;
 
 use crate::harness::cgroup::own_rule;
-use crate::harness::client::{Poller, answer, ask, connect, send};
+use crate::harness::client::{Poller, answer, connect, fetch, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, http_get, skip};
 use crate::harness::daemon::Daemon;
@@ -81,13 +81,13 @@ fn unix(daemon: &Daemon) -> UnixStream {
 
 /// Returns the access key id of the current response.
 fn key(daemon: &Daemon) -> String {
-    let (status, body) = ask(unix(daemon));
+    let (status, body) = fetch(unix(daemon));
     assert_eq!(status, 200, "{body}");
     body["AccessKeyId"].as_str().unwrap().to_owned()
 }
 
-fn refusal(daemon: &Daemon) -> String {
-    let (status, body) = ask(unix(daemon));
+fn rejection(daemon: &Daemon) -> String {
+    let (status, body) = fetch(unix(daemon));
     assert_ne!(status, 200, "{body}");
     body["code"].as_str().unwrap().to_owned()
 }
@@ -104,14 +104,14 @@ fn lifetime(body: &Value) -> Duration {
 fn rule_takes_effect_and_ends_with_reload() {
     let stage = ReloadStage::set();
     let daemon = stage.start(&stage.without_rule());
-    assert_eq!(refusal(&daemon), "no_identity");
+    assert_eq!(rejection(&daemon), "no_identity");
     assert!(daemon.reload("", &stage.with_rule("")));
     let first = key(&daemon);
     // Nothing differs: the cache stays.
     assert!(daemon.reload("", &stage.with_rule("")));
     assert_eq!(key(&daemon), first);
     assert!(daemon.reload("", &stage.without_rule()));
-    assert_eq!(refusal(&daemon), "no_identity");
+    assert_eq!(rejection(&daemon), "no_identity");
     // A different rule for the same ID does not equal the old one.
     assert!(daemon.reload("", &stage.with_rule("")));
     assert_ne!(key(&daemon), first);
@@ -134,7 +134,7 @@ fn narrowed_role_serves_no_wider_credentials() {
     let other = stage.with_rule("").replace("role/dev", "role/other");
     assert!(daemon.reload("", &other));
     assert!(
-        refusal(&daemon).starts_with("sts_"),
+        rejection(&daemon).starts_with("sts_"),
         "STS was called for the other ARN"
     );
     // Going back does not restore what was cached then.
@@ -294,8 +294,8 @@ fn reload_keeps_listeners_and_applies_other_changes() {
     ]);
     assert!(socket.exists() && !socket.with_file_name("other.sock").exists());
     key(&daemon);
-    assert_eq!(ask(connect(daemon.tcp())).0, 200);
-    assert_eq!(ask(connect(daemon.tcp6())).0, 200);
+    assert_eq!(fetch(connect(daemon.tcp())).0, 200);
+    assert_eq!(fetch(connect(daemon.tcp6())).0, 200);
     // The same listeners as at the start: nothing is logged.
     assert!(daemon.reload("", &stage.with_rule("")));
     assert_eq!(
@@ -397,12 +397,12 @@ fn watched_files_are_reloaded_without_signal() {
     let words = ["sh", "-c", "exec \"$@\" --watch", "sh"];
     let folder = stage.folder.path();
     let daemon = Daemon::start_behind(&words, folder, "", &configuration).ready();
-    assert_eq!(refusal(&daemon), "no_identity");
+    assert_eq!(rejection(&daemon), "no_identity");
 
     let rule = rule(nix::unistd::getuid().as_raw());
     write_volume(&volume, "..3", &[("a.toml", &rule), ("b.toml", "")]);
     await_some("the rule takes effect", TIMEOUT, || {
-        (ask(unix(&daemon)).0 == 200).then_some(())
+        (fetch(unix(&daemon)).0 == 200).then_some(())
     });
     let before = key(&daemon);
     let last = "awsvid_config_last_reload_successful";
@@ -429,7 +429,7 @@ fn watched_files_are_reloaded_without_signal() {
     await_some("the rule ends", TIMEOUT, || {
         (daemon.metric(last) == 1).then_some(())
     });
-    assert_eq!(refusal(&daemon), "no_identity");
+    assert_eq!(rejection(&daemon), "no_identity");
 }
 
 #[test]
@@ -459,9 +459,9 @@ fn callers_see_no_error_during_fifty_reloads() {
     let daemon = stage.start(&stage.with_rule(""));
     let path = daemon.unix();
     let askers = [
-        Poller::new(|| ask(UnixStream::connect(&path).unwrap())),
-        Poller::new(|| ask(connect(daemon.tcp()))),
-        Poller::new(|| ask(connect(daemon.tcp6()))),
+        Poller::new(|| fetch(UnixStream::connect(&path).unwrap())),
+        Poller::new(|| fetch(connect(daemon.tcp()))),
+        Poller::new(|| fetch(connect(daemon.tcp6()))),
     ];
     thread::scope(|scope| {
         let _end = askers.each_ref().map(Poller::end_later);

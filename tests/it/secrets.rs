@@ -72,7 +72,7 @@ fn only_credential_process_prints_secrets() {
             .zip(own.map(str::to_owned)),
     );
 
-    let ask = |arguments: &[&str]| -> Output {
+    let run_awsvid = |arguments: &[&str]| -> Output {
         let mut command = Command::new(PROGRAM);
         command
             .env_clear()
@@ -97,7 +97,7 @@ fn only_credential_process_prints_secrets() {
         &["credential-process", "--config", config, "--role", "other"],
     ];
     for arguments in commands {
-        let output = ask(arguments);
+        let output = run_awsvid(arguments);
         assert!(
             !output.stdout.is_empty() || !output.stderr.is_empty(),
             "{arguments:?}"

@@ -9,7 +9,7 @@ use nix::unistd::getuid;
 use serde_json::{Value, json};
 
 use crate::harness::cgroup::own_rule;
-use crate::harness::client::ask;
+use crate::harness::client::fetch;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{Output, Process, await_some, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
@@ -35,7 +35,7 @@ fn stage(folder: &Path) -> StatusStage {
         own_rule()
     );
     let daemon = Daemon::start(folder, "", &(upstream.configuration_at(&path) + &rule)).ready();
-    let (status, _) = ask(std::os::unix::net::UnixStream::connect(daemon.unix()).unwrap());
+    let (status, _) = fetch(std::os::unix::net::UnixStream::connect(daemon.unix()).unwrap());
     assert_eq!(status, 200);
     StatusStage {
         daemon,
@@ -129,7 +129,7 @@ fn status_shows_unavailable_source() {
         .text()
         .replace("name = \"dev\"", "name = \"other\"");
     assert!(stage.daemon.reload_text(&configuration));
-    let _ = ask(std::os::unix::net::UnixStream::connect(stage.daemon.unix()).unwrap());
+    let _ = fetch(std::os::unix::net::UnixStream::connect(stage.daemon.unix()).unwrap());
     let failing = await_some("the source fails", TIMEOUT, || {
         let found: Value =
             serde_json::from_str(&status(folder.path(), &[]).success("awsvid status")).ok()?;
@@ -305,14 +305,14 @@ fn status_columns_show_state_of_entries() {
     );
 
     // A rejection is cached for seconds, so this may take several requests.
-    let refused = || {
-        let refused = env
+    let rejected = || {
+        let rejected = env
             .curl_by(Path::new("/usr/bin/curl"), 1002, "unix", "/none")
             .1;
-        serde_json::from_str::<Value>(&refused).unwrap()
+        serde_json::from_str::<Value>(&rejected).unwrap()
     };
     let (writer, why) = await_some("the rejected one", TIMEOUT, || {
-        let why = refused();
+        let why = rejected();
         Some((
             entry(&json(), "writer").filter(|entry| !entry["last_error"].is_null())?,
             why,
@@ -335,7 +335,7 @@ fn status_columns_show_state_of_entries() {
         "{writer} {why}"
     );
     let (row, shown) = await_some("the rejected one in the table", TIMEOUT, || {
-        refused();
+        rejected();
         let shown = table();
         Some((
             cells(&shown, &id("writer")).filter(|row| row[6].starts_with("refused "))?,
@@ -351,9 +351,9 @@ fn status_columns_show_state_of_entries() {
 
     // STS, and then the agent, become unavailable.
     env.minio.stop();
-    let ask = |uid| drop(env.curl(uid));
+    let fetch = |uid| drop(env.curl(uid));
     let failing = await_some("STS fails", TIMEOUT, || {
-        ask(1003);
+        fetch(1003);
         Some(json()["sts"][0].clone()).filter(|sts| sts["state"] == "failing")
     });
     assert_eq!(failing["last_error_reason"], "sts_unreachable", "{failing}");

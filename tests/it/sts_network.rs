@@ -13,7 +13,7 @@ use std::time::Duration;
 use nix::unistd::geteuid;
 use serde_json::Value;
 
-use crate::harness::client::{answer, ask};
+use crate::harness::client::{answer, fetch};
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{await_some, behind, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
@@ -101,7 +101,7 @@ fn late_ca_file_fails_only_the_calls_that_need_it() {
     let text = with_sts(&upstream, &sts);
     let daemon = Daemon::start(folder.path(), "", &text);
     daemon.await_line(&[MISSING]);
-    let request = || ask(UnixStream::connect(daemon.unix()).unwrap());
+    let request = || fetch(UnixStream::connect(daemon.unix()).unwrap());
     let (status, body) = request();
     assert_eq!(
         (status, &body["code"]),
@@ -178,16 +178,16 @@ fn empty_trust_store_is_logged_at_start_only_where_it_is_used() {
         let daemon = Daemon::start_behind(&nowhere, &folder, "", &text);
         daemon.await_line(&[MISSING]);
         let log = daemon.log();
-        let places = "/nonexistent/ca.pem (SSL_CERT_FILE), /nonexistent/certs (SSL_CERT_DIR)";
+        let locations = "/nonexistent/ca.pem (SSL_CERT_FILE), /nonexistent/certs (SSL_CERT_DIR)";
         assert!(
-            log.contains(places) && log.contains("install its CA package"),
+            log.contains(locations) && log.contains("install its CA package"),
             "{log}"
         );
         let findings = check(&folder, &nowhere[1..], &text);
         assert_failed(
             &findings,
             "sts",
-            &["this system trusts no CA certificates", places],
+            &["this system trusts no CA certificates", locations],
         );
     }
     let plain = folder.path().join("plain");
@@ -350,7 +350,7 @@ fn daemon_and_check_give_the_same_advice() {
         "{found}"
     );
     let daemon = Daemon::start(folder.path(), "", &text);
-    let (status, body) = ask(UnixStream::connect(daemon.unix()).unwrap());
+    let (status, body) = fetch(UnixStream::connect(daemon.unix()).unwrap());
     assert_eq!(
         (status, &body["code"]),
         (403, &Value::from("sts_access_denied")),
@@ -389,7 +389,7 @@ fn role_of_another_sts_is_assumed_by_its_own_name() {
         "",
         &text.replace(&line, &format!("role_arn = \"{name}\"")),
     );
-    let (status, body) = ask(UnixStream::connect(daemon.unix()).unwrap());
+    let (status, body) = fetch(UnixStream::connect(daemon.unix()).unwrap());
     assert_eq!(
         (status, &body["RoleArn"]),
         (200, &Value::from(name)),
@@ -473,7 +473,7 @@ fn proxy_that_does_not_resolve_stops_only_the_calls_through_it() {
     let text = format!("{}\n{}\n{role}", upstream.configuration(), rule(&upstream));
     let words = ["env", "HTTPS_PROXY=http://proxy.invalid:3128"];
     let daemon = Daemon::start_behind(&words, folder.path(), "", &text);
-    let fetch = |path: &str| {
+    let fetch_path = |path: &str| {
         let mut stream = UnixStream::connect(daemon.unix()).unwrap();
         write!(
             stream,
@@ -483,9 +483,9 @@ fn proxy_that_does_not_resolve_stops_only_the_calls_through_it() {
         answer(&mut stream)
     };
     await_some("the call through the proxy fails", TIMEOUT, || {
-        let (status, body) = fetch("/v1/credentials/aws");
+        let (status, body) = fetch_path("/v1/credentials/aws");
         (status == 503 && body["code"] == "sts_unreachable").then_some(())
     });
-    assert_eq!(fetch("/v1/credentials").0, 200);
+    assert_eq!(fetch_path("/v1/credentials").0, 200);
     daemon.await_line(&["exchange failed", "proxy.invalid:3128"]);
 }

@@ -17,9 +17,9 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::harness::actor::{Counts, ask as ask_as};
+use crate::harness::actor::{Counts, fetch as fetch_as};
 use crate::harness::cgroup::Cgroup;
-use crate::harness::client::{ask, connect};
+use crate::harness::client::{connect, fetch};
 use crate::harness::counterparts::process::{await_some, spawn};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
@@ -99,9 +99,9 @@ impl Stage {
         self.files.hang();
     }
 
-    fn ask_as(&self, uid: u32) -> Counts {
+    fn fetch_as(&self, uid: u32) -> Counts {
         let address = self.daemon.listener("unix");
-        ask_as("unix", &address, uid, 1, self.cgroup.path())
+        fetch_as("unix", &address, uid, 1, self.cgroup.path())
     }
 
     fn await_one_blocked_thread(&self) {
@@ -137,12 +137,12 @@ fn others_are_answered(daemon: &Daemon, when: &str) {
     let tcp = |address: SocketAddr| {
         let stream = connect(address);
         stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-        ask(stream)
+        fetch(stream)
     };
     for _ in 0..5 {
         let unix = UnixStream::connect(daemon.unix()).unwrap();
         unix.set_read_timeout(Some(TIMEOUT)).unwrap();
-        for (status, body) in [ask(unix), tcp(daemon.tcp()), tcp(daemon.tcp6())] {
+        for (status, body) in [fetch(unix), tcp(daemon.tcp()), tcp(daemon.tcp6())] {
             assert_eq!(status, 200, "{when}: {body}");
         }
     }
@@ -165,7 +165,7 @@ fn hanging_exe_takes_one_thread_over_reloads() {
     for reload in 0..=RELOADS {
         let unresponsive = Counts::from([("process_unresponsive".to_owned(), 1)]);
         for uid in [ALICE, BOB] {
-            assert_eq!(stage.ask_as(uid), unresponsive, "reload {reload}");
+            assert_eq!(stage.fetch_as(uid), unresponsive, "reload {reload}");
         }
         assert_eq!(stage.blocked_threads(), 1, "reload {reload}");
         others_are_answered(&stage.daemon, "while the program hangs");
@@ -210,7 +210,7 @@ fn hanging_certificates(mut files: HangingFiles, words: &[&str], key: &str) {
         );
     let stage = Stage::start_behind(files, words, &text);
     for reload in 0..=RELOADS {
-        let answers = stage.ask_as(ALICE);
+        let answers = stage.fetch_as(ALICE);
         assert!(!answers.contains_key("Success"), "{answers:?}");
         stage.await_one_blocked_thread();
         others_are_answered(&stage.daemon, "while the CA file hangs");
@@ -328,7 +328,7 @@ fn sts_calls_that_hang_leave_room_for_others() {
     let folder = folder();
     let daemon = Daemon::start(folder.path(), "", &text);
     let socket = daemon.unix();
-    let fetch = |uid: u32, number: usize| {
+    let request = |uid: u32, number: usize| {
         let mut command = Command::new("setpriv");
         let id = uid.to_string();
         command
@@ -347,7 +347,7 @@ fn sts_calls_that_hang_leave_room_for_others() {
     let _clients: Vec<_> = HANGING
         .iter()
         .flat_map(|(uid, _)| (0..ROLES).map(move |number| (*uid, number)))
-        .map(|(uid, number)| fetch(uid, number))
+        .map(|(uid, number)| request(uid, number))
         .collect();
     let calls = HANGING.len() * ROLES;
     let requests = silent.incoming().map(Result::unwrap);
@@ -355,7 +355,7 @@ fn sts_calls_that_hang_leave_room_for_others() {
     let name = folder.path().file_name().unwrap().display().to_string();
     let cgroup = Cgroup::new(&format!("honest-{name}.service"));
     for (listener, (uid, _)) in ["unix", "tcp", "tcp6"].into_iter().zip(honest) {
-        let answers = ask_as(listener, &daemon.listener(listener), uid, 1, cgroup.path());
+        let answers = fetch_as(listener, &daemon.listener(listener), uid, 1, cgroup.path());
         let success = Counts::from([("Success".to_owned(), 1)]);
         assert_eq!(answers, success, "over {listener}");
     }
@@ -455,7 +455,7 @@ fn silent_name_service_takes_few_threads() {
             for (uid, _) in &users {
                 let address = &address;
                 scope.spawn(move || {
-                    let answers = ask_as("unix", address, *uid, 1, cgroup);
+                    let answers = fetch_as("unix", address, *uid, 1, cgroup);
                     assert!(!answers.contains_key("Success"), "{answers:?}");
                 });
             }

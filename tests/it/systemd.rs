@@ -97,7 +97,7 @@ fn start(machine: &SystemdMachine) {
 
 /// Sends a request as a service of some user, and returns the status and the body. Panics if the
 /// connection is rejected or reset.
-fn ask(machine: &SystemdMachine, unit: &str, user: &str, address: &[&str]) -> (u16, Value) {
+fn fetch(machine: &SystemdMachine, unit: &str, user: &str, address: &[&str]) -> (u16, Value) {
     let fixed = [
         "curl",
         "--silent",
@@ -120,7 +120,7 @@ fn ask(machine: &SystemdMachine, unit: &str, user: &str, address: &[&str]) -> (u
 
 /// Asserts that awsvid answers and has attested the caller, which has no identity.
 fn assert_answered(machine: &SystemdMachine, address: &[&str]) {
-    let (status, body) = ask(machine, "stranger.service", "shop", address);
+    let (status, body) = fetch(machine, "stranger.service", "shop", address);
     assert_eq!(
         (status, &body["code"]),
         (403, &Value::from("no_identity")),
@@ -225,9 +225,13 @@ fn units_are_valid_and_sandbox_holds() {
     assert!(order.stdout.contains("nss-user-lookup.target"), "{order:?}");
 
     // tmpfiles.d has created it at boot.
-    let made = fs::metadata(machine.path("/run/awsvid")).unwrap();
+    let run_directory = fs::metadata(machine.path("/run/awsvid")).unwrap();
     assert_eq!(
-        (made.uid(), made.gid(), made.mode() & 0o7777),
+        (
+            run_directory.uid(),
+            run_directory.gid(),
+            run_directory.mode() & 0o7777
+        ),
         (0, 0, 0o755)
     );
     start(&machine);
@@ -333,7 +337,7 @@ fn callers_are_distinguished_by_unit_with_spire() {
     // The shipped example names an account at AWS, which can't be reached from here: one caller
     // gets as far as that.
     for (_, address) in ADDRESSES {
-        let (status, body) = ask(&machine, "billing.service", "billing", address);
+        let (status, body) = fetch(&machine, "billing.service", "billing", address);
         assert_eq!(
             (status, &body["code"]),
             (503, &Value::from("sts_unreachable")),
@@ -385,18 +389,18 @@ role_arn = "{}"
         .success("restart with another configuration");
     let mut keys = Vec::new();
     for (_, address) in ADDRESSES {
-        let (status, body) = ask(&machine, "billing.service", "billing", address);
+        let (status, body) = fetch(&machine, "billing.service", "billing", address);
         assert_eq!(status, 200, "{address:?}: {body}");
         keys.push(body["AccessKeyId"].clone());
         // The unit decides, not the user.
-        let (status, body) = ask(&machine, "payroll.service", "billing", address);
+        let (status, body) = fetch(&machine, "payroll.service", "billing", address);
         assert_eq!(
             (status, &body["code"]),
             (403, &Value::from("no_identity")),
             "{address:?}: {body}"
         );
         // By its executable: over TCP the daemon has to read a process of another user.
-        let (status, body) = ask(&machine, "search.service", "shop", address);
+        let (status, body) = fetch(&machine, "search.service", "shop", address);
         assert_eq!(status, 200, "{address:?}: {body}");
         keys.push(body["AccessKeyId"].clone());
     }
@@ -447,7 +451,7 @@ fn activated_service_is_not_root_on_inherited_socket() {
     let configuration = fs::read_to_string(machine.path(CONFIGURATION)).unwrap();
     fs::write(machine.path(CONFIGURATION), configuration + rule).unwrap();
     start(&machine);
-    let (status, body) = ask(&machine, "admin.service", "root", TCP);
+    let (status, body) = fetch(&machine, "admin.service", "root", TCP);
     assert_eq!(
         (status, &body["code"]),
         (503, &Value::from("source_unavailable")),
@@ -488,7 +492,7 @@ fn addresses_are_held_while_daemon_is_stopped() {
             scope.spawn(move || {
                 for _ in 0..10 {
                     let (status, body) =
-                        ask(machine, &format!("asker-{name}.service"), "shop", address);
+                        fetch(machine, &format!("asker-{name}.service"), "shop", address);
                     assert_eq!(status, 403, "{body}");
                 }
             })
@@ -554,7 +558,7 @@ fn failing_daemon_is_restarted_while_callers_wait() {
     let machine = &machine;
     thread::scope(|scope| {
         let askers = ADDRESSES.map(|(name, address)| {
-            scope.spawn(move || ask(machine, &format!("waits-{name}.service"), "shop", address))
+            scope.spawn(move || fetch(machine, &format!("waits-{name}.service"), "shop", address))
         });
         // While the callers wait, there are more starts than systemd allows a service (5 in 10 s)
         // and a socket (20 in 2 s).
@@ -596,14 +600,14 @@ fn invalid_configuration_is_not_restarted() {
         // cause a loop of starts.
         for (name, address) in ADDRESSES {
             let curl = &curl;
-            let refused = move || {
+            let rejected = move || {
                 (curl(&format!("asker-{name}.service"), address)
                     .status
                     .code()
                     == Some(7))
                 .then_some(())
             };
-            scope.spawn(move || await_some("callers are rejected at once", TIMEOUT, refused));
+            scope.spawn(move || await_some("callers are rejected at once", TIMEOUT, rejected));
         }
         let restarted = machine.run(&["systemctl", "restart", "awsvid.service"]);
         assert!(!restarted.status.success(), "{restarted:?}");
@@ -670,7 +674,7 @@ fn reload_reads_the_configuration_again() {
         .replace("\"billing\"\n", "\"shop\"\n");
     assert_ne!(other, good);
     reload(&other, "Reloaded");
-    let (status, body) = ask(&machine, "stranger.service", "shop", UNIX);
+    let (status, body) = fetch(&machine, "stranger.service", "shop", UNIX);
     assert_eq!(
         (status, &body["code"]),
         (503, &Value::from("source_unavailable")),
@@ -695,10 +699,10 @@ fn newer_version(directory: &Path) -> PathBuf {
     let newer = directory.join("awsvid.newer");
     let mut program = fs::read(env!("CARGO_BIN_EXE_awsvid")).unwrap();
     let (attested, future) = (b"revocation_grace", b"revocation_pause");
-    let places: Vec<usize> = (0..program.len() - attested.len())
+    let offsets: Vec<usize> = (0..program.len() - attested.len())
         .filter(|i| program[*i..].starts_with(attested))
         .collect();
-    places
+    offsets
         .iter()
         .for_each(|i| program[*i..i + future.len()].copy_from_slice(future));
     fs::write(&newer, program).unwrap();
@@ -726,7 +730,7 @@ fn documented_rollback_interrupts_no_caller() {
         return;
     };
     start(&machine);
-    assert_known(ask(&machine, "billing.service", "billing", TCP));
+    assert_known(fetch(&machine, "billing.service", "billing", TCP));
     // The check that CI runs before such a file is installed.
     let check = documents::block("upgrade.md", "The order of steps", "awsvid.previous");
     let check = check.replace("awsvid.toml", CONFIGURATION);
@@ -744,7 +748,7 @@ fn documented_rollback_interrupts_no_caller() {
     thread::scope(|scope| {
         let asker = scope.spawn(|| {
             for _ in 0..10 {
-                assert_known(ask(machine, "asker.service", "billing", UNIX));
+                assert_known(fetch(machine, "asker.service", "billing", UNIX));
             }
         });
         let rollback = documents::block("upgrade.md", "Roll back on a VM", "install");
@@ -753,7 +757,7 @@ fn documented_rollback_interrupts_no_caller() {
             .success("the documented rollback");
         asker.join().unwrap();
     });
-    assert_known(ask(machine, "billing.service", "billing", TCP));
+    assert_known(fetch(machine, "billing.service", "billing", TCP));
     let found = ["ActiveState", "NRestarts"].map(|name| machine.property("awsvid.service", name));
     assert_eq!(found, ["active", "0"]);
     let version = |path: &str| fs::read(machine.path(path)).unwrap();
@@ -785,7 +789,7 @@ fn assert_known((status, body): (u16, Value)) {
 }
 
 #[test]
-fn unconfigured_socket_of_unit_is_refused_and_others_are_served() {
+fn unconfigured_socket_of_unit_is_rejected_and_others_are_served() {
     let directory = folder();
     let Some(machine) = install(directory.path(), &[]) else {
         return;
@@ -797,17 +801,17 @@ fn unconfigured_socket_of_unit_is_refused_and_others_are_served() {
     )
     .unwrap();
     start(&machine);
-    assert_known(ask(&machine, "billing.service", "billing", UNIX));
+    assert_known(fetch(&machine, "billing.service", "billing", UNIX));
     for address in [TCP, TCP6] {
-        let refused = machine.run_as(
+        let rejected = machine.run_as(
             "refused.service",
             "shop",
             &[&["curl", "--silent", "--max-time", "50"], address].concat(),
         );
         // Reset, at once or a moment later, and not left waiting.
         assert!(
-            matches!(refused.status.code(), Some(7 | 56)),
-            "{address:?}: {refused:?}"
+            matches!(rejected.status.code(), Some(7 | 56)),
+            "{address:?}: {rejected:?}"
         );
     }
     let journal = machine.journal();
@@ -834,7 +838,7 @@ fn unconfigured_socket_of_unit_is_refused_and_others_are_served() {
     assert_eq!(warnings(), 0);
     let restart = "systemctl daemon-reload; systemctl restart awsvid.socket awsvid.service";
     machine.run(&["sh", "-euc", restart]).success(restart);
-    assert_known(ask(&machine, "billing.service", "billing", UNIX));
+    assert_known(fetch(&machine, "billing.service", "billing", UNIX));
     let closed = machine.run(&["curl", "--silent", TCP[0]]);
     assert_eq!(closed.status.code(), Some(7), "{closed:?}");
     fs::remove_file(&path).unwrap();
@@ -856,7 +860,7 @@ fn unconfigured_socket_of_unit_is_refused_and_others_are_served() {
         .run(&["systemctl", "restart", "awsvid.service"])
         .success("restart awsvid");
     for (_, address) in ADDRESSES {
-        assert_known(ask(&machine, "billing.service", "billing", address));
+        assert_known(fetch(&machine, "billing.service", "billing", address));
     }
 }
 
@@ -945,7 +949,7 @@ fn user_created_after_boot_is_served() {
     let rules = rule("user = \"late\"") + &rule("user = \"shop\"\nsystemd_unit = \"shop.service\"");
     fs::write(machine.path(CONFIGURATION), with_rules("", &rules)).unwrap();
     start(&machine);
-    assert_known(ask(&machine, "shop.service", "shop", TCP));
+    assert_known(fetch(&machine, "shop.service", "shop", TCP));
     assert!(
         machine
             .journal()
@@ -957,10 +961,11 @@ fn user_created_after_boot_is_served() {
         .run(&["sh", "-euc", "echo 'u late 1003' | systemd-sysusers -"])
         .success("make the user");
     await_some("the user is known", TIMEOUT, || {
-        (ask(&machine, "late.service", "late", TCP).1["code"] == "source_unavailable").then_some(())
+        (fetch(&machine, "late.service", "late", TCP).1["code"] == "source_unavailable")
+            .then_some(())
     });
     for (_, address) in ADDRESSES {
-        assert_known(ask(&machine, "late.service", "late", address));
+        assert_known(fetch(&machine, "late.service", "late", address));
     }
 }
 

@@ -9,7 +9,7 @@ use nix::unistd::getuid;
 use serde_json::Value;
 
 use crate::harness::cgroup::Cgroup;
-use crate::harness::client::ask;
+use crate::harness::client::fetch;
 use crate::harness::counterparts::process::{Output, behind, run};
 use crate::harness::counterparts::{folder, http_get, root};
 use crate::harness::daemon::{Daemon, PROGRAM, text};
@@ -86,8 +86,8 @@ fn daemon_without_tcp_is_ready_on_unix_socket() {
     let unix = daemon.unix().display().to_string();
     assert!(!left_out.contains(&unix), "{left_out}");
     assert_eq!(daemon.log().matches("readiness leaves out").count(), 1);
-    assert_eq!(ask(UnixStream::connect(daemon.unix()).unwrap()).0, 200);
-    let (code, body) = ask(std::net::TcpStream::connect(daemon.tcp()).unwrap());
+    assert_eq!(fetch(UnixStream::connect(daemon.unix()).unwrap()).0, 200);
+    let (code, body) = fetch(std::net::TcpStream::connect(daemon.tcp()).unwrap());
     assert_eq!(
         (code, &body["code"]),
         (403, &Value::from("unsupported_kernel")),

@@ -103,12 +103,12 @@ mod tests {
     #[test]
     fn search_is_bounded_and_reads_full_directories_last() {
         let tree = tree();
-        let crowd = tree.path().join("a/crowd");
-        fill(&crowd, MAX_DIRECTORIES);
+        let full = tree.path().join("a/full");
+        fill(&full, MAX_DIRECTORIES);
         fill(&tree.path().join("z/y"), 1);
         let own = own_path(tree.path(), &tree.path().join("z/y/0"), 3);
         assert_eq!(own.as_deref(), Some("/z/y/0"));
-        let last = fs::read_dir(&crowd).unwrap().last().unwrap().unwrap();
+        let last = fs::read_dir(&full).unwrap().last().unwrap().unwrap();
         assert_eq!(own_path(tree.path(), &last.path(), 3), None);
     }
 }

@@ -383,8 +383,8 @@ async fn waiters_for_scans_are_limited_per_user_and_pod() {
     let held: Vec<_> = (0..MAX_WAITING_PER_KEY)
         .map(|_| tree.waiting.try_acquire(&hostile).unwrap())
         .collect();
-    let refused = result_without_wait(&tree, id, hostile);
-    assert_eq!(refused, Err(AttestError::SearchBusy));
+    let rejected = result_without_wait(&tree, id, hostile);
+    assert_eq!(rejected, Err(AttestError::SearchBusy));
     for (namespace, uid) in [(None, Some(8)), (Some(1), None)] {
         let waits = tree.cached_path(id).is_none();
         let key = ScanKey { namespace, uid };
@@ -421,8 +421,8 @@ async fn waiters_with_subordinate_ids_give_way_to_others() {
     };
     let (honest, hostile) = held.split_first().unwrap();
     // One more of those ids takes no permit of another.
-    let refused = result_without_wait(&tree, id, key(130_000));
-    assert_eq!(refused, Err(AttestError::SearchBusy));
+    let rejected = result_without_wait(&tree, id, key(130_000));
+    assert_eq!(rejected, Err(AttestError::SearchBusy));
     let found = cached_or_scanned(&tree, id, (TreeScope::All, key(9))).await;
     assert_eq!(found.unwrap().as_str(), "/new");
     assert_eq!(
@@ -433,7 +433,7 @@ async fn waiters_with_subordinate_ids_give_way_to_others() {
 }
 
 #[tokio::test]
-async fn evicted_waiter_is_refused() {
+async fn evicted_waiter_is_rejected() {
     let folder = tempfile::tempdir().unwrap();
     let tree = Arc::new(CgroupTree::at(
         folder.path().to_owned(),

@@ -148,19 +148,19 @@ fn missing_handler_is_not_taken_for_a_missing_socket() {
         );
         assert!(
             missing
-                .fix(UnixSupport::Nothing)
+                .fix(UnixSupport::NoPidfd)
                 .contains("inet_diag and tcp_diag"),
             "{errno:?}"
         );
-        let refusal = missing.refusal();
-        assert_eq!(refusal.reason(), "unsupported_kernel", "{errno:?}");
-        assert!(refusal.to_string().contains("tcp_diag"), "{errno:?}");
+        let rejection = missing.rejection();
+        assert_eq!(rejection.reason(), "unsupported_kernel", "{errno:?}");
+        assert!(rejection.to_string().contains("tcp_diag"), "{errno:?}");
     }
 }
 
 /// Versions prove little: a rejection names the interface.
 #[test]
-fn refusals_name_what_is_missing() {
+fn rejections_name_what_is_missing() {
     let io = || io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
     for (missing, words) in [
         (TcpUnsupported::NoCgroups, "no cgroup v2 tree is mounted"),
@@ -172,7 +172,7 @@ fn refusals_name_what_is_missing() {
         (TcpUnsupported::NoLoopback(io()), "the device lo"),
         (no_sock_diag(io()), "sock_diag(7)"),
     ] {
-        let text = missing.refusal().to_string();
+        let text = missing.rejection().to_string();
         assert!(text.contains(words) && !text.contains("5.15"), "{text}");
     }
 }
@@ -180,10 +180,10 @@ fn refusals_name_what_is_missing() {
 #[test]
 fn fix_proposes_the_unix_socket_only_where_it_serves_callers() {
     let missing = TcpUnsupported::NoCgroupId;
-    for unix in [UnixSupport::Process, UnixSupport::Number] {
+    for unix in [UnixSupport::Process, UnixSupport::Pid] {
         assert!(missing.fix(unix).contains("unix socket"), "{unix:?}");
     }
-    let fix = missing.fix(UnixSupport::Nothing);
+    let fix = missing.fix(UnixSupport::NoPidfd);
     assert!(
         !fix.contains("unix socket") && fix.contains("Linux 5.8"),
         "{fix}"

@@ -6,15 +6,13 @@
 //! runtime that it came from. So it changes threads once, and a lookup thread is never one that the
 //! runtime needs to notice events.
 
-#![expect(clippy::disallowed_methods, reason = "these threads have no runtime")]
-
 use std::cell::Cell;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::time::sleep;
@@ -24,7 +22,7 @@ use crate::telemetry::in_current_request;
 
 mod pool_state;
 
-use pool_state::{BusyThread, LookupJob, OnAbandon, PoolState};
+use pool_state::{BusyThread, LookupJob, OnAbandon, PoolState, now};
 
 /// The time after which a thread counts as blocked, and another one is started to replace it. Most
 /// connections take 50 us.
@@ -126,7 +124,7 @@ impl LookupThreads {
             task,
             on_abandon,
             runtime,
-            queued: Instant::now(),
+            queued: now(),
         };
         let mut state = self.0.state();
         state.push(workload, job);
@@ -204,7 +202,7 @@ impl ThreadPool {
                 state.busy.insert(
                     number,
                     BusyThread {
-                        since: Instant::now(),
+                        since: now(),
                         on_abandon: Some((workload.clone(), on_abandon)),
                     },
                 );

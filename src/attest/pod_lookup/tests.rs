@@ -83,10 +83,10 @@ fn lookup_requires_root_to_own_every_directory() {
             let (folder, pods) = pods(&[&format!("{pod}/{C}")]);
             assert!(pods.of(&container).unwrap().is_some());
             change(&folder.path().join(part)).unwrap();
-            let refused = pods.of(&container);
+            let rejected = pods.of(&container);
             assert!(
-                matches!(refused, Err(AttestError::DelegatedCgroup)),
-                "{part}: {refused:?}"
+                matches!(rejected, Err(AttestError::DelegatedCgroup)),
+                "{part}: {rejected:?}"
             );
         }
     }
@@ -115,11 +115,11 @@ fn lookup_rejects_pod_names_at_other_paths() {
     );
     let (folder, pods) = pods(&[&user, &other]);
     chown(folder.path().join("user.slice"), Some(1002), None).unwrap();
-    let refused = pods.of(&path(&format!("/{user}")));
+    let rejected = pods.of(&path(&format!("/{user}")));
     assert!(
-        matches!(refused, Err(AttestError::DelegatedCgroup)),
-        "{refused:?}"
+        matches!(rejected, Err(AttestError::DelegatedCgroup)),
+        "{rejected:?}"
     );
-    let refused = pods.of(&path(&format!("/{other}"))).unwrap_err();
-    assert_eq!(refused, AttestError::MisplacedPod);
+    let rejected = pods.of(&path(&format!("/{other}"))).unwrap_err();
+    assert_eq!(rejected, AttestError::MisplacedPod);
 }

@@ -104,12 +104,12 @@ fn socket_returns_the_inode_of_a_descriptor() {
 
 /// Returns the number that is found for `inode`, and how many were read.
 fn hint_for(handle: &ProcessHandle, inode: u32) -> (Option<u32>, usize) {
-    let mut looks = 0;
+    let mut reads = 0;
     let found = handle.find_by_hint(Path::new("/proc"), inode, || {
-        looks += 1;
+        reads += 1;
         Ok(())
     });
-    (found.unwrap(), looks)
+    (found.unwrap(), reads)
 }
 
 #[test]

@@ -176,7 +176,7 @@ pub(crate) fn error_reply(errno: i32, sequence: [u8; 4]) -> Vec<u8> {
 #[test]
 fn parse_distinguishes_a_missing_socket_from_failures() {
     let (client, server) = (CLIENT.parse().unwrap(), SERVER.parse().unwrap());
-    for (errno, refusal) in [
+    for (errno, rejection) in [
         (libc::ENOENT, AttestError::CallerGone),
         (libc::EPERM, AttestError::kernel(QUERY, Errno::EPERM)),
         (libc::EINVAL, AttestError::kernel(QUERY, Errno::EINVAL)),
@@ -188,7 +188,7 @@ fn parse_distinguishes_a_missing_socket_from_failures() {
         (0, AttestError::kernel(QUERY, Errno::from_raw(0))),
     ] {
         let reply = error_reply(errno, [1, 0, 0, 0]);
-        assert_eq!(parse(&reply, client, server), Err(refusal), "{errno}");
+        assert_eq!(parse(&reply, client, server), Err(rejection), "{errno}");
         // A reply that ends before its number is a failure.
         let cut = parse(&reply[..NLMSG_HEADER + 3], client, server);
         assert_eq!(cut, Err(AttestError::kernel(QUERY, None)), "{errno}");

@@ -67,12 +67,12 @@ impl Machine {
     }
 
     /// Returns the rejection of the test's own connection, or `None` if its socket is found.
-    async fn refusal(&self) -> Option<AttestError> {
+    async fn rejection(&self) -> Option<AttestError> {
         let client = self.client.local_addr().unwrap();
-        self.refusal_of(client).await
+        self.rejection_of(client).await
     }
 
-    async fn refusal_of(&self, client: SocketAddr) -> Option<AttestError> {
+    async fn rejection_of(&self, client: SocketAddr) -> Option<AttestError> {
         let addresses = (client, self.client.peer_addr().unwrap());
         let found = self
             .support
@@ -98,11 +98,11 @@ async fn cgroup_tree_is_found_that_was_mounted_later() {
     machine.write("self/mountinfo", &real("self/mountinfo"));
     // The next test is due after the interval, whatever the number of requests.
     for _ in 0..3 {
-        let refusal = machine.refusal().await;
-        assert_eq!(refusal, Some(AttestError::Unsupported(NO_CGROUPS)));
+        let rejection = machine.rejection().await;
+        assert_eq!(rejection, Some(AttestError::Unsupported(NO_CGROUPS)));
     }
     advance(TEST_INTERVAL).await;
-    assert_eq!(machine.refusal().await, None);
+    assert_eq!(machine.rejection().await, None);
     assert_eq!(machine.support.missing(), None);
     assert!(machine.support.0.host.cgroup_tree().is_some());
 }
@@ -153,15 +153,15 @@ async fn test_that_blocks_stops_no_caller() {
         outcome
     });
     advance(TEST_INTERVAL).await;
-    let mut causing = pin!(machine.refusal_of(gone));
+    let mut causing = pin!(machine.rejection_of(gone));
     let first = poll_fn(|context| Poll::Ready(causing.as_mut().poll(context))).await;
     assert!(first.is_pending(), "its test runs on another thread");
     // That test runs, so these do not wait for another one.
     assert_eq!(
-        machine.refusal_of(gone).await,
+        machine.rejection_of(gone).await,
         Some(AttestError::CallerGone)
     );
-    assert_eq!(machine.refusal().await, None);
+    assert_eq!(machine.rejection().await, None);
     assert_eq!(machine.support.missing(), None);
     advance(TEST_WAIT).await;
     assert_eq!(causing.await, Some(AttestError::CallerGone));
@@ -173,7 +173,7 @@ async fn test_that_blocks_stops_no_caller() {
     while machine.support.0.latest().is_running {
         tokio::task::yield_now().await;
     }
-    assert_eq!(machine.refusal().await, None);
+    assert_eq!(machine.rejection().await, None);
 }
 
 /// Runs a test in a network namespace of its own, where `ports` are all that the kernel chooses
@@ -224,18 +224,18 @@ fn test_without_a_free_port_changes_nothing() {
         for _ in 0..3 {
             advance(TEST_INTERVAL).await;
             assert_eq!(
-                machine.refusal_of(gone).await,
+                machine.rejection_of(gone).await,
                 Some(AttestError::CallerGone)
             );
             assert!(machine.support.0.latest().is_inconclusive);
-            assert_eq!(machine.refusal().await, None);
+            assert_eq!(machine.rejection().await, None);
             assert_eq!(machine.support.missing(), None);
             assert!(machine.support.attestor().is_some(), "for pods, too");
         }
         drop(held);
         advance(TEST_INTERVAL).await;
         assert_eq!(
-            machine.refusal_of(gone).await,
+            machine.rejection_of(gone).await,
             Some(AttestError::CallerGone)
         );
         assert!(!machine.support.0.latest().is_inconclusive);
@@ -247,20 +247,20 @@ async fn unmounted_cgroup_tree_is_noticed_and_found_again() {
     let Some(machine) = Machine::start(&real("self/mountinfo")) else {
         return;
     };
-    assert_eq!(machine.refusal().await, None);
+    assert_eq!(machine.rejection().await, None);
     machine.write("self/mountinfo", "");
     advance(TEST_INTERVAL).await;
     let gone = "127.0.0.1:1".parse().unwrap();
     let unsupported = Some(AttestError::Unsupported(NO_CGROUPS));
-    assert_eq!(machine.refusal_of(gone).await, unsupported);
-    assert_eq!(machine.refusal().await, unsupported);
+    assert_eq!(machine.rejection_of(gone).await, unsupported);
+    assert_eq!(machine.rejection().await, unsupported);
     machine.write("self/mountinfo", &real("self/mountinfo"));
     advance(TEST_INTERVAL).await;
     assert_eq!(
-        machine.refusal_of(gone).await,
+        machine.rejection_of(gone).await,
         Some(AttestError::CallerGone)
     );
-    assert_eq!(machine.refusal().await, None);
+    assert_eq!(machine.rejection().await, None);
 }
 
 /// The kernel's netlink socket does not answer about TCP any more, as when a module is unloaded.
@@ -271,12 +271,12 @@ async fn lost_sock_diag_is_noticed_and_opened_again() {
     };
     machine.support.attestor().unwrap().close();
     // The test at the start is too recent to be repeated.
-    assert_eq!(machine.refusal().await, Some(AttestError::CallerGone));
+    assert_eq!(machine.rejection().await, Some(AttestError::CallerGone));
     advance(TEST_INTERVAL).await;
-    let refusal = machine.refusal().await;
+    let rejection = machine.rejection().await;
     assert!(
-        matches!(refusal, Some(AttestError::Unsupported(text)) if text.contains("tcp_diag")),
-        "{refusal:?}"
+        matches!(rejection, Some(AttestError::Unsupported(text)) if text.contains("tcp_diag")),
+        "{rejection:?}"
     );
     assert_eq!(
         machine
@@ -290,7 +290,7 @@ async fn lost_sock_diag_is_noticed_and_opened_again() {
         Some("sock_diag(7) does not work for TCP: it does not find a socket that exists")
     );
     advance(TEST_INTERVAL).await;
-    assert_eq!(machine.refusal().await, None);
+    assert_eq!(machine.rejection().await, None);
 }
 
 /// Returns the path of a cgroup that this process is not in.
@@ -317,14 +317,14 @@ async fn wrong_cgroup_is_noticed_and_passes() {
     machine.write("self/cgroup", &format!("0::{other}\n"));
     advance(TEST_INTERVAL).await;
     let gone = "127.0.0.1:1".parse().unwrap();
-    let refusal = machine.refusal_of(gone).await;
+    let rejection = machine.rejection_of(gone).await;
     assert_eq!(
-        refusal,
+        rejection,
         Some(AttestError::Unsupported(
             "it reports a wrong cgroup of a TCP socket"
         ))
     );
     machine.write("self/cgroup", &own);
     advance(TEST_INTERVAL).await;
-    assert_eq!(machine.refusal().await, None);
+    assert_eq!(machine.rejection().await, None);
 }

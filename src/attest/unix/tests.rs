@@ -193,10 +193,10 @@ fn attest_rejects_containers_without_a_kernel_pidfd() {
         &["--user", "--map-current-user", "sh", "-c", "echo; exec cat"],
     );
     std::io::Read::read_exact(&mut child.stdout.take().unwrap(), &mut [0]).unwrap();
-    let refusal = connector_of(peer(child.id(), u64::MAX)).unwrap_err();
+    let rejection = connector_of(peer(child.id(), u64::MAX)).unwrap_err();
     assert!(
-        matches!(refusal, AttestError::Unsupported(_)),
-        "{refusal:?}"
+        matches!(rejection, AttestError::Unsupported(_)),
+        "{rejection:?}"
     );
     end(child);
 }

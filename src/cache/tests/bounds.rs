@@ -79,7 +79,7 @@ async fn cache_evicts_least_recently_used_role_of_a_workload() {
 async fn entry_with_a_flight_is_not_evicted() {
     let (env, cache) = env_of(0, MANY);
     let roles = roles(MAX_ROLES_PER_ID + 1);
-    let ask = |owner: &'static str, role: &Arc<Role>| {
+    let request = |owner: &'static str, role: &Arc<Role>| {
         let (cache, grant) = (cache.clone(), grant_of(owner, role));
         tokio::spawn(async move {
             cache
@@ -90,10 +90,10 @@ async fn entry_with_a_flight_is_not_evicted() {
     };
     let waiting: Vec<_> = roles[..MAX_ROLES_PER_ID]
         .iter()
-        .map(|role| ask("a", role))
+        .map(|role| request("a", role))
         .collect();
     settle().await;
-    let refused = cache
+    let rejected = cache
         .get(
             &cache.policy(),
             &grant_of("a", &roles[MAX_ROLES_PER_ID]),
@@ -101,10 +101,10 @@ async fn entry_with_a_flight_is_not_evicted() {
         )
         .await;
     assert!(
-        matches!(refused, Err(CacheError::TooManyRoles)),
-        "{refused:?}"
+        matches!(rejected, Err(CacheError::TooManyRoles)),
+        "{rejected:?}"
     );
-    let other = ask("b", &roles[0]);
+    let other = request("b", &roles[0]);
     env.gate.add_permits(100);
     for waiting in waiting.into_iter().chain([other]) {
         waiting.await.unwrap().unwrap();
@@ -121,7 +121,7 @@ async fn entry_with_a_flight_is_not_evicted() {
 
 #[tokio::test(start_paused = true)]
 async fn full_cache_evicts_only_the_requesters_entries() {
-    let (_world, cache) = env(100);
+    let (_env, cache) = env(100);
     let roles = roles(2);
     cache
         .get(&cache.policy(), &grant_of("a", &roles[0]), &caller())
@@ -153,23 +153,23 @@ async fn workload_that_invents_roles_is_limited_alone() {
         .get(&cache.policy(), &grant_of("greedy", &good), &caller())
         .await
         .unwrap();
-    env.refuse(refused());
+    env.reject(rejected());
     *env.takes.lock().unwrap() = Duration::from_millis(100);
     let before = env.fetched();
-    let mut refusals = HashSet::new();
+    let mut rejections = HashSet::new();
     for role in roles(2000) {
         match cache
             .get(&cache.policy(), &grant_of("greedy", &role), &caller())
             .await
         {
             Err(CacheError::Exchange(error)) => {
-                refusals.insert((error.reason(), error.is_transient()))
+                rejections.insert((error.reason(), error.is_transient()))
             }
             other => panic!("{other:?}"),
         };
     }
     assert_eq!(
-        refusals,
+        rejections,
         HashSet::from([("sts_access_denied", false), ("too_many_exchanges", true)])
     );
     let requesters = env.fetched() - before;
@@ -183,7 +183,7 @@ async fn workload_that_invents_roles_is_limited_alone() {
         "what has credentials goes last"
     );
     // Other identities are served, and exchanged for, at once.
-    env.refuse(None);
+    env.reject(None);
     assert_eq!(
         key_for(&cache, "other", 1).await.unwrap().1,
         CacheResult::Hit

@@ -1,18 +1,18 @@
 //! Cached credentials through failures of the source and of STS.
 
 use super::*;
+use crate::captured_log::CapturedLog;
 use crate::svid::BadToken;
-use crate::svid::jwt::tests::CapturedLog;
 use events::CacheEvent;
 
 /// The latest time at which the first refresh may be due.
 const DUE: Duration = Duration::from_secs(3600 * 55 / 100);
 
 /// Returns a cache with credentials of an hour, right after the failure of its first refresh.
-async fn refused_env() -> (Arc<CacheEnv>, CredentialCache) {
+async fn rejected_env() -> (Arc<CacheEnv>, CredentialCache) {
     let (env, cache) = env(10_000);
     key(&cache).await.unwrap();
-    env.refuse(refused());
+    env.reject(rejected());
     // Steps by a second, so that the time of the first rejection is known to the second.
     while env.fetched() == 1 {
         pass(SECOND).await;
@@ -21,8 +21,8 @@ async fn refused_env() -> (Arc<CacheEnv>, CredentialCache) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn sts_refusal_removes_credentials_after_the_grace() {
-    let (_world, cache) = refused_env().await;
+async fn sts_rejection_removes_credentials_after_the_grace() {
+    let (_env, cache) = rejected_env().await;
     pass(LIMITS.revocation_grace - SECOND * 3).await;
     assert_eq!(
         key(&cache).await.unwrap(),
@@ -33,8 +33,8 @@ async fn sts_refusal_removes_credentials_after_the_grace() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn outage_after_refusal_does_not_extend_the_grace() {
-    let (env, cache) = refused_env().await;
+async fn outage_after_rejection_does_not_extend_the_grace() {
+    let (env, cache) = rejected_env().await;
     pass(SECOND * 60).await;
     env.fail(unavailable());
     pass(LIMITS.revocation_grace - SECOND * 63).await;
@@ -46,9 +46,9 @@ async fn outage_after_refusal_does_not_extend_the_grace() {
 
 #[tokio::test(start_paused = true)]
 async fn success_ends_the_grace() {
-    let (env, cache) = refused_env().await;
+    let (env, cache) = rejected_env().await;
     pass(SECOND * 60).await;
-    env.refuse(None);
+    env.reject(None);
     pass(SECOND * 120).await;
     let (renewed, result) = key(&cache).await.unwrap();
     assert!(
@@ -56,7 +56,7 @@ async fn success_ends_the_grace() {
         "{renewed} {result:?}"
     );
     // The next rejection starts a new grace.
-    env.refuse(refused());
+    env.reject(rejected());
     let before = env.fetched();
     while env.fetched() == before {
         pass(SECOND).await;
@@ -67,7 +67,7 @@ async fn success_ends_the_grace() {
 
 #[tokio::test(start_paused = true)]
 async fn hanging_source_does_not_extend_the_grace() {
-    let (env, cache) = refused_env().await;
+    let (env, cache) = rejected_env().await;
     *env.takes.lock().unwrap() = HOUR;
     pass(LIMITS.revocation_grace + SECOND).await;
     assert!(
@@ -77,8 +77,8 @@ async fn hanging_source_does_not_extend_the_grace() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn new_grace_applies_to_earlier_refusals() {
-    let (env, cache) = refused_env().await;
+async fn new_grace_applies_to_earlier_rejections() {
+    let (env, cache) = rejected_env().await;
     let limits = CacheLimits {
         revocation_grace: HOUR,
         ..LIMITS
@@ -280,7 +280,12 @@ async fn log_has_recovery_and_is_bounded_in_an_outage() {
 
 #[test]
 fn negative_ttl_depends_on_the_failure() {
-    let sts = |retry| ExchangeError::from(StsError { retry, ..refused() });
+    let sts = |retry| {
+        ExchangeError::from(StsError {
+            retry,
+            ..rejected()
+        })
+    };
     let table = [
         (ExchangeError::from(unavailable()), 1),
         (
@@ -306,9 +311,9 @@ fn negative_ttl_depends_on_the_failure() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn refusal_without_credentials_is_cached_for_seconds() {
+async fn rejection_without_credentials_is_cached_for_seconds() {
     let (env, cache) = env(10_000);
-    env.refuse(refused());
+    env.reject(rejected());
     for _ in 0..5 {
         assert_eq!(reason(&cache).await, "sts_access_denied");
         advance(SECOND * 9 / 10).await;

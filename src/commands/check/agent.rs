@@ -1,18 +1,14 @@
 //! Checks of the agent: its socket, its identity for this process, and a token.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "a command is a process of its own, without a runtime"
-)]
-
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 use super::report::CheckReport;
 use crate::cgroup::PodUid;
+use crate::clock::Clock;
 use crate::commands::live_token::{self, LiveToken};
 use crate::config::{Config, Reference, Source};
 use crate::identity::{SessionName, SpiffeId};
@@ -171,7 +167,7 @@ pub(super) async fn token(
     let left = live
         .svid
         .expires()
-        .duration_since(SystemTime::now())
+        .duration_since(Clock::system().now())
         .unwrap_or_default();
     report.ok(
         IDENTITY,
@@ -273,5 +269,5 @@ async fn fetch_selected(
         .iter()
         .filter(|svid| svid.spiffe_id == id.as_str())
         .map(|svid| svid.token.clone());
-    JwtSvid::check_any(tokens, &id, &role.audience, SystemTime::now())?.ok_or_else(nothing)
+    JwtSvid::check_any(tokens, &id, &role.audience, Clock::system().now())?.ok_or_else(nothing)
 }

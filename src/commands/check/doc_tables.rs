@@ -27,10 +27,10 @@ pub(crate) fn rows() -> Vec<Row<'static>> {
 
 fn row(line: &str) -> Option<Row<'_>> {
     let cells: Vec<&str> = line.trim_matches('|').split(" | ").collect();
-    let [_, steps, says] = cells[..] else {
+    let [_, steps, texts] = cells[..] else {
         return None;
     };
-    let (steps, words) = (within(steps, '`'), within(says, '"'));
+    let (steps, words) = (within(steps, '`'), within(texts, '"'));
     (!steps.is_empty() && !words.is_empty()).then_some(Row { steps, words })
 }
 

@@ -1,14 +1,10 @@
 //! Checks of STS: its clock, and a real exchange.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "a command is a process of its own, without a runtime"
-)]
-
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use super::report::CheckReport;
+use crate::clock::Clock;
 use crate::commands::https_probe::HttpProbe;
 use crate::commands::live_token::LiveToken;
 use crate::role::{Identity, RequestedRole, Role, Roles};
@@ -34,7 +30,7 @@ pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut 
         }
     };
     report.show_progress(&format!("STS's clock, at {url}"));
-    let before = SystemTime::now();
+    let before = Clock::system().now();
     let date = match web.get(&url).await {
         Ok(answer) => answer.date,
         Err(error) => {
@@ -106,7 +102,7 @@ pub(super) async fn exchange(
                 ),
                 "where the agent attests callers, name a running workload that it is for: awsvid check --pid PID, or --pod UID",
             ),
-            Err(error) => refused(&error, report),
+            Err(error) => rejected(&error, report),
         }
         return;
     };
@@ -121,12 +117,12 @@ pub(super) async fn exchange(
                 humantime::format_rfc3339_seconds(credentials.expiration)
             ),
         ),
-        Err(error) => refused(&error, report),
+        Err(error) => rejected(&error, report),
     }
 }
 
 /// Reports the failure, with the same text as the daemon's log.
-fn refused(error: &StsError, report: &mut CheckReport) {
+fn rejected(error: &StsError, report: &mut CheckReport) {
     let fix = error
         .fix
         .clone()

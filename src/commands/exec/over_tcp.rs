@@ -34,8 +34,8 @@ pub(super) fn check(uri: &str) -> Result<(), String> {
     }
     let unix = attest::unix_support();
     let over_unix = match unix {
-        UnixSupport::Nothing => "",
-        UnixSupport::Process | UnixSupport::Number => {
+        UnixSupport::NoPidfd => "",
+        UnixSupport::Process | UnixSupport::Pid => {
             "set `credential_process = awsvid credential-process` in a profile of ~/.aws/config, which uses the unix socket; \
              for TCP "
         }
@@ -75,7 +75,7 @@ mod tests {
 
     #[test]
     fn check_trusts_only_the_daemons_own_response() {
-        let refused = |code: &str| {
+        let rejected = |code: &str| {
             let body = format!("{{\"code\":\"{code}\"}}");
             format!(
                 "HTTP/1.1 403 Forbidden\r\ncontent-length: {}\r\n\r\n{body}",
@@ -83,9 +83,9 @@ mod tests {
             )
         };
         let table = [
-            (refused(UNSUPPORTED), Some(true)),
-            (refused("no_identity"), Some(false)),
-            (refused(UNSUPPORTED).replace("403", "503"), Some(false)),
+            (rejected(UNSUPPORTED), Some(true)),
+            (rejected("no_identity"), Some(false)),
+            (rejected(UNSUPPORTED).replace("403", "503"), Some(false)),
             ("SSH-2.0\r\n".to_owned(), None),
         ];
         for (answer, expected) in table {

@@ -198,7 +198,7 @@ async fn get_uses_the_proxy_of_sts() {
 }
 
 #[tokio::test]
-async fn refusal_of_a_proxy_is_reported_without_the_password() {
+async fn rejection_of_a_proxy_is_reported_without_the_password() {
     let (address, mut heads) = proxy("HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", 1).await;
     let through = network(&[("ALL_PROXY", &format!("http://user:s3cret@{address}"))]);
     let web = HttpProbe {

@@ -286,14 +286,14 @@ spiffe://example.org/reports  reports  reports  in 59m 7s  in 29m 0s  1 (uid 100
 spiffe://example.org/unasked  unasked  unasked  in 59m 7s  in 29m 0s  -                     ok
 ";
         assert_eq!(text, expected);
-        let mut refusing = status();
-        refusing["unsupported_kernel"] = json!(["callers over TCP are rejected: no\u{1b}"]);
-        refusing["counts_executions"] = json!(false);
+        let mut rejecting = status();
+        rejecting["unsupported_kernel"] = json!(["callers over TCP are rejected: no\u{1b}"]);
+        rejecting["counts_executions"] = json!(false);
         let line = "\nunsupported_kernel: callers over TCP are rejected: no \nexecutions of programs: not counted: callers are rejected";
-        assert!(render(&refusing, now(), TerminalStyle::plain()).contains(line));
-        refusing["counts_executions"] = json!(true);
+        assert!(render(&rejecting, now(), TerminalStyle::plain()).contains(line));
+        rejecting["counts_executions"] = json!(true);
         assert!(
-            render(&refusing, now(), TerminalStyle::plain())
+            render(&rejecting, now(), TerminalStyle::plain())
                 .contains("\nexecutions of programs: counted\n")
         );
         assert!(

@@ -216,9 +216,9 @@ fn included_file_that_others_can_change_is_rejected() {
     let path = directory.path().join("awsvid.toml");
     let included = directory.path().join("conf.d/a.toml");
     let load = |exposure| Config::load(&path, exposure, |_| None);
-    assert!(load(Exposure::Refused).is_ok());
+    assert!(load(Exposure::Rejected).is_ok());
     fs::set_permissions(&included, PermissionsExt::from_mode(0o646)).unwrap();
-    let errors = load(Exposure::Refused).unwrap_err().to_string();
+    let errors = load(Exposure::Rejected).unwrap_err().to_string();
     let expected = format!(
         "{}:1: include: {included}: every user of this node can write the configuration; chmod o-w {included}",
         path.display(),

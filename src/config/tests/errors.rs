@@ -4,12 +4,12 @@
 use super::*;
 
 /// The line (0: none), the key, and what the message holds.
-type Expected<'a> = (usize, &'a str, &'a str);
+type ExpectedProblem<'a> = (usize, &'a str, &'a str);
 
 #[track_caller]
-pub(super) fn refused(text: &str, expected: &[Expected<'_>]) {
+pub(super) fn rejected(text: &str, expected: &[ExpectedProblem<'_>]) {
     let problems = parse(text).expect_err(text);
-    let fits = |problem: &Problem, (line, key, words): &Expected<'_>| {
+    let fits = |problem: &Problem, (line, key, words): &ExpectedProblem<'_>| {
         line_of(problem).unwrap_or(0) == *line
             && problem.key == *key
             && problem.to_string().contains(words)
@@ -27,14 +27,14 @@ pub(super) fn refused(text: &str, expected: &[Expected<'_>]) {
 
 /// Each row: a line of `LEAST` to replace (or nothing: to add), by what, and the one error.
 #[track_caller]
-fn each(rows: &[(&str, &str, Expected<'_>)]) {
+fn each(rows: &[(&str, &str, ExpectedProblem<'_>)]) {
     for (line, new, expected) in rows {
         let text = if line.is_empty() {
             format!("{LEAST}{new}\n")
         } else {
             with(line, new)
         };
-        refused(&text, &[*expected]);
+        rejected(&text, &[*expected]);
     }
 }
 
@@ -56,7 +56,7 @@ spiffe_id = "spiffe://example.org/billing"
 role_arn = "arn:aws:iam::1234:role/billing"
 duration = "1"
 "#;
-    refused(
+    rejected(
         text,
         &[
             (1, "requested_role", "did you mean `requested_roles`?"),
@@ -119,7 +119,7 @@ fn syntax_error_is_reported_alone() {
         ("\n\nfoo", 3, "this is not TOML"),
     ];
     for (text, line, words) in table {
-        refused(text, &[(line, "", words)]);
+        rejected(text, &[(line, "", words)]);
     }
 }
 
@@ -129,12 +129,12 @@ fn empty_file_is_an_error() {
         (0, "workload", "add a [[workload]]"),
         (0, "role", "add a [[role]]"),
     ];
-    refused("", &nothing);
-    refused(
+    rejected("", &nothing);
+    rejected(
         "workload = []\nrole = []\n",
         &[(1, "workload", "add a"), (2, "role", "add a")],
     );
-    refused(
+    rejected(
         "[[workload]]\n[[role]]\n",
         &[
             (1, "workload.spiffe_id", "it is missing"),
@@ -341,7 +341,7 @@ fn wrong_type_is_named() {
         ),
     ]);
     let role = "[role]\nname = \"x\"\n";
-    refused(
+    rejected(
         &format!(
             "[sts]\nregion = \"eu-west-1\"\n[[workload]]\nspiffe_id = \"spiffe://a/b\"\nuid = 1\n{role}"
         ),
@@ -351,7 +351,7 @@ fn wrong_type_is_named() {
             "this is a table, where a list of tables is wanted; write each as [[role]]",
         )],
     );
-    refused(
+    rejected(
         "workload = [1]\nrole = [\"x\"]\n",
         &[
             (1, "workload", "where a table is wanted"),
@@ -365,26 +365,26 @@ fn mistake_is_reported_once() {
     // What stands in for a wrong value must not be compared with the rest of the file.
     let role = "[[role]]\nname = \"m\"\nspiffe_id = \"spiffe://example.org/billing\"\nrole_arn = \"arn:minio:iam:::role/m\"\n";
     let minio = with("region = \"eu-central-1\"", "endpoint = \"http://minio\"") + role;
-    refused(&minio, &[(2, "sts.endpoint", "without TLS")]);
-    refused(
+    rejected(&minio, &[(2, "sts.endpoint", "without TLS")]);
+    rejected(
         &format!("{LEAST}{role}sts_endpoint = \"minio\"\n"),
         &[(14, "role.sts_endpoint", "it is not a URL")],
     );
     let audience =
         format!("{LEAST}{role}sts_endpoint = \"https://minio\"\n[identity]\naudience = \"\"\n");
-    refused(&audience, &[(16, "identity.audience", "1 to 255 bytes")]);
+    rejected(&audience, &[(16, "identity.audience", "1 to 255 bytes")]);
     let later = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/billing\"\nuid = 1001";
     let ghost = with("uid = 1001", &format!("user = \"\"{later}"));
-    refused(&ghost, &[(5, "workload.user", "it is not a name")]);
+    rejected(&ghost, &[(5, "workload.user", "it is not a name")]);
     let partly = with(
         "uid = 1001",
         &format!("uid = 1001\nsystemd_unit = \"x\"{later}\nsystemd_unit = \"y.service\""),
     );
-    refused(
+    rejected(
         &partly,
         &[(6, "workload.systemd_unit", "did you mean x.service?")],
     );
-    refused(
+    rejected(
         &format!(
             "{LEAST}[listen]\nadmin = \"x\"\ntcp = [\"127.0.0.1:975\"]\nmax_connections = 0\nmax_connections_per_workload = 5000"
         ),
@@ -393,7 +393,7 @@ fn mistake_is_reported_once() {
             (13, "listen.max_connections", "out of range"),
         ],
     );
-    refused(
+    rejected(
         &format!("{LEAST}[listen]\nunix = \"x\"\nstatus = \"/run/awsvid/awsvid.sock\"\n"),
         &[(11, "listen.unix", "it is relative")],
     );
@@ -1193,7 +1193,7 @@ fn requested_roles_are_checked() {
         ),
     ];
     for (list, words) in table {
-        refused(&top(list), &[(1, "requested_roles.allow", words)]);
+        rejected(&top(list), &[(1, "requested_roles.allow", words)]);
     }
     for list in [
         r#"["arn:aws:iam::123456789012:role/app-*"]"#,
@@ -1204,12 +1204,12 @@ fn requested_roles_are_checked() {
     }
     let minio = top(r#"["arn:aws:iam::123456789012:role/*"]"#)
         .replace("region = \"eu-central-1\"", "endpoint = \"https://minio\"");
-    refused(
+    rejected(
         &format!("{minio}audience = \"minio\"\n"),
         &[(1, "requested_roles.allow", "[sts] endpoint is not AWS's")],
     );
     // With requested roles alone, a region is needed as well.
-    refused(
+    rejected(
         "requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n[[workload]]\nspiffe_id = \"spiffe://a/b\"\nuid = 1\n",
         &[(0, "sts.region", "no AWS region is set")],
     );
@@ -1230,19 +1230,19 @@ fn audience_belongs_to_one_endpoint() {
     };
 
     let replayable = "tokens for \"sts.amazonaws.com\" go to https://minio, and its operator could use them at AWS";
-    refused(
+    rejected(
         &second("sts_endpoint = \"https://minio\""),
         &[(10, "role.audience", replayable)],
     );
-    refused(
+    rejected(
         &second("sts_endpoint = \"https://minio\"\naudience = \"sts.amazonaws.com\""),
         &[(15, "role.audience", replayable)],
     );
     let alone = with("region = \"eu-central-1\"", "endpoint = \"https://minio\"");
-    refused(&alone, &[(6, "role.audience", replayable)]);
+    rejected(&alone, &[(6, "role.audience", replayable)]);
     let china =
         second("sts_endpoint = \"https://minio\"\naudience = \"sts.cn-north-1.amazonaws.com.cn\"");
-    refused(&china, &[(15, "role.audience", "could use them at AWS")]);
+    rejected(&china, &[(15, "role.audience", "could use them at AWS")]);
     loaded(&second(
         "sts_endpoint = \"https://minio\"\naudience = \"sts.amazonaws.com\"\nallow_shared_audience = true",
     ));
@@ -1253,7 +1253,7 @@ fn audience_belongs_to_one_endpoint() {
     let other = third("sts_endpoint = \"https://ceph\"\naudience = \"m\"");
     let shared =
         "tokens for \"m\" go to https://ceph, and its operator could use them at https://minio";
-    refused(&format!("{minio}{other}"), &[(21, "role.audience", shared)]);
+    rejected(&format!("{minio}{other}"), &[(21, "role.audience", shared)]);
     loaded(&format!("{minio}{other}allow_shared_audience = true\n"));
 
     // Two regions are one operator; a name below amazonaws.com is not AWS's STS by that alone.
@@ -1267,13 +1267,13 @@ fn audience_belongs_to_one_endpoint() {
         "sts_endpoint = \"https://vpce-0123-abc.sts.eu-central-1.vpce.amazonaws.com\"",
     ));
     let customer = aws("sts_endpoint = \"https://sts.abc.execute-api.eu-central-1.amazonaws.com\"");
-    refused(&customer, &[(10, "role.audience", "could use them at AWS")]);
+    rejected(&customer, &[(10, "role.audience", "could use them at AWS")]);
 
     // A requested role goes to AWS with the audience of [identity].
     let requested = format!(
         "requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n{minio}[identity]\naudience = \"m\"\n"
     );
-    refused(
+    rejected(
         &requested,
         &[(16, "role.audience", "could use them at AWS")],
     );

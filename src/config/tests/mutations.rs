@@ -71,7 +71,7 @@ fn reader_survives_damage() {
     let seed = 0x_a115_71d0;
     let mut random = fastrand::Rng::with_seed(seed);
     let sources = [EXAMPLE.to_owned(), uncommented(), LEAST.to_owned()];
-    let (mut taken, mut refused, mut beyond_syntax) = (0, 0, 0);
+    let (mut taken, mut rejected, mut beyond_syntax) = (0, 0, 0);
     for round in 0..ROUNDS {
         let mut bytes = random.choice(&sources).unwrap().clone().into_bytes();
         for _ in 0..random.u8(1..6) {
@@ -89,7 +89,7 @@ fn reader_survives_damage() {
                 loaded.warnings
             }
             Err(problems) => {
-                refused += 1;
+                rejected += 1;
                 beyond_syntax += u32::from(problems.iter().any(|problem| !problem.key.is_empty()));
                 assert!(!problems.is_empty(), "{text}");
                 problems
@@ -118,8 +118,8 @@ fn reader_survives_damage() {
     }
     // Too little or too much damage would show nothing.
     assert!(
-        taken > 100 && refused > 100 && beyond_syntax > 100,
-        "{taken} taken, {refused} rejected, {beyond_syntax}"
+        taken > 100 && rejected > 100 && beyond_syntax > 100,
+        "{taken} taken, {rejected} rejected, {beyond_syntax}"
     );
 }
 

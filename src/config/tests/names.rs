@@ -1,6 +1,6 @@
 //! Names of roles and policies, at AWS and elsewhere.
 
-use super::errors::refused;
+use super::errors::rejected;
 use super::*;
 
 /// Only that STS knows what its roles and policies are called.
@@ -40,16 +40,16 @@ fn names_at_another_sts_are_not_checked() {
         assert!(Config::parse(&at_aws, &no_env).is_err(), "{name}");
     }
     for text in elsewhere("role_arn = \"a b\"") {
-        refused(&text, &[(9, "role.role_arn", "has no spaces")]);
+        rejected(&text, &[(9, "role.role_arn", "has no spaces")]);
     }
     for text in elsewhere("role_arn = \"x\"\npolicy_arns = [\"a b\"]") {
-        refused(
+        rejected(
             &text,
             &[(10, "role.policy_arns", "is not the ARN of a policy")],
         );
     }
     for text in elsewhere("role_arn = \"urn:ecs:iam::ns:role/{path[0]}-{path[1]}\"") {
-        refused(
+        rejected(
             &text,
             &[(9, "role.role_arn", "two SPIFFE IDs could give one role")],
         );
@@ -59,13 +59,13 @@ fn names_at_another_sts_are_not_checked() {
         "role_arn = \"arn:aws:iam::123456789012:role/billing\"",
         "role_arn = \"x\"\nsts_endpoint = \"minio\"",
     );
-    refused(&unknown, &[(10, "role.sts_endpoint", "it is not a URL")]);
+    rejected(&unknown, &[(10, "role.sts_endpoint", "it is not a URL")]);
     // A host below AWS's suffix is not always AWS's (T38).
     let bucket = with(
         "region = \"eu-central-1\"",
         "endpoint = \"https://sts.s3.amazonaws.com\"",
     );
-    refused(
+    rejected(
         &bucket,
         &[(
             6,
@@ -73,7 +73,7 @@ fn names_at_another_sts_are_not_checked() {
             "tokens for \"sts.amazonaws.com\" go to https://sts.s3.amazonaws.com, and its operator could use them at AWS",
         )],
     );
-    refused(
+    rejected(
         &format!(
             "requested_roles.allow = [\"arn:aws:iam::123456789012:role/*\"]\n{bucket}[identity]\naudience = \"other\"\n"
         ),

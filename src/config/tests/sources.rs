@@ -17,7 +17,7 @@ const DELEGATED: &str = "source = \"spire-delegated\"\n";
 const BROKER: &str = "source = \"spiffe-broker\"\n";
 
 #[track_caller]
-fn refused(identity: &str, line: usize, key: &str, words: &str) {
+fn rejected(identity: &str, line: usize, key: &str, words: &str) {
     let text = format!("{ATTESTED}{identity}");
     let problems = parse(&text).expect_err(&text);
     let [problem] = &problems[..] else {
@@ -80,22 +80,22 @@ fn attesting_source_needs_no_rules() {
 
 #[test]
 fn wrong_keys_of_a_source_are_errors() {
-    refused(
+    rejected(
         "source = \"vault\"\n",
         8,
         "identity.source",
         "this source does not exist",
     );
-    refused(DELEGATED, 8, "identity.source", "needs `admin_socket`");
-    refused(BROKER, 8, "identity.source", "needs `broker_socket`");
+    rejected(DELEGATED, 8, "identity.source", "needs `admin_socket`");
+    rejected(BROKER, 8, "identity.source", "needs `broker_socket`");
     let admin = format!("{DELEGATED}admin_socket = ");
-    refused(
+    rejected(
         &format!("{admin}\"/run/admin.sock\"\n"),
         9,
         "identity.admin_socket",
         "write unix:///run/admin.sock",
     );
-    refused(
+    rejected(
         &format!("{admin}\"tcp://127.0.0.1:1\"\n"),
         9,
         "identity.admin_socket",
@@ -109,7 +109,7 @@ fn wrong_keys_of_a_source_are_errors() {
     ];
     for (key, value) in others {
         let text = format!("{admin}{key} = \"{value}\"\n");
-        refused(
+        rejected(
             &text,
             10,
             &format!("identity.{key}"),
@@ -117,32 +117,32 @@ fn wrong_keys_of_a_source_are_errors() {
         );
     }
     let broker = format!("{BROKER}broker_socket = \"unix:///run/spire/broker.sock\"\n");
-    refused(
+    rejected(
         &format!("{broker}admin_socket = \"unix:///a\"\n"),
         10,
         "identity.admin_socket",
         "\"spire-delegated\" has it",
     );
-    refused(
+    rejected(
         &format!("{broker}broker_server_id = \"agent\"\n"),
         10,
         "identity.broker_server_id",
         "begins with spiffe://",
     );
-    refused(
+    rejected(
         &format!("{broker}workload_reference = \"pod\"\n"),
         10,
         "identity.workload_reference",
         "write \"auto\" or \"process\"",
     );
-    refused(
+    rejected(
         &format!("{admin}workload_api_socket = \"unix:///run/spire/admin.sock\"\n"),
         10,
         "identity.workload_api_socket",
         "is also what",
     );
     let workload = "[[workload]]\nspiffe_id = \"spiffe://example.org/billing\"\nuid = 1001\n";
-    refused(
+    rejected(
         &format!("{admin}{workload}"),
         10,
         "workload",

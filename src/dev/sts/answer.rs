@@ -7,7 +7,7 @@ use http_body_util::Full;
 use hyper::StatusCode;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 
-use super::refusal::DevRefusal;
+use super::rejection::DevRejection;
 use super::token::DevTokenClaims;
 use crate::credentials::Credentials;
 use crate::dev::loopback_http::{self, LoopbackResponse};
@@ -15,14 +15,14 @@ use crate::dev::loopback_http::{self, LoopbackResponse};
 const NAMESPACE: &str = "https://sts.amazonaws.com/doc/2011-06-15/";
 
 /// Returns the response for a rejected request.
-pub(super) fn refused(refusal: &DevRefusal, request_id: &str) -> LoopbackResponse {
-    let (code, status) = refusal.code.wire();
+pub(super) fn rejected(rejection: &DevRejection, request_id: &str) -> LoopbackResponse {
+    let (code, status) = rejection.code.wire();
     let side = if status.is_server_error() {
         "Receiver"
     } else {
         "Sender"
     };
-    let message = refusal.message();
+    let message = rejection.message();
     let body = format!(
         "<ErrorResponse xmlns=\"{NAMESPACE}\"><Error><Type>{side}</Type><Code>{code}</Code><Message>{}</Message>\
          </Error><RequestId>{request_id}</RequestId></ErrorResponse>",

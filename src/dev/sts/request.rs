@@ -6,7 +6,7 @@ use hyper::Request;
 use hyper::body::Bytes;
 use hyper::header::CONTENT_TYPE;
 
-use super::refusal::{Code, DevRefusal};
+use super::rejection::{Code, DevRejection};
 use crate::identity::{RoleArn, SessionName};
 
 /// Length of a web identity token, in characters.
@@ -68,7 +68,7 @@ pub(super) struct WebIdentityRequest<'a> {
 
 impl<'a> WebIdentityRequest<'a> {
     /// Parses the parameters, with the errors of STS's validation.
-    pub(super) fn of(parameters: &'a Parameters) -> Result<Self, DevRefusal> {
+    pub(super) fn of(parameters: &'a Parameters) -> Result<Self, DevRejection> {
         let token = required(parameters, "WebIdentityToken", "webIdentityToken")?;
         if !TOKEN_LENGTH.contains(&token.len()) {
             let bound = if token.len() > 4 {
@@ -78,7 +78,7 @@ impl<'a> WebIdentityRequest<'a> {
             };
             // The token itself is a secret, so the message does not repeat it.
             let constraint = format!("have length {bound}");
-            return Err(DevRefusal::parameter(
+            return Err(DevRejection::parameter(
                 "webIdentityToken",
                 Some("***"),
                 &constraint,
@@ -86,14 +86,14 @@ impl<'a> WebIdentityRequest<'a> {
         }
         let role_arn = required(parameters, "RoleArn", "roleArn")?;
         let role_arn = RoleArn::parse(role_arn).map_err(|_| {
-            DevRefusal::new(Code::ValidationError, format!("{role_arn:.128} is invalid"))
+            DevRejection::new(Code::ValidationError, format!("{role_arn:.128} is invalid"))
         })?;
         let session_name = required(parameters, "RoleSessionName", "roleSessionName")?;
         let session_name =
-            SessionName::parse(session_name).map_err(|_| session_name_refused(session_name))?;
+            SessionName::parse(session_name).map_err(|_| session_name_rejected(session_name))?;
         if parameters.get("ProviderId").is_some() {
             let message = "ProviderId is for OAuth 2.0 access tokens; an OpenID Connect token goes without it";
-            return Err(DevRefusal::new(Code::ValidationError, message));
+            return Err(DevRejection::new(Code::ValidationError, message));
         }
         check_policies(parameters)?;
         Ok(Self {
@@ -109,42 +109,42 @@ fn required<'a>(
     parameters: &'a Parameters,
     wire: &str,
     member: &str,
-) -> Result<&'a str, DevRefusal> {
+) -> Result<&'a str, DevRejection> {
     parameters
         .get(wire)
-        .ok_or_else(|| DevRefusal::parameter(member, None, "not be null"))
+        .ok_or_else(|| DevRejection::parameter(member, None, "not be null"))
 }
 
-fn session_name_refused(name: &str) -> DevRefusal {
+fn session_name_rejected(name: &str) -> DevRejection {
     let constraint = match name.len() {
         0..2 => "have length greater than or equal to 2",
         65.. => "have length less than or equal to 64",
         _ => "satisfy regular expression pattern: [\\w+=,.@-]*",
     };
-    DevRefusal::parameter("roleSessionName", Some(name), constraint)
+    DevRejection::parameter("roleSessionName", Some(name), constraint)
 }
 
-fn duration(parameters: &Parameters) -> Result<Duration, DevRefusal> {
+fn duration(parameters: &Parameters) -> Result<Duration, DevRejection> {
     let Some(text) = parameters.get("DurationSeconds") else {
         return Ok(Duration::from_secs(DEFAULT_DURATION.into()));
     };
-    let refused = |constraint| DevRefusal::parameter("durationSeconds", Some(text), constraint);
-    let seconds: u32 = text.parse().map_err(|_| refused("be an integer"))?;
+    let rejected = |constraint| DevRejection::parameter("durationSeconds", Some(text), constraint);
+    let seconds: u32 = text.parse().map_err(|_| rejected("be an integer"))?;
     if seconds < *DURATION.start() {
-        return Err(refused("have value greater than or equal to 900"));
+        return Err(rejected("have value greater than or equal to 900"));
     }
     if seconds > *DURATION.end() {
-        return Err(refused("have value less than or equal to 43200"));
+        return Err(rejected("have value less than or equal to 43200"));
     }
     Ok(Duration::from_secs(seconds.into()))
 }
 
 /// Checks the form of session policies. They can only narrow a role, and the role of `dev` has no
 /// permissions to narrow.
-fn check_policies(parameters: &Parameters) -> Result<(), DevRefusal> {
+fn check_policies(parameters: &Parameters) -> Result<(), DevRejection> {
     if let Some(policy) = parameters.get("Policy") {
         if policy.is_empty() || policy.len() > MAX_POLICY_LENGTH {
-            return Err(DevRefusal::parameter(
+            return Err(DevRejection::parameter(
                 "policy",
                 Some(policy),
                 "have length between 1 and 2048",
@@ -152,14 +152,14 @@ fn check_policies(parameters: &Parameters) -> Result<(), DevRefusal> {
         }
         let document = serde_json::from_str::<serde_json::Value>(policy).ok();
         if document.is_none_or(|document| document.get("Statement").is_none()) {
-            return Err(DevRefusal::new(
+            return Err(DevRejection::new(
                 Code::MalformedPolicyDocument,
                 "The policy is not in the valid JSON format.",
             ));
         }
     }
     if parameters.policy_arns().count() > MAX_POLICY_ARNS {
-        return Err(DevRefusal::parameter(
+        return Err(DevRejection::parameter(
             "policyArns",
             Some("..."),
             "have length less than or equal to 10",
@@ -169,7 +169,7 @@ fn check_policies(parameters: &Parameters) -> Result<(), DevRefusal> {
         .policy_arns()
         .find(|arn| !arn.starts_with("arn:"))
     {
-        Some(arn) => Err(DevRefusal::new(
+        Some(arn) => Err(DevRejection::new(
             Code::ValidationError,
             format!("ARN {arn:.128} is not valid."),
         )),

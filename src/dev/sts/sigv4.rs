@@ -12,7 +12,7 @@ use hyper::body::Bytes;
 use hyper::header::AUTHORIZATION;
 use subtle::ConstantTimeEq;
 
-use super::refusal::{Code, DevRefusal};
+use super::rejection::{Code, DevRejection};
 use super::request::Parameters;
 use super::sessions::{Session, Sessions};
 
@@ -50,12 +50,12 @@ struct Signature {
     expires: Option<Duration>,
 }
 
-fn incomplete<T>(message: &str) -> Result<T, DevRefusal> {
-    Err(DevRefusal::new(Code::IncompleteSignature, message))
+fn incomplete<T>(message: &str) -> Result<T, DevRejection> {
+    Err(DevRejection::new(Code::IncompleteSignature, message))
 }
 
-fn mismatch<T>(message: impl Into<String>) -> Result<T, DevRefusal> {
-    Err(DevRefusal::new(Code::SignatureDoesNotMatch, message))
+fn mismatch<T>(message: impl Into<String>) -> Result<T, DevRejection> {
+    Err(DevRejection::new(Code::SignatureDoesNotMatch, message))
 }
 
 /// Returns the session that signed a request, or the error of STS.
@@ -65,10 +65,10 @@ pub(super) fn authenticate(
     sessions: &Sessions,
     region: &str,
     now: SystemTime,
-) -> Result<Session, DevRefusal> {
+) -> Result<Session, DevRejection> {
     let signature = Signature::of(request, parameters)?;
     let unknown = || {
-        DevRefusal::new(
+        DevRejection::new(
             Code::InvalidClientTokenId,
             "The security token included in the request is invalid.",
         )
@@ -93,7 +93,7 @@ pub(super) fn authenticate(
         );
     }
     if session.credentials.expiration <= now {
-        return Err(DevRefusal::new(
+        return Err(DevRejection::new(
             Code::ExpiredToken,
             "The security token included in the request is expired",
         ));
@@ -102,20 +102,20 @@ pub(super) fn authenticate(
 }
 
 impl Signature {
-    fn of(request: &Request<Bytes>, parameters: &Parameters) -> Result<Self, DevRefusal> {
+    fn of(request: &Request<Bytes>, parameters: &Parameters) -> Result<Self, DevRejection> {
         if parameters.get("X-Amz-Signature").is_some() {
             return Self::of_query(parameters);
         }
         match header(request, AUTHORIZATION.as_str()) {
             Some(authorization) => Self::of_header(request, authorization),
-            None => Err(DevRefusal::new(
+            None => Err(DevRejection::new(
                 Code::MissingAuthenticationToken,
                 "Request is missing Authentication Token",
             )),
         }
     }
 
-    fn of_header(request: &Request<Bytes>, authorization: &str) -> Result<Self, DevRefusal> {
+    fn of_header(request: &Request<Bytes>, authorization: &str) -> Result<Self, DevRejection> {
         let Some(fields) = authorization.strip_prefix(ALGORITHM) else {
             return incomplete("Authorization does not use AWS4-HMAC-SHA256.");
         };
@@ -145,7 +145,7 @@ impl Signature {
         Self::new(credential, headers, signature, time, token, None)
     }
 
-    fn of_query(parameters: &Parameters) -> Result<Self, DevRefusal> {
+    fn of_query(parameters: &Parameters) -> Result<Self, DevRejection> {
         let [algorithm, credential, date, expires, _, signature, headers] =
             PRESIGNED.map(|name| parameters.get(name));
         let (
@@ -184,7 +184,7 @@ impl Signature {
         time_text: &str,
         session_token: Option<String>,
         expires: Option<Duration>,
-    ) -> Result<Self, DevRefusal> {
+    ) -> Result<Self, DevRejection> {
         let scope: Vec<&str> = credential.split('/').collect();
         let [access_key_id, date, region, service, "aws4_request"] = scope[..] else {
             return incomplete(
@@ -214,7 +214,7 @@ impl Signature {
         request: &Request<Bytes>,
         region: &str,
         now: SystemTime,
-    ) -> Result<(), DevRefusal> {
+    ) -> Result<(), DevRejection> {
         if self.region != region {
             return mismatch("Credential should be scoped to a valid region.");
         }
@@ -255,7 +255,11 @@ impl Signature {
     }
 
     /// Computes the signature of this request with the session's secret key.
-    fn recompute(&self, request: &Request<Bytes>, session: &Session) -> Result<String, DevRefusal> {
+    fn recompute(
+        &self,
+        request: &Request<Bytes>,
+        session: &Session,
+    ) -> Result<String, DevRejection> {
         let credentials = &session.credentials;
         let identity = SigningCredentials::new(
             credentials.access_key_id.as_str(),
@@ -279,7 +283,7 @@ impl Signature {
             .time(self.time)
             .settings(settings)
             .build()
-            .map_err(|error| DevRefusal::internal(&error))?
+            .map_err(|error| DevRejection::internal(&error))?
             .into();
         let headers = self.signed_headers.iter().flat_map(|name| {
             let values = request.headers().get_all(name.as_str()).iter();

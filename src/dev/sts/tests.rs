@@ -32,7 +32,7 @@ struct DevStsEnv {
     sts: DevSts,
 }
 
-async fn world() -> DevStsEnv {
+async fn env() -> DevStsEnv {
     let key = SigningKey::generate().unwrap();
     let issuer = DevOidcIssuer::start(key.jwks()).await.unwrap();
     let role = |name: &str, hours: u64| TrustedRole {
@@ -145,7 +145,7 @@ impl DevStsEnv {
     }
 
     fn session(&self, expires_in: i64) -> SigningCredentials {
-        let caller = self.sts.desk.caller(
+        let caller = self.sts.state.caller(
             &RoleArn::parse(ROLE).unwrap(),
             &SessionName::parse("alice").unwrap(),
         );
@@ -153,7 +153,7 @@ impl DevStsEnv {
             UNIX_EPOCH + Duration::from_secs(now().checked_add_signed(expires_in - 900).unwrap());
         let issued = self
             .sts
-            .desk
+            .state
             .sessions
             .issue(caller, issued_at, Duration::from_secs(900))
             .unwrap()
@@ -185,7 +185,7 @@ impl DevStsReply {
     }
 
     #[track_caller]
-    fn refused(&self, status: u16, code: &str, message: &str) {
+    fn rejected(&self, status: u16, code: &str, message: &str) {
         assert_eq!(
             (self.status, self.element("Code")),
             (status, code),
@@ -198,20 +198,20 @@ impl DevStsReply {
 
 #[tokio::test]
 async fn valid_token_gives_a_session_with_working_credentials() {
-    let world = world().await;
-    let assumed = world
+    let env = env().await;
+    let assumed = env
         .client(None)
         .assume_role_with_web_identity()
         .role_arn(ROLE)
         .role_session_name("dev.local=user=alice")
         .duration_seconds(1800)
-        .web_identity_token(world.token(json!({})))
+        .web_identity_token(env.token(json!({})))
         .send()
         .await
         .unwrap();
     assert_eq!(assumed.subject_from_web_identity_token(), Some(SUBJECT));
     assert_eq!(assumed.audience(), Some(AUDIENCE));
-    assert_eq!(assumed.provider(), Some(world.issuer.url()));
+    assert_eq!(assumed.provider(), Some(env.issuer.url()));
     let user = assumed.assumed_role_user().unwrap();
     assert_eq!(
         user.arn(),
@@ -229,7 +229,7 @@ async fn valid_token_gives_a_session_with_working_credentials() {
         None,
         "test",
     );
-    let identity = world
+    let identity = env
         .client(Some(credentials))
         .get_caller_identity()
         .send()
@@ -238,14 +238,14 @@ async fn valid_token_gives_a_session_with_working_credentials() {
     assert_eq!(identity.arn(), Some(user.arn()));
     assert_eq!(identity.account(), Some("000000000000"));
     assert_eq!(identity.user_id(), Some(user.assumed_role_id()));
-    assert_eq!(world.sts.issued(), 1);
+    assert_eq!(env.sts.issued(), 1);
 }
 
 #[tokio::test]
 async fn sdk_parses_the_errors_as_those_of_sts() {
-    let world = world().await;
-    let expired = world.token(json!({ "iat": now() - 600, "exp": now() - 1 }));
-    let request = world
+    let env = env().await;
+    let expired = env.token(json!({ "iat": now() - 600, "exp": now() - 1 }));
+    let request = env
         .client(None)
         .assume_role_with_web_identity()
         .role_arn(ROLE)
@@ -258,7 +258,7 @@ async fn sdk_parses_the_errors_as_those_of_sts() {
         .unwrap_err()
         .into_service_error();
     assert!(error.is_expired_token_exception(), "{error:?}");
-    let foreign = world.token(json!({ "aud": ["sts.amazonaws.com"] }));
+    let foreign = env.token(json!({ "aud": ["sts.amazonaws.com"] }));
     let error = request
         .clone()
         .web_identity_token(foreign)
@@ -269,7 +269,7 @@ async fn sdk_parses_the_errors_as_those_of_sts() {
     assert!(error.is_invalid_identity_token_exception(), "{error:?}");
     let error = request
         .policy("{")
-        .web_identity_token(world.token(json!({})))
+        .web_identity_token(env.token(json!({})))
         .send()
         .await
         .unwrap_err();
@@ -279,7 +279,7 @@ async fn sdk_parses_the_errors_as_those_of_sts() {
             .is_malformed_policy_document_exception()
     );
 
-    let mut wrong = world.session(600);
+    let mut wrong = env.session(600);
     wrong = SigningCredentials::new(
         wrong.access_key_id(),
         "another secret",
@@ -287,7 +287,7 @@ async fn sdk_parses_the_errors_as_those_of_sts() {
         None,
         "test",
     );
-    let error = world
+    let error = env
         .client(Some(wrong))
         .get_caller_identity()
         .send()
@@ -299,7 +299,7 @@ async fn sdk_parses_the_errors_as_those_of_sts() {
 
 #[tokio::test]
 async fn tokens_with_invalid_claims_are_rejected() {
-    let world = world().await;
+    let env = env().await;
     let identity = "InvalidIdentityToken";
     let denied = "Not authorized to perform sts:AssumeRoleWithWebIdentity";
     let table = [
@@ -374,34 +374,32 @@ async fn tokens_with_invalid_claims_are_rejected() {
         ),
     ];
     for (changes, status, code, message) in table {
-        world
-            .with_token(&world.token(changes))
+        env.with_token(&env.token(changes))
             .await
-            .refused(status, code, message);
+            .rejected(status, code, message);
     }
     for good in [
         json!({ "aud": AUDIENCE }),
         json!({ "aud": ["second", AUDIENCE], "azp": AUDIENCE }),
     ] {
-        assert_eq!(world.with_token(&world.token(good)).await.status, 200);
+        assert_eq!(env.with_token(&env.token(good)).await.status, 200);
     }
 }
 
 #[tokio::test]
 async fn tokens_of_other_keys_are_rejected() {
-    let world = world().await;
+    let env = env().await;
     let identity = "InvalidIdentityToken";
-    let good = world.token(json!({}));
+    let good = env.token(json!({}));
     let [header, claims, signature] = good.split('.').collect::<Vec<_>>()[..] else {
         panic!("{good}")
     };
 
     let other = SigningKey::generate().unwrap();
-    let foreign = other.sign(&world.claims()).unwrap();
-    world
-        .with_token(&foreign)
+    let foreign = other.sign(&env.claims()).unwrap();
+    env.with_token(&foreign)
         .await
-        .refused(400, identity, "Couldn't retrieve verification key");
+        .rejected(400, identity, "Couldn't retrieve verification key");
 
     // Another key under the issuer's key id.
     let pkcs8 = aws_lc_rs::signature::EcdsaKeyPair::generate_pkcs8(
@@ -410,54 +408,48 @@ async fn tokens_of_other_keys_are_rejected() {
     )
     .unwrap();
     let mut named = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::ES256);
-    named.kid = Some(world.key.kid().to_owned());
+    named.kid = Some(env.key.kid().to_owned());
     let key = jsonwebtoken::EncodingKey::from_ec_der(pkcs8.as_ref());
-    let forged = jsonwebtoken::encode(&named, &world.claims(), &key).unwrap();
-    world
-        .with_token(&forged)
+    let forged = jsonwebtoken::encode(&named, &env.claims(), &key).unwrap();
+    env.with_token(&forged)
         .await
-        .refused(400, identity, "signature");
+        .rejected(400, identity, "signature");
 
-    let mut changed = world.claims();
+    let mut changed = env.claims();
     changed["sub"] = json!("spiffe://dev.local/user/root");
     let changed = URL_SAFE_NO_PAD.encode(changed.to_string());
-    world
-        .with_token(&format!("{header}.{changed}.{signature}"))
+    env.with_token(&format!("{header}.{changed}.{signature}"))
         .await
-        .refused(400, identity, "signature");
-    world
-        .with_token(&format!("{header}.{claims}."))
+        .rejected(400, identity, "signature");
+    env.with_token(&format!("{header}.{claims}."))
         .await
-        .refused(400, identity, "signature");
+        .rejected(400, identity, "signature");
 
     // The public key as the secret of a symmetric algorithm, and no algorithm at all.
     named.alg = jsonwebtoken::Algorithm::HS256;
-    let public = jsonwebtoken::EncodingKey::from_secret(world.key.jwks().as_bytes());
-    let confused = jsonwebtoken::encode(&named, &world.claims(), &public).unwrap();
-    world
-        .with_token(&confused)
+    let public = jsonwebtoken::EncodingKey::from_secret(env.key.jwks().as_bytes());
+    let confused = jsonwebtoken::encode(&named, &env.claims(), &public).unwrap();
+    env.with_token(&confused)
         .await
-        .refused(400, identity, "algorithm");
-    let none = URL_SAFE_NO_PAD.encode(json!({ "alg": "none", "kid": world.key.kid() }).to_string());
-    world
-        .with_token(&format!("{none}.{claims}."))
+        .rejected(400, identity, "algorithm");
+    let none = URL_SAFE_NO_PAD.encode(json!({ "alg": "none", "kid": env.key.kid() }).to_string());
+    env.with_token(&format!("{none}.{claims}."))
         .await
-        .refused(400, identity, "not a valid JWT");
-    world
-        .with_token("not-a-token")
+        .rejected(400, identity, "not a valid JWT");
+    env.with_token("not-a-token")
         .await
-        .refused(400, identity, "not a valid JWT");
+        .rejected(400, identity, "not a valid JWT");
 }
 
 #[tokio::test]
 async fn silent_or_different_issuer_is_rejected() {
-    let DevStsEnv { key, issuer, sts } = world().await;
+    let DevStsEnv { key, issuer, sts } = env().await;
     let verify = async |account: &DevAccount| {
         let iss = &account.providers[0].issuer;
         let claims = json!({ "iss": iss, "sub": SUBJECT, "aud": [AUDIENCE], "iat": now(), "exp": now() + 300 });
         token::verify(&key.sign(&claims).unwrap(), account, SystemTime::now()).await
     };
-    let mut account = sts.desk.account.clone();
+    let mut account = sts.state.account.clone();
     assert!(verify(&account).await.is_ok());
 
     // A discovery document of another issuer at the URL of the configured one.
@@ -473,25 +465,25 @@ async fn silent_or_different_issuer_is_rejected() {
         async move { LoopbackResponse::new(document.into()) }
     });
     account.providers[0].issuer = format!("http://{address}");
-    let refused = verify(&account).await.unwrap_err();
+    let rejected = verify(&account).await.unwrap_err();
     assert!(
-        format!("{refused:?}").contains("Couldn't retrieve verification key"),
-        "{refused:?}"
+        format!("{rejected:?}").contains("Couldn't retrieve verification key"),
+        "{rejected:?}"
     );
 
     drop(issuer);
-    let refused = verify(&sts.desk.account).await.unwrap_err();
+    let rejected = verify(&sts.state.account).await.unwrap_err();
     assert!(
-        format!("{refused:?}").contains("Couldn't retrieve verification key"),
-        "{refused:?}"
+        format!("{rejected:?}").contains("Couldn't retrieve verification key"),
+        "{rejected:?}"
     );
 }
 
 #[tokio::test]
 async fn role_trusts_only_its_own_issuer() {
-    let DevStsEnv { sts, .. } = world().await;
-    let DevStsEnv { key, issuer, .. } = world().await;
-    let mut account = sts.desk.account.clone();
+    let DevStsEnv { sts, .. } = env().await;
+    let DevStsEnv { key, issuer, .. } = env().await;
+    let mut account = sts.state.account.clone();
     account.providers.push(DevProvider {
         issuer: issuer.url().to_owned(),
         client_ids: vec![AUDIENCE.to_owned()],
@@ -502,12 +494,12 @@ async fn role_trusts_only_its_own_issuer() {
     other
         .with_token(&other.token(json!({})))
         .await
-        .refused(403, "AccessDenied", "Not authorized");
+        .rejected(403, "AccessDenied", "Not authorized");
 }
 
 #[tokio::test]
 async fn parameters_out_of_bounds_are_rejected() {
-    let world = world().await;
+    let env = env().await;
     let validation = "ValidationError";
     let long = "x".repeat(20_001);
     let table = [
@@ -632,9 +624,9 @@ async fn parameters_out_of_bounds_are_rejected() {
         ),
     ];
     for (changes, status, code, message) in table {
-        world.assume(&changes).await.refused(status, code, message);
+        env.assume(&changes).await.rejected(status, code, message);
     }
-    let narrowed = world
+    let narrowed = env
         .assume(&[
             ("Policy", r#"{"Version":"2012-10-17","Statement":[]}"#),
             ("DurationSeconds", "43200"),
@@ -645,8 +637,8 @@ async fn parameters_out_of_bounds_are_rejected() {
 
 #[tokio::test]
 async fn oversized_body_is_not_read() {
-    let world = world().await;
-    let mut stream = TcpStream::connect(world.sts.url().trim_start_matches("http://"))
+    let env = env().await;
+    let mut stream = TcpStream::connect(env.sts.url().trim_start_matches("http://"))
         .await
         .unwrap();
     stream
@@ -662,7 +654,7 @@ async fn oversized_body_is_not_read() {
         "{}",
         String::from_utf8_lossy(&reply)
     );
-    assert_eq!(world.assume(&[]).await.status, 200);
+    assert_eq!(env.assume(&[]).await.status, 200);
 }
 
 const FORM: &str = "Action=GetCallerIdentity&Version=2011-06-15";
@@ -677,7 +669,7 @@ struct SignedRequest {
 
 impl SignedRequest {
     fn new(
-        world: &DevStsEnv,
+        env: &DevStsEnv,
         credentials: &SigningCredentials,
         time: SystemTime,
         region: &str,
@@ -696,13 +688,13 @@ impl SignedRequest {
             "application/x-www-form-urlencoded".to_owned(),
         );
         signed.headers = vec![content];
-        let (headers, _) = signed.sign(world, credentials, time, region, settings);
+        let (headers, _) = signed.sign(env, credentials, time, region, settings);
         signed.headers.extend(headers);
         signed
     }
 
     fn presigned(
-        world: &DevStsEnv,
+        env: &DevStsEnv,
         credentials: &SigningCredentials,
         time: SystemTime,
         valid_for: Duration,
@@ -716,7 +708,7 @@ impl SignedRequest {
             headers: vec![],
             body: "",
         };
-        let (_, added) = signed.sign(world, credentials, time, "us-east-1", settings);
+        let (_, added) = signed.sign(env, credentials, time, "us-east-1", settings);
         let added = form_urlencoded::Serializer::new(String::new())
             .extend_pairs(added)
             .finish();
@@ -726,7 +718,7 @@ impl SignedRequest {
 
     fn sign(
         &self,
-        world: &DevStsEnv,
+        env: &DevStsEnv,
         credentials: &SigningCredentials,
         time: SystemTime,
         region: &str,
@@ -742,7 +734,7 @@ impl SignedRequest {
             .build()
             .unwrap()
             .into();
-        let url = format!("{}{}", world.sts.url(), self.path);
+        let url = format!("{}{}", env.sts.url(), self.path);
         let headers = self
             .headers
             .iter()
@@ -783,26 +775,24 @@ impl SignedRequest {
         self
     }
 
-    async fn send(&self, world: &DevStsEnv) -> DevStsReply {
+    async fn send(&self, env: &DevStsEnv) -> DevStsReply {
         let headers: Vec<_> = self
             .headers
             .iter()
             .map(|(name, value)| (name.as_str(), value.as_str()))
             .collect();
-        world
-            .send(self.method, &self.path, &headers, self.body)
-            .await
+        env.send(self.method, &self.path, &headers, self.body).await
     }
 }
 
 #[tokio::test]
 async fn requests_with_invalid_signatures_are_rejected() {
-    let world = world().await;
-    let alice = world.session(600);
-    let bob = world.session(600);
+    let env = env().await;
+    let alice = env.session(600);
+    let bob = env.session(600);
     let time = SystemTime::now();
-    let signed = || SignedRequest::new(&world, &alice, time, "us-east-1");
-    let good = signed().send(&world).await;
+    let signed = || SignedRequest::new(&env, &alice, time, "us-east-1");
+    let good = signed().send(&env).await;
     assert_eq!(
         (good.status, good.element("Account")),
         (200, "000000000000"),
@@ -859,19 +849,19 @@ async fn requests_with_invalid_signatures_are_rejected() {
             "correct service",
         ),
         (
-            SignedRequest::new(&world, &alice, time, "eu-west-1"),
+            SignedRequest::new(&env, &alice, time, "eu-west-1"),
             403,
             mismatch,
             "valid region",
         ),
         (
-            SignedRequest::new(&world, &alice, long_ago, "us-east-1"),
+            SignedRequest::new(&env, &alice, long_ago, "us-east-1"),
             403,
             mismatch,
             "Signature expired",
         ),
         (
-            SignedRequest::new(&world, &alice, ahead, "us-east-1"),
+            SignedRequest::new(&env, &alice, ahead, "us-east-1"),
             403,
             mismatch,
             "not yet current",
@@ -938,53 +928,53 @@ async fn requests_with_invalid_signatures_are_rejected() {
         ),
     ];
     for (request, status, code, message) in table {
-        request.send(&world).await.refused(status, code, message);
+        request.send(&env).await.rejected(status, code, message);
     }
 }
 
 #[tokio::test]
 async fn expired_credentials_are_rejected() {
-    let world = world().await;
-    let request = SignedRequest::new(&world, &world.session(-1), SystemTime::now(), "us-east-1");
+    let env = env().await;
+    let request = SignedRequest::new(&env, &env.session(-1), SystemTime::now(), "us-east-1");
     request
-        .send(&world)
+        .send(&env)
         .await
-        .refused(403, "ExpiredToken", "expired");
+        .rejected(403, "ExpiredToken", "expired");
 }
 
 #[tokio::test]
 async fn presigned_requests_are_checked_like_signed_ones() {
-    let world = world().await;
-    let alice = world.session(600);
+    let env = env().await;
+    let alice = env.session(600);
     let time = SystemTime::now();
-    let signed = || SignedRequest::presigned(&world, &alice, time, Duration::from_secs(60));
-    let good = signed().send(&world).await;
+    let signed = || SignedRequest::presigned(&env, &alice, time, Duration::from_secs(60));
+    let good = signed().send(&env).await;
     assert_eq!(
         (good.status, good.element("Account")),
         (200, "000000000000"),
         "{good:?}"
     );
     let old = SignedRequest::presigned(
-        &world,
+        &env,
         &alice,
         time - Duration::from_secs(61),
         Duration::from_secs(60),
     );
-    old.send(&world)
+    old.send(&env)
         .await
-        .refused(403, "SignatureDoesNotMatch", "Signature expired");
+        .rejected(403, "SignatureDoesNotMatch", "Signature expired");
     let longer = signed().replacing("X-Amz-Expires=60", "X-Amz-Expires=61");
     longer
-        .send(&world)
+        .send(&env)
         .await
-        .refused(403, "SignatureDoesNotMatch", "does not match");
+        .rejected(403, "SignatureDoesNotMatch", "does not match");
     let forever = signed().replacing("X-Amz-Expires=60", "X-Amz-Expires=604801");
     forever
-        .send(&world)
+        .send(&env)
         .await
-        .refused(400, "IncompleteSignature", "604800");
+        .rejected(400, "IncompleteSignature", "604800");
     let more = signed().replacing("Version=", "Extra=1&Version=");
-    more.send(&world)
+    more.send(&env)
         .await
-        .refused(403, "SignatureDoesNotMatch", "does not match");
+        .rejected(403, "SignatureDoesNotMatch", "does not match");
 }

@@ -8,7 +8,7 @@ use jsonwebtoken::{Algorithm, DecodingKey, Header, Validation};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::refusal::{Code, DevRefusal};
+use super::rejection::{Code, DevRejection};
 use super::{DevAccount, DevProvider};
 use crate::dev::loopback_http::{self, FetchError};
 use crate::dev::oidc::DISCOVERY_PATH;
@@ -51,8 +51,8 @@ enum DevAudience {
     Several(Vec<String>),
 }
 
-fn refused<T>(message: impl Into<String>) -> Result<T, DevRefusal> {
-    Err(DevRefusal::new(Code::InvalidIdentityToken, message))
+fn rejected<T>(message: impl Into<String>) -> Result<T, DevRejection> {
+    Err(DevRejection::new(Code::InvalidIdentityToken, message))
 }
 
 /// Verifies a token for this account, in the order in which STS reports errors.
@@ -60,9 +60,9 @@ pub(super) async fn verify(
     token: &str,
     account: &DevAccount,
     now: SystemTime,
-) -> Result<DevTokenClaims, DevRefusal> {
+) -> Result<DevTokenClaims, DevRejection> {
     let not_a_jwt = || {
-        DevRefusal::new(
+        DevRejection::new(
             Code::InvalidIdentityToken,
             "The ID Token provided is not a valid JWT.",
         )
@@ -71,7 +71,7 @@ pub(super) async fn verify(
     let unverified: RawClaims =
         jsonwebtoken::dangerous::insecure_decode_claims(token).map_err(|_| not_a_jwt())?;
     let Some(issuer) = unverified.iss else {
-        return refused("Missing a required claim: iss");
+        return rejected("Missing a required claim: iss");
     };
     // The issuer only selects one of the configured providers. No URL from the token is fetched.
     let Some(provider) = account
@@ -79,12 +79,12 @@ pub(super) async fn verify(
         .iter()
         .find(|provider| provider.issuer == issuer)
     else {
-        return refused(format!(
+        return rejected(format!(
             "No OpenIDConnect provider found in your account for {issuer:.256}"
         ));
     };
     if !ALGORITHMS.contains(&header.alg) {
-        return refused(format!("Unsupported signature algorithm {:?}", header.alg));
+        return rejected(format!("Unsupported signature algorithm {:?}", header.alg));
     }
     let keys = fetch_keys(&provider.issuer).await.map_err(|error| {
         tracing::warn!(%error, "dev: STS cannot fetch the issuer's keys");
@@ -95,8 +95,8 @@ pub(super) async fn verify(
 }
 
 /// Returns AWS's error for missing keys, with its text, because users search for it.
-fn no_key() -> DevRefusal {
-    DevRefusal::new(
+fn no_key() -> DevRejection {
+    DevRejection::new(
         Code::InvalidIdentityToken,
         "Couldn't retrieve verification key from your identity provider, please reference AssumeRoleWithWebIdentity \
          documentation for requirements",
@@ -131,7 +131,11 @@ async fn fetch_keys(issuer: &str) -> Result<JwkSet, KeysError> {
     )?)
 }
 
-fn verify_signature(token: &str, header: &Header, keys: &JwkSet) -> Result<RawClaims, DevRefusal> {
+fn verify_signature(
+    token: &str,
+    header: &Header,
+    keys: &JwkSet,
+) -> Result<RawClaims, DevRejection> {
     let key: &Jwk = header
         .kid
         .as_deref()
@@ -145,7 +149,7 @@ fn verify_signature(token: &str, header: &Header, keys: &JwkSet) -> Result<RawCl
     validation.validate_aud = false;
     match jsonwebtoken::decode(token, &key, &validation) {
         Ok(decoded) => Ok(decoded.claims),
-        Err(_) => refused("The signature of the ID Token is not valid"),
+        Err(_) => rejected("The signature of the ID Token is not valid"),
     }
 }
 
@@ -153,10 +157,10 @@ fn check(
     claims: RawClaims,
     provider: &DevProvider,
     now: SystemTime,
-) -> Result<DevTokenClaims, DevRefusal> {
+) -> Result<DevTokenClaims, DevRejection> {
     let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let Some(sub) = claims.sub else {
-        return refused("Missing a required claim: sub");
+        return rejected("Missing a required claim: sub");
     };
     let exp = timestamp(claims.exp.as_ref(), "exp")?;
     let iat = timestamp(claims.iat.as_ref(), "iat")?;
@@ -170,17 +174,17 @@ fn check(
         let message = format!(
             "Token expired: current date/time {now} must be before the expiration date/time {exp}"
         );
-        return Err(DevRefusal::new(Code::ExpiredWebIdentity, message));
+        return Err(DevRejection::new(Code::ExpiredWebIdentity, message));
     }
     let valid_from = iat.max(not_before);
     if valid_from > now + MAX_SKEW.as_secs() {
-        return refused(format!(
+        return rejected(format!(
             "Token is not yet valid: current date/time {now} must be after {valid_from}"
         ));
     }
     let audience = audience(claims.aud, claims.azp)?;
     if !provider.client_ids.contains(&audience) {
-        return refused("Incorrect token audience");
+        return rejected("Incorrect token audience");
     }
     Ok(DevTokenClaims {
         issuer: provider.issuer.clone(),
@@ -191,13 +195,13 @@ fn check(
 
 /// Parses a timestamp. STS accepts integers only, so `1.7e9` is rejected although it is the same
 /// number.
-fn timestamp(claim: Option<&Value>, name: &str) -> Result<u64, DevRefusal> {
+fn timestamp(claim: Option<&Value>, name: &str) -> Result<u64, DevRejection> {
     match claim {
         Some(value) => match value.as_u64() {
             Some(seconds) => Ok(seconds),
-            None => refused("Invalid timestamp in token claims"),
+            None => rejected("Invalid timestamp in token claims"),
         },
-        None => refused(format!("Missing a required claim: {name}")),
+        None => rejected(format!("Missing a required claim: {name}")),
     }
 }
 
@@ -205,17 +209,17 @@ fn timestamp(claim: Option<&Value>, name: &str) -> Result<u64, DevRefusal> {
 fn audience(
     claim: Option<DevAudience>,
     authorized_party: Option<String>,
-) -> Result<String, DevRefusal> {
+) -> Result<String, DevRejection> {
     let audiences = match claim {
         Some(DevAudience::One(audience)) => vec![audience],
         Some(DevAudience::Several(audiences)) => audiences,
         None => vec![],
     };
     match (authorized_party, &audiences[..]) {
-        (_, []) => refused("Missing a required claim: aud"),
+        (_, []) => rejected("Missing a required claim: aud"),
         (Some(party), _) => Ok(party),
         (None, [audience]) => Ok(audience.clone()),
-        (None, _) => refused(
+        (None, _) => rejected(
             "Token audience contains more than one audience while authorized party is not present",
         ),
     }

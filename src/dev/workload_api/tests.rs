@@ -19,7 +19,7 @@ struct DevApiEnv {
     api: DevWorkloadApi,
 }
 
-fn world(owner: Uid) -> DevApiEnv {
+fn env(owner: Uid) -> DevApiEnv {
     let directory = tempfile::tempdir().unwrap();
     let registrations = Registrations {
         trust_domain: "dev.local".to_owned(),
@@ -67,9 +67,9 @@ fn with_header<T>(message: T, values: &[&'static str]) -> Request<T> {
 
 #[tokio::test]
 async fn bundle_verifies_the_tokens() {
-    let world = world(geteuid());
+    let env = env(geteuid());
     let request = with_header(JwtBundlesRequest {}, &["true"]);
-    let mut bundles = world
+    let mut bundles = env
         .client()
         .await
         .fetch_jwt_bundles(request)
@@ -79,7 +79,7 @@ async fn bundle_verifies_the_tokens() {
     let bundles = bundles.message().await.unwrap().unwrap().bundles;
     let keys: JwkSet = serde_json::from_slice(&bundles["spiffe://dev.local"]).unwrap();
 
-    let svids = world.fetch(&["dev-sts"], ALICE).await.unwrap();
+    let svids = env.fetch(&["dev-sts"], ALICE).await.unwrap();
     let [
         Jwtsvid {
             spiffe_id, svid, ..
@@ -111,14 +111,14 @@ async fn bundle_verifies_the_tokens() {
 
 #[tokio::test]
 async fn fetch_without_an_id_returns_all_registered_ids() {
-    let svids = world(geteuid()).fetch(&["dev-sts"], "").await.unwrap();
+    let svids = env(geteuid()).fetch(&["dev-sts"], "").await.unwrap();
     let ids: HashSet<&str> = svids.iter().map(|svid| svid.spiffe_id.as_str()).collect();
     assert_eq!(ids, HashSet::from([ALICE, BOB]));
 }
 
 #[tokio::test]
 async fn requests_are_rejected_as_the_standard_requires() {
-    let world = world(geteuid());
+    let env = env(geteuid());
     let table: [(&[&str], &str, Code); 6] = [
         (&[], ALICE, Code::InvalidArgument),
         (&["a", ""], ALICE, Code::InvalidArgument),
@@ -141,7 +141,7 @@ async fn requests_are_rejected_as_the_standard_requires() {
     ];
     for (audience, spiffe_id, code) in table {
         assert_eq!(
-            world.fetch(audience, spiffe_id).await.unwrap_err().code(),
+            env.fetch(audience, spiffe_id).await.unwrap_err().code(),
             code,
             "{audience:?} {spiffe_id}"
         );
@@ -151,30 +151,30 @@ async fn requests_are_rejected_as_the_standard_requires() {
             audience: vec!["a".to_owned()],
             spiffe_id: ALICE.to_owned(),
         };
-        let refused = world
+        let rejected = env
             .client()
             .await
             .fetch_jwtsvid(with_header(message, values))
             .await
             .unwrap_err();
-        assert_eq!(refused.code(), Code::InvalidArgument, "{values:?}");
+        assert_eq!(rejected.code(), Code::InvalidArgument, "{values:?}");
     }
 }
 
 #[tokio::test]
 async fn another_user_is_rejected() {
-    let refused = world(Uid::from_raw(geteuid().as_raw() + 1))
+    let rejected = env(Uid::from_raw(geteuid().as_raw() + 1))
         .fetch(&["a"], ALICE)
         .await
         .unwrap_err();
-    assert_eq!(refused.code(), Code::PermissionDenied);
+    assert_eq!(rejected.code(), Code::PermissionDenied);
 }
 
 #[tokio::test]
 async fn other_users_cannot_reach_the_socket() {
-    let world = world(geteuid());
+    let env = env(geteuid());
     let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
-    let directory = world.directory.path().join("api");
+    let directory = env.directory.path().join("api");
     assert_eq!(
         (mode(&directory), mode(&directory.join("agent.sock"))),
         (0o700, 0o600)

@@ -70,13 +70,13 @@ fn error_body_is_json_that_all_sdks_read() {
         ),
         (RequestError::NotAudited, 503, "not_audited", Some(1)),
     ];
-    for (refused, status, code, retry_after) in cases {
+    for (rejected, status, code, retry_after) in cases {
         assert_eq!(
-            (refused.status(), refused.retry_after()),
+            (rejected.status(), rejected.retry_after()),
             (status, retry_after),
-            "{refused:?}"
+            "{rejected:?}"
         );
-        let body: serde_json::Value = serde_json::from_slice(&refused.body(REQUEST)).unwrap();
+        let body: serde_json::Value = serde_json::from_slice(&rejected.body(REQUEST)).unwrap();
         let keys: Vec<_> = body
             .as_object()
             .unwrap()
@@ -96,8 +96,8 @@ fn error_body_is_json_that_all_sdks_read() {
 
 #[test]
 fn error_body_shows_no_fact_about_other_workloads() {
-    let refused = RequestError::NoIdentity("uid 1003 in shop.service".to_owned());
-    let text = String::from_utf8(refused.body(REQUEST)).unwrap();
+    let rejected = RequestError::NoIdentity("uid 1003 in shop.service".to_owned());
+    let text = String::from_utf8(rejected.body(REQUEST)).unwrap();
     assert!(text.contains("uid 1003 in shop.service"));
     assert!(!text.contains("spiffe://"));
 }

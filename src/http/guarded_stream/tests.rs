@@ -17,16 +17,16 @@ const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 /// Serves one connection as the endpoint does, where the answer comes after `answer`.
 async fn serve(stream: DuplexStream, answer: impl AsyncFn()) -> hyper::Result<()> {
-    let (stage, answer) = (ResponseState::default(), &answer);
+    let (state, answer) = (ResponseState::default(), &answer);
     let service = service_fn(|_: Request<hyper::body::Incoming>| {
-        stage.answering();
-        let stage = &stage;
+        state.set_answering();
+        let state = &state;
         async move {
-            stage.waiting(pin!(answer())).await;
+            state.wait_for(pin!(answer())).await;
             Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(b"answer"))))
         }
     });
-    let mut wire = GuardedStream::new(stream, true, &stage);
+    let mut wire = GuardedStream::new(stream, true, &state);
     http1::Builder::new()
         .keep_alive(false)
         .serve_connection(TokioIo::new(&mut wire), service)

@@ -31,7 +31,7 @@ fn judge(
     let (path, query) = path
         .split_once('?')
         .map_or((path, None), |(path, query)| (path, Some(query)));
-    let asked = RequestHead {
+    let request_head = RequestHead {
         method: &Method::GET,
         has_authority: false,
         path,
@@ -39,7 +39,7 @@ fn judge(
         headers,
         has_body: false,
     };
-    validate(&asked, listener, authorization).map_err(|refused| refused.reason())
+    validate(&request_head, listener, authorization).map_err(|rejected| rejected.reason())
 }
 
 fn over_tcp(path: &str, changes: &[(&str, &str)]) -> Result<RequestedRole, &'static str> {
@@ -223,7 +223,7 @@ fn client_is_accepted_and_page_is_rejected() {
             .path
             .split_once('?')
             .map_or((head.path, None), |(path, query)| (path, Some(query)));
-        let asked = RequestHead {
+        let request_head = RequestHead {
             method: &head.method,
             has_authority: false,
             path,
@@ -231,13 +231,13 @@ fn client_is_accepted_and_page_is_rejected() {
             headers,
             has_body: false,
         };
-        match validate(&asked, ListenerKind::Tcp, authorization) {
+        match validate(&request_head, ListenerKind::Tcp, authorization) {
             Ok(RequestedRole::Default) => "first",
             Ok(_) => "other",
-            Err(refused) => refused.reason(),
+            Err(rejected) => rejected.reason(),
         }
     };
-    let (mut answered, mut refused) = (0, 0);
+    let (mut answered, mut rejected) = (0, 0);
     for head in heads() {
         if head.outcome == "first" {
             assert_eq!(
@@ -260,9 +260,12 @@ fn client_is_accepted_and_page_is_rejected() {
                 head.name
             );
         }
-        refused += 1;
+        rejected += 1;
     }
-    assert!(answered >= 26 && refused >= 30, "{answered} and {refused}");
+    assert!(
+        answered >= 26 && rejected >= 30,
+        "{answered} and {rejected}"
+    );
 }
 
 #[test]
@@ -277,7 +280,7 @@ fn other_method_than_get_is_rejected() {
         Method::DELETE,
     ] {
         let path = "/v1/credentials";
-        let asked = RequestHead {
+        let request_head = RequestHead {
             method: &method,
             has_authority: false,
             path,
@@ -286,7 +289,7 @@ fn other_method_than_get_is_rejected() {
             has_body: false,
         };
         assert_eq!(
-            validate(&asked, ListenerKind::Tcp, &Authorization::Present)
+            validate(&request_head, ListenerKind::Tcp, &Authorization::Present)
                 .unwrap_err()
                 .reason(),
             "method",
@@ -329,7 +332,7 @@ fn target_with_server_or_body_is_rejected() {
                 ListenerKind::Tcp,
                 &Authorization::Present,
             )
-            .map_err(|refused| refused.reason())
+            .map_err(|rejected| rejected.reason())
         };
         assert_eq!(judge(&request), expected, "{target} {length}");
         request

@@ -315,7 +315,7 @@ fn template_needs_a_separator_between_placeholders() {
     let parts = ["a", "b", "a-b", "b-a", "a-", "-b", "a.b", "_"];
     for between in ["=", "+", ",", "@", "/", "-=-", "a=b"] {
         let template = template(&format!("{AWS}x{{path[0]}}{between}{{path[1]}}a"));
-        let mut given = std::collections::BTreeSet::new();
+        let mut values = std::collections::BTreeSet::new();
         for (one, other) in parts
             .iter()
             .flat_map(|one| parts.iter().map(move |other| (one, other)))
@@ -324,7 +324,7 @@ fn template_needs_a_separator_between_placeholders() {
                 .render(&id(&format!("spiffe://td/{one}/{other}")))
                 .unwrap();
             assert!(
-                given.insert(arn.to_string()),
+                values.insert(arn.to_string()),
                 "{between}: {arn} for {one} and {other}, too"
             );
         }

@@ -272,11 +272,11 @@ async fn permit_in_use_gives_way_only_to_a_smaller_group() {
     );
     // 2, 1, 2 and 1: one of the groups with two, and then the other.
     held.push(acquire(Key("newest", 1)).await.unwrap());
-    held.push(acquire(Key("crowd", 0)).await.unwrap());
+    held.push(acquire(Key("busy", 0)).await.unwrap());
     assert_eq!(start.elapsed(), Duration::ZERO);
     // Each of the six groups holds one now. No newcomer takes it, whether of another group or of
     // another key in one of these.
-    for key in [Key("late", 1), Key("late", 2), Key("crowd", 1)] {
+    for key in [Key("late", 1), Key("late", 2), Key("busy", 1)] {
         assert!(acquire(key).await.is_none());
     }
     assert_eq!(held.iter().filter(|permit| is_evicted(permit)).count(), 2);

@@ -1,8 +1,8 @@
 use super::*;
 use crate::svid::jwt::tests::{billing, svid_for};
 
-fn refused(code: Option<&str>, status: u16, message: &str) -> Failure {
-    Failure::Refused {
+fn rejected(code: Option<&str>, status: u16, message: &str) -> Failure {
+    Failure::Rejected {
         code: code.map(str::to_owned),
         status,
         message: message.to_owned(),
@@ -302,7 +302,7 @@ fn code_is_classified() {
     ];
     for (code, status, message, retry, reason) in table {
         assert_eq!(
-            refused(code, status, message).classify(),
+            rejected(code, status, message).classify(),
             (retry, reason),
             "{code:?} {status} {message}"
         );
@@ -373,7 +373,7 @@ fn error_names_the_host_and_the_proxy() {
         proxy: proxy.map(str::to_owned),
     };
     let failures = [
-        refused(Some("AccessDenied"), 403, ""),
+        rejected(Some("AccessDenied"), 403, ""),
         Failure::InvalidResponse("x".to_owned()),
         Failure::Unreachable("x".to_owned()),
         Failure::InvalidRequest("x".to_owned()),

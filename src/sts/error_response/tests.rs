@@ -128,7 +128,9 @@ fn response_of_another_service_has_no_code() {
         .headers_mut()
         .insert(CODE_HEADER, "AccessDeniedException:http://internal/");
     assert_eq!(
-        read(&response).and_then(|refusal| refusal.code).as_deref(),
+        read(&response)
+            .and_then(|rejection| rejection.code)
+            .as_deref(),
         Some("AccessDeniedException")
     );
 }
@@ -158,7 +160,7 @@ fn mutated_answer_is_read_without_a_panic() {
             SdkBody::from(body),
         ));
         assert!(
-            code.and_then(|refusal| refusal.code)
+            code.and_then(|rejection| rejection.code)
                 .is_none_or(|code| code.len() <= MAX_CODE_BYTES)
         );
     }

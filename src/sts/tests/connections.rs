@@ -279,7 +279,7 @@ fn environment_and_profiles_do_not_redirect_the_call() {
     let (server, trap) = runtime.block_on(async {
         (
             FakeSts::start(|_, _| good()).await,
-            FakeSts::start(|_, _| refusal(400, "ValidationError", "trap")).await,
+            FakeSts::start(|_, _| rejection(400, "ValidationError", "trap")).await,
         )
     });
     let elsewhere = format!("http://{}", trap.address);

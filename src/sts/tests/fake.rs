@@ -109,7 +109,7 @@ impl FakeSts {
                         None => serve(stream, connection, previous, script).await,
                         Some(tls) => match tls.accept(stream).await {
                             Ok(stream) => serve(stream, connection, previous, script).await,
-                            Err(refused_by_the_client) => drop(refused_by_the_client),
+                            Err(rejected_by_the_client) => drop(rejected_by_the_client),
                         },
                     }
                 });
@@ -192,9 +192,9 @@ async fn answer(reply: StsReply) -> Response<UnsyncBoxBody<Bytes, std::io::Error
             meeting.waiting.fetch_sub(1, Ordering::SeqCst);
             Response::new(full(body))
         }
-        StsReply::Redirect(place) => Response::builder()
+        StsReply::Redirect(location) => Response::builder()
             .status(307)
-            .header("location", place)
+            .header("location", location)
             .body(full(String::new()))
             .unwrap(),
         StsReply::Never => pending().await,

@@ -106,15 +106,14 @@ fn variable_that_leads_to_a_file_of_others_is_not_used() {
     let path = folder.path().join("a.pem");
     fs::write(&path, certificate().0).unwrap();
     let found = |name: &str, value: &Path| {
-        check_variables(|asked| (asked == name).then(|| value.as_os_str().to_owned())).map_err(
-            |error| {
+        check_variables(|variable| (variable == name).then(|| value.as_os_str().to_owned()))
+            .map_err(|error| {
                 let text = error.text();
                 assert!(
                     text.starts_with(&format!("{name} leads to {}: every user ", path.display())),
                     "{text}"
                 );
-            },
-        )
+            })
     };
     let variables = [("SSL_CERT_FILE", &*path), ("SSL_CERT_DIR", folder.path())];
     for (name, value) in variables {
@@ -185,8 +184,8 @@ async fn late_file_is_read_until_it_is_complete() {
     fs::write(&path, &first).unwrap();
     tokio::time::advance(RELOAD_PAUSE).await;
     roots.store().await.unwrap();
-    let until = async |wanted: &str| {
-        while roots.state.lock().await.pem.as_deref() != Some(wanted.as_bytes()) {
+    let until = async |expected: &str| {
+        while roots.state.lock().await.pem.as_deref() != Some(expected.as_bytes()) {
             sleep(Duration::from_millis(100)).await;
         }
     };

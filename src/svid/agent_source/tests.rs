@@ -19,6 +19,7 @@ use crate::caller::{
     AgentProcessRef, AttestError, ExecWatch, Executable, GroupDetail, Groups, ListenerKind,
     PeerFacts, PeerProof, Process, Program,
 };
+use crate::captured_log::CapturedLog;
 use crate::socket_endpoint::Endpoint;
 use crate::svid::CALL_TIMEOUT;
 use crate::svid::agent::AgentSvid;
@@ -440,7 +441,7 @@ async fn process_is_queried_again_after_an_execution() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn own_identity_is_given_to_no_workload() {
+async fn own_identity_is_issued_to_no_workload() {
     let agent = AgentScript::reply(|_| Ok(vec![AWSVID, "spiffe://example.org/daemon-too"]));
     let source = source(&agent);
     assert_eq!(ids(source.identify(&caller(1)).await), [""; 0]);
@@ -763,7 +764,7 @@ async fn held_token_is_not_used_when_about_to_expire() {
 
 #[tokio::test(start_paused = true)]
 async fn alternating_denials_are_logged_once_each() {
-    let log = crate::svid::jwt::tests::CapturedLog::start();
+    let log = CapturedLog::start();
     let agent = AgentScript::reply(shop);
     let source = source(&agent);
     for _ in 0..100 {

@@ -1,6 +1,3 @@
-use std::io;
-use std::sync::{Arc, Mutex};
-
 use super::*;
 
 #[path = "../../../tests/support/unsigned_token.rs"]
@@ -29,45 +26,6 @@ pub(crate) fn token_for(id: &SpiffeId, life: u64, serial: u32) -> String {
 /// Returns such a token after the check.
 pub(crate) fn svid_for(id: &SpiffeId, life: u64, serial: u32) -> JwtSvid {
     JwtSvid::check(token_for(id, life, serial), id, AUDIENCE, now()).unwrap()
-}
-
-/// Captures everything that any crate logs on this thread while it exists, at every level.
-pub(crate) struct CapturedLog {
-    lines: CapturedBytes,
-    _until_dropped: tracing::subscriber::DefaultGuard,
-}
-
-#[derive(Clone, Default)]
-struct CapturedBytes(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for CapturedBytes {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl CapturedLog {
-    pub(crate) fn start() -> Self {
-        let lines = CapturedBytes::default();
-        let writer = lines.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .with_max_level(tracing::Level::TRACE)
-            .with_ansi(false);
-        let subscriber = subscriber.with_writer(move || writer.clone()).finish();
-        Self {
-            lines,
-            _until_dropped: tracing::subscriber::set_default(subscriber),
-        }
-    }
-
-    pub(crate) fn text(&self) -> String {
-        String::from_utf8_lossy(&self.lines.0.lock().unwrap()).into_owned()
-    }
 }
 
 fn check(header: &str, claims: &str) -> Result<JwtSvid, BadToken> {

@@ -7,7 +7,7 @@ use rustls::pki_types::UnixTime;
 use tempfile::{TempDir, tempdir};
 
 use super::*;
-use crate::svid::jwt::tests::CapturedLog;
+use crate::captured_log::CapturedLog;
 use crate::svid::proto::workload::X509svid;
 use fake::{Authority, FakeAgent, Stream};
 
@@ -254,7 +254,7 @@ async fn denial_withdraws_the_svid() {
     agent
         .next_client()
         .await
-        .refuse(Status::permission_denied("no identity issued"));
+        .reject(Status::permission_denied("no identity issued"));
     agent
         .next_client()
         .await
@@ -352,13 +352,13 @@ async fn first_ends_at_the_deadline_with_the_reason() {
     );
     assert_eq!(begun.elapsed().as_secs(), 7);
 
-    next_client.refuse(Status::permission_denied("no identity issued"));
-    let refusing = tokio::spawn(async move {
+    next_client.reject(Status::permission_denied("no identity issued"));
+    let rejecting = tokio::spawn(async move {
         loop {
             agent
                 .next_client()
                 .await
-                .refuse(Status::permission_denied("no identity issued"));
+                .reject(Status::permission_denied("no identity issued"));
         }
     });
     let error = own.first(Duration::from_secs(7)).await.unwrap_err();
@@ -366,7 +366,7 @@ async fn first_ends_at_the_deadline_with_the_reason() {
         matches!(&error, SourceError::Denied(text) if text.contains("register awsvid itself")),
         "{error:?}"
     );
-    refusing.abort();
+    rejecting.abort();
 }
 
 #[tokio::test(start_paused = true)]
@@ -397,7 +397,7 @@ async fn denied_source_backs_off() {
         agent
             .next_client()
             .await
-            .refuse(Status::permission_denied("no identity issued"));
+            .reject(Status::permission_denied("no identity issued"));
         pauses.push(begun.elapsed());
     }
     // The first pause precedes the second try.

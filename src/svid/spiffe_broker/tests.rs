@@ -297,7 +297,7 @@ async fn ready_succeeds_if_the_agent_allows_queries() {
 }
 
 #[tokio::test]
-async fn pod_refusal_names_the_fix() {
+async fn pod_rejection_names_the_fix() {
     let k8s = "workload attestor \"k8s\" failed: rpc error: code = Internal desc = broker configuration missing";
     let table = [
         (
@@ -371,7 +371,7 @@ async fn pod_refusal_names_the_fix() {
 }
 
 #[tokio::test]
-async fn refusal_names_the_fix() {
+async fn rejection_names_the_fix() {
     let k8s = "workload attestor \"k8s\" failed: rpc error: code = Internal desc = broker configuration missing";
     let table = [
         (
@@ -619,11 +619,11 @@ async fn connection_that_breaks_is_an_outage_after_one_retry() {
     let client = Arc::new(node.client());
     client.fetch_for_pid(1, AUDIENCE).await.unwrap();
     agent.cut();
-    let asks = client.clone();
-    let asking = tokio::spawn(async move { asks.fetch_for_pid(1, AUDIENCE).await });
+    let second_client = client.clone();
+    let pending_fetch = tokio::spawn(async move { second_client.fetch_for_pid(1, AUDIENCE).await });
     arrived.notified().await;
     agent.cut();
-    let error = asking.await.unwrap().unwrap_err();
+    let error = pending_fetch.await.unwrap().unwrap_err();
     assert!(
         matches!(&error, SourceError::Unavailable(text) if text.contains("gave no answer")),
         "{error:?}"

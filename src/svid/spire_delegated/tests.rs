@@ -174,7 +174,7 @@ async fn unanswered_call_is_abandoned_without_retry() {
 }
 
 #[tokio::test]
-async fn refusal_names_the_fix() {
+async fn rejection_names_the_fix() {
     type ToError = fn(String) -> SourceError;
     let (denied, broken, wrong): (ToError, ToError, ToError) = (
         SourceError::Denied,

@@ -8,7 +8,7 @@ use crate::cases::ratio::{self, TCP_PID};
 use crate::load::Plan;
 use crate::process::Part;
 use crate::table::{Line, Spread, micros};
-use crate::{Bench, Failed, machine};
+use crate::{Bench, BenchError, machine};
 
 /// The numbers of processes. 128 handles were kept until the cache evicted the least recently used.
 const COUNTS: [usize; 4] = [50, 127, 129, 1000];
@@ -16,8 +16,8 @@ const COUNTS: [usize; 4] = [50, 127, 129, 1000];
 const UNIT: usize = 50;
 
 /// Measures one line for each number of processes.
-pub(crate) fn processes(bench: &Bench) -> Result<Vec<Line>, Failed> {
-    let caller = |number: usize| -> Result<Caller, Failed> {
+pub(crate) fn processes(bench: &Bench) -> Result<Vec<Line>, BenchError> {
+    let caller = |number: usize| -> Result<Caller, BenchError> {
         Ok(Caller {
             uid: ratio::USER,
             cgroup: bench.cgroups.unit(&format!("load-{}", number / UNIT))?,
@@ -35,10 +35,10 @@ pub(crate) fn processes(bench: &Bench) -> Result<Vec<Line>, Failed> {
             };
             callers.push(start(&plan)?);
         }
-        let turns = bench.count(2000, 1).div_ceil(count).max(2);
+        let repeats = bench.count(2000, 1).div_ceil(count).max(2);
         each(&mut callers)?;
         let runs = (0..bench.rounds())
-            .map(|_| measure(pair.daemon.pid(), &mut callers, turns))
+            .map(|_| measure(pair.daemon.pid(), &mut callers, repeats))
             .collect::<Result<Vec<_>, _>>()?;
         let cpu = Spread::of(runs);
         lines.push(Line::new(
@@ -56,19 +56,19 @@ pub(crate) fn processes(bench: &Bench) -> Result<Vec<Line>, Failed> {
     Ok(lines)
 }
 
-fn start(plan: &Plan) -> Result<Part, Failed> {
+fn start(plan: &Plan) -> Result<Part, BenchError> {
     let mut caller = Part::start(&["caller", &serde_json::to_string(plan)?])?;
-    match caller.hear()?.as_str() {
+    match caller.next_line()?.as_str() {
         "ready" => Ok(caller),
         other => Err(format!("unexpected line of a caller: {other:?}").into()),
     }
 }
 
 /// Makes each of these processes send one request, one after the other.
-fn each(callers: &mut [Part]) -> Result<(), Failed> {
+fn each(callers: &mut [Part]) -> Result<(), BenchError> {
     for caller in callers {
-        caller.say("go\n")?;
-        match caller.hear()?.as_str() {
+        caller.write_text("go\n")?;
+        match caller.next_line()?.as_str() {
             "200" => {}
             other => return Err(format!("a caller got status {other}").into()),
         }
@@ -77,11 +77,11 @@ fn each(callers: &mut [Part]) -> Result<(), Failed> {
 }
 
 /// Returns the server's CPU time per request, in microseconds.
-fn measure(server: u32, callers: &mut [Part], turns: usize) -> Result<f64, Failed> {
+fn measure(server: u32, callers: &mut [Part], repeats: usize) -> Result<f64, BenchError> {
     let before = machine::settled(server)?;
-    for _ in 0..turns {
+    for _ in 0..repeats {
         each(callers)?;
     }
     let cpu = machine::settled(server)? - before;
-    Ok(micros(cpu) / f64::from(u32::try_from(turns * callers.len())?))
+    Ok(micros(cpu) / f64::from(u32::try_from(repeats * callers.len())?))
 }

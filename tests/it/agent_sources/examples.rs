@@ -72,7 +72,7 @@ fn as_it_stands(example: &str, source: Source, mounts: impl Fn(&Spire) -> Vec<So
     });
 
     let pid = daemon.id().to_string();
-    let ask = |uid: u32| -> (u16, Value) {
+    let fetch = |uid: u32| -> (u16, Value) {
         let uid = uid.to_string();
         let inside = ["nsenter", "--target", &pid, "--mount", "--net"];
         let user = [
@@ -102,15 +102,15 @@ fn as_it_stands(example: &str, source: Source, mounts: impl Fn(&Spire) -> Vec<So
     };
     // The example names an account at AWS, which can't be reached from here: one caller gets as far
     // as that. Where a name server is queried for it, that may take longer than a request is held.
-    let refusal = || Some(ask(BILLING)).filter(|(_, body)| body["code"] != "pending");
-    let (status, body) = daemon.await_some("what became of it", TIMEOUT, refusal);
+    let rejection = || Some(fetch(BILLING)).filter(|(_, body)| body["code"] != "pending");
+    let (status, body) = daemon.await_some("what became of it", TIMEOUT, rejection);
     assert_eq!(
         (status, &body["code"]),
         (503, &"sts_unreachable".into()),
         "{body}"
     );
     assert_ne!(spire.jwt_svids_signed("spiffe://example.org/billing"), 0);
-    let (status, body) = ask(STRANGER);
+    let (status, body) = fetch(STRANGER);
     assert_eq!(
         (status, &body["code"]),
         (403, &"no_identity".into()),

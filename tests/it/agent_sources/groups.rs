@@ -16,7 +16,7 @@ fn check_too_many_groups(source: Source) {
         return;
     };
     env.register(&id("member"), &[&format!("unix:uid:{USER}"), GROUP], &[]);
-    let ask = |listener: &str, groups: usize, processes: usize| {
+    let fetch = |listener: &str, groups: usize, processes: usize| {
         let numbers = [usize::try_from(USER).unwrap(), groups, processes];
         Repeater::start(
             "grouped",
@@ -31,15 +31,19 @@ fn check_too_many_groups(source: Source) {
     let before = env.daemon.memory();
     for listener in ["unix", "tcp", "tcp6"] {
         assert_eq!(
-            ask(listener, 0, 1),
+            fetch(listener, 0, 1),
             all("no_identity", 1),
             "over {listener}"
         );
-        assert_eq!(ask(listener, 1, 1), all("Success", 1), "over {listener}");
-        assert_eq!(ask(listener, 1024, 1), all("Success", 1), "over {listener}");
+        assert_eq!(fetch(listener, 1, 1), all("Success", 1), "over {listener}");
+        assert_eq!(
+            fetch(listener, 1024, 1),
+            all("Success", 1),
+            "over {listener}"
+        );
         let outcomes = env.spire.attested(&format!("uid:{USER}")).len();
         assert_eq!(
-            ask(listener, 65_536, 100),
+            fetch(listener, 65_536, 100),
             all("too_many_groups", 100),
             "over {listener}"
         );
@@ -57,11 +61,11 @@ fn check_too_many_groups(source: Source) {
 }
 
 #[test]
-fn too_many_groups_are_refused_with_spire_delegated() {
+fn too_many_groups_are_rejected_with_spire_delegated() {
     check_too_many_groups(Source::Delegated);
 }
 
 #[test]
-fn too_many_groups_are_refused_with_spiffe_broker() {
+fn too_many_groups_are_rejected_with_spiffe_broker() {
     check_too_many_groups(Source::Broker);
 }

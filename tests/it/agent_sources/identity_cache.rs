@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::harness::actor::{Connector, program};
-use crate::harness::client::ask;
+use crate::harness::client::fetch;
 use crate::harness::counterparts::process::{Process, await_some, behind};
 use crate::harness::counterparts::{folder, minio};
 use crate::harness::env::{Env, Setting, Source, id};
@@ -48,9 +48,9 @@ impl PollingProcess {
             command,
             &folder.join(format!("asking-{uid}-{listener}.log")),
         );
-        let asking = Self { process, name };
-        asking.await_keys(1);
-        asking
+        let pollers = Self { process, name };
+        pollers.await_keys(1);
+        pollers
     }
 
     /// Returns the number of access key ids that it has got.
@@ -94,8 +94,8 @@ fn connector(env: &Env, uid: u32) -> Connector {
     )
 }
 
-fn ask_by(connector: &Connector) -> (u16, Value) {
-    ask(UnixStream::from(connector.connect()))
+fn fetch_by(connector: &Connector) -> (u16, Value) {
+    fetch(UnixStream::from(connector.connect()))
 }
 
 /// Checks that a new process gets a 503 with `Retry-After`.
@@ -123,10 +123,10 @@ fn check_agent_outage(source: Source) {
     let Some(mut env) = Env::start(folder.path(), &USERS, &setting) else {
         return;
     };
-    let asking = [(READER, "unix"), (READER, "tcp"), (OTHER, "unix")]
+    let pollers = [(READER, "unix"), (READER, "tcp"), (OTHER, "unix")]
         .map(|(uid, listener)| PollingProcess::start(&env, folder.path(), uid, listener));
     let quiet = connector(&env, QUIET_USER);
-    let (status, first) = ask_by(&quiet);
+    let (status, first) = fetch_by(&quiet);
     assert_eq!(status, 200, "{first}");
     assert_eq!(
         env.daemon.status(&id("quiet"))["latest_pid"],
@@ -142,7 +142,7 @@ fn check_agent_outage(source: Source) {
     assert_retry_later(&env, OTHER);
     if !slow {
         assert_eq!(
-            ask_by(&quiet),
+            fetch_by(&quiet),
             (200, first.clone()),
             "by a connection that is as new as the process is known"
         );
@@ -165,15 +165,15 @@ fn check_agent_outage(source: Source) {
                     .filter(|key| *key != first["AccessKeyId"])
             },
         );
-        assert_eq!(ask_by(&quiet).1["AccessKeyId"], renewed);
-        asking.iter().for_each(|asking| asking.await_keys(2));
+        assert_eq!(fetch_by(&quiet).1["AccessKeyId"], renewed);
+        pollers.iter().for_each(|pollers| pollers.await_keys(2));
     } else {
         assert!(
-            asking.iter().all(|asking| asking.keys() == 1),
+            pollers.iter().all(|pollers| pollers.keys() == 1),
             "the same credentials throughout"
         );
     }
-    let answers = asking.map(PollingProcess::answers);
+    let answers = pollers.map(PollingProcess::answers);
     eprintln!("unavailable for {outage:?}: {answers:?} answers, all of them credentials");
     let least = u64::try_from(outage.as_millis()).unwrap() / 1000;
     assert!(
@@ -190,15 +190,15 @@ fn check_deleted_entry(source: Source) {
     };
     let [busy, quiet] = [OTHER, QUIET_USER].map(|uid| connector(&env, uid));
     for cached in [&busy, &quiet] {
-        assert_eq!(ask_by(cached).0, 200);
+        assert_eq!(fetch_by(cached).0, 200);
     }
     let began = Instant::now();
     env.unregister(&id("other"));
     env.unregister(&id("quiet"));
-    assert_eq!(ask_by(&busy).0, 200, "it is known");
-    let refused = loop {
+    assert_eq!(fetch_by(&busy).0, 200, "it is known");
+    let rejected = loop {
         thread::sleep(Duration::from_secs(1));
-        let (status, body) = ask_by(&busy);
+        let (status, body) = fetch_by(&busy);
         if status != 200 {
             break body;
         }
@@ -211,13 +211,13 @@ fn check_deleted_entry(source: Source) {
     eprintln!(
         "an entry that was deleted had an effect after {took:?} for a process with a request each second"
     );
-    assert_eq!(refused["code"], "no_identity");
+    assert_eq!(rejected["code"], "no_identity");
     // By default the server and the agent take up to 10 s more to notice the deletion, half of that
     // each.
     assert!(took < Duration::from_secs(50), "{took:?}");
     // The other one has sent no request since, and never gets credentials again.
     thread::sleep(Duration::from_secs(60).saturating_sub(began.elapsed()));
-    assert_eq!(ask_by(&quiet).1["code"], "no_identity");
+    assert_eq!(fetch_by(&quiet).1["code"], "no_identity");
     let (head, _) = env.curl(READER);
     assert!(
         head.starts_with("HTTP/1.1 200"),
@@ -226,7 +226,7 @@ fn check_deleted_entry(source: Source) {
     // It is registered again, and may need one more request.
     env.register(&id("other"), &[&format!("unix:uid:{OTHER}")], &[]);
     await_some("it is answered again", TIMEOUT, || {
-        (ask_by(&busy).0 == 200).then_some(())
+        (fetch_by(&busy).0 == 200).then_some(())
     });
 }
 
@@ -271,7 +271,7 @@ fn check_known_process(source: Source) {
     let cached = connector(&env, READER);
     let own = env.spire.attested("uid:0").len();
     for _ in 0..50 {
-        assert_eq!(ask_by(&cached).1["AccessKeyId"], key);
+        assert_eq!(fetch_by(&cached).1["AccessKeyId"], key);
     }
     assert_eq!(calls(), [6, 1]);
     assert_eq!((requests(), trace.count(minio::ASSUME_ROLE, key)), (6, 1));

@@ -7,7 +7,7 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::env::id;
-use crate::harness::outcome::{Outcome, credentials_of, refused};
+use crate::harness::outcome::{Outcome, credentials_of, rejected};
 
 const ALICE: &str = "unix:uid:61001";
 const BOB: &str = "unix:uid:61002";
@@ -21,7 +21,7 @@ fn outcomes(entries: Vec<Entry>) -> Vec<[Outcome; 2]> {
         "labels-{}",
         folder.path().file_name().unwrap().display()
     ));
-    let ask = |scene, listener| {
+    let fetch = |scene, listener| {
         Outcome::of(
             &play(
                 scene,
@@ -35,7 +35,7 @@ fn outcomes(entries: Vec<Entry>) -> Vec<[Outcome; 2]> {
         )
     };
     ["unix", "tcp", "tcp6"]
-        .map(|listener| ["alice", "bob"].map(|scene| ask(scene, listener)))
+        .map(|listener| ["alice", "bob"].map(|scene| fetch(scene, listener)))
         .to_vec()
 }
 
@@ -51,7 +51,7 @@ fn token_subject_overrides_the_agents_label() {
     ];
     assert_eq!(
         outcomes(entries),
-        vec![[credentials_of(&id("alice")), refused("bad_token")]; 3]
+        vec![[credentials_of(&id("alice")), rejected("bad_token")]; 3]
     );
 }
 

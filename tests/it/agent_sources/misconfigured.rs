@@ -14,7 +14,7 @@ use tokio::runtime::Runtime;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
-use crate::harness::client::ask;
+use crate::harness::client::fetch;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::spire::{Spire, SpireSetting};
 use crate::harness::counterparts::{folder, http_get, root};
@@ -61,8 +61,8 @@ fn complaint(daemon: &Daemon, words: &[&str]) -> String {
 }
 
 /// Asserts that callers are rejected, and that the agent gets no query about any.
-fn assert_refused(daemon: &Daemon) {
-    let (status, body) = ask(UnixStream::connect(daemon.unix()).unwrap());
+fn assert_rejected(daemon: &Daemon) {
+    let (status, body) = fetch(UnixStream::connect(daemon.unix()).unwrap());
     assert_eq!(
         (status, body["code"].as_str()),
         (403, Some("source_misconfigured")),
@@ -209,7 +209,7 @@ fn wrong_socket_is_logged_with_fix() {
         daemon.log()
     );
     let line = complaint(&daemon, &[words]);
-    assert_refused(&daemon);
+    assert_rejected(&daemon);
     // The daemon rejects a change of the configuration meanwhile.
     symlink(spire.agent_socket(), folder.path().join("other.sock")).unwrap();
     assert!(!daemon.reload_text(&daemon.text().replace("admin.sock", "other.sock")));
@@ -263,7 +263,7 @@ fn foreign_pid_namespace_of_agent_is_logged_with_fix() {
         &daemon,
         &["in another pid namespace than awsvid", "hostPID: true"],
     );
-    assert_refused(&daemon);
+    assert_rejected(&daemon);
     drop(daemon);
 
     // An agent that starts later in there is detected as well, and gets no query about a process.

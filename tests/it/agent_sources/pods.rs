@@ -98,9 +98,9 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
         (daemon.metric("awsvid_pod_listeners") == 3).then_some(())
     });
 
-    let ask = |name: &str, cgroup: &Cgroup| {
+    let fetch = |name: &str, cgroup: &Cgroup| {
         let before = daemon.audit().len();
-        let answer = node.ask(name, cgroup, V4.parse::<SocketAddr>().unwrap());
+        let answer = node.fetch(name, cgroup, V4.parse::<SocketAddr>().unwrap());
         assert!(answer.starts_with("HTTP/1.1 "), "{answer}");
         daemon.audit_after(before).pop().unwrap()
     };
@@ -117,14 +117,14 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
         );
     };
     for (pod, name) in pods[..2].iter().zip(["billing", "orders"]) {
-        is_own(&ask(name, pod), pod, name);
+        is_own(&fetch(name, pod), pod, name);
     }
-    assert_eq!(ask("billing", &pods[1])["reason"], "other_pod");
+    assert_eq!(fetch("billing", &pods[1])["reason"], "other_pod");
 
     // The kubelet does not know the pod yet at its first request, and the agent queries it at most
     // twice a second.
     let late = std::thread::scope(|scope| {
-        let asking = scope.spawn(|| ask("late", &pods[2]));
+        let pending_fetch = scope.spawn(|| fetch("late", &pods[2]));
         await_some(
             "the agent has answered that it does not know it",
             TIMEOUT,
@@ -136,7 +136,7 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
             },
         );
         kubelet.add_pod(&uid(&pods[2]), "late");
-        asking.join().unwrap()
+        pending_fetch.join().unwrap()
     });
     is_own(&late, &pods[2], "late");
 
@@ -173,9 +173,9 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
     // twice.
     kubelet.remove_pods();
     let removed_at = Instant::now();
-    is_own(&ask("orders", &pods[1]), &pods[1], "orders");
+    is_own(&fetch("orders", &pods[1]), &pods[1], "orders");
     await_some("its credentials end", Duration::from_secs(90), || {
-        (ask("orders", &pods[1])["outcome"] == "refused").then_some(())
+        (fetch("orders", &pods[1])["outcome"] == "refused").then_some(())
     });
     assert!(
         removed_at.elapsed() < Duration::from_secs(60),

@@ -8,10 +8,10 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::harness::actor::{Connector, Counts, ask, large_program};
+use crate::harness::actor::{Connector, Counts, fetch, large_program};
 use crate::harness::agent::{Entry, FakeAgent, HeldQuery};
 use crate::harness::cgroup::Cgroup;
-use crate::harness::client::{answer, ask as ask_over, send};
+use crate::harness::client::{answer, fetch as fetch_over, send};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
@@ -27,18 +27,18 @@ const OWNERS: usize = 4;
 const QUERIES: usize = 8;
 
 /// A process that waits for its answer, while the agent waits for the test.
-struct Hanging<'a> {
+struct HangingCaller<'a> {
     query: HeldQuery<'a>,
     connection: File,
     _process: Connector,
 }
 
 /// Sends the request of a process, and waits until the query is at the agent.
-fn hang(process: Connector, agent: &FakeAgent) -> Hanging<'_> {
+fn hang(process: Connector, agent: &FakeAgent) -> HangingCaller<'_> {
     let query = agent.hold(process.id().as_raw());
     let connection = send(File::from(process.connect_and_keep()));
     assert!(query.await_query(), "the query is at the agent");
-    Hanging {
+    HangingCaller {
         query,
         connection,
         _process: process,
@@ -74,7 +74,7 @@ fn workload_is_answered_while_four_others_hold_all_queries() {
     let honest = unit("honest");
     // Each of these is a new process, so that the agent has to attest it.
     for listener in LISTENERS {
-        let answers = ask(listener, &daemon.listener(listener), BOB, 5, honest.path());
+        let answers = fetch(listener, &daemon.listener(listener), BOB, 5, honest.path());
         assert_eq!(
             answers,
             Counts::from([("Success".to_owned(), 5)]),
@@ -90,7 +90,7 @@ fn workload_is_answered_while_four_others_hold_all_queries() {
     // All of them get an answer. That of the evicted one may have been given up before, since the
     // processes take their time to start.
     let mut codes = BTreeSet::new();
-    for Hanging {
+    for HangingCaller {
         query,
         mut connection,
         ..
@@ -145,9 +145,9 @@ fn check_real_agent(source: Source) {
         (open.filter(is_hashed).count() == OWNERS * QUERIES).then_some(())
     });
     let (begin, mut codes) = (Instant::now(), BTreeSet::new());
-    // The first request evicts one query of the crowd, and is at the agent from then on.
+    // The first request evicts one query of the surge, and is at the agent from then on.
     loop {
-        let (status, body) = ask_over(UnixStream::from(bob.connect_and_keep()));
+        let (status, body) = fetch_over(UnixStream::from(bob.connect_and_keep()));
         if status == 200 {
             break;
         }
@@ -163,7 +163,7 @@ fn check_real_agent(source: Source) {
     let evicted = "awsvid_source_calls_total{result=\"source_busy\"}";
     assert!(
         env.daemon.metric(evicted) > 0,
-        "a query of the crowd gave way"
+        "a query of the surge gave way"
     );
     drop(hanging);
 }

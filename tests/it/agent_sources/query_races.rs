@@ -15,7 +15,7 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::env::id;
-use crate::harness::outcome::{Outcome, credentials_of, refused};
+use crate::harness::outcome::{Outcome, credentials_of, rejected};
 use crate::harness::{campaign_seed, is_slow};
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
@@ -133,7 +133,7 @@ impl AttestationStage {
             self.cgroup.path(),
         );
         let query = self.agent.hold(steps.caller());
-        steps.step("ask");
+        steps.step("send");
         if !query.await_query() {
             // The outcome counts whatever it is: the caller has not changed.
             return Some(SceneOutcome {
@@ -161,7 +161,7 @@ impl AttestationStage {
             "answer"
         });
         let outcome = self.outcome(scene, &answer);
-        if matches!(outcome, Outcome::Refused(_)) {
+        if matches!(outcome, Outcome::Rejected(_)) {
             assert_eq!(
                 self.agent.exchanged(),
                 exchanged,
@@ -236,7 +236,7 @@ impl AttestationRow {
 
 fn expected(listener: &str) -> Vec<AttestationRow> {
     let [first, second] = &["first", "second"].map(|name| credentials_of(&id(name)));
-    let (gone, changed) = (&refused("caller_gone"), &refused("identity_changed"));
+    let (gone, changed) = (&rejected("caller_gone"), &rejected("identity_changed"));
     // It is attested again in its original state. Over TCP it does not have the socket any more by
     // then.
     let back = if listener == "unix" { first } else { gone };
@@ -288,7 +288,7 @@ fn expected(listener: &str) -> Vec<AttestationRow> {
 }
 
 /// Returns the reasons of the audited rejections of Alice's processes, with their numbers.
-fn refusals(daemon: &Daemon) -> BTreeMap<String, u64> {
+fn rejections(daemon: &Daemon) -> BTreeMap<String, u64> {
     let mut counts = BTreeMap::new();
     for record in
         daemon.audit_where(|_, line| line.contains("\"refused\"") && line.contains("61001"))
@@ -308,7 +308,7 @@ fn agent_reply_counts_only_for_attested_process() {
         return;
     }
     let stage = AttestationStage::set();
-    let (mut wrong, mut expected_refusals) = (Vec::new(), BTreeMap::new());
+    let (mut wrong, mut expected_rejections) = (Vec::new(), BTreeMap::new());
     for listener in LISTENERS {
         for row in expected(listener) {
             let Some(played) = stage.play(&row, listener, false, || {}) else {
@@ -321,8 +321,8 @@ fn agent_reply_counts_only_for_attested_process() {
                     row.scene, row.moment
                 ));
             }
-            if let Outcome::Refused(reason) = row.right.outcome {
-                *expected_refusals.entry(reason).or_default() += 1;
+            if let Outcome::Rejected(reason) = row.right.outcome {
+                *expected_rejections.entry(reason).or_default() += 1;
             }
         }
     }
@@ -330,7 +330,7 @@ fn agent_reply_counts_only_for_attested_process() {
     await_some(
         "all rejections are in the audit, with the right reasons",
         Duration::from_secs(30),
-        || (refusals(&stage.daemon) == expected_refusals).then_some(()),
+        || (rejections(&stage.daemon) == expected_rejections).then_some(()),
     );
 }
 

@@ -29,7 +29,7 @@ use tokio::time::sleep;
 use crate::harness::actor::program;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio::AUDIENCE;
-use crate::harness::counterparts::process::{Owned, await_some, behind, run, spawn};
+use crate::harness::counterparts::process::{OwnedProcess, await_some, behind, run, spawn};
 use crate::harness::daemon::release_build;
 use crate::harness::env::{AWSVID, Env, Setting, Source, id};
 use crate::harness::is_slow;
@@ -115,7 +115,7 @@ fn keep_on(process: Pid, processors: &CpuSet) {
 
 /// Idle processes that queries are about.
 struct Idle {
-    _owned: Owned,
+    _owned: OwnedProcess,
     pids: Vec<u32>,
 }
 
@@ -189,7 +189,7 @@ impl Direct {
         let idle = Idle::start(env, processors, USERS[0].0, most);
         let pids = Arc::new(idle.pids.clone());
         let [next, answered] = [(); 2].map(|()| Arc::new(AtomicUsize::new(0)));
-        let ask = || {
+        let query = || {
             let (agent, pids, next, answered) = (
                 self.agent.clone(),
                 pids.clone(),
@@ -204,13 +204,13 @@ impl Direct {
             }
         };
         self.runtime.block_on(async {
-            let mut asking: JoinSet<()> = (0..IN_FLIGHT).map(|_| ask()).collect();
+            let mut queries: JoinSet<()> = (0..IN_FLIGHT).map(|_| query()).collect();
             sleep(ROUND / 4).await;
             let (began, before) = (Instant::now(), answered.load(Ordering::Relaxed));
             sleep(ROUND * 3 / 4).await;
             let (took, more) = (began.elapsed(), answered.load(Ordering::Relaxed) - before);
-            asking.abort_all();
-            while let Some(ended) = asking.join_next().await {
+            queries.abort_all();
+            while let Some(ended) = queries.join_next().await {
                 let error = ended.expect_err("there were unknown processes until the end");
                 assert!(error.is_cancelled(), "{error}");
             }
@@ -257,14 +257,14 @@ fn assert_right(env: &Env, report: &Value) {
             Value::from([key.clone()]),
             "{report}"
         );
-        let refused = &report["keys"][format!("{uid} 503+retry-after")];
+        let rejected = &report["keys"][format!("{uid} 503+retry-after")];
         let cached = |code: &Value| {
             ["source_busy", "source_unavailable"]
                 .iter()
                 .any(|cached| code == cached)
         };
         assert!(
-            refused
+            rejected
                 .as_array()
                 .is_none_or(|codes| codes.iter().all(cached)),
             "{report}"
@@ -315,7 +315,7 @@ fn assert_nothing_left(env: &Env, before: (u64, usize)) {
     eprintln!("KiB and descriptors: {before:?} before, {kib} KiB at the end, {left:?} later");
 }
 
-fn check_crowd(source: Source) {
+fn check_surge(source: Source) {
     let (folder, processors) = (folder(), Processors::of_this_machine());
     let setting = Setting::of(source);
     let Some(env) = start(folder.path(), &processors, &setting) else {
@@ -381,8 +381,8 @@ fn share_through_awsvid(source: Source, without_hashes: bool) -> Option<f64> {
 }
 
 #[test]
-fn crowd_gets_credentials_or_503_with_spire_delegated() {
-    check_crowd(Source::Delegated);
+fn surge_gets_credentials_or_503_with_spire_delegated() {
+    check_surge(Source::Delegated);
 }
 
 #[test]
@@ -404,8 +404,8 @@ fn fast_agent_stays_busy_with_spire_delegated() {
 }
 
 #[test]
-fn crowd_gets_credentials_or_503_with_spiffe_broker() {
-    check_crowd(Source::Broker);
+fn surge_gets_credentials_or_503_with_spiffe_broker() {
+    check_surge(Source::Broker);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::harness::actor::{Connector, large_program, program};
-use crate::harness::client::ask;
+use crate::harness::client::fetch;
 use crate::harness::counterparts::folder;
 use crate::harness::env::{Env, Setting, Source, id};
 use crate::harness::is_slow;
@@ -25,7 +25,7 @@ const PROGRAM: u64 = 200 << 30;
 const EXPECTED_DELAY: Duration = Duration::from_secs(90);
 
 fn request(connector: &Connector) -> (u16, Value) {
-    ask(UnixStream::from(connector.connect()))
+    fetch(UnixStream::from(connector.connect()))
 }
 
 /// Returns how long the process is still answered.
@@ -81,15 +81,15 @@ fn check_slow_processes(source: Source) {
     let deleted = Instant::now();
     env.unregister(&id("victim"));
     env.unregister(&id("attacker"));
-    let (served_for, refusal) = time_served(&victim, deleted, Duration::from_secs(600));
+    let (served_for, rejection) = time_served(&victim, deleted, Duration::from_secs(600));
     eprintln!("the victim's deleted entry lasted {served_for:?}");
-    assert_eq!(refusal["code"], "no_identity");
+    assert_eq!(rejection["code"], "no_identity");
     assert!(served_for < EXPECTED_DELAY, "{served_for:?}");
     assert_eq!(request(&neighbour).0, 200);
     // Nor do they keep their own for ever: 10 minutes of the agent's time.
     for attacker in &attackers {
-        let (served_for, refusal) = time_served(attacker, deleted, Duration::from_secs(1200));
-        eprintln!("a slow process kept its own for {served_for:?}: {refusal}");
+        let (served_for, rejection) = time_served(attacker, deleted, Duration::from_secs(1200));
+        eprintln!("a slow process kept its own for {served_for:?}: {rejection}");
     }
     assert_eq!(request(&neighbour).0, 200);
 }

@@ -6,7 +6,7 @@ use crate::harness::actor;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::folder;
 use crate::harness::env::{Env, Setting, Source, id};
-use crate::harness::outcome::{Outcome, credentials_of, refused};
+use crate::harness::outcome::{Outcome, credentials_of, rejected};
 
 const USERS: [(u32, &str); 3] = [(61_001, "alice"), (61_002, "bob"), (0, "root")];
 
@@ -24,7 +24,7 @@ fn check_sockets_of_others(source: Source) {
     let name = folder.path().file_name().unwrap().display().to_string();
     let cgroup = Cgroup::new(&format!("sockets-{name}"));
     let alice = &credentials_of(&id("alice"));
-    let (ambiguous, manager) = (&refused("ambiguous_caller"), &refused("manager_socket"));
+    let (ambiguous, manager) = (&rejected("ambiguous_caller"), &rejected("manager_socket"));
     // The agent attests a process in a pid namespace of its own as any other of its user.
     let scenes = [
         ("alice", Some(alice), alice),
@@ -36,7 +36,7 @@ fn check_sockets_of_others(source: Source) {
         ("listener-used-again", None, ambiguous),
         ("shared-listener-used-again", None, ambiguous),
         ("accepted-used-again", None, ambiguous),
-        ("made-for-activation", Some(alice), manager),
+        ("from-socket-unit", Some(alice), manager),
         ("pid-namespace", Some(alice), alice),
     ];
     let mut wrong = Vec::new();

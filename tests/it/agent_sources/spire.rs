@@ -17,7 +17,7 @@ use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::env::{AWSVID, awsvid_selectors, id};
 use crate::harness::fake_docker::FakeDocker;
-use crate::harness::outcome::{Outcome, credentials_of, refused};
+use crate::harness::outcome::{Outcome, credentials_of, rejected};
 use crate::harness::pausable_proxy::PausableProxy;
 use crate::harness::sts::{AUDIENCE, OneRoleSts};
 
@@ -29,7 +29,7 @@ const LISTENERS: [&str; 2] = ["unix", "tcp"];
 /// SPIRE with a second delegate in addition to awsvid: the test itself.
 struct Agents {
     spire: Spire,
-    asking: SpireDelegated,
+    client: SpireDelegated,
     runtime: Runtime,
 }
 
@@ -52,10 +52,10 @@ impl Agents {
         );
         let own = format!("unix:path:{}", std::env::current_exe().unwrap().display());
         spire.register(TEST, &["unix:uid:0", &own]);
-        let asking = SpireDelegated::new(&spire.admin_socket(), Duration::from_secs(30));
+        let client = SpireDelegated::new(&spire.admin_socket(), Duration::from_secs(30));
         Some(Self {
             spire,
-            asking,
+            client,
             runtime: Runtime::new().unwrap(),
         })
     }
@@ -64,7 +64,7 @@ impl Agents {
     fn ids(&self, pid: i32) -> Vec<String> {
         let svids = self
             .runtime
-            .block_on(self.asking.fetch_for_pid(pid.try_into().unwrap(), AUDIENCE))
+            .block_on(self.client.fetch_for_pid(pid.try_into().unwrap(), AUDIENCE))
             .expect("SVIDs");
         svids.into_iter().map(|svid| svid.spiffe_id).collect()
     }
@@ -189,11 +189,11 @@ fn container_is_not_impersonated_by_cgroup_name() {
                 "SPIRE by itself: {scene}"
             );
             let before = (engine.queries(), agents.queries());
-            steps.step("ask");
+            steps.step("send");
             let outcome = Outcome::of(&steps.step("answer"), &scene, &daemon);
             match right {
                 Some(reason) => {
-                    assert_eq!(outcome, refused(reason), "{scene}");
+                    assert_eq!(outcome, rejected(reason), "{scene}");
                     assert_eq!(
                         (engine.queries(), agents.queries()),
                         before,
@@ -254,7 +254,7 @@ fn program_that_changes_during_a_query_is_not_served() {
             &daemon.listener(listener),
             cgroup.path(),
         );
-        steps.step("ask");
+        steps.step("send");
         gate.await_arrivals(1);
         assert_eq!(agents.ids(steps.caller()), [id("alice")], "{what}");
         steps.step("change");
@@ -267,7 +267,7 @@ fn program_that_changes_during_a_query_is_not_served() {
         gate.set_open(true);
         assert_eq!(
             Outcome::of(&steps.step("answer"), scene, &daemon),
-            refused("identity_changed"),
+            rejected("identity_changed"),
             "{what}"
         );
         assert_eq!(sts.exchanged(), exchanged, "a token was exchanged: {what}");

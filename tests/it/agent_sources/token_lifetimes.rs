@@ -39,7 +39,7 @@ fn check_short_lived_tokens(source: Source) {
         );
         assert!(env.daemon.reload_text(&text));
         for listener in ["unix", "tcp"] {
-            let ask = || {
+            let fetch = || {
                 env.curl_by(
                     "/usr/bin/curl".as_ref(),
                     READER,
@@ -51,7 +51,7 @@ fn check_short_lived_tokens(source: Source) {
             await_some(
                 &format!("credentials over {listener} for {life} s"),
                 TIMEOUT,
-                || ask().0.starts_with("HTTP/1.1 200").then_some(()),
+                || fetch().0.starts_with("HTTP/1.1 200").then_some(()),
             );
         }
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::{ALICE, AttackStage, BOB, LISTENERS};
 use crate::harness::actor;
 use crate::harness::counterparts::{folder, root};
-use crate::harness::outcome::{Outcome, credentials_of, refused};
+use crate::harness::outcome::{Outcome, credentials_of, rejected};
 
 impl AttackStage {
     /// Plays scenes about the program that a caller runs over each listener, and compares their
@@ -52,10 +52,10 @@ fn exe_rule_matches_file_not_path() {
         &program,
         &[
             ("program", credentials_of(ALICE)),
-            ("other-program", refused("no_identity")),
-            ("forged-path", refused("no_identity")),
-            ("forged-path-in-user-namespace", refused("no_identity")),
-            ("replaced", refused("identity_changed")),
+            ("other-program", rejected("no_identity")),
+            ("forged-path", rejected("no_identity")),
+            ("forged-path-in-user-namespace", rejected("no_identity")),
+            ("replaced", rejected("identity_changed")),
         ],
     );
 }
@@ -75,10 +75,10 @@ fn forged_executable_passes_only_as_program_of_same_user() {
     stage.check_programs(
         &program,
         &[
-            ("other-program", refused("no_identity")),
+            ("other-program", rejected("no_identity")),
             ("forged-file", credentials_of(ALICE)),
             ("forged-file-by-bob", credentials_of(BOB)),
-            ("forged-file-late", refused("identity_changed")),
+            ("forged-file-late", rejected("identity_changed")),
         ],
     );
 }

@@ -180,8 +180,8 @@ fn all_steps_use_the_proxy_of_the_exchange() {
     );
     // An account shows no more than this, and this much of the token.
     assert_failed(&found, "token", "PS256, which AWS does not take", "RS256");
-    let refused = "does not let through to oidc.example.org:443: tunnel error: unsuccessful";
-    assert_failed(&found, "discovery", refused, "--resolve or --url");
+    let rejected = "does not let through to oidc.example.org:443: tunnel error: unsuccessful";
+    assert_failed(&found, "discovery", rejected, "--resolve or --url");
     assert!(
         requests(
             &found.1,

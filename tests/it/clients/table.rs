@@ -22,11 +22,11 @@ pub(crate) enum Column {
     /// The time that its first credentials may take.
     Waits,
     /// The number of requests with sessions of an hour.
-    Asks,
+    Requests,
     /// The remaining lifetime below which it sends a request for each call.
     EachCall,
     /// The client's behaviour after a 403.
-    Refused,
+    Rejected,
     /// The client's behaviour after a 503.
     Unavailable,
     Note,
@@ -232,7 +232,7 @@ mod tests {
 
     #[test]
     fn cells_may_differ_only_in_parentheses() {
-        let same = |a, b| compared(Column::Refused, a) == compared(Column::Refused, b);
+        let same = |a, b| compared(Column::Rejected, a) == compared(Column::Rejected, b);
         assert!(same(
             "shows why, 3 tries (9 s)",
             "shows why, 3 tries (11 s)"

@@ -193,7 +193,7 @@ fn log_fields_are_those_of_the_document() {
     let configuration = upstream.configuration() + &my_rule();
     let daemon = Daemon::start(folder.path(), "", &configuration).ready();
     let path = super::GOOD.replace("/v1/credentials", "/v1/credentials/nothing");
-    assert_eq!(super::ask(daemon.tcp(), &path).status, 403);
+    assert_eq!(super::fetch(daemon.tcp(), &path).status, 403);
     daemon.await_line(&["request without credentials"]);
     let mut seen = BTreeSet::new();
     for line in daemon.log().lines() {
@@ -282,7 +282,7 @@ fn own_probes_are_neither_counted_nor_audited() {
     assert_eq!(counted.count(), 0, "{metrics}");
     // The same path by another process is a request like any other.
     let probe = super::GOOD.replace("/v1/credentials", "/probe");
-    assert_eq!(super::ask(daemon.tcp(), &probe).status, 404);
+    assert_eq!(super::fetch(daemon.tcp(), &probe).status, 404);
     let records = daemon.audit_after(0);
     assert_eq!(records.len(), 1, "{records:?}");
     assert_eq!(records[0]["reason"], "path");
@@ -313,7 +313,7 @@ fn denial_has_the_ids_and_the_requested_role_everywhere() {
             role => (format!("/{role}"), format!(", and requested {role}")),
         };
         let path = format!("/v1/credentials{path}");
-        let answer = super::ask(daemon.tcp(), &super::GOOD.replace("/v1/credentials", &path));
+        let answer = super::fetch(daemon.tcp(), &super::GOOD.replace("/v1/credentials", &path));
         assert_eq!((answer.status, &answer.body["code"]), (403, &code.into()));
         let message = answer.body["message"].as_str().unwrap();
         let facts = format!("it has {ME}{requested}");

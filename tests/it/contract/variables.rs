@@ -85,7 +85,7 @@ fn variables_are_those_of_the_document() {
     let words = ["env", preload.as_str(), "LISTEN_FDS=0"];
     // AWS's own STS, for which the daemon needs the system's certificates.
     let daemon = Daemon::start_behind(&words, folder.path(), "", super::CONFIGURATION);
-    assert_eq!(super::ask(daemon.tcp(), super::GOOD).status, 403);
+    assert_eq!(super::fetch(daemon.tcp(), super::GOOD).status, 403);
     drop(daemon);
     // Without `--config`, and without the keys that have variables. It has no STS either.
     let path = folder.path().join("broker.toml");

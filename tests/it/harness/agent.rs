@@ -225,10 +225,10 @@ impl HeldQuery<'_> {
         advance(&self.progress, to);
     }
 
-    fn reached(&self, wanted: QueryProgress) -> bool {
+    fn reached(&self, expected: QueryProgress) -> bool {
         let mut progress = self.progress.subscribe();
         let reached = async {
-            tokio::time::timeout(TIMEOUT, progress.wait_for(|progress| *progress >= wanted))
+            tokio::time::timeout(TIMEOUT, progress.wait_for(|progress| *progress >= expected))
                 .await
                 .is_ok()
         };
@@ -267,12 +267,12 @@ impl DelegatedIdentity for AgentState {
             is_replied: false,
         };
         // The query is released at the latest when its `HeldQuery` is dropped.
-        let reached = async |to: QueryProgress, wanted: QueryProgress| {
+        let reached = async |to: QueryProgress, expected: QueryProgress| {
             if let Some(progress) = &query {
                 advance(progress, to);
                 progress
                     .subscribe()
-                    .wait_for(|progress| *progress >= wanted)
+                    .wait_for(|progress| *progress >= expected)
                     .await
                     .expect("this has a sender");
             }

@@ -47,13 +47,13 @@ pub(crate) fn answer(stream: &mut impl Read) -> (u16, Value) {
 }
 
 /// Sends a request and returns the response's status and body.
-pub(crate) fn ask(stream: impl Read + Write) -> (u16, Value) {
+pub(crate) fn fetch(stream: impl Read + Write) -> (u16, Value) {
     answer(&mut send(stream))
 }
 
 /// Sends requests continuously, and panics at the first response without credentials.
 pub(crate) struct Poller<'a> {
-    ask: Box<dyn Fn() -> (u16, Value) + Sync + 'a>,
+    fetch: Box<dyn Fn() -> (u16, Value) + Sync + 'a>,
     answered: AtomicUsize,
     ended: AtomicBool,
 }
@@ -68,10 +68,10 @@ impl Drop for EndLater<'_> {
 }
 
 impl<'a> Poller<'a> {
-    /// Makes one that sends its requests by `ask`.
-    pub(crate) fn new(ask: impl Fn() -> (u16, Value) + Sync + 'a) -> Self {
+    /// Makes one that sends its requests by `fetch`.
+    pub(crate) fn new(fetch: impl Fn() -> (u16, Value) + Sync + 'a) -> Self {
         Self {
-            ask: Box::new(ask),
+            fetch: Box::new(fetch),
             answered: AtomicUsize::new(0),
             ended: AtomicBool::new(false),
         }
@@ -80,7 +80,7 @@ impl<'a> Poller<'a> {
     /// Sends requests until it is ended.
     pub(crate) fn run(&self) {
         while !self.ended.load(Ordering::Relaxed) {
-            let (status, body) = (self.ask)();
+            let (status, body) = (self.fetch)();
             assert!(
                 status == 200 && body["AccessKeyId"].is_string(),
                 "{status} {body}"

@@ -195,15 +195,15 @@ impl Daemon {
     /// Replaces the whole file and sends SIGHUP, like `reload`.
     pub(crate) fn reload_text(&self, text: &str) -> bool {
         const DONE: &str = "configuration reloaded";
-        const REFUSED: &str = "configuration not reloaded";
+        const NOT_RELOADED: &str = "configuration not reloaded";
         let count = |message: &str| self.process.log().matches(message).count();
-        let before = [DONE, REFUSED].map(count);
+        let before = [DONE, NOT_RELOADED].map(count);
         self.write_and_send_sighup(text);
         self.process.await_some(
             "the daemon has read its configuration again",
             TIMEOUT,
             || {
-                let after = [DONE, REFUSED].map(count);
+                let after = [DONE, NOT_RELOADED].map(count);
                 (after != before).then(|| after[0] > before[0])
             },
         )
@@ -458,14 +458,14 @@ impl Daemon {
         self.audit_where(|_, _| true)
     }
 
-    /// Returns the audit records that match. `wanted` gets the number of each, from 0, and its
+    /// Returns the audit records that match. `expected` gets the number of each, from 0, and its
     /// text.
-    pub(crate) fn audit_where(&self, mut wanted: impl FnMut(usize, &str) -> bool) -> Vec<Value> {
+    pub(crate) fn audit_where(&self, mut expected: impl FnMut(usize, &str) -> bool) -> Vec<Value> {
         let text = std::fs::read_to_string(self.folder.join("audit.log")).unwrap_or_default();
         let lines = text
             .lines()
             .enumerate()
-            .filter(|(i, line)| wanted(*i, line));
+            .filter(|(i, line)| expected(*i, line));
         lines
             .map(|(_, line)| serde_json::from_str(line).expect("an audit record is a line of JSON"))
             .collect()

@@ -1,4 +1,4 @@
-//! Reads the fenced blocks of deploy/docs, so that tests run the commands that the pages show.
+//! Reads the fenced blocks of the documents, so that tests run the commands that the pages show.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,12 +14,48 @@ pub(crate) struct Block {
     pub(crate) text: String,
 }
 
-/// Returns the path of a page of deploy/docs, or of README.md.
+/// The folders with pages, apart from README.md.
+const FOLDERS: [&str; 4] = [".github", "deploy", "src", "tests"];
+const DOCS: &str = "deploy/docs";
+
+/// Returns the path of a page: its name below deploy/docs, or its path from the project's root.
 pub(crate) fn path(page: &str) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    match page {
-        "README.md" => root.join(page),
-        _ => root.join("deploy/docs").join(page),
+    match page == "README.md" || page.contains('/') {
+        true => root.join(page),
+        false => root.join(DOCS).join(page),
+    }
+}
+
+/// Returns all pages of the project that have a block, as [`path`] takes them.
+pub(crate) fn pages() -> Vec<String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = vec![root.join("README.md")];
+    for folder in FOLDERS {
+        add_pages(&root.join(folder), &mut found);
+    }
+    let name = |path: PathBuf| {
+        let page = path.strip_prefix(root).unwrap().to_str().unwrap();
+        let name = page.strip_prefix(DOCS).unwrap_or(page);
+        name.trim_start_matches('/').to_owned()
+    };
+    let mut pages: Vec<String> = found.into_iter().map(name).collect();
+    pages.sort();
+    pages.retain(|page| !blocks(page).is_empty());
+    pages
+}
+
+fn add_pages(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap().map(Result::unwrap) {
+        let path = entry.path();
+        let is_foreign = ["node_modules", "target"]
+            .iter()
+            .any(|name| entry.file_name() == *name);
+        if path.is_dir() && !is_foreign {
+            add_pages(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "md") {
+            found.push(path);
+        }
     }
 }
 

@@ -190,12 +190,12 @@ impl Drop for Machine {
         // Without an answer this panics as well, which must not end the test program.
         let journal = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.journal()));
         if let Ok(journal) = journal {
-            let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
+            let journal_file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(
                 "{}-{}.journal",
                 self.suite,
                 std::process::id()
             ));
-            let written = fs::write(&kept, &journal).map(|()| kept);
+            let written = fs::write(&journal_file, &journal).map(|()| journal_file);
             eprintln!(
                 "--- the journal of {}, which is in {written:?}\n{}",
                 self.suite,
@@ -221,13 +221,13 @@ fn text(image: &Path, name: &str) -> String {
 /// Returns the folder of the suite's image, if it is complete and this QEMU made it.
 fn image(suite: &str) -> Option<PathBuf> {
     let image = cached(&format!("machine-{suite}"));
-    let made_by = fs::read_to_string(image.join("qemu")).unwrap_or_default();
+    let builder = fs::read_to_string(image.join("qemu")).unwrap_or_default();
     let mut version = Command::new(QEMU);
     version.arg("--version");
-    let is_same = !made_by.is_empty()
+    let is_same = !builder.is_empty()
         && run(version, b"", TIMEOUT)
             .stdout
-            .starts_with(made_by.trim_end());
+            .starts_with(builder.trim_end());
     if !is_same {
         skip(&format!(
             "{} is missing, or another QEMU has made it: run tests/machines/get",

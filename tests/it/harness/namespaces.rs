@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 
 use super::actor;
 use super::cgroup::Cgroup;
-use super::counterparts::process::{Owned, behind, run, spawn};
+use super::counterparts::process::{OwnedProcess, behind, run, spawn};
 use super::hanging::HangingFiles;
 
 /// A node's mounts, and the directory of its pods' network namespaces.
@@ -24,7 +24,7 @@ pub(crate) struct NetnsNode {
     /// A process with the node's mounts.
     anchor: Pid,
     directory: PathBuf,
-    _anchor: Option<Owned>,
+    _anchor: Option<OwnedProcess>,
 }
 
 /// The program that gives a process that it starts other mounts and another network.
@@ -55,7 +55,7 @@ impl NetnsNode {
         Self::with_mounts_of(files.pid(), None, folder)
     }
 
-    fn with_mounts_of(anchor: Pid, owned: Option<Owned>, folder: &Path) -> Self {
+    fn with_mounts_of(anchor: Pid, owned: Option<OwnedProcess>, folder: &Path) -> Self {
         let directory = folder.join("netns");
         fs::create_dir(&directory).expect("the directory");
         // Before its first pod a kubelet has a cgroup, too.
@@ -208,14 +208,14 @@ impl NetnsNode {
     }
 
     /// Sends a request as the first act of a new process of this pod, and returns the response.
-    pub(crate) fn ask(&self, name: &str, cgroup: &Cgroup, address: SocketAddr) -> String {
+    pub(crate) fn fetch(&self, name: &str, cgroup: &Cgroup, address: SocketAddr) -> String {
         let words = self.enter_pod(name, cgroup);
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let mut command = behind(&words, &actor::program());
         command
             .env_clear()
             .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
-            .args(["ask", "tcp", &address.to_string()]);
+            .args(["fetch", "tcp", &address.to_string()]);
         run(command, b"", Duration::from_secs(60)).stdout
     }
 

@@ -10,7 +10,7 @@ pub(crate) enum Outcome {
     /// Credentials of this identity.
     Issued(String),
     /// A rejection with this reason.
-    Refused(String),
+    Rejected(String),
     /// No response that the client received.
     NoResponse,
 }
@@ -24,7 +24,7 @@ impl Outcome {
         };
         let body: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("{what}: {answer}"));
         if let Some(code) = body["code"].as_str() {
-            return refused(code);
+            return rejected(code);
         }
         let key = body["AccessKeyId"]
             .as_str()
@@ -37,6 +37,6 @@ pub(crate) fn credentials_of(id: &str) -> Outcome {
     Outcome::Issued(id.to_owned())
 }
 
-pub(crate) fn refused(reason: &str) -> Outcome {
-    Outcome::Refused(reason.to_owned())
+pub(crate) fn rejected(reason: &str) -> Outcome {
+    Outcome::Rejected(reason.to_owned())
 }

@@ -103,8 +103,8 @@ impl Release {
     pub(crate) fn ending(&self, end: &str) -> PathBuf {
         let entries = fs::read_dir(&self.out).expect("the folder of the release");
         let paths = entries.map(|entry| entry.expect("an entry").path());
-        let is_wanted = |path: &PathBuf| path.to_str().is_some_and(|path| path.ends_with(end));
-        let mut found: Vec<PathBuf> = paths.filter(is_wanted).collect();
+        let is_searched = |path: &PathBuf| path.to_str().is_some_and(|path| path.ends_with(end));
+        let mut found: Vec<PathBuf> = paths.filter(is_searched).collect();
         assert!(found.len() == 1, "one result *{end}: {found:?}");
         found.remove(0)
     }

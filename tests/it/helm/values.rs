@@ -5,7 +5,8 @@ use std::fs;
 
 use serde_json::{Map, Value};
 
-use super::rendered::{Renderer, VERSION, chart};
+use super::rendered::{Renderer, VERSION, chart, comparable, key};
+use crate::harness::documents::block;
 
 const README: &str = include_str!("../../../deploy/helm/awsvid/README.md");
 const SCHEMA: &str = include_str!("../../../deploy/helm/awsvid/values.schema.json");
@@ -129,6 +130,52 @@ fn readme_has_the_values_and_their_defaults() {
         let shown: Value = serde_json::from_str(shown.trim_matches('`')).unwrap();
         assert_eq!(&shown, default, "{name}");
     }
+}
+
+/// The chart's schema rejects a key that it does not know, so a wrong key of an example shows here.
+#[test]
+fn values_of_the_readme_are_rendered() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    let roles = block(
+        "deploy/helm/awsvid/README.md",
+        "Configuration",
+        "config:\n  sts:",
+    );
+    let files_of_teams = block(
+        "deploy/helm/awsvid/README.md",
+        "Configuration",
+        "config:\n  include:",
+    );
+    let files = ["roles.yaml", "teams.yaml"].map(|name| renderer.folder().join(name));
+    let render = |values: &[&str; 2]| {
+        let mut options = VERSION.to_vec();
+        for (file, values) in files.iter().zip(values) {
+            fs::write(file, values).unwrap();
+            options.extend(["--values", file.to_str().unwrap()]);
+        }
+        let domain = "spire.trustDomain=prod.example.com";
+        renderer.render(&["template"], &[domain], &options)
+    };
+    let rendered = render(&[&roles, &files_of_teams]).success("helm template");
+    let objects = comparable(renderer.objects(&rendered));
+    let written = &objects[&key("ConfigMap", "awsvid")]["data"]["awsvid.toml"];
+    assert_eq!(written["include"], "/etc/awsvid-roles/*.toml");
+    assert_eq!(
+        written["role"][0]["role_arn"],
+        "arn:aws:iam::111122223333:role/billing"
+    );
+    let pod = &objects[&key("DaemonSet", "awsvid")]["spec"]["template"]["spec"];
+    let volumes = pod["volumes"].as_array().unwrap();
+    assert!(volumes.iter().any(|volume| volume["name"] == "roles"));
+
+    let misspelled = files_of_teams.replace("extraVolumes:", "extraVolume:");
+    let output = render(&[&roles, &misspelled]);
+    assert!(
+        !output.status.success() && output.stderr.contains("schema"),
+        "{output:?}"
+    );
 }
 
 #[test]

@@ -275,7 +275,7 @@ pub(super) fn pod_listeners_attest_each_pod(cluster: &Cluster, source: &str) {
     pod_network_serves_only_its_pod(&site);
     killed_listener_is_rebound(&site);
     socket_maker_is_answered(&site);
-    host_process_is_refused_in_pod(&site, address);
+    host_process_is_rejected_in_pod(&site, address);
     // T5: the node has no listener unless it is configured.
     site.attack_result("request")
         .assert_outcome(&["request: ECONNREFUSED"], &[]);
@@ -309,13 +309,13 @@ fn spoofed_addresses_are_ignored(site: &AttackSite<'_>) {
     );
     let namespace = &result.records[0]["network_namespace"];
     assert_ne!(*namespace, site.namespace);
-    let refused = site
+    let rejected = site
         .cluster
         .audit()
         .into_iter()
         .filter(|record| record["reason"] == "not_loopback")
         .count();
-    assert!(refused > 0);
+    assert!(rejected > 0);
 }
 
 /// Checks T2: an agent that gets the process would read the victim's name.
@@ -354,7 +354,7 @@ fn pod_network_serves_only_its_pod(site: &AttackSite<'_>) {
 }
 
 /// Checks a process of the node that enters the pod's network.
-fn host_process_is_refused_in_pod(site: &AttackSite<'_>, address: &str) {
+fn host_process_is_rejected_in_pod(site: &AttackSite<'_>, address: &str) {
     let find = r#"for file in /run/netns/*; do nsenter --net="$file" ip -o address | grep -qF " $0/" && echo "$file"; done"#;
     let found = site.cluster.node.run(&["sh", "-c", find, address]).stdout;
     let record = site.plain(PLAIN, &["nsenter", &format!("--net={}", found.trim())]);
@@ -500,7 +500,7 @@ impl AttackSite<'_> {
             .node
             .bin()
             .join("pod-files/busybox/bin/busybox");
-        let ask = [
+        let fetch = [
             busybox.to_str().unwrap(),
             "wget",
             "-q",
@@ -512,7 +512,7 @@ impl AttackSite<'_> {
         ];
         self.cluster
             .node
-            .run(&[&["sh", "-ec", IN_A_UNIT], behind, &user, &ask].concat());
+            .run(&[&["sh", "-ec", IN_A_UNIT], behind, &user, &fetch].concat());
         await_some("its record", TIMEOUT, || of_it().get(before).cloned())
     }
 

@@ -367,10 +367,10 @@ impl Cluster {
     }
 
     /// Waits until a record of the audit matches.
-    pub(super) fn audited(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    pub(super) fn audited(&self, what: &str, matches: impl Fn(&Value) -> bool) -> Value {
         let timeout = std::time::Duration::from_secs(30);
         await_some(what, timeout, || {
-            self.audit().into_iter().find(|record| wanted(record))
+            self.audit().into_iter().find(|record| matches(record))
         })
     }
 }

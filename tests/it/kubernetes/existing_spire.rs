@@ -178,6 +178,16 @@ pub(super) fn helm_installs_and_removes_awsvid(
         "2. Install awsvid",
         "kubectl create namespace",
     );
+    // The chart's own page has the same commands.
+    let of_chart = block(
+        "deploy/helm/awsvid/README.md",
+        "Install",
+        "kubectl create namespace",
+    );
+    assert_eq!(
+        of_chart.replace("values.yaml", "awsvid-values.yaml"),
+        install
+    );
     run_documented(cluster, &install, &replaced);
     let check = block(
         "kubernetes-with-spire.md",
@@ -212,6 +222,12 @@ pub(super) fn helm_installs_and_removes_awsvid(
         "Remove awsvid",
         "helm uninstall",
     );
+    let of_chart = block(
+        "deploy/helm/awsvid/README.md",
+        "Uninstall",
+        "helm uninstall",
+    );
+    assert_eq!(of_chart, remove);
     run_documented(cluster, &remove, &[]);
     is_removed(cluster, spire, "after-helm");
 }

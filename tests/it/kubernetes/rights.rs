@@ -89,9 +89,9 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
         ),
     ] {
         let answer = patched(cluster, &patch);
-        let refused = answer.contains("ValidatingAdmissionPolicy 'awsvid-startup-taint'")
+        let rejected = answer.contains("ValidatingAdmissionPolicy 'awsvid-startup-taint'")
             && answer.contains(message);
-        assert!(refused, "{patch}: {answer}");
+        assert!(rejected, "{patch}: {answer}");
     }
     // The API server protects these fields by itself, and RBAC the rest.
     let map = json!({ "name": "m", "namespace": "default", "uid": "0", "resourceVersion": "0", "kubeletConfigKey": "k" });
@@ -123,21 +123,21 @@ pub(super) fn startup_taint_removes_the_taint_alone(cluster: &Cluster) {
         let apply = [&apply[..], &["--subresource=status"]].concat();
         node.kubectl_with(&apply, &whole(NAME, status.clone()))
     };
-    let refused = change_status();
+    let rejected = change_status();
     assert!(
-        refused
+        rejected
             .stderr
             .contains("cannot patch resource \"nodes/status\""),
-        "{refused:?}"
+        "{rejected:?}"
     );
     with_right_to_status(cluster, || {
-        let refused = change_status().stderr;
-        assert!(refused.contains("of a node's status"), "{refused}");
+        let rejected = change_status().stderr;
+        assert!(rejected.contains("of a node's status"), "{rejected}");
     });
-    let refused = node.kubectl_with(&apply, &whole("another", json!({})));
+    let rejected = node.kubectl_with(&apply, &whole("another", json!({})));
     assert!(
-        refused.stderr.contains("cannot create resource \"nodes\""),
-        "{refused:?}"
+        rejected.stderr.contains("cannot create resource \"nodes\""),
+        "{rejected:?}"
     );
     assert_eq!(constant_part(&node.get(&["node", NAME])), before);
 

@@ -81,7 +81,7 @@ impl LinkedDirectory {
     fn serves(&self, name: &str) -> bool {
         let answer = self
             .node
-            .ask(name, &Cgroup::of_pod(60), V4.parse().unwrap());
+            .fetch(name, &Cgroup::of_pod(60), V4.parse().unwrap());
         answer.starts_with("HTTP/1.1 200") && answer.contains("AccessKeyId")
     }
 }

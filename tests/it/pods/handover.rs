@@ -28,7 +28,7 @@ fn start_polling(node: &NetnsNode, name: &str, cgroup: &Cgroup, address: &str) -
 }
 
 #[test]
-fn update_refuses_no_connection() {
+fn update_rejects_no_connection() {
     let Some(stage) = PodsStage::set_with(|node| node.add("a"), handing_over) else {
         return;
     };

@@ -107,10 +107,31 @@ fn lines(source: &str) -> Vec<Text> {
 
 fn comments_and_messages(source: &str) -> Vec<Text> {
     let mut found: Vec<Text> = Vec::new();
-    let bytes = source.as_bytes();
-    let (mut at, mut line) = (0, 1);
-    while at < bytes.len() {
+    let mut line = 1;
+    for (piece, text) in pieces(source) {
+        if let Some((kind, prose)) = text {
+            push(&mut found, Text { kind, line, prose });
+        }
+        line += piece.matches('\n').count();
+    }
+    found.retain(|text| text.kind != TextKind::Message || text.prose.contains(' '));
+    found
+}
+
+/// Returns a source without its comments and string literals.
+pub(super) fn code(source: &str) -> String {
+    let code = pieces(source).filter(|(_, text)| text.is_none());
+    code.map(|(piece, _)| piece).collect()
+}
+
+/// Splits a source into comments, string literals, and the characters of its code.
+fn pieces(source: &str) -> impl Iterator<Item = (&str, Option<(TextKind, String)>)> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
         let rest = &source[at..];
+        if rest.is_empty() {
+            return None;
+        }
         let is_in_url = source[..at].ends_with(':');
         let (length, text) = if rest.starts_with("//") && !is_in_url {
             comment(rest)
@@ -119,14 +140,9 @@ fn comments_and_messages(source: &str) -> Vec<Text> {
         } else {
             (character(rest), None)
         };
-        if let Some((kind, prose)) = text {
-            push(&mut found, Text { kind, line, prose });
-        }
-        line += source[at..at + length].matches('\n').count();
         at += length;
-    }
-    found.retain(|text| text.kind != TextKind::Message || text.prose.contains(' '));
-    found
+        Some((&rest[..length], text))
+    })
 }
 
 /// Adds a piece, or continues the comment of the line above.

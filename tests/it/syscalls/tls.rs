@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use super::{ALICE, LISTENERS, TIMEOUT, Traced};
+use super::{ALICE, LISTENERS, TIMEOUT, TracedDaemon};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::await_some;
@@ -97,9 +97,9 @@ pub(super) fn by_broker() -> Option<BTreeSet<String>> {
         &format!("NO_PROXY={NOWHERE}"),
     ];
     let words = ["env", variables[0], variables[1]];
-    let traced = Traced::start(&words, folder.path(), "", &configuration("localhost"));
+    let traced = TracedDaemon::start(&words, folder.path(), "", &configuration("localhost"));
     let cgroup = Cgroup::new("syscalls-broker.service");
-    let ask = |words: &str| {
+    let await_answer = |words: &str| {
         for listener in LISTENERS {
             await_some(&format!("{words} over {listener}"), TIMEOUT, || {
                 let answer = traced.daemon.curl(listener, (ALICE, 7), &cgroup);
@@ -107,13 +107,13 @@ pub(super) fn by_broker() -> Option<BTreeSet<String>> {
             });
         }
     };
-    ask("AccessKeyId");
+    await_answer("AccessKeyId");
     assert_eq!(proxy.tunnels.load(Ordering::Relaxed), 0, "localhost");
     // Its entries are those of another STS, so that the daemon calls the new one.
     assert!(traced.daemon.reload("", &configuration(PROXIED_NAME)));
-    ask("AccessKeyId");
+    await_answer("AccessKeyId");
     assert_ne!(proxy.tunnels.load(Ordering::Relaxed), 0, "{PROXIED_NAME}");
     assert!(traced.daemon.reload("", &configuration(NOWHERE)));
-    ask("sts_unreachable");
+    await_answer("sts_unreachable");
     Some(traced.end())
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::{
-    ADDRESSES, BILLING, CONFIGURATION, Content, PROGRAM, ask, install, restarts, shipped, start,
+    ADDRESSES, BILLING, CONFIGURATION, Content, PROGRAM, fetch, install, restarts, shipped, start,
 };
 use crate::harness::counterparts::spire::{Spire, SpireSetting};
 use crate::harness::counterparts::{folder, root, tool};
@@ -22,13 +22,13 @@ use crate::harness::systemd::SystemdMachine;
 const DROP_IN: &str = "/etc/systemd/system/awsvid.service.d/narrow.conf";
 
 /// A machine with awsvid and an agent. The agent knows the user billing, with curl.
-struct Attested {
+struct AttestingMachine {
     machine: SystemdMachine,
     spire: Spire,
     _folder: tempfile::TempDir,
 }
 
-impl Attested {
+impl AttestingMachine {
     /// Boots the machine, with this file of `deploy` as awsvid's configuration, and starts the
     /// agent in it. No unit of awsvid is started yet.
     fn boot(source: Source, example: &str) -> Option<Self> {
@@ -73,14 +73,14 @@ impl Attested {
         })
     }
 
-    fn ask(&self, user: &str, address: &[&str]) -> (u16, Value) {
-        ask(&self.machine, &format!("{user}.service"), user, address)
+    fn fetch(&self, user: &str, address: &[&str]) -> (u16, Value) {
+        fetch(&self.machine, &format!("{user}.service"), user, address)
     }
 
     /// Asserts that callers over each listener get this status and code.
     fn assert_code(&self, user: &str, status: u16, code: &str) {
         for (_, address) in ADDRESSES {
-            let (found, body) = self.ask(user, address);
+            let (found, body) = self.fetch(user, address);
             assert_eq!(
                 (found, &body["code"]),
                 (status, &Value::from(code)),
@@ -115,7 +115,7 @@ impl Attested {
 /// Checks the shipped unit and the shipped configuration as they are, then with an STS that
 /// responds, then with a unit that forbids what counts executions.
 fn check_unit(source: Source, example: &str) {
-    let Some(attested) = Attested::boot(source, example) else {
+    let Some(attested) = AttestingMachine::boot(source, example) else {
         return;
     };
     let machine = &attested.machine;
@@ -144,7 +144,7 @@ fn check_unit(source: Source, example: &str) {
         attested.open_files()
     );
     for (_, address) in ADDRESSES {
-        let (status, body) = attested.ask("billing", address);
+        let (status, body) = attested.fetch("billing", address);
         assert_eq!(status, 200, "{address:?}: {body}");
     }
     attested.assert_code("shop", 403, "no_identity");
@@ -175,7 +175,7 @@ fn check_unit(source: Source, example: &str) {
     }
     attested.restart_with("");
     for (_, address) in ADDRESSES {
-        assert_eq!(attested.ask("billing", address).0, 200, "{address:?}");
+        assert_eq!(attested.fetch("billing", address).0, 200, "{address:?}");
     }
     assert_eq!(restarts(machine), 0);
 }

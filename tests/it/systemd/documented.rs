@@ -6,7 +6,7 @@ use std::path::Path;
 use std::thread;
 
 use super::{
-    BILLING, CONFIGURATION, Content, PROGRAM, TCP, TIMEOUT, UNIX, ask, assert_known, install,
+    BILLING, CONFIGURATION, Content, PROGRAM, TCP, TIMEOUT, UNIX, assert_known, fetch, install,
     newer_version, rule, shipped, start, with_rules,
 };
 use crate::harness::counterparts::folder;
@@ -198,7 +198,7 @@ fn assert_reason_by_unit(machine: &SystemdMachine, text: &str) {
         "systemd_unit = \"billing-test.service\"",
     );
     assert_ne!(of_unit, text);
-    let (other, _) = ask(machine, "billing.service", "billing", UNIX);
+    let (other, _) = fetch(machine, "billing.service", "billing", UNIX);
     assert_eq!(other, 200);
     let reload = |text: &str| {
         fs::write(machine.path(CONFIGURATION), text).unwrap();
@@ -206,12 +206,12 @@ fn assert_reason_by_unit(machine: &SystemdMachine, text: &str) {
     };
     reload(&of_unit);
     await_some("the rule is by unit", TIMEOUT, || {
-        (ask(machine, "billing.service", "billing", UNIX).0 == 403).then_some(())
+        (fetch(machine, "billing.service", "billing", UNIX).0 == 403).then_some(())
     });
     sh(machine, &trial).success(&trial);
     reload(text);
     await_some("the rule is by user", TIMEOUT, || {
-        (ask(machine, "billing.service", "billing", UNIX).0 == 200).then_some(())
+        (fetch(machine, "billing.service", "billing", UNIX).0 == 200).then_some(())
     });
 }
 
@@ -244,7 +244,7 @@ fn assert_revoked(machine: &SystemdMachine, spire: &Spire, entry: &str, text: &s
     );
     sh(machine, &reload).success(&reload);
     await_some("the workload is rejected", TIMEOUT, || {
-        let (status, body) = ask(machine, "billing.service", "billing", UNIX);
+        let (status, body) = fetch(machine, "billing.service", "billing", UNIX);
         (status == 403 && body["code"] == "no_role").then_some(())
     });
     assert_eq!(sh(machine, &count).success(&count).trim(), "0");
@@ -273,12 +273,12 @@ fn documented_upgrade_interrupts_no_caller() {
     }
     sh(&machine, "systemctl daemon-reload").success("read the units");
     start(&machine);
-    assert_known(ask(&machine, "billing.service", "billing", TCP));
+    assert_known(fetch(&machine, "billing.service", "billing", TCP));
     let machine = &machine;
     thread::scope(|scope| {
         let asker = scope.spawn(|| {
             for _ in 0..10 {
-                assert_known(ask(machine, "asker.service", "billing", UNIX));
+                assert_known(fetch(machine, "asker.service", "billing", UNIX));
             }
         });
         // The units of a release that has others, before the restart.
@@ -291,7 +291,7 @@ fn documented_upgrade_interrupts_no_caller() {
         sh(machine, &format!("cd /source\n{units}\n{upgrade}")).success("the documented upgrade");
         asker.join().unwrap();
     });
-    assert_known(ask(machine, "billing.service", "billing", TCP));
+    assert_known(fetch(machine, "billing.service", "billing", TCP));
     let read = |path: &str| fs::read(machine.path(path)).unwrap();
     assert!(
         read(PROGRAM) == fs::read(&newer).unwrap(),

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::thread;
 
 use super::{
-    CONFIGURATION, Content, PROGRAM, TCP, UNIX, USERS, ask, assert_known, newer_version, rule,
+    CONFIGURATION, Content, PROGRAM, TCP, UNIX, USERS, assert_known, fetch, newer_version, rule,
     start, with_rules,
 };
 use crate::harness::counterparts::folder;
@@ -102,12 +102,12 @@ fn assert_life(manager: &Manager) {
     let text = with_rules("", &rule("user = \"billing\""));
     fs::write(machine.path(CONFIGURATION), &text).unwrap();
     start(&machine);
-    assert_known(ask(&machine, "billing.service", "billing", TCP));
+    assert_known(fetch(&machine, "billing.service", "billing", TCP));
     let program = || fs::read(machine.path(PROGRAM)).unwrap();
     let first = program();
-    assert_change_refuses_nothing(&machine, || drop(install(manager.install, &new)));
+    assert_change_rejects_nothing(&machine, || drop(install(manager.install, &new)));
     assert!(program() != first, "it is the newer program");
-    assert_change_refuses_nothing(&machine, || drop(install(manager.downgrade, &old)));
+    assert_change_rejects_nothing(&machine, || drop(install(manager.downgrade, &old)));
     assert!(program() == first, "it is the older program again");
     let configuration = fs::read_to_string(machine.path(CONFIGURATION)).unwrap();
     assert_eq!(configuration, text);
@@ -161,7 +161,7 @@ fn assert_rejected_file_leaves_the_daemon(
         "{upgraded:?}"
     );
     assert_eq!(machine.property("awsvid.service", "MainPID"), before);
-    assert_known(ask(machine, "billing.service", "billing", UNIX));
+    assert_known(fetch(machine, "billing.service", "billing", UNIX));
 }
 
 /// Removes the package, and purges it where the manager can.
@@ -184,7 +184,7 @@ fn assert_removal_leaves_the_changed_file(machine: &SystemdMachine, manager: &Ma
 
 /// Runs `change` while callers send one request after the other. It replaces the daemon, and no
 /// caller is rejected.
-fn assert_change_refuses_nothing(machine: &SystemdMachine, change: impl FnOnce()) {
+fn assert_change_rejects_nothing(machine: &SystemdMachine, change: impl FnOnce()) {
     const DONE: &str = "/tmp/done";
     let before = machine.property("awsvid.service", "MainPID");
     // One service each: systemd may forget a transient unit that it creates during a reload.
@@ -214,7 +214,7 @@ fn assert_change_refuses_nothing(machine: &SystemdMachine, change: impl FnOnce()
     });
     fs::remove_file(machine.path(DONE)).unwrap();
     assert_ne!(machine.property("awsvid.service", "MainPID"), before);
-    assert_known(ask(machine, "billing.service", "billing", TCP));
+    assert_known(fetch(machine, "billing.service", "billing", TCP));
     let enabled = ["enabled", "enabled", "active", "active"];
     assert_eq!(states(machine), enabled);
 }

@@ -183,7 +183,7 @@ fn pods_are_served_when_a_cgroup_tree_is_mounted_later() {
         (daemon.metric("awsvid_pod_listeners") == 1).then_some(())
     });
     let pod = Cgroup::of_pod(78);
-    let answer = node.ask("cni-1", &pod, "127.0.0.1:974".parse().unwrap());
+    let answer = node.fetch("cni-1", &pod, "127.0.0.1:974".parse().unwrap());
     assert!(answer.contains("AccessKeyId"), "{answer}");
     assert_eq!(daemon.metric(failed), 1, "one failure for each namespace");
     node.remove("cni-1");

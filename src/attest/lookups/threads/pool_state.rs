@@ -59,10 +59,19 @@ pub(super) struct WorkloadQueue {
     is_ready: bool,
 }
 
+/// Returns the time of the lookup threads.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "these threads have no runtime, so that its time cannot be paused there"
+)]
+pub(super) fn now() -> Instant {
+    Instant::now()
+}
+
 impl Default for BusyThread {
     fn default() -> Self {
         Self {
-            since: Instant::now(),
+            since: now(),
             on_abandon: None,
         }
     }
@@ -173,7 +182,7 @@ impl PoolState {
         let overdue = self
             .busy
             .values_mut()
-            .filter(|busy| busy.since.elapsed() >= REQUEST_HOLD);
+            .filter(|busy| now().duration_since(busy.since) >= REQUEST_HOLD);
         overdue.filter_map(|busy| busy.on_abandon.take()).collect()
     }
 
@@ -181,7 +190,7 @@ impl PoolState {
     pub(super) fn count_running(&self) -> usize {
         self.busy
             .values()
-            .filter(|busy| busy.since.elapsed() < STUCK_AFTER)
+            .filter(|busy| now().duration_since(busy.since) < STUCK_AFTER)
             .count()
     }
 
@@ -192,7 +201,7 @@ impl PoolState {
             while queue
                 .waiting
                 .front()
-                .is_some_and(|job| job.queued.elapsed() >= REQUEST_HOLD)
+                .is_some_and(|job| now().duration_since(job.queued) >= REQUEST_HOLD)
             {
                 if let Some(LookupJob {
                     task,

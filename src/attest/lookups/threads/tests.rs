@@ -1,5 +1,6 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
+use std::time::Instant;
 
 use tokio::sync::oneshot;
 
@@ -15,11 +16,11 @@ fn spawn(threads: &LookupThreads, uid: u32, task: impl Future<Output = ()> + Sen
 
 /// Runs a task that reports whether it runs on a lookup thread, and returns the report.
 async fn runs_on_lookup_thread(threads: &LookupThreads, uid: u32) -> bool {
-    let (say, said) = oneshot::channel();
+    let (report, reports) = oneshot::channel();
     spawn(threads, uid, async move {
-        let _ = say.send(on_lookup_thread());
+        let _ = report.send(on_lookup_thread());
     });
-    said.await.unwrap()
+    reports.await.unwrap()
 }
 
 fn count(threads: &LookupThreads) -> usize {
@@ -32,19 +33,19 @@ async fn task_starts_on_a_lookup_thread_and_continues_on_its_runtime() {
     let threads = LookupThreads::new(1);
     assert!(runs_on_lookup_thread(&threads, 1).await && !on_lookup_thread());
     let (go, wait) = oneshot::channel::<()>();
-    let (say, mut said) = tokio::sync::mpsc::unbounded_channel();
+    let (report, mut reports) = tokio::sync::mpsc::unbounded_channel();
     spawn(&threads, 1, async move {
-        say.send(on_lookup_thread()).unwrap();
+        report.send(on_lookup_thread()).unwrap();
         let _ = wait.await;
-        say.send(on_lookup_thread()).unwrap();
+        report.send(on_lookup_thread()).unwrap();
     });
-    assert_eq!(said.recv().await, Some(true));
+    assert_eq!(reports.recv().await, Some(true));
     // The task waits on its own runtime, so the one thread is free.
     assert!(runs_on_lookup_thread(&threads, 1).await);
     go.send(()).unwrap();
     // The task was woken on its own runtime.
-    let second = said.recv().await;
-    assert!(second == Some(false) || said.recv().await == Some(false));
+    let second = reports.recv().await;
+    assert!(second == Some(false) || reports.recv().await == Some(false));
 }
 
 #[tokio::test]
@@ -187,12 +188,12 @@ async fn scope_that_blocks_leaves_threads_for_others() {
         sleep(STUCK_AFTER).await;
     }
     for number in 0..100 {
-        let (say, said) = oneshot::channel();
+        let (report, reports) = oneshot::channel();
         let task = async move {
-            let _ = say.send(on_lookup_thread());
+            let _ = report.send(on_lookup_thread());
         };
         threads.spawn(person(number), task, || {});
-        assert!(said.await.unwrap());
+        assert!(reports.await.unwrap());
     }
     assert!(busy() <= MAX_THREADS / 2 + 4, "{}", busy());
     drop(release);

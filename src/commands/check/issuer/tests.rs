@@ -276,7 +276,7 @@ async fn unusable_key_sets_are_reported() {
 async fn rate_limited_keys_are_reported() {
     let key = SigningKey::generate().unwrap();
     let jwks = key.jwks();
-    let after_five = |refusal: String| {
+    let after_five = |rejection: String| {
         let jwks = jwks.clone();
         let mut fetched = 0;
         move |path: &str, own: &str| {
@@ -285,7 +285,7 @@ async fn rate_limited_keys_are_reported() {
             }
             fetched += 1;
             if fetched > 5 {
-                refusal.clone()
+                rejection.clone()
             } else {
                 http("200 OK", &jwks)
             }
@@ -301,8 +301,8 @@ async fn rate_limited_keys_are_reported() {
             "of 20 requests at once 16 fail: no answer within 1s (16 times)",
         ),
     ];
-    for (refusal, saw) in table {
-        let url = serve_by(after_five(refusal)).await;
+    for (rejection, saw) in table {
+        let url = serve_by(after_five(rejection)).await;
         let mut report = CheckReport::new(true);
         let web = HttpProbe {
             resolve: Vec::new(),
@@ -347,7 +347,7 @@ async fn aws_has_further_requirements() {
 /// The documents as seen from outside: the name leads to another address, which may serve another
 /// issuer.
 #[tokio::test]
-async fn check_uses_the_given_address_and_url() {
+async fn check_uses_the_configured_address_and_url() {
     let key = SigningKey::generate().unwrap();
     let answers = |issuer: &str| {
         let text = format!(r#"{{"issuer":"{issuer}","jwks_uri":"http://oidc.invalid:PORT/keys"}}"#);

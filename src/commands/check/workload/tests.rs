@@ -92,7 +92,7 @@ async fn harmless_variables_are_a_note() {
             assert_eq!(failures(&[(name, "s3cret")]).await, [""; 0]);
             let mut report = CheckReport::new(true);
             check(
-                &|asked| (asked == name).then(|| "s3cret".to_owned()),
+                &|variable| (variable == name).then(|| "s3cret".to_owned()),
                 &mut report,
             )
             .await;

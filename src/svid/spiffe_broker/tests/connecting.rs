@@ -169,7 +169,7 @@ async fn server_that_rejects_awsvid_is_reported_at_once() {
     node.workload_api
         .next_client()
         .await
-        .refuse(Status::unavailable("starting"));
+        .reject(Status::unavailable("starting"));
     let error = loop {
         match client.connect().await.unwrap_err() {
             SourceError::Misconfigured(_) => tokio::task::yield_now().await,
@@ -206,7 +206,7 @@ async fn connect_without_own_svid_reports_the_reason() {
     node.workload_api
         .next_client()
         .await
-        .refuse(Status::permission_denied("no identity issued"));
+        .reject(Status::permission_denied("no identity issued"));
     let connect_error = tokio::spawn(async move { client.connect().await });
     node.workload_api
         .next_client()

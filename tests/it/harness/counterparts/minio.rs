@@ -228,10 +228,10 @@ impl Trace {
             .collect()
     }
 
-    /// Waits for the first record that `wanted` accepts. `what` describes it in a failure.
-    pub(crate) fn await_record(&self, what: &str, wanted: impl Fn(&Record) -> bool) -> Record {
+    /// Waits for the first record that `needed` accepts. `what` describes it in a failure.
+    pub(crate) fn await_record(&self, what: &str, needed: impl Fn(&Record) -> bool) -> Record {
         self.process
-            .await_some(what, TIMEOUT, || self.records().into_iter().find(&wanted))
+            .await_some(what, TIMEOUT, || self.records().into_iter().find(&needed))
     }
 
     /// Returns the number of calls of this API so far that were signed with this access key id. For
@@ -301,7 +301,7 @@ mod tests {
             scope.replace('/', "%2F")
         );
         let issued = "<Credentials><AccessKeyId>GIVEN</AccessKeyId><SecretAccessKey>s</SecretAccessKey></Credentials>";
-        let refused = "<Error><Code>AccessDenied</Code></Error>";
+        let rejected = "<Error><Code>AccessDenied</Code></Error>";
         for (call, expected) in [
             (json!({ "request": { "headers": signed } }), Some("SIGNED")),
             (
@@ -314,7 +314,7 @@ mod tests {
                 Some("GIVEN"),
             ),
             (
-                json!({ "request": { "headers": {} }, "response": { "body": refused } }),
+                json!({ "request": { "headers": {} }, "response": { "body": rejected } }),
                 None,
             ),
             (json!({ "api": "s3.GetObject" }), None),

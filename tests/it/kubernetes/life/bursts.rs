@@ -88,9 +88,9 @@ fn create(cluster: &Cluster, burst: usize, count: usize) -> BTreeSet<String> {
         std::thread::sleep(Duration::from_millis(200));
         let log = cluster.node.pod_log(READER.namespace, &prefix);
         let answered = log.lines().filter(|line| *line == "answered").count();
-        let refused = log.lines().count() - answered;
+        let rejected = log.lines().count() - answered;
         (answered == count)
-            .then(|| eprintln!("burst {burst}: {count} answered, {refused} times not at once"))
+            .then(|| eprintln!("burst {burst}: {count} answered, {rejected} times not at once"))
     });
     let pods = cluster.node.get(&[
         "pods",
@@ -165,11 +165,11 @@ pub(in crate::kubernetes) fn pods_start_and_end(cluster: &Cluster) {
         .filter_map(|record| Some(record["pod_uid"].as_str()?.to_owned()))
         .collect();
     assert_eq!(issued, uids);
-    let mut refusals = BTreeMap::new();
+    let mut rejections = BTreeMap::new();
     for record in of_these().filter(|record| record["outcome"] != "issued") {
-        *refusals.entry(record["reason"].to_string()).or_insert(0) += 1;
+        *rejections.entry(record["reason"].to_string()).or_insert(0) += 1;
     }
-    eprintln!("not answered at once, by reason: {refusals:?}");
+    eprintln!("not answered at once, by reason: {rejections:?}");
     let events = cluster
         .node
         .kubectl(&["get", "events", "--namespace", READER.namespace])
@@ -189,13 +189,16 @@ fn listening(cluster: &Cluster) -> Vec<(String, Duration)> {
         .filter_map(|line| {
             let path = line["namespace"].as_str()?;
             let file = fs::metadata(cluster.node.path(path)).ok()?;
-            let made = SystemTime::UNIX_EPOCH
+            let created_at = SystemTime::UNIX_EPOCH
                 + Duration::new(
                     file.ctime().try_into().ok()?,
                     file.ctime_nsec().try_into().ok()?,
                 );
             let at = humantime::parse_rfc3339(line["time"].as_str()?).ok()?;
-            Some((path.to_owned(), at.duration_since(made).unwrap_or_default()))
+            Some((
+                path.to_owned(),
+                at.duration_since(created_at).unwrap_or_default(),
+            ))
         });
     times.collect()
 }

@@ -17,7 +17,7 @@ pub(in crate::kubernetes) fn warm_pods_see_no_error(cluster: &Cluster) {
         warm.await_more();
         signal(node, "CONT", stopped);
     }
-    let place_agent = |selector| {
+    let select_nodes_of_agent = |selector| {
         let patch =
             json!({ "spec": { "template": { "spec": { "nodeSelector": { "away": selector } } } } })
                 .to_string();
@@ -34,7 +34,7 @@ pub(in crate::kubernetes) fn warm_pods_see_no_error(cluster: &Cluster) {
             node.kubectl(&words).status.success().then_some(())
         });
     };
-    place_agent(json!("true"));
+    select_nodes_of_agent(json!("true"));
     await_some("the agent is unavailable", TIMEOUT, || {
         processes(node, "spire-agent").is_empty().then_some(())
     });
@@ -57,7 +57,7 @@ pub(in crate::kubernetes) fn warm_pods_see_no_error(cluster: &Cluster) {
         log.starts_with("HTTP/1.1 503") && log.contains("start the SPIFFE agent"),
         "{log}"
     );
-    place_agent(json!(null));
+    select_nodes_of_agent(json!(null));
     node.rolled_out("awsvid-spire", "daemonset/spire-agent");
     let ended = node.ended(READER.namespace, "without-agent");
     assert!(

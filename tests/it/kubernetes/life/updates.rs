@@ -8,7 +8,7 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::is_slow;
 use crate::kubernetes::cluster::Cluster;
 
-pub(in crate::kubernetes) fn update_refuses_no_request(cluster: &Cluster) {
+pub(in crate::kubernetes) fn update_rejects_no_request(cluster: &Cluster) {
     let asker = PollingPod::start(cluster, "during-updates");
     let (updates, start) = (if is_slow() { 10 } else { 2 }, Instant::now());
     for _ in 0..updates {

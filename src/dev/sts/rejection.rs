@@ -58,12 +58,12 @@ impl Code {
 
 /// An error response. Its message never contains a token or a secret.
 #[derive(Debug)]
-pub(super) struct DevRefusal {
+pub(super) struct DevRejection {
     pub(super) code: Code,
     message: String,
 }
 
-impl DevRefusal {
+impl DevRejection {
     pub(super) fn new(code: Code, message: impl Into<String>) -> Self {
         Self {
             code,
