@@ -452,7 +452,7 @@ async fn failure_is_cached_for_its_negative_ttl() {
     assert!(matches!(key(&cache).await, Err(CacheError::Exchange(_))));
     assert_eq!(env.fetched(), requesters);
     env.fail(None);
-    advance(failure::negative_ttl(&denied().into())).await;
+    advance(failure::FailureKind::of(&denied().into()).negative_ttl()).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
 }
 
@@ -462,7 +462,7 @@ async fn entry_is_usable_after_a_panic_in_its_flight() {
     env.panics.store(true, Ordering::SeqCst);
     assert_eq!(reason(&cache).await, "internal_error");
     env.panics.store(false, Ordering::SeqCst);
-    advance(failure::negative_ttl(&ExchangeError::Panicked)).await;
+    advance(failure::FailureKind::of(&ExchangeError::Panicked).negative_ttl()).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
 }
 

@@ -301,7 +301,8 @@ fn negative_ttl_depends_on_the_failure() {
         (ExchangeError::TooShort, 1),
     ];
     for (error, seconds) in table {
-        assert_eq!(failure::negative_ttl(&error), SECOND * seconds, "{error:?}");
+        let ttl = failure::FailureKind::of(&error).negative_ttl();
+        assert_eq!(ttl, SECOND * seconds, "{error:?}");
     }
 }
 
