@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
-use crate::attest::{self, UnixSupport};
+use crate::attest::{self, TcpUnsupported, UnixSupport};
 use crate::commands::local_client;
 
 /// Time limit of the daemon's response. A slow or missing daemon is left to the command.
@@ -22,28 +22,43 @@ const PATH: &str = "/probe";
 const UNSUPPORTED: &str = "unsupported_kernel";
 
 /// Fails if the daemon at `uri` rejects every caller over TCP because the kernel lacks something.
+/// The daemon rejects all callers over TCP.
+#[derive(Debug, Error)]
+#[error(
+    "awsvid rejects all callers over TCP ({UNSUPPORTED}): {missing}; {}{}",
+    over_unix(*.unix),
+    .missing.fix(*.unix)
+)]
+pub(super) struct TcpRejected {
+    missing: TcpUnsupported,
+    unix: UnixSupport,
+}
+
+/// Returns the way around TCP, as the start of a fix.
+fn over_unix(unix: UnixSupport) -> &'static str {
+    match unix {
+        UnixSupport::Nothing => "",
+        UnixSupport::Process | UnixSupport::Number => {
+            "set `credential_process = awsvid credential-process` in a profile of ~/.aws/config, which uses the unix socket; \
+             for TCP "
+        }
+    }
+}
+
 ///
 /// Sends a request only where this process finds the same lack, so mostly the command starts
 /// without one. Blocks for up to twice [`DAEMON_TIMEOUT`].
-pub(super) fn check(uri: &str) -> Result<(), String> {
+pub(super) fn check(uri: &str) -> Result<(), TcpRejected> {
     let Err(missing) = attest::try_tcp(Path::new("/proc")) else {
         return Ok(());
     };
     if !is_unsupported(uri).unwrap_or(false) {
         return Ok(());
     }
-    let unix = attest::unix_support();
-    let over_unix = match unix {
-        UnixSupport::Nothing => "",
-        UnixSupport::Process | UnixSupport::Number => {
-            "set `credential_process = awsvid credential-process` in a profile of ~/.aws/config, which uses the unix socket; \
-             for TCP "
-        }
-    };
-    Err(format!(
-        "awsvid rejects all callers over TCP ({UNSUPPORTED}): {missing}; {over_unix}{}",
-        missing.fix(unix)
-    ))
+    Err(TcpRejected {
+        missing,
+        unix: attest::unix_support(),
+    })
 }
 
 /// Returns whether the daemon reports an unsupported kernel. `None` if it does not answer.
