@@ -128,6 +128,10 @@ pub mod dev;
 pub mod fuzzing;
 
 #[cfg(test)]
+#[path = "../tests/support/captured_log.rs"]
+mod captured_log;
+
+#[cfg(test)]
 #[path = "../tests/support/random_cases.rs"]
 mod random_cases;
 

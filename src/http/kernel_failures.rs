@@ -36,7 +36,7 @@ mod tests {
     use nix::errno::Errno;
 
     use super::*;
-    use crate::svid::jwt::tests::CapturedLog;
+    use crate::captured_log::CapturedLog;
 
     #[test]
     fn log_has_operation_and_errno_of_the_first_failure() {

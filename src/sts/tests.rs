@@ -7,9 +7,10 @@ use std::sync::atomic::Ordering;
 use tempfile::tempdir;
 
 use super::*;
+use crate::captured_log::CapturedLog;
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 use crate::role::Role;
-use crate::svid::jwt::tests::{AUDIENCE, CapturedLog, NOW, billing, now, svid_for};
+use crate::svid::jwt::tests::{AUDIENCE, NOW, billing, now, svid_for};
 use fake::{FakeProxy, FakeSts, RequestBarrier, StsReply};
 
 const ARN: &str = "arn:aws:iam::123456789012:role/billing";

@@ -763,7 +763,7 @@ async fn held_token_is_not_used_when_about_to_expire() {
 
 #[tokio::test(start_paused = true)]
 async fn alternating_denials_are_logged_once_each() {
-    let log = crate::svid::jwt::tests::CapturedLog::start();
+    let log = crate::captured_log::CapturedLog::start();
     let agent = AgentScript::reply(shop);
     let source = source(&agent);
     for _ in 0..100 {

@@ -28,45 +28,6 @@ pub(crate) fn svid_for(id: &SpiffeId, life: u64, serial: u32) -> JwtSvid {
     JwtSvid::check(token_for(id, life, serial), id, AUDIENCE, now()).unwrap()
 }
 
-/// Captures everything that any crate logs on this thread while it exists, at every level.
-pub(crate) struct CapturedLog {
-    lines: CapturedBytes,
-    _until_dropped: tracing::subscriber::DefaultGuard,
-}
-
-#[derive(Clone, Default)]
-struct CapturedBytes(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for CapturedBytes {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl CapturedLog {
-    pub(crate) fn start() -> Self {
-        let lines = CapturedBytes::default();
-        let writer = lines.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .with_max_level(tracing::Level::TRACE)
-            .with_ansi(false);
-        let subscriber = subscriber.with_writer(move || writer.clone()).finish();
-        Self {
-            lines,
-            _until_dropped: tracing::subscriber::set_default(subscriber),
-        }
-    }
-
-    pub(crate) fn text(&self) -> String {
-        String::from_utf8_lossy(&self.lines.0.lock().unwrap()).into_owned()
-    }
-}
-
 fn check(header: &str, claims: &str) -> Result<JwtSvid, BadToken> {
     // Short names emphasize the unusual part of a row.
     let claims = claims
@@ -82,21 +43,6 @@ const CLAIMS: &str =
 #[test]
 fn check_accepts_valid_tokens() {
     let headers = [
-fn issuer_and_key_id_are_texts_or_missing() {
-    let of = |header: &str, claims: &str| {
-        let claims = CLAIMS.replacen('{', &format!("{{{claims}"), 1);
-        let svid = check(&HEADER.replacen('{', &format!("{{{header}"), 1), &claims).unwrap();
-        (svid.key_id(), svid.issuer())
-    };
-    let text = |text: &str| Some(text.to_owned());
-    assert_eq!(of("", ""), (None, None));
-    let both = of(r#""kid":"k1","#, r#""iss":"https://oidc.example.org","#);
-    assert_eq!(both, (text("k1"), text("https://oidc.example.org")));
-    assert_eq!(of(r#""kid":"","#, r#""iss":"","#), (None, None));
-    assert_eq!(of(r#""kid":1,"#, r#""iss":["a"],"#), (None, None));
-}
-
-#[test]
         HEADER,
         r#"{"alg":"RS256"}"#,
         r#"{"alg":"RS384","typ":"JOSE"}"#,
@@ -133,6 +79,21 @@ fn token_keeps_its_checked_claims() {
     assert_eq!(svid.expires(), now() + Duration::from_secs(300));
     assert!(svid.is_same(&svid_for(&billing(), 300, 1)));
     assert!(!svid.is_same(&svid_for(&billing(), 300, 2)));
+}
+
+#[test]
+fn issuer_and_key_id_are_texts_or_missing() {
+    let of = |header: &str, claims: &str| {
+        let claims = CLAIMS.replacen('{', &format!("{{{claims}"), 1);
+        let svid = check(&HEADER.replacen('{', &format!("{{{header}"), 1), &claims).unwrap();
+        (svid.key_id(), svid.issuer())
+    };
+    let text = |text: &str| Some(text.to_owned());
+    assert_eq!(of("", ""), (None, None));
+    let both = of(r#""kid":"k1","#, r#""iss":"https://oidc.example.org","#);
+    assert_eq!(both, (text("k1"), text("https://oidc.example.org")));
+    assert_eq!(of(r#""kid":"","#, r#""iss":"","#), (None, None));
+    assert_eq!(of(r#""kid":1,"#, r#""iss":["a"],"#), (None, None));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use rustls::pki_types::UnixTime;
 use tempfile::{TempDir, tempdir};
 
 use super::*;
-use crate::svid::jwt::tests::CapturedLog;
+use crate::captured_log::CapturedLog;
 use crate::svid::proto::workload::X509svid;
 use fake::{Authority, FakeAgent, Stream};
 

@@ -14,8 +14,9 @@ use tokio::time::Instant;
 use super::*;
 use crate::caller::constant_proof::constant_caller;
 use crate::caller::{ListenerKind, Process};
+use crate::captured_log::CapturedLog;
 use crate::svid::BadToken;
-use crate::svid::jwt::tests::{AUDIENCE, CapturedLog, NOW, billing, now, raw_token, token_for};
+use crate::svid::jwt::tests::{AUDIENCE, NOW, billing, now, raw_token, token_for};
 use crate::workload_rule::WorkloadRule;
 use fake::{FakeWorkloadApi, WorkloadApiScript, socket, svids};
 
