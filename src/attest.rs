@@ -46,6 +46,7 @@ pub use kernel::{TcpUnsupported, UnixSupport, try_tcp, unix_support};
 pub use lookups::LookupThreads;
 pub use peer::{Attestation, Peer};
 pub use pod_attestor::PodAttestor;
+pub(crate) use proc_files::is_identity_map;
 pub use rejection::Rejection;
 pub use sock_diag::SockDiag;
 

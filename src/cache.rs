@@ -40,7 +40,7 @@ mod table;
 
 pub use entry::{CachedBody, CachedCredentials, EntryStatus};
 
-use entry::{Entry, EntryState, MIN_REMAINING};
+use entry::{CredentialTimes, Entry, EntryState};
 use flight::Waiter;
 use refresh::{Action, Schedule};
 use table::EntryTable;
@@ -246,14 +246,14 @@ impl CacheInner {
         entry: &Arc<Entry>,
         caller: &Arc<Caller>,
     ) -> Result<Option<Lookup>, CacheError> {
-        let Some((cached, remaining)) = self.servable(entry) else {
+        let Some((cached, times)) = self.servable(entry) else {
             return self.join_or_start(entry, caller);
         };
-        let result = if remaining > cached.refresh_at_remaining {
-            CacheResult::Hit
-        } else {
+        let result = if times.is_due() {
             self.refresh_for(entry, caller);
             CacheResult::Stale
+        } else {
+            CacheResult::Hit
         };
         Ok(Some(Lookup::Credentials(cached, result)))
     }
@@ -297,11 +297,11 @@ impl CacheInner {
         Ok(true)
     }
 
-    /// Returns the credentials that may still be served, and their remaining lifetime.
-    fn servable(&self, entry: &Entry) -> Option<(Arc<CachedCredentials>, Duration)> {
+    /// Returns the credentials that may still be served, and their times.
+    fn servable(&self, entry: &Entry) -> Option<(Arc<CachedCredentials>, CredentialTimes)> {
         let cached = entry.current.load_full()?;
-        let remaining = cached.remaining(&self.clock);
-        (remaining > MIN_REMAINING).then_some((cached, remaining))
+        let times = cached.times(&self.clock);
+        times.is_servable().then_some((cached, times))
     }
 
     /// Starts the refresh if it is due. It is not due if a flight runs, or one has just succeeded
@@ -337,7 +337,7 @@ impl CacheInner {
             return Ok(Some(Lookup::Credentials(cached, CacheResult::Hit)));
         }
         if let Some(failure) = &state.failure
-            && failure.at.elapsed() < failure::negative_ttl(&failure.error)
+            && failure.times.is_cached(Instant::now())
         {
             return Err(failure.error.clone().into());
         }

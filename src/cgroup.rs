@@ -166,6 +166,11 @@ pub(crate) fn lines(text: &str) -> impl Iterator<Item = (&str, &str)> {
         .filter_map(|line| line.split_once(':')?.1.split_once(':'))
 }
 
+/// Returns the path in cgroup v2, by `/proc/<pid>/cgroup`.
+pub(crate) fn unified(text: &str) -> Option<&str> {
+    lines(text).find_map(|(controllers, path)| controllers.is_empty().then_some(path))
+}
+
 fn segments(path: &str) -> impl Iterator<Item = &str> {
     path.split('/').filter(|segment| !segment.is_empty())
 }

@@ -1,6 +1,7 @@
 //! Exchange of JWT-SVIDs for AWS credentials, without a cache: a token from the source, credentials
 //! from STS.
 
+use std::mem::discriminant;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -99,6 +100,15 @@ impl ExchangeError {
                 RetryPolicy::NewToken | RetryPolicy::Never => false,
             },
             Self::TooOften | Self::TooShort | Self::Panicked => true,
+        }
+    }
+
+    /// Returns whether both are failures of one kind, whatever their texts.
+    pub fn is_same_kind(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Source(one), Self::Source(other)) => discriminant(one) == discriminant(other),
+            (Self::Sts(one), Self::Sts(other)) => one.reason == other.reason,
+            (one, other) => discriminant(one) == discriminant(other),
         }
     }
 

@@ -380,9 +380,13 @@ fn classify_reply(status: u16, body: &[u8]) -> Option<ProbeAnswer> {
     if status == 404 {
         return Some(ProbeAnswer::Attested);
     }
-    let body: serde_json::Value = serde_json::from_slice(body).ok()?;
-    let is_unsupported = status == 403 && body["code"] == UNSUPPORTED;
-    is_unsupported.then_some(ProbeAnswer::Unsupported)
+    reports_unsupported_kernel(status, body).then_some(ProbeAnswer::Unsupported)
+}
+
+/// Returns whether an answer of the daemon states that the kernel lacks a feature.
+pub fn reports_unsupported_kernel(status: u16, body: &[u8]) -> bool {
+    let body: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
+    status == 403 && body["code"] == UNSUPPORTED
 }
 
 #[cfg(test)]

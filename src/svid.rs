@@ -191,11 +191,11 @@ impl SourceError {
             | Self::Busy
             | Self::Reloaded
             | Self::UnknownAccount
-            | Self::Panicked => true,
+            | Self::Panicked
             // While their server is down, agents reply from their cache until the second that the
             // token expires.
-            Self::BadToken(bad) => matches!(bad, BadToken::Expiring(_)),
-            Self::Denied(_) | Self::Misconfigured(_) => false,
+            | Self::BadToken(BadToken::Expiring(_)) => true,
+            Self::Denied(_) | Self::Misconfigured(_) | Self::BadToken(BadToken::Wrong(_)) => false,
         }
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::task::spawn_blocking;
 
+use crate::limits::KeyedLogQuota;
 use crate::listen::{
     self, AcceptedStream, ActivatedSockets, Drain, DrainHandle, LazySocket, ListenError, Listener,
     PendingConnection,
@@ -15,6 +16,10 @@ use crate::listen::{
 
 /// Interval between attempts to bind an address.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// Minimum interval between two log lines with the same reason.
+const LOG_INTERVAL: Duration = Duration::from_secs(3600);
+/// Distinct reasons within [`LOG_INTERVAL`]. Further ones are not logged.
+const MAX_LOGGED_REASONS: usize = 16;
 
 /// An address in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,9 +100,10 @@ pub(super) fn serve<F, C>(
                 .spawn(listen::serve(bound, handle, connection));
         }
         Err(error) => {
-            tracing::warn!(%address, %error, "an address of [listen] cannot be bound yet: retrying every second");
+            let log = BindLog::new(address.clone());
+            log.warn(&error.to_string());
             drain.handle().spawn(async move {
-                if let Some(bound) = bind_later(address, error.to_string(), &handle).await {
+                if let Some(bound) = bind_later(address, &log, &handle).await {
                     tracing::info!(address = bound.name(), "{event}");
                     listen::serve(bound, handle, connection).await;
                 }
@@ -130,10 +136,33 @@ pub(super) fn reset_unclaimed(drain: &Drain, inherited: &mut ActivatedSockets) {
     }
 }
 
-/// Retries until the address is bound or the daemon stops. Logs each reason once.
+/// The log lines of an address that is not bound yet.
+struct BindLog {
+    address: ListenAddress,
+    quota: KeyedLogQuota,
+}
+
+impl BindLog {
+    fn new(address: ListenAddress) -> Self {
+        Self {
+            address,
+            quota: KeyedLogQuota::new(MAX_LOGGED_REASONS, LOG_INTERVAL),
+        }
+    }
+
+    /// Logs the reason, at most once in [`LOG_INTERVAL`].
+    fn warn(&self, error: &str) {
+        if self.quota.take(error).is_some() {
+            let address = &self.address;
+            tracing::warn!(%address, error, "an address of [listen] cannot be bound yet");
+        }
+    }
+}
+
+/// Retries until the address is bound or the daemon stops.
 async fn bind_later(
     address: ListenAddress,
-    mut logged: String,
+    log: &BindLog,
     drain: &DrainHandle,
 ) -> Option<Listener> {
     loop {
@@ -142,15 +171,10 @@ async fn bind_later(
         }
         let requested = address.clone();
         // Binding touches files, so it may block.
-        let error =
-            match spawn_blocking(move || requested.bind(&mut ActivatedSockets::default())).await {
-                Ok(Ok(bound)) => return Some(bound),
-                Ok(Err(error)) => error.to_string(),
-                Err(error) => error.to_string(),
-            };
-        if error != logged {
-            tracing::warn!(%address, error, "an address of [listen] cannot be bound yet");
-            logged = error;
+        match spawn_blocking(move || requested.bind(&mut ActivatedSockets::default())).await {
+            Ok(Ok(bound)) => return Some(bound),
+            Ok(Err(error)) => log.warn(&error.to_string()),
+            Err(error) => log.warn(&error.to_string()),
         }
     }
 }

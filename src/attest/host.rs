@@ -17,7 +17,7 @@ use crate::attest::pod_lookup::{PodLookup, ResolvedPod};
 use crate::attest::process_cache::{ProcessCache, ProcessHandle};
 use crate::attest::sys;
 use crate::caller::AttestError;
-use crate::cgroup::{CgroupPath, PodRoots};
+use crate::cgroup::{self, CgroupPath, PodRoots};
 
 /// The machine, as the daemon sees it.
 #[derive(Debug)]
@@ -115,9 +115,9 @@ impl Host {
         let Ok(membership) = std::fs::read_to_string(self.proc_root.join("self/cgroup")) else {
             return false;
         };
-        let shown = membership.lines().find_map(|line| line.strip_prefix("0::"));
         let cgroups = self.cgroups();
-        let own = shown.and_then(|shown| cgroups.hierarchies.path("", shown));
+        let own =
+            cgroup::unified(&membership).and_then(|shown| cgroups.hierarchies.path("", shown));
         own.is_some_and(|own| {
             let roots = cgroups.pod_roots();
             roots.iter().any(|root| own.is_at_or_below(root))

@@ -19,6 +19,7 @@ use crate::attest::host::Host;
 use crate::attest::sock_diag::{SockDiag, SocketInfo};
 use crate::attest::sys;
 use crate::caller::AttestError;
+use crate::cgroup;
 
 /// The longest wait for the test's own connection, which a packet filter may drop.
 const LOOPBACK_TIMEOUT: Duration = Duration::from_secs(1);
@@ -166,8 +167,7 @@ fn test_tcp(
     let socket = own_socket(diag)?;
     let text = |name: &str| fs::read_to_string(proc_root.join(name)).unwrap_or_default();
     let membership = text("self/cgroup");
-    let own = membership.lines().find_map(|line| line.strip_prefix("0::"));
-    let own = own
+    let own = cgroup::unified(&membership)
         .and_then(|shown| hierarchies.path("", shown))
         .and_then(|path| cgroups.id(&path).ok());
     classify(

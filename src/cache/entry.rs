@@ -111,9 +111,7 @@ impl Entry {
             (None, _) => EntryStateLabel::Empty,
             (Some(_), Some(failure)) if failure.refused_since.is_some() => EntryStateLabel::Refused,
             (Some(_), Some(_)) => EntryStateLabel::Failing,
-            (Some(cached), None) if cached.remaining(clock) <= cached.refresh_at_remaining => {
-                EntryStateLabel::Due
-            }
+            (Some(cached), None) if cached.times(clock).is_due() => EntryStateLabel::Due,
             (Some(_), None) => EntryStateLabel::Fresh,
         }
     }
@@ -165,9 +163,41 @@ pub struct CachedCredentials {
     /// The expiration by the monotonic clock.
     expires: Instant,
     /// The lifetime at the time of issue.
+    lifetime: Duration,
+    /// The remaining lifetime at which a refresh is due.
+    refresh_at_remaining: Duration,
+}
+
+/// The times of an entry's credentials, at one moment.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CredentialTimes {
+    pub(super) remaining: Duration,
+    /// The lifetime at the time of issue.
     pub(super) lifetime: Duration,
     /// The remaining lifetime at which a refresh is due.
     pub(super) refresh_at_remaining: Duration,
+}
+
+impl CredentialTimes {
+    /// Returns the time for which the credentials may still be served.
+    pub(super) fn servable_for(self) -> Duration {
+        self.remaining.saturating_sub(MIN_REMAINING)
+    }
+
+    /// Returns whether the credentials may be served at all.
+    pub(super) fn is_servable(self) -> bool {
+        !self.servable_for().is_zero()
+    }
+
+    /// Returns the time until a refresh is due.
+    pub(super) fn due_in(self) -> Duration {
+        self.remaining.saturating_sub(self.refresh_at_remaining)
+    }
+
+    /// Returns whether a refresh is due.
+    pub(super) fn is_due(self) -> bool {
+        self.due_in().is_zero()
+    }
 }
 
 /// A rendered response body. It is zeroized when its last holder drops it, and `Debug` does not
@@ -203,6 +233,14 @@ impl CachedCredentials {
         self.expires
             .saturating_duration_since(Instant::now())
             .min(clock.until(self.expiration))
+    }
+
+    pub(super) fn times(&self, clock: &Clock) -> CredentialTimes {
+        CredentialTimes {
+            remaining: self.remaining(clock),
+            lifetime: self.lifetime,
+            refresh_at_remaining: self.refresh_at_remaining,
+        }
     }
 }
 

@@ -49,28 +49,42 @@ impl FailureKind {
             | ExchangeError::Panicked => Self::Rejected,
         }
     }
+
+    /// Returns how long a failure is cached where no credentials are. SDKs repeat even a rejected
+    /// request three to six times within seconds. A transient failure is cached no longer than
+    /// clients have to wait.
+    pub(super) fn negative_ttl(self) -> Duration {
+        Duration::from_secs(match self {
+            Self::Outage | Self::CallerUnusable => 1,
+            // An operator may be creating the registration entry right now.
+            Self::Denied => 3,
+            Self::Rejected => 5,
+        })
+    }
 }
 
-/// Returns how long a failure is cached where no credentials are. SDKs repeat even a rejected
-/// request three to six times within seconds. A transient failure is cached no longer than clients
-/// have to wait.
-pub(super) fn negative_ttl(error: &ExchangeError) -> Duration {
-    Duration::from_secs(match error {
-        error if error.is_transient() => 1,
-        // An operator may be creating the registration entry right now.
-        ExchangeError::Source(SourceError::Denied(_)) => 3,
-        _ => 5,
-    })
+/// The times of an entry's last failure.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct FailureTimes {
+    /// The end of its caching where no credentials are.
+    pub(super) cached_until: Instant,
+    /// The earliest time of the next refresh.
+    pub(super) retry_at: Instant,
+}
+
+impl FailureTimes {
+    /// Returns whether requests get this failure where no credentials are.
+    pub(super) fn is_cached(self, now: Instant) -> bool {
+        self.cached_until > now
+    }
 }
 
 /// The failures since the last success.
 #[derive(Debug)]
 pub(super) struct FailureState {
     pub(super) error: ExchangeError,
-    pub(super) at: Instant,
     pub(super) time: SystemTime,
-    /// The earliest time of the next refresh.
-    pub(super) retry_at: Instant,
+    pub(super) times: FailureTimes,
     /// Number of failures in a row.
     failures: u32,
     /// Time of the first rejection. A later outage does not reset it.
@@ -108,17 +122,22 @@ impl FailureState {
         let failures = previous
             .map_or(0, |previous| previous.failures)
             .saturating_add(1);
+        let retry_at = match (kind, denied_since) {
+            // The second query to the source, which decides.
+            (FailureKind::Denied, Some(since)) if !confirmed => {
+                since + DENIAL_CONFIRMATION + BACKOFF_FIRST.mul_f64(fastrand::f64())
+            }
+            (FailureKind::CallerUnusable, _) => at + BACKOFF_FIRST,
+            (FailureKind::Outage | FailureKind::Denied | FailureKind::Rejected, _) => {
+                at + BACKOFF.delay(failures)
+            }
+        };
         Self {
             error: error.clone(),
-            at,
             time,
-            retry_at: match (kind, denied_since) {
-                // The second query to the source, which decides.
-                (FailureKind::Denied, Some(since)) if !confirmed => {
-                    since + DENIAL_CONFIRMATION + BACKOFF_FIRST.mul_f64(fastrand::f64())
-                }
-                (FailureKind::CallerUnusable, _) => at + BACKOFF_FIRST,
-                _ => at + BACKOFF.delay(failures),
+            times: FailureTimes {
+                cached_until: at + kind.negative_ttl(),
+                retry_at,
             },
             failures,
             refused_since,

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::entry::{CachedCredentials, Entry, EntryState, MIN_REMAINING};
+use super::entry::{CachedCredentials, Entry, EntryState};
 use super::events::CacheEvent;
 use super::failure::{FailureKind, FailureState};
 use super::{CacheError, CacheInner};
@@ -161,7 +161,7 @@ impl CacheInner {
         let result = result.and_then(|credentials| {
             let cached = CachedCredentials::new(&entry.grant, &credentials, &self.clock);
             // Credentials this short can never be served, so they are a failure.
-            if cached.remaining(&self.clock) > MIN_REMAINING {
+            if cached.times(&self.clock).is_servable() {
                 Ok(Arc::new(cached))
             } else {
                 Err(ExchangeError::TooShort)
@@ -211,7 +211,7 @@ impl CacheInner {
         let previous = state.failure.take();
         let is_new_kind = previous
             .as_ref()
-            .is_none_or(|previous| !previous.logged || previous.error.reason() != error.reason());
+            .is_none_or(|previous| !previous.logged || !previous.error.is_same_kind(error));
         let mut failure = Box::new(FailureState::record(
             previous.as_deref(),
             error,

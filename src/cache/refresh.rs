@@ -13,9 +13,9 @@ use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
 use super::CacheInner;
-use super::entry::{Entry, EntryState, MIN_REMAINING};
+use super::entry::{CredentialTimes, Entry, EntryState, MIN_REMAINING};
 use super::events::CacheEvent;
-use super::failure::{FailureKind, negative_ttl};
+use super::failure::{FailureKind, FailureTimes};
 use crate::backoff::Jitter;
 use crate::clock::Clock;
 use crate::metrics::EvictionReason;
@@ -140,24 +140,6 @@ pub(super) struct EntrySnapshot {
     pub(super) unused_for: Duration,
     pub(super) credentials: Option<CredentialTimes>,
     pub(super) failure: Option<FailureTimes>,
-}
-
-/// The times of an entry's credentials.
-#[derive(Debug, Clone)]
-pub(super) struct CredentialTimes {
-    pub(super) remaining: Duration,
-    pub(super) lifetime: Duration,
-    /// The remaining lifetime at which a refresh is due.
-    pub(super) refresh_at_remaining: Duration,
-}
-
-/// The times of an entry's last failure.
-#[derive(Debug, Clone)]
-pub(super) struct FailureTimes {
-    /// The end of its caching where no credentials are.
-    pub(super) cached_until: Instant,
-    /// The earliest time of the next refresh.
-    pub(super) retry_at: Instant,
     /// The end of the grace after a rejection.
     pub(super) grace_end: Option<Instant>,
 }
@@ -190,17 +172,15 @@ pub(super) fn decide(entry: &EntrySnapshot) -> DueActions {
             then: without_credentials(entry),
         };
     };
-    let remaining = credentials.remaining;
-    let failure = entry.failure.as_ref();
-    let end = failure
-        .and_then(|failure| failure.grace_end)
-        .unwrap_or(now + remaining)
-        .min(now + remaining.saturating_sub(MIN_REMAINING));
+    let expiry = now + credentials.servable_for();
+    let end = entry
+        .grace_end
+        .map_or(expiry, |grace_end| grace_end.min(expiry));
     if end <= now {
-        let reason = if remaining <= MIN_REMAINING {
-            EvictionReason::Expired
-        } else {
+        let reason = if credentials.is_servable() {
             EvictionReason::Refused
+        } else {
+            EvictionReason::Expired
         };
         return DueActions {
             clear: Some(reason),
@@ -210,14 +190,14 @@ pub(super) fn decide(entry: &EntrySnapshot) -> DueActions {
     // The checks are in order of precedence.
     let then = if entry.has_flight {
         Action::Wait(end)
-    } else if remaining > credentials.refresh_at_remaining {
-        Action::Wait(end.min(now + (remaining - credentials.refresh_at_remaining)))
+    } else if !credentials.is_due() {
+        Action::Wait(end.min(now + credentials.due_in()))
     } else if entry.unused_for > credentials.lifetime {
         Action::Remove(EvictionReason::Unused)
     } else {
-        match failure {
+        match entry.failure {
             Some(failure) if failure.retry_at > now => Action::Wait(end.min(failure.retry_at)),
-            _ => Action::Refresh(end),
+            Some(_) | None => Action::Refresh(end),
         }
     };
     DueActions { clear: None, then }
@@ -228,10 +208,10 @@ fn without_credentials(entry: &EntrySnapshot) -> Action {
     if entry.has_flight {
         return Action::Wait(entry.now + MIN_REMAINING);
     }
-    match &entry.failure {
-        Some(failure) if failure.cached_until > entry.now => Action::Wait(failure.cached_until),
+    match entry.failure {
+        Some(failure) if failure.is_cached(entry.now) => Action::Wait(failure.cached_until),
         // It has no credentials, so this is not counted as an eviction.
-        _ => Action::Remove(EvictionReason::Unused),
+        Some(_) | None => Action::Remove(EvictionReason::Unused),
     }
 }
 
@@ -261,21 +241,20 @@ pub(super) async fn run(inner: Weak<CacheInner>, schedule: Arc<Schedule>, clock:
 impl CacheInner {
     /// Returns the due actions of an entry.
     pub(super) fn decide(&self, entry: &Entry, state: &EntryState, policy: &Policy) -> DueActions {
-        let grace = policy.limits.revocation_grace;
+        let failure = state.failure.as_ref();
         decide(&EntrySnapshot {
             now: Instant::now(),
             has_flight: state.flight.is_some(),
             unused_for: self.start.elapsed().saturating_sub(entry.last_used()),
-            credentials: entry.current.load().as_ref().map(|cached| CredentialTimes {
-                remaining: cached.remaining(&self.clock),
-                lifetime: cached.lifetime,
-                refresh_at_remaining: cached.refresh_at_remaining,
-            }),
-            failure: state.failure.as_ref().map(|failure| FailureTimes {
-                cached_until: failure.at + negative_ttl(&failure.error),
-                retry_at: failure.retry_at,
-                grace_end: failure.refused_since.map(|(at, _)| at + grace),
-            }),
+            credentials: entry
+                .current
+                .load()
+                .as_ref()
+                .map(|cached| cached.times(&self.clock)),
+            failure: failure.map(|failure| failure.times),
+            grace_end: failure
+                .and_then(|failure| failure.refused_since)
+                .map(|(since, _)| since + policy.limits.revocation_grace),
         })
     }
 
@@ -343,12 +322,10 @@ impl CacheInner {
 
     /// Schedules the entry for its next action.
     pub(super) fn plan(&self, entry: &Arc<Entry>, state: &mut EntryState) {
-        let at = match self.decide(entry, state, &self.policy.load()) {
-            DueActions {
-                clear: None,
-                then: Action::Wait(at),
-            } => at,
-            _ => Instant::now(),
+        let due = self.decide(entry, state, &self.policy.load());
+        let at = match (due.clear, due.then) {
+            (None, Action::Wait(at)) => at,
+            (Some(_), _) | (None, Action::Remove(_) | Action::Refresh(_)) => Instant::now(),
         };
         self.schedule.put(entry, &mut state.next, Some(at));
     }

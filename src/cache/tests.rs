@@ -11,6 +11,7 @@ use zeroize::Zeroizing;
 use super::*;
 use crate::caller::constant_proof::ConstantProof;
 use crate::caller::{AttestError, CallerFacts, ListenerKind, PeerFacts, Process, ProcessFacts};
+use crate::captured_log::count_all_logs;
 use crate::clock::REQUEST_HOLD;
 use crate::credentials::Credentials;
 use crate::exchange::TokenExchanger;
@@ -263,6 +264,7 @@ fn grant(owner: &str) -> Grant {
 }
 
 fn env_of(open: usize, limits: CacheLimits) -> (Arc<CacheEnv>, CredentialCache) {
+    count_all_logs();
     let clock = Clock::starting_at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
     let env = Arc::new(CacheEnv {
         clock: clock.clone(),
@@ -308,6 +310,15 @@ async fn reason(cache: &CredentialCache) -> &'static str {
     match key(cache).await {
         Err(CacheError::Exchange(error)) => error.reason(),
         other => panic!("{other:?}"),
+    }
+}
+
+/// Fills the cache with this number of entries.
+async fn fill(cache: &CredentialCache, entries: usize) {
+    let role = Arc::new(role("r"));
+    for number in 0..entries {
+        let grant = grant_of(&number.to_string(), &role);
+        cache.get(&cache.policy(), &grant, &caller()).await.unwrap();
     }
 }
 
@@ -452,7 +463,7 @@ async fn failure_is_cached_for_its_negative_ttl() {
     assert!(matches!(key(&cache).await, Err(CacheError::Exchange(_))));
     assert_eq!(env.fetched(), requesters);
     env.fail(None);
-    advance(failure::negative_ttl(&denied().into())).await;
+    advance(failure::FailureKind::of(&denied().into()).negative_ttl()).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
 }
 
@@ -462,7 +473,7 @@ async fn entry_is_usable_after_a_panic_in_its_flight() {
     env.panics.store(true, Ordering::SeqCst);
     assert_eq!(reason(&cache).await, "internal_error");
     env.panics.store(false, Ordering::SeqCst);
-    advance(failure::negative_ttl(&ExchangeError::Panicked)).await;
+    advance(failure::FailureKind::of(&ExchangeError::Panicked).negative_ttl()).await;
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Miss);
 }
 
@@ -625,17 +636,7 @@ async fn cache_has_one_task_that_ends_with_its_last_handle() {
             ..LIMITS
         },
     );
-    let role = Arc::new(role("r"));
-    for number in 0..500 {
-        cache
-            .get(
-                &cache.policy(),
-                &grant_of(&number.to_string(), &role),
-                &caller(),
-            )
-            .await
-            .unwrap();
-    }
+    fill(&cache, 500).await;
     settle().await;
     assert_eq!((cache.entries().len(), tasks()), (500, 1));
     drop(cache);

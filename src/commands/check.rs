@@ -174,15 +174,15 @@ async fn run_steps(options: &CheckArgs, report: &mut CheckReport) {
             clocks.push(role.sts.clone());
             exchange::clock(&sts, role, &web, report).await;
         }
-        let Some(live) = agent::token(&config, &source, role, report).await else {
+        let Some(token) = agent::token(&config, &source, role, report).await else {
             continue;
         };
         // The issuer and its keys are the same for each audience.
-        if issuers.insert(live.issuer().map(str::to_owned)) {
+        if issuers.insert(token.issuer()) {
             let aws = is_aws_sts(role.sts.endpoint.as_deref());
-            issuer::check(&live, options.url.as_deref(), aws, &web, report).await;
+            issuer::check(&token, options.url.as_deref(), aws, &web, report).await;
         }
-        exchange::exchange(&sts, role, &live, report).await;
+        exchange::exchange(&sts, role, &token, report).await;
     }
     if config.roles.defined.is_empty() {
         report

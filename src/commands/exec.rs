@@ -79,8 +79,10 @@ impl Exec {
     )]
     pub fn run(&self) -> ExitStatus {
         let prepared = self.prepare(|name| std::env::var(name).ok());
-        let prepared =
-            prepared.and_then(|prepared| over_tcp::check(&prepared.uri).map(|()| prepared));
+        let prepared = prepared.and_then(|prepared| {
+            over_tcp::check(&prepared.uri).map_err(|error| error.to_string())?;
+            Ok(prepared)
+        });
         let prepared = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
@@ -152,7 +154,8 @@ impl Exec {
                 present.join(", ")
             ));
         }
-        let has_region = profile::replace(&mut environment, &mut notes, &inherited)?;
+        let has_region = profile::replace(&mut environment, &mut notes, &inherited)
+            .map_err(|error| error.to_string())?;
         let is_set = inherited("AWS_REGION")
             .or_else(|| inherited("AWS_DEFAULT_REGION"))
             .is_some()

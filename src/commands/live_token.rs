@@ -1,10 +1,6 @@
-//! A token as workloads of this node get it, with its claims.
+//! A token as workloads of this node get it, for commands.
 
 use std::time::Duration;
-
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use serde_json::Value;
 
 use crate::clock::Clock;
 use crate::config::{Config, Source};
@@ -14,62 +10,21 @@ use crate::role::Role;
 use crate::svid::own_svid::OwnSvidSource;
 use crate::svid::{JwtSvid, SourceError, WorkloadApi};
 
-/// One token, fetched as the daemon fetches it.
-pub(super) struct LiveToken {
-    pub(super) svid: JwtSvid,
-    header: Value,
-    claims: Value,
-}
-
-impl LiveToken {
-    /// Fetches a token for this identity. Safe while the daemon runs: an agent issues tokens
-    /// without a limit.
-    pub(super) async fn fetch(
-        config: &Config,
-        id: &SpiffeId,
-        audience: &str,
-        deadline: Duration,
-    ) -> Result<Self, SourceError> {
-        let source = WorkloadApi::new(
-            config.identity.workload_api_socket.clone(),
-            Vec::new(),
-            Clock::system(),
-            Metrics::default(),
-        );
-        Ok(Self::of(
-            source.with_deadline(deadline).fetch(id, audience).await?,
-        ))
-    }
-
-    pub(super) fn of(svid: JwtSvid) -> Self {
-        // Every token has passed a check that parsed both.
-        let mut parts = svid.secret().split('.').map(|part| {
-            let bytes = URL_SAFE_NO_PAD.decode(part).unwrap_or_default();
-            serde_json::from_slice(&bytes).unwrap_or_default()
-        });
-        let (header, claims) = (
-            parts.next().unwrap_or_default(),
-            parts.next().unwrap_or_default(),
-        );
-        drop(parts);
-        Self {
-            svid,
-            header,
-            claims,
-        }
-    }
-
-    /// Returns `iss`, which selects the IAM provider in STS.
-    pub(super) fn issuer(&self) -> Option<&str> {
-        self.claims["iss"]
-            .as_str()
-            .filter(|issuer| !issuer.is_empty())
-    }
-
-    /// Returns the id of the key that the header names.
-    pub(super) fn key_id(&self) -> Option<&str> {
-        self.header["kid"].as_str().filter(|id| !id.is_empty())
-    }
+/// Fetches a token for this identity, as the daemon does. Safe while the daemon runs: an agent
+/// issues tokens without a limit.
+pub(super) async fn fetch(
+    config: &Config,
+    id: &SpiffeId,
+    audience: &str,
+    deadline: Duration,
+) -> Result<JwtSvid, SourceError> {
+    let source = WorkloadApi::new(
+        config.identity.workload_api_socket.clone(),
+        Vec::new(),
+        Clock::system(),
+        Metrics::default(),
+    );
+    source.with_deadline(deadline).fetch(id, audience).await
 }
 
 /// Returns an identity of this node that the role covers, as an example for all. `None` if no rule

@@ -4,6 +4,7 @@
 
 mod aws_cli;
 mod cloudformation;
+mod error;
 mod plan;
 mod terraform;
 
@@ -15,11 +16,12 @@ use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use super::https_probe::{HttpProbe, ServerChain};
-use super::live_token::{self, LiveToken};
+use super::live_token;
 use crate::config::{Config, Exposure};
 use crate::exit_status::ExitStatus;
 use crate::identity::SpiffeId;
 use crate::sts::NetworkSettings;
+use error::{NoLiveIssuer, TrustPolicyError};
 use plan::{Plan, PlannedAccount, PlannedAccountName, PlannedIssuer, PlannedProvider};
 
 /// Time limit of a token, and of each document of the issuer.
@@ -124,11 +126,7 @@ pub fn run(options: &TrustPolicyArgs) -> ExitStatus {
             .for_each(|warning| eprintln!("warning: {warning}"));
         render(&plan, options.format)
     });
-    let written = rendered.and_then(|text| {
-        io::stdout()
-            .write_all(text.as_bytes())
-            .map_err(|error| error.to_string())
-    });
+    let written = rendered.and_then(|text| Ok(io::stdout().write_all(text.as_bytes())?));
     match written {
         Ok(()) => ExitStatus::Success,
         Err(error) => {
@@ -138,17 +136,14 @@ pub fn run(options: &TrustPolicyArgs) -> ExitStatus {
     }
 }
 
-fn render(plan: &Plan, format: Format) -> Result<String, String> {
+fn render(plan: &Plan, format: Format) -> Result<String, TrustPolicyError> {
     if format == Format::AwsCli {
         return Ok(aws_cli::render(plan));
     }
     let accounts: Vec<(&PlannedAccountName, &PlannedAccount)> = plan.accounts.iter().collect();
     let [(name, account)] = accounts[..] else {
         let names: Vec<String> = accounts.iter().map(|(name, _)| name.to_string()).collect();
-        return Err(format!(
-            "the roles are in several accounts: choose one with --account ({})",
-            names.join(", ")
-        ));
+        return Err(TrustPolicyError::SeveralAccounts(names.join(", ")));
     };
     Ok(match format {
         Format::AwsCli => aws_cli::render(plan),
@@ -157,19 +152,14 @@ fn render(plan: &Plan, format: Format) -> Result<String, String> {
     })
 }
 
-const NO_CHOICE: &str = "Terraform and CloudFormation cannot check whether the account has an OIDC provider for this \
-     issuer, and would fail to create it again: add --existing-provider, or --new-provider";
-
-async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, String> {
+async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, TrustPolicyError> {
     if options.format != Format::AwsCli && !options.existing_provider && !options.new_provider {
-        return Err(NO_CHOICE.to_owned());
+        return Err(TrustPolicyError::NoChoiceOfProvider);
     }
     let live = live_issuer(config).await;
     let mut warnings = Vec::new();
     let issuer = match (&options.issuer, live) {
-        (None, live) => live.map_err(|error| {
-            format!("{error}\nawsvid: without a token, give the issuer with --issuer")
-        })?,
+        (None, live) => live?,
         (Some(named), Ok(live)) if *named != live => {
             warnings.push(format!(
                 "--issuer is {named}, but this node's tokens are issued by {live}: STS will reject them"
@@ -200,17 +190,16 @@ async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, String
         plan.accounts.retain(|name, _| name.is(account));
     }
     if plan.accounts.is_empty() {
-        let why = plan.warnings.join("\n");
-        return Err(format!(
-            "no role is at AWS{}\n{why}",
-            options.account.as_ref().map_or("", |_| ", in that account")
-        ));
+        return Err(TrustPolicyError::NoRole {
+            in_account: options.account.is_some(),
+            warnings: plan.warnings,
+        });
     }
     Ok(plan)
 }
 
 /// Returns the issuer of this node's tokens.
-async fn live_issuer(config: &Config) -> Result<String, String> {
+async fn live_issuer(config: &Config) -> Result<String, NoLiveIssuer> {
     let roles = &config.roles.defined;
     let example = roles
         .iter()
@@ -218,27 +207,18 @@ async fn live_issuer(config: &Config) -> Result<String, String> {
     let (id, audience) = match example {
         Some(example) => example,
         None if live_token::by_rules(config) => {
-            return Err("no rule gives an identity that a role covers".to_owned());
+            return Err(NoLiveIssuer::NoIdentity);
         }
         None => {
             let audience = roles
                 .first()
                 .map_or(&config.identity.audience, |role| &role.audience)
                 .clone();
-            (
-                live_token::own(config, REQUEST_TIMEOUT)
-                    .await
-                    .map_err(|error| error.to_string())?,
-                audience,
-            )
+            (live_token::own(config, REQUEST_TIMEOUT).await?, audience)
         }
     };
-    let live = LiveToken::fetch(config, &id, &audience, REQUEST_TIMEOUT)
-        .await
-        .map_err(|error| error.to_string())?;
-    live.issuer()
-        .map(str::to_owned)
-        .ok_or_else(|| live_token::NO_ISSUER.to_owned())
+    let token = live_token::fetch(config, &id, &audience, REQUEST_TIMEOUT).await?;
+    token.issuer().ok_or(NoLiveIssuer::NoClaim)
 }
 
 /// Returns the thumbprint that IAM needs, and a warning.

@@ -473,3 +473,25 @@ fn exchange_error_has_label_and_transience() {
         );
     }
 }
+
+#[test]
+fn kind_of_failure_ignores_texts() {
+    let sts = |reason, what: &str| {
+        let mut error = StsError::samples().remove(0);
+        (error.reason, error.what) = (reason, what.to_owned());
+        ExchangeError::Sts(error)
+    };
+    let unavailable = |text: &str| ExchangeError::from(SourceError::Unavailable(text.to_owned()));
+    let throttled = sts(StsReason::Throttled, "a");
+    for (one, other, same) in [
+        (unavailable("a"), unavailable("b"), true),
+        (unavailable("a"), SourceError::Busy.into(), false),
+        (unavailable("a"), throttled.clone(), false),
+        (throttled.clone(), sts(StsReason::Throttled, "b"), true),
+        (throttled, sts(StsReason::AccessDenied, "a"), false),
+        (ExchangeError::TooOften, ExchangeError::TooOften, true),
+        (ExchangeError::TooOften, ExchangeError::TooShort, false),
+    ] {
+        assert_eq!(one.is_same_kind(&other), same, "{one:?}, {other:?}");
+    }
+}

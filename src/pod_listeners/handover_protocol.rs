@@ -109,8 +109,7 @@ fn check_peer(stream: &UnixStream) -> io::Result<()> {
     if peer.pid() > 0 {
         let kind = |process: &str| {
             let text = std::fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
-            let (_, path) = cgroup::lines(&text).find(|(controllers, _)| controllers.is_empty())?;
-            Some(grandparent_cgroup(path))
+            cgroup::unified(&text).map(grandparent_cgroup)
         };
         if kind(&peer.pid().to_string()) != kind("self") {
             return denied(format!(

@@ -1,9 +1,5 @@
 //! Advice on failed STS calls, for the daemon's log and for `awsvid check`.
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use serde_json::Value;
-
 use super::reason::StsReason;
 use crate::role::Grant;
 use crate::svid::{JwtSvid, one_line};
@@ -184,20 +180,10 @@ impl FailedCall<'_> {
     }
 }
 
-/// Returns the token's `iss`, or `(none)`.
+/// Returns the token's `iss` for display.
 fn issuer(token: &JwtSvid) -> String {
-    let payload = token
-        .secret()
-        .split('.')
-        .nth(1)
-        .and_then(|part| URL_SAFE_NO_PAD.decode(part).ok());
-    let claims: Value = payload
-        .and_then(|payload| serde_json::from_slice(&payload).ok())
-        .unwrap_or_default();
-    claims["iss"]
-        .as_str()
-        .filter(|issuer| !issuer.is_empty())
-        .map_or_else(|| "(none)".to_owned(), one_line)
+    let issuer = token.issuer();
+    issuer.map_or_else(|| "(none)".to_owned(), |issuer| one_line(&issuer))
 }
 
 #[cfg(test)]

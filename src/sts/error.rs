@@ -284,7 +284,11 @@ impl StsError {
             Failure::Rejected { code, message, .. } => {
                 (clean(code.as_deref().unwrap_or_default()), clean(message))
             }
-            _ => Default::default(),
+            Failure::InvalidResponse(_)
+            | Failure::Unreachable(_)
+            | Failure::InvalidRequest(_)
+            | Failure::Untrusted(_)
+            | Failure::Busy => Default::default(),
         };
         let fix = advice::of(reason, &format!("{code} {fragments}"), at, call);
         Self {

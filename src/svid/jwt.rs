@@ -113,10 +113,9 @@ impl JwtSvid {
                 token.len()
             ));
         }
-        let (header, claims) = decode(&token)?;
-        let algorithm = check_header(&header)?;
-        let claims: Claims<'_> =
-            serde_json::from_slice(&claims).map_err(|error| unreadable("claims", &error))?;
+        let parts = DecodedToken::of(&token)?;
+        let algorithm = check_header(&parts.header()?)?;
+        let claims = parts.claims()?;
         expect_subject(&claims.sub, expected)?;
         expect_audience(&claims.aud, audience)?;
         let lifetime = check_times(&claims, now)?;
@@ -155,10 +154,9 @@ impl JwtSvid {
     /// Checks only the `sub` of `token`. Fails if it is not a SPIFFE ID, or another one than
     /// expected.
     pub fn check_subject(token: &str, expected: &SpiffeId) -> Result<(), BadToken> {
-        let (_, claims) = decode(token)?;
-        let claims: Claims<'_> =
-            serde_json::from_slice(&claims).map_err(|error| unreadable("claims", &error))?;
-        expect_subject(&claims.sub, expected)
+        let parts = DecodedToken::of(token)?;
+        parts.header()?;
+        expect_subject(&parts.claims()?.sub, expected)
     }
 
     /// Checks that enough of the life remains, for use after a wait. Fails if too little remains.
@@ -179,6 +177,16 @@ impl JwtSvid {
     /// Returns the only audience of the token.
     pub fn audience(&self) -> &str {
         &self.audience
+    }
+
+    /// Returns `iss`, by which STS finds the issuer's keys. It is not checked.
+    pub fn issuer(&self) -> Option<String> {
+        text_of(&DecodedToken::of(&self.token).ok()?.claims, "iss")
+    }
+
+    /// Returns `kid`, the id of the key of the signature. It is not checked.
+    pub fn key_id(&self) -> Option<String> {
+        text_of(&DecodedToken::of(&self.token).ok()?.header, "kid")
     }
 
     /// Returns the algorithm of the signature, for example `ES256`.
@@ -225,33 +233,54 @@ fn unreadable(part: &str, error: &serde_json::Error) -> BadToken {
     BadToken::Wrong(format!("its {part} {text}"))
 }
 
-/// Decodes the header and the claims of a JWS in compact form.
-fn decode(token: &str) -> Result<(Header, Zeroizing<Vec<u8>>), BadToken> {
-    let parts: Vec<&str> = token.split('.').collect();
-    let [header, claims, signature] = parts[..] else {
-        return wrong("it is not a JWT, which has three parts");
-    };
-    let part = |text: &str| {
-        URL_SAFE_NO_PAD
-            .decode(text)
-            .ok()
-            .filter(|bytes| !bytes.is_empty())
-    };
-    let (Some(header), Some(claims), Some(_)) = (part(header), part(claims), part(signature))
-    else {
-        return wrong("it is not a signed JWT: one of its parts is empty or not base64url");
-    };
-    let claims = Zeroizing::new(claims);
-    // serde's derived code would also accept an array, with the values in the order of the fields.
-    if ![&header, &*claims]
-        .iter()
-        .all(|part| part.trim_ascii_start().starts_with(b"{"))
-    {
-        return wrong("it is not a JWT: its header and claims are not both JSON objects");
+/// The header and the claims of a JWS in compact form, as JSON texts of objects.
+struct DecodedToken {
+    header: Vec<u8>,
+    claims: Zeroizing<Vec<u8>>,
+}
+
+impl DecodedToken {
+    fn of(token: &str) -> Result<Self, BadToken> {
+        let parts: Vec<&str> = token.split('.').collect();
+        let [header, claims, signature] = parts[..] else {
+            return wrong("it is not a JWT, which has three parts");
+        };
+        let part = |text: &str| {
+            URL_SAFE_NO_PAD
+                .decode(text)
+                .ok()
+                .filter(|bytes| !bytes.is_empty())
+        };
+        let (Some(header), Some(claims), Some(_)) = (part(header), part(claims), part(signature))
+        else {
+            return wrong("it is not a signed JWT: one of its parts is empty or not base64url");
+        };
+        let claims = Zeroizing::new(claims);
+        // serde's derived code would also accept an array, with the values in the order of the
+        // fields.
+        if ![&header, &*claims]
+            .iter()
+            .all(|part| part.trim_ascii_start().starts_with(b"{"))
+        {
+            return wrong("it is not a JWT: its header and claims are not both JSON objects");
+        }
+        Ok(Self { header, claims })
     }
-    let header =
-        serde_json::from_slice(&header).map_err(|error| unreadable("header's fields", &error))?;
-    Ok((header, claims))
+
+    fn header(&self) -> Result<Header, BadToken> {
+        serde_json::from_slice(&self.header).map_err(|error| unreadable("header's fields", &error))
+    }
+
+    fn claims(&self) -> Result<Claims<'_>, BadToken> {
+        serde_json::from_slice(&self.claims).map_err(|error| unreadable("claims", &error))
+    }
+}
+
+/// Returns a field of a JSON object, if it is a text that is not empty.
+fn text_of(json: &[u8], name: &str) -> Option<String> {
+    let fields: serde_json::Value = serde_json::from_slice(json).ok()?;
+    let text = fields[name].as_str()?;
+    (!text.is_empty()).then(|| text.to_owned())
 }
 
 fn check_header(header: &Header) -> Result<&'static str, BadToken> {

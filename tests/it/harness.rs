@@ -42,6 +42,16 @@ pub(crate) fn is_slow() -> bool {
     std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow")
 }
 
+/// Returns whether the slow form of a test that has no other runs. If not, it records a skip, which
+/// is not a failure in CI.
+pub(crate) fn slow_only() -> bool {
+    let slow = is_slow();
+    if !slow {
+        skip::record("it has only a slow form: AWSVID_TESTS=slow");
+    }
+    slow
+}
+
 /// Returns the seed of a campaign, which `AWSVID_SEED` sets, and prints it.
 pub(crate) fn campaign_seed() -> u64 {
     let seed = random_cases::fixed_seed().unwrap_or_else(|| fastrand::u64(..));

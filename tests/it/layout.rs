@@ -137,6 +137,17 @@ fn functions(text: &str) -> Vec<(&str, usize)> {
     found
 }
 
+#[test]
+fn test_without_a_short_form_is_counted_as_skipped() {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it");
+    let silent = concat!("if !is_", "slow()");
+    let wrong: Vec<_> = files(&tests)
+        .into_iter()
+        .filter(|file| std::fs::read_to_string(file).unwrap().contains(silent))
+        .collect();
+    assert!(wrong.is_empty(), "use `slow_only`: {wrong:?}");
+}
+
 /// Returns all production files below a folder.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();

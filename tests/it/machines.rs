@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::documents::block;
 use crate::harness::machine::MachineStart;
-use crate::harness::{documents, is_slow};
+use crate::harness::{documents, is_slow, slow_only};
 use stock_machine::{BILLING, REPORTS, RULES, StockMachine, UnitCaller};
 use tried_machines::{DISTRIBUTIONS, Distribution, ServedCallers};
 
@@ -148,7 +148,7 @@ fn documented_machines_serve_what_the_table_has() {
 
 #[test]
 fn rebooted_machine_serves_everything_again() {
-    if !is_slow() {
+    if !slow_only() {
         return;
     }
     for distribution in ["Debian 13", "Debian 12"] {
@@ -198,7 +198,7 @@ profile confining flags=(attach_disconnected,mediate_deleted) {
 /// Callers are rejected there, and the log names the profile.
 #[test]
 fn profile_that_hides_callers_is_logged() {
-    if !is_slow() {
+    if !slow_only() {
         return;
     }
     let distribution = Distribution::named("Debian 13");

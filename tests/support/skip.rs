@@ -23,6 +23,11 @@ pub(crate) fn skip(reason: &str) {
         std::env::var_os("CI").is_none_or(|value| value.is_empty()),
         "in CI nothing is skipped: {reason}"
     );
+    record(reason);
+}
+
+/// Prints and records that the calling test does not run here, in CI too.
+pub(crate) fn record(reason: &str) {
     eprintln!("skipped: {reason}");
     let records = records();
     let thread = std::thread::current();

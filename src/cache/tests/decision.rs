@@ -2,8 +2,9 @@
 
 use super::*;
 use crate::random_cases::for_random_cases;
-use entry::MIN_REMAINING;
-use refresh::{CredentialTimes, DueActions, EntrySnapshot, FailureTimes, decide};
+use entry::{CredentialTimes, MIN_REMAINING};
+use failure::FailureTimes;
+use refresh::{DueActions, EntrySnapshot, decide};
 
 const CASES: u64 = 100_000;
 
@@ -19,6 +20,7 @@ fn duration(random: &mut fastrand::Rng) -> Duration {
 
 fn snapshot(random: &mut fastrand::Rng, start: Instant) -> EntrySnapshot {
     let at = |random: &mut fastrand::Rng| start + duration(random);
+    let has_failure = random.bool();
     EntrySnapshot {
         now: start + HOUR,
         has_flight: random.bool(),
@@ -28,18 +30,18 @@ fn snapshot(random: &mut fastrand::Rng, start: Instant) -> EntrySnapshot {
             lifetime: duration(random),
             refresh_at_remaining: duration(random),
         }),
-        failure: random.bool().then(|| FailureTimes {
+        failure: has_failure.then(|| FailureTimes {
             cached_until: at(random),
             retry_at: at(random),
-            grace_end: random.bool().then(|| at(random)),
         }),
+        grace_end: (has_failure && random.bool()).then(|| at(random)),
     }
 }
 
 /// Checks what has to hold for each entry, in other words than `decide` has.
 fn check(entry: &EntrySnapshot) {
     let DueActions { clear, then } = decide(entry);
-    let grace_end = entry.failure.as_ref().and_then(|failure| failure.grace_end);
+    let grace_end = entry.grace_end;
     let servable = entry.credentials.as_ref().is_some_and(|credentials| {
         credentials.remaining > MIN_REMAINING && grace_end.is_none_or(|end| end > entry.now)
     });

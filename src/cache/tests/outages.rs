@@ -3,7 +3,6 @@
 use super::*;
 use crate::captured_log::CapturedLog;
 use crate::svid::BadToken;
-use events::CacheEvent;
 
 /// The latest time at which the first refresh may be due.
 const DUE: Duration = Duration::from_secs(3600 * 55 / 100);
@@ -189,31 +188,11 @@ async fn refresh_backs_off_in_an_outage() {
     assert_eq!(key(&cache).await.unwrap().1, CacheResult::Hit);
 }
 
-/// Captures the log of this thread. A line that a thread without a log writes first would be
-/// disabled for this thread too. So each line is written once here first.
-fn log(cache: &CredentialCache) -> CapturedLog {
-    let entry = Entry::new(grant("before"), cache.policy());
-    let error = || ExchangeError::from(unavailable());
-    for event in [
-        CacheEvent::Failed {
-            error: error(),
-            kept: false,
-            missed: 0,
-        },
-        CacheEvent::Recovered,
-        CacheEvent::Withdrawn(error()),
-        CacheEvent::Expired(error()),
-    ] {
-        event.emit(&entry, &events::log_quota());
-    }
-    CapturedLog::start()
-}
-
 #[tokio::test(start_paused = true)]
 async fn log_has_a_failure_once_per_change() {
     let (env, cache) = env(10_000);
     key(&cache).await.unwrap();
-    let log = log(&cache);
+    let log = CapturedLog::start();
     let count = |what: &str| log.text().matches(what).count();
     env.fail(unavailable());
     pass(MINUTE * 45).await;
@@ -247,18 +226,8 @@ async fn log_has_recovery_and_is_bounded_in_an_outage() {
             ..LIMITS
         },
     );
-    let role = Arc::new(role("r"));
-    for number in 0..300 {
-        cache
-            .get(
-                &cache.policy(),
-                &grant_of(&number.to_string(), &role),
-                &caller(),
-            )
-            .await
-            .unwrap();
-    }
-    let log = log(&cache);
+    fill(&cache, 300).await;
+    let log = CapturedLog::start();
     env.fail(unavailable());
     pass(DUE + SECOND).await;
     let failed = log.text().matches("exchange failed").count();
@@ -306,7 +275,8 @@ fn negative_ttl_depends_on_the_failure() {
         (ExchangeError::TooShort, 1),
     ];
     for (error, seconds) in table {
-        assert_eq!(failure::negative_ttl(&error), SECOND * seconds, "{error:?}");
+        let ttl = failure::FailureKind::of(&error).negative_ttl();
+        assert_eq!(ttl, SECOND * seconds, "{error:?}");
     }
 }
 

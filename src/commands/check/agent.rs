@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use super::report::CheckReport;
 use crate::cgroup::PodUid;
 use crate::clock::Clock;
-use crate::commands::live_token::{self, LiveToken};
+use crate::commands::live_token;
 use crate::config::{Config, Reference, Source};
 use crate::identity::{SessionName, SpiffeId};
 use crate::role::Role;
@@ -162,10 +162,9 @@ pub(super) async fn token(
     source: &TokenSource,
     role: &Role,
     report: &mut CheckReport,
-) -> Option<LiveToken> {
-    let live = fetch(config, source, role, report).await?;
-    let left = live
-        .svid
+) -> Option<JwtSvid> {
+    let token = fetch(config, source, role, report).await?;
+    let left = token
         .expires()
         .duration_since(Clock::system().now())
         .unwrap_or_default();
@@ -173,18 +172,18 @@ pub(super) async fn token(
         IDENTITY,
         format!(
             "{} for role {:?}: audience {:?}, {}, {} s left, session {}",
-            live.svid.spiffe_id(),
+            token.spiffe_id(),
             role.name,
             role.audience,
-            live.svid.algorithm(),
+            token.algorithm(),
             left.as_secs(),
             role.session_name
                 .clone()
-                .unwrap_or_else(|| SessionName::of(live.svid.spiffe_id()))
+                .unwrap_or_else(|| SessionName::of(token.spiffe_id()))
                 .as_str(),
         ),
     );
-    if let Some(life) = live.svid.short_life() {
+    if let Some(life) = token.short_life() {
         let saw = format!(
             "tokens for role {:?} are good for only {} s from the start",
             role.name,
@@ -192,7 +191,7 @@ pub(super) async fn token(
         );
         report.info(IDENTITY, saw, TTL_FIX);
     }
-    Some(live)
+    Some(token)
 }
 
 async fn fetch(
@@ -200,7 +199,7 @@ async fn fetch(
     source: &TokenSource,
     role: &Role,
     report: &mut CheckReport,
-) -> Option<LiveToken> {
+) -> Option<JwtSvid> {
     report.show_progress(&format!("a token for the role {:?}", role.name));
     let fetched = match source {
         TokenSource::WorkloadApi => {
@@ -215,14 +214,12 @@ async fn fetch(
                 );
                 return None;
             };
-            LiveToken::fetch(config, &id, &role.audience, TOKEN_TIMEOUT).await
+            live_token::fetch(config, &id, &role.audience, TOKEN_TIMEOUT).await
         }
-        TokenSource::Agent(agent, target) => fetch_selected(agent.as_ref(), target, role)
-            .await
-            .map(LiveToken::of),
+        TokenSource::Agent(agent, target) => fetch_selected(agent.as_ref(), target, role).await,
     };
     match fetched {
-        Ok(live) => Some(live),
+        Ok(token) => Some(token),
         // The daemon works with such an agent, for pods only. Here no process can be
         // referred to it.
         Err(error @ SourceError::Misconfigured(_)) if matches!(source, TokenSource::Agent(agent, CheckTarget::Itself) if agent.supports_pod_references()) =>

@@ -6,9 +6,9 @@ use std::time::Duration;
 use super::report::CheckReport;
 use crate::clock::Clock;
 use crate::commands::https_probe::HttpProbe;
-use crate::commands::live_token::LiveToken;
 use crate::role::{Identity, RequestedRole, Role, Roles};
 use crate::sts::{AssumeRole, Sts, StsError};
+use crate::svid::JwtSvid;
 
 const STEP: &str = "sts";
 const CLOCK: &str = "clock";
@@ -79,7 +79,7 @@ pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut 
 pub(super) async fn exchange(
     sts: &Sts,
     role: &Arc<Role>,
-    live: &LiveToken,
+    token: &JwtSvid,
     report: &mut CheckReport,
 ) {
     report.show_progress(&format!("STS, for role {:?}", role.name));
@@ -88,7 +88,7 @@ pub(super) async fn exchange(
         requested: None,
     };
     let identity = Identity {
-        spiffe_id: live.svid.spiffe_id().clone(),
+        spiffe_id: token.spiffe_id().clone(),
         hint: None,
     };
     let Ok(grant) = roles.select(&[identity], &RequestedRole::Default) else {
@@ -98,7 +98,7 @@ pub(super) async fn exchange(
                 format!(
                     "STS answers; role {:?} was not assumed, since it is not for {}",
                     role.name,
-                    live.svid.spiffe_id()
+                    token.spiffe_id()
                 ),
                 "where the agent attests callers, name a running workload that it is for: awsvid check --pid PID, or --pod UID",
             ),
@@ -106,7 +106,7 @@ pub(super) async fn exchange(
         }
         return;
     };
-    match sts.assume(&grant, &live.svid).await {
+    match sts.assume(&grant, token).await {
         Ok(credentials) => report.ok(
             STEP,
             format!(

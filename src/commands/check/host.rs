@@ -181,7 +181,7 @@ fn confinement(config: &Config, proc: &Path, report: &mut CheckReport) {
 
 fn namespaces(config: &Config, proc: &Path, report: &mut CheckReport) {
     let map = text(proc, "self/uid_map");
-    let is_hosts = map.split_ascii_whitespace().eq(["0", "0", "4294967295"]);
+    let is_hosts = attest::is_identity_map(&map);
     if !is_hosts {
         report.failed(
             STEP,
@@ -226,9 +226,9 @@ const SHIM: &str = "containerd-shim";
 /// for as long as it likes (T25). It takes none for `status`.
 fn is_roots_shim(process: &Path) -> bool {
     let status = std::fs::read_to_string(process.join("status")).unwrap_or_default();
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
-    let is_roots = |uids: &str| uids.split_ascii_whitespace().all(|uid| uid == "0");
-    field("Name:").is_some_and(|name| name.trim() == SHIM) && field("Uid:").is_some_and(is_roots)
+    let status = ProcessStatus(&status);
+    let mut uids = status.fields("Uid").peekable();
+    status.fields("Name").eq([SHIM]) && uids.peek().is_some() && uids.all(|uid| uid == "0")
 }
 
 /// Reports pods with a loopback that awsvid cannot listen on, because it belongs to another kernel.

@@ -11,7 +11,8 @@ use tokio::task::JoinSet;
 
 use super::report::CheckReport;
 use crate::commands::https_probe::HttpProbe;
-use crate::commands::live_token::{self, LiveToken};
+use crate::commands::live_token;
+use crate::svid::JwtSvid;
 
 mod documents;
 
@@ -33,13 +34,13 @@ const MAX_SUBJECT_LENGTH: usize = 255;
 ///
 /// `base` is the documents' URL as seen from outside. `aws` is set if STS is AWS's.
 pub(super) async fn check(
-    live: &LiveToken,
+    token: &JwtSvid,
     base: Option<&str>,
     aws: bool,
     web: &HttpProbe,
     report: &mut CheckReport,
 ) {
-    let Some(issuer) = live.issuer() else {
+    let Some(issuer) = token.issuer() else {
         report.failed(
             TOKEN,
             "the token has no `iss`, so STS cannot know its issuer",
@@ -52,9 +53,9 @@ pub(super) async fn check(
         );
         return;
     };
-    token(live, issuer, aws, report);
+    check_token(token, &issuer, aws, report);
     let Some((discovery, took)) = document(
-        &live_token::discovery_url(base.unwrap_or(issuer)),
+        &live_token::discovery_url(base.unwrap_or(&issuer)),
         DISCOVERY,
         web,
         report,
@@ -67,8 +68,8 @@ pub(super) async fn check(
         );
         return;
     };
-    belongs_to_issuer(&discovery, issuer, report);
-    let Some(url) = keys_url(&discovery, issuer, aws, report) else {
+    belongs_to_issuer(&discovery, &issuer, report);
+    let Some(url) = keys_url(&discovery, &issuer, aws, report) else {
         return;
     };
     let Some((keys, took_too)) = document(&url, KEYS, web, report).await else {
@@ -83,7 +84,7 @@ pub(super) async fn check(
         _ => fetch_concurrently(&url, web, report).await,
     }
     contents(&keys, report);
-    signature(live, &keys, &url, report);
+    signature(token, &keys, &url, report);
 }
 
 /// Fetches the keys many times at once, as STS does for workloads that start together. Rate limits
@@ -133,7 +134,7 @@ async fn fetch_concurrently(url: &str, web: &HttpProbe, report: &mut CheckReport
     );
 }
 
-fn token(live: &LiveToken, issuer: &str, aws: bool, report: &mut CheckReport) {
+fn check_token(token: &JwtSvid, issuer: &str, aws: bool, report: &mut CheckReport) {
     report.ok(TOKEN, format!("issued by {issuer}"));
     if issuer.ends_with('/') {
         report.info(
@@ -143,7 +144,7 @@ fn token(live: &LiveToken, issuer: &str, aws: bool, report: &mut CheckReport) {
             "remove the slash from jwt_issuer in the SPIRE server's configuration",
         );
     }
-    let algorithm = live.svid.algorithm();
+    let algorithm = token.algorithm();
     if aws && algorithm.starts_with("PS") {
         report.failed(
             TOKEN,
@@ -158,7 +159,7 @@ fn token(live: &LiveToken, issuer: &str, aws: bool, report: &mut CheckReport) {
             "set jwt_issuer to an https URL",
         );
     }
-    let length = live.svid.spiffe_id().as_str().len();
+    let length = token.spiffe_id().as_str().len();
     if length > MAX_SUBJECT_LENGTH {
         report.info(
             TOKEN,
@@ -223,8 +224,8 @@ fn contents(keys: &Value, report: &mut CheckReport) {
     }
 }
 
-fn signature(live: &LiveToken, keys: &Value, url: &str, report: &mut CheckReport) {
-    let Some(id) = live.key_id() else {
+fn signature(token: &JwtSvid, keys: &Value, url: &str, report: &mut CheckReport) {
+    let Some(id) = token.key_id() else {
         report.failed(
             KEYS,
             "the token's header names no key (`kid`)",
@@ -245,7 +246,7 @@ fn signature(live: &LiveToken, keys: &Value, url: &str, report: &mut CheckReport
         );
         return;
     };
-    let verified = verifies(live.svid.secret(), live.svid.algorithm(), key);
+    let verified = verifies(token.secret(), token.algorithm(), key);
     match verified {
         Some(true) => report.ok(
             KEYS,
@@ -260,7 +261,7 @@ fn signature(live: &LiveToken, keys: &Value, url: &str, report: &mut CheckReport
             KEYS,
             format!(
                 "the signature by key {id:?} ({}) is not verified here",
-                live.svid.algorithm()
+                token.algorithm()
             ),
             "STS verifies it; few implementations support ES512",
         ),

@@ -6,12 +6,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use hyper::Uri;
-use serde_json::Value;
+use thiserror::Error;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
-use crate::attest::{self, UnixSupport};
+use crate::attest::{self, TcpUnsupported, UnixSupport};
 use crate::commands::local_client;
+use crate::readiness::reports_unsupported_kernel;
 
 /// Time limit of the daemon's response. A slow or missing daemon is left to the command.
 const DAEMON_TIMEOUT: Duration = Duration::from_secs(2);
@@ -21,29 +22,44 @@ const MAX_RESPONSE: usize = 64 * 1024;
 const PATH: &str = "/probe";
 const UNSUPPORTED: &str = "unsupported_kernel";
 
+/// The daemon rejects all callers over TCP.
+#[derive(Debug, Error)]
+#[error(
+    "awsvid rejects all callers over TCP ({UNSUPPORTED}): {missing}; {}{}",
+    over_unix(*.unix),
+    .missing.fix(*.unix)
+)]
+pub(super) struct TcpRejected {
+    missing: TcpUnsupported,
+    unix: UnixSupport,
+}
+
+/// Returns the way around TCP, as the start of a fix.
+fn over_unix(unix: UnixSupport) -> &'static str {
+    match unix {
+        UnixSupport::NoPidfd => "",
+        UnixSupport::Process | UnixSupport::Pid => {
+            "set `credential_process = awsvid credential-process` in a profile of ~/.aws/config, which uses the unix socket; \
+             for TCP "
+        }
+    }
+}
+
 /// Fails if the daemon at `uri` rejects every caller over TCP because the kernel lacks something.
 ///
 /// Sends a request only where this process finds the same lack, so mostly the command starts
 /// without one. Blocks for up to twice [`DAEMON_TIMEOUT`].
-pub(super) fn check(uri: &str) -> Result<(), String> {
+pub(super) fn check(uri: &str) -> Result<(), TcpRejected> {
     let Err(missing) = attest::try_tcp(Path::new("/proc")) else {
         return Ok(());
     };
     if !is_unsupported(uri).unwrap_or(false) {
         return Ok(());
     }
-    let unix = attest::unix_support();
-    let over_unix = match unix {
-        UnixSupport::NoPidfd => "",
-        UnixSupport::Process | UnixSupport::Pid => {
-            "set `credential_process = awsvid credential-process` in a profile of ~/.aws/config, which uses the unix socket; \
-             for TCP "
-        }
-    };
-    Err(format!(
-        "awsvid rejects all callers over TCP ({UNSUPPORTED}): {missing}; {over_unix}{}",
-        missing.fix(unix)
-    ))
+    Err(TcpRejected {
+        missing,
+        unix: attest::unix_support(),
+    })
 }
 
 /// Returns whether the daemon reports an unsupported kernel. `None` if it does not answer.
@@ -62,8 +78,7 @@ fn is_unsupported(uri: &str) -> Option<bool> {
         local_client::get(stream, PATH, MAX_RESPONSE, deadline).await
     });
     let answer = answer.ok()?.ok()?;
-    let body: Value = serde_json::from_slice(&answer.body).ok()?;
-    Some(answer.status == 403 && body["code"] == UNSUPPORTED)
+    Some(reports_unsupported_kernel(answer.status, &answer.body))
 }
 
 #[cfg(test)]
@@ -86,6 +101,10 @@ mod tests {
             (rejected(UNSUPPORTED), Some(true)),
             (rejected("no_identity"), Some(false)),
             (rejected(UNSUPPORTED).replace("403", "503"), Some(false)),
+            (
+                "HTTP/1.1 403 Forbidden\r\ncontent-length: 2\r\n\r\n??".to_owned(),
+                Some(false),
+            ),
             ("SSH-2.0\r\n".to_owned(), None),
         ];
         for (answer, expected) in table {

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
 use sha2::{Digest, Sha256};
+use thiserror::Error;
 
 use crate::sdk_environment::Environment;
 use crate::sdk_environment::profiles::{DEFAULT, ProfileTarget, Profiles};
@@ -23,6 +24,19 @@ pub(super) const VARIABLES: [&str; 2] = ["AWS_PROFILE", "AWS_DEFAULT_PROFILE"];
 /// A directory in memory. Containers whose other directories are read-only have it.
 const SHARED_MEMORY: &str = "/dev/shm";
 
+/// A profile that leads to other credentials, and whose copy without them cannot be written.
+#[derive(Debug, Error)]
+#[error(
+    "the profile [{name}], which would take precedence over awsvid, cannot be replaced: no directory for a copy of the \
+     config file: {source}; set TMPDIR to a directory that only this user can write to, or remove {keys}"
+)]
+pub(super) struct UnreplacedProfile {
+    name: String,
+    /// The settings that lead to credentials, with their files.
+    keys: String,
+    source: io::Error,
+}
+
 /// Keeps each profile that leads to awsvid or to no credentials, and replaces each other one.
 /// Returns whether the command gets a profile with a region.
 ///
@@ -32,7 +46,7 @@ pub(super) fn replace(
     environment: &mut Environment,
     notes: &mut Vec<String>,
     inherited: &impl Fn(&str) -> Option<String>,
-) -> Result<bool, String> {
+) -> Result<bool, UnreplacedProfile> {
     let temporary = [std::env::temp_dir(), SHARED_MEMORY.into()];
     replace_in(environment, notes, inherited, &temporary)
 }
@@ -43,7 +57,7 @@ pub(super) fn replace_in(
     notes: &mut Vec<String>,
     inherited: &impl Fn(&str) -> Option<String>,
     temporary: &[PathBuf],
-) -> Result<bool, String> {
+) -> Result<bool, UnreplacedProfile> {
     let profiles = Profiles::read(inherited);
     let profile_names =
         VARIABLES.map(|variable| inherited(variable).filter(|name| !name.is_empty()));
@@ -78,11 +92,11 @@ pub(super) fn replace_in(
         .map(|(file, key)| format!("{key} in {}", file.display()))
         .collect();
     let keys = keys.join(", ");
-    let copy = write(&profiles, name, &directories(inherited, temporary)).map_err(|error| {
-        format!(
-            "the profile [{name}], which would take precedence over awsvid, cannot be replaced: no directory for a copy of the \
-             config file: {error}; set TMPDIR to a directory that only this user can write to, or remove {keys}"
-        )
+    let written = write(&profiles, name, &directories(inherited, temporary));
+    let copy = written.map_err(|source| UnreplacedProfile {
+        name: name.to_owned(),
+        keys: keys.clone(),
+        source,
     })?;
     // Python would prefer it to the replacement.
     VARIABLES

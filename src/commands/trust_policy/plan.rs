@@ -13,7 +13,7 @@ use crate::role::{Role, Roles};
 
 mod issuer;
 
-pub(super) use issuer::PlannedIssuer;
+pub(super) use issuer::{InvalidIssuer, PlannedIssuer};
 
 /// IAM's default: sessions of a role last at most an hour.
 const DEFAULT_SESSION: Duration = Duration::from_secs(3600);

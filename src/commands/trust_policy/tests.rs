@@ -6,7 +6,7 @@ mod reading;
 use reading::{Read, Token, by_a_shell};
 use serde_json::{Value, json};
 
-use super::plan::{Plan, PlannedIssuer, PlannedProvider};
+use super::plan::{InvalidIssuer, Plan, PlannedIssuer, PlannedProvider};
 use super::*;
 
 const ISSUER: &str = "https://oidc.example.org/tenant";
@@ -256,7 +256,9 @@ fn plan_separates_accounts_and_partitions() {
     );
     let error = render(&plan, Format::Terraform).unwrap_err();
     assert!(
-        error.contains("--account (aws:123456789012, aws-cn:210987654321)"),
+        error
+            .to_string()
+            .contains("--account (aws:123456789012, aws-cn:210987654321)"),
         "{error}"
     );
 }
@@ -481,15 +483,20 @@ fn issuer_parse_rejects_urls_that_iam_rejects() {
             plan.warnings
         );
     }
+    let no_url = "oidc.example.org".to_owned();
+    assert_eq!(
+        PlannedIssuer::parse(&no_url),
+        Err(InvalidIssuer::NoUrl(no_url))
+    );
     for text in [
-        "oidc.example.org",
         "https://",
         "https://a b",
         "https://a/?x",
         "https://a/\"",
         "https://a/${b}",
     ] {
-        assert!(PlannedIssuer::parse(text).is_err(), "{text}");
+        let bad = InvalidIssuer::BadUrl(text.to_owned());
+        assert_eq!(PlannedIssuer::parse(text), Err(bad));
     }
 }
 

@@ -82,6 +82,21 @@ fn token_keeps_its_checked_claims() {
 }
 
 #[test]
+fn issuer_and_key_id_are_texts_or_missing() {
+    let of = |header: &str, claims: &str| {
+        let claims = CLAIMS.replacen('{', &format!("{{{claims}"), 1);
+        let svid = check(&HEADER.replacen('{', &format!("{{{header}"), 1), &claims).unwrap();
+        (svid.key_id(), svid.issuer())
+    };
+    let text = |text: &str| Some(text.to_owned());
+    assert_eq!(of("", ""), (None, None));
+    let both = of(r#""kid":"k1","#, r#""iss":"https://oidc.example.org","#);
+    assert_eq!(both, (text("k1"), text("https://oidc.example.org")));
+    assert_eq!(of(r#""kid":"","#, r#""iss":"","#), (None, None));
+    assert_eq!(of(r#""kid":1,"#, r#""iss":["a"],"#), (None, None));
+}
+
+#[test]
 fn check_rejects_invalid_headers() {
     let table = [
         (r#"{"alg":"none"}"#, "algorithm"),

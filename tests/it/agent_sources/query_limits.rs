@@ -16,7 +16,7 @@ use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::env::{Env, Setting, Source, id};
-use crate::harness::is_slow;
+use crate::harness::slow_only;
 
 const LISTENERS: [&str; 3] = ["unix", "tcp", "tcp6"];
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -111,7 +111,7 @@ const PROGRAM: u64 = 200 << 30;
 /// The fifth workload waits for that, but its query is at the agent: the daemon does not reject it
 /// because of the others.
 fn check_real_agent(source: Source) {
-    if !is_slow() {
+    if !slow_only() {
         return;
     }
     let folder = folder();

@@ -12,7 +12,7 @@ use crate::harness::actor::{Connector, large_program, program};
 use crate::harness::client::fetch;
 use crate::harness::counterparts::folder;
 use crate::harness::env::{Env, Setting, Source, id};
-use crate::harness::is_slow;
+use crate::harness::slow_only;
 
 const VICTIM: u32 = 51_001;
 const NEIGHBOUR: u32 = 51_002;
@@ -45,7 +45,7 @@ fn time_served(connector: &Connector, since: Instant, most: Duration) -> (Durati
 }
 
 fn check_slow_processes(source: Source) {
-    if !is_slow() {
+    if !slow_only() {
         return;
     }
     let folder = folder();

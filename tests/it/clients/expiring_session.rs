@@ -9,7 +9,7 @@ use super::reading::{ReadSettings, for_each, read};
 use super::stage::{ClientSetting, ClientStage};
 use super::table::{self, Cell, Column, Table};
 use crate::harness::counterparts::folder;
-use crate::harness::is_slow;
+use crate::harness::slow_only;
 use crate::harness::slow_proxy::SlowProxy;
 
 /// The remaining minutes of the session at each read of the clients. At the first it is new.
@@ -22,7 +22,7 @@ const MAX_CONCURRENT: usize = 4;
 
 #[test]
 fn clients_refetch_near_session_end_as_documented() {
-    if !is_slow() {
+    if !slow_only() {
         return;
     }
     let folder = folder();

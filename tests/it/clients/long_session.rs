@@ -10,7 +10,7 @@ use super::reading::{ReadSettings, for_each, read};
 use super::stage::{ClientSetting, ClientStage};
 use super::table::{self, Cell, Column, Table};
 use crate::harness::counterparts::folder;
-use crate::harness::is_slow;
+use crate::harness::slow_only;
 
 /// Between the reads of a program.
 const PAUSE: Duration = Duration::from_secs(20);
@@ -26,7 +26,7 @@ const EARLIEST: Duration = Duration::from_secs(15 * 60);
 
 #[test]
 fn clients_see_no_error_at_session_end() {
-    if !is_slow() {
+    if !slow_only() {
         return;
     }
     let folder = folder();

@@ -11,12 +11,12 @@ use super::stage::{ClientSetting, ClientStage, Member, ROLE, StagedDaemon};
 use super::table::{self, Cell, Column, Table};
 use super::{MAX_CONCURRENT, facts};
 use crate::harness::counterparts::{folder, minio};
-use crate::harness::is_slow;
+use crate::harness::slow_only;
 use crate::harness::slow_proxy::SlowProxy;
 
 #[test]
 fn clients_match_the_documented_matrix() {
-    if !is_slow() {
+    if !slow_only() {
         return;
     }
     table::settle_rows();

@@ -10,13 +10,13 @@ use super::elf::Elf;
 use super::{output, text, unpack};
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::run;
-use crate::harness::is_slow;
 use crate::harness::release::Release;
+use crate::harness::slow_only;
 
 /// Builds the release of a copy of the source in another folder, with another folder of cargo's.
 #[test]
 fn release_is_reproducible() {
-    if !is_slow() {
+    if !slow_only() {
         return;
     }
     let folder = folder();
@@ -54,7 +54,7 @@ fn release_is_reproducible() {
 /// Checks what only the programs of a release have.
 #[test]
 fn released_programs_run_on_old_systems() {
-    if !is_slow() {
+    if !slow_only() {
         return;
     }
     let folder = folder();

@@ -11,7 +11,6 @@ use super::super::report::{CheckFinding, Verdict};
 use super::*;
 use crate::dev::keys::SigningKey;
 use crate::identity::SpiffeId;
-use crate::svid::JwtSvid;
 
 /// Serves complete HTTP responses by path. `{own}` in them is the server's URL.
 async fn serve(answers: Vec<(&'static str, String)>) -> String {
@@ -50,16 +49,14 @@ fn http(status: &str, body: &str) -> String {
     format!("HTTP/1.1 {status}\r\nConnection: close\r\n\r\n{body}")
 }
 
-fn live(key: &SigningKey, issuer: &str) -> LiveToken {
+fn token_by(key: &SigningKey, issuer: &str) -> JwtSvid {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap()
         .as_secs();
     let claims = json!({ "iss": issuer, "sub": "spiffe://t/a", "aud": "shop", "iat": now, "exp": now + 300 });
     let id = SpiffeId::parse("spiffe://t/a").unwrap();
-    LiveToken::of(
-        JwtSvid::check(key.sign(&claims).unwrap(), &id, "shop", SystemTime::now()).unwrap(),
-    )
+    JwtSvid::check(key.sign(&claims).unwrap(), &id, "shop", SystemTime::now()).unwrap()
 }
 
 /// Returns the findings for an issuer with these responses, in which `{own}` is its URL.
@@ -75,7 +72,7 @@ async fn findings_of(key: &SigningKey, discovery: &str, keys: &str) -> Vec<Check
         network: None,
         deadline: Duration::from_secs(5),
     };
-    check(&live(key, &url), None, false, &web, &mut report).await;
+    check(&token_by(key, &url), None, false, &web, &mut report).await;
     report.findings().to_vec()
 }
 
@@ -309,7 +306,7 @@ async fn rate_limited_keys_are_reported() {
             network: None,
             deadline: Duration::from_secs(1),
         };
-        check(&live(&key, &url), None, false, &web, &mut report).await;
+        check(&token_by(&key, &url), None, false, &web, &mut report).await;
         assert_failed(report.findings(), "keys", saw, "rate limits");
         let others = report
             .findings()
@@ -334,7 +331,7 @@ async fn aws_has_further_requirements() {
         network: None,
         deadline: Duration::from_secs(5),
     };
-    check(&live(&key, &url), None, true, &web, &mut report).await;
+    check(&token_by(&key, &url), None, true, &web, &mut report).await;
     assert_failed(report.findings(), "token", "is not https", "https URL");
     assert_failed(
         report.findings(),
@@ -365,7 +362,14 @@ async fn check_uses_the_configured_address_and_url() {
         deadline: Duration::from_secs(5),
     };
     let mut report = CheckReport::new(true);
-    check(&live(&key, &issuer), Some(&other), false, &web, &mut report).await;
+    check(
+        &token_by(&key, &issuer),
+        Some(&other),
+        false,
+        &web,
+        &mut report,
+    )
+    .await;
     assert!(
         report
             .findings()

@@ -1,24 +1,36 @@
 //! The issuer's URL, as IAM takes it.
 
+use thiserror::Error;
+
 /// IAM's limit for the URL of an OIDC provider.
 const MAX_URL_LENGTH: usize = 255;
+
+/// Reason why IAM does not accept an issuer.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub(in crate::commands::trust_policy) enum InvalidIssuer {
+    /// The text has no scheme.
+    #[error("the issuer {0:?} is not a URL; write it with https://")]
+    NoUrl(String),
+    /// The URL has no host, is too long, or has characters that IAM does not accept.
+    #[error(
+        "IAM does not accept the issuer {0:?}; use a host and a path of at most {MAX_URL_LENGTH} characters"
+    )]
+    BadUrl(String),
+}
 
 /// The issuer of the tokens, as the URL that IAM compares byte by byte.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::commands::trust_policy) struct PlannedIssuer(String);
 
 impl PlannedIssuer {
-    pub(in crate::commands::trust_policy) fn parse(text: &str) -> Result<Self, String> {
+    pub(in crate::commands::trust_policy) fn parse(text: &str) -> Result<Self, InvalidIssuer> {
         let rest = text
             .strip_prefix("https://")
             .or_else(|| text.strip_prefix("http://"));
-        let rest = rest
-            .ok_or_else(|| format!("the issuer {text:?} is not a URL; write it with https://"))?;
+        let rest = rest.ok_or_else(|| InvalidIssuer::NoUrl(text.to_owned()))?;
         let plain = |c: u8| c.is_ascii_alphanumeric() || b"-._~:/%[]".contains(&c);
         if rest.is_empty() || text.len() > MAX_URL_LENGTH || !rest.bytes().all(plain) {
-            return Err(format!(
-                "IAM does not accept the issuer {text:?}; use a host and a path of at most {MAX_URL_LENGTH} characters"
-            ));
+            return Err(InvalidIssuer::BadUrl(text.to_owned()));
         }
         Ok(Self(text.to_owned()))
     }

@@ -45,8 +45,12 @@ pub(crate) fn behind(words: &[&str], program: &Path) -> Command {
     command
 }
 
+/// Time within which the kernel ends a killed process. One that waits for a file system that hangs
+/// does not end before the file system does.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// A child process. Dropping it ends it and all that it has started: SIGKILL to its process group,
-/// then wait.
+/// then wait, for [`KILL_TIMEOUT`] at most.
 pub(crate) struct OwnedProcess {
     child: Child,
     status: Option<ExitStatus>,
@@ -95,17 +99,33 @@ impl OwnedProcess {
         if let Some(status) = self.status {
             return status;
         }
-        // An error means that no process is left to kill.
-        let _ = killpg(self.id(), Signal::SIGKILL);
+        self.kill();
         let status = self.child.wait().expect("an own child");
         self.status = Some(status);
         status
+    }
+
+    fn kill(&self) {
+        // An error means that no process is left to kill.
+        let _ = killpg(self.id(), Signal::SIGKILL);
+    }
+
+    /// Kills it. A test that panics drops its values in another order than one that passes. So the
+    /// file system that the process waits for may end only after this.
+    fn end_or_leave(&mut self) {
+        if self.status.is_some() {
+            return;
+        }
+        self.kill();
+        if self.wait(KILL_TIMEOUT).is_none() {
+            eprintln!("process {} is killed, but does not end", self.id());
+        }
     }
 }
 
 impl Drop for OwnedProcess {
     fn drop(&mut self) {
-        self.end();
+        self.end_or_leave();
     }
 }
 
@@ -231,7 +251,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        self.owned.end();
+        self.owned.end_or_leave();
         if thread::panicking() {
             let log = self.log();
             let lines: Vec<_> = log.lines().collect();

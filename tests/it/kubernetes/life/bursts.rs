@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{TIMEOUT, process, request_pod, signal, status, ticks, updates};
 use crate::harness::counterparts::process::await_some;
-use crate::harness::is_slow;
+use crate::harness::{is_slow, slow_only};
 use crate::kubernetes::cluster::{Cluster, READER};
 
 /// The traces that a pod must not leave on the node.
@@ -206,7 +206,7 @@ fn listening(cluster: &Cluster) -> Vec<(String, Duration)> {
 /// Measures the time for one more pod, and the daemon's use of resources, with few pods and with
 /// many.
 pub(in crate::kubernetes) fn many_pods_are_served_soon(cluster: &Cluster) {
-    if !is_slow() {
+    if !slow_only() {
         return;
     }
     let count = 250;
