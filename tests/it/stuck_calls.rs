@@ -359,9 +359,9 @@ fn sts_calls_that_hang_leave_room_for_others() {
         let success = Counts::from([("Success".to_owned(), 1)]);
         assert_eq!(answers, success, "over {listener}");
     }
-    let given_way = "awsvid_sts_calls_total{result=\"sts_busy\"}";
+    let evicted = "awsvid_sts_calls_total{result=\"sts_busy\"}";
     await_some("a call gives way", TIMEOUT, || {
-        (daemon.metric(given_way) > 0).then_some(())
+        (daemon.metric(evicted) > 0).then_some(())
     });
 }
 

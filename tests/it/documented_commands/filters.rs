@@ -1,5 +1,5 @@
-//! The pages for contributors show how to run one test, or one row of the bench. Their examples have
-//! to exist.
+//! The pages for contributors show how to run one test, or one row of the bench. Their examples
+//! have to exist.
 
 use std::fs;
 use std::path::Path;

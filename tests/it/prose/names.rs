@@ -54,7 +54,8 @@ fn type_names_are_defined_once() {
     }
 }
 
-/// A type that is named by a participle alone leaves open what it is: a process, a record, an error.
+/// A type that is named by a participle alone leaves open what it is: a process, a record, an
+/// error.
 #[test]
 fn type_names_are_not_participles() {
     for (file, source) in sources().iter().filter(|(file, _)| file.ends_with(".rs")) {
