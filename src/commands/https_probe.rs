@@ -9,6 +9,8 @@
 )]
 
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 mod server_chain;
 
 use std::net::SocketAddr;
