@@ -34,6 +34,8 @@ use crate::metrics::{Exposition, Metrics, ReasonLabel};
 use crate::upstream_status::UpstreamReport;
 
 mod format;
+#[cfg(any(test, fuzzing))]
+pub(crate) use format::fuzzing;
 
 use format::{MetricsFormat, RenderedMetrics};
 

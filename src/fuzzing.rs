@@ -7,11 +7,15 @@
 use std::borrow::Cow;
 
 use crate::accounts;
+use crate::admin;
 use crate::attest;
 use crate::commands;
+use crate::hardening;
 use crate::http;
+use crate::metrics;
 use crate::pod_listeners;
 use crate::sdk_environment::profiles;
+use crate::sts;
 use crate::svid;
 
 mod values;
@@ -23,12 +27,18 @@ pub fn sock_diag(bytes: &[u8]) -> bool {
 
 /// Parses a file of `/proc/<pid>`.
 pub fn proc(bytes: &[u8]) -> bool {
-    attest::fuzzing::proc(&text(bytes))
+    let text = text(bytes);
+    let is_process = attest::fuzzing::proc(&text);
+    let is_own = hardening::fuzzing::status(&text);
+    metrics::fuzzing::stat(&text) || is_process || is_own
 }
 
 /// Parses the mounts in `/proc/self/mountinfo`.
 pub fn mountinfo(bytes: &[u8]) -> bool {
-    attest::fuzzing::mountinfo(&text(bytes))
+    let text = text(bytes);
+    let hides_processes = hardening::fuzzing::mountinfo(&text);
+    let stays_private = pod_listeners::fuzzing::mountinfo(&text);
+    attest::fuzzing::mountinfo(&text) || hides_processes || stays_private
 }
 
 /// Parses the path of a cgroup.
@@ -84,6 +94,36 @@ pub fn handover(bytes: &[u8]) -> bool {
 /// Parses an HTTP response of the daemon.
 pub fn client(bytes: &[u8]) -> bool {
     commands::fuzzing::client(bytes)
+}
+
+/// Parses the rejection of an STS.
+pub fn sts_error(bytes: &[u8]) -> bool {
+    sts::fuzzing::sts_error(bytes)
+}
+
+/// Parses the URL of a proxy, and the hosts that are exempt from it.
+pub fn proxy(bytes: &[u8]) -> bool {
+    sts::fuzzing::proxy(&text(bytes))
+}
+
+/// Parses the header `Accept` of a client of `/metrics`.
+pub fn accept(bytes: &[u8]) -> bool {
+    admin::fuzzing::accept(bytes)
+}
+
+/// Parses the URL of an issuer or of another server, or a value of `--resolve`.
+pub fn url(bytes: &[u8]) -> bool {
+    commands::fuzzing::url(&text(bytes))
+}
+
+/// Parses the documents of an issuer.
+pub fn documents(bytes: &[u8]) -> bool {
+    commands::fuzzing::documents(&text(bytes))
+}
+
+/// Parses a socket unit of systemd.
+pub fn socket_unit(bytes: &[u8]) -> bool {
+    commands::fuzzing::socket_unit(&text(bytes))
 }
 
 /// Parses the files of SDKs with their profiles.

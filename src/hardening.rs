@@ -1,6 +1,8 @@
 //! Hardening before the daemon has threads: its memory becomes unreadable, and it drops privileges.
 
 pub mod apparmor;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod proc_mount;
 mod process_status;
 mod sys;

@@ -16,6 +16,8 @@ use crate::upstream_status::{LastError, UpstreamStatus};
 mod exposition;
 mod labels;
 mod process;
+#[cfg(any(test, fuzzing))]
+pub(crate) use process::fuzzing;
 
 pub use exposition::Exposition;
 pub use labels::{

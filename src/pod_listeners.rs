@@ -23,6 +23,8 @@ use crate::metrics::Metrics;
 use crate::netns::{NamespaceError, NetNs};
 
 mod failure_log;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod gate;
 mod handover_protocol;
 mod netns_directory;
@@ -31,9 +33,6 @@ mod pod;
 mod reconciler;
 mod sys;
 mod takeover;
-
-#[cfg(any(test, fuzzing))]
-pub(crate) use handover_protocol::fuzzing;
 
 use failure_log::FailureLog;
 use gate::Coverage;

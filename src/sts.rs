@@ -32,6 +32,8 @@ mod advice;
 mod client;
 mod error;
 mod error_response;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod network;
 mod no_proxy;
 mod reason;

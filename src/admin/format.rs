@@ -7,6 +7,9 @@ use hyper::{Response, StatusCode};
 
 use super::reply;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
+
 const OPENMETRICS: &str = "application/openmetrics-text";
 
 /// The metrics in both formats, shared by all scrapes of a second.

@@ -28,6 +28,8 @@ use crate::exit_status::ExitStatus;
 use crate::role::StsTarget;
 use crate::sts::{BlockingCalls, NetworkSettings, Settings, Sts};
 use agent::CheckTarget;
+#[cfg(any(test, fuzzing))]
+pub(super) use issuer::fuzzing;
 use report::CheckReport;
 
 /// Time limit of each document. STS itself does not wait longer.

@@ -1,4 +1,5 @@
-//! The fuzz target for the responses of the daemon, with arbitrary bytes.
+//! The fuzz targets for the responses of the daemon, with arbitrary bytes, and for what commands
+//! read.
 
 use std::time::Duration;
 
@@ -7,7 +8,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::task::yield_now;
 use tokio::time::Instant;
 
+pub(crate) use super::check::fuzzing::documents;
 use super::local_client::{LocalResponse, block_on, get};
+pub(crate) use super::node::fuzzing::socket_unit;
+use super::{https_probe, trust_policy};
 
 /// Maximum length of a body.
 const MAX_BODY: usize = 4096;
@@ -82,4 +86,11 @@ pub(crate) fn client(bytes: &[u8]) -> bool {
         }
     }
     true
+}
+
+/// Checks the URL of an issuer or of another server, or a value of `--resolve`.
+pub(crate) fn url(text: &str) -> bool {
+    let is_issuer = trust_policy::fuzzing::issuer(text);
+    let is_url = https_probe::fuzzing::url(text);
+    is_issuer || is_url
 }

@@ -4,6 +4,8 @@
 //! content behind it can be checked too.
 
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 mod server_chain;
 
 use std::net::SocketAddr;

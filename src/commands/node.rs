@@ -3,6 +3,9 @@
 
 mod socket_unit;
 
+#[cfg(any(test, fuzzing))]
+pub(super) use socket_unit::fuzzing;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
 use std::io;

@@ -22,6 +22,8 @@ use crate::exit_status::ExitStatus;
 use crate::identity::SpiffeId;
 use crate::sts::NetworkSettings;
 use error::{NoLiveIssuer, TrustPolicyError};
+#[cfg(any(test, fuzzing))]
+pub(super) use plan::fuzzing;
 use plan::{Plan, PlannedAccount, PlannedAccountName, PlannedIssuer, PlannedProvider};
 
 /// Time limit of a token, and of each document of the issuer.

@@ -3,10 +3,12 @@ use std::path::Path;
 
 use super::*;
 
+mod sources;
+
 /// A parser with the name of its target and of the folder of its seeds.
 type Parser = (&'static str, fn(&[u8]) -> bool);
 
-const PARSERS: [Parser; 15] = [
+const PARSERS: [Parser; 21] = [
     ("sock_diag", sock_diag),
     ("proc", proc),
     ("mountinfo", mountinfo),
@@ -22,6 +24,12 @@ const PARSERS: [Parser; 15] = [
     ("handover", handover),
     ("client", client),
     ("profiles", profiles),
+    ("sts_error", sts_error),
+    ("proxy", proxy),
+    ("accept", accept),
+    ("url", url),
+    ("documents", documents),
+    ("socket_unit", socket_unit),
 ];
 /// Number of damaged seeds per parser.
 const ROUNDS: usize = 2_000;

@@ -14,6 +14,9 @@ use prometheus_client::registry::{Registry, Unit};
 
 use crate::clock::Clock;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
+
 /// The start of this process in seconds since the Unix epoch; `None` without `/proc`.
 ///
 /// It is computed once, because the wall clock may be set later.

@@ -15,6 +15,8 @@ use crate::commands::live_token;
 use crate::svid::JwtSvid;
 
 mod documents;
+#[cfg(any(test, fuzzing))]
+pub(in crate::commands) mod fuzzing;
 
 use documents::{belongs_to_issuer, document, keys_url};
 

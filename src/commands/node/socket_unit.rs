@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 
 use crate::config::{Config, Problem};
 
+#[cfg(any(test, fuzzing))]
+pub(in crate::commands) mod fuzzing;
+
 const UNIT: &str = "awsvid.socket";
 /// Directories of units, by their precedence.
 const DIRECTORIES: [&str; 5] = [
@@ -65,8 +68,13 @@ fn addresses(root: &Path) -> Vec<String> {
     let drop_ins = drop_ins
         .values()
         .map(|path| fs::read_to_string(path).unwrap_or_default());
+    parse(std::iter::once(unit).chain(drop_ins))
+}
+
+/// Parses the texts of the unit and its drop-in files.
+fn parse(texts: impl Iterator<Item = String>) -> Vec<String> {
     let mut addresses = Vec::new();
-    for text in std::iter::once(unit).chain(drop_ins) {
+    for text in texts {
         for line in text.lines() {
             match line
                 .split_once('=')
@@ -75,7 +83,7 @@ fn addresses(root: &Path) -> Vec<String> {
                 // An empty value removes those before it.
                 Some(("ListenStream", "")) => addresses.clear(),
                 Some(("ListenStream", address)) => addresses.push(address.to_owned()),
-                _ => {}
+                Some(_) | None => {}
             }
         }
     }

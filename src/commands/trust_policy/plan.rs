@@ -13,6 +13,8 @@ use crate::role::{Role, Roles};
 
 mod issuer;
 
+#[cfg(any(test, fuzzing))]
+pub(in crate::commands) use issuer::fuzzing;
 pub(super) use issuer::{InvalidIssuer, PlannedIssuer};
 
 /// IAM's default: sessions of a role last at most an hour.

@@ -2,6 +2,9 @@
 
 use thiserror::Error;
 
+#[cfg(any(test, fuzzing))]
+pub(in crate::commands) mod fuzzing;
+
 /// IAM's limit for the URL of an OIDC provider.
 const MAX_URL_LENGTH: usize = 255;
 

@@ -1,0 +1,6 @@
+//! Fuzzes the parser of documents of an issuer.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    awsvid::fuzzing::documents(bytes);
+});
