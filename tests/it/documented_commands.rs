@@ -15,6 +15,7 @@ use crate::harness::counterparts::{folder, root, skip, tool};
 use crate::harness::daemon::PROGRAM;
 use crate::harness::documents::{Block, block, blocks, pages};
 
+mod filters;
 mod formats;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -24,7 +25,7 @@ const AUDIT_LOG: &str = "/var/log/awsvid/audit.log";
 
 /// How a block is tested.
 #[derive(Debug, Clone, Copy)]
-enum Tested {
+enum TestMethod {
     /// By a shell with a configuration, an audit log and `awsvid`.
     ByShell,
     /// By a real SPIRE server.
@@ -37,30 +38,30 @@ enum Tested {
     Not(&'static str),
 }
 
-use Tested::{ByAwsCli, ByShell, BySpire, In, Not};
+use TestMethod::{ByAwsCli, ByShell, BySpire, In, Not};
 
-const INSTALLATION: Tested = In("systemd.rs", "documented_installation_works");
-const FIRST_WORKLOAD: Tested = In(
+const INSTALLATION: TestMethod = In("systemd.rs", "documented_installation_works");
+const FIRST_WORKLOAD: TestMethod = In(
     "systemd/documented.rs",
     "documented_first_workload_gets_credentials",
 );
-const UPGRADE: Tested = In(
+const UPGRADE: TestMethod = In(
     "systemd/documented.rs",
     "documented_upgrade_interrupts_no_caller",
 );
-const ROLLBACK: Tested = In("systemd.rs", "documented_rollback_interrupts_no_caller");
-const EXISTING_SPIRE: Tested = In(
+const ROLLBACK: TestMethod = In("systemd.rs", "documented_rollback_interrupts_no_caller");
+const EXISTING_SPIRE: TestMethod = In(
     "kubernetes/existing_spire.rs",
     "helm_installs_and_removes_awsvid",
 );
-const NODE: Tested = In("kubernetes/documented.rs", "documented_commands_work");
-const DEV: Tested = In("dev.rs", "dev_gives_cli_its_role_despite_other_settings");
-const AT_AWS: Tested = Not(
+const NODE: TestMethod = In("kubernetes/documented.rs", "documented_commands_work");
+const DEV: TestMethod = In("dev.rs", "dev_gives_cli_its_role_despite_other_settings");
+const AT_AWS: TestMethod = Not(
     "only AWS's own STS answers it; tests/it/dev.rs runs the same command at that of awsvid dev",
 );
 
 /// Each command block: its page, its first words, how it is tested.
-const COMMANDS: &[(&str, &str, Tested)] = &[
+const COMMANDS: &[(&str, &str, TestMethod)] = &[
     ("install-vm.md", "cargo build --release", INSTALLATION),
     ("install-vm.md", "spire-server entry create", BySpire),
     ("install-vm.md", "awsvid trust-policy", ByShell),
@@ -204,14 +205,14 @@ const COMMANDS: &[(&str, &str, Tested)] = &[
     ("revoke.md", "spire-server agent ban", BySpire),
 ];
 
-const POD_RECIPE: Tested = In(
+const POD_RECIPE: TestMethod = In(
     "kubernetes/documented.rs",
     "documented_recipe_explains_a_403",
 );
-const README_OUTPUT: Tested = In("dev.rs", "dev_prints_the_output_of_the_readme");
+const README_OUTPUT: TestMethod = In("dev.rs", "dev_prints_the_output_of_the_readme");
 
 /// The same for README.md, troubleshooting.md, and the pages of other folders.
-const MORE_COMMANDS: &[(&str, &str, Tested)] = &[
+const MORE_COMMANDS: &[(&str, &str, TestMethod)] = &[
     (
         "deploy/helm/awsvid/README.md",
         "kubectl create namespace",
@@ -252,16 +253,16 @@ const MORE_COMMANDS: &[(&str, &str, Tested)] = &[
     ("troubleshooting.md", "sudo journalctl", ByShell),
 ];
 
-const SPIRE_CONFIGURATIONS: Tested = In(
+const SPIRE_CONFIGURATIONS: TestMethod = In(
     "documented_commands/formats.rs",
     "documented_configurations_of_spire_are_valid",
 );
-const VALUES: Tested = In("helm/environment.rs", "page_has_the_values_of_the_examples");
-const README_VALUES: Tested = In("helm/values.rs", "values_of_the_readme_are_rendered");
-const PROFILE: Tested = In("credential_process.rs", "output_is_accepted_by_cli");
+const VALUES: TestMethod = In("helm/environment.rs", "page_has_the_values_of_the_examples");
+const README_VALUES: TestMethod = In("helm/values.rs", "values_of_the_readme_are_rendered");
+const PROFILE: TestMethod = In("credential_process.rs", "output_is_accepted_by_cli");
 
 /// Every other block that is not JSON, a configuration of awsvid or a synopsis.
-const OTHER_BLOCKS: &[(&str, &str, Tested)] = &[
+const OTHER_BLOCKS: &[(&str, &str, TestMethod)] = &[
     ("README.md", " ┌ node", Not("a picture of the node's parts")),
     ("install-vm.md", "[Service]", FIRST_WORKLOAD),
     (
@@ -357,7 +358,7 @@ const OTHER_BLOCKS: &[(&str, &str, Tested)] = &[
     ),
 ];
 
-fn all_rows() -> impl Iterator<Item = &'static (&'static str, &'static str, Tested)> {
+fn all_rows() -> impl Iterator<Item = &'static (&'static str, &'static str, TestMethod)> {
     COMMANDS.iter().chain(MORE_COMMANDS).chain(OTHER_BLOCKS)
 }
 
@@ -382,7 +383,7 @@ fn blocks_with_rows() -> Vec<(String, Block)> {
 }
 
 /// Returns the blocks that are tested in this way.
-fn commands(is_meant: impl Fn(Tested) -> bool) -> Vec<(String, String)> {
+fn commands(is_meant: impl Fn(TestMethod) -> bool) -> Vec<(String, String)> {
     blocks_with_rows()
         .into_iter()
         .filter(|(page, block)| is_meant(tested(page, block)))
@@ -390,9 +391,9 @@ fn commands(is_meant: impl Fn(Tested) -> bool) -> Vec<(String, String)> {
         .collect()
 }
 
-fn tested(page: &str, block: &Block) -> Tested {
+fn tested(page: &str, block: &Block) -> TestMethod {
     let fits =
-        |(of, begin, _): &&(&str, &str, Tested)| *of == page && block.text.starts_with(begin);
+        |(of, begin, _): &&(&str, &str, TestMethod)| *of == page && block.text.starts_with(begin);
     let found: Vec<_> = all_rows().filter(fits).collect();
     let [(_, _, tested)] = &found[..] else {
         panic!("{page}: in the table {} times: {}", found.len(), block.text)
@@ -427,42 +428,6 @@ fn reads_block(source: &str, page: &str, begin: &str) -> bool {
             && !words.is_empty()
             && text.starts_with(&words.replace("\\n", "\n"))
     })
-}
-
-/// Returns whether this cargo filter names a test, by the module and the beginning of the name.
-fn names_a_test(filter: &str) -> bool {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let (module, name) = filter.rsplit_once("::").unwrap_or(("", filter));
-    let is_lib = root
-        .join(format!("src/{}.rs", module.split("::").next().unwrap()))
-        .exists();
-    let folder = if is_lib { "src" } else { "tests/it" };
-    let path = root.join(folder).join(module.replace("::", "/") + ".rs");
-    fs::read_to_string(path).is_ok_and(|source| source.contains(&format!("fn {name}")))
-}
-
-/// CONTRIBUTING.md shows how to run one test; its examples have to be tests.
-#[test]
-fn filters_of_contributing_name_tests() {
-    let text = include_str!("../../.github/CONTRIBUTING.md");
-    let mut count = 0;
-    for command in text.split('`').filter(|code| code.contains("cargo test ")) {
-        let Some(filter) = command
-            .split_whitespace()
-            .last()
-            .filter(|word| word.contains("::"))
-        else {
-            continue;
-        };
-        count += 1;
-        let module = filter.trim_end_matches("::");
-        let file = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/it")
-            .join(format!("{module}.rs"));
-        let is_module = filter.ends_with("::") && file.exists();
-        assert!(is_module || names_a_test(filter), "{command}");
-    }
-    assert_eq!(count, 3);
 }
 
 #[test]
