@@ -27,7 +27,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::attest::Attestor;
 use crate::cache::{CredentialCache, EntryStatus};
-use crate::config::Listen;
+use crate::config::ListenConfig;
 use crate::limits::FairSemaphore;
 use crate::listen::{AcceptedStream, LazySocket, PendingConnection};
 use crate::metrics::{Exposition, Metrics, ReasonLabel};
@@ -128,7 +128,7 @@ pub struct Admin {
     readiness: Arc<Readiness>,
     cache: CredentialCache,
     attestor: Arc<Attestor>,
-    listen: Listen,
+    listen: ListenConfig,
     serves_pods: bool,
     /// The configuration's source names processes to an agent.
     names_processes: AtomicBool,
@@ -162,7 +162,9 @@ impl Admin {
         metrics: Metrics,
         readiness: Arc<Readiness>,
         cache: CredentialCache,
-        (attestor, listen, serves_pods): (Arc<Attestor>, Listen, bool),
+        attestor: Arc<Attestor>,
+        listen: ListenConfig,
+        serves_pods: bool,
     ) -> Self {
         Self {
             attestor,

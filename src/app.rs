@@ -50,7 +50,7 @@ pub struct App {
     /// Address for operators, if one is bound.
     pub admin: Option<SocketAddr>,
     /// The `[listen]` section of the start. A reload does not change it.
-    listen: config::Listen,
+    listen: config::ListenConfig,
     /// The `[pods]` section of the start. A reload does not change it.
     pods: config::PodsConfig,
     /// The source in use, with the configuration that it was built from.
@@ -101,20 +101,29 @@ impl App {
         let (sts, digest) = (sts_names(&config), config.digest.clone());
         let accounts = Accounts::new(Nss, metrics.clone());
         let blocking = BlockingCalls::default();
-        let names = (&accounts, &blocking);
-        let parts = Components::new(&config, None, false, names, (&clock, &metrics)).await?;
+        let parts =
+            Components::new(&config, None, false, &accounts, &blocking, &clock, &metrics).await?;
         let source = (parts.identity, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.policy, clock.clone(), metrics.clone());
         let service = Arc::new(CredentialService::new(cache.clone()));
-        let shared = (&clock, &metrics, &blocking.files);
-        let endpoint = credential_endpoint(&config, exec_monitor, service.clone(), shared).await?;
+        let endpoint = credential_endpoint(
+            &config,
+            exec_monitor,
+            service.clone(),
+            &clock,
+            &metrics,
+            &blocking.files,
+        )
+        .await?;
         let attestor = endpoint.attestor.clone();
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
         let admin = Arc::new(Admin::new(
             metrics.clone(),
             readiness.clone(),
             cache,
-            (attestor.clone(), config.listen.clone(), config.pods.enabled),
+            attestor.clone(),
+            config.listen.clone(),
+            config.pods.enabled,
         ));
         admin.names_processes(DaemonFeatures::of(&config).names_processes());
         let mut app = Self {
@@ -175,8 +184,10 @@ impl App {
             &config,
             reusable,
             true,
-            (&self.accounts, &self.blocking),
-            (&self.clock, &self.metrics),
+            &self.accounts,
+            &self.blocking,
+            &self.clock,
+            &self.metrics,
         )
         .await?;
         let reopened = reopen(&self.audit, &config.audit, &self.blocking.files).await;
@@ -286,7 +297,8 @@ impl App {
                 (&self.pods.netns_dir, self.pods.handover_socket.as_deref());
             let drain = self.workloads.handle();
             let (pods, gate) = PodListeners::start(
-                (directory, handover),
+                directory,
+                handover,
                 endpoint,
                 self.blocking.files.clone(),
                 self.metrics.clone(),

@@ -23,7 +23,7 @@ mod trusted_socket;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use crate::config::{Config, ConfigErrors, Listen};
+use crate::config::{Config, ConfigErrors, ListenConfig};
 
 /// Default path of the configuration file.
 pub const CONFIG_FILE: &str = "/etc/awsvid/awsvid.toml";
@@ -51,7 +51,7 @@ impl ConfigFile {
             |path| std::fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
         if self.config.is_none() && is_absent(CONFIG_FILE) {
             return Ok(DaemonEndpoints {
-                listen: Listen::default(),
+                listen: ListenConfig::default(),
                 region: None,
             });
         }
@@ -75,6 +75,6 @@ impl ConfigFile {
 
 /// Facts about the daemon that a command needs.
 struct DaemonEndpoints {
-    listen: Listen,
+    listen: ListenConfig,
     region: Option<String>,
 }

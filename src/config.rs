@@ -40,7 +40,7 @@ pub use exposure::Exposure;
 pub(crate) use exposure::exposures;
 pub use files::ConfigFiles;
 pub use identity::{IdentityConfig, Reference, Source};
-pub use listen::{AuthorizationMode, FIRST_UNPRIVILEGED_PORT, Listen};
+pub use listen::{AuthorizationMode, FIRST_UNPRIVILEGED_PORT, ListenConfig};
 pub use load::LoadedConfig;
 pub use log::{LogConfig, LogFormat};
 pub use manual::manual_page;
@@ -64,7 +64,7 @@ pub const DEV_ACCOUNT: &str = "000000000000";
 #[derive(Debug, Clone)]
 #[expect(missing_docs, reason = "the fields are the tables of the file")]
 pub struct Config {
-    pub listen: Listen,
+    pub listen: ListenConfig,
     pub pods: PodsConfig,
     pub identity: IdentityConfig,
     pub sts: StsConfig,
@@ -181,7 +181,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
     let requested = role::read_requested(&tables.requested_roles, &defaults);
     let roles = role::read(root, &tables.requested_roles, &defaults);
 
-    let paths = tables.paths((&listen, &pods), (&identity, &sts), &audit);
+    let paths = tables.paths(&listen, &pods, &identity, &sts, &audit);
     cross_checks::missing(root, &tables.requested_roles, by_rules, &workloads);
     if names == NamePolicy::OfServe {
         cross_checks::names_of_dev(root.report, &workloads, &roles);

@@ -68,7 +68,7 @@ impl CredentialService {
         loop {
             let policy = self.cache.policy();
             let answer = self
-                .try_once(&policy, (caller, requested), until, record)
+                .try_once(&policy, caller, requested, until, record)
                 .await;
             // No decision of an old policy is released under a new one, not even a denial. See
             // `CredentialCache::reload` for the reason why this one check is enough.
@@ -82,7 +82,8 @@ impl CredentialService {
     async fn try_once(
         &self,
         policy: &Arc<Policy>,
-        (caller, requested): (&Arc<Caller>, &RequestedRole),
+        caller: &Arc<Caller>,
+        requested: &RequestedRole,
         until: Instant,
         record: &mut Record,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), ServiceError> {

@@ -100,7 +100,7 @@ pub fn serve(path: &Path, watch: bool) -> ExitStatus {
         path: path.to_owned(),
         watch,
     };
-    let status = start(files, config, (&log, metrics), exec_monitor).unwrap_or_else(|error| {
+    let status = start(files, config, &log, metrics, exec_monitor).unwrap_or_else(|error| {
         tracing::error!(%error, "awsvid did not start");
         error.exit_status()
     });
@@ -148,7 +148,8 @@ impl WatchedConfig {
 fn start(
     files: WatchedConfig,
     config: Config,
-    (log, metrics): (&Log, Metrics),
+    log: &Log,
+    metrics: Metrics,
     exec_monitor: Option<ExecMonitor>,
 ) -> Result<ExitStatus, StartFailure> {
     let inherited = ActivatedSockets::from_environment();

@@ -52,7 +52,7 @@ pub enum NamespaceError {
     Denied(io::Error),
     /// The namespace is the machine's initial one, which belongs to no pod.
     #[error("it is the machine's own network")]
-    Machines,
+    Initial,
     /// Any other error of a system call.
     #[error(transparent)]
     Io(#[from] io::Error),

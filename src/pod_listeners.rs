@@ -70,10 +70,11 @@ pub enum PodsError {
 /// The listeners of all pods.
 #[derive(Debug)]
 pub struct PodListeners {
-    pods: Reconciler,
+    reconciler: Reconciler,
     /// Path of the socket on which the next instance gets the listeners.
-    handover: Option<PathBuf>,
-    successors: Option<HandoverSocket>,
+    handover_path: Option<PathBuf>,
+    /// That socket, while this instance serves and it can be bound.
+    handover_socket: Option<HandoverSocket>,
     /// Set when a failure to bind that socket was logged.
     logged_unbound: LogOnce,
     role: HandoverRole,
@@ -92,7 +93,8 @@ impl PodListeners {
     /// its listeners once the gate is passed, or the directory does not respond. Fails if
     /// namespaces cannot be entered here, for which the daemon lacks a privilege.
     pub async fn start(
-        (directory, handover): (&Path, Option<&Path>),
+        directory: &Path,
+        handover: Option<&Path>,
         endpoint: Arc<CredentialEndpoint>,
         threads: FileThreads,
         metrics: Metrics,
@@ -118,9 +120,9 @@ impl PodListeners {
         let watched = NetnsDirectory::watch(directory, own, threads.clone(), &mut log).await;
         let watched = watched.map_err(failed)?;
         let mut pods = Self {
-            pods: Reconciler::new(watched, service, (log, metrics), (first_scan, coverage)),
-            handover: handover.map(Path::to_owned),
-            successors: None,
+            reconciler: Reconciler::new(watched, service, log, metrics, first_scan, coverage),
+            handover_path: handover.map(Path::to_owned),
+            handover_socket: None,
             logged_unbound: LogOnce::default(),
             role: HandoverRole::Active,
             earlier: Vec::new(),

@@ -82,7 +82,7 @@ impl ReadinessProbes {
             .first()
             .map_or(&config.identity.audience, |role| &role.audience)
             .clone();
-        let config::Listen {
+        let config::ListenConfig {
             unix, token_file, ..
         } = config.listen.clone();
         Self {

@@ -9,10 +9,10 @@ use serde::Serialize;
 
 /// The latest answers of all upstreams. A clone is cheap and shares them.
 #[derive(Debug, Clone, Default)]
-pub struct UpstreamStatus(Arc<Mutex<KnownStatus>>);
+pub struct UpstreamStatus(Arc<Mutex<UpstreamTimes>>);
 
 #[derive(Debug, Default)]
-struct KnownStatus {
+struct UpstreamTimes {
     source: Option<(String, AnswerTimes)>,
     sts: BTreeMap<String, AnswerTimes>,
 }
@@ -54,9 +54,9 @@ pub struct UpstreamReport {
 impl UpstreamStatus {
     /// Records a call to the source called `name`, and returns whether the source is up.
     pub fn source(&self, name: String, error: Option<LastError>, at: SystemTime) -> bool {
-        let mut known = self.known();
+        let mut times = self.times();
         // After a reload the source may be another one.
-        let answers = known
+        let answers = times
             .source
             .take()
             .filter(|(before, _)| *before == name)
@@ -64,33 +64,33 @@ impl UpstreamStatus {
         let mut answers = answers.unwrap_or_default();
         answers.note(error, at);
         let is_up = !answers.is_failing();
-        known.source = Some((name, answers));
+        times.source = Some((name, answers));
         is_up
     }
 
     /// Records a call to the STS called `name`, and returns whether that STS is up.
     pub fn sts(&self, name: &str, error: Option<LastError>, at: SystemTime) -> bool {
-        let mut known = self.known();
-        let answers = known.sts.entry(name.to_owned()).or_default();
+        let mut times = self.times();
+        let answers = times.sts.entry(name.to_owned()).or_default();
         answers.note(error, at);
         !answers.is_failing()
     }
 
     /// Drops the answers of the STS called `name`.
     pub fn remove_sts(&self, name: &str) {
-        self.known().sts.remove(name);
+        self.times().sts.remove(name);
     }
 
     /// Returns the source, if it was called, and each STS that was.
     pub fn reports(&self) -> (Option<UpstreamReport>, Vec<UpstreamReport>) {
-        let known = self.known();
-        let source = known
+        let times = self.times();
+        let source = times
             .source
             .as_ref()
             .map(|(name, answers)| answers.report(name));
         (
             source,
-            known
+            times
                 .sts
                 .iter()
                 .map(|(name, answers)| answers.report(name))
@@ -98,7 +98,7 @@ impl UpstreamStatus {
         )
     }
 
-    fn known(&self) -> MutexGuard<'_, KnownStatus> {
+    fn times(&self) -> MutexGuard<'_, UpstreamTimes> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -65,7 +65,7 @@ impl AccountEntry {
 
     /// Applies the result of a lookup.
     pub(super) fn apply(&mut self, result: &LookupResult, now: Instant) {
-        let before = (self.state, self.error, self.answered.is_none());
+        let (previous, error, is_first) = (self.state, self.error, self.answered.is_none());
         (self.is_running, self.answered) = (false, Some(now));
         match (result.id, self.state) {
             (Ok(Some(id)), _) => {
@@ -89,13 +89,15 @@ impl AccountEntry {
             self.failures = self.failures.saturating_add(1);
             self.next = now + RETRY.delay(self.failures);
         }
-        self.log(result, before);
+        self.log(result, previous, error, is_first);
     }
 
     fn log(
         &self,
         result: &LookupResult,
-        (previous, error, is_first): (AccountState, Option<Errno>, bool),
+        previous: AccountState,
+        error: Option<Errno>,
+        is_first: bool,
     ) {
         let (account, lines) = (&result.name, &self.lines);
         let cause = self.error.map(Errno::desc);

@@ -42,8 +42,10 @@ impl Components {
         config: &Config,
         source: Option<Arc<dyn IdentitySource>>,
         is_reload: bool,
-        (accounts, blocking): (&Accounts, &BlockingCalls),
-        (clock, metrics): (&Clock, &Metrics),
+        accounts: &Accounts,
+        blocking: &BlockingCalls,
+        clock: &Clock,
+        metrics: &Metrics,
     ) -> Result<Self, AppError> {
         // This runs before the rules take effect, so that the names in them nearly always have
         // their numbers by then.
@@ -51,8 +53,8 @@ impl Components {
         let source = match source {
             Some(source) => source,
             None => {
-                let rules = (accounts, &blocking.files);
-                identity_source(config, rules, is_reload, (clock, metrics)).await?
+                let files = &blocking.files;
+                identity_source(config, is_reload, accounts, files, clock, metrics).await?
             }
         };
         let sts = Arc::new(sts(config, clock.clone(), blocking.clone()).await?);
@@ -86,9 +88,11 @@ fn limits(cache: &config::CacheConfig) -> CacheLimits {
 /// fail. A source that does not answer yet does not.
 async fn identity_source(
     config: &Config,
-    (accounts, threads): (&Accounts, &FileThreads),
     is_reload: bool,
-    (clock, metrics): (&Clock, &Metrics),
+    accounts: &Accounts,
+    threads: &FileThreads,
+    clock: &Clock,
+    metrics: &Metrics,
 ) -> Result<Arc<dyn IdentitySource>, AppError> {
     let identity = &config.identity;
     let agent: Arc<dyn AttestingAgent> = match &identity.source {

@@ -23,7 +23,9 @@ pub(super) async fn credential_endpoint(
     config: &Config,
     exec_monitor: Option<ExecMonitor>,
     service: Arc<CredentialService>,
-    (clock, metrics, files): (&Clock, &Metrics, &FileThreads),
+    clock: &Clock,
+    metrics: &Metrics,
+    files: &FileThreads,
 ) -> Result<Arc<CredentialEndpoint>, AppError> {
     let pod_roots = config.pods.cgroup_root.clone();
     let pod_roots = pod_roots.map_or_else(PodRoots::defaults, PodRoots::at);

@@ -67,7 +67,7 @@ fn read(path: &Path) -> io::Result<String> {
 /// Loads the token, and starts writing its file. One SDK uses the endpoint only if it gets the
 /// token by a file.
 pub(super) fn authorization(
-    listen: &config::Listen,
+    listen: &config::ListenConfig,
     token_needed: &Arc<Notify>,
 ) -> Result<Authorization, AppError> {
     let path = &listen.token_file;

@@ -64,8 +64,8 @@ impl TcpUnsupported {
             }
         };
         match unix {
-            UnixSupport::Nothing => fix.to_owned(),
-            UnixSupport::Process | UnixSupport::Number => {
+            UnixSupport::NoPidfd => fix.to_owned(),
+            UnixSupport::Process | UnixSupport::Pid => {
                 format!(
                     "{fix}; or use the unix socket only ([listen] tcp = [], and no TCP address in awsvid.socket)"
                 )
@@ -104,9 +104,9 @@ pub enum UnixSupport {
     /// 6.5).
     Process,
     /// Only the pid. Callers in containers can cause pids to be reused, so they are rejected.
-    Number,
+    Pid,
     /// No process can be held by a descriptor (pidfd_open(2), Linux 5.3). All callers are rejected.
-    Nothing,
+    NoPidfd,
 }
 
 impl UnixSupport {
@@ -115,10 +115,10 @@ impl UnixSupport {
     pub fn missing(self) -> Option<&'static str> {
         match self {
             Self::Process => None,
-            Self::Number => Some(
+            Self::Pid => Some(
                 "callers in containers are rejected on the unix socket: the kernel lacks SO_PEERPIDFD (Linux 6.5)",
             ),
-            Self::Nothing => Some(
+            Self::NoPidfd => Some(
                 "all callers are rejected on the unix socket: the kernel lacks pidfd_open(2) (Linux 5.3)",
             ),
         }
@@ -130,8 +130,8 @@ pub fn unix_support() -> UnixSupport {
     let peer = UnixStream::pair().and_then(|(one, _other)| sys::peer_pidfd(one.as_fd()));
     match peer {
         Ok(Some(_)) => UnixSupport::Process,
-        _ if sys::pidfd_open(std::process::id()).is_ok() => UnixSupport::Number,
-        _ => UnixSupport::Nothing,
+        _ if sys::pidfd_open(std::process::id()).is_ok() => UnixSupport::Pid,
+        _ => UnixSupport::NoPidfd,
     }
 }
 

@@ -21,7 +21,7 @@ use crate::cgroup::CgroupPath;
 
 /// The limits of one search. The caller determines the length of its loop (T21).
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Budget {
+pub(crate) struct SearchBudget {
     /// The bytes of the cgroup's list of processes.
     pub(crate) list: usize,
     /// The number of descriptors that are read.
@@ -30,7 +30,7 @@ pub(crate) struct Budget {
     pub(crate) time: Duration,
 }
 
-impl Budget {
+impl SearchBudget {
     /// The budget of the first search: as much as a small program needs, well under a millisecond.
     pub(crate) const INLINE: Self = Self {
         list: 1024,
@@ -68,7 +68,8 @@ pub(crate) fn find_socket_owner(
     cgroups: &CgroupTree,
     socket: &SocketInfo,
     cgroup: &CgroupPath,
-    (facts, budget): (ProcessFacts, Budget),
+    facts: ProcessFacts,
+    budget: SearchBudget,
 ) -> Result<SocketOwner, AttestError> {
     let mut tracker = BudgetTracker::start(budget);
     let mut found: Option<SocketOwner> = None;
@@ -82,8 +83,7 @@ pub(crate) fn find_socket_owner(
         if cgroup.is_root() && !stat(&directory).is_ok_and(|process| process.st_uid == socket.uid) {
             continue;
         }
-        let Some(next) = process_owning(host, pid, &directory, (socket, facts), &mut tracker)?
-        else {
+        let Some(next) = process_owning(host, pid, &directory, socket, facts, &mut tracker)? else {
             continue;
         };
         if next.process.ids().uids != [socket.uid; 4] || next.process.cgroup() != Some(cgroup) {
@@ -106,7 +106,8 @@ fn process_owning(
     host: &Arc<Host>,
     pid: u32,
     directory: &Path,
-    (socket, facts): (&SocketInfo, ProcessFacts),
+    socket: &SocketInfo,
+    facts: ProcessFacts,
     tracker: &mut BudgetTracker,
 ) -> Result<Option<SocketOwner>, AttestError> {
     let handle = host.processes.get(pid);
@@ -215,11 +216,11 @@ struct BudgetTracker {
     steps: usize,
     /// Set at the first read of the clock, which a short search does not reach.
     deadline: Option<Duration>,
-    budget: Budget,
+    budget: SearchBudget,
 }
 
 impl BudgetTracker {
-    fn start(budget: Budget) -> Self {
+    fn start(budget: SearchBudget) -> Self {
         Self {
             descriptors: 0,
             steps: 0,
@@ -243,7 +244,8 @@ impl BudgetTracker {
         if !self.steps.is_multiple_of(CLOCK_CHECK_EVERY) {
             return Ok(());
         }
-        let now = sys::thread_time().map_err(|errno| AttestError::kernel("clock_gettime", errno))?;
+        let now =
+            sys::thread_time().map_err(|errno| AttestError::kernel("clock_gettime", errno))?;
         let deadline = *self.deadline.get_or_insert(now + self.budget.time);
         if now > deadline {
             Err(AttestError::TooManyDescriptors)

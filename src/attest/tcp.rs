@@ -15,7 +15,7 @@ use crate::attest::kernel::{TcpUnsupported, try_tcp_of};
 use crate::attest::pod_lookup::ResolvedPod;
 use crate::attest::rejection::Rejection;
 use crate::attest::sock_diag::{SockDiag, SocketInfo};
-use crate::attest::socket_owner::{self, Budget, SocketOwner};
+use crate::attest::socket_owner::{self, SearchBudget, SocketOwner};
 use crate::caller::{
     AgentProcessRef, AttestError, ExecWatch, PeerFacts, PeerProof, PodAge, Process, ProcessFacts,
     WorkloadKey,
@@ -252,7 +252,7 @@ impl SocketProof {
         match query
             .host
             .lookups
-            .run(workload, self.search(facts, Budget::INLINE))
+            .run(workload, self.search(facts, SearchBudget::INLINE))
             .await
         {
             Err(AttestError::TooManyDescriptors) => {}
@@ -272,7 +272,7 @@ impl SocketProof {
             query
                 .host
                 .lookups
-                .run_offloaded(workload, self.search(facts, Budget::OFFLOADED))
+                .run_offloaded(workload, self.search(facts, SearchBudget::OFFLOADED))
         );
         if let Ok(done) = timeout(SEARCH_SHARE, &mut search).await {
             return done;
@@ -285,7 +285,7 @@ impl SocketProof {
     fn search(
         &self,
         facts: ProcessFacts,
-        budget: Budget,
+        budget: SearchBudget,
     ) -> impl FnOnce() -> Result<SocketOwner, AttestError> + Send + 'static {
         let Self {
             attestor,
@@ -301,7 +301,8 @@ impl SocketProof {
                 &*cgroups.ok_or(TcpUnsupported::NoCgroups.rejection())?,
                 &socket,
                 &cgroup,
-                (facts, budget),
+                facts,
+                budget,
             )
         }
     }

@@ -26,12 +26,12 @@ pub(super) type FlightResult = Result<Arc<CachedCredentials>, CacheError>;
 /// One exchange that is running.
 pub(super) struct Flight {
     result: watch::Sender<Option<FlightResult>>,
-    waiting: Mutex<Waiting>,
+    waiting: Mutex<WaitingCallers>,
 }
 
 /// The callers that wait, in order of arrival.
 #[derive(Default)]
-struct Waiting {
+struct WaitingCallers {
     callers: BTreeMap<u64, Arc<Caller>>,
     next: u64,
 }
@@ -89,7 +89,7 @@ impl Flight {
             .map(|(_, caller)| caller.clone())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
+    fn lock(&self) -> MutexGuard<'_, WaitingCallers> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -12,7 +12,7 @@ use clap::Args;
 use hyper::Uri;
 
 use super::{ConfigFile, DaemonEndpoints};
-use crate::config::{AuthorizationMode, Listen};
+use crate::config::{AuthorizationMode, ListenConfig};
 use crate::exit_status::ExitStatus;
 use crate::sdk_environment::{Environment, HIGHER_PRECEDENCE_VARS};
 
@@ -117,7 +117,7 @@ impl Exec {
     ) -> Result<PreparedCommand, String> {
         let daemon = if self.url.is_some() && self.config.config.is_none() {
             DaemonEndpoints {
-                listen: Listen::default(),
+                listen: ListenConfig::default(),
                 region: None,
             }
         } else {
@@ -173,7 +173,11 @@ impl Exec {
     ///
     /// Old SDKs know only the variable with the token, and one client (object_store) uses the
     /// endpoint only with the file. If the two differed, each SDK would send another one.
-    fn set_token(&self, environment: &mut Environment, listen: &Listen) -> Result<(), String> {
+    fn set_token(
+        &self,
+        environment: &mut Environment,
+        listen: &ListenConfig,
+    ) -> Result<(), String> {
         let path = self.token_file.as_deref().unwrap_or(&listen.token_file);
         let needed = self.token_file.is_some() || listen.authorization == AuthorizationMode::Token;
         match read_token(path) {
@@ -206,7 +210,7 @@ struct Url {
 
 /// Returns an address of the configuration, preferably 127.0.0.1, the only form that every SDK
 /// accepts.
-fn loopback(listen: &Listen) -> Result<Url, String> {
+fn loopback(listen: &ListenConfig) -> Result<Url, String> {
     let address = listen
         .tcp
         .iter()

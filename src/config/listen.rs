@@ -15,7 +15,7 @@ pub const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
 /// The table `[listen]` of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listen {
+pub struct ListenConfig {
     /// Unix socket for workloads. `None`, an empty string in the file, disables it.
     pub unix: Option<PathBuf>,
     /// Loopback addresses for workloads. With port 0 the kernel chooses the port.
@@ -62,7 +62,7 @@ pub enum AuthorizationMode {
     Off,
 }
 
-impl Default for Listen {
+impl Default for ListenConfig {
     fn default() -> Self {
         Self {
             unix: Some(PathBuf::from("/run/awsvid/awsvid.sock")),
@@ -80,7 +80,7 @@ impl Default for Listen {
     }
 }
 
-impl Listen {
+impl ListenConfig {
     /// Returns the keys in which `other` differs.
     pub fn changed(&self, other: &Self) -> Vec<&'static str> {
         let Self {
@@ -121,8 +121,8 @@ impl Listen {
 }
 
 /// Reads `[listen]`, and the lines of its addresses. Pods are callers over TCP, too.
-pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> (Listen, AddressLines) {
-    let default = Listen::default();
+pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> (ListenConfig, AddressLines) {
+    let default = ListenConfig::default();
     let (tcp, lines) =
         tcp(table).map_or((default.tcp, Vec::new()), |read| read.into_iter().unzip());
     table.reserved_key("node");
@@ -131,7 +131,7 @@ pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> (Listen, AddressLine
         ("token", AuthorizationMode::Token),
         ("off", AuthorizationMode::Off),
     ];
-    let listen = Listen {
+    let listen = ListenConfig {
         unix: socket(table, "unix", default.unix),
         tcp,
         admin: table
@@ -171,7 +171,7 @@ pub(super) fn read(table: &Table<'_>, pods: &PodsConfig) -> (Listen, AddressLine
 /// Returns a warning for each address with a port that needs no privilege, so that any user can
 /// take it (T9). `first` is the first of these ports.
 pub(super) fn unprivileged_ports(
-    listen: &Listen,
+    listen: &ListenConfig,
     serves_pods: bool,
     lines: &AddressLines,
     first: u16,
@@ -227,7 +227,7 @@ fn tcp(table: &Table<'_>) -> Option<Vec<(SocketAddr, Option<ConfigLine>)>> {
     Some(addresses)
 }
 
-fn check(table: &Table<'_>, listen: &Listen, pods: bool) {
+fn check(table: &Table<'_>, listen: &ListenConfig, pods: bool) {
     if listen.unix.is_none() && listen.tcp.is_empty() && !pods {
         table.error(
             "tcp",

@@ -9,7 +9,7 @@ use super::config_line::ConfigLine;
 use super::exposure::Exposure;
 use super::files::{ConfigFiles, read_file, utf8};
 use super::toml_reader::{ConfigText, Diagnostics, line_at};
-use super::{Config, ConfigErrors, Listen, NamePolicy, Problem, listen, parse, pods, sts};
+use super::{Config, ConfigErrors, ListenConfig, NamePolicy, Problem, listen, parse, pods, sts};
 
 /// A configuration without errors.
 #[derive(Debug, Clone)]
@@ -75,7 +75,7 @@ impl Config {
     ///
     /// A caller cannot correct the rest of the file, and may know fewer users than the daemon. Each
     /// error in `[listen]` counts, because a default could be the address of another daemon.
-    pub fn load_for_callers(path: &Path) -> Result<(Listen, Option<String>), ConfigErrors> {
+    pub fn load_for_callers(path: &Path) -> Result<(ListenConfig, Option<String>), ConfigErrors> {
         let failed = |problems| ConfigErrors {
             path: path.to_owned(),
             problems,

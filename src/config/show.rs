@@ -140,9 +140,9 @@ impl ConfigWriter<'_> {
         }
     }
 
-    fn listen(&mut self, listen: &listen::Listen) {
+    fn listen(&mut self, listen: &listen::ListenConfig) {
         const TABLE: &str = "listen";
-        let listen::Listen {
+        let listen::ListenConfig {
             unix,
             tcp,
             admin,

@@ -3,7 +3,7 @@
 use super::audit::{AuditConfig, AuditFile};
 use super::cross_checks::PathSetting;
 use super::identity::{IdentityConfig, Source};
-use super::listen::Listen;
+use super::listen::ListenConfig;
 use super::pods::PodsConfig;
 use super::sts::StsConfig;
 use super::toml_reader::Table;
@@ -38,8 +38,10 @@ impl<'r> Tables<'r> {
     /// Returns the path of each file and socket that these values name.
     pub(super) fn paths<'a>(
         &'a self,
-        (listen, pods): (&'a Listen, &'a PodsConfig),
-        (identity, sts): (&'a IdentityConfig, &'a StsConfig),
+        listen: &'a ListenConfig,
+        pods: &'a PodsConfig,
+        identity: &'a IdentityConfig,
+        sts: &'a StsConfig,
         audit: &'a AuditConfig,
     ) -> [PathSetting<'a>; 9] {
         let workload_api = match &identity.workload_api_socket {

@@ -121,7 +121,7 @@ fn missing_key_has_the_documented_default() {
     } = loaded(LEAST);
     assert_eq!(warnings, []);
     let address = |text: &str| text.parse::<SocketAddr>().unwrap();
-    let listen = Listen {
+    let listen = ListenConfig {
         unix: Some(PathBuf::from("/run/awsvid/awsvid.sock")),
         tcp: vec![address("127.0.0.1:974"), address("[::1]:974")],
         admin: Some(address("127.0.0.1:975")),
@@ -191,7 +191,7 @@ fn missing_key_has_the_documented_default() {
 #[test]
 fn reader_reads_every_key_of_the_tables() {
     let config = loaded(EVERY_KEY).config;
-    let Listen {
+    let ListenConfig {
         unix,
         tcp,
         admin,
@@ -546,7 +546,7 @@ fn changed_names_the_keys_that_differ() {
                 max_connections_per_workload";
     assert_eq!(default.changed(&other).join(" "), keys);
     assert_eq!(
-        default.changed(&Listen {
+        default.changed(&ListenConfig {
             admin: None,
             ..default.clone()
         }),

@@ -45,7 +45,7 @@ pub(super) struct ListenedPod {
     /// Addresses that could not be bound yet.
     pub(super) missing: Vec<SocketAddr>,
     /// Set when the pod that owns the namespace was logged.
-    named: bool,
+    owner_logged: bool,
     /// Time from which on [`unprivileged_port_start`] can be read. `None` once it was read.
     port_check: Option<Instant>,
     /// Cancels the pod's accept loops.
@@ -87,7 +87,7 @@ pub(super) fn unprivileged_port_start(netns: &NetnsRef) -> Option<(PathBuf, u16)
 impl NamespaceSockets {
     /// Makes all sockets that a pod needs, except listeners that another instance passed. The
     /// result keeps the namespace alive until it is dropped.
-    pub(super) fn inside(
+    pub(super) fn open(
         netns: &Arc<NetnsRef>,
         received: ReceivedSockets,
     ) -> Result<Self, NamespaceError> {
@@ -107,7 +107,7 @@ impl NamespaceSockets {
                 cookie => Some(cookie?),
             };
             if netns.id().is_initial(cookie) {
-                return Err(NamespaceError::Machines);
+                return Err(NamespaceError::Initial);
             }
             let listeners = POD_ADDRESSES
                 .iter()
@@ -148,7 +148,7 @@ impl ListenedPod {
             attestor: Arc::new(attestor),
             listeners: Vec::new(),
             missing: Vec::new(),
-            named: false,
+            owner_logged: false,
             port_check: Some(Instant::now() + SETTLE_TIME),
             accepting: CancellationToken::new(),
         };
@@ -166,7 +166,7 @@ impl ListenedPod {
         for (address, bound) in listeners {
             self.missing.retain(|missing| *missing != address);
             let served = match bound {
-                Ok(inside) => self.listen(Arc::new(inside), service),
+                Ok(pod_listener) => self.listen(Arc::new(pod_listener), service),
                 Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
                     // The machine has no IPv6.
                     continue;
@@ -185,8 +185,8 @@ impl ListenedPod {
         unbound
     }
 
-    fn listen(&mut self, inside: Arc<PodListener>, service: &PodService) -> io::Result<()> {
-        let bound = Listener::pod(inside.clone()).map_err(|error| match error {
+    fn listen(&mut self, pod_listener: Arc<PodListener>, service: &PodService) -> io::Result<()> {
+        let bound = Listener::pod(pod_listener.clone()).map_err(|error| match error {
             ListenError::Pod { source, .. } => source,
             other => io::Error::other(other),
         })?;
@@ -200,7 +200,7 @@ impl ListenedPod {
         service
             .loops
             .spawn(self.accepting.clone().run_until_cancelled_owned(accepting));
-        self.listeners.push(inside);
+        self.listeners.push(pod_listener);
         Ok(())
     }
 
@@ -208,29 +208,32 @@ impl ListenedPod {
     pub(super) fn listening(&self) -> impl Iterator<Item = (HandoverKey, Arc<OwnedFd>)> {
         self.listeners
             .iter()
-            .map(|inside| ((self.id(), inside.address()), inside.listener()))
+            .map(|pod_listener| ((self.id(), pod_listener.address()), pod_listener.listener()))
     }
 
     /// Stops accepting, and keeps the listeners in `kept`, which another instance has, too.
     /// Connections go on.
     pub(super) fn pause(&mut self, kept: &[(HandoverKey, Arc<OwnedFd>)]) {
         self.accepting.cancel();
-        let is_kept = |inside: &Arc<PodListener>| {
+        let is_kept = |pod_listener: &Arc<PodListener>| {
             kept.iter()
-                .any(|(_, listener)| Arc::ptr_eq(listener, &inside.listener()))
+                .any(|(_, listener)| Arc::ptr_eq(listener, &pod_listener.listener()))
         };
         let (listeners, dropped) = self.listeners.drain(..).partition::<Vec<_>, _>(is_kept);
-        self.missing
-            .extend(dropped.into_iter().map(|inside| inside.address()));
+        self.missing.extend(
+            dropped
+                .into_iter()
+                .map(|pod_listener| pod_listener.address()),
+        );
         self.listeners = listeners;
     }
 
     /// Accepts again after a pause. Addresses without a kept listener are missing.
     pub(super) fn resume(&mut self, service: &PodService) {
         self.accepting = CancellationToken::new();
-        for inside in std::mem::take(&mut self.listeners) {
-            let address = inside.address();
-            if let Err(error) = self.listen(inside, service) {
+        for pod_listener in std::mem::take(&mut self.listeners) {
+            let address = pod_listener.address();
+            if let Err(error) = self.listen(pod_listener, service) {
                 tracing::warn!(%error, namespace = %self.path().display(), "a pod's listener cannot be served again yet");
                 self.missing.push(address);
             }
@@ -245,11 +248,11 @@ impl ListenedPod {
     /// Returns the pod that owns the namespace if an address is missing there and the owner is
     /// known. Returns it once.
     pub(super) fn warn_missing_with_owner(&mut self) -> Option<String> {
-        if self.missing.is_empty() || self.named {
+        if self.missing.is_empty() || self.owner_logged {
             return None;
         }
         let owner = self.attestor.owner()?.to_string();
-        self.named = true;
+        self.owner_logged = true;
         Some(owner)
     }
 

@@ -51,8 +51,10 @@ impl Reconciler {
     pub(super) fn new(
         directory: NetnsDirectory,
         service: PodService,
-        (log, metrics): (FailureLog, Metrics),
-        (first_scan, coverage): (watch::Sender<bool>, watch::Sender<Coverage>),
+        log: FailureLog,
+        metrics: Metrics,
+        first_scan: watch::Sender<bool>,
+        coverage: watch::Sender<Coverage>,
     ) -> Self {
         Self {
             directory,
@@ -185,7 +187,7 @@ impl Reconciler {
         let opening = self.directory.run(&self.log, move || {
             namespaces
                 .into_iter()
-                .map(|(netns, received)| (NamespaceSockets::inside(&netns, received), netns))
+                .map(|(netns, received)| (NamespaceSockets::open(&netns, received), netns))
                 .collect::<Vec<_>>()
         });
         for (opened, netns) in opening.await.unwrap_or_default() {
@@ -216,7 +218,7 @@ impl Reconciler {
         let (id, path) = (netns.id(), netns.path());
         let namespace = path.display();
         match error {
-            error @ NamespaceError::Machines => {
+            error @ NamespaceError::Initial => {
                 self.unserved.insert(id);
                 tracing::warn!(%error, %namespace, "a network namespace is not a pod's");
             }
@@ -310,7 +312,7 @@ impl Reconciler {
         tokio::select! {
             biased;
             changed = self.directory.changed() => self.settle(changed, mounting).await,
-            () = at(again) => {}
+            () = wait_until(again) => {}
         }
     }
 
@@ -329,7 +331,7 @@ impl Reconciler {
     }
 }
 
-async fn at(time: Option<Instant>) {
+async fn wait_until(time: Option<Instant>) {
     match time {
         Some(time) => sleep_until(time).await,
         None => std::future::pending().await,

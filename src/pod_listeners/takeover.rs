@@ -32,12 +32,14 @@ pub(super) enum HandoverRole {
 
 /// Next event that the loop handles.
 enum HandoverEvent {
+    /// The directory of namespaces has changed, or something has to be tried again.
     Rescan,
+    /// The previous instance ends, or this one is ready.
     TakeOver,
-    /// A later instance has connected.
-    Next(UnixStream),
+    /// The next instance has connected.
+    NextConnected(UnixStream),
     /// It has sent a message, or is gone.
-    Message,
+    NextReadable,
     /// The next instance is gone after it had taken over.
     Resume,
 }
@@ -45,7 +47,7 @@ enum HandoverEvent {
 impl PodListeners {
     /// Determines whether a previous instance serves pods.
     pub(super) async fn begin(&mut self) {
-        let previous = match &self.handover {
+        let previous = match &self.handover_path {
             Some(path) => handover_protocol::connect(path).await,
             None => Err(io::ErrorKind::NotFound.into()),
         };
@@ -61,18 +63,22 @@ impl PodListeners {
                 ) {
                     tracing::warn!(%error, "[pods] handover_socket: ignoring the socket: its peer is not a previous instance of awsvid");
                 }
-                self.pods.reconcile(HashMap::new()).await;
+                self.reconciler.reconcile(HashMap::new()).await;
                 self.listen_for_successor();
             }
         }
     }
 
     fn listen_for_successor(&mut self) {
-        let Some(path) = self.handover.as_ref().filter(|_| self.successors.is_none()) else {
+        let Some(path) = self
+            .handover_path
+            .as_ref()
+            .filter(|_| self.handover_socket.is_none())
+        else {
             return;
         };
         match HandoverSocket::bind(path) {
-            Ok(successors) => self.successors = Some(successors),
+            Ok(socket) => self.handover_socket = Some(socket),
             Err(error) if !self.logged_unbound.first() => {
                 tracing::debug!(%error, "the handover socket cannot be bound yet");
             }
@@ -84,7 +90,7 @@ impl PodListeners {
 
     /// Handles events until the daemon has to stop, then waits for the open connections.
     pub async fn run(mut self) {
-        let drain = self.pods.service.drain.clone();
+        let drain = self.reconciler.service.drain.clone();
         let mut stopping = pin!(drain.stopped());
         let mut next = None;
         loop {
@@ -96,8 +102,8 @@ impl PodListeners {
             match event {
                 HandoverEvent::Rescan => self.rescan().await,
                 HandoverEvent::TakeOver => self.take_over().await,
-                HandoverEvent::Next(stream) => next = Some(stream),
-                HandoverEvent::Message => next = self.hand_over(next).await,
+                HandoverEvent::NextConnected(stream) => next = Some(stream),
+                HandoverEvent::NextReadable => next = self.hand_over(next).await,
                 HandoverEvent::Resume => self.resume().await,
             }
         }
@@ -116,32 +122,34 @@ impl PodListeners {
                 }
                 HandoverEvent::TakeOver
             }
-            HandoverRole::Superseded(after) => tokio::select! {
-                () = end_of(after) => HandoverEvent::Resume,
-                () = self.pods.changed(false) => HandoverEvent::Rescan,
+            HandoverRole::Superseded(next) => tokio::select! {
+                () = end_of(next) => HandoverEvent::Resume,
+                () = self.reconciler.changed(false) => HandoverEvent::Rescan,
             },
             HandoverRole::Active => tokio::select! {
                 biased;
-                stream = accept(self.successors.as_ref(), next) => HandoverEvent::Next(stream),
-                () = message(next) => HandoverEvent::Message,
-                () = self.pods.changed(self.lacks_socket()) => HandoverEvent::Rescan,
+                stream = accept(self.handover_socket.as_ref(), next) => {
+                    HandoverEvent::NextConnected(stream)
+                }
+                () = message(next) => HandoverEvent::NextReadable,
+                () = self.reconciler.changed(self.lacks_socket()) => HandoverEvent::Rescan,
             },
         }
     }
 
     /// Returns whether the handover socket has still to be bound.
     fn lacks_socket(&self) -> bool {
-        self.handover.is_some() && self.successors.is_none()
+        self.handover_path.is_some() && self.handover_socket.is_none()
     }
 
     async fn rescan(&mut self) {
         match &self.role {
             HandoverRole::Active => {
-                self.pods.reconcile(HashMap::new()).await;
+                self.reconciler.reconcile(HashMap::new()).await;
                 self.listen_for_successor();
             }
             HandoverRole::Standby(_) | HandoverRole::Superseded(_) => {
-                self.pods.drop_removed().await;
+                self.reconciler.drop_removed().await;
             }
         }
     }
@@ -161,7 +169,7 @@ impl PodListeners {
             Ok(ReceivedListeners { listeners, earlier }) => {
                 tracing::info!(listeners = listeners.len(), "took over pods' listeners");
                 self.earlier = earlier;
-                self.pods.reconcile(listeners).await;
+                self.reconciler.reconcile(listeners).await;
                 let released = timeout(STEP_TIMEOUT, async {
                     handover_protocol::send(&previous, &HandoverMessage::Serving).await?;
                     handover_protocol::receive(&previous).await
@@ -174,7 +182,7 @@ impl PodListeners {
             Err(error) => {
                 tracing::warn!(%error, "taking over pods' listeners failed: binding new ones");
                 drop(previous);
-                self.pods.reconcile(HashMap::new()).await;
+                self.reconciler.reconcile(HashMap::new()).await;
             }
         }
         self.listen_for_successor();
@@ -190,8 +198,8 @@ impl PodListeners {
             _ => return None,
         }
         let sent = self.send_listeners(&next).await?;
-        self.successors = None;
-        self.pods.pause(&sent);
+        self.handover_socket = None;
+        self.reconciler.pause(&sent);
         tracing::info!(
             listeners = sent.len(),
             "passed pods' listeners to the next instance"
@@ -208,7 +216,7 @@ impl PodListeners {
         &mut self,
         next: &UnixStream,
     ) -> Option<Vec<(HandoverKey, Arc<OwnedFd>)>> {
-        let sent = self.pods.listening();
+        let sent = self.reconciler.listening();
         self.earlier
             .retain(|connection| is_alive(connection.as_fd()));
         let listeners = sent.iter().cloned();
@@ -238,14 +246,14 @@ impl PodListeners {
     async fn resume(&mut self) {
         tracing::warn!("the next instance is gone: serving pods again");
         self.role = HandoverRole::Active;
-        self.pods.drop_removed().await;
-        self.pods.resume();
+        self.reconciler.drop_removed().await;
+        self.reconciler.resume();
         self.rescan().await;
     }
 
     /// Ends after the accept loops have got the signal to stop.
     async fn end(mut self, next: Option<UnixStream>) {
-        (self.successors, self.handover) = (None, None);
+        (self.handover_socket, self.handover_path) = (None, None);
         if let (Some(next), HandoverRole::Active) = (next, &self.role) {
             // From here on the next instance serves, ready or not.
             let _ = self.send_listeners(&next).await;
@@ -253,20 +261,20 @@ impl PodListeners {
         // Without a next instance, the previous one serves again if it is still alive.
         self.earlier.clear();
         self.role = HandoverRole::Active;
-        self.pods.end().await;
+        self.reconciler.end().await;
     }
 }
 
 /// Waits for the next instance to connect. Only one at a time is accepted.
-async fn accept(successors: Option<&HandoverSocket>, next: Option<&UnixStream>) -> UnixStream {
-    let (Some(successors), None) = (successors, next) else {
+async fn accept(socket: Option<&HandoverSocket>, next: Option<&UnixStream>) -> UnixStream {
+    let (Some(socket), None) = (socket, next) else {
         return std::future::pending().await;
     };
     loop {
-        match successors.accept().await {
+        match socket.accept().await {
             Ok(stream) => return stream,
             Err(error) => {
-                if let Some(missed) = successors.take_rejection_log_permit() {
+                if let Some(missed) = socket.take_rejection_log_permit() {
                     tracing::warn!(%error, missed, "[pods] handover_socket: rejected a request for pods' listeners");
                 }
                 // A lack of descriptors does not pass at once.

@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, fork, pause};
 
-use crate::Failed;
+use crate::BenchError;
 use crate::caller::become_user;
 use crate::process::Part;
 
@@ -28,7 +28,7 @@ impl BackgroundLoad {
         processes: usize,
         connections: usize,
         cgroup: &Path,
-    ) -> Result<Self, Failed> {
+    ) -> Result<Self, BenchError> {
         let cgroup = cgroup.to_str().ok_or("the cgroup's path is not UTF-8")?;
         let mut part = Part::start(&[
             "background",
@@ -43,13 +43,13 @@ impl BackgroundLoad {
     }
 
     /// Ends them, and waits until they are gone.
-    pub(crate) fn end(self) -> Result<(), Failed> {
+    pub(crate) fn end(self) -> Result<(), BenchError> {
         self.0.end()
     }
 }
 
 /// Runs the part `background`.
-pub(crate) fn run(processes: usize, connections: usize, cgroup: &Path) -> Result<(), Failed> {
+pub(crate) fn run(processes: usize, connections: usize, cgroup: &Path) -> Result<(), BenchError> {
     std::fs::write(cgroup.join("cgroup.procs"), "0")?;
     let descriptors = u64::try_from(2 * connections)? + 100;
     setrlimit(Resource::RLIMIT_NOFILE, descriptors, descriptors)?;
@@ -77,7 +77,7 @@ pub(crate) fn run(processes: usize, connections: usize, cgroup: &Path) -> Result
 }
 
 /// Starts a child that does nothing until it is killed, by this process or with it.
-fn sleeper() -> Result<Pid, Failed> {
+fn sleeper() -> Result<Pid, BenchError> {
     // SAFETY: this part has one thread.
     match unsafe { fork() }? {
         ForkResult::Parent { child } => Ok(child),

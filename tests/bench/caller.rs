@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, pipe, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 
-use crate::Failed;
+use crate::BenchError;
 
 /// A response that takes longer than this counts as missing.
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -34,7 +34,7 @@ impl Caller {
     /// value.
     ///
     /// They have the lowest numbers, so that a search for a connection finds it last.
-    pub(crate) fn become_it(&self) -> Result<Vec<OwnedFd>, Failed> {
+    pub(crate) fn become_it(&self) -> Result<Vec<OwnedFd>, BenchError> {
         fs::write(self.cgroup.join("cgroup.procs"), "0")?;
         let limit = u64::try_from(self.descriptors)? + 5000;
         setrlimit(Resource::RLIMIT_NOFILE, limit, limit)?;
@@ -58,7 +58,7 @@ impl Caller {
 }
 
 /// Becomes this user, with the group of the same number and no others.
-pub(crate) fn become_user(uid: u32) -> Result<(), Failed> {
+pub(crate) fn become_user(uid: u32) -> Result<(), BenchError> {
     let parent = nix::unistd::getppid();
     let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
     setgroups(&[])?;

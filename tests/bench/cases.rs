@@ -7,7 +7,7 @@ mod size;
 mod slow;
 
 use crate::table::Line;
-use crate::{Bench, Failed};
+use crate::{Bench, BenchError};
 
 /// A row, which may give several lines.
 #[derive(Clone, Copy)]
@@ -16,7 +16,7 @@ pub(crate) struct Row {
     pub(crate) name: &'static str,
     /// Its meaning for readers of the table.
     pub(crate) meaning: &'static str,
-    pub(crate) run: fn(&Bench) -> Result<Vec<Line>, Failed>,
+    pub(crate) run: fn(&Bench) -> Result<Vec<Line>, BenchError>,
 }
 
 /// All of them, in the order of the table.

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::process::{Part, spawn};
 use crate::upstream::{TRUST_DOMAIN, Upstream};
-use crate::{Failed, caller};
+use crate::{BenchError, caller};
 
 /// Bounds steps of the daemon that take milliseconds.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -32,7 +32,11 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts `awsvid serve` with its files in `folder`: these rules and roles, ports that the
     /// kernel picks, the audit to a file, and otherwise the defaults.
-    pub(crate) fn spawn(folder: &Path, upstream: &Upstream, rules: &str) -> Result<Self, Failed> {
+    pub(crate) fn spawn(
+        folder: &Path,
+        upstream: &Upstream,
+        rules: &str,
+    ) -> Result<Self, BenchError> {
         let path = |name: &str| folder.join(name).display().to_string();
         let text = format!(
             "{}\n[listen]\nunix = {:?}\ntcp = [\"127.0.0.1:0\"]\nadmin = \"127.0.0.1:0\"\nstatus = {:?}\ntoken_file = {:?}\n\n\
@@ -59,14 +63,22 @@ impl Daemon {
     }
 
     /// Starts it and waits until `/readyz` is 200.
-    pub(crate) fn start(folder: &Path, upstream: &Upstream, rules: &str) -> Result<Self, Failed> {
+    pub(crate) fn start(
+        folder: &Path,
+        upstream: &Upstream,
+        rules: &str,
+    ) -> Result<Self, BenchError> {
         let mut daemon = Self::spawn(folder, upstream, rules)?;
         daemon.wait("ready", Self::is_ready)?;
         Ok(daemon)
     }
 
     /// Polls every half of a millisecond.
-    pub(crate) fn wait(&mut self, what: &str, done: impl Fn(&Self) -> bool) -> Result<(), Failed> {
+    pub(crate) fn wait(
+        &mut self,
+        what: &str,
+        done: impl Fn(&Self) -> bool,
+    ) -> Result<(), BenchError> {
         let deadline = Instant::now() + TIMEOUT;
         while !done(self) {
             let ended = self.child.try_wait()?;
@@ -113,7 +125,7 @@ impl Daemon {
     }
 
     /// Returns the address of this listener.
-    pub(crate) fn address(&self, transport: Transport) -> Result<String, Failed> {
+    pub(crate) fn address(&self, transport: Transport) -> Result<String, BenchError> {
         match transport {
             Transport::Tcp => self
                 .logged_address("serving workloads")
@@ -142,7 +154,11 @@ pub(crate) struct Direct {
 
 impl Direct {
     /// Starts it. It responds to each request with `body`.
-    pub(crate) fn start(folder: &Path, transport: Transport, body: &str) -> Result<Self, Failed> {
+    pub(crate) fn start(
+        folder: &Path,
+        transport: Transport,
+        body: &str,
+    ) -> Result<Self, BenchError> {
         let socket = folder.join("direct.sock").display().to_string();
         let mut part = Part::start(&[
             "direct",

@@ -17,7 +17,7 @@ use tokio::net::{TcpListener, UnixListener};
 
 /// Serves until it is killed, on the unix socket `address` or, for "tcp", on a port of 127.0.0.1
 /// that the kernel picks. It reads the body from standard input, and prints its address.
-pub(crate) fn run(address: &str) -> Result<(), crate::Failed> {
+pub(crate) fn run(address: &str) -> Result<(), crate::BenchError> {
     let mut body = Vec::new();
     std::io::stdin().read_to_end(&mut body)?;
     let body = Bytes::from(body);

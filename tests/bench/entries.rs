@@ -22,7 +22,7 @@ use awsvid::sts::{AssumeRole, StsError};
 use awsvid::svid::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
 use zeroize::Zeroizing;
 
-use crate::Failed;
+use crate::BenchError;
 use crate::upstream::{TRUST_DOMAIN, token};
 
 const AUDIENCE: &str = "bench";
@@ -30,7 +30,7 @@ const HOUR: Duration = Duration::from_secs(3600);
 
 /// Prints a line when its cache exists, fills it when it reads a line, and prints a line when it is
 /// full.
-pub(crate) fn run(count: usize) -> Result<(), Failed> {
+pub(crate) fn run(count: usize) -> Result<(), BenchError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
@@ -67,7 +67,7 @@ pub(crate) fn run(count: usize) -> Result<(), Failed> {
     })
 }
 
-fn role() -> Result<Role, Failed> {
+fn role() -> Result<Role, BenchError> {
     Ok(Role {
         name: "bench".to_owned(),
         spiffe_id: SpiffeIdPattern::parse(&format!("spiffe://{TRUST_DOMAIN}/**"))?,
@@ -85,7 +85,7 @@ fn role() -> Result<Role, Failed> {
 }
 
 /// Makes a grant as on a large node: each workload has an identity of its own.
-fn grant(role: &Arc<Role>, number: usize) -> Result<Grant, Failed> {
+fn grant(role: &Arc<Role>, number: usize) -> Result<Grant, BenchError> {
     let spiffe_id = SpiffeId::parse(&format!(
         "spiffe://{TRUST_DOMAIN}/ns/namespace/sa/workload-{number}"
     ))?;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::Failed;
+use crate::BenchError;
 use crate::caller::{self, Answer, Caller};
 use crate::machine;
 use crate::process::Part;
@@ -61,7 +61,7 @@ impl Report {
     }
 
     /// Returns an error unless each request was answered with credentials.
-    pub(crate) fn all_issued(&self) -> Result<(), Failed> {
+    pub(crate) fn all_issued(&self) -> Result<(), BenchError> {
         if self.answers.keys().eq([&200]) {
             return Ok(());
         }
@@ -78,16 +78,16 @@ pub(crate) struct Load(Part);
 
 impl Load {
     /// Starts it, and waits until it has warmed up.
-    pub(crate) fn start(plan: &Plan) -> Result<Self, Failed> {
+    pub(crate) fn start(plan: &Plan) -> Result<Self, BenchError> {
         Self::part("load", plan)
     }
 
     /// Starts it with all of its requests at one time (see [`callers`]).
-    pub(crate) fn callers(plan: &Plan) -> Result<Self, Failed> {
+    pub(crate) fn callers(plan: &Plan) -> Result<Self, BenchError> {
         Self::part("callers", plan)
     }
 
-    fn part(name: &str, plan: &Plan) -> Result<Self, Failed> {
+    fn part(name: &str, plan: &Plan) -> Result<Self, BenchError> {
         let mut part = Part::start(&[name, &serde_json::to_string(plan)?])?;
         match part.next_line()?.as_str() {
             "ready" => Ok(Self(part)),
@@ -96,24 +96,24 @@ impl Load {
     }
 
     /// Starts the measured requests.
-    pub(crate) fn begin(&mut self) -> Result<(), Failed> {
+    pub(crate) fn begin(&mut self) -> Result<(), BenchError> {
         self.0.write_text("go\n")
     }
 
     /// Waits for its end.
-    pub(crate) fn report(mut self) -> Result<Report, Failed> {
+    pub(crate) fn report(mut self) -> Result<Report, BenchError> {
         Ok(serde_json::from_str(&self.0.next_line()?)?)
     }
 
     /// Ends a load without a number of requests.
-    pub(crate) fn stop(mut self) -> Result<Report, Failed> {
+    pub(crate) fn stop(mut self) -> Result<Report, BenchError> {
         self.0.close_input();
         self.report()
     }
 }
 
 /// Prints that it is ready, and waits for the start.
-fn ready() -> Result<(), Failed> {
+fn ready() -> Result<(), BenchError> {
     println!("ready");
     let mut line = String::new();
     io::stdin().lock().read_line(&mut line)?;
@@ -125,7 +125,7 @@ fn ready() -> Result<(), Failed> {
 }
 
 /// Runs the part `load`.
-pub(crate) fn run(plan: Plan) -> Result<(), Failed> {
+pub(crate) fn run(plan: Plan) -> Result<(), BenchError> {
     let _descriptors = plan.caller.become_it()?;
     let plan = Arc::new(plan);
     let gate = Arc::new(Barrier::new(plan.threads + 1));
@@ -272,7 +272,7 @@ fn rank(part: f64, count: usize) -> usize {
 }
 
 /// Runs the part `caller`: sends a request for each line on standard input, and prints the status.
-pub(crate) fn caller(plan: &Plan) -> Result<(), Failed> {
+pub(crate) fn caller(plan: &Plan) -> Result<(), BenchError> {
     let _descriptors = plan.caller.become_it()?;
     let request = caller::request(&plan.path);
     println!("ready");
@@ -287,7 +287,7 @@ pub(crate) fn caller(plan: &Plan) -> Result<(), Failed> {
 
 /// Runs the part `callers`: connects as often as it has requests, and then sends all of them at
 /// once.
-pub(crate) fn callers(plan: &Plan) -> Result<(), Failed> {
+pub(crate) fn callers(plan: &Plan) -> Result<(), BenchError> {
     let _descriptors = plan.caller.become_it()?;
     let mut wires = (0..plan.requests)
         .map(|_| caller::connect(&plan.address))

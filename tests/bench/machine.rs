@@ -10,20 +10,20 @@ use nix::sys::signal::kill;
 use nix::time::{ClockId, clock_getcpuclockid, clock_gettime};
 use nix::unistd::{Pid, SysconfVar, sysconf};
 
-use crate::Failed;
+use crate::BenchError;
 
 /// The prefix of the bench's slice among the root's cgroups. The bench's pid follows.
 const SLICE: &str = "awsvid-bench-";
 
 /// Returns the user and system time that a process has used, all threads together, to the
 /// nanosecond.
-pub(crate) fn cpu_time(pid: u32) -> Result<Duration, Failed> {
+pub(crate) fn cpu_time(pid: u32) -> Result<Duration, BenchError> {
     let clock = clock_getcpuclockid(Pid::from_raw(pid.try_into()?))?;
     Ok(clock_gettime(clock)?.into())
 }
 
 /// Waits until a process is idle: its work after the last response belongs to the run, too.
-pub(crate) fn settled(pid: u32) -> Result<Duration, Failed> {
+pub(crate) fn settled(pid: u32) -> Result<Duration, BenchError> {
     let deadline = Instant::now() + Duration::from_secs(5);
     let mut before = cpu_time(pid)?;
     loop {
@@ -44,7 +44,7 @@ pub(crate) fn monotonic() -> Duration {
 
 /// Returns the CPU time for which the whole machine has been busy, over all its processors. Time
 /// stolen by other machines is busy, too.
-pub(crate) fn busy() -> Result<Duration, Failed> {
+pub(crate) fn busy() -> Result<Duration, BenchError> {
     let stat = fs::read_to_string("/proc/stat")?;
     let ticks = stat
         .lines()
@@ -99,8 +99,8 @@ pub(crate) struct Memory {
 }
 
 /// Reads them (proc_pid_status(5), proc_pid_smaps(5)).
-pub(crate) fn memory(pid: u32) -> Result<Memory, Failed> {
-    let bytes = |file: &str, names: &[&str]| -> Result<u64, Failed> {
+pub(crate) fn memory(pid: u32) -> Result<Memory, BenchError> {
+    let bytes = |file: &str, names: &[&str]| -> Result<u64, BenchError> {
         let text = fs::read_to_string(format!("/proc/{pid}/{file}"))?;
         let fields = text.lines().filter_map(|line| line.split_once(':'));
         let values = fields
@@ -116,7 +116,7 @@ pub(crate) fn memory(pid: u32) -> Result<Memory, Failed> {
 }
 
 /// Returns the mount point of cgroup v2.
-fn mount() -> Result<PathBuf, Failed> {
+fn mount() -> Result<PathBuf, BenchError> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     let point = mounts
         .lines()
@@ -134,7 +134,7 @@ pub(crate) struct Cgroups {
 
 impl Cgroups {
     /// Creates the slice, and removes those of benches that were killed.
-    pub(crate) fn new() -> Result<Self, Failed> {
+    pub(crate) fn new() -> Result<Self, BenchError> {
         let root = mount()?;
         for entry in fs::read_dir(&root)?.filter_map(Result::ok) {
             let name = entry.file_name().into_string().unwrap_or_default();
@@ -157,7 +157,7 @@ impl Cgroups {
     }
 
     /// Creates one as systemd would for the unit `name`.
-    pub(crate) fn unit(&self, name: &str) -> Result<PathBuf, Failed> {
+    pub(crate) fn unit(&self, name: &str) -> Result<PathBuf, BenchError> {
         let path = self.slice.join(format!("{name}.service"));
         match fs::create_dir(&path) {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error.into()),

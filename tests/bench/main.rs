@@ -35,7 +35,7 @@ use machine::Cgroups;
 use tempfile::TempDir;
 
 /// The reason why a row did not run.
-type Failed = Box<dyn std::error::Error>;
+type BenchError = Box<dyn std::error::Error>;
 
 /// The state that all rows share.
 struct Bench {
@@ -55,7 +55,7 @@ struct Others {
 }
 
 impl Bench {
-    fn new(quick: bool) -> Result<Self, Failed> {
+    fn new(quick: bool) -> Result<Self, BenchError> {
         if !nix::unistd::geteuid().is_root() {
             return Err("the bench runs processes of several users in cgroups of its own: it has to be root".into());
         }
@@ -71,7 +71,7 @@ impl Bench {
         })
     }
 
-    fn folder(&self) -> Result<PathBuf, Failed> {
+    fn folder(&self) -> Result<PathBuf, BenchError> {
         self.folders.set(self.folders.get() + 1);
         let folder = self.folder.path().join(self.folders.get().to_string());
         fs::create_dir(&folder)?;
@@ -126,11 +126,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn numbers(one: &str, other: &str) -> Result<(usize, usize), Failed> {
+fn numbers(one: &str, other: &str) -> Result<(usize, usize), BenchError> {
     Ok((one.parse()?, other.parse()?))
 }
 
-fn bench(words: &[&str]) -> Result<(), Failed> {
+fn bench(words: &[&str]) -> Result<(), BenchError> {
     let (options, names): (Vec<&str>, Vec<&str>) =
         words.iter().partition(|word| word.starts_with("--"));
     let valid = ROWS.map(|row| row.name);

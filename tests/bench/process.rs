@@ -9,7 +9,7 @@ use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::unistd::{Pid, getppid};
 
-use crate::Failed;
+use crate::BenchError;
 
 /// Starts a child that the kernel kills when the bench ends, in whichever way it ends. Only the
 /// main thread may call this: the kernel's signal follows the end of the thread that forked.
@@ -40,7 +40,7 @@ pub(crate) struct Part {
 
 impl Part {
     /// Starts it with these arguments. The first names the part.
-    pub(crate) fn start(arguments: &[&str]) -> Result<Self, Failed> {
+    pub(crate) fn start(arguments: &[&str]) -> Result<Self, BenchError> {
         let mut command = Command::new(std::env::current_exe()?);
         command
             .args(arguments)
@@ -58,7 +58,7 @@ impl Part {
     }
 
     /// Writes to its standard input.
-    pub(crate) fn write_text(&mut self, text: &str) -> Result<(), Failed> {
+    pub(crate) fn write_text(&mut self, text: &str) -> Result<(), BenchError> {
         Ok(self
             .input
             .as_mut()
@@ -72,7 +72,7 @@ impl Part {
     }
 
     /// Reads its next line.
-    pub(crate) fn next_line(&mut self) -> Result<String, Failed> {
+    pub(crate) fn next_line(&mut self) -> Result<String, BenchError> {
         let mut line = String::new();
         if self.output.read_line(&mut line)? == 0 {
             return Err(
@@ -83,7 +83,7 @@ impl Part {
     }
 
     /// Lets it end by itself: closes its standard input and waits.
-    pub(crate) fn end(mut self) -> Result<(), Failed> {
+    pub(crate) fn end(mut self) -> Result<(), BenchError> {
         self.close_input();
         let status = self.child.wait()?;
         if status.success() {

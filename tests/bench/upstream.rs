@@ -24,7 +24,7 @@ use awsvid::svid::proto::workload::spiffe_workload_api_server::{
 };
 use awsvid::svid::proto::workload::{Jwtsvid, JwtsvidRequest, JwtsvidResponse};
 
-use crate::{Failed, machine};
+use crate::{BenchError, machine};
 
 #[path = "../support/unsigned_token.rs"]
 mod unsigned_token;
@@ -78,7 +78,7 @@ pub(crate) struct Upstream {
 impl Upstream {
     /// Starts them with their files in `folder`. Each response takes `delay`. With `tls` the STS
     /// speaks TLS, as AWS's does.
-    pub(crate) fn start(folder: &Path, delay: Duration, tls: bool) -> Result<Self, Failed> {
+    pub(crate) fn start(folder: &Path, delay: Duration, tls: bool) -> Result<Self, BenchError> {
         let runtime = Runtime::new()?;
         let replies = CountingDelay {
             delay,
@@ -101,7 +101,7 @@ impl Upstream {
             let listener = TcpListener::bind("127.0.0.1:0").await?;
             let address = listener.local_addr()?;
             tokio::spawn(sts(listener, acceptor, replies.clone()));
-            Ok::<_, Failed>(address)
+            Ok::<_, BenchError>(address)
         })?;
         let scheme = if tls { "https" } else { "http" };
         Ok(Self {
@@ -217,7 +217,7 @@ fn session() -> String {
 
 /// Makes a certificate for 127.0.0.1, which is its own authority. Returns its file, and TLS with
 /// it.
-fn certificate(folder: &Path) -> Result<(PathBuf, TlsAcceptor), Failed> {
+fn certificate(folder: &Path) -> Result<(PathBuf, TlsAcceptor), BenchError> {
     use tokio_rustls::rustls::ServerConfig;
     use tokio_rustls::rustls::crypto::aws_lc_rs::default_provider;
     use tokio_rustls::rustls::pki_types::PrivateKeyDer;

@@ -14,7 +14,7 @@ use awsvid::svid::own_svid::OwnSvidSource;
 use awsvid::svid::spiffe_broker::BrokerApi;
 use awsvid::svid::spire_delegated::SpireDelegated;
 
-use crate::harness::counterparts::process::{Owned, spawn};
+use crate::harness::counterparts::process::{OwnedProcess, spawn};
 use crate::harness::counterparts::spire::{Broker, Spire, SpireSetting};
 use crate::harness::counterparts::workload::Workload;
 use crate::harness::counterparts::{folder, root};
@@ -24,7 +24,7 @@ const AWSVID: &str = "spiffe://example.org/awsvid";
 const DEADLINE: Duration = Duration::from_secs(35);
 
 /// Starts a process of this user that does nothing until the value is dropped.
-fn idle(workload: &Workload, program: &str, arguments: &[&str]) -> Owned {
+fn idle(workload: &Workload, program: &str, arguments: &[&str]) -> OwnedProcess {
     let mut command = workload.command(program);
     command.args(arguments);
     spawn(command).unwrap()
@@ -39,7 +39,10 @@ fn ids(answer: Result<Vec<AgentSvid>, SourceError>) -> Vec<String> {
 }
 
 /// Queries the agent about a process.
-async fn of(agent: &dyn AttestingAgent, process: &Owned) -> Result<Vec<AgentSvid>, SourceError> {
+async fn of(
+    agent: &dyn AttestingAgent,
+    process: &OwnedProcess,
+) -> Result<Vec<AgentSvid>, SourceError> {
     agent
         .fetch_for_pid(u32::try_from(process.id().as_raw()).unwrap(), AUDIENCE)
         .await

@@ -16,7 +16,7 @@ mod table;
 use serde_json::Value;
 
 use crate::harness::counterparts::folder;
-use reading::{Reading, for_each, read};
+use reading::{ReadSettings, for_each, read};
 use stage::{ClientSetting, ClientStage, Member};
 use table::{Cell, Column, Table};
 
@@ -44,7 +44,7 @@ fn each_client_reads_only_its_own_object() {
             &stage,
             member,
             &serving,
-            &Reading::single_read(member, &serving),
+            &ReadSettings::single_read(member, &serving),
         );
         if !own.all_equal(&member.content()) {
             return Some(format!(
@@ -52,9 +52,9 @@ fn each_client_reads_only_its_own_object() {
                 member.client.name
             ));
         }
-        let other = Reading {
+        let other = ReadSettings {
             key: others[number].clone(),
-            ..Reading::single_read(member, &serving)
+            ..ReadSettings::single_read(member, &serving)
         };
         let other = read(&stage, member, &serving, &other);
         let rejected = other

@@ -29,7 +29,7 @@ struct Address {
 
 /// The response that is right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Expected {
+enum ExpectedResponse {
     Credentials,
     /// An error, audited: the status line, and the code in the body.
     Rejected(&'static str, &'static str),
@@ -37,17 +37,19 @@ enum Expected {
     BadHead(&'static str, &'static str),
 }
 
-const BAD: Expected = Expected::BadHead("HTTP/1.1 400 Bad Request", "bad_request");
-const LARGE: Expected = Expected::BadHead(
+const BAD: ExpectedResponse = ExpectedResponse::BadHead("HTTP/1.1 400 Bad Request", "bad_request");
+const LARGE: ExpectedResponse = ExpectedResponse::BadHead(
     "HTTP/1.1 431 Request Header Fields Too Large",
     "head_too_large",
 );
-const HOST: Expected = Expected::Rejected("HTTP/1.1 400 Bad Request", "host");
-const BODY: Expected = Expected::Rejected("HTTP/1.1 400 Bad Request", "body");
-const PATH: Expected = Expected::Rejected("HTTP/1.1 404 Not Found", "path");
-const METHOD: Expected = Expected::Rejected("HTTP/1.1 405 Method Not Allowed", "method");
-const PROXIED: Expected = Expected::Rejected("HTTP/1.1 403 Forbidden", "proxied");
-const UNAUTHORIZED: Expected = Expected::Rejected("HTTP/1.1 403 Forbidden", "no_authorization");
+const HOST: ExpectedResponse = ExpectedResponse::Rejected("HTTP/1.1 400 Bad Request", "host");
+const BODY: ExpectedResponse = ExpectedResponse::Rejected("HTTP/1.1 400 Bad Request", "body");
+const PATH: ExpectedResponse = ExpectedResponse::Rejected("HTTP/1.1 404 Not Found", "path");
+const METHOD: ExpectedResponse =
+    ExpectedResponse::Rejected("HTTP/1.1 405 Method Not Allowed", "method");
+const PROXIED: ExpectedResponse = ExpectedResponse::Rejected("HTTP/1.1 403 Forbidden", "proxied");
+const UNAUTHORIZED: ExpectedResponse =
+    ExpectedResponse::Rejected("HTTP/1.1 403 Forbidden", "no_authorization");
 
 struct HttpStage {
     daemon: Daemon,
@@ -231,11 +233,11 @@ fn check_error(body: &[u8], code: &str) {
 }
 
 /// Sends `request` and checks the response and the counters.
-fn check(stage: &HttpStage, address: &Address, request: &[u8], right: Expected) {
+fn check(stage: &HttpStage, address: &Address, request: &[u8], right: ExpectedResponse) {
     let shown = String::from_utf8_lossy(&request[..request.len().min(300)]).into_owned();
     let labels = match right {
-        Expected::Credentials => "outcome=\"issued\",reason=\"ok\"".to_owned(),
-        Expected::Rejected(_, code) | Expected::BadHead(_, code) => {
+        ExpectedResponse::Credentials => "outcome=\"issued\",reason=\"ok\"".to_owned(),
+        ExpectedResponse::Rejected(_, code) | ExpectedResponse::BadHead(_, code) => {
             format!("outcome=\"refused\",reason=\"{code}\"")
         }
     };
@@ -268,7 +270,7 @@ fn check(stage: &HttpStage, address: &Address, request: &[u8], right: Expected) 
     }
     assert_eq!(headers, expected, "{}", context());
     match right {
-        Expected::Credentials => {
+        ExpectedResponse::Credentials => {
             assert!(
                 status == "HTTP/1.1 200 OK" || status == "HTTP/1.0 200 OK",
                 "{}",
@@ -281,9 +283,10 @@ fn check(stage: &HttpStage, address: &Address, request: &[u8], right: Expected) 
                 context()
             );
         }
-        Expected::Rejected(line, code) | Expected::BadHead(line, code) => {
+        ExpectedResponse::Rejected(line, code) | ExpectedResponse::BadHead(line, code) => {
             // HTTP/1.0 is answered as such.
-            let is_1_0 = shown.contains(" HTTP/1.0\r\n") && !matches!(right, Expected::BadHead(..));
+            let is_1_0 =
+                shown.contains(" HTTP/1.0\r\n") && !matches!(right, ExpectedResponse::BadHead(..));
             let line = if is_1_0 {
                 line.replacen("1.1", "1.0", 1)
             } else {
@@ -297,7 +300,7 @@ fn check(stage: &HttpStage, address: &Address, request: &[u8], right: Expected) 
             }
         }
     }
-    if let Expected::BadHead(..) = right {
+    if let ExpectedResponse::BadHead(..) = right {
         await_some("the connection is counted", TIMEOUT, || {
             (stage.dropped("bad_request") > dropped).then_some(())
         });
@@ -320,17 +323,22 @@ fn check(stage: &HttpStage, address: &Address, request: &[u8], right: Expected) 
     assert_eq!(stage.dropped("bad_request"), dropped, "{}", context());
 }
 
-fn check_all(cases: &[(Vec<u8>, Expected)]) {
+fn check_all(cases: &[(Vec<u8>, ExpectedResponse)]) {
     let Some(stage) = HttpStage::set() else {
         return;
     };
     for address in stage.addresses() {
-        check(&stage, &address, HIDDEN.as_bytes(), Expected::Credentials);
+        check(
+            &stage,
+            &address,
+            HIDDEN.as_bytes(),
+            ExpectedResponse::Credentials,
+        );
         for (request, right) in cases {
             // The unix socket requires no Authorization.
             let is_unix = address.listener == "unix";
             let right = if is_unix && *right == UNAUTHORIZED {
-                Expected::Credentials
+                ExpectedResponse::Credentials
             } else {
                 *right
             };
@@ -358,18 +366,18 @@ fn hidden_second_request_is_not_answered() {
     let length = format!("Content-Length: {}\r\n", HIDDEN.len());
     check_all(&[
         // One response, then the end: the second request gets none.
-        (request_with("", HIDDEN), Expected::Credentials),
+        (request_with("", HIDDEN), ExpectedResponse::Credentials),
         (
             request_with("Connection: keep-alive\r\n", HIDDEN),
-            Expected::Credentials,
+            ExpectedResponse::Credentials,
         ),
         (
             request_with("Content-Length: 0\r\n", HIDDEN),
-            Expected::Credentials,
+            ExpectedResponse::Credentials,
         ),
         (
             request_with("Content-Length: 0\r\nContent-Length: 0\r\n", HIDDEN),
-            Expected::Credentials,
+            ExpectedResponse::Credentials,
         ),
         // Bodies.
         (request_with(&length, HIDDEN), BODY),
@@ -512,7 +520,7 @@ fn oversized_heads_are_rejected() {
     check_all(&[
         (
             request_with(&format!("X: {}\r\n", long(15_000)), ""),
-            Expected::Credentials,
+            ExpectedResponse::Credentials,
         ),
         (request_with(&format!("X: {}\r\n", long(17_000)), ""), LARGE),
         (
@@ -534,7 +542,7 @@ fn oversized_heads_are_rejected() {
             ),
             LARGE,
         ),
-        (request_with(&many(62), ""), Expected::Credentials),
+        (request_with(&many(62), ""), ExpectedResponse::Credentials),
         (request_with(&many(63), ""), LARGE),
         (request_with(&many(5_000), ""), LARGE),
         // Without an end.
@@ -594,17 +602,32 @@ fn valid_but_forbidden_requests_are_rejected() {
         plain("GET /v1/credentials/%zz HTTP/1.1", PATH),
         plain("GET /v1%2fcredentials HTTP/1.1", PATH),
         plain("GET /v1\\credentials HTTP/1.1", PATH),
-        plain("GET /v1/credentials? HTTP/1.1", Expected::Credentials),
-        plain("GET /v1/credentials/dev? HTTP/1.1", Expected::Credentials),
-        plain("GET /v1/credentials#dev HTTP/1.1", Expected::Credentials),
+        plain(
+            "GET /v1/credentials? HTTP/1.1",
+            ExpectedResponse::Credentials,
+        ),
+        plain(
+            "GET /v1/credentials/dev? HTTP/1.1",
+            ExpectedResponse::Credentials,
+        ),
+        plain(
+            "GET /v1/credentials#dev HTTP/1.1",
+            ExpectedResponse::Credentials,
+        ),
         plain("GET /v1/credentials?role=dev HTTP/1.1", PATH),
         plain("GET /v1/credentials?? HTTP/1.1", PATH),
         plain("GET /v1/credentials%3f HTTP/1.1", PATH),
         plain("GET http://127.0.0.1/v1/credentials? HTTP/1.1", PROXIED),
         plain("GET /V1/credentials HTTP/1.1", PATH),
-        plain("GET /v1/credentials/%64ev HTTP/1.1", Expected::Credentials),
+        plain(
+            "GET /v1/credentials/%64ev HTTP/1.1",
+            ExpectedResponse::Credentials,
+        ),
         // HTTP/1.0.
-        plain("GET /v1/credentials HTTP/1.0", Expected::Credentials),
+        plain(
+            "GET /v1/credentials HTTP/1.0",
+            ExpectedResponse::Credentials,
+        ),
         (
             b"GET /v1/credentials HTTP/1.0\r\nAuthorization: x\r\n\r\n".to_vec(),
             HOST,
@@ -633,7 +656,7 @@ fn valid_but_forbidden_requests_are_rejected() {
         (
             b"GET /v1/credentials HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: \xff\r\n\r\n"
                 .to_vec(),
-            Expected::Credentials,
+            ExpectedResponse::Credentials,
         ),
         // The standard lets a server ignore these.
         (
@@ -643,30 +666,30 @@ fn valid_but_forbidden_requests_are_rejected() {
                 b"\r\n",
             ]
             .concat(),
-            Expected::Credentials,
+            ExpectedResponse::Credentials,
         ),
         (
             ["\r\n".to_owned(), HIDDEN.to_owned()].concat().into_bytes(),
-            Expected::Credentials,
+            ExpectedResponse::Credentials,
         ),
         (
             request_with("Expect: 100-continue\r\n", ""),
-            Expected::Credentials,
+            ExpectedResponse::Credentials,
         ),
         (
             request_with("Expect: something\r\n", ""),
-            Expected::Credentials,
+            ExpectedResponse::Credentials,
         ),
         (
             request_with(
                 "Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\nConnection: Upgrade\r\n",
                 "",
             ),
-            Expected::Credentials,
+            ExpectedResponse::Credentials,
         ),
         (
             request_with("Upgrade: websocket\r\nConnection: Upgrade\r\n", ""),
-            Expected::Credentials,
+            ExpectedResponse::Credentials,
         ),
         // Without `100 Continue`: the answer is final.
         (

@@ -47,12 +47,12 @@ fn run_quietly(command: &mut Command) -> Option<String> {
 }
 
 /// A daemon under a tracer of its system calls, with its threads.
-struct Traced {
+struct TracedDaemon {
     daemon: Daemon,
     trace: PathBuf,
 }
 
-impl Traced {
+impl TracedDaemon {
     fn start(words: &[&str], folder: &Path, listen: &str, configuration: &str) -> Self {
         let trace = folder.join("trace");
         let strace = [
@@ -119,7 +119,7 @@ fn by_rules() -> BTreeSet<String> {
         rule("gid = 61009"),
     ];
     let configuration = upstream.configuration() + &rules.concat();
-    let traced = Traced::start(
+    let traced = TracedDaemon::start(
         &[],
         folder.path(),
         "authorization = \"token\"",
@@ -155,7 +155,7 @@ fn by_agent() -> BTreeSet<String> {
         folder.path(),
         vec![Entry::new(&id("alice"), &[&format!("unix:uid:{ALICE}")])],
     );
-    let traced = Traced::start(&[], folder.path(), "", &agent.configuration());
+    let traced = TracedDaemon::start(&[], folder.path(), "", &agent.configuration());
     let cgroup = Cgroup::new("syscalls-agent.service");
     for listener in LISTENERS {
         let answer = traced.daemon.curl(listener, (ALICE, 7), &cgroup);
@@ -180,7 +180,7 @@ fn in_pods() -> BTreeSet<String> {
     let start = |name: &str| {
         let own = folder.path().join(name);
         fs::create_dir(&own).unwrap();
-        Traced::start(&words, &own, &listen, &(upstream.configuration() + rule))
+        TracedDaemon::start(&words, &own, &listen, &(upstream.configuration() + rule))
     };
     let first = start("first");
     let pod = Cgroup::of_pod(77);

@@ -148,7 +148,7 @@ fn missing_handler_is_not_taken_for_a_missing_socket() {
         );
         assert!(
             missing
-                .fix(UnixSupport::Nothing)
+                .fix(UnixSupport::NoPidfd)
                 .contains("inet_diag and tcp_diag"),
             "{errno:?}"
         );
@@ -180,10 +180,10 @@ fn rejections_name_what_is_missing() {
 #[test]
 fn fix_proposes_the_unix_socket_only_where_it_serves_callers() {
     let missing = TcpUnsupported::NoCgroupId;
-    for unix in [UnixSupport::Process, UnixSupport::Number] {
+    for unix in [UnixSupport::Process, UnixSupport::Pid] {
         assert!(missing.fix(unix).contains("unix socket"), "{unix:?}");
     }
-    let fix = missing.fix(UnixSupport::Nothing);
+    let fix = missing.fix(UnixSupport::NoPidfd);
     assert!(
         !fix.contains("unix socket") && fix.contains("Linux 5.8"),
         "{fix}"

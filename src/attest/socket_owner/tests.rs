@@ -16,7 +16,7 @@ const ALL: ProcessFacts = ProcessFacts {
     program: true,
     started: false,
 };
-const PLENTY: Budget = Budget {
+const PLENTY: SearchBudget = SearchBudget {
     list: 64 * 1024,
     descriptors: 65_536,
     time: Duration::from_secs(60),
@@ -65,7 +65,7 @@ fn search_finds_the_owner_and_its_descriptor() {
     let (_listener, client, socket) = connection();
     let (host, tree) = machine();
     let cgroup = tree.path_of_blocking(socket.cgroup_id.unwrap()).unwrap();
-    let found = find_socket_owner(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
+    let found = find_socket_owner(&host, &tree, &socket, &cgroup, ALL, PLENTY).unwrap();
     assert_eq!(found.process.to_process().pid, std::process::id());
     assert_eq!(found.descriptor, client.as_raw_fd().cast_unsigned());
 }
@@ -77,7 +77,7 @@ fn search_rejects_an_owner_in_another_cgroup() {
     let (host, _) = machine();
     let (_root, elsewhere) = listing(&format!("{}\n", std::process::id()));
     assert_eq!(
-        find_socket_owner(&host, &elsewhere, &socket, &unit(), (ALL, PLENTY)).unwrap_err(),
+        find_socket_owner(&host, &elsewhere, &socket, &unit(), ALL, PLENTY).unwrap_err(),
         AttestError::Ambiguous
     );
 }
@@ -88,7 +88,7 @@ fn search_fails_for_an_invisible_pid_namespace() {
     let (host, _) = machine();
     let (_root, tree) = listing(&format!("0\n{}\n", std::process::id()));
     assert_eq!(
-        find_socket_owner(&host, &tree, &socket, &unit(), (ALL, PLENTY)).unwrap_err(),
+        find_socket_owner(&host, &tree, &socket, &unit(), ALL, PLENTY).unwrap_err(),
         AttestError::InvisibleProcess
     );
 }
@@ -103,18 +103,18 @@ fn search_fails_over_its_budget() {
         .map(|_| fs::File::open("/dev/null").unwrap())
         .collect();
     for budget in [
-        Budget { list: 1, ..PLENTY },
+        SearchBudget { list: 1, ..PLENTY },
         // The standard streams and the two sockets exceed the budget.
-        Budget {
+        SearchBudget {
             descriptors: 3,
             ..PLENTY
         },
-        Budget {
+        SearchBudget {
             time: Duration::ZERO,
             ..PLENTY
         },
     ] {
-        let found = find_socket_owner(&host, &tree, &socket, &unit(), (ALL, budget));
+        let found = find_socket_owner(&host, &tree, &socket, &unit(), ALL, budget);
         assert_eq!(
             found.unwrap_err(),
             AttestError::TooManyDescriptors,
@@ -130,7 +130,7 @@ fn search_skips_a_process_without_the_socket() {
     let (_root, tree) = listing(&format!("{}\n", std::process::id()));
     drop(client);
     assert_eq!(
-        find_socket_owner(&host, &tree, &socket, &unit(), (ALL, PLENTY)).unwrap_err(),
+        find_socket_owner(&host, &tree, &socket, &unit(), ALL, PLENTY).unwrap_err(),
         AttestError::NoSocketOwner
     );
 }
@@ -148,7 +148,7 @@ fn search_finds_a_process_with_a_reused_pid() {
     (0..8).for_each(|number| handle.record_held(number));
     handle.replace_socket_hints([(socket.inode, 0)].into_iter());
     let cgroup = tree.path_of_blocking(socket.cgroup_id.unwrap()).unwrap();
-    let found = find_socket_owner(&host, &tree, &socket, &cgroup, (ALL, PLENTY)).unwrap();
+    let found = find_socket_owner(&host, &tree, &socket, &cgroup, ALL, PLENTY).unwrap();
     assert_eq!(found.process.verify_unchanged_blocking(), Ok(()));
     assert!(!Arc::ptr_eq(
         &handle,

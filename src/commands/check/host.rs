@@ -74,7 +74,7 @@ fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut Chec
     match tried.unix {
         _ if config.listen.unix.is_none() => {}
         UnixSupport::Process => {}
-        UnixSupport::Number => report.info(
+        UnixSupport::Pid => report.info(
             STEP,
             "callers in containers are rejected on the unix socket: this kernel does not report their process (Linux 6.5)",
             match tried.tcp.is_ok() && over_tcp {
@@ -82,7 +82,7 @@ fn kernel(config: &Config, proc: &Path, tried: &KernelSupport, report: &mut Chec
                 false => "use a newer kernel",
             },
         ),
-        UnixSupport::Nothing => report.failed(
+        UnixSupport::NoPidfd => report.failed(
             STEP,
             "all callers are rejected on the unix socket: this kernel has no pidfd_open(2) (Linux 5.3)",
             "use a newer kernel",

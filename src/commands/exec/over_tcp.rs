@@ -34,8 +34,8 @@ pub(super) fn check(uri: &str) -> Result<(), String> {
     }
     let unix = attest::unix_support();
     let over_unix = match unix {
-        UnixSupport::Nothing => "",
-        UnixSupport::Process | UnixSupport::Number => {
+        UnixSupport::NoPidfd => "",
+        UnixSupport::Process | UnixSupport::Pid => {
             "set `credential_process = awsvid credential-process` in a profile of ~/.aws/config, which uses the unix socket; \
              for TCP "
         }

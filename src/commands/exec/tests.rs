@@ -83,9 +83,9 @@ fn endpoint_parses_lenient_urls_and_rejects_what_sdks_reject() {
 
 #[test]
 fn loopback_prefers_the_address_that_every_sdk_accepts() {
-    let listen = |tcp: &[&str]| Listen {
+    let listen = |tcp: &[&str]| ListenConfig {
         tcp: tcp.iter().map(|address| address.parse().unwrap()).collect(),
-        ..Listen::default()
+        ..ListenConfig::default()
     };
     let uri = |tcp: &[&str]| loopback(&listen(tcp)).map(|url| url.uri);
     assert_eq!(
@@ -134,9 +134,9 @@ fn token_is_set_by_both_variables_or_is_arbitrary() {
         assert!(error.contains("the content is not a token"), "{error}");
     }
     let mut environment = Environment::new(String::new(), "", |_| None);
-    let absent = Listen {
+    let absent = ListenConfig {
         token_file: "/nonexistent/token".into(),
-        ..Listen::default()
+        ..ListenConfig::default()
     };
     exec(&[]).set_token(&mut environment, &absent).unwrap();
     let set = environment.variables();
@@ -154,7 +154,7 @@ fn token_is_set_by_both_variables_or_is_arbitrary() {
             .contains(&"AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"),
         "an inherited one would count"
     );
-    let token = Listen {
+    let token = ListenConfig {
         authorization: AuthorizationMode::Token,
         ..absent
     };

@@ -4,12 +4,12 @@
 use super::*;
 
 /// The line (0: none), the key, and what the message holds.
-type Expected<'a> = (usize, &'a str, &'a str);
+type ExpectedProblem<'a> = (usize, &'a str, &'a str);
 
 #[track_caller]
-pub(super) fn rejected(text: &str, expected: &[Expected<'_>]) {
+pub(super) fn rejected(text: &str, expected: &[ExpectedProblem<'_>]) {
     let problems = parse(text).expect_err(text);
-    let fits = |problem: &Problem, (line, key, words): &Expected<'_>| {
+    let fits = |problem: &Problem, (line, key, words): &ExpectedProblem<'_>| {
         line_of(problem).unwrap_or(0) == *line
             && problem.key == *key
             && problem.to_string().contains(words)
@@ -27,7 +27,7 @@ pub(super) fn rejected(text: &str, expected: &[Expected<'_>]) {
 
 /// Each row: a line of `LEAST` to replace (or nothing: to add), by what, and the one error.
 #[track_caller]
-fn each(rows: &[(&str, &str, Expected<'_>)]) {
+fn each(rows: &[(&str, &str, ExpectedProblem<'_>)]) {
     for (line, new, expected) in rows {
         let text = if line.is_empty() {
             format!("{LEAST}{new}\n")

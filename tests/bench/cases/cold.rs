@@ -8,14 +8,14 @@ use crate::daemon::{Daemon, Transport, role, rule};
 use crate::load::{Load, Plan};
 use crate::table::{Line, Spread, micros, millis};
 use crate::upstream::Upstream;
-use crate::{Bench, Failed};
+use crate::{Bench, BenchError};
 
 /// The time that the source and STS take for each reply.
 const DELAY: Duration = Duration::from_millis(50);
 
 /// Measures a thousand callers of one identity at once: four units of one user with 250 each, since
 /// one unit may have 512 connections.
-pub(crate) fn concurrent_callers(bench: &Bench) -> Result<Vec<Line>, Failed> {
+pub(crate) fn concurrent_callers(bench: &Bench) -> Result<Vec<Line>, BenchError> {
     const UNITS: usize = 4;
     let folder = bench.folder()?;
     let upstream = Upstream::start(&folder, DELAY, false)?;
@@ -51,7 +51,7 @@ pub(crate) fn at_once(
     address: &str,
     units: usize,
     callers: usize,
-) -> Result<Vec<Duration>, Failed> {
+) -> Result<Vec<Duration>, BenchError> {
     let mut loads = Vec::new();
     for unit in 0..units {
         let cgroup = bench.cgroups.unit(&format!("callers-{unit}"))?;
@@ -82,7 +82,7 @@ pub(crate) fn at_once(
 }
 
 /// Measures one caller after the other, each for a role that has not been requested yet.
-pub(crate) fn cold(bench: &Bench) -> Result<Vec<Line>, Failed> {
+pub(crate) fn cold(bench: &Bench) -> Result<Vec<Line>, BenchError> {
     let folder = bench.folder()?;
     let upstream = Upstream::start(&folder, DELAY, false)?;
     let tries = bench.count(20, 3);

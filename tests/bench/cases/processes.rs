@@ -8,13 +8,13 @@ use crate::cases::ratio::{self, TCP_PID};
 use crate::load::Plan;
 use crate::process::Part;
 use crate::table::{Line, Spread, micros};
-use crate::{Bench, Failed, machine};
+use crate::{Bench, BenchError, machine};
 
 /// The numbers of processes. 128 handles were kept until the cache evicted the least recently used.
 const COUNTS: [usize; 4] = [50, 127, 129, 1000];
 
 /// Measures one line for each number of processes.
-pub(crate) fn processes(bench: &Bench) -> Result<Vec<Line>, Failed> {
+pub(crate) fn processes(bench: &Bench) -> Result<Vec<Line>, BenchError> {
     let caller = Caller {
         uid: ratio::USER,
         cgroup: bench.cgroups.unit("load")?,
@@ -52,7 +52,7 @@ pub(crate) fn processes(bench: &Bench) -> Result<Vec<Line>, Failed> {
     Ok(lines)
 }
 
-fn start(plan: &Plan) -> Result<Part, Failed> {
+fn start(plan: &Plan) -> Result<Part, BenchError> {
     let mut caller = Part::start(&["caller", &serde_json::to_string(plan)?])?;
     match caller.next_line()?.as_str() {
         "ready" => Ok(caller),
@@ -61,7 +61,7 @@ fn start(plan: &Plan) -> Result<Part, Failed> {
 }
 
 /// Makes each of these processes send one request, one after the other.
-fn each(callers: &mut [Part]) -> Result<(), Failed> {
+fn each(callers: &mut [Part]) -> Result<(), BenchError> {
     for caller in callers {
         caller.write_text("go\n")?;
         match caller.next_line()?.as_str() {
@@ -73,7 +73,7 @@ fn each(callers: &mut [Part]) -> Result<(), Failed> {
 }
 
 /// Returns the server's CPU time per request, in microseconds.
-fn measure(server: u32, callers: &mut [Part], repeats: usize) -> Result<f64, Failed> {
+fn measure(server: u32, callers: &mut [Part], repeats: usize) -> Result<f64, BenchError> {
     let before = machine::settled(server)?;
     for _ in 0..repeats {
         each(callers)?;

@@ -9,7 +9,7 @@ use crate::daemon::{Daemon, Direct, Transport, role, rule};
 use crate::load::{Load, Plan, Report};
 use crate::table::{Line, Spread, micros, millis};
 use crate::upstream::Upstream;
-use crate::{Bench, Failed, machine};
+use crate::{Bench, BenchError, machine};
 
 /// The user of the load in most rows.
 pub(crate) const USER: u32 = 61101;
@@ -70,7 +70,7 @@ impl Shape {
     }
 
     /// Returns the configuration's rule and role.
-    pub(crate) fn rules(&self) -> Result<String, Failed> {
+    pub(crate) fn rules(&self) -> Result<String, BenchError> {
         let more = match self.keys {
             Keys::Unit => "systemd_unit = \"load.service\"\n".to_owned(),
             Keys::Uid => String::new(),
@@ -98,7 +98,7 @@ pub(crate) struct Pair {
 impl Pair {
     /// Starts both. One request to the daemon gives it credentials, and `direct` the bytes of its
     /// responses.
-    pub(crate) fn start(bench: &Bench, shape: &Shape, caller: Caller) -> Result<Self, Failed> {
+    pub(crate) fn start(bench: &Bench, shape: &Shape, caller: Caller) -> Result<Self, BenchError> {
         let folder = bench.folder()?;
         let upstream = Upstream::start(&folder, Duration::ZERO, false)?;
         let daemon = Daemon::start(&folder, &upstream, &shape.rules()?)?;
@@ -136,7 +136,7 @@ impl Pair {
     }
 
     /// Does one run on each.
-    fn round(&self, bench: &Bench) -> Result<(Run, Run), Failed> {
+    fn round(&self, bench: &Bench) -> Result<(Run, Run), BenchError> {
         Ok((
             measure(bench, self.direct.pid(), &self.direct_plan)?,
             measure(bench, self.daemon.pid(), &self.plan)?,
@@ -153,7 +153,7 @@ pub(crate) struct Run {
 }
 
 /// Runs one load on a server, from its warm-up to its last response.
-pub(crate) fn measure(bench: &Bench, server: u32, plan: &Plan) -> Result<Run, Failed> {
+pub(crate) fn measure(bench: &Bench, server: u32, plan: &Plan) -> Result<Run, BenchError> {
     let mut load = Load::start(plan)?;
     let (start, busy, before) = (Instant::now(), machine::busy()?, machine::settled(server)?);
     load.begin()?;
@@ -225,7 +225,7 @@ fn bound(at_most: f64, aim: f64) -> String {
 }
 
 /// Measures a shape, with the load in a cgroup of its own.
-pub(crate) fn own_cgroup(bench: &Bench, shape: &Shape) -> Result<Vec<Line>, Failed> {
+pub(crate) fn own_cgroup(bench: &Bench, shape: &Shape) -> Result<Vec<Line>, BenchError> {
     against_direct(
         bench,
         shape,
@@ -238,7 +238,7 @@ pub(crate) fn own_cgroup(bench: &Bench, shape: &Shape) -> Result<Vec<Line>, Fail
 
 /// Measures with the load in the root cgroup, where no cgroup distinguishes it from other
 /// processes.
-pub(crate) fn root_cgroup(bench: &Bench) -> Result<Vec<Line>, Failed> {
+pub(crate) fn root_cgroup(bench: &Bench) -> Result<Vec<Line>, BenchError> {
     against_direct(
         bench,
         &TCP_PID,
@@ -250,7 +250,7 @@ pub(crate) fn root_cgroup(bench: &Bench) -> Result<Vec<Line>, Failed> {
 }
 
 /// Measures the curve over the caller's descriptors.
-pub(crate) fn descriptors(bench: &Bench) -> Result<Vec<Line>, Failed> {
+pub(crate) fn descriptors(bench: &Bench) -> Result<Vec<Line>, BenchError> {
     let cgroup = bench.cgroups.unit("load")?;
     let curve = [20, 200, 2000].map(|count| {
         let row = format!("descriptors {count}");
@@ -278,7 +278,7 @@ fn against_direct(
     cgroup: &Path,
     descriptors: usize,
     bound: String,
-) -> Result<Vec<Line>, Failed> {
+) -> Result<Vec<Line>, BenchError> {
     let caller = Caller {
         uid: USER,
         cgroup: cgroup.to_owned(),
@@ -299,7 +299,7 @@ fn against_direct(
 }
 
 /// Measures each shape without and with background load, which starts and ends in each round.
-pub(crate) fn busy_node(bench: &Bench) -> Result<Vec<Line>, Failed> {
+pub(crate) fn busy_node(bench: &Bench) -> Result<Vec<Line>, BenchError> {
     let caller = Caller {
         uid: USER,
         cgroup: bench.cgroups.unit("load")?,

@@ -13,15 +13,15 @@ use crate::machine::{self, Memory};
 use crate::process::Part;
 use crate::table::{Line, Spread, mebibytes, micros};
 use crate::upstream::Upstream;
-use crate::{Bench, Failed};
+use crate::{Bench, BenchError};
 
 /// Measures the daemon's memory after one exchange, and after all kinds of load.
-pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
+pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, BenchError> {
     let folder = bench.folder()?;
     // A real STS has TLS, and TLS takes memory.
     let upstream = Upstream::start(&folder, Duration::ZERO, true)?;
     let daemon = Daemon::start(&folder, &upstream, &TCP_PID.rules()?)?;
-    let plan = |transport| -> Result<Plan, Failed> {
+    let plan = |transport| -> Result<Plan, BenchError> {
         Ok(Plan {
             caller: Caller {
                 uid: USER,
@@ -81,14 +81,14 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, Failed> {
 }
 
 /// Measures once its work after the last response is done.
-fn later(daemon: &Daemon) -> Result<Memory, Failed> {
+fn later(daemon: &Daemon) -> Result<Memory, BenchError> {
     sleep(Duration::from_secs(1));
     machine::settled(daemon.pid())?;
     machine::memory(daemon.pid())
 }
 
 /// Measures the size of a cache entry, in a process with nothing but a cache.
-pub(crate) fn entries(bench: &Bench) -> Result<Vec<Line>, Failed> {
+pub(crate) fn entries(bench: &Bench) -> Result<Vec<Line>, BenchError> {
     let count = bench.count(100_000, 1000);
     let mut part = Part::start(&["entries", &count.to_string()])?;
     part.next_line()?;
@@ -114,7 +114,7 @@ pub(crate) fn entries(bench: &Bench) -> Result<Vec<Line>, Failed> {
 
 /// Measures the time from the start of the program until it accepts connections, and until it is
 /// ready.
-pub(crate) fn start(bench: &Bench) -> Result<Vec<Line>, Failed> {
+pub(crate) fn start(bench: &Bench) -> Result<Vec<Line>, BenchError> {
     let (mut listening, mut ready) = (Vec::new(), Vec::new());
     for _ in 0..bench.count(10, 2) {
         let folder = bench.folder()?;

@@ -8,7 +8,7 @@ use crate::daemon::{Daemon, Transport, role, rule};
 use crate::load::{Load, Plan, Report};
 use crate::table::{Line, Spread, millis};
 use crate::upstream::Upstream;
-use crate::{Bench, Failed};
+use crate::{Bench, BenchError};
 
 /// The steady rate, in requests a second.
 const RATE: u32 = 1500;
@@ -16,7 +16,7 @@ const RATE: u32 = 1500;
 const HOSTILE: u32 = 61102;
 
 /// Measures the latency at 1,500 requests a second.
-pub(crate) fn paced(bench: &Bench) -> Result<Vec<Line>, Failed> {
+pub(crate) fn paced(bench: &Bench) -> Result<Vec<Line>, BenchError> {
     let mut lines = Vec::new();
     for shape in [TCP_SOCKET, TCP_PID, UNIX_UID, UNIX_FACTS] {
         let caller = Caller {
@@ -66,14 +66,14 @@ pub(crate) fn paced(bench: &Bench) -> Result<Vec<Line>, Failed> {
 }
 
 /// Measures one user's latency while another one makes the daemon search thousands of descriptors.
-pub(crate) fn hostile(bench: &Bench) -> Result<Vec<Line>, Failed> {
+pub(crate) fn hostile(bench: &Bench) -> Result<Vec<Line>, BenchError> {
     let folder = bench.folder()?;
     let upstream = Upstream::start(&folder, std::time::Duration::ZERO, false)?;
     let rules = [USER, HOSTILE]
         .map(|uid| rule(uid, &format!("gid = {uid}\n")))
         .join("\n");
     let daemon = Daemon::start(&folder, &upstream, &format!("{rules}\n{}", role("bench")))?;
-    let plan = |uid, unit, descriptors| -> Result<Plan, Failed> {
+    let plan = |uid, unit, descriptors| -> Result<Plan, BenchError> {
         let caller = Caller {
             uid,
             cgroup: bench.cgroups.unit(unit)?,

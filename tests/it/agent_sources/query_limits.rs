@@ -27,18 +27,18 @@ const OWNERS: usize = 4;
 const QUERIES: usize = 8;
 
 /// A process that waits for its answer, while the agent waits for the test.
-struct Hanging<'a> {
+struct HangingCaller<'a> {
     query: HeldQuery<'a>,
     connection: File,
     _process: Connector,
 }
 
 /// Sends the request of a process, and waits until the query is at the agent.
-fn hang(process: Connector, agent: &FakeAgent) -> Hanging<'_> {
+fn hang(process: Connector, agent: &FakeAgent) -> HangingCaller<'_> {
     let query = agent.hold(process.id().as_raw());
     let connection = send(File::from(process.connect_and_keep()));
     assert!(query.await_query(), "the query is at the agent");
-    Hanging {
+    HangingCaller {
         query,
         connection,
         _process: process,
@@ -90,7 +90,7 @@ fn workload_is_answered_while_four_others_hold_all_queries() {
     // All of them get an answer. That of the evicted one may have been given up before, since the
     // processes take their time to start.
     let mut codes = BTreeSet::new();
-    for Hanging {
+    for HangingCaller {
         query,
         mut connection,
         ..

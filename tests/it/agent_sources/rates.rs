@@ -29,7 +29,7 @@ use tokio::time::sleep;
 use crate::harness::actor::program;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio::AUDIENCE;
-use crate::harness::counterparts::process::{Owned, await_some, behind, run, spawn};
+use crate::harness::counterparts::process::{OwnedProcess, await_some, behind, run, spawn};
 use crate::harness::daemon::release_build;
 use crate::harness::env::{AWSVID, Env, Setting, Source, id};
 use crate::harness::is_slow;
@@ -115,7 +115,7 @@ fn keep_on(process: Pid, processors: &CpuSet) {
 
 /// Idle processes that queries are about.
 struct Idle {
-    _owned: Owned,
+    _owned: OwnedProcess,
     pids: Vec<u32>,
 }
 

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use super::catalogue::Start;
-use super::reading::{Reading, for_each, read};
+use super::reading::{ReadSettings, for_each, read};
 use super::stage::{ClientSetting, ClientStage};
 use super::table::{self, Cell, Column, Table};
 use crate::harness::counterparts::folder;
@@ -40,10 +40,10 @@ fn clients_refetch_near_session_end_as_documented() {
     let request_counts = |remaining: u64| {
         for_each(&stage.members(), MAX_CONCURRENT, |_, member| {
             let before = serving.issued(member).len();
-            let reading = Reading {
+            let reading = ReadSettings {
                 times: READS,
                 pause: Duration::from_secs(1),
-                ..Reading::single_read(member, &serving)
+                ..ReadSettings::single_read(member, &serving)
             };
             let reads = read(&stage, member, &serving, &reading);
             let requests = serving.issued(member).len() - before;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::catalogue::Start;
-use super::reading::{Reading, for_each, read};
+use super::reading::{ReadSettings, for_each, read};
 use super::stage::{ClientSetting, ClientStage};
 use super::table::{self, Cell, Column, Table};
 use crate::harness::counterparts::folder;
@@ -41,10 +41,10 @@ fn clients_see_no_error_at_session_end() {
             PAUSE
         };
         let times = u32::try_from(LENGTH.as_secs() / pause.as_secs()).unwrap();
-        let reading = Reading {
+        let reading = ReadSettings {
             times,
             pause,
-            ..Reading::single_read(member, &serving)
+            ..ReadSettings::single_read(member, &serving)
         };
         let reads = read(&stage, member, &serving, &reading);
         let failed = reads

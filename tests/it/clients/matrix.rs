@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::reading::{Reading, Reads, TIMEOUT, for_each, read};
-use super::stage::{ClientSetting, ClientStage, Member, ROLE, Serving};
+use super::reading::{ReadSettings, Reads, TIMEOUT, for_each, read};
+use super::stage::{ClientSetting, ClientStage, Member, ROLE, StagedDaemon};
 use super::table::{self, Cell, Column, Table};
 use super::{MAX_CONCURRENT, facts};
 use crate::harness::counterparts::{folder, minio};
@@ -58,34 +58,34 @@ fn ways(stage: &ClientStage) -> Vec<Cell> {
     );
     let (tcp, tcp6) = (serving.daemon.tcp(), serving.daemon.tcp6());
     let failed = for_each(&stage.members(), MAX_CONCURRENT, |_, member| {
-        let single_read = Reading::single_read(member, &serving);
+        let single_read = ReadSettings::single_read(member, &serving);
         let url = |host: &str, port: u16| format!("http://{host}:{port}");
         let ways = [
             ("", single_read.clone()),
             (
                 "token file alone",
-                Reading {
+                ReadSettings {
                     file_alone: true,
                     ..single_read.clone()
                 },
             ),
             (
                 "`[::1]`",
-                Reading {
+                ReadSettings {
                     url: url("[::1]", tcp6.port()),
                     ..single_read.clone()
                 },
             ),
             (
                 "`localhost`",
-                Reading {
+                ReadSettings {
                     url: url("localhost", tcp.port()),
                     ..single_read.clone()
                 },
             ),
             (
                 "a role's name",
-                Reading {
+                ReadSettings {
                     role: Some(ROLE),
                     ..single_read
                 },
@@ -175,10 +175,10 @@ fn with_delay(stage: &ClientStage, seconds: f64, number: u32, members: &[&Member
     let reads = for_each(members, MAX_CONCURRENT, |_, member| {
         // Its next try begins when the exchange that the first one started has ended.
         let pause = Duration::from_secs_f64(seconds.ceil());
-        let reading = Reading {
+        let reading = ReadSettings {
             times: 2,
             pause,
-            ..Reading::single_read(member, &serving)
+            ..ReadSettings::single_read(member, &serving)
         };
         read(stage, member, &serving, &reading)
     });
@@ -218,9 +218,9 @@ const MIN_UNCOMPARED_TRIES: u64 = 7;
 fn rejected(stage: &ClientStage) -> Vec<Cell> {
     let serving = stage.daemon("refused", &ClientSetting::default());
     let results = for_each(&stage.members(), MAX_CONCURRENT_WAITING, |_, member| {
-        let reading = Reading {
+        let reading = ReadSettings {
             uid: member.stranger,
-            ..Reading::single_read(member, &serving)
+            ..ReadSettings::single_read(member, &serving)
         };
         let message = format!(
             "no SPIFFE identity: this node has none for uid {}",
@@ -245,7 +245,7 @@ fn unavailable(stage: &ClientStage) -> Vec<Cell> {
             stage,
             member,
             &serving,
-            &Reading::single_read(member, &serving),
+            &ReadSettings::single_read(member, &serving),
             "awsvid: ",
         )
     });
@@ -257,8 +257,8 @@ fn unavailable(stage: &ClientStage) -> Vec<Cell> {
 fn shown_message(
     stage: &ClientStage,
     member: &Member,
-    serving: &Serving,
-    reading: &Reading<'_>,
+    serving: &StagedDaemon,
+    reading: &ReadSettings<'_>,
     message: &str,
 ) -> String {
     let Reads {

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::catalogue::Start;
-use super::stage::{BUCKET, ClientStage, Member, Serving};
+use super::stage::{BUCKET, ClientStage, Member, StagedDaemon};
 use crate::harness::counterparts::process::{Output, behind, run};
 
 /// Bounds one task of a client, with all its tries, on a machine that is busy with others.
@@ -17,7 +17,7 @@ pub(crate) const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// The settings of a client's read.
 #[derive(Clone)]
-pub(crate) struct Reading<'a> {
+pub(crate) struct ReadSettings<'a> {
     pub(crate) uid: u32,
     pub(crate) key: String,
     pub(crate) times: u32,
@@ -30,9 +30,9 @@ pub(crate) struct Reading<'a> {
     pub(crate) file_alone: bool,
 }
 
-impl Reading<'_> {
+impl ReadSettings<'_> {
     /// Returns the settings for one read of the client's own object.
-    pub(crate) fn single_read(member: &Member, serving: &Serving) -> Self {
+    pub(crate) fn single_read(member: &Member, serving: &StagedDaemon) -> Self {
         let url = format!("http://{}", serving.daemon.tcp());
         Self {
             uid: member.uid,
@@ -68,8 +68,8 @@ impl Reads {
 pub(crate) fn read(
     stage: &ClientStage,
     member: &Member,
-    serving: &Serving,
-    reading: &Reading<'_>,
+    serving: &StagedDaemon,
+    reading: &ReadSettings<'_>,
 ) -> Reads {
     let home = tempfile::Builder::new()
         .prefix("awsvid-home-")
@@ -141,8 +141,8 @@ fn content(output: Output) -> Result<String, String> {
 fn command(
     stage: &ClientStage,
     member: &Member,
-    serving: &Serving,
-    reading: &Reading<'_>,
+    serving: &StagedDaemon,
+    reading: &ReadSettings<'_>,
     home: &Path,
 ) -> Command {
     let uid = reading.uid.to_string();
@@ -201,7 +201,7 @@ fn command(
 }
 
 /// Fills in a word of the catalogue.
-fn filled(stage: &ClientStage, word: &str, reading: &Reading<'_>) -> OsString {
+fn filled(stage: &ClientStage, word: &str, reading: &ReadSettings<'_>) -> OsString {
     if word.starts_with("tests/") {
         return stage.file(word).into();
     }

@@ -173,7 +173,7 @@ impl ClientStage {
     }
 
     /// Starts a daemon with an empty cache, with its files in a folder of its own.
-    pub(crate) fn daemon(&self, name: &str, setting: &ClientSetting<'_>) -> Serving {
+    pub(crate) fn daemon(&self, name: &str, setting: &ClientSetting<'_>) -> StagedDaemon {
         let folder = self.folder.join(name);
         std::fs::create_dir(&folder).expect("a new folder");
         let users = self
@@ -199,7 +199,7 @@ impl ClientStage {
             self.minio.role_arn(),
             setting.role,
         );
-        Serving {
+        StagedDaemon {
             daemon: Daemon::start(&folder, setting.listen, &configuration).ready(),
             folder,
         }
@@ -222,12 +222,12 @@ fn policy(slugs: &[&str]) -> Value {
 }
 
 /// A daemon and the folder of its files.
-pub(crate) struct Serving {
+pub(crate) struct StagedDaemon {
     pub(crate) daemon: Daemon,
     folder: PathBuf,
 }
 
-impl Serving {
+impl StagedDaemon {
     pub(crate) fn token_file(&self) -> PathBuf {
         self.folder.join("token")
     }

@@ -14,7 +14,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::Pid;
 
 use super::cgroup::Cgroup;
-use super::counterparts::process::{Owned, behind, run, spawn};
+use super::counterparts::process::{OwnedProcess, behind, run, spawn};
 
 /// Copies the program into `folder`, and makes the copy `length` bytes long. The hole at its end
 /// takes no space, and an agent hashes it like zeros.
@@ -120,7 +120,7 @@ fn run_in(cgroup: &Path, daemon: Pid, program: &Path, words: &[&str]) -> String 
 
 /// A user's process that opens connections for the test. The test itself then speaks on them.
 pub(crate) struct Connector {
-    owned: Owned,
+    owned: OwnedProcess,
     socket: UnixStream,
 }
 
@@ -212,7 +212,7 @@ fn in_cgroup(cgroup: &Path, actor: &str) -> Command {
 
 /// One user's process that repeats an action at a high rate until the test stops it.
 pub(crate) struct Repeater {
-    owned: Owned,
+    owned: OwnedProcess,
     output: BufReader<ChildStdout>,
 }
 
@@ -342,7 +342,7 @@ pub(crate) fn fetch(
 
 /// A scene that the test advances step by step: see `tests/actor/requests.rs`.
 pub(crate) struct Steps {
-    _owned: Owned,
+    _owned: OwnedProcess,
     /// Is `None` once the scene has been ended.
     input: Option<ChildStdin>,
     output: BufReader<ChildStdout>,

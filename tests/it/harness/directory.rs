@@ -37,11 +37,11 @@ pub(crate) enum Account {
 /// A directory that ends with the value.
 pub(crate) struct Directory {
     folder: PathBuf,
-    shared: Arc<Shared>,
+    shared: Arc<DirectoryState>,
 }
 
 #[derive(Default)]
-struct Shared {
+struct DirectoryState {
     accounts: Mutex<BTreeMap<String, Account>>,
     changed: Condvar,
 }
@@ -83,7 +83,7 @@ impl Directory {
             fs::write(folder.join(name), text).expect("a file");
         }
         let listener = UnixListener::bind(sockets.join(SERVICE)).expect("a socket");
-        let shared = Arc::<Shared>::default();
+        let shared = Arc::<DirectoryState>::default();
         let answering = shared.clone();
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
@@ -140,7 +140,7 @@ impl Drop for Directory {
     }
 }
 
-impl Shared {
+impl DirectoryState {
     fn serve(&self, stream: UnixStream) {
         let mut stream = BufReader::new(stream);
         let mut request = Vec::new();

@@ -8,12 +8,12 @@ use std::time::Duration;
 use nix::unistd::Pid;
 
 use super::actor;
-use super::counterparts::process::{Owned, spawn};
+use super::counterparts::process::{OwnedProcess, spawn};
 
 /// A file system with one file, the program `tests/actor`. It ends with the value, and each pending
 /// call then gets an error. Drop it before all that may wait for it, which cannot end earlier.
 pub(crate) struct HangingFiles {
-    owned: Owned,
+    owned: OwnedProcess,
     /// Is `None` once the server has been ended.
     input: Option<ChildStdin>,
     output: BufReader<ChildStdout>,

@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 
 use super::actor;
 use super::cgroup::Cgroup;
-use super::counterparts::process::{Owned, behind, run, spawn};
+use super::counterparts::process::{OwnedProcess, behind, run, spawn};
 use super::hanging::HangingFiles;
 
 /// A node's mounts, and the directory of its pods' network namespaces.
@@ -24,7 +24,7 @@ pub(crate) struct NetnsNode {
     /// A process with the node's mounts.
     anchor: Pid,
     directory: PathBuf,
-    _anchor: Option<Owned>,
+    _anchor: Option<OwnedProcess>,
 }
 
 /// The program that gives a process that it starts other mounts and another network.
@@ -55,7 +55,7 @@ impl NetnsNode {
         Self::with_mounts_of(files.pid(), None, folder)
     }
 
-    fn with_mounts_of(anchor: Pid, owned: Option<Owned>, folder: &Path) -> Self {
+    fn with_mounts_of(anchor: Pid, owned: Option<OwnedProcess>, folder: &Path) -> Self {
         let directory = folder.join("netns");
         fs::create_dir(&directory).expect("the directory");
         // Before its first pod a kubelet has a cgroup, too.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nix::pty::openpty;
 
-use super::counterparts::process::{Owned, spawn};
+use super::counterparts::process::{OwnedProcess, spawn};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -31,7 +31,7 @@ pub(crate) fn on_a_terminal_until(mut command: Command, enough: impl Fn(&str) ->
     command
         .stderr(pty.slave.try_clone().expect("a second handle"))
         .stdout(pty.slave);
-    let process: Owned = spawn(command).expect("start it");
+    let process: OwnedProcess = spawn(command).expect("start it");
     let (sender, printed) = channel();
     let mut terminal = File::from(pty.master);
     std::thread::spawn(move || {

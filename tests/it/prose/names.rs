@@ -6,6 +6,9 @@ use super::exceptions::ALLOWED_NAMES;
 use super::scan::code;
 use super::{BANNED_IN_PROSE, BANNED_WORDS, sources};
 
+/// Nouns that end like participles.
+const NOUNS: [&str; 1] = ["Setting"];
+
 /// Metaphors, and participles in the position of a noun.
 const BANNED_IN_NAMES: [&str; 11] = [
     "crowd", "desk", "given", "herd", "made", "walk", "walked", "walks", "wanted", "whose", "world",
@@ -48,6 +51,22 @@ fn type_names_are_defined_once() {
         }
         defined.retain(|_, files| files.len() > 1);
         assert!(defined.is_empty(), "{defined:#?}");
+    }
+}
+
+/// A type that is named by a participle alone leaves open what it is: a process, a record, or an
+/// error.
+#[test]
+fn type_names_are_not_participles() {
+    for (file, source) in sources().iter().filter(|(file, _)| file.ends_with(".rs")) {
+        for name in source.lines().filter_map(defined_type) {
+            let is_participle = words(name).len() == 1
+                && ["ed", "ing", "own", "aken"]
+                    .iter()
+                    .any(|end| name.ends_with(end))
+                && !NOUNS.contains(&name);
+            assert!(!is_participle, "{file}: {name}");
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use super::{ALICE, LISTENERS, TIMEOUT, Traced};
+use super::{ALICE, LISTENERS, TIMEOUT, TracedDaemon};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::await_some;
@@ -97,7 +97,7 @@ pub(super) fn by_broker() -> Option<BTreeSet<String>> {
         &format!("NO_PROXY={NOWHERE}"),
     ];
     let words = ["env", variables[0], variables[1]];
-    let traced = Traced::start(&words, folder.path(), "", &configuration("localhost"));
+    let traced = TracedDaemon::start(&words, folder.path(), "", &configuration("localhost"));
     let cgroup = Cgroup::new("syscalls-broker.service");
     let await_answer = |words: &str| {
         for listener in LISTENERS {

@@ -22,13 +22,13 @@ use crate::harness::systemd::SystemdMachine;
 const DROP_IN: &str = "/etc/systemd/system/awsvid.service.d/narrow.conf";
 
 /// A machine with awsvid and an agent. The agent knows the user billing, with curl.
-struct Attested {
+struct AttestingMachine {
     machine: SystemdMachine,
     spire: Spire,
     _folder: tempfile::TempDir,
 }
 
-impl Attested {
+impl AttestingMachine {
     /// Boots the machine, with this file of `deploy` as awsvid's configuration, and starts the
     /// agent in it. No unit of awsvid is started yet.
     fn boot(source: Source, example: &str) -> Option<Self> {
@@ -115,7 +115,7 @@ impl Attested {
 /// Checks the shipped unit and the shipped configuration as they are, then with an STS that
 /// responds, then with a unit that forbids what counts executions.
 fn check_unit(source: Source, example: &str) {
-    let Some(attested) = Attested::boot(source, example) else {
+    let Some(attested) = AttestingMachine::boot(source, example) else {
         return;
     };
     let machine = &attested.machine;

@@ -188,7 +188,7 @@ fn missing_kernel_features_are_reported() {
         // Without TCP support the fix does not propose TCP.
         (
             KernelSupport {
-                unix: UnixSupport::Number,
+                unix: UnixSupport::Pid,
                 ..right()
             },
             unix,
@@ -196,7 +196,7 @@ fn missing_kernel_features_are_reported() {
         ),
         (
             KernelSupport {
-                unix: UnixSupport::Number,
+                unix: UnixSupport::Pid,
                 ..without_tcp(TcpUnsupported::NoCgroupId)
             },
             unix,
@@ -205,7 +205,7 @@ fn missing_kernel_features_are_reported() {
         // The configuration does not use the unix socket.
         (
             KernelSupport {
-                unix: UnixSupport::Nothing,
+                unix: UnixSupport::NoPidfd,
                 ..right()
             },
             "unix = \"\"",
@@ -213,7 +213,7 @@ fn missing_kernel_features_are_reported() {
         ),
         (
             KernelSupport {
-                unix: UnixSupport::Number,
+                unix: UnixSupport::Pid,
                 ..right()
             },
             "",
@@ -221,7 +221,7 @@ fn missing_kernel_features_are_reported() {
         ),
         (
             KernelSupport {
-                unix: UnixSupport::Nothing,
+                unix: UnixSupport::NoPidfd,
                 ..right()
             },
             "",

@@ -89,12 +89,12 @@ impl Authority {
 
 /// A running Workload API. It stops with its streams when the value is dropped.
 pub(in crate::svid) struct FakeAgent {
-    opened: mpsc::UnboundedReceiver<Opening>,
+    opened: mpsc::UnboundedReceiver<PendingStream>,
     task: JoinHandle<()>,
 }
 
 /// A client that waits for its stream.
-pub(in crate::svid) struct Opening {
+pub(in crate::svid) struct PendingStream {
     pub(in crate::svid) metadata: MetadataMap,
     reply: oneshot::Sender<Result<Messages, Status>>,
 }
@@ -121,7 +121,7 @@ impl FakeAgent {
     }
 
     /// Returns the next client. Every client connects well within this timeout.
-    pub(in crate::svid) async fn next_client(&mut self) -> Opening {
+    pub(in crate::svid) async fn next_client(&mut self) -> PendingStream {
         timeout(Duration::from_secs(120), self.opened.recv())
             .await
             .expect("a request")
@@ -134,7 +134,7 @@ impl FakeAgent {
     }
 }
 
-impl Opening {
+impl PendingStream {
     pub(in crate::svid) fn reject(self, status: Status) {
         // An error means that the client is gone.
         let _ = self.reply.send(Err(status));
@@ -162,7 +162,7 @@ impl Stream {
     }
 }
 
-struct OwnSvidService(mpsc::UnboundedSender<Opening>);
+struct OwnSvidService(mpsc::UnboundedSender<PendingStream>);
 
 #[tonic::async_trait]
 impl SpiffeWorkloadApi for OwnSvidService {
@@ -172,7 +172,7 @@ impl SpiffeWorkloadApi for OwnSvidService {
     ) -> Result<Response<BoxStream<X509svidResponse>>, Status> {
         let (reply, answer) = oneshot::channel();
         self.0
-            .send(Opening {
+            .send(PendingStream {
                 metadata: request.metadata().clone(),
                 reply,
             })

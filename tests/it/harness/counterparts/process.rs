@@ -47,12 +47,12 @@ pub(crate) fn behind(words: &[&str], program: &Path) -> Command {
 
 /// A child process. Dropping it ends it and all that it has started: SIGKILL to its process group,
 /// then wait.
-pub(crate) struct Owned {
+pub(crate) struct OwnedProcess {
     child: Child,
     status: Option<ExitStatus>,
 }
 
-impl Owned {
+impl OwnedProcess {
     /// Returns its process id. The kernel does not reuse it until this is dropped or `wait` has
     /// returned a status.
     pub(crate) fn id(&self) -> Pid {
@@ -103,7 +103,7 @@ impl Owned {
     }
 }
 
-impl Drop for Owned {
+impl Drop for OwnedProcess {
     fn drop(&mut self) {
         self.end();
     }
@@ -115,8 +115,8 @@ impl Drop for Owned {
 /// PR_SET_PDEATHSIG fires when the *thread* that forked ends. Each test runs in a thread of its
 /// own, which ends before other tests do. So one thread that lives as long as the process starts
 /// all children.
-pub(crate) fn spawn(mut command: Command) -> io::Result<Owned> {
-    type Job = (Command, Sender<io::Result<Owned>>);
+pub(crate) fn spawn(mut command: Command) -> io::Result<OwnedProcess> {
+    type Job = (Command, Sender<io::Result<OwnedProcess>>);
     static SPAWNER: OnceLock<Sender<Job>> = OnceLock::new();
 
     // A group of its own, so that ending it also ends what it has started.
@@ -142,7 +142,7 @@ pub(crate) fn spawn(mut command: Command) -> io::Result<Owned> {
         let run = move || {
             for (mut command, reply) in jobs {
                 // If the test has ended, dropping the reply ends the child.
-                let _ = reply.send(command.spawn().map(|child| Owned {
+                let _ = reply.send(command.spawn().map(|child| OwnedProcess {
                     child,
                     status: None,
                 }));
@@ -164,7 +164,7 @@ pub(crate) fn spawn(mut command: Command) -> io::Result<Owned> {
 /// A long-running program, with both outputs in a log file. A failed test shows the end of it.
 pub(crate) struct Process {
     name: String,
-    owned: Owned,
+    owned: OwnedProcess,
     log: PathBuf,
 }
 
@@ -189,12 +189,12 @@ impl Process {
         }
     }
 
-    /// Returns its process id, as [`Owned::id`] does.
+    /// Returns its process id, as [`OwnedProcess::id`] does.
     pub(crate) fn id(&self) -> Pid {
         self.owned.id()
     }
 
-    pub(crate) fn owned(&mut self) -> &mut Owned {
+    pub(crate) fn owned(&mut self) -> &mut OwnedProcess {
         &mut self.owned
     }
 

@@ -7,19 +7,19 @@ use crate::harness::counterparts::process::await_some;
 use crate::kubernetes::cluster::Cluster;
 
 /// The parts that are removed from the container, and the resulting log lines.
-struct Missing<'a> {
+struct MissingParts<'a> {
     capabilities: &'a [&'a str],
     mounts: &'a [&'a str],
     lines: &'a [&'a str],
 }
 
-const OF_PODS: [Missing<'_>; 2] = [
-    Missing {
+const OF_PODS: [MissingParts<'_>; 2] = [
+    MissingParts {
         capabilities: &["SYS_ADMIN"],
         mounts: &[],
         lines: &["add SYS_ADMIN to the container's securityContext.capabilities.add"],
     },
-    Missing {
+    MissingParts {
         capabilities: &["NET_BIND_SERVICE"],
         mounts: &["/run/netns", "/host/cgroup", "/run/spire/broker"],
         lines: &[
@@ -32,7 +32,7 @@ const OF_PODS: [Missing<'_>; 2] = [
     },
 ];
 
-const OF_PROCESSES: Missing<'_> = Missing {
+const OF_PROCESSES: MissingParts<'_> = MissingParts {
     capabilities: &["SYS_PTRACE", "DAC_READ_SEARCH"],
     mounts: &[],
     lines: &[
@@ -80,7 +80,7 @@ fn wrong_mount_of_namespaces_is_named(cluster: &Cluster, before: &Value) {
     await_log_lines(cluster, &template, &[reason]);
 }
 
-fn names(cluster: &Cluster, before: &Value, missing: &Missing<'_>) {
+fn names(cluster: &Cluster, before: &Value, missing: &MissingParts<'_>) {
     let mut template = before.clone();
     let container = &mut template["spec"]["containers"][0];
     let take = |list: &mut Value, is: &dyn Fn(&Value) -> bool, count: usize| {
