@@ -187,7 +187,7 @@ impl CheckReport {
         status
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(in crate::commands) fn findings(&self) -> &[CheckFinding] {
         &self.findings
     }

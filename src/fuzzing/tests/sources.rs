@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::{PARSERS, folder};
 
-/// What reads the text of a file.
+/// The fuzz target of a file, or its absence.
 #[derive(Debug, Clone, Copy)]
 enum Reader {
     /// The target of this name.
@@ -18,7 +18,7 @@ use Reader::{None, Target};
 
 /// The operator or the user wrote it, and only it is harmed.
 const OPERATOR: Reader = None("a setting or an argument of this process");
-/// awsvid wrote it.
+/// awsvid wrote the text, so it has the right form.
 const OWN: Reader = None("text that awsvid itself made or has checked");
 /// Only `str::parse` of a whole text reads it.
 const NUMBER: Reader = None("single numbers of the kernel; other text is left out");
