@@ -21,6 +21,7 @@ use crate::caller::{Caller, ListenerKind, PeerFacts, Process, WorkloadKey};
 use crate::clock::Clock;
 use crate::config::AuditFile;
 use crate::metrics::Metrics;
+use crate::protocol::Protocol;
 use crate::writer::Line;
 
 mod aggregate;
@@ -212,10 +213,10 @@ impl Audit {
     pub fn begin(
         self: &Arc<Self>,
         id: RequestId,
-        listener: ListenerKind,
+        (listener, protocol): (ListenerKind, Protocol),
         peer: RequestPeer,
     ) -> Record {
-        Record::new(self.clone(), id, listener, peer)
+        Record::new(self.clone(), id, (listener, protocol), peer)
     }
 
     fn is_required(&self) -> bool {

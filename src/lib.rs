@@ -7,8 +7,8 @@
 //!
 //! Values, without I/O: [`identity`] (SPIFFE IDs), [`cgroup`] (facts of a cgroup path), [`caller`]
 //! (the attested peer), [`workload_rule`] (the SPIFFE ID of a caller), [`role`] (the roles of a
-//! SPIFFE ID), [`credentials`], [`clock`], [`backoff`], [`exit_status`]. [`file_threads`] runs
-//! calls on files that may block.
+//! SPIFFE ID), [`protocol`] (of a request), [`credentials`], [`clock`], [`backoff`],
+//! [`exit_status`]. [`file_threads`] runs calls on files that may block.
 //!
 //! Parts that all others need: [`config`], [`writer`] (lines, without blocking the callers),
 //! [`telemetry`] (the log), [`metrics`], [`upstream_status`] (state of the upstreams), [`audit`]
@@ -55,6 +55,8 @@ pub mod file_threads;
 pub mod workload_rule;
 
 pub mod role;
+
+pub mod protocol;
 
 pub mod credentials;
 

@@ -14,6 +14,7 @@ use crate::exchange::TokenExchanger;
 use crate::identity::{ArnTemplate, SpiffeIdPattern};
 use crate::metrics::Metrics;
 use crate::policy::CacheLimits;
+use crate::protocol::Protocol;
 use crate::role::{Grant, Identity, Role, Roles, StsTarget};
 use crate::sts::{AssumeRole, StsError};
 use crate::svid::{IdentityBasis, IdentitySource, JwtSvid};
@@ -122,7 +123,7 @@ impl ServiceEnv {
         let caller = Arc::new(Caller::synthetic());
         let mut record = self.audit.begin(
             self.audit.next_request(),
-            ListenerKind::Unix,
+            (ListenerKind::Unix, Protocol::Container),
             RequestPeer::Attested(caller.clone()),
         );
         self.service

@@ -26,6 +26,7 @@ use crate::http::guarded_stream::{GuardedStream, ResponseState};
 use crate::http::{CredentialEndpoint, RequestHead, request_validation};
 use crate::limits::FairPermit;
 use crate::listen::LazySocket;
+use crate::protocol::Protocol;
 use crate::telemetry::RequestId;
 
 /// The longest time for a complete head.
@@ -102,7 +103,7 @@ impl CredentialEndpoint {
             Ok(caller) => RequestPeer::Attested(caller.clone()),
             Err(rejection) => RequestPeer::Rejected(rejection.peer.clone()),
         };
-        let mut record = self.audit.begin(id, listener, peer);
+        let mut record = self.audit.begin(id, (listener, Protocol::Container), peer);
         if self.own_probe.sent(request.uri().path(), request.headers()) {
             record.mark_own_probe();
         }

@@ -529,7 +529,7 @@ fn callers_of_removed_cgroups_do_not_stop_others() {
         let address = daemon.listener(listener);
         let busy = || {
             daemon.metric(
-                "awsvid_requests_total{listener=\"tcp\",outcome=\"failed\",reason=\"search_busy\"}",
+                "awsvid_requests_total{listener=\"tcp\",protocol=\"container\",outcome=\"failed\",reason=\"search_busy\"}",
             )
         };
         let before = busy();

@@ -24,11 +24,15 @@ struct MetricFamily {
     labels: BTreeMap<String, BTreeSet<String>>,
 }
 
+/// The table that creates the series of metadata.
+const IMDS: &str = "[imds]\nmode = \"endpoint\"\n";
+
 /// Starts a daemon that has issued credentials, so that no family is without a sample.
 pub(super) fn issued() -> (tempfile::TempDir, Daemon, Upstream) {
     let folder = folder();
     let upstream = Upstream::start_for_me();
-    let daemon = Daemon::start(folder.path(), "", &(upstream.configuration() + &my_rule())).ready();
+    let configuration = IMDS.to_owned() + &upstream.configuration() + &my_rule();
+    let daemon = Daemon::start(folder.path(), "", &configuration).ready();
     let answer = super::exchange(
         std::os::unix::net::UnixStream::connect(daemon.unix()).unwrap(),
         super::GOOD,
@@ -174,6 +178,7 @@ fn audit_values_are_those_of_the_metrics() {
     outcomes.insert("lost".to_owned());
     assert_eq!(values("outcome"), outcomes);
     assert_eq!(values("listener"), requests["listener"]);
+    assert_eq!(values("protocol"), requests["protocol"]);
     assert_eq!(values("cache"), lookups["result"]);
 }
 
