@@ -28,6 +28,7 @@ mod audit_file;
 mod components;
 mod endpoint;
 mod error;
+mod imds_key;
 mod listeners;
 mod retry;
 mod series;

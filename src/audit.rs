@@ -81,6 +81,8 @@ impl CacheResult {
 pub enum Outcome {
     /// The request was answered with credentials.
     Issued,
+    /// The request for metadata was answered with something else.
+    Answered,
     /// The caller may not get credentials, or its request was not valid.
     Refused,
     /// An outage or a limit, which may pass, prevented the answer.
@@ -92,6 +94,7 @@ impl Outcome {
     pub fn name(self) -> &'static str {
         match self {
             Self::Issued => "issued",
+            Self::Answered => "answered",
             Self::Refused => "refused",
             Self::Failed => "failed",
         }

@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 
 use crate::sdk_environment::profiles;
-use crate::{accounts, attest, commands, http, pod_listeners, svid};
+use crate::{accounts, attest, commands, http, imds, pod_listeners, svid};
 
 mod values;
 
@@ -84,6 +84,16 @@ pub fn client(bytes: &[u8]) -> bool {
 /// Parses the files of SDKs with their profiles.
 pub fn profiles(bytes: &[u8]) -> bool {
     profiles::fuzzing::profiles(&text(bytes))
+}
+
+/// Parses a path of the instance metadata service.
+pub fn metadata_path(bytes: &[u8]) -> bool {
+    imds::fuzzing::path(&text(bytes))
+}
+
+/// Verifies a metadata token.
+pub fn metadata_token(bytes: &[u8]) -> bool {
+    imds::fuzzing::token(bytes)
 }
 
 fn text(bytes: &[u8]) -> Cow<'_, str> {

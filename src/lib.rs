@@ -25,6 +25,9 @@
 //! | cache | [`cache`] | credentials by SPIFFE ID and role, refreshed before they expire |
 //! | exchange | [`exchange`] | JWT-SVID from [`svid`], credentials from [`sts`], within [`limits`] that are fair between workloads |
 //!
+//! A request may come by either protocol: the container credential endpoint's, or that of [`imds`],
+//! which has the tokens, paths and bodies of EC2's instance metadata service.
+//!
 //! Around the request path: [`pod_listeners`] listens in each pod's network namespace ([`netns`]),
 //! [`admin`] serves health and metrics, [`readiness`] decides when the daemon is ready (by
 //! [`http_client`]), [`hardening`] drops privileges, and [`watchdog`] reports to systemd that the
@@ -101,6 +104,8 @@ pub mod policy;
 pub mod cache;
 
 pub mod credential_service;
+
+pub mod imds;
 
 pub mod http;
 

@@ -30,7 +30,9 @@ pub(crate) use connect::fill_backlog;
 pub use drain::{Drain, DrainHandle, OpenConnection, PendingConnection, PendingPermit};
 pub use lazy_socket::LazySocket;
 pub use listener::{AcceptedStream, Listener, ListenerSource};
-pub use pod_listener::{NetnsRef, POD_ADDRESSES, PodListener};
+pub use pod_listener::{
+    METADATA_ADDRESSES, NetnsRef, POD_ADDRESSES, PodListener, is_metadata_address, is_metadata_ip,
+};
 pub use socket_activation::ActivatedSockets;
 pub use socket_file::SocketFile;
 pub use unprivileged_ports::{

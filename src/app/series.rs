@@ -65,14 +65,14 @@ pub(super) fn create(metrics: &Metrics, serves_imds: bool) {
 }
 
 fn create_requests(metrics: &Metrics, serves_imds: bool) {
-    let failures = http::request_failures();
     for protocol in Protocol::ALL {
+        let others = http::ends_without_credentials(protocol);
         for listener in ListenerKind::ALL {
             if protocol == Protocol::Imds && (!serves_imds || listener == ListenerKind::Unix) {
                 continue;
             }
             let ends = [(Outcome::Issued.name(), OK), (ABORTED, ABORTED)];
-            for (outcome, reason) in failures.iter().copied().chain(ends) {
+            for (outcome, reason) in others.iter().copied().chain(ends) {
                 let label = RequestLabel::new((listener, protocol), outcome, reason);
                 drop(metrics.requests.get_or_create(&label));
             }

@@ -6,7 +6,7 @@ use super::*;
 /// A parser with the name of its target and of the folder of its seeds.
 type Parser = (&'static str, fn(&[u8]) -> bool);
 
-const PARSERS: [Parser; 15] = [
+const PARSERS: [Parser; 17] = [
     ("sock_diag", sock_diag),
     ("proc", proc),
     ("mountinfo", mountinfo),
@@ -22,6 +22,8 @@ const PARSERS: [Parser; 15] = [
     ("handover", handover),
     ("client", client),
     ("profiles", profiles),
+    ("metadata_path", metadata_path),
+    ("metadata_token", metadata_token),
 ];
 /// Number of damaged seeds per parser.
 const ROUNDS: usize = 2_000;

@@ -20,6 +20,25 @@ pub const POD_ADDRESSES: [SocketAddr; 2] = [
 /// unprivileged users cannot bind it.
 const PORT: u16 = 974;
 
+/// The addresses of EC2's instance metadata service.
+pub const METADATA_ADDRESSES: [SocketAddr; 2] = [
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)), 80),
+    SocketAddr::new(
+        IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+        80,
+    ),
+];
+
+/// Returns whether a listener at this address serves the instance metadata service alone.
+pub fn is_metadata_address(address: SocketAddr) -> bool {
+    METADATA_ADDRESSES.contains(&address)
+}
+
+/// Returns whether this is an address of EC2's instance metadata service.
+pub fn is_metadata_ip(ip: IpAddr) -> bool {
+    METADATA_ADDRESSES.iter().any(|address| address.ip() == ip)
+}
+
 /// A reference to a pod's network namespace by one of its files. It keeps no descriptor open.
 #[derive(Debug)]
 pub struct NetnsRef {

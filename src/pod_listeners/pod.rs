@@ -140,7 +140,7 @@ impl ListenedPod {
         sockets: NamespaceSockets,
         service: &PodService,
     ) -> io::Result<Option<(Self, Vec<BindFailure>)>> {
-        let Some(attestor) = service.endpoint.attestor.in_pod(sockets.diag?) else {
+        let Some(attestor) = service.endpoint.attestor.in_pod(sockets.diag?, netns.id()) else {
             return Ok(None);
         };
         let mut pod = Self {

@@ -20,8 +20,9 @@ fn literals(source: &str, from: &str) -> BTreeSet<String> {
 fn lists_have_every_label_that_the_code_uses() {
     const REASON: &str = "fn reason(";
     let own = |reasons: Vec<&'static str>| reasons.into_iter().map(str::to_owned).collect();
-    let requests = http::request_failures()
+    let requests = Protocol::ALL
         .into_iter()
+        .flat_map(http::ends_without_credentials)
         .map(|(_, reason)| reason);
     let requests: BTreeSet<String> = own(requests.collect());
     let exchanges = ExchangeError::samples()
@@ -33,6 +34,7 @@ fn lists_have_every_label_that_the_code_uses() {
     let table = [
         (include_str!("../../caller/attest_error.rs"), &requests),
         (include_str!("../../http/error_response.rs"), &requests),
+        (include_str!("../../http/metadata_response.rs"), &requests),
         (include_str!("../../role.rs"), &requests),
         (include_str!("../../svid.rs"), &exchanges),
         (include_str!("../../exchange.rs"), &exchanges),

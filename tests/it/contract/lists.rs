@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, tool};
-use crate::harness::daemon::Daemon;
+use crate::harness::daemon::{Daemon, imds_table};
 use crate::harness::upstream::{ME, Upstream, my_rule};
 
 pub(super) const METRICS: &str = include_str!("../../../deploy/docs/metrics-and-alerts.md");
@@ -24,14 +24,11 @@ struct MetricFamily {
     labels: BTreeMap<String, BTreeSet<String>>,
 }
 
-/// The table that creates the series of metadata.
-const IMDS: &str = "[imds]\nmode = \"endpoint\"\n";
-
 /// Starts a daemon that has issued credentials, so that no family is without a sample.
 pub(super) fn issued() -> (tempfile::TempDir, Daemon, Upstream) {
     let folder = folder();
     let upstream = Upstream::start_for_me();
-    let configuration = IMDS.to_owned() + &upstream.configuration() + &my_rule();
+    let configuration = imds_table(folder.path()) + &upstream.configuration() + &my_rule();
     let daemon = Daemon::start(folder.path(), "", &configuration).ready();
     let answer = super::exchange(
         std::os::unix::net::UnixStream::connect(daemon.unix()).unwrap(),
