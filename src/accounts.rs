@@ -30,8 +30,7 @@ pub use local::LocalAccounts;
 pub use nss::{NameService, Nss};
 pub use rules::{IdentifyError, LiveRules};
 
-use entry::AccountEntry;
-use lookup::LookupResult;
+use entry::{AccountEntry, LookupResult};
 
 /// Minimum age of an answer before a request causes another lookup of the same name.
 const MIN_LOOKUP_INTERVAL: Duration = Duration::from_secs(1);

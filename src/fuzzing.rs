@@ -6,8 +6,14 @@
 
 use std::borrow::Cow;
 
+use crate::accounts;
+use crate::attest;
+use crate::commands;
+use crate::http;
+use crate::imds;
+use crate::pod_listeners;
 use crate::sdk_environment::profiles;
-use crate::{accounts, attest, commands, http, imds, pod_listeners, svid};
+use crate::svid;
 
 mod values;
 

@@ -2,13 +2,14 @@
 //!
 //! # Layout
 //!
-//! A module imports only modules above it in this list, and its own submodules.
-//! `tests/it/layout.rs` checks that.
+//! A module imports only modules above it among the `pub mod` lines below, and its own submodules.
+//! `tests/it/layout.rs` checks that. This text has the order of a request.
 //!
-//! Values, without I/O: [`identity`] (SPIFFE IDs), [`cgroup`] (facts of a cgroup path), [`caller`]
-//! (the attested peer), [`workload_rule`] (the SPIFFE ID of a caller), [`role`] (the roles of a
-//! SPIFFE ID), [`protocol`] (of a request), [`credentials`], [`clock`], [`backoff`],
-//! [`exit_status`]. [`file_threads`] runs calls on files that may block.
+//! Values, without I/O: [`identity`] (SPIFFE IDs), [`socket_endpoint`] (addresses of agents),
+//! [`cgroup`] (facts of a cgroup path), [`caller`] (the attested peer), [`workload_rule`] (the
+//! SPIFFE ID of a caller), [`role`] (the roles of a SPIFFE ID), [`protocol`] (of a request),
+//! [`credentials`], [`clock`], [`backoff`], [`exit_status`]. [`file_threads`] runs calls on files
+//! that may block.
 //!
 //! Parts that all others need: [`config`], [`writer`] (lines, without blocking the callers),
 //! [`telemetry`] (the log), [`metrics`], [`upstream_status`] (state of the upstreams), [`audit`]

@@ -1,23 +1,33 @@
 //! The last answer for one name, and the time of its next lookup.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use tokio::time::Instant;
 
-use super::lookup::LookupResult;
+use super::LocalAccounts;
+use crate::backoff::{Backoff, Jitter};
 use crate::config::ConfigLine;
-use crate::workload_rule::{AccountState, OVERFLOW_ID};
+use crate::workload_rule::{AccountName, AccountState, OVERFLOW_ID};
 
 /// Interval between lookups of a name with a number. It bounds the time until a changed number
 /// takes effect.
 pub(super) const RECHECK_INTERVAL: Duration = Duration::from_secs(60);
-/// Delay after the first lookup without a number. Each further delay is twice as long, at most
-/// [`RECHECK_INTERVAL`].
-const RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Delays after lookups without a number.
+const RETRY: Backoff = Backoff::new(Duration::from_secs(1), RECHECK_INTERVAL, Jitter::None);
 /// Time for which a name that was removed keeps its number, unless another name gets the number:
 /// some name services report that a name does not exist while they restart.
 pub(super) const ABSENT_GRACE: Duration = Duration::from_secs(300);
+
+/// Result of one lookup.
+pub(super) struct LookupResult {
+    pub(super) name: AccountName,
+    pub(super) id: Result<Option<u32>, Errno>,
+    /// The other name that has the number now, if the name was removed.
+    pub(super) successor: Option<String>,
+    pub(super) local: Arc<LocalAccounts>,
+}
 
 /// A name's last answer, and the schedule of its lookups.
 #[derive(Debug)]
@@ -32,7 +42,8 @@ pub(super) struct AccountEntry {
     /// Time since which the name service denies a name, while the number of the name is in use.
     absent_since: Option<Instant>,
     pub(super) next: Instant,
-    retry: Duration,
+    /// The number of lookups in a row without a number.
+    failures: u32,
     pub(super) is_requested: bool,
     pub(super) is_running: bool,
 }
@@ -46,7 +57,7 @@ impl AccountEntry {
             answered: None,
             absent_since: None,
             next: Instant::now(),
-            retry: RETRY_DELAY,
+            failures: 0,
             is_requested: false,
             is_running: false,
         }
@@ -73,10 +84,10 @@ impl AccountEntry {
             (Err(error), _) => (self.state, self.error) = (AccountState::Unanswered, Some(error)),
         }
         if matches!(result.id, Ok(Some(_))) {
-            (self.retry, self.next) = (RETRY_DELAY, now + RECHECK_INTERVAL);
+            (self.failures, self.next) = (0, now + RECHECK_INTERVAL);
         } else {
-            self.next = now + self.retry;
-            self.retry = (self.retry * 2).min(RECHECK_INTERVAL);
+            self.failures = self.failures.saturating_add(1);
+            self.next = now + RETRY.delay(self.failures);
         }
         self.log(result, before);
     }

@@ -2,26 +2,16 @@
 
 use std::sync::Arc;
 
-use nix::errno::Errno;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::entry::{AccountEntry, RECHECK_INTERVAL};
+use super::entry::{AccountEntry, LookupResult, RECHECK_INTERVAL};
 use super::{AccountsInner, AccountsState, LocalAccounts, MIN_LOOKUP_INTERVAL, NameService};
 use crate::workload_rule::{AccountName, AccountState};
 
 /// Maximum concurrent lookups of names that are not in the local files. One lookup of a local name
 /// may run in addition.
 pub(super) const MAX_LOOKUPS: usize = 8;
-
-/// Result of one lookup.
-pub(super) struct LookupResult {
-    pub(super) name: AccountName,
-    pub(super) id: Result<Option<u32>, Errno>,
-    /// The other name that has the number now, if the name was removed.
-    pub(super) successor: Option<String>,
-    pub(super) local: Arc<LocalAccounts>,
-}
 
 impl AccountsState {
     /// Returns the next name to resolve, and its last number. Names in the local files come first,

@@ -34,7 +34,19 @@ impl FailureKind {
             ExchangeError::Source(SourceError::Caller(_)) => Self::CallerUnusable,
             ExchangeError::Source(SourceError::Denied(_)) => Self::Denied,
             error if error.is_transient() => Self::Outage,
-            _ => Self::Refused,
+            ExchangeError::Source(
+                SourceError::Misconfigured(_)
+                | SourceError::BadToken(_)
+                | SourceError::Unavailable(_)
+                | SourceError::Busy
+                | SourceError::Reloaded
+                | SourceError::UnknownAccount
+                | SourceError::Panicked,
+            )
+            | ExchangeError::Sts(_)
+            | ExchangeError::TooOften
+            | ExchangeError::TooShort
+            | ExchangeError::Panicked => Self::Refused,
         }
     }
 }

@@ -15,7 +15,7 @@ use toml::de::DeTable;
 use super::config_line::ConfigLine;
 use super::error::{InvalidValue, Problem};
 use super::exposure::exposures;
-use super::toml_reader::{Diagnostics, Location, Table};
+use super::toml_reader::{ConfigText, Diagnostics, Location, Table};
 use super::{Config, ConfigDigest, Exposure};
 
 /// Maximum number of included files.
@@ -23,14 +23,6 @@ const MAX_INCLUDED_FILES: usize = 1000;
 const WILDCARDS: [char; 3] = ['*', '?', '['];
 const KEY: &str = "include";
 const PATTERN_FIX: &str = "write a file, or a pattern for file names as in \"conf.d/*.toml\"";
-
-/// The text of a file.
-#[derive(Debug, Clone)]
-pub(super) struct ConfigText {
-    /// Path of an included file. `None` is the main file.
-    pub(super) path: Option<Arc<Path>>,
-    pub(super) text: String,
-}
 
 /// The texts of a configuration, and what was found when they were read.
 #[derive(Debug, Clone, Default)]

@@ -7,10 +7,8 @@ use std::path::PathBuf;
 use super::config_line::ConfigLine;
 use super::error::Problem;
 use super::pods::PodsConfig;
-use super::toml_reader::{Location, Table, absolute};
+use super::toml_reader::{Location, Table, socket};
 
-/// `sun_path` has 108 bytes, the last of which is NUL.
-const UNIX_PATH_MAX: usize = 107;
 const MAX_CONNECTIONS: usize = 1_000_000;
 /// The first port that needs no privilege, by the kernel's default: `PROT_SOCK` of ip(7).
 pub const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
@@ -200,26 +198,6 @@ pub(super) fn unprivileged_ports(
             },
         })
         .collect()
-}
-
-/// Reads the path of a unix socket, which an empty string disables.
-pub(super) fn socket(
-    table: &Table<'_>,
-    key: &'static str,
-    default: Option<PathBuf>,
-) -> Option<PathBuf> {
-    let parse = |text: &str| match text {
-        "" => Ok(None),
-        _ if text.len() > UNIX_PATH_MAX => Err("the path of a socket has at most 107 bytes"),
-        _ => absolute(text).map(Some),
-    };
-    table
-        .parse(
-            key,
-            "write the whole path of a socket, or \"\" to switch it off",
-            parse,
-        )
-        .unwrap_or(default)
 }
 
 fn tcp(table: &Table<'_>) -> Option<Vec<(SocketAddr, Option<ConfigLine>)>> {

@@ -7,8 +7,8 @@ use toml::de::DeTable;
 
 use super::config_line::ConfigLine;
 use super::exposure::Exposure;
-use super::files::{ConfigFiles, ConfigText, read_file, utf8};
-use super::toml_reader::{Diagnostics, line_at};
+use super::files::{ConfigFiles, read_file, utf8};
+use super::toml_reader::{ConfigText, Diagnostics, line_at};
 use super::{Config, ConfigErrors, Listen, NamePolicy, Problem, imds, listen, parse, pods, sts};
 
 /// A configuration without errors.

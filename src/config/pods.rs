@@ -2,8 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::listen;
-use super::toml_reader::{Table, absolute};
+use super::toml_reader::{Table, absolute, socket};
 use crate::cgroup::CgroupPath;
 
 /// The handover socket, where each awsvid of the node finds it. Its directory is not the one of the
@@ -72,7 +71,7 @@ pub(super) fn read(table: &Table<'_>) -> PodsConfig {
             .parse("netns_dir", DIR_FIX, directory)
             .unwrap_or(default.netns_dir),
         cgroup_root: table.parse("cgroup_root", CGROUP_FIX, cgroup),
-        handover_socket: listen::socket(table, "handover_socket", handover).filter(|_| enabled),
+        handover_socket: socket(table, "handover_socket", handover).filter(|_| enabled),
     }
 }
 

@@ -17,7 +17,7 @@ use super::keys;
 mod diagnostics;
 
 use diagnostics::join;
-pub(super) use diagnostics::{Diagnostics, Location, line_at};
+pub(super) use diagnostics::{ConfigText, Diagnostics, Location, line_at};
 
 /// A table of a file. A missing table reads as empty.
 pub(super) struct Table<'r> {
@@ -338,6 +338,29 @@ impl<'r> Table<'r> {
             );
         }
     }
+}
+
+/// `sun_path` has 108 bytes, the last of which is NUL.
+const UNIX_PATH_MAX: usize = 107;
+
+/// Reads the path of a unix socket, which an empty string disables.
+pub(super) fn socket(
+    table: &Table<'_>,
+    key: &'static str,
+    default: Option<PathBuf>,
+) -> Option<PathBuf> {
+    let parse = |text: &str| match text {
+        "" => Ok(None),
+        _ if text.len() > UNIX_PATH_MAX => Err("the path of a socket has at most 107 bytes"),
+        _ => absolute(text).map(Some),
+    };
+    table
+        .parse(
+            key,
+            "write the whole path of a socket, or \"\" to switch it off",
+            parse,
+        )
+        .unwrap_or(default)
 }
 
 /// Parses a path that does not depend on the daemon's working directory.

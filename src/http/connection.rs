@@ -98,7 +98,9 @@ impl CredentialEndpoint {
         let scope = origin.scope(peer_facts(&attestation));
         let may_wait = attestation.as_ref().is_ok_and(Attestation::may_wait);
         let stream = stream.into_socket();
-        // 4. The rest of the attestation, the request, and the answer.
+        // 4. The rest of the attestation, the request, and the answer. Reads of a process may block
+        // for as long as the caller likes (T25). So a connection that needs them moves to a lookup
+        // thread, and the caller is answered from here if that thread does not return in time.
         if !may_wait {
             let served = self.attest_and_answer(stream, origin, attestation, permit);
             scope.run(life.run(pin!(served))).await;

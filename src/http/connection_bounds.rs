@@ -106,8 +106,8 @@ impl ConnectionBounds {
     }
 
     /// Runs a part of the connection, which is pinned so that it is not copied into this function's
-    /// state. Returns `None` if the connection ended, after its reason was
-    /// counted. The end of a pod's namespace is not counted.
+    /// state. Returns `None` if the connection ended, after its reason was counted. The end of a
+    /// pod's namespace is not counted.
     pub(super) async fn run<T>(
         &self,
         part: Pin<&mut impl Future<Output = Result<T, DropReason>>>,

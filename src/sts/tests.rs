@@ -56,6 +56,15 @@ pub(crate) fn settings() -> Settings {
     }
 }
 
+#[track_caller]
+fn assert_kind(error: &StsError, retry: RetryPolicy, reason: &str) {
+    assert_eq!(
+        (error.retry, error.reason.label()),
+        (retry, reason),
+        "{error}"
+    );
+}
+
 fn sts(settings: Settings) -> Sts {
     Sts::new(settings, Clock::starting_at(now()))
 }
@@ -468,11 +477,7 @@ async fn redirect_is_not_followed() {
     let (result, _server) =
         assume_of(StsReply::Redirect(format!("http://{}/", elsewhere.address))).await;
     let error = result.unwrap_err();
-    assert_eq!(
-        (error.retry, error.reason.label()),
-        (RetryPolicy::Never, "sts_refused"),
-        "{error}"
-    );
+    assert_kind(&error, RetryPolicy::Never, "sts_refused");
     assert!(elsewhere.received().is_empty());
 }
 
@@ -488,21 +493,13 @@ async fn incomplete_response_is_an_outage() {
             .assume(&grant(&plain(&server)), &svid_for(&billing(), 300, 1))
             .await
             .unwrap_err();
-        assert_eq!(
-            (error.retry, error.reason.label()),
-            (RetryPolicy::Later, "sts_unreachable"),
-            "{error}"
-        );
+        assert_kind(&error, RetryPolicy::Later, "sts_unreachable");
         assert!(error.to_string().contains("within 200ms"), "{error}");
     }
     let endless = StsReply::Body(200, "text/xml", "x".repeat(1024 * 1024));
     for reply in [StsReply::Breaks, endless] {
         let error = assume_of(reply).await.0.unwrap_err();
-        assert_eq!(
-            (error.retry, error.reason.label()),
-            (RetryPolicy::Later, "sts_unreachable"),
-            "{error}"
-        );
+        assert_kind(&error, RetryPolicy::Later, "sts_unreachable");
     }
     // A port that is bound, so that no other process can take it, but without a listener.
     let taken = tokio::net::TcpSocket::new_v4().unwrap();
@@ -512,11 +509,7 @@ async fn incomplete_response_is_an_outage() {
         .assume(&grant(&target), &svid_for(&billing(), 300, 1))
         .await
         .unwrap_err();
-    assert_eq!(
-        (error.retry, error.reason.label()),
-        (RetryPolicy::Later, "sts_unreachable"),
-        "{error}"
-    );
+    assert_kind(&error, RetryPolicy::Later, "sts_unreachable");
     assert!(error.to_string().contains("Connection refused"), "{error}");
 }
 
@@ -651,11 +644,7 @@ async fn call_without_permit_fails_after_the_timeout() {
         .assume(&grant(&target), &svid_for(&billing(), 300, 1))
         .await
         .unwrap_err();
-    assert_eq!(
-        (error.retry, error.reason.label()),
-        (RetryPolicy::Later, "sts_busy"),
-        "{error}"
-    );
+    assert_kind(&error, RetryPolicy::Later, "sts_busy");
     assert_eq!(start.elapsed(), crate::limits::ACQUIRE_TIMEOUT);
 }
 

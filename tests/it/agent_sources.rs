@@ -26,10 +26,7 @@ use crate::harness::env::{Env, Setting, Source, id};
 /// Runs the demonstration without a single rule in awsvid's configuration.
 fn check_entries_per_process(source: Source) {
     let folder = folder();
-    let setting = Setting {
-        source,
-        ..Setting::default()
-    };
+    let setting = Setting::of(source);
     let Some(env) = Env::start(
         folder.path(),
         &[(1001, "reader"), (1002, "other")],

@@ -9,9 +9,9 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
-use crate::harness::is_slow;
 use crate::harness::outcome::{Outcome, credentials_of, refused};
 use crate::harness::upstream::Upstream;
+use crate::harness::{campaign_seed, is_slow};
 
 mod executables;
 
@@ -340,11 +340,7 @@ fn many_scenes_have_right_outcomes_in_random_order() {
         return;
     }
     let tries = if is_slow() { 10_000 } else { 150 };
-    let seed = std::env::var("AWSVID_SEED")
-        .ok()
-        .and_then(|seed| seed.parse().ok())
-        .unwrap_or_else(|| fastrand::u64(..));
-    eprintln!("AWSVID_SEED={seed}");
+    let seed = campaign_seed();
     let mut random = fastrand::Rng::with_seed(seed);
     let stages = ALL_RULES.map(|rules| (rules, AttackStage::set(rules)));
     let rows = expected();

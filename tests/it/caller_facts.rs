@@ -185,10 +185,13 @@ fn host_user_rule_does_not_match_in_container() {
     let id = "0123456789abcdef".repeat(4);
     let rules = format!(
         "[[workload]]\nspiffe_id = \"spiffe://example.org/host\"\nuid = 53001\n\
-         [[workload]]\nspiffe_id = \"spiffe://example.org/named\"\nuid = 53002\ncgroup = \"/awsvid-test-*/docker-{id}.scope\"\n"
+         [[workload]]\nspiffe_id = \"spiffe://example.org/named\"\nuid = 53002\ncgroup = \"/awsvid-test-*/docker-{id}.scope\"\n\
+         [[workload]]\nspiffe_id = \"spiffe://example.org/unit\"\nuid = 53003\nsystemd_unit = \"engine.service\"\n"
     );
     let daemon = daemon(folder.path(), &rules);
     let container = Cgroup::new(&format!("docker-{id}.scope"));
+    let unit = Cgroup::new("engine.service");
+    let container_in_unit = unit.below(&format!("docker-{id}.scope"));
     let host = Cgroup::new("host");
     for listener in LISTENERS {
         let reason = |uid, cgroup| {
@@ -205,6 +208,17 @@ fn host_user_rule_does_not_match_in_container() {
             "{listener}"
         );
         assert_eq!(reason(53001, &container), "no_identity", "{listener}");
+        // For a rule by unit the socket alone decides over TCP: no process is read.
+        assert_eq!(
+            reason(53003, &unit),
+            "spiffe://example.org/unit",
+            "{listener}"
+        );
+        assert_eq!(
+            reason(53003, &container_in_unit),
+            "no_identity",
+            "{listener}"
+        );
         // A rule that names the container's own cgroup covers it.
         assert_eq!(
             reason(53002, &container),

@@ -619,10 +619,7 @@ fn check_names_workload_if_agent_attests() {
     for source in [Source::Delegated, Source::Broker] {
         let folder = folder.path().join(format!("{source:?}"));
         fs::create_dir(&folder).unwrap();
-        let setting = Setting {
-            source,
-            ..Setting::default()
-        };
+        let setting = Setting::of(source);
         let Some(env) = Env::start(&folder, &[(1001, "reader")], &setting) else {
             return;
         };

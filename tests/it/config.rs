@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use nix::unistd::geteuid;
 
-use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{Output, run};
+use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::PROGRAM;
 
 const GOOD: &str = "\
@@ -176,7 +176,7 @@ fn exposed_file_is_error_for_root_and_warning_for_other_users() {
         own.status.code() == status && own.stderr.contains(words),
         "{own:?}"
     );
-    if !geteuid().is_root() {
+    if !root() {
         return;
     }
     let mut command = Command::new("setpriv");

@@ -23,6 +23,8 @@ pub(crate) mod machine;
 pub(crate) mod namespaces;
 pub(crate) mod outcome;
 pub(crate) mod pausable_proxy;
+#[path = "../support/random_cases.rs"]
+mod random_cases;
 pub(crate) mod release;
 #[path = "../support/skip.rs"]
 pub(crate) mod skip;
@@ -38,4 +40,11 @@ pub(crate) mod upstream;
 /// Returns whether campaigns run at full length (`tests/run slow`).
 pub(crate) fn is_slow() -> bool {
     std::env::var("AWSVID_TESTS").is_ok_and(|mode| mode == "slow")
+}
+
+/// Returns the seed of a campaign, which `AWSVID_SEED` sets, and prints it.
+pub(crate) fn campaign_seed() -> u64 {
+    let seed = random_cases::fixed_seed().unwrap_or_else(|| fastrand::u64(..));
+    eprintln!("AWSVID_SEED={seed}");
+    seed
 }

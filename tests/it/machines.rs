@@ -124,7 +124,7 @@ fn serves_its_callers(distribution: &Distribution) {
 
 /// Runs README.md's last step. Its machine has no AWS CLI.
 fn assert_documented_command_works(stock: &mut StockMachine) {
-    let get = "curl --silent --retry 30 --retry-delay 1 --header \"Authorization: $AWS_CONTAINER_AUTHORIZATION_TOKEN\" \
+    let get = "curl --silent --fail --retry 30 --retry-delay 1 --header \"Authorization: $AWS_CONTAINER_AUTHORIZATION_TOKEN\" \
                \"$AWS_CONTAINER_CREDENTIALS_FULL_URI\"";
     let answer = stock.read(&format!("sudo -u billing awsvid exec -- sh -c '{get}'"));
     stock.assert_opens_object(&answer);

@@ -59,6 +59,7 @@ fn stopped_log_readers_do_not_stop_daemon() {
         .unwrap();
         for _ in 0..500 {
             let stream = await_some("it listens", TIMEOUT, || UnixStream::connect(&socket).ok());
+            stream.set_read_timeout(Some(TIMEOUT)).unwrap();
             assert_eq!(ask(stream).0, 200);
         }
         let ready = || {

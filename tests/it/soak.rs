@@ -22,7 +22,7 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{Process, await_some};
 use crate::harness::env::{Env, Setting, id};
-use crate::harness::is_slow;
+use crate::harness::{campaign_seed, is_slow};
 
 const USERS: [(u32, &str); 4] = [
     (61011, "one"),
@@ -99,10 +99,7 @@ struct Totals {
 #[test]
 fn workloads_see_no_error_during_random_outages() {
     let form = Form::selected();
-    let seed = std::env::var("AWSVID_SEED")
-        .ok()
-        .map_or_else(|| fastrand::u64(..), |text| text.parse().expect("a number"));
-    eprintln!("soak: AWSVID_SEED={seed}");
+    let seed = campaign_seed();
     let folder = folder();
     // Over TCP the daemon has to search for this user's process; see `start`.
     let rule = |uid| {

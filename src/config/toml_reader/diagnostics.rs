@@ -2,17 +2,26 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
 
 use toml::de::{DeTable, DeValue};
 
 use super::Table;
 use crate::config::config_line::ConfigLine;
 use crate::config::error::Problem;
-use crate::config::files::ConfigText;
 use crate::config::keys;
 
 /// The tables that an included file may have.
 const INCLUDABLE: [&str; 2] = ["workload", "role"];
+
+/// The text of a file.
+#[derive(Debug, Clone)]
+pub(in crate::config) struct ConfigText {
+    /// Path of an included file. `None` is the main file.
+    pub(in crate::config) path: Option<Arc<Path>>,
+    pub(in crate::config) text: String,
+}
 
 /// A key or table, with its line if a file has it.
 #[derive(Debug, Clone, PartialEq, Eq)]

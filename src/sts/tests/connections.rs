@@ -28,11 +28,7 @@ async fn private_ca_is_trusted_for_a_private_endpoint() {
         .assume(&grant(&target), &token)
         .await
         .unwrap_err();
-        assert_eq!(
-            (error.retry, error.reason.label()),
-            (RetryPolicy::Later, "sts_unreachable"),
-            "{error}"
-        );
+        assert_kind(&error, RetryPolicy::Later, "sts_unreachable");
         assert!(error.to_string().contains("certificate"), "{error}");
     }
     // For another name than that of the certificate.
@@ -53,11 +49,7 @@ async fn private_ca_is_trusted_for_a_private_endpoint() {
     });
     waiting.prepare(&[&target]).await.unwrap();
     let error = waiting.assume(&grant(&target), &token).await.unwrap_err();
-    assert_eq!(
-        (error.retry, error.reason.label()),
-        (RetryPolicy::Later, "sts_no_ca"),
-        "{error}"
-    );
+    assert_kind(&error, RetryPolicy::Later, "sts_no_ca");
     assert!(
         error.what.contains(&target.endpoint.clone().unwrap()) && error.what.contains("late.pem"),
         "{error}"
@@ -109,11 +101,7 @@ async fn prepare_checks_the_variables_of_a_target() {
             .assume(&grant(&aws), &svid_for(&billing(), 300, 1))
             .await
             .unwrap_err();
-        assert_eq!(
-            (error.retry, error.reason.label()),
-            (RetryPolicy::Never, "sts_misconfigured"),
-            "{error}"
-        );
+        assert_kind(&error, RetryPolicy::Never, "sts_misconfigured");
         assert!(error.what.contains(name), "{error}");
     }
 }
@@ -134,11 +122,7 @@ async fn proxy_that_does_not_resolve_is_an_outage() {
         .assume(&grant(&aws), &svid_for(&billing(), 300, 1))
         .await
         .unwrap_err();
-    assert_eq!(
-        (error.retry, error.reason.label()),
-        (RetryPolicy::Later, "sts_unreachable"),
-        "{error}"
-    );
+    assert_kind(&error, RetryPolicy::Later, "sts_unreachable");
     let fragments = "STS at https://sts.eu-central-1.amazonaws.com did not answer through the proxy proxy.invalid:3128 (HTTPS_PROXY)";
     assert!(error.what.contains(fragments), "{error}");
 }

@@ -11,10 +11,7 @@ const GROUP: &str = "unix:supplementary_gid:100000";
 
 fn check_too_many_groups(source: Source) {
     let folder = folder();
-    let setting = Setting {
-        source,
-        ..Setting::default()
-    };
+    let setting = Setting::of(source);
     let Some(mut env) = Env::start(folder.path(), &[(51_002, "reader")], &setting) else {
         return;
     };

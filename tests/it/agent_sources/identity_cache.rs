@@ -184,10 +184,7 @@ fn check_agent_outage(source: Source) {
 
 fn check_deleted_entry(source: Source) {
     let folder = folder();
-    let setting = Setting {
-        source,
-        ..Setting::default()
-    };
+    let setting = Setting::of(source);
     let Some(mut env) = Env::start(folder.path(), &USERS, &setting) else {
         return;
     };
@@ -235,10 +232,7 @@ fn check_deleted_entry(source: Source) {
 
 fn check_known_process(source: Source) {
     let folder = folder();
-    let setting = Setting {
-        source,
-        ..Setting::default()
-    };
+    let setting = Setting::of(source);
     let Some(env) = Env::start(folder.path(), &USERS, &setting) else {
         return;
     };

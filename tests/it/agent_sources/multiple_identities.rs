@@ -86,10 +86,7 @@ fn add_roles(env: &Env, roles: &[(&str, &str)]) {
 
 fn check_selection(source: Source) {
     let folder = folder();
-    let setting = Setting {
-        source,
-        ..Setting::default()
-    };
+    let setting = Setting::of(source);
     let Some(mut env) = Env::start(folder.path(), &[(51_002, "reader")], &setting) else {
         return;
     };
@@ -128,10 +125,7 @@ fn check_selection(source: Source) {
 
 fn check_admin_entry(source: Source) {
     let folder = folder();
-    let setting = Setting {
-        source,
-        ..Setting::default()
-    };
+    let setting = Setting::of(source);
     let Some(mut env) = Env::start(folder.path(), &[(51_002, "reader")], &setting) else {
         return;
     };
@@ -193,10 +187,7 @@ fn check_admin_entry(source: Source) {
 /// hint of that registration.
 fn check_several_registrations(source: Source) {
     let folder = folder();
-    let setting = Setting {
-        source,
-        ..Setting::default()
-    };
+    let setting = Setting::of(source);
     let Some(mut env) = Env::start(folder.path(), &[(51_002, "reader")], &setting) else {
         return;
     };

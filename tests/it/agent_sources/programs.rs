@@ -61,10 +61,7 @@ fn outcome(env: &Env, uid: u32, program: &Path, listener: &str) -> (String, Stri
 
 fn check_programs_of_one_user(source: Source) {
     let folder = folder();
-    let setting = Setting {
-        source,
-        ..Setting::default()
-    };
+    let setting = Setting::of(source);
     let Some(mut env) = Env::start(folder.path(), &[(51_002, "reader")], &setting) else {
         return;
     };
@@ -99,10 +96,7 @@ fn check_programs_of_one_user(source: Source) {
 /// Checks that a process with awsvid's own SPIFFE ID gets nothing, whatever the roles are.
 fn check_own_identity(source: Source) {
     let folder = folder();
-    let setting = Setting {
-        source,
-        ..Setting::default()
-    };
+    let setting = Setting::of(source);
     let Some(mut env) = Env::start(folder.path(), &[(51_002, "reader")], &setting) else {
         return;
     };

@@ -115,10 +115,7 @@ fn check_real_agent(source: Source) {
         return;
     }
     let folder = folder();
-    let setting = Setting {
-        source,
-        ..Setting::default()
-    };
+    let setting = Setting::of(source);
     let users = [(BOB, "bob"), (ALICE, "alice")];
     let Some(env) = Env::start(folder.path(), &users, &setting) else {
         return;

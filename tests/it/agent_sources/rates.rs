@@ -317,10 +317,7 @@ fn assert_nothing_left(env: &Env, before: (u64, usize)) {
 
 fn check_crowd(source: Source) {
     let (folder, processors) = (folder(), Processors::of_this_machine());
-    let setting = Setting {
-        source,
-        ..Setting::default()
-    };
+    let setting = Setting::of(source);
     let Some(env) = start(folder.path(), &processors, &setting) else {
         return;
     };

@@ -12,10 +12,7 @@ const USERS: [(u32, &str); 3] = [(61_001, "alice"), (61_002, "bob"), (0, "root")
 
 fn check_sockets_of_others(source: Source) {
     let folder = folder();
-    let setting = Setting {
-        source,
-        ..Setting::default()
-    };
+    let setting = Setting::of(source);
     // With an entry for root the daemon itself has two identities, and the broker knows only one.
     let users = match source {
         Source::Broker => &USERS[..2],

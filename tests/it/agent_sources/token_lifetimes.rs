@@ -15,10 +15,7 @@ const TOKEN_LIFETIMES: [&str; 2] = ["30", "20"];
 fn check_short_lived_tokens(source: Source) {
     let folder = folder();
     // MinIO's shortest session is a quarter of an hour, so each life takes a role of its own.
-    let setting = Setting {
-        source,
-        ..Setting::default()
-    };
+    let setting = Setting::of(source);
     let Some(mut env) = Env::start(folder.path(), &[(READER, "reader")], &setting) else {
         return;
     };

@@ -53,6 +53,16 @@ pub(crate) struct Setting<'a> {
     pub(crate) behind: &'static [&'static str],
 }
 
+impl Setting<'_> {
+    /// Returns the settings with this source, and nothing else set.
+    pub(crate) fn of(source: Source) -> Self {
+        Self {
+            source,
+            ..Self::default()
+        }
+    }
+}
+
 /// The source of awsvid's identities.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Source {
