@@ -29,7 +29,8 @@
 //! A request may come by either protocol: the container credential endpoint's, or that of [`imds`],
 //! which has the tokens, paths and bodies of EC2's instance metadata service.
 //!
-//! Around the request path: [`pod_listeners`] listens in each pod's network namespace ([`netns`]),
+//! Around the request path: [`pod_listeners`] listens in each pod's network namespace ([`netns`],
+//! and [`netlink`] for its addresses),
 //! [`admin`] serves health and metrics, [`readiness`] decides when the daemon is ready (by
 //! [`http_client`]), [`hardening`] drops privileges, and [`watchdog`] reports to systemd that the
 //! threads work. [`app`] wires all of it, and [`daemon`] runs it.
@@ -89,6 +90,8 @@ pub mod accounts;
 pub mod hardening;
 
 pub mod netns;
+
+pub mod netlink;
 
 pub mod listen;
 
