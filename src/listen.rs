@@ -31,7 +31,8 @@ pub use drain::{Drain, DrainHandle, OpenConnection, PendingConnection, PendingPe
 pub use lazy_socket::LazySocket;
 pub use listener::{AcceptedStream, Listener, ListenerSource};
 pub use pod_listener::{
-    METADATA_ADDRESSES, NetnsRef, POD_ADDRESSES, PodListener, is_metadata_address, is_metadata_ip,
+    METADATA_ADDRESSES, NetnsRef, POD_ADDRESSES, POD_PORT, PodListener, is_metadata_address,
+    is_metadata_ip,
 };
 pub use socket_activation::ActivatedSockets;
 pub use socket_file::SocketFile;
