@@ -36,7 +36,7 @@ pub(super) fn token_key(path: &Path) -> Result<Arc<TokenKey>, AppError> {
         path: path.to_owned(),
         source: error.into(),
     })?;
-    Ok(match store(path, &fresh) {
+    let key = match store(path, &fresh) {
         Ok(stored) => Arc::new(TokenKey::new(stored)),
         Err(error) => {
             tracing::warn!(
@@ -47,7 +47,9 @@ pub(super) fn token_key(path: &Path) -> Result<Arc<TokenKey>, AppError> {
             tokio::spawn(store_later(path.to_owned(), key.clone()));
             key
         }
-    })
+    };
+    tokio::spawn(store_adopted(path.to_owned(), key.clone()));
+    Ok(key)
 }
 
 /// Retries until the file is written: its directory may be on a file system that is mounted later.
@@ -62,6 +64,33 @@ async fn store_later(path: PathBuf, key: Arc<TokenKey>) {
             return;
         }
     }
+}
+
+/// Writes each key that another instance passes, so that its tokens outlive a crash of this one.
+async fn store_adopted(path: PathBuf, key: Arc<TokenKey>) {
+    loop {
+        key.adopted().await;
+        loop {
+            let (to, adopted) = (path.clone(), key.bytes());
+            match spawn_blocking(move || replace(&to, &adopted)).await {
+                Ok(Ok(())) => break,
+                Ok(Err(error)) => {
+                    tracing::debug!(path = %path.display(), %error, "[imds] key_file cannot be replaced yet");
+                }
+                Err(_) => return,
+            }
+            retry::until_needed(std::future::pending()).await;
+        }
+    }
+}
+
+/// Writes the key over that of the file, if they differ.
+fn replace(path: &Path, key: &KeyBytes) -> io::Result<()> {
+    match read(path)? {
+        StoredKey::Valid(stored) if *stored == **key => {}
+        _ => drop(write(path, key)?.persist(path)?),
+    }
+    Ok(())
 }
 
 /// Returns the key of the file. Writes `fresh` if the file is missing or invalid. Of two daemons
@@ -185,6 +214,19 @@ mod tests {
                 .collect()
         });
         assert!(keys.windows(2).all(|pair| pair[0] == pair[1]), "{keys:?}");
+    }
+
+    #[tokio::test]
+    async fn key_of_previous_instance_replaces_that_of_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("imds-key");
+        assert_eq!(stored(&path, 1), 1);
+        let key = token_key(&path).unwrap();
+        key.adopt(Zeroizing::new([2; KEY_BYTES]));
+        while fs::read(&path).unwrap() != [2; KEY_BYTES] {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(stored(&path, 3), 2);
     }
 
     #[tokio::test(start_paused = true)]

@@ -15,6 +15,7 @@ use aws_lc_rs::hmac;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use hyper::header::{HeaderMap, HeaderName};
+use tokio::sync::Notify;
 use zeroize::Zeroizing;
 
 use crate::netns::NamespaceId;
@@ -64,7 +65,11 @@ impl TokenTtl {
 }
 
 /// The key of metadata tokens. After a handover it also verifies those of its own previous key.
-pub struct TokenKey(ArcSwap<TokenKeys>);
+pub struct TokenKey {
+    keys: ArcSwap<TokenKeys>,
+    /// Is notified when another key is adopted.
+    adopted: Notify,
+}
 
 struct TokenKeys {
     current: HmacKey,
@@ -95,26 +100,36 @@ impl fmt::Debug for TokenKey {
 impl TokenKey {
     /// Creates the key from its bytes.
     pub fn new(bytes: Zeroizing<[u8; KEY_BYTES]>) -> Self {
-        Self(ArcSwap::from_pointee(TokenKeys {
+        let keys = TokenKeys {
             current: HmacKey::new(bytes),
             earlier: None,
-        }))
+        };
+        Self {
+            keys: ArcSwap::from_pointee(keys),
+            adopted: Notify::new(),
+        }
     }
 
     /// Returns the bytes of the key for new tokens.
     pub fn bytes(&self) -> Arc<Zeroizing<[u8; KEY_BYTES]>> {
-        self.0.load().current.bytes.clone()
+        self.keys.load().current.bytes.clone()
     }
 
     /// Issues tokens by another instance's key from now on, and still accepts those of its own.
     pub fn adopt(&self, bytes: Zeroizing<[u8; KEY_BYTES]>) {
-        let before = self.0.load_full();
+        let before = self.keys.load_full();
         if before.current.bytes.as_slice() != bytes.as_slice() {
-            self.0.store(Arc::new(TokenKeys {
+            self.keys.store(Arc::new(TokenKeys {
                 current: HmacKey::new(bytes),
                 earlier: Some(before.current.clone()),
             }));
+            self.adopted.notify_one();
         }
+    }
+
+    /// Waits until another key is adopted, if none was since the last call. Only one task may wait.
+    pub async fn adopted(&self) {
+        self.adopted.notified().await;
     }
 
     /// Returns a new token for callers in this network namespace. Its nonce only distinguishes it
@@ -126,7 +141,7 @@ impl TokenKey {
         token[1..=EXPIRY_BYTES].copy_from_slice(&expiry.to_be_bytes()[8 - EXPIRY_BYTES..]);
         token[1 + EXPIRY_BYTES..HEAD_BYTES].copy_from_slice(&fastrand::u32(..).to_be_bytes());
         let (head, mac) = token.split_at_mut(HEAD_BYTES);
-        let tag = hmac::sign(&self.0.load().current.hmac, &message(head, netns));
+        let tag = hmac::sign(&self.keys.load().current.hmac, &message(head, netns));
         mac.copy_from_slice(tag.as_ref());
         URL_SAFE_NO_PAD.encode(token)
     }
@@ -143,7 +158,7 @@ impl TokenKey {
             return None;
         }
         let (head, mac) = token.split_at(HEAD_BYTES);
-        let (keys, message) = (self.0.load(), message(head, netns));
+        let (keys, message) = (self.keys.load(), message(head, netns));
         let is_of = |key: &HmacKey| hmac::verify(&key.hmac, &message, mac).is_ok();
         if !is_of(&keys.current) && !keys.earlier.as_ref().is_some_and(is_of) {
             return None;
