@@ -290,9 +290,10 @@ impl App {
             }
             let (directory, handover) =
                 (&self.pods.netns_dir, self.pods.handover_socket.as_deref());
+            let serves_metadata = self.imds.mode == config::ImdsMode::Address;
             let drain = self.workloads.handle();
             let (pods, gate) = PodListeners::start(
-                (directory, handover),
+                (directory, handover, serves_metadata),
                 endpoint,
                 self.blocking.files.clone(),
                 self.metrics.clone(),

@@ -11,9 +11,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 
+use crate::listen::is_metadata_address;
 use crate::pod_listeners::PodListeners;
 use crate::pod_listeners::handover_protocol::{
-    self, HandoverKey, HandoverMessage, HandoverSocket, ReceivedListeners, STEP_TIMEOUT,
+    self, HandoverKey, HandoverMessage, HandoverSocket, MetadataParts, ReceivedListeners,
+    STEP_TIMEOUT,
 };
 
 /// Interval between attempts to accept the next instance after a failure.
@@ -33,6 +35,8 @@ pub(super) enum HandoverRole {
 /// Next event that the loop handles.
 enum HandoverEvent {
     Rescan,
+    /// A step at the metadata address is due in a pod.
+    Metadata,
     TakeOver,
     /// A later instance has connected.
     Next(UnixStream),
@@ -95,6 +99,7 @@ impl PodListeners {
             };
             match event {
                 HandoverEvent::Rescan => self.rescan().await,
+                HandoverEvent::Metadata => self.pods.serve_metadata(HashMap::new()).await,
                 HandoverEvent::TakeOver => self.take_over().await,
                 HandoverEvent::Next(stream) => next = Some(stream),
                 HandoverEvent::Message => next = self.hand_over(next).await,
@@ -124,7 +129,10 @@ impl PodListeners {
                 biased;
                 stream = accept(self.successors.as_ref(), next) => HandoverEvent::Next(stream),
                 () = message(next) => HandoverEvent::Message,
-                () = self.pods.changed(self.lacks_socket()) => HandoverEvent::Rescan,
+                rescan = self.pods.changed_before(self.pods.metadata_due(), self.lacks_socket()) => match rescan {
+                    true => HandoverEvent::Rescan,
+                    false => HandoverEvent::Metadata,
+                },
             },
         }
     }
@@ -153,14 +161,22 @@ impl PodListeners {
             return;
         };
         let taking = timeout(STEP_TIMEOUT, async {
-            handover_protocol::send(&previous, &HandoverMessage::Request).await?;
+            let request = HandoverMessage::Request(self.pods.service.metadata_parts());
+            handover_protocol::send(&previous, &request).await?;
             handover_protocol::receive_all(&previous).await
         });
         let received = taking.await.unwrap_or_else(|late| Err(late.into()));
         match received {
-            Ok(ReceivedListeners { listeners, earlier }) => {
+            Ok(ReceivedListeners {
+                listeners,
+                key,
+                earlier,
+            }) => {
                 tracing::info!(listeners = listeners.len(), "took over pods' listeners");
                 self.earlier = earlier;
+                if let Some(key) = key {
+                    self.pods.service.adopt_key(&key);
+                }
                 self.pods.reconcile(listeners).await;
                 let released = timeout(STEP_TIMEOUT, async {
                     handover_protocol::send(&previous, &HandoverMessage::Serving).await?;
@@ -184,12 +200,12 @@ impl PodListeners {
     /// alive and has not taken over.
     async fn hand_over(&mut self, next: Option<UnixStream>) -> Option<UnixStream> {
         let next = next?;
-        match handover_protocol::try_receive(&next) {
-            Ok(Some(HandoverMessage::Request)) => {}
+        let parts = match handover_protocol::try_receive(&next) {
+            Ok(Some(HandoverMessage::Request(parts))) => parts,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(next),
             _ => return None,
-        }
-        let sent = self.send_listeners(&next).await?;
+        };
+        let sent = self.send_listeners(&next, Some(parts)).await?;
         self.successors = None;
         self.pods.pause(&sent);
         tracing::info!(
@@ -204,18 +220,34 @@ impl PodListeners {
     }
 
     /// Sends all listeners, and waits until they are served. Both instances accept meanwhile.
+    /// `parts` are those of the request. `None` before it: the first listener prompts it.
     async fn send_listeners(
         &mut self,
         next: &UnixStream,
+        parts: Option<MetadataParts>,
     ) -> Option<Vec<(HandoverKey, Arc<OwnedFd>)>> {
-        let sent = self.pods.listening();
+        let is_metadata = |((_, address), _): &(HandoverKey, _)| is_metadata_address(*address);
+        let (metadata, mut sent) = self
+            .pods
+            .listening()
+            .into_iter()
+            .partition::<Vec<_>, _>(is_metadata);
         self.earlier
             .retain(|connection| is_alive(connection.as_fd()));
-        let listeners = sent.iter().cloned();
-        let listeners = listeners.map(|(key, socket)| HandoverMessage::Listener(key, socket));
         let earlier = self.earlier.iter().cloned().map(HandoverMessage::Earlier);
         let giving = timeout(STEP_TIMEOUT, async {
-            for message in listeners.chain(earlier).chain([HandoverMessage::End]) {
+            send_all(next, &sent).await?;
+            let parts = match parts {
+                None if !sent.is_empty() => request(next).await?,
+                parts => parts.unwrap_or_default(),
+            };
+            if parts.listeners {
+                send_all(next, &metadata).await?;
+                sent.extend(metadata);
+            }
+            let key = self.pods.service.sealed_key().filter(|_| parts.key);
+            let key = key.map(HandoverMessage::TokenKey).into_iter();
+            for message in key.chain(earlier).chain([HandoverMessage::End]) {
                 handover_protocol::send(next, &message).await?;
             }
             while let Some(message) = handover_protocol::receive(next).await? {
@@ -248,12 +280,16 @@ impl PodListeners {
         (self.successors, self.handover) = (None, None);
         if let (Some(next), HandoverRole::Active) = (next, &self.role) {
             // From here on the next instance serves, ready or not.
-            let _ = self.send_listeners(&next).await;
+            if let Some(sent) = self.send_listeners(&next, None).await {
+                self.pods.leave_metadata(&sent);
+            }
         }
         // Without a next instance, the previous one serves again if it is still alive.
-        self.earlier.clear();
+        let mut earlier = self.earlier.drain(..);
+        let is_resumed = earlier.any(|connection| is_alive(connection.as_fd()));
+        drop(earlier);
         self.role = HandoverRole::Active;
-        self.pods.end().await;
+        self.pods.end(is_resumed).await;
     }
 }
 
@@ -273,6 +309,24 @@ async fn accept(successors: Option<&HandoverSocket>, next: Option<&UnixStream>) 
                 sleep(ACCEPT_RETRY).await;
             }
         }
+    }
+}
+
+/// Sends one message for each of these listeners.
+async fn send_all(next: &UnixStream, listeners: &[(HandoverKey, Arc<OwnedFd>)]) -> io::Result<()> {
+    for (key, listener) in listeners {
+        let message = HandoverMessage::Listener(*key, listener.clone());
+        handover_protocol::send(next, &message).await?;
+    }
+    Ok(())
+}
+
+/// Waits for the request of the next instance.
+async fn request(next: &UnixStream) -> io::Result<MetadataParts> {
+    match handover_protocol::receive(next).await? {
+        Some(HandoverMessage::Request(parts)) => Ok(parts),
+        Some(_) => Err(io::ErrorKind::InvalidData.into()),
+        None => Err(io::ErrorKind::UnexpectedEof.into()),
     }
 }
 
