@@ -29,6 +29,7 @@ mod audit_file;
 mod components;
 mod endpoint;
 mod error;
+mod imds_key;
 mod listeners;
 mod retry;
 mod series;
@@ -54,6 +55,8 @@ pub struct App {
     listen: config::ListenConfig,
     /// The `[pods]` section of the start. A reload does not change it.
     pods: config::PodsConfig,
+    /// The `[imds]` section of the start. A reload does not change it.
+    imds: config::ImdsConfig,
     /// The source in use, with the configuration that it was built from.
     source: (IdentityConfig, Arc<dyn IdentitySource>),
     /// The STS endpoints in use.
@@ -101,7 +104,7 @@ impl App {
             file_threads,
         } = startup;
         let clock = Clock::system();
-        series::create(&metrics);
+        series::create(&metrics, config.imds.is_on());
         let (sts, digest) = (sts_names(&config), config.digest.clone());
         let accounts = Accounts::new(Nss, metrics.clone());
         let blocking = BlockingCalls {
@@ -140,6 +143,7 @@ impl App {
             admin: None,
             listen: config.listen,
             pods: config.pods,
+            imds: config.imds,
             source,
             sts,
             own_probe: endpoint.own_probe.clone(),
@@ -164,8 +168,8 @@ impl App {
         Ok(app)
     }
 
-    /// Applies another configuration, except `[listen]` and `[pods]`, which need a restart, and
-    /// `[log]`, which the caller applies. An error changes nothing.
+    /// Applies another configuration, except `[listen]`, `[pods]` and `[imds]`, which need a
+    /// restart, and `[log]`, which the caller applies. An error changes nothing.
     pub async fn reload(&mut self, config: Config) -> Result<(), AppError> {
         let (before, names) = (self.accounts.names(), config.accounts());
         let applied = self.apply(config).await;
@@ -179,9 +183,11 @@ impl App {
         let changed = [
             ("listen", self.listen.changed(&config.listen)),
             ("pods", self.pods.changed(&config.pods)),
+            ("imds", self.imds.changed(&config.imds)),
         ];
         config.listen = self.listen.clone();
         config.pods = self.pods.clone();
+        config.imds = self.imds.clone();
         // An agent that attests workloads itself is kept, with the identities cached from it.
         let (identity, source) = &self.source;
         let reusable = (*identity == config.identity
@@ -302,10 +308,12 @@ impl App {
             }
             let (directory, handover) =
                 (&self.pods.netns_dir, self.pods.handover_socket.as_deref());
+            let serves_metadata = self.imds.mode == config::ImdsMode::Address;
             let drain = self.workloads.handle();
             let (pods, gate) = PodListeners::start(
                 directory,
                 handover,
+                serves_metadata,
                 endpoint,
                 self.blocking.files.clone(),
                 self.metrics.clone(),

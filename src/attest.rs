@@ -16,6 +16,7 @@ use tokio::net::UnixStream;
 
 use crate::cgroup::{CgroupPath, PodRoots};
 use crate::listen::{AcceptedStream, PendingPermit};
+use crate::netns::NamespaceId;
 
 mod cgroup_mounts;
 mod cgroup_scan;
@@ -185,10 +186,10 @@ impl Attestor {
         self.host.exec_monitor.is_some()
     }
 
-    /// Returns an attestor for listeners in a pod's network namespace, in which `diag` was opened.
-    /// `None` if the kernel lacks an interface for TCP.
-    pub fn in_pod(&self, diag: SockDiag) -> Option<PodAttestor> {
-        Some(PodAttestor::new(self.tcp.attestor()?.in_pod(diag)))
+    /// Returns an attestor for listeners in a pod's network namespace `netns`, in which `diag` was
+    /// opened. `None` if the kernel lacks an interface for TCP.
+    pub fn in_pod(&self, diag: SockDiag, netns: NamespaceId) -> Option<PodAttestor> {
+        Some(PodAttestor::new(self.tcp.attestor()?.in_pod(diag), netns))
     }
 }
 

@@ -21,6 +21,7 @@ use crate::caller::{Caller, ListenerKind, PeerFacts, Process, WorkloadKey};
 use crate::clock::Clock;
 use crate::config::AuditFile;
 use crate::metrics::Metrics;
+use crate::protocol::Protocol;
 use crate::writer::Line;
 
 mod aggregate;
@@ -80,6 +81,8 @@ impl CacheResult {
 pub enum Outcome {
     /// The request was answered with credentials.
     Issued,
+    /// The request for metadata was answered with something else.
+    Answered,
     /// The caller may not get credentials, or its request was not valid.
     Refused,
     /// An outage or a limit, which may pass, prevented the answer.
@@ -91,6 +94,7 @@ impl Outcome {
     pub fn name(self) -> &'static str {
         match self {
             Self::Issued => "issued",
+            Self::Answered => "answered",
             Self::Refused => "refused",
             Self::Failed => "failed",
         }
@@ -212,10 +216,10 @@ impl Audit {
     pub fn begin(
         self: &Arc<Self>,
         id: RequestId,
-        listener: ListenerKind,
+        (listener, protocol): (ListenerKind, Protocol),
         peer: RequestPeer,
     ) -> Record {
-        Record::new(self.clone(), id, listener, peer)
+        Record::new(self.clone(), id, (listener, protocol), peer)
     }
 
     fn is_required(&self) -> bool {

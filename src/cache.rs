@@ -38,10 +38,10 @@ mod flight;
 mod refresh;
 mod table;
 
-pub use entry::{CachedBody, CachedCredentials, EntryStatus};
+pub use entry::{CachedCredentials, EntryStatus};
 
 use entry::{CredentialTimes, Entry, EntryState};
-use flight::Waiter;
+use flight::{FlightStart, Waiter};
 use refresh::{Action, Schedule};
 use table::EntryTable;
 
@@ -170,7 +170,7 @@ impl CredentialCache {
         grant: &Grant,
         caller: &Arc<Caller>,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), CacheError> {
-        let found = self.0.find(policy, grant, caller);
+        let found = self.0.find(policy, grant, caller, FlightStart::Due);
         let result = match &found {
             Ok(Lookup::Credentials(_, freshness)) => *freshness,
             Ok(Lookup::Flight(_)) | Err(_) => CacheResult::Miss,
@@ -183,6 +183,13 @@ impl CredentialCache {
             Lookup::Credentials(cached, freshness) => Ok((cached, freshness)),
             Lookup::Flight(waiter) => Ok((waiter.wait().await?, CacheResult::Miss)),
         }
+    }
+
+    /// Starts the exchange for a request that `caller` is about to send, unless the cache has the
+    /// credentials. Nothing waits for it, and a failure of `caller` alone is not recorded.
+    pub fn start(&self, policy: &Arc<Policy>, grant: &Grant, caller: &Arc<Caller>) {
+        // An error is that of the request, too.
+        drop(self.0.find(policy, grant, caller, FlightStart::Ahead));
     }
 
     /// Returns the state of each entry for `/status`, without secrets.
@@ -223,6 +230,7 @@ impl CacheInner {
         policy: &Arc<Policy>,
         grant: &Grant,
         caller: &Arc<Caller>,
+        start: FlightStart,
     ) -> Result<Lookup, CacheError> {
         loop {
             let entry = self.entry(policy, grant)?;
@@ -231,7 +239,7 @@ impl CacheInner {
                 if policy.source.requires_live_caller() {
                     entry.latest.store(Some(caller.clone()));
                 }
-                if let Some(found) = self.serve(&entry, caller)? {
+                if let Some(found) = self.serve(&entry, caller, start)? {
                     return Ok(found);
                 }
             }
@@ -245,9 +253,10 @@ impl CacheInner {
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         caller: &Arc<Caller>,
+        start: FlightStart,
     ) -> Result<Option<Lookup>, CacheError> {
         let Some((cached, times)) = self.servable(entry) else {
-            return self.join_or_start(entry, caller);
+            return self.join_or_start(entry, caller, start);
         };
         let result = if times.is_due() {
             self.refresh_for(entry, caller);
@@ -314,7 +323,7 @@ impl CacheInner {
                 Action::Refresh(_)
             )
         {
-            self.start_flight(entry, caller.clone(), &mut state, None);
+            self.start_flight(entry, caller.clone(), &mut state, FlightStart::Due, None);
         }
     }
 
@@ -324,6 +333,7 @@ impl CacheInner {
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         caller: &Arc<Caller>,
+        start: FlightStart,
     ) -> Result<Option<Lookup>, CacheError> {
         let mut state = entry.state();
         if state.retired {
@@ -342,7 +352,7 @@ impl CacheInner {
             return Err(failure.error.clone().into());
         }
         Ok(Some(Lookup::Flight(
-            self.start_flight(entry, caller.clone(), &mut state, None)
+            self.start_flight(entry, caller.clone(), &mut state, start, None)
                 .join(caller),
         )))
     }

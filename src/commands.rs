@@ -42,7 +42,7 @@ impl ConfigFile {
         self.config.as_deref().unwrap_or(Path::new(CONFIG_FILE))
     }
 
-    /// Returns where the daemon listens, and its region.
+    /// Returns where the daemon listens, its region, and whether it serves metadata.
     ///
     /// Without the option and without the default file it returns the default addresses: a
     /// container has no configuration, but may have a socket.
@@ -53,11 +53,16 @@ impl ConfigFile {
             return Ok(DaemonEndpoints {
                 listen: ListenConfig::default(),
                 region: None,
+                serves_imds: false,
             });
         }
         // The daemon's environment is not the one of this process.
-        let (listen, region) = Config::load_for_callers(self.path())?;
-        Ok(DaemonEndpoints { listen, region })
+        let (listen, region, serves_imds) = Config::load_for_callers(self.path())?;
+        Ok(DaemonEndpoints {
+            listen,
+            region,
+            serves_imds,
+        })
     }
 
     /// Returns the daemon's status socket: `named`, or that of the configuration.
@@ -77,4 +82,5 @@ impl ConfigFile {
 struct DaemonEndpoints {
     listen: ListenConfig,
     region: Option<String>,
+    serves_imds: bool,
 }

@@ -14,6 +14,7 @@ mod error;
 mod exposure;
 mod files;
 mod identity;
+mod imds;
 mod keys;
 mod listen;
 mod load;
@@ -40,6 +41,7 @@ pub use exposure::Exposure;
 pub(crate) use exposure::exposures;
 pub use files::ConfigFiles;
 pub use identity::{IdentityConfig, Reference, Source};
+pub use imds::{ImdsConfig, ImdsMode};
 pub use listen::{AuthorizationMode, FIRST_UNPRIVILEGED_PORT, ListenConfig};
 pub use load::LoadedConfig;
 pub use log::{LogConfig, LogFormat};
@@ -66,6 +68,7 @@ pub const DEV_ACCOUNT: &str = "000000000000";
 pub struct Config {
     pub listen: ListenConfig,
     pub pods: PodsConfig,
+    pub imds: ImdsConfig,
     pub identity: IdentityConfig,
     pub sts: StsConfig,
     pub cache: CacheConfig,
@@ -167,6 +170,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
     let tables = Tables::of(root);
     let pods = pods::read(&tables.pods);
     let (listen, listen_lines) = listen::read(&tables.listen, &pods);
+    let imds = imds::read(&tables.imds, &listen, &pods);
     let (identity, by_rules) = identity::read(&tables.identity, env);
     let sts = sts::read(&tables.sts);
     let audit = audit::read(&tables.audit);
@@ -181,7 +185,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
     let requested = role::read_requested(&tables.requested_roles, &defaults);
     let roles = role::read(root, &tables.requested_roles, &defaults);
 
-    let paths = tables.paths(&listen, &pods, &identity, &sts, &audit);
+    let paths = tables.paths(&listen, &pods, &imds, &identity, &sts, &audit);
     cross_checks::missing(root, &tables.requested_roles, by_rules, &workloads);
     if names == NamePolicy::OfServe {
         cross_checks::names_of_dev(root.report, &workloads, &roles);
@@ -204,6 +208,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         },
         listen,
         pods,
+        imds,
         identity,
         sts,
         audit,

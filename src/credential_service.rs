@@ -8,17 +8,25 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::audit::{CacheResult, Record};
 use crate::cache::{CacheError, CachedCredentials, CredentialCache};
-use crate::caller::{AttestError, Caller, CallerFacts, ProcessFacts};
+use crate::caller::{AttestError, Caller, CallerFacts, ProcessFacts, WorkloadKey};
 use crate::clock::REQUEST_HOLD;
 use crate::identity::SpiffeId;
+use crate::limits::FairSemaphore;
 use crate::policy::Policy;
-use crate::role::{Identity, RequestedRole, RoleDenied};
+use crate::role::{Grant, Identity, RequestedRole, Role, RoleDenied};
 use crate::svid::SourceError;
+use crate::telemetry::in_current_request;
+
+/// Bound of the exchanges that start ahead of a request, before the source has named the identity.
+const MAX_STARTS: usize = 256;
+/// The part of [`MAX_STARTS`] that one workload may use.
+const MAX_STARTS_PER_WORKLOAD: usize = 1;
 
 /// The service that answers attested callers.
 #[derive(Debug)]
 pub struct CredentialService {
     cache: CredentialCache,
+    starts: FairSemaphore<WorkloadKey>,
 }
 
 /// The reason for which a caller gets no credentials.
@@ -49,7 +57,10 @@ pub enum ServiceError {
 impl CredentialService {
     /// Returns a service that decides by the policy of `cache`.
     pub fn new(cache: CredentialCache) -> Self {
-        Self { cache }
+        Self {
+            cache,
+            starts: FairSemaphore::new(MAX_STARTS, MAX_STARTS_PER_WORKLOAD),
+        }
     }
 
     /// Returns credentials for `caller` and the requested role, and records the selection.
@@ -87,28 +98,52 @@ impl CredentialService {
         until: Instant,
         record: &mut Record,
     ) -> Result<(Arc<CachedCredentials>, CacheResult), ServiceError> {
-        let identities = policy.source.identify(caller).await?;
-        if identities.is_empty() {
-            return Err(ServiceError::NoIdentity);
-        }
-        let grant = policy.roles.select(&identities, requested);
-        let grant = grant.map_err(|denied| {
-            // An identity with several entries comes several times.
-            let mut spiffe_ids: Vec<SpiffeId> = Vec::new();
-            for Identity { spiffe_id, .. } in &identities {
-                if !spiffe_ids.contains(spiffe_id) {
-                    spiffe_ids.push(spiffe_id.clone());
-                }
-            }
-            record.set_spiffe_ids(&spiffe_ids);
-            ServiceError::Denied { denied, spiffe_ids }
-        })?;
-        record.set_grant(&grant);
+        let grant = decide(policy, (caller, requested), record).await?;
         let credentials = timeout_at(until, self.cache.get(policy, &grant, caller))
             .await
             .unwrap_or(Err(CacheError::Pending))?;
         caller.verify_unchanged().await?;
         Ok(credentials)
+    }
+
+    /// Returns the first role of `caller`, and records its selection. It fails like a request for
+    /// credentials that ends before the cache.
+    pub async fn first_role(
+        &self,
+        caller: &Arc<Caller>,
+        record: &mut Record,
+    ) -> Result<Arc<Role>, ServiceError> {
+        loop {
+            let policy = self.cache.policy();
+            let granted = async {
+                let grant = decide(&policy, (caller, &RequestedRole::Default), record).await?;
+                caller.verify_unchanged().await?;
+                Ok(grant.role)
+            };
+            let role = granted.await;
+            if self.cache.is_current(&policy) {
+                return role;
+            }
+            record.clear_decision();
+        }
+    }
+
+    /// Starts the exchange for the first role of `caller` in the background, so that its next
+    /// request finds the credentials. A workload has one such task at a time. A failure shows only
+    /// in that request.
+    pub fn start_exchange(self: &Arc<Self>, caller: Arc<Caller>) {
+        let Ok(permit) = self.starts.try_acquire(&caller.peer.workload_key()) else {
+            return;
+        };
+        let service = self.clone();
+        tokio::spawn(in_current_request(async move {
+            let _permit = permit;
+            let policy = service.cache.policy();
+            let identities = policy.source.identify(&caller).await.unwrap_or_default();
+            if let Ok(grant) = policy.roles.select(&identities, &RequestedRole::Default) {
+                service.cache.start(&policy, &grant, &caller);
+            }
+        }));
     }
 
     /// Returns the facts about the caller's process that a decision needs; `None` if it needs none.
@@ -120,6 +155,32 @@ impl CredentialService {
     pub fn reload(&self, policy: Policy) {
         self.cache.reload(policy);
     }
+}
+
+/// Identifies the caller and selects its role, and records both.
+async fn decide(
+    policy: &Policy,
+    (caller, requested): (&Arc<Caller>, &RequestedRole),
+    record: &mut Record,
+) -> Result<Grant, ServiceError> {
+    let identities = policy.source.identify(caller).await?;
+    if identities.is_empty() {
+        return Err(ServiceError::NoIdentity);
+    }
+    let grant = policy.roles.select(&identities, requested);
+    let grant = grant.map_err(|denied| {
+        // An identity with several entries comes several times.
+        let mut spiffe_ids: Vec<SpiffeId> = Vec::new();
+        for Identity { spiffe_id, .. } in &identities {
+            if !spiffe_ids.contains(spiffe_id) {
+                spiffe_ids.push(spiffe_id.clone());
+            }
+        }
+        record.set_spiffe_ids(&spiffe_ids);
+        ServiceError::Denied { denied, spiffe_ids }
+    })?;
+    record.set_grant(&grant);
+    Ok(grant)
 }
 
 #[cfg(test)]

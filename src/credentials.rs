@@ -49,10 +49,10 @@ struct CredentialsBody<'a> {
 }
 
 impl Credentials {
-    /// Returns the JSON body for SDKs. `Expiration` is in UTC with `Z` and whole seconds.
+    /// Renders the JSON body for SDKs. `Expiration` is in UTC with `Z` and whole seconds.
     /// `AccountId` is present only for the ARN of a role at AWS: an SDK has no use for accounts of
     /// another STS.
-    pub fn body(&self, role: &RoleArn) -> Zeroizing<Vec<u8>> {
+    pub fn body(&self, role: &RoleArn) -> RenderedBody {
         let body = CredentialsBody {
             code: "Success",
             access_key_id: &self.access_key_id,
@@ -68,7 +68,59 @@ impl Credentials {
         let _ = serde_json::to_writer(&mut length, &body);
         let mut bytes = Zeroizing::new(Vec::with_capacity(length.0));
         let _ = serde_json::to_writer(&mut *bytes, &body);
-        bytes
+        RenderedBody::of(bytes)
+    }
+}
+
+/// The JSON body of credentials. It is zeroized when it is dropped, and `Debug` does not print it.
+pub struct RenderedBody {
+    bytes: Zeroizing<Vec<u8>>,
+    /// The end of the field `Expiration`.
+    keys_end: usize,
+    /// The end of the field `AccountId`, or `keys_end` without one.
+    account_end: usize,
+}
+
+/// The begin of each body, before the fields that differ.
+const BODY_HEAD: &[u8] = b"{\"Code\":\"Success\",";
+
+impl RenderedBody {
+    fn of(bytes: Zeroizing<Vec<u8>>) -> Self {
+        // A quotation mark within a value is escaped, so the name of a field occurs once.
+        let find = |name: &[u8]| bytes.windows(name.len()).position(|part| part == name);
+        let account_end = find(b",\"RoleArn\":\"").unwrap_or(bytes.len());
+        let keys_end = find(b",\"AccountId\":\"").unwrap_or(account_end);
+        Self {
+            bytes,
+            keys_end,
+            account_end,
+        }
+    }
+
+    /// Returns the whole body.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Returns the fields from `AccessKeyId` to `Expiration`, which every protocol has.
+    pub fn key_fields(&self) -> &[u8] {
+        self.bytes
+            .get(BODY_HEAD.len()..self.keys_end)
+            .unwrap_or_default()
+    }
+
+    /// Returns the field `AccountId` with the comma before it; nothing for a role that is not at
+    /// AWS.
+    pub fn account_field(&self) -> &[u8] {
+        self.bytes
+            .get(self.keys_end..self.account_end)
+            .unwrap_or_default()
+    }
+}
+
+impl fmt::Debug for RenderedBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RenderedBody({} bytes)", self.bytes.len())
     }
 }
 
@@ -103,7 +155,8 @@ mod tests {
     #[test]
     fn body_has_exactly_the_keys_that_sdks_read() {
         let role = RoleArn::parse("arn:aws:iam::123456789012:role/billing").unwrap();
-        let body: serde_json::Value = serde_json::from_slice(&example().body(&role)).unwrap();
+        let body: serde_json::Value =
+            serde_json::from_slice(example().body(&role).bytes()).unwrap();
         let expected = serde_json::json!({
             "Code": "Success", "AccessKeyId": "ASIAEXAMPLE", "SecretAccessKey": "s3cret/key", "Token": "t0ken==",
             "Expiration": "2027-01-15T08:00:00Z", "AccountId": "123456789012",
@@ -121,7 +174,8 @@ mod tests {
             "x",
         ] {
             let role = RoleArn::opaque(name).unwrap();
-            let body: serde_json::Value = serde_json::from_slice(&example().body(&role)).unwrap();
+            let body: serde_json::Value =
+                serde_json::from_slice(example().body(&role).bytes()).unwrap();
             assert!(
                 body.get("AccountId").is_none() && body["RoleArn"] == name,
                 "{body}"
@@ -136,15 +190,40 @@ mod tests {
             session_token: Zeroizing::new("t".repeat(1024)),
             ..example()
         };
-        let body = long.body(&role);
+        let body = long.body(&role).bytes;
         assert_eq!(body.capacity(), body.len());
         assert!(body.ends_with(b"}"));
+    }
+
+    #[test]
+    fn parts_of_a_body_are_its_fields() {
+        let evil = Credentials {
+            session_token: Zeroizing::new("\",\"RoleArn\":\"\",\"AccountId\":\"".to_owned()),
+            ..example()
+        };
+        for (name, account) in [
+            ("arn:aws:iam::123456789012:role/billing", "123456789012"),
+            ("arn:minio:iam:::role/abcdef", ""),
+        ] {
+            let body = evil.body(&RoleArn::opaque(name).unwrap());
+            let text = [b"{", body.key_fields(), body.account_field(), b"}"].concat();
+            let mut expected: serde_json::Value = serde_json::from_slice(body.bytes()).unwrap();
+            let fields = expected.as_object_mut().unwrap();
+            fields.remove("Code");
+            fields.remove("RoleArn");
+            assert_eq!(fields.contains_key("AccountId"), !account.is_empty());
+            let found: serde_json::Value = serde_json::from_slice(&text).unwrap();
+            assert_eq!(found, expected);
+            assert!(body.bytes().starts_with(BODY_HEAD));
+        }
     }
 
     #[test]
     fn debug_shows_no_secret() {
         let text = format!("{:?}", example());
         assert!(text.contains("ASIAEXAMPLE"));
+        let body = example().body(&RoleArn::opaque("x").unwrap());
+        assert!(!format!("{body:?}").contains("s3cret"));
         assert!(
             !text.contains("s3cret") && !text.contains("t0ken"),
             "{text}"

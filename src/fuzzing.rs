@@ -12,6 +12,7 @@ use crate::attest;
 use crate::commands;
 use crate::hardening;
 use crate::http;
+use crate::imds;
 use crate::metrics;
 use crate::pod_listeners;
 use crate::sdk_environment::profiles;
@@ -129,6 +130,16 @@ pub fn socket_unit(bytes: &[u8]) -> bool {
 /// Parses the files of SDKs with their profiles.
 pub fn profiles(bytes: &[u8]) -> bool {
     profiles::fuzzing::profiles(&text(bytes))
+}
+
+/// Parses a path of the instance metadata service.
+pub fn metadata_path(bytes: &[u8]) -> bool {
+    imds::fuzzing::path(&text(bytes))
+}
+
+/// Verifies a metadata token.
+pub fn metadata_token(bytes: &[u8]) -> bool {
+    imds::fuzzing::token(bytes)
 }
 
 fn text(bytes: &[u8]) -> Cow<'_, str> {

@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::sys::prctl::{set_dumpable, set_no_new_privs};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::config::{Config, Reference, Source};
+use crate::config::{Config, ImdsMode, Reference, Source};
 use crate::workload_rule::NamedRule;
 
 /// Capabilities that are kept wherever they are granted. A reload may bring listeners and rules
@@ -40,6 +40,8 @@ pub struct DaemonFeatures {
     names_processes: bool,
     /// Enters pods' network namespaces.
     enters_namespaces: bool,
+    /// Adds the metadata address in pods.
+    sets_addresses: bool,
     /// Listens on ports below 1024.
     listens_low: bool,
 }
@@ -53,6 +55,7 @@ impl DaemonFeatures {
         let Config {
             listen,
             pods,
+            imds,
             identity,
             workloads,
             ..
@@ -83,6 +86,7 @@ impl DaemonFeatures {
             listens_on_host,
             names_processes,
             enters_namespaces: pods.enabled,
+            sets_addresses: imds.mode == ImdsMode::Address,
             listens_low: pods.enabled
                 || listen
                     .tcp
@@ -130,6 +134,11 @@ impl DaemonFeatures {
                 self.enters_namespaces,
                 Capability::CAP_SYS_ADMIN,
                 "pods' network namespaces cannot be entered",
+            ),
+            (
+                self.sets_addresses,
+                Capability::CAP_NET_ADMIN,
+                "169.254.169.254 cannot be set up in pods",
             ),
         ]
         .into_iter()

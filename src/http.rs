@@ -1,4 +1,5 @@
-//! The container credential endpoint: one connection, one request, one answer.
+//! The container credential endpoint and the instance metadata service: one connection, one
+//! request, one answer.
 //!
 //! hyper parses the request. Each rejection has a reason of its own, which is counted, and audited
 //! once the head is complete.
@@ -9,11 +10,13 @@ use std::sync::Arc;
 use tokio::sync::Notify;
 
 use crate::attest::Attestor;
-use crate::audit::Audit;
+use crate::audit::{Audit, Outcome};
 use crate::caller::WorkloadKey;
 use crate::credential_service::CredentialService;
+use crate::imds::Imds;
 use crate::limits::FairSemaphore;
 use crate::metrics::Metrics;
+use crate::protocol::Protocol;
 
 mod connection;
 mod connection_bounds;
@@ -22,6 +25,8 @@ mod error_response;
 pub(crate) mod fuzzing;
 mod guarded_stream;
 mod kernel_failures;
+mod metadata_request;
+mod metadata_response;
 mod own_probe;
 mod request;
 mod request_validation;
@@ -32,6 +37,7 @@ pub use request_validation::{Authorization, RequestHead};
 
 use connection_bounds::DropReason;
 use error_response::RequestError;
+use metadata_response::MetadataAnswer;
 
 /// The endpoint that serves the connections of all listeners.
 #[derive(Debug)]
@@ -48,6 +54,8 @@ pub struct CredentialEndpoint {
     pub authorization: Authorization,
     /// Is notified when a request over TCP lacks the header, or has another token.
     pub token_needed: Arc<Notify>,
+    /// The instance metadata service, if it is served.
+    pub imds: Option<Imds>,
     /// The mark of the daemon's own requests.
     pub own_probe: OwnProbe,
     /// The limit of connections, in total and for each workload.
@@ -57,10 +65,13 @@ pub struct CredentialEndpoint {
 }
 
 /// Returns the outcome and the reason of each way in which a request ends without credentials.
-pub fn request_failures() -> BTreeSet<(&'static str, &'static str)> {
-    let samples = RequestError::samples().into_iter();
-    samples
-        .map(|error| (error.outcome().name(), error.reason()))
+pub fn ends_without_credentials(protocol: Protocol) -> BTreeSet<(&'static str, &'static str)> {
+    let failures = RequestError::samples(protocol).into_iter();
+    let failures = failures.map(|error| (error.outcome().name(), error.reason()));
+    let answers = MetadataAnswer::REASONS.iter();
+    let answers = answers.filter(|_| protocol == Protocol::Imds);
+    failures
+        .chain(answers.map(|reason| (Outcome::Answered.name(), *reason)))
         .collect()
 }
 

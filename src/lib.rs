@@ -7,8 +7,9 @@
 //!
 //! Values, without I/O: [`identity`] (SPIFFE IDs), [`socket_endpoint`] (addresses of agents),
 //! [`cgroup`] (facts of a cgroup path), [`caller`] (the attested peer), [`workload_rule`] (the
-//! SPIFFE ID of a caller), [`role`] (the roles of a SPIFFE ID), [`credentials`], [`clock`],
-//! [`backoff`], [`exit_status`]. [`file_threads`] runs calls on files that may block.
+//! SPIFFE ID of a caller), [`role`] (the roles of a SPIFFE ID), [`protocol`] (of a request),
+//! [`credentials`], [`clock`], [`backoff`], [`exit_status`]. [`file_threads`] runs calls on files
+//! that may block.
 //!
 //! Parts that all others need: [`config`], [`writer`] (lines, without blocking the callers),
 //! [`telemetry`] (the log), [`metrics`], [`upstream_status`] (state of the upstreams), [`audit`]
@@ -25,7 +26,11 @@
 //! | cache | [`cache`] | credentials by SPIFFE ID and role, refreshed before they expire |
 //! | exchange | [`exchange`] | JWT-SVID from [`svid`], credentials from [`sts`], within [`limits`] that are fair between workloads |
 //!
-//! Around the request path: [`pod_listeners`] listens in each pod's network namespace ([`netns`]),
+//! A request may come by either protocol: the container credential endpoint's, or that of [`imds`],
+//! which has the tokens, paths and bodies of EC2's instance metadata service.
+//!
+//! Around the request path: [`pod_listeners`] listens in each pod's network namespace ([`netns`],
+//! and [`netlink`] for its addresses),
 //! [`admin`] serves health and metrics, [`readiness`] decides when the daemon is ready (by
 //! [`http_client`]), [`hardening`] drops privileges, and [`watchdog`] reports to systemd that the
 //! threads work. [`app`] wires all of it, and [`daemon`] runs it.
@@ -58,6 +63,8 @@ pub mod workload_rule;
 
 pub mod role;
 
+pub mod protocol;
+
 pub mod credentials;
 
 pub mod backoff;
@@ -84,6 +91,8 @@ pub mod hardening;
 
 pub mod netns;
 
+pub mod netlink;
+
 pub mod listen;
 
 pub mod attest;
@@ -99,6 +108,8 @@ pub mod policy;
 pub mod cache;
 
 pub mod credential_service;
+
+pub mod imds;
 
 pub mod http;
 

@@ -30,7 +30,10 @@ pub(crate) use connect::fill_backlog;
 pub use drain::{Drain, DrainHandle, OpenConnection, PendingConnection, PendingPermit};
 pub use lazy_socket::LazySocket;
 pub use listener::{AcceptedStream, Listener, ListenerSource};
-pub use pod_listener::{NetnsRef, POD_ADDRESSES, PodListener};
+pub use pod_listener::{
+    METADATA_ADDRESSES, NetnsRef, POD_ADDRESSES, POD_PORT, PodListener, is_metadata_address,
+    is_metadata_ip,
+};
 pub use socket_activation::ActivatedSockets;
 pub use socket_file::SocketFile;
 pub use unprivileged_ports::{

@@ -68,6 +68,8 @@ pub struct Metrics {
     pub pod_listeners: Gauge,
     /// Network namespaces in which the daemon could not listen, or not on every address.
     pub pod_listener_failures: Family<ReasonLabel, Counter>,
+    /// Network namespaces of pods in which the daemon serves the metadata address.
+    pub imds_namespaces: Gauge,
     /// Users and groups in rules that have no known number.
     pub unknown_accounts: Gauge,
     reload_successful: Gauge,
@@ -103,6 +105,7 @@ impl Default for Metrics {
             log_lines_dropped: Counter::default(),
             pod_listeners: Gauge::default(),
             pod_listener_failures: Family::default(),
+            imds_namespaces: Gauge::default(),
             unknown_accounts: Gauge::default(),
             reload_successful: Gauge::default(),
             reload_success_timestamp: Gauge::default(),
@@ -262,7 +265,7 @@ impl Metrics {
     fn register_requests(&self, own: &mut Registry) {
         own.register(
             "requests",
-            "Requests by listener, outcome and reason",
+            "Requests by listener, protocol, outcome and reason",
             self.requests.clone(),
         );
         own.register_with_unit(
@@ -371,6 +374,11 @@ impl Metrics {
             "pod_listener_failures",
             "Network namespaces of pods in which awsvid could not listen",
             self.pod_listener_failures.clone(),
+        );
+        own.register(
+            "imds_namespaces",
+            "Network namespaces in which 169.254.169.254 is served",
+            self.imds_namespaces.clone(),
         );
         own.register(
             "unknown_accounts",

@@ -27,9 +27,13 @@ mod failure_log;
 pub(crate) mod fuzzing;
 mod gate;
 mod handover_protocol;
+mod metadata;
+mod metadata_log;
 mod netns_directory;
 mod netns_watch;
+mod opt_in;
 mod pod;
+mod probe;
 mod reconciler;
 mod sys;
 mod takeover;
@@ -90,10 +94,12 @@ impl PodListeners {
     ///
     /// On return the present namespaces are served, unless another instance serves them and passes
     /// its listeners once the gate is passed, or the directory does not respond. Fails if
-    /// namespaces cannot be entered here, for which the daemon lacks a privilege.
+    /// namespaces cannot be entered here, for which the daemon lacks a privilege. With
+    /// `serves_metadata` pods may opt in to the metadata address.
     pub async fn start(
         directory: &Path,
         handover: Option<&Path>,
+        serves_metadata: bool,
         endpoint: Arc<CredentialEndpoint>,
         threads: FileThreads,
         metrics: Metrics,
@@ -111,6 +117,7 @@ impl PodListeners {
             endpoint,
             drain,
             loops: TaskTracker::new(),
+            serves_metadata,
         };
         let ((could_serve, can_serve), (first_scan, first_scan_done)) =
             (watch::channel(false), watch::channel(false));

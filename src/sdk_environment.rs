@@ -69,6 +69,15 @@ pub const HIGHER_PRECEDENCE_VARS: [(&str, HigherPrecedence); 21] = [
     ("AWS_CONTAINER_AUTHORIZATION_TOKEN", IsSent),
     ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", IsSent),
 ];
+/// Where SDKs find the instance metadata service, without a path: one of them drops it.
+const METADATA_ENDPOINT: &str = "AWS_EC2_METADATA_SERVICE_ENDPOINT";
+/// With `IPv6` an SDK takes another address than that.
+const METADATA_MODE: &str = "AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE";
+/// Keeps an SDK from version 1 of that service.
+const METADATA_V1_DISABLED: &str = "AWS_EC2_METADATA_V1_DISABLED";
+/// Keeps an SDK from that service altogether.
+const METADATA_DISABLED: &str = "AWS_EC2_METADATA_DISABLED";
+
 /// Proxy variables. With one set, the endpoint has to be an exception, because a proxy's loopback
 /// is another machine's.
 const PROXIES: [&str; 6] = [
@@ -88,25 +97,40 @@ pub struct Environment {
 }
 
 impl Environment {
-    /// Returns the variables for the endpoint `uri` on `host`. `inherited` reads the variables of
-    /// this process.
-    pub fn new(uri: String, host: &str, inherited: impl Fn(&str) -> Option<String>) -> Self {
-        let mut set = vec![
-            ("AWS_CONTAINER_CREDENTIALS_FULL_URI", uri),
-            // Without this an SDK that gets no credentials here would try those of an EC2 instance.
-            ("AWS_EC2_METADATA_DISABLED", "true".to_owned()),
-        ];
+    /// Returns the variables for the container credential endpoint `uri` on `host`, and for the
+    /// instance metadata service at `metadata` if the daemon serves it. `inherited` reads the
+    /// variables of this process.
+    pub fn new(
+        (uri, metadata): (String, Option<String>),
+        host: &str,
+        inherited: impl Fn(&str) -> Option<String>,
+    ) -> Self {
+        let mut removed = HIGHER_PRECEDENCE_VARS.map(|(name, _)| name).to_vec();
+        let mut set = vec![("AWS_CONTAINER_CREDENTIALS_FULL_URI", uri)];
+        let mut host = host.to_owned();
+        match metadata {
+            Some(origin) => {
+                set.push((METADATA_ENDPOINT, origin));
+                set.push((METADATA_V1_DISABLED, "true".to_owned()));
+                // Programs that do not know the variable use the address.
+                host.push_str(",169.254.169.254");
+                removed.extend([METADATA_DISABLED, METADATA_MODE]);
+            }
+            None => {
+                // Without this an SDK that gets no credentials here would try those of an EC2
+                // instance.
+                set.push((METADATA_DISABLED, "true".to_owned()));
+                removed.extend([METADATA_ENDPOINT, METADATA_V1_DISABLED, METADATA_MODE]);
+            }
+        }
         if PROXIES.iter().any(|name| inherited(name).is_some()) {
             let exceptions = inherited("no_proxy")
                 .or_else(|| inherited("NO_PROXY"))
                 .filter(|list| !list.is_empty());
-            let exceptions = exceptions.map_or(host.to_owned(), |list| format!("{list},{host}"));
+            let exceptions = exceptions.map_or(host.clone(), |list| format!("{list},{host}"));
             set.extend([("NO_PROXY", exceptions.clone()), ("no_proxy", exceptions)]);
         }
-        Self {
-            set,
-            removed: HIGHER_PRECEDENCE_VARS.map(|(name, _)| name).to_vec(),
-        }
+        Self { set, removed }
     }
 
     /// Sets another variable, too.
@@ -164,11 +188,36 @@ mod tests {
     fn environment(inherited: &[(&str, &str)]) -> Environment {
         let inherited: BTreeMap<&str, &str> = inherited.iter().copied().collect();
         let inherited = |name: &str| inherited.get(name).map(|&value| value.to_owned());
-        Environment::new(
-            "http://127.0.0.1:974/v1/credentials".to_owned(),
-            "127.0.0.1",
-            inherited,
-        )
+        let uri = "http://127.0.0.1:974/v1/credentials".to_owned();
+        Environment::new((uri, None), "127.0.0.1", inherited)
+    }
+
+    #[test]
+    fn metadata_is_either_served_or_disabled() {
+        let inherited = |name: &str| (name == "HTTP_PROXY").then(|| "http://a".to_owned());
+        let environment = |metadata: Option<&str>| {
+            let endpoints = (
+                "http://a/v1/credentials".to_owned(),
+                metadata.map(str::to_owned),
+            );
+            Environment::new(endpoints, "127.0.0.1", inherited)
+        };
+        let on = environment(Some("http://127.0.0.1:974"));
+        let set: BTreeMap<_, _> = on.variables().iter().cloned().collect();
+        assert_eq!(set[METADATA_ENDPOINT], "http://127.0.0.1:974");
+        assert_eq!(set[METADATA_V1_DISABLED], "true");
+        assert_eq!(set["NO_PROXY"], "127.0.0.1,169.254.169.254");
+        assert!(!set.contains_key(METADATA_DISABLED));
+        assert!(on.removed().contains(&METADATA_DISABLED));
+        let off = environment(None);
+        let set: BTreeMap<_, _> = off.variables().iter().cloned().collect();
+        assert_eq!(
+            (&*set[METADATA_DISABLED], &*set["NO_PROXY"]),
+            ("true", "127.0.0.1")
+        );
+        for name in [METADATA_ENDPOINT, METADATA_V1_DISABLED, METADATA_MODE] {
+            assert!(off.removed().contains(&name), "{name}");
+        }
     }
 
     /// Returns the environment of a shell that has run the lines.

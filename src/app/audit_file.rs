@@ -93,6 +93,7 @@ mod tests {
     use super::*;
     use crate::audit::{Outcome, RequestPeer};
     use crate::caller::ListenerKind;
+    use crate::protocol::Protocol;
 
     /// Returns whether the record of a request for credentials was written.
     async fn is_written(audit: &Arc<Audit>) -> bool {
@@ -103,7 +104,7 @@ mod tests {
         };
         let record = audit.begin(
             audit.next_request(),
-            ListenerKind::Unix,
+            (ListenerKind::Unix, Protocol::Container),
             RequestPeer::Rejected(None),
         );
         record.finish(Outcome::Issued, "ok", Some(issued)).await

@@ -27,8 +27,8 @@ use crate::svid::{self, AgentSource, IdentitySource, SourceError, SpireDelegated
 /// all of it.
 const SOURCE_CHECK_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Parts that a reload replaces: those of all tables but `[listen]`, `[pods]`, `[audit]` and
-/// `[log]`.
+/// Parts that a reload replaces: those of all tables but `[listen]`, `[pods]`, `[imds]`, `[audit]`
+/// and `[log]`.
 pub(super) struct Components {
     pub(super) identity: IdentityConfig,
     pub(super) policy: Policy,

@@ -28,6 +28,12 @@ pub enum AppError {
     /// The token file cannot be read or written.
     #[error("[listen] token_file {path}: {source}", path = path.display())]
     Token { path: PathBuf, source: io::Error },
+    /// The instance metadata service cannot be served.
+    #[error("[imds] key_file {path}: {source}", path = path.display())]
+    ImdsKey { path: PathBuf, source: io::Error },
+    /// The daemon's own network namespace is not known.
+    #[error("[imds] own network namespace: {0}; give the daemon the host's /proc")]
+    OwnNetns(io::Error),
     /// Pods' network namespaces cannot be served.
     #[error(transparent)]
     Pods(#[from] PodsError),
@@ -53,6 +59,8 @@ impl AppError {
             | Self::Listen(_)
             | Self::Audit { .. }
             | Self::Token { .. }
+            | Self::ImdsKey { .. }
+            | Self::OwnNetns(_)
             | Self::Source(_) => ExitStatus::Failure,
         }
     }

@@ -11,20 +11,14 @@ use crate::metrics::{
     CacheLabel, CallLabel, EntryStateLabel, EvictionReason, Metrics, PodListenerFailure,
     ReasonLabel, RequestLabel,
 };
+use crate::protocol::Protocol;
 use crate::sts::StsError;
 use crate::svid::SourceError;
 
 /// Creates each time series with a zero. Those of STS endpoints follow with each configuration
-/// ([`Metrics::add_sts`]).
-pub(super) fn create(metrics: &Metrics) {
-    let failures = http::request_failures();
-    for listener in ListenerKind::ALL {
-        let ends = [(Outcome::Issued.name(), OK), (ABORTED, ABORTED)];
-        for (outcome, reason) in failures.iter().copied().chain(ends) {
-            let label = RequestLabel::new(listener, outcome, reason);
-            drop(metrics.requests.get_or_create(&label));
-        }
-    }
+/// ([`Metrics::add_sts`]). Those of the instance metadata service exist only where it is served.
+pub(super) fn create(metrics: &Metrics, serves_imds: bool) {
+    create_requests(metrics, serves_imds);
     for label in CacheLabel::ALL {
         drop(metrics.request_duration.get_or_create(&label));
     }
@@ -63,8 +57,26 @@ pub(super) fn create(metrics: &Metrics) {
     for reason in EvictionReason::ALL {
         drop(metrics.cache_evictions.get_or_create(&reason.into()));
     }
-    for failure in PodListenerFailure::ALL {
+    let metadata = PodListenerFailure::METADATA.into_iter();
+    let metadata = metadata.filter(|_| serves_imds);
+    for failure in PodListenerFailure::LOOPBACK.into_iter().chain(metadata) {
         drop(metrics.pod_listener_failures.get_or_create(&failure.into()));
+    }
+}
+
+fn create_requests(metrics: &Metrics, serves_imds: bool) {
+    for protocol in Protocol::ALL {
+        let others = http::ends_without_credentials(protocol);
+        for listener in ListenerKind::ALL {
+            if protocol == Protocol::Imds && (!serves_imds || listener == ListenerKind::Unix) {
+                continue;
+            }
+            let ends = [(Outcome::Issued.name(), OK), (ABORTED, ABORTED)];
+            for (outcome, reason) in others.iter().copied().chain(ends) {
+                let label = RequestLabel::new((listener, protocol), outcome, reason);
+                drop(metrics.requests.get_or_create(&label));
+            }
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use crate::attest::tcp::{SocketProof, TcpAttestor};
 use crate::caller::{AttestError, PeerFacts};
 use crate::cgroup::PodUid;
 use crate::listen::PendingPermit;
+use crate::netns::NamespaceId;
 
 /// An attestor for the peers of a listener in one pod's network namespace.
 ///
@@ -20,6 +21,7 @@ use crate::listen::PendingPermit;
 /// privileged process moved it into the namespace, so it is rejected.
 pub struct PodAttestor {
     tcp: TcpAttestor,
+    netns: NamespaceId,
     owner: Mutex<Option<NetnsOwner>>,
     closed: CancellationToken,
 }
@@ -40,12 +42,18 @@ impl fmt::Debug for PodAttestor {
 }
 
 impl PodAttestor {
-    pub(crate) fn new(tcp: TcpAttestor) -> Self {
+    pub(crate) fn new(tcp: TcpAttestor, netns: NamespaceId) -> Self {
         Self {
             tcp,
+            netns,
             owner: Mutex::default(),
             closed: CancellationToken::new(),
         }
+    }
+
+    /// Returns the identity of the namespace.
+    pub fn netns(&self) -> NamespaceId {
+        self.netns
     }
 
     /// Returns the pod that owns the namespace, once one of its processes has connected.

@@ -12,6 +12,7 @@ use nix::sys::stat::stat;
 use nix::sys::time::TimeVal;
 
 use crate::caller::AttestError;
+use crate::listen::is_metadata_address;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLM_F_REQUEST: u16 = 1;
@@ -125,7 +126,7 @@ impl SockDiag {
         client: SocketAddr,
         server: SocketAddr,
     ) -> Result<SocketInfo, AttestError> {
-        if !client.ip().to_canonical().is_loopback() || !server.ip().to_canonical().is_loopback() {
+        if !is_local(client, server) {
             return Err(AttestError::NotLoopback);
         }
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
@@ -171,6 +172,14 @@ impl SockDiag {
             }
         }
     }
+}
+
+/// Returns whether both ends are addresses of the loopback device, by which no other host connects.
+/// The kernel selects the metadata address itself as the source of a connection to it.
+fn is_local(client: SocketAddr, server: SocketAddr) -> bool {
+    let [client_ip, server_ip] = [client, server].map(|end| end.ip().to_canonical());
+    let is_server = server_ip.is_loopback() || is_metadata_address(server);
+    is_server && (client_ip.is_loopback() || (client_ip == server_ip))
 }
 
 fn netlink() -> io::Result<OwnedFd> {

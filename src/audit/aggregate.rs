@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use crate::audit::CacheResult;
 use crate::caller::{ListenerKind, WorkloadKey};
+use crate::protocol::Protocol;
 use crate::writer::{Line, Priority};
 
 /// The requests of one kind and caller that have records of their own in each [`COUNT_WINDOW`].
@@ -33,6 +34,7 @@ pub(super) struct AggregateKey {
     /// The workload; `None` for requests of any.
     pub(super) owner: Option<WorkloadKey>,
     pub(super) listener: ListenerKind,
+    pub(super) protocol: Protocol,
     pub(super) reason: &'static str,
     /// The access key id of the credentials, and the result of the lookup.
     pub(super) issued: Option<(String, CacheResult)>,
@@ -203,6 +205,7 @@ mod tests {
         AggregateKey {
             owner: Some(WorkloadKey::user(number)),
             listener: ListenerKind::Tcp,
+            protocol: Protocol::Container,
             reason,
             issued: None,
         }

@@ -20,6 +20,7 @@ pub(super) struct JsonLine<'a> {
     pub(super) outcome: &'static str,
     pub(super) reason: &'static str,
     pub(super) listener: &'static str,
+    pub(super) protocol: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) uid: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]

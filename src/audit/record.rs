@@ -10,6 +10,7 @@ use crate::audit::{ABORTED, Audit, CacheResult, IssuedFields, Outcome, RequestId
 use crate::caller::ListenerKind;
 use crate::identity::SpiffeId;
 use crate::metrics::{CacheLabel, RequestLabel};
+use crate::protocol::Protocol;
 use crate::role::{Grant, RequestedRole};
 use crate::writer::{self, Priority};
 
@@ -24,6 +25,7 @@ pub struct Record {
     started: Instant,
     request_id: RequestId,
     listener: ListenerKind,
+    protocol: Protocol,
     peer: RequestPeer,
     grant: Option<Grant>,
     /// The role that the path names.
@@ -73,7 +75,7 @@ impl Record {
     pub(super) fn new(
         audit: Arc<Audit>,
         request_id: RequestId,
-        listener: ListenerKind,
+        (listener, protocol): (ListenerKind, Protocol),
         peer: RequestPeer,
     ) -> Self {
         let started = Instant::now();
@@ -82,6 +84,7 @@ impl Record {
             started,
             request_id,
             listener,
+            protocol,
             peer,
             grant: None,
             requested: None,
@@ -217,6 +220,7 @@ impl Record {
         let key = AggregateKey {
             owner: Some(self.peer.workload_key()),
             listener: self.listener,
+            protocol: self.protocol,
             reason: end.reason,
             issued,
         };
@@ -248,6 +252,7 @@ impl Record {
             outcome: end.outcome,
             reason: end.reason,
             listener: self.listener.name(),
+            protocol: self.protocol.name(),
             uid: peer.map(|peer| peer.uid),
             cgroup: cgroup.map(|cgroup| cgroup.as_str()),
             systemd_unit: cgroup.and_then(|cgroup| cgroup.systemd_unit()),
@@ -295,7 +300,7 @@ impl Drop for Record {
             end.counted()
         });
         let metrics = &self.audit.metrics;
-        let label = RequestLabel::new(self.listener, ended.outcome, ended.reason);
+        let label = RequestLabel::new((self.listener, self.protocol), ended.outcome, ended.reason);
         metrics.requests.get_or_create(&label).inc();
         let duration = metrics.request_duration.get_or_create(&ended.cache);
         duration.observe(ended.seconds);

@@ -29,17 +29,17 @@ async fn records_go_to_new_file_after_rotation() {
     );
     let audit = open(&path);
     audit
-        .begin(REQUEST, ListenerKind::Unix, UNKNOWN)
+        .begin(REQUEST, (ListenerKind::Unix, Protocol::Container), UNKNOWN)
         .finish(Outcome::Refused, "host", None)
         .await;
     std::fs::rename(&path, &moved).unwrap();
     audit
-        .begin(REQUEST, ListenerKind::Unix, UNKNOWN)
+        .begin(REQUEST, (ListenerKind::Unix, Protocol::Container), UNKNOWN)
         .finish(Outcome::Refused, "path", None)
         .await;
     audit.reopen(&AuditFile::Path(path.clone()), false).unwrap();
     audit
-        .begin(REQUEST, ListenerKind::Unix, UNKNOWN)
+        .begin(REQUEST, (ListenerKind::Unix, Protocol::Container), UNKNOWN)
         .finish(Outcome::Refused, "method", None)
         .await;
     let reasons = |path| {
@@ -60,7 +60,7 @@ async fn records_go_to_new_file_after_rotation() {
             .is_err()
     );
     audit
-        .begin(REQUEST, ListenerKind::Unix, UNKNOWN)
+        .begin(REQUEST, (ListenerKind::Unix, Protocol::Container), UNKNOWN)
         .finish(Outcome::Refused, "browser", None)
         .await;
     assert_eq!(reasons(&path), ["method", "browser"]);
@@ -81,7 +81,7 @@ async fn queue_is_written_when_audit_ends() {
     let mut reader = std::fs::File::open(&path).unwrap();
     drop(both);
     for _ in 0..3 {
-        audit.begin(REQUEST, ListenerKind::Tcp, UNKNOWN);
+        audit.begin(REQUEST, (ListenerKind::Tcp, Protocol::Container), UNKNOWN);
     }
     drop(audit);
     let mut text = String::new();
@@ -108,7 +108,7 @@ fn issued(cache_result: CacheResult) -> IssuedFields<'static> {
 
 async fn issue(audit: &Arc<Audit>, cache_result: CacheResult) -> bool {
     audit
-        .begin(REQUEST, ListenerKind::Tcp, UNKNOWN)
+        .begin(REQUEST, (ListenerKind::Tcp, Protocol::Container), UNKNOWN)
         .finish(Outcome::Issued, "ok", Some(issued(cache_result)))
         .await
 }
@@ -117,12 +117,12 @@ async fn issue(audit: &Arc<Audit>, cache_result: CacheResult) -> bool {
 async fn flood(audit: &Arc<Audit>, count: usize) {
     for _ in 0..count {
         audit
-            .begin(REQUEST, ListenerKind::Tcp, UNKNOWN)
+            .begin(REQUEST, (ListenerKind::Tcp, Protocol::Container), UNKNOWN)
             .finish(Outcome::Refused, "host", None)
             .await;
         issue(audit, CacheResult::Hit).await;
         issue(audit, CacheResult::Miss).await;
-        drop(audit.begin(REQUEST, ListenerKind::Tcp, UNKNOWN));
+        drop(audit.begin(REQUEST, (ListenerKind::Tcp, Protocol::Container), UNKNOWN));
     }
 }
 
@@ -215,7 +215,7 @@ async fn rejected_peer_has_the_fields_of_an_attested_one() {
     let rejected = RequestPeer::Rejected(Some(caller.peer.clone()));
     for peer in [rejected, RequestPeer::Attested(Arc::new(caller))] {
         audit
-            .begin(REQUEST, ListenerKind::Pod, peer)
+            .begin(REQUEST, (ListenerKind::Pod, Protocol::Container), peer)
             .finish(Outcome::Refused, "no_role", None)
             .await;
     }
@@ -247,7 +247,7 @@ async fn first_hit_of_each_key_is_written_at_once() {
             ..issued(CacheResult::Hit)
         };
         let request = audit.next_request();
-        let record = audit.begin(request, ListenerKind::Tcp, UNKNOWN);
+        let record = audit.begin(request, (ListenerKind::Tcp, Protocol::Container), UNKNOWN);
         let id = request.to_string();
         assert!(record.finish(Outcome::Issued, "ok", Some(issued)).await);
         // Some of them, since reading all of it each time takes long.

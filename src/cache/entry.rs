@@ -1,7 +1,6 @@
 //! One cache entry: its credentials as they are served, and for how long, and its refresh and
 //! failure state.
 
-use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -9,13 +8,12 @@ use std::time::{Duration, SystemTime};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use serde::Serialize;
 use tokio::time::Instant;
-use zeroize::Zeroizing;
 
 use super::failure::FailureState;
 use super::flight::Flight;
 use crate::caller::Caller;
 use crate::clock::Clock;
-use crate::credentials::Credentials;
+use crate::credentials::{Credentials, RenderedBody};
 use crate::metrics::EntryStateLabel;
 use crate::policy::Policy;
 use crate::role::Grant;
@@ -159,7 +157,7 @@ pub struct CachedCredentials {
     /// Time at which AWS stops accepting the credentials.
     pub expiration: SystemTime,
     /// Response body for SDKs, rendered once.
-    pub body: CachedBody,
+    pub body: Arc<RenderedBody>,
     /// The expiration by the monotonic clock.
     expires: Instant,
     /// The lifetime at the time of issue.
@@ -200,17 +198,6 @@ impl CredentialTimes {
     }
 }
 
-/// A rendered response body. It is zeroized when its last holder drops it, and `Debug` does not
-/// print it.
-#[derive(Clone)]
-pub struct CachedBody(pub Arc<Zeroizing<Vec<u8>>>);
-
-impl fmt::Debug for CachedBody {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Body({} bytes)", self.0.len())
-    }
-}
-
 impl CachedCredentials {
     /// Wraps credentials that STS has just issued. The lifetime is bounded by the requested
     /// duration. If this node's clock is behind, `Expiration` alone seems further off than it is.
@@ -219,11 +206,17 @@ impl CachedCredentials {
         Self {
             access_key_id: credentials.access_key_id.as_str().into(),
             expiration: credentials.expiration,
-            body: CachedBody(Arc::new(credentials.body(&grant.role_arn))),
+            body: Arc::new(credentials.body(&grant.role_arn)),
             expires: Instant::now() + lifetime,
             lifetime,
             refresh_at_remaining: refresh_at_remaining(lifetime),
         }
+    }
+
+    /// Returns the time at which STS issued the credentials, by its clock.
+    pub fn issued(&self) -> SystemTime {
+        let issued = self.expiration.checked_sub(self.lifetime);
+        issued.unwrap_or(self.expiration)
     }
 
     /// Returns the remaining lifetime, by the monotonic or the wall clock, whichever is less. The

@@ -23,8 +23,18 @@ use crate::telemetry::in_current_request;
 
 pub(super) type FlightResult = Result<Arc<CachedCredentials>, CacheError>;
 
+/// The cause for which a flight starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum FlightStart {
+    /// A request waits for it, or an entry is due for a refresh.
+    Due,
+    /// A request is going to need it. Its caller may be gone by then, which fails nothing.
+    Ahead,
+}
+
 /// One exchange that is running.
 pub(super) struct Flight {
+    start: FlightStart,
     result: watch::Sender<Option<FlightResult>>,
     waiting: Mutex<WaitingCallers>,
 }
@@ -43,8 +53,9 @@ pub(super) struct Waiter {
 }
 
 impl Flight {
-    pub(super) fn new() -> Arc<Self> {
+    pub(super) fn new(start: FlightStart) -> Arc<Self> {
         Arc::new(Self {
+            start,
             result: watch::Sender::new(None),
             waiting: Mutex::default(),
         })
@@ -131,9 +142,10 @@ impl CacheInner {
         entry: &Arc<Entry>,
         caller: Arc<Caller>,
         state: &mut EntryState,
+        start: FlightStart,
         permit: Option<FairPermit<SpiffeId>>,
     ) -> Arc<Flight> {
-        let flight = Flight::new();
+        let flight = Flight::new(start);
         state.flight = Some(flight.clone());
         tokio::spawn(in_current_request(run_flight(
             self.clone(),
@@ -176,6 +188,12 @@ impl CacheInner {
                 .or_else(|| entry.latest.load_full())
             {
                 return FlightOutcome::Retry(other);
+            }
+            // The next request has a caller of its own, and must not get this failure.
+            if flight.start == FlightStart::Ahead {
+                state.flight = None;
+                self.plan(entry, &mut state);
+                return FlightOutcome::Done(result.map_err(CacheError::from));
             }
         }
         self.metrics

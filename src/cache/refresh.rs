@@ -16,6 +16,7 @@ use super::CacheInner;
 use super::entry::{CredentialTimes, Entry, EntryState, MIN_REMAINING};
 use super::events::CacheEvent;
 use super::failure::{FailureKind, FailureTimes};
+use super::flight::FlightStart;
 use crate::backoff::Jitter;
 use crate::clock::Clock;
 use crate::metrics::EvictionReason;
@@ -316,7 +317,7 @@ impl CacheInner {
             return Some(Instant::now() + Jitter::Around.apply(LIMITER_RETRY));
         };
         permit.set_in_use();
-        self.start_flight(entry, caller, state, Some(permit));
+        self.start_flight(entry, caller, state, FlightStart::Due, Some(permit));
         None
     }
 

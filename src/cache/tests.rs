@@ -377,7 +377,7 @@ async fn late_caller_starts_no_second_flight() {
     let (env, cache) = env(100);
     key(&cache).await.unwrap();
     let entry = cache.0.entry(&cache.policy(), &grant("a")).unwrap();
-    match cache.0.join_or_start(&entry, &caller()) {
+    match cache.0.join_or_start(&entry, &caller(), FlightStart::Due) {
         Ok(Some(Lookup::Credentials(cached, CacheResult::Hit))) => {
             assert_eq!(cached.access_key_id.to_string(), "KEY1")
         }

@@ -121,6 +121,7 @@ impl Exec {
             DaemonEndpoints {
                 listen: ListenConfig::default(),
                 region: None,
+                serves_imds: false,
             }
         } else {
             let hint =
@@ -137,7 +138,18 @@ impl Exec {
             Some(role) => format!("{}/{}", url.uri, role_in_path(role)?),
             None => url.uri,
         };
-        let mut environment = Environment::new(uri.clone(), &url.host, &inherited);
+        let metadata = daemon.serves_imds.then_some(url.origin);
+        let endpoints = (uri.clone(), metadata);
+        let mut environment = Environment::new(endpoints, &url.host, &inherited);
+        // An ARN is not the name of a role there.
+        let by_name = self
+            .role
+            .as_deref()
+            .filter(|role| !role.starts_with("arn:"));
+        match by_name.filter(|_| daemon.serves_imds) {
+            Some(role) => environment.set("AWS_EC2_INSTANCE_PROFILE_NAME", role),
+            None => environment.remove("AWS_EC2_INSTANCE_PROFILE_NAME"),
+        }
         self.set_token(&mut environment, &daemon.listen)?;
         let mut notes = Vec::new();
         let present: Vec<&str> = HIGHER_PRECEDENCE_VARS
@@ -208,6 +220,8 @@ impl Exec {
 struct Url {
     /// The URI, without a trailing slash.
     uri: String,
+    /// The URI without a path.
+    origin: String,
     host: String,
 }
 
@@ -267,6 +281,7 @@ fn endpoint(text: &str) -> Result<Url, String> {
     };
     Ok(Url {
         uri: format!("{scheme}://{authority}{path}"),
+        origin: format!("{scheme}://{authority}"),
         host: bare.to_owned(),
     })
 }

@@ -4,6 +4,7 @@
 //! it with `config show`, `deploy/awsvid.toml` and `deploy/docs/configuration.md`.
 
 mod list;
+mod rules;
 
 pub(super) use list::TABLES;
 
@@ -26,6 +27,20 @@ pub(super) struct KeySpec {
     /// The default as TOML in backticks, or what a missing key means.
     pub(super) default: &'static str,
     pub(super) meaning: &'static str,
+}
+
+const fn key(
+    name: &'static str,
+    value: &'static str,
+    default: &'static str,
+    meaning: &'static str,
+) -> KeySpec {
+    KeySpec {
+        name,
+        value,
+        default,
+        meaning,
+    }
 }
 
 /// Keys of a later version, by table: only a value that requests nothing is allowed.

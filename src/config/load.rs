@@ -9,7 +9,9 @@ use super::config_line::ConfigLine;
 use super::exposure::Exposure;
 use super::files::{ConfigFiles, read_file, utf8};
 use super::toml_reader::{ConfigText, Diagnostics, line_at};
-use super::{Config, ConfigErrors, ListenConfig, NamePolicy, Problem, listen, parse, pods, sts};
+use super::{
+    Config, ConfigErrors, ListenConfig, NamePolicy, Problem, imds, listen, parse, pods, sts,
+};
 
 /// A configuration without errors.
 #[derive(Debug, Clone)]
@@ -70,12 +72,14 @@ impl Config {
         }
     }
 
-    /// Reads the part of the file that a caller of the daemon needs: `[listen]`, and the region if
-    /// it is valid.
+    /// Reads the part of the file that a caller of the daemon needs: `[listen]`, the region if it
+    /// is valid, and whether the daemon serves metadata.
     ///
     /// A caller cannot correct the rest of the file, and may know fewer users than the daemon. Each
     /// error in `[listen]` counts, because a default could be the address of another daemon.
-    pub fn load_for_callers(path: &Path) -> Result<(ListenConfig, Option<String>), ConfigErrors> {
+    pub fn load_for_callers(
+        path: &Path,
+    ) -> Result<(ListenConfig, Option<String>, bool), ConfigErrors> {
         let failed = |problems| ConfigErrors {
             path: path.to_owned(),
             problems,
@@ -91,7 +95,8 @@ impl Config {
         let report = Diagnostics::new(&files);
         let (listen, _) = listen::read(&report.root(&tables).table("listen"), &pods);
         report.finish_table("listen", &tables).map_err(failed)?;
-        Ok((listen, region))
+        let imds = imds::read(&rest.root(&tables).table("imds"), &listen, &pods);
+        Ok((listen, region, imds.is_on()))
     }
 }
 

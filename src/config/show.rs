@@ -7,6 +7,7 @@ use toml::Value;
 
 use super::audit::{AuditConfig, AuditFile};
 use super::identity::{IdentityConfig, Reference, Source};
+use super::imds::ImdsConfig;
 use super::log::{LogConfig, LogFormat};
 use super::pods::PodsConfig;
 use super::sts::StsConfig;
@@ -35,6 +36,7 @@ impl LoadedConfig {
         let Config {
             listen,
             pods,
+            imds,
             identity,
             sts,
             cache,
@@ -53,6 +55,7 @@ impl LoadedConfig {
         writer.include();
         writer.listen(listen);
         writer.pods(pods);
+        writer.imds(imds);
         writer.identity(identity);
         writer.sts(sts);
         writer.cache(cache);
@@ -207,6 +210,19 @@ impl ConfigWriter<'_> {
             ),
             false => self.unset("handover_socket", "not used unless `enabled`"),
         }
+    }
+
+    fn imds(&mut self, imds: &ImdsConfig) {
+        const TABLE: &str = "imds";
+        let ImdsConfig {
+            mode,
+            region,
+            key_file,
+        } = imds;
+        self.table("[imds]");
+        self.key(TABLE, "mode", mode.word());
+        self.key(TABLE, "region", *region);
+        self.key(TABLE, "key_file", shown(key_file));
     }
 
     fn identity(&mut self, identity: &IdentityConfig) {

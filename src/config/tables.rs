@@ -3,6 +3,7 @@
 use super::audit::{AuditConfig, AuditFile};
 use super::cross_checks::PathSetting;
 use super::identity::{IdentityConfig, Source};
+use super::imds::ImdsConfig;
 use super::listen::ListenConfig;
 use super::pods::PodsConfig;
 use super::sts::StsConfig;
@@ -13,6 +14,7 @@ use crate::socket_endpoint::Endpoint;
 pub(super) struct Tables<'r> {
     pub(super) listen: Table<'r>,
     pub(super) pods: Table<'r>,
+    pub(super) imds: Table<'r>,
     pub(super) identity: Table<'r>,
     pub(super) sts: Table<'r>,
     pub(super) cache: Table<'r>,
@@ -26,6 +28,7 @@ impl<'r> Tables<'r> {
         Self {
             listen: root.table("listen"),
             pods: root.table("pods"),
+            imds: root.table("imds"),
             identity: root.table("identity"),
             sts: root.table("sts"),
             cache: root.table("cache"),
@@ -40,10 +43,11 @@ impl<'r> Tables<'r> {
         &'a self,
         listen: &'a ListenConfig,
         pods: &'a PodsConfig,
+        imds: &'a ImdsConfig,
         identity: &'a IdentityConfig,
         sts: &'a StsConfig,
         audit: &'a AuditConfig,
-    ) -> [PathSetting<'a>; 9] {
+    ) -> [PathSetting<'a>; 10] {
         let workload_api = match &identity.workload_api_socket {
             Endpoint::Unix(path) => Some(path.as_path()),
             Endpoint::Tcp(_) => None,
@@ -67,6 +71,7 @@ impl<'r> Tables<'r> {
             (&self.listen, "token_file", Some(&listen.token_file)),
             (&self.pods, "handover_socket", handover),
             (&self.pods, "netns_dir", Some(&pods.netns_dir)),
+            (&self.imds, "key_file", Some(&imds.key_file)),
             (&self.audit, "file", audit_file),
         ]
     }

@@ -35,7 +35,7 @@ tcp = ["127.0.0.1:80"]
 node = []
 admin = "10.0.0.7:9100"
 status = "/srv/status"
-authorization = "token"
+authorization = "off"
 token_file = "/srv/token"
 max_connections = 1_000
 max_connections_per_workload = 0x10
@@ -44,6 +44,10 @@ enabled = true
 netns_dir = "/var/run/netns/"
 cgroup_root = "/kubelet/kubepods/"
 handover_socket = "/srv/handover"
+[imds]
+mode = "address"
+region = false
+key_file = "/srv/key"
 [identity]
 source = "workload-api"
 workload_api_socket = "tcp://127.0.0.1:8081"
@@ -139,6 +143,12 @@ fn missing_key_has_the_documented_default() {
         handover_socket: None,
     };
     assert_eq!(config.pods, pods);
+    let imds = ImdsConfig {
+        mode: ImdsMode::Off,
+        region: true,
+        key_file: PathBuf::from("/run/awsvid/imds-key"),
+    };
+    assert_eq!(config.imds, imds);
     assert_eq!(config.identity.source, Source::WorkloadApi);
     assert_eq!(
         config.identity.workload_api_socket.to_string(),
@@ -216,7 +226,13 @@ fn reader_reads_every_key_of_the_tables() {
         (pods.enabled, pods.netns_dir, pods.handover_socket),
         (true, "/var/run/netns".into(), Some("/srv/handover".into()))
     );
-    assert_eq!(authorization, AuthorizationMode::Token);
+    let imds = ImdsConfig {
+        mode: ImdsMode::Address,
+        region: false,
+        key_file: "/srv/key".into(),
+    };
+    assert_eq!(config.imds, imds);
+    assert_eq!(authorization, AuthorizationMode::Off);
     assert_eq!(pods.cgroup_root.unwrap().as_str(), "/kubelet/kubepods");
     assert_eq!(
         (
@@ -294,10 +310,10 @@ fn reader_reads_every_key_of_rules_and_roles() {
         (Some(user.clone()), None, Some(group.clone()))
     );
     assert_eq!(names(&second.rule), (None, Some(group.clone()), None));
-    assert_eq!((lines(first), lines(second)), (vec![38, 40], vec![47]));
+    assert_eq!((lines(first), lines(second)), (vec![42, 44], vec![51]));
     assert_eq!(
         config.accounts(),
-        [(user, vec![38.into()]), (group, vec![40.into(), 47.into()])].into()
+        [(user, vec![42.into()]), (group, vec![44.into(), 51.into()])].into()
     );
     let (first, second) = (&first.rule.rule, &second.rule.rule);
     assert_eq!(
@@ -381,7 +397,7 @@ fn example_shows_the_defaults_of_the_code() {
         [plain, written].map(|loaded| format!("{:?} {:?}", loaded.config, loaded.warnings));
     assert_eq!(plain, written);
     // One for each key with a default that a file for workload-api may have.
-    assert_eq!(shown, 1 + 11 + 3 + 2 + 2 + 2 + 2 + 6);
+    assert_eq!(shown, 1 + 11 + 3 + 3 + 2 + 2 + 2 + 2 + 6);
 }
 
 #[test]
@@ -556,4 +572,7 @@ fn changed_names_the_keys_that_differ() {
     assert!(default.changed(&default).is_empty());
     let keys = "enabled netns_dir cgroup_root handover_socket";
     assert_eq!(default.changed(&other).join(" "), keys);
+    let [default, other] = [LEAST, EVERY_KEY].map(|text| loaded(text).config.imds);
+    assert!(default.changed(&default).is_empty());
+    assert_eq!(default.changed(&other).join(" "), "mode region key_file");
 }

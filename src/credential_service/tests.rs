@@ -7,6 +7,7 @@ use tokio::time::sleep;
 use super::*;
 use crate::audit::{Audit, RequestPeer};
 use crate::caller::ListenerKind;
+use crate::caller::constant_proof::constant_caller;
 use crate::clock::Clock;
 use crate::config::AuditFile;
 use crate::credentials::Credentials;
@@ -14,6 +15,7 @@ use crate::exchange::TokenExchanger;
 use crate::identity::{ArnTemplate, SpiffeIdPattern};
 use crate::metrics::Metrics;
 use crate::policy::CacheLimits;
+use crate::protocol::Protocol;
 use crate::role::{Grant, Identity, Role, Roles, StsTarget};
 use crate::sts::{AssumeRole, StsError};
 use crate::svid::{IdentityBasis, IdentitySource, JwtSvid};
@@ -122,13 +124,51 @@ impl ServiceEnv {
         let caller = Arc::new(Caller::synthetic());
         let mut record = self.audit.begin(
             self.audit.next_request(),
-            ListenerKind::Unix,
+            (ListenerKind::Unix, Protocol::Container),
             RequestPeer::Attested(caller.clone()),
         );
         self.service
             .credentials_for(&caller, &RequestedRole::Default, &mut record)
             .await
     }
+}
+
+/// Covers T45: the tasks of a workload that requests metadata tokens all the time.
+#[tokio::test(start_paused = true)]
+async fn workload_starts_one_exchange_ahead_at_a_time() {
+    let service = Arc::new(env(Duration::from_secs(3)).service);
+    let tasks = || {
+        tokio::runtime::Handle::current()
+            .metrics()
+            .num_alive_tasks()
+    };
+    let before = tasks();
+    for _ in 0..100 {
+        service.start_exchange(Arc::new(Caller::synthetic()));
+    }
+    assert_eq!(tasks(), before + 1);
+    // It ends with the source's answer; the flight belongs to the cache.
+    sleep(Duration::from_secs(4)).await;
+    assert_eq!(
+        service
+            .starts
+            .try_acquire(&Caller::synthetic().peer.workload_key())
+            .err(),
+        None
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn first_role_needs_no_exchange() {
+    let env = env(Duration::ZERO);
+    let caller = Arc::new(constant_caller(ListenerKind::Tcp, 7, None, None));
+    let mut record = env.audit.begin(
+        env.audit.next_request(),
+        (ListenerKind::Tcp, Protocol::Imds),
+        RequestPeer::Attested(caller.clone()),
+    );
+    let role = env.service.first_role(&caller, &mut record).await.unwrap();
+    assert_eq!(role.name, "shop");
 }
 
 #[tokio::test(start_paused = true)]

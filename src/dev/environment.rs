@@ -36,7 +36,7 @@ pub(super) fn environment(
 ) -> io::Result<Environment> {
     let token = std::fs::read_to_string(endpoints.token_file)?;
     let uri = format!("http://{}/v1/credentials", endpoints.credentials);
-    let mut environment = Environment::new(uri, "127.0.0.1", inherited);
+    let mut environment = Environment::new((uri, None), "127.0.0.1", inherited);
     OTHER_ENDPOINTS
         .into_iter()
         .for_each(|name| environment.remove(name));

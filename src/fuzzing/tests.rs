@@ -8,7 +8,7 @@ mod sources;
 /// A parser with the name of its target and of the folder of its seeds.
 type Parser = (&'static str, fn(&[u8]) -> bool);
 
-const PARSERS: [Parser; 21] = [
+const PARSERS: [Parser; 23] = [
     ("sock_diag", sock_diag),
     ("proc", proc),
     ("mountinfo", mountinfo),
@@ -30,6 +30,8 @@ const PARSERS: [Parser; 21] = [
     ("url", url),
     ("documents", documents),
     ("socket_unit", socket_unit),
+    ("metadata_path", metadata_path),
+    ("metadata_token", metadata_token),
 ];
 /// Number of damaged seeds per parser.
 const ROUNDS: usize = 2_000;

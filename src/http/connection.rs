@@ -8,8 +8,11 @@ use crate::caller::{AttestError, ListenerKind, PeerFacts, WorkloadKey};
 use crate::http::CredentialEndpoint;
 use crate::http::connection_bounds::{ConnectionBounds, DropReason};
 use crate::http::error_response::RequestError;
+use crate::http::request_validation::HostRule;
+use crate::imds::is_metadata;
 use crate::limits::FairPermit;
-use crate::listen::{AcceptedStream, LazySocket, PendingConnection};
+use crate::listen::{AcceptedStream, LazySocket, PendingConnection, is_metadata_address};
+use crate::netns::NamespaceId;
 use crate::telemetry::{RequestId, RequestScope};
 
 /// The facts about a request that are known before its peer.
@@ -17,9 +20,26 @@ use crate::telemetry::{RequestId, RequestScope};
 pub(super) struct RequestOrigin {
     pub(super) id: RequestId,
     pub(super) listener: ListenerKind,
+    /// The way in which the listener serves metadata, if it does.
+    metadata: Option<MetadataListener>,
+}
+
+/// The way in which a listener serves the instance metadata service.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct MetadataListener {
+    /// The network namespace of its metadata tokens.
+    pub(super) netns: NamespaceId,
+    pub(super) host_rule: HostRule,
 }
 
 impl RequestOrigin {
+    /// Returns the way in which the path is served as metadata, or `None` if it belongs to the
+    /// container credential endpoint. At the metadata address nothing belongs to that.
+    pub(super) fn metadata(&self, path: &str) -> Option<MetadataListener> {
+        self.metadata
+            .filter(|listener| listener.host_rule == HostRule::Metadata || is_metadata(path))
+    }
+
     /// Returns what each line of the log about this request contains.
     fn scope(self, peer: Option<&PeerFacts>) -> RequestScope {
         let pod = peer.and_then(|peer| peer.pod.as_ref());
@@ -47,6 +67,7 @@ impl CredentialEndpoint {
         let origin = RequestOrigin {
             id,
             listener: listener_kind(&stream, pod.as_deref()),
+            metadata: self.metadata_listener(&stream, pod.as_deref()),
         };
         let descriptor = stream.socket().descriptor().clone();
         let bounds = ConnectionBounds::new(descriptor, pod.clone(), &self.metrics, pending.open);
@@ -94,6 +115,23 @@ impl CredentialEndpoint {
             bounds.run(pin!(served)).await;
         });
         lookups.spawn(workload, served, on_abandon);
+    }
+
+    fn metadata_listener(
+        &self,
+        stream: &AcceptedStream,
+        pod: Option<&PodAttestor>,
+    ) -> Option<MetadataListener> {
+        let (AcceptedStream::Tcp { server, .. }, Some(imds)) = (stream, &self.imds) else {
+            return None;
+        };
+        Some(MetadataListener {
+            netns: pod.map_or(imds.netns, PodAttestor::netns),
+            host_rule: match is_metadata_address(*server) {
+                true => HostRule::Metadata,
+                false => HostRule::Loopback,
+            },
+        })
     }
 
     /// Finishes the attestation and then serves the request, until the connection ends or gives way

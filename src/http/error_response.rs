@@ -10,6 +10,7 @@ use crate::caller::{AttestError, Caller};
 use crate::credential_service::ServiceError;
 use crate::exchange::ExchangeError;
 use crate::identity::SpiffeId;
+use crate::protocol::Protocol;
 use crate::role::{RequestedRole, RoleDenied};
 use crate::svid::SourceError;
 
@@ -40,6 +41,10 @@ pub(crate) enum RequestError {
     NoAuthorization,
     /// The header `Authorization` is not the token.
     WrongToken,
+    /// The header with the lifetime of a metadata token is missing, or out of bounds.
+    MetadataTtl,
+    /// The metadata token is missing, or is not valid here.
+    MetadataToken,
     /// The caller, which is described, has no identity.
     NoIdentity(String),
     /// No role is for this caller.
@@ -79,20 +84,25 @@ struct ErrorBody<'a> {
 }
 
 impl RequestError {
-    /// Returns an error of each kind, for their labels.
-    pub(super) fn samples() -> Vec<Self> {
+    /// Returns an error of each kind that this protocol has, for their labels.
+    pub(super) fn samples(protocol: Protocol) -> Vec<Self> {
+        let of_protocol = match protocol {
+            Protocol::Container => vec![
+                Self::Malformed,
+                Self::HeadTooLarge,
+                Self::BadArn,
+                Self::NoAuthorization,
+                Self::WrongToken,
+            ],
+            Protocol::Imds => vec![Self::MetadataTtl, Self::MetadataToken],
+        };
         let own = [
             Self::Host,
             Self::Browser,
             Self::Proxied,
-            Self::Malformed,
-            Self::HeadTooLarge,
             Self::Method,
             Self::Body,
             Self::Path,
-            Self::BadArn,
-            Self::NoAuthorization,
-            Self::WrongToken,
             Self::NoIdentity(String::new()),
             Self::Pending,
             Self::Full,
@@ -112,7 +122,8 @@ impl RequestError {
             |error: &ExchangeError| matches!(error, ExchangeError::Source(SourceError::Caller(_)));
         let exchanges = ExchangeError::samples();
         let exchanges = exchanges.into_iter().filter(|error| !is_of_caller(error));
-        let own = own.into_iter().chain(callers).chain(denials);
+        let own = own.into_iter().chain(of_protocol);
+        let own = own.chain(callers).chain(denials);
         own.chain(exchanges.map(Self::Exchange)).collect()
     }
 
@@ -157,6 +168,8 @@ impl RequestError {
             Self::BadArn => "bad_arn",
             Self::NoAuthorization => "no_authorization",
             Self::WrongToken => "wrong_token",
+            Self::MetadataTtl => "imds_ttl",
+            Self::MetadataToken => "imds_token",
             Self::NoIdentity(_) => "no_identity",
             Self::Denied(denial) => denial.denied.reason(),
             Self::Exchange(error) => error.reason(),
@@ -167,7 +180,7 @@ impl RequestError {
         }
     }
 
-    fn is_transient(&self) -> bool {
+    pub(super) fn is_transient(&self) -> bool {
         match self {
             Self::Exchange(error) => error.is_transient(),
             Self::Caller(error) => error.is_transient(),
@@ -183,6 +196,8 @@ impl RequestError {
             | Self::BadArn
             | Self::NoAuthorization
             | Self::WrongToken
+            | Self::MetadataTtl
+            | Self::MetadataToken
             | Self::NoIdentity(_)
             | Self::Denied(_) => false,
         }
@@ -202,7 +217,8 @@ impl RequestError {
             Self::Path => 404,
             Self::Method => 405,
             Self::HeadTooLarge => 431,
-            Self::Host | Self::Malformed | Self::Body | Self::BadArn => 400,
+            Self::Host | Self::Malformed | Self::Body | Self::BadArn | Self::MetadataTtl => 400,
+            Self::MetadataToken => 401,
             Self::Caller(error) => retry_or_reject(error.is_transient()),
             Self::Exchange(error) => retry_or_reject(error.is_transient()),
             Self::Pending | Self::Full | Self::TooManyRoles | Self::NotAudited => 503,
@@ -226,7 +242,7 @@ impl RequestError {
     }
 
     /// Returns the cause and the fix. It contains no secret and no fact about other workloads.
-    fn message(&self) -> String {
+    pub(super) fn message(&self) -> String {
         let uri =
             "set AWS_CONTAINER_CREDENTIALS_FULL_URI to http://127.0.0.1:<port>/v1/credentials";
         match self {
@@ -245,6 +261,8 @@ impl RequestError {
             Self::BadArn => "invalid role ARN in the path: it is not of the form arn:aws:iam::123456789012:role/name; correct it, and percent-encode it once".to_owned(),
             Self::NoAuthorization => "missing Authorization header: it is required over TCP; set AWS_CONTAINER_AUTHORIZATION_TOKEN to any value, or AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to the node's token file".to_owned(),
             Self::WrongToken => "wrong Authorization header: it is not this node's token; set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to the node's token file".to_owned(),
+            Self::MetadataTtl => "missing or invalid X-aws-ec2-metadata-token-ttl-seconds header: it takes 1 to 21600 seconds; use an SDK that knows IMDSv2".to_owned(),
+            Self::MetadataToken => "no valid metadata token: version 1 of this service is not served; send PUT /latest/api/token first, or clear the SDK's cached token".to_owned(),
             Self::NoIdentity(caller) => format!("no SPIFFE identity: this node has none for {caller}; add a [[workload]] rule for it or, where SPIRE attests workloads, a registration entry"),
             Self::Denied(denial) => format!("{denial}; add or widen a [[role]] on the node"),
             Self::Exchange(error) => error.to_string(),

@@ -17,8 +17,9 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 
 use crate::attest::Rejection;
 use crate::audit::{self, CacheResult, Outcome, Record, RequestPeer};
-use crate::cache::{CachedBody, CachedCredentials};
+use crate::cache::CachedCredentials;
 use crate::caller::{Caller, ListenerKind, WorkloadKey};
+use crate::credentials::RenderedBody;
 use crate::http::connection::RequestOrigin;
 use crate::http::connection_bounds::DropReason;
 use crate::http::error_response::RequestError;
@@ -26,6 +27,7 @@ use crate::http::guarded_stream::{GuardedStream, ResponseState};
 use crate::http::{CredentialEndpoint, RequestHead, request_validation};
 use crate::limits::FairPermit;
 use crate::listen::LazySocket;
+use crate::protocol::Protocol;
 use crate::telemetry::RequestId;
 
 /// The longest time for a complete head.
@@ -34,7 +36,7 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_HEAD_BYTES: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
 
-type HttpResponse = Response<Full<Bytes>>;
+pub(super) type HttpResponse = Response<Full<Bytes>>;
 
 impl CredentialEndpoint {
     /// Reads one request and answers it. Rejected callers get an answer too, so that their SDK
@@ -95,14 +97,21 @@ impl CredentialEndpoint {
     async fn answer(
         &self,
         request: &Request<Incoming>,
-        RequestOrigin { id, listener }: RequestOrigin,
+        origin: RequestOrigin,
         caller: Result<Arc<Caller>, Rejection>,
     ) -> HttpResponse {
         let peer = match &caller {
             Ok(caller) => RequestPeer::Attested(caller.clone()),
             Err(rejection) => RequestPeer::Rejected(rejection.peer.clone()),
         };
-        let mut record = self.audit.begin(id, listener, peer);
+        let RequestOrigin { id, listener, .. } = origin;
+        if let (Some(imds), Some(at)) = (&self.imds, origin.metadata(request.uri().path())) {
+            let record = self.audit.begin(id, (listener, Protocol::Imds), peer);
+            // On the heap, so that the other requests are no larger for it.
+            let answer = self.answer_metadata((imds, at), request, (id, caller), record);
+            return Box::pin(answer).await;
+        }
+        let mut record = self.audit.begin(id, (listener, Protocol::Container), peer);
         if self.own_probe.sent(request.uri().path(), request.headers()) {
             record.mark_own_probe();
         }
@@ -165,21 +174,17 @@ impl CredentialEndpoint {
 }
 
 /// A cached body that hyper writes without a copy of the secrets.
-struct SharedBody(CachedBody);
+struct SharedBody(Arc<RenderedBody>);
 
 impl AsRef<[u8]> for SharedBody {
     fn as_ref(&self) -> &[u8] {
-        &self.0.0
+        self.0.bytes()
     }
 }
 
 fn error_response(error: &RequestError, id: RequestId) -> HttpResponse {
     let mut response = json_response(error.status(), Bytes::from(error.body(id)));
-    if let Some(seconds) = error.retry_after() {
-        response
-            .headers_mut()
-            .insert(RETRY_AFTER, HeaderValue::from(seconds));
-    }
+    set_retry_after(&mut response, error);
     if let Some(methods) = error.allow() {
         response
             .headers_mut()
@@ -188,14 +193,28 @@ fn error_response(error: &RequestError, id: RequestId) -> HttpResponse {
     response
 }
 
+/// Sets the time after which the SDK may retry, if that is useful.
+pub(super) fn set_retry_after(response: &mut HttpResponse, error: &RequestError) {
+    if let Some(seconds) = error.retry_after() {
+        response
+            .headers_mut()
+            .insert(RETRY_AFTER, HeaderValue::from(seconds));
+    }
+}
+
+/// Returns an answer in JSON.
+fn json_response(status: u16, body: Bytes) -> HttpResponse {
+    response(status, "application/json", body)
+}
+
 /// Returns an answer with `Connection: close`: one connection is one attestation, and one SDK never
 /// closes its own.
-fn json_response(status: u16, body: Bytes) -> HttpResponse {
+pub(super) fn response(status: u16, content_type: &'static str, body: Bytes) -> HttpResponse {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() =
         hyper::StatusCode::from_u16(status).unwrap_or(hyper::StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(CONNECTION, HeaderValue::from_static("close"));
     response

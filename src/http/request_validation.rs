@@ -20,6 +20,7 @@ use subtle::ConstantTimeEq;
 use crate::caller::ListenerKind;
 use crate::http::error_response::RequestError;
 use crate::identity::RoleArn;
+use crate::listen::is_metadata_ip;
 use crate::role::RequestedRole;
 
 /// `[listen] authorization`: the header that a caller over TCP has to send. It proves that the
@@ -101,13 +102,59 @@ const PROXY_PREFIX: &str = "x-forwarded-";
 /// The longest name of a role in bytes, as in the configuration.
 const MAX_ROLE_NAME_BYTES: usize = 64;
 
-/// Validates a request, and returns the role that it requests.
-pub(super) fn validate(
+/// The names by which a caller may address a listener. An attacker can point any other name at it
+/// (DNS rebinding).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum HostRule {
+    /// `localhost` and loopback addresses, with or without a port.
+    Loopback,
+    /// The addresses of the instance metadata service, with or without port 80.
+    Metadata,
+}
+
+impl HostRule {
+    /// Returns whether there is one `Host`, and it is right.
+    fn accepts(self, headers: &HeaderMap) -> bool {
+        let mut hosts = headers.get_all(HOST).iter();
+        let (Some(host), None) = (hosts.next(), hosts.next()) else {
+            return false;
+        };
+        let Ok(host) = host.to_str() else {
+            return false;
+        };
+        let is_port = |port: &str| match self {
+            Self::Loopback => !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit()),
+            Self::Metadata => port == "80",
+        };
+        // AWS's SDKs in C write `::1` without brackets, which has no port.
+        self.accepts_name(host)
+            || host
+                .rsplit_once(':')
+                .is_some_and(|(name, port)| is_port(port) && self.accepts_name(name))
+    }
+
+    fn accepts_name(self, name: &str) -> bool {
+        let bare = name
+            .strip_prefix('[')
+            .and_then(|name| name.strip_suffix(']'))
+            .unwrap_or(name);
+        let ip = bare.parse::<IpAddr>();
+        match self {
+            Self::Loopback => {
+                let loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
+                bare.eq_ignore_ascii_case("localhost") || ip.is_ok_and(loopback)
+            }
+            Self::Metadata => ip.is_ok_and(is_metadata_ip),
+        }
+    }
+}
+
+/// Rejects what deputies send: a browser, a proxy, and a caller that was led here by a name.
+pub(super) fn check_deputies(
     head: &RequestHead<'_>,
-    listener: ListenerKind,
-    authorization: &Authorization,
-) -> Result<RequestedRole, RequestError> {
-    if !host_is_loopback(head.headers) {
+    host_rule: HostRule,
+) -> Result<(), RequestError> {
+    if !host_rule.accepts(head.headers) {
         return Err(RequestError::Host);
     }
     let (mut browser, mut proxy) = (false, false);
@@ -126,6 +173,16 @@ pub(super) fn validate(
     if proxy {
         return Err(RequestError::Proxied);
     }
+    Ok(())
+}
+
+/// Validates a request, and returns the role that it requests.
+pub(super) fn validate(
+    head: &RequestHead<'_>,
+    listener: ListenerKind,
+    authorization: &Authorization,
+) -> Result<RequestedRole, RequestError> {
+    check_deputies(head, HostRule::Loopback)?;
     if head.method != Method::GET {
         return Err(RequestError::Method);
     }
@@ -140,32 +197,6 @@ pub(super) fn validate(
         });
     }
     requested_role(head.path, head.query)
-}
-
-/// Returns whether there is one `Host`, and it is a loopback address or `localhost`, with or
-/// without a port. A name that an attacker points at 127.0.0.1 (DNS rebinding) is neither.
-fn host_is_loopback(headers: &HeaderMap) -> bool {
-    let mut hosts = headers.get_all(HOST).iter();
-    let (Some(host), None) = (hosts.next(), hosts.next()) else {
-        return false;
-    };
-    let Ok(host) = host.to_str() else {
-        return false;
-    };
-    let is_loopback = |name: &str| {
-        let bare = name
-            .strip_prefix('[')
-            .and_then(|name| name.strip_suffix(']'))
-            .unwrap_or(name);
-        let loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
-        bare.eq_ignore_ascii_case("localhost") || bare.parse().is_ok_and(loopback)
-    };
-    let is_port = |port: &str| !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit());
-    // AWS's SDKs in C write `::1` without brackets, which has no port.
-    is_loopback(host)
-        || host
-            .rsplit_once(':')
-            .is_some_and(|(name, port)| is_port(port) && is_loopback(name))
 }
 
 /// Returns whether only a browser sends this header with this value.

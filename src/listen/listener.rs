@@ -15,7 +15,7 @@ use crate::listen::lazy_socket::LazySocket;
 use crate::listen::pod_listener::PodListener;
 use crate::listen::socket_activation::ActivatedSockets;
 use crate::listen::socket_file::SocketFile;
-use crate::listen::tcp::{BACKLOG, FreeBind, bind, bound_buffers};
+use crate::listen::tcp::{BACKLOG, BindOptions, bind, bound_buffers};
 use crate::listen::{ListenError, sys};
 
 /// A listening socket of the daemon.
@@ -102,7 +102,7 @@ impl Listener {
                 (listener.into(), ListenerSource::Activated)
             }
             None => (
-                bind(address, FreeBind::Denied).map_err(failed)?,
+                bind(address, BindOptions::default()).map_err(failed)?,
                 ListenerSource::Own,
             ),
         };

@@ -8,17 +8,45 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::listen::ListenError;
-use crate::listen::tcp::{FreeBind, bind, bound_buffers};
+use crate::listen::tcp::{BindOptions, bind, bound_buffers, is_loopback_only};
 use crate::netns::{NamespaceError, NamespaceId, NetNs};
 
 /// The addresses of the credential endpoint in every pod.
 pub const POD_ADDRESSES: [SocketAddr; 2] = [
-    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), PORT),
-    SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), PORT),
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), POD_PORT),
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), POD_PORT),
 ];
-/// The port of the endpoint. It is below 1024, so that under the kernel's default a pod's
-/// unprivileged users cannot bind it.
-const PORT: u16 = 974;
+/// The port of the endpoint in every pod. It is below 1024, so that under the kernel's default a
+/// pod's unprivileged users cannot bind it.
+pub const POD_PORT: u16 = 974;
+
+/// The addresses of EC2's instance metadata service.
+pub const METADATA_ADDRESSES: [SocketAddr; 2] = [
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)), 80),
+    SocketAddr::new(
+        IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+        80,
+    ),
+];
+
+/// Returns whether a listener at this address serves the instance metadata service alone.
+pub fn is_metadata_address(address: SocketAddr) -> bool {
+    METADATA_ADDRESSES.contains(&address)
+}
+
+/// Returns the options of a pod's listener. The metadata address is also that of other hosts, if a
+/// route leads from them to the pod.
+fn bind_options(address: SocketAddr) -> BindOptions {
+    BindOptions {
+        free_bind: true,
+        loopback_only: is_metadata_address(address),
+    }
+}
+
+/// Returns whether this is an address of EC2's instance metadata service.
+pub fn is_metadata_ip(ip: IpAddr) -> bool {
+    METADATA_ADDRESSES.iter().any(|address| address.ip() == ip)
+}
 
 /// A reference to a pod's network namespace by one of its files. It keeps no descriptor open.
 #[derive(Debug)]
@@ -74,7 +102,7 @@ impl PodListener {
     /// Binds and listens. Call it within the namespace. The address may not exist there yet: a
     /// loopback device has none before the pod's network is set up.
     pub fn bind(netns: Arc<NetnsRef>, address: SocketAddr) -> io::Result<Self> {
-        let listener = Mutex::new(Arc::new(bind(address, FreeBind::Allowed)?));
+        let listener = Mutex::new(Arc::new(bind(address, bind_options(address))?));
         Ok(Self {
             netns,
             address,
@@ -82,13 +110,17 @@ impl PodListener {
         })
     }
 
-    /// Wraps a listener that another instance of awsvid made, and bounds its buffers.
+    /// Wraps a listener that another instance of awsvid made, and bounds its buffers. Fails if it
+    /// has the metadata address, and hosts other than the pod can reach it.
     pub fn with(
         netns: Arc<NetnsRef>,
         address: SocketAddr,
         listener: Arc<OwnedFd>,
     ) -> io::Result<Self> {
         bound_buffers(&listener)?;
+        if is_metadata_address(address) && !is_loopback_only(&listener)? {
+            return Err(io::Error::other("it is not bound to the loopback device"));
+        }
         Ok(Self {
             netns,
             address,
@@ -110,7 +142,7 @@ impl PodListener {
     pub(super) fn rebind(&self) -> Result<(), ListenError> {
         let bound = self
             .netns
-            .run_in(|| bind(self.address, FreeBind::Allowed))
+            .run_in(|| bind(self.address, bind_options(self.address)))
             .map_err(|error| match error {
                 NamespaceError::Io(error) => self.bind_error(error),
                 other => self.bind_error(io::Error::other(other)),

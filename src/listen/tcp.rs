@@ -1,12 +1,17 @@
 //! Listening on a TCP address.
 
+use std::ffi::OsString;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::sys::socket::{
-    self, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt,
+    self, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, getsockopt, setsockopt,
+    sockopt,
 };
+
+/// The name of the loopback device in every network namespace.
+const LOOPBACK: &str = "lo";
 
 /// The length of a listener's backlog, as in awsvid.socket. The kernel drops connections when the
 /// backlog is full, and TCP clients retry only after a second.
@@ -34,15 +39,18 @@ pub(super) fn bound_buffers(listener: impl AsFd) -> io::Result<()> {
     Ok(setsockopt(&listener, sockopt::SndBuf, &SEND_BUFFER_BYTES)?)
 }
 
-/// Whether an address that the machine does not have may be bound.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum FreeBind {
-    Allowed,
-    Denied,
+/// Options of a listener on a TCP address.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct BindOptions {
+    /// Set if an address that the machine does not have may be bound.
+    pub(super) free_bind: bool,
+    /// Set if only connections over the loopback device reach the listener. Without that the kernel
+    /// also passes it packets from other hosts that are routed to its address (T39).
+    pub(super) loopback_only: bool,
 }
 
 /// Listens in the calling thread's network namespace.
-pub(super) fn bind(address: SocketAddr, free_bind: FreeBind) -> io::Result<OwnedFd> {
+pub(super) fn bind(address: SocketAddr, options: BindOptions) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() {
         AddressFamily::Inet
     } else {
@@ -52,11 +60,24 @@ pub(super) fn bind(address: SocketAddr, free_bind: FreeBind) -> io::Result<Owned
     let listener = socket::socket(family, SockType::Stream, flags, None)?;
     // Leftover connections of an earlier start must not block the bind.
     setsockopt(&listener, sockopt::ReuseAddr, &true)?;
-    if free_bind == FreeBind::Allowed {
+    if options.free_bind {
         setsockopt(&listener, sockopt::IpFreebind, &true)?;
+    }
+    if options.loopback_only {
+        setsockopt(&listener, sockopt::BindToDevice, &OsString::from(LOOPBACK))?;
+        // No router forwards an answer.
+        match address {
+            SocketAddr::V4(_) => setsockopt(&listener, sockopt::Ipv4Ttl, &1)?,
+            SocketAddr::V6(_) => setsockopt(&listener, sockopt::Ipv6Ttl, &1)?,
+        }
     }
     bound_buffers(&listener)?;
     socket::bind(listener.as_raw_fd(), &SockaddrStorage::from(address))?;
     socket::listen(&listener, Backlog::new(BACKLOG)?)?;
     Ok(listener)
+}
+
+/// Returns whether only connections over the loopback device reach the listener.
+pub(super) fn is_loopback_only(listener: impl AsFd) -> io::Result<bool> {
+    Ok(getsockopt(&listener, sockopt::BindToDevice)? == LOOPBACK)
 }

@@ -3,13 +3,16 @@
 use prometheus_client::encoding::EncodeLabelSet;
 
 use crate::caller::ListenerKind;
+use crate::protocol::Protocol;
 
 /// The labels of `awsvid_requests_total`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RequestLabel {
     /// `unix`, `tcp` or `pod`.
     pub listener: &'static str,
-    /// `issued`, `rejected`, `failed` or `aborted`.
+    /// The protocol: `container` or `imds`.
+    pub protocol: &'static str,
+    /// `issued`, `answered`, `rejected`, `failed` or `aborted`.
     pub outcome: &'static str,
     /// The reason of a request without credentials; `ok` if they were issued.
     pub reason: &'static str,
@@ -189,16 +192,37 @@ pub enum PodListenerFailure {
     UnsupportedKernel,
     /// Any other error, which is in the log.
     Error,
+    /// A route of the pod leads to the metadata address.
+    ImdsRouted,
+    /// Another service answers at the metadata address.
+    ImdsAnswered,
+    /// Another process of the pod has port 80 of all addresses.
+    ImdsPortTaken,
+    /// The daemon does not have `CAP_NET_ADMIN`.
+    ImdsDenied,
+    /// The pod removed the metadata address.
+    ImdsRemoved,
+    /// Any other error at the metadata address, which is in the log.
+    ImdsError,
 }
 
 impl PodListenerFailure {
-    /// All causes of a failure.
-    pub const ALL: [Self; 5] = [
+    /// All causes of a failure at the loopback addresses.
+    pub const LOOPBACK: [Self; 5] = [
         Self::NotMounted,
         Self::PortTaken,
         Self::PortDenied,
         Self::UnsupportedKernel,
         Self::Error,
+    ];
+    /// All causes of a failure at the metadata address.
+    pub const METADATA: [Self; 6] = [
+        Self::ImdsRouted,
+        Self::ImdsAnswered,
+        Self::ImdsPortTaken,
+        Self::ImdsDenied,
+        Self::ImdsRemoved,
+        Self::ImdsError,
     ];
 }
 
@@ -210,6 +234,12 @@ impl From<PodListenerFailure> for ReasonLabel {
             PodListenerFailure::PortDenied => "port_denied",
             PodListenerFailure::UnsupportedKernel => "unsupported_kernel",
             PodListenerFailure::Error => "error",
+            PodListenerFailure::ImdsRouted => "imds_routed",
+            PodListenerFailure::ImdsAnswered => "imds_answered",
+            PodListenerFailure::ImdsPortTaken => "imds_port_taken",
+            PodListenerFailure::ImdsDenied => "imds_denied",
+            PodListenerFailure::ImdsRemoved => "imds_removed",
+            PodListenerFailure::ImdsError => "imds_error",
         };
         Self { reason }
     }
@@ -217,9 +247,14 @@ impl From<PodListenerFailure> for ReasonLabel {
 
 impl RequestLabel {
     /// Returns the label of a request on `listener`.
-    pub fn new(listener: ListenerKind, outcome: &'static str, reason: &'static str) -> Self {
+    pub fn new(
+        (listener, protocol): (ListenerKind, Protocol),
+        outcome: &'static str,
+        reason: &'static str,
+    ) -> Self {
         Self {
             listener: listener.name(),
+            protocol: protocol.name(),
             outcome,
             reason,
         }

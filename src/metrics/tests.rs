@@ -6,6 +6,7 @@ fn metrics() -> Metrics {
         .requests
         .get_or_create(&RequestLabel {
             listener: "tcp",
+            protocol: "container",
             outcome: "issued",
             reason: "ok",
         })
@@ -36,7 +37,7 @@ fn text_format_names_counters_by_their_samples() {
         "{openmetrics}"
     );
     for line in [
-        "# HELP awsvid_requests_total Requests by listener, outcome and reason.\n# TYPE awsvid_requests_total counter\n",
+        "# HELP awsvid_requests_total Requests by listener, protocol, outcome and reason.\n# TYPE awsvid_requests_total counter\n",
         "# TYPE awsvid_request_duration_seconds histogram\n",
         "# TYPE process_cpu_seconds_total counter\n",
         "# TYPE awsvid_config_last_reload_success_timestamp_seconds gauge\nawsvid_config_last_reload_success_timestamp_seconds 7\n",

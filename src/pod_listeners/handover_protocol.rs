@@ -31,9 +31,11 @@ use crate::pod_listeners::{LOG_INTERVAL, sys};
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod key;
 mod message;
 
-pub(super) use message::{HandoverKey, HandoverMessage};
+pub(super) use key::{key_of, sealed_key};
+pub(super) use message::{HandoverKey, HandoverMessage, MetadataParts};
 
 use message::LENGTH;
 
@@ -45,6 +47,8 @@ pub(super) const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) struct ReceivedListeners {
     /// Not verified yet: see [`is_listener`].
     pub(super) listeners: HashMap<HandoverKey, Arc<OwnedFd>>,
+    /// The key of metadata tokens, in a file that is not verified yet.
+    pub(super) key: Option<Arc<OwnedFd>>,
     /// Connections of instances before the sender. They carry no messages and are only kept open.
     pub(super) earlier: Vec<Arc<OwnedFd>>,
 }
@@ -176,6 +180,7 @@ pub(super) async fn receive_all(stream: &UnixStream) -> io::Result<ReceivedListe
             Some(HandoverMessage::Listener(key, listener)) => {
                 received.listeners.insert(key, listener);
             }
+            Some(HandoverMessage::TokenKey(key)) => received.key = Some(key),
             Some(HandoverMessage::Earlier(connection)) => received.earlier.push(connection),
             Some(HandoverMessage::End) => return Ok(received),
             Some(_) => return Err(io::ErrorKind::InvalidData.into()),

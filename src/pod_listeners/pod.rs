@@ -16,11 +16,13 @@ use tokio_util::task::TaskTracker;
 use crate::attest::{PodAttestor, SockDiag};
 use crate::http::CredentialEndpoint;
 use crate::listen::{
-    self, DrainHandle, ListenError, Listener, NetnsRef, POD_ADDRESSES, PodListener,
-    first_unprivileged_port, unprivileged_ports,
+    self, DrainHandle, ListenError, Listener, METADATA_ADDRESSES, NetnsRef, POD_ADDRESSES,
+    PodListener, first_unprivileged_port, is_metadata_address, unprivileged_ports,
 };
 use crate::netns::{NamespaceError, NamespaceId};
-use crate::pod_listeners::handover_protocol::{self, HandoverKey};
+use crate::pod_listeners::handover_protocol::{self, HandoverKey, MetadataParts};
+use crate::pod_listeners::metadata::MetadataState;
+use crate::pod_listeners::opt_in::OptInFile;
 use crate::pod_listeners::sys;
 
 /// Age at which a namespace has its final settings. The runtime creates it with the kernel's
@@ -34,6 +36,43 @@ pub(super) struct PodService {
     pub(super) drain: DrainHandle,
     /// The accept loops in pods.
     pub(super) loops: TaskTracker,
+    /// Set if pods may opt in to the metadata address.
+    pub(super) serves_metadata: bool,
+}
+
+impl PodService {
+    /// Returns the parts of the instance metadata service that this instance takes over.
+    pub(super) fn metadata_parts(&self) -> MetadataParts {
+        MetadataParts {
+            key: self.endpoint.imds.is_some(),
+            listeners: self.serves_metadata,
+        }
+    }
+
+    /// Returns a file with the key of metadata tokens, for the next instance.
+    pub(super) fn sealed_key(&self) -> Option<Arc<OwnedFd>> {
+        let imds = self.endpoint.imds.as_ref()?;
+        match handover_protocol::sealed_key(&imds.tokens.bytes()) {
+            Ok(file) => Some(Arc::new(file)),
+            Err(error) => {
+                tracing::warn!(%error, "the key of metadata tokens cannot be passed to the next instance");
+                None
+            }
+        }
+    }
+
+    /// Issues metadata tokens by the key of the previous instance from now on.
+    pub(super) fn adopt_key(&self, file: &OwnedFd) {
+        let Some(imds) = &self.endpoint.imds else {
+            return;
+        };
+        match handover_protocol::key_of(file) {
+            Ok(key) => imds.tokens.adopt(key),
+            Err(error) => {
+                tracing::warn!(%error, "the key of the previous instance's metadata tokens cannot be read");
+            }
+        }
+    }
 }
 
 /// A pod's namespace in which the daemon listens.
@@ -42,8 +81,9 @@ pub(super) struct ListenedPod {
     pub(super) netns: Arc<NetnsRef>,
     attestor: Arc<PodAttestor>,
     listeners: Vec<Arc<PodListener>>,
-    /// Addresses that could not be bound yet.
+    /// Addresses of the endpoint that could not be bound yet.
     pub(super) missing: Vec<SocketAddr>,
+    pub(super) metadata: MetadataState,
     /// Set when the pod that owns the namespace was logged.
     owner_logged: bool,
     /// Time from which on [`unprivileged_port_start`] can be read. `None` once it was read.
@@ -55,6 +95,7 @@ pub(super) struct ListenedPod {
 /// Results of making the sockets of one namespace.
 pub(super) struct NamespaceSockets {
     diag: io::Result<SockDiag>,
+    opt_in: Option<OptInFile>,
     listeners: Vec<BindResult>,
 }
 
@@ -77,6 +118,20 @@ pub(super) fn bind(
     })
 }
 
+/// Takes the received listener on this address if it is valid, or binds one. Call it within the
+/// namespace.
+pub(super) fn take_or_bind(
+    netns: &Arc<NetnsRef>,
+    address: SocketAddr,
+    received: &mut HashMap<SocketAddr, Arc<OwnedFd>>,
+) -> io::Result<PodListener> {
+    let passed = received.remove(&address);
+    match passed.filter(|passed| handover_protocol::is_listener(passed, address).unwrap_or(false)) {
+        Some(listener) => PodListener::with(netns.clone(), address, listener),
+        None => PodListener::bind(netns.clone(), address),
+    }
+}
+
 /// Returns the namespace's `net.ipv4.ip_unprivileged_port_start` and one of its files, if any user
 /// of the pod may bind the port of the endpoint. `None` also if the namespace is gone.
 pub(super) fn unprivileged_port_start(netns: &NetnsRef) -> Option<(PathBuf, u16)> {
@@ -86,19 +141,14 @@ pub(super) fn unprivileged_port_start(netns: &NetnsRef) -> Option<(PathBuf, u16)
 
 impl NamespaceSockets {
     /// Makes all sockets that a pod needs, except listeners that another instance passed. The
-    /// result keeps the namespace alive until it is dropped.
+    /// result keeps the namespace alive until it is dropped. With `serves_metadata` the pod may
+    /// opt in to the metadata address.
     pub(super) fn open(
         netns: &Arc<NetnsRef>,
         received: ReceivedSockets,
+        serves_metadata: bool,
     ) -> Result<Self, NamespaceError> {
-        let mut received: HashMap<_, _> = received.into_iter().collect();
-        let mut listener = |address: SocketAddr| match received
-            .remove(&address)
-            .filter(|received| handover_protocol::is_listener(received, address).unwrap_or(false))
-        {
-            Some(listener) => PodListener::with(netns.clone(), address, listener),
-            None => PodListener::bind(netns.clone(), address),
-        };
+        let mut received = received.into_iter().collect();
         netns.run_in(|| {
             let cookie = match sys::cookie_here() {
                 // Kernels without cookies do not report a caller's cgroup either: this namespace is
@@ -111,10 +161,11 @@ impl NamespaceSockets {
             }
             let listeners = POD_ADDRESSES
                 .iter()
-                .map(|address| (*address, listener(*address)))
+                .map(|address| (*address, take_or_bind(netns, *address, &mut received)))
                 .collect();
             Ok(Self {
                 diag: SockDiag::open(),
+                opt_in: serves_metadata.then(OptInFile::open).and_then(Result::ok),
                 listeners,
             })
         })?
@@ -140,11 +191,15 @@ impl ListenedPod {
         sockets: NamespaceSockets,
         service: &PodService,
     ) -> io::Result<Option<(Self, Vec<BindFailure>)>> {
-        let Some(attestor) = service.endpoint.attestor.in_pod(sockets.diag?) else {
+        let Some(attestor) = service.endpoint.attestor.in_pod(sockets.diag?, netns.id()) else {
             return Ok(None);
         };
+        let metadata = sockets
+            .opt_in
+            .map_or(MetadataState::Off, MetadataState::undecided);
         let mut pod = Self {
             netns,
+            metadata,
             attestor: Arc::new(attestor),
             listeners: Vec::new(),
             missing: Vec::new(),
@@ -204,6 +259,40 @@ impl ListenedPod {
         Ok(())
     }
 
+    /// Serves on the metadata address.
+    pub(super) fn add_metadata(
+        &mut self,
+        listeners: Vec<PodListener>,
+        service: &PodService,
+    ) -> io::Result<()> {
+        let listeners = listeners.into_iter();
+        let served: Vec<_> = listeners
+            .map(|inside| self.listen(Arc::new(inside), service))
+            .collect();
+        // One of the two addresses is enough.
+        if self.metadata_addresses().is_empty() {
+            return served.into_iter().collect();
+        }
+        self.metadata.set_served();
+        Ok(())
+    }
+
+    /// Leaves the metadata addresses to an instance that has these listeners.
+    pub(super) fn leave_metadata(&mut self, sent: &[(HandoverKey, Arc<OwnedFd>)]) {
+        let is_sent = |address| sent.iter().any(|(key, _)| *key == (self.id(), address));
+        if METADATA_ADDRESSES.into_iter().any(is_sent) {
+            self.metadata = MetadataState::waiting();
+        }
+    }
+
+    /// Returns the metadata addresses that are served there.
+    pub(super) fn metadata_addresses(&self) -> Vec<SocketAddr> {
+        let addresses = self.listeners.iter().map(|inside| inside.address());
+        addresses
+            .filter(|address| is_metadata_address(*address))
+            .collect()
+    }
+
     /// Returns the listeners that accept there.
     pub(super) fn listening(&self) -> impl Iterator<Item = (HandoverKey, Arc<OwnedFd>)> {
         self.listeners
@@ -220,22 +309,31 @@ impl ListenedPod {
                 .any(|(_, listener)| Arc::ptr_eq(listener, &pod_listener.listener()))
         };
         let (listeners, dropped) = self.listeners.drain(..).partition::<Vec<_>, _>(is_kept);
-        self.missing.extend(
-            dropped
-                .into_iter()
-                .map(|pod_listener| pod_listener.address()),
-        );
+        let dropped = dropped
+            .into_iter()
+            .map(|pod_listener| pod_listener.address());
+        self.missing
+            .extend(dropped.filter(|address| !is_metadata_address(*address)));
         self.listeners = listeners;
+        self.leave_metadata(kept);
     }
 
     /// Accepts again after a pause. Addresses without a kept listener are missing.
     pub(super) fn resume(&mut self, service: &PodService) {
         self.accepting = CancellationToken::new();
+        if !self.metadata_addresses().is_empty() {
+            self.metadata = MetadataState::unchecked();
+        } else if self.metadata.is_served() {
+            self.metadata = MetadataState::waiting();
+        }
         for pod_listener in std::mem::take(&mut self.listeners) {
             let address = pod_listener.address();
             if let Err(error) = self.listen(pod_listener, service) {
                 tracing::warn!(%error, namespace = %self.path().display(), "a pod's listener cannot be served again yet");
-                self.missing.push(address);
+                match is_metadata_address(address) {
+                    true => self.metadata = MetadataState::waiting(),
+                    false => self.missing.push(address),
+                }
             }
         }
     }
@@ -265,6 +363,10 @@ impl ListenedPod {
     pub(super) fn take_port_check(&mut self, now: Instant) -> Option<Arc<NetnsRef>> {
         self.port_check.take_if(|due| *due <= now)?;
         Some(self.netns.clone())
+    }
+
+    pub(super) fn netns(&self) -> Arc<NetnsRef> {
+        self.netns.clone()
     }
 
     pub(super) fn id(&self) -> NamespaceId {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::listen::{NetnsRef, POD_ADDRESSES};
 use crate::metrics::{Metrics, PodListenerFailure};
@@ -16,9 +16,12 @@ use crate::netns::{NamespaceError, NamespaceId};
 use crate::pod_listeners::failure_log::FailureLog;
 use crate::pod_listeners::gate::Coverage;
 use crate::pod_listeners::handover_protocol::HandoverKey;
+use crate::pod_listeners::metadata_log::MetadataLog;
 use crate::pod_listeners::netns_directory::NetnsDirectory;
 use crate::pod_listeners::netns_watch::Change;
 use crate::pod_listeners::pod::{self, ListenedPod, NamespaceSockets, PodService, ReceivedSockets};
+
+mod metadata;
 
 /// Interval between checks of a file without a mount, for mounts that no event reports.
 const MOUNT_POLL: Duration = Duration::from_millis(50);
@@ -42,6 +45,7 @@ pub(super) struct Reconciler {
     /// Namespaces that cannot be served until the kernel attests callers over TCP.
     unsupported: HashSet<NamespaceId>,
     log: FailureLog,
+    metadata_log: MetadataLog,
     /// Set when the namespaces that were there at the start have been tried.
     first_scan: watch::Sender<bool>,
     coverage: watch::Sender<Coverage>,
@@ -59,6 +63,7 @@ impl Reconciler {
         Self {
             directory,
             service,
+            metadata_log: MetadataLog::new(metrics.clone()),
             metrics,
             pods: HashMap::new(),
             failed: HashSet::new(),
@@ -92,15 +97,17 @@ impl Reconciler {
                 && !self.unserved.contains(id)
                 && !self.unsupported.contains(id)
         });
-        let mut received = |id| {
+        let mut received_in = |id| {
             POD_ADDRESSES
                 .into_iter()
                 .filter_map(|address| Some((address, received.remove(&(id, address))?)))
                 .collect()
         };
-        let new = new.map(|(id, path)| (Arc::new(NetnsRef::new(id, path)), received(id)));
-        self.add_namespaces(new.collect()).await;
+        let new = new.map(|(id, path)| (Arc::new(NetnsRef::new(id, path)), received_in(id)));
+        let new: Vec<_> = new.collect();
+        self.add_namespaces(new).await;
         self.bind_missing().await;
+        self.serve_metadata(received).await;
         self.check_ports().await;
         self.coverage.send_replace(self.coverage());
         if self.directory.responds() {
@@ -139,6 +146,7 @@ impl Reconciler {
     pub(super) fn pause(&mut self, kept: &[(HandoverKey, Arc<OwnedFd>)]) {
         self.pods.values_mut().for_each(|pod| pod.pause(kept));
         self.metrics.pod_listeners.set(0);
+        self.metrics.imds_namespaces.set(0);
     }
 
     /// Accepts again after a pause.
@@ -147,8 +155,10 @@ impl Reconciler {
         pods.for_each(|pod| pod.resume(&self.service));
     }
 
-    /// Drops the listeners, and returns when the open connections have ended.
-    pub(super) async fn end(mut self) {
+    /// Drops the listeners, and returns when the open connections have ended. Then removes the
+    /// metadata address from the pods in which no other instance serves it: before that, answers
+    /// would not reach their callers. `is_resumed` is set if the previous instance serves again.
+    pub(super) async fn end(mut self, is_resumed: bool) {
         self.pods.values_mut().for_each(ListenedPod::release);
         self.service.loops.close();
         let (loops, drain) = (self.service.loops.clone(), self.service.drain.clone());
@@ -163,6 +173,9 @@ impl Reconciler {
                 () = &mut ended => break,
                 () = self.changed(false) => self.drop_removed().await,
             }
+        }
+        if !is_resumed {
+            self.remove_metadata().await;
         }
     }
 
@@ -184,11 +197,13 @@ impl Reconciler {
         if namespaces.is_empty() {
             return;
         }
+        let serves_metadata = self.service.serves_metadata;
         let opening = self.directory.run(&self.log, move || {
-            namespaces
-                .into_iter()
-                .map(|(netns, received)| (NamespaceSockets::open(&netns, received), netns))
-                .collect::<Vec<_>>()
+            let opened = namespaces.into_iter().map(|(netns, received)| {
+                let sockets = NamespaceSockets::open(&netns, received, serves_metadata);
+                (sockets, netns)
+            });
+            opened.collect::<Vec<_>>()
         });
         for (opened, netns) in opening.await.unwrap_or_default() {
             let served = match opened {
@@ -296,6 +311,12 @@ impl Reconciler {
     /// Waits until the directory has to be scanned, or a bind retried. `retry` makes it return
     /// after 1 s at the latest.
     pub(super) async fn changed(&self, retry: bool) {
+        self.changed_before(None, retry).await;
+    }
+
+    /// Waits like [`Reconciler::changed`], until `limit` at most. Returns whether the directory has
+    /// to be scanned.
+    pub(super) async fn changed_before(&self, limit: Option<Instant>, retry: bool) -> bool {
         let mounting = self.directory.awaits_mounts();
         let retry = retry
             || !self.directory.responds()
@@ -311,16 +332,21 @@ impl Reconciler {
         };
         tokio::select! {
             biased;
-            changed = self.directory.changed() => self.settle(changed, mounting).await,
+            changed = self.directory.changed() => self.settle(changed, mounting, limit).await,
             () = wait_until(again) => {}
+            () = wait_until(limit) => return false,
         }
+        true
     }
 
-    /// Waits until a scan after this change is likely to find all that belongs to it.
-    async fn settle(&self, changed: io::Result<Change>, mounting: bool) {
+    /// Waits until a scan after this change is likely to find all that belongs to it. The event is
+    /// consumed, so it returns at `limit` instead of being dropped.
+    async fn settle(&self, changed: io::Result<Change>, mounting: bool, limit: Option<Instant>) {
         match changed {
             Ok(Change::Mounts) if !mounting => {
-                drop(timeout(RESCAN_DEBOUNCE, self.directory.files_changed()).await);
+                let debounced = Instant::now() + RESCAN_DEBOUNCE;
+                let until = limit.map_or(debounced, |limit| limit.min(debounced));
+                drop(timeout_at(until, self.directory.files_changed()).await);
             }
             Ok(_) => {}
             Err(error) => {

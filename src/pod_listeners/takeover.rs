@@ -11,9 +11,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 
+use crate::listen::is_metadata_address;
 use crate::pod_listeners::PodListeners;
 use crate::pod_listeners::handover_protocol::{
-    self, HandoverKey, HandoverMessage, HandoverSocket, ReceivedListeners, STEP_TIMEOUT,
+    self, HandoverKey, HandoverMessage, HandoverSocket, MetadataParts, ReceivedListeners,
+    STEP_TIMEOUT,
 };
 
 /// Interval between attempts to accept the next instance after a failure.
@@ -34,6 +36,8 @@ pub(super) enum HandoverRole {
 enum HandoverEvent {
     /// The directory of namespaces has changed, or something has to be tried again.
     Rescan,
+    /// A step at the metadata address is due in a pod.
+    Metadata,
     /// The previous instance ends, or this one is ready.
     TakeOver,
     /// The next instance has connected.
@@ -101,6 +105,7 @@ impl PodListeners {
             };
             match event {
                 HandoverEvent::Rescan => self.rescan().await,
+                HandoverEvent::Metadata => self.reconciler.serve_metadata(HashMap::new()).await,
                 HandoverEvent::TakeOver => self.take_over().await,
                 HandoverEvent::NextConnected(stream) => next = Some(stream),
                 HandoverEvent::NextReadable => next = self.hand_over(next).await,
@@ -132,7 +137,13 @@ impl PodListeners {
                     HandoverEvent::NextConnected(stream)
                 }
                 () = message(next) => HandoverEvent::NextReadable,
-                () = self.reconciler.changed(self.lacks_socket()) => HandoverEvent::Rescan,
+                rescan = self.reconciler.changed_before(
+                    self.reconciler.metadata_due(),
+                    self.lacks_socket(),
+                ) => match rescan {
+                    true => HandoverEvent::Rescan,
+                    false => HandoverEvent::Metadata,
+                },
             },
         }
     }
@@ -161,14 +172,22 @@ impl PodListeners {
             return;
         };
         let taking = timeout(STEP_TIMEOUT, async {
-            handover_protocol::send(&previous, &HandoverMessage::Request).await?;
+            let request = HandoverMessage::Request(self.reconciler.service.metadata_parts());
+            handover_protocol::send(&previous, &request).await?;
             handover_protocol::receive_all(&previous).await
         });
         let received = taking.await.unwrap_or_else(|late| Err(late.into()));
         match received {
-            Ok(ReceivedListeners { listeners, earlier }) => {
+            Ok(ReceivedListeners {
+                listeners,
+                key,
+                earlier,
+            }) => {
                 tracing::info!(listeners = listeners.len(), "took over pods' listeners");
                 self.earlier = earlier;
+                if let Some(key) = key {
+                    self.reconciler.service.adopt_key(&key);
+                }
                 self.reconciler.reconcile(listeners).await;
                 let released = timeout(STEP_TIMEOUT, async {
                     handover_protocol::send(&previous, &HandoverMessage::Serving).await?;
@@ -192,12 +211,12 @@ impl PodListeners {
     /// alive and has not taken over.
     async fn hand_over(&mut self, next: Option<UnixStream>) -> Option<UnixStream> {
         let next = next?;
-        match handover_protocol::try_receive(&next) {
-            Ok(Some(HandoverMessage::Request)) => {}
+        let parts = match handover_protocol::try_receive(&next) {
+            Ok(Some(HandoverMessage::Request(parts))) => parts,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(next),
             _ => return None,
-        }
-        let sent = self.send_listeners(&next).await?;
+        };
+        let sent = self.send_listeners(&next, Some(parts)).await?;
         self.handover_socket = None;
         self.reconciler.pause(&sent);
         tracing::info!(
@@ -212,18 +231,34 @@ impl PodListeners {
     }
 
     /// Sends all listeners, and waits until they are served. Both instances accept meanwhile.
+    /// `parts` are those of the request. `None` before it: the first listener prompts it.
     async fn send_listeners(
         &mut self,
         next: &UnixStream,
+        parts: Option<MetadataParts>,
     ) -> Option<Vec<(HandoverKey, Arc<OwnedFd>)>> {
-        let sent = self.reconciler.listening();
+        let is_metadata = |((_, address), _): &(HandoverKey, _)| is_metadata_address(*address);
+        let (metadata, mut sent) = self
+            .reconciler
+            .listening()
+            .into_iter()
+            .partition::<Vec<_>, _>(is_metadata);
         self.earlier
             .retain(|connection| is_alive(connection.as_fd()));
-        let listeners = sent.iter().cloned();
-        let listeners = listeners.map(|(key, socket)| HandoverMessage::Listener(key, socket));
         let earlier = self.earlier.iter().cloned().map(HandoverMessage::Earlier);
         let giving = timeout(STEP_TIMEOUT, async {
-            for message in listeners.chain(earlier).chain([HandoverMessage::End]) {
+            send_all(next, &sent).await?;
+            let parts = match parts {
+                None if !sent.is_empty() => request(next).await?,
+                parts => parts.unwrap_or_default(),
+            };
+            if parts.listeners {
+                send_all(next, &metadata).await?;
+                sent.extend(metadata);
+            }
+            let key = self.reconciler.service.sealed_key().filter(|_| parts.key);
+            let key = key.map(HandoverMessage::TokenKey).into_iter();
+            for message in key.chain(earlier).chain([HandoverMessage::End]) {
                 handover_protocol::send(next, &message).await?;
             }
             while let Some(message) = handover_protocol::receive(next).await? {
@@ -256,12 +291,16 @@ impl PodListeners {
         (self.handover_socket, self.handover_path) = (None, None);
         if let (Some(next), HandoverRole::Active) = (next, &self.role) {
             // From here on the next instance serves, ready or not.
-            let _ = self.send_listeners(&next).await;
+            if let Some(sent) = self.send_listeners(&next, None).await {
+                self.reconciler.leave_metadata(&sent);
+            }
         }
         // Without a next instance, the previous one serves again if it is still alive.
-        self.earlier.clear();
+        let mut earlier = self.earlier.drain(..);
+        let is_resumed = earlier.any(|connection| is_alive(connection.as_fd()));
+        drop(earlier);
         self.role = HandoverRole::Active;
-        self.reconciler.end().await;
+        self.reconciler.end(is_resumed).await;
     }
 }
 
@@ -281,6 +320,24 @@ async fn accept(socket: Option<&HandoverSocket>, next: Option<&UnixStream>) -> U
                 sleep(ACCEPT_RETRY).await;
             }
         }
+    }
+}
+
+/// Sends one message for each of these listeners.
+async fn send_all(next: &UnixStream, listeners: &[(HandoverKey, Arc<OwnedFd>)]) -> io::Result<()> {
+    for (key, listener) in listeners {
+        let message = HandoverMessage::Listener(*key, listener.clone());
+        handover_protocol::send(next, &message).await?;
+    }
+    Ok(())
+}
+
+/// Waits for the request of the next instance.
+async fn request(next: &UnixStream) -> io::Result<MetadataParts> {
+    match handover_protocol::receive(next).await? {
+        Some(HandoverMessage::Request(parts)) => Ok(parts),
+        Some(_) => Err(io::ErrorKind::InvalidData.into()),
+        None => Err(io::ErrorKind::UnexpectedEof.into()),
     }
 }
 

@@ -40,7 +40,8 @@ pub(crate) fn act(what: &str, numbers: &[usize], to: &Address) -> String {
         ("fetch", [_, count]) => show(&send_requests(to, *count)),
         ("hold", [_, count]) => hold(to, *count, |_| ()),
         ("mute", [_, count]) => hold(to, *count, raw_http::send),
-        ("storm", [_, threads, descriptors]) => storm(to, *threads, *descriptors),
+        ("storm", [_, threads, descriptors]) => storm(to, *threads, *descriptors, send_request),
+        ("puts", [_, threads]) => storm(to, *threads, 0, send_put),
         _ => panic!("no such act: {what} {numbers:?}"),
     }
 }
@@ -70,9 +71,7 @@ fn show(counts: &Counts) -> String {
 fn send_requests(to: &Address, count: usize) -> Counts {
     let mut counts = Counts::new();
     for _ in 0..count {
-        *counts
-            .entry(code(&raw_http::fetch(&to.connect())))
-            .or_default() += 1;
+        *counts.entry(send_request(to)).or_default() += 1;
     }
     counts
 }
@@ -142,9 +141,21 @@ fn state(fd: &OwnedFd) -> &'static str {
     }
 }
 
-/// Sends requests in a loop from each of this number of threads, in a process with this number of
-/// open descriptors.
-fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
+/// Sends a request for credentials, and returns the code of the answer.
+fn send_request(to: &Address) -> String {
+    code(&raw_http::ask(&to.connect()))
+}
+
+/// Sends a request for a metadata token, and returns the status of the answer.
+fn send_put(to: &Address) -> String {
+    let answer = raw_http::put_token(&to.connect());
+    let status = answer.split(' ').nth(1);
+    status.unwrap_or("nothing").to_owned()
+}
+
+/// Sends requests by `send` in a loop from each of this number of threads, in a process with this
+/// number of open descriptors.
+fn storm(to: &Address, threads: usize, descriptors: usize, send: fn(&Address) -> String) -> String {
     let open: Vec<File> = (0..descriptors)
         .map(|_| File::open("/dev/null").unwrap())
         .collect();
@@ -155,9 +166,7 @@ fn storm(to: &Address, threads: usize, descriptors: usize) -> String {
         let fetch_in_loop = |first: std::sync::mpsc::Sender<()>| {
             let mut counts = Counts::new();
             while !ended.load(Ordering::Relaxed) {
-                for (code, count) in send_requests(to, 1) {
-                    *counts.entry(code).or_default() += count;
-                }
+                *counts.entry(send(to)).or_default() += 1;
                 let _ = first.send(());
             }
             counts

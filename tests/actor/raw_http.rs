@@ -119,6 +119,15 @@ pub(crate) fn fetch(fd: &OwnedFd) -> String {
     answer(fd)
 }
 
+/// Sends a request for a metadata token, and returns the whole response.
+pub(crate) fn put_token(fd: &OwnedFd) -> String {
+    write(
+        fd,
+        b"PUT /latest/api/token HTTP/1.1\r\nHost: 127.0.0.1\r\nX-aws-ec2-metadata-token-ttl-seconds: 60\r\n\r\n",
+    );
+    answer(fd)
+}
+
 pub(crate) fn send(fd: &OwnedFd) {
     write(fd, REQUEST);
 }

@@ -100,6 +100,42 @@ pub(crate) fn request(path: &str) -> Vec<u8> {
     .into_bytes()
 }
 
+/// Connects, sends a request and reads its response.
+pub(crate) fn exchange(address: &str, request: &[u8]) -> io::Result<Answer> {
+    let mut wire = connect(address)?;
+    wire.write_all(request)?;
+    answer(&mut *wire)
+}
+
+/// The path of the roles in the instance metadata service.
+pub(crate) const ROLES: &str = "/latest/meta-data/iam/security-credentials/";
+
+/// Fetches a metadata token.
+pub(crate) fn metadata_token(address: &str) -> io::Result<String> {
+    const REQUEST: &[u8] = b"PUT /latest/api/token HTTP/1.1\r\nHost: 127.0.0.1\r\nX-aws-ec2-metadata-token-ttl-seconds: 21600\r\n\
+        User-Agent: awsvid-bench/1 os/linux lang/rust\r\nAccept: */*\r\nAccept-Encoding: identity\r\n\r\n";
+    Ok(exchange(address, REQUEST)?.body)
+}
+
+/// Returns the request of an SDK for metadata.
+pub(crate) fn metadata_request(path: &str, token: &str) -> Vec<u8> {
+    format!(
+        "GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-aws-ec2-metadata-token: {token}\r\n\
+         User-Agent: awsvid-bench/1 os/linux lang/rust\r\nAccept: */*\r\nAccept-Encoding: identity\r\n\r\n"
+    )
+    .into_bytes()
+}
+
+/// Fetches credentials as an SDK does: a token, the name of the role, and the role.
+pub(crate) fn as_sdk(address: &str) -> io::Result<Answer> {
+    let token = metadata_token(address)?;
+    let role = exchange(address, &metadata_request(ROLES, &token))?.body;
+    exchange(
+        address,
+        &metadata_request(&format!("{ROLES}{role}"), &token),
+    )
+}
+
 #[derive(Debug, Clone)]
 pub(crate) struct Answer {
     pub(crate) status: u16,

@@ -20,7 +20,7 @@ pub(crate) struct Row {
 }
 
 /// All of them, in the order of the table.
-pub(crate) const ROWS: [Row; 15] = [
+pub(crate) const ROWS: [Row; 16] = [
     Row {
         name: "tcp-socket",
         meaning: "CPU time of the daemon per request over TCP, rules by uid and unit: the socket alone identifies the caller. Like the rows \
@@ -46,6 +46,12 @@ pub(crate) const ROWS: [Row; 15] = [
         name: "unix-facts",
         meaning: "over the unix socket, rules by uid, gid and executable",
         run: |bench| ratio::own_cgroup(bench, &ratio::UNIX_FACTS),
+    },
+    Row {
+        name: "imds",
+        meaning: "requests for metadata over TCP: one with a known token, in multiples of `tcp-socket`'s; and an SDK's three (token, name of \
+                  the role, credentials), in multiples of three of `direct`",
+        run: ratio::imds,
     },
     Row {
         name: "busy-node",

@@ -14,6 +14,17 @@ use crate::caller::{self, Answer, Caller};
 use crate::machine;
 use crate::process::Part;
 
+/// The requests by which a client gets credentials. One that is measured is the whole sequence.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) enum Sequence {
+    /// One GET of the path.
+    Container,
+    /// One GET of a role, with a metadata token that the client has.
+    MetadataGet,
+    /// As an SDK does: a PUT for the token, a GET of the role's name, and one of the role.
+    MetadataSdk,
+}
+
 /// The settings of a load.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Plan {
@@ -21,6 +32,7 @@ pub(crate) struct Plan {
     pub(crate) address: String,
     /// The path of the requests.
     pub(crate) path: String,
+    pub(crate) sequence: Sequence,
     /// The number of threads, each with one request at a time.
     pub(crate) threads: usize,
     /// Requests before anything is measured.
@@ -165,11 +177,15 @@ type Sample = (Duration, Option<Answer>);
 
 /// Runs one thread. It waits twice at the gate: before `ready`, and for the start.
 fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<Sample> {
-    let request = caller::request(&plan.path);
-    let exchange = || {
-        let mut wire = caller::connect(&plan.address)?;
-        wire.write_all(&request)?;
-        caller::answer(&mut *wire)
+    // A client whose first request fails has no sample.
+    let Ok(request) = first_request(plan) else {
+        gate.wait();
+        gate.wait();
+        return Vec::new();
+    };
+    let exchange = || match plan.sequence {
+        Sequence::Container | Sequence::MetadataGet => caller::exchange(&plan.address, &request),
+        Sequence::MetadataSdk => caller::as_sdk(&plan.address),
     };
     for _ in 0..plan.warm_up / plan.threads {
         let _ = exchange();
@@ -202,6 +218,17 @@ fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<S
         samples.push((at - start, answer));
     }
     samples
+}
+
+/// Returns the request of each sample, with a metadata token if it needs one.
+fn first_request(plan: &Plan) -> io::Result<Vec<u8>> {
+    match plan.sequence {
+        Sequence::Container | Sequence::MetadataSdk => Ok(caller::request(&plan.path)),
+        Sequence::MetadataGet => {
+            let token = caller::metadata_token(&plan.address)?;
+            Ok(caller::metadata_request(&plan.path, &token))
+        }
+    }
 }
 
 fn is_issued(answer: &Answer) -> bool {

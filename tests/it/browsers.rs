@@ -108,7 +108,7 @@ fn browser_page_is_rejected() {
     );
     let rejected = |reason: &str| {
         daemon.metric(&format!(
-            "awsvid_requests_total{{listener=\"tcp\",outcome=\"refused\",reason=\"{reason}\"}}"
+            "awsvid_requests_total{{listener=\"tcp\",protocol=\"container\",outcome=\"refused\",reason=\"{reason}\"}}"
         ))
     };
     // Twice each. Of those to the rebound name, one is sent without a preflight.

@@ -4,6 +4,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -12,7 +13,7 @@ use crate::harness::actor::Connector;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
-use crate::harness::daemon::Daemon;
+use crate::harness::daemon::{Daemon, imds_table};
 use crate::harness::upstream::Upstream;
 
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -61,6 +62,11 @@ struct HttpStage {
 impl HttpStage {
     /// Starts it, or returns `None` after a printed skip.
     fn set() -> Option<Self> {
+        Self::set_with(|_| String::new())
+    }
+
+    /// Starts it with the tables that `more` returns for its folder.
+    fn set_with(more: impl Fn(&Path) -> String) -> Option<Self> {
         if !root() {
             return None;
         }
@@ -74,7 +80,11 @@ impl HttpStage {
         let daemon = Daemon::start(
             folder.path(),
             "",
-            &format!("{}\n{rule}", upstream.configuration()),
+            &format!(
+                "{}\n{}\n{rule}",
+                more(folder.path()),
+                upstream.configuration()
+            ),
         )
         .ready();
         let cgroup = Cgroup::new(&format!(
@@ -471,6 +481,61 @@ fn hidden_second_request_is_not_answered() {
         (request_with(": no name\r\n", ""), BAD),
         (request_with("X\u{fc}: a\r\n", ""), BAD),
     ]);
+}
+
+/// The only requests with another method than GET are those for metadata tokens.
+#[test]
+fn request_hidden_behind_one_for_metadata_is_not_answered() {
+    let Some(stage) = HttpStage::set_with(imds_table) else {
+        return;
+    };
+    let put = |more: &str, after: &str| {
+        format!(
+            "PUT /latest/api/token HTTP/1.1\r\nHost: 127.0.0.1\r\nX-aws-ec2-metadata-token-ttl-seconds: 60\r\n{more}\r\n{after}"
+        )
+    };
+    let chunked = format!("{:x}\r\n{HIDDEN}\r\n0\r\n\r\n", HIDDEN.len());
+    let length = format!("Content-Length: {}\r\n", HIDDEN.len());
+    let good = put("", "");
+    let cases = [
+        (good.clone(), "200 OK"),
+        (put("", HIDDEN), "200 OK"),
+        (put("Connection: keep-alive\r\n", HIDDEN), "200 OK"),
+        (put("Content-Length: 0\r\n", HIDDEN), "200 OK"),
+        (put("Expect: 100-continue\r\n", ""), "200 OK"),
+        (put(&length, HIDDEN), "400 Bad Request"),
+        (
+            put("Transfer-Encoding: chunked\r\n", &chunked),
+            "400 Bad Request",
+        ),
+        (
+            put("Transfer-Encoding: gzip\r\n", &chunked),
+            "400 Bad Request",
+        ),
+        (good.replace("\r\n", "\n"), "400 Bad Request"),
+        (good.replace("Host: ", "Host : "), "400 Bad Request"),
+        (good.replace("PUT ", "put "), "405 Method Not Allowed"),
+        (
+            good.replace("seconds: 60", "seconds: 60\r\n 0"),
+            "400 Bad Request",
+        ),
+        (
+            put(&format!("X: {}\r\n", "a".repeat(20_000)), ""),
+            "431 Request Header Fields Too Large",
+        ),
+    ];
+    let [tcp, tcp6, _] = stage.addresses();
+    for address in [tcp, tcp6] {
+        for (request, right) in &cases {
+            let before = stage.requests("");
+            let (status, ..) = one_answer(&address.exchange(request.as_bytes()));
+            assert_eq!(status, format!("HTTP/1.1 {right}"), "{request:.300}");
+            assert!(stage.requests("") <= before + 1, "{request:.300}");
+        }
+        // The other protocol of the same listener works as before.
+        check(&stage, &address, HIDDEN.as_bytes(), Expected::Credentials);
+    }
+    assert_eq!(stage.requests("outcome=\"issued\""), 2);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! These tests check only the numbers of responses. The bench measures their latency.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -12,7 +13,7 @@ use crate::harness::actor::{Counts, Repeater, fetch};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, root};
-use crate::harness::daemon::Daemon;
+use crate::harness::daemon::{Daemon, imds_table};
 use crate::harness::upstream::Upstream;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -32,13 +33,23 @@ struct LoadStage {
 impl LoadStage {
     /// Starts it with `rule` in each rule and `listen` in `[listen]`.
     fn set(listen: &str, rule: &str) -> Self {
+        Self::set_with(listen, rule, |_| String::new())
+    }
+
+    /// Starts it with the tables that `more` returns for its folder.
+    fn set_with(listen: &str, rule: &str, more: impl Fn(&Path) -> String) -> Self {
         let folder = folder();
         let upstream = Upstream::start(&[(ALICE, "alice"), (BOB, "bob")]);
         let rules = [("alice", ALICE), ("bob", BOB)].map(|(name, uid)| {
             let rule = rule.replace("UID", &uid.to_string());
             format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/user/{name}\"\nuid = {uid}\n{rule}\n")
         });
-        let configuration = format!("{}\n{}", upstream.configuration(), rules.concat());
+        let configuration = [
+            more(folder.path()),
+            upstream.configuration(),
+            rules.concat(),
+        ];
+        let configuration = configuration.join("\n");
         let daemon = Daemon::start(folder.path(), listen, &configuration).ready();
         let name = folder.path().file_name().unwrap().display().to_string();
         let [alice, bob] =
@@ -316,6 +327,38 @@ fn many_descriptors_delay_only_their_owner() {
     }
 }
 
+/// T45: metadata tokens have no state in the daemon, so a flood of PUTs delays only its workload.
+/// One exchange starts for all of them.
+#[test]
+fn flood_of_puts_delays_no_other_workload() {
+    const PUTS: &str = "awsvid_requests_total{listener=\"tcp\",protocol=\"imds\",outcome=\"answered\",reason=\"token\"}";
+    const EXCHANGES: &str = "awsvid_exchanges_total{result=\"ok\"}";
+    if !root() {
+        return;
+    }
+    let stage = LoadStage::set_with("", "", imds_table);
+    let flood = stage.alice("puts", "tcp", &[8]);
+    await_some("the flood has begun", TIMEOUT, || {
+        (stage.metric(PUTS) > 500).then_some(())
+    });
+    let memory = stage.daemon.memory();
+    stage.bob_is_answered("tcp", 100);
+    stage.bob_is_answered("unix", 100);
+    await_some("the flood goes on", TIMEOUT, || {
+        (stage.metric(PUTS) > 5000).then_some(())
+    });
+    let grown = stage.daemon.memory().saturating_sub(memory);
+    let answers = flood.stop();
+    assert_eq!(answers.keys().collect::<Vec<_>>(), ["200"], "{answers:?}");
+    assert_eq!(stage.metric(EXCHANGES), 2, "one for Alice, and one for Bob");
+    assert!(grown < 4096, "{grown} KiB more");
+    // Ten records a second, and one with the count of the others.
+    let records = stage.daemon.audit();
+    let of_flood = records.iter().filter(|record| record["reason"] == "token");
+    let (of_flood, all) = (of_flood.count(), stage.metric(PUTS));
+    assert!(of_flood as u64 * 5 < all, "{of_flood} records of {all}");
+}
+
 /// Sets how many descriptors the process may have from now on: `None` for its hard limit.
 #[allow(unsafe_code, reason = "nix has no prlimit")]
 fn set_limit(pid: Pid, expected: Option<u64>) {
@@ -530,7 +573,7 @@ fn callers_of_removed_cgroups_do_not_stop_others() {
         let address = daemon.listener(listener);
         let busy = || {
             daemon.metric(
-                "awsvid_requests_total{listener=\"tcp\",outcome=\"failed\",reason=\"search_busy\"}",
+                "awsvid_requests_total{listener=\"tcp\",protocol=\"container\",outcome=\"failed\",reason=\"search_busy\"}",
             )
         };
         let before = busy();

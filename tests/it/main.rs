@@ -39,6 +39,7 @@ mod harness;
 mod helm;
 mod help;
 mod hostile_http;
+mod imds;
 mod kubernetes;
 mod layout;
 mod listeners;

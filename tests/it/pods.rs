@@ -19,6 +19,7 @@ use crate::harness::upstream::Upstream;
 
 mod directory;
 mod handover;
+mod metadata;
 
 /// Bounds steps that take milliseconds, on a machine that is busy with other tests.
 const TIMEOUT: Duration = Duration::from_secs(30);

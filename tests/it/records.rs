@@ -268,7 +268,7 @@ fn required_audit_blocks_credentials_on_full_disk() {
         .sum();
     assert!(
         daemon.metric(
-            "awsvid_requests_total{listener=\"unix\",outcome=\"failed\",reason=\"not_audited\"}"
+            "awsvid_requests_total{listener=\"unix\",protocol=\"container\",outcome=\"failed\",reason=\"not_audited\"}"
         ) >= 21
     );
     let file = fs::File::open(inside(&file)).unwrap();

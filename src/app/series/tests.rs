@@ -20,8 +20,9 @@ fn literals(source: &str, from: &str) -> BTreeSet<String> {
 fn lists_have_every_label_that_the_code_uses() {
     const REASON: &str = "fn reason(";
     let own = |reasons: Vec<&'static str>| reasons.into_iter().map(str::to_owned).collect();
-    let requests = http::request_failures()
+    let requests = Protocol::ALL
         .into_iter()
+        .flat_map(http::ends_without_credentials)
         .map(|(_, reason)| reason);
     let requests: BTreeSet<String> = own(requests.collect());
     let exchanges = ExchangeError::samples()
@@ -33,6 +34,7 @@ fn lists_have_every_label_that_the_code_uses() {
     let table = [
         (include_str!("../../caller/attest_error.rs"), &requests),
         (include_str!("../../http/error_response.rs"), &requests),
+        (include_str!("../../http/metadata_response.rs"), &requests),
         (include_str!("../../role.rs"), &requests),
         (include_str!("../../svid.rs"), &exchanges),
         (include_str!("../../exchange.rs"), &exchanges),
@@ -56,7 +58,7 @@ fn lists_have_every_label_that_the_code_uses() {
 #[test]
 fn each_family_has_its_series_from_the_start() {
     let metrics = Metrics::default();
-    create(&metrics);
+    create(&metrics, false);
     metrics.add_sts("AWS in eu-central-1".to_owned());
     metrics.config_loaded("digest".to_owned(), std::time::SystemTime::UNIX_EPOCH);
     let text = metrics.exposition().text;
@@ -76,9 +78,9 @@ fn each_family_has_its_series_from_the_start() {
     // There are no credentials yet.
     assert_eq!(without, ["awsvid_credentials_earliest_expiry_seconds"]);
     for series in [
-        "awsvid_requests_total{listener=\"pod\",outcome=\"refused\",reason=\"no_identity\"} 0\n",
-        "awsvid_requests_total{listener=\"unix\",outcome=\"failed\",reason=\"sts_unavailable\"} 0\n",
-        "awsvid_requests_total{listener=\"tcp\",outcome=\"issued\",reason=\"ok\"} 0\n",
+        "awsvid_requests_total{listener=\"pod\",protocol=\"container\",outcome=\"refused\",reason=\"no_identity\"} 0\n",
+        "awsvid_requests_total{listener=\"unix\",protocol=\"container\",outcome=\"failed\",reason=\"sts_unavailable\"} 0\n",
+        "awsvid_requests_total{listener=\"tcp\",protocol=\"container\",outcome=\"issued\",reason=\"ok\"} 0\n",
         "awsvid_request_duration_seconds_count{cache=\"none\"} 0\n",
         "awsvid_connections_dropped_total{reason=\"slow_head\"} 0\n",
         "awsvid_source_calls_total{result=\"source_unavailable\"} 0\n",
@@ -97,4 +99,20 @@ fn each_family_has_its_series_from_the_start() {
         series < 600,
         "{series} series of a daemon that has done nothing"
     );
+}
+
+#[test]
+fn series_of_metadata_exist_only_where_it_is_served() {
+    for serves_imds in [false, true] {
+        let metrics = Metrics::default();
+        create(&metrics, serves_imds);
+        let text = metrics.exposition().text;
+        for series in [
+            "awsvid_requests_total{listener=\"pod\",protocol=\"imds\",outcome=\"issued\",reason=\"ok\"} 0\n",
+            "awsvid_pod_listener_failures_total{reason=\"imds_routed\"} 0\n",
+        ] {
+            assert_eq!(text.contains(series), serves_imds, "{series}: {text}");
+        }
+        assert!(!text.contains("listener=\"unix\",protocol=\"imds\""));
+    }
 }

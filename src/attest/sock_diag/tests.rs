@@ -232,6 +232,29 @@ fn lookup_rejects_addresses_outside_loopback() {
 }
 
 #[test]
+fn only_loopback_and_the_metadata_address_itself_are_local() {
+    const METADATA: &str = "169.254.169.254:80";
+    const METADATA_V6: &str = "[fd00:ec2::254]:80";
+    for (client, server, expected) in [
+        ("127.0.0.1:5000", "127.0.0.1:974", true),
+        ("[::1]:5000", "[::1]:974", true),
+        ("[::ffff:127.0.0.1]:5000", "127.0.0.1:974", true),
+        ("169.254.169.254:5000", METADATA, true),
+        ("127.0.0.1:5000", METADATA, true),
+        ("[fd00:ec2::254]:5000", METADATA_V6, true),
+        ("10.9.0.1:5000", METADATA, false),
+        ("[2001:db8::1]:5000", METADATA_V6, false),
+        // Only at the port of the metadata service.
+        ("169.254.169.254:5000", "169.254.169.254:974", false),
+        ("169.254.169.254:5000", "127.0.0.1:974", false),
+        ("10.9.0.1:5000", "10.9.0.1:974", false),
+    ] {
+        let ends = (client.parse().unwrap(), server.parse().unwrap());
+        assert_eq!(is_local(ends.0, ends.1), expected, "{client} {server}");
+    }
+}
+
+#[test]
 fn lookup_finds_real_connections_until_they_are_closed() {
     let diag = SockDiag::open().unwrap();
     for address in ["127.0.0.1:0", "[::1]:0"] {

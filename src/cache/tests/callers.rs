@@ -48,6 +48,61 @@ async fn flight_ends_without_a_live_caller() {
     assert!(key_for(&cache, "a", 2).await.is_ok());
 }
 
+/// Starts the exchange of a request that this caller is about to send.
+fn start_ahead(cache: &CredentialCache, uid: u32) {
+    cache.start(&cache.policy(), &grant("a"), &caller_of(uid));
+}
+
+#[tokio::test(start_paused = true)]
+async fn exchange_that_starts_ahead_serves_the_next_request() {
+    let (env, cache) = env(100);
+    start_ahead(&cache, 1);
+    start_ahead(&cache, 1);
+    settle().await;
+    let (key, result) = key_for(&cache, "a", 2).await.unwrap();
+    assert_eq!((key.as_str(), result), ("KEY1", CacheResult::Hit));
+    start_ahead(&cache, 1);
+    settle().await;
+    assert_eq!(requesters(&env), [1]);
+}
+
+/// The socket of the caller is closed when its request comes, so its failure is not the request's.
+#[tokio::test(start_paused = true)]
+async fn failure_of_a_caller_that_is_gone_ahead_is_not_recorded() {
+    let (env, cache) = env(100);
+    env.gone.lock().unwrap().insert(1);
+    start_ahead(&cache, 1);
+    settle().await;
+    assert_eq!((requesters(&env), flights(&cache)), (vec![1], 0));
+    assert!(key_for(&cache, "a", 2).await.is_ok());
+    assert_eq!(requesters(&env), [1, 2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn flight_that_started_ahead_continues_with_a_caller_that_waits() {
+    let (env, cache) = env(0);
+    env.gone.lock().unwrap().insert(1);
+    start_ahead(&cache, 1);
+    let waits = tokio::spawn({
+        let cache = cache.clone();
+        async move { key_for(&cache, "a", 2).await }
+    });
+    settle().await;
+    env.gate.add_permits(10);
+    assert_eq!(waits.await.unwrap().unwrap().1, CacheResult::Miss);
+    assert_eq!(requesters(&env), [1, 2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn rejection_of_an_exchange_ahead_is_recorded() {
+    let (env, cache) = env(100);
+    env.refuse(refused());
+    start_ahead(&cache, 1);
+    settle().await;
+    let reason = cache.entries()[0].last_error_reason;
+    assert_eq!(reason, Some("sts_access_denied"));
+}
+
 #[tokio::test(start_paused = true)]
 async fn refresh_uses_the_latest_caller() {
     let (env, cache) = env(100);

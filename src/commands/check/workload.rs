@@ -43,7 +43,14 @@ pub(super) async fn check(env: &dyn Fn(&str) -> Option<String>, report: &mut Che
     let Some(authorization) = authorization(&env, report) else {
         return;
     };
-    if env("AWS_EC2_METADATA_DISABLED").is_none_or(|value| !value.eq_ignore_ascii_case("true")) {
+    let is_disabled =
+        env("AWS_EC2_METADATA_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"));
+    // `awsvid exec` sets it where the daemon serves metadata itself.
+    let leads_to_awsvid = env("AWS_EC2_METADATA_SERVICE_ENDPOINT").is_some_and(|origin| {
+        let path = uri.strip_prefix(origin.trim_end_matches('/'));
+        path.is_some_and(|path| path.starts_with('/'))
+    });
+    if !is_disabled && !leads_to_awsvid {
         report.info(
             CHAIN,
             "an SDK that gets no credentials here tries those of an EC2 instance",

@@ -101,6 +101,31 @@ fn loopback_prefers_the_address_that_every_sdk_accepts() {
 }
 
 #[test]
+fn metadata_service_is_set_if_the_configuration_has_it() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap().to_owned();
+    let set = |table: &str, more: &[&str]| {
+        let listen = "[listen]\ntcp = [\"127.0.0.1:974\"]\ntoken_file = \"/nonexistent\"\n";
+        fs::write(&path, format!("{listen}{table}")).unwrap();
+        prepared(&[&["--config", &path], more].concat(), &[]).0
+    };
+    const ENDPOINT: &str = "AWS_EC2_METADATA_SERVICE_ENDPOINT";
+    const ROLE: &str = "AWS_EC2_INSTANCE_PROFILE_NAME";
+    let off = set("", &["--role", "backup"]);
+    assert!(
+        !off.contains_key(ENDPOINT) && !off.contains_key(ROLE),
+        "{off:?}"
+    );
+    let on = "[imds]\nmode = \"endpoint\"\n";
+    let without_role = set(on, &[]);
+    assert_eq!(without_role[ENDPOINT], "http://127.0.0.1:974");
+    assert!(!without_role.contains_key(ROLE));
+    assert_eq!(set(on, &["--role", "backup"])[ROLE], "backup");
+    let by_arn = set(on, &["--role", "arn:aws:iam::123456789012:role/a"]);
+    assert!(!by_arn.contains_key(ROLE), "{by_arn:?}");
+}
+
+#[test]
 fn role_is_one_path_segment() {
     assert_eq!(role_in_path("back-up_1.x").unwrap(), "back-up_1.x");
     assert_eq!(
@@ -133,7 +158,7 @@ fn token_is_set_by_both_variables_or_is_arbitrary() {
             .unwrap();
         assert!(error.contains("the content is not a token"), "{error}");
     }
-    let mut environment = Environment::new(String::new(), "", |_| None);
+    let mut environment = Environment::new((String::new(), None), "", |_| None);
     let absent = ListenConfig {
         token_file: "/nonexistent/token".into(),
         ..ListenConfig::default()
@@ -360,7 +385,7 @@ fn command_is_not_started_if_no_copy_can_be_written() {
     // A file instead of each directory.
     let file = home.0.path().join("file");
     fs::write(&file, "").unwrap();
-    let mut environment = Environment::new(String::new(), "", |_| None);
+    let mut environment = Environment::new((String::new(), None), "", |_| None);
     let (mut notes, below) = (Vec::new(), home.0.path().to_str().unwrap());
     let inherited = |name: &str| match name {
         "HOME" => Some(below.to_owned()),

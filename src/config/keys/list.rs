@@ -1,20 +1,7 @@
 //! The list itself, with the texts of `deploy/docs/configuration.md`.
 
-use super::{KeySpec, TableSpec};
-
-const fn key(
-    name: &'static str,
-    value: &'static str,
-    default: &'static str,
-    meaning: &'static str,
-) -> KeySpec {
-    KeySpec {
-        name,
-        value,
-        default,
-        meaning,
-    }
-}
+use super::rules::{ROLE, WORKLOAD};
+use super::{TableSpec, key};
 
 /// All tables, in the order of the documents.
 pub(in crate::config) const TABLES: &[TableSpec] = &[
@@ -112,6 +99,31 @@ pub(in crate::config) const TABLES: &[TableSpec] = &[
                 "path",
                 "`\"/run/awsvid-handover/awsvid.sock\"`",
                 "unix socket over which the listeners pass to the next awsvid; `\"\"` disables the handover; only root may enter its directory",
+            ),
+        ],
+    },
+    TableSpec {
+        name: "imds",
+        is_list: false,
+        meaning: "EC2's instance metadata service, for programs that know no other source",
+        keys: &[
+            key(
+                "mode",
+                "`\"off\"`, `\"endpoint\"`, `\"address\"`",
+                "`\"off\"`",
+                "where awsvid serves it: nowhere, at the TCP addresses of `[listen]` and of pods, or also at `169.254.169.254` in pods that opt in",
+            ),
+            key(
+                "region",
+                "boolean",
+                "`true`",
+                "also serve the region of the workload's first role, and a zone made from it",
+            ),
+            key(
+                "key_file",
+                "path",
+                "`\"/run/awsvid/imds-key\"`",
+                "file with the key of metadata tokens, mode 0600, which awsvid writes if it is missing",
             ),
         ],
     },
@@ -269,129 +281,6 @@ pub(in crate::config) const TABLES: &[TableSpec] = &[
             "role ARNs that a workload may name in the path, as in `[\"arn:aws:iam::123456789012:role/app-*\"]`; `*` matches within one segment",
         )],
     },
-    TableSpec {
-        name: "workload",
-        is_list: true,
-        meaning: "rules that map a caller to a SPIFFE ID; the first one that matches wins",
-        keys: &[
-            key(
-                "spiffe_id",
-                "SPIFFE ID",
-                "required",
-                "the identity of callers that match",
-            ),
-            key("user", "string", "any", "name of the caller's user"),
-            key(
-                "uid",
-                "integer",
-                "any",
-                "number of the caller's user, instead of `user`",
-            ),
-            key(
-                "group",
-                "string",
-                "any",
-                "name of the caller's primary group",
-            ),
-            key(
-                "gid",
-                "integer",
-                "any",
-                "number of the primary group, instead of `group`",
-            ),
-            key(
-                "supplementary_group",
-                "string or integer",
-                "any",
-                "name or number of another group of the caller",
-            ),
-            key(
-                "systemd_unit",
-                "string",
-                "any",
-                "the outermost unit that is not a slice, as in `\"billing.service\"`, `\"session-3.scope\"`, `\"user@1000.service\"`",
-            ),
-            key(
-                "cgroup",
-                "pattern",
-                "only callers outside containers",
-                "the cgroup's path; `*` matches within one segment, `**` across several",
-            ),
-            key(
-                "exe",
-                "path",
-                "any",
-                "the executable, by its device and inode; needs another key in the rule",
-            ),
-            key(
-                "allow_exe_only",
-                "boolean",
-                "`false`",
-                "permit a rule with `exe` alone",
-            ),
-        ],
-    },
-    TableSpec {
-        name: "role",
-        is_list: true,
-        meaning: "roles, and the SPIFFE IDs that may have them; the first one is the default",
-        keys: &[
-            key(
-                "name",
-                "string, up to 64 of `A-Z a-z 0-9 . _ -`",
-                "required",
-                "the name in the path; must not begin with `arn:`",
-            ),
-            key(
-                "spiffe_id",
-                "SPIFFE ID pattern",
-                "required",
-                "the identities that may have the role: exact, or `*` for one segment and a last `**` for the rest",
-            ),
-            key(
-                "role_arn",
-                "ARN or template",
-                "required",
-                "the role to assume",
-            ),
-            key(
-                "audience",
-                "string, up to 255 bytes",
-                "`[identity] audience`",
-                "audience of the JWT-SVID; one audience belongs to one STS",
-            ),
-            key(
-                "duration",
-                "duration, 15m to 12h",
-                "`\"1h\"`",
-                "life of a session; below 30 minutes some SDKs fetch credentials for every call",
-            ),
-            key(
-                "session_name",
-                "string",
-                "made from the SPIFFE ID",
-                "fixed name of the session",
-            ),
-            key("region", "string", "`[sts] region`", "AWS region"),
-            key("sts_endpoint", "URL", "`[sts] endpoint`", "another STS"),
-            key(
-                "policy",
-                "string",
-                "none",
-                "session policy: one JSON object of up to 2048 characters",
-            ),
-            key(
-                "policy_arns",
-                "list of strings",
-                "`[]`",
-                "up to 10 managed session policies",
-            ),
-            key(
-                "allow_shared_audience",
-                "boolean",
-                "`false`",
-                "permit an audience that another STS uses as well",
-            ),
-        ],
-    },
+    WORKLOAD,
+    ROLE,
 ];

@@ -39,7 +39,7 @@ unix = \"\"
 tcp = [\"127.0.0.1:80\"]
 admin = \"\"
 status = \"/run/other/status.sock\"
-authorization = \"token\"
+authorization = \"off\"
 token_file = \"/run/other/token\"
 max_connections = 100
 max_connections_per_workload = 10
@@ -48,6 +48,10 @@ enabled = true
 netns_dir = \"/run/other\"
 cgroup_root = \"/kubepods\"
 handover_socket = \"\"
+[imds]
+mode = \"address\"
+region = false
+key_file = \"/run/other/key\"
 [identity]
 source = \"spiffe-broker\"
 workload_reference = \"process\"

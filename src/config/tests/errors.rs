@@ -169,7 +169,11 @@ fn unknown_key_has_a_suggestion() {
         (
             "",
             "[listen]\nregion = \"eu-west-1\"",
-            (11, "listen.region", "it belongs to [[role]] or to [sts]"),
+            (
+                11,
+                "listen.region",
+                "it belongs to [imds] or to [[role]] or to [sts]",
+            ),
         ),
         (
             "",
@@ -471,6 +475,39 @@ fn listeners_are_checked() {
                 13,
                 "listen.unix",
                 "is also what `pods.handover_socket` names",
+            ),
+        ),
+        (
+            "",
+            "[imds]\nmode = \"on\"",
+            (
+                11,
+                "imds.mode",
+                "write \"off\" or \"endpoint\" or \"address\"",
+            ),
+        ),
+        (
+            "",
+            "[imds]\nmode = \"address\"",
+            (11, "imds.mode", "[pods] serves none"),
+        ),
+        (
+            "",
+            "[listen]\ntcp = []\n[imds]\nmode = \"endpoint\"",
+            (13, "imds.mode", "no TCP address is left"),
+        ),
+        (
+            "",
+            "[listen]\nauthorization = \"token\"\n[imds]\nmode = \"endpoint\"",
+            (13, "imds.mode", "would not hold"),
+        ),
+        (
+            "",
+            "[imds]\nkey_file = \"/run/awsvid/token\"",
+            (
+                11,
+                "imds.key_file",
+                "is also what `listen.token_file` names",
             ),
         ),
         (

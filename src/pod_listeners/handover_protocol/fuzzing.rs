@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use super::message::{HandoverMessage, LENGTH};
-use crate::listen::POD_ADDRESSES;
+use crate::listen::{METADATA_ADDRESSES, POD_ADDRESSES};
 
 /// Checks a message after a byte that states whether a descriptor came with it. A message that is
 /// accepted is the one that its sender encodes.
@@ -31,11 +31,16 @@ pub(crate) fn handover(bytes: &[u8]) -> bool {
     };
     assert_eq!(descriptor.is_some(), has_descriptor);
     assert_eq!(again[0], bytes[0]);
-    if let HandoverMessage::Listener((_, address), _) = &message {
-        assert_eq!(again, bytes);
-        assert!(POD_ADDRESSES.contains(address));
-    } else {
-        assert_eq!(again[1..], [0; LENGTH - 1], "only a listener has a key");
+    match &message {
+        HandoverMessage::Listener((_, address), _) => {
+            assert_eq!(again, bytes);
+            assert!(POD_ADDRESSES.contains(address) || METADATA_ADDRESSES.contains(address));
+        }
+        HandoverMessage::Request(_) => {
+            assert_eq!(again[1..LENGTH - 1], [0; LENGTH - 2]);
+            assert_eq!(again[LENGTH - 1], bytes[LENGTH - 1] & 3);
+        }
+        _ => assert_eq!(again[1..], [0; LENGTH - 1], "only a listener has a key"),
     }
     true
 }

@@ -4,8 +4,13 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
-use crate::listen::POD_ADDRESSES;
+use crate::listen::{METADATA_ADDRESSES, POD_ADDRESSES};
 use crate::netns::NamespaceId;
+
+const BOTH_PARTS: MetadataParts = MetadataParts {
+    key: true,
+    listeners: true,
+};
 
 fn id(number: u8) -> NamespaceId {
     NamespaceId::from_bytes([number; NamespaceId::LENGTH])
@@ -38,6 +43,7 @@ async fn listeners_arrive_with_namespace_and_address() {
     let ReceivedListeners {
         listeners: received,
         earlier: kept_there,
+        ..
     } = received.unwrap();
     assert_eq!((received.len(), kept_there.len()), (500, 1));
     // The connection ends when its last owner closes it.
@@ -63,8 +69,10 @@ async fn each_message_is_received_as_sent() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let descriptor = listener().0;
     let messages = [
-        HandoverMessage::Request,
+        HandoverMessage::Request(BOTH_PARTS),
         HandoverMessage::Listener((id(7), POD_ADDRESSES[1]), descriptor.clone()),
+        HandoverMessage::Listener((id(7), METADATA_ADDRESSES[1]), descriptor.clone()),
+        HandoverMessage::TokenKey(descriptor.clone()),
         HandoverMessage::Earlier(descriptor),
         HandoverMessage::End,
         HandoverMessage::Serving,
@@ -87,6 +95,24 @@ async fn each_message_is_received_as_sent() {
     assert!(receive(&theirs).await.unwrap().is_none());
 }
 
+/// The bytes of instances from before the metadata service.
+#[test]
+fn request_of_older_instance_takes_no_metadata() {
+    let mut bytes = [0; LENGTH];
+    bytes[0] = b'G';
+    let decoded = HandoverMessage::decode(bytes, None).unwrap();
+    assert!(
+        matches!(decoded, HandoverMessage::Request(parts) if parts == MetadataParts::default())
+    );
+    assert_eq!(decoded.encode().unwrap().0, bytes);
+    for (key, listeners) in [(true, false), (false, true), (true, true)] {
+        let parts = MetadataParts { key, listeners };
+        let (bytes, _) = HandoverMessage::Request(parts).encode().unwrap();
+        let decoded = HandoverMessage::decode(bytes, None).unwrap();
+        assert!(matches!(decoded, HandoverMessage::Request(found) if found == parts));
+    }
+}
+
 #[test]
 fn listener_of_unknown_address_is_not_sent() {
     let (descriptor, address) = listener();
@@ -107,8 +133,8 @@ async fn receiving_ends_at_an_invalid_message() {
         descriptor.clone(),
     ));
     let earlier = bytes(HandoverMessage::Earlier(descriptor.clone()));
-    let (mut third_address, mut unknown) = (with_one, with_one);
-    third_address[LENGTH - 1] = 2;
+    let (mut fifth_address, mut unknown) = (with_one, with_one);
+    fifth_address[LENGTH - 1] = 4;
     unknown[0] = b'X';
     let cases: [(&[u8], bool, io::ErrorKind); 8] = [
         (&[], false, io::ErrorKind::UnexpectedEof),
@@ -116,11 +142,11 @@ async fn receiving_ends_at_an_invalid_message() {
         (&end, true, io::ErrorKind::InvalidData),
         (&earlier, false, io::ErrorKind::InvalidData),
         (&with_one[..9], true, io::ErrorKind::InvalidData),
-        (&third_address, true, io::ErrorKind::InvalidData),
+        (&fifth_address, true, io::ErrorKind::InvalidData),
         (&unknown, false, io::ErrorKind::InvalidData),
         // No listeners follow this one.
         (
-            &bytes(HandoverMessage::Request),
+            &bytes(HandoverMessage::Request(BOTH_PARTS)),
             false,
             io::ErrorKind::InvalidData,
         ),
@@ -226,13 +252,13 @@ async fn socket_admits_only_its_owner() {
         0o600
     );
     let (next, before) = tokio::join!(handover.accept(), connect(&path));
-    send(&before.unwrap(), &HandoverMessage::Request)
+    send(&before.unwrap(), &HandoverMessage::Request(BOTH_PARTS))
         .await
         .unwrap();
     let next = next.unwrap();
     assert!(matches!(
         receive(&next).await,
-        Ok(Some(HandoverMessage::Request))
+        Ok(Some(HandoverMessage::Request(BOTH_PARTS)))
     ));
     assert!(matches!(receive(&next).await, Ok(None)));
     std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::ratio::{DESCRIPTORS, USER};
 use crate::caller::Caller;
 use crate::daemon::{Daemon, Transport, role, rule};
-use crate::load::{Load, Plan};
+use crate::load::{Load, Plan, Sequence};
 use crate::table::{Line, Spread, micros, millis};
 use crate::upstream::Upstream;
 use crate::{Bench, BenchError};
@@ -63,6 +63,7 @@ pub(crate) fn at_once(
             },
             address: address.to_owned(),
             path: "/v1/credentials".to_owned(),
+            sequence: Sequence::Container,
             threads: 1,
             warm_up: 0,
             requests: callers / units,
@@ -106,6 +107,7 @@ pub(crate) fn cold(bench: &Bench) -> Result<Vec<Line>, BenchError> {
             caller: caller.clone(),
             address: daemon.address(Transport::Tcp)?,
             path: format!("/v1/credentials/cold-{number}"),
+            sequence: Sequence::Container,
             threads: 1,
             warm_up: 0,
             requests: 1,

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use crate::background_load::BackgroundLoad;
 use crate::caller::Caller;
 use crate::daemon::{Daemon, Direct, Transport, role, rule};
-use crate::load::{Load, Plan, Report};
+use crate::load::{Load, Plan, Report, Sequence};
 use crate::table::{Line, Spread, micros, millis};
 use crate::upstream::Upstream;
-use crate::{Bench, BenchError, machine};
+use crate::{Bench, BenchError, caller, machine};
 
 /// The user of the load in most rows.
 pub(crate) const USER: u32 = 61101;
@@ -99,14 +99,26 @@ impl Pair {
     /// Starts both. One request to the daemon gives it credentials, and `direct` the bytes of its
     /// responses.
     pub(crate) fn start(bench: &Bench, shape: &Shape, caller: Caller) -> Result<Self, BenchError> {
+        Self::start_with(bench, shape, caller, |_| String::new())
+    }
+
+    /// Starts both, with the tables that `more` returns for the daemon's folder.
+    fn start_with(
+        bench: &Bench,
+        shape: &Shape,
+        caller: Caller,
+        more: impl Fn(&Path) -> String,
+    ) -> Result<Self, BenchError> {
         let folder = bench.folder()?;
         let upstream = Upstream::start(&folder, Duration::ZERO, false)?;
-        let daemon = Daemon::start(&folder, &upstream, &shape.rules()?)?;
+        let rules = more(&folder) + &shape.rules()?;
+        let daemon = Daemon::start(&folder, &upstream, &rules)?;
         let requests = bench.count(10_000, 200);
         let plan = Plan {
             caller,
             address: daemon.address(shape.transport)?,
             path: "/v1/credentials".to_owned(),
+            sequence: Sequence::Container,
             threads: 8,
             warm_up: requests / 5,
             requests,
@@ -296,6 +308,47 @@ fn against_direct(
         .collect::<Result<Vec<_>, _>>()?;
     let (direct, runs): (Vec<_>, Vec<_>) = rounds.into_iter().unzip();
     Ok(vec![line(row, "direct", &direct, &runs, bound)])
+}
+
+/// Measures requests for metadata: one with a known token against the same request to the container
+/// credential endpoint, and an SDK's three requests against three of `direct`.
+pub(crate) fn imds(bench: &Bench) -> Result<Vec<Line>, BenchError> {
+    let caller = Caller {
+        uid: USER,
+        cgroup: bench.cgroups.unit("load")?,
+        descriptors: DESCRIPTORS,
+    };
+    let table = |folder: &Path| {
+        let key = folder.join("imds-key");
+        format!("[imds]\nmode = \"endpoint\"\nkey_file = {key:?}\n\n")
+    };
+    let pair = Pair::start_with(bench, &TCP_SOCKET, caller, table)?;
+    let get = Plan {
+        path: format!("{}bench", caller::ROLES),
+        sequence: Sequence::MetadataGet,
+        ..pair.plan.clone()
+    };
+    let sdk = Plan {
+        sequence: Sequence::MetadataSdk,
+        ..pair.plan.clone()
+    };
+    let [mut direct, mut container, mut gets, mut sdks] = [const { Vec::new() }; 4];
+    for _ in 0..bench.rounds() {
+        let (one, other) = pair.round(bench)?;
+        direct.push(Run {
+            cpu: one.cpu * 3.0,
+            ..one
+        });
+        container.push(other);
+        gets.push(measure(bench, pair.daemon.pid(), &get)?);
+        sdks.push(measure(bench, pair.daemon.pid(), &sdk)?);
+    }
+    let at_most = "at most 1.1".to_owned();
+    let no_bound = "no bound".to_owned();
+    Ok(vec![
+        line("imds-get", "tcp-socket", &container, &gets, at_most),
+        line("imds-sdk", "three direct", &direct, &sdks, no_bound),
+    ])
 }
 
 /// Measures each shape without and with background load, which starts and ends in each round.

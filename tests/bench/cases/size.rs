@@ -8,7 +8,7 @@ use super::cold::at_once;
 use super::ratio::{DESCRIPTORS, TCP_PID, USER, measure};
 use crate::caller::Caller;
 use crate::daemon::{Daemon, Transport, role, rule};
-use crate::load::{Load, Plan};
+use crate::load::{Load, Plan, Sequence};
 use crate::machine::{self, Memory};
 use crate::process::Part;
 use crate::table::{Line, Spread, mebibytes, micros};
@@ -30,6 +30,7 @@ pub(crate) fn memory(bench: &Bench) -> Result<Vec<Line>, BenchError> {
             },
             address: daemon.address(transport)?,
             path: "/v1/credentials".to_owned(),
+            sequence: Sequence::Container,
             threads: 8,
             warm_up: 0,
             requests: bench.count(20_000, 200),

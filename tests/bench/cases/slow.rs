@@ -5,7 +5,7 @@ use super::ratio::{
 };
 use crate::caller::Caller;
 use crate::daemon::{Daemon, Transport, role, rule};
-use crate::load::{Load, Plan, Report};
+use crate::load::{Load, Plan, Report, Sequence};
 use crate::table::{Line, Spread, millis};
 use crate::upstream::Upstream;
 use crate::{Bench, BenchError};
@@ -87,6 +87,7 @@ pub(crate) fn hostile(bench: &Bench) -> Result<Vec<Line>, BenchError> {
             caller,
             address,
             path,
+            sequence: Sequence::Container,
             threads: 8,
             warm_up: 0,
             requests: 0,

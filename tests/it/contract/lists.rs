@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::{folder, tool};
-use crate::harness::daemon::Daemon;
+use crate::harness::daemon::{Daemon, imds_table};
 use crate::harness::upstream::{ME, Upstream, my_rule};
 
 pub(super) const METRICS: &str = include_str!("../../../deploy/docs/metrics-and-alerts.md");
@@ -28,7 +28,8 @@ struct MetricFamily {
 pub(super) fn issued() -> (tempfile::TempDir, Daemon, Upstream) {
     let folder = folder();
     let upstream = Upstream::start_for_me();
-    let daemon = Daemon::start(folder.path(), "", &(upstream.configuration() + &my_rule())).ready();
+    let configuration = imds_table(folder.path()) + &upstream.configuration() + &my_rule();
+    let daemon = Daemon::start(folder.path(), "", &configuration).ready();
     let answer = super::exchange(
         std::os::unix::net::UnixStream::connect(daemon.unix()).unwrap(),
         super::GOOD,
@@ -174,6 +175,7 @@ fn audit_values_are_those_of_the_metrics() {
     outcomes.insert("lost".to_owned());
     assert_eq!(values("outcome"), outcomes);
     assert_eq!(values("listener"), requests["listener"]);
+    assert_eq!(values("protocol"), requests["protocol"]);
     assert_eq!(values("cache"), lookups["result"]);
 }
 

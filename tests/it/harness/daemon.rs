@@ -59,6 +59,12 @@ pub(crate) fn text(folder: &Path, listen: &str, configuration: &str) -> String {
     )
 }
 
+/// Returns the table with which a daemon serves metadata at its TCP addresses.
+pub(crate) fn imds_table(folder: &Path) -> String {
+    let key = folder.join("imds-key");
+    format!("[imds]\nmode = \"endpoint\"\nkey_file = {key:?}\n")
+}
+
 /// A running daemon, with its files below one folder.
 pub(crate) struct Daemon {
     process: Process,

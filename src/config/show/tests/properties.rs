@@ -66,6 +66,14 @@ fn tables() -> Vec<(&'static str, Vec<TomlKey>)> {
             ],
         ),
         (
+            "imds",
+            vec![
+                ("mode", texts(&["off", "endpoint"])),
+                ("region", raw(&["true", "false"])),
+                ("key_file", texts(&PATHS)),
+            ],
+        ),
+        (
             "identity",
             vec![
                 (

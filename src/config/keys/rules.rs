@@ -1,0 +1,132 @@
+//! The tables of which a file may have several.
+
+use super::{TableSpec, key};
+
+/// The rules for callers.
+pub(super) const WORKLOAD: TableSpec = TableSpec {
+    name: "workload",
+    is_list: true,
+    meaning: "rules that map a caller to a SPIFFE ID; the first one that matches wins",
+    keys: &[
+        key(
+            "spiffe_id",
+            "SPIFFE ID",
+            "required",
+            "the identity of callers that match",
+        ),
+        key("user", "string", "any", "name of the caller's user"),
+        key(
+            "uid",
+            "integer",
+            "any",
+            "number of the caller's user, instead of `user`",
+        ),
+        key(
+            "group",
+            "string",
+            "any",
+            "name of the caller's primary group",
+        ),
+        key(
+            "gid",
+            "integer",
+            "any",
+            "number of the primary group, instead of `group`",
+        ),
+        key(
+            "supplementary_group",
+            "string or integer",
+            "any",
+            "name or number of another group of the caller",
+        ),
+        key(
+            "systemd_unit",
+            "string",
+            "any",
+            "the outermost unit that is not a slice, as in `\"billing.service\"`, `\"session-3.scope\"`, `\"user@1000.service\"`",
+        ),
+        key(
+            "cgroup",
+            "pattern",
+            "only callers outside containers",
+            "the cgroup's path; `*` matches within one segment, `**` across several",
+        ),
+        key(
+            "exe",
+            "path",
+            "any",
+            "the executable, by its device and inode; needs another key in the rule",
+        ),
+        key(
+            "allow_exe_only",
+            "boolean",
+            "`false`",
+            "permit a rule with `exe` alone",
+        ),
+    ],
+};
+
+/// The roles of identities.
+pub(super) const ROLE: TableSpec = TableSpec {
+    name: "role",
+    is_list: true,
+    meaning: "roles, and the SPIFFE IDs that may have them; the first one is the default",
+    keys: &[
+        key(
+            "name",
+            "string, up to 64 of `A-Z a-z 0-9 . _ -`",
+            "required",
+            "the name in the path; must not begin with `arn:`",
+        ),
+        key(
+            "spiffe_id",
+            "SPIFFE ID pattern",
+            "required",
+            "the identities that may have the role: exact, or `*` for one segment and a last `**` for the rest",
+        ),
+        key(
+            "role_arn",
+            "ARN or template",
+            "required",
+            "the role to assume",
+        ),
+        key(
+            "audience",
+            "string, up to 255 bytes",
+            "`[identity] audience`",
+            "audience of the JWT-SVID; one audience belongs to one STS",
+        ),
+        key(
+            "duration",
+            "duration, 15m to 12h",
+            "`\"1h\"`",
+            "life of a session; below 30 minutes some SDKs fetch credentials for every call",
+        ),
+        key(
+            "session_name",
+            "string",
+            "made from the SPIFFE ID",
+            "fixed name of the session",
+        ),
+        key("region", "string", "`[sts] region`", "AWS region"),
+        key("sts_endpoint", "URL", "`[sts] endpoint`", "another STS"),
+        key(
+            "policy",
+            "string",
+            "none",
+            "session policy: one JSON object of up to 2048 characters",
+        ),
+        key(
+            "policy_arns",
+            "list of strings",
+            "`[]`",
+            "up to 10 managed session policies",
+        ),
+        key(
+            "allow_shared_audience",
+            "boolean",
+            "`false`",
+            "permit an audience that another STS uses as well",
+        ),
+    ],
+};

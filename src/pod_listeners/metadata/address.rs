@@ -1,0 +1,205 @@
+//! The calls in namespaces that add the metadata address and remove it.
+//!
+//! Their order matters. The listener is bound before the address is there, and the address is
+//! removed before the listener: otherwise a process of the pod that listens on port 80 of all
+//! addresses would answer as the metadata service.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::listen::{METADATA_ADDRESSES, NetnsRef, PodListener};
+use crate::netlink::{Addition, Route, RouteSocket};
+use crate::pod_listeners::metadata::MetadataRefusal;
+use crate::pod_listeners::pod::{ReceivedSockets, take_or_bind};
+use crate::pod_listeners::probe::{AnswerProbe, await_answers};
+
+/// The time that a service at the address has for its answer. A proxy on the node needs about 2 ms.
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(25);
+
+/// A namespace in which the address is to be served.
+#[derive(Debug)]
+pub(in crate::pod_listeners) struct MetadataTarget {
+    pub(in crate::pod_listeners) netns: Arc<NetnsRef>,
+    pub(in crate::pod_listeners) is_young: bool,
+    /// The listeners of another instance there, which has served them until now.
+    pub(in crate::pod_listeners) received: ReceivedSockets,
+}
+
+/// The listeners of the address in one namespace, or the reason why there are none.
+pub(in crate::pod_listeners) type Opened = Result<Vec<PodListener>, MetadataRefusal>;
+
+/// Adds the address to each of these namespaces, and listens there. Waits up to
+/// [`ANSWER_TIMEOUT`] for other services to answer.
+pub(in crate::pod_listeners) fn open_all(
+    targets: Vec<MetadataTarget>,
+) -> Vec<(Arc<NetnsRef>, Opened)> {
+    let mut checked: Vec<_> = targets
+        .into_iter()
+        .map(|target| (Checks::run(&target), target))
+        .collect();
+    let probes = checked
+        .iter_mut()
+        .filter_map(|(checks, _)| checks.as_mut().ok());
+    let mut probes: Vec<_> = probes.flat_map(|checks| &mut checks.probes).collect();
+    await_answers(&mut probes, ANSWER_TIMEOUT);
+    let opened = checked.into_iter().map(|(checks, target)| {
+        let MetadataTarget {
+            netns,
+            is_young,
+            received,
+        } = target;
+        let opened = checks.and_then(|checks| {
+            let may_remove = checks.is_present && !is_young;
+            let addresses = checks.into_addresses().inspect_err(|_| {
+                // A process of the pod took the port after an instance of awsvid was killed.
+                if may_remove {
+                    remove_own(&netns);
+                }
+            });
+            open(&netns, &addresses?, received)
+        });
+        (netns, opened)
+    });
+    opened.collect()
+}
+
+/// The checks of one namespace before the address is added.
+struct Checks {
+    addresses: Vec<SocketAddr>,
+    /// Set if the loopback device already has one of the addresses: an instance of awsvid was
+    /// killed, or a process of the pod added it.
+    is_present: bool,
+    probes: Vec<AnswerProbe>,
+}
+
+impl Checks {
+    /// Finds the addresses that the pod needs, checks the routes to them, and starts to connect.
+    fn run(target: &MetadataTarget) -> Result<Self, MetadataRefusal> {
+        let is_received = !target.received.is_empty();
+        target.netns.run_in(|| {
+            let routes = RouteSocket::open()?;
+            let has_v6 = routes.has_global_v6()?;
+            let addresses = METADATA_ADDRESSES
+                .into_iter()
+                .filter(|address| address.is_ipv4() || has_v6);
+            let mut checks = Self {
+                addresses: addresses.collect(),
+                is_present: false,
+                probes: Vec::new(),
+            };
+            for address in checks.addresses.iter().filter(|_| !is_received) {
+                match routes.route_to(address.ip())? {
+                    Route::Missing if target.is_young && !has_v6 => {
+                        return Err(MetadataRefusal::NotReady);
+                    }
+                    Route::Missing | Route::Default => {}
+                    Route::Local { is_loopback: true } => checks.is_present = true,
+                    Route::Local { is_loopback: false } => {
+                        let text = "an address of another device";
+                        return Err(MetadataRefusal::Routed(text.to_owned()));
+                    }
+                    Route::Specific(route) => return Err(MetadataRefusal::Routed(route)),
+                }
+                checks.probes.extend(AnswerProbe::start(*address)?);
+            }
+            Ok(checks)
+        })?
+    }
+
+    /// Returns the addresses if no other service answers there.
+    fn into_addresses(self) -> Result<Vec<SocketAddr>, MetadataRefusal> {
+        match self.probes.iter().any(AnswerProbe::is_answered) {
+            false => Ok(self.addresses),
+            // Nothing outside the namespace can have answered.
+            true if self.is_present => Err(MetadataRefusal::PortTaken),
+            true => Err(MetadataRefusal::Answered),
+        }
+    }
+}
+
+/// Listens on the addresses in the namespace, and then adds them.
+fn open(netns: &Arc<NetnsRef>, addresses: &[SocketAddr], received: ReceivedSockets) -> Opened {
+    let mut received = received.into_iter().collect();
+    netns.run_in(|| {
+        let routes = RouteSocket::open()?;
+        let bound = addresses
+            .iter()
+            .map(|address| take_or_bind(netns, *address, &mut received));
+        let bound: Vec<_> = bound
+            .collect::<Result<_, _>>()
+            .map_err(MetadataRefusal::of_bind)?;
+        let mut listeners = Vec::new();
+        for listener in bound {
+            match routes.add_address(listener.address().ip()) {
+                Ok(_) => listeners.push(listener),
+                Err(error) if has_no_v6(&error, listener.address().ip()) => {}
+                Err(error) => {
+                    // The listeners close now, so the addresses have to be gone before.
+                    remove_from(&routes);
+                    return Err(error.into());
+                }
+            }
+        }
+        Ok(listeners)
+    })?
+}
+
+/// Returns whether the loopback device takes no IPv6 address.
+fn has_no_v6(error: &io::Error, address: IpAddr) -> bool {
+    let errors = [libc::EACCES, libc::EOPNOTSUPP, libc::EAFNOSUPPORT];
+    address.is_ipv6()
+        && error
+            .raw_os_error()
+            .is_some_and(|errno| errors.contains(&errno))
+}
+
+/// Adds these addresses again if they are missing. Returns whether one was.
+pub(in crate::pod_listeners) fn restore(
+    netns: &NetnsRef,
+    addresses: &[SocketAddr],
+) -> Result<bool, MetadataRefusal> {
+    netns.run_in(|| {
+        let routes = RouteSocket::open()?;
+        let mut was_missing = false;
+        for address in addresses {
+            was_missing |= routes.add_address(address.ip())? == Addition::New;
+        }
+        Ok(was_missing)
+    })?
+}
+
+/// Removes the addresses from the namespace, unless it is gone.
+pub(in crate::pod_listeners) fn remove(netns: &NetnsRef) {
+    let removed = netns.run_in(|| RouteSocket::open().map(|routes| remove_from(&routes)));
+    if let Ok(Err(error)) = removed {
+        let namespace = netns.path();
+        tracing::warn!(%error, namespace = %namespace.display(), "169.254.169.254 cannot be removed from a pod");
+    }
+}
+
+/// Removes the addresses that an instance of awsvid added, and leaves those of the pod itself.
+fn remove_own(netns: &NetnsRef) {
+    let removed = netns.run_in(|| {
+        let routes = RouteSocket::open()?;
+        for ip in METADATA_ADDRESSES.map(|address| address.ip()) {
+            if routes.has_own_address(ip)? {
+                routes.remove_address(ip)?;
+            }
+        }
+        Ok::<_, io::Error>(())
+    });
+    if let Ok(Err(error)) = removed {
+        let namespace = netns.path();
+        tracing::debug!(%error, namespace = %namespace.display(), "the metadata address cannot be removed");
+    }
+}
+
+fn remove_from(routes: &RouteSocket) {
+    for address in METADATA_ADDRESSES {
+        if let Err(error) = routes.remove_address(address.ip()) {
+            tracing::debug!(%error, address = %address.ip(), "an address cannot be removed from a pod");
+        }
+    }
+}

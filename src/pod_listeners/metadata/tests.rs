@@ -1,0 +1,292 @@
+use std::fs::File;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+
+use super::*;
+use crate::listen::{METADATA_ADDRESSES, NetnsRef};
+use crate::netlink::tests::{add_eth0, ip};
+use crate::netns::NetNs;
+use crate::skip::root;
+
+const V4: SocketAddr = METADATA_ADDRESSES[0];
+const V6: SocketAddr = METADATA_ADDRESSES[1];
+
+/// A pod's network namespace, on a file that only the calling thread sees mounted.
+struct TestPod {
+    netns: Arc<NetnsRef>,
+    _folder: tempfile::TempDir,
+}
+
+impl TestPod {
+    /// Makes one with a device that has the pod's address, a default route, and what `setup` adds.
+    fn new(setup: &[&str]) -> Option<Self> {
+        if !root() {
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pod");
+        File::create_new(&path).unwrap();
+        unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        let id = thread::scope(|scope| {
+            let make = || {
+                unshare(CloneFlags::CLONE_NEWNET).unwrap();
+                let own = Path::new("/proc/thread-self/ns/net");
+                mount(Some(own), &path, none, MsFlags::MS_BIND, none).unwrap();
+                ip("link set lo up");
+                add_eth0();
+                setup.iter().for_each(|words| drop(ip(words)));
+                NetNs::own().unwrap().id()
+            };
+            scope.spawn(make).join().unwrap()
+        });
+        Some(Self {
+            netns: Arc::new(NetnsRef::new(id, path)),
+            _folder: folder,
+        })
+    }
+
+    fn connected() -> Option<Self> {
+        Self::new(&[
+            "address add 10.9.0.1/24 dev eth0",
+            "route add default via 10.9.0.2",
+        ])
+    }
+
+    fn target(&self, is_young: bool) -> MetadataTarget {
+        MetadataTarget {
+            netns: self.netns.clone(),
+            is_young,
+            received: Vec::new(),
+        }
+    }
+
+    fn open(&self, is_young: bool) -> Opened {
+        let mut opened = open_all(vec![self.target(is_young)]);
+        assert_eq!(opened.len(), 1);
+        opened.pop().unwrap().1
+    }
+
+    /// Runs `ip` in the namespace.
+    fn ip(&self, words: &str) -> String {
+        self.netns.run_in(|| ip(words)).unwrap()
+    }
+
+    fn has_address(&self) -> bool {
+        self.ip("address show dev lo").contains("169.254.169.254")
+    }
+
+    fn is_reached(&self, address: SocketAddr) -> bool {
+        // The kernel adds the route of an IPv6 address a moment later.
+        let limit = Duration::from_secs(10);
+        let connected = self
+            .netns
+            .run_in(|| TcpStream::connect_timeout(&address, limit));
+        connected.unwrap().is_ok()
+    }
+}
+
+impl Drop for TestPod {
+    fn drop(&mut self) {
+        // The folder could not be removed.
+        let _ = umount2(&self.netns.path(), MntFlags::MNT_DETACH);
+    }
+}
+
+fn failure(opened: Opened) -> Option<PodListenerFailure> {
+    opened.unwrap_err().failure()
+}
+
+#[test]
+fn address_is_served_and_removed_with_its_listener() {
+    let Some(pod) = TestPod::connected() else {
+        return;
+    };
+    let listeners = pod.open(true).unwrap();
+    // The pod has no IPv6.
+    assert_eq!(listeners.len(), 1);
+    assert!(pod.has_address() && pod.is_reached(V4));
+    assert!(!restore(&pod.netns, &[V4]).unwrap());
+    pod.ip("address delete 169.254.169.254/32 dev lo");
+    assert!(restore(&pod.netns, &[V4]).unwrap());
+    assert!(pod.is_reached(V4));
+    remove(&pod.netns);
+    assert!(!pod.has_address());
+}
+
+#[test]
+fn pod_with_ipv6_gets_both_addresses() {
+    let setup = [
+        "address add 2001:db8::1/64 dev eth0 nodad",
+        "-6 route add default via 2001:db8::2",
+    ];
+    let Some(pod) = TestPod::new(&setup) else {
+        return;
+    };
+    let listeners = pod.open(true).unwrap();
+    assert_eq!(listeners.len(), 2);
+    assert!(pod.is_reached(V4) && pod.is_reached(V6));
+    drop(listeners);
+    // As after a kill of the daemon.
+    assert!(!pod.is_reached(V4) && !pod.is_reached(V6));
+    assert_eq!(pod.open(true).unwrap().len(), 2);
+    pod.netns
+        .run_in(|| std::fs::write("/proc/sys/net/ipv6/conf/lo/disable_ipv6", "1").unwrap())
+        .unwrap();
+    remove(&pod.netns);
+    assert_eq!(pod.open(true).unwrap().len(), 1, "lo takes no IPv6 address");
+}
+
+#[test]
+fn route_to_the_address_is_respected() {
+    let Some(pod) = TestPod::connected() else {
+        return;
+    };
+    for route in [
+        "169.254.169.254 via 10.9.0.2",
+        "169.254.0.0/16 dev eth0",
+        "blackhole 169.254.169.254",
+    ] {
+        pod.ip(&format!("route add {route}"));
+        let failed = failure(pod.open(false));
+        assert_eq!(failed, Some(PodListenerFailure::ImdsRouted), "{route}");
+        pod.ip(&format!("route delete {route}"));
+    }
+    pod.ip("address add 169.254.169.254/32 dev eth0");
+    let failed = failure(pod.open(false));
+    assert_eq!(failed, Some(PodListenerFailure::ImdsRouted));
+    assert!(!pod.has_address());
+}
+
+#[test]
+fn pod_whose_network_is_not_set_up_waits() {
+    let Some(pod) = TestPod::new(&[]) else {
+        return;
+    };
+    assert_eq!(failure(pod.open(true)), None);
+    assert!(!pod.has_address());
+    // It has none at all.
+    assert_eq!(pod.open(false).unwrap().len(), 1);
+}
+
+#[test]
+fn server_of_the_pod_keeps_port_80() {
+    let Some(pod) = TestPod::connected() else {
+        return;
+    };
+    let listen = |address: &'static str| {
+        let bound = pod.netns.run_in(|| TcpListener::bind(address));
+        bound.unwrap().unwrap()
+    };
+    for address in ["0.0.0.0:80", "[::]:80"] {
+        let server = listen(address);
+        let failed = failure(pod.open(false));
+        assert_eq!(failed, Some(PodListenerFailure::ImdsPortTaken), "{address}");
+        assert!(!pod.has_address(), "it would answer there");
+        drop(server);
+    }
+    // These do not conflict.
+    let servers = [listen("127.0.0.1:80"), listen("10.9.0.1:80")];
+    drop(pod.open(false).unwrap());
+    drop(servers);
+    // The daemon was killed, and a server of the pod has the port now.
+    let server = listen("0.0.0.0:80");
+    assert!(pod.has_address() && pod.is_reached(V4));
+    let failed = failure(pod.open(true));
+    assert_eq!(failed, Some(PodListenerFailure::ImdsPortTaken));
+    assert!(pod.has_address(), "another instance may be ending");
+    let failed = failure(pod.open(false));
+    assert_eq!(failed, Some(PodListenerFailure::ImdsPortTaken));
+    assert!(!pod.has_address() && !pod.is_reached(V4));
+    // The pod has added the address itself.
+    pod.ip("address add 169.254.169.254/32 dev lo");
+    let failed = failure(pod.open(false));
+    assert_eq!(failed, Some(PodListenerFailure::ImdsPortTaken));
+    assert!(pod.has_address() && pod.is_reached(V4));
+    drop(server);
+    assert_eq!(pod.open(false).unwrap().len(), 1);
+}
+
+#[test]
+fn missing_capability_adds_and_binds_nothing() {
+    let Some(pod) = TestPod::connected() else {
+        return;
+    };
+    let without = thread::scope(|scope| {
+        let open = || {
+            let capability = caps::Capability::CAP_NET_ADMIN;
+            caps::drop(None, caps::CapSet::Effective, capability).unwrap();
+            failure(pod.open(false))
+        };
+        scope.spawn(open).join().unwrap()
+    });
+    assert_eq!(without, Some(PodListenerFailure::ImdsDenied));
+    assert!(!pod.has_address());
+    assert_eq!(pod.open(false).unwrap().len(), 1, "the port is free");
+}
+
+/// Another program's listener is not that of the previous instance.
+#[test]
+fn received_listener_is_verified() {
+    let Some(pod) = TestPod::connected() else {
+        return;
+    };
+    pod.ip("address add 169.254.169.254/32 dev lo");
+    let unbound = pod.netns.run_in(|| TcpListener::bind(V4)).unwrap().unwrap();
+    let unbound = Arc::new(unbound.into());
+    let mut target = pod.target(false);
+    target.received.push((V4, Arc::clone(&unbound)));
+    let (_, opened) = open_all(vec![target]).pop().unwrap();
+    assert!(
+        matches!(opened, Err(MetadataRefusal::Failed(_))),
+        "{opened:?}"
+    );
+    drop(unbound);
+    let first = pod.open(false).unwrap();
+    let mut target = pod.target(false);
+    target.received.push((V4, first[0].listener()));
+    let (_, opened) = open_all(vec![target]).pop().unwrap();
+    assert!(Arc::ptr_eq(
+        &opened.unwrap()[0].listener(),
+        &first[0].listener()
+    ));
+}
+
+#[test]
+fn same_cause_is_reported_once() {
+    let mut state = MetadataState::waiting();
+    let routed = || MetadataRefusal::Routed("10.0.0.0/8".to_owned());
+    assert!(state.set_refused(&routed()));
+    assert!(!state.set_refused(&routed()));
+    assert!(!state.set_refused(&MetadataRefusal::NotReady));
+    assert!(!state.set_refused(&routed()));
+    assert!(state.set_refused(&MetadataRefusal::PortTaken));
+    assert!(state.set_refused(&routed()));
+    state.set_served();
+    assert!(state.set_refused(&routed()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn pod_is_polled_until_it_cannot_opt_in_any_more() {
+    // This network namespace has no such opt-in.
+    let mut state = MetadataState::undecided(OptInFile::open().unwrap());
+    let mut polls = 0_u32;
+    while let Some(due) = state.due() {
+        tokio::time::sleep_until(due).await;
+        assert_eq!(state.step(Instant::now()), None);
+        assert_eq!(state.step(Instant::now()), None, "not before the next one");
+        polls += 1;
+    }
+    let (short, long) = (500, (300 - 10) * 4);
+    assert!(
+        (short + long..short + long + 10).contains(&polls),
+        "{polls}"
+    );
+    assert!(matches!(state, MetadataState::Off));
+}

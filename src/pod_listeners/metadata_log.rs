@@ -1,0 +1,107 @@
+//! Log lines and counts of the pods in which the metadata address is not served.
+
+use std::path::Path;
+
+use crate::limits::{LogOnce, LogQuota};
+use crate::metrics::{Metrics, PodListenerFailure};
+use crate::pod_listeners::LOG_INTERVAL;
+use crate::pod_listeners::metadata::MetadataRefusal;
+
+/// The log of failures at the metadata address.
+#[derive(Debug)]
+pub(super) struct MetadataLog {
+    metrics: Metrics,
+    routed: LogQuota,
+    answered: LogQuota,
+    port_taken: LogQuota,
+    failed: LogQuota,
+    removed: LogQuota,
+    denied: LogOnce,
+}
+
+impl MetadataLog {
+    pub(super) fn new(metrics: Metrics) -> Self {
+        let [routed, answered, port_taken, failed, removed] =
+            [(); 5].map(|()| LogQuota::new(1, LOG_INTERVAL));
+        Self {
+            metrics,
+            routed,
+            answered,
+            port_taken,
+            failed,
+            removed,
+            denied: LogOnce::default(),
+        }
+    }
+
+    fn count(&self, failure: PodListenerFailure) {
+        self.metrics
+            .pod_listener_failures
+            .get_or_create(&failure.into())
+            .inc();
+    }
+
+    /// A pod has opted in, and is not served.
+    pub(super) fn refused(&self, namespace: &Path, refusal: &MetadataRefusal) {
+        if let Some(failure) = refusal.failure() {
+            self.count(failure);
+        }
+        let namespace = namespace.display();
+        match refusal {
+            MetadataRefusal::NotReady => {}
+            MetadataRefusal::Routed(route) => {
+                if let Some(missed) = self.routed.take() {
+                    tracing::warn!(
+                        %namespace, route, missed,
+                        fix = "remove the route, or the pod's opt-in",
+                        "a pod opted in to 169.254.169.254, but a route leads there"
+                    );
+                }
+            }
+            MetadataRefusal::Answered => {
+                if let Some(missed) = self.answered.take() {
+                    tracing::warn!(
+                        %namespace, missed,
+                        fix = "block that service for the pod by a network policy, or remove the pod's opt-in",
+                        "a pod opted in to 169.254.169.254, but another service answers there"
+                    );
+                }
+            }
+            MetadataRefusal::PortTaken => {
+                if let Some(missed) = self.port_taken.take() {
+                    tracing::warn!(
+                        %namespace, missed,
+                        fix = "let the pod's server listen on another port or on the pod's address, or remove the pod's opt-in",
+                        "a pod opted in to 169.254.169.254, but port 80 is in use"
+                    );
+                }
+            }
+            MetadataRefusal::Denied => {
+                if self.denied.first() {
+                    tracing::warn!(
+                        %namespace,
+                        fix = "in Kubernetes add NET_ADMIN to the container's securityContext.capabilities.add, under systemd \
+                               CAP_NET_ADMIN to CapabilityBoundingSet= and AmbientCapabilities=",
+                        "169.254.169.254 cannot be set up in pods: CAP_NET_ADMIN is missing"
+                    );
+                }
+            }
+            MetadataRefusal::Failed(error) => {
+                if let Some(missed) = self.failed.take() {
+                    tracing::warn!(%error, %namespace, missed, "169.254.169.254 cannot be set up in a pod");
+                }
+            }
+        }
+    }
+
+    /// A process of the pod had removed the address.
+    pub(super) fn removed(&self, namespace: &Path) {
+        self.count(PodListenerFailure::ImdsRemoved);
+        if let Some(missed) = self.removed.take() {
+            tracing::warn!(
+                namespace = %namespace.display(), missed,
+                "a pod has removed 169.254.169.254: it was added again"
+            );
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! Serves the metadata address in the namespaces of pods that have opted in.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::Reconciler;
+use crate::listen::{METADATA_ADDRESSES, NetnsRef};
+use crate::pod_listeners::handover_protocol::HandoverKey;
+use crate::pod_listeners::metadata::{self, MetadataStep, MetadataTarget, Opened};
+use crate::pod_listeners::pod::ListenedPod;
+
+impl Reconciler {
+    /// Returns the time at which [`Reconciler::serve_metadata`] has to be called.
+    pub(in crate::pod_listeners) fn metadata_due(&self) -> Option<Instant> {
+        self.pods
+            .values()
+            .filter_map(|pod| pod.metadata.due())
+            .min()
+    }
+
+    /// Does what is due: finds the pods that have opted in, adds the address there, and checks that
+    /// it still is where it was added. `received` are the listeners of another instance.
+    pub(in crate::pod_listeners) async fn serve_metadata(
+        &mut self,
+        mut received: HashMap<HandoverKey, Arc<OwnedFd>>,
+    ) {
+        let now = Instant::now();
+        let (mut targets, mut served, mut foreign) = (Vec::new(), Vec::new(), Vec::new());
+        for (id, pod) in &mut self.pods {
+            let listeners = METADATA_ADDRESSES.into_iter().filter_map(|address| {
+                let listener = received.remove(&(*id, address))?;
+                Some((address, listener))
+            });
+            let received: Vec<_> = listeners.collect();
+            match pod.metadata.step(now) {
+                Some(MetadataStep::Open { is_young }) => targets.push(MetadataTarget {
+                    netns: pod.netns.clone(),
+                    is_young,
+                    received,
+                }),
+                Some(MetadataStep::Check) => {
+                    served.push((pod.netns.clone(), pod.metadata_addresses()));
+                }
+                // The pod has not opted in.
+                None if !received.is_empty() => foreign.push((pod.netns.clone(), received)),
+                None => {}
+            }
+        }
+        if !targets.is_empty() {
+            self.open_metadata(targets).await;
+        }
+        if !served.is_empty() {
+            self.check_metadata(served).await;
+        }
+        if !foreign.is_empty() {
+            let removing = self.directory.run(&self.log, move || {
+                for (netns, listeners) in foreign {
+                    metadata::remove(&netns);
+                    drop(listeners);
+                }
+            });
+            let _ = removing.await;
+        }
+        self.count_metadata();
+    }
+
+    async fn open_metadata(&mut self, targets: Vec<MetadataTarget>) {
+        let opening = move || metadata::open_all(targets);
+        let opened = self.directory.run(&self.log, opening).await;
+        for (netns, opened) in opened.unwrap_or_default() {
+            self.record_opened(&netns, opened);
+        }
+    }
+
+    fn record_opened(&mut self, netns: &NetnsRef, opened: Opened) {
+        let Some(pod) = self.pods.get_mut(&netns.id()) else {
+            return;
+        };
+        let path = netns.path();
+        let served = opened.and_then(|listeners| {
+            let added = pod.add_metadata(listeners, &self.service);
+            added.map_err(metadata::MetadataRefusal::Failed)
+        });
+        match served {
+            Ok(()) => {
+                tracing::debug!(namespace = %path.display(), "serving 169.254.169.254 in a pod");
+            }
+            Err(refusal) => {
+                if pod.metadata.set_refused(&refusal) {
+                    self.metadata_log.refused(&path, &refusal);
+                }
+            }
+        }
+    }
+
+    async fn check_metadata(&mut self, served: Vec<(Arc<NetnsRef>, Vec<SocketAddr>)>) {
+        let checking = self.directory.run(&self.log, move || {
+            let checks = served.into_iter().map(|(netns, addresses)| {
+                let restored = metadata::restore(&netns, &addresses);
+                (netns, restored)
+            });
+            checks.collect::<Vec<_>>()
+        });
+        for (netns, restored) in checking.await.unwrap_or_default() {
+            let Some(pod) = self.pods.get_mut(&netns.id()) else {
+                continue;
+            };
+            pod.metadata.set_served();
+            match restored {
+                Ok(false) => {}
+                Ok(true) => self.metadata_log.removed(&netns.path()),
+                // The namespace may have ended, which the next scan finds.
+                Err(refusal) => {
+                    let path = netns.path();
+                    tracing::debug!(?refusal, namespace = %path.display(), "169.254.169.254 cannot be checked in a pod");
+                }
+            }
+        }
+    }
+
+    fn count_metadata(&self) {
+        let served = self.pods.values().filter(|pod| pod.metadata.is_served());
+        let count = i64::try_from(served.count()).unwrap_or(i64::MAX);
+        self.metrics.imds_namespaces.set(count);
+    }
+
+    /// Leaves the addresses of these listeners to the instance that has them now.
+    pub(in crate::pod_listeners) fn leave_metadata(
+        &mut self,
+        sent: &[(HandoverKey, Arc<OwnedFd>)],
+    ) {
+        for ((id, _), _) in sent {
+            if let Some(pod) = self.pods.get_mut(id) {
+                pod.leave_metadata(sent);
+            }
+        }
+    }
+
+    /// Removes the addresses that this instance serves.
+    pub(super) async fn remove_metadata(&mut self) {
+        let served = self.pods.values().filter(|pod| pod.metadata.is_served());
+        let namespaces: Vec<_> = served.map(ListenedPod::netns).collect();
+        if namespaces.is_empty() {
+            return;
+        }
+        let count = namespaces.len();
+        let removing = self.directory.run(&self.log, move || {
+            for netns in namespaces {
+                metadata::remove(&netns);
+            }
+        });
+        if removing.await.is_some() {
+            tracing::info!(namespaces = count, "removed 169.254.169.254 from pods");
+        }
+    }
+}
