@@ -101,7 +101,7 @@ pub(crate) fn sts_error(bytes: &[u8]) -> bool {
     }
     let is_parsed = rejection.is_some();
     let rejection = rejection.unwrap_or_default();
-    let failure = Failure::Refused {
+    let failure = Failure::Rejected {
         code: rejection.code,
         status: status.as_u16(),
         message: rejection.message,
