@@ -14,6 +14,7 @@ pub(crate) fn mountinfo(text: &str) -> bool {
         listens_on_host: true,
         names_processes: true,
         enters_namespaces: true,
+        sets_addresses: true,
         listens_low: true,
     };
     let found = HidingProc::find(features, text, text);

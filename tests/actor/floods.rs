@@ -143,7 +143,7 @@ fn state(fd: &OwnedFd) -> &'static str {
 
 /// Sends a request for credentials, and returns the code of the answer.
 fn send_request(to: &Address) -> String {
-    code(&raw_http::ask(&to.connect()))
+    code(&raw_http::fetch(&to.connect()))
 }
 
 /// Sends a request for a metadata token, and returns the status of the answer.

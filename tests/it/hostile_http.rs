@@ -533,7 +533,12 @@ fn request_hidden_behind_one_for_metadata_is_not_answered() {
             assert!(stage.requests("") <= before + 1, "{request:.300}");
         }
         // The other protocol of the same listener works as before.
-        check(&stage, &address, HIDDEN.as_bytes(), Expected::Credentials);
+        check(
+            &stage,
+            &address,
+            HIDDEN.as_bytes(),
+            ExpectedResponse::Credentials,
+        );
     }
     assert_eq!(stage.requests("outcome=\"issued\""), 2);
 }

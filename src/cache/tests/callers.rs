@@ -96,7 +96,7 @@ async fn flight_that_started_ahead_continues_with_a_caller_that_waits() {
 #[tokio::test(start_paused = true)]
 async fn rejection_of_an_exchange_ahead_is_recorded() {
     let (env, cache) = env(100);
-    env.refuse(refused());
+    env.reject(rejected());
     start_ahead(&cache, 1);
     settle().await;
     let reason = cache.entries()[0].last_error_reason;

@@ -347,6 +347,6 @@ fn metadata_is_served_only_where_it_is_on() {
     stream.write_all(request.as_bytes()).unwrap();
     let answer = std::io::read_to_string(stream).unwrap();
     assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
-    let (status, body) = crate::harness::client::ask(connect(daemon.tcp()));
+    let (status, body) = crate::harness::client::fetch(connect(daemon.tcp()));
     assert_eq!((status, &body["Code"]), (200, &"Success".into()));
 }

@@ -159,7 +159,7 @@ fn pod_that_opts_in_is_served_with_nothing_set() {
         assert_eq!(record["protocol"], "imds", "{record}");
     }
     // Only metadata is there.
-    let answer = node.ask("early", &cgroups[0], METADATA_V4.parse().unwrap());
+    let answer = node.fetch("early", &cgroups[0], METADATA_V4.parse().unwrap());
     assert!(!answer.starts_with("HTTP/1.1 200"), "{answer}");
     if let Some(python) = tool("client-boto3").map(|link| fs::read_link(&link).unwrap_or(link)) {
         let words = [python.to_str().unwrap(), "-c", BOTO3];

@@ -1,7 +1,7 @@
 //! The metadata address and the key of its tokens pass from one daemon to the next.
 
 use super::*;
-use crate::harness::counterparts::process::{Owned, spawn};
+use crate::harness::counterparts::process::{OwnedProcess, spawn};
 
 /// Fetches metadata in a loop, each time with a new token and with one that it keeps, until its
 /// input ends. Prints how many of each kind were answered, and the first failure.
@@ -24,7 +24,7 @@ echo "answered $count"
 
 /// A process of a pod that fetches metadata until the test stops it.
 struct Fetcher {
-    owned: Owned,
+    owned: OwnedProcess,
     output: std::io::BufReader<std::process::ChildStdout>,
     /// The loop goes on while it exists.
     flag: PathBuf,
