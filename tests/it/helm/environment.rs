@@ -225,7 +225,7 @@ fn component_for_older_clusters_has_the_same_variables() {
     let data = &values["data"];
     assert_eq!(
         data["EC2_METADATA_SERVICE_ENDPOINT"],
-        "http://127.0.0.1:974"
+        "http://127.0.0.1:974/"
     );
     assert_eq!(data["EC2_METADATA_V1_DISABLED"], "true");
     assert!(data["EC2_METADATA_DISABLED"].is_null(), "{data}");

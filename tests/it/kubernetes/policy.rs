@@ -101,7 +101,7 @@ pub(super) fn metadata_service_replaces_its_switch(cluster: &Cluster, folder: &P
         .success("the policy with the component");
     await_values(
         "the variables of the instance metadata service",
-        [None, Some("http://127.0.0.1:974"), Some("true")],
+        [None, Some("http://127.0.0.1:974/"), Some("true")],
         [None, Some("http://own"), Some("true")],
     );
     apply_policy(cluster);

@@ -44,7 +44,7 @@ none
 {{- if eq .Values.imds.mode "off" -}}
 - { name: AWS_EC2_METADATA_DISABLED, value: "true" }
 {{- else -}}
-- { name: AWS_EC2_METADATA_SERVICE_ENDPOINT, value: "http://127.0.0.1:974" }
+- { name: AWS_EC2_METADATA_SERVICE_ENDPOINT, value: "http://127.0.0.1:974/" }
 - { name: AWS_EC2_METADATA_V1_DISABLED, value: "true" }
 {{- end -}}
 {{- end -}}
