@@ -61,15 +61,20 @@ fn chart_equals_the_tree_with_instance_metadata() {
     let Some(renderer) = Renderer::new() else {
         return;
     };
-    let mut values = DEFAULTS.to_vec();
-    values.push("imds.mode=endpoint");
-    let chart = renderer.chart(&values, &VERSION);
-    // As the component describes it; `region` is on by default.
-    let table = "\n[imds]\nmode = \"endpoint\"\nregion = true\n\
-                 key_file = \"/run/awsvid-handover/own/imds-key\"\n";
-    let components = ["environment", "environment-imds"];
-    let tree = renderer.overlay("spiffe-broker", &components, |text| text + table);
-    assert_equal(comparable(chart), comparable(tree));
+    let components = ["environment", "environment-imds", "imds-address"];
+    for (mode, components) in [("endpoint", &components[..2]), ("address", &components)] {
+        let mode_value = format!("imds.mode={mode}");
+        let mut values = DEFAULTS.to_vec();
+        values.push(&mode_value);
+        let chart = renderer.chart(&values, &VERSION);
+        // As the component describes it; `region` is on by default.
+        let table = format!(
+            "\n[imds]\nmode = \"{mode}\"\nregion = true\n\
+             key_file = \"/run/awsvid-handover/own/imds-key\"\n"
+        );
+        let tree = renderer.overlay("spiffe-broker", components, |text| text + &table);
+        assert_equal(comparable(chart), comparable(tree));
+    }
 }
 
 /// The paths and names of SPIRE's own chart 0.30.

@@ -194,6 +194,7 @@ fn variables_follow_the_mode_of_instance_metadata() {
     for (mode, expected, unexpected) in [
         ("off", &[DISABLED][..], &[ENDPOINT, V1_DISABLED][..]),
         ("endpoint", &[ENDPOINT, V1_DISABLED], &[DISABLED]),
+        ("address", &[ENDPOINT, V1_DISABLED], &[DISABLED]),
     ] {
         let mode = format!("imds.mode={mode}");
         for environment in ["policy-v1", "policy-v1beta1", "kyverno"] {
@@ -209,6 +210,27 @@ fn variables_follow_the_mode_of_instance_metadata() {
         let notes = notes(&renderer, &["strict=false", &mode], "1.25.0", "");
         assert_mentions(&notes, expected, unexpected);
     }
+}
+
+#[test]
+fn notes_describe_how_pods_opt_in_to_the_address() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    let values = [
+        "strict=false",
+        "imds.mode=address",
+        "imds.namespaceLabel=a.example/b",
+    ];
+    for (version, expected, unexpected) in [
+        ("1.36.0", "the label a.example/b=true", "NO POD GETS IT"),
+        ("1.25.0", "NO POD GETS IT", "the label a.example/b=true"),
+    ] {
+        let notes = notes(&renderer, &values, version, "");
+        assert_mentions(&notes, &["169.254.169.254", expected], &[unexpected]);
+    }
+    let notes = notes(&renderer, &["strict=false"], "1.36.0", "");
+    assert_mentions(&notes, &[], &["169.254.169.254"]);
 }
 
 #[test]
