@@ -110,7 +110,8 @@ impl Environment {
         let mut host = host.to_owned();
         match metadata {
             Some(origin) => {
-                set.push((METADATA_ENDPOINT, origin));
+                // The AWS CLI version 2 adds paths without a slash.
+                set.push((METADATA_ENDPOINT, origin + "/"));
                 set.push((METADATA_V1_DISABLED, "true".to_owned()));
                 // Programs that do not know the variable use the address.
                 host.push_str(",169.254.169.254");
@@ -204,7 +205,7 @@ mod tests {
         };
         let on = environment(Some("http://127.0.0.1:974"));
         let set: BTreeMap<_, _> = on.variables().iter().cloned().collect();
-        assert_eq!(set[METADATA_ENDPOINT], "http://127.0.0.1:974");
+        assert_eq!(set[METADATA_ENDPOINT], "http://127.0.0.1:974/");
         assert_eq!(set[METADATA_V1_DISABLED], "true");
         assert_eq!(set["NO_PROXY"], "127.0.0.1,169.254.169.254");
         assert!(!set.contains_key(METADATA_DISABLED));

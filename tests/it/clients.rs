@@ -7,6 +7,7 @@
 
 mod catalogue;
 mod expiring_session;
+mod instance_metadata;
 mod long_session;
 mod matrix;
 mod reading;

@@ -9,6 +9,7 @@ use crate::harness::client::connect;
 use crate::harness::daemon::{Daemon, imds_table};
 use crate::harness::upstream::{Upstream, my_rule};
 
+mod mock;
 mod programs;
 mod requests;
 mod tokens;

@@ -28,6 +28,7 @@ fn pods_get_their_own_credentials() {
     };
     done("all but awsvid is there");
     policy::missing_environment_is_set(&cluster);
+    policy::metadata_service_replaces_its_switch(&cluster, directory.path());
     done("the policy");
     life::pods_wait_until_awsvid_is_ready(&cluster, directory.path());
     done("the start-up taint");

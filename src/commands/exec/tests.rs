@@ -118,7 +118,7 @@ fn metadata_service_is_set_if_the_configuration_has_it() {
     );
     let on = "[imds]\nmode = \"endpoint\"\n";
     let without_role = set(on, &[]);
-    assert_eq!(without_role[ENDPOINT], "http://127.0.0.1:974");
+    assert_eq!(without_role[ENDPOINT], "http://127.0.0.1:974/");
     assert!(!without_role.contains_key(ROLE));
     assert_eq!(set(on, &["--role", "backup"])[ROLE], "backup");
     let by_arn = set(on, &["--role", "arn:aws:iam::123456789012:role/a"]);

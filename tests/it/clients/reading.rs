@@ -28,6 +28,9 @@ pub(crate) struct ReadSettings<'a> {
     pub(crate) role: Option<&'a str>,
     /// Whether the client has the token's file alone, of the two that `awsvid exec` sets.
     pub(crate) file_alone: bool,
+    /// Whether the client has the address of the instance metadata service alone, without `awsvid
+    /// exec`.
+    pub(crate) by_metadata: bool,
 }
 
 impl ReadSettings<'_> {
@@ -42,6 +45,7 @@ impl ReadSettings<'_> {
             url,
             role: None,
             file_alone: false,
+            by_metadata: false,
         }
     }
 }
@@ -136,8 +140,8 @@ fn content(output: Output) -> Result<String, String> {
     }
 }
 
-/// Returns the client behind `awsvid exec`, as its user, in its cgroup, with nothing else in its
-/// environment.
+/// Returns the client behind `awsvid exec`, or with an address alone, as its user, in its cgroup,
+/// with nothing else in its environment.
 fn command(
     stage: &ClientStage,
     member: &Member,
@@ -157,10 +161,11 @@ fn command(
         &uid,
         "--clear-groups",
     ];
-    let mut command = behind(
-        &[&member.cgroup.enter()[..], &user].concat(),
-        &stage.awsvid(),
-    );
+    let program = match reading.by_metadata {
+        true => member.program.clone(),
+        false => stage.awsvid(),
+    };
+    let mut command = behind(&[&member.cgroup.enter()[..], &user].concat(), &program);
     let endpoint = stage.minio.endpoint();
     command
         .env_clear()
@@ -175,16 +180,12 @@ fn command(
             .map(|(name, value)| (name, value.replace("{endpoint}", &endpoint))),
     );
     command.current_dir(home);
-    command
-        .args(["exec", "--url", &reading.url, "--token-file"])
-        .arg(serving.token_file());
-    command
-        .args(reading.role.iter().flat_map(|role| ["--role", role]))
-        .arg("--");
-    if reading.file_alone {
-        command.args(["env", "-u", "AWS_CONTAINER_AUTHORIZATION_TOKEN"]);
+    if reading.by_metadata {
+        command.env("AWS_EC2_METADATA_SERVICE_ENDPOINT", &reading.url);
+    } else {
+        behind_exec(&mut command, serving, reading);
+        command.arg(&member.program);
     }
-    command.arg(&member.program);
     command.args(
         member.client.words()[1..]
             .iter()
@@ -198,6 +199,19 @@ fn command(
         command.args([&endpoint, BUCKET, &reading.key, &times, &pause]);
     }
     command
+}
+
+/// Adds the arguments of `awsvid exec` in front of a client.
+fn behind_exec(command: &mut Command, serving: &Serving, reading: &Reading<'_>) {
+    command
+        .args(["exec", "--url", &reading.url, "--token-file"])
+        .arg(serving.token_file());
+    command
+        .args(reading.role.iter().flat_map(|role| ["--role", role]))
+        .arg("--");
+    if reading.file_alone {
+        command.args(["env", "-u", "AWS_CONTAINER_AUTHORIZATION_TOKEN"]);
+    }
 }
 
 /// Fills in a word of the catalogue.

@@ -11,7 +11,7 @@ use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::minio::{self, Minio};
 use crate::harness::counterparts::root;
 use crate::harness::counterparts::spire::Spire;
-use crate::harness::daemon::{Daemon, PROGRAM};
+use crate::harness::daemon::{Daemon, PROGRAM, imds_table};
 use crate::harness::env::id;
 
 pub(crate) const BUCKET: &str = "clients";
@@ -75,6 +75,8 @@ pub(crate) struct ClientSetting<'a> {
     pub(crate) source: Option<PathBuf>,
     /// Replaces MinIO's URL as an STS.
     pub(crate) sts: Option<String>,
+    /// Whether the daemon serves the instance metadata service too.
+    pub(crate) serves_metadata: bool,
 }
 
 impl ClientStage {
@@ -189,8 +191,12 @@ impl ClientStage {
             .source
             .clone()
             .unwrap_or_else(|| self.spire.agent_socket());
+        let imds = match setting.serves_metadata {
+            true => imds_table(&folder),
+            false => String::new(),
+        };
         let configuration = format!(
-            "[identity]\nworkload_api_socket = \"unix://{}\"\naudience = \"{}\"\n[sts]\nendpoint = \"{}\"\n{rules}\
+            "{imds}[identity]\nworkload_api_socket = \"unix://{}\"\naudience = \"{}\"\n[sts]\nendpoint = \"{}\"\n{rules}\
              [[role]]\nname = \"{ROLE}\"\nspiffe_id = \"{}\"\nrole_arn = \"{}\"\n{}\n",
             socket.display(),
             minio::AUDIENCE,

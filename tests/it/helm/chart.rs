@@ -56,6 +56,55 @@ fn chart_equals_the_tree_for_each_source_and_component() {
     }
 }
 
+#[test]
+fn chart_equals_the_tree_with_instance_metadata() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    let components = ["environment", "environment-imds", "imds-address"];
+    for (mode, components) in [("endpoint", &components[..2]), ("address", &components)] {
+        let mode_value = format!("imds.mode={mode}");
+        let mut values = DEFAULTS.to_vec();
+        values.push(&mode_value);
+        let chart = renderer.chart(&values, &VERSION);
+        // As the component describes it; `region` is on by default.
+        let table = format!(
+            "\n[imds]\nmode = \"{mode}\"\nregion = true\n\
+             key_file = \"/run/awsvid-handover/own/imds-key\"\n"
+        );
+        let tree = renderer.overlay("spiffe-broker", components, |text| text + &table);
+        assert_equal(comparable(chart), comparable(tree));
+    }
+}
+
+/// OpenShift rejects a pod with a capability that its constraints lack.
+#[test]
+fn openshift_allows_each_capability() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    for source in ["spiffe-broker", "spire-delegated"] {
+        for mode in ["off", "endpoint", "address"] {
+            let (source, mode) = (format!("source={source}"), format!("imds.mode={mode}"));
+            let values = ["strict=false", "openshift.enabled=true", &source, &mode];
+            let chart = renderer.chart(&values, &VERSION);
+            let pod = &chart[&key("DaemonSet", "awsvid")]["spec"]["template"]["spec"];
+            let constraints = (
+                "SecurityContextConstraints".to_owned(),
+                String::new(),
+                "awsvid-node".to_owned(),
+            );
+            let mut sets = [
+                &pod["containers"][0]["securityContext"]["capabilities"]["add"],
+                &chart[&constraints]["allowedCapabilities"],
+            ]
+            .map(|list| serde_json::from_value::<Vec<String>>(list.clone()).unwrap());
+            sets.iter_mut().for_each(|set| set.sort());
+            assert_eq!(sets[0], sets[1], "{source} {mode}");
+        }
+    }
+}
+
 /// The paths and names of SPIRE's own chart 0.30.
 #[test]
 fn chart_fits_the_chart_of_spire() {

@@ -182,3 +182,82 @@ fn extra_variables_reach_every_kind_of_container() {
         );
     }
 }
+
+#[test]
+fn variables_follow_the_mode_of_instance_metadata() {
+    const DISABLED: &str = "AWS_EC2_METADATA_DISABLED";
+    const ENDPOINT: &str = "AWS_EC2_METADATA_SERVICE_ENDPOINT";
+    const V1_DISABLED: &str = "AWS_EC2_METADATA_V1_DISABLED";
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    for (mode, expected, unexpected) in [
+        ("off", &[DISABLED][..], &[ENDPOINT, V1_DISABLED][..]),
+        ("endpoint", &[ENDPOINT, V1_DISABLED], &[DISABLED]),
+        ("address", &[ENDPOINT, V1_DISABLED], &[DISABLED]),
+    ] {
+        let mode = format!("imds.mode={mode}");
+        for environment in ["policy-v1", "policy-v1beta1", "kyverno"] {
+            let environment = format!("environment.mode={environment}");
+            let values = ["strict=false", &mode, &environment];
+            let objects = renderer.chart(&values, &options("1.36.0", ""));
+            let (_, policy) = objects
+                .iter()
+                .find(|(key, _)| key.2 == "awsvid-environment" && !key.0.ends_with("Binding"))
+                .expect("the policy");
+            assert_mentions(&policy.to_string(), expected, unexpected);
+        }
+        let notes = notes(&renderer, &["strict=false", &mode], "1.25.0", "");
+        assert_mentions(&notes, expected, unexpected);
+    }
+}
+
+#[test]
+fn notes_describe_how_pods_opt_in_to_the_address() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    let values = [
+        "strict=false",
+        "imds.mode=address",
+        "imds.namespaceLabel=a.example/b",
+    ];
+    for (version, expected, unexpected) in [
+        ("1.36.0", "the label a.example/b=true", "NO POD GETS IT"),
+        ("1.25.0", "NO POD GETS IT", "the label a.example/b=true"),
+    ] {
+        let notes = notes(&renderer, &values, version, "");
+        assert_mentions(&notes, &["169.254.169.254", expected], &[unexpected]);
+    }
+    let notes = notes(&renderer, &["strict=false"], "1.36.0", "");
+    assert_mentions(&notes, &[], &["169.254.169.254"]);
+}
+
+#[test]
+fn component_for_older_clusters_has_the_same_variables() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    let components = ["environment-patch", "environment-imds"];
+    let tree = renderer.overlay("spiffe-broker", &components, |text| text);
+    let (_, values) = tree
+        .iter()
+        .find(|(key, _)| key.0 == "ConfigMap" && key.2 == "awsvid-environment")
+        .expect("the variables");
+    let data = &values["data"];
+    assert_eq!(
+        data["EC2_METADATA_SERVICE_ENDPOINT"],
+        "http://127.0.0.1:974/"
+    );
+    assert_eq!(data["EC2_METADATA_V1_DISABLED"], "true");
+    assert!(data["EC2_METADATA_DISABLED"].is_null(), "{data}");
+}
+
+fn assert_mentions(text: &str, expected: &[&str], unexpected: &[&str]) {
+    for name in expected {
+        assert!(text.contains(name), "no {name}: {text}");
+    }
+    for name in unexpected {
+        assert!(!text.contains(name), "{name}: {text}");
+    }
+}

@@ -219,6 +219,9 @@ fn unknown_and_wrong_values_are_rejected() {
         "environment.extraVariables.a-b=1",
         "config.identity.broker_socket=unix:///elsewhere",
         "config.pods.enabled=false",
+        "imds.mode=always",
+        "config.imds.region=false",
+        "config.imds.mode=endpoint",
         "namespace.podSecurity=baseline",
     ] {
         let output = renderer.render(&["template"], &["strict=false", wrong], &VERSION);

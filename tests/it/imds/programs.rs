@@ -3,6 +3,7 @@
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Instant;
 
 use super::*;
 use crate::harness::client::TCP_USER;
@@ -20,13 +21,29 @@ const BOTOCORE: &str = "
 import sys
 from botocore.utils import IMDSRegionProvider, InstanceMetadataFetcher
 from botocore.session import Session
+# Half of a round's time would be its start. It fetches nothing.
+session = Session()
 for i in range(int(sys.argv[1])):
     fetcher = InstanceMetadataFetcher(timeout=10, num_attempts=1, base_url=sys.argv[2])
     found = fetcher.retrieve_iam_role_credentials()
     assert found['role_name'] == 'dev' and found['token'], found
-    assert IMDSRegionProvider(Session()).provide() == 'us-east-1'
+    assert IMDSRegionProvider(session).provide() == 'us-east-1'
 print('done')
 ";
+
+/// Fetches credentials by a new chain of the CRT each time, which ends with its IMDS provider.
+const CRT: &str = "
+import sys
+from awscrt import auth, io
+bootstrap = io.ClientBootstrap.get_or_create_static_default()
+for i in range(int(sys.argv[1])):
+    provider = auth.AwsCredentialsProvider.new_default_chain(bootstrap)
+    found = provider.get_credentials().result(60)
+    assert found.access_key_id and found.session_token, found
+print('done')
+";
+/// Bounds one round, on a machine that is busy with others.
+const EACH_ROUND: Duration = Duration::from_secs(1);
 
 /// A program, with nothing else in its environment than these variables.
 fn program(words: &[&str], home: &Path, variables: &[(&str, &str)]) -> Command {
@@ -45,10 +62,14 @@ fn output(command: Command) -> Output {
     run(command, b"", TIMEOUT)
 }
 
-/// Returns Python with boto3. Not the link: Python knows its libraries by the path that it was
-/// started with.
 fn boto3() -> Option<PathBuf> {
-    let python = tool("client-boto3")?;
+    python("client-boto3")
+}
+
+/// Returns the Python of a client. Not the link: Python knows its libraries by the path that it was
+/// started with.
+fn python(name: &str) -> Option<PathBuf> {
+    let python = tool(name)?;
     Some(std::fs::read_link(&python).unwrap_or(python))
 }
 
@@ -140,18 +161,18 @@ fn sdk_without_a_role_finds_no_credentials() {
     assert_eq!(records.last().unwrap()["reason"], "no_identity");
 }
 
-#[test]
-fn botocore_fetchers_are_answered_each_time() {
-    let Some(python) = boto3() else { return };
+/// Runs a script with a number of rounds and the daemon's URL as its arguments, and asserts the
+/// number of requests of each round by outcome and reason.
+fn run_rounds(python: &Path, script: &str, of_each: [(&str, &str, u64); 4]) {
     let (folder, upstream) = (folder(), Upstream::start_for_me());
     let daemon = serve(folder.path(), &upstream, "");
-    let times: u64 = if is_slow() { 10_000 } else { 200 };
+    let rounds: u64 = if is_slow() { 10_000 } else { 200 };
     let valid = token(daemon.tcp());
     await_some("the credentials are cached", TIMEOUT, || {
         (get(daemon.tcp(), &format!("{ROLES}dev"), &valid).status == 200).then_some(())
     });
-    let (count, origin) = (times.to_string(), format!("http://{}", daemon.tcp()));
-    let words = [python.to_str().unwrap(), "-c", BOTOCORE, &count, &origin];
+    let (count, origin) = (rounds.to_string(), format!("http://{}", daemon.tcp()));
+    let words = [python.to_str().unwrap(), "-c", script, &count, &origin];
     let variables = [
         (ENDPOINT, origin.as_str()),
         ("AWS_METADATA_SERVICE_TIMEOUT", "10"),
@@ -160,13 +181,7 @@ fn botocore_fetchers_are_answered_each_time() {
     // The region comes from the metadata service. The socket of such a user decides alone, however
     // many descriptors other tests have.
     command.env_remove("AWS_DEFAULT_REGION").uid(TCP_USER);
-    let limit = TIMEOUT + Duration::from_millis(100) * u32::try_from(times).unwrap();
-    let of_each = [
-        ("answered", "token", 2),
-        ("answered", "role_name", 1),
-        ("answered", "zone", 1),
-        ("issued", "ok", 1),
-    ];
+    let limit = TIMEOUT + EACH_ROUND * u32::try_from(rounds).unwrap();
     let series = |outcome: &str, reason: &str| {
         format!(
             "awsvid_requests_total{{listener=\"tcp\",protocol=\"imds\",outcome=\"{outcome}\",reason=\"{reason}\"}}"
@@ -174,12 +189,40 @@ fn botocore_fetchers_are_answered_each_time() {
     };
     let counts = || of_each.map(|(outcome, reason, _)| daemon.metric(&series(outcome, reason)));
     let before = counts();
+    let begun = Instant::now();
     let output = run(command, b"", limit);
+    eprintln!("{rounds} rounds took {:?}", begun.elapsed());
     let rejected = daemon.audit_where(|_, line| {
         line.contains("\"outcome\":\"refused\"") || line.contains("\"outcome\":\"failed\"")
     });
     assert_eq!(output.stdout.trim(), "done", "{output:?} {rejected:#?}");
     for ((before, after), (_, reason, each)) in before.iter().zip(counts()).zip(of_each) {
-        assert_eq!(after - before, times * each, "{reason}");
+        assert_eq!(after - before, rounds * each, "{reason}");
     }
+}
+
+#[test]
+fn botocore_fetchers_are_answered_each_time() {
+    let Some(python) = boto3() else { return };
+    let of_each = [
+        ("answered", "token", 2),
+        ("answered", "role_name", 1),
+        ("answered", "zone", 1),
+        ("issued", "ok", 1),
+    ];
+    run_rounds(&python, BOTOCORE, of_each);
+}
+
+#[test]
+fn crt_provider_is_answered_each_time() {
+    let Some(python) = python("client-awscrt") else {
+        return;
+    };
+    let of_each = [
+        ("answered", "token", 1),
+        ("answered", "role_name", 1),
+        ("answered", "zone", 0),
+        ("issued", "ok", 1),
+    ];
+    run_rounds(&python, CRT, of_each);
 }

@@ -1,16 +1,19 @@
 //! The changes that the environment's policy makes to pods.
 
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::cluster::{Cluster, READER, manifests};
+use super::cluster::{Cluster, READER, manifests, overlay};
 use crate::harness::counterparts::process::await_some;
 
 const URI: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI";
 const TOKEN: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN";
 const FILE: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE";
 const METADATA: &str = "AWS_EC2_METADATA_DISABLED";
+const METADATA_ENDPOINT: &str = "AWS_EC2_METADATA_SERVICE_ENDPOINT";
+const METADATA_V1_DISABLED: &str = "AWS_EC2_METADATA_V1_DISABLED";
 
 /// Returns the pod that the API server would store instead of this one.
 fn admitted(cluster: &Cluster, pod: &Value) -> Value {
@@ -53,18 +56,64 @@ const ALL: [Option<&str>; 4] = [
     Some("true"),
 ];
 
-pub(super) fn missing_environment_is_set(cluster: &Cluster) {
+/// Applies the policy as it is without the instance metadata service.
+fn apply_policy(cluster: &Cluster) {
+    let policy = manifests().join("components/environment/policy.yaml");
     cluster
         .node
-        .kubectl(&[
-            "apply",
-            "--filename",
-            manifests()
-                .join("components/environment/policy.yaml")
-                .to_str()
-                .unwrap(),
-        ])
+        .kubectl(&["apply", "--filename", policy.to_str().unwrap()])
         .success("the policy");
+}
+
+/// Checks the variables with the component for the instance metadata service, and then without it.
+pub(super) fn metadata_service_replaces_its_switch(cluster: &Cluster, folder: &Path) {
+    let own = json!([{ "name": METADATA_ENDPOINT, "value": "http://own" }]);
+    let containers = json!([
+        { "name": "plain", "image": "i" },
+        { "name": "own", "image": "i", "env": own },
+    ]);
+    let trial = pod(
+        READER.namespace,
+        json!({ "containers": containers, "initContainers": [{ "name": "first", "image": "i" }] }),
+    );
+    let of = |container: &Value| {
+        [METADATA, METADATA_ENDPOINT, METADATA_V1_DISABLED]
+            .map(|name| value(container, name).map(str::to_owned))
+    };
+    let await_values = |what: &str, expected: [Option<&str>; 3], own: [Option<&str>; 3]| {
+        await_some(what, Duration::from_secs(30), || {
+            let found = admitted(cluster, &trial);
+            let all = [
+                "/spec/containers/0",
+                "/spec/initContainers/0",
+                "/spec/containers/1",
+            ];
+            let all = all.map(|path| of(found.pointer(path).unwrap()));
+            let expected = [expected, expected, own].map(|each| each.map(|v| v.map(str::to_owned)));
+            (all == expected).then_some(())
+        });
+    };
+    let components = ["environment", "environment-imds"];
+    let directory = overlay(folder, "instance-metadata", &[], &components);
+    cluster
+        .node
+        .kubectl(&["apply", "--kustomize", directory.to_str().unwrap()])
+        .success("the policy with the component");
+    await_values(
+        "the variables of the instance metadata service",
+        [None, Some("http://127.0.0.1:974/"), Some("true")],
+        [None, Some("http://own"), Some("true")],
+    );
+    apply_policy(cluster);
+    await_values(
+        "the variable without it",
+        [Some("true"), None, None],
+        [Some("true"), Some("http://own"), None],
+    );
+}
+
+pub(super) fn missing_environment_is_set(cluster: &Cluster) {
+    apply_policy(cluster);
     let plain = || json!({ "name": "plain", "image": "i" });
     let simple = pod(READER.namespace, json!({ "containers": [plain()] }));
     let first = await_some("the policy is active", Duration::from_secs(30), || {

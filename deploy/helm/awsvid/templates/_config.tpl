@@ -22,6 +22,11 @@
 {{- $_ := set $identity "admin_socket" (printf "unix://%s" $spire.adminSocket) -}}
 {{- end -}}
 {{- $config := dict "listen" $listen "pods" $pods "identity" $identity -}}
+{{- if ne .Values.imds.mode "off" -}}
+{{- /* On the node, so that the next pod accepts the tokens of this one. */ -}}
+{{- $imds := dict "mode" .Values.imds.mode "region" .Values.imds.region "key_file" "/run/awsvid-handover/own/imds-key" -}}
+{{- $_ := set $config "imds" $imds -}}
+{{- end -}}
 {{- toYaml (mustMergeOverwrite $config (deepCopy .Values.config)) -}}
 {{- end -}}
 

@@ -39,6 +39,16 @@ none
 {{- end -}}
 {{- end -}}
 
+{{/* Returns the variables about EC2's instance metadata service. */}}
+{{- define "awsvid.metadataVariables" -}}
+{{- if eq .Values.imds.mode "off" -}}
+- { name: AWS_EC2_METADATA_DISABLED, value: "true" }
+{{- else -}}
+- { name: AWS_EC2_METADATA_SERVICE_ENDPOINT, value: "http://127.0.0.1:974/" }
+- { name: AWS_EC2_METADATA_V1_DISABLED, value: "true" }
+{{- end -}}
+{{- end -}}
+
 {{/* Returns the port of the metrics, as `[listen] admin` has it. */}}
 {{- define "awsvid.metricsPort" -}}
 {{- $config := include "awsvid.config" . | fromYaml -}}

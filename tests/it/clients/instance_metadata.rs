@@ -1,0 +1,71 @@
+//! Each client with the address of the instance metadata service alone. The short form has two
+//! clients, `tests/run slow` has all.
+
+use super::MAX_CONCURRENT;
+use super::reading::{Reading, for_each, read};
+use super::stage::{ClientSetting, ClientStage, Member, Serving};
+use super::table::{self, Cell, Column, Table};
+use crate::harness::counterparts::folder;
+use crate::harness::is_slow;
+
+const SHORT: [&str; 2] = ["boto3", "Go v2"];
+
+#[test]
+fn clients_find_credentials_by_metadata_as_documented() {
+    let folder = folder();
+    let Some(stage) = ClientStage::start(folder.path(), &Table::committed()) else {
+        return;
+    };
+    let setting = ClientSetting {
+        serves_metadata: true,
+        ..ClientSetting::default()
+    };
+    let serving = stage.daemon("metadata", &setting);
+    let mut members = stage.members();
+    members.retain(|member| is_slow() || SHORT.contains(&member.client.name));
+    let cells = for_each(&members, MAX_CONCURRENT, |_, member: &Member| {
+        Cell::new(
+            member.client.name,
+            Column::Metadata,
+            found(&stage, member, &serving),
+        )
+    });
+    if !cells.is_empty() {
+        table::settle(&cells);
+    }
+}
+
+/// Returns whether the client reads its object, with each form of the address. Before, it may fail
+/// once: SPIRE and STS may take longer than the client waits for its first credentials.
+fn found(stage: &ClientStage, member: &Member, serving: &Serving) -> &'static str {
+    let name = member.client.name;
+    let works = |end: &str| {
+        let mut reading = Reading {
+            by_metadata: true,
+            ..Reading::single_read(member, serving)
+        };
+        reading.url += end;
+        let reads = read(stage, member, serving, &reading);
+        eprintln!("{name}, {:?}: {reads:?}", reading.url);
+        reads.all_equal(&member.content())
+    };
+    let first = works("");
+    eprintln!("{name}, nothing cached: {first}");
+    let forms = ["", "/"].map(works);
+    let requests = serving.requests(member.uid);
+    assert!(
+        requests.iter().all(|record| record["protocol"] == "imds"),
+        "{name}: {requests:#?}"
+    );
+    let was_issued = !serving.issued(member).is_empty();
+    assert_eq!(forms != [false; 2], was_issued, "{name}: {requests:#?}");
+    match forms {
+        [true, true] => "yes",
+        [false, true] => "with `/` at its end",
+        [true, false] => "without `/` at its end",
+        [false, false] => {
+            assert!(requests.is_empty(), "{name}: {requests:#?}");
+            "no"
+        }
+    }
+}
