@@ -2,8 +2,8 @@
 //! clients, `tests/run slow` has all.
 
 use super::MAX_CONCURRENT;
-use super::reading::{Reading, for_each, read};
-use super::stage::{ClientSetting, ClientStage, Member, Serving};
+use super::reading::{ReadSettings, for_each, read};
+use super::stage::{ClientSetting, ClientStage, Member, StagedDaemon};
 use super::table::{self, Cell, Column, Table};
 use crate::harness::counterparts::folder;
 use crate::harness::is_slow;
@@ -37,12 +37,12 @@ fn clients_find_credentials_by_metadata_as_documented() {
 
 /// Returns whether the client reads its object, with each form of the address. Before, it may fail
 /// once: SPIRE and STS may take longer than the client waits for its first credentials.
-fn found(stage: &ClientStage, member: &Member, serving: &Serving) -> &'static str {
+fn found(stage: &ClientStage, member: &Member, serving: &StagedDaemon) -> &'static str {
     let name = member.client.name;
     let works = |end: &str| {
-        let mut reading = Reading {
+        let mut reading = ReadSettings {
             by_metadata: true,
-            ..Reading::single_read(member, serving)
+            ..ReadSettings::single_read(member, serving)
         };
         reading.url += end;
         let reads = read(stage, member, serving, &reading);

@@ -202,7 +202,7 @@ fn command(
 }
 
 /// Adds the arguments of `awsvid exec` in front of a client.
-fn behind_exec(command: &mut Command, serving: &Serving, reading: &Reading<'_>) {
+fn behind_exec(command: &mut Command, serving: &StagedDaemon, reading: &ReadSettings<'_>) {
     command
         .args(["exec", "--url", &reading.url, "--token-file"])
         .arg(serving.token_file());
