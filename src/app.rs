@@ -92,6 +92,26 @@ pub struct Startup {
     pub file_threads: FileThreads,
 }
 
+/// Returns what answers operators.
+fn admin(
+    config: &Config,
+    metrics: &Metrics,
+    readiness: &Arc<Readiness>,
+    cache: CredentialCache,
+    attestor: &Arc<Attestor>,
+) -> Arc<Admin> {
+    let admin = Admin::new(
+        metrics.clone(),
+        readiness.clone(),
+        cache,
+        attestor.clone(),
+        config.listen.clone(),
+        config.pods.enabled,
+    );
+    admin.names_processes(DaemonFeatures::of(config).names_processes());
+    Arc::new(admin)
+}
+
 impl App {
     /// Starts all parts. On return each address is bound, or is tried again in the background. The
     /// daemon serves until [`App::drain`]. Fails if no address can be bound, and for a cause that
@@ -127,15 +147,7 @@ impl App {
         .await?;
         let attestor = endpoint.attestor.clone();
         let readiness = Arc::new(Readiness::new(metrics.ready.clone()));
-        let admin = Arc::new(Admin::new(
-            metrics.clone(),
-            readiness.clone(),
-            cache,
-            attestor.clone(),
-            config.listen.clone(),
-            config.pods.enabled,
-        ));
-        admin.names_processes(DaemonFeatures::of(&config).names_processes());
+        let admin = admin(&config, &metrics, &readiness, cache, &attestor);
         let mut app = Self {
             attestor,
             admin_api: admin.clone(),

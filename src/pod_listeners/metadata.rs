@@ -63,7 +63,7 @@ pub(super) enum MetadataStep {
 
 /// The reason why the address is not served in a namespace.
 #[derive(Debug)]
-pub(super) enum MetadataRefusal {
+pub(super) enum MetadataObstacle {
     /// The pod's network may not be set up yet, or has ended.
     NotReady,
     /// A route leads there, described for the log.
@@ -173,23 +173,23 @@ impl MetadataState {
 
     /// Records that the address is not served. Returns whether the cause is another one than that
     /// of the last attempt.
-    pub(super) fn set_refused(&mut self, refusal: &MetadataRefusal) -> bool {
+    pub(super) fn set_unserved(&mut self, obstacle: &MetadataObstacle) -> bool {
         let now = Instant::now();
         let (since, before) = match self {
             Self::Waiting { since, cause, .. } => (*since, *cause),
             _ => (now, None),
         };
-        let cause = refusal.failure();
+        let cause = obstacle.failure();
         *self = Self::Waiting {
             since,
-            retry: now + refusal.retry_after(),
+            retry: now + obstacle.retry_after(),
             cause: cause.or(before),
         };
         cause.is_some() && cause != before
     }
 }
 
-impl MetadataRefusal {
+impl MetadataObstacle {
     /// Returns the cause as metrics have it. `None` for one that passes by itself.
     pub(super) fn failure(&self) -> Option<PodListenerFailure> {
         Some(match self {
@@ -218,7 +218,7 @@ impl MetadataRefusal {
     }
 }
 
-impl From<io::Error> for MetadataRefusal {
+impl From<io::Error> for MetadataObstacle {
     fn from(error: io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::EPERM) => Self::Denied,
@@ -227,7 +227,7 @@ impl From<io::Error> for MetadataRefusal {
     }
 }
 
-impl From<NamespaceError> for MetadataRefusal {
+impl From<NamespaceError> for MetadataObstacle {
     fn from(error: NamespaceError) -> Self {
         match error {
             NamespaceError::NotMounted => Self::NotReady,

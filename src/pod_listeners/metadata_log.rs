@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::limits::{LogOnce, LogQuota};
 use crate::metrics::{Metrics, PodListenerFailure};
 use crate::pod_listeners::LOG_INTERVAL;
-use crate::pod_listeners::metadata::MetadataRefusal;
+use crate::pod_listeners::metadata::MetadataObstacle;
 
 /// The log of failures at the metadata address.
 #[derive(Debug)]
@@ -42,14 +42,14 @@ impl MetadataLog {
     }
 
     /// A pod has opted in, and is not served.
-    pub(super) fn refused(&self, namespace: &Path, refusal: &MetadataRefusal) {
-        if let Some(failure) = refusal.failure() {
+    pub(super) fn unserved(&self, namespace: &Path, obstacle: &MetadataObstacle) {
+        if let Some(failure) = obstacle.failure() {
             self.count(failure);
         }
         let namespace = namespace.display();
-        match refusal {
-            MetadataRefusal::NotReady => {}
-            MetadataRefusal::Routed(route) => {
+        match obstacle {
+            MetadataObstacle::NotReady => {}
+            MetadataObstacle::Routed(route) => {
                 if let Some(missed) = self.routed.take() {
                     tracing::warn!(
                         %namespace, route, missed,
@@ -58,7 +58,7 @@ impl MetadataLog {
                     );
                 }
             }
-            MetadataRefusal::Answered => {
+            MetadataObstacle::Answered => {
                 if let Some(missed) = self.answered.take() {
                     tracing::warn!(
                         %namespace, missed,
@@ -67,7 +67,7 @@ impl MetadataLog {
                     );
                 }
             }
-            MetadataRefusal::PortTaken => {
+            MetadataObstacle::PortTaken => {
                 if let Some(missed) = self.port_taken.take() {
                     tracing::warn!(
                         %namespace, missed,
@@ -76,7 +76,7 @@ impl MetadataLog {
                     );
                 }
             }
-            MetadataRefusal::Denied => {
+            MetadataObstacle::Denied => {
                 if self.denied.first() {
                     tracing::warn!(
                         %namespace,
@@ -86,7 +86,7 @@ impl MetadataLog {
                     );
                 }
             }
-            MetadataRefusal::Failed(error) => {
+            MetadataObstacle::Failed(error) => {
                 if let Some(missed) = self.failed.take() {
                     tracing::warn!(%error, %namespace, missed, "169.254.169.254 cannot be set up in a pod");
                 }

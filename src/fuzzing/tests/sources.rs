@@ -27,7 +27,7 @@ const FIELDS: Reader = None("serde_json parses it, and this compares single fiel
 /// The feature is not in packages, and its clients are the developer's own.
 const DEV: Reader = None("part of `awsvid dev`");
 
-const FILES: [(&str, Reader); 69] = [
+const FILES: [(&str, Reader); 72] = [
     ("accounts/local.rs", Target("accounts")),
     ("admin/format.rs", Target("accept")),
     ("attest/cgroup_mounts.rs", Target("mountinfo")),
@@ -85,6 +85,8 @@ const FILES: [(&str, Reader); 69] = [
     ("http/request_validation.rs", Target("request")),
     ("identity.rs", Target("spiffe_id")),
     ("identity/arn.rs", Target("arn")),
+    ("imds/path.rs", Target("metadata_path")),
+    ("imds/token.rs", Target("metadata_token")),
     ("listen/unprivileged_ports.rs", NUMBER),
     ("main.rs", OWN),
     ("metrics/exposition.rs", OWN),
@@ -92,6 +94,7 @@ const FILES: [(&str, Reader); 69] = [
     ("netns.rs", NUMBER),
     ("pod_listeners/handover_protocol.rs", Target("handover")),
     ("pod_listeners/netns_watch.rs", Target("mountinfo")),
+    ("pod_listeners/opt_in.rs", NUMBER),
     ("readiness.rs", FIELDS),
     ("sdk_environment/profiles.rs", Target("profiles")),
     ("socket_endpoint.rs", Target("endpoint")),

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::listen::{METADATA_ADDRESSES, NetnsRef, PodListener};
 use crate::netlink::{Addition, Route, RouteSocket};
-use crate::pod_listeners::metadata::MetadataRefusal;
+use crate::pod_listeners::metadata::MetadataObstacle;
 use crate::pod_listeners::pod::{ReceivedSockets, take_or_bind};
 use crate::pod_listeners::probe::{AnswerProbe, await_answers};
 
@@ -28,7 +28,7 @@ pub(in crate::pod_listeners) struct MetadataTarget {
 }
 
 /// The listeners of the address in one namespace, or the reason why there are none.
-pub(in crate::pod_listeners) type Opened = Result<Vec<PodListener>, MetadataRefusal>;
+pub(in crate::pod_listeners) type Opened = Result<Vec<PodListener>, MetadataObstacle>;
 
 /// Adds the address to each of these namespaces, and listens there. Waits up to
 /// [`ANSWER_TIMEOUT`] for other services to answer.
@@ -76,7 +76,7 @@ struct Checks {
 
 impl Checks {
     /// Finds the addresses that the pod needs, checks the routes to them, and starts to connect.
-    fn run(target: &MetadataTarget) -> Result<Self, MetadataRefusal> {
+    fn run(target: &MetadataTarget) -> Result<Self, MetadataObstacle> {
         let is_received = !target.received.is_empty();
         target.netns.run_in(|| {
             let routes = RouteSocket::open()?;
@@ -92,15 +92,15 @@ impl Checks {
             for address in checks.addresses.iter().filter(|_| !is_received) {
                 match routes.route_to(address.ip())? {
                     Route::Missing if target.is_young && !has_v6 => {
-                        return Err(MetadataRefusal::NotReady);
+                        return Err(MetadataObstacle::NotReady);
                     }
                     Route::Missing | Route::Default => {}
                     Route::Local { is_loopback: true } => checks.is_present = true,
                     Route::Local { is_loopback: false } => {
                         let text = "an address of another device";
-                        return Err(MetadataRefusal::Routed(text.to_owned()));
+                        return Err(MetadataObstacle::Routed(text.to_owned()));
                     }
-                    Route::Specific(route) => return Err(MetadataRefusal::Routed(route)),
+                    Route::Specific(route) => return Err(MetadataObstacle::Routed(route)),
                 }
                 checks.probes.extend(AnswerProbe::start(*address)?);
             }
@@ -109,12 +109,12 @@ impl Checks {
     }
 
     /// Returns the addresses if no other service answers there.
-    fn into_addresses(self) -> Result<Vec<SocketAddr>, MetadataRefusal> {
+    fn into_addresses(self) -> Result<Vec<SocketAddr>, MetadataObstacle> {
         match self.probes.iter().any(AnswerProbe::is_answered) {
             false => Ok(self.addresses),
             // Nothing outside the namespace can have answered.
-            true if self.is_present => Err(MetadataRefusal::PortTaken),
-            true => Err(MetadataRefusal::Answered),
+            true if self.is_present => Err(MetadataObstacle::PortTaken),
+            true => Err(MetadataObstacle::Answered),
         }
     }
 }
@@ -129,7 +129,7 @@ fn open(netns: &Arc<NetnsRef>, addresses: &[SocketAddr], received: ReceivedSocke
             .map(|address| take_or_bind(netns, *address, &mut received));
         let bound: Vec<_> = bound
             .collect::<Result<_, _>>()
-            .map_err(MetadataRefusal::of_bind)?;
+            .map_err(MetadataObstacle::of_bind)?;
         let mut listeners = Vec::new();
         for listener in bound {
             match routes.add_address(listener.address().ip()) {
@@ -159,7 +159,7 @@ fn has_no_v6(error: &io::Error, address: IpAddr) -> bool {
 pub(in crate::pod_listeners) fn restore(
     netns: &NetnsRef,
     addresses: &[SocketAddr],
-) -> Result<bool, MetadataRefusal> {
+) -> Result<bool, MetadataObstacle> {
     netns.run_in(|| {
         let routes = RouteSocket::open()?;
         let mut was_missing = false;

@@ -165,7 +165,7 @@ fn route_to_the_address_is_respected() {
 }
 
 #[test]
-fn pod_whose_network_is_not_set_up_waits() {
+fn pod_without_a_network_yet_waits() {
     let Some(pod) = TestPod::new(&[]) else {
         return;
     };
@@ -244,7 +244,7 @@ fn received_listener_is_verified() {
     target.received.push((V4, Arc::clone(&unbound)));
     let (_, opened) = open_all(vec![target]).pop().unwrap();
     assert!(
-        matches!(opened, Err(MetadataRefusal::Failed(_))),
+        matches!(opened, Err(MetadataObstacle::Failed(_))),
         "{opened:?}"
     );
     drop(unbound);
@@ -261,15 +261,15 @@ fn received_listener_is_verified() {
 #[test]
 fn same_cause_is_reported_once() {
     let mut state = MetadataState::waiting();
-    let routed = || MetadataRefusal::Routed("10.0.0.0/8".to_owned());
-    assert!(state.set_refused(&routed()));
-    assert!(!state.set_refused(&routed()));
-    assert!(!state.set_refused(&MetadataRefusal::NotReady));
-    assert!(!state.set_refused(&routed()));
-    assert!(state.set_refused(&MetadataRefusal::PortTaken));
-    assert!(state.set_refused(&routed()));
+    let routed = || MetadataObstacle::Routed("10.0.0.0/8".to_owned());
+    assert!(state.set_unserved(&routed()));
+    assert!(!state.set_unserved(&routed()));
+    assert!(!state.set_unserved(&MetadataObstacle::NotReady));
+    assert!(!state.set_unserved(&routed()));
+    assert!(state.set_unserved(&MetadataObstacle::PortTaken));
+    assert!(state.set_unserved(&routed()));
     state.set_served();
-    assert!(state.set_refused(&routed()));
+    assert!(state.set_unserved(&routed()));
 }
 
 #[tokio::test(start_paused = true)]

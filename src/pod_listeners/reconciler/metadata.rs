@@ -83,15 +83,15 @@ impl Reconciler {
         let path = netns.path();
         let served = opened.and_then(|listeners| {
             let added = pod.add_metadata(listeners, &self.service);
-            added.map_err(metadata::MetadataRefusal::Failed)
+            added.map_err(metadata::MetadataObstacle::Failed)
         });
         match served {
             Ok(()) => {
                 tracing::debug!(namespace = %path.display(), "serving 169.254.169.254 in a pod");
             }
-            Err(refusal) => {
-                if pod.metadata.set_refused(&refusal) {
-                    self.metadata_log.refused(&path, &refusal);
+            Err(obstacle) => {
+                if pod.metadata.set_unserved(&obstacle) {
+                    self.metadata_log.unserved(&path, &obstacle);
                 }
             }
         }
@@ -114,9 +114,9 @@ impl Reconciler {
                 Ok(false) => {}
                 Ok(true) => self.metadata_log.removed(&netns.path()),
                 // The namespace may have ended, which the next scan finds.
-                Err(refusal) => {
+                Err(obstacle) => {
                     let path = netns.path();
-                    tracing::debug!(?refusal, namespace = %path.display(), "169.254.169.254 cannot be checked in a pod");
+                    tracing::debug!(?obstacle, namespace = %path.display(), "169.254.169.254 cannot be checked in a pod");
                 }
             }
         }

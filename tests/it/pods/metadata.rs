@@ -181,8 +181,8 @@ fn address_is_removed_when_the_daemon_ends() {
     // SIGKILL: the address stays, and its port is closed, so that SDKs go on at once.
     first.process().owned().end();
     assert!(has_address(&site.node, "a"));
-    let refused = site.node.connect("a", METADATA_V4.parse().unwrap());
-    assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    let connected = site.node.connect("a", METADATA_V4.parse().unwrap());
+    assert_eq!(connected.unwrap_err().kind(), ErrorKind::ConnectionRefused);
     let folder = folder();
     let mut second = site.start(
         folder.path(),

@@ -43,7 +43,7 @@ fn token(node: &NetnsNode, name: &str, cgroup: &Cgroup) -> String {
 
 /// Returns what another host gets for a token, and with the token, at the address that it routes to
 /// the pod.
-fn ask_from(
+fn fetch_from(
     node: &NetnsNode,
     neighbour: &str,
     address: &str,
@@ -100,7 +100,7 @@ fn other_host_that_routes_to_the_pod_reaches_nothing() {
     drop(echo);
     let cgroup = Cgroup::of_pod(70);
     for address in [METADATA_V4, METADATA_V6] {
-        let answer = ask_from(node, "neighbour", address);
+        let answer = fetch_from(node, "neighbour", address);
         assert_eq!(answer, Err(ErrorKind::ConnectionRefused), "{address}");
         assert!(
             script_gets_credentials(node, "pod", &cgroup, address),
@@ -114,8 +114,8 @@ fn other_host_that_routes_to_the_pod_reaches_nothing() {
     let from = ["--interface", "10.9.0.1", "-H", &header, &url];
     let (status, body) = curl(node, "pod", &cgroup, &from);
     assert_eq!(status, 404, "{body}");
-    let refused = daemon.audit_where(|_, line| line.contains("\"not_loopback\""));
-    assert_eq!(refused.len(), 1, "{refused:#?}");
+    let rejected = daemon.audit_where(|_, line| line.contains("\"not_loopback\""));
+    assert_eq!(rejected.len(), 1, "{rejected:#?}");
 }
 
 #[test]
@@ -167,8 +167,8 @@ fn pod_that_removes_or_moves_the_address_gets_it_back() {
         });
         if count == 2 {
             // The kernel takes connections for those of the other device, as long as that has it.
-            let refused = node.connect("a", METADATA_V4.parse().unwrap());
-            assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+            let connected = node.connect("a", METADATA_V4.parse().unwrap());
+            assert_eq!(connected.unwrap_err().kind(), ErrorKind::ConnectionRefused);
             node.inside("a", || ip(&["address", "delete", address, "dev", "eth0"]));
         }
         for address in [METADATA_V4, METADATA_V6] {

@@ -92,7 +92,7 @@ fn start_next(site: &PodSite, folder: &Path) -> Daemon {
 }
 
 #[test]
-fn update_refuses_no_request_and_no_token() {
+fn update_rejects_no_request_and_no_token() {
     let Some(PodsStage {
         daemon: mut old,
         site,
@@ -192,8 +192,8 @@ fn successor_without_metadata_leaves_no_address() {
     let own = folder();
     let next = site.next(own.path());
     old.await_line(&["passed pods' listeners to the next instance"]);
-    let refused = site.node.connect("a", METADATA_V4.parse().unwrap());
-    assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    let connected = site.node.connect("a", METADATA_V4.parse().unwrap());
+    assert_eq!(connected.unwrap_err().kind(), ErrorKind::ConnectionRefused);
     assert!(site.serves("a", &Cgroup::of_pod(82), V4));
     assert_eq!(next.issued(), 1);
     old.process().signal(Signal::SIGTERM);
