@@ -121,6 +121,7 @@ fn directory_that_hangs_stops_neither_start_nor_drain() {
     let daemon = directory.daemon();
     daemon.await_line(&[HANGS]);
     daemon.await_line(&["serving workloads in pods"]);
+    daemon.await_line(&["serving operators", "status.sock"]);
     assert_eq!(daemon.query_status_socket("/readyz").0, 503);
     let address = daemon.tcp();
     assert!(TcpStream::connect(address).is_ok());
