@@ -329,7 +329,7 @@ fn check_surge(source: Source) {
     assert_right(&env, &report);
     assert!(
         !report["answers"]["503+retry-after"].is_null(),
-        "a crowd that is none: {report}"
+        "no caller had to wait: {report}"
     );
     assert_nothing_left(&env, before);
 }
