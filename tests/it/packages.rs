@@ -270,6 +270,9 @@ fn image_has_program_and_certificates_alone() {
     let Some(release) = release_in(folder.path()) else {
         return;
     };
+    if is_slow() {
+        release.run(&["static"]);
+    }
     release.run(&["files", "image"]);
     let layout = folder.path().join("layout");
     fs::create_dir(&layout).unwrap();

@@ -28,7 +28,9 @@ fn release_is_reproducible() {
     let Some(first) = Release::built(&folder.path().join("first")) else {
         return;
     };
-    first.run(&["files", "archive", "packages", "image", "sbom", "sums"]);
+    first.run(&[
+        "static", "files", "archive", "packages", "image", "sbom", "sums",
+    ]);
     let source = folder.path().join("a/copy");
     fs::create_dir_all(&source).unwrap();
     let archive = folder.path().join("source.tar");
@@ -66,6 +68,7 @@ fn released_programs_run_on_old_systems() {
     let Some(release) = Release::built(folder.path()) else {
         return;
     };
+    release.run(&["static"]);
     let (linked, fixed) = (release.path("awsvid"), release.path("awsvid-static"));
     let commit = output(
         "git",
