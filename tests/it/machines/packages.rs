@@ -6,7 +6,7 @@ use super::stock_machine::{NEWER_PACKAGE, PACKAGE, StockMachine};
 use super::tried_machines::{DISTRIBUTIONS, Distribution, ServedCallers};
 use super::{await_ready, identity};
 use crate::harness::env::AWSVID;
-use crate::harness::is_slow;
+use crate::harness::slow_only;
 
 /// The directories in which a package may leave files. dpkg's own list is not one of its files.
 const FIND: &str = "find /etc /run /usr /var -path /var/lib/dpkg -prune -o -path /run/log -prune \
@@ -14,7 +14,7 @@ const FIND: &str = "find /etc /run /usr /var -path /var/lib/dpkg -prune -o -path
 
 #[test]
 fn deb_lives_on_stock_machines() {
-    if is_slow() {
+    if slow_only() {
         let stock = DISTRIBUTIONS.iter().filter(|one| one.boot.is_empty());
         stock.for_each(lives_on);
     }
