@@ -52,8 +52,10 @@ fn plain_head(bytes: &[u8]) -> Option<&[u8]> {
     };
     let head = bytes.get(..end + empty)?;
     let text = head.to_ascii_lowercase();
-    let is_chunked = text.windows(7).any(|word| word == b"chunked");
-    (text.starts_with(b"http/1.1 ") && !text.starts_with(b"http/1.1 1") && !is_chunked)
+    // With any transfer coding, a Content-Length does not count (RFC 9112, section 6.3).
+    const CODED: &[u8] = b"transfer-encoding";
+    let is_coded = text.windows(CODED.len()).any(|word| word == CODED);
+    (text.starts_with(b"http/1.1 ") && !text.starts_with(b"http/1.1 1") && !is_coded)
         .then_some(head)
 }
 

@@ -225,6 +225,13 @@ impl HttpTarget {
             .trim_start_matches('[')
             .trim_end_matches(']')
             .to_owned();
+        if host.is_empty() {
+            return Err(ProbeError::WithoutHost);
+        }
+        // `Uri` also accepts a name with an address in brackets behind it.
+        if host.contains(['[', ']']) {
+            return Err(ProbeError::InvalidUrl);
+        }
         let port = authority
             .port_u16()
             .unwrap_or(if secure { 443 } else { 80 });

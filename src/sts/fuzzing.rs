@@ -148,15 +148,12 @@ pub(crate) fn proxy(text: &str) -> bool {
     assert_eq!(settings("*").hop(&target), Ok(None));
     match settings(exempt).hop(&target) {
         Err(error) => {
-            let error = error.to_string();
-            let password = proxy
-                .trim()
-                .split_once("://")
-                .map_or(proxy, |(_, rest)| rest);
-            assert!(
-                password.len() < 24 || !error.contains(password),
-                "{password:?} in {error}"
-            );
+            // The text is the same for each value, so it quotes none.
+            let other = NetworkSettings::from_env(|name| match name {
+                "HTTPS_PROXY" | "HTTP_PROXY" => Some("socks5://other".to_owned()),
+                _ => None,
+            });
+            assert_eq!(other.hop(&target), Err(error));
             false
         }
         Ok(None) => false,
