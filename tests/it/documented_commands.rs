@@ -280,6 +280,11 @@ const OTHER_BLOCKS: &[(&str, &str, Tested)] = &[
         In("kubernetes/cluster.rs", "install_seccomp_profile"),
     ),
     (
+        "install-kubernetes.md",
+        "spec:",
+        In("helm/environment.rs", "page_has_the_sysctl_of_the_policy"),
+    ),
+    (
         "kubernetes-with-spire.md",
         "spire-agent:\n  sockets:\n    broker",
         VALUES,
