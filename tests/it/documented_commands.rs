@@ -290,6 +290,11 @@ const OTHER_BLOCKS: &[(&str, &str, TestMethod)] = &[
         README_VALUES,
     ),
     (
+        "install-kubernetes.md",
+        "spec:",
+        In("helm/environment.rs", "page_has_the_sysctl_of_the_policy"),
+    ),
+    (
         "kubernetes-with-spire.md",
         "spire-agent:\n  sockets:\n    broker",
         VALUES,

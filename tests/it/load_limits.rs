@@ -158,11 +158,6 @@ fn idle_connections_leave_room_for_other_workloads() {
             (answers == counts(&[("Success", 1)])).then_some(())
         });
     }
-    assert_eq!(
-        stage.metric("awsvid_connections_dropped_total{reason=\"too_many\"}"),
-        0,
-        "there was always room"
-    );
 }
 
 /// T29: sessions, and ids that a person may use in addition to its own, are not workloads of their

@@ -1,6 +1,6 @@
 //! The chart chooses by the cluster's APIs how pods get their variables, and its notes describe it.
 
-use super::rendered::{Renderer, chart};
+use super::rendered::{Renderer, chart, tree};
 use crate::harness::documents;
 
 const POLICY_V1: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy";
@@ -231,6 +231,25 @@ fn notes_describe_how_pods_opt_in_to_the_address() {
     }
     let notes = notes(&renderer, &["strict=false"], "1.36.0", "");
     assert_mentions(&notes, &[], &["169.254.169.254"]);
+}
+
+/// A pod's own sysctl opts it in as the policy's does.
+#[test]
+fn page_has_the_sysctl_of_the_policy() {
+    let block = documents::block(
+        "install-kubernetes.md",
+        "The address 169.254.169.254",
+        "spec:",
+    );
+    let (_, rest) = block.split_once("{ name: ").expect("a sysctl");
+    let (name, rest) = rest.split_once(", value: \"").expect("its value");
+    let (value, _) = rest.split_once('"').expect("a string");
+    let policy = tree().join("components/imds-address/policy.yaml");
+    let policy = std::fs::read_to_string(policy).unwrap();
+    assert!(
+        policy.contains(&format!("name: '{name}', value: '{value}'")),
+        "{block}"
+    );
 }
 
 #[test]
