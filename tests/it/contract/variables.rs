@@ -7,14 +7,23 @@ use std::process::Command;
 use std::time::Duration;
 
 use super::lists::{code, table};
-use crate::harness::counterparts::process::run;
+use crate::harness::counterparts::process::{await_some, run};
 use crate::harness::counterparts::{folder, skip};
 use crate::harness::daemon::{Daemon, PROGRAM};
 
 const CONFIGURATION: &str = include_str!("../../../deploy/docs/configuration.md");
 
 /// Variables that libraries have for their own developers, and what each is for.
-const OF_LIBRARIES: [(&str, &str); 5] = [
+const OF_LIBRARIES: [(&str, &str); 8] = [
+    (
+        "AWS_EXECUTION_ENV",
+        "the place of the SDK, in its User-Agent to STS",
+    ),
+    (
+        "AWS_LAMBDA_FUNCTION_NAME",
+        "the SDK's protection from recursion in AWS Lambda",
+    ),
+    ("_X_AMZN_TRACE_ID", "the same"),
     (
         "NO_COLOR",
         "the default for colours, which the daemon replaces",
@@ -33,6 +42,10 @@ const OF_LIBRARIES: [(&str, &str); 5] = [
         "a trial of tokio's",
     ),
 ];
+
+/// The last variable that the SDK reads for a call.
+const LAST_OF_CALL: &str = "_X_AMZN_TRACE_ID";
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Writes down the name of each variable that the program reads.
 const GETENV: &str = r#"
@@ -64,7 +77,7 @@ fn library(folder: &Path, names: &Path) -> PathBuf {
     compile.args(["-shared", "-fPIC", "-o"]).arg(&library);
     compile.arg(format!("-DNAMES=\"{}\"", names.display()));
     compile.arg(source).arg("-ldl");
-    run(compile, b"", Duration::from_secs(60)).success("cc");
+    run(compile, b"", TIMEOUT).success("cc");
     library
 }
 
@@ -86,6 +99,10 @@ fn variables_are_those_of_the_document() {
     // AWS's own STS, for which the daemon needs the system's certificates.
     let daemon = Daemon::start_behind(&words, folder.path(), "", super::CONFIGURATION);
     assert_eq!(super::fetch(daemon.tcp(), super::GOOD).status, 403);
+    await_some("the SDK builds a call to STS", TIMEOUT, || {
+        let read = fs::read_to_string(&names).unwrap_or_default();
+        read.contains(LAST_OF_CALL).then_some(())
+    });
     drop(daemon);
     // Without `--config`, and without the keys that have variables. It has no STS either.
     let path = folder.path().join("broker.toml");
@@ -93,7 +110,7 @@ fn variables_are_those_of_the_document() {
     let mut command = Command::new("env");
     command.env_clear().arg(&preload).arg(PROGRAM).arg("serve");
     command.env("AWSVID_CONFIG", path);
-    let output = run(command, b"", Duration::from_secs(60));
+    let output = run(command, b"", TIMEOUT);
     assert_eq!(output.status.code(), Some(78), "{output:?}");
 
     let read = fs::read_to_string(names).unwrap();
