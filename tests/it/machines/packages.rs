@@ -2,7 +2,7 @@
 //! installation is that of every other slow test here.
 
 use super::caller_tables::ATTESTED_CALLERS;
-use super::stock_machine::{NEWER_PACKAGE, PACKAGE, StockMachine};
+use super::stock_machine::{AUDIT, NEWER_PACKAGE, PACKAGE, StockMachine};
 use super::tried_machines::{DISTRIBUTIONS, Distribution, ServedCallers};
 use super::{await_ready, identity};
 use crate::harness::env::AWSVID;
@@ -104,12 +104,15 @@ EOF
          rm /run/load /run/load-ends
          [ $before != $(systemctl show --value --property=MainPID awsvid) ]"
     ));
+    let rejected = stock.read(&format!(
+        "grep --invert-match '\"reason\":\"ok\"' {AUDIT} | tail -n 5 || true"
+    ));
     let lines: Vec<&str> = found.lines().collect();
     for (listener, lines) in listeners.iter().zip(lines.chunks(2)) {
         let requests: u32 = lines[0].parse().unwrap();
         assert!(
             requests > 1 && lines[1] == "200",
-            "{package}, {listener:?}: {found}"
+            "{package}, {listener:?}: {found}; {rejected}"
         );
     }
     assert_eq!(lines.len(), 2 * listeners.len(), "{package}: {found}");
