@@ -12,7 +12,7 @@ pub struct RequestLabel {
     pub listener: &'static str,
     /// The protocol: `container` or `imds`.
     pub protocol: &'static str,
-    /// `issued`, `answered`, `rejected`, `failed` or `aborted`.
+    /// `issued`, `answered`, `refused`, `failed` or `aborted`.
     pub outcome: &'static str,
     /// The reason of a request without credentials; `ok` if they were issued.
     pub reason: &'static str,
