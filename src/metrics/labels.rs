@@ -118,7 +118,7 @@ impl EntryStateLabel {
 /// The label of `awsvid_cache_entries`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct EntryLabel {
-    /// `fresh`, `due`, `failing`, `rejected` or `empty`.
+    /// `fresh`, `due`, `failing`, `refused` or `empty`.
     pub state: &'static str,
 }
 
