@@ -189,8 +189,9 @@ async fn run(
     files.follow_ca_file(config.sts.ca_file.clone());
     let mut app = App::start(config, startup).await?;
     notifier.notify(vec![NotifyState::Ready]).await;
-    let limit = sd_notify::watchdog_enabled().unwrap_or(WATCHDOG_TIME);
-    tokio::spawn(watchdog::watch(limit, report_workers(notifier.clone())));
+    let limit = sd_notify::watchdog_enabled();
+    let report = report_workers(limit.map(|_| notifier.clone()));
+    tokio::spawn(watchdog::watch(limit.unwrap_or(WATCHDOG_TIME), report));
     spawn_blocking(seed_tls);
     loop {
         tokio::select! {
@@ -215,11 +216,13 @@ async fn run(
     }
 }
 
-/// Returns what notifies systemd's watchdog while no worker thread is blocked, and else logs it.
-fn report_workers(notifier: Notifier) -> impl Fn(usize) {
-    move |workers| match workers {
-        0 => notifier.notify_later(vec![NotifyState::Watchdog]),
-        workers => tracing::error!(workers, "worker threads are blocked"),
+/// Returns what logs that worker threads are blocked. While none is, it notifies `watchdog`, if
+/// systemd has one for this process.
+fn report_workers(watchdog: Option<Notifier>) -> impl Fn(usize) {
+    move |workers| match (workers, &watchdog) {
+        (0, Some(watchdog)) => watchdog.notify_later(vec![NotifyState::Watchdog]),
+        (0, None) => {}
+        (workers, _) => tracing::error!(workers, "worker threads are blocked"),
     }
 }
 

@@ -259,6 +259,10 @@ const SPIRE_CONFIGURATIONS: TestMethod = In(
 );
 const VALUES: TestMethod = In("helm/environment.rs", "page_has_the_values_of_the_examples");
 const README_VALUES: TestMethod = In("helm/values.rs", "values_of_the_readme_are_rendered");
+const SYSCTL: TestMethod = In(
+    "helm/environment.rs",
+    "pages_have_the_sysctl_and_the_capability_of_the_component",
+);
 const PROFILE: TestMethod = In("credential_process.rs", "output_is_accepted_by_cli");
 
 /// Every other block that is not JSON, a configuration of awsvid or a synopsis.
@@ -289,11 +293,9 @@ const OTHER_BLOCKS: &[(&str, &str, TestMethod)] = &[
         "config:\n  include:",
         README_VALUES,
     ),
-    (
-        "install-kubernetes.md",
-        "spec:",
-        In("helm/environment.rs", "page_has_the_sysctl_of_the_policy"),
-    ),
+    ("imds.md", "securityContext:", SYSCTL),
+    ("imds.md", "spec:", SYSCTL),
+    ("install-kubernetes.md", "spec:", SYSCTL),
     (
         "kubernetes-with-spire.md",
         "spire-agent:\n  sockets:\n    broker",

@@ -17,7 +17,7 @@ const CONFIGURATION: &str = include_str!("../../../deploy/docs/configuration.md"
 const OF_LIBRARIES: [(&str, &str); 8] = [
     (
         "AWS_EXECUTION_ENV",
-        "the place of the SDK, in its User-Agent to STS",
+        "the environment that the SDK names in its User-Agent",
     ),
     (
         "AWS_LAMBDA_FUNCTION_NAME",

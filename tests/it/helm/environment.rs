@@ -235,21 +235,35 @@ fn notes_describe_how_pods_opt_in_to_the_address() {
 
 /// A pod's own sysctl opts it in as the policy's does.
 #[test]
-fn page_has_the_sysctl_of_the_policy() {
+fn pages_have_the_sysctl_and_the_capability_of_the_component() {
+    let component = |name: &str| {
+        let path = tree().join("components/imds-address").join(name);
+        std::fs::read_to_string(path).unwrap()
+    };
+    let policy = component("policy.yaml");
+    for block in [
+        documents::block(
+            "install-kubernetes.md",
+            "The address 169.254.169.254",
+            "spec:",
+        ),
+        documents::block("imds.md", "Serve 169.254.169.254 in pods", "spec:"),
+    ] {
+        let (_, rest) = block.split_once("{ name: ").expect("a sysctl");
+        let (name, rest) = rest.split_once(", value: \"").expect("its value");
+        let (value, _) = rest.split_once('"').expect("a string");
+        assert!(
+            policy.contains(&format!("name: '{name}', value: '{value}'")),
+            "{block}"
+        );
+    }
     let block = documents::block(
-        "install-kubernetes.md",
-        "The address 169.254.169.254",
-        "spec:",
+        "imds.md",
+        "Serve 169.254.169.254 in pods",
+        "securityContext:",
     );
-    let (_, rest) = block.split_once("{ name: ").expect("a sysctl");
-    let (name, rest) = rest.split_once(", value: \"").expect("its value");
-    let (value, _) = rest.split_once('"').expect("a string");
-    let policy = tree().join("components/imds-address/policy.yaml");
-    let policy = std::fs::read_to_string(policy).unwrap();
-    assert!(
-        policy.contains(&format!("name: '{name}', value: '{value}'")),
-        "{block}"
-    );
+    assert!(block.contains("add: [NET_ADMIN]"), "{block}");
+    assert!(component("kustomization.yaml").contains("capabilities/add/-, value: NET_ADMIN"));
 }
 
 #[test]
