@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::cgroup::Cgroup;
 use super::counterparts::http_get;
-use super::counterparts::process::{Process, behind, run};
+use super::counterparts::process::{Process, await_some, behind, run};
 
 /// Bounds steps that the daemon does in milliseconds, on a machine that is busy with other tests.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -373,8 +373,10 @@ impl Daemon {
 
     /// Sends a request over the status socket, and returns the response's status and body.
     pub(crate) fn query_status_socket(&self, path: &str) -> (u16, String) {
-        let mut stream =
-            UnixStream::connect(self.folder.join("status.sock")).expect("the status socket");
+        // It is bound after the listeners for workloads.
+        let mut stream = await_some("the status socket", TIMEOUT, || {
+            UnixStream::connect(self.folder.join("status.sock")).ok()
+        });
         // HTTP/1.0, for a response without chunks.
         write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").expect("send a request");
         let mut answer = String::new();

@@ -143,7 +143,11 @@ def enter(other):
     """Enters the network namespace in which that pod has its address."""
     attempt("own", lambda: answer(tcp()))
     for name in os.listdir("/netns"):
-        with open(os.path.join("/netns", name)) as file:
+        try:
+            file = open(os.path.join("/netns", name))
+        except FileNotFoundError:
+            continue  # That pod has ended.
+        with file:
             system_call(libc.setns(file.fileno(), CLONE_NEWNET))
         try:
             socket.socket(socket.AF_INET, socket.SOCK_STREAM).bind((other, 0))
