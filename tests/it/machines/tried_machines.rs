@@ -122,12 +122,10 @@ impl ServedCallers {
 }
 
 impl Distribution {
-    /// Returns how the machine starts. Another command line needs a boot.
+    /// Returns how the machine starts. It boots: a machine that was resumed has hung at its first
+    /// command.
     pub(super) fn start(&self) -> MachineStart<'static> {
-        match self.boot {
-            "" => MachineStart::Resumed,
-            words => MachineStart::Booted(words),
-        }
+        MachineStart::Booted(self.boot)
     }
 
     /// Returns the machine with this name.
