@@ -32,6 +32,30 @@ pub struct Role {
     pub policy_arns: Vec<String>,
 }
 
+#[cfg(any(test, fuzzing))]
+#[expect(clippy::expect_used, reason = "the texts are constant")]
+impl Role {
+    /// Returns a role for every SPIFFE ID of `example.org`, with the defaults of the configuration.
+    pub(crate) fn example() -> Self {
+        let spiffe_id = SpiffeIdPattern::parse("spiffe://example.org/**");
+        let role_arn = ArnTemplate::parse("arn:aws:iam::123456789012:role/example");
+        Self {
+            name: "example".to_owned(),
+            spiffe_id: spiffe_id.expect("a pattern"),
+            role_arn: role_arn.expect("a role's ARN"),
+            audience: "sts.amazonaws.com".to_owned(),
+            duration: Duration::from_secs(3600),
+            session_name: None,
+            sts: StsTarget {
+                region: "eu-central-1".to_owned(),
+                endpoint: None,
+            },
+            policy: None,
+            policy_arns: Vec::new(),
+        }
+    }
+}
+
 /// An STS, by region or by endpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct StsTarget {

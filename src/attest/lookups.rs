@@ -44,7 +44,7 @@
 //! | the configuration, with statvfs(2) and the links on its path, after the start | a file system that the operator chose | one thread for the path; not bounded: the old configuration stays in effect, and signals still end the daemon |
 //! | with `serve --watch`: reads of the configuration and of `ca_file`, `inotify_add_watch(2)` of their directories | the same | the same threads of those two paths; until they reply, only SIGHUP reloads, which waits for the watch for 1 s (`daemon/config_watch.rs`) |
 //! | the trust store and `ca_file`, likewise | the same | one thread for each path, over all clients and reloads; the timeout of the call ([`crate::sts`]) |
-//! | the token's file | the same | at the start on the main thread. Later one thread: for the daemon's own probes 5 s ([`crate::readiness`]), for writing not bounded |
+//! | the token's file, and that of the key of metadata tokens | the same | at the start on the main thread. Later one thread: for the daemon's own probes 5 s ([`crate::readiness`]), for writing not bounded |
 //! | stat(2) of the agent's socket, and the lookup of its path in connect(2) | a file system mounted on its directory, which only root can do. Where root lets users mount FUSE for others (`user_allow_other`), the owner of that directory can, too: that is the agent's user, and the agent decides about every identity | at once |
 //! | execve(2) of awsvid itself | the server of its file's file system | at the start, on the main thread ([`super::exec_monitor`]) |
 //! | sd_notify(3) | pid 1, while it does not read and its queue is full | a thread of its own, in order; the daemon goes on after 1 s |

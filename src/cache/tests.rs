@@ -15,9 +15,9 @@ use crate::captured_log::count_all_logs;
 use crate::clock::REQUEST_HOLD;
 use crate::credentials::Credentials;
 use crate::exchange::TokenExchanger;
-use crate::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
+use crate::identity::{ArnTemplate, SpiffeId};
 use crate::policy::CacheLimits;
-use crate::role::{Identity, RequestedRole, Role, Roles, StsTarget};
+use crate::role::{Identity, RequestedRole, Role, Roles};
 use crate::socket_endpoint::Endpoint;
 use crate::sts::{AssumeRole, RetryPolicy, StsError, StsReason};
 use crate::svid::jwt::tests::token_of;
@@ -227,17 +227,8 @@ fn caller() -> Arc<Caller> {
 fn role(name: &str) -> Role {
     Role {
         name: name.to_owned(),
-        spiffe_id: SpiffeIdPattern::parse("spiffe://example.org/**").unwrap(),
         role_arn: ArnTemplate::parse("arn:aws:iam::123456789012:role/r").unwrap(),
-        audience: "sts.amazonaws.com".to_owned(),
-        duration: HOUR,
-        session_name: None,
-        sts: StsTarget {
-            region: "eu-central-1".to_owned(),
-            endpoint: None,
-        },
-        policy: None,
-        policy_arns: Vec::new(),
+        ..Role::example()
     }
 }
 

@@ -16,7 +16,7 @@ use crate::identity::{ArnTemplate, SpiffeIdPattern};
 use crate::metrics::Metrics;
 use crate::policy::CacheLimits;
 use crate::protocol::Protocol;
-use crate::role::{Grant, Identity, Role, Roles, StsTarget};
+use crate::role::{Grant, Identity, Role, Roles};
 use crate::sts::{AssumeRole, StsError};
 use crate::svid::{IdentityBasis, IdentitySource, JwtSvid};
 
@@ -65,15 +65,7 @@ fn role() -> Arc<Role> {
         name: "shop".to_owned(),
         spiffe_id: SpiffeIdPattern::parse(ID).unwrap(),
         role_arn: ArnTemplate::parse("arn:aws:iam::123456789012:role/shop").unwrap(),
-        audience: "sts.amazonaws.com".to_owned(),
-        duration: Duration::from_secs(3600),
-        session_name: None,
-        sts: StsTarget {
-            region: "eu-central-1".to_owned(),
-            endpoint: None,
-        },
-        policy: None,
-        policy_arns: Vec::new(),
+        ..Role::example()
     })
 }
 

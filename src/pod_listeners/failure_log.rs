@@ -10,6 +10,12 @@ use crate::metrics::{Metrics, PodListenerFailure};
 use crate::pod_listeners::LOG_INTERVAL;
 use crate::pod_listeners::pod::BindFailure;
 
+/// Counts a failure in one namespace.
+pub(super) fn count(metrics: &Metrics, failure: PodListenerFailure) {
+    let failures = &metrics.pod_listener_failures;
+    failures.get_or_create(&failure.into()).inc();
+}
+
 /// The log of failures of the pod listeners.
 #[derive(Debug)]
 pub(super) struct FailureLog {
@@ -41,10 +47,7 @@ impl FailureLog {
 
     /// Counts a namespace, or an address in one, that is not served.
     pub(super) fn count(&self, failure: PodListenerFailure) {
-        self.metrics
-            .pod_listener_failures
-            .get_or_create(&failure.into())
-            .inc();
+        count(&self.metrics, failure);
     }
 
     /// The directory of namespaces does not exist.

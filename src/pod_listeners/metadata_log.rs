@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::limits::{LogOnce, LogQuota};
 use crate::metrics::{Metrics, PodListenerFailure};
 use crate::pod_listeners::LOG_INTERVAL;
+use crate::pod_listeners::failure_log::count;
 use crate::pod_listeners::metadata::MetadataObstacle;
 
 /// The log of failures at the metadata address.
@@ -34,17 +35,10 @@ impl MetadataLog {
         }
     }
 
-    fn count(&self, failure: PodListenerFailure) {
-        self.metrics
-            .pod_listener_failures
-            .get_or_create(&failure.into())
-            .inc();
-    }
-
     /// A pod has opted in, and is not served.
     pub(super) fn unserved(&self, namespace: &Path, obstacle: &MetadataObstacle) {
         if let Some(failure) = obstacle.failure() {
-            self.count(failure);
+            count(&self.metrics, failure);
         }
         let namespace = namespace.display();
         match obstacle {
@@ -96,7 +90,7 @@ impl MetadataLog {
 
     /// A process of the pod had removed the address.
     pub(super) fn removed(&self, namespace: &Path) {
-        self.count(PodListenerFailure::ImdsRemoved);
+        count(&self.metrics, PodListenerFailure::ImdsRemoved);
         if let Some(missed) = self.removed.take() {
             tracing::warn!(
                 namespace = %namespace.display(), missed,

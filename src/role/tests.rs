@@ -7,15 +7,8 @@ fn role(name: &str, spiffe_id: &str, arn: &str) -> Role {
         name: name.to_owned(),
         spiffe_id: SpiffeIdPattern::parse(&format!("spiffe://example.org/{spiffe_id}")).unwrap(),
         role_arn: ArnTemplate::parse(&format!("arn:aws:iam::123456789012:role/{arn}")).unwrap(),
-        audience: "sts.amazonaws.com".to_owned(),
         duration: Duration::from_secs(900),
-        session_name: None,
-        sts: StsTarget {
-            region: "eu-central-1".to_owned(),
-            endpoint: None,
-        },
-        policy: None,
-        policy_arns: Vec::new(),
+        ..Role::example()
     }
 }
 

@@ -1,7 +1,7 @@
 //! The fuzz targets for responses of an STS and for the settings of proxies, with arbitrary bytes.
 
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use aws_smithy_runtime_api::http::StatusCode;
@@ -14,8 +14,8 @@ use super::advice::StsDestination;
 use super::error::{Failure, StsError};
 use super::network::NetworkSettings;
 use super::{error_response, no_proxy};
-use crate::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
-use crate::role::{Grant, Identity, RequestedRole, Role, Roles, StsTarget};
+use crate::identity::{ArnTemplate, SpiffeId};
+use crate::role::{Grant, Identity, RequestedRole, Role, Roles};
 use crate::svid::JwtSvid;
 
 /// Length of the shortest part of a token that no error contains, in bytes.
@@ -36,17 +36,8 @@ fn call() -> Option<(Grant, JwtSvid)> {
     let token = JwtSvid::check(token, &id, AUDIENCE, UNIX_EPOCH).ok()?;
     let role = Role {
         name: "billing".to_owned(),
-        spiffe_id: SpiffeIdPattern::parse("spiffe://example.org/**").ok()?,
         role_arn: ArnTemplate::parse("arn:aws:iam::123456789012:role/billing").ok()?,
-        audience: AUDIENCE.to_owned(),
-        duration: Duration::from_secs(3600),
-        session_name: None,
-        sts: StsTarget {
-            region: "eu-central-1".to_owned(),
-            endpoint: None,
-        },
-        policy: None,
-        policy_arns: Vec::new(),
+        ..Role::example()
     };
     let roles = Roles {
         defined: vec![Arc::new(role)],

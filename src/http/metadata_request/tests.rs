@@ -21,14 +21,7 @@ fn judge(
         headers(values),
         Method::from_bytes(method.as_bytes()).unwrap(),
     );
-    let head = RequestHead {
-        method: &method,
-        has_authority: false,
-        path,
-        query: None,
-        headers: &headers,
-        has_body: false,
-    };
+    let head = RequestHead::without_body(&method, path, &headers);
     let parsed = MetadataPath::parse(path, None);
     validate(&head, parsed, rule).map_err(|error| error.reason())
 }

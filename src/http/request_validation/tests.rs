@@ -1,6 +1,27 @@
 use super::*;
 use hyper::header::{HeaderName, HeaderValue};
 
+impl<'a> RequestHead<'a> {
+    /// Returns the parts of a request to a path, which may have a query.
+    pub(in crate::http) fn without_body(
+        method: &'a Method,
+        path: &'a str,
+        headers: &'a HeaderMap,
+    ) -> Self {
+        let (path, query) = path
+            .split_once('?')
+            .map_or((path, None), |(path, query)| (path, Some(query)));
+        Self {
+            method,
+            has_authority: false,
+            path,
+            query,
+            headers,
+            has_body: false,
+        }
+    }
+}
+
 /// A request as SDKs send it, with changes: `("Name", "value")` sets, an empty value removes.
 fn request(changes: &[(&str, &str)]) -> HeaderMap {
     let mut headers = HeaderMap::new();
@@ -28,17 +49,7 @@ fn judge(
     listener: ListenerKind,
     authorization: &Authorization,
 ) -> Result<RequestedRole, &'static str> {
-    let (path, query) = path
-        .split_once('?')
-        .map_or((path, None), |(path, query)| (path, Some(query)));
-    let request_head = RequestHead {
-        method: &Method::GET,
-        has_authority: false,
-        path,
-        query,
-        headers,
-        has_body: false,
-    };
+    let request_head = RequestHead::without_body(&Method::GET, path, headers);
     validate(&request_head, listener, authorization).map_err(|rejected| rejected.reason())
 }
 
@@ -219,18 +230,7 @@ fn heads() -> Vec<Head> {
 #[test]
 fn client_is_accepted_and_page_is_rejected() {
     let judge = |head: &Head, headers: &HeaderMap, authorization: &Authorization| {
-        let (path, query) = head
-            .path
-            .split_once('?')
-            .map_or((head.path, None), |(path, query)| (path, Some(query)));
-        let request_head = RequestHead {
-            method: &head.method,
-            has_authority: false,
-            path,
-            query,
-            headers,
-            has_body: false,
-        };
+        let request_head = RequestHead::without_body(&head.method, head.path, headers);
         match validate(&request_head, ListenerKind::Tcp, authorization) {
             Ok(RequestedRole::Default) => "first",
             Ok(_) => "other",
@@ -279,15 +279,7 @@ fn other_method_than_get_is_rejected() {
         Method::CONNECT,
         Method::DELETE,
     ] {
-        let path = "/v1/credentials";
-        let request_head = RequestHead {
-            method: &method,
-            has_authority: false,
-            path,
-            query: None,
-            headers: &headers,
-            has_body: false,
-        };
+        let request_head = RequestHead::without_body(&method, "/v1/credentials", &headers);
         assert_eq!(
             validate(&request_head, ListenerKind::Tcp, &Authorization::Present)
                 .unwrap_err()

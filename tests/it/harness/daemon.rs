@@ -314,6 +314,12 @@ impl Daemon {
         &mut self.process
     }
 
+    /// Waits until it has ended by itself or after a signal, with success.
+    pub(crate) fn await_end(&mut self) {
+        let status = self.process.owned().wait(TIMEOUT).expect("it ends");
+        assert!(status.success(), "{status}");
+    }
+
     fn address(&self, message: &str, prefix: &str) -> Option<SocketAddr> {
         self.log_lines().find_map(|line| {
             let here = line["message"] == message && line["address"].as_str()?.starts_with(prefix);

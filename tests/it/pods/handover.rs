@@ -61,8 +61,7 @@ fn update_rejects_no_connection() {
         });
         std::mem::swap(&mut old, &mut new);
         new.process().signal(Signal::SIGTERM);
-        let ended = new.process().owned().wait(TIMEOUT).expect("it ends");
-        assert!(ended.success(), "{ended}");
+        new.await_end();
         folders.push(folder());
     }
     for (asker, address) in askers.into_iter().zip([V4, V6]) {
@@ -136,13 +135,7 @@ fn ending_daemon_hands_over_to_standby_not_yet_ready() {
     let asker = start_polling(&site.node, "a", &cgroup, V4);
     old.process().signal(Signal::SIGTERM);
     next.await_line(&["took over pods' listeners"]);
-    assert!(
-        old.process()
-            .owned()
-            .wait(TIMEOUT)
-            .expect("it ends")
-            .success()
-    );
+    old.await_end();
     // A rejected or reset connection would be a panic of the client.
     let counts = asker.stop();
     assert!(!counts.contains_key("nothing"), "{counts:?}");
@@ -178,14 +171,7 @@ fn superseded_daemon_resumes_only_without_successors() {
     let third = site.next(folders[1].path());
     second.await_line(&["passed pods' listeners to the next instance"]);
     second.process().signal(Signal::SIGTERM);
-    assert!(
-        second
-            .process()
-            .owned()
-            .wait(TIMEOUT)
-            .expect("it ends")
-            .success()
-    );
+    second.await_end();
     // A daemon that waits for the second one sees its end before the process can be reaped.
     for count in 1..=20 {
         assert!(site.serves("a", &cgroup, V4));

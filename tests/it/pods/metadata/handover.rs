@@ -110,8 +110,7 @@ fn update_rejects_no_request_and_no_token() {
         old.await_line(&["passed pods' listeners to the next instance"]);
         assert_eq!(new.metric(NAMESPACES), 1);
         old.process().signal(Signal::SIGTERM);
-        let ended = old.process().owned().wait(TIMEOUT).expect("it ends");
-        assert!(ended.success(), "{ended}");
+        old.await_end();
         assert!(has_address(&site.node, "a"), "the next one has it");
         assert!(!old.log().contains("removed 169.254.169.254 from pods"));
         await_some("the key is stored", TIMEOUT, || {
@@ -167,8 +166,7 @@ fn ending_daemon_passes_address_to_standby_not_yet_ready() {
     next.await_line(&["waiting to take over pods' listeners"]);
     old.process().signal(Signal::SIGTERM);
     next.await_line(&["took over pods' listeners"]);
-    let ended = old.process().owned().wait(TIMEOUT).expect("it ends");
-    assert!(ended.success(), "{ended}");
+    old.await_end();
     assert!(has_address(&site.node, "a"));
     await_served(&next, 1);
     // The token is accepted: a rule names the identity, and so the first role.
@@ -197,8 +195,7 @@ fn successor_without_metadata_leaves_no_address() {
     assert!(site.serves("a", &Cgroup::of_pod(82), V4));
     assert_eq!(next.issued(), 1);
     old.process().signal(Signal::SIGTERM);
-    let ended = old.process().owned().wait(TIMEOUT).expect("it ends");
-    assert!(ended.success(), "{ended}");
+    old.await_end();
     assert!(!has_address(&site.node, "a"));
 }
 
