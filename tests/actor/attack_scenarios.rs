@@ -223,10 +223,12 @@ fn executed(fd: OwnedFd) -> String {
 /// Plays T3: Alice connects, leaves a child with the connection, and executes a program that is
 /// setuid root.
 fn setuid(to: &Address, late: bool) -> String {
-    let folder = std::env::temp_dir().join(format!("awsvid-setuid-{}", std::process::id()));
-    fs::create_dir(&folder).unwrap();
-    fs::set_permissions(&folder, fs::Permissions::from_mode(0o755)).unwrap();
-    let program = folder.join("root");
+    let folder = tempfile::Builder::new()
+        .prefix("awsvid-setuid-")
+        .permissions(fs::Permissions::from_mode(0o755))
+        .tempdir()
+        .unwrap();
+    let program = folder.path().join("root");
     fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o4755)).unwrap();
     let path = CString::new(program.to_str().unwrap()).unwrap();
@@ -243,7 +245,6 @@ fn setuid(to: &Address, late: bool) -> String {
     let response = goes_on(stopped, heir);
     kill(alice.pid, Signal::SIGKILL).unwrap();
     alice.reap();
-    fs::remove_dir_all(&folder).unwrap();
     response
 }
 

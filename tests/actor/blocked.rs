@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, dup2_stdout, execv, getpid};
+use nix::unistd::{Pid, dup2_stdout, execv};
 
 use crate::cgroup_moves::{Cgroup, own_cgroup};
 use crate::daemon::{self, Connection};
@@ -135,7 +135,7 @@ pub(crate) fn stuck(to: &Address) -> String {
         thread::yield_now();
     }
     // A search for a process covers all of its cgroup.
-    let bobs_cgroup = Cgroup::named(&own_cgroup(), &format!("bob-{}", getpid()));
+    let bobs_cgroup = Cgroup::new(&own_cgroup(), "bob-", "");
     let mut bob = child(|_| {
         bobs_cgroup.write("cgroup.procs", "0");
         become_user(BOB);

@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -19,15 +20,16 @@ use crate::{ALICE, BOB};
 pub(crate) struct Cgroup(PathBuf);
 
 impl Cgroup {
-    pub(crate) fn new(parent: &Path, name: &str) -> Self {
-        Self::named(parent, &format!("{name}-{}", std::process::id()))
-    }
-
-    /// Creates one with exactly this name.
-    pub(crate) fn named(parent: &Path, name: &str) -> Self {
-        let path = parent.join(name);
-        fs::create_dir(&path).unwrap();
-        Self(path)
+    /// Creates one with a name that begins with `prefix` and ends with `suffix`. An actor that was
+    /// killed leaves its cgroups behind, and another may get its process id.
+    pub(crate) fn new(parent: &Path, prefix: &str, suffix: &str) -> Self {
+        let directory = tempfile::Builder::new()
+            .prefix(prefix)
+            .suffix(suffix)
+            .permissions(fs::Permissions::from_mode(0o755))
+            .tempdir_in(parent)
+            .unwrap();
+        Self(directory.keep())
     }
 
     pub(crate) fn write(&self, file: &str, text: &str) {
@@ -63,7 +65,7 @@ pub(crate) fn own_cgroup() -> PathBuf {
 pub(crate) fn moved(to: &Address, late: bool, remove: bool) -> String {
     let (here, there) = UnixStream::pair().unwrap();
     let own = own_cgroup();
-    let [first, second] = ["first", "second"].map(|name| Cgroup::new(&own, name));
+    let [first, second] = ["first-", "second-"].map(|name| Cgroup::new(&own, name, ""));
     let mut alice = child(|_| {
         let mut steps = &there;
         steps.read_exact(&mut [0]).unwrap();
@@ -99,9 +101,9 @@ pub(crate) fn moved(to: &Address, late: bool, remove: bool) -> String {
 /// Plays a request of Alice from a cgroup of the threaded kind, in which processes can't be listed.
 pub(crate) fn threaded(to: &Address) -> String {
     let (here, there) = UnixStream::pair().unwrap();
-    let domain = Cgroup::new(&own_cgroup(), "domain");
+    let domain = Cgroup::new(&own_cgroup(), "domain-", "");
     // Dropped before its parent.
-    let threaded = Cgroup::new(&domain.0, "threaded");
+    let threaded = Cgroup::new(&domain.0, "threaded-", "");
     threaded.write("cgroup.type", "threaded");
     let mut alice = child(|_| {
         (&there).read_exact(&mut [0]).unwrap();

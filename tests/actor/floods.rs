@@ -214,7 +214,7 @@ fn orphaned(to: &Address, uid: u32, count: usize) -> String {
 
 fn orphaned_burst(to: &Address, uid: u32, count: usize) {
     let (mut here, there) = UnixStream::pair().unwrap();
-    let removed = Cgroup::new(&own_cgroup(), "removed");
+    let removed = Cgroup::new(&own_cgroup(), "removed-", "");
     let mut user = child(|_| {
         let mut steps = &there;
         steps.read_exact(&mut [0]).unwrap();

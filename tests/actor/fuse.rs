@@ -67,9 +67,11 @@ impl HangingFiles {
             None::<&str>,
         )
         .unwrap();
-        let directory = std::env::temp_dir().join(format!("awsvid-fuse-{}", std::process::id()));
-        fs::create_dir(&directory).unwrap();
-        Self::mount(directory, hangs)
+        let directory = tempfile::Builder::new()
+            .prefix("awsvid-fuse-")
+            .tempdir()
+            .unwrap();
+        Self::mount(directory.keep(), hangs)
     }
 
     /// Mounts it here, where other processes see it too.

@@ -110,9 +110,9 @@ impl Stage<'_> {
             "setgid" | "setgid-and-back" => drop(self.alice.send_word("become group")),
             "forged" | "forged-and-back" => drop(self.alice.send_word("show second")),
             "moved" => {
-                let cgroup = self
-                    .cgroup
-                    .insert(Cgroup::new(&cgroup_moves::own_cgroup(), "moved"));
+                let cgroup =
+                    self.cgroup
+                        .insert(Cgroup::new(&cgroup_moves::own_cgroup(), "moved-", ""));
                 cgroup.write("cgroup.procs", &self.alice.pid.to_string());
             }
             other => panic!("no scene {other}"),

@@ -70,7 +70,7 @@ pub(crate) fn used_again_by_service(to: &Address) -> String {
 /// Plays a request of Alice on a socket from a cgroup that has the name of one of systemd's socket
 /// units.
 pub(crate) fn from_socket_unit(to: &Address) -> String {
-    let unit = Cgroup::named(&own_cgroup(), &format!("{}.socket", getpid()));
+    let unit = Cgroup::new(&own_cgroup(), "attack-", ".socket");
     let mut alice = child(|_| {
         unit.write("cgroup.procs", "0");
         become_user(ALICE);

@@ -85,10 +85,7 @@ fn path_by_handle_works_on_the_real_tree() {
     };
     let root = fs::metadata(&tree.mount).unwrap().ino();
     assert_eq!(tree.path_by_handle(root).unwrap().as_str(), "/");
-    let own = tree
-        .directory(&CgroupPath::parse("/").unwrap())
-        .join(format!("awsvid-unit-test-{}", std::process::id()));
-    fs::create_dir(&own).unwrap();
+    let (own, _) = create_cgroup(&tree, "handle");
     let id = fs::metadata(&own).unwrap().ino();
     let path = tree.path_by_handle(id).unwrap();
     assert_eq!(tree.path_of_blocking(id), Ok(path.clone()));
@@ -138,11 +135,13 @@ fn listing_fails_for_unreadable_cgroups() {
 
 /// Creates a cgroup in the real tree where possible, and returns its directory and path.
 fn create_cgroup(tree: &CgroupTree, name: &str) -> (PathBuf, CgroupPath) {
-    let path =
-        CgroupPath::parse(&format!("/awsvid-unit-test-{}-{name}", std::process::id())).unwrap();
-    let directory = tree.directory(&path);
-    fs::create_dir(&directory).unwrap();
-    (directory, path)
+    let directory = tempfile::Builder::new()
+        .prefix(&format!("awsvid-unit-test-{name}-"))
+        .tempdir_in(&tree.mount)
+        .unwrap()
+        .keep();
+    let path = format!("/{}", directory.file_name().unwrap().display());
+    (directory, CgroupPath::parse(&path).unwrap())
 }
 
 fn move_to(directory: &Path, pid: u32) {

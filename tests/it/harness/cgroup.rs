@@ -125,6 +125,8 @@ impl CgroupTree {
     pub(crate) fn create(parent: &Path, name: &str) -> io::Result<Self> {
         remove_abandoned(parent);
         let path = parent.join(format!("{PREFIX}{}-{name}", std::process::id()));
+        // An earlier test process with the same id may have left one behind.
+        let _ = remove_tree(&path);
         fs::create_dir(&path)?;
         Ok(Self(path))
     }
