@@ -235,6 +235,22 @@ fn request_is_held_as_long_as_its_sdk_waits() {
     assert_eq!(records.last().unwrap()["reason"], "pending");
 }
 
+/// As s3fs sends it: 1.90 waits for the answer to its expectation, 1.91 does not have it.
+#[test]
+fn token_is_issued_for_a_request_in_chunks() {
+    let (folder, upstream) = (new_folder(), Upstream::start_for_me());
+    let daemon = serve(folder.path(), &upstream, "");
+    let address = daemon.tcp();
+    for more in ["\r\n0\r\n", "Expect: 100-continue\r\n"] {
+        let headers = format!(
+            "X-aws-ec2-metadata-token-ttl-seconds: 60\r\nTransfer-Encoding: chunked\r\n{more}"
+        );
+        let answer = send(address, "PUT /latest/api/token", &headers);
+        assert_eq!(answer.status, 200, "{more}: {answer:?}");
+        assert_eq!(get(address, ROLES, &answer.body).body, "dev", "{more}");
+    }
+}
+
 #[test]
 fn request_of_a_deputy_or_without_form_is_rejected() {
     let (folder, upstream) = (new_folder(), Upstream::start_for_me());
@@ -265,6 +281,12 @@ fn request_of_a_deputy_or_without_form_is_rejected() {
         ),
         (PUT, ttl("60") + "Host: a.example\r\n", 400, "host"),
         (PUT, ttl("60") + "Content-Length: 1\r\n\r\nx", 400, "body"),
+        (
+            &list,
+            with_token.clone() + "Transfer-Encoding: chunked\r\n\r\n0\r\n",
+            400,
+            "body",
+        ),
         ("POST /latest/api/token", ttl("60"), 405, "method"),
         ("GET /latest/api/token", with_token.clone(), 405, "method"),
         (
