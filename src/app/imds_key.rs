@@ -38,11 +38,7 @@ pub(super) fn token_key(path: &Path) -> Result<Arc<TokenKey>, AppError> {
     })?;
     let key = match store(path, &fresh) {
         Ok(stored) => Arc::new(TokenKey::new(stored)),
-        Err(error) => {
-            tracing::warn!(
-                path = %path.display(), %error,
-                "[imds] key_file cannot be written yet: retrying every 5 seconds"
-            );
+        Err(_) => {
             let key = Arc::new(TokenKey::new(fresh));
             tokio::spawn(store_later(path.to_owned(), key.clone()));
             key
@@ -52,16 +48,28 @@ pub(super) fn token_key(path: &Path) -> Result<Arc<TokenKey>, AppError> {
     Ok(key)
 }
 
-/// Retries until the file is written: its directory may be on a file system that is mounted later.
-/// Tokens of the key that the daemon had until then stay valid.
+/// Retries until the file is written: its directory may be on a file system that is mounted later,
+/// or be that of a socket that this daemon is about to bind. Tokens of the key that the daemon had
+/// until then stay valid.
 async fn store_later(path: PathBuf, key: Arc<TokenKey>) {
+    let mut warned = false;
     loop {
         retry::until_needed(std::future::pending()).await;
         let (to, own) = (path.clone(), key.bytes());
-        if let Ok(Ok(stored)) = spawn_blocking(move || store(&to, &own)).await {
-            key.adopt(stored);
-            tracing::info!(path = %path.display(), "key file written");
-            return;
+        match spawn_blocking(move || store(&to, &own)).await {
+            Ok(Ok(stored)) => {
+                key.adopt(stored);
+                tracing::info!(path = %path.display(), "key file written");
+                return;
+            }
+            Ok(Err(error)) if !warned => {
+                warned = true;
+                tracing::warn!(
+                    path = %path.display(), %error,
+                    "[imds] key_file cannot be written yet: retrying every 5 seconds"
+                );
+            }
+            Ok(Err(_)) | Err(_) => {}
         }
     }
 }
@@ -144,10 +152,10 @@ fn read(path: &Path) -> io::Result<StoredKey> {
     Ok(StoredKey::Valid(key))
 }
 
-/// Writes the key to a new file in the directory, which only its owner may read.
+/// Writes the key to a new file in the directory, which only its owner may read. It does not create
+/// the directory: that of a socket needs another mode than that of a key.
 fn write(path: &Path, key: &KeyBytes) -> io::Result<tempfile::NamedTempFile> {
     let directory = path.parent().unwrap_or(Path::new("/"));
-    std::fs::create_dir_all(directory)?;
     let mut file = tempfile::Builder::new()
         .prefix("imds-key.")
         .tempfile_in(directory)?;
@@ -173,6 +181,9 @@ mod tests {
     fn key_is_kept_unless_another_user_could_know_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("keys/imds-key");
+        let missing = store(&path, &Zeroizing::new([1; KEY_BYTES]));
+        assert_eq!(missing.unwrap_err().kind(), io::ErrorKind::NotFound);
+        fs::create_dir(path.parent().unwrap()).unwrap();
         assert_eq!((stored(&path, 1), stored(&path, 2)), (1, 1));
         for (mode, fresh) in [(0o640, 3), (0o604, 4), (0o622, 5)] {
             fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();

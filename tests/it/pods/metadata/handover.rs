@@ -76,10 +76,12 @@ fn handing_over(site_folder: &Path, own_folder: &Path, node: &NetnsNode) -> Stri
     pods + &format!("[imds]\nmode = \"address\"\nkey_file = {key:?}\n")
 }
 
+/// Starts a daemon whose key is where the manifests have it: in the directory of the handover
+/// socket, which does not exist yet.
 fn start_first() -> Option<PodsStage> {
     PodsStage::set_with(
         |node| add_pod(node, "a", opt_in),
-        |folder, node| handing_over(folder, folder, node),
+        |folder, node| handing_over(folder, &folder.join("handover"), node),
     )
 }
 
@@ -100,8 +102,10 @@ fn update_rejects_no_request_and_no_token() {
     else {
         return;
     };
-    let (cgroup, key) = (Cgroup::of_pod(80), site.folder.path().join("imds-key"));
-    let key = fs::read(key).unwrap();
+    let cgroup = Cgroup::of_pod(80);
+    let key = await_some("the key is stored", TIMEOUT, || {
+        fs::read(site.folder.path().join("handover/imds-key")).ok()
+    });
     let fetcher = Fetcher::start(&site, "a", &cgroup);
     let folders = [folder(), folder(), folder()];
     for own in &folders {
