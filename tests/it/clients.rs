@@ -5,14 +5,14 @@
 //! results, and these tests compare it; with `AWSVID_WRITE_TABLE=1` they write it. `tests/run`
 //! tries one read and one rejection each, `tests/run slow` all columns.
 
-mod catalogue;
+pub(crate) mod catalogue;
 mod expiring_session;
 mod instance_metadata;
 mod long_session;
 mod matrix;
 mod reading;
 mod stage;
-mod table;
+pub(crate) mod table;
 
 use serde_json::Value;
 

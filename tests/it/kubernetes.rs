@@ -5,6 +5,7 @@ mod cluster;
 mod deployments;
 mod documented;
 mod existing_spire;
+mod imds;
 mod life;
 mod policy;
 mod rights;
@@ -76,6 +77,15 @@ fn awsvid_leaves_an_existing_spire_alone() {
     let spire = existing_spire::install(&cluster);
     existing_spire::helm_installs_and_removes_awsvid(&cluster, &spire, directory.path());
     existing_spire::kustomize_installs_and_removes_awsvid(&cluster, &spire);
+}
+
+/// Runs programs that know EC2's instance metadata service alone, at its usual address.
+#[test]
+fn programs_in_pods_find_the_metadata_service() {
+    let directory = folder();
+    if let Some(cluster) = Cluster::start(directory.path()) {
+        imds::programs_need_no_setting(&cluster);
+    }
 }
 
 /// Plays the events in the life of a node.
@@ -210,6 +220,7 @@ fn manifests_are_accepted(cluster: &Cluster, folder: &Path) {
         "dashboard",
         "environment",
         "environment-patch",
+        "imds-address",
         "network-policy",
         "nodes-proxy",
         "pod-monitor",

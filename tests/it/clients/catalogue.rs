@@ -4,6 +4,7 @@ mod command_lines;
 mod python;
 mod sdks;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -50,6 +51,16 @@ pub(crate) enum Start {
     Command(&'static [&'static str]),
 }
 
+/// The object that a client reads.
+pub(crate) struct ReadObject<'a> {
+    pub(crate) endpoint: &'a str,
+    pub(crate) bucket: &'a str,
+    pub(crate) key: &'a str,
+    /// The number of reads of one process, and the time between two.
+    pub(crate) times: u32,
+    pub(crate) pause: Duration,
+}
+
 /// A note: the user then sees only S3's rejection.
 const UNSIGNED: &str = "without credentials it sends its request unsigned";
 
@@ -82,6 +93,37 @@ impl Client {
         match self.start {
             Start::Program(words) | Start::Command(words) => words,
         }
+    }
+
+    /// Returns the program's arguments for these reads. `file` returns the path of its copy of a
+    /// file of the repository.
+    pub(crate) fn arguments(
+        &self,
+        object: &ReadObject<'_>,
+        file: impl Fn(&str) -> PathBuf,
+    ) -> Vec<OsString> {
+        let filled = |word: &&str| match word.starts_with("tests/") {
+            true => file(word).into_os_string(),
+            false => word
+                .replace("{endpoint}", object.endpoint)
+                .replace("{bucket}", object.bucket)
+                .replace("{key}", object.key)
+                .into(),
+        };
+        let mut arguments: Vec<OsString> = self.words()[1..].iter().map(filled).collect();
+        if matches!(self.start, Start::Program(_)) {
+            let (times, pause) = (object.times.to_string(), object.pause.as_secs().to_string());
+            let words = [object.endpoint, object.bucket, object.key, &times, &pause];
+            arguments.extend(words.map(OsString::from));
+        }
+        arguments
+    }
+
+    /// Returns its variables for an S3 with this endpoint.
+    pub(crate) fn variables(&self, endpoint: &str) -> Vec<(&'static str, String)> {
+        let filled =
+            |(name, value): &(&'static str, &str)| (*name, value.replace("{endpoint}", endpoint));
+        self.environment.iter().map(filled).collect()
     }
 
     /// Returns its version, or `None` after a printed skip for a system's client in another version

@@ -1,6 +1,5 @@
 //! Runs a client and parses its output.
 
-use std::ffi::OsString;
 use std::os::unix::fs::chown;
 use std::path::Path;
 use std::process::Command;
@@ -8,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::catalogue::Start;
+use super::catalogue::{ReadObject, Start};
 use super::stage::{BUCKET, ClientStage, Member, StagedDaemon};
 use crate::harness::counterparts::process::{Output, behind, run};
 
@@ -172,13 +171,7 @@ fn command(
         .env("PATH", "/usr/bin:/bin")
         .env("HOME", home)
         .env("AWS_REGION", "us-east-1");
-    command.envs(
-        member
-            .client
-            .environment
-            .iter()
-            .map(|(name, value)| (name, value.replace("{endpoint}", &endpoint))),
-    );
+    command.envs(member.client.variables(&endpoint));
     command.current_dir(home);
     if reading.by_metadata {
         command.env("AWS_EC2_METADATA_SERVICE_ENDPOINT", &reading.url);
@@ -186,18 +179,14 @@ fn command(
         behind_exec(&mut command, serving, reading);
         command.arg(&member.program);
     }
-    command.args(
-        member.client.words()[1..]
-            .iter()
-            .map(|word| filled(stage, word, reading)),
-    );
-    if matches!(member.client.start, Start::Program(_)) {
-        let (times, pause) = (
-            reading.times.to_string(),
-            reading.pause.as_secs().to_string(),
-        );
-        command.args([&endpoint, BUCKET, &reading.key, &times, &pause]);
-    }
+    let object = ReadObject {
+        endpoint: &endpoint,
+        bucket: BUCKET,
+        key: &reading.key,
+        times: reading.times,
+        pause: reading.pause,
+    };
+    command.args(member.client.arguments(&object, |word| stage.file(word)));
     command
 }
 
@@ -212,17 +201,6 @@ fn behind_exec(command: &mut Command, serving: &StagedDaemon, reading: &ReadSett
     if reading.file_alone {
         command.args(["env", "-u", "AWS_CONTAINER_AUTHORIZATION_TOKEN"]);
     }
-}
-
-/// Fills in a word of the catalogue.
-fn filled(stage: &ClientStage, word: &str, reading: &ReadSettings<'_>) -> OsString {
-    if word.starts_with("tests/") {
-        return stage.file(word).into();
-    }
-    let word = word.replace("{endpoint}", &stage.minio.endpoint());
-    word.replace("{bucket}", BUCKET)
-        .replace("{key}", &reading.key)
-        .into()
 }
 
 /// Runs `act` for each client, by its index, for some of them at one time.

@@ -9,7 +9,7 @@ use super::catalogue::{self, Client};
 
 const BEGIN: &str = "<!-- The clients: made by tests/it/clients.rs. -->\n";
 const END: &str = "<!-- The end of the clients. -->\n";
-const HEADER: &str = "| client | version | works | IMDS | cold wait | fetches | re-fetches | on a 403 | on a 503 | note |\n|---|---|---|---|---|---|---|---|---|---|\n";
+const HEADER: &str = "| client | version | works | IMDS | 169.254.169.254 | cold wait | fetches | re-fetches | on a 403 | on a 503 | note |\n|---|---|---|---|---|---|---|---|---|---|---|\n";
 
 /// A column of the table, in the order of the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,8 +19,10 @@ pub(crate) enum Column {
     Version,
     /// The ways to the daemon that work.
     Works,
-    /// Whether the address of the instance metadata service alone is enough.
+    /// Whether the variable with the address of the instance metadata service alone is enough.
     Metadata,
+    /// Whether it needs no variable at all where that service has its usual address.
+    MetadataAddress,
     /// The time that its first credentials may take.
     Waits,
     /// The number of requests with sessions of an hour.
@@ -34,7 +36,7 @@ pub(crate) enum Column {
     Note,
 }
 
-const COLUMNS: usize = 10;
+const COLUMNS: usize = 11;
 
 /// The result of a test with one client.
 pub(crate) struct Cell {

@@ -23,8 +23,8 @@ const AWSVID: &str = "spiffe://example.org/ns/awsvid/sa/awsvid";
 /// The name of the seccomp profile in the kubelet's directory.
 const SECCOMP_PROFILE: &str = "awsvid.json";
 /// The ports of MinIO and the SPIRE server on the node.
-const MINIO_PORT: u16 = 9000;
-const STS_PORT: u16 = 9443;
+pub(super) const MINIO_PORT: u16 = 9000;
+pub(super) const STS_PORT: u16 = 9443;
 const SPIRE_PORT: u16 = 8081;
 
 /// The node, SPIRE's server, MinIO with a bucket for each of two service accounts, and awsvid.
@@ -252,6 +252,20 @@ impl Cluster {
             fs::write(file, kustomization.to_string()).unwrap();
         }
         self.apply(&directory);
+    }
+
+    /// Installs them with the instance metadata service at its address, as its page describes.
+    pub(super) fn install_with_metadata_address(&self, source: &str) {
+        let table =
+            "[imds]\nmode = \"address\"\nkey_file = \"/run/awsvid-handover/own/imds-key\"\n\n";
+        let components = ["environment", "environment-imds", "imds-address"];
+        let directory = self.overlay(source, &components, |text| format!("{table}{text}"));
+        self.apply(&directory);
+    }
+
+    /// Returns the certificate of MinIO's port with TLS.
+    pub(super) fn certificate(&self) -> String {
+        self.sts.certificate().to_owned()
     }
 
     /// Writes an overlay of the manifests, with another `[listen]`.

@@ -22,7 +22,9 @@ pub(super) use missing::missing_part_is_named;
 pub(super) use outages::warm_pods_see_no_error;
 pub(super) use request_pod::PollingPod;
 pub(super) use startup::pods_wait_until_awsvid_is_ready;
-pub(super) use updates::{successor_of_killed_daemon_listens, update_rejects_no_request};
+pub(super) use updates::{
+    run_updates, successor_of_killed_daemon_listens, update_rejects_no_request,
+};
 
 /// Bounds steps that take seconds, on a machine that is busy with other tests.
 const TIMEOUT: Duration = Duration::from_secs(90);

@@ -27,8 +27,8 @@ ln -s /run var/run
 # The programs of this computer, under a layer for writes. Of its configuration only the files that
 # those need.
 mount -t overlay node -o "lowerdir=/usr,upperdir=$root/overlay/upper,workdir=$root/overlay/work" usr
-for name in alternatives ld.so.cache ld.so.conf ld.so.conf.d ssl/certs; do
-    [ ! -e "/etc/$name" ] || cp -a --parents "/etc/$name" .
+for path in /etc/alternatives /etc/java-* /etc/ld.so.* /etc/ssl/certs; do
+    [ ! -e "$path" ] || cp -a --parents "$path" .
 done
 cp -a "$1/files/." .
 

@@ -34,14 +34,25 @@ pub(in crate::kubernetes) struct PollingPod<'a> {
 }
 
 impl<'a> PollingPod<'a> {
+    /// The loop of its script. It calls the function `fetch` with an address.
+    pub(in crate::kubernetes) const LOOP: &'static str = "while [ ! -e /enough ]; do
+            if why=$(fetch 127.0.0.1); then echo answered; else echo \"failed: $why\"; fi
+            read now rest </proc/uptime; echo \"at $now\"
+            busybox usleep 20000
+        done";
+
     /// Starts it, and waits for its first response.
     pub(in crate::kubernetes) fn start(cluster: &'a Cluster, name: &'static str) -> Self {
-        let script = "while [ ! -e /enough ]; do
-                if why=$(fetch 127.0.0.1); then echo answered; else echo \"failed: $why\"; fi
-                read now rest </proc/uptime; echo \"at $now\"
-                busybox usleep 20000
-            done";
-        cluster.node.apply(&pod(READER, name, script));
+        Self::run(cluster, name, &pod(READER, name, Self::LOOP))
+    }
+
+    /// Does the same with the pod of this name that a manifest describes.
+    pub(in crate::kubernetes) fn run(
+        cluster: &'a Cluster,
+        name: &'static str,
+        manifest: &Value,
+    ) -> Self {
+        cluster.node.apply(manifest);
         let asker = Self { cluster, name };
         asker.await_more();
         asker

@@ -9,7 +9,11 @@ use crate::harness::is_slow;
 use crate::kubernetes::cluster::Cluster;
 
 pub(in crate::kubernetes) fn update_rejects_no_request(cluster: &Cluster) {
-    let asker = PollingPod::start(cluster, "during-updates");
+    run_updates(cluster, PollingPod::start(cluster, "during-updates"));
+}
+
+/// Replaces awsvid's pod several times, while a pod sends requests, of which none may fail.
+pub(in crate::kubernetes) fn run_updates(cluster: &Cluster, asker: PollingPod<'_>) {
     let (updates, start) = (if is_slow() { 10 } else { 2 }, Instant::now());
     for _ in 0..updates {
         let before = process(&cluster.node, "awsvid");
