@@ -49,8 +49,8 @@ pgbackrest --log-level-file=off --log-level-console=warn --repo1-path=/ \
     --repo1-s3-endpoint="$HOST" --repo1-storage-port="$TLS_PORT" --repo1-s3-uri-style=path \
     --repo1-storage-ca-file=/tmp/ca.crt repo-get /test.txt
 "#;
-/// Mounts the bucket. The program ends with the container. Version 1.90 would list the roles without
-/// a token, so it gets the role's name.
+/// Mounts the bucket. The program ends with the container. Version 1.90 would list the roles
+/// without a token, so it gets the role's name.
 const BY_S3FS: &str = r#"
 busybox mknod /dev/fuse c 10 229
 busybox mkdir /bucket
