@@ -504,10 +504,8 @@ fn request_hidden_behind_one_for_metadata_is_not_answered() {
         (put("Content-Length: 0\r\n", HIDDEN), "200 OK"),
         (put("Expect: 100-continue\r\n", ""), "200 OK"),
         (put(&length, HIDDEN), "400 Bad Request"),
-        (
-            put("Transfer-Encoding: chunked\r\n", &chunked),
-            "400 Bad Request",
-        ),
+        // s3fs sends its PUT so, with an empty body. A body is never read.
+        (put("Transfer-Encoding: chunked\r\n", &chunked), "200 OK"),
         (
             put("Transfer-Encoding: gzip\r\n", &chunked),
             "400 Bad Request",
