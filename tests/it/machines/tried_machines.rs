@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::stock_machine::StockMachine;
+use super::unit_caller::{ExpectedAnswer, UnitCaller};
 use crate::harness::documents;
 use crate::harness::machine::MachineStart;
 
@@ -36,7 +37,7 @@ pub(super) const DISTRIBUTIONS: [Distribution; 6] = [
         name: "Debian 11",
         suite: "bullseye",
         boot: "",
-        attests_tcp: false,
+        attests_tcp: true,
     },
     Distribution {
         name: "Debian testing",
@@ -97,6 +98,34 @@ impl ServedCallers {
         }
     }
 
+    /// Returns what this machine's daemon answers the caller on the unix socket.
+    pub(super) fn unix_answer(&self, caller: &UnitCaller) -> Option<ExpectedAnswer> {
+        match self.unix {
+            "outside containers" if caller.in_container => {
+                Some(ExpectedAnswer::Rejected("unsupported_kernel"))
+            }
+            _ => caller.unix.map(|answer| self.known(caller, answer)),
+        }
+    }
+
+    /// Returns what it answers the caller over TCP.
+    pub(super) fn tcp_answer(&self, caller: &UnitCaller) -> Option<ExpectedAnswer> {
+        match self.tcp {
+            true => caller.tcp,
+            false => caller
+                .tcp
+                .map(|_| ExpectedAnswer::Rejected("unsupported_kernel")),
+        }
+    }
+
+    /// Returns the answer where awsvid may not see cgroups.
+    fn known(&self, caller: &UnitCaller, answer: ExpectedAnswer) -> ExpectedAnswer {
+        match caller.by_cgroup && !self.cgroups {
+            true => ExpectedAnswer::Rejected("no_identity"),
+            false => answer,
+        }
+    }
+
     /// Returns the row of the documents' table.
     fn row(&self, name: &str) -> String {
         let word = |served: bool| if served { "yes" } else { "no" };
@@ -122,10 +151,12 @@ impl ServedCallers {
 }
 
 impl Distribution {
-    /// Returns how the machine starts. It boots: a machine that was resumed has hung at its first
-    /// command.
+    /// Returns how the machine starts. Another command line needs a boot.
     pub(super) fn start(&self) -> MachineStart<'static> {
-        MachineStart::Booted(self.boot)
+        match self.boot {
+            "" => MachineStart::Resumed,
+            words => MachineStart::Booted(words),
+        }
     }
 
     /// Returns the machine with this name.
