@@ -2,6 +2,7 @@
 //! packs the program of the tests; the slow form builds the programs as the workflow does.
 //! `systemd/packages.rs` installs the packages, and `kubernetes.rs` runs the image.
 
+mod archive;
 mod elf;
 mod released;
 
@@ -54,10 +55,23 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("a path in UTF-8")
 }
 
-/// Every exploit of memory is easier without one of these.
-#[test]
-fn program_is_hardened() {
-    Elf::read(Path::new(PROGRAM)).assert_hardened();
+/// Returns a release with the program of the tests, or in the slow form one that is built as the
+/// workflow does.
+fn release_in(out: &Path) -> Option<Release> {
+    match is_slow() {
+        true => Release::built(out),
+        false => Release::of_tests(out, Path::new(PROGRAM)),
+    }
+}
+
+/// Asserts that the program in the package has the protections of the compiler and the linker.
+fn assert_hardened(package: &Path, unpack: &str) {
+    let folder = folder();
+    let mut command = Command::new("sh");
+    command.current_dir(folder.path());
+    command.args(["-euc", unpack, "sh", text(package)]);
+    run(command, b"", TIMEOUT).success(unpack);
+    Elf::read(&folder.path().join("usr/bin/awsvid")).assert_hardened();
 }
 
 #[test]
@@ -90,15 +104,22 @@ fn elf_names_each_missing_protection() {
 #[test]
 fn packages_have_what_a_node_needs() {
     let folder = folder();
-    let Some(release) = Release::of_tests(&folder.path().join("one"), Path::new(PROGRAM)) else {
+    let Some(release) = release_in(&folder.path().join("one")) else {
         return;
     };
     release.run(&["files", "packages"]);
-    assert_deb(&release.ending(".deb"));
-    assert_rpm(&release.ending(".rpm"));
+    archive::assert_complete(&release);
+    let [deb, rpm] = [".deb", ".rpm"].map(|end| release.ending(end));
+    assert_deb(&deb);
+    assert_rpm(&rpm);
+    assert_hardened(&deb, "dpkg-deb --extract \"$1\" .");
+    assert_hardened(
+        &rpm,
+        "rpm2cpio \"$1\" | cpio --quiet --extract --make-directories --no-absolute-filenames",
+    );
 
     // The same in another folder, from files with other times.
-    let Some(other) = Release::of_tests(&folder.path().join("other"), Path::new(PROGRAM)) else {
+    let Some(other) = release_in(&folder.path().join("other")) else {
         return;
     };
     other.run(&["files", "packages"]);
@@ -204,6 +225,16 @@ fn licences_name_every_linked_crate() {
     release.run(&["files"]);
     let licences = fs::read_to_string(release.path("files/LICENCES.txt")).unwrap();
     assert!(licences.contains("Apache License"), "awsvid's own");
+    let crates = linked_crates();
+    let missing: Vec<_> = crates
+        .iter()
+        .filter(|name| !licences.contains(&format!("{name} (")))
+        .collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+/// Returns name and version of each crate that the program links.
+fn linked_crates() -> BTreeSet<String> {
     let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(env!("CARGO_MANIFEST_DIR")).args([
@@ -226,27 +257,22 @@ fn licences_name_every_linked_crate() {
         .filter_map(|line| {
             let mut words = line.split(' ');
             let (name, version) = (words.next()?, words.next()?.trim_start_matches('v'));
-            (name != "awsvid").then(|| format!("{name} {version} ("))
+            (name != "awsvid").then(|| format!("{name} {version}"))
         })
         .collect();
     assert!(crates.len() > 50, "{crates:?}");
-    let missing: Vec<_> = crates
-        .iter()
-        .filter(|name| !licences.contains(name.as_str()))
-        .collect();
-    assert!(missing.is_empty(), "{missing:?}");
+    crates
 }
 
 #[test]
 fn image_has_program_and_certificates_alone() {
     let folder = folder();
-    let release = match is_slow() {
-        true => Release::built(folder.path()),
-        false => Release::of_tests(folder.path(), Path::new(PROGRAM)),
-    };
-    let Some(release) = release else {
+    let Some(release) = release_in(folder.path()) else {
         return;
     };
+    if is_slow() {
+        release.run(&["static"]);
+    }
     release.run(&["files", "image"]);
     let layout = folder.path().join("layout");
     fs::create_dir(&layout).unwrap();
