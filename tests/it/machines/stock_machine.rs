@@ -307,8 +307,17 @@ fn write_packages(out: &Path, source: &Path, copy: impl Fn(PathBuf, PathBuf)) ->
     Some(())
 }
 
-/// The agent's configuration, with the sockets that the examples of `deploy` name.
+/// Returns the agent's configuration, with the sockets that the examples of `deploy` name.
 fn agent_configuration(spire: &Spire, token: &str) -> String {
+    // awsvid uses the first of its identities, and each of them may come first.
+    let broker = |id: &str| {
+        let types = format!(
+            "allowed_reference_types = [{{ type_url = {:?} }}]",
+            Broker::BY_PID
+        );
+        format!("{{ id = {id:?}, {types} }}, ")
+    };
+    let brokers: String = [AWSVID].into_iter().chain(RULES).map(broker).collect();
     format!(
         r#"
 agent {{
@@ -325,7 +334,7 @@ agent {{
     experimental {{
         broker {{
             socket_path = "/run/spire/broker/api.sock"
-            brokers = [{{ id = "{AWSVID}", allowed_reference_types = [{{ type_url = "{BY_PID}" }}] }}]
+            brokers = [{brokers}]
         }}
     }}
 }}
@@ -340,6 +349,5 @@ plugins {{
 "#,
         trust_domain = spire.trust_domain(),
         port = spire.server_address().port(),
-        BY_PID = Broker::BY_PID,
     )
 }
