@@ -20,10 +20,13 @@ mod terminal_style;
 pub mod trust_policy;
 mod trusted_socket;
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
+use thiserror::Error;
+
 use crate::config::{Config, ConfigErrors, ListenConfig};
+use trusted_socket::SocketError;
 
 /// Default path of the configuration file.
 pub const CONFIG_FILE: &str = "/etc/awsvid/awsvid.toml";
@@ -66,16 +69,27 @@ impl ConfigFile {
     }
 
     /// Returns the daemon's status socket: `named`, or that of the configuration.
-    fn status_socket(&self, named: Option<&Path>) -> Result<PathBuf, String> {
+    fn status_socket(&self, named: Option<&Path>) -> Result<PathBuf, StatusSocketError> {
         if let Some(named) = named {
             return Ok(named.to_owned());
         }
-        let endpoints = self
-            .daemon_endpoints()
-            .map_err(|errors| format!("{errors}\nor give the socket with --socket"))?;
-        let missing = "the configuration has no status socket; set `status` in [listen]";
-        endpoints.listen.status.ok_or_else(|| missing.to_owned())
+        let endpoints = self.daemon_endpoints()?;
+        endpoints.listen.status.ok_or(StatusSocketError::Unset)
     }
+}
+
+/// Reason why a command has no response over the status socket.
+#[derive(Debug, Error)]
+enum StatusSocketError {
+    #[error("{0}\nor give the socket with --socket")]
+    Config(#[from] ConfigErrors),
+    #[error("the configuration has no status socket; set `status` in [listen]")]
+    Unset,
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// No runtime could be started.
+    #[error(transparent)]
+    Runtime(#[from] io::Error),
 }
 
 /// Facts about the daemon that a command needs.

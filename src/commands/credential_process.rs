@@ -8,12 +8,15 @@ use std::time::Duration;
 use clap::Args;
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
 use tokio::time::{Instant, sleep};
 use zeroize::Zeroizing;
 
-use super::exec::role_in_path;
+use super::ConfigFile;
+use super::exec::{InvalidRoleName, role_in_path};
 use super::local_client::{self, LocalResponse};
-use super::{ConfigFile, trusted_socket};
+use super::trusted_socket::{self, SocketError};
+use crate::config::ConfigErrors;
 use crate::exit_status::ExitStatus;
 
 /// Total time of all attempts. SDKs run the command once and use its result.
@@ -80,6 +83,34 @@ struct DaemonError {
     message: String,
 }
 
+/// Reason why the command has no credentials.
+#[derive(Debug, Error)]
+enum CredentialProcessError {
+    #[error("{0}\nor give the socket with --socket")]
+    Config(#[from] ConfigErrors),
+    #[error(
+        "the configuration has no unix socket; set `unix` in [listen], or give SDKs the variables of `awsvid exec`"
+    )]
+    NoSocket,
+    #[error(transparent)]
+    Role(#[from] InvalidRoleName),
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The daemon rejects the request, with this message.
+    #[error("{0}")]
+    Rejected(String),
+    /// The daemon rejects it because no rule matches, with this message.
+    #[error(
+        "{0} (rules by `exe` never match here, because the caller is awsvid's own executable: see --help)"
+    )]
+    NoIdentity(String),
+    #[error("unexpected response with status {status}: not from awsvid; give the right --socket")]
+    Unexpected { status: u16 },
+    /// No runtime could be started, or the output could not be written.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
 /// The format that AWS documents ("Process credential provider"): these keys and no others.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
@@ -99,12 +130,8 @@ impl CredentialProcess {
     )]
     pub fn run(&self) -> ExitStatus {
         let fetched = local_client::block_on(self.fetch());
-        let fetched = fetched.unwrap_or_else(|error| Err(error.to_string()));
-        match fetched.and_then(|output| {
-            io::stdout()
-                .write_all(&output)
-                .map_err(|error| error.to_string())
-        }) {
+        let fetched = fetched.unwrap_or_else(|error| Err(error.into()));
+        match fetched.and_then(|output| Ok(io::stdout().write_all(&output)?)) {
             Ok(()) => ExitStatus::Success,
             Err(error) => {
                 eprintln!("awsvid credential-process: {error}");
@@ -113,12 +140,13 @@ impl CredentialProcess {
         }
     }
 
-    async fn fetch(&self) -> Result<Zeroizing<Vec<u8>>, String> {
+    async fn fetch(&self) -> Result<Zeroizing<Vec<u8>>, CredentialProcessError> {
         let socket = match &self.socket {
             Some(socket) => socket.clone(),
-            None => self.config.daemon_endpoints().map_err(|errors| format!("{errors}\nor give the socket with --socket"))?.listen.unix.ok_or(
-                "the configuration has no unix socket; set `unix` in [listen], or give SDKs the variables of `awsvid exec`",
-            )?,
+            None => {
+                let unix = self.config.daemon_endpoints()?.listen.unix;
+                unix.ok_or(CredentialProcessError::NoSocket)?
+            }
         };
         let path = match &self.role {
             Some(role) => format!("/v1/credentials/{}", role_in_path(role)?),
@@ -129,11 +157,11 @@ impl CredentialProcess {
         let deadline = Instant::now() + TOTAL_TIMEOUT;
         loop {
             let answer = trusted_socket::get(&socket, &owners, &path, MAX_RESPONSE, deadline);
-            let answer = answer.await.map_err(|error| error.to_string())?;
+            let answer = answer.await?;
             match answer.status {
                 200 => return output(&answer.body),
                 503 if Instant::now() + pause(&answer) < deadline => sleep(pause(&answer)).await,
-                _ => return Err(error_text(&answer)),
+                _ => return Err(daemon_error(&answer)),
             }
         }
     }
@@ -146,29 +174,26 @@ fn pause(answer: &LocalResponse) -> Duration {
         .clamp(Duration::from_millis(100), MAX_RETRY_PAUSE)
 }
 
-/// Returns the daemon's error message, for the user of the workload.
-fn error_text(answer: &LocalResponse) -> String {
+/// Returns the daemon's error, with its message for the user of the workload.
+fn daemon_error(answer: &LocalResponse) -> CredentialProcessError {
     match serde_json::from_slice::<DaemonError>(&answer.body) {
         Ok(DaemonError { code, message }) => {
-            let exe = "rules by `exe` never match here, because the caller is awsvid's own executable: see --help";
-            let hint = if code == "no_identity" {
-                format!(" ({exe})")
-            } else {
-                String::new()
-            };
-            format!("{}{hint}", message.replace(char::is_control, " "))
+            let message = message.replace(char::is_control, " ");
+            match code.as_str() {
+                "no_identity" => CredentialProcessError::NoIdentity(message),
+                _ => CredentialProcessError::Rejected(message),
+            }
         }
-        Err(_) => format!(
-            "unexpected response with status {}: not from awsvid; give the right --socket",
-            answer.status
-        ),
+        Err(_) => CredentialProcessError::Unexpected {
+            status: answer.status,
+        },
     }
 }
 
-fn output(body: &[u8]) -> Result<Zeroizing<Vec<u8>>, String> {
+fn output(body: &[u8]) -> Result<Zeroizing<Vec<u8>>, CredentialProcessError> {
     // Without the parser's own message, which may quote the input.
     let issued: ProcessCredentials<'_> = serde_json::from_slice(body)
-        .map_err(|_| "unexpected response: not from awsvid".to_owned())?;
+        .map_err(|_| CredentialProcessError::Unexpected { status: 200 })?;
     let output = ProcessOutput {
         version: 1,
         access_key_id: &issued.access_key_id,
@@ -179,7 +204,7 @@ fn output(body: &[u8]) -> Result<Zeroizing<Vec<u8>>, String> {
     // No larger than the response, except for longer names: a buffer that grows leaves copies of
     // the secrets behind.
     let mut text = Zeroizing::new(Vec::with_capacity(body.len() + 256));
-    serde_json::to_writer(&mut *text, &output).map_err(|error| error.to_string())?;
+    serde_json::to_writer(&mut *text, &output).map_err(io::Error::from)?;
     text.push(b'\n');
     Ok(text)
 }
@@ -200,25 +225,23 @@ mod tests {
             &body.replace("SecretAccessKey", "SecretKey"),
             &body.replace("a/b+c", "s3cret\u{1}"),
         ] {
-            assert!(!output(wrong.as_bytes()).unwrap_err().contains("s3cret"));
+            let error = output(wrong.as_bytes()).unwrap_err();
+            assert!(!format!("{error} {error:?}").contains("s3cret"));
         }
     }
 
     #[test]
-    fn error_text_is_the_daemons_message() {
+    fn daemon_error_has_the_daemons_message() {
         let answer = |body: &str| LocalResponse {
             status: 403,
             retry_after: None,
             body: Zeroizing::new(body.as_bytes().to_vec()),
         };
-        let rejected = error_text(&answer(
-            r#"{"code":"no_role","message":"add a role\u001b[2J","Code":"","Message":""}"#,
-        ));
+        let text = |body| daemon_error(&answer(body)).to_string();
+        let rejected =
+            text(r#"{"code":"no_role","message":"add a role\u001b[2J","Code":"","Message":""}"#);
         assert_eq!(rejected, "add a role [2J");
-        assert!(
-            error_text(&answer(r#"{"code":"no_identity","message":"m"}"#))
-                .contains("`exe` never match")
-        );
-        assert!(error_text(&answer("<html>")).contains("status 403"));
+        assert!(text(r#"{"code":"no_identity","message":"m"}"#).contains("`exe` never match"));
+        assert!(text("<html>").contains("status 403"));
     }
 }

@@ -16,8 +16,12 @@ use crate::config::{AuthorizationMode, ListenConfig};
 use crate::exit_status::ExitStatus;
 use crate::sdk_environment::{Environment, HIGHER_PRECEDENCE_VARS};
 
+mod error;
 mod over_tcp;
 mod profile;
+
+use error::ExecError;
+pub(super) use error::InvalidRoleName;
 
 /// Path that the daemon serves.
 const PATH: &str = "/v1/credentials";
@@ -80,7 +84,7 @@ impl Exec {
     pub fn run(&self) -> ExitStatus {
         let prepared = self.prepare(|name| std::env::var(name).ok());
         let prepared = prepared.and_then(|prepared| {
-            over_tcp::check(&prepared.uri).map_err(|error| error.to_string())?;
+            over_tcp::check(&prepared.uri)?;
             Ok(prepared)
         });
         let prepared = match prepared {
@@ -116,7 +120,7 @@ impl Exec {
     fn prepare(
         &self,
         inherited: impl Fn(&str) -> Option<String>,
-    ) -> Result<PreparedCommand, String> {
+    ) -> Result<PreparedCommand, ExecError> {
         let daemon = if self.url.is_some() && self.config.config.is_none() {
             DaemonEndpoints {
                 listen: ListenConfig::default(),
@@ -124,11 +128,7 @@ impl Exec {
                 serves_imds: false,
             }
         } else {
-            let hint =
-                "give --url http://127.0.0.1:974 if this user may not read the configuration";
-            self.config
-                .daemon_endpoints()
-                .map_err(|errors| format!("{errors}\n{hint}"))?
+            self.config.daemon_endpoints()?
         };
         let url = self
             .url
@@ -166,8 +166,7 @@ impl Exec {
                 present.join(", ")
             ));
         }
-        let has_region = profile::replace(&mut environment, &mut notes, &inherited)
-            .map_err(|error| error.to_string())?;
+        let has_region = profile::replace(&mut environment, &mut notes, &inherited)?;
         let is_set = inherited("AWS_REGION")
             .or_else(|| inherited("AWS_DEFAULT_REGION"))
             .is_some()
@@ -192,7 +191,7 @@ impl Exec {
         &self,
         environment: &mut Environment,
         listen: &ListenConfig,
-    ) -> Result<(), String> {
+    ) -> Result<(), ExecError> {
         let path = self.token_file.as_deref().unwrap_or(&listen.token_file);
         let needed = self.token_file.is_some() || listen.authorization == AuthorizationMode::Token;
         match read_token(path) {
@@ -204,9 +203,8 @@ impl Exec {
                 );
             }
             Err(error) if needed => {
-                let fix =
-                    "awsvid writes it at its start; is it running, and is this its --token-file?";
-                return Err(format!("the token file {}: {error}; {fix}", path.display()));
+                let path = path.to_owned();
+                return Err(ExecError::TokenFile { path, error });
             }
             // Any value will do.
             Err(_) => environment.set("AWS_CONTAINER_AUTHORIZATION_TOKEN", "any"),
@@ -227,32 +225,29 @@ struct Url {
 
 /// Returns an address of the configuration, preferably 127.0.0.1, the only form that every SDK
 /// accepts.
-fn loopback(listen: &ListenConfig) -> Result<Url, String> {
+fn loopback(listen: &ListenConfig) -> Result<Url, ExecError> {
     let address = listen
         .tcp
         .iter()
         .find(|address| address.is_ipv4())
         .or(listen.tcp.first());
     let Some(address) = address else {
-        return Err(
-            "the configuration has no `tcp` address, and SDKs cannot use the unix socket; \
-                    add one, or use `awsvid credential-process` in ~/.aws/config"
-                .to_owned(),
-        );
+        return Err(ExecError::NoTcpAddress);
     };
     if address.port() == 0 {
-        return Err(
-            "the configuration has port 0, so only the daemon's log knows the port; give --url"
-                .to_owned(),
-        );
+        return Err(ExecError::UnknownPort);
     }
     endpoint(&format!("http://{address}"))
 }
 
 /// Parses a URL leniently, and rejects what SDKs would reject, with a better message.
-fn endpoint(text: &str) -> Result<Url, String> {
-    const FORM: &str = "write it as http://127.0.0.1:974";
-    let failed = |what: &str| Err(format!("--url {text:?}: {what}; {FORM}"));
+fn endpoint(text: &str) -> Result<Url, ExecError> {
+    let failed = |what| {
+        Err(ExecError::Url {
+            text: text.to_owned(),
+            what,
+        })
+    };
     let Ok(url) = text.parse::<Uri>() else {
         return failed("not a URL");
     };
@@ -287,11 +282,11 @@ fn endpoint(text: &str) -> Result<Url, String> {
 }
 
 /// Returns the role's name, or its ARN in percent-encoding.
-pub(super) fn role_in_path(role: &str) -> Result<String, String> {
+pub(super) fn role_in_path(role: &str) -> Result<String, InvalidRoleName> {
     use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
     const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'.').remove(b'_').remove(b'-');
     match role {
-        "" | "." | ".." => Err(format!("--role {role:?} is not the name of a role")),
+        "" | "." | ".." => Err(InvalidRoleName(role.to_owned())),
         _ => Ok(utf8_percent_encode(role, ESCAPED).to_string()),
     }
 }

@@ -3,12 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
-use nix::unistd::geteuid;
-use tokio::time::Instant;
-
-use super::{ConfigFile, local_client, trusted_socket};
+use super::{ConfigFile, StatusSocketError, local_client, trusted_socket};
 use crate::exit_status::ExitStatus;
+use clap::{Args, ValueEnum};
 
 /// Time limit of the response. The kubelet has a limit of its own.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -50,29 +47,23 @@ impl Probe {
     #[expect(clippy::print_stdout, reason = "the output of this command")]
     pub fn run(&self) -> ExitStatus {
         let fetched = local_client::block_on(self.fetch());
-        let (text, status) = match fetched.unwrap_or_else(|error| Err(error.to_string())) {
+        let (text, status) = match fetched.unwrap_or_else(|error| Err(error.into())) {
             Ok((200, text)) => (text, ExitStatus::Success),
-            Ok((_, text)) | Err(text) => (text, ExitStatus::Failure),
+            Ok((_, text)) => (text, ExitStatus::Failure),
+            Err(error) => (error.to_string(), ExitStatus::Failure),
         };
         println!("{}", text.trim_end());
         status
     }
 
-    async fn fetch(&self) -> Result<(u16, String), String> {
+    async fn fetch(&self) -> Result<(u16, String), StatusSocketError> {
         let socket = self.config.status_socket(self.socket.as_deref())?;
         let path = match self.condition {
             ProbeKind::Live => "/healthz",
             ProbeKind::Ready => "/readyz",
         };
-        let owners = [0, geteuid().as_raw()];
-        let answer = trusted_socket::get(
-            &socket,
-            &owners,
-            path,
-            MAX_RESPONSE,
-            Instant::now() + RESPONSE_TIMEOUT,
-        );
-        let answer = answer.await.map_err(|error| error.to_string())?;
+        let answer =
+            trusted_socket::get_of_operator(&socket, path, MAX_RESPONSE, RESPONSE_TIMEOUT).await?;
         Ok((
             answer.status,
             String::from_utf8_lossy(&answer.body).into_owned(),

@@ -4,25 +4,21 @@
 mod table;
 
 use std::io::{self, IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
 use clap::Args;
-use nix::unistd::geteuid;
 use serde_json::Value;
-use tokio::time::Instant;
 
 use super::output::OutputFormat;
 use super::terminal_style::TerminalStyle;
-use super::{ConfigFile, local_client, trusted_socket};
+use super::{ConfigFile, StatusSocketError, local_client, trusted_socket};
 use crate::clock::Clock;
 use crate::exit_status::ExitStatus;
 
 /// Time limit of one response.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Ten thousand entries need some ten megabytes.
-const MAX_RESPONSE: usize = 256 * 1024 * 1024;
 /// Clears a terminal and moves to its first line.
 const CLEAR: &str = "\x1b[2J\x1b[H";
 
@@ -66,8 +62,8 @@ impl StatusCommand {
         };
         loop {
             let fetched = local_client::block_on(self.fetch());
-            let fetched = fetched.unwrap_or_else(|error| Err(error.to_string()));
-            let shown = fetched.and_then(|status| self.show(&status, json, style));
+            let fetched = fetched.unwrap_or_else(|error| Err(error.into()));
+            let shown = fetched.and_then(|status| Ok(self.show(&status, json, style)?));
             match (shown, self.watch) {
                 (Ok(StatusView::Printed), None) | (Ok(StatusView::ReaderGone), _) => {
                     return ExitStatus::Success;
@@ -84,28 +80,14 @@ impl StatusCommand {
         }
     }
 
-    async fn fetch(&self) -> Result<Value, String> {
+    async fn fetch(&self) -> Result<Value, StatusSocketError> {
         let socket = self.config.status_socket(self.socket.as_deref())?;
-        let owners = [0, geteuid().as_raw()];
-        let answer = trusted_socket::get(
-            &socket,
-            &owners,
-            "/status",
-            MAX_RESPONSE,
-            Instant::now() + RESPONSE_TIMEOUT,
-        );
-        let answer = answer.await.map_err(|error| error.to_string())?;
-        let status = serde_json::from_slice(&answer.body)
-            .ok()
-            .filter(|_| answer.status == 200);
-        status.ok_or_else(|| unexpected_response(&socket, answer.status))
+        Ok(trusted_socket::get_status(&socket, RESPONSE_TIMEOUT).await?)
     }
 
-    fn show(&self, status: &Value, json: bool, style: TerminalStyle) -> Result<StatusView, String> {
+    fn show(&self, status: &Value, json: bool, style: TerminalStyle) -> io::Result<StatusView> {
         let text = match (json, self.watch) {
-            (true, None) => {
-                serde_json::to_string_pretty(status).map_err(|error| error.to_string())? + "\n"
-            }
+            (true, None) => serde_json::to_string_pretty(status)? + "\n",
             (true, Some(_)) => format!("{status}\n"),
             (false, None) => table::render(status, Clock::system().now(), style),
             (false, Some(_)) => {
@@ -121,7 +103,7 @@ impl StatusCommand {
         {
             Ok(()) => Ok(StatusView::Printed),
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(StatusView::ReaderGone),
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(error),
         }
     }
 }
@@ -129,11 +111,4 @@ impl StatusCommand {
 enum StatusView {
     Printed,
     ReaderGone,
-}
-
-fn unexpected_response(socket: &Path, status: u16) -> String {
-    format!(
-        "{}: unexpected response with status {status}: not from awsvid; give the socket of [listen] `status`",
-        socket.display()
-    )
 }

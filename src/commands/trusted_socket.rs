@@ -2,41 +2,70 @@
 //! another account, or read the requests.
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::sys::socket::{getsockopt, sockopt};
+use nix::unistd::geteuid;
+use serde_json::Value;
 use thiserror::Error;
 use tokio::time::Instant;
 
 use super::local_client::{self, LocalError, LocalResponse};
 use crate::listen::connect_unix;
 
-const OWNER_FIX: &str =
-    "the owner has to be root, as which awsvid runs; --same-user also trusts a daemon of your own";
+/// Maximum size of the status. Ten thousand entries need some ten megabytes.
+const MAX_STATUS: usize = 256 * 1024 * 1024;
+
+/// A socket that is not used, or whose daemon has not answered.
+#[derive(Debug, Error)]
+#[error("{}: {cause}; {}", path.display(), self.fix())]
+pub(super) struct SocketError {
+    pub(super) path: PathBuf,
+    pub(super) cause: SocketErrorCause,
+}
 
 /// Reason why a socket is not used, or the daemon behind it has not answered.
 #[derive(Debug, Error)]
-pub(super) enum SocketError {
-    #[error("{path}: {error}; {}", fix_for(.error.kind()), path = path.display())]
-    Failed { path: PathBuf, error: LocalError },
+pub(super) enum SocketErrorCause {
+    #[error(transparent)]
+    Failed(#[from] LocalError),
     /// The directory, the socket or its listener belongs to another user.
-    #[error("{path}: not trusted: {what} uid {uid}; {OWNER_FIX}", path = path.display())]
-    Foreign {
-        path: PathBuf,
-        what: &'static str,
-        uid: u32,
-    },
-    #[error(
-        "{path}: not trusted: other users can put their own socket into the directory; chmod go-w {directory}",
-        path = path.display(),
-        directory = directory_of(path).display()
-    )]
-    WritableDirectory { path: PathBuf },
-    #[error("{path}: not a socket; give the socket of [listen] with --socket", path = path.display())]
-    OtherFile { path: PathBuf },
+    #[error("not trusted: {what} uid {uid}")]
+    Foreign { what: &'static str, uid: u32 },
+    #[error("not trusted: other users can put their own socket into the directory")]
+    WritableDirectory,
+    #[error("not a socket")]
+    OtherFile,
+    #[error("unexpected response with status {status}: not from awsvid")]
+    Unexpected { status: u16 },
+}
+
+impl From<io::Error> for SocketErrorCause {
+    fn from(error: io::Error) -> Self {
+        LocalError::from(error).into()
+    }
+}
+
+impl SocketError {
+    /// Returns what the user can do.
+    pub(super) fn fix(&self) -> String {
+        let fix = match &self.cause {
+            SocketErrorCause::Failed(error) => fix_for(error.kind()),
+            SocketErrorCause::Foreign { .. } => {
+                "the owner has to be root, as which awsvid runs; --same-user also trusts a daemon of your own"
+            }
+            SocketErrorCause::WritableDirectory => {
+                return format!("chmod go-w {}", directory_of(&self.path).display());
+            }
+            SocketErrorCause::OtherFile => "give the socket of [listen] with --socket",
+            SocketErrorCause::Unexpected { .. } => "give the right --socket",
+        };
+        fix.to_owned()
+    }
 }
 
 fn directory_of(path: &Path) -> &Path {
@@ -48,37 +77,27 @@ fn directory_of(path: &Path) -> &Path {
 ///
 /// The kernel recorded the listener's uid when it began to listen. So a file that was swapped in
 /// meanwhile gains nothing.
-fn connect(path: &Path, owners: &[u32], deadline: Instant) -> Result<UnixStream, SocketError> {
-    let at = || path.to_owned();
-    let failed = |error: std::io::Error| SocketError::Failed {
-        path: at(),
-        error: error.into(),
-    };
+fn connect(path: &Path, owners: &[u32], deadline: Instant) -> Result<UnixStream, SocketErrorCause> {
     let check_owner = |what, uid| match owners.contains(&uid) {
         true => Ok(()),
-        false => Err(SocketError::Foreign {
-            path: at(),
-            what,
-            uid,
-        }),
+        false => Err(SocketErrorCause::Foreign { what, uid }),
     };
-    let found = fs::metadata(directory_of(path)).map_err(failed)?;
+    let found = fs::metadata(directory_of(path))?;
     check_owner("the directory belongs to", found.uid())?;
     if found.mode() & 0o022 != 0 {
-        return Err(SocketError::WritableDirectory { path: at() });
+        return Err(SocketErrorCause::WritableDirectory);
     }
-    let found = fs::symlink_metadata(path).map_err(failed)?;
+    let found = fs::symlink_metadata(path)?;
     if !found.file_type().is_socket() {
-        return Err(SocketError::OtherFile { path: at() });
+        return Err(SocketErrorCause::OtherFile);
     }
     check_owner("the socket belongs to", found.uid())?;
     let max_wait = deadline.saturating_duration_since(Instant::now());
     if max_wait.is_zero() {
-        return Err(failed(ErrorKind::TimedOut.into()));
+        return Err(io::Error::from(ErrorKind::TimedOut).into());
     }
-    let stream = connect_unix(path, max_wait).map_err(failed)?;
-    let peer =
-        getsockopt(&stream, sockopt::PeerCredentials).map_err(|errno| failed(errno.into()))?;
+    let stream = connect_unix(path, max_wait)?;
+    let peer = getsockopt(&stream, sockopt::PeerCredentials).map_err(io::Error::from)?;
     check_owner("its listener runs as", peer.uid())?;
     Ok(stream)
 }
@@ -91,15 +110,40 @@ pub(super) async fn get(
     max_body: usize,
     deadline: Instant,
 ) -> Result<LocalResponse, SocketError> {
-    let stream = connect(path, owners, deadline)?;
     let request = async {
+        let stream = connect(path, owners, deadline)?;
         stream.set_nonblocking(true)?;
         let stream = tokio::net::UnixStream::from_std(stream)?;
-        local_client::get(stream, what, max_body, deadline).await
+        Ok(local_client::get(stream, what, max_body, deadline).await?)
     };
-    request.await.map_err(|error| SocketError::Failed {
+    request.await.map_err(|cause| SocketError {
         path: path.to_owned(),
-        error,
+        cause,
+    })
+}
+
+/// Requests `what` from the daemon of root or of this user at `path`, for at most `timeout`.
+pub(super) async fn get_of_operator(
+    path: &Path,
+    what: &str,
+    max_body: usize,
+    timeout: Duration,
+) -> Result<LocalResponse, SocketError> {
+    let owners = [0, geteuid().as_raw()];
+    get(path, &owners, what, max_body, Instant::now() + timeout).await
+}
+
+/// Requests the status from the daemon at the status socket `path`, for at most `timeout`.
+pub(super) async fn get_status(path: &Path, timeout: Duration) -> Result<Value, SocketError> {
+    let response = get_of_operator(path, "/status", MAX_STATUS, timeout).await?;
+    let status = serde_json::from_slice(&response.body)
+        .ok()
+        .filter(|_| response.status == 200);
+    status.ok_or_else(|| SocketError {
+        path: path.to_owned(),
+        cause: SocketErrorCause::Unexpected {
+            status: response.status,
+        },
     })
 }
 
@@ -122,9 +166,6 @@ mod tests {
     use std::fs::Permissions;
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixListener;
-    use std::time::Duration;
-
-    use nix::unistd::geteuid;
 
     use crate::listen::fill_backlog;
 
@@ -137,10 +178,14 @@ mod tests {
         };
         let own = geteuid().as_raw();
         let in_time = || Instant::now() + Duration::from_secs(20);
-        let error = |owners: &[u32]| {
-            let rejected = connect(&path, owners, in_time()).unwrap_err();
-            rejected.to_string()
+        let rejected = |path: &Path, owners: &[u32], deadline| {
+            let error = SocketError {
+                path: path.to_owned(),
+                cause: connect(path, owners, deadline).unwrap_err(),
+            };
+            error.to_string()
         };
+        let error = |owners: &[u32]| rejected(&path, owners, in_time());
         mode(0o755);
         assert!(error(&[own]).contains("start awsvid"));
         fs::write(&path, "").unwrap();
@@ -156,12 +201,12 @@ mod tests {
         mode(0o755);
         let link = directory.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        let linked = connect(&link, &[own], in_time()).unwrap_err().to_string();
+        let linked = rejected(&link, &[own], in_time());
         assert!(linked.contains("not a socket"));
         // A stopped daemon, whose backlog local users have filled.
         let _waiting = fill_backlog(&listener, &path);
         let soon = Instant::now() + Duration::from_millis(20);
-        let stopped = connect(&path, &[own], soon).unwrap_err().to_string();
+        let stopped = rejected(&path, &[own], soon);
         assert!(stopped.contains("journalctl -u awsvid"), "{stopped}");
         drop(listener);
         assert!(error(&[own]).contains("systemctl start awsvid"));

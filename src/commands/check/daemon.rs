@@ -1,11 +1,8 @@
 //! The running daemon, where its state can differ from that of this process.
 
-use std::path::Path;
 use std::time::Duration;
 
-use nix::unistd::geteuid;
 use serde_json::Value;
-use tokio::time::Instant;
 
 use super::report::CheckReport;
 use crate::commands::trusted_socket;
@@ -13,7 +10,6 @@ use crate::config::Config;
 
 const STEP: &str = "daemon";
 const DAEMON_TIMEOUT: Duration = Duration::from_secs(5);
-const MAX_RESPONSE: usize = 256 * 1024 * 1024;
 
 /// Queries the daemon at the configuration's status socket. Reports nothing without one, because
 /// `check` also runs before the first start.
@@ -26,32 +22,14 @@ pub(super) async fn check(config: &Config, report: &mut CheckReport) {
     else {
         return;
     };
-    match status(socket).await {
+    match trusted_socket::get_status(socket, DAEMON_TIMEOUT).await {
         Ok(status) => report_state(&status, report),
         Err(error) => {
-            let (saw, fix) = error
-                .split_once("; ")
-                .unwrap_or((&error, "journalctl -u awsvid"));
-            report.info(
-                STEP,
-                format!("the running daemon does not answer: {saw}"),
-                fix,
-            );
+            let (path, cause) = (error.path.display(), &error.cause);
+            let saw = format!("the running daemon does not answer: {path}: {cause}");
+            report.info(STEP, saw, error.fix());
         }
     }
-}
-
-async fn status(socket: &Path) -> Result<Value, String> {
-    let owners = [0, geteuid().as_raw()];
-    let answer = trusted_socket::get(
-        socket,
-        &owners,
-        "/status",
-        MAX_RESPONSE,
-        Instant::now() + DAEMON_TIMEOUT,
-    );
-    let answer = answer.await.map_err(|error| error.to_string())?;
-    serde_json::from_slice(&answer.body).map_err(|error| format!("{}: {error}", socket.display()))
 }
 
 /// Reports whether the daemon counts executions. An older daemon lacks the field, and one that

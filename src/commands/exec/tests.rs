@@ -76,7 +76,7 @@ fn endpoint_parses_lenient_urls_and_rejects_what_sdks_reject() {
         "http://user@127.0.0.1",
         "http://127.0.0.1/?a=b",
     ] {
-        let error = endpoint(text).unwrap_err();
+        let error = endpoint(text).unwrap_err().to_string();
         assert!(error.contains("http://127.0.0.1:974"), "{text}: {error}");
     }
 }
@@ -96,8 +96,9 @@ fn loopback_prefers_the_address_that_every_sdk_accepts() {
         uri(&["[::1]:974"]).unwrap(),
         "http://[::1]:974/v1/credentials"
     );
-    assert!(uri(&[]).unwrap_err().contains("credential-process"));
-    assert!(uri(&["127.0.0.1:0"]).unwrap_err().contains("--url"));
+    let error = |tcp: &[&str]| uri(tcp).unwrap_err().to_string();
+    assert!(error(&[]).contains("credential-process"));
+    assert!(error(&["127.0.0.1:0"]).contains("--url"));
 }
 
 #[test]
@@ -155,7 +156,8 @@ fn token_is_set_by_both_variables_or_is_arbitrary() {
         let error = exec(&["--url", "http://127.0.0.1:974", "--token-file", path])
             .prepare(|_| None)
             .err()
-            .unwrap();
+            .unwrap()
+            .to_string();
         assert!(error.contains("the content is not a token"), "{error}");
     }
     let mut environment = Environment::new((String::new(), None), "", |_| None);

@@ -27,7 +27,7 @@ const FIELDS: Reader = None("serde_json parses it, and this compares single fiel
 /// The feature is not in packages, and its clients are the developer's own.
 const DEV: Reader = None("part of `awsvid dev`");
 
-const FILES: [(&str, Reader); 72] = [
+const FILES: [(&str, Reader); 71] = [
     ("accounts/local.rs", Target("accounts")),
     ("admin/format.rs", Target("accept")),
     ("attest/cgroup_mounts.rs", Target("mountinfo")),
@@ -41,7 +41,6 @@ const FILES: [(&str, Reader); 72] = [
     ("cgroup/pod.rs", Target("cgroup")),
     ("commands/check.rs", OPERATOR),
     ("commands/check/agent.rs", OWN),
-    ("commands/check/daemon.rs", FIELDS),
     ("commands/check/doc_tables.rs", OWN),
     (
         "commands/check/host.rs",
@@ -56,11 +55,11 @@ const FILES: [(&str, Reader); 72] = [
     ("commands/https_probe.rs", Target("url")),
     ("commands/local_client.rs", Target("client")),
     ("commands/node/socket_unit.rs", Target("socket_unit")),
-    ("commands/status.rs", FIELDS),
     ("commands/trust_policy.rs", FIELDS),
     ("commands/trust_policy/aws_cli.rs", OWN),
     ("commands/trust_policy/plan.rs", OWN),
     ("commands/trust_policy/plan/issuer.rs", Target("url")),
+    ("commands/trusted_socket.rs", FIELDS),
     ("config/aws.rs", Target("configuration")),
     ("config/cross_checks.rs", Target("configuration")),
     ("config/keys.rs", Target("configuration")),
