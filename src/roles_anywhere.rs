@@ -178,7 +178,11 @@ impl RolesAnywhere {
 
     async fn connector(&self, url: &str) -> Result<SharedHttpConnector, Failure> {
         let replaced = self.connections.replaced_roots();
-        let connectors = || self.connectors.lock().unwrap_or_else(PoisonError::into_inner);
+        let connectors = || {
+            self.connectors
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+        };
         let existing = connectors().get(url).cloned();
         if let Some((_, connector)) = existing.filter(|(before, _)| *before == replaced) {
             return Ok(connector);
@@ -214,7 +218,8 @@ impl RolesAnywhere {
 
 /// Returns true for a host of AWS, which the system's certificates alone verify.
 fn is_aws_url(url: &str) -> bool {
-    url.strip_prefix("https://").is_some_and(is_aws_roles_anywhere_host)
+    url.strip_prefix("https://")
+        .is_some_and(is_aws_roles_anywhere_host)
 }
 
 fn invalid(InvalidSetting(text): InvalidSetting) -> Failure {

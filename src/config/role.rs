@@ -6,10 +6,11 @@ use std::time::Duration;
 use super::aws;
 use super::error::InvalidValue;
 use super::identity::{IdentityConfig, audience};
+use super::roles_anywhere::RolesAnywhereConfig;
 use super::sts::{ENDPOINT_FIX, REGION_FIX, StsConfig};
 use super::toml_reader::{Location, Table};
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeIdPattern};
-use crate::role::{RequestedRoles, Role, StsTarget};
+use crate::role::{FirstExchange, RequestedRoles, Role, RolesAnywhereTarget, StsTarget};
 
 /// The range of `DurationSeconds` at STS.
 const DURATION: std::ops::RangeInclusive<Duration> =
@@ -40,6 +41,8 @@ pub(super) struct Defaults<'a> {
     pub(super) identity_table: &'a Table<'a>,
     pub(super) sts: &'a StsConfig,
     pub(super) sts_table: &'a Table<'a>,
+    pub(super) roles_anywhere: &'a RolesAnywhereConfig,
+    pub(super) roles_anywhere_table: &'a Table<'a>,
 }
 
 /// Reads all `[[role]]`, and leaves out each one with an error.
@@ -53,7 +56,13 @@ pub(super) fn read(
         .iter()
         .filter_map(|table| role(table, defaults))
         .collect();
-    let has_region = |table: &Table<'_>| table.contains("region") || table.contains("sts_endpoint");
+    let by_certificate = |table: &Table<'_>| {
+        let exchange = table.value("exchange").and_then(|value| value.as_str());
+        exchange == Some("roles-anywhere")
+    };
+    let has_region = |table: &Table<'_>| {
+        table.contains("region") || table.contains("sts_endpoint") || by_certificate(table)
+    };
     let needs_region = !requested.missing("allow") || !tables.iter().all(has_region);
     if needs_region
         && !defaults.sts_table.contains("region")
@@ -109,6 +118,7 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
     let policy_arns = policy_arns(table, names);
     let allow_shared_audience = table.flag("allow_shared_audience").unwrap_or(false);
     let duration = whole_seconds(table, duration);
+    let exchange = exchange(table, defaults);
 
     // If the destination of the tokens is unknown, the checks below and those across roles mean
     // nothing.
@@ -125,9 +135,10 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
         audience: own_audience.unwrap_or_else(|| defaults.identity.audience.clone()),
         duration,
         session_name,
-        sts: target(region, endpoint, defaults)?,
+        sts: target(region.or(own_region(&exchange)), endpoint, defaults)?,
         policy,
         policy_arns,
+        exchange: exchange?,
     };
     check(table, &role);
     Some(ParsedRole {
@@ -136,6 +147,55 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
         name_at: table.location("name"),
         audience_at: table.location("audience"),
     })
+}
+
+/// Returns the exchange of a role; `None` if it is wrong, or if `[roles_anywhere]` is.
+fn exchange(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<FirstExchange> {
+    const KEY: &str = "exchange";
+    let is_kind: &[(&str, Option<TargetedExchange>)] = &[
+        ("web-identity", None),
+        ("roles-anywhere", Some(FirstExchange::RolesAnywhere)),
+        ("both", Some(FirstExchange::Both)),
+    ];
+    let Some(kind) = table.word(KEY, is_kind).flatten() else {
+        return (!table.is_wrong(KEY)).then(FirstExchange::default);
+    };
+    let Some(target) = &defaults.roles_anywhere.target else {
+        if !defaults.roles_anywhere_table.contains("trust_anchor_arn") {
+            table.error(
+                KEY,
+                "no trust anchor is set",
+                "add [roles_anywhere] with `trust_anchor_arn` and `profile_arn`",
+            );
+        }
+        return None;
+    };
+    for key in ["policy", "policy_arns"] {
+        if !table.missing(key) {
+            table.error(
+                key,
+                "IAM Roles Anywhere takes no session policy with a call",
+                "set it in the profile, and remove it here",
+            );
+        }
+    }
+    let exchange = kind(target.clone());
+    if !exchange.uses_jwt() && table.contains("audience") {
+        let what = "no JWT-SVID is fetched for this role";
+        table.error("audience", what, "remove it");
+    }
+    Some(exchange)
+}
+
+/// Constructor of an exchange that has a target.
+type TargetedExchange = fn(Arc<RolesAnywhereTarget>) -> FirstExchange;
+
+/// Returns the region of a role that is assumed by a certificate alone.
+fn own_region(exchange: &Option<FirstExchange>) -> Option<String> {
+    match exchange {
+        Some(FirstExchange::RolesAnywhere(target)) => Some(target.region.clone()),
+        _ => None,
+    }
 }
 
 /// The rules for the names of a role and its policies.

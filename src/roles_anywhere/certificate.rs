@@ -88,7 +88,8 @@ impl CertificateFacts {
             is_self_issued: fields.issuer() == fields.subject(),
             signs_data: usage.is_some_and(|usage| usage.digital_signature()),
             signs_certificates: usage.is_some_and(|usage| usage.key_cert_sign()),
-            has_strong_signature: STRONG_SIGNATURES.contains(&certificate.signature_algorithm().oid),
+            has_strong_signature: STRONG_SIGNATURES
+                .contains(&certificate.signature_algorithm().oid),
             common_name: common_name(&certificate),
             not_before: fields.validity().not_before.to_system_time(),
             not_after: fields.validity().not_after.to_system_time(),

@@ -1,7 +1,7 @@
 //! Failed calls of `CreateSession`, as errors of the same classes as those of STS.
 
 use crate::role::{Grant, RolesAnywhereTarget};
-use crate::sts::{Failure, StsDestination, StsError, StsReason};
+use crate::sts::{Failure, RetryPolicy, StsDestination, StsError, StsReason};
 
 /// Part of the message of a profile that does not accept names of sessions.
 const NAME_REJECTED: &str = "rolesessionname";
@@ -31,6 +31,11 @@ pub(super) fn of(
         _ => error.what,
     };
     StsError {
+        // A certificate lives for an hour, so that the next one is hardly another.
+        retry: match error.retry {
+            RetryPolicy::NewToken => RetryPolicy::Never,
+            retry => retry,
+        },
         what,
         fix: advice(error.reason, grant, at),
         ..error

@@ -76,7 +76,9 @@ impl Proof {
             Err(_) => return Err(Rejection::invalid("One certificate is required")),
         };
         let spiffe_id = check_leaf(&leaf, &authorization, now)?;
-        let query = query.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let query = query
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()));
         let canonical_request =
             canonical_request(&canonical_query(query), &headers, request.body());
         let text = string_to_sign(
@@ -170,8 +172,8 @@ fn header<'a>(request: &'a Request<Bytes>, name: &str) -> Option<&'a str> {
 
 /// Returns the time of the signature, which must be near this clock's.
 fn signed_at(request: &Request<Bytes>, now: SystemTime) -> Result<&str, Rejection> {
-    let text = header(request, DATE_HEADER)
-        .ok_or_else(|| Rejection::denied("X-Amz-Date is required"))?;
+    let text =
+        header(request, DATE_HEADER).ok_or_else(|| Rejection::denied("X-Amz-Date is required"))?;
     // A text in the same form as the bounds compares like the times.
     let is_date = text.len() == "20150830T123600Z".len() && text.ends_with('Z');
     let bounds = date(now - MAX_SKEW)..=date(now + MAX_SKEW);
