@@ -36,7 +36,7 @@ mod run;
 pub mod sts;
 pub mod workload_api;
 
-use authority::Authority;
+use authority::DevAuthority;
 use environment::Endpoints;
 use keys::SigningKey;
 use local_users::User;
@@ -141,7 +141,7 @@ impl Dev {
         let issuer = DevOidcIssuer::start(key.jwks())
             .await
             .map_err(DevStartError::of("the OpenID Connect issuer"))?;
-        let authority = Authority::generate(&names.trust_domain, Clock::system().now());
+        let authority = DevAuthority::generate(&names.trust_domain, Clock::system().now());
         let authority = Arc::new(authority.map_err(DevStartError::of("a certificate authority"))?);
         let account =
             account(issuer.url(), &authority, &names).map_err(DevStartError::of("the roles"))?;
@@ -301,11 +301,11 @@ fn accounts() -> Vec<local_users::LocalAccount> {
     accounts
 }
 
-/// Returns the IAM resources of an administrator: the provider, the trust anchor, and the roles with
-/// their trust policies.
+/// Returns the IAM resources of an administrator: the provider, the trust anchor, and the roles
+/// with their trust policies.
 fn account(
     issuer: &str,
-    authority: &Authority,
+    authority: &DevAuthority,
     names: &DevNames,
 ) -> Result<DevAccount, crate::identity::InvalidName> {
     let subjects = vec![SpiffeIdPattern::parse(&names.all_users())?];

@@ -35,10 +35,10 @@ mod error;
 mod request;
 mod session;
 pub(crate) mod signature;
-mod signing_key;
+mod svid_key;
 
 use error::is_name_rejected;
-use request::SignedRequest;
+use request::SignedSessionRequest;
 
 /// Client that exchanges an X.509-SVID for the credentials of a role.
 #[async_trait]
@@ -150,7 +150,7 @@ impl RolesAnywhere {
         let url = self.url(at).map_err(invalid)?;
         let host = url.split("://").nth(1).unwrap_or_default();
         let now = self.clock.now();
-        let signed = SignedRequest::new(grant, at, host, svid, with_name, now)
+        let signed = SignedSessionRequest::new(grant, at, host, svid, with_name, now)
             .map_err(|error| Failure::InvalidRequest(error.to_string()))?;
         let mut request = HttpRequest::new(SdkBody::from(signed.body));
         for (name, value) in signed.headers {

@@ -6,11 +6,11 @@ use std::time::Duration;
 use super::aws;
 use super::error::InvalidValue;
 use super::identity::{IdentityConfig, audience};
-use super::roles_anywhere::RolesAnywhereConfig;
+use super::roles_anywhere::{self, RolesAnywhereConfig};
 use super::sts::{ENDPOINT_FIX, REGION_FIX, StsConfig};
 use super::toml_reader::{Location, Table};
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeIdPattern};
-use crate::role::{FirstExchange, RequestedRoles, Role, RolesAnywhereTarget, StsTarget};
+use crate::role::{RequestedRoles, Role, StsTarget};
 
 /// The range of `DurationSeconds` at STS.
 const DURATION: std::ops::RangeInclusive<Duration> =
@@ -118,7 +118,7 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
     let policy_arns = policy_arns(table, names);
     let allow_shared_audience = table.flag("allow_shared_audience").unwrap_or(false);
     let duration = whole_seconds(table, duration);
-    let exchange = exchange(table, defaults);
+    let exchange = roles_anywhere::exchange(table, defaults);
 
     // If the destination of the tokens is unknown, the checks below and those across roles mean
     // nothing.
@@ -135,7 +135,11 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
         audience: own_audience.unwrap_or_else(|| defaults.identity.audience.clone()),
         duration,
         session_name,
-        sts: target(region.or(own_region(&exchange)), endpoint, defaults)?,
+        sts: target(
+            region.or(roles_anywhere::own_region(&exchange)),
+            endpoint,
+            defaults,
+        )?,
         policy,
         policy_arns,
         exchange: exchange?,
@@ -147,55 +151,6 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
         name_at: table.location("name"),
         audience_at: table.location("audience"),
     })
-}
-
-/// Returns the exchange of a role; `None` if it is wrong, or if `[roles_anywhere]` is.
-fn exchange(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<FirstExchange> {
-    const KEY: &str = "exchange";
-    let is_kind: &[(&str, Option<TargetedExchange>)] = &[
-        ("web-identity", None),
-        ("roles-anywhere", Some(FirstExchange::RolesAnywhere)),
-        ("both", Some(FirstExchange::Both)),
-    ];
-    let Some(kind) = table.word(KEY, is_kind).flatten() else {
-        return (!table.is_wrong(KEY)).then(FirstExchange::default);
-    };
-    let Some(target) = &defaults.roles_anywhere.target else {
-        if !defaults.roles_anywhere_table.contains("trust_anchor_arn") {
-            table.error(
-                KEY,
-                "no trust anchor is set",
-                "add [roles_anywhere] with `trust_anchor_arn` and `profile_arn`",
-            );
-        }
-        return None;
-    };
-    for key in ["policy", "policy_arns"] {
-        if !table.missing(key) {
-            table.error(
-                key,
-                "IAM Roles Anywhere takes no session policy with a call",
-                "set it in the profile, and remove it here",
-            );
-        }
-    }
-    let exchange = kind(target.clone());
-    if !exchange.uses_jwt() && table.contains("audience") {
-        let what = "no JWT-SVID is fetched for this role";
-        table.error("audience", what, "remove it");
-    }
-    Some(exchange)
-}
-
-/// Constructor of an exchange that has a target.
-type TargetedExchange = fn(Arc<RolesAnywhereTarget>) -> FirstExchange;
-
-/// Returns the region of a role that is assumed by a certificate alone.
-fn own_region(exchange: &Option<FirstExchange>) -> Option<String> {
-    match exchange {
-        Some(FirstExchange::RolesAnywhere(target)) => Some(target.region.clone()),
-        _ => None,
-    }
 }
 
 /// The rules for the names of a role and its policies.

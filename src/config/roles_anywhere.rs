@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use super::aws;
 use super::error::InvalidValue;
-use super::role::ParsedRole;
+use super::role::{Defaults, ParsedRole};
 use super::toml_reader::Table;
-use crate::role::RolesAnywhereTarget;
+use crate::role::{FirstExchange, RolesAnywhereTarget};
 
 const KEYS: [&str; 4] = ["trust_anchor_arn", "profile_arn", "endpoint", "ca_file"];
 
@@ -100,6 +100,55 @@ pub(super) fn check_use(table: &Table<'_>, roles: &[ParsedRole]) {
             "no role uses IAM Roles Anywhere",
             "set exchange = \"roles-anywhere\" or \"both\" in a role, or remove the table",
         );
+    }
+}
+
+/// Returns the exchange of a role; `None` if it is wrong, or if `[roles_anywhere]` is.
+pub(super) fn exchange(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<FirstExchange> {
+    const KEY: &str = "exchange";
+    let is_kind: &[(&str, Option<TargetedExchange>)] = &[
+        ("web-identity", None),
+        ("roles-anywhere", Some(FirstExchange::RolesAnywhere)),
+        ("both", Some(FirstExchange::Both)),
+    ];
+    let Some(kind) = table.word(KEY, is_kind).flatten() else {
+        return (!table.is_wrong(KEY)).then(FirstExchange::default);
+    };
+    let Some(target) = &defaults.roles_anywhere.target else {
+        if !defaults.roles_anywhere_table.contains("trust_anchor_arn") {
+            table.error(
+                KEY,
+                "no trust anchor is set",
+                "add [roles_anywhere] with `trust_anchor_arn` and `profile_arn`",
+            );
+        }
+        return None;
+    };
+    for key in ["policy", "policy_arns"] {
+        if !table.missing(key) {
+            table.error(
+                key,
+                "IAM Roles Anywhere takes no session policy with a call",
+                "set it in the profile, and remove it here",
+            );
+        }
+    }
+    let exchange = kind(target.clone());
+    if !exchange.uses_jwt() && table.contains("audience") {
+        let what = "no JWT-SVID is fetched for this role";
+        table.error("audience", what, "remove it");
+    }
+    Some(exchange)
+}
+
+/// Constructor of an exchange that has a target.
+type TargetedExchange = fn(Arc<RolesAnywhereTarget>) -> FirstExchange;
+
+/// Returns the region of a role that is assumed by a certificate alone.
+pub(super) fn own_region(exchange: &Option<FirstExchange>) -> Option<String> {
+    match exchange {
+        Some(FirstExchange::RolesAnywhere(target)) => Some(target.region.clone()),
+        _ => None,
     }
 }
 

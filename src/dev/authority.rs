@@ -23,7 +23,7 @@ const CA_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
 const BACKDATE: Duration = Duration::from_secs(10);
 
 /// A CA with a P-256 key, as SPIRE uses by default.
-pub struct Authority {
+pub struct DevAuthority {
     issuer: Issuer<'static, KeyPair>,
     certificate: CertificateDer<'static>,
 }
@@ -35,7 +35,7 @@ pub(super) struct IssuedSvid {
     pub(super) key: Zeroizing<Vec<u8>>,
 }
 
-impl Authority {
+impl DevAuthority {
     /// Generates a CA of this trust domain.
     pub fn generate(trust_domain: &str, now: SystemTime) -> Result<Self, KeyError> {
         let key = KeyPair::generate().map_err(KeyError::of)?;
@@ -84,8 +84,8 @@ fn params(id: &str, now: SystemTime, lifetime: Duration) -> Result<CertificatePa
     Ok(params)
 }
 
-impl fmt::Debug for Authority {
+impl fmt::Debug for DevAuthority {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Authority").finish_non_exhaustive()
+        f.debug_struct("DevAuthority").finish_non_exhaustive()
     }
 }

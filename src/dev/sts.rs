@@ -114,7 +114,8 @@ impl DevSts {
         &self.url
     }
 
-    /// Returns the canonical requests of the latest sessions of IAM Roles Anywhere, the newest last.
+    /// Returns the canonical requests of the latest sessions of IAM Roles Anywhere, the newest
+    /// last.
     pub fn accepted_requests(&self) -> Vec<String> {
         self.state.accepted().iter().cloned().collect()
     }

@@ -20,7 +20,7 @@ use tonic::transport::Server;
 use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 
-use super::authority::Authority;
+use super::authority::DevAuthority;
 use super::keys::SigningKey;
 use crate::clock::Clock;
 use crate::identity::SpiffeId;
@@ -49,7 +49,7 @@ pub struct Registrations {
     /// Key that signs the tokens.
     pub key: Arc<SigningKey>,
     /// CA that signs the certificates.
-    pub authority: Arc<Authority>,
+    pub authority: Arc<DevAuthority>,
     /// Clock for the tokens' times.
     pub clock: Clock,
 }

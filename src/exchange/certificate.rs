@@ -36,7 +36,7 @@ impl TokenOutages {
         if self.failed().insert(sts.clone(), Instant::now()).is_none() {
             tracing::warn!(
                 %sts, %error,
-                "exchange of tokens is unavailable: roles with exchange = \"both\" use IAM Roles Anywhere"
+                "exchange of tokens is unavailable, so IAM Roles Anywhere is used"
             );
         }
     }
@@ -106,7 +106,7 @@ impl TokenExchanger {
             }
         }
         match (self.by_certificate(caller, grant, at).await, first_error) {
-            // What the source says about the caller counts for both kinds of SVIDs.
+            // The source's verdict on the caller counts for both kinds of SVIDs.
             (Err(error @ ExchangeError::Source(_)), _) => Err(error),
             // The outage is the cause: without it, the second exchange would not have been needed.
             (Err(_), Some(outage)) => Err(outage),

@@ -40,9 +40,9 @@ pub struct UnreadableCertificate;
 pub enum KeyKind {
     /// RSA, of any length.
     Rsa,
-    /// The curve P-256.
+    /// An elliptic curve: P-256.
     P256,
-    /// The curve P-384.
+    /// An elliptic curve: P-384.
     P384,
     /// A kind that IAM Roles Anywhere does not accept.
     Other,

@@ -14,14 +14,14 @@ use super::signature::{
     CERTIFICATE_HEADER, CHAIN_HEADER, DATE_HEADER, SESSIONS_PATH, canonical_query,
     canonical_request, date, hex, scope, signed_headers, string_to_sign,
 };
-use super::signing_key::{SigningError, SigningKey};
+use super::svid_key::{SigningError, SvidKey};
 use crate::role::{Grant, RolesAnywhereTarget};
 use crate::svid::X509Svid;
 
 /// A request that is ready to be sent, but for `Content-Length`.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct SignedRequest {
-    /// Path and query.
+pub(super) struct SignedSessionRequest {
+    /// Path and query of the URL.
     pub(super) path: String,
     /// The headers, with names in lower case, `authorization` included.
     pub(super) headers: BTreeMap<String, String>,
@@ -45,7 +45,7 @@ struct SessionParameters<'a> {
     role_session_name: Option<&'a str>,
 }
 
-impl SignedRequest {
+impl SignedSessionRequest {
     /// Signs a request for a session of `grant` with `svid`, for the server at `host`. Without
     /// `with_name` the session gets its name from the certificate.
     pub(super) fn new(
@@ -58,7 +58,7 @@ impl SignedRequest {
     ) -> Result<Self, UnsignableRequest> {
         let (leaf, above) = svid.chain().split_first().ok_or(UnreadableCertificate)?;
         let serial = CertificateFacts::read(leaf)?.serial;
-        let key = SigningKey::from_pkcs8(svid.secret())?;
+        let key = SvidKey::from_pkcs8(svid.secret())?;
         let query = canonical_query([
             ("profileArn", at.profile_arn.as_str()),
             ("roleArn", grant.role_arn.as_str()),

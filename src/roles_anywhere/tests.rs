@@ -16,7 +16,7 @@ use zeroize::Zeroizing;
 
 use super::certificate::{CertificateFacts, KeyKind};
 use super::signature::{canonical_query, canonical_request, date, decimal, hex};
-use super::signing_key::{SigningError, SigningKey};
+use super::svid_key::{SigningError, SvidKey};
 use super::*;
 use crate::identity::{RoleArn, SessionName};
 use crate::role::Role;
@@ -82,8 +82,9 @@ fn svid(name: &str) -> X509Svid {
 }
 
 /// Returns the signed text and the signature of a request.
-fn signed(name: &str) -> (SignedRequest, Vec<u8>) {
-    let request = SignedRequest::new(&grant(), &at(), HOST, &svid(name), true, now()).unwrap();
+fn signed(name: &str) -> (SignedSessionRequest, Vec<u8>) {
+    let request =
+        SignedSessionRequest::new(&grant(), &at(), HOST, &svid(name), true, now()).unwrap();
     let (_, signature) = request.headers["authorization"]
         .split_once("Signature=")
         .unwrap();
@@ -164,7 +165,7 @@ fn signatures_are_those_of_openssl() {
 fn other_kinds_of_keys_do_not_sign() {
     let ed25519 = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
     for key in [ed25519.serialize_der(), vec![], vec![0x30, 0]] {
-        let error = SigningKey::from_pkcs8(&key).err();
+        let error = SvidKey::from_pkcs8(&key).err();
         assert_eq!(error, Some(SigningError::Kind));
     }
 }
@@ -172,7 +173,7 @@ fn other_kinds_of_keys_do_not_sign() {
 #[test]
 fn session_name_can_be_left_out() {
     let request =
-        SignedRequest::new(&grant(), &at(), HOST, &svid("rsa.pem"), false, now()).unwrap();
+        SignedSessionRequest::new(&grant(), &at(), HOST, &svid("rsa.pem"), false, now()).unwrap();
     assert_eq!(request.body, r#"{"durationSeconds":3600}"#);
 }
 

@@ -24,7 +24,7 @@ const MIN_REMAINING_LIFE: Duration = Duration::from_secs(30);
 #[derive(Clone)]
 pub struct X509Svid {
     spiffe_id: SpiffeId,
-    /// The leaf first.
+    /// Certificates in DER, the leaf first.
     chain: Vec<CertificateDer<'static>>,
     bundle: Vec<CertificateDer<'static>>,
     /// PKCS #8 in DER.

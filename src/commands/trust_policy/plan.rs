@@ -149,8 +149,8 @@ fn excess(subject: &SpiffeIdPattern) -> Option<String> {
 }
 
 impl PlannedRole {
-    /// Returns the trust policy. `provider` and `anchor` are the ARNs of the OIDC provider and of the
-    /// trust anchor, or expressions for them.
+    /// Returns the trust policy. `provider` and `anchor` are the ARNs of the OIDC provider and of
+    /// the trust anchor, or expressions for them.
     pub(super) fn policy(&self, issuer: &PlannedIssuer, provider: &Value, anchor: &Value) -> Value {
         let certified = self.certified.iter();
         let certified = certified.map(|subject| anywhere::statement(subject, anchor));

@@ -24,7 +24,7 @@ mod proof;
 
 use proof::Proof;
 
-/// Bounds of `durationSeconds`.
+/// Bounds of `durationSeconds`, in seconds.
 const DURATION: std::ops::RangeInclusive<u64> = 900..=43_200;
 /// Duration of a request without `durationSeconds`.
 const DEFAULT_DURATION: u64 = 3600;
@@ -55,15 +55,15 @@ pub struct CertifiedRole {
     pub max_duration: Duration,
 }
 
-/// A rejected request.
+/// Error response of a rejected request.
 #[derive(Debug)]
-struct Rejection {
+struct DevSessionRejection {
     code: &'static str,
     status: StatusCode,
     message: String,
 }
 
-impl Rejection {
+impl DevSessionRejection {
     fn denied(message: impl Into<String>) -> Self {
         Self {
             code: "AccessDeniedException",
@@ -110,7 +110,7 @@ fn json_response(status: StatusCode, body: &serde_json::Value) -> LoopbackRespon
 
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "camelCase", default)]
-struct SessionParameters {
+struct DevSessionRequest {
     duration_seconds: Option<u64>,
     role_session_name: Option<String>,
 }
@@ -124,7 +124,10 @@ impl StsState {
         }
     }
 
-    fn created_session(&self, request: &Request<Bytes>) -> Result<(Session, RoleArn), Rejection> {
+    fn created_session(
+        &self,
+        request: &Request<Bytes>,
+    ) -> Result<(Session, RoleArn), DevSessionRejection> {
         let now = self.clock.now();
         let query: Vec<(String, String)> =
             form_urlencoded::parse(request.uri().query().unwrap_or_default().as_bytes())
@@ -134,7 +137,7 @@ impl StsState {
             let found = query.iter().find(|(key, _)| key == name);
             found
                 .map(|(_, value)| value.as_str())
-                .ok_or_else(|| Rejection::invalid(format!("{name} is missing")))
+                .ok_or_else(|| DevSessionRejection::invalid(format!("{name} is missing")))
         };
         let (anchor, profile, role) = (
             parameter("trustAnchorArn")?,
@@ -147,14 +150,14 @@ impl StsState {
             .trust_anchors
             .iter()
             .find(|known| known.arn == anchor && known.profile_arn == profile)
-            .ok_or_else(|| Rejection::missing("Trust anchor or profile not found"))?;
+            .ok_or_else(|| DevSessionRejection::missing("Trust anchor or profile not found"))?;
         proof.verify_chain(&anchor.certificates, now)?;
-        let parameters: SessionParameters = serde_json::from_slice(request.body())
-            .map_err(|_| Rejection::invalid("The body is not JSON"))?;
+        let parameters: DevSessionRequest = serde_json::from_slice(request.body())
+            .map_err(|_| DevSessionRejection::invalid("The body is not JSON"))?;
         let role = role_of(anchor, role, proof.spiffe_id())?;
         let seconds = parameters.duration_seconds.unwrap_or(DEFAULT_DURATION);
         if !DURATION.contains(&seconds) || Duration::from_secs(seconds) > role.max_duration {
-            return Err(Rejection::invalid(
+            return Err(DevSessionRejection::invalid(
                 "durationSeconds is outside of its bounds",
             ));
         }
@@ -163,7 +166,7 @@ impl StsState {
         let session = self
             .sessions
             .issue(caller, now, Duration::from_secs(seconds))
-            .map_err(|error| Rejection {
+            .map_err(|error| DevSessionRejection {
                 code: "InternalServerException",
                 status: StatusCode::INTERNAL_SERVER_ERROR,
                 message: error.to_string(),
@@ -179,30 +182,33 @@ fn role_of<'a>(
     anchor: &'a DevTrustAnchor,
     arn: &str,
     spiffe_id: &SpiffeId,
-) -> Result<&'a CertifiedRole, Rejection> {
+) -> Result<&'a CertifiedRole, DevSessionRejection> {
     let role = anchor.roles.iter().find(|role| role.arn.as_str() == arn);
     role.filter(|role| {
         let mut subjects = role.subjects.iter();
         subjects.any(|subject| subject.matches(spiffe_id))
     })
-    .ok_or_else(|| Rejection::denied("Unable to assume role"))
+    .ok_or_else(|| DevSessionRejection::denied("Unable to assume role"))
 }
 
 /// Returns the session's name: that of the request if the profile accepts one, else the serial
 /// number.
 fn session_name(
-    parameters: &SessionParameters,
+    parameters: &DevSessionRequest,
     anchor: &DevTrustAnchor,
     proof: &Proof,
-) -> Result<SessionName, Rejection> {
+) -> Result<SessionName, DevSessionRejection> {
     let name = match &parameters.role_session_name {
         None => proof.serial_in_hex(),
         Some(_) if !anchor.accepts_session_name => {
-            return Err(Rejection::denied("Not authorized to set roleSessionName"));
+            return Err(DevSessionRejection::denied(
+                "Not authorized to set roleSessionName",
+            ));
         }
         Some(name) => name.clone(),
     };
-    SessionName::parse(&name).map_err(|_| Rejection::invalid("roleSessionName is invalid"))
+    SessionName::parse(&name)
+        .map_err(|_| DevSessionRejection::invalid("roleSessionName is invalid"))
 }
 
 fn created(session: &Session, role: &RoleArn) -> LoopbackResponse {

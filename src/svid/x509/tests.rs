@@ -28,7 +28,7 @@ fn received(svid: workload::X509svid) -> ReceivedX509Svid {
     svid.into()
 }
 
-fn refused(svid: ReceivedX509Svid) -> String {
+fn rejection_of(svid: ReceivedX509Svid) -> String {
     match X509Svid::check(svid, &id(), now()).unwrap_err() {
         BadToken::Wrong(text) => text,
         BadToken::Expiring(text) => format!("expiring: {text}"),
@@ -56,16 +56,16 @@ fn svid_of_the_identity_with_its_key_is_accepted() {
 fn svid_that_is_not_the_identitys_is_rejected() {
     let authority = Authority::new();
     let labelled = |uris: &[&str]| received(authority.svid_of(ID, authority.sign(uris, |_| {})));
-    let text = refused(labelled(&[OTHER]));
+    let text = rejection_of(labelled(&[OTHER]));
     assert_eq!(text, format!("its certificate is not that of {ID}"));
-    let text = refused(labelled(&[ID, OTHER]));
+    let text = rejection_of(labelled(&[ID, OTHER]));
     assert!(text.contains("several URIs"), "{text}");
-    let text = refused(labelled(&[]));
+    let text = rejection_of(labelled(&[]));
     assert!(text.contains("has no SPIFFE ID"), "{text}");
 
     let mut other_key = authority.svid(ID);
     other_key.x509_svid_key = authority.sign(&[ID], |_| {}).key;
-    let text = refused(other_key.into());
+    let text = rejection_of(other_key.into());
     assert_eq!(text, "its private key is not that of its certificate");
     for (certificates, key, expected) in [
         (vec![0x30], None, "its certificates are not DER"),
@@ -79,7 +79,7 @@ fn svid_that_is_not_the_identitys_is_rejected() {
         let mut svid = authority.svid(ID);
         svid.x509_svid = certificates;
         svid.x509_svid_key = key.unwrap_or(svid.x509_svid_key);
-        assert_eq!(refused(svid.into()), expected);
+        assert_eq!(rejection_of(svid.into()), expected);
     }
 }
 
@@ -92,12 +92,14 @@ fn svid_out_of_its_validity_is_rejected() {
         });
         received(authority.svid_of(ID, certificate))
     };
-    assert!(refused(until(2026, 6, 30)).starts_with("expiring: its certificate expires in 0 s"));
+    assert!(
+        rejection_of(until(2026, 6, 30)).starts_with("expiring: its certificate expires in 0 s")
+    );
     assert!(X509Svid::check(until(2026, 7, 1), &id(), now()).is_ok());
     let later = authority.sign(&[ID], |params| {
         params.not_before = date_time_ymd(2026, 7, 1);
     });
-    let text = refused(authority.svid_of(ID, later).into());
+    let text = rejection_of(authority.svid_of(ID, later).into());
     assert!(text.contains("not valid yet"), "{text}");
 
     // Of several, the last to expire is taken, and one that cannot be used does not matter.

@@ -6,14 +6,6 @@ use std::net::{TcpListener, TcpStream};
 /// Starts a server that sends what `answer` makes of a request's first line and body, byte for
 /// byte. It runs until the test process ends. Returns its URL.
 pub(crate) fn start(answer: impl Fn(&str, &str) -> String + Send + 'static) -> String {
-    start_raw(move |request| {
-        let (head, body) = request.split_once("\r\n\r\n").unwrap_or_default();
-        answer(head.lines().next().unwrap_or_default(), body)
-    })
-}
-
-/// Does the same with the whole request, as it was received.
-pub(crate) fn start_raw(answer: impl Fn(&str) -> String + Send + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let url = format!(
         "http://{}",
@@ -28,21 +20,21 @@ pub(crate) fn start_raw(answer: impl Fn(&str) -> String + Send + 'static) -> Str
     url
 }
 
-fn serve(stream: TcpStream, answer: &impl Fn(&str) -> String) -> std::io::Result<()> {
+fn serve(stream: TcpStream, answer: &impl Fn(&str, &str) -> String) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream);
-    let (mut request, mut line, mut length) = (String::new(), String::new(), 0);
+    let (mut first, mut line, mut length) = (String::new(), String::new(), 0);
+    reader.read_line(&mut first)?;
     while reader.read_line(&mut line)? > 2 {
         if let Some(text) = line.to_ascii_lowercase().strip_prefix("content-length:") {
             length = text.trim().parse().unwrap_or_default();
         }
-        request.push_str(&line);
         line.clear();
     }
-    request.push_str("\r\n");
     let mut body = vec![0; length];
     reader.read_exact(&mut body)?;
-    request.push_str(&String::from_utf8_lossy(&body));
-    reader.get_mut().write_all(answer(&request).as_bytes())
+    reader
+        .get_mut()
+        .write_all(answer(&first, &String::from_utf8_lossy(&body)).as_bytes())
 }
 
 /// Formats a response from a status line, further header lines and a body.

@@ -1,32 +1,42 @@
-//! What each exchange needs may be unavailable.
+//! Outages of the services that each exchange needs.
 
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::Value;
 
 use super::server::{Trust, VerifyingServer};
 use crate::harness::cgroup::Cgroup;
+use crate::harness::counterparts::process::await_some;
 use crate::harness::counterparts::spire::{Spire, SpireSetting};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::env::{Source, id};
 use crate::harness::sts::AUDIENCE;
 
+/// Bounds one request on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(60);
 const FIRST: u32 = 61001;
 const USERS: u32 = 8;
 
 /// A node with identities for users by awsvid's rules.
-struct Node {
+struct OutageNode {
     daemon: Daemon,
     server: VerifyingServer,
     spire: Spire,
     workloads: Cgroup,
 }
 
-impl Node {
+impl OutageNode {
     /// Starts a node whose STS lets these subjects assume the role by a token.
     fn start(folder: &Path, subjects: &[String]) -> Option<Self> {
-        let spire = Spire::start_with(folder, SpireSetting::default())?;
+        let spire = Spire::start_with(
+            folder,
+            SpireSetting {
+                without_hashes: true,
+                ..SpireSetting::default()
+            },
+        )?;
         let users: Vec<u32> = (FIRST..FIRST + USERS).collect();
         let ids: Vec<String> = users.iter().map(|uid| id(&uid.to_string())).collect();
         spire.register_all(&ids, &["unix:uid:0"]);
@@ -56,9 +66,13 @@ impl Node {
         })
     }
 
+    /// Requests credentials, and again while a slow machine has none yet, as SDKs do.
     fn fetch(&self, uid: u32) -> Value {
-        let answer = self.daemon.curl("unix", (uid, uid), &self.workloads);
-        serde_json::from_str(&answer).unwrap()
+        await_some("an answer other than pending", TIMEOUT, || {
+            let answer = self.daemon.curl("unix", (uid, uid), &self.workloads);
+            let answer: Value = serde_json::from_str(&answer).unwrap();
+            (answer["code"] != "pending").then_some(answer)
+        })
     }
 
     /// Checks that each of these users gets credentials, at the first request.
@@ -76,12 +90,12 @@ impl Node {
 }
 
 #[test]
-fn issuer_that_is_away_causes_no_error() {
+fn issuer_outage_causes_no_error() {
     if !root() {
         return;
     }
     let folder = folder();
-    let Some(mut node) = Node::start(folder.path(), &[id("*")]) else {
+    let Some(mut node) = OutageNode::start(folder.path(), &[id("*")]) else {
         return;
     };
     node.assert_served(FIRST..FIRST + 2);
@@ -100,7 +114,7 @@ fn rejection_by_sts_does_not_fall_over() {
         return;
     }
     let folder = folder();
-    let Some(node) = Node::start(folder.path(), &[id("nobody")]) else {
+    let Some(node) = OutageNode::start(folder.path(), &[id("stranger")]) else {
         return;
     };
     let answer = node.fetch(FIRST);
@@ -110,12 +124,12 @@ fn rejection_by_sts_does_not_fall_over() {
 }
 
 #[test]
-fn server_of_spire_that_is_away_causes_no_error() {
+fn spire_server_outage_causes_no_error() {
     if !root() {
         return;
     }
     let folder = folder();
-    let Some(mut node) = Node::start(folder.path(), &[id("*")]) else {
+    let Some(mut node) = OutageNode::start(folder.path(), &[id("*")]) else {
         return;
     };
     node.assert_served(FIRST..FIRST + 1);

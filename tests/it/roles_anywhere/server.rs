@@ -19,7 +19,7 @@ pub(super) const ANCHOR: &str = "arn:aws:rolesanywhere:us-east-1:123456789012:tr
 pub(super) const PROFILE: &str =
     "arn:aws:rolesanywhere:us-east-1:123456789012:profile/1b2c3d4e-0000-4d5c-a4c1-0123456789ab";
 
-/// What the server trusts.
+/// CAs, tokens and settings that the server trusts.
 pub(super) struct Trust<'a> {
     /// CAs of the trust anchor, in PEM.
     pub(super) bundle: &'a str,

@@ -12,7 +12,7 @@ use rustls::pki_types::{CertificateDer, SignatureVerificationAlgorithm, UnixTime
 use webpki::aws_lc_rs::{ECDSA_P256_SHA256, ECDSA_P384_SHA256, RSA_PKCS1_2048_8192_SHA256};
 use webpki::{ALL_VERIFICATION_ALGS, EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
-use super::Rejection;
+use super::DevSessionRejection;
 use crate::identity::SpiffeId;
 use crate::roles_anywhere::certificate::{CertificateFacts, KeyKind};
 use crate::roles_anywhere::signature::{
@@ -35,7 +35,7 @@ pub(super) struct Proof {
 }
 
 /// The fields of `Authorization`.
-struct Authorization<'a> {
+struct CertificateAuthorization<'a> {
     algorithm: &'a str,
     serial: &'a str,
     scope: &'a str,
@@ -51,14 +51,14 @@ impl Proof {
         query: &[(String, String)],
         region: &str,
         now: SystemTime,
-    ) -> Result<Self, Rejection> {
+    ) -> Result<Self, DevSessionRejection> {
         let authorization = header(request, AUTHORIZATION.as_str())
-            .ok_or_else(|| Rejection::denied("Missing Authentication Token"))?;
-        let authorization = Authorization::parse(authorization)
-            .ok_or_else(|| Rejection::denied("Authorization header is incomplete"))?;
+            .ok_or_else(|| DevSessionRejection::denied("Missing Authentication Token"))?;
+        let authorization = CertificateAuthorization::parse(authorization)
+            .ok_or_else(|| DevSessionRejection::denied("Authorization header is incomplete"))?;
         let signed_at = signed_at(request, now)?;
         if authorization.scope != scope(signed_at, region) {
-            return Err(Rejection::denied(
+            return Err(DevSessionRejection::denied(
                 "Credential is not scoped to this region, service and date",
             ));
         }
@@ -69,11 +69,11 @@ impl Proof {
             encoded
                 .map(|text| STANDARD.decode(text).map(CertificateDer::from))
                 .collect::<Result<Vec<_>, _>>()
-                .map_err(|_| Rejection::invalid(format!("{name} is not base64")))
+                .map_err(|_| DevSessionRejection::invalid(format!("{name} is not base64")))
         };
         let leaf = match <[_; 1]>::try_from(certificates(CERTIFICATE_HEADER)?) {
             Ok([leaf]) => leaf,
-            Err(_) => return Err(Rejection::invalid("One certificate is required")),
+            Err(_) => return Err(DevSessionRejection::invalid("One certificate is required")),
         };
         let spiffe_id = check_leaf(&leaf, &authorization, now)?;
         let query = query
@@ -101,8 +101,9 @@ impl Proof {
         &self,
         anchors: &[CertificateDer<'static>],
         now: SystemTime,
-    ) -> Result<(), Rejection> {
-        let untrusted = || Rejection::denied("Untrusted certificate. Insufficient certificate");
+    ) -> Result<(), DevSessionRejection> {
+        let untrusted =
+            || DevSessionRejection::denied("Untrusted certificate. Insufficient certificate");
         let anchors: Vec<_> = anchors
             .iter()
             .filter_map(|anchor| anchor_from_trusted_cert(anchor).ok())
@@ -133,7 +134,7 @@ impl Proof {
     }
 }
 
-impl<'a> Authorization<'a> {
+impl<'a> CertificateAuthorization<'a> {
     fn parse(text: &'a str) -> Option<Self> {
         let (algorithm, fields) = text.split_once(' ')?;
         let field = |name: &str| {
@@ -171,14 +172,16 @@ fn header<'a>(request: &'a Request<Bytes>, name: &str) -> Option<&'a str> {
 }
 
 /// Returns the time of the signature, which must be near this clock's.
-fn signed_at(request: &Request<Bytes>, now: SystemTime) -> Result<&str, Rejection> {
-    let text =
-        header(request, DATE_HEADER).ok_or_else(|| Rejection::denied("X-Amz-Date is required"))?;
+fn signed_at(request: &Request<Bytes>, now: SystemTime) -> Result<&str, DevSessionRejection> {
+    let text = header(request, DATE_HEADER)
+        .ok_or_else(|| DevSessionRejection::denied("X-Amz-Date is required"))?;
     // A text in the same form as the bounds compares like the times.
     let is_date = text.len() == "20150830T123600Z".len() && text.ends_with('Z');
     let bounds = date(now - MAX_SKEW)..=date(now + MAX_SKEW);
     if !is_date || !bounds.contains(&text.to_owned()) {
-        return Err(Rejection::denied("Signature expired or not yet valid"));
+        return Err(DevSessionRejection::denied(
+            "Signature expired or not yet valid",
+        ));
     }
     Ok(text)
 }
@@ -187,7 +190,7 @@ fn signed_at(request: &Request<Bytes>, now: SystemTime) -> Result<&str, Rejectio
 fn signed_headers(
     request: &Request<Bytes>,
     names: &[&str],
-) -> Result<BTreeMap<String, String>, Rejection> {
+) -> Result<BTreeMap<String, String>, DevSessionRejection> {
     let is_sorted = names.is_sorted_by(|a, b| a < b);
     let present = request.headers().keys().map(|name| name.as_str());
     let required = ["host", DATE_HEADER, CERTIFICATE_HEADER];
@@ -195,7 +198,7 @@ fn signed_headers(
         .filter(|name| name.starts_with("x-amz-") || *name == "content-type")
         .chain(required);
     if !is_sorted || !all.all(|name| names.contains(&name)) {
-        return Err(Rejection::denied(
+        return Err(DevSessionRejection::denied(
             "Host, Content-Type and each X-Amz header have to be signed, in their order",
         ));
     }
@@ -206,7 +209,9 @@ fn signed_headers(
             let value = values.next().and_then(|value| value.to_str().ok());
             match (value, values.next()) {
                 (Some(value), None) => Ok(((*name).to_owned(), value.to_owned())),
-                _ => Err(Rejection::denied(format!("Header {name} is not single"))),
+                _ => Err(DevSessionRejection::denied(format!(
+                    "Header {name} is not single"
+                ))),
             }
         })
         .collect()
@@ -215,32 +220,34 @@ fn signed_headers(
 /// Checks the certificate against the rules for workloads, and against `Authorization`.
 fn check_leaf(
     leaf: &CertificateDer<'_>,
-    authorization: &Authorization<'_>,
+    authorization: &CertificateAuthorization<'_>,
     now: SystemTime,
-) -> Result<SpiffeId, Rejection> {
+) -> Result<SpiffeId, DevSessionRejection> {
     let facts = CertificateFacts::read(leaf)
-        .map_err(|_| Rejection::invalid("The certificate cannot be read"))?;
+        .map_err(|_| DevSessionRejection::invalid("The certificate cannot be read"))?;
     if let Some(problem) = facts.leaf_problems(now).first() {
-        return Err(Rejection::denied(format!("The certificate {problem}")));
+        return Err(DevSessionRejection::denied(format!(
+            "The certificate {problem}"
+        )));
     }
     let algorithm = match facts.key {
         KeyKind::Rsa => RSA,
         _ => ECDSA,
     };
     if authorization.algorithm != algorithm || authorization.serial != facts.serial {
-        return Err(Rejection::denied(
+        return Err(DevSessionRejection::denied(
             "Algorithm or serial number is not that of the certificate",
         ));
     }
-    id_of(leaf).map_err(|_| Rejection::denied("The certificate has no SPIFFE ID"))
+    id_of(leaf).map_err(|_| DevSessionRejection::denied("The certificate has no SPIFFE ID"))
 }
 
 fn verify_signature(
     leaf: &CertificateDer<'_>,
     text: &[u8],
-    authorization: &Authorization<'_>,
-) -> Result<(), Rejection> {
-    let mismatch = || Rejection::denied("Signature does not match");
+    authorization: &CertificateAuthorization<'_>,
+) -> Result<(), DevSessionRejection> {
+    let mismatch = || DevSessionRejection::denied("Signature does not match");
     let algorithm: &dyn SignatureVerificationAlgorithm =
         match CertificateFacts::read(leaf).map(|facts| facts.key) {
             Ok(KeyKind::Rsa) => RSA_PKCS1_2048_8192_SHA256,

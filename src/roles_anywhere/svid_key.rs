@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 /// A private key of a kind that IAM Roles Anywhere accepts. It is cleared when it is dropped.
-pub(super) enum SigningKey {
+pub(super) enum SvidKey {
     Rsa(RsaKeyPair),
     P256(EcdsaKeyPair),
     P384(Box<p384::ecdsa::SigningKey>),
@@ -28,7 +28,7 @@ pub(super) enum SigningError {
     Failed,
 }
 
-impl SigningKey {
+impl SvidKey {
     /// Reads PKCS #8 in DER.
     pub(super) fn from_pkcs8(der: &[u8]) -> Result<Self, SigningError> {
         if let Ok(key) = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, der) {
