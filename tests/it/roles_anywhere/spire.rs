@@ -17,14 +17,17 @@ use crate::harness::env::{AWSVID, Source, awsvid_selectors, id};
 const TIMEOUT: Duration = Duration::from_secs(60);
 const READER: u32 = 61001;
 /// The keys of workloads, each with another kind for the CA.
-const KEY_TYPES: [(&str, &str); 3] = [
+pub(super) const KEY_TYPES: [(&str, &str); 3] = [
     ("rsa-2048", "ec-p384"),
     ("ec-p256", "rsa-2048"),
     ("ec-p384", "ec-p256"),
 ];
 
 /// Starts SPIRE for all sources, with entries for awsvid's rules and for its callers.
-fn spire(folder: &Path, (key_type, ca_key_type): (&'static str, &'static str)) -> Option<Spire> {
+pub(super) fn spire(
+    folder: &Path,
+    (key_type, ca_key_type): (&'static str, &'static str),
+) -> Option<Spire> {
     let setting = SpireSetting {
         delegates: vec![AWSVID.to_owned()],
         // The default SVID of awsvid may be that of either entry.
@@ -42,7 +45,8 @@ fn spire(folder: &Path, (key_type, ca_key_type): (&'static str, &'static str)) -
     Some(spire)
 }
 
-fn daemon(folder: &Path, spire: &Spire, source: Source, server: &VerifyingServer) -> Daemon {
+/// Returns the configuration of awsvid without `[listen]`.
+pub(super) fn configuration(spire: &Spire, source: Source, server: &VerifyingServer) -> String {
     let rules = match source {
         Source::Rules => format!(
             "[[workload]]\nspiffe_id = \"{}\"\nuid = {READER}\n",
@@ -50,12 +54,15 @@ fn daemon(folder: &Path, spire: &Spire, source: Source, server: &VerifyingServer
         ),
         Source::Delegated | Source::Broker => String::new(),
     };
-    let configuration = format!(
+    format!(
         "[identity]\n{}\n{}{rules}",
         source.keys(spire, &spire.agent_socket()),
         server.configuration("exchange = \"roles-anywhere\""),
-    );
-    Daemon::start(folder, "", &configuration).ready()
+    )
+}
+
+fn daemon(folder: &Path, spire: &Spire, source: Source, server: &VerifyingServer) -> Daemon {
+    Daemon::start(folder, "", &configuration(spire, source, server)).ready()
 }
 
 /// Requests credentials, and again while a slow machine has none yet, as SDKs do.
