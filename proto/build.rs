@@ -52,6 +52,8 @@ fn generate() -> Result<(), Box<dyn Error>> {
         ".X509SVID",
         ".JWTSVID",
         ".spiffe.broker.JWTSVID",
+        ".spiffe.broker.X509SVID",
+        ".spire.api.agent.delegatedidentity.v1.X509SVIDWithKey",
         ".spire.api.types.JWTSVID",
     ];
     for definition in definitions {

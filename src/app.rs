@@ -380,6 +380,8 @@ impl App {
 
 /// Returns the names by which metrics and `/status` know the STS endpoints of a configuration.
 fn sts_names(config: &Config) -> Vec<String> {
-    let targets = config.roles.sts_targets();
-    targets.iter().map(ToString::to_string).collect()
+    let roles = &config.roles;
+    let sts = roles.sts_targets().into_iter().map(ToString::to_string);
+    let roles_anywhere = roles.roles_anywhere_targets().into_iter();
+    sts.chain(roles_anywhere.map(ToString::to_string)).collect()
 }

@@ -23,6 +23,7 @@ mod manual;
 mod path_steps;
 mod pods;
 mod role;
+mod roles_anywhere;
 mod show;
 mod sts;
 mod tables;
@@ -32,7 +33,7 @@ mod workload;
 use std::collections::BTreeMap;
 
 pub use audit::{AuditConfig, AuditFile};
-pub(crate) use aws::is_aws as is_aws_sts;
+pub(crate) use aws::{host_suffixes, is_aws as is_aws_sts, is_aws_roles_anywhere_host};
 pub use cache::CacheConfig;
 pub use config_line::ConfigLine;
 pub use digest::ConfigDigest;
@@ -48,6 +49,7 @@ pub use log::{LogConfig, LogFormat};
 pub use manual::manual_page;
 pub(crate) use path_steps::path_steps;
 pub use pods::PodsConfig;
+pub use roles_anywhere::RolesAnywhereConfig;
 pub use sts::StsConfig;
 pub use workload::{ParsedWorkload, WorkloadRuleKey};
 
@@ -71,6 +73,7 @@ pub struct Config {
     pub imds: ImdsConfig,
     pub identity: IdentityConfig,
     pub sts: StsConfig,
+    pub roles_anywhere: RolesAnywhereConfig,
     pub cache: CacheConfig,
     pub audit: AuditConfig,
     pub log: LogConfig,
@@ -173,6 +176,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
     let imds = imds::read(&tables.imds, &listen, &pods);
     let (identity, by_rules) = identity::read(&tables.identity, env);
     let sts = sts::read(&tables.sts);
+    let roles_anywhere = roles_anywhere::read(&tables.roles_anywhere);
     let audit = audit::read(&tables.audit);
 
     let defaults = role::Defaults {
@@ -180,12 +184,15 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         identity_table: &tables.identity,
         sts: &sts,
         sts_table: &tables.sts,
+        roles_anywhere: &roles_anywhere,
+        roles_anywhere_table: &tables.roles_anywhere,
     };
     let workloads = workload::read(root);
     let requested = role::read_requested(&tables.requested_roles, &defaults);
     let roles = role::read(root, &tables.requested_roles, &defaults);
 
-    let paths = tables.paths(&listen, &pods, &imds, &identity, &sts, &audit);
+    let ca_files = [sts.ca_file.as_deref(), roles_anywhere.ca_file.as_deref()];
+    let paths = tables.paths(&listen, &pods, &imds, &identity, ca_files, &audit);
     cross_checks::missing(root, &tables.requested_roles, by_rules, &workloads);
     if names == NamePolicy::OfServe {
         cross_checks::names_of_dev(root.report, &workloads, &roles);
@@ -194,6 +201,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
     cross_checks::rules(root.report, &workloads);
     cross_checks::roles(root.report, &roles, requested.as_ref());
     cross_checks::ca_file(&tables.sts, &sts, &roles);
+    roles_anywhere::check_use(&tables.roles_anywhere, &roles);
     if by_rules == Some(true) {
         cross_checks::coverage(root.report, &workloads, &roles, requested.is_some());
     }
@@ -211,6 +219,7 @@ fn read(root: &Table<'_>, env: &dyn Fn(&str) -> Option<String>, names: NamePolic
         imds,
         identity,
         sts,
+        roles_anywhere,
         audit,
         listen_lines,
         digest: ConfigDigest::default(),

@@ -2,7 +2,8 @@
 //!
 //! The daemon's counterparts run on loopback, and really work. [`workload_api`] signs JWT-SVIDs
 //! with a key of [`keys`] that lives as long as the run. [`oidc`] publishes the key, and [`sts`]
-//! verifies with the published one.
+//! verifies with the published one. Likewise [`authority`] issues X.509-SVIDs, which [`sts`]
+//! verifies as IAM Roles Anywhere.
 //!
 //! Between them runs the ordinary daemon with an ordinary configuration ([`Dev::configuration`]).
 //! So no code of `dev` is in the request path, and no configuration file can enable `dev`.
@@ -24,6 +25,7 @@ use crate::config::{DEV_ACCOUNT, DEV_TRUST_DOMAIN};
 use crate::identity::{RoleArn, SpiffeIdPattern};
 use crate::sdk_environment::Environment;
 
+pub mod authority;
 pub mod child;
 mod environment;
 pub mod keys;
@@ -34,12 +36,13 @@ mod run;
 pub mod sts;
 pub mod workload_api;
 
+use authority::DevAuthority;
 use environment::Endpoints;
 use keys::SigningKey;
 use local_users::User;
 use oidc::DevOidcIssuer;
 pub use run::run;
-use sts::{DevAccount, DevProvider, DevSts, TrustedRole};
+use sts::{CertifiedRole, DevAccount, DevProvider, DevSts, DevTrustAnchor, TrustedRole};
 use workload_api::{DevWorkloadApi, Registrations};
 
 /// Audience of the tokens. It is not AWS's, so that AWS accepts none of them (an audience belongs
@@ -73,7 +76,7 @@ impl DevStartError {
 pub struct DevNames {
     /// Trust domain of all identities.
     pub trust_domain: String,
-    /// Account of the only role, `dev`.
+    /// Account of the roles, `dev` and `dev-certificate`.
     pub account: String,
 }
 
@@ -90,6 +93,19 @@ impl Default for DevNames {
 impl DevNames {
     fn role_arn(&self) -> String {
         format!("arn:aws:iam::{}:role/dev", self.account)
+    }
+
+    /// Returns the ARN of the role that is assumed by a certificate.
+    fn certified_role_arn(&self) -> String {
+        format!("arn:aws:iam::{}:role/dev-certificate", self.account)
+    }
+
+    /// Returns the ARN of a resource of IAM Roles Anywhere.
+    fn anywhere_arn(&self, resource: &str) -> String {
+        format!(
+            "arn:aws:rolesanywhere:{REGION}:{}:{resource}/dev",
+            self.account
+        )
     }
 
     fn all_users(&self) -> String {
@@ -125,7 +141,10 @@ impl Dev {
         let issuer = DevOidcIssuer::start(key.jwks())
             .await
             .map_err(DevStartError::of("the OpenID Connect issuer"))?;
-        let account = account(issuer.url(), &names).map_err(DevStartError::of("the role"))?;
+        let authority = DevAuthority::generate(&names.trust_domain, Clock::system().now());
+        let authority = Arc::new(authority.map_err(DevStartError::of("a certificate authority"))?);
+        let account =
+            account(issuer.url(), &authority, &names).map_err(DevStartError::of("the roles"))?;
         let sts = DevSts::start(account, Clock::system())
             .await
             .map_err(DevStartError::of("the STS"))?;
@@ -134,6 +153,7 @@ impl Dev {
             spiffe_ids: users.iter().map(|user| user.spiffe_id.clone()).collect(),
             issuer: issuer.url().to_owned(),
             key,
+            authority,
             clock: Clock::system(),
         };
         let workload_api =
@@ -190,10 +210,13 @@ impl Dev {
              token_file = {token}\n\n\
              [identity]\nsource = \"workload-api\"\nworkload_api_socket = {socket}\naudience = \"{AUDIENCE}\"\n\n\
              [sts]\nregion = \"{REGION}\"\nendpoint = \"{sts}\"\n\n\
+             [roles_anywhere]\ntrust_anchor_arn = \"{anchor}\"\nprofile_arn = \"{profile}\"\nendpoint = \"{sts}\"\n\n\
              [audit]\nfile = {audit}\n\n\
              [log]\nlevel = \"{level}\"\n\n\
              [[role]]\nname = \"dev\"\nspiffe_id = \"{all_users}\"\nrole_arn = \"{role_arn}\"\n\
-             audience = \"{AUDIENCE}\"\n{rules}",
+             audience = \"{AUDIENCE}\"\n\n\
+             [[role]]\nname = \"dev-certificate\"\nspiffe_id = \"{all_users}\"\nrole_arn = \"{certified_role_arn}\"\n\
+             exchange = \"roles-anywhere\"\n{rules}",
             unix = toml_string(&self.socket()),
             status = toml_string(&self.path("status.sock")),
             token = toml_string(&self.path("token")),
@@ -201,6 +224,9 @@ impl Dev {
             sts = self.sts.url(),
             all_users = self.names.all_users(),
             role_arn = self.names.role_arn(),
+            certified_role_arn = self.names.certified_role_arn(),
+            anchor = self.names.anywhere_arn("trust-anchor"),
+            profile = self.names.anywhere_arn("profile"),
             audit = toml_string(&audit),
         )
     }
@@ -275,8 +301,14 @@ fn accounts() -> Vec<local_users::LocalAccount> {
     accounts
 }
 
-/// Returns the IAM resources of an administrator: the provider, and the role with its trust policy.
-fn account(issuer: &str, names: &DevNames) -> Result<DevAccount, crate::identity::InvalidName> {
+/// Returns the IAM resources of an administrator: the provider, the trust anchor, and the roles
+/// with their trust policies.
+fn account(
+    issuer: &str,
+    authority: &DevAuthority,
+    names: &DevNames,
+) -> Result<DevAccount, crate::identity::InvalidName> {
+    let subjects = vec![SpiffeIdPattern::parse(&names.all_users())?];
     Ok(DevAccount {
         region: REGION.to_owned(),
         providers: vec![DevProvider {
@@ -287,8 +319,19 @@ fn account(issuer: &str, names: &DevNames) -> Result<DevAccount, crate::identity
             arn: RoleArn::parse(&names.role_arn())?,
             issuer: issuer.to_owned(),
             audience: AUDIENCE.to_owned(),
-            subjects: vec![SpiffeIdPattern::parse(&names.all_users())?],
+            subjects: subjects.clone(),
             max_duration: MAX_SESSION,
+        }],
+        trust_anchors: vec![DevTrustAnchor {
+            arn: names.anywhere_arn("trust-anchor"),
+            profile_arn: names.anywhere_arn("profile"),
+            certificates: vec![authority.certificate().clone()],
+            accepts_session_name: true,
+            roles: vec![CertifiedRole {
+                arn: RoleArn::parse(&names.certified_role_arn())?,
+                subjects,
+                max_duration: MAX_SESSION,
+            }],
         }],
     })
 }

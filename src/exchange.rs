@@ -1,5 +1,5 @@
-//! Exchange of JWT-SVIDs for AWS credentials, without a cache: a token from the source, credentials
-//! from STS.
+//! Exchange of SVIDs for AWS credentials, without a cache: a token from the source, credentials
+//! from STS; or a certificate from the source, credentials from IAM Roles Anywhere.
 
 use std::mem::discriminant;
 use std::sync::Arc;
@@ -15,10 +15,15 @@ use crate::credentials::Credentials;
 use crate::identity::SpiffeId;
 use crate::limits::{FairSemaphore, KeyedRateLimiter};
 use crate::metrics::{CallLabel, Metrics, UpstreamCall};
-use crate::role::Grant;
+use crate::role::{FirstExchange, Grant};
+use crate::roles_anywhere::CreateSession;
 use crate::sts::{AssumeRole, RetryPolicy, StsError, StsReason};
 use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError, TTL_FIX};
 use crate::upstream_status::LastError;
+
+mod certificate;
+
+use certificate::TokenOutages;
 
 /// No retry begins later than this after the start. A client hardly waits longer, and the cache
 /// retries longer outages at its own pace.
@@ -50,6 +55,9 @@ const EXCHANGE_INTERVAL: Duration = Duration::from_secs(1);
 pub struct TokenExchanger {
     source: Arc<dyn IdentitySource>,
     sts: Arc<dyn AssumeRole>,
+    /// The client for roles that are assumed by a certificate. `None` if there are none.
+    roles_anywhere: Option<Arc<dyn CreateSession>>,
+    token_outages: TokenOutages,
     clock: Clock,
     metrics: Metrics,
     source_permits: FairSemaphore<SpiffeId>,
@@ -103,6 +111,20 @@ impl ExchangeError {
         }
     }
 
+    /// Returns true if the token or STS was not available, so that another exchange may succeed. A
+    /// rejection is not such a failure, and neither is a limit of this node.
+    fn is_outage_of_tokens(&self) -> bool {
+        match self {
+            Self::Source(
+                SourceError::Unavailable(_) | SourceError::BadToken(BadToken::Expiring(_)),
+            ) => true,
+            Self::Sts(error) => {
+                error.retry == RetryPolicy::Later && error.reason != StsReason::Busy
+            }
+            Self::Source(_) | Self::TooOften | Self::TooShort | Self::Panicked => false,
+        }
+    }
+
     /// Returns whether both are failures of one kind, whatever their texts.
     pub fn is_same_kind(&self, other: &Self) -> bool {
         match (self, other) {
@@ -137,6 +159,8 @@ impl TokenExchanger {
         Self {
             source,
             sts,
+            roles_anywhere: None,
+            token_outages: TokenOutages::default(),
             clock,
             metrics,
             source_permits,
@@ -144,7 +168,15 @@ impl TokenExchanger {
         }
     }
 
-    /// Exchanges a token that the source gives `caller` for the credentials of `grant`.
+    /// Adds a client for roles that are assumed by a certificate.
+    pub fn with_roles_anywhere(self, client: Arc<dyn CreateSession>) -> Self {
+        Self {
+            roles_anywhere: Some(client),
+            ..self
+        }
+    }
+
+    /// Exchanges an SVID that the source gives `caller` for the credentials of `grant`.
     ///
     /// Outages are retried for `RETRY_WINDOW`. A token that STS rejects is replaced once.
     pub async fn exchange(
@@ -156,7 +188,20 @@ impl TokenExchanger {
             return Err(ExchangeError::TooOften);
         }
         let _running = self.metrics.exchange_started();
-        let mut budget = RetryBudget::new();
+        match &grant.role.exchange {
+            FirstExchange::WebIdentity => self.by_token(caller, grant, RetryBudget::new()).await,
+            FirstExchange::RolesAnywhere(at) => self.by_certificate(caller, grant, at).await,
+            FirstExchange::Both(at) => self.by_either(caller, grant, at).await,
+        }
+    }
+
+    /// Exchanges a token at STS.
+    async fn by_token(
+        &self,
+        caller: &Arc<Caller>,
+        grant: &Grant,
+        mut budget: RetryBudget,
+    ) -> Result<Credentials, ExchangeError> {
         let token = self.token(caller, grant, &mut budget).await?;
         let first_error = match self.assume(grant, &token, &mut budget).await {
             Err(error) if error.retry == RetryPolicy::NewToken => error,
@@ -186,14 +231,36 @@ impl TokenExchanger {
         budget: &mut RetryBudget,
     ) -> Result<JwtSvid, ExchangeError> {
         let audience = &grant.role.audience;
+        let fetch = || self.source.token(caller, &grant.spiffe_id, audience);
+        let token = self.svid(grant, budget, fetch).await?;
+        // The source has checked the token against the request, so a mismatch is a bug of the
+        // source. It would give one workload the account of another.
+        if *token.spiffe_id() != grant.spiffe_id || token.audience() != audience {
+            return Err(SourceError::from(BadToken::Wrong(
+                "the agent returned a token for another SPIFFE ID or audience".to_owned(),
+            ))
+            .into());
+        }
+        Ok(token)
+    }
+
+    /// Fetches an SVID from the source, within its limits, and retries outages.
+    async fn svid<T, F>(
+        &self,
+        grant: &Grant,
+        budget: &mut RetryBudget,
+        fetch: impl Fn() -> F,
+    ) -> Result<T, ExchangeError>
+    where
+        F: Future<Output = Result<T, SourceError>>,
+    {
         loop {
             let permit = self
                 .source_permits
                 .acquire_evicting(&grant.spiffe_id)
                 .await
                 .ok_or(ExchangeError::TooOften)?;
-            let call = self.source.token(caller, &grant.spiffe_id, audience);
-            let Some(result) = permit.run(call).await else {
+            let Some(result) = permit.run(fetch()).await else {
                 if budget.pause().await {
                     continue;
                 }
@@ -202,16 +269,6 @@ impl TokenExchanger {
             drop(permit);
             match result {
                 Err(SourceError::Unavailable(_)) if budget.pause().await => {}
-                // The source has checked the token against the request, so a mismatch is a bug of
-                // the source. It would give one workload the account of another.
-                Ok(token)
-                    if *token.spiffe_id() != grant.spiffe_id || token.audience() != audience =>
-                {
-                    return Err(SourceError::from(BadToken::Wrong(
-                        "the agent returned a token for another SPIFFE ID or audience".to_owned(),
-                    ))
-                    .into());
-                }
                 result => return Ok(result?),
             }
         }
@@ -248,13 +305,7 @@ impl TokenExchanger {
         loop {
             let start = Instant::now();
             let result = self.sts.assume(grant, token).await;
-            self.metrics.sts_call(UpstreamCall {
-                name: grant.role.sts.to_string(),
-                result: CallLabel::of(&result, |error| error.reason.label()),
-                error: last_error(&result),
-                took: start.elapsed(),
-                at: self.clock.now(),
-            });
+            self.record_call(grant.role.sts.to_string(), &result, start);
             match result {
                 Err(error) if error.retry == RetryPolicy::Later => {
                     if !budget.pause().await || token.expires() <= self.clock.now() {
@@ -264,6 +315,19 @@ impl TokenExchanger {
                 result => return result,
             }
         }
+    }
+}
+
+impl TokenExchanger {
+    /// Counts a call to the server with this name.
+    fn record_call(&self, name: String, result: &Result<Credentials, StsError>, start: Instant) {
+        self.metrics.sts_call(UpstreamCall {
+            name,
+            result: CallLabel::of(result, |error| error.reason.label()),
+            error: last_error(result),
+            took: start.elapsed(),
+            at: self.clock.now(),
+        });
     }
 }
 
@@ -294,6 +358,14 @@ impl RetryBudget {
         Self {
             start: Instant::now(),
             retries: 0,
+        }
+    }
+
+    /// Returns a budget without retries, for an exchange that another one can replace.
+    fn none() -> Self {
+        Self {
+            retries: MAX_RETRIES,
+            ..Self::new()
         }
     }
 

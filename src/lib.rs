@@ -24,7 +24,7 @@
 //! | request | [`http`] | calls `attest`, with a permit between its two steps; then reads and validates the request; opens the audit record |
 //! | decide | [`credential_service`] | **the request path**: identify, select the role, cache or exchange, verify the caller again; all by one [`policy`] |
 //! | cache | [`cache`] | credentials by SPIFFE ID and role, refreshed before they expire |
-//! | exchange | [`exchange`] | JWT-SVID from [`svid`], credentials from [`sts`], within [`limits`] that are fair between workloads |
+//! | exchange | [`exchange`] | JWT-SVID from [`svid`], credentials from [`sts`]; or X.509-SVID and [`roles_anywhere`]; within [`limits`] that are fair between workloads |
 //!
 //! A request may come by either protocol: the container credential endpoint's, or that of [`imds`],
 //! which has the tokens, paths and bodies of EC2's instance metadata service.
@@ -100,6 +100,8 @@ pub mod attest;
 pub mod svid;
 
 pub mod sts;
+
+pub mod roles_anywhere;
 
 pub mod exchange;
 

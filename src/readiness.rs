@@ -28,7 +28,8 @@ use crate::http_client;
 use crate::limits::LogQuota;
 use crate::metrics::Metrics;
 use crate::pod_listeners::TakeoverGate;
-use crate::role::StsTarget;
+use crate::role::{RolesAnywhereTarget, StsTarget};
+use crate::roles_anywhere::RolesAnywhere;
 use crate::sts::Sts;
 use crate::svid::IdentitySource;
 
@@ -61,6 +62,8 @@ pub struct ReadinessProbes {
     audience: String,
     sts: Arc<Sts>,
     targets: Vec<StsTarget>,
+    roles_anywhere: Arc<RolesAnywhere>,
+    roles_anywhere_targets: Vec<RolesAnywhereTarget>,
     metrics: Metrics,
     own_probe: OwnProbe,
 }
@@ -71,11 +74,13 @@ impl ReadinessProbes {
         config: &Config,
         source: Arc<dyn IdentitySource>,
         sts: Arc<Sts>,
+        roles_anywhere: Arc<RolesAnywhere>,
         metrics: Metrics,
         threads: FileThreads,
     ) -> Self {
         // The STS of `[requested_roles]` is one of them. It answers without a known role.
         let targets = config.roles.sts_targets().into_iter().cloned().collect();
+        let roles_anywhere_targets = config.roles.roles_anywhere_targets();
         let audience = config
             .roles
             .defined
@@ -93,6 +98,8 @@ impl ReadinessProbes {
             audience,
             sts,
             targets,
+            roles_anywhere,
+            roles_anywhere_targets: roles_anywhere_targets.into_iter().cloned().collect(),
             metrics,
             own_probe: OwnProbe::new(),
         }
@@ -194,6 +201,14 @@ impl ReadinessProbes {
             self.metrics.set_sts_up(target.to_string(), sts.is_ok());
             if let Err(error) = sts {
                 missing.push(format!("STS: {error}"));
+            }
+        }
+        for target in &self.roles_anywhere_targets {
+            let answered = self.roles_anywhere.probe(target).await;
+            self.metrics
+                .set_sts_up(target.to_string(), answered.is_ok());
+            if let Err(error) = answered {
+                missing.push(error.to_string());
             }
         }
         missing

@@ -8,6 +8,10 @@ use thiserror::Error;
 
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 
+mod first_exchange;
+
+pub use first_exchange::{FirstExchange, RolesAnywhereTarget};
+
 /// A role as the configuration defines it, with the defaults of `[identity]` and `[sts]`. All of it
 /// is part of the cache's key, so that credentials never outlive their definition (T17).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -30,6 +34,8 @@ pub struct Role {
     pub policy: Option<String>,
     /// ARNs of managed session policies.
     pub policy_arns: Vec<String>,
+    /// How the role is assumed.
+    pub exchange: FirstExchange,
 }
 
 #[cfg(any(test, fuzzing))]
@@ -52,6 +58,7 @@ impl Role {
             },
             policy: None,
             policy_arns: Vec::new(),
+            exchange: FirstExchange::WebIdentity,
         }
     }
 }
@@ -185,14 +192,15 @@ const REQUESTED_DURATION: Duration = Duration::from_secs(3600);
 impl Roles {
     /// Returns every STS that a role is assumed at, once each.
     pub fn sts_targets(&self) -> Vec<&StsTarget> {
-        let mut targets: Vec<&StsTarget> = Vec::new();
         let requested = self.requested.iter().map(|requested| &requested.sts);
-        for target in self.defined.iter().map(|role| &role.sts).chain(requested) {
-            if !targets.contains(&target) {
-                targets.push(target);
-            }
-        }
-        targets
+        let defined = self.defined.iter().filter(|role| role.exchange.uses_jwt());
+        once_each(defined.map(|role| &role.sts).chain(requested))
+    }
+
+    /// Returns every IAM Roles Anywhere that a role is assumed at, once each.
+    pub fn roles_anywhere_targets(&self) -> Vec<&RolesAnywhereTarget> {
+        let targets = self.defined.iter();
+        once_each(targets.filter_map(|role| role.exchange.roles_anywhere().map(|target| &**target)))
     }
 
     /// Selects the role for a caller with these identities: the first that matches, or the
@@ -271,6 +279,7 @@ impl Roles {
             sts: settings.sts.clone(),
             policy: None,
             policy_arns: Vec::new(),
+            exchange: FirstExchange::WebIdentity,
         };
         grant(&Arc::new(role), identities)?.ok_or(RoleDenied::ArnNotAllowed)
     }
@@ -305,6 +314,15 @@ fn grant(role: &Arc<Role>, identities: &[Identity]) -> Result<Option<Grant>, Rol
             .clone()
             .unwrap_or_else(|| SessionName::of(identity)),
     }))
+}
+
+fn once_each<'a, T: PartialEq>(all: impl Iterator<Item = &'a T>) -> Vec<&'a T> {
+    all.fold(Vec::new(), |mut targets, target| {
+        if !targets.contains(&target) {
+            targets.push(target);
+        }
+        targets
+    })
 }
 
 /// Returns the identity if all of them have the same SPIFFE ID.

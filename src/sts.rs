@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use aws_sdk_sts::Client;
@@ -38,6 +38,7 @@ mod network;
 mod no_proxy;
 mod reason;
 mod resolver;
+mod response;
 mod trust;
 
 pub use error::{RetryPolicy, StsError};
@@ -45,9 +46,12 @@ pub use network::{InvalidSetting, NetworkSettings, Proxy};
 pub use reason::StsReason;
 pub use resolver::{BlockingCalls, HostResolver};
 
-use advice::StsDestination;
-use client::HttpConnector;
-use error::Failure;
+// IAM Roles Anywhere is called in the same way.
+pub(crate) use advice::StsDestination;
+pub(crate) use client::HttpConnector;
+pub(crate) use error::Failure;
+pub(crate) use response::read_response;
+pub(crate) use trust::to_pem;
 
 /// Maximum accepted time until `Expiration`. No session exceeds 12 hours, so a later one is invalid
 /// even with a wide margin for clocks.
@@ -81,6 +85,11 @@ pub struct Settings {
     pub blocking: BlockingCalls,
 }
 
+/// Returns the permits of calls, of which one SPIFFE ID may use a quarter.
+pub(crate) fn permits(max_concurrent: usize) -> FairSemaphore<SpiffeId> {
+    FairSemaphore::new(max_concurrent, (max_concurrent / 4).max(2))
+}
+
 /// Client of AWS's STS, and of other servers that speak its protocol.
 pub struct Sts {
     connections: HttpConnector,
@@ -103,10 +112,7 @@ impl Sts {
                 settings.blocking,
             ),
             clients: Mutex::default(),
-            permits: FairSemaphore::new(
-                settings.max_concurrent,
-                (settings.max_concurrent / 4).max(2),
-            ),
+            permits: permits(settings.max_concurrent),
             timeout: settings.timeout,
             clock,
         }
@@ -117,8 +123,11 @@ impl Sts {
     /// Missing certificates are logged, and loaded once they exist.
     pub async fn prepare(&self, targets: &[&StsTarget]) -> Result<(), InvalidSetting> {
         for target in targets {
+            let url = self.url(target).await?;
+            let is_aws = is_aws_sts(target.endpoint.as_deref());
             // A file system that hangs must not hold up the start.
-            if let Ok(result) = timeout(self.timeout, self.connections.prepare(target)).await {
+            if let Ok(result) = timeout(self.timeout, self.connections.prepare(&url, is_aws)).await
+            {
                 result?;
             }
         }
@@ -195,17 +204,12 @@ impl Sts {
 
     async fn destination(&self, target: &StsTarget) -> StsDestination {
         let url = self.url(target).await.ok();
-        let hop = url
-            .as_deref()
-            .and_then(|url| url.parse().ok())
-            .map(|uri| self.connections.network.hop(&uri));
         StsDestination {
-            name: format!("STS at {}", url.unwrap_or_else(|| target.to_string())),
             is_aws: is_aws_sts(target.endpoint.as_deref()),
-            proxy: hop
-                .and_then(Result::ok)
-                .flatten()
-                .map(|hop| hop.to_string()),
+            proxy: url
+                .as_deref()
+                .and_then(|url| self.connections.network.proxy_name(url)),
+            name: format!("STS at {}", url.unwrap_or_else(|| target.to_string())),
         }
     }
 
@@ -215,29 +219,35 @@ impl Sts {
             "the response has no credentials".to_owned(),
         ))?;
         // The SDK fills missing fields with empty strings and the year 1970.
-        let texts = [
-            &credentials.access_key_id,
-            &credentials.secret_access_key,
-            &credentials.session_token,
-        ];
-        if texts.iter().any(|text| text.is_empty()) {
-            return Err(Failure::InvalidResponse(
-                "a part of the credentials is missing or empty".to_owned(),
-            ));
-        }
-        let now = self.clock.now();
-        let expiration = SystemTime::try_from(credentials.expiration).ok();
-        let expiration = expiration.filter(|at| *at > now && *at <= now + MAX_LIFETIME).ok_or_else(|| {
-            let text = "`Expiration` of the credentials is missing, past or too late; compare this node's clock with STS's";
-            Failure::InvalidResponse(text.to_owned())
-        })?;
-        Ok(Credentials {
+        let expiration = SystemTime::try_from(credentials.expiration).unwrap_or(UNIX_EPOCH);
+        let credentials = Credentials {
             access_key_id: credentials.access_key_id,
             secret_access_key: Zeroizing::new(credentials.secret_access_key),
             session_token: Zeroizing::new(credentials.session_token),
             expiration,
-        })
+        };
+        checked(credentials, self.clock.now())
     }
+}
+
+/// Returns credentials of a response if they can be used at `now`.
+pub(crate) fn checked(credentials: Credentials, now: SystemTime) -> Result<Credentials, Failure> {
+    let texts = [
+        &credentials.access_key_id,
+        &*credentials.secret_access_key,
+        &*credentials.session_token,
+    ];
+    if texts.iter().any(|text| text.is_empty()) {
+        return Err(Failure::InvalidResponse(
+            "a part of the credentials is missing or empty".to_owned(),
+        ));
+    }
+    let expiration = credentials.expiration;
+    if expiration <= now || expiration > now + MAX_LIFETIME {
+        let text = "`Expiration` of the credentials is missing, past or too late; compare this node's clock with STS's";
+        return Err(Failure::InvalidResponse(text.to_owned()));
+    }
+    Ok(credentials)
 }
 
 #[async_trait]

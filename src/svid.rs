@@ -1,13 +1,13 @@
-//! Identity sources: the SPIFFE IDs of a caller, and the JWT-SVIDs that prove them.
+//! Identity sources: the SPIFFE IDs of a caller, and the SVIDs that prove them.
 //!
 //! [`workload_api`] fetches the identities of the daemon itself from any SPIFFE provider, and
 //! assigns them to callers by `[[workload]]` rules. [`spire_delegated`] and [`spiffe_broker`] query
 //! an agent that attests the caller. [`agent_source`] caches and revalidates its replies. [`jwt`]
-//! checks every token, from every source.
+//! checks every token, and [`X509Svid`] every certificate, from every source.
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use thiserror::Error;
@@ -30,6 +30,7 @@ pub mod proto;
 pub mod spiffe_broker;
 pub mod spire_delegated;
 pub mod workload_api;
+mod x509;
 
 #[cfg(any(test, fuzzing))]
 pub(crate) use own_svid::fuzzing;
@@ -39,6 +40,7 @@ pub(crate) use channel::unreachable as agent_unreachable;
 pub use jwt::{BadToken, JwtSvid, TTL_FIX};
 pub use spire_delegated::SpireDelegated;
 pub use workload_api::WorkloadApi;
+pub use x509::{ReceivedX509Svid, X509Svid};
 
 /// Timeout of one call to an agent. SPIRE's agent waits up to 30 s for its server, and then still
 /// sends a cached token. In Kubernetes it waits as long for the kubelet to report a container.
@@ -72,6 +74,18 @@ pub trait IdentitySource: Send + Sync + fmt::Debug {
         id: &SpiffeId,
         audience: &str,
     ) -> Result<JwtSvid, SourceError>;
+
+    /// Returns the X.509-SVID of `caller` for `id`, with its key, checked by [`X509Svid::check`].
+    /// Only roles that are assumed by a certificate need it.
+    async fn x509_svid(
+        &self,
+        _caller: &Arc<Caller>,
+        _id: &SpiffeId,
+    ) -> Result<X509Svid, SourceError> {
+        Err(SourceError::Misconfigured(
+            "this identity source does not have X.509-SVIDs".to_owned(),
+        ))
+    }
 
     /// Returns the process facts that `identify` needs. `None` means that the known facts suffice.
     fn facts_needed(&self, caller: CallerFacts<'_>) -> Option<ProcessFacts>;
@@ -137,8 +151,8 @@ pub enum SourceError {
     /// The query panicked. The cause is a defect of awsvid, and not the state of the source.
     #[error("query ended by an internal error; see the panic in awsvid's log")]
     Panicked,
-    /// The source returned a token that must not be used.
-    #[error("the identity source gave a token that cannot be used: {0}")]
+    /// The source returned an SVID that must not be used.
+    #[error("the identity source gave an SVID that cannot be used: {0}")]
     BadToken(#[from] BadToken),
 }
 
@@ -213,6 +227,24 @@ impl SourceError {
             Self::BadToken(_) => "bad_token",
         }
     }
+}
+
+/// Returns the SVID that expires last of those that passed their check, or `None` without one. If
+/// none passed, the error is that of the first.
+fn last_to_expire<T>(
+    checked: impl IntoIterator<Item = Result<T, BadToken>>,
+    expires: impl Fn(&T) -> SystemTime,
+) -> Result<Option<T>, BadToken> {
+    let mut best: Option<Result<T, BadToken>> = None;
+    for svid in checked {
+        best = match (best, svid) {
+            (None, svid) => Some(svid),
+            (Some(Ok(best)), Ok(other)) if expires(&best) < expires(&other) => Some(Ok(other)),
+            (Some(Err(_)), Ok(other)) => Some(Ok(other)),
+            (best, _) => best,
+        };
+    }
+    best.transpose()
 }
 
 /// Converts text of another program to one log line: no control characters, at most 300 characters.

@@ -1,5 +1,6 @@
 //! Builds the parts of the daemon that a reload replaces.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use crate::file_threads::FileThreads;
 use crate::metrics::Metrics;
 use crate::policy::{CacheLimits, Policy};
 use crate::readiness::ReadinessProbes;
+use crate::roles_anywhere::RolesAnywhere;
 use crate::sts::{BlockingCalls, InvalidSetting, NetworkSettings, Settings, Sts};
 use crate::svid::agent::AttestingAgent;
 use crate::svid::own_svid::OwnSvidSource;
@@ -58,17 +60,20 @@ impl Components {
             }
         };
         let sts = Arc::new(sts(config, clock.clone(), blocking.clone()).await?);
+        let roles_anywhere = roles_anywhere(config, clock.clone(), blocking.clone()).await?;
         Ok(Self {
             identity: config.identity.clone(),
             probes: ReadinessProbes::new(
                 config,
                 source.clone(),
                 sts.clone(),
+                roles_anywhere.clone(),
                 metrics.clone(),
                 blocking.files.clone(),
             ),
             policy: Policy {
-                exchanger: TokenExchanger::new(source.clone(), sts, clock.clone(), metrics.clone()),
+                exchanger: TokenExchanger::new(source.clone(), sts, clock.clone(), metrics.clone())
+                    .with_roles_anywhere(roles_anywhere),
                 source,
                 roles: config.roles.clone(),
                 limits: limits(&config.cache),
@@ -161,14 +166,33 @@ async fn sts(
     clock: Clock,
     blocking: BlockingCalls,
 ) -> Result<Sts, InvalidSetting> {
-    let settings = Settings {
-        timeout: config.sts.timeout,
-        max_concurrent: config.sts.max_concurrent,
-        ca_file: config.sts.ca_file.clone(),
-        network: NetworkSettings::from_env(|name| std::env::var(name).ok()),
-        blocking,
-    };
-    let sts = Sts::new(settings, clock);
+    let sts = Sts::new(
+        settings(config, config.sts.ca_file.clone(), blocking),
+        clock,
+    );
     sts.prepare(&config.roles.sts_targets()).await?;
     Ok(sts)
+}
+
+async fn roles_anywhere(
+    config: &Config,
+    clock: Clock,
+    blocking: BlockingCalls,
+) -> Result<Arc<RolesAnywhere>, InvalidSetting> {
+    let ca_file = config.roles_anywhere.ca_file.clone();
+    let client = RolesAnywhere::new(settings(config, ca_file, blocking), clock);
+    client
+        .prepare(&config.roles.roles_anywhere_targets())
+        .await?;
+    Ok(Arc::new(client))
+}
+
+fn settings(config: &Config, ca_file: Option<PathBuf>, blocking: BlockingCalls) -> Settings {
+    Settings {
+        timeout: config.sts.timeout,
+        max_concurrent: config.sts.max_concurrent,
+        ca_file,
+        network: NetworkSettings::from_env(|name| std::env::var(name).ok()),
+        blocking,
+    }
 }

@@ -4,6 +4,7 @@
 //! CloudTrail like any other.
 
 mod agent;
+mod certificate;
 mod daemon;
 mod exchange;
 mod host;
@@ -26,12 +27,15 @@ use crate::clock::Clock;
 use crate::config::{Config, Exposure, is_aws_sts};
 use crate::exit_status::ExitStatus;
 use crate::role::StsTarget;
+use crate::roles_anywhere::RolesAnywhere;
 use crate::sts::{BlockingCalls, NetworkSettings, Settings, Sts};
 use agent::CheckTarget;
 #[cfg(any(test, fuzzing))]
 pub(super) use issuer::fuzzing;
 use report::CheckReport;
 
+/// Fix of a setting with which a server cannot be called.
+const STEP_FIX: &str = "correct [sts], or the environment variable";
 /// Time limit of each document. STS itself does not wait longer.
 const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(8);
 
@@ -153,11 +157,14 @@ async fn run_steps(options: &CheckArgs, report: &mut CheckReport) {
     daemon::check(&config, report).await;
     let (network, sts) = sts(&config);
     if let Err(error) = sts.prepare(&config.roles.sts_targets()).await {
-        return report.failed(
-            "sts",
-            error.to_string(),
-            "correct [sts], or the environment variable",
-        );
+        return report.failed("sts", error.to_string(), STEP_FIX);
+    }
+    let anywhere_ca = config.roles_anywhere.ca_file.clone();
+    let anywhere = RolesAnywhere::new(settings(&config, anywhere_ca, &network), Clock::system());
+    let targets = config.roles.roles_anywhere_targets();
+    if let Err(error) = anywhere.prepare(&targets).await {
+        let fix = "correct [roles_anywhere], or the environment variable";
+        return report.failed("sts", error.to_string(), fix);
     }
     let web = HttpProbe {
         resolve,
@@ -172,6 +179,12 @@ async fn run_steps(options: &CheckArgs, report: &mut CheckReport) {
     };
     let (mut issuers, mut clocks): (BTreeSet<Option<String>>, Vec<StsTarget>) = Default::default();
     for role in &config.roles.defined {
+        if let Some(at) = role.exchange.roles_anywhere() {
+            certificate::check(&config, &source, &anywhere, (role, at), &web, report).await;
+        }
+        if !role.exchange.uses_jwt() {
+            continue;
+        }
         if !clocks.contains(&role.sts) {
             clocks.push(role.sts.clone());
             exchange::clock(&sts, role, &web, report).await;
@@ -225,14 +238,18 @@ fn configuration(options: &CheckArgs, report: &mut CheckReport) -> Option<Config
 /// Builds the daemon's STS client, and its network settings, which other steps use too.
 fn sts(config: &Config) -> (NetworkSettings, Sts) {
     let network = NetworkSettings::from_env(|name| std::env::var(name).ok());
-    let settings = Settings {
+    let settings = settings(config, config.sts.ca_file.clone(), &network);
+    (network, Sts::new(settings, Clock::system()))
+}
+
+fn settings(config: &Config, ca_file: Option<PathBuf>, network: &NetworkSettings) -> Settings {
+    Settings {
         timeout: config.sts.timeout,
         max_concurrent: config.sts.max_concurrent,
-        ca_file: config.sts.ca_file.clone(),
+        ca_file,
         network: network.clone(),
         blocking: BlockingCalls::default(),
-    };
-    (network, Sts::new(settings, Clock::system()))
+    }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use crate::identity::SpiffeId;
 use crate::metrics::Metrics;
 use crate::role::Role;
 use crate::svid::own_svid::OwnSvidSource;
-use crate::svid::{JwtSvid, SourceError, WorkloadApi};
+use crate::svid::{JwtSvid, SourceError, WorkloadApi, X509Svid};
 
 /// Fetches a token for this identity, as the daemon does. Safe while the daemon runs: an agent
 /// issues tokens without a limit.
@@ -25,6 +25,21 @@ pub(super) async fn fetch(
         Metrics::default(),
     );
     source.with_deadline(deadline).fetch(id, audience).await
+}
+
+/// Fetches the X.509-SVID of this identity, likewise.
+pub(super) async fn certificate(
+    config: &Config,
+    id: &SpiffeId,
+    deadline: Duration,
+) -> Result<X509Svid, SourceError> {
+    let source = WorkloadApi::new(
+        config.identity.workload_api_socket.clone(),
+        Vec::new(),
+        Clock::system(),
+        Metrics::default(),
+    );
+    source.with_deadline(deadline).fetch_x509(id).await
 }
 
 /// Returns an identity of this node that the role covers, as an example for all. `None` if no rule

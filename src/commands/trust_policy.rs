@@ -2,6 +2,7 @@
 //!
 //! The configuration has the roles and their SPIFFE IDs. A live token has the issuer.
 
+mod anywhere;
 mod aws_cli;
 mod cloudformation;
 mod error;
@@ -13,14 +14,17 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use rustls::pki_types::CertificateDer;
 use serde_json::Value;
 
 use super::https_probe::{HttpProbe, ServerChain};
 use super::live_token;
+use crate::clock::Clock;
 use crate::config::{Config, Exposure};
 use crate::exit_status::ExitStatus;
 use crate::identity::SpiffeId;
 use crate::sts::NetworkSettings;
+use anywhere::PlannedAnywhere;
 use error::{NoLiveIssuer, TrustPolicyError};
 #[cfg(any(test, fuzzing))]
 pub(super) use plan::fuzzing;
@@ -28,6 +32,9 @@ use plan::{Plan, PlannedAccount, PlannedAccountName, PlannedIssuer, PlannedProvi
 
 /// Time limit of a token, and of each document of the issuer.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The issuer where no role is assumed by a token.
+const NO_ISSUER_NEEDED: &str = "https://issuer.invalid";
 
 /// Writes the IAM resources for this node's roles: the OIDC provider and the trust policies
 ///
@@ -155,11 +162,34 @@ fn render(plan: &Plan, format: Format) -> Result<String, TrustPolicyError> {
 }
 
 async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, TrustPolicyError> {
-    if options.format != Format::AwsCli && !options.existing_provider && !options.new_provider {
+    let uses_tokens = config
+        .roles
+        .defined
+        .iter()
+        .any(|role| role.exchange.uses_jwt());
+    let has_choice = options.existing_provider || options.new_provider;
+    if options.format != Format::AwsCli && uses_tokens && !has_choice {
         return Err(TrustPolicyError::NoChoiceOfProvider);
     }
-    let live = live_issuer(config).await;
     let mut warnings = Vec::new();
+    let anywhere = match &config.roles_anywhere.target {
+        Some(target) => {
+            let bundle = bundle(config).await.unwrap_or_else(|error| {
+                warnings.push(format!("the trust anchor is left out: {error}"));
+                Vec::new()
+            });
+            let (planned, doubts) =
+                PlannedAnywhere::new(target.clone(), &bundle, Clock::system().now());
+            warnings.extend(doubts);
+            Some(planned)
+        }
+        None => None,
+    };
+    let live = match uses_tokens {
+        true => live_issuer(config).await,
+        // No resource has it.
+        false => Ok(NO_ISSUER_NEEDED.to_owned()),
+    };
     let issuer = match (&options.issuer, live) {
         (None, live) => live?,
         (Some(named), Ok(live)) if *named != live => {
@@ -171,7 +201,7 @@ async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, TrustP
         (Some(named), _) => named.clone(),
     };
     let issuer = PlannedIssuer::parse(&issuer)?;
-    let (provider, doubts) = match options.existing_provider {
+    let (provider, doubts) = match options.existing_provider || !uses_tokens {
         true => (PlannedProvider::Existing, None),
         false => {
             let (thumbprint, doubts) = thumbprint(&issuer, options.accept_untrusted_issuer).await;
@@ -185,7 +215,7 @@ async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, TrustP
         .chain(&options.spiffe_id)
         .cloned()
         .collect();
-    let mut plan = Plan::new(&config.roles, &ids, issuer, provider);
+    let mut plan = Plan::new(&config.roles, &ids, issuer, provider, anywhere);
     plan.warnings.extend(doubts);
     plan.warnings.extend(warnings);
     if let Some(account) = &options.account {
@@ -198,6 +228,18 @@ async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, TrustP
         });
     }
     Ok(plan)
+}
+
+/// Returns the CAs of this node's trust domain.
+async fn bundle(config: &Config) -> Result<Vec<CertificateDer<'static>>, NoLiveIssuer> {
+    let mut roles = config.roles.defined.iter();
+    let id = match roles.find_map(|role| live_token::example(config, role)) {
+        Some(id) if live_token::by_rules(config) => id,
+        _ if live_token::by_rules(config) => return Err(NoLiveIssuer::NoIdentity),
+        _ => live_token::own(config, REQUEST_TIMEOUT).await?,
+    };
+    let svid = live_token::certificate(config, &id, REQUEST_TIMEOUT).await?;
+    Ok(svid.bundle().to_vec())
 }
 
 /// Returns the issuer of this node's tokens.

@@ -133,7 +133,22 @@ pub(crate) fn is_aws(endpoint: Option<&str>) -> bool {
 /// Neither the suffix nor `sts.` before it is enough. Customers have names below AWS's suffixes,
 /// such as that of a bucket `sts` (`sts.s3.amazonaws.com`, `sts.s3-eu-west-1.amazonaws.com`; T38).
 pub(super) fn is_aws_sts_host(host: &str) -> bool {
-    let is_sts = |label: &str| matches!(label, "sts" | "sts-fips");
+    is_service_host(host, "sts")
+}
+
+/// Returns whether this is the host name of AWS's IAM Roles Anywhere, likewise.
+pub(crate) fn is_aws_roles_anywhere_host(host: &str) -> bool {
+    is_service_host(host, "rolesanywhere")
+}
+
+/// Returns the suffixes of AWS's host names in the partition of this region: those with IPv4, and
+/// those with IPv6 as well.
+pub(crate) fn host_suffixes(region: &str) -> [&'static str; 2] {
+    Partition::of_region(region).unwrap_or(&COMMERCIAL).suffixes
+}
+
+fn is_service_host(host: &str, service: &str) -> bool {
+    let is_service = |label: &str| label.strip_suffix("-fips").unwrap_or(label) == service;
     std::iter::once(&COMMERCIAL)
         .chain(&PARTITIONS)
         .any(|partition| {
@@ -148,10 +163,10 @@ pub(super) fn is_aws_sts_host(host: &str) -> bool {
                     .map(|rest| rest.split('.').collect::<Vec<_>>())
                     .as_deref()
                 {
-                    Some([label]) => is_sts(label),
-                    Some([label, region]) => is_sts(label) && is_region(region),
+                    Some([label]) => is_service(label),
+                    Some([label, region]) => is_service(label) && is_region(region),
                     Some([name, label, region, "vpce"]) => {
-                        name.starts_with("vpce-") && is_sts(label) && is_region(region)
+                        name.starts_with("vpce-") && is_service(label) && is_region(region)
                     }
                     _ => false,
                 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::aws;
 use super::error::InvalidValue;
 use super::identity::{IdentityConfig, audience};
+use super::roles_anywhere::{self, RolesAnywhereConfig};
 use super::sts::{ENDPOINT_FIX, REGION_FIX, StsConfig};
 use super::toml_reader::{Location, Table};
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeIdPattern};
@@ -40,6 +41,8 @@ pub(super) struct Defaults<'a> {
     pub(super) identity_table: &'a Table<'a>,
     pub(super) sts: &'a StsConfig,
     pub(super) sts_table: &'a Table<'a>,
+    pub(super) roles_anywhere: &'a RolesAnywhereConfig,
+    pub(super) roles_anywhere_table: &'a Table<'a>,
 }
 
 /// Reads all `[[role]]`, and leaves out each one with an error.
@@ -53,7 +56,13 @@ pub(super) fn read(
         .iter()
         .filter_map(|table| role(table, defaults))
         .collect();
-    let has_region = |table: &Table<'_>| table.contains("region") || table.contains("sts_endpoint");
+    let by_certificate = |table: &Table<'_>| {
+        let exchange = table.value("exchange").and_then(|value| value.as_str());
+        exchange == Some("roles-anywhere")
+    };
+    let has_region = |table: &Table<'_>| {
+        table.contains("region") || table.contains("sts_endpoint") || by_certificate(table)
+    };
     let needs_region = !requested.missing("allow") || !tables.iter().all(has_region);
     if needs_region
         && !defaults.sts_table.contains("region")
@@ -109,6 +118,7 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
     let policy_arns = policy_arns(table, names);
     let allow_shared_audience = table.flag("allow_shared_audience").unwrap_or(false);
     let duration = whole_seconds(table, duration);
+    let exchange = roles_anywhere::exchange(table, defaults);
 
     // If the destination of the tokens is unknown, the checks below and those across roles mean
     // nothing.
@@ -125,9 +135,14 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
         audience: own_audience.unwrap_or_else(|| defaults.identity.audience.clone()),
         duration,
         session_name,
-        sts: target(region, endpoint, defaults)?,
+        sts: target(
+            region.or(roles_anywhere::own_region(&exchange)),
+            endpoint,
+            defaults,
+        )?,
         policy,
         policy_arns,
+        exchange: exchange?,
     };
     check(table, &role);
     Some(ParsedRole {

@@ -11,7 +11,8 @@ use super::imds::ImdsConfig;
 use super::log::{LogConfig, LogFormat};
 use super::pods::PodsConfig;
 use super::sts::StsConfig;
-use super::{CacheConfig, Config, ConfigFiles, LoadedConfig, listen};
+use super::{CacheConfig, Config, ConfigFiles, LoadedConfig, RolesAnywhereConfig, listen};
+use crate::role::RolesAnywhereTarget;
 
 mod entries;
 
@@ -39,6 +40,7 @@ impl LoadedConfig {
             imds,
             identity,
             sts,
+            roles_anywhere,
             cache,
             audit,
             log,
@@ -58,6 +60,7 @@ impl LoadedConfig {
         writer.imds(imds);
         writer.identity(identity);
         writer.sts(sts);
+        writer.roles_anywhere(roles_anywhere);
         writer.cache(cache);
         writer.output(audit, log);
         writer.table("[requested_roles]");
@@ -294,6 +297,29 @@ impl ConfigWriter<'_> {
         }
         self.key(TABLE, "timeout", duration(*timeout));
         self.key(TABLE, "max_concurrent", number(*max_concurrent));
+    }
+
+    fn roles_anywhere(&mut self, roles_anywhere: &RolesAnywhereConfig) {
+        const TABLE: &str = "roles_anywhere";
+        let RolesAnywhereConfig { target, ca_file } = roles_anywhere;
+        let Some(target) = target else { return };
+        let RolesAnywhereTarget {
+            trust_anchor_arn,
+            profile_arn,
+            region,
+            endpoint,
+        } = &**target;
+        self.table("[roles_anywhere]");
+        self.key(TABLE, "trust_anchor_arn", trust_anchor_arn.as_str());
+        self.key(TABLE, "profile_arn", profile_arn.as_str());
+        match endpoint {
+            Some(endpoint) => self.key(TABLE, "endpoint", endpoint.as_str()),
+            None => self.unset("endpoint", &format!("not set: AWS's in {region}")),
+        }
+        match ca_file {
+            Some(path) => self.key(TABLE, "ca_file", shown(path)),
+            None => self.unset("ca_file", "not set: the system's certificates"),
+        }
     }
 
     fn cache(&mut self, cache: &CacheConfig) {

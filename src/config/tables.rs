@@ -1,12 +1,13 @@
 //! The tables of a file by their names, and the paths in them.
 
+use std::path::Path;
+
 use super::audit::{AuditConfig, AuditFile};
 use super::cross_checks::PathSetting;
 use super::identity::{IdentityConfig, Source};
 use super::imds::ImdsConfig;
 use super::listen::ListenConfig;
 use super::pods::PodsConfig;
-use super::sts::StsConfig;
 use super::toml_reader::Table;
 use crate::socket_endpoint::Endpoint;
 
@@ -17,6 +18,7 @@ pub(super) struct Tables<'r> {
     pub(super) imds: Table<'r>,
     pub(super) identity: Table<'r>,
     pub(super) sts: Table<'r>,
+    pub(super) roles_anywhere: Table<'r>,
     pub(super) cache: Table<'r>,
     pub(super) audit: Table<'r>,
     pub(super) log: Table<'r>,
@@ -31,6 +33,7 @@ impl<'r> Tables<'r> {
             imds: root.table("imds"),
             identity: root.table("identity"),
             sts: root.table("sts"),
+            roles_anywhere: root.table("roles_anywhere"),
             cache: root.table("cache"),
             audit: root.table("audit"),
             log: root.table("log"),
@@ -38,16 +41,18 @@ impl<'r> Tables<'r> {
         }
     }
 
-    /// Returns the path of each file and socket that these values name.
+    /// Returns the path of each file and socket that these values name. `ca_files` has those of
+    /// `[sts]` and `[roles_anywhere]`.
     pub(super) fn paths<'a>(
         &'a self,
         listen: &'a ListenConfig,
         pods: &'a PodsConfig,
         imds: &'a ImdsConfig,
         identity: &'a IdentityConfig,
-        sts: &'a StsConfig,
+        ca_files: [Option<&'a Path>; 2],
         audit: &'a AuditConfig,
-    ) -> [PathSetting<'a>; 10] {
+    ) -> [PathSetting<'a>; 11] {
+        let [sts_ca, roles_anywhere_ca] = ca_files;
         let workload_api = match &identity.workload_api_socket {
             Endpoint::Unix(path) => Some(path.as_path()),
             Endpoint::Tcp(_) => None,
@@ -65,7 +70,8 @@ impl<'r> Tables<'r> {
         [
             (&self.identity, agent_key, agent),
             (&self.identity, "workload_api_socket", workload_api),
-            (&self.sts, "ca_file", sts.ca_file.as_deref()),
+            (&self.sts, "ca_file", sts_ca),
+            (&self.roles_anywhere, "ca_file", roles_anywhere_ca),
             (&self.listen, "unix", listen.unix.as_deref()),
             (&self.listen, "status", listen.status.as_deref()),
             (&self.listen, "token_file", Some(&listen.token_file)),

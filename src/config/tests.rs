@@ -397,7 +397,7 @@ fn example_shows_the_defaults_of_the_code() {
         [plain, written].map(|loaded| format!("{:?} {:?}", loaded.config, loaded.warnings));
     assert_eq!(plain, written);
     // One for each key with a default that a file for workload-api may have.
-    assert_eq!(shown, 1 + 11 + 3 + 3 + 2 + 2 + 2 + 2 + 6);
+    assert_eq!(shown, 1 + 11 + 3 + 3 + 2 + 2 + 2 + 2 + 7);
 }
 
 #[test]

@@ -16,6 +16,12 @@ use thiserror::Error;
 #[error("{0}")]
 pub struct KeyError(String);
 
+impl KeyError {
+    pub(super) fn of(error: impl std::error::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
 /// An ES256 key (P-256), as SPIRE uses by default.
 pub struct SigningKey {
     private: EncodingKey,

@@ -1,22 +1,25 @@
 //! An STS on loopback with real verification. It has only `AssumeRoleWithWebIdentity` and
-//! `GetCallerIdentity`.
+//! `GetCallerIdentity`, and `CreateSession` of IAM Roles Anywhere.
 //!
 //! Wire format: AWS Security Token Service API Reference, version 2011-06-15 (the query protocol).
 
+use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use hyper::Request;
 use hyper::body::Bytes;
+use hyper::{Method, Request};
 
 use super::keys::random_bytes;
 use super::loopback_http::{self, LoopbackResponse, Server};
 use crate::clock::Clock;
 use crate::identity::{RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
+use crate::roles_anywhere::signature::SESSIONS_PATH;
 
 mod answer;
+mod create_session;
 mod rejection;
 mod request;
 mod sessions;
@@ -24,10 +27,13 @@ mod sigv4;
 mod token;
 
 use answer::DevCaller;
+pub use create_session::{CertifiedRole, DevTrustAnchor};
 use rejection::{Code, DevRejection};
 use request::{Parameters, WebIdentityRequest};
 use sessions::{Sessions, random_id};
 
+/// Maximum number of canonical requests that are kept.
+const MAX_ACCEPTED_REQUESTS: usize = 16;
 const VERSION: &str = "2011-06-15";
 
 /// The IAM resources of an account.
@@ -39,6 +45,8 @@ pub struct DevAccount {
     pub providers: Vec<DevProvider>,
     /// Roles of the account.
     pub roles: Vec<TrustedRole>,
+    /// Trust anchors of IAM Roles Anywhere.
+    pub trust_anchors: Vec<DevTrustAnchor>,
 }
 
 /// An OpenID Connect provider.
@@ -84,6 +92,7 @@ impl DevSts {
             clock,
             sessions: Sessions::default(),
             issued: AtomicU64::new(0),
+            accepted: Mutex::default(),
         };
         let state = Arc::new(state);
         let server = Server::start(listener, {
@@ -105,6 +114,12 @@ impl DevSts {
         &self.url
     }
 
+    /// Returns the canonical requests of the latest sessions of IAM Roles Anywhere, the newest
+    /// last.
+    pub fn accepted_requests(&self) -> Vec<String> {
+        self.state.accepted().iter().cloned().collect()
+    }
+
     /// Returns the number of issued sessions, which is the number of successful exchanges.
     pub fn issued(&self) -> u64 {
         self.state.issued.load(Ordering::Relaxed)
@@ -119,10 +134,15 @@ struct StsState {
     clock: Clock,
     sessions: Sessions,
     issued: AtomicU64,
+    /// The latest canonical requests with which IAM Roles Anywhere created sessions.
+    accepted: Mutex<VecDeque<String>>,
 }
 
 impl StsState {
     async fn answer(&self, request: Request<Bytes>) -> LoopbackResponse {
+        if request.method() == Method::POST && request.uri().path() == SESSIONS_PATH {
+            return self.create_session(&request);
+        }
         let request_id = random_bytes::<16>().map(uuid).unwrap_or_default();
         let parameters = Parameters::of(&request);
         let action = parameters.get("Action").unwrap_or("(none)");
@@ -197,6 +217,20 @@ impl StsState {
             now,
         )?;
         Ok(answer::identity(&session.caller, request_id))
+    }
+
+    /// Records a session of IAM Roles Anywhere.
+    fn record_accepted(&self, canonical_request: String) {
+        self.issued.fetch_add(1, Ordering::Relaxed);
+        let mut accepted = self.accepted();
+        accepted.push_back(canonical_request);
+        if accepted.len() > MAX_ACCEPTED_REQUESTS {
+            accepted.pop_front();
+        }
+    }
+
+    fn accepted(&self) -> MutexGuard<'_, VecDeque<String>> {
+        self.accepted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn caller(&self, role: &RoleArn, session: &SessionName) -> DevCaller {

@@ -27,6 +27,38 @@ fn parsed(dev: &Dev, quiet: bool) -> LoadedConfig {
 }
 
 #[tokio::test]
+async fn certificate_is_exchanged_for_a_session() {
+    let dev = dev(&[(1000, "alice")]).await;
+    let config = parsed(&dev, false).config;
+    let alice = SpiffeId::parse("spiffe://dev.local/user/alice").unwrap();
+    let identities = [Identity {
+        spiffe_id: alice.clone(),
+        hint: None,
+    }];
+    let requested = RequestedRole::ByName("dev-certificate".to_owned());
+    let grant = config.roles.select(&identities, &requested).unwrap();
+    let source = crate::svid::WorkloadApi::new(
+        config.identity.workload_api_socket.clone(),
+        [],
+        Clock::system(),
+        crate::metrics::Metrics::default(),
+    );
+    let svid = source.fetch_x509(&alice).await.unwrap();
+    let settings = crate::sts::Settings {
+        timeout: config.sts.timeout,
+        max_concurrent: config.sts.max_concurrent,
+        ca_file: None,
+        network: crate::sts::NetworkSettings::default(),
+        blocking: crate::sts::BlockingCalls::default(),
+    };
+    let client = crate::roles_anywhere::RolesAnywhere::new(settings, Clock::system());
+    let at = grant.role.exchange.roles_anywhere().unwrap();
+    let session = crate::roles_anywhere::CreateSession::create_session(&client, &grant, at, &svid);
+    assert!(session.await.unwrap().access_key_id.starts_with("ASIA"));
+    assert_eq!(dev.sts().accepted_requests().len(), 1);
+}
+
+#[tokio::test]
 async fn configuration_works_with_the_daemons_parts() {
     let dev = dev(&[(1000, "alice"), (1001, "bob")]).await;
     let config = parsed(&dev, false).config;

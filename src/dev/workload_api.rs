@@ -1,5 +1,4 @@
-//! The SPIFFE Workload API of `dev`, limited to JWT-SVIDs, on a unix socket that only the daemon's
-//! own user can reach.
+//! The SPIFFE Workload API of `dev`, on a unix socket that only the daemon's own user can reach.
 //!
 //! Behaviour: SPIFFE_Workload_API.md, sections 4 and 6; SPIFFE_Workload_Endpoint.md, section 4.
 
@@ -21,6 +20,7 @@ use tonic::transport::Server;
 use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 
+use super::authority::DevAuthority;
 use super::keys::SigningKey;
 use crate::clock::Clock;
 use crate::identity::SpiffeId;
@@ -28,7 +28,7 @@ use crate::svid::proto::workload::spiffe_workload_api_server::{
     SpiffeWorkloadApi, SpiffeWorkloadApiServer,
 };
 use crate::svid::proto::workload::{
-    JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse,
+    JwtBundlesRequest, JwtBundlesResponse, Jwtsvid, JwtsvidRequest, JwtsvidResponse, X509svid,
     X509svidRequest, X509svidResponse,
 };
 
@@ -48,6 +48,8 @@ pub struct Registrations {
     pub issuer: String,
     /// Key that signs the tokens.
     pub key: Arc<SigningKey>,
+    /// CA that signs the certificates.
+    pub authority: Arc<DevAuthority>,
     /// Clock for the tokens' times.
     pub clock: Clock,
 }
@@ -130,6 +132,20 @@ struct DevSvidClaims<'a> {
 }
 
 impl DevWorkloadApiService {
+    fn issue(&self, id: &SpiffeId) -> Result<X509svid, Status> {
+        let authority = &self.registrations.authority;
+        let issued = authority
+            .issue(id, self.registrations.clock.now())
+            .map_err(|error| Status::internal(error.to_string()))?;
+        Ok(X509svid {
+            spiffe_id: id.to_string(),
+            x509_svid: issued.certificate.to_vec(),
+            x509_svid_key: issued.key.to_vec(),
+            bundle: authority.certificate().to_vec(),
+            hint: String::new(),
+        })
+    }
+
     fn sign(&self, spiffe_id: &SpiffeId, audience: &[String]) -> Result<Jwtsvid, Status> {
         let now = self.registrations.clock.now();
         let claims = DevSvidClaims {
@@ -158,9 +174,16 @@ impl SpiffeWorkloadApi for DevWorkloadApiService {
         &self,
         _: Request<X509svidRequest>,
     ) -> Result<Response<BoxStream<X509svidResponse>>, Status> {
-        Err(Status::unimplemented(
-            "awsvid dev has no X.509-SVIDs to give",
-        ))
+        let svids = self
+            .registrations
+            .spiffe_ids
+            .iter()
+            .map(|id| self.issue(id));
+        let svids = svids.collect::<Result<_, _>>()?;
+        // An hour is longer than any client of `dev` keeps its stream.
+        let message = Ok(X509svidResponse { svids });
+        let stream = tokio_stream::once(message).chain(tokio_stream::pending());
+        Ok(Response::new(Box::pin(stream)))
     }
 
     async fn fetch_jwtsvid(

@@ -111,7 +111,8 @@ fn sts_of_requested_roles_is_probed_without_any_role() {
         let probes = ReadinessProbes::new(
             &config,
             Arc::new(source),
-            Arc::new(Sts::new(settings, clock)),
+            Arc::new(Sts::new(settings.clone(), clock.clone())),
+            Arc::new(RolesAnywhere::new(settings, clock)),
             metrics,
             FileThreads::default(),
         );

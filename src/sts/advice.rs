@@ -6,13 +6,13 @@ use crate::svid::{JwtSvid, one_line};
 
 /// The STS that a call goes to, for error messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct StsDestination {
+pub(crate) struct StsDestination {
     /// Name for messages, as in `STS at https://sts.example.org`.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// True if AWS runs it.
-    pub(super) is_aws: bool,
+    pub(crate) is_aws: bool,
     /// The proxy in between, as messages print it.
-    pub(super) proxy: Option<String>,
+    pub(crate) proxy: Option<String>,
 }
 
 /// Returns advice for the operator. `answer` has the code and the message of STS; `call` is the

@@ -10,8 +10,7 @@ use aws_sdk_sts::config::interceptors::BeforeDeserializationInterceptorContextMu
 use aws_sdk_sts::config::retry::RetryConfig;
 use aws_sdk_sts::config::timeout::TimeoutConfig;
 use aws_sdk_sts::config::{
-    BehaviorVersion, ConfigBag, Intercept, Region, RuntimeComponents, SharedHttpClient,
-    StalledStreamProtectionConfig,
+    BehaviorVersion, ConfigBag, Intercept, Region, RuntimeComponents, StalledStreamProtectionConfig,
 };
 use aws_sdk_sts::error::BoxError;
 use aws_smithy_http_client::Connector;
@@ -38,11 +37,11 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// call meets a closing connection.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Maximum size of a response. Credentials and an error text are a few kilobytes.
-const MAX_RESPONSE_BYTES: usize = 256 * 1024;
+pub(super) const MAX_RESPONSE_BYTES: usize = 256 * 1024;
 
 /// Settings and certificates that all clients share.
-pub(super) struct HttpConnector {
-    pub(super) network: NetworkSettings,
+pub(crate) struct HttpConnector {
+    pub(crate) network: NetworkSettings,
     system: Arc<Roots>,
     ca_file: Option<Arc<Roots>>,
     hosts: HostResolver,
@@ -50,7 +49,7 @@ pub(super) struct HttpConnector {
 }
 
 impl HttpConnector {
-    pub(super) fn new(
+    pub(crate) fn new(
         network: NetworkSettings,
         ca_file: Option<&Path>,
         timeout: Duration,
@@ -66,15 +65,14 @@ impl HttpConnector {
         }
     }
 
-    /// Checks the variables that calls for `target` use, and loads its CA certificates. Missing
+    /// Checks the variables that calls to `url` use, and loads its CA certificates. Missing
     /// certificates are not an error. The system's are loaded in the background, so that the start
-    /// does not wait for them.
-    pub(super) async fn prepare(&self, target: &StsTarget) -> Result<(), InvalidSetting> {
-        let url = self.network.sts_url(target).await?;
+    /// does not wait for them. `is_aws` is whether AWS runs the server.
+    pub(crate) async fn prepare(&self, url: &str, is_aws: bool) -> Result<(), InvalidSetting> {
         if let Ok(uri) = url.parse() {
             self.network.hop(&uri)?;
         }
-        let Some(roots) = self.roots(target, &url).cloned() else {
+        let Some(roots) = self.roots(url, is_aws).cloned() else {
             return Ok(());
         };
         if Arc::ptr_eq(&roots, &self.system) {
@@ -89,6 +87,30 @@ impl HttpConnector {
 
     /// Creates a client for `target`, which is at `url`.
     pub(super) async fn client(&self, target: &StsTarget, url: &str) -> Result<Client, Failure> {
+        let is_aws = is_aws_sts(target.endpoint.as_deref());
+        let connector = self.connector(url, is_aws).await?;
+        let config = aws_sdk_sts::Config::builder()
+            .behavior_version(BehaviorVersion::latest())
+            .region(Region::new(target.region.clone()))
+            // One function selects the host, for the daemon and for `awsvid check`.
+            .endpoint_url(url)
+            .http_client(http_client_fn(move |_, _| connector.clone()))
+            // `TokenExchanger` retries, and the whole call has one deadline.
+            .retry_config(RetryConfig::disabled())
+            .timeout_config(TimeoutConfig::disabled())
+            .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
+            .interceptor(LimitResponse)
+            .build();
+        Ok(Client::from_conf(config))
+    }
+
+    /// Creates a pool of connections to the server at `url`, through the proxy for it. `is_aws` is
+    /// whether AWS runs the server, so that the system's certificates verify it.
+    pub(crate) async fn connector(
+        &self,
+        url: &str,
+        is_aws: bool,
+    ) -> Result<SharedHttpConnector, Failure> {
         // The SDK finds an invalid URL late, and its error quotes the whole request.
         let uri: Option<Uri> = url.parse().ok();
         let uri = uri.filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")));
@@ -99,31 +121,19 @@ impl HttpConnector {
             .network
             .proxy(&uri)
             .map_err(|InvalidSetting(text)| Failure::InvalidRequest(text))?;
-        let trust = match self.roots(target, url) {
+        let trust = match self.roots(url, is_aws) {
             Some(roots) => roots
                 .store()
                 .await
                 .map_err(|problem| Failure::Untrusted(problem.text().to_owned()))?,
             None => TrustStore::empty(),
         };
-        let config = aws_sdk_sts::Config::builder()
-            .behavior_version(BehaviorVersion::latest())
-            .region(Region::new(target.region.clone()))
-            // One function selects the host, for the daemon and for `awsvid check`.
-            .endpoint_url(url)
-            .http_client(self.http_client(proxy, trust)?)
-            // `TokenExchanger` retries, and the whole call has one deadline.
-            .retry_config(RetryConfig::disabled())
-            .timeout_config(TimeoutConfig::disabled())
-            .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
-            .interceptor(LimitResponse)
-            .build();
-        Ok(Client::from_conf(config))
+        self.connector_with(proxy, trust)
     }
 
     /// Returns the number of times that certificates were replaced. Clients that were created
     /// before the latest time are outdated.
-    pub(super) fn replaced_roots(&self) -> usize {
+    pub(crate) fn replaced_roots(&self) -> usize {
         let roots = [Some(&self.system), self.ca_file.as_ref()];
         roots
             .into_iter()
@@ -133,20 +143,20 @@ impl HttpConnector {
     }
 
     /// Returns the certificates that verify the server at `url`, or `None` without TLS. `ca_file`
-    /// never verifies AWS's STS: the holder of that private key could pass for AWS.
-    fn roots(&self, target: &StsTarget, url: &str) -> Option<&Arc<Roots>> {
+    /// never verifies a server of AWS: the holder of that private key could pass for AWS.
+    fn roots(&self, url: &str, is_aws: bool) -> Option<&Arc<Roots>> {
         match &self.ca_file {
             _ if url.starts_with("http://") => None,
-            Some(file) if !is_aws_sts(target.endpoint.as_deref()) => Some(file),
+            Some(file) if !is_aws => Some(file),
             _ => Some(&self.system),
         }
     }
 
-    fn http_client(
+    fn connector_with(
         &self,
         proxy: ProxyConfig,
         trust: TrustStore,
-    ) -> Result<SharedHttpClient, Failure> {
+    ) -> Result<SharedHttpConnector, Failure> {
         let tls = TlsContext::builder().with_trust_store(trust).build();
         let tls = tls.map_err(|_| Failure::InvalidRequest("TLS setup failed".to_owned()))?;
         let timeouts = HttpConnectorSettings::builder()
@@ -158,8 +168,8 @@ impl HttpConnector {
             .connector_settings(timeouts)
             .pool_idle_timeout(POOL_IDLE_TIMEOUT)
             .tls_context(tls);
-        let connector = SharedHttpConnector::new(connector.build_with_resolver(self.hosts.clone()));
-        Ok(http_client_fn(move |_, _| connector.clone()))
+        let connector = connector.build_with_resolver(self.hosts.clone());
+        Ok(SharedHttpConnector::new(connector))
     }
 }
 

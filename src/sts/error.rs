@@ -53,7 +53,7 @@ impl fmt::Display for StsError {
 
 /// Everything that can fail in a call.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Failure {
+pub(crate) enum Failure {
     /// STS rejected, or a server that answers instead of it.
     Rejected {
         code: Option<String>,
@@ -164,6 +164,8 @@ fn classify_code(code: &str, status: u16, message: &str) -> (RetryPolicy, StsRea
         | "InvalidParameterCombination"
         | "InvalidRequest"
         | "MissingParameter"
+        | "ResourceNotFound"
+        | "ServiceLinkedRoleLockClient"
         | "NoSuchEntity" => (RetryPolicy::Never, StsReason::BadRequest),
         // Codes of an S3, or of a service that needs a signature. This call has none.
         "AuthorizationHeaderMalformed"
@@ -188,9 +190,11 @@ fn classify_code(code: &str, status: u16, message: &str) -> (RetryPolicy, StsRea
         | "Throttling"
         | "TooManyRequests"
         | "TransactionInProgress" => (RetryPolicy::Later, StsReason::Throttled),
-        "RequestTimeout" | "InternalFailure" | "InternalError" | "ServiceUnavailable" => {
-            (RetryPolicy::Later, StsReason::Unavailable)
-        }
+        "RequestTimeout"
+        | "InternalFailure"
+        | "InternalError"
+        | "ServiceLinkedRoleLockService"
+        | "ServiceUnavailable" => (RetryPolicy::Later, StsReason::Unavailable),
         _ => classify_status(status),
     }
 }
@@ -208,7 +212,7 @@ fn classify_status(status: u16) -> (RetryPolicy, StsReason) {
 impl StsError {
     /// All policies and reasons of errors. STS may reject a second token, which is then retried
     /// later.
-    const KINDS: [(RetryPolicy, StsReason); 17] = [
+    const KINDS: [(RetryPolicy, StsReason); 19] = [
         (RetryPolicy::Later, StsReason::BadAnswer),
         (RetryPolicy::Later, StsReason::Busy),
         (RetryPolicy::Later, StsReason::ExpiredToken),
@@ -221,6 +225,8 @@ impl StsError {
         (RetryPolicy::Never, StsReason::AccessDenied),
         (RetryPolicy::Never, StsReason::BadPolicy),
         (RetryPolicy::Never, StsReason::BadRequest),
+        (RetryPolicy::Never, StsReason::ExpiredToken),
+        (RetryPolicy::Never, StsReason::InvalidToken),
         (RetryPolicy::Never, StsReason::Misconfigured),
         (RetryPolicy::Never, StsReason::Refused),
         (RetryPolicy::Never, StsReason::RegionDisabled),
@@ -241,7 +247,7 @@ impl StsError {
     }
 
     /// Creates the error of a call to `at`. `call` is the exchange that failed.
-    pub(super) fn new(
+    pub(crate) fn new(
         failure: &Failure,
         at: &StsDestination,
         call: Option<(&Grant, &JwtSvid)>,
@@ -303,7 +309,7 @@ impl StsError {
 
 /// Returns the texts of an error's causes, each once. Some of the SDK's causes print the request
 /// even with `Display`. So texts that contain a brace are left out.
-fn causes(error: &dyn Error) -> String {
+pub(super) fn causes(error: &dyn Error) -> String {
     let mut texts: Vec<String> = Vec::new();
     let mut next = error.source();
     while let Some(error) = next {

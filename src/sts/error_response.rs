@@ -37,6 +37,11 @@ pub(super) fn read(response: &HttpResponse) -> Option<StsErrorResponse> {
     };
     if error.code.is_none() {
         error.code = response.headers().get(CODE_HEADER).and_then(code);
+        // Services with the code in the header send JSON with the message alone.
+        if error.code.is_some() && error.message.is_empty() {
+            error.message =
+                serde_json::from_str(text).map_or_else(|_| String::new(), |value| message(&value));
+        }
     }
     (error != StsErrorResponse::default()).then_some(error)
 }
@@ -72,13 +77,6 @@ fn of_xml(text: &str) -> StsErrorResponse {
 /// OAuth's `{"error", "error_description"}`.
 fn of_json(value: &Value, depth: usize) -> StsErrorResponse {
     const CODES: [&str; 5] = ["Code", "code", "__type", "errorCode", "error"];
-    const MESSAGES: [&str; 5] = [
-        "Message",
-        "message",
-        "errorMessage",
-        "error_description",
-        "detail",
-    ];
     let Some(fields) = value.as_object().filter(|_| depth < MAX_JSON_DEPTH) else {
         return StsErrorResponse::default();
     };
@@ -95,12 +93,21 @@ fn of_json(value: &Value, depth: usize) -> StsErrorResponse {
     };
     StsErrorResponse {
         code: Some(code),
-        message: MESSAGES
-            .iter()
-            .find_map(text)
-            .unwrap_or_default()
-            .to_owned(),
+        message: message(value),
     }
+}
+
+/// Returns the message of a JSON object.
+fn message(value: &Value) -> String {
+    const MESSAGES: [&str; 5] = [
+        "Message",
+        "message",
+        "errorMessage",
+        "error_description",
+        "detail",
+    ];
+    let text = MESSAGES.iter().find_map(|name| value.get(name)?.as_str());
+    text.unwrap_or_default().to_owned()
 }
 
 /// Returns the code in `com.amazonaws.sts#ExpiredToken:http://internal/`, which is one word.

@@ -12,7 +12,8 @@ use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use thiserror::Error;
 
 use super::no_proxy;
-use crate::role::StsTarget;
+use crate::config::host_suffixes;
+use crate::role::{RolesAnywhereTarget, StsTarget};
 
 const HTTPS_PROXY: [&str; 4] = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"];
 const HTTP_PROXY: [&str; 4] = ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"];
@@ -129,6 +130,33 @@ impl NetworkSettings {
                     target.region
                 ))
             })
+    }
+
+    /// Returns the URL of calls to an IAM Roles Anywhere: the target's endpoint, or AWS's endpoint
+    /// of the region. Fails for a variable that is neither `true` nor `false`.
+    pub fn roles_anywhere_url(
+        &self,
+        target: &RolesAnywhereTarget,
+    ) -> Result<String, InvalidSetting> {
+        if let Some(endpoint) = &target.endpoint {
+            return Ok(endpoint.clone());
+        }
+        let service = match switch(FIPS, &self.fips)? {
+            true => "rolesanywhere-fips",
+            false => "rolesanywhere",
+        };
+        let [ipv4, dual_stack] = host_suffixes(&target.region);
+        let suffix = match switch(DUAL_STACK, &self.dual_stack)? {
+            true => dual_stack,
+            false => ipv4,
+        };
+        Ok(format!("https://{service}.{}.{suffix}", target.region))
+    }
+
+    /// Returns the name of the proxy for calls to a URL, for messages.
+    pub(crate) fn proxy_name(&self, url: &str) -> Option<String> {
+        let hop = self.hop(&url.parse().ok()?);
+        hop.ok().flatten().map(|hop| hop.to_string())
     }
 
     /// Returns the proxy for calls to `to`, if there is one. Fails if its variable does not name an

@@ -27,6 +27,7 @@ pub(crate) fn grant(target: &StsTarget) -> Grant {
         sts: target.clone(),
         policy: None,
         policy_arns: vec![],
+        exchange: crate::role::FirstExchange::WebIdentity,
     };
     Grant {
         spiffe_id: billing(),

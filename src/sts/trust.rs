@@ -308,7 +308,7 @@ fn check_variables(env: impl Fn(&str) -> Option<OsString>) -> Result<(), NoRoots
 }
 
 /// Encodes a certificate as PEM (RFC 7468, section 3).
-fn to_pem(certificate: &CertificateDer<'_>) -> String {
+pub(crate) fn to_pem(certificate: &CertificateDer<'_>) -> String {
     let text = STANDARD.encode(certificate);
     let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");
     for line in text.as_bytes().chunks(64) {

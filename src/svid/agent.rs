@@ -6,7 +6,7 @@ use std::fmt;
 use async_trait::async_trait;
 use zeroize::Zeroizing;
 
-use super::SourceError;
+use super::{ReceivedX509Svid, SourceError};
 use crate::cgroup::PodUid;
 use crate::socket_endpoint::Endpoint;
 
@@ -35,6 +35,19 @@ pub trait AttestingAgent: Send + Sync + fmt::Debug {
         ))
     }
 
+    /// Returns the X.509-SVIDs of the process `pid` with their keys, with the same errors.
+    async fn fetch_x509_for_pid(&self, _pid: u32) -> Result<Vec<ReceivedX509Svid>, SourceError> {
+        Err(no_x509())
+    }
+
+    /// Returns the X.509-SVIDs of a pod, with the same errors.
+    async fn fetch_x509_for_pod(
+        &self,
+        _pod: &PodUid,
+    ) -> Result<Vec<ReceivedX509Svid>, SourceError> {
+        Err(no_x509())
+    }
+
     /// Returns the daemon's own identities, fetched now.
     async fn fetch_own(&self, audience: &str) -> Result<Vec<String>, SourceError> {
         own_by_process(self.fetch_for_pid(std::process::id(), audience).await)
@@ -51,6 +64,10 @@ pub trait AttestingAgent: Send + Sync + fmt::Debug {
     /// Connects unless there is a connection. Fails with `Misconfigured` if the connection is
     /// unusable.
     async fn connect(&self) -> Result<(), SourceError>;
+}
+
+fn no_x509() -> SourceError {
+    SourceError::Misconfigured("this agent does not have X.509-SVIDs of workloads".to_owned())
 }
 
 /// Converts the agent's reply about the daemon's process to the daemon's own identities.

@@ -20,7 +20,7 @@ use super::identity_cache::{
     FACTS_FOR_AGENT, IdentityCache, IdentityLookup, IdentityResult, Subject, has_all_facts,
 };
 use super::log_quota;
-use super::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
+use super::{IdentityBasis, IdentitySource, JwtSvid, SourceError, X509Svid};
 use crate::caller::{Caller, CallerFacts, ProcessFacts, WorkloadKey};
 use crate::clock::{Clock, REQUEST_HOLD};
 use crate::identity::SpiffeId;
@@ -37,6 +37,7 @@ mod revalidation;
 
 use held_tokens::HeldTokens;
 use own_ids::{OWN_ID_TTL, OwnIds};
+use query::{JwtQuery, X509Query};
 
 /// Maximum number of concurrent queries about unknown subjects. At this limit the workload with the
 /// most loses its newest query, unless no other workload holds fewer (T29).
@@ -132,7 +133,7 @@ impl IdentitySource for AgentSource {
         {
             return Ok(token);
         }
-        let svids = self.0.query(caller, audience).await?;
+        let svids = self.0.query(caller, &JwtQuery(audience)).await?;
         let is_own = self.0.own_ids(OWN_ID_TTL).await?.contains(id);
         let tokens = svids
             .into_iter()
@@ -143,6 +144,23 @@ impl IdentitySource for AgentSource {
                 "the SPIFFE agent does not give {id} to this workload any more"
             ))
         })
+    }
+
+    async fn x509_svid(
+        &self,
+        caller: &Arc<Caller>,
+        id: &SpiffeId,
+    ) -> Result<X509Svid, SourceError> {
+        let svids = self.0.query(caller, &X509Query).await?;
+        let denied = || {
+            SourceError::Denied(format!(
+                "the SPIFFE agent does not give an X.509-SVID of {id} to this workload"
+            ))
+        };
+        if self.0.own_ids(OWN_ID_TTL).await?.contains(id) {
+            return Err(denied());
+        }
+        X509Svid::check_any(svids, id, self.0.clock.now())?.ok_or_else(denied)
     }
 
     fn facts_needed(&self, caller: CallerFacts<'_>) -> Option<ProcessFacts> {

@@ -11,8 +11,8 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Mutex;
 use tokio::time::timeout;
-use tonic::Status;
 use tonic::transport::{Channel, Uri};
+use tonic::{Response, Status, Streaming};
 
 use super::{SourceError, one_line};
 use crate::socket_endpoint::Endpoint;
@@ -78,6 +78,14 @@ pub(crate) fn unreachable(endpoint: &Endpoint, key: &str, error: &io::Error) -> 
 /// agent's.
 pub(super) fn is_broken(status: &Status) -> bool {
     std::error::Error::source(status).is_some()
+}
+
+/// Returns the first message of a stream, and closes the stream. Fails if it has none.
+pub(super) async fn first_message<T>(
+    reply: Result<Response<Streaming<T>>, Status>,
+) -> Result<T, Status> {
+    let first = reply?.into_inner().message().await?;
+    first.ok_or_else(|| Status::unavailable("the stream ended without a message"))
 }
 
 /// Returns the device and inode of the socket's file. Another agent at the same path has another

@@ -14,6 +14,7 @@ use serde_json::value::RawValue;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
+use super::last_to_expire;
 use crate::identity::SpiffeId;
 
 /// Maximum length of `WebIdentityToken` at STS, in characters.
@@ -139,16 +140,10 @@ impl JwtSvid {
         audience: &str,
         now: SystemTime,
     ) -> Result<Option<Self>, BadToken> {
-        let mut best: Option<Result<Self, BadToken>> = None;
-        for token in tokens {
-            best = match (best, Self::check(token, expected, audience, now)) {
-                (None, checked) => Some(checked),
-                (Some(Ok(best)), Ok(other)) if best.expires() < other.expires() => Some(Ok(other)),
-                (Some(Err(_)), Ok(other)) => Some(Ok(other)),
-                (best, _) => best,
-            };
-        }
-        best.transpose()
+        let checked = tokens
+            .into_iter()
+            .map(|token| Self::check(token, expected, audience, now));
+        last_to_expire(checked, Self::expires)
     }
 
     /// Checks only the `sub` of `token`. Fails if it is not a SPIFFE ID, or another one than

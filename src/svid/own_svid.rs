@@ -13,9 +13,10 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::metadata::MetadataValue;
+use tonic::transport::Channel;
 use tonic::{Code, Request, Status, Streaming};
 
-use super::channel::{file_at, is_broken, open, unreachable};
+use super::channel::{CallError, file_at, is_broken, open, unreachable};
 use super::log_quota;
 use super::proto::workload::X509svidRequest;
 use super::proto::workload::X509svidResponse;
@@ -30,7 +31,10 @@ mod certificates;
 pub(crate) mod fuzzing;
 
 pub use certificates::{CertificateIdError, OwnSvid, id_of};
+pub(super) use certificates::{OwnSvidError, certified, split};
 
+/// Maximum size of a message: 4 kB for each of 4000 identities.
+const MAX_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
 /// A stream that lasted this long was stable. When it ends, the next one is opened at once.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
 /// Delay before the second try to open a stream.
@@ -164,25 +168,12 @@ impl StreamTask {
     }
 
     async fn open(&self) -> Result<Streaming<X509svidResponse>, SourceError> {
-        let channel = match &self.endpoint {
-            Endpoint::Unix(path) => open(UnixStream::connect(path)).await,
-            Endpoint::Tcp(address) => open(TcpStream::connect(address)).await,
-        };
-        let channel = channel.map_err(|error| {
-            SourceError::Unavailable(unreachable(&self.endpoint, "workload_api_socket", &error))
-        })?;
-        let mut request = Request::new(X509svidRequest {});
-        // The standard's protection against request forgery. SPIRE rejects a request that has it
-        // twice.
-        request
-            .metadata_mut()
-            .insert("workload.spiffe.io", MetadataValue::from_static("true"));
-        let reply = SpiffeWorkloadApiClient::new(channel)
-            .fetch_x509svid(request)
-            .await;
-        reply
-            .map(tonic::Response::into_inner)
-            .map_err(|status| self.error_of(&status))
+        subscribe(&self.endpoint)
+            .await
+            .map_err(|failed| match failed {
+                CallError::Unconnected(error) => error,
+                CallError::Answered(status) => self.error_of(&status),
+            })
     }
 
     fn file(&self) -> Option<(u64, u64)> {
@@ -277,6 +268,37 @@ impl StreamTask {
             )),
         }
     }
+}
+
+/// Opens a stream of the daemon's own X.509-SVIDs, over a new connection.
+pub(super) async fn subscribe(
+    endpoint: &Endpoint,
+) -> Result<Streaming<X509svidResponse>, CallError> {
+    let channel = connect(endpoint).await.map_err(CallError::Unconnected)?;
+    let mut request = Request::new(X509svidRequest {});
+    // The standard's protection against request forgery. SPIRE rejects a request that has it
+    // twice.
+    request
+        .metadata_mut()
+        .insert("workload.spiffe.io", MetadataValue::from_static("true"));
+    // One message has all identities of the daemon, each with its own copy of the bundle.
+    let mut client =
+        SpiffeWorkloadApiClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let reply = client.fetch_x509svid(request).await;
+    reply
+        .map(tonic::Response::into_inner)
+        .map_err(CallError::Answered)
+}
+
+/// Opens a new connection to a Workload API.
+pub(super) async fn connect(endpoint: &Endpoint) -> Result<Channel, SourceError> {
+    let channel = match endpoint {
+        Endpoint::Unix(path) => open(UnixStream::connect(path)).await,
+        Endpoint::Tcp(address) => open(TcpStream::connect(address)).await,
+    };
+    channel.map_err(|error| {
+        SourceError::Unavailable(unreachable(endpoint, "workload_api_socket", &error))
+    })
 }
 
 #[cfg(test)]

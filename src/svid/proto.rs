@@ -56,6 +56,13 @@ pub mod spire {
     }
 }
 
+impl spire::api::types::Spiffeid {
+    /// Returns the ID as a text, which may not be a valid SPIFFE ID.
+    pub fn text(&self) -> String {
+        format!("spiffe://{}{}", self.trust_domain, self.path)
+    }
+}
+
 impl fmt::Debug for workload::Jwtsvid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("JWTSVID")
@@ -76,6 +83,23 @@ impl fmt::Debug for broker::Jwtsvid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("JWTSVID")
             .field("spiffe_id", &self.spiffe_id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for broker::X509svid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("X509SVID")
+            .field("spiffe_id", &self.spiffe_id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for spire::api::agent::delegatedidentity::v1::X509svidWithKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let id = self.x509_svid.as_ref().and_then(|svid| svid.id.as_ref());
+        f.debug_struct("X509SVIDWithKey")
+            .field("id", &id)
             .finish_non_exhaustive()
     }
 }

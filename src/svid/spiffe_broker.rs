@@ -20,16 +20,16 @@ use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
-use super::SourceError;
 use super::agent::{AgentSvid, AttestingAgent, own_by_process};
-use super::channel::{CallError, ReconnectingChannel};
+use super::channel::{CallError, ReconnectingChannel, first_message};
 use super::own_svid::OwnSvidSource;
 use super::proto::broker::api_client::ApiClient;
 use super::proto::broker::{
-    FetchJwtsvidRequest, FetchJwtsvidResponse, KubernetesObjectReference, KubernetesObjectType,
-    WorkloadPidReference, WorkloadReference,
+    FetchJwtsvidRequest, KubernetesObjectReference, KubernetesObjectType,
+    SubscribeToX509svidRequest, WorkloadPidReference, WorkloadReference,
 };
 use super::spire_delegated::pid_namespace_error;
+use super::{ReceivedX509Svid, SourceError};
 use crate::caller::AttestError;
 use crate::cgroup::PodUid;
 use crate::identity::SpiffeIdPattern;
@@ -131,62 +131,105 @@ impl BrokerApi {
         }
     }
 
-    /// Fetches the SVIDs of a workload within the deadline.
+    /// Fetches the JWT-SVIDs of a workload within the deadline.
     async fn fetch(
         &self,
         workload: WorkloadRef<'_>,
         audience: &str,
     ) -> Result<Vec<AgentSvid>, SourceError> {
-        let reply = timeout(self.deadline, self.send(workload, audience))
-            .await
-            .map_err(|_| {
-                let (endpoint, deadline) = (&self.endpoint, self.deadline);
-                SourceError::Unavailable(format!(
-                    "the SPIFFE agent at {endpoint} did not answer within {deadline:?}"
-                ))
-            })??;
-        Ok(reply
-            .svids
-            .into_iter()
-            .map(|svid| AgentSvid::new(svid.spiffe_id, svid.svid, svid.hint))
-            .collect())
-    }
-
-    async fn send(
-        &self,
-        workload: WorkloadRef<'_>,
-        audience: &str,
-    ) -> Result<FetchJwtsvidResponse, SourceError> {
         let reference = workload.reference();
         let send = |channel: Channel| {
             let mut client = ApiClient::new(channel).max_decoding_message_size(MAX_REPLY_BYTES);
-            let mut request = Request::new(FetchJwtsvidRequest {
+            let request = self.request(FetchJwtsvidRequest {
                 reference: Some(WorkloadReference {
                     reference: Some(reference.clone()),
                 }),
                 audience: vec![audience.to_owned()],
                 spiffe_id: String::new(),
             });
-            // The standard's protection against request forgery. SPIRE rejects a request that has
-            // it twice.
-            request
-                .metadata_mut()
-                .insert("broker.spiffe.io", MetadataValue::from_static("true"));
-            // Lets the agent end the call when no request waits any more. tonic's own timeout would
-            // be later, since its error is like that of a broken connection.
-            request.set_timeout(self.deadline + Duration::from_secs(1));
             async move { client.fetch_jwtsvid(request).await }
         };
-        match self.connection.call(send).await {
-            Ok(reply) => Ok(reply.into_inner()),
-            Err(CallError::Unconnected(error)) => Err(error),
-            Err(CallError::Answered(status)) => {
-                if is_client_unknown(&status) {
-                    self.connection.invalidate_all().await;
+        let reply = self.call_in_time(workload, send).await?;
+        Ok(reply
+            .into_inner()
+            .svids
+            .into_iter()
+            .map(|svid| AgentSvid::new(svid.spiffe_id, svid.svid, svid.hint))
+            .collect())
+    }
+
+    /// Fetches the X.509-SVIDs of a workload within the deadline.
+    async fn fetch_x509(
+        &self,
+        workload: WorkloadRef<'_>,
+    ) -> Result<Vec<ReceivedX509Svid>, SourceError> {
+        let reference = workload.reference();
+        let send = |channel: Channel| {
+            let mut client = ApiClient::new(channel).max_decoding_message_size(MAX_REPLY_BYTES);
+            let request = self.request(SubscribeToX509svidRequest {
+                reference: Some(WorkloadReference {
+                    reference: Some(reference.clone()),
+                }),
+            });
+            async move { first_message(client.subscribe_to_x509svid(request).await).await }
+        };
+        let reply = self.call_in_time(workload, send).await?;
+        // Each is converted, so that each key is cleared.
+        Ok(reply.svids.into_iter().map(Into::into).collect())
+    }
+
+    /// Returns a request with the headers of every call.
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        // The standard's protection against request forgery. SPIRE rejects a request that has it
+        // twice.
+        request
+            .metadata_mut()
+            .insert("broker.spiffe.io", MetadataValue::from_static("true"));
+        // Lets the agent end the call when no request waits any more. tonic's own timeout would
+        // be later, since its error is like that of a broken connection.
+        request.set_timeout(self.deadline + Duration::from_secs(1));
+        request
+    }
+
+    /// Sends a call about a workload within the deadline.
+    async fn call_in_time<T, F>(
+        &self,
+        workload: WorkloadRef<'_>,
+        send: impl Fn(Channel) -> F + Send + Sync,
+    ) -> Result<T, SourceError>
+    where
+        F: Future<Output = Result<T, Status>> + Send,
+    {
+        let call = async {
+            match self.connection.call(send).await {
+                Ok(reply) => Ok(reply),
+                Err(CallError::Unconnected(error)) => Err(error),
+                Err(CallError::Answered(status)) => {
+                    if is_client_unknown(&status) {
+                        self.connection.invalidate_all().await;
+                    }
+                    Err(self.error_of(workload, &status))
                 }
-                Err(self.error_of(workload, &status))
             }
+        };
+        timeout(self.deadline, call).await.unwrap_or_else(|_| {
+            let (endpoint, deadline) = (&self.endpoint, self.deadline);
+            Err(SourceError::Unavailable(format!(
+                "the SPIFFE agent at {endpoint} did not answer within {deadline:?}"
+            )))
+        })
+    }
+
+    /// Returns the reference to a process. Fails if the agent would take another process for it.
+    async fn process(&self, pid: u32) -> Result<WorkloadRef<'static>, SourceError> {
+        let pid = i32::try_from(pid).map_err(|_| AttestError::CallerGone)?;
+        if self.refers_to_pods && !self.shares_pids().await? {
+            return Err(SourceError::Misconfigured(pid_namespace_error(
+                &self.endpoint,
+            )));
         }
+        Ok(WorkloadRef::Process(pid))
     }
 
     /// Returns true if the agent shares the daemon's pid namespace. Connects to learn that.
@@ -254,13 +297,7 @@ fn is_client_unknown(status: &Status) -> bool {
 #[async_trait]
 impl AttestingAgent for BrokerApi {
     async fn fetch_for_pid(&self, pid: u32, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
-        let pid = i32::try_from(pid).map_err(|_| AttestError::CallerGone)?;
-        if self.refers_to_pods && !self.shares_pids().await? {
-            return Err(SourceError::Misconfigured(pid_namespace_error(
-                &self.endpoint,
-            )));
-        }
-        self.fetch(WorkloadRef::Process(pid), audience).await
+        self.fetch(self.process(pid).await?, audience).await
     }
 
     fn supports_pod_references(&self) -> bool {
@@ -273,6 +310,14 @@ impl AttestingAgent for BrokerApi {
         audience: &str,
     ) -> Result<Vec<AgentSvid>, SourceError> {
         self.fetch(WorkloadRef::Pod(pod), audience).await
+    }
+
+    async fn fetch_x509_for_pid(&self, pid: u32) -> Result<Vec<ReceivedX509Svid>, SourceError> {
+        self.fetch_x509(self.process(pid).await?).await
+    }
+
+    async fn fetch_x509_for_pod(&self, pod: &PodUid) -> Result<Vec<ReceivedX509Svid>, SourceError> {
+        self.fetch_x509(WorkloadRef::Pod(pod)).await
     }
 
     /// Returns the IDs of the daemon's X.509-SVIDs, for which the agent attests it as well. A

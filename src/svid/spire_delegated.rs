@@ -15,10 +15,14 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
 use super::agent::{AgentSvid, AttestingAgent};
-use super::channel::{CallError, Connector, ReconnectingChannel, is_broken, open, unreachable};
-use super::proto::spire::api::agent::delegatedidentity::v1::FetchJwtsviDsRequest;
+use super::channel::{
+    CallError, Connector, ReconnectingChannel, first_message, is_broken, open, unreachable,
+};
 use super::proto::spire::api::agent::delegatedidentity::v1::delegated_identity_client::DelegatedIdentityClient;
-use super::{SourceError, one_line};
+use super::proto::spire::api::agent::delegatedidentity::v1::{
+    FetchJwtsviDsRequest, SubscribeToX509sviDsRequest,
+};
+use super::{ReceivedX509Svid, SourceError, one_line};
 use crate::attest::shares_pid_namespace_with_peer;
 use crate::caller::AttestError;
 use crate::socket_endpoint::Endpoint;
@@ -87,6 +91,24 @@ impl SpireDelegated {
                 "the SPIRE agent at {endpoint} gave no answer: {reply}"
             )),
         }
+    }
+
+    async fn call_in_time<T, F>(
+        &self,
+        send: impl Fn(Channel) -> F + Send + Sync,
+    ) -> Result<T, SourceError>
+    where
+        F: Future<Output = Result<T, Status>> + Send,
+    {
+        let reply = timeout(self.deadline, self.connection.call(send))
+            .await
+            .map_err(|_| {
+                let (endpoint, deadline) = (&self.endpoint, self.deadline);
+                SourceError::Unavailable(format!(
+                    "the SPIRE agent at {endpoint} did not answer within {deadline:?}"
+                ))
+            })?;
+        reply.map_err(|failed| self.failed(failed))
     }
 
     fn failed(&self, failed: CallError) -> SourceError {
@@ -158,24 +180,29 @@ impl AttestingAgent for SpireDelegated {
             request.set_timeout(self.deadline + Duration::from_secs(1));
             async move { client.fetch_jwtsvi_ds(request).await }
         };
-        let reply = timeout(self.deadline, self.connection.call(send))
-            .await
-            .map_err(|_| {
-                let (endpoint, deadline) = (&self.endpoint, self.deadline);
-                SourceError::Unavailable(format!(
-                    "the SPIRE agent at {endpoint} did not answer within {deadline:?}"
-                ))
-            })?;
-        let reply = reply.map_err(|failed| self.failed(failed))?;
+        let reply = self.call_in_time(send).await?;
         let svids = reply.into_inner().svids.into_iter().map(|svid| {
             let id = svid.id.unwrap_or_default();
-            AgentSvid::new(
-                format!("spiffe://{}{}", id.trust_domain, id.path),
-                svid.token,
-                svid.hint,
-            )
+            AgentSvid::new(id.text(), svid.token, svid.hint)
         });
         Ok(svids.collect())
+    }
+
+    async fn fetch_x509_for_pid(&self, pid: u32) -> Result<Vec<ReceivedX509Svid>, SourceError> {
+        let pid = i32::try_from(pid).map_err(|_| AttestError::CallerGone)?;
+        let send = |channel: Channel| {
+            let mut client =
+                DelegatedIdentityClient::new(channel).max_decoding_message_size(MAX_REPLY_BYTES);
+            let mut request = Request::new(SubscribeToX509sviDsRequest {
+                selectors: Vec::new(),
+                pid,
+            });
+            request.set_timeout(self.deadline + Duration::from_secs(1));
+            async move { first_message(client.subscribe_to_x509svi_ds(request).await).await }
+        };
+        let reply = self.call_in_time(send).await?;
+        // Each is converted, so that each key is cleared.
+        Ok(reply.x509_svids.into_iter().map(Into::into).collect())
     }
 
     fn endpoint(&self) -> &Endpoint {

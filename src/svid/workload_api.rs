@@ -7,16 +7,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, timeout};
 use tonic::metadata::MetadataValue;
-use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
-use super::channel::{is_broken, open, unreachable};
+use super::channel::{CallError, is_broken};
+use super::own_svid::{connect, subscribe};
 use super::proto::workload::spiffe_workload_api_client::SpiffeWorkloadApiClient;
 use super::proto::workload::{JwtsvidRequest, JwtsvidResponse};
-use super::{CALL_TIMEOUT, IdentityBasis, IdentitySource, JwtSvid, SourceError, one_line};
+use super::{
+    CALL_TIMEOUT, IdentityBasis, IdentitySource, JwtSvid, ReceivedX509Svid, SourceError, X509Svid,
+    one_line,
+};
 use crate::accounts::{IdentifyError, LiveRules};
 use crate::caller::{AttestError, Caller, CallerFacts, ProcessFacts};
 use crate::clock::Clock;
@@ -71,23 +73,66 @@ impl WorkloadApi {
     pub async fn fetch(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         let start = Instant::now();
         let result = self.fetch_checked(id, audience).await;
+        self.count(&result, start);
+        result
+    }
+
+    /// Fetches the X.509-SVID of one of the daemon's identities, for any caller, with the same
+    /// errors. The agent sends those of all identities; the keys of the others are cleared at once.
+    pub async fn fetch_x509(&self, id: &SpiffeId) -> Result<X509Svid, SourceError> {
+        let start = Instant::now();
+        let result = match timeout(self.deadline, self.fetch_x509_checked(id)).await {
+            Ok(result) => result,
+            Err(_) => Err(self.timeout_error()),
+        };
+        self.count(&result, start);
+        result
+    }
+
+    async fn fetch_x509_checked(&self, id: &SpiffeId) -> Result<X509Svid, SourceError> {
+        let mut stream = subscribe(&self.endpoint)
+            .await
+            .map_err(|failed| match failed {
+                CallError::Unconnected(error) => error,
+                CallError::Answered(status) => self.error_of(id, &status),
+            })?;
+        let first = stream
+            .message()
+            .await
+            .map_err(|status| self.error_of(id, &status))?;
+        // The first message is the full state. The agent ends its part of a stream that is dropped.
+        drop(stream);
+        let svids = first.map(|message| message.svids).unwrap_or_default();
+        // All of them are converted before the first is checked, so that each key is cleared.
+        let received: Vec<_> = svids.into_iter().map(ReceivedX509Svid::from).collect();
+        X509Svid::check_any(received, id, self.clock.now())?.ok_or_else(|| {
+            let text = format!(
+                "the SPIFFE agent returned no X.509-SVID for {id}; register that ID for awsvid itself"
+            );
+            SourceError::Denied(text)
+        })
+    }
+
+    fn count<T>(&self, result: &Result<T, SourceError>, start: Instant) {
         self.metrics.source_call(UpstreamCall {
             name: self.endpoint.to_string(),
-            result: CallLabel::of(&result, SourceError::reason),
-            error: SourceError::of_source(&result),
+            result: CallLabel::of(result, SourceError::reason),
+            error: SourceError::of_source(result),
             took: start.elapsed(),
             at: self.clock.now(),
         });
-        result
+    }
+
+    fn timeout_error(&self) -> SourceError {
+        SourceError::Unavailable(format!(
+            "the SPIFFE agent at {} did not answer within {:?}",
+            self.endpoint, self.deadline
+        ))
     }
 
     async fn fetch_checked(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, SourceError> {
         let Ok(reply) = timeout(self.deadline, self.send(id, audience)).await else {
-            let text = format!(
-                "the SPIFFE agent at {} did not answer within {:?}",
-                self.endpoint, self.deadline
-            );
-            return Err(SourceError::Unavailable(text));
+            return Err(self.timeout_error());
         };
         // SPIRE filters by the ID. Other providers may also return other IDs, which are not for
         // this caller. An ID with several entries is returned several times.
@@ -106,7 +151,7 @@ impl WorkloadApi {
     }
 
     async fn send(&self, id: &SpiffeId, audience: &str) -> Result<JwtsvidResponse, SourceError> {
-        let channel = self.connect().await?;
+        let channel = connect(&self.endpoint).await?;
         let mut client =
             SpiffeWorkloadApiClient::new(channel).max_decoding_message_size(MAX_REPLY_BYTES);
         let audience = vec![audience.to_owned()];
@@ -128,23 +173,13 @@ impl WorkloadApi {
             .map_err(|status| self.error_of(id, &status))
     }
 
-    async fn connect(&self) -> Result<Channel, SourceError> {
-        let channel = match &self.endpoint {
-            Endpoint::Unix(path) => open(UnixStream::connect(path)).await,
-            Endpoint::Tcp(address) => open(TcpStream::connect(address)).await,
-        };
-        channel.map_err(|error| {
-            SourceError::Unavailable(unreachable(&self.endpoint, "workload_api_socket", &error))
-        })
-    }
-
     /// Converts the agent's rejection: the table of SPIFFE_Workload_API.md, section 6, and further
     /// codes.
     fn error_of(&self, id: &SpiffeId, status: &Status) -> SourceError {
         let reply = one_line(status.message());
         let failure = || {
             SourceError::Unavailable(format!(
-                "the SPIFFE agent at {} gave no token: {reply}",
+                "the SPIFFE agent at {} gave no SVID: {reply}",
                 self.endpoint
             ))
         };
@@ -160,11 +195,11 @@ impl WorkloadApi {
                 "the SPIFFE agent finds the request for {id} invalid: correct the ID or the audience ({reply})"
             )),
             Code::Unimplemented => SourceError::Misconfigured(format!(
-                "the server at {} does not offer JWT-SVIDs; check that it is a SPIFFE Workload API ({reply})",
+                "the server at {} does not offer this kind of SVID; check that it is a SPIFFE Workload API ({reply})",
                 self.endpoint
             )),
             Code::OutOfRange => SourceError::Misconfigured(format!(
-                "the SPIFFE agent at {} sent far more than one token; check that it is a SPIFFE Workload API ({reply})",
+                "the SPIFFE agent at {} sent far more than one SVID; check that it is a SPIFFE Workload API ({reply})",
                 self.endpoint
             )),
             // Teleport's tbot sends Unknown for every error without a code of its own, lasting or
@@ -210,6 +245,14 @@ impl IdentitySource for WorkloadApi {
         audience: &str,
     ) -> Result<JwtSvid, SourceError> {
         self.fetch(id, audience).await
+    }
+
+    async fn x509_svid(
+        &self,
+        _caller: &Arc<Caller>,
+        id: &SpiffeId,
+    ) -> Result<X509Svid, SourceError> {
+        self.fetch_x509(id).await
     }
 
     fn facts_needed(&self, caller: CallerFacts<'_>) -> Option<ProcessFacts> {

@@ -17,7 +17,7 @@ use awsvid::exchange::TokenExchanger;
 use awsvid::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
 use awsvid::metrics::Metrics;
 use awsvid::policy::{CacheLimits, Policy};
-use awsvid::role::{Grant, Identity, RequestedRole, Role, Roles, StsTarget};
+use awsvid::role::{FirstExchange, Grant, Identity, RequestedRole, Role, Roles, StsTarget};
 use awsvid::sts::{AssumeRole, StsError};
 use awsvid::svid::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
 use zeroize::Zeroizing;
@@ -81,6 +81,7 @@ fn role() -> Result<Role, BenchError> {
         },
         policy: None,
         policy_arns: Vec::new(),
+        exchange: FirstExchange::WebIdentity,
     })
 }
 

@@ -525,6 +525,7 @@ fn account(issuer: &str, audience: &str, provider_audience: &str, subject: &str)
             issuer: issuer.to_owned(),
             client_ids: vec![provider_audience.to_owned()],
         }],
+        trust_anchors: Vec::new(),
         roles: vec![TrustedRole {
             arn: RoleArn::parse("arn:aws:iam::123456789012:role/app").unwrap(),
             issuer: issuer.to_owned(),

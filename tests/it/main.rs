@@ -54,6 +54,7 @@ mod pods;
 mod prose;
 mod records;
 mod reload;
+mod roles_anywhere;
 mod secrets;
 mod soak;
 mod status;

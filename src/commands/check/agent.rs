@@ -17,7 +17,7 @@ use crate::socket_endpoint::Endpoint;
 use crate::svid::agent::AttestingAgent;
 use crate::svid::own_svid::OwnSvidSource;
 use crate::svid::spiffe_broker::BrokerApi;
-use crate::svid::{JwtSvid, SourceError, SpireDelegated, TTL_FIX, agent_unreachable};
+use crate::svid::{JwtSvid, SourceError, SpireDelegated, TTL_FIX, X509Svid, agent_unreachable};
 
 const SOCKET: &str = "agent";
 const IDENTITY: &str = "identity";
@@ -204,14 +204,7 @@ async fn fetch(
     let fetched = match source {
         TokenSource::WorkloadApi => {
             let Some(id) = live_token::example(config, role) else {
-                report.info(
-                    IDENTITY,
-                    format!(
-                        "role {:?}: no [[workload]] of this node has an identity that it is for",
-                        role.name
-                    ),
-                    "add a [[workload]], or leave the role out on this node",
-                );
+                report_no_identity(role, report);
                 return None;
             };
             live_token::fetch(config, &id, &role.audience, TOKEN_TIMEOUT).await
@@ -238,6 +231,71 @@ async fn fetch(
     }
 }
 
+/// Fetches the X.509-SVID for this role. `None` if the reason for its absence was reported.
+pub(super) async fn certificate(
+    config: &Config,
+    source: &TokenSource,
+    role: &Role,
+    report: &mut CheckReport,
+) -> Option<X509Svid> {
+    report.show_progress(&format!("a certificate for the role {:?}", role.name));
+    let fetched = match source {
+        TokenSource::WorkloadApi => match live_token::example(config, role) {
+            Some(id) => live_token::certificate(config, &id, TOKEN_TIMEOUT).await,
+            None => {
+                report_no_identity(role, report);
+                return None;
+            }
+        },
+        TokenSource::Agent(agent, target) => select_x509(agent.as_ref(), target, role).await,
+    };
+    match fetched {
+        Ok(svid) => Some(svid),
+        Err(error) => report_error(IDENTITY, &error, report),
+    }
+}
+
+fn report_no_identity(role: &Role, report: &mut CheckReport) {
+    report.info(
+        IDENTITY,
+        format!(
+            "role {:?}: no [[workload]] of this node has an identity that it is for",
+            role.name
+        ),
+        "add a [[workload]], or leave the role out on this node",
+    );
+}
+
+async fn select_x509(
+    agent: &dyn AttestingAgent,
+    target: &CheckTarget,
+    role: &Role,
+) -> Result<X509Svid, SourceError> {
+    let svids = match target {
+        CheckTarget::Itself => agent.fetch_x509_for_pid(std::process::id()).await?,
+        CheckTarget::Process(pid) => agent.fetch_x509_for_pid(*pid).await?,
+        CheckTarget::Pod(uid) => agent.fetch_x509_for_pod(uid).await?,
+    };
+    let ids = svids.iter().map(|svid| svid.spiffe_id.as_str());
+    let id = select(ids, role)?;
+    X509Svid::check_any(svids, &id, Clock::system().now())?.ok_or_else(no_identity)
+}
+
+fn no_identity() -> SourceError {
+    SourceError::Denied("the agent has no identity for it".to_owned())
+}
+
+/// Selects the identity that the role is for, or the first one.
+fn select<'a>(
+    ids: impl Iterator<Item = &'a str> + Clone,
+    role: &Role,
+) -> Result<SpiffeId, SourceError> {
+    let fits = |id: &&str| SpiffeId::parse(id).is_ok_and(|id| role.spiffe_id.matches(&id));
+    let id = ids.clone().find(fits).or(ids.clone().next());
+    SpiffeId::parse(id.ok_or_else(no_identity)?)
+        .map_err(|error| SourceError::Misconfigured(error.to_string()))
+}
+
 /// Selects among several identities the one that the role covers.
 async fn fetch_selected(
     agent: &dyn AttestingAgent,
@@ -253,18 +311,10 @@ async fn fetch_selected(
         CheckTarget::Process(pid) => agent.fetch_for_pid(*pid, &role.audience).await?,
         CheckTarget::Pod(uid) => agent.fetch_for_pod(uid, &role.audience).await?,
     };
-    let fits = |id: &str| SpiffeId::parse(id).is_ok_and(|id| role.spiffe_id.matches(&id));
-    let nothing = || SourceError::Denied("the agent has no identity for it".to_owned());
-    let svid = svids
-        .iter()
-        .find(|svid| fits(&svid.spiffe_id))
-        .or(svids.first())
-        .ok_or_else(nothing)?;
-    let id = SpiffeId::parse(&svid.spiffe_id)
-        .map_err(|error| SourceError::Misconfigured(error.to_string()))?;
+    let id = select(svids.iter().map(|svid| svid.spiffe_id.as_str()), role)?;
     let tokens = svids
         .iter()
         .filter(|svid| svid.spiffe_id == id.as_str())
         .map(|svid| svid.token.clone());
-    JwtSvid::check_any(tokens, &id, &role.audience, Clock::system().now())?.ok_or_else(nothing)
+    JwtSvid::check_any(tokens, &id, &role.audience, Clock::system().now())?.ok_or_else(no_identity)
 }

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::STEP_FIX;
 use super::report::CheckReport;
 use crate::clock::Clock;
 use crate::commands::https_probe::HttpProbe;
-use crate::role::{Identity, RequestedRole, Role, Roles};
+use crate::identity::SpiffeId;
+use crate::role::{Grant, Identity, RequestedRole, Role, Roles};
 use crate::sts::{AssumeRole, Sts, StsError};
 use crate::svid::JwtSvid;
 
@@ -19,19 +21,17 @@ const MAX_SKEW: Duration = Duration::from_secs(60);
 /// Compares this node's clock with STS's, by the `Date` header of a response from the exchange
 /// host.
 pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut CheckReport) {
-    let url = match sts.url(&role.sts).await {
-        Ok(url) => url,
-        Err(error) => {
-            return report.failed(
-                CLOCK,
-                error.to_string(),
-                "correct [sts], or the environment variable",
-            );
-        }
-    };
+    match sts.url(&role.sts).await {
+        Ok(url) => compare_clocks(&url, web, report).await,
+        Err(error) => report.failed(CLOCK, error.to_string(), STEP_FIX),
+    }
+}
+
+/// Compares this node's clock with that of the server at `url`.
+pub(super) async fn compare_clocks(url: &str, web: &HttpProbe, report: &mut CheckReport) {
     report.show_progress(&format!("STS's clock, at {url}"));
     let before = Clock::system().now();
-    let date = match web.get(&url).await {
+    let date = match web.get(url).await {
         Ok(answer) => answer.date,
         Err(error) => {
             report.info(
@@ -83,15 +83,7 @@ pub(super) async fn exchange(
     report: &mut CheckReport,
 ) {
     report.show_progress(&format!("STS, for role {:?}", role.name));
-    let roles = Roles {
-        defined: vec![role.clone()],
-        requested: None,
-    };
-    let identity = Identity {
-        spiffe_id: token.spiffe_id().clone(),
-        hint: None,
-    };
-    let Ok(grant) = roles.select(&[identity], &RequestedRole::Default) else {
+    let Some(grant) = granted(role, token.spiffe_id()) else {
         match sts.probe(&role.sts).await {
             Ok(()) => report.info(
                 STEP,
@@ -121,8 +113,21 @@ pub(super) async fn exchange(
     }
 }
 
+/// Returns the grant of this role to an identity, if the role is for it.
+pub(super) fn granted(role: &Arc<Role>, id: &SpiffeId) -> Option<Grant> {
+    let roles = Roles {
+        defined: vec![role.clone()],
+        requested: None,
+    };
+    let identity = Identity {
+        spiffe_id: id.clone(),
+        hint: None,
+    };
+    roles.select(&[identity], &RequestedRole::Default).ok()
+}
+
 /// Reports the failure, with the same text as the daemon's log.
-fn rejected(error: &StsError, report: &mut CheckReport) {
+pub(super) fn rejected(error: &StsError, report: &mut CheckReport) {
     let fix = error
         .fix
         .clone()

@@ -5,6 +5,7 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
+use super::anywhere::{NAME, PlannedAnywhere, certified_roles};
 use super::plan::{Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole};
 
 /// Renders all accounts, each under a heading, because its commands need credentials of that
@@ -18,10 +19,17 @@ pub(super) fn render(plan: &Plan) -> String {
             text,
             "# Account {number}, partition {partition}: run this with credentials of that account.\n"
         );
-        text.push_str(&provider(plan, name, account));
-        let arn = Value::from(plan.provider_arn(name));
+        if !account.audiences.is_empty() {
+            text.push_str(&provider(plan, name, account));
+        }
+        let anywhere = plan
+            .anywhere
+            .as_ref()
+            .filter(|anywhere| anywhere.is_in(name));
+        text.extend(anywhere.map(trust_anchor));
+        let (arn, anchor) = (Value::from(plan.provider_arn(name)), plan.anchor_arn());
         for (role_arn, role) in &account.roles {
-            let policy = role.policy(&plan.issuer, &arn);
+            let policy = role.policy(&plan.issuer, &arn, &anchor);
             let _ = writeln!(text, "\n# {role_arn}\n{}", create(role, &policy));
             let _ = writeln!(
                 text,
@@ -29,6 +37,7 @@ pub(super) fn render(plan: &Plan) -> String {
                 commented(&update(role, &policy))
             );
         }
+        text.extend(anywhere.map(|anywhere| profile(anywhere, account)));
         text.push('\n');
     }
     text.truncate(text.trim_end().len() + 1);
@@ -64,6 +73,54 @@ fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) ->
         );
     }
     text
+}
+
+/// Creates the trust anchor, which has no name that could be checked for.
+fn trust_anchor(anywhere: &PlannedAnywhere) -> String {
+    let Some(pem) = anywhere.pem() else {
+        return String::new();
+    };
+    let region = word(&anywhere.target.region);
+    let source = json!({
+        "sourceType": "CERTIFICATE_BUNDLE",
+        "sourceData": { "x509CertificateData": pem },
+    });
+    let [id, _] = anywhere.ids();
+    let update = format!(
+        "aws rolesanywhere update-trust-anchor --region {region} --trust-anchor-id {} --source {}",
+        word(id),
+        quoted(&source)
+    );
+    format!(
+        "# The trust anchor of IAM Roles Anywhere. This prints its ARN, for `trust_anchor_arn` in [roles_anywhere].\n\
+         aws rolesanywhere create-trust-anchor --region {region} --name {NAME} --enabled \\\n  \
+         --query trustAnchor.trustAnchorArn --source {}\n\
+         # If that of the configuration exists already:\n{}\n",
+        quoted(&source),
+        commented(&update)
+    )
+}
+
+/// Creates the profile, which lists roles that exist.
+fn profile(anywhere: &PlannedAnywhere, account: &PlannedAccount) -> String {
+    let (roles, seconds) = certified_roles(account);
+    let region = word(&anywhere.target.region);
+    let roles: Vec<String> = roles.into_iter().map(word).collect();
+    let roles = roles.join(" ");
+    let [_, id] = anywhere.ids();
+    let settings =
+        format!("--accept-role-session-name --duration-seconds {seconds} --role-arns {roles}");
+    let update = format!(
+        "aws rolesanywhere update-profile --region {region} --profile-id {} {settings}",
+        word(id)
+    );
+    format!(
+        "\n# The profile of IAM Roles Anywhere. This prints its ARN, for `profile_arn` in [roles_anywhere].\n\
+         aws rolesanywhere create-profile --region {region} --name {NAME} --enabled \\\n  \
+         --query profile.profileArn {settings}\n\
+         # If that of the configuration exists already:\n{}\n",
+        commented(&update)
+    )
 }
 
 fn create(role: &PlannedRole, policy: &Value) -> String {

@@ -5,10 +5,14 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
+use super::anywhere::{NAME, PlannedAnywhere, certified_roles};
 use super::plan::{Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole};
 
 /// Logical id of the provider's resource.
 const PROVIDER: &str = "OidcProvider";
+/// Logical ids of the resources of IAM Roles Anywhere.
+const TRUST_ANCHOR: &str = "TrustAnchor";
+const PROFILE: &str = "Profile";
 
 pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
     let mut resources = Map::new();
@@ -27,12 +31,32 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
             (json!({ "Ref": PROVIDER }), what)
         }
     };
-    let mut used = BTreeSet::from([PROVIDER.to_owned()]);
+    if account.audiences.is_empty() {
+        resources.remove(PROVIDER);
+    }
+    let anywhere = plan
+        .anywhere
+        .as_ref()
+        .filter(|anywhere| anywhere.is_in(name));
+    let pem = anywhere.and_then(PlannedAnywhere::pem);
+    // Without the CAs, the trust anchor is that of the configuration.
+    let anchor = match &pem {
+        Some(_) => json!({ "Fn::GetAtt": [TRUST_ANCHOR, "TrustAnchorArn"] }),
+        None => plan.anchor_arn(),
+    };
+    let mut used = BTreeSet::from([PROVIDER, TRUST_ANCHOR, PROFILE].map(str::to_owned));
+    let mut certified = Vec::new();
     for role in account.roles.values() {
-        resources.insert(
-            logical_id(&role.name, &mut used),
-            resource(plan, role, &provider),
-        );
+        let id = logical_id(&role.name, &mut used);
+        if !role.certified.is_empty() {
+            certified.push(json!({ "Fn::GetAtt": [id, "Arn"] }));
+        }
+        resources.insert(id, resource(plan, role, &provider, &anchor));
+    }
+    if anywhere.is_some() {
+        resources.extend(pem.map(|pem| (TRUST_ANCHOR.to_owned(), trust_anchor(&pem))));
+        let (_, seconds) = certified_roles(account);
+        resources.insert(PROFILE.to_owned(), profile(&certified, seconds));
     }
     let PlannedAccountName { partition, number } = name;
     let url = plan.issuer.url();
@@ -55,14 +79,41 @@ fn oidc_provider(plan: &Plan, account: &PlannedAccount, thumbprint: Option<&str>
     json!({ "Type": "AWS::IAM::OIDCProvider", "Properties": properties })
 }
 
-fn resource(plan: &Plan, role: &PlannedRole, provider: &Value) -> Value {
+fn trust_anchor(pem: &str) -> Value {
+    json!({
+        "Type": "AWS::RolesAnywhere::TrustAnchor",
+        "Properties": {
+            "Name": NAME,
+            "Enabled": true,
+            "Source": {
+                "SourceType": "CERTIFICATE_BUNDLE",
+                "SourceData": { "X509CertificateData": pem },
+            },
+        },
+    })
+}
+
+fn profile(roles: &[Value], seconds: u64) -> Value {
+    json!({
+        "Type": "AWS::RolesAnywhere::Profile",
+        "Properties": {
+            "Name": NAME,
+            "Enabled": true,
+            "AcceptRoleSessionName": true,
+            "DurationSeconds": seconds,
+            "RoleArns": roles,
+        },
+    })
+}
+
+fn resource(plan: &Plan, role: &PlannedRole, provider: &Value, anchor: &Value) -> Value {
     json!({
         "Type": "AWS::IAM::Role",
         "Properties": {
             "RoleName": role.name,
             "Path": role.path,
             "MaxSessionDuration": role.max_session.as_secs(),
-            "AssumeRolePolicyDocument": role.policy(&plan.issuer, provider),
+            "AssumeRolePolicyDocument": role.policy(&plan.issuer, provider, anchor),
         },
     })
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::anywhere::{self, PlannedAnywhere};
 use crate::config::is_aws_sts;
 use crate::identity::{RoleArn, SpiffeId, SpiffeIdPattern};
 use crate::role::{Role, Roles};
@@ -30,6 +31,7 @@ const MAX_AUDIENCES: usize = 100;
 pub(super) struct Plan {
     pub(super) issuer: PlannedIssuer,
     pub(super) provider: PlannedProvider,
+    pub(super) anywhere: Option<PlannedAnywhere>,
     pub(super) accounts: BTreeMap<PlannedAccountName, PlannedAccount>,
     pub(super) warnings: Vec<String>,
 }
@@ -81,6 +83,8 @@ pub(super) struct PlannedRole {
     pub(super) path: String,
     pub(super) max_session: Duration,
     pub(super) statements: Vec<Statement>,
+    /// Subjects that IAM Roles Anywhere may assume the role for.
+    pub(super) certified: Vec<SpiffeIdPattern>,
 }
 
 /// A statement of a trust policy: the subject and the audience that it admits.
@@ -96,56 +100,60 @@ pub(super) struct Statement {
 pub(super) type Condition = Vec<(&'static str, Vec<(String, String)>)>;
 
 impl Statement {
-    /// Returns the condition that admits the subject.
-    ///
-    /// It excludes other IDs as far as IAM's language allows. There `*` matches any characters, `/`
-    /// too, so a second pattern rejects IDs with more segments.
+    /// Returns the condition that admits the subject, by a token for the audience.
     pub(super) fn condition(&self, issuer: &PlannedIssuer) -> Condition {
-        let (aud, sub) = (
-            format!("{}:aud", issuer.key()),
-            format!("{}:sub", issuer.key()),
-        );
-        let audience = (aud, self.audience.clone());
-        if self.subject.exact().is_some() {
-            return vec![(
-                "StringEquals",
-                vec![audience, (sub, self.subject.as_str().to_owned())],
-            )];
-        }
-        let text = self.subject.as_str();
-        let mut condition = vec![("StringEquals", vec![audience])];
-        match text.strip_suffix("**") {
-            Some(before) => condition.push(("StringLike", vec![(sub, format!("{before}*"))])),
-            None => {
-                let deeper = format!(
-                    "spiffe://{}{}",
-                    self.subject.trust_domain(),
-                    "/*".repeat(self.subject.least_segments() + 1)
-                );
-                condition.push(("StringLike", vec![(sub.clone(), text.to_owned())]));
-                condition.push(("StringNotLike", vec![(sub, deeper)]));
-            }
+        let audience = (format!("{}:aud", issuer.key()), self.audience.clone());
+        let mut condition = subject_condition(&self.subject, &format!("{}:sub", issuer.key()));
+        match condition.first_mut() {
+            Some(("StringEquals", keys)) => keys.insert(0, audience),
+            _ => condition.insert(0, ("StringEquals", vec![audience])),
         }
         condition
     }
+}
 
-    /// Describes the IDs that the policy admits and the rule does not.
-    fn excess(&self) -> Option<String> {
-        let text = self.subject.as_str();
-        let before = text.strip_suffix("/**")?;
-        before.contains('*').then(|| {
-            format!(
-                "{text}: in IAM's `StringLike` each `*` also matches `/`, so the policy lets in more than awsvid does, for \
-                 instance {}; where that matters, write the role for fewer wildcards",
-                before.replacen('*', "any/thing", 1) + "/x"
-            )
-        })
+/// Returns the condition that admits a subject. `key` holds the SPIFFE ID.
+///
+/// It excludes other IDs as far as IAM's language allows. There `*` matches any characters, `/`
+/// too, so a second pattern rejects IDs with more segments.
+pub(super) fn subject_condition(subject: &SpiffeIdPattern, key: &str) -> Condition {
+    let (key, text) = (key.to_owned(), subject.as_str());
+    if subject.exact().is_some() {
+        return vec![("StringEquals", vec![(key, text.to_owned())])];
     }
+    if let Some(before) = text.strip_suffix("**") {
+        return vec![("StringLike", vec![(key, format!("{before}*"))])];
+    }
+    let deeper = format!(
+        "spiffe://{}{}",
+        subject.trust_domain(),
+        "/*".repeat(subject.least_segments() + 1)
+    );
+    vec![
+        ("StringLike", vec![(key.clone(), text.to_owned())]),
+        ("StringNotLike", vec![(key, deeper)]),
+    ]
+}
+
+/// Describes the IDs that the policy admits and the rule does not.
+fn excess(subject: &SpiffeIdPattern) -> Option<String> {
+    let text = subject.as_str();
+    let before = text.strip_suffix("/**")?;
+    before.contains('*').then(|| {
+        format!(
+            "{text}: in IAM's `StringLike` each `*` also matches `/`, so the policy lets in more than awsvid does, for \
+             instance {}; where that matters, write the role for fewer wildcards",
+            before.replacen('*', "any/thing", 1) + "/x"
+        )
+    })
 }
 
 impl PlannedRole {
-    /// Returns the trust policy. `provider` is its ARN, or an expression for it.
-    pub(super) fn policy(&self, issuer: &PlannedIssuer, provider: &Value) -> Value {
+    /// Returns the trust policy. `provider` and `anchor` are the ARNs of the OIDC provider and of
+    /// the trust anchor, or expressions for them.
+    pub(super) fn policy(&self, issuer: &PlannedIssuer, provider: &Value, anchor: &Value) -> Value {
+        let certified = self.certified.iter();
+        let certified = certified.map(|subject| anywhere::statement(subject, anchor));
         let statements: Vec<Value> = self
             .statements
             .iter()
@@ -167,6 +175,7 @@ impl PlannedRole {
                     "Condition": condition,
                 })
             })
+            .chain(certified)
             .collect();
         json!({ "Version": "2012-10-17", "Statement": statements })
     }
@@ -179,11 +188,13 @@ impl Plan {
         ids: &[SpiffeId],
         issuer: PlannedIssuer,
         provider: PlannedProvider,
+        anywhere: Option<PlannedAnywhere>,
     ) -> Self {
         let warnings = issuer.warnings();
         let mut plan = Self {
             issuer,
             provider,
+            anywhere,
             accounts: BTreeMap::new(),
             warnings,
         };
@@ -211,13 +222,20 @@ impl Plan {
         )
     }
 
+    /// Returns the trust anchor's ARN, for trust policies.
+    pub(super) fn anchor_arn(&self) -> Value {
+        let anchor = self.anywhere.as_ref();
+        Value::from(anchor.map_or("", |anywhere| &anywhere.target.trust_anchor_arn))
+    }
+
     fn add(&mut self, role: &Role, ids: &[SpiffeId]) {
         let name = &role.name;
+        let by_token = role.exchange.uses_jwt();
         if let Some(endpoint) = role
             .sts
             .endpoint
             .as_deref()
-            .filter(|url| !is_aws_sts(Some(url)))
+            .filter(|url| by_token && !is_aws_sts(Some(url)))
         {
             self.warnings.push(format!(
                 "role {name:?} is left out: {endpoint} is not AWS, and has policies of its own"
@@ -261,16 +279,14 @@ impl Plan {
                 subject,
                 is_rendered,
             };
-            self.warnings.extend(
-                statement
-                    .excess()
-                    .map(|text| format!("role {name:?}: {text}")),
-            );
-            self.trust(&arn, role.duration, statement);
+            let excess = excess(&statement.subject);
+            self.warnings
+                .extend(excess.map(|text| format!("role {name:?}: {text}")));
+            self.trust(&arn, role, statement);
         }
     }
 
-    fn trust(&mut self, arn: &RoleArn, duration: Duration, statement: Statement) {
+    fn trust(&mut self, arn: &RoleArn, by: &Role, statement: Statement) {
         let (Some(partition), Some(number)) = (arn.partition(), arn.account()) else {
             self.warnings
                 .push(format!("{arn} is left out: not a role at AWS"));
@@ -286,7 +302,9 @@ impl Plan {
             number: number.to_owned(),
         };
         let account = self.accounts.entry(account).or_default();
-        account.audiences.insert(statement.audience.clone());
+        if by.exchange.uses_jwt() {
+            account.audiences.insert(statement.audience.clone());
+        }
         let role = account
             .roles
             .entry(arn.as_str().to_owned())
@@ -295,9 +313,14 @@ impl Plan {
                 path: format!("{path}/"),
                 max_session: DEFAULT_SESSION,
                 statements: Vec::new(),
+                certified: Vec::new(),
             });
-        role.max_session = role.max_session.max(duration);
-        if !role.statements.contains(&statement) {
+        role.max_session = role.max_session.max(by.duration);
+        let subject = &statement.subject;
+        if by.exchange.roles_anywhere().is_some() && !role.certified.contains(subject) {
+            role.certified.push(subject.clone());
+        }
+        if by.exchange.uses_jwt() && !role.statements.contains(&statement) {
             role.statements.push(statement);
         }
     }
@@ -355,8 +378,10 @@ impl Plan {
                 ));
             }
             let provider = Value::from(self.provider_arn(name));
+            let anchor = self.anchor_arn();
             for (arn, role) in &account.roles {
-                let length = role.policy(&self.issuer, &provider).to_string().len();
+                let policy = role.policy(&self.issuer, &provider, &anchor);
+                let length = policy.to_string().len();
                 if length > MAX_POLICY_LENGTH {
                     self.warnings.push(format!(
                         "{arn}: its trust policy has {length} characters, and IAM takes {MAX_POLICY_LENGTH} unless the quota was \

@@ -3,31 +3,71 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
+use super::anywhere::{self, NAME, PlannedAnywhere, certified_roles};
 use super::plan::{
-    Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole, Statement,
+    Condition, Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole, Statement,
 };
+use crate::identity::SpiffeIdPattern;
 
+/// Address of the trust anchor.
+const TRUST_ANCHOR: &str = "aws_rolesanywhere_trust_anchor.awsvid";
 /// Address of the provider, as a resource or a data source.
 const PROVIDER: &str = "aws_iam_openid_connect_provider.awsvid";
 
 pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
     let PlannedAccountName { partition, number } = name;
-    let mut text = format!(
-        "# Account {number}, partition {partition}.\n\n{}",
-        provider(plan, name, account)
-    );
-    let mut used = BTreeSet::new();
+    let mut text = format!("# Account {number}, partition {partition}.\n");
+    if !account.audiences.is_empty() {
+        let _ = write!(text, "\n{}", provider(plan, name, account));
+    }
+    let anywhere = plan
+        .anywhere
+        .as_ref()
+        .filter(|anywhere| anywhere.is_in(name));
+    let pem = anywhere.and_then(PlannedAnywhere::pem);
+    text.extend(pem.as_deref().map(trust_anchor));
+    // Without the CAs, the trust anchor is that of the configuration.
+    let anchor = match &pem {
+        Some(_) => format!("{TRUST_ANCHOR}.arn"),
+        None => plan.anchor_arn().to_string(),
+    };
+    let (mut used, mut certified) = (BTreeSet::new(), Vec::new());
     for role in account.roles.values() {
         let label = label(&role.name, &mut used);
+        if !role.certified.is_empty() {
+            certified.push(format!("aws_iam_role.{label}.arn"));
+        }
         // Writing to a string cannot fail.
         let _ = write!(
             text,
             "\nresource \"aws_iam_role\" {} {{\n{}}}\n",
             string(&label),
-            body(plan, role)
+            body(plan, role, &anchor)
         );
     }
+    if anywhere.is_some() {
+        let (_, seconds) = certified_roles(account);
+        text.push_str(&profile(&certified, seconds));
+    }
     text
+}
+
+fn trust_anchor(pem: &str) -> String {
+    let pem = string(pem).replace('\n', "\\n");
+    format!(
+        "\nresource \"aws_rolesanywhere_trust_anchor\" \"awsvid\" {{\n  name    = \"{NAME}\"\n  enabled = true\n\n  \
+         source {{\n    source_type = \"CERTIFICATE_BUNDLE\"\n    source_data {{\n      \
+         x509_certificate_data = {pem}\n    }}\n  }}\n}}\n"
+    )
+}
+
+fn profile(roles: &[String], seconds: u64) -> String {
+    format!(
+        "\nresource \"aws_rolesanywhere_profile\" \"awsvid\" {{\n  name                     = \"{NAME}\"\n  \
+         enabled                  = true\n  accept_role_session_name = true\n  \
+         duration_seconds         = {seconds}\n  role_arns                = [{}]\n}}\n",
+        roles.join(", ")
+    )
 }
 
 /// Renders the provider. Terraform's `apply` fails for a resource that exists already.
@@ -56,11 +96,11 @@ fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) ->
     )
 }
 
-fn body(plan: &Plan, role: &PlannedRole) -> String {
-    let statements: String = role
-        .statements
-        .iter()
-        .map(|one| statement(plan, one))
+fn body(plan: &Plan, role: &PlannedRole, anchor: &str) -> String {
+    let by_token = role.statements.iter().map(|one| statement(plan, one));
+    let certified = role.certified.iter();
+    let statements: String = by_token
+        .chain(certified.map(|subject| certified_statement(subject, anchor)))
         .collect();
     format!(
         "  name                 = {}\n  path                 = {}\n  max_session_duration = {}\n\n  \
@@ -71,20 +111,44 @@ fn body(plan: &Plan, role: &PlannedRole) -> String {
     )
 }
 
-fn statement(plan: &Plan, statement: &Statement) -> String {
-    let mut condition = String::new();
-    for (operator, keys) in statement.condition(&plan.issuer) {
-        let _ = writeln!(condition, "          {operator} = {{");
+/// Renders a condition. Values are expressions of Terraform.
+fn condition(condition: Vec<(&str, Vec<(String, String)>)>) -> String {
+    let mut text = String::new();
+    for (operator, keys) in condition {
+        let _ = writeln!(text, "          {operator} = {{");
         for (key, value) in keys {
-            let _ = writeln!(
-                condition,
-                "            {} = {}",
-                string(&key),
-                string(&value)
-            );
+            let _ = writeln!(text, "            {} = {value}", string(&key));
         }
-        condition.push_str("          }\n");
+        text.push_str("          }\n");
     }
+    text
+}
+
+/// Returns a condition with its values as strings of Terraform.
+fn quoted(condition: Condition) -> Condition {
+    let quote = |(key, value): (String, String)| (key, string(&value));
+    let operators = condition.into_iter();
+    operators
+        .map(|(operator, keys)| (operator, keys.into_iter().map(quote).collect()))
+        .collect()
+}
+
+fn certified_statement(subject: &SpiffeIdPattern, anchor: &str) -> String {
+    let mut conditions = quoted(anywhere::condition(subject));
+    conditions.push((
+        "ArnEquals",
+        vec![("aws:SourceArn".to_owned(), anchor.to_owned())],
+    ));
+    let condition = condition(conditions);
+    format!(
+        "      {{\n        Effect    = \"Allow\"\n        Principal = {{ Service = \"rolesanywhere.amazonaws.com\" }}\n        \
+         Action    = [\"sts:AssumeRole\", \"sts:TagSession\", \"sts:SetSourceIdentity\"]\n        \
+         Condition = {{\n{condition}        }}\n      }},\n"
+    )
+}
+
+fn statement(plan: &Plan, statement: &Statement) -> String {
+    let condition = condition(quoted(statement.condition(&plan.issuer)));
     let data = if plan.provider == PlannedProvider::Existing {
         "data."
     } else {

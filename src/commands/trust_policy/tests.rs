@@ -32,6 +32,7 @@ fn plan(text: &str) -> Plan {
         &[],
         PlannedIssuer::parse(ISSUER).unwrap(),
         provider,
+        None,
     )
 }
 
@@ -195,6 +196,7 @@ fn arn_with_placeholders_is_one_role_per_known_id() {
                 &ids,
                 issuer(),
                 PlannedProvider::New { thumbprint: None },
+                None,
             ),
             Format::AwsCli,
         )
@@ -212,7 +214,7 @@ fn arn_with_placeholders_is_one_role_per_known_id() {
         "spiffe://t/app/b"
     ));
     assert!(read.provider["ThumbprintList"].is_null());
-    let none = Plan::new(&roles, &[], issuer(), PlannedProvider::Existing);
+    let none = Plan::new(&roles, &[], issuer(), PlannedProvider::Existing, None);
     assert!(
         none.accounts.is_empty() && none.warnings[0].contains("--spiffe-id"),
         "{:?}",
@@ -297,6 +299,7 @@ fn existing_provider_is_used_and_not_created() {
         &[],
         PlannedIssuer::parse(ISSUER).unwrap(),
         PlannedProvider::Existing,
+        None,
     );
     let [script, terraform, template] = [Format::AwsCli, Format::Terraform, Format::Cloudformation]
         .map(|format| render(&plan, format).unwrap());
@@ -392,6 +395,7 @@ fn ids_that_share_a_rendered_role_are_a_warning() {
             &ids,
             PlannedIssuer::parse(ISSUER).unwrap(),
             PlannedProvider::Existing,
+            None,
         )
         .warnings
     };
@@ -476,6 +480,7 @@ fn issuer_parse_rejects_urls_that_iam_rejects() {
             &[],
             PlannedIssuer::parse(text).unwrap(),
             PlannedProvider::Existing,
+            None,
         );
         assert!(
             plan.warnings.iter().any(|warning| warning.contains(words)),

@@ -214,6 +214,37 @@ pub(in crate::config) const TABLES: &[TableSpec] = &[
         ],
     },
     TableSpec {
+        name: "roles_anywhere",
+        is_list: false,
+        meaning: "IAM Roles Anywhere, which exchanges an X.509-SVID for credentials",
+        keys: &[
+            key(
+                "trust_anchor_arn",
+                "ARN",
+                "required in this table",
+                "the trust anchor, which holds the CAs of the SVIDs; its region is that of the calls",
+            ),
+            key(
+                "profile_arn",
+                "ARN",
+                "required in this table",
+                "the profile, which lists the roles; of the same region",
+            ),
+            key(
+                "endpoint",
+                "URL",
+                "AWS's endpoint of the region",
+                "another endpoint, as in `\"https://vpce-1.rolesanywhere.eu-central-1.vpce.amazonaws.com\"`",
+            ),
+            key(
+                "ca_file",
+                "path",
+                "the system's certificates",
+                "PEM certificates of the authority that signed the endpoint's certificate; AWS's own endpoints are always verified by the system's certificates",
+            ),
+        ],
+    },
+    TableSpec {
         name: "cache",
         is_list: false,
         meaning: "bounds of the cache",

@@ -91,6 +91,12 @@ pub(super) const ROLE: TableSpec = TableSpec {
             "the role to assume",
         ),
         key(
+            "exchange",
+            "`\"web-identity\"`, `\"roles-anywhere\"`, `\"both\"`",
+            "`\"web-identity\"`",
+            "how the role is assumed: with a JWT-SVID at STS, with an X.509-SVID at IAM Roles Anywhere, or the second while the first is unavailable",
+        ),
+        key(
             "audience",
             "string, up to 255 bytes",
             "`[identity] audience`",

@@ -70,14 +70,21 @@ impl ConfigWriter<'_> {
             sts,
             policy,
             policy_arns,
+            exchange,
         } = role;
         let entry = self.entry("role", index);
         self.entry_header("role", index);
         self.line("name", name.as_str(), "");
         self.line("spiffe_id", spiffe_id.as_str(), "");
         self.line("role_arn", role_arn.as_str(), "");
-        let origin = origin(&entry, "audience", "from [identity] audience");
-        self.line("audience", audience.as_str(), origin);
+        self.entry_key(&entry, "exchange", exchange.word());
+        match exchange.uses_jwt() {
+            true => {
+                let origin = origin(&entry, "audience", "from [identity] audience");
+                self.line("audience", audience.as_str(), origin);
+            }
+            false => self.unset("audience", "not used: no JWT-SVID is fetched"),
+        }
         self.entry_key(&entry, "duration", duration(*lasts));
         match session_name {
             Some(name) => self.line("session_name", name.as_str(), ""),

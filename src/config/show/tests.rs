@@ -90,9 +90,31 @@ sts_endpoint = \"https://minio.internal:9000\"
 audience = \"minio\"
 ";
 
+const BY_CERTIFICATE: &str = "\
+[roles_anywhere]
+trust_anchor_arn = \"arn:aws:rolesanywhere:eu-central-1:123456789012:trust-anchor/1\"
+profile_arn = \"arn:aws:rolesanywhere:eu-central-1:123456789012:profile/1\"
+endpoint = \"https://ra.internal\"
+ca_file = \"/etc/awsvid/ra.pem\"
+[[workload]]
+user = \"billing\"
+spiffe_id = \"spiffe://example.org/billing\"
+[[role]]
+name = \"billing\"
+spiffe_id = \"spiffe://example.org/billing\"
+role_arn = \"arn:aws:iam::123456789012:role/billing\"
+exchange = \"roles-anywhere\"
+[[role]]
+name = \"either\"
+spiffe_id = \"spiffe://example.org/billing\"
+role_arn = \"arn:aws:iam::123456789012:role/billing\"
+exchange = \"both\"
+region = \"eu-west-1\"
+";
+
 #[test]
 fn page_is_read_again_to_the_same() {
-    for text in [SMALL, LARGE, BY_EXE, BY_NAMES] {
+    for text in [SMALL, LARGE, BY_EXE, BY_NAMES, BY_CERTIFICATE] {
         let loaded = parsed(text, &|_| None);
         let shown = loaded.show(&|_| None);
         let again = parsed(&shown, &|_| None);
@@ -147,7 +169,7 @@ fn page_names_each_listed_key() {
         .replace("broker_server_id = \"spiffe://example.org/agent\"\n", "")
         .replace("broker_socket", "admin_socket");
     let mut shown = BTreeSet::new();
-    for text in [SMALL, LARGE, &delegated, BY_EXE, BY_NAMES] {
+    for text in [SMALL, LARGE, &delegated, BY_EXE, BY_NAMES, BY_CERTIFICATE] {
         let page = parsed(text, &|_| None).show(&|_| None);
         let mut table = "";
         for line in page.lines() {

@@ -125,6 +125,6 @@ fn escape(text: &str) -> String {
     escaped
 }
 
-fn rfc3339(time: SystemTime) -> String {
+pub(super) fn rfc3339(time: SystemTime) -> String {
     humantime::format_rfc3339_seconds(time).to_string()
 }

@@ -49,6 +49,7 @@ async fn env() -> DevStsEnv {
             client_ids: vec![AUDIENCE.to_owned(), "other-role".to_owned()],
         }],
         roles: vec![role("dev", 12), role("short", 1)],
+        trust_anchors: Vec::new(),
     };
     let sts = DevSts::start(account, Clock::system()).await.unwrap();
     DevStsEnv { key, issuer, sts }

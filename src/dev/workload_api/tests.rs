@@ -26,6 +26,7 @@ fn env(owner: Uid) -> DevApiEnv {
         spiffe_ids: [ALICE, BOB].map(|id| SpiffeId::parse(id).unwrap()).into(),
         issuer: ISSUER.to_owned(),
         key: Arc::new(SigningKey::generate().unwrap()),
+        authority: Arc::new(DevAuthority::generate("dev.local", Clock::system().now()).unwrap()),
         clock: Clock::system(),
     };
     let api =

@@ -27,7 +27,7 @@ const FIELDS: Reader = None("serde_json parses it, and this compares single fiel
 /// The feature is not in packages, and its clients are the developer's own.
 const DEV: Reader = None("part of `awsvid dev`");
 
-const FILES: [(&str, Reader); 71] = [
+const FILES: [(&str, Reader); 77] = [
     ("accounts/local.rs", Target("accounts")),
     ("admin/format.rs", Target("accept")),
     ("attest/cgroup_mounts.rs", Target("mountinfo")),
@@ -56,6 +56,7 @@ const FILES: [(&str, Reader); 71] = [
     ("commands/local_client.rs", Target("client")),
     ("commands/node/socket_unit.rs", Target("socket_unit")),
     ("commands/trust_policy.rs", FIELDS),
+    ("commands/trust_policy/anywhere.rs", OWN),
     ("commands/trust_policy/aws_cli.rs", OWN),
     ("commands/trust_policy/plan.rs", OWN),
     ("commands/trust_policy/plan/issuer.rs", Target("url")),
@@ -66,12 +67,15 @@ const FILES: [(&str, Reader); 71] = [
     ("config/listen.rs", Target("configuration")),
     ("config/log.rs", Target("configuration")),
     ("config/role.rs", Target("configuration")),
+    ("config/roles_anywhere.rs", Target("configuration")),
     ("config/show.rs", OWN),
     ("daemon.rs", OWN),
     ("dev.rs", DEV),
     ("dev/local_users.rs", DEV),
     ("dev/loopback_http.rs", DEV),
     ("dev/sts.rs", DEV),
+    ("dev/sts/create_session.rs", DEV),
+    ("dev/sts/create_session/proof.rs", DEV),
     ("dev/sts/request.rs", DEV),
     ("dev/sts/sigv4.rs", DEV),
     ("dev/sts/token.rs", DEV),
@@ -95,9 +99,11 @@ const FILES: [(&str, Reader); 71] = [
     ("pod_listeners/netns_watch.rs", Target("mountinfo")),
     ("pod_listeners/opt_in.rs", NUMBER),
     ("readiness.rs", FIELDS),
+    ("roles_anywhere.rs", OWN),
+    ("roles_anywhere/session.rs", FIELDS),
+    ("roles_anywhere/signature.rs", OWN),
     ("sdk_environment/profiles.rs", Target("profiles")),
     ("socket_endpoint.rs", Target("endpoint")),
-    ("sts.rs", OWN),
     ("sts/advice.rs", OWN),
     ("sts/client.rs", OWN),
     ("sts/error_response.rs", Target("sts_error")),

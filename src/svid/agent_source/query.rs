@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use tokio::time::{Instant, sleep};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -16,9 +17,9 @@ use crate::identity::SpiffeId;
 use crate::limits::FairPermit;
 use crate::metrics::{CallLabel, UpstreamCall};
 use crate::role::Identity;
-use crate::svid::agent::AgentSvid;
+use crate::svid::agent::{AgentSvid, AttestingAgent};
 use crate::svid::identity_cache::{IdentityResult, Subject};
-use crate::svid::{JwtSvid, SourceError};
+use crate::svid::{JwtSvid, ReceivedX509Svid, SourceError};
 use crate::telemetry::in_current_request;
 
 /// Maximum wait for a permit. SDKs give up after a second, and on such a busy machine the query
@@ -40,8 +41,49 @@ pub(super) const EXEC_RETRY_PAUSES: [Duration; 4] = [
     Duration::ZERO,
 ];
 
-/// Reply of an agent to one query.
-type AgentReply = Result<Vec<AgentSvid>, SourceError>;
+/// Reply of an agent to one query, with SVIDs of one kind.
+type AgentReply<T> = Result<Vec<T>, SourceError>;
+
+/// Kind of SVIDs that a query is for.
+#[async_trait]
+pub(super) trait SvidQuery: Sync {
+    type Svid: Send;
+
+    async fn for_pid(&self, agent: &dyn AttestingAgent, pid: u32) -> AgentReply<Self::Svid>;
+    async fn for_pod(&self, agent: &dyn AttestingAgent, pod: &PodUid) -> AgentReply<Self::Svid>;
+}
+
+/// JWT-SVIDs for this audience.
+pub(super) struct JwtQuery<'a>(pub(super) &'a str);
+
+/// X.509-SVIDs with their keys.
+pub(super) struct X509Query;
+
+#[async_trait]
+impl SvidQuery for JwtQuery<'_> {
+    type Svid = AgentSvid;
+
+    async fn for_pid(&self, agent: &dyn AttestingAgent, pid: u32) -> AgentReply<AgentSvid> {
+        agent.fetch_for_pid(pid, self.0).await
+    }
+
+    async fn for_pod(&self, agent: &dyn AttestingAgent, pod: &PodUid) -> AgentReply<AgentSvid> {
+        agent.fetch_for_pod(pod, self.0).await
+    }
+}
+
+#[async_trait]
+impl SvidQuery for X509Query {
+    type Svid = ReceivedX509Svid;
+
+    async fn for_pid(&self, agent: &dyn AttestingAgent, pid: u32) -> AgentReply<Self::Svid> {
+        agent.fetch_x509_for_pid(pid).await
+    }
+
+    async fn for_pod(&self, agent: &dyn AttestingAgent, pod: &PodUid) -> AgentReply<Self::Svid> {
+        agent.fetch_x509_for_pod(pod).await
+    }
+}
 
 impl AgentSourceInner {
     /// Queries the agent about an unknown subject, once a permit is free.
@@ -114,7 +156,7 @@ impl AgentSourceInner {
     ) -> IdentityResult {
         let (inner, keep, caller) = (self.clone(), keep.cloned(), caller.clone());
         let query = AbortOnDropHandle::new(tokio::spawn(in_current_request(async move {
-            match inner.query(&caller, &inner.audience).await {
+            match inner.query(&caller, &JwtQuery(&inner.audience)).await {
                 Ok(svids) => inner.exclude_own_identities(svids, keep.as_ref()).await,
                 Err(SourceError::Denied(reply)) => {
                     inner.log_denial(&reply);
@@ -183,14 +225,14 @@ impl AgentSourceInner {
     }
 
     /// Queries the agent about the caller.
-    pub(super) async fn query(
+    pub(super) async fn query<Q: SvidQuery>(
         &self,
         caller: &Arc<Caller>,
-        audience: &str,
-    ) -> Result<Vec<AgentSvid>, SourceError> {
+        query: &Q,
+    ) -> AgentReply<Q::Svid> {
         let result = match self.subject(caller)? {
-            Subject::Process { .. } => self.query_by_process(caller, audience).await?,
-            Subject::Pod(pod) => self.query_by_pod(caller, &pod, audience).await?,
+            Subject::Process { .. } => self.query_by_process(caller, query).await?,
+            Subject::Pod(pod) => self.query_by_pod(caller, &pod, query).await?,
         };
         if matches!(result, Err(SourceError::Denied(_))) {
             // An agent that does not know the daemon itself, such as one that has just started,
@@ -203,16 +245,16 @@ impl AgentSourceInner {
     /// Queries the agent by the caller's process. The reply is discarded unless the process is the
     /// same before and after. If an execution was counted meanwhile, the agent may have read
     /// another process, so the query is repeated.
-    async fn query_by_process(
+    async fn query_by_process<Q: SvidQuery>(
         &self,
         caller: &Caller,
-        audience: &str,
-    ) -> Result<AgentReply, SourceError> {
+        query: &Q,
+    ) -> Result<AgentReply<Q::Svid>, SourceError> {
         for pause in EXEC_RETRY_PAUSES {
             let watch = caller.proof.watch_exec()?;
             let previous = caller.proof.for_agent().await?;
             let start = Instant::now();
-            let result = self.agent.fetch_for_pid(previous.pid, audience).await;
+            let result = query.for_pid(&*self.agent, previous.pid).await;
             self.count(&result, start);
             if caller.proof.for_agent().await? != previous {
                 return Err(AttestError::IdentityChanged.into());
@@ -227,21 +269,21 @@ impl AgentSourceInner {
 
     /// Queries the agent by the caller's pod. A UID belongs to one pod for ever. So the only check
     /// is that the pod still exists, before and after.
-    async fn query_by_pod(
+    async fn query_by_pod<Q: SvidQuery>(
         &self,
         caller: &Caller,
         pod: &PodUid,
-        audience: &str,
-    ) -> Result<AgentReply, SourceError> {
+        query: &Q,
+    ) -> Result<AgentReply<Q::Svid>, SourceError> {
         caller.proof.verify_pod()?;
         let start = Instant::now();
-        let result = self.agent.fetch_for_pod(pod, audience).await;
+        let result = query.for_pod(&*self.agent, pod).await;
         self.count(&result, start);
         caller.proof.verify_pod()?;
         Ok(result)
     }
 
-    fn count(&self, result: &AgentReply, start: Instant) {
+    fn count<T>(&self, result: &AgentReply<T>, start: Instant) {
         self.metrics.source_call(UpstreamCall {
             name: self.agent.endpoint().to_string(),
             result: CallLabel::of(result, SourceError::reason),

@@ -22,8 +22,10 @@ use crate::caller::{
 use crate::captured_log::CapturedLog;
 use crate::socket_endpoint::Endpoint;
 use crate::svid::CALL_TIMEOUT;
+use crate::svid::ReceivedX509Svid;
 use crate::svid::agent::AgentSvid;
 use crate::svid::jwt::tests::{NOW, now, raw_token, token_for};
+use crate::svid::own_svid::tests::fake::Authority;
 
 const AUDIENCE: &str = "sts.amazonaws.com";
 const MAX_PROCESSES: usize = 100;
@@ -107,6 +109,13 @@ impl AttestingAgent for AgentScript {
         }
         let ids = (self.reply.lock().unwrap())(pid)?;
         Ok(ids.iter().map(|id| svid_of(id, audience)).collect())
+    }
+
+    async fn fetch_x509_for_pid(&self, pid: u32) -> Result<Vec<ReceivedX509Svid>, SourceError> {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        let authority = Authority::new();
+        let ids = (self.reply.lock().unwrap())(pid)?;
+        Ok(ids.iter().map(|id| authority.svid(id).into()).collect())
     }
 
     fn endpoint(&self) -> &Endpoint {
@@ -414,6 +423,28 @@ async fn reply_is_discarded_if_the_process_changed() {
         "no part of it is remembered"
     );
     assert_eq!(agent.calls(), 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn x509_svid_is_for_the_process_that_was_there_before_and_after() {
+    let agent = AgentScript::reply(shop);
+    let source = source(&agent);
+    let svid = source.x509_svid(&caller(1), &shop_id()).await.unwrap();
+    assert_eq!(svid.spiffe_id(), &shop_id());
+    let changed = caller_with(1001, 1, Some(1), None);
+    let error = source.x509_svid(&changed, &shop_id()).await.unwrap_err();
+    assert_eq!(error, AttestError::IdentityChanged.into());
+    let executing = executing_caller(2, u32::try_from(EXEC_RETRY_PAUSES.len()).unwrap());
+    let error = source.x509_svid(&executing, &shop_id()).await.unwrap_err();
+    assert_eq!(error, AttestError::ProcessExecuting.into());
+    let other = SpiffeId::parse("spiffe://example.org/other").unwrap();
+    let error = source.x509_svid(&caller(1), &other).await.unwrap_err();
+    assert!(matches!(error, SourceError::Denied(_)), "{error:?}");
+
+    agent.set_reply(|_| Ok(vec![AWSVID]));
+    let own = SpiffeId::parse(AWSVID).unwrap();
+    let error = source.x509_svid(&caller(1), &own).await.unwrap_err();
+    assert!(matches!(error, SourceError::Denied(_)), "{error:?}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -32,7 +32,7 @@ pub struct OwnSvid {
 
 /// Reason why the agent's X.509-SVID cannot be used.
 #[derive(Debug, Error)]
-pub(super) enum OwnSvidError {
+pub(in crate::svid) enum OwnSvidError {
     /// The message has no SVID for its first identity.
     #[error("the message has none")]
     Missing,
@@ -165,6 +165,24 @@ fn read_one(
     spiffe_id: &SpiffeId,
 ) -> Result<(CertifiedKey, RootCertStore), OwnSvidError> {
     let chain = split(&svid.x509_svid).ok_or(OwnSvidError::Chain)?;
+    let certified = certified(chain, key, spiffe_id)?;
+    let mut roots = RootCertStore::empty();
+    for root in split(&svid.bundle).ok_or(OwnSvidError::Bundle)? {
+        roots.add(root).map_err(OwnSvidError::Root)?;
+    }
+    if roots.is_empty() {
+        return Err(OwnSvidError::NoRoots);
+    }
+    Ok((certified, roots))
+}
+
+/// Returns the certificates of an SVID of this identity with its key. Fails if they do not belong
+/// to the identity or to one another.
+pub(in crate::svid) fn certified(
+    chain: Vec<CertificateDer<'static>>,
+    key: &[u8],
+    spiffe_id: &SpiffeId,
+) -> Result<CertifiedKey, OwnSvidError> {
     let leaf = chain.first().ok_or(OwnSvidError::NoCertificate)?;
     let certified = id_of(leaf).map_err(OwnSvidError::Certificate)?;
     if certified != *spiffe_id {
@@ -177,14 +195,7 @@ fn read_one(
     let key = any_supported_type(&key).map_err(|_| OwnSvidError::Key)?;
     let certified = CertifiedKey::new(chain, key);
     certified.keys_match().map_err(|_| OwnSvidError::OtherKey)?;
-    let mut roots = RootCertStore::empty();
-    for root in split(&svid.bundle).ok_or(OwnSvidError::Bundle)? {
-        roots.add(root).map_err(OwnSvidError::Root)?;
-    }
-    if roots.is_empty() {
-        return Err(OwnSvidError::NoRoots);
-    }
-    Ok((certified, roots))
+    Ok(certified)
 }
 
 /// Returns the SPIFFE ID of a certificate. An X.509-SVID has exactly one URI among its names. The
@@ -201,7 +212,7 @@ pub fn id_of(certificate: &CertificateDer<'_>) -> Result<SpiffeId, CertificateId
 }
 
 /// Splits concatenated DER certificates. Returns `None` for other bytes.
-pub(super) fn split(mut bytes: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
+pub(in crate::svid) fn split(mut bytes: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
     let mut certificates = Vec::new();
     while !bytes.is_empty() {
         let (certificate, rest) = bytes.split_at_checked(length(bytes)?)?;

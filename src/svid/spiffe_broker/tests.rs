@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::*;
 use crate::svid::CALL_TIMEOUT;
 use crate::svid::own_svid::tests::fake::{Authority, FakeAgent, Stream, TestCertificate};
-use crate::svid::proto::broker::Jwtsvid;
+use crate::svid::proto::broker::{FetchJwtsvidResponse, Jwtsvid};
 use crate::svid::proto::workload::X509svidResponse;
 use fake::{BrokerReply, BrokerRequest, FakeBroker};
 

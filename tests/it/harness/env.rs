@@ -97,7 +97,7 @@ impl Source {
     }
 
     /// Returns its part of `[identity]`, with the agent's Workload API at `socket`.
-    fn keys(self, spire: &Spire, socket: &Path) -> String {
+    pub(crate) fn keys(self, spire: &Spire, socket: &Path) -> String {
         let socket = format!("workload_api_socket = \"unix://{}\"", socket.display());
         match self {
             Self::Rules => socket,

@@ -31,6 +31,7 @@ impl OneRoleSts {
                 issuer: issuer.to_owned(),
                 client_ids: vec![AUDIENCE.to_owned()],
             }],
+            trust_anchors: Vec::new(),
             roles: vec![TrustedRole {
                 arn: RoleArn::parse(ROLE).expect("an ARN"),
                 issuer: issuer.to_owned(),

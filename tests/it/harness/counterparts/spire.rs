@@ -45,6 +45,10 @@ pub(crate) struct SpireSetting {
     /// `default_x509_svid_ttl`, in SPIRE's notation. The agent renews an SVID after half of its
     /// life, and SPIRE dates it back by 10 s: from "10s" down it renews continuously.
     pub(crate) x509_svid_ttl: Option<&'static str>,
+    /// `workload_x509_svid_key_type` of the agent.
+    pub(crate) workload_key_type: Option<&'static str>,
+    /// `ca_key_type` of the server.
+    pub(crate) ca_key_type: Option<&'static str>,
     /// Words in front of the agent's command, to run it in other namespaces.
     pub(crate) agent_behind: Vec<String>,
     /// Whether the agent leaves out `unix:sha256`. For it, the agent reads the whole executable of
@@ -305,6 +309,18 @@ impl Spire {
             .to_owned()
     }
 
+    /// Writes the X.509-SVID of the test's own process, from the agent's Workload API, into a
+    /// folder: `svid.0.pem`, `svid.0.key` and `bundle.0.pem`.
+    pub(crate) fn write_x509(&self, folder: &Path) {
+        let mut command = Command::new(&self.programs[1]);
+        command
+            .args(["api", "fetch", "x509", "-socketPath"])
+            .arg(self.agent_socket())
+            .arg("-write")
+            .arg(folder);
+        run(command, b"", TIMEOUT).success("fetch an X.509-SVID");
+    }
+
     /// Returns the number of JWT-SVIDs with this `sub` that the server has signed, by its own log.
     /// The agent caches them, so this may be less than `jwt_svids_fetched`.
     pub(crate) fn jwt_svids_signed(&self, spiffe_id: &str) -> usize {
@@ -363,6 +379,11 @@ impl Spire {
     pub(crate) fn start_agent(&mut self) {
         self.run_agent(&[]);
         self.await_agent();
+    }
+
+    /// Ends the OIDC discovery provider, so that no STS can read the keys of tokens.
+    pub(crate) fn stop_oidc(&mut self) {
+        self.oidc = None;
     }
 
     pub(crate) fn stop_server(&mut self) {
@@ -508,7 +529,7 @@ server {{
     socket_path = "{folder}/server/api.sock"
     bind_address = "127.0.0.1"
     bind_port = {port}
-    ca_key_type = "ec-p256"
+    ca_key_type = "{ca_key_type}"
     jwt_key_type = "ec-p256"
     {issuer}
     default_jwt_svid_ttl = "5m"
@@ -531,6 +552,7 @@ plugins {{
                 .remote_agent
                 .as_ref()
                 .map_or("", |remote_agent| &remote_agent.node_attestor),
+            ca_key_type = self.setting.ca_key_type.unwrap_or("ec-p256"),
             trust_domain = self.trust_domain(),
             folder = self.folder.display(),
             port = self.server_port.address().port(),
@@ -558,6 +580,7 @@ agent {{
     server_port = {port}
     log_level = "debug"
     log_format = "json"
+    {key_type}
     experimental {{
         sync_interval = "200ms"
         {broker}
@@ -575,6 +598,12 @@ plugins {{
             port = self.server_port.address().port(),
             delegates = self.setting.delegates,
             broker = self.broker_config(),
+            key_type = self
+                .setting
+                .workload_key_type
+                .map_or(String::new(), |kind| format!(
+                    "workload_x509_svid_key_type = \"{kind}\""
+                )),
             size_limit = if self.setting.without_hashes { -1 } else { 0 },
             attestor = self.setting.attestor,
         )
