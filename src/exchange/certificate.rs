@@ -11,7 +11,7 @@ use crate::caller::Caller;
 use crate::credentials::Credentials;
 use crate::role::{Grant, RolesAnywhereTarget, StsTarget};
 use crate::sts::RetryPolicy;
-use crate::svid::{SourceError, X509Svid};
+use crate::svid::{BadToken, SourceError, X509Svid};
 
 /// Time for which an exchange of tokens that was unavailable is not tried first. Each try of an STS
 /// that hangs takes as long as a client waits.
@@ -131,7 +131,13 @@ impl TokenExchanger {
         budget: &mut RetryBudget,
     ) -> Result<X509Svid, ExchangeError> {
         let fetch = || self.source.x509_svid(caller, &grant.spiffe_id);
-        self.svid(grant, budget, fetch).await
+        let svid = self.svid(grant, budget, fetch).await?;
+        // As with a token: the source has checked it, so this would be a bug of the source.
+        if *svid.spiffe_id() != grant.spiffe_id {
+            let text = "the agent returned a certificate of another SPIFFE ID".to_owned();
+            return Err(SourceError::from(BadToken::Wrong(text)).into());
+        }
+        Ok(svid)
     }
 }
 

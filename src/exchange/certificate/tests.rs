@@ -25,6 +25,8 @@ struct Upstreams {
     tokens: Replies<Result<(), SourceError>>,
     token_delay: Mutex<Duration>,
     certificates: Replies<Result<(), SourceError>>,
+    /// The identity of the certificates, if it is another one than the requested.
+    other_identity: Mutex<Option<SpiffeId>>,
     sts: Replies<Result<(), StsError>>,
     sessions: Replies<Result<(), StsError>>,
     calls: Mutex<Vec<&'static str>>,
@@ -37,6 +39,7 @@ impl Upstreams {
             tokens: available(),
             token_delay: Mutex::default(),
             certificates: available(),
+            other_identity: Mutex::default(),
             sts: Mutex::new(VecDeque::from([Ok(())])),
             sessions: Mutex::new(VecDeque::from([Ok(())])),
             calls: Mutex::default(),
@@ -99,7 +102,8 @@ impl IdentitySource for Upstreams {
 
     async fn x509_svid(&self, _: &Arc<Caller>, id: &SpiffeId) -> Result<X509Svid, SourceError> {
         let svid = self.reply("certificate", &self.certificates);
-        svid.map(|()| certificate(id))
+        let other = self.other_identity.lock().unwrap();
+        svid.map(|()| certificate(other.as_ref().unwrap_or(id)))
     }
 
     fn facts_needed(&self, _: CallerFacts<'_>) -> Option<ProcessFacts> {
@@ -194,6 +198,18 @@ fn outage() -> StsError {
 
 fn down() -> SourceError {
     SourceError::Unavailable("down".to_owned())
+}
+
+#[tokio::test(start_paused = true)]
+async fn certificate_of_another_identity_signs_nothing() {
+    let upstreams = Arc::new(Upstreams::new());
+    let exchanger = exchanger(&upstreams);
+    let other = SpiffeId::parse("spiffe://example.org/other").unwrap();
+    *upstreams.other_identity.lock().unwrap() = Some(other);
+    let grant = grant(FirstExchange::RolesAnywhere);
+    let error = exchange(&exchanger, &grant).await.unwrap_err();
+    assert!(error.to_string().contains("another SPIFFE ID"), "{error}");
+    assert_eq!(upstreams.calls(), ["certificate"]);
 }
 
 #[tokio::test(start_paused = true)]
