@@ -148,6 +148,19 @@ fn excess(subject: &SpiffeIdPattern) -> Option<String> {
     })
 }
 
+/// Returns the JSON of a condition.
+pub(super) fn condition_json(condition: Condition) -> serde_json::Map<String, Value> {
+    condition
+        .into_iter()
+        .map(|(operator, keys)| {
+            let keys = keys
+                .into_iter()
+                .map(|(key, value)| (key, Value::from(value)));
+            (operator.to_owned(), Value::Object(keys.collect()))
+        })
+        .collect()
+}
+
 impl PlannedRole {
     /// Returns the trust policy. `provider` and `anchor` are the ARNs of the OIDC provider and of
     /// the trust anchor, or expressions for them.
@@ -158,21 +171,11 @@ impl PlannedRole {
             .statements
             .iter()
             .map(|statement| {
-                let condition: serde_json::Map<String, Value> = statement
-                    .condition(issuer)
-                    .into_iter()
-                    .map(|(operator, keys)| {
-                        let keys = keys
-                            .into_iter()
-                            .map(|(key, value)| (key, Value::from(value)));
-                        (operator.to_owned(), Value::Object(keys.collect()))
-                    })
-                    .collect();
                 json!({
                     "Effect": "Allow",
                     "Principal": { "Federated": provider },
                     "Action": "sts:AssumeRoleWithWebIdentity",
-                    "Condition": condition,
+                    "Condition": condition_json(statement.condition(issuer)),
                 })
             })
             .chain(certified)
