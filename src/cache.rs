@@ -1,8 +1,8 @@
 //! Cache of credentials by SPIFFE ID and role. It exchanges once for all callers of an entry,
 //! refreshes ahead of expiry, and serves through outages.
 //!
-//! A flight (one exchange of a JWT-SVID at STS) belongs to the cache. A client that hangs up, as
-//! many SDKs do after a second, neither cancels nor wastes it. Requests read the current
+//! A flight (one exchange of an SVID for credentials) belongs to the cache. A client that hangs up,
+//! as many SDKs do after a second, neither cancels nor wastes it. Requests read the current
 //! credentials without waiting for a refresh.
 //!
 //! | part | has |

@@ -26,6 +26,10 @@
 //! | cache | [`cache`] | credentials by SPIFFE ID and role, refreshed before they expire |
 //! | exchange | [`exchange`] | JWT-SVID from [`svid`], credentials from [`sts`]; or X.509-SVID and [`roles_anywhere`]; within [`limits`] that are fair between workloads |
 //!
+//! In functions: `listen::serve` calls `CredentialEndpoint::serve_connection` (http/connection.rs)
+//! for each connection. That calls `serve_request` and `issue` (http/request.rs), and these call
+//! `CredentialService::credentials_for`. deploy/docs/architecture.md describes the same steps.
+//!
 //! A request may come by either protocol: the container credential endpoint's, or that of [`imds`],
 //! which has the tokens, paths and bodies of EC2's instance metadata service.
 //!
