@@ -39,7 +39,7 @@ use keys::SigningKey;
 use local_users::User;
 use oidc::DevOidcIssuer;
 pub use run::run;
-use sts::{DevAccount, DevProvider, DevSts, TrustedRole};
+use sts::{ChainedTrust, DevAccount, DevProvider, DevSts, TrustedRole};
 use workload_api::{DevWorkloadApi, Registrations};
 
 /// Audience of the tokens. It is not AWS's, so that AWS accepts none of them (an audience belongs
@@ -73,7 +73,7 @@ impl DevStartError {
 pub struct DevNames {
     /// Trust domain of all identities.
     pub trust_domain: String,
-    /// Account of the only role, `dev`.
+    /// Account of the roles: `dev`, and `dev-chained` that only sessions of `dev` may assume.
     pub account: String,
 }
 
@@ -90,6 +90,10 @@ impl Default for DevNames {
 impl DevNames {
     fn role_arn(&self) -> String {
         format!("arn:aws:iam::{}:role/dev", self.account)
+    }
+
+    fn chained_role_arn(&self) -> String {
+        format!("arn:aws:iam::{}:role/dev-chained", self.account)
     }
 
     fn all_users(&self) -> String {
@@ -193,7 +197,11 @@ impl Dev {
              [audit]\nfile = {audit}\n\n\
              [log]\nlevel = \"{level}\"\n\n\
              [[role]]\nname = \"dev\"\nspiffe_id = \"{all_users}\"\nrole_arn = \"{role_arn}\"\n\
-             audience = \"{AUDIENCE}\"\n{rules}",
+             audience = \"{AUDIENCE}\"\n\n\
+             [[role]]\nname = \"chained\"\nspiffe_id = \"{all_users}\"\nrole_arn = \"{role_arn}\"\n\
+             audience = \"{AUDIENCE}\"\n\
+             [[role.chain]]\nrole_arn = \"{chained_role_arn}\"\nsource_identity = \"user={{path[1]}}\"\n\
+             tags = {{ \"user\" = \"{{path[1]}}\" }}\n{rules}",
             unix = toml_string(&self.socket()),
             status = toml_string(&self.path("status.sock")),
             token = toml_string(&self.path("token")),
@@ -201,6 +209,7 @@ impl Dev {
             sts = self.sts.url(),
             all_users = self.names.all_users(),
             role_arn = self.names.role_arn(),
+            chained_role_arn = self.names.chained_role_arn(),
             audit = toml_string(&audit),
         )
     }
@@ -289,6 +298,13 @@ fn account(issuer: &str, names: &DevNames) -> Result<DevAccount, crate::identity
             audience: AUDIENCE.to_owned(),
             subjects: vec![SpiffeIdPattern::parse(&names.all_users())?],
             max_duration: MAX_SESSION,
+        }],
+        chained: vec![ChainedTrust {
+            arn: RoleArn::parse(&names.chained_role_arn())?,
+            principal: RoleArn::parse(&names.role_arn())?,
+            external_id: None,
+            tag_session: true,
+            set_source_identity: true,
         }],
     })
 }

@@ -7,7 +7,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use tokio::time::timeout;
 
 use super::AppError;
-use crate::accounts::{Accounts, LiveRules};
+use crate::accounts::{Accounts, LiveRules, UserNames};
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
 use crate::exchange::TokenExchanger;
@@ -71,6 +71,7 @@ impl Components {
                 exchanger: TokenExchanger::new(source.clone(), sts, clock.clone(), metrics.clone()),
                 source,
                 roles: config.roles.clone(),
+                users: UserNames::new(blocking.files.clone()),
                 limits: limits(&config.cache),
             },
         })

@@ -359,7 +359,10 @@ fn reader_reads_every_key_of_rules_and_roles() {
         ("x", Some("http://[::1]:9000"))
     );
     assert_eq!(
-        (role.policy.as_deref(), role.policy_arns.len()),
+        (
+            role.policy.as_ref().map(|policy| policy.as_str()),
+            role.policy_arns.len()
+        ),
         (Some(r#"{"Statement": []}"#), 1)
     );
     let requested = config.roles.requested.unwrap();

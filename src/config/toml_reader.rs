@@ -257,6 +257,31 @@ impl<'r> Table<'r> {
         Some(strings)
     }
 
+    /// Reads the strings of a table with free names, each with its location, in the order of the
+    /// names. `None` if the key is missing or not a table.
+    pub(super) fn string_map(&self, key: &'static str) -> Option<Vec<(Location, String, &'r str)>> {
+        const FIX: &str = "write strings by their names: { \"name\" = \"...\" }";
+        let value = self.value(key)?;
+        let Some(entries) = value.as_table() else {
+            self.wrong_type(&self.location(key), "a table of strings", value, FIX);
+            return None;
+        };
+        let mut strings = Vec::with_capacity(entries.len());
+        for (name, value) in entries {
+            let name = name.get_ref().to_string();
+            let at = Location {
+                line: Some(self.line(value.span())),
+                key: join(&self.location(key).key, &name),
+            };
+            match value.get_ref().as_str() {
+                Some(text) => strings.push((at, name, text)),
+                None => self.wrong_type(&at, "a string", value.get_ref(), FIX),
+            }
+        }
+        strings.sort_by(|(_, one, _), (_, other, _)| one.cmp(other));
+        Some(strings)
+    }
+
     /// Returns the table `[key]`, which may be missing.
     pub(super) fn table(&self, key: &'static str) -> Table<'r> {
         let entries = self.value(key).and_then(|value| {

@@ -1,5 +1,5 @@
-//! An STS on loopback with real verification. It has only `AssumeRoleWithWebIdentity` and
-//! `GetCallerIdentity`.
+//! An STS on loopback with real verification. It has only `AssumeRoleWithWebIdentity`, `AssumeRole`
+//! and `GetCallerIdentity`.
 //!
 //! Wire format: AWS Security Token Service API Reference, version 2011-06-15 (the query protocol).
 
@@ -17,16 +17,19 @@ use crate::clock::Clock;
 use crate::identity::{RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 
 mod answer;
+mod chained;
 mod rejection;
 mod request;
 mod sessions;
 mod sigv4;
 mod token;
 
+pub use chained::ChainedTrust;
+
 use answer::DevCaller;
 use rejection::{Code, DevRejection};
 use request::{Parameters, WebIdentityRequest};
-use sessions::{Sessions, random_id};
+use sessions::{SessionFacts, Sessions, random_id};
 
 const VERSION: &str = "2011-06-15";
 
@@ -37,8 +40,10 @@ pub struct DevAccount {
     pub region: String,
     /// OpenID Connect providers of the account.
     pub providers: Vec<DevProvider>,
-    /// Roles of the account.
+    /// Roles that tokens may assume.
     pub roles: Vec<TrustedRole>,
+    /// Roles that sessions of other roles may assume.
+    pub chained: Vec<ChainedTrust>,
 }
 
 /// An OpenID Connect provider.
@@ -131,6 +136,7 @@ impl StsState {
             ("AssumeRoleWithWebIdentity", VERSION) => {
                 self.assume_role(&parameters, &request_id).await
             }
+            ("AssumeRole", VERSION) => self.assume_chained(&request, &parameters, &request_id),
             ("GetCallerIdentity", VERSION) => {
                 self.caller_identity(&request, &parameters, &request_id)
             }
@@ -171,15 +177,19 @@ impl StsState {
         let caller = self.caller(&role.arn, &request.session_name);
         let session = self
             .sessions
-            .issue(caller, now, request.duration)
+            .issue(caller, SessionFacts::of(&role.arn), now, request.duration)
             .map_err(|error| DevRejection::internal(&error))?;
-        self.issued.fetch_add(1, Ordering::Relaxed);
+        self.count_issued();
         Ok(answer::assumed(
             &session.credentials,
             &session.caller,
             &claims,
             request_id,
         ))
+    }
+
+    fn count_issued(&self) {
+        self.issued.fetch_add(1, Ordering::Relaxed);
     }
 
     fn caller_identity(

@@ -1,11 +1,13 @@
 //! The plan of one account as a CloudFormation template, in JSON: YAML could read a string as
 //! another type.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 
-use super::plan::{Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole};
+use super::plan::{
+    PERMISSION_NAME, Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole,
+};
 
 /// Logical id of the provider's resource.
 const PROVIDER: &str = "OidcProvider";
@@ -17,6 +19,10 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
             let what = "The account's OIDC provider for it has to list the audiences that are in the metadata.";
             (Value::from(plan.provider_arn(name)), what)
         }
+        PlannedProvider::New { .. } if account.audiences.is_empty() => (
+            Value::Null,
+            "Sessions of another account's roles assume them.",
+        ),
         PlannedProvider::New { thumbprint } => {
             resources.insert(
                 PROVIDER.to_owned(),
@@ -28,11 +34,22 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
         }
     };
     let mut used = BTreeSet::from([PROVIDER.to_owned()]);
-    for role in account.roles.values() {
-        resources.insert(
-            logical_id(&role.name, &mut used),
-            resource(plan, role, &provider),
-        );
+    let ids: BTreeMap<&str, String> = account
+        .roles
+        .iter()
+        .map(|(arn, role)| (arn.as_str(), logical_id(&role.name, &mut used)))
+        .collect();
+    for (arn, role) in &account.roles {
+        let mut resource = resource(plan, role, &provider);
+        // IAM accepts a role as principal once that role exists.
+        let principals = role.chained.iter();
+        let principals: BTreeSet<&String> = principals
+            .filter_map(|statement| ids.get(statement.principal.as_str()))
+            .collect();
+        if !principals.is_empty() {
+            resource["DependsOn"] = json!(principals);
+        }
+        resources.insert(ids[arn.as_str()].clone(), resource);
     }
     let PlannedAccountName { partition, number } = name;
     let url = plan.issuer.url();
@@ -56,7 +73,7 @@ fn oidc_provider(plan: &Plan, account: &PlannedAccount, thumbprint: Option<&str>
 }
 
 fn resource(plan: &Plan, role: &PlannedRole, provider: &Value) -> Value {
-    json!({
+    let mut resource = json!({
         "Type": "AWS::IAM::Role",
         "Properties": {
             "RoleName": role.name,
@@ -64,7 +81,12 @@ fn resource(plan: &Plan, role: &PlannedRole, provider: &Value) -> Value {
             "MaxSessionDuration": role.max_session.as_secs(),
             "AssumeRolePolicyDocument": role.policy(&plan.issuer, provider),
         },
-    })
+    });
+    if let Some(permission) = role.permission_policy() {
+        resource["Properties"]["Policies"] =
+            json!([{ "PolicyName": PERMISSION_NAME, "PolicyDocument": permission }]);
+    }
+    resource
 }
 
 /// Returns an id of letters and digits, unique among the roles.

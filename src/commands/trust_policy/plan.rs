@@ -11,11 +11,15 @@ use crate::config::is_aws_sts;
 use crate::identity::{RoleArn, SpiffeId, SpiffeIdPattern};
 use crate::role::{Role, Roles};
 
+mod chain;
 mod issuer;
 
+pub(super) use chain::{ChainedStatement, PERMISSION_NAME};
 #[cfg(any(test, fuzzing))]
 pub(in crate::commands) use issuer::fuzzing;
 pub(super) use issuer::{InvalidIssuer, PlannedIssuer};
+
+use chain::Permission;
 
 /// IAM's default: sessions of a role last at most an hour.
 const DEFAULT_SESSION: Duration = Duration::from_secs(3600);
@@ -81,6 +85,9 @@ pub(super) struct PlannedRole {
     pub(super) path: String,
     pub(super) max_session: Duration,
     pub(super) statements: Vec<Statement>,
+    /// The statements that admit sessions of other roles.
+    pub(super) chained: Vec<ChainedStatement>,
+    permissions: Vec<Permission>,
 }
 
 /// A statement of a trust policy: the subject and the audience that it admits.
@@ -144,8 +151,26 @@ impl Statement {
 }
 
 impl PlannedRole {
+    /// Returns a role at AWS without any statement.
+    fn of(arn: &RoleArn) -> Self {
+        let full = arn
+            .as_str()
+            .split_once(":role")
+            .map_or("", |(_, resource)| resource);
+        let (path, name) = full.rsplit_once('/').unwrap_or(("", full));
+        Self {
+            name: name.to_owned(),
+            path: format!("{path}/"),
+            max_session: DEFAULT_SESSION,
+            statements: Vec::new(),
+            chained: Vec::new(),
+            permissions: Vec::new(),
+        }
+    }
+
     /// Returns the trust policy. `provider` is its ARN, or an expression for it.
     pub(super) fn policy(&self, issuer: &PlannedIssuer, provider: &Value) -> Value {
+        let chained = self.chained.iter().map(ChainedStatement::json);
         let statements: Vec<Value> = self
             .statements
             .iter()
@@ -167,6 +192,7 @@ impl PlannedRole {
                     "Condition": condition,
                 })
             })
+            .chain(chained)
             .collect();
         json!({ "Version": "2012-10-17", "Statement": statements })
     }
@@ -268,6 +294,13 @@ impl Plan {
             );
             self.trust(&arn, role.duration, statement);
         }
+        let exact = role.spiffe_id.exact();
+        let known = ids
+            .iter()
+            .chain(&exact)
+            .filter(|id| role.spiffe_id.matches(id));
+        let known: BTreeSet<SpiffeId> = known.cloned().collect();
+        self.add_chain(role, &known.into_iter().collect::<Vec<_>>());
     }
 
     fn trust(&mut self, arn: &RoleArn, duration: Duration, statement: Statement) {
@@ -276,26 +309,14 @@ impl Plan {
                 .push(format!("{arn} is left out: not a role at AWS"));
             return;
         };
-        let full = arn
-            .as_str()
-            .split_once(":role")
-            .map_or("", |(_, resource)| resource);
-        let (path, name) = full.rsplit_once('/').unwrap_or(("", full));
         let account = PlannedAccountName {
             partition: partition.to_owned(),
             number: number.to_owned(),
         };
         let account = self.accounts.entry(account).or_default();
         account.audiences.insert(statement.audience.clone());
-        let role = account
-            .roles
-            .entry(arn.as_str().to_owned())
-            .or_insert_with(|| PlannedRole {
-                name: name.to_owned(),
-                path: format!("{path}/"),
-                max_session: DEFAULT_SESSION,
-                statements: Vec::new(),
-            });
+        let role = account.roles.entry(arn.as_str().to_owned());
+        let role = role.or_insert_with(|| PlannedRole::of(arn));
         role.max_session = role.max_session.max(duration);
         if !role.statements.contains(&statement) {
             role.statements.push(statement);

@@ -1,10 +1,13 @@
 //! The plan of one account as resources of Terraform's AWS provider.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
+use serde_json::Value;
+
 use super::plan::{
-    Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole, Statement,
+    ChainedStatement, PERMISSION_NAME, Plan, PlannedAccount, PlannedAccountName, PlannedProvider,
+    PlannedRole, Statement,
 };
 
 /// Address of the provider, as a resource or a data source.
@@ -17,21 +20,38 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
         provider(plan, name, account)
     );
     let mut used = BTreeSet::new();
-    for role in account.roles.values() {
-        let label = label(&role.name, &mut used);
+    let labels: BTreeMap<&str, String> = account
+        .roles
+        .iter()
+        .map(|(arn, role)| (arn.as_str(), label(&role.name, &mut used)))
+        .collect();
+    for (arn, role) in &account.roles {
+        let label = &labels[arn.as_str()];
         // Writing to a string cannot fail.
         let _ = write!(
             text,
             "\nresource \"aws_iam_role\" {} {{\n{}}}\n",
-            string(&label),
-            body(plan, role)
+            string(label),
+            body(plan, role) + &depends_on(role, &labels)
         );
+        if let Some(policy) = role.permission_policy() {
+            let _ = write!(
+                text,
+                "\nresource \"aws_iam_role_policy\" {} {{\n  name   = \"{PERMISSION_NAME}\"\n  role   = aws_iam_role.{label}.name\n  \
+                 policy = jsonencode({})\n}}\n",
+                string(label),
+                expression(&policy)
+            );
+        }
     }
     text
 }
 
 /// Renders the provider. Terraform's `apply` fails for a resource that exists already.
 fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
+    if account.audiences.is_empty() {
+        return String::new();
+    }
     let audiences: Vec<String> = account
         .audiences
         .iter()
@@ -56,11 +76,29 @@ fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) ->
     )
 }
 
+/// Renders the order of creation: IAM accepts a role as principal once that role exists.
+fn depends_on(role: &PlannedRole, labels: &BTreeMap<&str, String>) -> String {
+    let principals = role.chained.iter();
+    let principals: BTreeSet<String> = principals
+        .filter_map(|statement| labels.get(statement.principal.as_str()))
+        .map(|label| format!("aws_iam_role.{label}"))
+        .collect();
+    match principals.is_empty() {
+        true => String::new(),
+        false => {
+            let principals: Vec<String> = principals.into_iter().collect();
+            format!("\n  depends_on = [{}]\n", principals.join(", "))
+        }
+    }
+}
+
 fn body(plan: &Plan, role: &PlannedRole) -> String {
+    let chained = role.chained.iter().map(chained_statement);
     let statements: String = role
         .statements
         .iter()
         .map(|one| statement(plan, one))
+        .chain(chained)
         .collect();
     format!(
         "  name                 = {}\n  path                 = {}\n  max_session_duration = {}\n\n  \
@@ -94,6 +132,30 @@ fn statement(plan: &Plan, statement: &Statement) -> String {
         "      {{\n        Effect    = \"Allow\"\n        Principal = {{ Federated = {data}{PROVIDER}.arn }}\n        \
          Action    = \"sts:AssumeRoleWithWebIdentity\"\n        Condition = {{\n{condition}        }}\n      }},\n"
     )
+}
+
+/// Renders a statement for the sessions of another role.
+fn chained_statement(statement: &ChainedStatement) -> String {
+    format!("      {},\n", expression(&statement.json()))
+}
+
+/// Renders a JSON value as an expression. Objects and lists have the same form there, with
+/// templates in strings.
+fn expression(value: &Value) -> String {
+    match value {
+        Value::String(text) => string(text),
+        Value::Array(elements) => {
+            let elements: Vec<String> = elements.iter().map(expression).collect();
+            format!("[{}]", elements.join(", "))
+        }
+        Value::Object(members) => {
+            let members = members.iter();
+            let members =
+                members.map(|(key, value)| format!("{} = {}", string(key), expression(value)));
+            format!("{{ {} }}", members.collect::<Vec<_>>().join(", "))
+        }
+        other => other.to_string(),
+    }
 }
 
 /// Returns a resource name of letters, digits and `_`, unique among the roles.
