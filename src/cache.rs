@@ -259,7 +259,7 @@ impl CacheInner {
     ) -> Result<Option<Lookup>, CacheError> {
         let servable = self
             .servable(entry)
-            .filter(|_| !entry.grant.is_hop() || !is_refused_hop(entry, &entry.state()));
+            .filter(|_| !entry.grant.is_hop() || !is_rejected_hop(entry, &entry.state()));
         let Some((cached, times)) = servable else {
             return self.join_or_start(entry, caller, start);
         };
@@ -349,7 +349,7 @@ impl CacheInner {
         }
         // A flight may have succeeded since the caller found no credentials.
         if let Some((cached, _)) = self.servable(entry)
-            && !is_refused_hop(entry, &state)
+            && !is_rejected_hop(entry, &state)
         {
             return Ok(Some(Lookup::Credentials(cached, CacheResult::Hit)));
         }
@@ -387,9 +387,9 @@ impl CacheInner {
 
 /// Returns whether the entry is a session within a chain whose renewal was rejected. No later
 /// session may start with it.
-fn is_refused_hop(entry: &Entry, state: &EntryState) -> bool {
+fn is_rejected_hop(entry: &Entry, state: &EntryState) -> bool {
     let failure = state.failure.as_ref();
-    entry.grant.is_hop() && failure.is_some_and(|failure| failure.is_refused())
+    entry.grant.is_hop() && failure.is_some_and(|failure| failure.is_rejected())
 }
 
 impl Drop for CacheInner {

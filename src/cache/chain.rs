@@ -133,8 +133,8 @@ impl CacheInner {
         Some(flight.join(caller))
     }
 
-    /// Records the rejection of a session in all later ones of its chains, at the same moment. Their
-    /// refresh is due then, and their credentials end with the grace.
+    /// Records the rejection of a session in all later ones of its chains, at the same moment.
+    /// Their refresh is due then, and their credentials end with the grace.
     pub(super) fn fail_later_sessions(
         self: &Arc<Self>,
         hop: &Arc<Entry>,

@@ -295,8 +295,8 @@ pub struct EntryStatus {
     pub role_arn: String,
     /// The `RoleSessionName` at STS.
     pub session_name: String,
-    /// Number of the session in its chain, from 1, if it is one that no workload gets. Such an entry
-    /// has no name in `role`.
+    /// Number of the session in its chain, from 1, if it is one that no workload gets. Such an
+    /// entry has no name in `role`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hop: Option<usize>,
     /// ARNs of the roles of the chain up to this session. Empty without a chain.

@@ -107,7 +107,7 @@ pub(super) struct FailureState {
 
 impl FailureState {
     /// Returns whether the source or STS has rejected the credentials since the last success.
-    pub(super) fn is_refused(&self) -> bool {
+    pub(super) fn is_rejected(&self) -> bool {
         self.refused_since.is_some() || self.denied_since.is_some()
     }
 

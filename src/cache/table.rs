@@ -144,8 +144,8 @@ impl EntryTable {
     }
 }
 
-/// Evicts one entry that `may_evict`: one without credentials first, else the least recently used. An entry with a
-/// running flight stays, since callers wait for it.
+/// Evicts one entry that `may_evict`: one without credentials first, else the least recently used.
+/// An entry with a running flight stays, since callers wait for it.
 fn evict_one(
     entries: &mut Vec<Arc<Entry>>,
     retire: &impl Fn(&Arc<Entry>, &mut EntryState),

@@ -70,7 +70,7 @@ struct CacheEnv {
 /// the session.
 #[derive(Debug, Default)]
 struct ChainCalls {
-    made: Vec<usize>,
+    calls: Vec<usize>,
     failures: HashMap<usize, StsError>,
 }
 
@@ -207,11 +207,11 @@ impl AssumeRole for CacheEnv {
         let takes = *self.takes.lock().unwrap();
         sleep(takes).await;
         let mut chain = self.chain.lock().unwrap();
-        chain.made.push(hop);
+        chain.calls.push(hop);
         if let Some(failure) = chain.failures.get(&hop) {
             return Err(failure.clone());
         }
-        let number = chain.made.iter().filter(|made| **made == hop).count();
+        let number = chain.calls.iter().filter(|call| **call == hop).count();
         Ok(Credentials {
             access_key_id: format!("HOP{hop}-{number}"),
             secret_access_key: Zeroizing::new("secret".to_owned()),

@@ -165,10 +165,7 @@ fn check(table: &Table<'_>, pattern: &SpiffeIdPattern, chained: &ChainedRole) {
 /// Returns the location of a key, also of one in `tags`.
 fn location(table: &Table<'_>, key: &str) -> Location {
     match key.strip_prefix("tags.") {
-        Some(_) => Location {
-            key: table.location(key).key,
-            ..table.location("tags")
-        },
+        Some(name) => table.location_in("tags", name),
         None => table.location(key),
     }
 }

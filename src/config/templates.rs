@@ -4,7 +4,7 @@ use super::role::RoleNameRules;
 use super::toml_reader::{Location, Table};
 use crate::identity::{InvalidName, Placeholder, SpiffeIdPattern, Template};
 use crate::role::parameters::{
-    Checked, MAX_POLICY_ARNS, check_policy, check_policy_arn, is_aws_policy_arn,
+    LimitResult, MAX_POLICY_ARNS, check_policy, check_policy_arn, is_aws_policy_arn,
 };
 
 /// A template that was read, and its location.
@@ -14,7 +14,7 @@ pub(super) type LocatedTemplate<'a> = (Location, &'a Template);
 /// placeholder is final; with one, the rendered text is checked again before the call.
 pub(super) fn template(
     text: &str,
-    check: impl Fn(&str) -> Checked,
+    check: impl Fn(&str) -> LimitResult,
 ) -> Result<Template, InvalidName> {
     let template = Template::parse(text)?;
     check(&template.example())?;
@@ -24,7 +24,7 @@ pub(super) fn template(
 /// Parses a template whose value decides on access, so that no two callers may share one.
 pub(super) fn distinct_template(
     text: &str,
-    check: impl Fn(&str) -> Checked,
+    check: impl Fn(&str) -> LimitResult,
 ) -> Result<Template, InvalidName> {
     let template = template(text, check)?;
     template.check_separators()?;

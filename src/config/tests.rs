@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::*;
 use crate::workload_rule::{ExeMatcher, NamedRule};
 
+mod chains;
 mod errors;
 mod mutations;
 mod names;

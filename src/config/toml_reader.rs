@@ -48,6 +48,18 @@ impl<'r> Table<'r> {
         }
     }
 
+    /// Returns the location of a name in the table `key`, or of that table if the name is missing.
+    pub(super) fn location_in(&self, key: &str, name: &str) -> Location {
+        let at = self.location(key);
+        let inner = self.entries.and_then(|entries| entries.get(key));
+        let inner = inner.and_then(|value| value.get_ref().as_table());
+        let found = inner.and_then(|inner| inner.get(name));
+        Location {
+            line: found.map_or(at.line, |value| Some(self.line(value.span()))),
+            key: join(&at.key, name),
+        }
+    }
+
     pub(super) fn contains(&self, key: &str) -> bool {
         self.entries
             .is_some_and(|entries| entries.contains_key(key))

@@ -21,7 +21,7 @@ pub enum AttestedFact {
 }
 
 impl AttestedFact {
-    /// All facts.
+    /// All facts, in their order in documents.
     pub const ALL: [Self; 3] = [Self::PodUid, Self::SystemdUnit, Self::User];
 
     fn name(self) -> &'static str {
@@ -36,11 +36,11 @@ impl AttestedFact {
 /// The attested facts of one caller, as far as they are known and needed.
 #[derive(Clone, Default, PartialEq, Eq, Hash, Debug)]
 pub struct AttestedFacts {
-    /// Value of [`AttestedFact::PodUid`].
+    /// The value of [`AttestedFact::PodUid`], if the caller is in a pod.
     pub pod_uid: Option<Arc<str>>,
-    /// Value of [`AttestedFact::SystemdUnit`].
+    /// The value of [`AttestedFact::SystemdUnit`], if the caller is in a unit.
     pub systemd_unit: Option<Arc<str>>,
-    /// Value of [`AttestedFact::User`].
+    /// The value of [`AttestedFact::User`], if the caller has one.
     pub user: Option<Arc<str>>,
 }
 

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use super::parameters::{
-    Checked, check_external_id, check_policy, check_policy_arn, check_source_identity,
+    LimitResult, check_external_id, check_policy, check_policy_arn, check_source_identity,
     check_tag_value,
 };
 use crate::identity::{
@@ -127,7 +127,7 @@ fn rendered(
     key: &str,
     template: &Template,
     values: &TemplateValues<'_>,
-    check: impl Fn(&str) -> Checked,
+    check: impl Fn(&str) -> LimitResult,
 ) -> Result<String, InvalidName> {
     template
         .render(values)
@@ -140,7 +140,7 @@ pub(super) fn optional(
     key: &str,
     template: &Option<Template>,
     values: &TemplateValues<'_>,
-    check: impl Fn(&str) -> Checked,
+    check: impl Fn(&str) -> LimitResult,
 ) -> Result<Option<String>, InvalidName> {
     let template = template.as_ref();
     template

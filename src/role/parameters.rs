@@ -21,9 +21,9 @@ const EXTERNAL_ID_CHARS: std::ops::RangeInclusive<usize> = 2..=1224;
 const POLICY_ARN_CHARS: std::ops::RangeInclusive<usize> = 20..=2048;
 
 /// Result of a check. The error is for the author of the configuration.
-pub type Checked = Result<(), InvalidName>;
+pub type LimitResult = Result<(), InvalidName>;
 
-fn invalid(text: impl Into<String>) -> Checked {
+fn invalid(text: impl Into<String>) -> LimitResult {
     Err(InvalidName(text.into()))
 }
 
@@ -38,7 +38,7 @@ fn is_tag_character(c: char) -> bool {
         || matches!(c, ' ' | '_' | '.' | ':' | '/' | '=' | '+' | '-' | '@')
 }
 
-fn check_tag_text(text: &str, max_chars: usize) -> Checked {
+fn check_tag_text(text: &str, max_chars: usize) -> LimitResult {
     let length = text.chars().count();
     if length > max_chars {
         return invalid(format!(
@@ -54,7 +54,7 @@ fn check_tag_text(text: &str, max_chars: usize) -> Checked {
 }
 
 /// Checks the key of a tag.
-pub fn check_tag_key(key: &str) -> Checked {
+pub fn check_tag_key(key: &str) -> LimitResult {
     if key.is_empty() {
         return invalid("the key of a tag is empty");
     }
@@ -65,12 +65,12 @@ pub fn check_tag_key(key: &str) -> Checked {
 }
 
 /// Checks the value of a tag, which may be empty.
-pub fn check_tag_value(value: &str) -> Checked {
+pub fn check_tag_value(value: &str) -> LimitResult {
     check_tag_text(value, MAX_TAG_VALUE_CHARS)
 }
 
 /// Checks a source identity, which has the form of a session name.
-pub fn check_source_identity(text: &str) -> Checked {
+pub fn check_source_identity(text: &str) -> LimitResult {
     match SessionName::parse(text) {
         Ok(_) if text.to_ascii_lowercase().starts_with("aws:") => {
             invalid("source identities that begin with aws: are AWS's own")
@@ -83,7 +83,7 @@ pub fn check_source_identity(text: &str) -> Checked {
 }
 
 /// Checks an external ID.
-pub fn check_external_id(text: &str) -> Checked {
+pub fn check_external_id(text: &str) -> LimitResult {
     let is_allowed = |c: u8| {
         c.is_ascii_alphanumeric()
             || matches!(
@@ -98,7 +98,7 @@ pub fn check_external_id(text: &str) -> Checked {
 }
 
 /// Checks the length and the characters of a session policy.
-pub fn check_policy(text: &str) -> Checked {
+pub fn check_policy(text: &str) -> LimitResult {
     if let Some(c) = text.chars().find(|c| *c > '\u{ff}') {
         return invalid(format!(
             "a session policy cannot have {c:?}; write it as a JSON escape"
@@ -114,7 +114,7 @@ pub fn check_policy(text: &str) -> Checked {
 }
 
 /// Checks the ARN of a managed policy, as far as every STS has the same rules.
-pub fn check_policy_arn(text: &str) -> Checked {
+pub fn check_policy_arn(text: &str) -> LimitResult {
     if (1..=*POLICY_ARN_CHARS.end()).contains(&text.len())
         && text.bytes().all(|c| c.is_ascii_graphic())
     {

@@ -366,8 +366,8 @@ fn causes(error: &dyn Error) -> String {
     }
 }
 
-/// Replaces the parts of `text` that quote the token or another secret. AWS's validation errors quote the values that
-/// they reject.
+/// Replaces the parts of `text` that quote the token or another secret. AWS's validation errors
+/// quote the values that they reject.
 ///
 /// A fragment of at least twice `WINDOW` is always found. It contains a window that begins at a
 /// multiple of `WINDOW` of its word.

@@ -1,8 +1,9 @@
-//! Chains of roles, with a verifying STS: each call is signed with the credentials of the hop before
-//! it.
+//! Chains of roles, with a verifying STS: each call is signed with the credentials of the hop
+//! before it.
 
 use std::collections::HashSet;
 use std::fs;
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
@@ -13,10 +14,10 @@ use serde_json::{Value, json};
 
 use crate::harness::chain::{CHAIN, ChainUpstream, HOPS, HopFault};
 use crate::harness::client::fetch;
-use crate::harness::counterparts::folder;
-use crate::harness::counterparts::process::{await_some, run};
+use crate::harness::counterparts::process::{Process, await_some, run};
+use crate::harness::counterparts::{Port, folder, http_get, tool};
 use crate::harness::daemon::{Daemon, PROGRAM};
-use crate::harness::upstream::own_rules;
+use crate::harness::upstream::{ME, Upstream, my_rule, own_rules};
 
 const ID: &str = "spiffe://example.org/ns/shop/sa/billing";
 /// Bounds what takes milliseconds, and the second for which a failure is cached.
@@ -132,15 +133,6 @@ fn records_and_status_have_each_hop() {
     for (entry, count) in entries.iter().zip(1..) {
         assert_eq!(entry["chain"], json!(HOPS[..count]), "{entry}");
     }
-    let text = command(folder.path(), "status");
-    for cell in [
-        "hop 1",
-        "hop 2",
-        "chained",
-        "role/hop > arn:aws:iam::222222222222:role/middle",
-    ] {
-        assert!(text.contains(cell), "{text}");
-    }
 }
 
 /// Runs `awsvid <name>` with the daemon's configuration, and returns its output.
@@ -176,4 +168,82 @@ fn check_assumes_each_role_and_names_the_one_that_fails() {
         "{text}"
     );
     assert!(!text.contains("hop 3"), "{text}");
+}
+
+/// The second opinion: moto verifies the signature, the session token and the permission of each
+/// caller by code of its own.
+#[test]
+fn another_sts_accepts_the_signature_of_each_hop() {
+    let Some(program) = tool("moto_server") else {
+        return;
+    };
+    let folder = folder();
+    let port = Port::reserve();
+    let mut server = Command::new(program);
+    let number = port.address().port().to_string();
+    server.args(["-H", "127.0.0.1", "-p", &number]);
+    let server = Process::start("moto", server, &folder.path().join("moto.log"));
+    let upstream = Upstream::start_for_me();
+    server.await_some("moto serves", TIMEOUT, || {
+        http_get(port.address(), "/moto-api/data.json").filter(|(status, _)| *status == 200)
+    });
+    let iam = |parameters: &str| {
+        let policy = r#"{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"sts:*","Resource":"*"}]}"#;
+        let body = parameters.replace("POLICY", &policy.replace('"', "%22"));
+        post(
+            port.address(),
+            "iam",
+            "/",
+            &format!("Version=2010-05-08&{body}"),
+        )
+    };
+    for role in ["hop", "middle", "last"] {
+        iam(&format!(
+            "Action=CreateRole&RoleName={role}&AssumeRolePolicyDocument=POLICY"
+        ));
+    }
+    iam("Action=PutRolePolicy&RoleName=hop&PolicyName=p&PolicyDocument=POLICY");
+    let role = |name: &str| format!("role_arn = \"arn:aws:iam::123456789012:role/{name}\"\n");
+    let identity = upstream.configuration();
+    let (identity, _) = identity.split_once("[sts]").unwrap();
+    let configuration = format!(
+        "{identity}[sts]\nregion = \"us-east-1\"\nendpoint = \"http://{}\"\n\
+         [[role]]\nname = \"chained\"\nspiffe_id = \"{ME}\"\n{}\
+         [[role.chain]]\n{}tags = {{ \"user\" = \"{{path[1]}}\" }}\ntransitive_tags = [\"user\"]\n\
+         source_identity = \"{{session_name}}\"\n[[role.chain]]\n{}{}",
+        port.address(),
+        role("hop"),
+        role("middle"),
+        role("last"),
+        my_rule(),
+    );
+    let daemon = Daemon::start(folder.path(), "", &configuration).ready();
+    // From the second call on, each has to be signed by a session with a permission.
+    post(port.address(), "moto", "/moto-api/reset-auth", "1");
+    let body = await_some("the rejection of the last hop", TIMEOUT, || {
+        let (status, body) = request(&daemon);
+        (status == 403).then_some(body)
+    });
+    let message = body["message"].as_str().unwrap();
+    assert!(
+        message.contains("hop 3 ") && message.contains("is not authorized"),
+        "{message}"
+    );
+    post(port.address(), "moto", "/moto-api/reset-auth", "1");
+    iam("Action=PutRolePolicy&RoleName=middle&PolicyName=p&PolicyDocument=POLICY");
+    let body = await_credentials(&daemon);
+    assert_eq!(body["RoleArn"], "arn:aws:iam::123456789012:role/last");
+}
+
+/// Posts a form to a service of moto, and returns the body of the answer.
+fn post(address: SocketAddr, service: &str, path: &str, form: &str) -> String {
+    let mut command = Command::new("curl");
+    command
+        .args(["--silent", "--show-error", "--fail-with-body", "--data", form, "--header"])
+        .arg(format!(
+            "Authorization: AWS4-HMAC-SHA256 Credential=any/20260101/us-east-1/{service}/aws4_request, \
+             SignedHeaders=host, Signature=none"
+        ))
+        .arg(format!("http://{address}{path}"));
+    run(command, b"", TIMEOUT).success("curl")
 }

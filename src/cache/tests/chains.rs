@@ -51,7 +51,7 @@ async fn request(
 }
 
 fn calls(env: &CacheEnv) -> (usize, Vec<usize>) {
-    (env.fetched(), env.chain.lock().unwrap().made.clone())
+    (env.fetched(), env.chain.lock().unwrap().calls.clone())
 }
 
 fn fail_hop(env: &CacheEnv, hop: usize, failure: impl Into<Option<StsError>>) {
@@ -132,7 +132,7 @@ async fn rejection_of_a_hop_ends_later_sessions_after_the_grace() {
         let (env, cache) = env_with(std::slice::from_ref(&role));
         request(&cache, &role).await.unwrap();
         fail_hop(&env, hop, rejected());
-        let rejected_calls = || calls(&env).1.iter().filter(|made| **made == hop).count();
+        let rejected_calls = || calls(&env).1.iter().filter(|call| **call == hop).count();
         while rejected_calls() == 1 {
             pass(SECOND).await;
         }
@@ -177,8 +177,8 @@ async fn hop_that_recovers_within_the_grace_ends_nothing() {
     let (env, cache) = env_with(std::slice::from_ref(&role));
     request(&cache, &role).await.unwrap();
     fail_hop(&env, 2, rejected());
-    let is_refused = |entry: &EntryStatus| entry.refused_since.is_some();
-    while !cache.entries().iter().any(is_refused) {
+    let is_rejected = |entry: &EntryStatus| entry.refused_since.is_some();
+    while !cache.entries().iter().any(is_rejected) {
         pass(SECOND).await;
     }
     fail_hop(&env, 2, None);
@@ -186,7 +186,7 @@ async fn hop_that_recovers_within_the_grace_ends_nothing() {
         pass(SECOND).await;
         request(&cache, &role).await.unwrap();
     }
-    assert!(!cache.entries().iter().any(is_refused));
+    assert!(!cache.entries().iter().any(is_rejected));
 }
 
 #[tokio::test(start_paused = true)]
@@ -225,7 +225,7 @@ async fn throttled_hop_is_named_and_keeps_the_sessions_before_it() {
     request(&cache, &role).await.unwrap();
     let (first, later) = calls(&env);
     assert_eq!(
-        (first, later.iter().filter(|made| **made == 2).count()),
+        (first, later.iter().filter(|call| **call == 2).count()),
         (1, 1)
     );
 }

@@ -306,6 +306,17 @@ spiffe://example.org/unasked  unasked  unasked  in 59m 7s  in 29m 0s  -         
         rejecting["counts_executions"] = json!(false);
         let line = "\nunsupported_kernel: callers over TCP are rejected: no \nexecutions of programs: not counted: callers are rejected";
         assert!(render(&rejecting, now(), TerminalStyle::plain()).contains(line));
+        let mut chained = status();
+        chained["credentials"] = json!([
+            {"spiffe_id": "spiffe://a/b", "role": "", "hop": 1, "chain": ["r1"], "access_key_id": "ASIA1"},
+            {"spiffe_id": "spiffe://a/b", "role": "c", "chain": ["r1", "r2"], "access_key_id": "ASIA2"},
+        ]);
+        let text = render(&chained, now(), TerminalStyle::plain());
+        assert!(text.contains("spiffe://a/b  (hop 1)  "), "{text}");
+        assert!(
+            text.contains("\n    roles: r1 > r2\n") && !text.contains("roles: r1\n"),
+            "{text}"
+        );
         rejecting["counts_executions"] = json!(true);
         assert!(
             render(&rejecting, now(), TerminalStyle::plain())

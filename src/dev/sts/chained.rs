@@ -185,7 +185,7 @@ fn source_identity(
         .map_err(|error| parameter("sourceIdentity", requested, error))?;
     match before {
         Some(before) if before != requested => {
-            contradiction("The source identity of the calling session can't be changed.")
+            contradiction("The source identity of the calling session cannot be changed.")
         }
         Some(_) | None => Ok(Some(requested.to_owned())),
     }

@@ -28,7 +28,7 @@ pub(super) struct Session {
     pub(super) facts: SessionFacts,
 }
 
-/// What later sessions of a chain depend on.
+/// The parts of a session that later sessions of a chain depend on.
 #[derive(Debug, Clone)]
 pub(super) struct SessionFacts {
     pub(super) role_arn: RoleArn,

@@ -294,7 +294,7 @@ fn values_beyond_the_limits_are_denied_with_their_key() {
 #[test]
 fn parameters_have_the_limits_of_sts() {
     use parameters::*;
-    let error = |result: Checked| result.map_err(|InvalidName(error)| error);
+    let error = |result: LimitResult| result.map_err(|InvalidName(error)| error);
     for good in [
         "a",
         "kubernetes-namespace",

@@ -154,7 +154,7 @@ fn session_within_a_chain_has_no_name() {
         .iter()
         .map(|arn| format!("/{}", encoded(arn)))
         .collect();
-    paths.extend(["/", "/hop", "/%20", "/%00", "//", "/chained/"].map(str::to_owned));
+    paths.extend(["/hop", "/%20", "/%00", "/chained/x"].map(str::to_owned));
     for path in paths {
         let mut command = behind(&cgroup.enter(), "setpriv".as_ref());
         command

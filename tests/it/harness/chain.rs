@@ -1,5 +1,5 @@
-//! A chain of three roles at the verifying STS of `awsvid dev`, behind a proxy that counts the calls
-//! of each hop and can fail them.
+//! A chain of three roles at the verifying STS of `awsvid dev`, behind a proxy that counts the
+//! calls of each hop and can fail them.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};

@@ -105,7 +105,7 @@ async fn chain_of_three_keeps_transitive_tags_and_the_source_identity() {
     )
     .await;
     let other = call(&env, &next, LAST).source_identity("other");
-    rejected(other, "InvalidParameterValue", "can't be changed").await;
+    rejected(other, "InvalidParameterValue", "cannot be changed").await;
     assumed(call(&env, &next, LAST).source_identity("shop=billing")).await;
     // They need their actions in the trust policy, also where they are inherited.
     let plain = call(&env, &next, "plain");
