@@ -7,6 +7,7 @@
 //!
 //! | part | has |
 //! |---|---|
+//! | `chain` | the sessions of a chain, each in an entry of its own, and the effect of one's failure on the later ones |
 //! | `entry` | one entry: its credentials as they are served, its refresh state and failure state |
 //! | `table` | the table of entries by SPIFFE ID, and its bounds |
 //! | `failure` | the kinds of failure, and their effect on cached credentials |
@@ -31,6 +32,7 @@ use crate::metrics::{CallLabel, EntryStateLabel, EvictionReason, Metrics};
 use crate::policy::Policy;
 use crate::role::Grant;
 
+mod chain;
 mod entry;
 mod events;
 mod failure;
@@ -255,7 +257,10 @@ impl CacheInner {
         caller: &Arc<Caller>,
         start: FlightStart,
     ) -> Result<Option<Lookup>, CacheError> {
-        let Some((cached, times)) = self.servable(entry) else {
+        let servable = self
+            .servable(entry)
+            .filter(|_| !entry.grant.is_hop() || !is_rejected_hop(entry, &entry.state()));
+        let Some((cached, times)) = servable else {
             return self.join_or_start(entry, caller, start);
         };
         let result = if times.is_due() {
@@ -343,7 +348,9 @@ impl CacheInner {
             return Ok(Some(Lookup::Flight(flight.join(caller))));
         }
         // A flight may have succeeded since the caller found no credentials.
-        if let Some((cached, _)) = self.servable(entry) {
+        if let Some((cached, _)) = self.servable(entry)
+            && !is_rejected_hop(entry, &state)
+        {
             return Ok(Some(Lookup::Credentials(cached, CacheResult::Hit)));
         }
         if let Some(failure) = &state.failure
@@ -376,6 +383,13 @@ impl CacheInner {
                 .inc();
         }
     }
+}
+
+/// Returns whether the entry is a session within a chain whose renewal was rejected. No later
+/// session may start with it.
+fn is_rejected_hop(entry: &Entry, state: &EntryState) -> bool {
+    let failure = state.failure.as_ref();
+    entry.grant.is_hop() && failure.is_some_and(|failure| failure.is_rejected())
 }
 
 impl Drop for CacheInner {

@@ -1,5 +1,6 @@
 //! Exchange of SVIDs for AWS credentials, without a cache: a token from the source, credentials
-//! from STS; or a certificate from the source, credentials from IAM Roles Anywhere.
+//! from STS; or a certificate from the source, credentials from IAM Roles Anywhere. In a chain,
+//! exchange of one session's credentials for those of the next.
 
 use std::mem::discriminant;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use crate::backoff::{Backoff, Jitter};
 use crate::caller::{AttestError, Caller};
 use crate::clock::Clock;
 use crate::credentials::Credentials;
-use crate::identity::SpiffeId;
+use crate::identity::{RoleArn, SpiffeId};
 use crate::limits::{FairSemaphore, KeyedRateLimiter};
 use crate::metrics::{CallLabel, Metrics, UpstreamCall};
 use crate::role::{FirstExchange, Grant};
@@ -49,6 +50,11 @@ const EXCHANGE_BURST: u32 = 32;
 /// outage of hours needs one in 4 s. So it is far above any real need, and a thousandth of what STS
 /// accepts from an account.
 const EXCHANGE_INTERVAL: Duration = Duration::from_secs(1);
+/// Number of chained sessions that one SPIFFE ID may start at once: two in each chain of 16 roles,
+/// for the four pods of one SPIFFE ID where a role depends on the pod.
+const CHAINED_BURST: u32 = 128;
+/// Interval of further chained sessions. STS accepts hundreds of calls in a second.
+const CHAINED_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Client that exchanges JWT-SVIDs at STS. It keeps no state but the counts of its limiters.
 #[derive(Debug, Clone)]
@@ -62,6 +68,7 @@ pub struct TokenExchanger {
     metrics: Metrics,
     source_permits: FairSemaphore<SpiffeId>,
     rate_limit: Arc<KeyedRateLimiter>,
+    chained_rate_limit: Arc<KeyedRateLimiter>,
 }
 
 /// Reason why an exchange failed.
@@ -86,6 +93,16 @@ pub enum ExchangeError {
     /// A part of the daemon or a library panicked. The panic itself is in the log.
     #[error("exchange ended by an internal error; see the panic in awsvid's log")]
     Panicked,
+    /// A session of the chain failed.
+    #[error("hop {hop} ({role_arn}): {error}")]
+    Hop {
+        /// Number of the session in its chain, from 1.
+        hop: usize,
+        /// ARN of the role of that session.
+        role_arn: RoleArn,
+        /// The failure of that session.
+        error: Box<ExchangeError>,
+    },
 }
 
 impl ExchangeError {
@@ -98,9 +115,38 @@ impl ExchangeError {
         sources.chain(callers).chain(sts).chain(own).collect()
     }
 
+    /// Returns the error with the number of the session that failed, if it is one of a chain.
+    pub fn at_hop(self, grant: &Grant) -> Self {
+        if !grant.is_chained() || matches!(self, Self::Hop { .. }) {
+            return self;
+        }
+        Self::Hop {
+            hop: grant.hop_number(),
+            role_arn: grant.issued_role_arn().clone(),
+            error: Box::new(self),
+        }
+    }
+
+    /// Returns the failure of the session itself, without its number.
+    pub fn cause(&self) -> &Self {
+        match self {
+            Self::Hop { error, .. } => error.cause(),
+            error => error,
+        }
+    }
+
+    /// Returns the number of the session that failed, if it is one of a chain.
+    fn hop(&self) -> Option<usize> {
+        match self {
+            Self::Hop { hop, .. } => Some(*hop),
+            _ => None,
+        }
+    }
+
     /// Returns true if the failure may pass by itself: an outage or a rate limit, not a rejection.
     pub fn is_transient(&self) -> bool {
         match self {
+            Self::Hop { error, .. } => error.is_transient(),
             Self::Source(error) => error.is_transient(),
             Self::Sts(error) => match error.retry {
                 RetryPolicy::Later => true,
@@ -121,13 +167,20 @@ impl ExchangeError {
             Self::Sts(error) => {
                 error.retry == RetryPolicy::Later && error.reason != StsReason::Busy
             }
-            Self::Source(_) | Self::TooOften | Self::TooShort | Self::Panicked => false,
+            Self::Source(_)
+            | Self::TooOften
+            | Self::TooShort
+            | Self::Panicked
+            | Self::Hop { .. } => false,
         }
     }
 
     /// Returns whether both are failures of one kind, whatever their texts.
     pub fn is_same_kind(&self, other: &Self) -> bool {
-        match (self, other) {
+        if self.hop() != other.hop() {
+            return false;
+        }
+        match (self.cause(), other.cause()) {
             (Self::Source(one), Self::Source(other)) => discriminant(one) == discriminant(other),
             (Self::Sts(one), Self::Sts(other)) => one.reason == other.reason,
             (one, other) => discriminant(one) == discriminant(other),
@@ -142,7 +195,22 @@ impl ExchangeError {
             Self::TooOften => "too_many_exchanges",
             Self::TooShort => StsReason::BadAnswer.label(),
             Self::Panicked => "internal_error",
+            Self::Hop { error, .. } => error.reason(),
         }
+    }
+
+    /// Returns whether STS does not accept the credentials that signed the call, or the session
+    /// that they belong to.
+    pub fn rejects_previous_session(&self) -> bool {
+        let Self::Sts(error) = self.cause() else {
+            return false;
+        };
+        error.retry == RetryPolicy::NewToken || error.reason == StsReason::AccessDenied
+    }
+
+    /// Returns whether STS does not permit the call.
+    pub fn is_access_denied(&self) -> bool {
+        matches!(self.cause(), Self::Sts(error) if error.reason == StsReason::AccessDenied)
     }
 }
 
@@ -165,6 +233,7 @@ impl TokenExchanger {
             metrics,
             source_permits,
             rate_limit,
+            chained_rate_limit: Arc::new(KeyedRateLimiter::new(CHAINED_BURST, CHAINED_INTERVAL)),
         }
     }
 
@@ -220,6 +289,34 @@ impl TokenExchanger {
                 Err(self.second_rejection(error, &fresh).into())
             }
             result => Ok(result?),
+        }
+    }
+
+    /// Exchanges the credentials of the session before it for those of `grant`, which has a chain.
+    ///
+    /// Outages are retried for `RETRY_WINDOW`.
+    pub async fn exchange_chained(
+        &self,
+        grant: &Grant,
+        previous: &Credentials,
+    ) -> Result<Credentials, ExchangeError> {
+        if !self.chained_rate_limit.take(&grant.spiffe_id) {
+            return Err(ExchangeError::TooOften);
+        }
+        let _running = self.metrics.exchange_started();
+        let mut budget = RetryBudget::new();
+        loop {
+            let start = Instant::now();
+            let result = self.sts.assume_chained(grant, previous).await;
+            self.record_call(grant.role.sts.to_string(), &result, start);
+            match result {
+                Err(error) if error.retry == RetryPolicy::Later => {
+                    if !budget.pause().await || previous.expiration <= self.clock.now() {
+                        return Err(error.into());
+                    }
+                }
+                result => return Ok(result?),
+            }
         }
     }
 

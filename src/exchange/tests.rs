@@ -90,6 +90,14 @@ impl AssumeRole for FakeStsReplies {
     async fn assume(&self, _: &Grant, token: &JwtSvid) -> Result<Credentials, StsError> {
         self.next(token.secret().to_owned()).await
     }
+
+    async fn assume_chained(
+        &self,
+        _: &Grant,
+        previous: &Credentials,
+    ) -> Result<Credentials, StsError> {
+        self.next(previous.access_key_id.clone()).await
+    }
 }
 
 fn caller() -> Arc<Caller> {
