@@ -3,7 +3,7 @@
 //! The request is signed with the key of the SVID, which is the proof. The key is used for that
 //! one signature, and cleared afterwards.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fmt;
 use std::pin::pin;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -25,8 +25,8 @@ use crate::identity::SpiffeId;
 use crate::limits::FairSemaphore;
 use crate::role::{Grant, RolesAnywhereTarget};
 use crate::sts::{
-    Failure, HttpConnector, InvalidSetting, Settings, StsDestination, StsError, checked, permits,
-    read_response,
+    CachedClients, Failure, HttpConnector, InvalidSetting, Settings, StsDestination, StsError,
+    checked, permits, read_response,
 };
 use crate::svid::X509Svid;
 
@@ -55,9 +55,7 @@ pub trait CreateSession: Send + Sync + fmt::Debug {
 /// Client of AWS's IAM Roles Anywhere, and of other servers that speak its protocol.
 pub struct RolesAnywhere {
     connections: HttpConnector,
-    /// One connector, and with it one pool of connections, per URL. With it the number of times
-    /// that CA certificates had been replaced.
-    connectors: Mutex<HashMap<String, (usize, SharedHttpConnector)>>,
+    connectors: CachedClients<String, SharedHttpConnector>,
     /// Profiles that have rejected the name of a session.
     unnamed: Mutex<HashSet<String>>,
     permits: FairSemaphore<SpiffeId>,
@@ -77,7 +75,7 @@ impl RolesAnywhere {
                 settings.timeout,
                 settings.blocking,
             ),
-            connectors: Mutex::default(),
+            connectors: CachedClients::new(),
             unnamed: Mutex::default(),
             clock,
         }
@@ -170,26 +168,15 @@ impl RolesAnywhere {
         let unbuilt = |_| Failure::InvalidRequest("the request is invalid".to_owned());
         request.set_method("POST").map_err(unbuilt)?;
         request.set_uri(format!("{url}{path}")).map_err(unbuilt)?;
-        let connector = self.connector(url).await?;
+        let create = self.connections.connector(url, is_aws_url(url));
+        let replaced = self.connections.replaced_roots();
+        let connector = self
+            .connectors
+            .get(&url.to_owned(), replaced, create)
+            .await?;
         // At their trace level, libraries log whole requests and responses.
         let response = connector.call(request).with_subscriber(NoSubscriber::new());
         read_response(response.await).await
-    }
-
-    async fn connector(&self, url: &str) -> Result<SharedHttpConnector, Failure> {
-        let replaced = self.connections.replaced_roots();
-        let connectors = || {
-            self.connectors
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-        };
-        let existing = connectors().get(url).cloned();
-        if let Some((_, connector)) = existing.filter(|(before, _)| *before == replaced) {
-            return Ok(connector);
-        }
-        let connector = self.connections.connector(url, is_aws_url(url)).await?;
-        connectors().insert(url.to_owned(), (replaced, connector.clone()));
-        Ok(connector)
     }
 
     async fn in_time<T>(

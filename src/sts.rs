@@ -5,11 +5,9 @@
 //! credentials of that call alone. The SDK has no other credentials, and no provider of them. Of
 //! the environment it gets only what [`NetworkSettings`] holds.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::pin::pin;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
@@ -32,6 +30,7 @@ use crate::role::{Grant, StsTarget};
 use crate::svid::JwtSvid;
 
 mod advice;
+mod cached_clients;
 mod chained;
 mod client;
 mod error;
@@ -52,6 +51,7 @@ pub use resolver::{BlockingCalls, HostResolver};
 
 // IAM Roles Anywhere is called in the same way.
 pub(crate) use advice::StsDestination;
+pub(crate) use cached_clients::CachedClients;
 pub(crate) use client::HttpConnector;
 pub(crate) use error::Failure;
 pub(crate) use response::read_response;
@@ -114,9 +114,7 @@ pub(crate) fn permits(max_concurrent: usize) -> FairSemaphore<SpiffeId> {
 /// Client of AWS's STS, and of other servers that speak its protocol.
 pub struct Sts {
     connections: HttpConnector,
-    /// One client, and with it one pool of connections, per target. With it the number of times
-    /// that CA certificates had been replaced.
-    clients: Mutex<HashMap<StsTarget, (usize, Client)>>,
+    clients: CachedClients<StsTarget, Client>,
     permits: FairSemaphore<SpiffeId>,
     timeout: Duration,
     clock: Clock,
@@ -133,7 +131,7 @@ impl Sts {
                 settings.timeout,
                 settings.blocking,
             ),
-            clients: Mutex::default(),
+            clients: CachedClients::new(),
             permits: permits(settings.max_concurrent),
             timeout: settings.timeout,
             clock,
@@ -238,26 +236,13 @@ impl Sts {
     }
 
     async fn client(&self, target: &StsTarget) -> Result<Client, Failure> {
+        let create = async {
+            let url = self.url(target).await;
+            let url = url.map_err(|InvalidSetting(text)| Failure::InvalidRequest(text))?;
+            self.connections.client(target, &url).await
+        };
         let replaced = self.connections.replaced_roots();
-        let clients = || self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        let existing = clients().get(target).cloned();
-        if let Some((_, client)) = existing.filter(|(before, _)| *before == replaced) {
-            return Ok(client);
-        }
-        let url = self
-            .url(target)
-            .await
-            .map_err(|InvalidSetting(text)| Failure::InvalidRequest(text))?;
-        let client = self.connections.client(target, &url).await?;
-        let mut clients = clients();
-        // Keep the client of a concurrent call, and with it one pool of connections.
-        if clients
-            .get(target)
-            .is_none_or(|(before, _)| *before != replaced)
-        {
-            clients.insert(target.clone(), (replaced, client));
-        }
-        Ok(clients[target].1.clone())
+        self.clients.get(target, replaced, create).await
     }
 
     async fn destination(&self, target: &StsTarget) -> StsDestination {

@@ -1,6 +1,7 @@
 mod connections;
 pub(crate) mod fake;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -747,7 +748,7 @@ async fn target_has_one_client_and_one_connection() {
     sts.assume(&grant(&other), &svid_for(&billing(), 300, 9))
         .await
         .unwrap();
-    assert_eq!(sts.clients.lock().unwrap().len(), 2);
+    assert_eq!(sts.clients.lock().len(), 2);
 }
 
 #[tokio::test]

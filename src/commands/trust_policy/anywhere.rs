@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use rustls::pki_types::CertificateDer;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use super::plan::{Condition, PlannedAccount, PlannedAccountName, subject_condition};
+use super::plan::{
+    Condition, PlannedAccount, PlannedAccountName, condition_json, subject_condition,
+};
 use crate::identity::SpiffeIdPattern;
 use crate::role::RolesAnywhereTarget;
 use crate::roles_anywhere::certificate::CertificateFacts;
@@ -110,15 +112,7 @@ pub(super) fn condition(subject: &SpiffeIdPattern) -> Condition {
 /// Returns the statement of a trust policy for certificates of this subject. `anchor` is the ARN of
 /// the trust anchor, or an expression for it.
 pub(super) fn statement(subject: &SpiffeIdPattern, anchor: &Value) -> Value {
-    let mut conditions: Map<String, Value> = condition(subject)
-        .into_iter()
-        .map(|(operator, keys)| {
-            let keys = keys
-                .into_iter()
-                .map(|(key, value)| (key, Value::from(value)));
-            (operator.to_owned(), Value::Object(keys.collect()))
-        })
-        .collect();
+    let mut conditions = condition_json(condition(subject));
     conditions.insert("ArnEquals".to_owned(), json!({ "aws:SourceArn": anchor }));
     json!({
         "Effect": "Allow",

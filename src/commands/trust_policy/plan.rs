@@ -155,6 +155,19 @@ fn excess(subject: &SpiffeIdPattern) -> Option<String> {
     })
 }
 
+/// Returns the JSON of a condition.
+pub(super) fn condition_json(condition: Condition) -> serde_json::Map<String, Value> {
+    condition
+        .into_iter()
+        .map(|(operator, keys)| {
+            let keys = keys
+                .into_iter()
+                .map(|(key, value)| (key, Value::from(value)));
+            (operator.to_owned(), Value::Object(keys.collect()))
+        })
+        .collect()
+}
+
 impl PlannedRole {
     /// Returns a role at AWS without any statement.
     fn of(arn: &RoleArn) -> Self {
@@ -184,21 +197,11 @@ impl PlannedRole {
             .statements
             .iter()
             .map(|statement| {
-                let condition: serde_json::Map<String, Value> = statement
-                    .condition(issuer)
-                    .into_iter()
-                    .map(|(operator, keys)| {
-                        let keys = keys
-                            .into_iter()
-                            .map(|(key, value)| (key, Value::from(value)));
-                        (operator.to_owned(), Value::Object(keys.collect()))
-                    })
-                    .collect();
                 json!({
                     "Effect": "Allow",
                     "Principal": { "Federated": provider },
                     "Action": "sts:AssumeRoleWithWebIdentity",
-                    "Condition": condition,
+                    "Condition": condition_json(statement.condition(issuer)),
                 })
             })
             .chain(certified)

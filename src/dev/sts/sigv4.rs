@@ -101,6 +101,16 @@ pub(super) fn authenticate(
     Ok(session)
 }
 
+/// Returns a field of the header `Authorization`. `fields` is what follows the algorithm.
+pub(super) fn authorization_field<'a>(fields: &'a str, name: &str) -> Option<&'a str> {
+    let mut fields = fields
+        .split(',')
+        .filter_map(|field| field.trim().split_once('='));
+    fields
+        .find(|(found, _)| *found == name)
+        .map(|(_, value)| value)
+}
+
 impl Signature {
     fn of(request: &Request<Bytes>, parameters: &Parameters) -> Result<Self, DevRejection> {
         if parameters.get("X-Amz-Signature").is_some() {
@@ -119,14 +129,7 @@ impl Signature {
         let Some(fields) = authorization.strip_prefix(ALGORITHM) else {
             return incomplete("Authorization does not use AWS4-HMAC-SHA256.");
         };
-        let field = |name: &str| {
-            let mut fields = fields
-                .split(',')
-                .filter_map(|field| field.trim().split_once('='));
-            fields
-                .find(|(found, _)| *found == name)
-                .map(|(_, value)| value)
-        };
+        let field = |name| authorization_field(fields, name);
         let (Some(credential), Some(headers), Some(signature)) = (
             field("Credential"),
             field("SignedHeaders"),

@@ -1,5 +1,7 @@
 //! Calls to a server that the test controls.
 
+use std::collections::HashMap;
+
 use super::*;
 use crate::sts::tests::fake::{FakeSts, StsReply};
 use crate::sts::tests::settings;

@@ -193,11 +193,6 @@ impl FakeAgent {
     pub(crate) fn cancelled(&self) -> usize {
         self.state.calls.lock().unwrap().cancelled
     }
-
-    /// Returns the number of exchanged tokens.
-    pub(crate) fn exchanged(&self) -> u64 {
-        self.sts.exchanged()
-    }
 }
 
 impl HeldQuery<'_> {

@@ -1,6 +1,6 @@
 //! `awsvid serve` as a child process.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
@@ -419,14 +419,24 @@ impl Daemon {
 
     /// Returns the credentials in `/status` for this SPIFFE ID and the first role.
     pub(crate) fn status(&self, spiffe_id: &str) -> Value {
+        self.cached_credentials()
+            .into_iter()
+            .find(|entry| entry["spiffe_id"] == spiffe_id)
+            .unwrap_or_default()
+    }
+
+    /// Returns the SPIFFE IDs in `/status`, whose tokens were exchanged.
+    pub(crate) fn exchanged_ids(&self) -> BTreeSet<String> {
+        let all = self.cached_credentials();
+        let ids = all.iter().map(|entry| entry["spiffe_id"].as_str());
+        ids.map(|id| id.expect("an ID").to_owned()).collect()
+    }
+
+    fn cached_credentials(&self) -> Vec<Value> {
         let (status, body) = self.query_status_socket("/status");
         assert_eq!(status, 200, "{body}");
         let body: Value = serde_json::from_str(&body).expect("JSON");
-        let all = body["credentials"].as_array().expect("a list");
-        all.iter()
-            .find(|entry| entry["spiffe_id"] == spiffe_id)
-            .cloned()
-            .unwrap_or_default()
+        body["credentials"].as_array().expect("a list").clone()
     }
 
     /// Returns the address of a listener, by its name in the actor's scenes: `unix`, `tcp` or

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::cluster::{AWS, Cluster, MINIO_PORT, READER, STS_PORT, copy};
 use super::life::{PollingPod, run_updates};
+use super::policy::admitted;
 use crate::clients::catalogue::{self, Client, ReadObject};
 use crate::clients::table::{self, Cell, Column};
 use crate::harness::counterparts::process::await_some;
@@ -87,11 +88,9 @@ pub(super) fn programs_need_no_setting(cluster: &Cluster) {
 
 /// Waits until the API server has the policy, and adds the sysctl.
 fn await_opt_in(cluster: &Cluster) {
-    let trial = pod(cluster, "trial", BUSYBOX, "true").to_string();
-    let arguments = ["create", "--dry-run=server", "-o", "json", "-f", "-"];
+    let trial = pod(cluster, "trial", BUSYBOX, "true");
     await_some("the policy is active", Duration::from_secs(30), || {
-        let stored = cluster.node.kubectl_with(&arguments, &trial);
-        let stored: Value = serde_json::from_str(&stored.stdout).ok()?;
+        let stored = admitted(cluster, &trial);
         let sysctl = &stored["spec"]["securityContext"]["sysctls"][0];
         (sysctl["value"] == "974").then_some(())
     });

@@ -16,7 +16,7 @@ const METADATA_ENDPOINT: &str = "AWS_EC2_METADATA_SERVICE_ENDPOINT";
 const METADATA_V1_DISABLED: &str = "AWS_EC2_METADATA_V1_DISABLED";
 
 /// Returns the pod that the API server would store instead of this one.
-fn admitted(cluster: &Cluster, pod: &Value) -> Value {
+pub(super) fn admitted(cluster: &Cluster, pod: &Value) -> Value {
     let arguments = [
         "create",
         "--dry-run=server",

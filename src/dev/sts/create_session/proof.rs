@@ -13,6 +13,7 @@ use webpki::aws_lc_rs::{ECDSA_P256_SHA256, ECDSA_P384_SHA256, RSA_PKCS1_2048_819
 use webpki::{ALL_VERIFICATION_ALGS, EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
 use super::DevSessionRejection;
+use crate::dev::sts::sigv4::authorization_field;
 use crate::identity::SpiffeId;
 use crate::roles_anywhere::certificate::{CertificateFacts, KeyKind};
 use crate::roles_anywhere::signature::{
@@ -137,14 +138,7 @@ impl Proof {
 impl<'a> CertificateAuthorization<'a> {
     fn parse(text: &'a str) -> Option<Self> {
         let (algorithm, fields) = text.split_once(' ')?;
-        let field = |name: &str| {
-            let mut fields = fields
-                .split(',')
-                .filter_map(|field| field.trim().split_once('='));
-            fields
-                .find(|(found, _)| *found == name)
-                .map(|(_, value)| value)
-        };
+        let field = |name| authorization_field(fields, name);
         let (serial, scope) = field("Credential")?.split_once('/')?;
         Some(Self {
             algorithm,
