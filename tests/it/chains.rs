@@ -24,7 +24,7 @@ const ID: &str = "spiffe://example.org/ns/shop/sa/billing";
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A daemon whose callers are this test.
-fn start(folder: &Path) -> (ChainUpstream, Daemon) {
+pub(crate) fn start(folder: &Path) -> (ChainUpstream, Daemon) {
     let upstream = ChainUpstream::start(folder, &[ID]);
     let uid = nix::unistd::geteuid().as_raw();
     let configuration = upstream.configuration(CHAIN) + &own_rules(ID, uid);
@@ -37,7 +37,7 @@ fn request(daemon: &Daemon) -> (u16, Value) {
 }
 
 /// Sends requests until one gets credentials.
-fn await_credentials(daemon: &Daemon) -> Value {
+pub(crate) fn await_credentials(daemon: &Daemon) -> Value {
     await_some("credentials", TIMEOUT, || {
         let (status, body) = request(daemon);
         (status == 200).then_some(body)
@@ -170,8 +170,10 @@ fn check_assumes_each_role_and_names_the_one_that_fails() {
     assert!(!text.contains("hop 3"), "{text}");
 }
 
-/// The second opinion: moto verifies the signature, the session token and the permission of each
-/// caller by code of its own.
+/// The second opinion: moto verifies by code of its own, from the second hop on, the session token,
+/// the signature, the permission of the session, and the principal and external ID of the trust
+/// policy. It ignores tags and the source identity, but they are in the signed body. No tag has a
+/// space: moto encodes the parsed form again, in which a space becomes `+` instead of `%20`.
 #[test]
 fn another_sts_accepts_the_signature_of_each_hop() {
     let Some(program) = tool("moto_server") else {
@@ -183,67 +185,105 @@ fn another_sts_accepts_the_signature_of_each_hop() {
     let number = port.address().port().to_string();
     server.args(["-H", "127.0.0.1", "-p", &number]);
     let server = Process::start("moto", server, &folder.path().join("moto.log"));
+    let moto = Moto(port.address());
     let upstream = Upstream::start_for_me();
     server.await_some("moto serves", TIMEOUT, || {
-        http_get(port.address(), "/moto-api/data.json").filter(|(status, _)| *status == 200)
+        http_get(moto.0, "/moto-api/data.json").filter(|(status, _)| *status == 200)
     });
-    let iam = |parameters: &str| {
-        let policy = r#"{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"sts:*","Resource":"*"}]}"#;
-        let body = parameters.replace("POLICY", &policy.replace('"', "%22"));
-        post(
-            port.address(),
-            "iam",
-            "/",
-            &format!("Version=2010-05-08&{body}"),
+    let session = |role: &str| {
+        format!(
+            r#""Principal":{{"AWS":"arn:aws:sts::123456789012:assumed-role/{role}/{MY_SESSION}"}}"#
         )
     };
-    for role in ["hop", "middle", "last"] {
-        iam(&format!(
-            "Action=CreateRole&RoleName={role}&AssumeRolePolicyDocument=POLICY"
-        ));
-    }
-    iam("Action=PutRolePolicy&RoleName=hop&PolicyName=p&PolicyDocument=POLICY");
+    let external_id = r#""Condition":{"StringEquals":{"sts:ExternalId":"shared-id"}}"#;
+    moto.create_role("hop", r#""Principal":{"Federated":"any"}"#);
+    moto.create_role("middle", &format!("{},{external_id}", session("hop")));
+    moto.create_role("last", &session("middle"));
+    moto.permit("hop");
     let role = |name: &str| format!("role_arn = \"arn:aws:iam::123456789012:role/{name}\"\n");
     let identity = upstream.configuration();
     let (identity, _) = identity.split_once("[sts]").unwrap();
     let configuration = format!(
         "{identity}[sts]\nregion = \"us-east-1\"\nendpoint = \"http://{}\"\n\
          [[role]]\nname = \"chained\"\nspiffe_id = \"{ME}\"\n{}\
-         [[role.chain]]\n{}tags = {{ \"user\" = \"{{path[1]}}\" }}\ntransitive_tags = [\"user\"]\n\
-         source_identity = \"{{session_name}}\"\n[[role.chain]]\n{}{}",
-        port.address(),
+         [[role.chain]]\n{}external_id = \"shared-id\"\nsource_identity = \"{{session_name}}\"\n\
+         tags = {{ \"user\" = \"{{path[1]}}\", \"a/\u{fc}+=@\" = \"{{spiffe_id}}+\u{fc}\" }}\n\
+         transitive_tags = [\"user\"]\n[[role.chain]]\n{}{}",
+        moto.0,
         role("hop"),
         role("middle"),
         role("last"),
         my_rule(),
     );
     let daemon = Daemon::start(folder.path(), "", &configuration).ready();
-    // From the second call on, each has to be signed by a session with a permission.
-    post(port.address(), "moto", "/moto-api/reset-auth", "1");
+    // The exchange of the token has no signature.
+    moto.verify_after(1);
     let body = await_some("the rejection of the last hop", TIMEOUT, || {
         let (status, body) = request(&daemon);
         (status == 403).then_some(body)
     });
     let message = body["message"].as_str().unwrap();
     assert!(
-        message.contains("hop 3 ") && message.contains("is not authorized"),
+        message.contains("hop 3 ") && message.contains("assumed-role/middle"),
         "{message}"
     );
-    post(port.address(), "moto", "/moto-api/reset-auth", "1");
-    iam("Action=PutRolePolicy&RoleName=middle&PolicyName=p&PolicyDocument=POLICY");
+    moto.verify_after(1);
+    moto.permit("middle");
     let body = await_credentials(&daemon);
     assert_eq!(body["RoleArn"], "arn:aws:iam::123456789012:role/last");
 }
 
-/// Posts a form to a service of moto, and returns the body of the answer.
-fn post(address: SocketAddr, service: &str, path: &str, form: &str) -> String {
-    let mut command = Command::new("curl");
-    command
-        .args(["--silent", "--show-error", "--fail-with-body", "--data", form, "--header"])
-        .arg(format!(
-            "Authorization: AWS4-HMAC-SHA256 Credential=any/20260101/us-east-1/{service}/aws4_request, \
-             SignedHeaders=host, Signature=none"
-        ))
-        .arg(format!("http://{address}{path}"));
-    run(command, b"", TIMEOUT).success("curl")
+/// The name of the session of [`ME`].
+const MY_SESSION: &str = "example.org=user=me";
+
+/// The address of a moto.
+struct Moto(SocketAddr);
+
+impl Moto {
+    /// Creates a role. `admitted` are further keys of the statement of its trust policy.
+    fn create_role(&self, role: &str, admitted: &str) {
+        self.iam(
+            "Action=CreateRole",
+            role,
+            &format!("AssumeRolePolicyDocument={}", statement(admitted)),
+        );
+    }
+
+    /// Permits the sessions of a role to assume roles.
+    fn permit(&self, role: &str) {
+        let policy = statement(r#""Resource":"*""#);
+        let policy = format!("PolicyName=any&PolicyDocument={policy}");
+        self.iam("Action=PutRolePolicy", role, &policy);
+    }
+
+    fn iam(&self, action: &str, role: &str, rest: &str) {
+        let header = "Authorization: AWS4-HMAC-SHA256 Credential=any/20260101/us-east-1/iam/aws4_request, \
+                      SignedHeaders=host, Signature=none";
+        let form = format!("Version=2010-05-08&{action}&RoleName={role}&{rest}");
+        self.post("/", header, &form);
+    }
+
+    /// Accepts this number of calls of AWS's services without verification, and then none.
+    fn verify_after(&self, calls: usize) {
+        // moto finds no body in a form.
+        let header = "Content-Type: text/plain";
+        self.post("/moto-api/reset-auth", header, &calls.to_string());
+    }
+
+    fn post(&self, path: &str, header: &str, body: &str) {
+        let mut command = Command::new("curl");
+        command
+            .args(["--silent", "--show-error", "--fail-with-body"])
+            .args(["--data", body, "--header", header])
+            .arg(format!("http://{}{path}", self.0));
+        run(command, b"", TIMEOUT).success("curl");
+    }
+}
+
+/// Returns a policy that permits all of STS, encoded for a form.
+fn statement(rest: &str) -> String {
+    let policy = format!(
+        r#"{{"Version":"2012-10-17","Statement":[{{"Effect":"Allow","Action":"sts:*",{rest}}}]}}"#
+    );
+    policy.replace('"', "%22").replace('=', "%3D")
 }
