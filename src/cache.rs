@@ -7,7 +7,7 @@
 //!
 //! | part | has |
 //! |---|---|
-//! | `chain` | the sessions of a chain, each in an entry of its own, and the effect of one's failure on the later ones |
+//! | `chain` | the sessions of a chain, and the effect of one's failure on the later ones |
 //! | `entry` | one entry: its credentials as they are served, its refresh state and failure state |
 //! | `table` | the table of entries by SPIFFE ID, and its bounds |
 //! | `failure` | the kinds of failure, and their effect on cached credentials |
@@ -259,7 +259,7 @@ impl CacheInner {
     ) -> Result<Option<Lookup>, CacheError> {
         let servable = self
             .servable(entry)
-            .filter(|_| !entry.grant.is_hop() || !is_rejected_hop(entry, &entry.state()));
+            .filter(|_| !entry.grant.is_hop() || !entry.is_rejected_hop(&entry.state()));
         let Some((cached, times)) = servable else {
             return self.join_or_start(entry, caller, start);
         };
@@ -349,7 +349,7 @@ impl CacheInner {
         }
         // A flight may have succeeded since the caller found no credentials.
         if let Some((cached, _)) = self.servable(entry)
-            && !is_rejected_hop(entry, &state)
+            && !entry.is_rejected_hop(&state)
         {
             return Ok(Some(Lookup::Credentials(cached, CacheResult::Hit)));
         }
@@ -383,13 +383,6 @@ impl CacheInner {
                 .inc();
         }
     }
-}
-
-/// Returns whether the entry is a session within a chain whose renewal was rejected. No later
-/// session may start with it.
-fn is_rejected_hop(entry: &Entry, state: &EntryState) -> bool {
-    let failure = state.failure.as_ref();
-    entry.grant.is_hop() && failure.is_some_and(|failure| failure.is_rejected())
 }
 
 impl Drop for CacheInner {

@@ -40,6 +40,7 @@ pub(crate) mod fuzzing;
 mod network;
 mod no_proxy;
 mod reason;
+mod redaction;
 mod resolver;
 mod response;
 mod trust;

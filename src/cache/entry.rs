@@ -126,6 +126,13 @@ impl Entry {
             .collect()
     }
 
+    /// Returns whether it is a session within a chain whose renewal was rejected. No later session
+    /// may start with it.
+    pub(super) fn is_rejected_hop(&self, state: &EntryState) -> bool {
+        let failure = state.failure.as_ref();
+        self.grant.is_hop() && failure.is_some_and(|failure| failure.is_rejected())
+    }
+
     pub(super) fn describe(&self, clock: &Clock) -> EntryStatus {
         let current = self.current.load();
         let latest = self.latest.load();

@@ -15,6 +15,7 @@ use super::config_line::ConfigLine;
 use super::keys;
 
 mod diagnostics;
+mod free_names;
 
 use diagnostics::join;
 pub(super) use diagnostics::{ConfigText, Diagnostics, Location, line_at};
@@ -45,18 +46,6 @@ impl<'r> Table<'r> {
         Location {
             line,
             key: join(&self.location.key, key),
-        }
-    }
-
-    /// Returns the location of a name in the table `key`, or of that table if the name is missing.
-    pub(super) fn location_in(&self, key: &str, name: &str) -> Location {
-        let at = self.location(key);
-        let inner = self.entries.and_then(|entries| entries.get(key));
-        let inner = inner.and_then(|value| value.get_ref().as_table());
-        let found = inner.and_then(|inner| inner.get(name));
-        Location {
-            line: found.map_or(at.line, |value| Some(self.line(value.span()))),
-            key: join(&at.key, name),
         }
     }
 
@@ -266,31 +255,6 @@ impl<'r> Table<'r> {
                 None => self.wrong_type(&at, "a string", element.get_ref(), FIX),
             }
         }
-        Some(strings)
-    }
-
-    /// Reads the strings of a table with free names, each with its location, in the order of the
-    /// names. `None` if the key is missing or not a table.
-    pub(super) fn string_map(&self, key: &'static str) -> Option<Vec<(Location, String, &'r str)>> {
-        const FIX: &str = "write strings by their names: { \"name\" = \"...\" }";
-        let value = self.value(key)?;
-        let Some(entries) = value.as_table() else {
-            self.wrong_type(&self.location(key), "a table of strings", value, FIX);
-            return None;
-        };
-        let mut strings = Vec::with_capacity(entries.len());
-        for (name, value) in entries {
-            let name = name.get_ref().to_string();
-            let at = Location {
-                line: Some(self.line(value.span())),
-                key: join(&self.location(key).key, &name),
-            };
-            match value.get_ref().as_str() {
-                Some(text) => strings.push((at, name, text)),
-                None => self.wrong_type(&at, "a string", value.get_ref(), FIX),
-            }
-        }
-        strings.sort_by(|(_, one, _), (_, other, _)| one.cmp(other));
         Some(strings)
     }
 

@@ -9,9 +9,9 @@ use crate::caller::constant_proof::constant_caller;
 use crate::caller::{CallerFacts, ListenerKind, ProcessFacts};
 use crate::identity::SpiffeId;
 use crate::role::{Identity, StsTarget};
-use crate::sts::Sts;
 use crate::sts::tests::fake::FakeSts;
 use crate::sts::tests::{good, grant, plain, rejection, settings};
+use crate::sts::{Sts, StsReason};
 use crate::svid::IdentityBasis;
 use crate::svid::jwt::tests::{billing, now, raw_token, svid_for};
 

@@ -59,11 +59,7 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
     let mut certified = Vec::new();
     for (arn, role) in &account.roles {
         let mut resource = resource(plan, role, &provider, &anchor);
-        // IAM accepts a role as principal once that role exists.
-        let principals = role.chained.iter();
-        let principals: BTreeSet<&String> = principals
-            .filter_map(|statement| ids.get(statement.principal.as_str()))
-            .collect();
+        let principals = principals(role, &ids);
         if !principals.is_empty() {
             resource["DependsOn"] = json!(principals);
         }
@@ -89,6 +85,15 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
         "Resources": resources,
     });
     format!("{template:#}\n")
+}
+
+/// Returns the logical IDs of the roles whose sessions assume this one. IAM accepts a role as
+/// principal once that role exists.
+fn principals<'a>(role: &PlannedRole, ids: &'a BTreeMap<&str, String>) -> BTreeSet<&'a String> {
+    let principals = role.chained.iter();
+    principals
+        .filter_map(|statement| ids.get(statement.principal.as_str()))
+        .collect()
 }
 
 fn oidc_provider(plan: &Plan, account: &PlannedAccount, thumbprint: Option<&str>) -> Value {
