@@ -16,6 +16,10 @@ use crate::identity::RoleArn;
 use crate::role::Grant;
 use crate::svid::{JwtSvid, one_line};
 
+/// Length from which an external ID is removed from texts of STS. A shorter one would be found
+/// within other words.
+const MIN_EXTERNAL_ID_CHARS: usize = 8;
+
 /// The action after a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RetryPolicy {
@@ -108,6 +112,16 @@ impl<'a> FailedCall<'a> {
             CallProof::Token(_) => &self.grant.role_arn,
             CallProof::Session(_) => self.grant.issued_role_arn(),
         }
+    }
+
+    /// Returns the external ID of the call, if it is long enough to be found in a text.
+    fn external_id(&self) -> Option<&'a str> {
+        let session = match self.proof {
+            CallProof::Token(_) => None,
+            CallProof::Session(_) => self.grant.chain().last(),
+        };
+        let id = session?.external_id.as_deref();
+        id.filter(|id| id.len() >= MIN_EXTERNAL_ID_CHARS)
     }
 
     fn secrets(&self) -> Vec<&'a str> {
@@ -301,7 +315,14 @@ impl StsError {
         let (retry, reason) = failure.classify();
         let sts = &at.name;
         let secrets = call.map(|call| call.secrets()).unwrap_or_default();
-        let clean = |text: &str| one_line(&without_secrets(text, &secrets));
+        let external_id = call.and_then(|call| call.external_id());
+        let clean = |text: &str| {
+            let text = without_secrets(text, &secrets);
+            one_line(&match external_id {
+                Some(id) => text.replace(id, "[external_id]"),
+                None => text,
+            })
+        };
         let what = match failure {
             Failure::Rejected {
                 code,

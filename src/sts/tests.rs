@@ -1,3 +1,4 @@
+mod chained;
 mod connections;
 pub(crate) mod fake;
 
