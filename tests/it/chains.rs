@@ -103,6 +103,55 @@ fn fault_of_one_hop_is_named_and_repeats_no_other() {
     assert_eq!(request(&daemon).1["AccessKeyId"], body["AccessKeyId"]);
 }
 
+/// A middle role is revoked, with sessions of all hops in the cache: they go on while STS accepts
+/// them, and end once it rejects the renewal of that role.
+#[test]
+fn revoked_middle_role_ends_what_is_warm() {
+    let folder = folder();
+    let upstream = ChainUpstream::start(folder.path(), &[ID]);
+    // awsvid renews them after about half of it, and serves none in its last minute.
+    upstream.shorten_sessions(Duration::from_secs(150));
+    let uid = nix::unistd::geteuid().as_raw();
+    let grace = "[cache]\nrevocation_grace = \"0s\"\n";
+    let configuration = upstream.configuration(CHAIN) + &own_rules(ID, uid) + grace;
+    let daemon = Daemon::start(folder.path(), "", &configuration).ready();
+    let warm = await_credentials(&daemon);
+    upstream.fail(HOPS[1], Some(HopFault::Denied));
+    let mut served = HashSet::new();
+    let rejection = await_some("the end of the session", TIMEOUT * 3, || {
+        let (status, body) = request(&daemon);
+        if status != 200 {
+            return Some(body);
+        }
+        served.insert(body["AccessKeyId"].as_str().unwrap().to_owned());
+        None
+    });
+    let message = rejection["message"].as_str().unwrap();
+    assert_eq!(rejection["code"], "sts_access_denied");
+    let named = format!("hop 2 ({})", HOPS[1]);
+    assert!(message.contains(&named), "{message}");
+    // The session of the middle role may have renewed the last one before it was rejected.
+    assert!(served.contains(warm["AccessKeyId"].as_str().unwrap()));
+    assert_eq!(served.len(), upstream.counts()[2]);
+    let metrics = daemon.metrics();
+    let evictions = |reason: &str| {
+        let series = format!("awsvid_cache_evictions_total{{reason=\"{reason}\"}} ");
+        let value = metrics.lines().find_map(|line| line.strip_prefix(&series));
+        value.map_or(0, |value| value.parse().unwrap())
+    };
+    // The middle session and the last one, each before its end.
+    assert_eq!((evictions("refused"), evictions("expired")), (2, 0));
+    let (_, status) = daemon.query_status_socket("/status");
+    assert!(!status.contains("shared-id"), "{status}");
+    upstream.fail(HOPS[1], None);
+    let renewed = await_credentials(&daemon);
+    assert_ne!(renewed["AccessKeyId"], warm["AccessKeyId"]);
+    for file in ["audit.log", "awsvid.log"] {
+        let text = fs::read_to_string(folder.path().join(file)).unwrap();
+        assert!(!text.contains("shared-id"), "{file}: {text}");
+    }
+}
+
 #[test]
 fn records_and_status_have_each_hop() {
     let folder = folder();

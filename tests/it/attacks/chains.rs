@@ -1,5 +1,6 @@
 //! Values of chains that a workload would like to select, and workloads with similar names.
 
+use std::collections::HashSet;
 use std::fs;
 
 use serde_json::Value;
@@ -64,8 +65,10 @@ policy = '{\"Version\": \"2012-10-17\", \"Statement\": [{\"Effect\": \"Allow\", 
     for unit in units {
         let body = request(&daemon, 61001, &Cgroup::new(unit));
         assert_eq!(body["code"], "invalid_parameter", "{unit}: {body}");
+        let message = body["message"].as_str().unwrap();
+        let fix = "; correct that parameter of the [[role]]";
         assert!(
-            body["message"].as_str().unwrap().contains("hop 2, `"),
+            message.contains("hop 2, `") && message.contains(fix),
             "{body}"
         );
     }
@@ -75,6 +78,66 @@ policy = '{\"Version\": \"2012-10-17\", \"Statement\": [{\"Effect\": \"Allow\", 
         assert_eq!(body["RoleArn"], HOPS[1], "{unit}: {body}");
     }
     assert_eq!(upstream.counts(), [1, 2, 0]);
+}
+
+/// T47, T48: facts of the kernel tell callers of one SPIFFE ID apart. Each has a session with its own
+/// values, and a user of a container is not the user of the node with its number.
+#[test]
+fn facts_of_callers_with_one_identity_make_sessions_of_their_own() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let upstream = ChainUpstream::start(folder.path(), &["spiffe://example.org/ns/a/sa/b"]);
+    let chain = "\
+[[role.chain]]
+role_arn = \"arn:aws:iam::222222222222:role/middle\"
+external_id = \"shared-id\"
+tags = { \"account\" = \"{user}\", \"unit\" = \"{systemd_unit}\" }
+";
+    let container = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/ns/a/sa/b\"\ncgroup = \"/kubepods/**\"\n";
+    let configuration =
+        upstream.configuration(chain) + &rule("ns/a/sa/b", 1) + &rule("ns/a/sa/b", 2) + container;
+    let daemon = Daemon::start(folder.path(), "", &configuration).ready();
+    let name = |uid: u32| {
+        nix::unistd::User::from_uid(uid.into())
+            .unwrap()
+            .unwrap()
+            .name
+    };
+    let units = ["one.service", "two.service"].map(|unit| (unit, Cgroup::new(unit)));
+    let callers = [(1, &units[0]), (2, &units[0]), (1, &units[1])];
+    let key = |uid: u32, cgroup: &Cgroup| {
+        let body = request(&daemon, uid, cgroup);
+        let key = body["AccessKeyId"].as_str();
+        key.unwrap_or_else(|| panic!("{body}")).to_owned()
+    };
+    let keys = callers.map(|(uid, (_, cgroup))| key(uid, cgroup));
+    assert_eq!(keys.iter().collect::<HashSet<_>>().len(), 3, "{keys:?}");
+    // Each gets its own again. All of them share the first hop, which has no facts.
+    assert_eq!(callers.map(|(uid, (_, cgroup))| key(uid, cgroup)), keys);
+    assert_eq!(upstream.counts(), [1, 3, 0]);
+    let audit = fs::read_to_string(folder.path().join("audit.log")).unwrap();
+    let records: Vec<Value> = audit
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    for (record, (uid, (unit, _))) in records.iter().zip(callers) {
+        let tags = serde_json::json!({ "account": name(uid), "unit": unit });
+        assert_eq!(
+            (&record["uid"], &record["chain"][1]["tags"]),
+            (&uid.into(), &tags)
+        );
+    }
+    Cgroup::create_kubelets();
+    let body = request(&daemon, 1, &Cgroup::of_pod(900));
+    assert_eq!(body["code"], "invalid_parameter", "{body}");
+    let message = body["message"].as_str().unwrap();
+    assert!(
+        message.contains("{user} has no value for this caller"),
+        "{message}"
+    );
+    assert_eq!(upstream.counts(), [1, 3, 0]);
 }
 
 /// T48: segments that swap or join give other tags, other session names and other sessions.
@@ -111,7 +174,7 @@ fn workloads_with_similar_names_share_no_value_and_no_session() {
     let configuration = upstream.configuration(&chain) + &rules;
     let daemon = Daemon::start(folder.path(), "", &configuration).ready();
     let cgroup = Cgroup::new("similar.service");
-    let mut keys = std::collections::HashSet::new();
+    let mut keys = HashSet::new();
     for uid in (61001..).take(paths.len()) {
         let body = request(&daemon, uid, &cgroup);
         assert!(
@@ -124,7 +187,7 @@ fn workloads_with_similar_names_share_no_value_and_no_session() {
     let records = audit
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let mut names = std::collections::HashSet::new();
+    let mut names = HashSet::new();
     for (record, id) in records.zip(&ids) {
         assert_eq!(record["spiffe_id"], **id);
         assert!(names.insert(record["session_name"].to_string()), "{record}");

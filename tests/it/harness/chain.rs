@@ -7,7 +7,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use awsvid::clock::Clock;
 use awsvid::dev::authority::DevAuthority;
@@ -52,6 +52,8 @@ pub(crate) enum HopFault {
 struct ProxyCalls {
     counts: HashMap<String, usize>,
     faults: HashMap<String, HopFault>,
+    /// Lifetime of all sessions, instead of the requested one.
+    lifetime: Option<Duration>,
 }
 
 /// The servers, which run until this is dropped.
@@ -122,6 +124,11 @@ impl ChainUpstream {
             Some(fault) => drop(faults.insert(role_arn.to_owned(), fault)),
             None => drop(faults.remove(role_arn)),
         }
+    }
+
+    /// Ends all sessions that start from now on after this time.
+    pub(crate) fn shorten_sessions(&self, lifetime: Duration) {
+        self.calls.lock().unwrap().lifetime = Some(lifetime);
     }
 
     /// Returns the number of calls for each role of the chain.
@@ -204,12 +211,27 @@ fn pass(mut client: TcpStream, target: SocketAddr, calls: &Mutex<ProxyCalls>) ->
             reject(client, 403, "AccessDenied", text)
         }
         None => {
+            let lifetime = calls.lock().unwrap().lifetime;
             let mut server = TcpStream::connect(target)?;
             server.write_all(&request)?;
-            io::copy(&mut server, &mut client)?;
+            let mut response = String::new();
+            server.read_to_string(&mut response)?;
+            client.write_all(with_lifetime(response, lifetime).as_bytes())?;
             client.shutdown(Shutdown::Both)
         }
     }
+}
+
+/// Replaces the time at which a session ends. The text keeps its length.
+fn with_lifetime(response: String, lifetime: Option<Duration>) -> String {
+    let (Some(lifetime), Some((before, rest))) = (lifetime, response.split_once("<Expiration>"))
+    else {
+        return response;
+    };
+    let (time, after) = rest.split_once('<').expect("the end of the element");
+    let end = humantime::format_rfc3339_seconds(SystemTime::now() + lifetime).to_string();
+    assert_eq!(time.len(), end.len(), "{time}");
+    format!("{before}<Expiration>{end}<{after}")
 }
 
 /// Reads a request with its body, whose length the head has.
