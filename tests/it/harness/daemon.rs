@@ -17,6 +17,8 @@ use super::cgroup::Cgroup;
 use super::counterparts::http_get;
 use super::counterparts::process::{Process, await_some, behind, run};
 
+mod audit;
+
 /// Bounds steps that the daemon does in milliseconds, on a machine that is busy with other tests.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -475,57 +477,6 @@ impl Daemon {
     /// Returns the URI for SDKs.
     pub(crate) fn uri(&self) -> String {
         format!("http://{}/v1/credentials", self.tcp())
-    }
-
-    /// Returns all audit records so far.
-    pub(crate) fn audit(&self) -> Vec<Value> {
-        self.audit_where(|_, _| true)
-    }
-
-    /// Returns the audit records that match. `expected` gets the number of each, from 0, and its
-    /// text.
-    pub(crate) fn audit_where(&self, mut expected: impl FnMut(usize, &str) -> bool) -> Vec<Value> {
-        let text = std::fs::read_to_string(self.folder.join("audit.log")).unwrap_or_default();
-        let lines = text
-            .lines()
-            .enumerate()
-            .filter(|(i, line)| expected(*i, line));
-        lines
-            .map(|(_, line)| serde_json::from_str(line).expect("an audit record is a line of JSON"))
-            .collect()
-    }
-
-    /// Returns the audit records after the first `count`, once there is at least one.
-    pub(crate) fn audit_after(&self, count: usize) -> Vec<Value> {
-        self.process.await_some("an audit record", TIMEOUT, || {
-            let records = self.audit_where(|i, _| i >= count);
-            (!records.is_empty()).then_some(records)
-        })
-    }
-
-    /// Returns the SPIFFE ID for which these credentials were issued first, by the audit.
-    pub(crate) fn first_issued_to(&self, access_key_id: &str) -> String {
-        let mut issued = self.issued.lock().unwrap();
-        let mut found = false;
-        let mut first = || {
-            self.audit_where(|_, line| {
-                let is_first = !found && line.contains(access_key_id);
-                found |= is_first;
-                is_first
-            })
-        };
-        let of = |records: &[Value]| {
-            let record = records.first().expect("each issue is in the audit");
-            assert_eq!(record["access_key_id"], access_key_id);
-            record["spiffe_id"]
-                .as_str()
-                .expect("a SPIFFE ID")
-                .to_owned()
-        };
-        issued
-            .entry(access_key_id.to_owned())
-            .or_insert_with(|| of(&first()))
-            .clone()
     }
 }
 

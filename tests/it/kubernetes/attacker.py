@@ -39,6 +39,16 @@ def tcp(address=HERE, source=None):
     return made
 
 
+def fetch(connect=tcp):
+    """Repeats a request that gets a 503, as SDKs do: the agent may not know a new pod yet."""
+    for _ in range(20):
+        status = answer(connect())
+        if status != "503":
+            break
+        time.sleep(0.2)
+    return status
+
+
 def attempt(label, what):
     try:
         result = what()
@@ -59,7 +69,7 @@ def meet(word, descriptors):
 
 
 def victim():
-    attempt("own", lambda: answer(tcp()))
+    attempt("own", fetch)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(MEETING)
     listener.listen()
@@ -108,8 +118,8 @@ def new_network():
 
 
 def source(own, other):
-    attempt("another loopback address", lambda: answer(tcp(source="127.0.0.2")))
-    attempt("the pod's address", lambda: answer(tcp(source=own)))
+    attempt("another loopback address", lambda: fetch(lambda: tcp(source="127.0.0.2")))
+    attempt("the pod's address", lambda: fetch(lambda: tcp(source=own)))
     attempt("to the pod's address", lambda: tcp((own, 974)))
     attempt("to the other pod", lambda: tcp((other, 974)))
     attempt("to the other pod from a loopback address", lambda: tcp((other, 974), source="127.0.0.1"))
@@ -131,7 +141,7 @@ def nested(own, other, container):
     with open("/proc/self/cgroup") as file:
         [path] = [line.strip() for line in file if line.startswith("0::")]
     print("moved:", path.endswith(f"pod{other}/{container}"), flush=True)
-    attempt("nested", lambda: answer(tcp()))
+    attempt("nested", fetch)
 
 
 def processes(place):
@@ -141,7 +151,7 @@ def processes(place):
 
 def enter(other):
     """Enters the network namespace in which that pod has its address."""
-    attempt("own", lambda: answer(tcp()))
+    attempt("own", fetch)
     for name in os.listdir("/netns"):
         try:
             file = open(os.path.join("/netns", name))
@@ -153,14 +163,14 @@ def enter(other):
             socket.socket(socket.AF_INET, socket.SOCK_STREAM).bind((other, 0))
         except OSError:
             continue
-        attempt("entered", lambda: answer(tcp()))
+        attempt("entered", fetch)
         return
     print("nobody has the address")
 
 
 def destroy():
     """Destroys a socket, as `ss -K` does."""
-    attempt("before", lambda: answer(tcp()))
+    attempt("before", fetch)
     netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4)  # NETLINK_SOCK_DIAG
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         packed = socket.inet_pton(family, address).ljust(16, b"\0")
@@ -189,9 +199,13 @@ def mounted():
     attempt("replace", lambda: socket.socket(socket.AF_UNIX).bind(path + ".fake"))
     remount = 0x20
     attempt("mount again", lambda: system_call(libc.mount(b"none", b"/run/awsvid", None, remount, None)))
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(path)
-    attempt("request", lambda: answer(connection))
+
+    def connect():
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(path)
+        return connection
+
+    attempt("request", lambda: fetch(connect))
 
 
 SCENES = {
@@ -205,6 +219,6 @@ SCENES = {
     "enter": enter,
     "destroy": destroy,
     "mounted": mounted,
-    "request": lambda: attempt("request", lambda: answer(tcp())),
+    "request": lambda: attempt("request", fetch),
 }
 SCENES[sys.argv[1]](*sys.argv[2:])
