@@ -80,8 +80,8 @@ policy = '{\"Version\": \"2012-10-17\", \"Statement\": [{\"Effect\": \"Allow\", 
     assert_eq!(upstream.counts(), [1, 2, 0]);
 }
 
-/// T47, T48: facts of the kernel tell callers of one SPIFFE ID apart. Each has a session with its own
-/// values, and a user of a container is not the user of the node with its number.
+/// T47, T48: callers of one SPIFFE ID differ by facts of the kernel. Each has a session with its
+/// own values, and a user of a container is not the user of the node with its number.
 #[test]
 fn facts_of_callers_with_one_identity_make_sessions_of_their_own() {
     if !root() {
