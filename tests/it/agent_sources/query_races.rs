@@ -163,8 +163,8 @@ impl AttestationStage {
         let outcome = self.outcome(scene, &answer);
         if matches!(outcome, Outcome::Rejected(_)) {
             if row.is_back() {
-                // It was attested again, and exchanged before the last check finds that it does not
-                // hold the socket.
+                // It was attested again. That it no longer holds its socket shows after the
+                // exchange.
                 right_ids.insert(id("first"));
             }
             let ids = self.daemon.exchanged_ids();

@@ -157,12 +157,12 @@ def enter(other):
             file = open(os.path.join("/netns", name))
         except FileNotFoundError:
             continue  # That pod has ended.
-        with file:
-            system_call(libc.setns(file.fileno(), CLONE_NEWNET))
         try:
+            with file:
+                system_call(libc.setns(file.fileno(), CLONE_NEWNET))
             socket.socket(socket.AF_INET, socket.SOCK_STREAM).bind((other, 0))
         except OSError:
-            continue
+            continue  # It is another pod's, or no namespace is mounted there any more.
         attempt("entered", fetch)
         return
     print("nobody has the address")
