@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::path::Path;
 
 use serde_json::Value;
 
@@ -30,6 +31,19 @@ fn rule(id: &str, uid: u32) -> String {
     format!("\n[[workload]]\nspiffe_id = \"spiffe://example.org/{id}\"\nuid = {uid}\n")
 }
 
+/// Starts a daemon with these rules, and a chain of two roles. The second one has further keys.
+fn start(folder: &Path, keys: &str, rules: &str) -> (ChainUpstream, Daemon) {
+    let upstream = ChainUpstream::start(folder, &["spiffe://example.org/ns/a/sa/b"]);
+    let chain = "\
+[[role.chain]]
+role_arn = \"arn:aws:iam::222222222222:role/middle\"
+external_id = \"shared-id\"
+";
+    let configuration = upstream.configuration(chain) + keys + rules;
+    let daemon = Daemon::start(folder, "", &configuration).ready();
+    (upstream, daemon)
+}
+
 /// T47: the unit of a caller becomes a tag, and a part of a policy. No name of a unit means more
 /// than itself.
 #[test]
@@ -38,16 +52,11 @@ fn fact_with_a_meaning_of_its_own_is_rejected_before_any_call_with_it() {
         return;
     }
     let folder = folder();
-    let upstream = ChainUpstream::start(folder.path(), &["spiffe://example.org/ns/a/sa/b"]);
-    let chain = "\
-[[role.chain]]
-role_arn = \"arn:aws:iam::222222222222:role/middle\"
-external_id = \"shared-id\"
+    let keys = "\
 tags = { \"unit\" = \"{systemd_unit}\" }
 policy = '{\"Version\": \"2012-10-17\", \"Statement\": [{\"Effect\": \"Allow\", \"Action\": \"s3:*\", \"Resource\": \"arn:aws:s3:::b/{systemd_unit}/*\"}]}'
 ";
-    let configuration = upstream.configuration(chain) + &rule("ns/a/sa/b", 61001);
-    let daemon = Daemon::start(folder.path(), "", &configuration).ready();
+    let (upstream, daemon) = start(folder.path(), keys, &rule("ns/a/sa/b", 61001));
     let long = format!("{}.service", "x".repeat(247));
     let units = [
         "*.service",
@@ -88,17 +97,10 @@ fn facts_of_callers_with_one_identity_make_sessions_of_their_own() {
         return;
     }
     let folder = folder();
-    let upstream = ChainUpstream::start(folder.path(), &["spiffe://example.org/ns/a/sa/b"]);
-    let chain = "\
-[[role.chain]]
-role_arn = \"arn:aws:iam::222222222222:role/middle\"
-external_id = \"shared-id\"
-tags = { \"account\" = \"{user}\", \"unit\" = \"{systemd_unit}\" }
-";
+    let keys = "tags = { \"account\" = \"{user}\", \"unit\" = \"{systemd_unit}\" }\n";
     let container = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/ns/a/sa/b\"\ncgroup = \"/kubepods/**\"\n";
-    let configuration =
-        upstream.configuration(chain) + &rule("ns/a/sa/b", 1) + &rule("ns/a/sa/b", 2) + container;
-    let daemon = Daemon::start(folder.path(), "", &configuration).ready();
+    let rules = [1, 2].map(|uid| rule("ns/a/sa/b", uid)).concat() + container;
+    let (upstream, daemon) = start(folder.path(), keys, &rules);
     let name = |uid: u32| {
         nix::unistd::User::from_uid(uid.into())
             .unwrap()
