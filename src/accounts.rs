@@ -25,10 +25,12 @@ mod local;
 mod lookup;
 mod nss;
 mod rules;
+mod user_names;
 
 pub use local::LocalAccounts;
 pub use nss::{NameService, Nss};
 pub use rules::{IdentifyError, LiveRules};
+pub use user_names::UserNames;
 
 use entry::{AccountEntry, LookupResult};
 

@@ -7,6 +7,7 @@
 //!
 //! | part | has |
 //! |---|---|
+//! | `chain` | the sessions of a chain, and the effect of one's failure on the later ones |
 //! | `entry` | one entry: its credentials as they are served, its refresh state and failure state |
 //! | `table` | the table of entries by SPIFFE ID, and its bounds |
 //! | `failure` | the kinds of failure, and their effect on cached credentials |
@@ -31,6 +32,7 @@ use crate::metrics::{CallLabel, EntryStateLabel, EvictionReason, Metrics};
 use crate::policy::Policy;
 use crate::role::Grant;
 
+mod chain;
 mod entry;
 mod events;
 mod failure;
@@ -255,7 +257,10 @@ impl CacheInner {
         caller: &Arc<Caller>,
         start: FlightStart,
     ) -> Result<Option<Lookup>, CacheError> {
-        let Some((cached, times)) = self.servable(entry) else {
+        let servable = self
+            .servable(entry)
+            .filter(|_| !entry.grant.is_hop() || !entry.is_rejected_hop(&entry.state()));
+        let Some((cached, times)) = servable else {
             return self.join_or_start(entry, caller, start);
         };
         let result = if times.is_due() {
@@ -343,7 +348,9 @@ impl CacheInner {
             return Ok(Some(Lookup::Flight(flight.join(caller))));
         }
         // A flight may have succeeded since the caller found no credentials.
-        if let Some((cached, _)) = self.servable(entry) {
+        if let Some((cached, _)) = self.servable(entry)
+            && !entry.is_rejected_hop(&state)
+        {
             return Ok(Some(Lookup::Credentials(cached, CacheResult::Hit)));
         }
         if let Some(failure) = &state.failure

@@ -7,6 +7,7 @@
 mod audit;
 mod aws;
 mod cache;
+mod chain;
 mod config_line;
 mod cross_checks;
 mod digest;
@@ -27,6 +28,7 @@ mod roles_anywhere;
 mod show;
 mod sts;
 mod tables;
+mod templates;
 mod toml_reader;
 mod workload;
 

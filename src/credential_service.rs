@@ -140,7 +140,9 @@ impl CredentialService {
             let _permit = permit;
             let policy = service.cache.policy();
             let identities = policy.source.identify(&caller).await.unwrap_or_default();
-            if let Ok(grant) = policy.roles.select(&identities, &RequestedRole::Default) {
+            let facts = policy.attested_facts(caller.facts()).await;
+            let requested = RequestedRole::Default;
+            if let Ok(grant) = policy.roles.select(&identities, &facts, &requested) {
                 service.cache.start(&policy, &grant, &caller);
             }
         }));
@@ -167,7 +169,8 @@ async fn decide(
     if identities.is_empty() {
         return Err(ServiceError::NoIdentity);
     }
-    let grant = policy.roles.select(&identities, requested);
+    let facts = policy.attested_facts(caller.facts()).await;
+    let grant = policy.roles.select(&identities, &facts, requested);
     let grant = grant.map_err(|denied| {
         // An identity with several entries comes several times.
         let mut spiffe_ids: Vec<SpiffeId> = Vec::new();

@@ -85,6 +85,15 @@ pub struct RenderedBody {
 const BODY_HEAD: &[u8] = b"{\"Code\":\"Success\",";
 
 impl RenderedBody {
+    /// Returns a body without any bytes.
+    pub fn empty() -> Self {
+        Self {
+            bytes: Zeroizing::default(),
+            keys_end: 0,
+            account_end: 0,
+        }
+    }
+
     fn of(bytes: Zeroizing<Vec<u8>>) -> Self {
         // A quotation mark within a value is escaped, so the name of a field occurs once.
         let find = |name: &[u8]| bytes.windows(name.len()).position(|part| part == name);

@@ -42,7 +42,9 @@ use keys::SigningKey;
 use local_users::User;
 use oidc::DevOidcIssuer;
 pub use run::run;
-use sts::{CertifiedRole, DevAccount, DevProvider, DevSts, DevTrustAnchor, TrustedRole};
+use sts::{
+    CertifiedRole, ChainedTrust, DevAccount, DevProvider, DevSts, DevTrustAnchor, TrustedRole,
+};
 use workload_api::{DevWorkloadApi, Registrations};
 
 /// Audience of the tokens. It is not AWS's, so that AWS accepts none of them (an audience belongs
@@ -76,7 +78,8 @@ impl DevStartError {
 pub struct DevNames {
     /// Trust domain of all identities.
     pub trust_domain: String,
-    /// Account of the roles, `dev` and `dev-certificate`.
+    /// Account of the roles: `dev`, `dev-certificate`, and `dev-chained`, which only sessions of
+    /// `dev` may assume.
     pub account: String,
 }
 
@@ -106,6 +109,10 @@ impl DevNames {
             "arn:aws:rolesanywhere:{REGION}:{}:{resource}/dev",
             self.account
         )
+    }
+
+    fn chained_role_arn(&self) -> String {
+        format!("arn:aws:iam::{}:role/dev-chained", self.account)
     }
 
     fn all_users(&self) -> String {
@@ -216,7 +223,11 @@ impl Dev {
              [[role]]\nname = \"dev\"\nspiffe_id = \"{all_users}\"\nrole_arn = \"{role_arn}\"\n\
              audience = \"{AUDIENCE}\"\n\n\
              [[role]]\nname = \"dev-certificate\"\nspiffe_id = \"{all_users}\"\nrole_arn = \"{certified_role_arn}\"\n\
-             exchange = \"roles-anywhere\"\n{rules}",
+             exchange = \"roles-anywhere\"\n\n\
+             [[role]]\nname = \"chained\"\nspiffe_id = \"{all_users}\"\nrole_arn = \"{role_arn}\"\n\
+             audience = \"{AUDIENCE}\"\n\
+             [[role.chain]]\nrole_arn = \"{chained_role_arn}\"\nsource_identity = \"user={{path[1]}}\"\n\
+             tags = {{ \"user\" = \"{{path[1]}}\" }}\n{rules}",
             unix = toml_string(&self.socket()),
             status = toml_string(&self.path("status.sock")),
             token = toml_string(&self.path("token")),
@@ -227,6 +238,7 @@ impl Dev {
             certified_role_arn = self.names.certified_role_arn(),
             anchor = self.names.anywhere_arn("trust-anchor"),
             profile = self.names.anywhere_arn("profile"),
+            chained_role_arn = self.names.chained_role_arn(),
             audit = toml_string(&audit),
         )
     }
@@ -332,6 +344,13 @@ fn account(
                 subjects,
                 max_duration: MAX_SESSION,
             }],
+        }],
+        chained: vec![ChainedTrust {
+            arn: RoleArn::parse(&names.chained_role_arn())?,
+            principal: RoleArn::parse(&names.role_arn())?,
+            external_id: None,
+            tag_session: true,
+            set_source_identity: true,
         }],
     })
 }

@@ -1,15 +1,14 @@
 //! Exchange of SVIDs for AWS credentials, without a cache: a token from the source, credentials
-//! from STS; or a certificate from the source, credentials from IAM Roles Anywhere.
+//! from STS; or a certificate from the source, credentials from IAM Roles Anywhere. In a chain,
+//! exchange of one session's credentials for those of the next.
 
-use std::mem::discriminant;
 use std::sync::Arc;
 use std::time::Duration;
 
-use thiserror::Error;
 use tokio::time::{Instant, sleep};
 
 use crate::backoff::{Backoff, Jitter};
-use crate::caller::{AttestError, Caller};
+use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::credentials::Credentials;
 use crate::identity::SpiffeId;
@@ -17,11 +16,14 @@ use crate::limits::{FairSemaphore, KeyedRateLimiter};
 use crate::metrics::{CallLabel, Metrics, UpstreamCall};
 use crate::role::{FirstExchange, Grant};
 use crate::roles_anywhere::CreateSession;
-use crate::sts::{AssumeRole, RetryPolicy, StsError, StsReason};
+use crate::sts::{AssumeRole, RetryPolicy, StsError};
 use crate::svid::{BadToken, IdentitySource, JwtSvid, SourceError, TTL_FIX};
 use crate::upstream_status::LastError;
 
 mod certificate;
+mod error;
+
+pub use error::ExchangeError;
 
 use certificate::TokenOutages;
 
@@ -49,6 +51,11 @@ const EXCHANGE_BURST: u32 = 32;
 /// outage of hours needs one in 4 s. So it is far above any real need, and a thousandth of what STS
 /// accepts from an account.
 const EXCHANGE_INTERVAL: Duration = Duration::from_secs(1);
+/// Number of chained sessions that one SPIFFE ID may start at once: two in each chain of 16 roles,
+/// for the four pods of one SPIFFE ID where a role depends on the pod.
+const CHAINED_BURST: u32 = 128;
+/// Interval of further chained sessions. STS accepts hundreds of calls in a second.
+const CHAINED_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Client that exchanges JWT-SVIDs at STS. It keeps no state but the counts of its limiters.
 #[derive(Debug, Clone)]
@@ -62,88 +69,7 @@ pub struct TokenExchanger {
     metrics: Metrics,
     source_permits: FairSemaphore<SpiffeId>,
     rate_limit: Arc<KeyedRateLimiter>,
-}
-
-/// Reason why an exchange failed.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum ExchangeError {
-    /// The source returned no usable token.
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    /// STS returned no credentials for the token.
-    #[error(transparent)]
-    Sts(#[from] StsError),
-    /// This SPIFFE ID has started too many exchanges in a short time, or has too many calls that
-    /// wait.
-    #[error("too many exchanges for this workload; retry in a few seconds, and for fewer roles")]
-    TooOften,
-    /// The credentials expire too soon to be served.
-    #[error(
-        "STS returned credentials that expire within a minute; compare this node's clock with STS's, and \
-         raise the JWT-SVID lifetime if this STS ends sessions with the token"
-    )]
-    TooShort,
-    /// A part of the daemon or a library panicked. The panic itself is in the log.
-    #[error("exchange ended by an internal error; see the panic in awsvid's log")]
-    Panicked,
-}
-
-impl ExchangeError {
-    /// Returns an error of each kind, for their labels.
-    pub fn samples() -> Vec<Self> {
-        let callers = AttestError::ALL.map(|error| Self::Source(SourceError::Caller(error)));
-        let sources = SourceError::samples().into_iter().map(Self::Source);
-        let sts = StsError::samples().into_iter().map(Self::Sts);
-        let own = [Self::TooOften, Self::TooShort, Self::Panicked];
-        sources.chain(callers).chain(sts).chain(own).collect()
-    }
-
-    /// Returns true if the failure may pass by itself: an outage or a rate limit, not a rejection.
-    pub fn is_transient(&self) -> bool {
-        match self {
-            Self::Source(error) => error.is_transient(),
-            Self::Sts(error) => match error.retry {
-                RetryPolicy::Later => true,
-                // The exchange has already retried with a new token.
-                RetryPolicy::NewToken | RetryPolicy::Never => false,
-            },
-            Self::TooOften | Self::TooShort | Self::Panicked => true,
-        }
-    }
-
-    /// Returns true if the token or STS was not available, so that another exchange may succeed. A
-    /// rejection is not such a failure, and neither is a limit of this node.
-    fn is_outage_of_tokens(&self) -> bool {
-        match self {
-            Self::Source(
-                SourceError::Unavailable(_) | SourceError::BadToken(BadToken::Expiring(_)),
-            ) => true,
-            Self::Sts(error) => {
-                error.retry == RetryPolicy::Later && error.reason != StsReason::Busy
-            }
-            Self::Source(_) | Self::TooOften | Self::TooShort | Self::Panicked => false,
-        }
-    }
-
-    /// Returns whether both are failures of one kind, whatever their texts.
-    pub fn is_same_kind(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::Source(one), Self::Source(other)) => discriminant(one) == discriminant(other),
-            (Self::Sts(one), Self::Sts(other)) => one.reason == other.reason,
-            (one, other) => discriminant(one) == discriminant(other),
-        }
-    }
-
-    /// Returns the label in metrics and audit records.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::Source(error) => error.reason(),
-            Self::Sts(error) => error.reason.label(),
-            Self::TooOften => "too_many_exchanges",
-            Self::TooShort => StsReason::BadAnswer.label(),
-            Self::Panicked => "internal_error",
-        }
-    }
+    chained_rate_limit: Arc<KeyedRateLimiter>,
 }
 
 impl TokenExchanger {
@@ -165,6 +91,7 @@ impl TokenExchanger {
             metrics,
             source_permits,
             rate_limit,
+            chained_rate_limit: Arc::new(KeyedRateLimiter::new(CHAINED_BURST, CHAINED_INTERVAL)),
         }
     }
 
@@ -220,6 +147,34 @@ impl TokenExchanger {
                 Err(self.second_rejection(error, &fresh).into())
             }
             result => Ok(result?),
+        }
+    }
+
+    /// Exchanges the credentials of the session before it for those of `grant`, which has a chain.
+    ///
+    /// Outages are retried for `RETRY_WINDOW`.
+    pub async fn exchange_chained(
+        &self,
+        grant: &Grant,
+        previous: &Credentials,
+    ) -> Result<Credentials, ExchangeError> {
+        if !self.chained_rate_limit.take(&grant.spiffe_id) {
+            return Err(ExchangeError::TooOften);
+        }
+        let _running = self.metrics.exchange_started();
+        let mut budget = RetryBudget::new();
+        loop {
+            let start = Instant::now();
+            let result = self.sts.assume_chained(grant, previous).await;
+            self.record_call(grant.role.sts.to_string(), &result, start);
+            match result {
+                Err(error) if error.retry == RetryPolicy::Later => {
+                    if !budget.pause().await || previous.expiration <= self.clock.now() {
+                        return Err(error.into());
+                    }
+                }
+                result => return Ok(result?),
+            }
         }
     }
 

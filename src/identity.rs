@@ -10,8 +10,10 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 mod arn;
+mod template;
 
 pub use arn::{ArnTemplate, RoleArn};
+pub use template::{AttestedFact, AttestedFacts, Placeholder, Template, TemplateValues};
 
 /// Maximum length of a SPIFFE ID that the standard requires implementations to support, in bytes.
 const MAX_SPIFFE_ID_BYTES: usize = 2048;

@@ -4,7 +4,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::accounts::UserNames;
+use crate::caller::CallerFacts;
 use crate::exchange::TokenExchanger;
+use crate::identity::{AttestedFact, AttestedFacts};
 use crate::role::{Grant, Roles};
 use crate::svid::{IdentityBasis, IdentitySource};
 
@@ -17,6 +20,8 @@ pub struct Policy {
     pub roles: Roles,
     /// The client of exchanges, with `source`.
     pub exchanger: TokenExchanger,
+    /// The names of local users, for `{user}`.
+    pub users: UserNames,
     /// The bounds of the cache.
     pub limits: CacheLimits,
 }
@@ -31,6 +36,34 @@ pub struct CacheLimits {
 }
 
 impl Policy {
+    /// Returns the facts about a caller that any role depends on, as far as they are known. The
+    /// kernel sets each of them.
+    ///
+    /// A user of a container may have the number of a user of this node, so it has no name here.
+    pub async fn attested_facts(&self, caller: CallerFacts<'_>) -> AttestedFacts {
+        let mut facts = AttestedFacts::default();
+        let peer = caller.peer;
+        for fact in self.roles.facts_used() {
+            match fact {
+                AttestedFact::PodUid => {
+                    facts.pod_uid = peer.pod.as_ref().map(|pod| pod.uid.as_str().into());
+                }
+                AttestedFact::SystemdUnit => {
+                    let unit = peer
+                        .cgroup
+                        .as_ref()
+                        .and_then(|cgroup| cgroup.systemd_unit());
+                    facts.systemd_unit = unit.map(Into::into);
+                }
+                AttestedFact::User if caller.in_container() == Some(false) => {
+                    facts.user = self.users.name(peer.uid).await;
+                }
+                AttestedFact::User => {}
+            }
+        }
+        facts
+    }
+
     /// Returns whether credentials that `previous` granted may still be served: the rules of their
     /// SPIFFE ID are unchanged, and the roles grant exactly the same (T17).
     pub fn keeps(&self, grant: &Grant, previous: &Self) -> bool {

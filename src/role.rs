@@ -4,13 +4,23 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use thiserror::Error;
+use crate::identity::{
+    ArnTemplate, AttestedFact, AttestedFacts, Placeholder, RoleArn, SessionName, SpiffeId,
+    SpiffeIdPattern, Template,
+};
 
-use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
-
+mod chain;
+mod denial;
 mod first_exchange;
+mod grant;
+pub mod parameters;
 
+pub use chain::{ChainedRole, ChainedSession, MAX_CHAINED_DURATION, MAX_CHAINED_ROLES};
+pub use denial::RoleDenied;
 pub use first_exchange::{FirstExchange, RolesAnywhereTarget};
+pub use grant::{Grant, GrantDetails};
+
+use chain::add_facts;
 
 /// A role as the configuration defines it, with the defaults of `[identity]` and `[sts]`. All of it
 /// is part of the cache's key, so that credentials never outlive their definition (T17).
@@ -31,11 +41,59 @@ pub struct Role {
     /// The STS that the role is assumed at.
     pub sts: StsTarget,
     /// Session policy (JSON) that narrows the role.
-    pub policy: Option<String>,
+    pub policy: Option<Template>,
     /// ARNs of managed session policies.
-    pub policy_arns: Vec<String>,
-    /// How the role is assumed.
+    pub policy_arns: Vec<Template>,
+    /// The exchange by which the role is assumed.
     pub exchange: FirstExchange,
+    /// The roles that are assumed one after the other with the credentials of this one. A workload
+    /// gets the credentials of the last.
+    pub chain: Vec<ChainedRole>,
+}
+
+impl Role {
+    /// Returns the templates of the first session's policies.
+    fn policy_templates(&self) -> impl Iterator<Item = &Template> {
+        self.policy.iter().chain(&self.policy_arns)
+    }
+
+    /// Returns the attested facts that the sessions depend on, each once.
+    pub fn facts_used(&self) -> Vec<AttestedFact> {
+        let mut facts = Vec::new();
+        add_facts(&mut facts, self.policy_templates());
+        for chained in &self.chain {
+            let templates = chained.templates();
+            add_facts(
+                &mut facts,
+                templates.into_iter().map(|(_, template)| template),
+            );
+        }
+        facts
+    }
+
+    /// Returns the indices (from 0) of the SPIFFE ID's segments that the sessions depend on. `None`
+    /// if they depend on all of it.
+    pub fn segments_used(&self) -> Option<Vec<usize>> {
+        let mut segments = self.role_arn.segments();
+        let chained: Vec<_> = self.chain.iter().flat_map(ChainedRole::templates).collect();
+        let templates = chained.iter().map(|(_, template)| *template);
+        for placeholder in templates
+            .chain(self.policy_templates())
+            .flat_map(Template::placeholders)
+        {
+            match placeholder {
+                Placeholder::Segment(index) => segments.push(index),
+                Placeholder::SpiffeId => return None,
+                Placeholder::TrustDomain | Placeholder::SessionName | Placeholder::Fact(_) => {}
+            }
+        }
+        segments.extend(
+            self.chain
+                .iter()
+                .flat_map(|chained| chained.role_arn.segments()),
+        );
+        Some(segments)
+    }
 }
 
 #[cfg(any(test, fuzzing))]
@@ -59,6 +117,7 @@ impl Role {
             policy: None,
             policy_arns: Vec::new(),
             exchange: FirstExchange::WebIdentity,
+            chain: Vec::new(),
         }
     }
 }
@@ -113,59 +172,6 @@ impl RequestedRole {
     }
 }
 
-/// Everything that distinguishes one set of credentials from another.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Grant {
-    /// The SPIFFE ID that gets the credentials.
-    pub spiffe_id: SpiffeId,
-    /// The definition that grants them.
-    pub role: Arc<Role>,
-    /// The role's ARN for this SPIFFE ID.
-    pub role_arn: RoleArn,
-    /// The `RoleSessionName` at STS.
-    pub session_name: SessionName,
-}
-
-/// Reason why no role was selected.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum RoleDenied {
-    /// No role matches this caller.
-    #[error("no role is configured for this workload")]
-    NoRole,
-    /// The named role does not exist, or does not match this caller. The two have one error, so
-    /// that a caller cannot probe for names.
-    #[error("this workload has no role of that name")]
-    NotThisRole,
-    /// The ARN in the path is not in `[requested_roles] allow`, or the STS is not AWS's.
-    #[error("this role ARN is not one that workloads on this node may request")]
-    ArnNotAllowed,
-    /// Several identities of the caller match the role.
-    #[error(
-        "several SPIFFE IDs of this workload match the role; give one of them the role's name as hint"
-    )]
-    SeveralIdentities,
-}
-
-impl RoleDenied {
-    /// All reasons for a denial.
-    pub const ALL: [Self; 4] = [
-        Self::NoRole,
-        Self::NotThisRole,
-        Self::ArnNotAllowed,
-        Self::SeveralIdentities,
-    ];
-
-    /// Returns the label in metrics and audit records.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::NoRole => "no_role",
-            Self::NotThisRole => "not_this_role",
-            Self::ArnNotAllowed => "arn_not_allowed",
-            Self::SeveralIdentities => "several_identities",
-        }
-    }
-}
-
 /// All roles of a node, in the order of the configuration.
 #[derive(Debug, Clone, Default)]
 pub struct Roles {
@@ -193,7 +199,8 @@ impl Roles {
     /// Returns every STS that a role is assumed at, once each.
     pub fn sts_targets(&self) -> Vec<&StsTarget> {
         let requested = self.requested.iter().map(|requested| &requested.sts);
-        let defined = self.defined.iter().filter(|role| role.exchange.uses_jwt());
+        let uses_sts = |role: &&Arc<Role>| role.exchange.uses_jwt() || !role.chain.is_empty();
+        let defined = self.defined.iter().filter(uses_sts);
         once_each(defined.map(|role| &role.sts).chain(requested))
     }
 
@@ -203,12 +210,24 @@ impl Roles {
         once_each(targets.filter_map(|role| role.exchange.roles_anywhere().map(|target| &**target)))
     }
 
+    /// Returns the attested facts that any role depends on, each once.
+    pub fn facts_used(&self) -> Vec<AttestedFact> {
+        let mut all: Vec<AttestedFact> = Vec::new();
+        for fact in self.defined.iter().flat_map(|role| role.facts_used()) {
+            if !all.contains(&fact) {
+                all.push(fact);
+            }
+        }
+        all
+    }
+
     /// Selects the role for a caller with these identities: the first that matches, or the
-    /// requested one. Fails if no role matches, or if the requested one is not for these
-    /// identities.
+    /// requested one. `facts` has those that [`Self::facts_used`] names. Fails if no role matches,
+    /// or if the requested one is not for these identities.
     pub fn select(
         &self,
         identities: &[Identity],
+        facts: &AttestedFacts,
         requested: &RequestedRole,
     ) -> Result<Grant, RoleDenied> {
         match requested {
@@ -216,7 +235,7 @@ impl Roles {
                 let mut grants = self
                     .defined
                     .iter()
-                    .filter_map(|role| grant(role, identities).transpose());
+                    .filter_map(|role| grant(role, identities, facts).transpose());
                 grants.next().unwrap_or(Err(RoleDenied::NoRole))
             }
             RequestedRole::ByName(name) => {
@@ -225,14 +244,18 @@ impl Roles {
                     .iter()
                     .find(|role| role.name == *name)
                     .ok_or(RoleDenied::NotThisRole)?;
-                grant(role, identities)?.ok_or(RoleDenied::NotThisRole)
+                grant(role, identities, facts)?.ok_or(RoleDenied::NotThisRole)
             }
             RequestedRole::ByArn(arn) => self.requested(identities, arn),
         }
     }
 
-    /// Returns true if a caller with the grant's identity could get exactly this grant.
+    /// Returns true if a caller with the grant's identity and facts could get exactly this grant,
+    /// or one whose chain has this grant's session.
     pub fn can_grant(&self, grant: &Grant) -> bool {
+        if grant.is_hop() {
+            return self.defined.iter().any(|role| has_hop(role, grant));
+        }
         let identity = [Identity {
             spiffe_id: grant.spiffe_id.clone(),
             hint: None,
@@ -242,7 +265,7 @@ impl Roles {
             RequestedRole::ByArn(grant.role_arn.clone()),
         ];
         requested.iter().any(|requested| {
-            self.select(&identity, requested)
+            self.select(&identity, &grant.details().facts, requested)
                 .is_ok_and(|granted| granted == *grant)
         })
     }
@@ -280,8 +303,10 @@ impl Roles {
             policy: None,
             policy_arns: Vec::new(),
             exchange: FirstExchange::WebIdentity,
+            chain: Vec::new(),
         };
-        grant(&Arc::new(role), identities)?.ok_or(RoleDenied::ArnNotAllowed)
+        grant(&Arc::new(role), identities, &AttestedFacts::default())?
+            .ok_or(RoleDenied::ArnNotAllowed)
     }
 }
 
@@ -291,7 +316,11 @@ impl Roles {
 /// Of several identities it selects the one that has the role's name as a hint, never one by its
 /// position in the list. For the same reason all hints of an identity count that is in the list
 /// several times.
-fn grant(role: &Arc<Role>, identities: &[Identity]) -> Result<Option<Grant>, RoleDenied> {
+fn grant(
+    role: &Arc<Role>,
+    identities: &[Identity],
+    facts: &AttestedFacts,
+) -> Result<Option<Grant>, RoleDenied> {
     let matching = || {
         identities
             .iter()
@@ -304,16 +333,18 @@ fn grant(role: &Arc<Role>, identities: &[Identity]) -> Result<Option<Grant>, Rol
     let identity = only(matching())
         .or_else(|| only(hinted))
         .ok_or(RoleDenied::SeveralIdentities)?;
-    let identity = &identity.spiffe_id;
-    Ok(role.role_arn.render(identity).map(|role_arn| Grant {
-        spiffe_id: identity.clone(),
-        role: role.clone(),
-        role_arn,
-        session_name: role
-            .session_name
-            .clone()
-            .unwrap_or_else(|| SessionName::of(identity)),
-    }))
+    Grant::of(role, &identity.spiffe_id, facts)
+}
+
+/// Returns whether the chain of `role` has exactly the session of `grant`, before its last one.
+fn has_hop(role: &Role, grant: &Grant) -> bool {
+    let id = &grant.spiffe_id;
+    let is_hop = role.spiffe_id.matches(id) && grant.chain().len() < role.chain.len();
+    let hop = is_hop.then(|| role.hop(grant.chain().len(), id)).flatten();
+    hop.is_some_and(|hop| {
+        let rendered = Grant::of(&Arc::new(hop), id, &grant.details().facts);
+        rendered.is_ok_and(|rendered| rendered.as_ref() == Some(grant))
+    })
 }
 
 fn once_each<'a, T: PartialEq>(all: impl Iterator<Item = &'a T>) -> Vec<&'a T> {

@@ -1,7 +1,9 @@
-//! Client of STS: exchanges a JWT-SVID for credentials by `AssumeRoleWithWebIdentity`.
+//! Client of STS: exchanges a JWT-SVID for credentials by `AssumeRoleWithWebIdentity`, and
+//! credentials for those of the next role in a chain by `AssumeRole`.
 //!
-//! The call is not signed, since the token is the proof. So the SDK gets neither credentials nor a
-//! provider of them. Of the environment it gets only what [`NetworkSettings`] holds.
+//! The first call is not signed, since the token is the proof. The second is signed with the
+//! credentials of that call alone. The SDK has no other credentials, and no provider of them. Of
+//! the environment it gets only what [`NetworkSettings`] holds.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -10,9 +12,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use aws_sdk_sts::Client;
-use aws_sdk_sts::operation::assume_role_with_web_identity::AssumeRoleWithWebIdentityOutput;
+use aws_sdk_sts::error::SdkError;
 use aws_sdk_sts::operation::assume_role_with_web_identity::builders::AssumeRoleWithWebIdentityFluentBuilder;
 use aws_sdk_sts::types::PolicyDescriptorType;
+use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use tokio::time::timeout;
 use tracing::instrument::WithSubscriber;
 use tracing::subscriber::NoSubscriber;
@@ -22,12 +25,13 @@ use crate::clock::Clock;
 use crate::config::is_aws_sts;
 use crate::credentials::Credentials;
 use crate::identity::SpiffeId;
-use crate::limits::FairSemaphore;
+use crate::limits::{FairSemaphore, KeyedLogQuota};
 use crate::role::{Grant, StsTarget};
 use crate::svid::JwtSvid;
 
 mod advice;
 mod cached_clients;
+mod chained;
 mod client;
 mod error;
 mod error_response;
@@ -36,6 +40,7 @@ pub(crate) mod fuzzing;
 mod network;
 mod no_proxy;
 mod reason;
+mod redaction;
 mod resolver;
 mod response;
 mod trust;
@@ -53,6 +58,8 @@ pub(crate) use error::Failure;
 pub(crate) use response::read_response;
 pub(crate) use trust::to_pem;
 
+use error::FailedCall;
+
 /// Maximum accepted time until `Expiration`. No session exceeds 12 hours, so a later one is invalid
 /// even with a wide margin for clocks.
 const MAX_LIFETIME: Duration = Duration::from_secs(36 * 3600);
@@ -61,11 +68,26 @@ const MAX_LIFETIME: Duration = Duration::from_secs(36 * 3600);
 const NO_TOKEN: &str = "none";
 const NO_ROLE: &str = "arn:aws:iam::000000000000:role/none";
 
+/// Share of the size for session policies and tags from which an operator is warned, in percent.
+const PACKED_SIZE_WARNING: i32 = 80;
+/// Minimum interval between two such warnings about one role.
+const PACKED_SIZE_LOG_INTERVAL: Duration = Duration::from_secs(3600);
+/// Number of roles with such a warning in one interval.
+const MAX_PACKED_SIZE_LOGS: usize = 64;
+
 /// Client that exchanges a JWT-SVID for the credentials of a role.
 #[async_trait]
 pub trait AssumeRole: Send + Sync + fmt::Debug {
-    /// Assumes the role of `grant` once, with `token`.
+    /// Assumes the first role of `grant` once, with `token`.
     async fn assume(&self, grant: &Grant, token: &JwtSvid) -> Result<Credentials, StsError>;
+
+    /// Assumes the last role in the chain of `grant` once, with the credentials of the session
+    /// before it.
+    async fn assume_chained(
+        &self,
+        grant: &Grant,
+        previous: &Credentials,
+    ) -> Result<Credentials, StsError>;
 }
 
 /// Settings of the STS client, from `[sts]`.
@@ -97,6 +119,7 @@ pub struct Sts {
     permits: FairSemaphore<SpiffeId>,
     timeout: Duration,
     clock: Clock,
+    packed_size_log: KeyedLogQuota,
 }
 
 impl Sts {
@@ -113,6 +136,7 @@ impl Sts {
             permits: permits(settings.max_concurrent),
             timeout: settings.timeout,
             clock,
+            packed_size_log: KeyedLogQuota::new(MAX_PACKED_SIZE_LOGS, PACKED_SIZE_LOG_INTERVAL),
         }
     }
 
@@ -146,7 +170,8 @@ impl Sts {
                 .role_session_name(NO_TOKEN)
                 .web_identity_token(NO_TOKEN)
         };
-        match self.call(target, invalid_token).await {
+        let call = |client: Client| invalid_token(client.assume_role_with_web_identity()).send();
+        match self.call(target, call).await {
             Ok(_) | Err(Failure::Rejected { .. } | Failure::InvalidResponse(_)) => Ok(()),
             Err(failure) => Err(StsError::new(
                 &failure,
@@ -156,16 +181,17 @@ impl Sts {
         }
     }
 
-    /// Sends one call with the parameters that `build` sets, within the timeout.
-    async fn call(
+    /// Sends the one call that `send` makes with a client, within the timeout.
+    async fn call<T, E, F>(
         &self,
         target: &StsTarget,
-        build: impl FnOnce(
-            AssumeRoleWithWebIdentityFluentBuilder,
-        ) -> AssumeRoleWithWebIdentityFluentBuilder,
-    ) -> Result<AssumeRoleWithWebIdentityOutput, Failure> {
+        send: impl FnOnce(Client) -> F,
+    ) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<T, SdkError<E, HttpResponse>>>,
+    {
         let call = async {
-            let call = build(self.client(target).await?.assume_role_with_web_identity()).send();
+            let call = send(self.client(target).await?);
             // At its trace level the SDK logs whole requests and responses, the token included.
             call.with_subscriber(NoSubscriber::new())
                 .await
@@ -175,6 +201,39 @@ impl Sts {
         timeout(self.timeout, call)
             .await
             .unwrap_or_else(|_| Err(failure()))
+    }
+
+    /// Sends the one call for `grant` that `send` makes, once a permit of its SPIFFE ID is free.
+    async fn call_for<T, E, F>(
+        &self,
+        grant: &Grant,
+        send: impl FnOnce(Client) -> F,
+    ) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<T, SdkError<E, HttpResponse>>>,
+    {
+        match self.permits.acquire_evicting(&grant.spiffe_id).await {
+            None => Err(Failure::Busy),
+            Some(permit) => {
+                let call = pin!(self.call(&grant.role.sts, send));
+                permit.run(call).await.unwrap_or(Err(Failure::Busy))
+            }
+        }
+    }
+
+    /// Returns the result of a call, with an error that names the call.
+    async fn result(
+        &self,
+        call: FailedCall<'_>,
+        result: Result<Credentials, Failure>,
+    ) -> Result<Credentials, StsError> {
+        match result {
+            Ok(credentials) => Ok(credentials),
+            Err(failure) => {
+                let at = self.destination(&call.grant.role.sts).await;
+                Err(StsError::new(&failure, &at, Some(call)))
+            }
+        }
     }
 
     async fn client(&self, target: &StsTarget) -> Result<Client, Failure> {
@@ -198,9 +257,28 @@ impl Sts {
         }
     }
 
-    fn credentials(&self, answer: AssumeRoleWithWebIdentityOutput) -> Result<Credentials, Failure> {
+    /// Warns if the session policies and tags of a session nearly reach the limit of STS. `sizes`
+    /// has the share of the limit in percent, by its old and its new name.
+    fn check_packed_size(&self, grant: &Grant, sizes: [Option<i32>; 2]) {
+        let role_arn = grant.issued_role_arn();
+        let percent = sizes.into_iter().flatten().max();
+        let Some(percent) = percent.filter(|percent| *percent > PACKED_SIZE_WARNING) else {
+            return;
+        };
+        if let Some(missed) = self.packed_size_log.take(role_arn.as_str()) {
+            tracing::warn!(
+                spiffe_id = %grant.spiffe_id, %role_arn, percent, missed,
+                "session policies and tags nearly reach the limit of STS"
+            );
+        }
+    }
+
+    fn credentials(
+        &self,
+        credentials: Option<aws_sdk_sts::types::Credentials>,
+    ) -> Result<Credentials, Failure> {
         // `AssumedRoleUser` is not required: MinIO leaves it empty.
-        let credentials = answer.credentials.ok_or(Failure::InvalidResponse(
+        let credentials = credentials.ok_or(Failure::InvalidResponse(
             "the response has no credentials".to_owned(),
         ))?;
         // The SDK fills missing fields with empty strings and the year 1970.
@@ -238,23 +316,41 @@ pub(crate) fn checked(credentials: Credentials, now: SystemTime) -> Result<Crede
 #[async_trait]
 impl AssumeRole for Sts {
     async fn assume(&self, grant: &Grant, token: &JwtSvid) -> Result<Credentials, StsError> {
-        let target = &grant.role.sts;
-        let result = match self.permits.acquire_evicting(&grant.spiffe_id).await {
-            None => Err(Failure::Busy),
-            Some(permit) => {
-                let call = pin!(self.call(target, |call| build_request(call, grant, token)));
-                let answer = permit.run(call).await.unwrap_or(Err(Failure::Busy));
-                answer.and_then(|answer| self.credentials(answer))
-            }
+        let build = |client: Client| {
+            build_request(client.assume_role_with_web_identity(), grant, token).send()
         };
-        match result {
-            Ok(credentials) => Ok(credentials),
-            Err(failure) => Err(StsError::new(
-                &failure,
-                &self.destination(target).await,
-                Some((grant, token)),
-            )),
-        }
+        let answer = self.call_for(grant, build).await;
+        let credentials = answer.and_then(|answer| {
+            #[expect(deprecated, reason = "other implementations of STS have only this one")]
+            let sizes = [answer.packed_policy_size, answer.session_token_utilization];
+            self.check_packed_size(grant, sizes);
+            self.credentials(answer.credentials)
+        });
+        self.result(FailedCall::with_token(grant, token), credentials)
+            .await
+    }
+
+    async fn assume_chained(
+        &self,
+        grant: &Grant,
+        previous: &Credentials,
+    ) -> Result<Credentials, StsError> {
+        let failed = FailedCall::with_session(grant, previous);
+        let Some(session) = grant.chain().last() else {
+            let text = "the grant has no chain".to_owned();
+            return self
+                .result(failed, Err(Failure::InvalidRequest(text)))
+                .await;
+        };
+        let build = |client: Client| chained::send(client, session, previous);
+        let answer = self.call_for(grant, build).await;
+        let credentials = answer.and_then(|answer| {
+            #[expect(deprecated, reason = "other implementations of STS have only this one")]
+            let sizes = [answer.packed_policy_size, answer.session_token_utilization];
+            self.check_packed_size(grant, sizes);
+            self.credentials(answer.credentials)
+        });
+        self.result(failed, credentials).await
     }
 }
 
@@ -265,18 +361,18 @@ fn build_request(
     grant: &Grant,
     token: &JwtSvid,
 ) -> AssumeRoleWithWebIdentityFluentBuilder {
-    let policies: Vec<_> = grant
-        .role
-        .policy_arns
-        .iter()
-        .map(|arn| PolicyDescriptorType::builder().arn(arn).build())
-        .collect();
     call.role_arn(grant.role_arn.as_str())
         .role_session_name(grant.session_name.as_str())
         .web_identity_token(token.secret())
         .duration_seconds(i32::try_from(grant.role.duration.as_secs()).unwrap_or(i32::MAX))
-        .set_policy(grant.role.policy.clone())
-        .set_policy_arns((!policies.is_empty()).then_some(policies))
+        .set_policy(grant.details().policy.clone())
+        .set_policy_arns(policy_descriptors(&grant.details().policy_arns))
+}
+
+/// Returns the parameter `PolicyArns`, which is absent for an empty list.
+fn policy_descriptors(arns: &[String]) -> Option<Vec<PolicyDescriptorType>> {
+    let descriptor = |arn| PolicyDescriptorType::builder().arn(arn).build();
+    (!arns.is_empty()).then(|| arns.iter().map(descriptor).collect())
 }
 
 impl fmt::Debug for Sts {

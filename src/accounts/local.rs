@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use crate::workload_rule::AccountName;
 
-const PASSWD: &str = "/etc/passwd";
+/// The file of the local users.
+pub(super) const PASSWD: &str = "/etc/passwd";
 const GROUP: &str = "/etc/group";
 /// Numbers that systemd assigns to units with `DynamicUser=`. Directory servers do not assign them.
 const DYNAMIC_IDS: std::ops::RangeInclusive<u32> = 61_184..=65_519;
@@ -73,6 +74,14 @@ impl LocalAccounts {
         names.map_or(is_dynamic, |names| {
             !names.iter().any(|one| one == name.as_str())
         })
+    }
+
+    /// Returns the name of the local user with this number. `None` if none has it, or several have.
+    pub fn user_name(&self, uid: u32) -> Option<&str> {
+        match self.users.by_id.get(&uid).map(Vec::as_slice) {
+            Some([name]) => Some(name),
+            Some(_) | None => None,
+        }
     }
 
     fn of_kind(&self, name: &AccountName) -> &LocalNames {

@@ -8,7 +8,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use tokio::time::timeout;
 
 use super::AppError;
-use crate::accounts::{Accounts, LiveRules};
+use crate::accounts::{Accounts, LiveRules, UserNames};
 use crate::clock::Clock;
 use crate::config::{self, Config, IdentityConfig};
 use crate::exchange::TokenExchanger;
@@ -76,6 +76,7 @@ impl Components {
                     .with_roles_anywhere(roles_anywhere),
                 source,
                 roles: config.roles.clone(),
+                users: UserNames::new(blocking.files.clone()),
                 limits: limits(&config.cache),
             },
         })

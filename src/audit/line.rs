@@ -1,5 +1,6 @@
 //! The text of a record. Its fields are a contract, see `deploy/docs/audit-log.md`.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::SystemTime;
 
@@ -49,6 +50,8 @@ pub(super) struct JsonLine<'a> {
     pub(super) role_arn: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) session_name: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) chain: Vec<HopFields<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) access_key_id: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -56,6 +59,17 @@ pub(super) struct JsonLine<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) cache: Option<CacheResult>,
     pub(super) milliseconds: f64,
+}
+
+/// One session of a chain.
+#[derive(Serialize)]
+pub(super) struct HopFields<'a> {
+    pub(super) role_arn: &'a str,
+    pub(super) session_name: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) source_identity: Option<&'a str>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) tags: BTreeMap<&'a str, &'a str>,
 }
 
 /// The record that stands for lost records.

@@ -1,11 +1,12 @@
 //! The record of one request, from its head to its answer.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokio::time::Instant;
 
 use crate::audit::aggregate::{AggregateKey, RecordAggregator, RecordScope};
-use crate::audit::line::{DisplayAsStr, JsonLine, moment, render, second};
+use crate::audit::line::{DisplayAsStr, HopFields, JsonLine, moment, render, second};
 use crate::audit::{ABORTED, Audit, CacheResult, IssuedFields, Outcome, RequestId, RequestPeer};
 use crate::caller::ListenerKind;
 use crate::identity::SpiffeId;
@@ -268,14 +269,39 @@ impl Record {
                 .filter(|_| is_exact && issued.is_none()),
             spiffe_ids: if is_exact { &self.spiffe_ids } else { &[] },
             spiffe_id: grant.map(|grant| grant.spiffe_id.as_str()),
-            role_arn: grant.map(|grant| grant.role_arn.as_str()),
-            session_name: grant.map(|grant| grant.session_name.as_str()),
+            role_arn: grant.map(|grant| grant.issued_role_arn().as_str()),
+            session_name: grant.map(|grant| grant.issued_session_name().as_str()),
+            chain: grant.map(hops).unwrap_or_default(),
             access_key_id: issued.map(|issued| issued.access_key_id),
             expiration: issued.map(|issued| second(issued.expiration)),
             cache: issued.map(|issued| issued.cache_result),
             milliseconds: (end.seconds * 1e6).round() / 1e3,
         })
     }
+}
+
+/// Returns each session of a chain. None without a chain.
+fn hops(grant: &Grant) -> Vec<HopFields<'_>> {
+    if grant.chain().is_empty() {
+        return Vec::new();
+    }
+    let first = HopFields {
+        role_arn: grant.role_arn.as_str(),
+        session_name: grant.session_name.as_str(),
+        source_identity: None,
+        tags: BTreeMap::new(),
+    };
+    let later = grant.chain().iter().map(|session| HopFields {
+        role_arn: session.role_arn.as_str(),
+        session_name: session.session_name.as_str(),
+        source_identity: session.source_identity.as_deref(),
+        tags: session
+            .tags
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.as_str()))
+            .collect(),
+    });
+    std::iter::once(first).chain(later).collect()
 }
 
 impl Drop for Record {

@@ -14,6 +14,7 @@ use super::flight::Flight;
 use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::credentials::{Credentials, RenderedBody};
+use crate::identity::RoleArn;
 use crate::metrics::EntryStateLabel;
 use crate::policy::Policy;
 use crate::role::Grant;
@@ -114,6 +115,24 @@ impl Entry {
         }
     }
 
+    /// Returns the ARN of each role in the chain up to this entry's; none without a chain.
+    fn chain(&self) -> Vec<String> {
+        let first = self.grant.is_chained().then_some(&self.grant.role_arn);
+        let rest = self.grant.chain().iter().map(|session| &session.role_arn);
+        first
+            .into_iter()
+            .chain(rest)
+            .map(RoleArn::to_string)
+            .collect()
+    }
+
+    /// Returns whether it is a session within a chain whose renewal was rejected. No later session
+    /// may start with it.
+    pub(super) fn is_rejected_hop(&self, state: &EntryState) -> bool {
+        let failure = state.failure.as_ref();
+        self.grant.is_hop() && failure.is_some_and(|failure| failure.is_rejected())
+    }
+
     pub(super) fn describe(&self, clock: &Clock) -> EntryStatus {
         let current = self.current.load();
         let latest = self.latest.load();
@@ -124,8 +143,10 @@ impl Entry {
         EntryStatus {
             spiffe_id: self.grant.spiffe_id.to_string(),
             role: self.grant.role.name.clone(),
-            role_arn: self.grant.role_arn.to_string(),
-            session_name: self.grant.session_name.as_str().to_owned(),
+            role_arn: self.grant.issued_role_arn().to_string(),
+            session_name: self.grant.issued_session_name().as_str().to_owned(),
+            hop: self.grant.is_hop().then(|| self.grant.hop_number()),
+            chain: self.chain(),
             access_key_id: current
                 .as_ref()
                 .map(|cached| cached.access_key_id.to_string()),
@@ -156,8 +177,11 @@ pub struct CachedCredentials {
     pub access_key_id: Arc<str>,
     /// Time at which AWS stops accepting the credentials.
     pub expiration: SystemTime,
-    /// Response body for SDKs, rendered once.
+    /// Response body for SDKs, rendered once. It is empty for a session within a chain, which no
+    /// workload gets.
     pub body: Arc<RenderedBody>,
+    /// The credentials themselves, where they sign the call for the next session of a chain.
+    pub(super) signing: Option<Arc<Credentials>>,
     /// The expiration by the monotonic clock.
     expires: Instant,
     /// The lifetime at the time of issue.
@@ -202,14 +226,33 @@ impl CachedCredentials {
     /// Wraps credentials that STS has just issued. The lifetime is bounded by the requested
     /// duration. If this node's clock is behind, `Expiration` alone seems further off than it is.
     pub(super) fn new(grant: &Grant, credentials: &Credentials, clock: &Clock) -> Self {
-        let lifetime = clock.until(credentials.expiration).min(grant.role.duration);
+        let requested = grant.issued_duration();
+        let lifetime = clock.until(credentials.expiration).min(requested);
+        let (body, signing) = match grant.is_hop() {
+            true => (RenderedBody::empty(), Some(Arc::new(credentials.clone()))),
+            false => (credentials.body(grant.issued_role_arn()), None),
+        };
         Self {
             access_key_id: credentials.access_key_id.as_str().into(),
             expiration: credentials.expiration,
-            body: Arc::new(credentials.body(&grant.role_arn)),
+            body: Arc::new(body),
+            signing,
             expires: Instant::now() + lifetime,
             lifetime,
             refresh_at_remaining: refresh_at_remaining(lifetime),
+        }
+    }
+
+    /// Returns the same credentials with a refresh that is due now.
+    pub(super) fn due_now(&self) -> Self {
+        Self {
+            access_key_id: self.access_key_id.clone(),
+            expiration: self.expiration,
+            body: self.body.clone(),
+            signing: self.signing.clone(),
+            expires: self.expires,
+            lifetime: self.lifetime,
+            refresh_at_remaining: self.lifetime,
         }
     }
 
@@ -259,6 +302,13 @@ pub struct EntryStatus {
     pub role_arn: String,
     /// The `RoleSessionName` at STS.
     pub session_name: String,
+    /// Number of the session in its chain, from 1, if it is one that no workload gets. Such an
+    /// entry has no name in `role`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hop: Option<usize>,
+    /// ARNs of the roles of the chain up to this session. Empty without a chain.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub chain: Vec<String>,
     /// Access key ID, if the entry has credentials.
     pub access_key_id: Option<String>,
     /// Time at which AWS stops accepting the credentials.

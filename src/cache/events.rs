@@ -35,7 +35,7 @@ pub(super) enum CacheEvent {
 
 impl CacheEvent {
     pub(super) fn emit(self, entry: &Entry, log: &LogQuota) {
-        let (spiffe_id, role_arn) = (&entry.grant.spiffe_id, &entry.grant.role_arn);
+        let (spiffe_id, role_arn) = (&entry.grant.spiffe_id, entry.grant.issued_role_arn());
         if let Self::Failed {
             error,
             kept,

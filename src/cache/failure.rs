@@ -30,7 +30,7 @@ pub(super) enum FailureKind {
 
 impl FailureKind {
     pub(super) fn of(error: &ExchangeError) -> Self {
-        match error {
+        match error.cause() {
             ExchangeError::Source(SourceError::Caller(_)) => Self::CallerUnusable,
             ExchangeError::Source(SourceError::Denied(_)) => Self::Denied,
             error if error.is_transient() => Self::Outage,
@@ -46,7 +46,16 @@ impl FailureKind {
             | ExchangeError::Sts(_)
             | ExchangeError::TooOften
             | ExchangeError::TooShort
-            | ExchangeError::Panicked => Self::Rejected,
+            | ExchangeError::Panicked
+            | ExchangeError::Hop { .. } => Self::Rejected,
+        }
+    }
+
+    /// Returns whether credentials that this failure could not renew end because of it.
+    pub(super) fn is_final(self) -> bool {
+        match self {
+            Self::Denied | Self::Rejected => true,
+            Self::Outage | Self::CallerUnusable => false,
         }
     }
 
@@ -97,6 +106,11 @@ pub(super) struct FailureState {
 }
 
 impl FailureState {
+    /// Returns whether the source or STS has rejected the credentials since the last success.
+    pub(super) fn is_rejected(&self) -> bool {
+        self.refused_since.is_some() || self.denied_since.is_some()
+    }
+
     /// Returns the state after another failure.
     pub(super) fn record(
         previous: Option<&Self>,

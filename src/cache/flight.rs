@@ -2,7 +2,8 @@
 //! results.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::SystemTime;
 
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
@@ -37,6 +38,8 @@ pub(super) struct Flight {
     start: FlightStart,
     result: watch::Sender<Option<FlightResult>>,
     waiting: Mutex<WaitingCallers>,
+    /// The rejection of an earlier session of the chain, which came while the flight ran.
+    overruled: OnceLock<ExchangeError>,
 }
 
 /// The callers that wait, in order of arrival.
@@ -58,6 +61,7 @@ impl Flight {
             start,
             result: watch::Sender::new(None),
             waiting: Mutex::default(),
+            overruled: OnceLock::new(),
         })
     }
 
@@ -88,6 +92,12 @@ impl Flight {
         });
     }
 
+    /// Makes the flight fail with this error, whatever its exchange returns.
+    pub(super) fn overrule(&self, error: &ExchangeError) {
+        // The first one is as good as a later one.
+        let _ = self.overruled.set(error.clone());
+    }
+
     /// Returns the latest caller that still waits, except `gone`.
     pub(super) fn another_caller(&self, gone: &Arc<Caller>) -> Option<Arc<Caller>> {
         let mut waiting = self.lock();
@@ -108,10 +118,15 @@ impl Flight {
 impl Waiter {
     /// Waits for the result, at most [`REQUEST_HOLD`].
     pub(super) async fn wait(&self) -> FlightResult {
-        let mut result = self.flight.result.subscribe();
-        let result = timeout(REQUEST_HOLD, result.wait_for(Option::is_some))
+        timeout(REQUEST_HOLD, self.wait_for_end())
             .await
-            .map_err(|_| CacheError::Pending)?;
+            .unwrap_or(Err(CacheError::Pending))
+    }
+
+    /// Waits for the result until the flight ends.
+    pub(super) async fn wait_for_end(&self) -> FlightResult {
+        let mut result = self.flight.result.subscribe();
+        let result = result.wait_for(Option::is_some).await;
         // The waiter holds its flight, and thus the sender, so there is a result.
         result
             .ok()
@@ -170,13 +185,17 @@ impl CacheInner {
             state.flight = None;
             return FlightOutcome::Done(Err(CacheError::Pending));
         }
+        let result = match flight.overruled.get() {
+            Some(error) => Err(error.clone()),
+            None => result,
+        };
         let result = result.and_then(|credentials| {
             let cached = CachedCredentials::new(&entry.grant, &credentials, &self.clock);
             // Credentials this short can never be served, so they are a failure.
             if cached.times(&self.clock).is_servable() {
                 Ok(Arc::new(cached))
             } else {
-                Err(ExchangeError::TooShort)
+                Err(ExchangeError::TooShort.at_hop(&entry.grant))
             }
         });
         if let Err(error) = &result
@@ -201,6 +220,7 @@ impl CacheInner {
             .get_or_create(&CallLabel::of(&result, ExchangeError::reason))
             .inc();
         state.flight = None;
+        let now = (Instant::now(), self.clock.now());
         let event = match &result {
             Ok(cached) => {
                 entry.current.store(Some(cached.clone()));
@@ -210,32 +230,32 @@ impl CacheInner {
                     .is_some_and(|failure| failure.logged)
                     .then_some(CacheEvent::Recovered)
             }
-            Err(error) => self.record_failure(entry, error, &mut state),
+            Err(error) => self.record_failure(entry, error, now, &mut state),
         };
         self.plan(entry, &mut state);
         drop(state);
         if let Some(event) = event {
             event.emit(entry, &self.log);
         }
+        if let Err(error) = &result {
+            self.fail_later_sessions(entry, error, now);
+        }
         FlightOutcome::Done(result.map_err(CacheError::from))
     }
 
-    fn record_failure(
+    /// Records a failure of this moment, and returns its log line.
+    pub(super) fn record_failure(
         &self,
         entry: &Entry,
         error: &ExchangeError,
+        (at, time): (Instant, SystemTime),
         state: &mut EntryState,
     ) -> Option<CacheEvent> {
         let previous = state.failure.take();
         let is_new_kind = previous
             .as_ref()
             .is_none_or(|previous| !previous.logged || !previous.error.is_same_kind(error));
-        let mut failure = Box::new(FailureState::record(
-            previous.as_deref(),
-            error,
-            Instant::now(),
-            self.clock.now(),
-        ));
+        let mut failure = Box::new(FailureState::record(previous.as_deref(), error, at, time));
         let kept = entry.current.load().is_some();
         let event = if failure.withdrawn && kept {
             self.clear_credentials(entry, EvictionReason::Withdrawn);
@@ -264,13 +284,8 @@ async fn run_flight(
     permit: Option<FairPermit<SpiffeId>>,
 ) {
     let result = loop {
-        let exchanger = inner.policy.load().exchanger.clone();
-        let task = {
-            let (entry, caller) = (entry.clone(), caller.clone());
-            AbortOnDropHandle::new(tokio::spawn(in_current_request(async move {
-                exchanger.exchange(&caller, &entry.grant).await
-            })))
-        };
+        let exchange = inner.clone().exchange(entry.clone(), caller.clone());
+        let task = AbortOnDropHandle::new(tokio::spawn(in_current_request(exchange)));
         // The exchange has its own task, so that a panic in a library fails this flight and leaves
         // the entry usable.
         let ended = match &permit {
@@ -278,8 +293,10 @@ async fn run_flight(
             None => Some(task.await),
         };
         let result = match ended {
-            Some(result) => result.unwrap_or_else(|_| Err(ExchangeError::Panicked)),
-            None => Err(ExchangeError::TooOften),
+            Some(result) => {
+                result.unwrap_or_else(|_| Err(ExchangeError::Panicked.at_hop(&entry.grant)))
+            }
+            None => Err(ExchangeError::TooOften.at_hop(&entry.grant)),
         };
         match inner.complete(&entry, &flight, result, &caller) {
             FlightOutcome::Retry(other) => caller = other,

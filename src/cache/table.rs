@@ -13,7 +13,8 @@ use crate::policy::Policy;
 use crate::role::Grant;
 
 /// Maximum number of roles of one SPIFFE ID, cached failures included. A workload that requests
-/// invented role names fills only its own entries (T22).
+/// invented role names fills only its own entries (T22). Callers with other attested facts have
+/// other entries. The sessions within chains do not count, since no request names one.
 pub(super) const MAX_ROLES_PER_ID: usize = 16;
 
 /// The table of entries. Its guards are held for moments, never across an await. An entry's lock is
@@ -39,6 +40,12 @@ impl EntryTable {
         find_entry(&self.by_spiffe_id.get(&grant.spiffe_id)?, grant)
     }
 
+    /// Returns all entries of a SPIFFE ID.
+    pub(super) fn of(&self, spiffe_id: &SpiffeId) -> Vec<Arc<Entry>> {
+        let entries = self.by_spiffe_id.get(spiffe_id);
+        entries.map(|entries| entries.clone()).unwrap_or_default()
+    }
+
     /// Returns the entry of `grant`, or adds one if `policy` is current. If a bound is reached, it
     /// first evicts an entry of the same SPIFFE ID, and calls `retire` for it.
     pub(super) fn find_or_add(
@@ -59,11 +66,23 @@ impl EntryTable {
         if !is_current() {
             return Err(CacheError::Pending);
         }
-        let at_role_limit =
-            matches!(&at, At::Occupied(occupied) if occupied.get().len() >= MAX_ROLES_PER_ID);
+        let is_of_limit = |entry: &Entry| {
+            !entry.grant.is_hop() && entry.grant.details().facts == grant.details().facts
+        };
+        let counted = match &at {
+            At::Occupied(occupied) => {
+                let entries = occupied.get().iter();
+                entries.filter(|entry| is_of_limit(entry)).count()
+            }
+            At::Vacant(_) => 0,
+        };
+        let at_role_limit = !grant.is_hop() && counted >= MAX_ROLES_PER_ID;
         if at_role_limit || !self.reserve(policy.limits.max_entries) {
             let evicted = match &mut at {
-                At::Occupied(occupied) => evict_one(occupied.get_mut(), &retire),
+                At::Occupied(occupied) => {
+                    let may_evict = |entry: &Entry| !at_role_limit || is_of_limit(entry);
+                    evict_one(occupied.get_mut(), &retire, may_evict)
+                }
                 At::Vacant(_) => false,
             };
             if !evicted {
@@ -125,13 +144,15 @@ impl EntryTable {
     }
 }
 
-/// Evicts one entry: one without credentials first, else the least recently used. An entry with a
-/// running flight stays, since callers wait for it.
+/// Evicts one entry that `may_evict`: one without credentials first, else the least recently used.
+/// An entry with a running flight stays, since callers wait for it.
 fn evict_one(
     entries: &mut Vec<Arc<Entry>>,
     retire: &impl Fn(&Arc<Entry>, &mut EntryState),
+    may_evict: impl Fn(&Entry) -> bool,
 ) -> bool {
     let mut order: Vec<usize> = (0..entries.len()).collect();
+    order.retain(|index| may_evict(&entries[*index]));
     order.sort_by_key(|index| {
         (
             entries[*index].current.load().is_some(),

@@ -1,4 +1,4 @@
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::SystemTime;
@@ -9,13 +9,15 @@ use tokio::time::{advance, sleep};
 use zeroize::Zeroizing;
 
 use super::*;
+use crate::accounts::UserNames;
 use crate::caller::constant_proof::ConstantProof;
 use crate::caller::{AttestError, CallerFacts, ListenerKind, PeerFacts, Process, ProcessFacts};
 use crate::captured_log::count_all_logs;
 use crate::clock::REQUEST_HOLD;
 use crate::credentials::Credentials;
 use crate::exchange::TokenExchanger;
-use crate::identity::{ArnTemplate, SpiffeId};
+use crate::file_threads::FileThreads;
+use crate::identity::{ArnTemplate, AttestedFacts, SpiffeId, Template};
 use crate::policy::CacheLimits;
 use crate::role::{Identity, RequestedRole, Role, Roles};
 use crate::socket_endpoint::Endpoint;
@@ -25,6 +27,7 @@ use crate::svid::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
 
 mod bounds;
 mod callers;
+mod chains;
 mod clocks;
 mod decision;
 mod outages;
@@ -60,6 +63,15 @@ struct CacheEnv {
     /// Number of running calls to the source.
     busy: AtomicUsize,
     metrics: Metrics,
+    chain: Mutex<ChainCalls>,
+}
+
+/// The calls for the later sessions of chains, and the failures of further ones, by the number of
+/// the session.
+#[derive(Debug, Default)]
+struct ChainCalls {
+    calls: Vec<usize>,
+    failures: HashMap<usize, StsError>,
 }
 
 impl CacheEnv {
@@ -85,6 +97,7 @@ impl CacheEnv {
                 requested: None,
             },
             exchanger: TokenExchanger::new(self.clone(), self.clone(), clock, metrics),
+            users: UserNames::new(FileThreads::default()),
             limits,
         }
     }
@@ -179,6 +192,33 @@ impl AssumeRole for CacheEnv {
             expiration: self.clock.now() + *self.lifetime.lock().unwrap(),
         })
     }
+
+    async fn assume_chained(
+        &self,
+        grant: &Grant,
+        previous: &Credentials,
+    ) -> Result<Credentials, StsError> {
+        let hop = grant.hop_number();
+        let before = match hop {
+            2 => "KEY".to_owned(),
+            hop => format!("HOP{}-", hop - 1),
+        };
+        assert!(previous.access_key_id.starts_with(&before), "{previous:?}");
+        let takes = *self.takes.lock().unwrap();
+        sleep(takes).await;
+        let mut chain = self.chain.lock().unwrap();
+        chain.calls.push(hop);
+        if let Some(failure) = chain.failures.get(&hop) {
+            return Err(failure.clone());
+        }
+        let number = chain.calls.iter().filter(|call| **call == hop).count();
+        Ok(Credentials {
+            access_key_id: format!("HOP{hop}-{number}"),
+            secret_access_key: Zeroizing::new("secret".to_owned()),
+            session_token: Zeroizing::new("token".to_owned()),
+            expiration: self.clock.now() + *self.lifetime.lock().unwrap(),
+        })
+    }
 }
 
 fn unavailable() -> SourceError {
@@ -244,6 +284,7 @@ fn grant_of(owner: &str, role: &Arc<Role>) -> Grant {
                 spiffe_id,
                 hint: None,
             }],
+            &AttestedFacts::default(),
             &RequestedRole::Default,
         )
         .unwrap()
@@ -271,6 +312,7 @@ fn env_of(open: usize, limits: CacheLimits) -> (Arc<CacheEnv>, CredentialCache) 
         requesters: Mutex::default(),
         busy: AtomicUsize::new(0),
         metrics: Metrics::default(),
+        chain: Mutex::default(),
     });
     let policy = env.policy(&[Arc::new(role("r"))], limits);
     let cache = CredentialCache::new(policy, clock, env.metrics.clone());
@@ -508,7 +550,7 @@ async fn cache_is_bounded_by_max_entries() {
 async fn entry_is_separate_for_each_role_definition() {
     let (_env, cache) = env(10_000);
     let narrowed = Role {
-        policy: Some(r#"{"Version":"2012-10-17"}"#.to_owned()),
+        policy: Template::parse_json(r#"{"Version":"2012-10-17"}"#).ok(),
         ..role("r")
     };
     assert_eq!(

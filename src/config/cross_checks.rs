@@ -279,7 +279,9 @@ pub(super) fn names_of_dev(
         }
         // An STS that is not AWS's may have an account of this number.
         let is_aws = aws::is_aws(defined.role.sts.endpoint.as_deref());
-        if is_aws && defined.role.role_arn.as_str().split(':').nth(4) == Some(DEV_ACCOUNT) {
+        let chained = defined.role.chain.iter().map(|chained| &chained.role_arn);
+        let mut arns = std::iter::once(&defined.role.role_arn).chain(chained);
+        if is_aws && arns.any(|arn| arn.as_str().split(':').nth(4) == Some(DEV_ACCOUNT)) {
             let what =
                 format!("no AWS account has the number {DEV_ACCOUNT}: it is that of `awsvid dev`");
             report.error(&defined.name_at, what, FIX);

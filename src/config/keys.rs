@@ -44,7 +44,7 @@ const fn key(
 }
 
 /// Keys of a later version, by table: only a value that requests nothing is allowed.
-const RESERVED: [(&str, &str); 2] = [("listen", "node"), ("role", "chain")];
+const RESERVED: [(&str, &str); 1] = [("listen", "node")];
 
 impl TableSpec {
     /// Returns the header that begins the table in a file.
@@ -68,13 +68,15 @@ pub(super) fn table(name: &str) -> Option<&'static TableSpec> {
     TABLES.iter().find(|table| table.name == name)
 }
 
-/// Returns the names that are known in a table. The empty name is the top of the file, where the
-/// tables are known too.
+/// Returns the names that are known in a table, those of its own tables included. The empty name
+/// is the top of the file.
 pub(super) fn names_in(table_name: &str) -> Vec<&'static str> {
     let keys = table(table_name).into_iter().flat_map(|table| table.keys);
     let keys = keys.map(|key| key.name);
-    let tables = TABLES.iter().map(|table| table.name);
-    let tables = tables.filter(|name| table_name.is_empty() && !name.is_empty());
+    let tables = TABLES.iter().filter_map(|table| {
+        let (parent, name) = table.name.rsplit_once('.').unwrap_or(("", table.name));
+        (parent == table_name && !name.is_empty()).then_some(name)
+    });
     keys.chain(tables).collect()
 }
 

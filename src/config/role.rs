@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::aws;
 use super::error::InvalidValue;
 use super::identity::{IdentityConfig, audience};
 use super::roles_anywhere::{self, RolesAnywhereConfig};
 use super::sts::{ENDPOINT_FIX, REGION_FIX, StsConfig};
+use super::templates::{LocatedTemplate, check_segment, check_values, policy, policy_arns};
 use super::toml_reader::{Location, Table};
+use super::{aws, chain};
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeIdPattern};
 use crate::role::{RequestedRoles, Role, StsTarget};
 
@@ -19,10 +20,6 @@ const DEFAULT_DURATION: Duration = Duration::from_secs(3600);
 /// SDKs refresh 15 minutes and more before the end. For a shorter session each of their calls is a
 /// request to awsvid.
 const SHORT_DURATION: Duration = Duration::from_secs(1800);
-/// The limit of STS for `Policy`, in characters.
-const MAX_POLICY_CHARS: usize = 2048;
-/// The limit of STS for the number of `PolicyArns`.
-const MAX_POLICY_ARNS: usize = 10;
 /// The region for an endpoint that is not AWS's, if the file has none.
 const ANY_REGION: &str = "us-east-1";
 const MAX_ROLE_NAME_BYTES: usize = 64;
@@ -84,7 +81,6 @@ fn check_presence(table: &Table<'_>) {
     );
     table.require("spiffe_id", "add the SPIFFE ID that may have this role");
     table.require("role_arn", "add the ARN of the role");
-    table.reserved_key("chain");
 }
 
 fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
@@ -108,14 +104,11 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
     );
     let region = table.parse("region", REGION_FIX, aws::region);
     let endpoint = table.parse("sts_endpoint", ENDPOINT_FIX, aws::sts_endpoint);
-    let policy = table.parse(
-        "policy",
-        "write a session policy as one JSON object in '''quotes'''",
-        policy,
-    );
+    let policy = policy(table);
     let names = RoleNameRules::of(table, endpoint.as_deref(), defaults);
     let role_arn = role_arn(table, names);
     let policy_arns = policy_arns(table, names);
+    let chain = chain::read(table, spiffe_id.as_ref(), names);
     let allow_shared_audience = table.flag("allow_shared_audience").unwrap_or(false);
     let duration = whole_seconds(table, duration);
     let exchange = roles_anywhere::exchange(table, defaults);
@@ -143,6 +136,7 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
         policy,
         policy_arns,
         exchange: exchange?,
+        chain: chain?,
     };
     check(table, &role);
     Some(ParsedRole {
@@ -155,7 +149,7 @@ fn role(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<ParsedRole> {
 
 /// The rules for the names of a role and its policies.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum RoleNameRules {
+pub(super) enum RoleNameRules {
     Aws,
     /// No rules, because the names are those of another STS, or the endpoint has an error.
     Opaque,
@@ -175,7 +169,8 @@ impl RoleNameRules {
     }
 }
 
-fn role_arn(table: &Table<'_>, names: RoleNameRules) -> Option<ArnTemplate> {
+/// Reads the key `role_arn`.
+pub(super) fn role_arn(table: &Table<'_>, names: RoleNameRules) -> Option<ArnTemplate> {
     const AT_AWS: &str = "write the role's ARN as IAM shows it; for a role of another system set \
                           `sts_endpoint` here, or `endpoint` in [sts]";
     match names {
@@ -221,58 +216,8 @@ fn role_name(text: &str) -> Result<String, &'static str> {
     }
 }
 
-fn policy(text: &str) -> Result<String, InvalidValue> {
-    let length = text.chars().count();
-    if length > MAX_POLICY_CHARS {
-        return Err(format!(
-            "a session policy has at most {MAX_POLICY_CHARS} characters, this one {length}"
-        )
-        .into());
-    }
-    match serde_json::from_str(text) {
-        Ok(serde_json::Value::Object(_)) => Ok(text.to_owned()),
-        Ok(_) => Err("it is not a JSON object".into()),
-        Err(error) => Err(format!("it is not JSON: {error}").into()),
-    }
-}
-
-fn policy_arns(table: &Table<'_>, names: RoleNameRules) -> Vec<String> {
-    const KEY: &str = "policy_arns";
-    const FIX: &str =
-        "write the ARNs of managed policies, as in \"arn:aws:iam::aws:policy/ReadOnlyAccess\"";
-    let is_arn = |text: &str| {
-        let parts: Vec<&str> = text.splitn(6, ':').collect();
-        matches!(parts[..], ["arn", _, _, _, _, resource] if resource.strip_prefix("policy/").is_some_and(|name| !name.is_empty()))
-            && (20..=2048).contains(&text.len())
-            && text.bytes().all(|c| c.is_ascii_graphic())
-    };
-    let is_good = |text: &str| match names {
-        RoleNameRules::Aws => is_arn(text),
-        RoleNameRules::Opaque => RoleArn::opaque(text).is_ok(),
-    };
-    let listed = table.strings(KEY).unwrap_or_default();
-    if listed.len() > MAX_POLICY_ARNS {
-        table.error(
-            KEY,
-            format!(
-                "STS takes at most {MAX_POLICY_ARNS}, these are {}",
-                listed.len()
-            ),
-            "remove some",
-        );
-    }
-    for (at, text) in listed.iter().filter(|(_, text)| !is_good(text)) {
-        table
-            .report
-            .error(at, format!("{text:?} is not the ARN of a policy"), FIX);
-    }
-    listed
-        .into_iter()
-        .map(|(_, text)| text.to_owned())
-        .collect()
-}
-
-fn whole_seconds(table: &Table<'_>, duration: Option<Duration>) -> Duration {
+/// Returns the duration of a session, by default one hour, and checks it.
+pub(super) fn whole_seconds(table: &Table<'_>, duration: Option<Duration>) -> Duration {
     let duration = duration.unwrap_or(DEFAULT_DURATION);
     if duration.subsec_nanos() != 0 {
         table.error(
@@ -293,20 +238,21 @@ fn whole_seconds(table: &Table<'_>, duration: Option<Duration>) -> Duration {
 
 /// Checks the keys of one role against each other.
 fn check(table: &Table<'_>, role: &Role) {
-    let least = role.spiffe_id.least_segments();
-    if let Some(index) = role
-        .role_arn
-        .highest_segment()
-        .filter(|index| *index >= least)
-    {
-        let what = format!("{{path[{index}]}} is not in every SPIFFE ID that `spiffe_id` covers");
-        table.error(
-            "role_arn",
-            what,
-            format!("use {{path[0]}} to {{path[{}]}}", least - 1),
-        );
+    if let Some(index) = role.role_arn.highest_segment() {
+        check_segment(table, &table.location("role_arn"), &role.spiffe_id, index);
     }
-    if role.spiffe_id.has_open_wildcard(&role.role_arn.segments()) {
+    let policies = role.policy.iter().map(|template| ("policy", template));
+    let policy_arns = role.policy_arns.iter();
+    let templates: Vec<LocatedTemplate<'_>> = policies
+        .chain(policy_arns.map(|template| ("policy_arns", template)))
+        .map(|(key, template)| (table.location(key), template))
+        .collect();
+    check_values(table, &role.spiffe_id, &templates);
+    let used = role.segments_used();
+    if used
+        .as_ref()
+        .is_some_and(|used| role.spiffe_id.has_open_wildcard(used))
+    {
         let what = "a new name instead of `*` is enough to have this role";
         table.warn(
             "spiffe_id",
@@ -314,7 +260,7 @@ fn check(table: &Table<'_>, role: &Role) {
             "write the whole ID, or use {path[N]} for each `*` in `role_arn`",
         );
     }
-    if role.spiffe_id.is_all_wildcards() && role.role_arn.highest_segment().is_none() {
+    if role.spiffe_id.is_all_wildcards() && used.is_some_and(|used| used.is_empty()) {
         let what = format!(
             "every workload of {} can have this role",
             role.spiffe_id.trust_domain()
@@ -337,10 +283,13 @@ fn check(table: &Table<'_>, role: &Role) {
     if endpoint.is_none() && table.contains("region") && !aws::is_aws_region(region) {
         table.error("region", "AWS has no region of such a name", REGION_FIX);
     }
-    let partition = role.role_arn.as_str().split(':').nth(1).unwrap_or_default();
-    if endpoint.is_none() && partition != aws::partition(region) {
-        let what = format!("a role in `{partition}` cannot be assumed in {region}");
-        table.warn("role_arn", what, "set `region` to one of that partition");
+    let arns = role.chain.iter().map(|chained| &chained.role_arn);
+    for arn in std::iter::once(&role.role_arn).chain(arns) {
+        let partition = arn.as_str().split(':').nth(1).unwrap_or_default();
+        if endpoint.is_none() && partition != aws::partition(region) {
+            let what = format!("a role in `{partition}` cannot be assumed in {region}");
+            table.warn("role_arn", what, "set `region` to one of that partition");
+        }
     }
 }
 

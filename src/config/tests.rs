@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::*;
 use crate::workload_rule::{ExeMatcher, NamedRule};
 
+mod chains;
 mod errors;
 mod mutations;
 mod names;
@@ -359,7 +360,10 @@ fn reader_reads_every_key_of_rules_and_roles() {
         ("x", Some("http://[::1]:9000"))
     );
     assert_eq!(
-        (role.policy.as_deref(), role.policy_arns.len()),
+        (
+            role.policy.as_ref().map(|policy| policy.as_str()),
+            role.policy_arns.len()
+        ),
         (Some(r#"{"Statement": []}"#), 1)
     );
     let requested = config.roles.requested.unwrap();

@@ -15,6 +15,7 @@ use super::config_line::ConfigLine;
 use super::keys;
 
 mod diagnostics;
+mod free_names;
 
 use diagnostics::join;
 pub(super) use diagnostics::{ConfigText, Diagnostics, Location, line_at};

@@ -5,6 +5,7 @@ use async_trait::async_trait;
 use tokio::time::sleep;
 
 use super::*;
+use crate::accounts::UserNames;
 use crate::audit::{Audit, RequestPeer};
 use crate::caller::ListenerKind;
 use crate::caller::constant_proof::constant_caller;
@@ -12,6 +13,7 @@ use crate::clock::Clock;
 use crate::config::AuditFile;
 use crate::credentials::Credentials;
 use crate::exchange::TokenExchanger;
+use crate::file_threads::FileThreads;
 use crate::identity::{ArnTemplate, SpiffeIdPattern};
 use crate::metrics::Metrics;
 use crate::policy::CacheLimits;
@@ -58,6 +60,10 @@ impl AssumeRole for SlowUpstream {
     async fn assume(&self, _: &Grant, _: &JwtSvid) -> Result<Credentials, StsError> {
         std::future::pending().await
     }
+
+    async fn assume_chained(&self, _: &Grant, _: &Credentials) -> Result<Credentials, StsError> {
+        panic!("no test has a chain")
+    }
 }
 
 fn role() -> Arc<Role> {
@@ -79,6 +85,7 @@ fn policy(identify: Duration, roles: Vec<Arc<Role>>, clock: &Clock) -> Policy {
             requested: None,
         },
         exchanger: TokenExchanger::new(slow.clone(), slow, clock.clone(), Metrics::default()),
+        users: UserNames::new(FileThreads::default()),
         limits: CacheLimits {
             max_entries: 10,
             revocation_grace: Duration::from_secs(300),

@@ -1,5 +1,5 @@
-//! An STS on loopback with real verification. It has only `AssumeRoleWithWebIdentity` and
-//! `GetCallerIdentity`, and `CreateSession` of IAM Roles Anywhere.
+//! An STS on loopback with real verification. It has only `AssumeRoleWithWebIdentity`, `AssumeRole`
+//! and `GetCallerIdentity`, and `CreateSession` of IAM Roles Anywhere.
 //!
 //! Wire format: AWS Security Token Service API Reference, version 2011-06-15 (the query protocol).
 
@@ -19,6 +19,7 @@ use crate::identity::{RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 use crate::roles_anywhere::signature::SESSIONS_PATH;
 
 mod answer;
+mod chained;
 mod create_session;
 mod rejection;
 mod request;
@@ -26,11 +27,13 @@ mod sessions;
 mod sigv4;
 mod token;
 
+pub use chained::ChainedTrust;
+
 use answer::DevCaller;
 pub use create_session::{CertifiedRole, DevTrustAnchor};
 use rejection::{Code, DevRejection};
 use request::{Parameters, WebIdentityRequest};
-use sessions::{Sessions, random_id};
+use sessions::{SessionFacts, Sessions, random_id};
 
 /// Maximum number of canonical requests that are kept.
 const MAX_ACCEPTED_REQUESTS: usize = 16;
@@ -43,10 +46,12 @@ pub struct DevAccount {
     pub region: String,
     /// OpenID Connect providers of the account.
     pub providers: Vec<DevProvider>,
-    /// Roles of the account.
+    /// Roles that tokens may assume.
     pub roles: Vec<TrustedRole>,
     /// Trust anchors of IAM Roles Anywhere.
     pub trust_anchors: Vec<DevTrustAnchor>,
+    /// Roles that sessions of other roles may assume.
+    pub chained: Vec<ChainedTrust>,
 }
 
 /// An OpenID Connect provider.
@@ -151,6 +156,7 @@ impl StsState {
             ("AssumeRoleWithWebIdentity", VERSION) => {
                 self.assume_role(&parameters, &request_id).await
             }
+            ("AssumeRole", VERSION) => self.assume_chained(&request, &parameters, &request_id),
             ("GetCallerIdentity", VERSION) => {
                 self.caller_identity(&request, &parameters, &request_id)
             }
@@ -191,15 +197,19 @@ impl StsState {
         let caller = self.caller(&role.arn, &request.session_name);
         let session = self
             .sessions
-            .issue(caller, now, request.duration)
+            .issue(caller, SessionFacts::of(&role.arn), now, request.duration)
             .map_err(|error| DevRejection::internal(&error))?;
-        self.issued.fetch_add(1, Ordering::Relaxed);
+        self.count_issued();
         Ok(answer::assumed(
             &session.credentials,
             &session.caller,
             &claims,
             request_id,
         ))
+    }
+
+    fn count_issued(&self) {
+        self.issued.fetch_add(1, Ordering::Relaxed);
     }
 
     fn caller_identity(

@@ -4,7 +4,7 @@ use aws_credential_types::Credentials as SigningCredentials;
 use aws_sdk_sts::config::{BehaviorVersion, Config as SdkConfig, Region};
 
 use crate::config::{AuditFile, Config, LoadedConfig};
-use crate::identity::SpiffeId;
+use crate::identity::{AttestedFacts, SpiffeId};
 use crate::role::{Identity, RequestedRole};
 use crate::socket_endpoint::Endpoint;
 use crate::svid::SourceError;
@@ -36,7 +36,11 @@ async fn certificate_is_exchanged_for_a_session() {
         hint: None,
     }];
     let requested = RequestedRole::ByName("dev-certificate".to_owned());
-    let grant = config.roles.select(&identities, &requested).unwrap();
+    let facts = crate::identity::AttestedFacts::default();
+    let grant = config
+        .roles
+        .select(&identities, &facts, &requested)
+        .unwrap();
     let source = crate::svid::WorkloadApi::new(
         config.identity.workload_api_socket.clone(),
         [],
@@ -79,7 +83,11 @@ async fn configuration_works_with_the_daemons_parts() {
     }];
     let grant = config
         .roles
-        .select(&identities, &RequestedRole::ByName("dev".to_owned()))
+        .select(
+            &identities,
+            &AttestedFacts::default(),
+            &RequestedRole::ByName("dev".to_owned()),
+        )
         .unwrap();
 
     let source = crate::svid::WorkloadApi::new(

@@ -9,9 +9,9 @@ use crate::caller::constant_proof::constant_caller;
 use crate::caller::{CallerFacts, ListenerKind, ProcessFacts};
 use crate::identity::SpiffeId;
 use crate::role::{Identity, StsTarget};
-use crate::sts::Sts;
 use crate::sts::tests::fake::FakeSts;
 use crate::sts::tests::{good, grant, plain, rejection, settings};
+use crate::sts::{Sts, StsReason};
 use crate::svid::IdentityBasis;
 use crate::svid::jwt::tests::{billing, now, raw_token, svid_for};
 
@@ -89,6 +89,14 @@ impl IdentitySource for Tokens {
 impl AssumeRole for FakeStsReplies {
     async fn assume(&self, _: &Grant, token: &JwtSvid) -> Result<Credentials, StsError> {
         self.next(token.secret().to_owned()).await
+    }
+
+    async fn assume_chained(
+        &self,
+        _: &Grant,
+        previous: &Credentials,
+    ) -> Result<Credentials, StsError> {
+        self.next(previous.access_key_id.clone()).await
     }
 }
 

@@ -264,7 +264,7 @@ impl RequestError {
             Self::MetadataTtl => "missing or invalid X-aws-ec2-metadata-token-ttl-seconds header: it takes 1 to 21600 seconds; use an SDK that knows IMDSv2".to_owned(),
             Self::MetadataToken => "no valid metadata token: version 1 of this service is not served; send PUT /latest/api/token first, or clear the SDK's cached token".to_owned(),
             Self::NoIdentity(caller) => format!("no SPIFFE identity: this node has none for {caller}; add a [[workload]] rule for it or, where SPIRE attests workloads, a registration entry"),
-            Self::Denied(denial) => format!("{denial}; add or widen a [[role]] on the node"),
+            Self::Denied(denial) => format!("{denial}; {}", denial.fix()),
             Self::Exchange(error) => error.to_string(),
             Self::Pending => CacheError::Pending.to_string(),
             Self::Full => CacheError::Full.to_string(),
@@ -300,6 +300,18 @@ impl RequestError {
         .into_bytes();
         answer.extend(body);
         answer
+    }
+}
+
+impl Denial {
+    fn fix(&self) -> &'static str {
+        match self.denied {
+            RoleDenied::InvalidParameter(_) => "correct that parameter of the [[role]] on the node",
+            RoleDenied::NoRole
+            | RoleDenied::NotThisRole
+            | RoleDenied::ArnNotAllowed
+            | RoleDenied::SeveralIdentities => "add or widen a [[role]] on the node",
+        }
     }
 }
 

@@ -3,7 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::{InvalidName, SpiffeId, invalid, is_iam_character, is_segment_character};
+use super::template::{AttestedFacts, Placeholder, Template, TemplatePart, TemplateValues};
+use super::{InvalidName, SpiffeId, invalid, is_iam_character};
 
 /// Length of `RoleArn` at STS, in characters.
 const ARN_LENGTH: std::ops::RangeInclusive<usize> = 20..=2048;
@@ -105,7 +106,7 @@ impl fmt::Display for RoleArn {
 }
 
 /// Template of a role's name, in which `{path[N]}` stands for segment N (from 0) of the caller's
-/// SPIFFE ID.
+/// SPIFFE ID, and `{trust_domain}` for its trust domain.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct ArnTemplate {
     text: String,
@@ -116,14 +117,7 @@ pub struct ArnTemplate {
 enum TemplateKind {
     /// The same name for every ID.
     Fixed(RoleArn),
-    /// Alternating texts and segments. The first and the last part are texts.
-    Parts(Vec<TemplatePart>, ArnNameRules),
-}
-
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-enum TemplatePart {
-    Text(String),
-    Segment(usize),
+    Rendered(Template, ArnNameRules),
 }
 
 /// The names that a template may render.
@@ -143,14 +137,14 @@ impl ArnNameRules {
 }
 
 impl ArnTemplate {
-    /// Parses a template for roles at AWS. Without `{path[N]}` it has to be a role's ARN.
+    /// Parses a template for roles at AWS. Without a placeholder it has to be a role's ARN.
     ///
     /// SPIFFE IDs that differ in these segments never render the same ARN. So two placeholders need
     /// a character between them that a segment cannot have (T36).
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
         let template = Self::read(text, ArnNameRules::Aws)?;
         match &template.kind {
-            TemplateKind::Parts(parts, _) if !matches!(&parts[0], TemplatePart::Text(before) if before.contains(":role/")) => {
+            TemplateKind::Rendered(template, _) if !is_after_role(template) => {
                 invalid("a {path[N]} can only follow `role/`; move it into the role's name")
             }
             _ => Ok(template),
@@ -163,14 +157,25 @@ impl ArnTemplate {
     }
 
     fn read(text: &str, names: ArnNameRules) -> Result<Self, InvalidName> {
-        let parts = parse_parts(text)?;
-        check_separators(&parts)?;
+        let template = Template::parse(text)?;
+        let is_of_path = |value: &Placeholder| {
+            matches!(value, Placeholder::Segment(_) | Placeholder::TrustDomain)
+        };
+        if let Some(other) = template.placeholders().find(|value| !is_of_path(value)) {
+            return invalid(format!(
+                "{other} cannot be part of a role's name; use {{path[N]}} and {{trust_domain}}"
+            ));
+        }
+        if let Err(InvalidName(error)) = template.check_separators() {
+            return invalid(error.replace("one value", "one role"));
+        }
         // The form must be valid for every segment.
-        let arn = names.parse(&join(&parts, |_| Some("x")).unwrap_or_default())?;
-        let kind = if parts.len() == 1 {
-            TemplateKind::Fixed(arn)
+        let arn = names.parse(&template.example())?;
+        let has_values = template.placeholders().next().is_some();
+        let kind = if has_values {
+            TemplateKind::Rendered(template, names)
         } else {
-            TemplateKind::Parts(parts, names)
+            TemplateKind::Fixed(arn)
         };
         Ok(Self {
             text: text.to_owned(),
@@ -191,22 +196,27 @@ impl ArnTemplate {
     pub fn render(&self, id: &SpiffeId) -> Option<RoleArn> {
         match &self.kind {
             TemplateKind::Fixed(arn) => Some(arn.clone()),
-            TemplateKind::Parts(parts, names) => names
-                .parse(&join(parts, |index| id.segments().nth(index))?)
-                .ok(),
+            TemplateKind::Rendered(template, names) => {
+                let values = TemplateValues {
+                    id,
+                    session_name: "",
+                    facts: &AttestedFacts::default(),
+                };
+                names.parse(&template.render(&values).ok()?).ok()
+            }
         }
     }
 
     /// Returns the indices (from 0) of the segments that the name refers to, in the name's order.
     pub fn segments(&self) -> Vec<usize> {
-        let TemplateKind::Parts(parts, _) = &self.kind else {
+        let TemplateKind::Rendered(template, _) = &self.kind else {
             return Vec::new();
         };
-        let index = |part: &TemplatePart| match part {
-            TemplatePart::Segment(index) => Some(*index),
-            TemplatePart::Text(_) => None,
+        let index = |value: Placeholder| match value {
+            Placeholder::Segment(index) => Some(index),
+            _ => None,
         };
-        parts.iter().filter_map(index).collect()
+        template.placeholders().filter_map(index).collect()
     }
 
     /// Returns the highest segment that the name refers to, if any.
@@ -220,65 +230,10 @@ impl ArnTemplate {
     }
 }
 
-/// Joins the parts. Returns `None` if `segment` lacks an index.
-fn join<'a>(
-    parts: &'a [TemplatePart],
-    segment: impl Fn(usize) -> Option<&'a str>,
-) -> Option<String> {
-    let text = |part: &'a TemplatePart| match part {
-        TemplatePart::Text(text) => Some(text.as_str()),
-        TemplatePart::Segment(index) => segment(*index),
-    };
-    parts.iter().map(text).collect()
-}
-
-fn parse_parts(text: &str) -> Result<Vec<TemplatePart>, InvalidName> {
-    let mut parts = Vec::new();
-    let mut rest = text;
-    while let Some((before, after)) = rest.split_once('{') {
-        let Some((name, tail)) = after.split_once('}') else {
-            return invalid("a `{` is not closed");
-        };
-        let digits = name
-            .strip_prefix("path[")
-            .and_then(|rest| rest.strip_suffix(']'));
-        // `parse` would also accept a sign.
-        let digits = digits.filter(|digits| digits.bytes().all(|c| c.is_ascii_digit()));
-        let Some(index) = digits.and_then(|digits| digits.parse().ok()) else {
-            return invalid(format!(
-                "`{{{name}}}` is not known; {{path[0]}} stands for the first segment of the SPIFFE ID's path"
-            ));
-        };
-        parts.extend([
-            TemplatePart::Text(before.to_owned()),
-            TemplatePart::Segment(index),
-        ]);
-        rest = tail;
-    }
-    parts.push(TemplatePart::Text(rest.to_owned()));
-    Ok(parts)
-}
-
-/// Checks the text between two placeholders. `{path[1]}-{path[3]}` renders one name for
-/// `shop-prod/billing` and `shop/prod-billing` (T36).
-fn check_separators(parts: &[TemplatePart]) -> Result<(), InvalidName> {
-    for between in parts.windows(3) {
-        let [
-            TemplatePart::Segment(one),
-            TemplatePart::Text(text),
-            TemplatePart::Segment(other),
-        ] = between
-        else {
-            continue;
-        };
-        if text.bytes().all(is_segment_character) {
-            return invalid(format!(
-                "two SPIFFE IDs could give one role, since a path segment can hold everything that stands between \
-                 {{path[{one}]}} and {{path[{other}]}}; put a `=`, `+`, `,`, `@` or `/` between them"
-            ));
-        }
-    }
-    Ok(())
+/// Returns whether all placeholders are in the resource's name. A SPIFFE ID must not select the
+/// account or the partition.
+fn is_after_role(template: &Template) -> bool {
+    matches!(template.parts().first(), Some(TemplatePart::Text(before)) if before.contains(":role/"))
 }
 
 #[cfg(test)]

@@ -1,3 +1,4 @@
+mod chains;
 mod properties;
 
 use super::*;
@@ -35,7 +36,7 @@ fn identities(list: &[&str]) -> Vec<Identity> {
 
 /// Returns the selected role's name and the SPIFFE ID's path, or the reason of the denial.
 fn choice(roles: &Roles, callers: &[&str], requested: &RequestedRole) -> String {
-    match roles.select(&identities(callers), requested) {
+    match roles.select(&identities(callers), &AttestedFacts::default(), requested) {
         Ok(grant) => {
             format!(
                 "{} as {}",
@@ -218,16 +219,23 @@ fn grant_has_everything_that_is_requested() {
     };
     let roles = roles([templated.clone(), named]);
     let callers = identities(&["ns/pay/sa/billing"]);
-    let grant = roles.select(&callers, &RequestedRole::Default).unwrap();
+    let grant = roles
+        .select(&callers, &AttestedFacts::default(), &RequestedRole::Default)
+        .unwrap();
     let expected = Grant {
         spiffe_id: callers[0].spiffe_id.clone(),
         role: Arc::new(templated),
         role_arn: RoleArn::parse("arn:aws:iam::123456789012:role/pay=billing").unwrap(),
         session_name: SessionName::parse("example.org=ns=pay=sa=billing").unwrap(),
+        details: None,
     };
     assert_eq!(grant, expected);
     let fixed = roles
-        .select(&callers, &RequestedRole::ByName("fixed".to_owned()))
+        .select(
+            &callers,
+            &AttestedFacts::default(),
+            &RequestedRole::ByName("fixed".to_owned()),
+        )
         .unwrap();
     assert_eq!(
         (fixed.session_name.as_str(), fixed.role_arn.as_str()),
@@ -262,7 +270,7 @@ fn template_that_does_not_fit_denies_the_role() {
 fn grant_differs_in_every_part_of_a_role() {
     let plain = role("a", "x", "r");
     let policy = |text: &str| Role {
-        policy: Some(text.to_owned()),
+        policy: Template::parse_json(text).ok(),
         ..plain.clone()
     };
     let sts = |region: &str, endpoint: Option<&str>| Role {
@@ -294,7 +302,15 @@ fn grant_differs_in_every_part_of_a_role() {
         policy("{}"),
         policy("{\"a\":1}"),
         Role {
-            policy_arns: vec!["arn:aws:iam::aws:policy/ReadOnlyAccess".to_owned()],
+            policy_arns: vec![Template::parse("arn:aws:iam::aws:policy/ReadOnlyAccess").unwrap()],
+            ..plain.clone()
+        },
+        Role {
+            chain: vec![chains::chained("next")],
+            ..plain.clone()
+        },
+        Role {
+            chain: vec![chains::chained("next"), chains::chained("last")],
             ..plain.clone()
         },
     ];
@@ -302,7 +318,11 @@ fn grant_differs_in_every_part_of_a_role() {
         .iter()
         .map(|role| {
             roles([role.clone()])
-                .select(&identities(&["x"]), &RequestedRole::Default)
+                .select(
+                    &identities(&["x"]),
+                    &AttestedFacts::default(),
+                    &RequestedRole::Default,
+                )
                 .unwrap()
         })
         .collect();
@@ -391,7 +411,9 @@ fn requested_arn_is_not_a_template() {
     let all = requesting(&["arn:aws:iam::123456789012:role/*/x"]);
     // As a template, it would render a role that was never compared with the list.
     let written = "arn:aws:iam::123456789012:role/{path[0]}/x";
-    let grant = all.select(&caller, &arn(written)).unwrap();
+    let grant = all
+        .select(&caller, &AttestedFacts::default(), &arn(written))
+        .unwrap();
     assert_eq!(
         (grant.role_arn.as_str(), grant.session_name.as_str()),
         (written, "example.org=admin")
@@ -419,10 +441,18 @@ fn can_grant_needs_the_same_definition() {
         ])
     };
     let billing = before
-        .select(&caller, &RequestedRole::ByName("billing".to_owned()))
+        .select(
+            &caller,
+            &AttestedFacts::default(),
+            &RequestedRole::ByName("billing".to_owned()),
+        )
         .unwrap();
     let by_arn = before
-        .select(&caller, &arn("arn:aws:iam::123456789012:role/app-1"))
+        .select(
+            &caller,
+            &AttestedFacts::default(),
+            &arn("arn:aws:iam::123456789012:role/app-1"),
+        )
         .unwrap();
     assert!(before.can_grant(&billing) && before.can_grant(&by_arn));
     // At another position of the list, and next to others.
@@ -432,7 +462,7 @@ fn can_grant_needs_the_same_definition() {
     ]);
     assert!(moved.can_grant(&billing) && !moved.can_grant(&by_arn));
     let narrowed = Role {
-        policy: Some("{}".to_owned()),
+        policy: Template::parse_json("{}").ok(),
         ..role("billing", "shop/billing", "billing")
     };
     for other in [

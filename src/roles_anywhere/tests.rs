@@ -44,6 +44,7 @@ fn grant() -> Grant {
         spiffe_id,
         role_arn: RoleArn::parse("arn:aws:iam::123456789012:role/example").unwrap(),
         role: std::sync::Arc::new(Role::example()),
+        details: None,
     }
 }
 

@@ -1,7 +1,8 @@
 //! Advice on failed STS calls, for the daemon's log and for `awsvid check`.
 
+use super::error::{CallProof, FailedCall};
 use super::reason::StsReason;
-use crate::role::Grant;
+use crate::role::{ChainedSession, Grant};
 use crate::svid::{JwtSvid, one_line};
 
 /// The STS that a call goes to, for error messages.
@@ -21,16 +22,19 @@ pub(super) fn of(
     reason: StsReason,
     answer: &str,
     at: &StsDestination,
-    call: Option<(&Grant, &JwtSvid)>,
+    call: Option<FailedCall<'_>>,
 ) -> Option<String> {
-    let by_call = call.and_then(|(grant, token)| {
-        FailedCall {
-            grant,
-            token,
-            at,
-            answer,
+    let by_call = call.and_then(|FailedCall { grant, proof }| match proof {
+        CallProof::Token(token) => {
+            let failed = FailedExchange {
+                grant,
+                token,
+                at,
+                answer,
+            };
+            failed.advice(reason)
         }
-        .advice(reason)
+        CallProof::Session(_) => of_chain(reason, grant, at),
     });
     by_call.or_else(|| general(reason).map(str::to_owned))
 }
@@ -64,14 +68,56 @@ fn general(reason: StsReason) -> Option<&'static str> {
     }
 }
 
-struct FailedCall<'a> {
+/// Returns the advice for a call that the credentials of another session signed.
+fn of_chain(reason: StsReason, grant: &Grant, at: &StsDestination) -> Option<String> {
+    let session = grant.chain().last()?;
+    let arn = &session.role_arn;
+    let previous = grant.previous()?;
+    let previous = previous.issued_role_arn();
+    match reason {
+        StsReason::AccessDenied => {
+            let mut actions = vec!["sts:AssumeRole"];
+            let has_tags = grant.chain().iter().any(|session| !session.tags.is_empty());
+            let has_source = |session: &ChainedSession| session.source_identity.is_some();
+            actions.extend(has_tags.then_some("sts:TagSession"));
+            let has_source = grant.chain().iter().any(|session| has_source(session));
+            actions.extend(has_source.then_some("sts:SetSourceIdentity"));
+            let external_id = match session.external_id {
+                Some(_) => ", with this `external_id`",
+                None => "",
+            };
+            let written = if at.is_aws {
+                "; awsvid trust-policy writes both"
+            } else {
+                ""
+            };
+            Some(format!(
+                "the trust policy of {arn} has to allow {} to {previous}{external_id}, and a policy of {previous} has to \
+                 allow the same on {arn}{written}",
+                actions.join(", ")
+            ))
+        }
+        StsReason::BadRequest => Some(format!(
+            "correct the [[role.chain]] with {arn}: the session is {}, for {} s",
+            session.session_name.as_str(),
+            session.duration.as_secs()
+        )),
+        StsReason::Misconfigured => Some(
+            "this STS has to take AssumeRole with a signature; compare this node's clock with STS's"
+                .to_owned(),
+        ),
+        _ => None,
+    }
+}
+
+struct FailedExchange<'a> {
     grant: &'a Grant,
     token: &'a JwtSvid,
     at: &'a StsDestination,
     answer: &'a str,
 }
 
-impl FailedCall<'_> {
+impl FailedExchange<'_> {
     fn advice(&self, reason: StsReason) -> Option<String> {
         let issuer = issuer(self.token);
         let by_answer = || {

@@ -4,15 +4,21 @@ use std::error::Error;
 use std::fmt;
 
 use aws_sdk_sts::error::SdkError;
-use aws_sdk_sts::operation::assume_role_with_web_identity::AssumeRoleWithWebIdentityError;
 use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use thiserror::Error;
 
 use super::advice::{self, StsDestination};
 use super::error_response;
 use super::reason::StsReason;
+use super::redaction::without_secrets;
+use crate::credentials::Credentials;
+use crate::identity::RoleArn;
 use crate::role::Grant;
 use crate::svid::{JwtSvid, one_line};
+
+/// Length from which an external ID is removed from texts of STS. A shorter one would be found
+/// within other words.
+const MIN_EXTERNAL_ID_CHARS: usize = 8;
 
 /// The action after a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -72,12 +78,66 @@ pub(crate) enum Failure {
     Busy,
 }
 
-type StsCallError = SdkError<AssumeRoleWithWebIdentityError, HttpResponse>;
+/// An exchange that failed, for its error text.
+#[derive(Clone, Copy)]
+pub(crate) struct FailedCall<'a> {
+    pub(super) grant: &'a Grant,
+    pub(super) proof: CallProof<'a>,
+}
+
+/// The proof that a call was made with.
+#[derive(Clone, Copy)]
+pub(crate) enum CallProof<'a> {
+    Token(&'a JwtSvid),
+    /// The credentials of the session before it in the chain.
+    Session(&'a Credentials),
+}
+
+impl<'a> FailedCall<'a> {
+    /// Returns the call for the first role of `grant`.
+    pub(super) fn with_token(grant: &'a Grant, token: &'a JwtSvid) -> Self {
+        let proof = CallProof::Token(token);
+        Self { grant, proof }
+    }
+
+    /// Returns the call for the last role of `grant`.
+    pub(super) fn with_session(grant: &'a Grant, previous: &'a Credentials) -> Self {
+        let proof = CallProof::Session(previous);
+        Self { grant, proof }
+    }
+
+    /// Returns the ARN of the role that the call is for.
+    pub(super) fn role_arn(&self) -> &'a RoleArn {
+        match self.proof {
+            CallProof::Token(_) => &self.grant.role_arn,
+            CallProof::Session(_) => self.grant.issued_role_arn(),
+        }
+    }
+
+    /// Returns the external ID of the call, if it is long enough to be found in a text.
+    fn external_id(&self) -> Option<&'a str> {
+        let session = match self.proof {
+            CallProof::Token(_) => None,
+            CallProof::Session(_) => self.grant.chain().last(),
+        };
+        let id = session?.external_id.as_deref();
+        id.filter(|id| id.len() >= MIN_EXTERNAL_ID_CHARS)
+    }
+
+    fn secrets(&self) -> Vec<&'a str> {
+        match self.proof {
+            CallProof::Token(token) => vec![token.secret()],
+            CallProof::Session(session) => {
+                vec![&session.session_token, &session.secret_access_key]
+            }
+        }
+    }
+}
 
 impl Failure {
     /// Converts the SDK's error. Its `Debug` is never used, since that of a dispatch failure may
     /// hold the request.
-    pub(super) fn of(error: &StsCallError) -> Self {
+    pub(super) fn of<E>(error: &SdkError<E, HttpResponse>) -> Self {
         match error {
             SdkError::ServiceError(rejected) => {
                 let status = rejected.raw().status();
@@ -250,11 +310,19 @@ impl StsError {
     pub(crate) fn new(
         failure: &Failure,
         at: &StsDestination,
-        call: Option<(&Grant, &JwtSvid)>,
+        call: Option<FailedCall<'_>>,
     ) -> Self {
         let (retry, reason) = failure.classify();
         let sts = &at.name;
-        let clean = |text: &str| one_line(&without_token(text, call.map(|(_, token)| token)));
+        let secrets = call.map(|call| call.secrets()).unwrap_or_default();
+        let external_id = call.and_then(|call| call.external_id());
+        let clean = |text: &str| {
+            let text = without_secrets(text, &secrets);
+            one_line(&match external_id {
+                Some(id) => text.replace(id, "[external_id]"),
+                None => text,
+            })
+        };
         let what = match failure {
             Failure::Rejected {
                 code,
@@ -265,7 +333,7 @@ impl StsError {
                     .clone()
                     .unwrap_or_else(|| format!("HTTP {status}, without an STS error code"));
                 let what =
-                    call.map(|(grant, _)| format!(" {} to {}", grant.role_arn, grant.spiffe_id));
+                    call.map(|call| format!(" {} to {}", call.role_arn(), call.grant.spiffe_id));
                 let parts = [clean(&code), clean(message)]
                     .into_iter()
                     .filter(|text| !text.is_empty());
@@ -324,36 +392,6 @@ pub(super) fn causes(error: &dyn Error) -> String {
     } else {
         texts.join(": ")
     }
-}
-
-/// Replaces the parts of `text` that quote the token. AWS's validation errors quote the values that
-/// they reject.
-///
-/// A fragment of at least twice `WINDOW` is always found. It contains a window that begins at a
-/// multiple of `WINDOW` of its word.
-fn without_token(text: &str, token: Option<&JwtSvid>) -> String {
-    const WINDOW: usize = 16;
-    const MAX_CHARS: usize = 8192;
-    let Some(token) = token else {
-        return text.to_owned();
-    };
-    let text: String = text.chars().take(MAX_CHARS).collect();
-    let in_token = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    let mut clean = String::with_capacity(text.len());
-    let mut rest = text.as_str();
-    while !rest.is_empty() {
-        let word = rest.find(|c| !in_token(c)).unwrap_or(rest.len());
-        let (word, other) = rest.split_at(word);
-        // A word is ASCII, so it can be cut at any byte.
-        let quoted = word.as_bytes().chunks_exact(WINDOW).any(|window| {
-            std::str::from_utf8(window).is_ok_and(|window| token.secret().contains(window))
-        });
-        clean.push_str(if quoted { "[token]" } else { word });
-        let next = other.find(in_token).unwrap_or(other.len());
-        clean.push_str(&other[..next]);
-        rest = &other[next..];
-    }
-    clean
 }
 
 #[cfg(test)]

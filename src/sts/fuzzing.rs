@@ -11,10 +11,11 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use hyper::Uri;
 
 use super::advice::StsDestination;
+use super::error::FailedCall;
 use super::error::{Failure, StsError};
 use super::network::NetworkSettings;
 use super::{error_response, no_proxy};
-use crate::identity::{ArnTemplate, SpiffeId};
+use crate::identity::{ArnTemplate, AttestedFacts, SpiffeId};
 use crate::role::{Grant, Identity, RequestedRole, Role, Roles};
 use crate::svid::JwtSvid;
 
@@ -47,7 +48,13 @@ fn call() -> Option<(Grant, JwtSvid)> {
         spiffe_id: id,
         hint: None,
     };
-    let grant = roles.select(&[identity], &RequestedRole::Default).ok()?;
+    let grant = roles
+        .select(
+            &[identity],
+            &AttestedFacts::default(),
+            &RequestedRole::Default,
+        )
+        .ok()?;
     Some((grant, token))
 }
 
@@ -103,7 +110,8 @@ pub(crate) fn sts_error(bytes: &[u8]) -> bool {
             is_aws,
             proxy: None,
         };
-        let error = StsError::new(&failure, &at, Some((&grant, &token))).to_string();
+        let error =
+            StsError::new(&failure, &at, Some(FailedCall::with_token(&grant, &token))).to_string();
         assert!(!error.contains(char::is_control), "{error:?}");
         assert!(error.chars().count() <= MAX_ERROR, "{error}");
         let secret = token.secret().as_bytes().windows(TOKEN_PART);

@@ -1,3 +1,4 @@
+mod chained;
 mod connections;
 pub(crate) mod fake;
 
@@ -10,7 +11,7 @@ use tempfile::tempdir;
 use super::*;
 use crate::captured_log::CapturedLog;
 use crate::identity::{ArnTemplate, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
-use crate::role::Role;
+use crate::role::{GrantDetails, Role};
 use crate::svid::jwt::tests::{AUDIENCE, NOW, billing, now, svid_for};
 use fake::{FakeProxy, FakeSts, RequestBarrier, StsReply};
 
@@ -29,12 +30,14 @@ pub(crate) fn grant(target: &StsTarget) -> Grant {
         policy: None,
         policy_arns: vec![],
         exchange: crate::role::FirstExchange::WebIdentity,
+        chain: vec![],
     };
     Grant {
         spiffe_id: billing(),
         role: Arc::new(role),
         role_arn: RoleArn::parse(ARN).unwrap(),
         session_name: SessionName::of(&billing()),
+        details: None,
     }
 }
 
@@ -130,14 +133,20 @@ async fn request_has_grant_and_token_and_no_signature() {
     let mut narrowed = grant(&plain(&server));
     let role = Role {
         duration: Duration::from_secs(900),
-        policy: Some(r#"{"Version":"2012-10-17","Statement":[]}"#.to_owned()),
-        policy_arns: vec![
-            "arn:aws:iam::aws:policy/A".to_owned(),
-            "arn:aws:iam::aws:policy/B".to_owned(),
-        ],
         ..(*narrowed.role).clone()
     };
-    narrowed.role = Arc::new(role);
+    narrowed = Grant {
+        role: Arc::new(role),
+        details: Some(Arc::new(GrantDetails {
+            policy: Some(r#"{"Version":"2012-10-17","Statement":[]}"#.to_owned()),
+            policy_arns: vec![
+                "arn:aws:iam::aws:policy/A".to_owned(),
+                "arn:aws:iam::aws:policy/B".to_owned(),
+            ],
+            ..GrantDetails::default()
+        })),
+        ..narrowed
+    };
     let token = svid_for(&billing(), 300, 1);
     sts(settings()).assume(&narrowed, &token).await.unwrap();
     let [request] = &server.received()[..] else {

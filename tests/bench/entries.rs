@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
+use awsvid::accounts::UserNames;
 use awsvid::cache::CredentialCache;
 use awsvid::caller::{
     AttestError, Caller, CallerFacts, ListenerKind, PeerFacts, PeerProof, ProcessFacts,
@@ -14,7 +15,8 @@ use awsvid::cgroup::CgroupPath;
 use awsvid::clock::Clock;
 use awsvid::credentials::Credentials;
 use awsvid::exchange::TokenExchanger;
-use awsvid::identity::{ArnTemplate, SpiffeId, SpiffeIdPattern};
+use awsvid::file_threads::FileThreads;
+use awsvid::identity::{ArnTemplate, AttestedFacts, SpiffeId, SpiffeIdPattern};
 use awsvid::metrics::Metrics;
 use awsvid::policy::{CacheLimits, Policy};
 use awsvid::role::{FirstExchange, Grant, Identity, RequestedRole, Role, Roles, StsTarget};
@@ -48,6 +50,7 @@ pub(crate) fn run(count: usize) -> Result<(), BenchError> {
                 Clock::system(),
                 Metrics::default(),
             ),
+            users: UserNames::new(FileThreads::default()),
             limits: CacheLimits {
                 max_entries: count,
                 revocation_grace: Duration::ZERO,
@@ -82,6 +85,7 @@ fn role() -> Result<Role, BenchError> {
         policy: None,
         policy_arns: Vec::new(),
         exchange: FirstExchange::WebIdentity,
+        chain: Vec::new(),
     })
 }
 
@@ -99,6 +103,7 @@ fn grant(role: &Arc<Role>, number: usize) -> Result<Grant, BenchError> {
             spiffe_id,
             hint: None,
         }],
+        &AttestedFacts::default(),
         &RequestedRole::Default,
     )?)
 }
@@ -178,5 +183,9 @@ impl AssumeRole for Source {
             session_token: Zeroizing::new("t".repeat(1024)),
             expiration: SystemTime::now() + HOUR,
         })
+    }
+
+    async fn assume_chained(&self, _: &Grant, _: &Credentials) -> Result<Credentials, StsError> {
+        unreachable!("no role has a chain")
     }
 }

@@ -13,6 +13,7 @@ use crate::harness::outcome::{Outcome, credentials_of, rejected};
 use crate::harness::upstream::Upstream;
 use crate::harness::{campaign_seed, is_slow};
 
+mod chains;
 mod executables;
 
 const ALICE: &str = "spiffe://example.org/user/alice";

@@ -533,6 +533,7 @@ fn account(issuer: &str, audience: &str, provider_audience: &str, subject: &str)
             subjects: vec![SpiffeIdPattern::parse(subject).unwrap()],
             max_duration: Duration::from_secs(3600),
         }],
+        chained: Vec::new(),
     }
 }
 

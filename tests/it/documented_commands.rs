@@ -268,6 +268,11 @@ const PROFILE: TestMethod = In("credential_process.rs", "output_is_accepted_by_c
 /// Every other block that is not JSON, a configuration of awsvid or a synopsis.
 const OTHER_BLOCKS: &[(&str, &str, TestMethod)] = &[
     ("README.md", " ┌ node", Not("a picture of the node's parts")),
+    (
+        "role-chaining.md",
+        "JWT-SVID ──",
+        Not("a picture of the calls of a chain"),
+    ),
     ("install-vm.md", "[Service]", FIRST_WORKLOAD),
     (
         "install-vm.md",

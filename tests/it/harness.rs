@@ -8,6 +8,7 @@
 pub(crate) mod actor;
 pub(crate) mod agent;
 pub(crate) mod cgroup;
+pub(crate) mod chain;
 pub(crate) mod client;
 pub(crate) mod counterparts;
 pub(crate) mod daemon;

@@ -20,6 +20,7 @@ mod blocked;
 mod browsers;
 mod buffers;
 mod caller_facts;
+mod chains;
 mod check;
 mod clients;
 mod config;

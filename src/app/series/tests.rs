@@ -35,9 +35,9 @@ fn lists_have_every_label_that_the_code_uses() {
         (include_str!("../../caller/attest_error.rs"), &requests),
         (include_str!("../../http/error_response.rs"), &requests),
         (include_str!("../../http/metadata_response.rs"), &requests),
-        (include_str!("../../role.rs"), &requests),
+        (include_str!("../../role/denial.rs"), &requests),
         (include_str!("../../svid.rs"), &exchanges),
-        (include_str!("../../exchange.rs"), &exchanges),
+        (include_str!("../../exchange/error.rs"), &exchanges),
         (include_str!("../../http/connection_bounds.rs"), &drops),
     ];
     for (source, listed) in table {

@@ -43,7 +43,7 @@ pub(super) async fn check(
         return;
     }
     report.show_progress(&format!("IAM Roles Anywhere, for role {:?}", role.name));
-    let Some(grant) = granted(role, svid.spiffe_id()) else {
+    let Ok(grant) = granted(role, svid.spiffe_id()) else {
         let saw = format!(
             "role {:?} was not assumed, since it is not for {}",
             role.name,

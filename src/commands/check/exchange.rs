@@ -7,8 +7,9 @@ use super::STEP_FIX;
 use super::report::CheckReport;
 use crate::clock::Clock;
 use crate::commands::https_probe::HttpProbe;
-use crate::identity::SpiffeId;
-use crate::role::{Grant, Identity, RequestedRole, Role, Roles};
+use crate::credentials::Credentials;
+use crate::identity::{AttestedFacts, SpiffeId};
+use crate::role::{Grant, Identity, RequestedRole, Role, RoleDenied, Roles};
 use crate::sts::{AssumeRole, Sts, StsError};
 use crate::svid::JwtSvid;
 
@@ -75,7 +76,8 @@ pub(super) async fn compare_clocks(url: &str, web: &HttpProbe, report: &mut Chec
     }
 }
 
-/// Assumes the role, as the daemon would for this token's workload, and discards the credentials.
+/// Assumes the role and those of its chain, as the daemon would for this token's workload, and
+/// discards the credentials.
 pub(super) async fn exchange(
     sts: &Sts,
     role: &Arc<Role>,
@@ -83,8 +85,14 @@ pub(super) async fn exchange(
     report: &mut CheckReport,
 ) {
     report.show_progress(&format!("STS, for role {:?}", role.name));
-    let Some(grant) = granted(role, token.spiffe_id()) else {
-        match sts.probe(&role.sts).await {
+    match granted(role, token.spiffe_id()) {
+        Ok(grant) => assume(sts, &grant, token, report).await,
+        Err(RoleDenied::InvalidParameter(error)) => report.info(
+            STEP,
+            format!("role {:?} was not assumed: {error}", role.name),
+            "correct the role, unless the value is a fact about a caller: then request its credentials from a workload",
+        ),
+        Err(_) => match sts.probe(&role.sts).await {
             Ok(()) => report.info(
                 STEP,
                 format!(
@@ -95,26 +103,50 @@ pub(super) async fn exchange(
                 "where the agent attests callers, name a running workload that it is for: awsvid check --pid PID, or --pod UID",
             ),
             Err(error) => rejected(&error, report),
-        }
-        return;
-    };
-    match sts.assume(&grant, token).await {
-        Ok(credentials) => report.ok(
-            STEP,
-            format!(
-                "{} assumed by {}: access key {}, until {}",
-                grant.role_arn,
-                grant.spiffe_id,
-                credentials.access_key_id,
-                humantime::format_rfc3339_seconds(credentials.expiration)
-            ),
-        ),
-        Err(error) => rejected(&error, report),
+        },
     }
 }
 
-/// Returns the grant of this role to an identity, if the role is for it.
-pub(super) fn granted(role: &Arc<Role>, id: &SpiffeId) -> Option<Grant> {
+/// Assumes one role after the other, until one fails.
+async fn assume(sts: &Sts, grant: &Grant, token: &JwtSvid, report: &mut CheckReport) {
+    let mut hops: Vec<Grant> =
+        std::iter::successors(Some(grant.clone()), Grant::previous).collect();
+    hops.reverse();
+    let mut previous: Option<Credentials> = None;
+    for hop in &hops {
+        let result = match &previous {
+            None => sts.assume(hop, token).await,
+            Some(credentials) => sts.assume_chained(hop, credentials).await,
+        };
+        let name = match hop.is_chained() {
+            true => format!("hop {}: ", hop.hop_number()),
+            false => String::new(),
+        };
+        match result {
+            Ok(credentials) => {
+                report.ok(
+                    STEP,
+                    format!(
+                        "{name}{} assumed by {}: access key {}, until {}",
+                        hop.issued_role_arn(),
+                        hop.spiffe_id,
+                        credentials.access_key_id,
+                        humantime::format_rfc3339_seconds(credentials.expiration)
+                    ),
+                );
+                previous = Some(credentials);
+            }
+            Err(error) => {
+                let what = format!("{name}{}", error.what);
+                return rejected(&StsError { what, ..error }, report);
+            }
+        }
+    }
+}
+
+/// Returns the grant of this role to an identity, if the role is for it and needs no fact of a
+/// caller.
+pub(super) fn granted(role: &Arc<Role>, id: &SpiffeId) -> Result<Grant, RoleDenied> {
     let roles = Roles {
         defined: vec![role.clone()],
         requested: None,
@@ -123,7 +155,8 @@ pub(super) fn granted(role: &Arc<Role>, id: &SpiffeId) -> Option<Grant> {
         spiffe_id: id.clone(),
         hint: None,
     };
-    roles.select(&[identity], &RequestedRole::Default).ok()
+    let facts = AttestedFacts::default();
+    roles.select(&[identity], &facts, &RequestedRole::Default)
 }
 
 /// Reports the failure, with the same text as the daemon's log.

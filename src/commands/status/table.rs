@@ -109,6 +109,7 @@ fn credentials(text: &mut String, entries: &[Value], now: SystemTime, style: Ter
     for (entry, row) in entries.iter().zip(&rows) {
         if entry["last_error"].is_null() {
             let _ = writeln!(text, "{}", line(row));
+            chain(text, entry);
             continue;
         }
         let colour = if entry["refused_since"].is_null() {
@@ -124,6 +125,16 @@ fn credentials(text: &mut String, entries: &[Value], now: SystemTime, style: Ter
             plain(&entry["last_error"]),
             plain(&entry["last_error_reason"])
         );
+        chain(text, entry);
+    }
+}
+
+/// Renders the roles of a chain in a line below the entry that a workload gets.
+fn chain(text: &mut String, entry: &Value) {
+    let roles = entry["chain"].as_array().filter(|_| entry["hop"].is_null());
+    if let Some(roles) = roles {
+        let roles: Vec<String> = roles.iter().map(plain).collect();
+        let _ = writeln!(text, "    roles: {}", roles.join(" > "));
     }
 }
 
@@ -182,9 +193,13 @@ fn row(entry: &Value, now: SystemTime) -> [String; 7] {
         (_, _, key) if key.is_null() => "being issued".to_owned(),
         _ => "ok".to_owned(),
     };
+    let role = match entry["hop"].as_u64() {
+        Some(hop) => format!("(hop {hop})"),
+        None => plain(&entry["role"]),
+    };
     [
         plain(&entry["spiffe_id"]),
-        plain(&entry["role"]),
+        role,
         plain(&entry["session_name"]),
         until(&entry["expiration"], now),
         until(&entry["next_try"], now),
@@ -291,6 +306,17 @@ spiffe://example.org/unasked  unasked  unasked  in 59m 7s  in 29m 0s  -         
         rejecting["counts_executions"] = json!(false);
         let line = "\nunsupported_kernel: callers over TCP are rejected: no \nexecutions of programs: not counted: callers are rejected";
         assert!(render(&rejecting, now(), TerminalStyle::plain()).contains(line));
+        let mut chained = status();
+        chained["credentials"] = json!([
+            {"spiffe_id": "spiffe://a/b", "role": "", "hop": 1, "chain": ["r1"], "access_key_id": "ASIA1"},
+            {"spiffe_id": "spiffe://a/b", "role": "c", "chain": ["r1", "r2"], "access_key_id": "ASIA2"},
+        ]);
+        let text = render(&chained, now(), TerminalStyle::plain());
+        assert!(text.contains("spiffe://a/b  (hop 1)  "), "{text}");
+        assert!(
+            text.contains("\n    roles: r1 > r2\n") && !text.contains("roles: r1\n"),
+            "{text}"
+        );
         rejecting["counts_executions"] = json!(true);
         assert!(
             render(&rejecting, now(), TerminalStyle::plain())

@@ -6,7 +6,9 @@ use std::fmt::Write;
 use serde_json::{Value, json};
 
 use super::anywhere::{NAME, PlannedAnywhere, certified_roles};
-use super::plan::{Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole};
+use super::plan::{
+    PERMISSION_NAME, Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole,
+};
 
 /// Renders all accounts, each under a heading, because its commands need credentials of that
 /// account.
@@ -28,9 +30,18 @@ pub(super) fn render(plan: &Plan) -> String {
             .filter(|anywhere| anywhere.is_in(name));
         text.extend(anywhere.map(trust_anchor));
         let (arn, anchor) = (Value::from(plan.provider_arn(name)), plan.anchor_arn());
+        if account.roles.values().any(|role| !role.chained.is_empty()) {
+            text.push_str(
+                "\n# IAM accepts a role as principal of a trust policy once that role exists. So begin with the first role of \
+                 a chain.\n",
+            );
+        }
         for (role_arn, role) in &account.roles {
             let policy = role.policy(&plan.issuer, &arn, &anchor);
             let _ = writeln!(text, "\n# {role_arn}\n{}", create(role, &policy));
+            if let Some(permission) = role.permission_policy() {
+                let _ = writeln!(text, "{}", permit(role, &permission));
+            }
             let _ = writeln!(
                 text,
                 "# If the role exists already (this replaces its whole trust policy):\n{}",
@@ -46,6 +57,9 @@ pub(super) fn render(plan: &Plan) -> String {
 
 /// Keeps an existing provider. IAM accepts an audience that it already has.
 fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
+    if account.audiences.is_empty() {
+        return String::new();
+    }
     let arn = word(&plan.provider_arn(name));
     let mut text = match &plan.provider {
         PlannedProvider::Existing => {
@@ -138,6 +152,15 @@ fn update(role: &PlannedRole, policy: &Value) -> String {
     format!(
         "aws iam update-assume-role-policy --role-name {} --policy-document {policy}",
         word(&role.name)
+    )
+}
+
+/// Returns the command that permits the role to assume the next one of a chain.
+fn permit(role: &PlannedRole, policy: &Value) -> String {
+    format!(
+        "aws iam put-role-policy --role-name {} --policy-name {PERMISSION_NAME} --policy-document {}",
+        word(&role.name),
+        quoted(policy)
     )
 }
 

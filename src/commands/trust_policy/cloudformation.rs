@@ -1,12 +1,14 @@
 //! The plan of one account as a CloudFormation template, in JSON: YAML could read a string as
 //! another type.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 
 use super::anywhere::{NAME, PlannedAnywhere, certified_roles};
-use super::plan::{Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole};
+use super::plan::{
+    PERMISSION_NAME, Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole,
+};
 
 /// Logical id of the provider's resource.
 const PROVIDER: &str = "OidcProvider";
@@ -21,6 +23,10 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
             let what = "The account's OIDC provider for it has to list the audiences that are in the metadata.";
             (Value::from(plan.provider_arn(name)), what)
         }
+        PlannedProvider::New { .. } if account.audiences.is_empty() => (
+            Value::Null,
+            "Sessions of another account's roles assume them.",
+        ),
         PlannedProvider::New { thumbprint } => {
             resources.insert(
                 PROVIDER.to_owned(),
@@ -45,13 +51,23 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
         None => plan.anchor_arn(),
     };
     let mut used = BTreeSet::from([PROVIDER, TRUST_ANCHOR, PROFILE].map(str::to_owned));
+    let ids: BTreeMap<&str, String> = account
+        .roles
+        .iter()
+        .map(|(arn, role)| (arn.as_str(), logical_id(&role.name, &mut used)))
+        .collect();
     let mut certified = Vec::new();
-    for role in account.roles.values() {
-        let id = logical_id(&role.name, &mut used);
+    for (arn, role) in &account.roles {
+        let mut resource = resource(plan, role, &provider, &anchor);
+        let principals = principals(role, &ids);
+        if !principals.is_empty() {
+            resource["DependsOn"] = json!(principals);
+        }
+        let id = &ids[arn.as_str()];
         if !role.certified.is_empty() {
             certified.push(json!({ "Fn::GetAtt": [id, "Arn"] }));
         }
-        resources.insert(id, resource(plan, role, &provider, &anchor));
+        resources.insert(id.clone(), resource);
     }
     if anywhere.is_some() {
         resources.extend(pem.map(|pem| (TRUST_ANCHOR.to_owned(), trust_anchor(&pem))));
@@ -69,6 +85,15 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
         "Resources": resources,
     });
     format!("{template:#}\n")
+}
+
+/// Returns the logical IDs of the roles whose sessions assume this one. IAM accepts a role as
+/// principal once that role exists.
+fn principals<'a>(role: &PlannedRole, ids: &'a BTreeMap<&str, String>) -> BTreeSet<&'a String> {
+    let principals = role.chained.iter();
+    principals
+        .filter_map(|statement| ids.get(statement.principal.as_str()))
+        .collect()
 }
 
 fn oidc_provider(plan: &Plan, account: &PlannedAccount, thumbprint: Option<&str>) -> Value {
@@ -107,7 +132,7 @@ fn profile(roles: &[Value], seconds: u64) -> Value {
 }
 
 fn resource(plan: &Plan, role: &PlannedRole, provider: &Value, anchor: &Value) -> Value {
-    json!({
+    let mut resource = json!({
         "Type": "AWS::IAM::Role",
         "Properties": {
             "RoleName": role.name,
@@ -115,7 +140,12 @@ fn resource(plan: &Plan, role: &PlannedRole, provider: &Value, anchor: &Value) -
             "MaxSessionDuration": role.max_session.as_secs(),
             "AssumeRolePolicyDocument": role.policy(&plan.issuer, provider, anchor),
         },
-    })
+    });
+    if let Some(permission) = role.permission_policy() {
+        resource["Properties"]["Policies"] =
+            json!([{ "PolicyName": PERMISSION_NAME, "PolicyDocument": permission }]);
+    }
+    resource
 }
 
 /// Returns an id of letters and digits, unique among the roles.

@@ -12,11 +12,15 @@ use crate::config::is_aws_sts;
 use crate::identity::{RoleArn, SpiffeId, SpiffeIdPattern};
 use crate::role::{Role, Roles};
 
+mod chain;
 mod issuer;
 
+pub(super) use chain::{ChainedStatement, PERMISSION_NAME};
 #[cfg(any(test, fuzzing))]
 pub(in crate::commands) use issuer::fuzzing;
 pub(super) use issuer::{InvalidIssuer, PlannedIssuer};
+
+use chain::Permission;
 
 /// IAM's default: sessions of a role last at most an hour.
 const DEFAULT_SESSION: Duration = Duration::from_secs(3600);
@@ -85,6 +89,9 @@ pub(super) struct PlannedRole {
     pub(super) statements: Vec<Statement>,
     /// Subjects that IAM Roles Anywhere may assume the role for.
     pub(super) certified: Vec<SpiffeIdPattern>,
+    /// The statements that admit sessions of other roles.
+    pub(super) chained: Vec<ChainedStatement>,
+    permissions: Vec<Permission>,
 }
 
 /// A statement of a trust policy: the subject and the audience that it admits.
@@ -162,11 +169,30 @@ pub(super) fn condition_json(condition: Condition) -> serde_json::Map<String, Va
 }
 
 impl PlannedRole {
+    /// Returns a role at AWS without any statement.
+    fn of(arn: &RoleArn) -> Self {
+        let full = arn
+            .as_str()
+            .split_once(":role")
+            .map_or("", |(_, resource)| resource);
+        let (path, name) = full.rsplit_once('/').unwrap_or(("", full));
+        Self {
+            name: name.to_owned(),
+            path: format!("{path}/"),
+            max_session: DEFAULT_SESSION,
+            statements: Vec::new(),
+            certified: Vec::new(),
+            chained: Vec::new(),
+            permissions: Vec::new(),
+        }
+    }
+
     /// Returns the trust policy. `provider` and `anchor` are the ARNs of the OIDC provider and of
     /// the trust anchor, or expressions for them.
     pub(super) fn policy(&self, issuer: &PlannedIssuer, provider: &Value, anchor: &Value) -> Value {
         let certified = self.certified.iter();
         let certified = certified.map(|subject| anywhere::statement(subject, anchor));
+        let chained = self.chained.iter().map(ChainedStatement::json);
         let statements: Vec<Value> = self
             .statements
             .iter()
@@ -179,6 +205,7 @@ impl PlannedRole {
                 })
             })
             .chain(certified)
+            .chain(chained)
             .collect();
         json!({ "Version": "2012-10-17", "Statement": statements })
     }
@@ -287,6 +314,13 @@ impl Plan {
                 .extend(excess.map(|text| format!("role {name:?}: {text}")));
             self.trust(&arn, role, statement);
         }
+        let exact = role.spiffe_id.exact();
+        let known = ids
+            .iter()
+            .chain(&exact)
+            .filter(|id| role.spiffe_id.matches(id));
+        let known: BTreeSet<SpiffeId> = known.cloned().collect();
+        self.add_chain(role, &known.into_iter().collect::<Vec<_>>());
     }
 
     fn trust(&mut self, arn: &RoleArn, by: &Role, statement: Statement) {
@@ -295,11 +329,6 @@ impl Plan {
                 .push(format!("{arn} is left out: not a role at AWS"));
             return;
         };
-        let full = arn
-            .as_str()
-            .split_once(":role")
-            .map_or("", |(_, resource)| resource);
-        let (path, name) = full.rsplit_once('/').unwrap_or(("", full));
         let account = PlannedAccountName {
             partition: partition.to_owned(),
             number: number.to_owned(),
@@ -308,16 +337,8 @@ impl Plan {
         if by.exchange.uses_jwt() {
             account.audiences.insert(statement.audience.clone());
         }
-        let role = account
-            .roles
-            .entry(arn.as_str().to_owned())
-            .or_insert_with(|| PlannedRole {
-                name: name.to_owned(),
-                path: format!("{path}/"),
-                max_session: DEFAULT_SESSION,
-                statements: Vec::new(),
-                certified: Vec::new(),
-            });
+        let role = account.roles.entry(arn.as_str().to_owned());
+        let role = role.or_insert_with(|| PlannedRole::of(arn));
         role.max_session = role.max_session.max(by.duration);
         let subject = &statement.subject;
         if by.exchange.roles_anywhere().is_some() && !role.certified.contains(subject) {

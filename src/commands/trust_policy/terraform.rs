@@ -1,11 +1,14 @@
 //! The plan of one account as resources of Terraform's AWS provider.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
+
+use serde_json::Value;
 
 use super::anywhere::{self, NAME, PlannedAnywhere, certified_roles};
 use super::plan::{
-    Condition, Plan, PlannedAccount, PlannedAccountName, PlannedProvider, PlannedRole, Statement,
+    ChainedStatement, Condition, PERMISSION_NAME, Plan, PlannedAccount, PlannedAccountName,
+    PlannedProvider, PlannedRole, Statement,
 };
 use crate::identity::SpiffeIdPattern;
 
@@ -32,8 +35,13 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
         None => plan.anchor_arn().to_string(),
     };
     let (mut used, mut certified) = (BTreeSet::new(), Vec::new());
-    for role in account.roles.values() {
-        let label = label(&role.name, &mut used);
+    let labels: BTreeMap<&str, String> = account
+        .roles
+        .iter()
+        .map(|(arn, role)| (arn.as_str(), label(&role.name, &mut used)))
+        .collect();
+    for (arn, role) in &account.roles {
+        let label = &labels[arn.as_str()];
         if !role.certified.is_empty() {
             certified.push(format!("aws_iam_role.{label}.arn"));
         }
@@ -41,9 +49,18 @@ pub(super) fn render(plan: &Plan, name: &PlannedAccountName, account: &PlannedAc
         let _ = write!(
             text,
             "\nresource \"aws_iam_role\" {} {{\n{}}}\n",
-            string(&label),
-            body(plan, role, &anchor)
+            string(label),
+            body(plan, role, &anchor) + &depends_on(role, &labels)
         );
+        if let Some(policy) = role.permission_policy() {
+            let _ = write!(
+                text,
+                "\nresource \"aws_iam_role_policy\" {} {{\n  name   = \"{PERMISSION_NAME}\"\n  role   = aws_iam_role.{label}.name\n  \
+                 policy = jsonencode({})\n}}\n",
+                string(label),
+                expression(&policy)
+            );
+        }
     }
     if anywhere.is_some() {
         let (_, seconds) = certified_roles(account);
@@ -72,6 +89,9 @@ fn profile(roles: &[String], seconds: u64) -> String {
 
 /// Renders the provider. Terraform's `apply` fails for a resource that exists already.
 fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) -> String {
+    if account.audiences.is_empty() {
+        return String::new();
+    }
     let audiences: Vec<String> = account
         .audiences
         .iter()
@@ -96,11 +116,28 @@ fn provider(plan: &Plan, name: &PlannedAccountName, account: &PlannedAccount) ->
     )
 }
 
+/// Renders the order of creation: IAM accepts a role as principal once that role exists.
+fn depends_on(role: &PlannedRole, labels: &BTreeMap<&str, String>) -> String {
+    let principals = role.chained.iter();
+    let principals: BTreeSet<String> = principals
+        .filter_map(|statement| labels.get(statement.principal.as_str()))
+        .map(|label| format!("aws_iam_role.{label}"))
+        .collect();
+    match principals.is_empty() {
+        true => String::new(),
+        false => {
+            let principals: Vec<String> = principals.into_iter().collect();
+            format!("\n  depends_on = [{}]\n", principals.join(", "))
+        }
+    }
+}
+
 fn body(plan: &Plan, role: &PlannedRole, anchor: &str) -> String {
     let by_token = role.statements.iter().map(|one| statement(plan, one));
     let certified = role.certified.iter();
     let statements: String = by_token
         .chain(certified.map(|subject| certified_statement(subject, anchor)))
+        .chain(role.chained.iter().map(chained_statement))
         .collect();
     format!(
         "  name                 = {}\n  path                 = {}\n  max_session_duration = {}\n\n  \
@@ -158,6 +195,30 @@ fn statement(plan: &Plan, statement: &Statement) -> String {
         "      {{\n        Effect    = \"Allow\"\n        Principal = {{ Federated = {data}{PROVIDER}.arn }}\n        \
          Action    = \"sts:AssumeRoleWithWebIdentity\"\n        Condition = {{\n{condition}        }}\n      }},\n"
     )
+}
+
+/// Renders a statement for the sessions of another role.
+fn chained_statement(statement: &ChainedStatement) -> String {
+    format!("      {},\n", expression(&statement.json()))
+}
+
+/// Renders a JSON value as an expression. Objects and lists have the same form there, with
+/// templates in strings.
+fn expression(value: &Value) -> String {
+    match value {
+        Value::String(text) => string(text),
+        Value::Array(elements) => {
+            let elements: Vec<String> = elements.iter().map(expression).collect();
+            format!("[{}]", elements.join(", "))
+        }
+        Value::Object(members) => {
+            let members = members.iter();
+            let members =
+                members.map(|(key, value)| format!("{} = {}", string(key), expression(value)));
+            format!("{{ {} }}", members.collect::<Vec<_>>().join(", "))
+        }
+        other => other.to_string(),
+    }
 }
 
 /// Returns a resource name of letters, digits and `_`, unique among the roles.

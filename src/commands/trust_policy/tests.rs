@@ -524,3 +524,81 @@ fn policy_over_iams_quota_is_a_warning() {
         "{warnings:?}"
     );
 }
+
+/// Both ends of each step, with the actions that the chain needs and no others.
+#[test]
+fn chain_has_both_ends_of_each_step() {
+    let text = role(
+        "data",
+        "spiffe://example.org/ns/*/sa/*",
+        "arn:aws:iam::123456789012:role/hop",
+    ) + "[[role.chain]]\nrole_arn = \"arn:aws:iam::123456789012:role/middle\"\n\
+         external_id = \"shared-id\"\n\
+         [[role.chain]]\nrole_arn = \"arn:aws:iam::123456789012:role/last\"\n\
+         tags = { \"team\" = \"{path[1]}\" }\nsource_identity = \"{session_name}\"\n";
+    let read = read_all(&plan(&text));
+    let arn = |name: &str| format!("arn:aws:iam::123456789012:role/{name}");
+    let all = ["sts:AssumeRole", "sts:TagSession", "sts:SetSourceIdentity"];
+    for (previous, next, actions, condition) in [
+        (
+            "hop",
+            "middle",
+            &all[..1],
+            json!({ "StringEquals": { "sts:ExternalId": "shared-id" } }),
+        ),
+        ("middle", "last", &all[..], Value::Null),
+    ] {
+        let statement = &read.roles[next].2["Statement"][0];
+        assert_eq!(statement["Principal"], json!({ "AWS": arn(previous) }));
+        assert_eq!(statement["Action"], json!(actions));
+        assert_eq!(statement["Condition"], condition);
+        let permission = &read.permissions[previous]["Statement"];
+        let expected = json!([{ "Effect": "Allow", "Action": actions, "Resource": arn(next) }]);
+        assert_eq!(*permission, expected);
+    }
+    assert_eq!((read.roles.len(), read.permissions.len()), (3, 2));
+    // The first role is that of the tokens.
+    let hop = &read.roles["hop"].2["Statement"];
+    assert_eq!(hop[0]["Action"], "sts:AssumeRoleWithWebIdentity");
+}
+
+/// A chain whose roles depend on the SPIFFE ID has the steps of each known ID, and each account its
+/// own roles.
+#[test]
+fn chain_by_spiffe_id_has_a_step_for_each_known_id() {
+    let text = role(
+        "data",
+        "spiffe://example.org/ns/*/sa/*",
+        "arn:aws:iam::123456789012:role/hop",
+    ) + "[[role.chain]]\nrole_arn = \"arn:aws:iam::222222222222:role/{path[1]}\"\n\
+         tags = { \"team\" = \"{path[1]}\" }\ntransitive_tags = [\"team\"]\n";
+    let unknown = plan(&text);
+    let left_out = "the chain of role \"data\" is left out";
+    assert!(unknown.warnings.iter().any(|text| text.contains(left_out)));
+    let ids = ["ns/a/sa/b", "ns/c/sa/d"].map(|path| {
+        crate::identity::SpiffeId::parse(&format!("spiffe://example.org/{path}")).unwrap()
+    });
+    let known = Plan::new(
+        &roles(&text),
+        &ids,
+        PlannedIssuer::parse(ISSUER).unwrap(),
+        PlannedProvider::New { thumbprint: None },
+        None,
+    );
+    let accounts: Vec<String> = known
+        .accounts
+        .keys()
+        .map(|name| name.number.clone())
+        .collect();
+    assert_eq!(accounts, ["123456789012", "222222222222"]);
+    let script = render(&known, Format::AwsCli).unwrap();
+    // The account of the teams needs no provider.
+    assert_eq!(script.matches("create-open-id-connect-provider").count(), 1);
+    for name in ["a", "c"] {
+        assert!(
+            script.contains(&format!("--role-name {name} --path / ")),
+            "{script}"
+        );
+    }
+    assert_eq!(script.matches("put-role-policy").count(), 1);
+}

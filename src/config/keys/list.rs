@@ -1,6 +1,6 @@
 //! The list itself, with the texts of `deploy/docs/configuration.md`.
 
-use super::rules::{ROLE, WORKLOAD};
+use super::rules::{ROLE, ROLE_CHAIN, WORKLOAD};
 use super::{TableSpec, key};
 
 /// All tables, in the order of the documents.
@@ -314,4 +314,5 @@ pub(in crate::config) const TABLES: &[TableSpec] = &[
     },
     WORKLOAD,
     ROLE,
+    ROLE_CHAIN,
 ];

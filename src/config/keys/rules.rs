@@ -120,19 +120,82 @@ pub(super) const ROLE: TableSpec = TableSpec {
             "policy",
             "string",
             "none",
-            "session policy: one JSON object of up to 2048 characters",
+            "session policy: one JSON object of up to 2048 characters; a template within its strings, where `${...}` stays as it is",
         ),
         key(
             "policy_arns",
             "list of strings",
             "`[]`",
-            "up to 10 managed session policies",
+            "up to 10 managed session policies, by ARN or template",
         ),
         key(
             "allow_shared_audience",
             "boolean",
             "`false`",
             "permit an audience that another STS uses as well",
+        ),
+    ],
+};
+
+/// The roles of a chain after the first one.
+pub(super) const ROLE_CHAIN: TableSpec = TableSpec {
+    name: "role.chain",
+    is_list: true,
+    meaning: "up to two roles that are assumed one after the other with the credentials of the `[[role]]` above; a workload gets the credentials of the last",
+    keys: &[
+        key(
+            "role_arn",
+            "ARN or template",
+            "required",
+            "the role to assume with the credentials before it",
+        ),
+        key(
+            "duration",
+            "duration, 15m to 1h",
+            "`\"1h\"`",
+            "life of a session; STS allows no more than an hour in a chain",
+        ),
+        key(
+            "session_name",
+            "template",
+            "`\"{session_name}\"`",
+            "name of the session",
+        ),
+        key(
+            "external_id",
+            "template",
+            "none",
+            "external ID that the role's trust policy compares",
+        ),
+        key(
+            "source_identity",
+            "template",
+            "none",
+            "source identity, which this session and all later ones keep; only one role of a chain may set it",
+        ),
+        key(
+            "tags",
+            "table of templates",
+            "`{}`",
+            "up to 50 session tags, as in `{ \"team\" = \"{path[1]}\" }`",
+        ),
+        key(
+            "transitive_tags",
+            "list of strings",
+            "`[]`",
+            "keys of the tags that all later sessions keep",
+        ),
+        key(
+            "policy",
+            "string",
+            "none",
+            "session policy, as in `[[role]]`",
+        ),
+        key(
+            "policy_arns",
+            "list of strings",
+            "`[]`",
+            "managed session policies, as in `[[role]]`",
         ),
     ],
 };

@@ -18,6 +18,8 @@ name = "billing"
 spiffe_id = "spiffe://example.org/billing"
 role_arn = "arn:aws:iam::123456789012:role/billing"
 "#;
+/// A role of a chain without errors.
+const CHAINED: &str = "role_arn = \"arn:aws:iam::123456789012:role/next\"";
 const SOURCES: [(&str, &str); 2] = [
     (
         "admin_socket",
@@ -47,6 +49,13 @@ fn with(table: &TableSpec, key: &KeySpec, value: Value) -> String {
     }
     if table.name.is_empty() {
         file.insert(key.name.to_owned(), value);
+        return toml::to_string(&file).unwrap();
+    }
+    if let Some(inner) = table.name.strip_prefix("role.") {
+        let role = file["role"][0].as_table_mut().unwrap();
+        let mut entry: toml::Table = CHAINED.parse().unwrap();
+        entry.insert(key.name.to_owned(), value);
+        role.insert(inner.to_owned(), vec![Value::Table(entry)].into());
         return toml::to_string(&file).unwrap();
     }
     let entry = file
@@ -187,8 +196,10 @@ fn example_file_shows_each_default() {
     let mut table = "";
     let mut shown: Vec<(&str, &str, &str)> = Vec::new();
     for line in EXAMPLE.lines() {
-        if line.starts_with('[') {
-            let name = line.trim_matches(['[', ']']);
+        // A table that most configurations do not have is a comment.
+        let header = line.strip_prefix("# ").unwrap_or(line);
+        if header.starts_with('[') {
+            let name = header.trim_matches(['[', ']']);
             table = super::table(name).unwrap_or_else(|| panic!("{line}")).name;
         } else if let Some((key, value)) = line.split_once(" = ")
             && !key.trim_start_matches(['#', ' ']).contains(' ')

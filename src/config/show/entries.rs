@@ -3,7 +3,8 @@
 use toml::Value;
 
 use super::{ConfigWriter, DEFAULT, duration, shown};
-use crate::role::{Role, StsTarget};
+use crate::identity::Template;
+use crate::role::{ChainedRole, Role, StsTarget};
 use crate::workload_rule::{NamedRule, WorkloadRule};
 
 impl ConfigWriter<'_> {
@@ -71,6 +72,7 @@ impl ConfigWriter<'_> {
             policy,
             policy_arns,
             exchange,
+            chain,
         } = role;
         let entry = self.entry("role", index);
         self.entry_header("role", index);
@@ -95,13 +97,58 @@ impl ConfigWriter<'_> {
             self.line("policy", policy.as_str(), "");
         }
         if !policy_arns.is_empty() {
-            self.line("policy_arns", policy_arns.clone(), "");
+            self.line("policy_arns", texts(policy_arns), "");
         }
         let shared = entry
             .get("allow_shared_audience")
             .and_then(Value::as_bool)
             .unwrap_or_default();
         self.entry_key(&entry, "allow_shared_audience", shared);
+        let chained = entry.get("chain").and_then(Value::as_array);
+        for (number, role) in chain.iter().enumerate() {
+            let entry = chained.and_then(|chained| chained.get(number));
+            let entry = entry.and_then(Value::as_table);
+            self.chained_role(&entry.cloned().unwrap_or_default(), role);
+        }
+    }
+
+    fn chained_role(&mut self, entry: &toml::Table, role: &ChainedRole) {
+        let ChainedRole {
+            role_arn,
+            external_id,
+            session_name,
+            source_identity,
+            tags,
+            transitive_tags,
+            policy,
+            policy_arns,
+            duration: lasts,
+        } = role;
+        self.table("[[role.chain]]");
+        self.line("role_arn", role_arn.as_str(), "");
+        self.entry_key(entry, "duration", duration(*lasts));
+        self.entry_key(entry, "session_name", session_name.as_str());
+        for (key, template) in [
+            ("external_id", external_id),
+            ("source_identity", source_identity),
+            ("policy", policy),
+        ] {
+            if let Some(template) = template {
+                self.line(key, template.as_str(), "");
+            }
+        }
+        if !tags.is_empty() {
+            let tags = tags
+                .iter()
+                .map(|(key, value)| (key.clone(), Value::from(value.as_str())));
+            self.line("tags", tags.collect::<toml::Table>(), "");
+        }
+        if !transitive_tags.is_empty() {
+            self.line("transitive_tags", transitive_tags.clone(), "");
+        }
+        if !policy_arns.is_empty() {
+            self.line("policy_arns", texts(policy_arns), "");
+        }
     }
 
     fn sts_target(&mut self, entry: &toml::Table, StsTarget { region, endpoint }: &StsTarget) {
@@ -150,6 +197,10 @@ impl ConfigWriter<'_> {
             .map(|path| format!("{header:<56} # {path}"));
         self.table(with_path.as_deref().unwrap_or(&header));
     }
+}
+
+fn texts(templates: &[Template]) -> Vec<&str> {
+    templates.iter().map(Template::as_str).collect()
 }
 
 /// Returns the mark of a key: none if `entry` has it, else `otherwise`.

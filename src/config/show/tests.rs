@@ -161,6 +161,45 @@ spiffe_id = \"spiffe://example.org/a\"
 role_arn = \"arn:aws:iam::123456789012:role/a\"
 ";
 
+const CHAINED: &str = "\
+[sts]
+region = \"eu-central-1\"
+[[workload]]
+user = \"billing\"
+spiffe_id = \"spiffe://example.org/ns/shop\"
+[[role]]
+name = \"billing\"
+spiffe_id = \"spiffe://example.org/ns/*\"
+role_arn = \"arn:aws:iam::123456789012:role/hop\"
+policy = '{\"Statement\": \"{path[1]} ${aws:username}\"}'
+[[role.chain]]
+role_arn = \"arn:aws:iam::222222222222:role/{path[1]}\"
+duration = \"30m\"
+session_name = \"{path[1]}@x\"
+external_id = \"a:{path[1]}\"
+source_identity = \"{session_name}\"
+tags = { \"spiffe id\" = \"{spiffe_id}\", b = \"{user}\", c = \"\" }
+transitive_tags = [\"b\"]
+policy = '{\"Statement\": \"{path[1]}\"}'
+policy_arns = [\"arn:aws:iam::aws:policy/{path[1]}\"]
+[[role.chain]]
+role_arn = \"arn:aws:iam::333333333333:role/last\"
+";
+
+#[test]
+fn page_of_a_chain_is_read_again_to_the_same() {
+    let loaded = parsed(CHAINED, &|_| None);
+    let page = loaded.show(&|_| None);
+    let again = without_lines(parsed(&page, &|_| None).config);
+    let config = without_lines(loaded.config);
+    assert_eq!(
+        format!("{:?}", again.roles),
+        format!("{:?}", config.roles),
+        "{page}"
+    );
+    assert_eq!(config.roles.defined[0].chain.len(), 2);
+}
+
 #[test]
 fn page_names_each_listed_key() {
     let delegated = LARGE
@@ -169,7 +208,16 @@ fn page_names_each_listed_key() {
         .replace("broker_server_id = \"spiffe://example.org/agent\"\n", "")
         .replace("broker_socket", "admin_socket");
     let mut shown = BTreeSet::new();
-    for text in [SMALL, LARGE, &delegated, BY_EXE, BY_NAMES, BY_CERTIFICATE] {
+    let texts = [
+        SMALL,
+        LARGE,
+        &delegated,
+        BY_EXE,
+        BY_NAMES,
+        BY_CERTIFICATE,
+        CHAINED,
+    ];
+    for text in texts {
         let page = parsed(text, &|_| None).show(&|_| None);
         let mut table = "";
         for line in page.lines() {

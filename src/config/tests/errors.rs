@@ -418,7 +418,11 @@ fn reserved_key_is_an_error() {
         (
             "",
             "chain = [\"arn:aws:iam::123456789012:role/x\"]",
-            (10, "role.chain", "does not have it yet"),
+            (
+                10,
+                "role.chain",
+                "this is a string, where a table is wanted; write each as [[chain]]",
+            ),
         ),
     ]);
 }

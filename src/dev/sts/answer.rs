@@ -8,6 +8,7 @@ use hyper::StatusCode;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 
 use super::rejection::DevRejection;
+use super::sessions::Session;
 use super::token::DevTokenClaims;
 use crate::credentials::Credentials;
 use crate::dev::loopback_http::{self, LoopbackResponse};
@@ -32,13 +33,8 @@ pub(super) fn rejected(rejection: &DevRejection, request_id: &str) -> LoopbackRe
     xml(status, body)
 }
 
-/// Returns the response of `AssumeRoleWithWebIdentity`.
-pub(super) fn assumed(
-    credentials: &Credentials,
-    session: &DevCaller,
-    claims: &DevTokenClaims,
-    request_id: &str,
-) -> LoopbackResponse {
+/// Returns the credentials and the user of a session.
+fn session_elements(credentials: &Credentials, session: &DevCaller) -> String {
     let fields = [
         ("AccessKeyId", credentials.access_key_id.as_str()),
         ("SecretAccessKey", credentials.secret_access_key.as_str()),
@@ -49,17 +45,42 @@ pub(super) fn assumed(
         ("AssumedRoleId", session.user_id.as_str()),
         ("Arn", session.arn.as_str()),
     ];
+    format!(
+        "<Credentials>{}</Credentials><AssumedRoleUser>{}</AssumedRoleUser>",
+        elements(&fields),
+        elements(&role)
+    )
+}
+
+/// Returns the response of `AssumeRole`.
+pub(super) fn assumed_by_session(
+    session: &Session,
+    packed_percent: usize,
+    request_id: &str,
+) -> LoopbackResponse {
+    let packed = packed_percent.to_string();
+    let mut rest = vec![("PackedPolicySize", packed.as_str())];
+    let source = session.facts.source_identity.as_deref();
+    rest.extend(source.map(|source| ("SourceIdentity", source)));
+    let session = session_elements(&session.credentials, &session.caller);
+    let result = format!("{session}{}", elements(&rest));
+    success("AssumeRole", &result, request_id)
+}
+
+/// Returns the response of `AssumeRoleWithWebIdentity`.
+pub(super) fn assumed(
+    credentials: &Credentials,
+    session: &DevCaller,
+    claims: &DevTokenClaims,
+    request_id: &str,
+) -> LoopbackResponse {
     let rest = [
         ("SubjectFromWebIdentityToken", claims.sub.as_str()),
         ("Audience", claims.audience.as_str()),
         ("Provider", claims.issuer.as_str()),
     ];
-    let result = format!(
-        "<Credentials>{}</Credentials><AssumedRoleUser>{}</AssumedRoleUser>{}",
-        elements(&fields),
-        elements(&role),
-        elements(&rest)
-    );
+    let session = session_elements(credentials, session);
+    let result = format!("{session}{}", elements(&rest));
     success("AssumeRoleWithWebIdentity", &result, request_id)
 }
 

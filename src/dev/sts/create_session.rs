@@ -16,7 +16,7 @@ use serde_json::json;
 
 use super::StsState;
 use super::answer::rfc3339;
-use super::sessions::Session;
+use super::sessions::{Session, SessionFacts};
 use crate::dev::loopback_http::{self, LoopbackResponse};
 use crate::identity::{RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
 
@@ -163,9 +163,10 @@ impl StsState {
         }
         let name = session_name(&parameters, anchor, &proof)?;
         let caller = self.caller(&role.arn, &name);
+        let (facts, duration) = (SessionFacts::of(&role.arn), Duration::from_secs(seconds));
         let session = self
             .sessions
-            .issue(caller, now, Duration::from_secs(seconds))
+            .issue(caller, facts, now, duration)
             .map_err(|error| DevSessionRejection {
                 code: "InternalServerException",
                 status: StatusCode::INTERNAL_SERVER_ERROR,

@@ -22,12 +22,16 @@ pub(super) enum Code {
     InvalidAction,
     /// The access key was never issued, or not with this session token.
     InvalidClientTokenId,
+    /// A parameter contradicts another one, or the calling session.
+    InvalidParameterValue,
     /// The web identity token is not one of the provider's for this audience.
     InvalidIdentityToken,
     /// The session policy is not a policy.
     MalformedPolicyDocument,
     /// The request has no signature.
     MissingAuthenticationToken,
+    /// Session policies and tags together are too large.
+    PackedPolicyTooLarge,
     /// Signing the request again gives another signature.
     SignatureDoesNotMatch,
     /// A parameter is missing or out of its bounds.
@@ -46,6 +50,8 @@ impl Code {
             Self::InvalidAction => ("InvalidAction", StatusCode::BAD_REQUEST),
             Self::InvalidClientTokenId => ("InvalidClientTokenId", StatusCode::FORBIDDEN),
             Self::InvalidIdentityToken => ("InvalidIdentityToken", StatusCode::BAD_REQUEST),
+            Self::InvalidParameterValue => ("InvalidParameterValue", StatusCode::BAD_REQUEST),
+            Self::PackedPolicyTooLarge => ("PackedPolicyTooLarge", StatusCode::BAD_REQUEST),
             Self::MalformedPolicyDocument => ("MalformedPolicyDocument", StatusCode::BAD_REQUEST),
             Self::MissingAuthenticationToken => {
                 ("MissingAuthenticationToken", StatusCode::FORBIDDEN)

@@ -49,11 +49,33 @@ impl Parameters {
     }
 
     /// Returns the items of the list `PolicyArns`.
-    fn policy_arns(&self) -> impl Iterator<Item = &str> {
+    pub(super) fn policy_arns(&self) -> impl Iterator<Item = &str> {
+        self.list("PolicyArns.member.")
+    }
+
+    /// Returns the values of the parameters with this prefix, in their order.
+    pub(super) fn list(&self, prefix: &str) -> impl Iterator<Item = &str> {
         self.0
             .iter()
-            .filter(|(name, _)| name.starts_with("PolicyArns.member."))
+            .filter(move |(name, _)| name.starts_with(prefix))
             .map(|(_, value)| value.as_str())
+    }
+
+    /// Returns the keys and values of the list `Tags`.
+    pub(super) fn tags(&self) -> Vec<(&str, &str)> {
+        let number = |name: &str| -> Option<String> {
+            let name = name.strip_prefix("Tags.member.")?;
+            name.strip_suffix(".Key").map(str::to_owned)
+        };
+        let keys = self
+            .0
+            .iter()
+            .filter_map(|(name, key)| Some((number(name)?, key)));
+        keys.map(|(number, key)| {
+            let value = self.get(&format!("Tags.member.{number}.Value"));
+            (key.as_str(), value.unwrap_or_default())
+        })
+        .collect()
     }
 }
 
@@ -84,13 +106,7 @@ impl<'a> WebIdentityRequest<'a> {
                 &constraint,
             ));
         }
-        let role_arn = required(parameters, "RoleArn", "roleArn")?;
-        let role_arn = RoleArn::parse(role_arn).map_err(|_| {
-            DevRejection::new(Code::ValidationError, format!("{role_arn:.128} is invalid"))
-        })?;
-        let session_name = required(parameters, "RoleSessionName", "roleSessionName")?;
-        let session_name =
-            SessionName::parse(session_name).map_err(|_| session_name_rejected(session_name))?;
+        let (role_arn, session_name) = role_session(parameters)?;
         if parameters.get("ProviderId").is_some() {
             let message = "ProviderId is for OAuth 2.0 access tokens; an OpenID Connect token goes without it";
             return Err(DevRejection::new(Code::ValidationError, message));
@@ -103,6 +119,20 @@ impl<'a> WebIdentityRequest<'a> {
             duration: duration(parameters)?,
         })
     }
+}
+
+/// Parses the role and the name of the session.
+pub(super) fn role_session(
+    parameters: &Parameters,
+) -> Result<(RoleArn, SessionName), DevRejection> {
+    let role_arn = required(parameters, "RoleArn", "roleArn")?;
+    let role_arn = RoleArn::parse(role_arn).map_err(|_| {
+        DevRejection::new(Code::ValidationError, format!("{role_arn:.128} is invalid"))
+    })?;
+    let session_name = required(parameters, "RoleSessionName", "roleSessionName")?;
+    let session_name =
+        SessionName::parse(session_name).map_err(|_| session_name_rejected(session_name))?;
+    Ok((role_arn, session_name))
 }
 
 fn required<'a>(
@@ -124,7 +154,8 @@ fn session_name_rejected(name: &str) -> DevRejection {
     DevRejection::parameter("roleSessionName", Some(name), constraint)
 }
 
-fn duration(parameters: &Parameters) -> Result<Duration, DevRejection> {
+/// Parses the duration of the session.
+pub(super) fn duration(parameters: &Parameters) -> Result<Duration, DevRejection> {
     let Some(text) = parameters.get("DurationSeconds") else {
         return Ok(Duration::from_secs(DEFAULT_DURATION.into()));
     };
@@ -141,7 +172,7 @@ fn duration(parameters: &Parameters) -> Result<Duration, DevRejection> {
 
 /// Checks the form of session policies. They can only narrow a role, and the role of `dev` has no
 /// permissions to narrow.
-fn check_policies(parameters: &Parameters) -> Result<(), DevRejection> {
+pub(super) fn check_policies(parameters: &Parameters) -> Result<(), DevRejection> {
     if let Some(policy) = parameters.get("Policy") {
         if policy.is_empty() || policy.len() > MAX_POLICY_LENGTH {
             return Err(DevRejection::parameter(

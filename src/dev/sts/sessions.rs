@@ -1,6 +1,6 @@
 //! The role sessions that STS has issued and has to recognise.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -11,6 +11,7 @@ use zeroize::Zeroizing;
 use super::answer::DevCaller;
 use crate::credentials::Credentials;
 use crate::dev::keys::{KeyError, random_bytes};
+use crate::identity::RoleArn;
 
 /// Maximum number of sessions. Beyond it, the session that expires first is removed.
 const MAX_SESSIONS: usize = 10_000;
@@ -24,6 +25,30 @@ const ID_LENGTH: usize = 16;
 pub(super) struct Session {
     pub(super) credentials: Credentials,
     pub(super) caller: DevCaller,
+    pub(super) facts: SessionFacts,
+}
+
+/// The parts of a session that later sessions of a chain depend on.
+#[derive(Debug, Clone)]
+pub(super) struct SessionFacts {
+    pub(super) role_arn: RoleArn,
+    /// The tags of the principal by their keys, those of earlier sessions included.
+    pub(super) tags: BTreeMap<String, String>,
+    /// The keys of tags that later sessions keep.
+    pub(super) transitive_tags: Vec<String>,
+    pub(super) source_identity: Option<String>,
+}
+
+impl SessionFacts {
+    /// Returns the facts of a session without tags.
+    pub(super) fn of(role_arn: &RoleArn) -> Self {
+        Self {
+            role_arn: role_arn.clone(),
+            tags: BTreeMap::new(),
+            transitive_tags: Vec::new(),
+            source_identity: None,
+        }
+    }
 }
 
 /// All sessions, by access key id.
@@ -35,6 +60,7 @@ impl Sessions {
     pub(super) fn issue(
         &self,
         caller: DevCaller,
+        facts: SessionFacts,
         now: SystemTime,
         duration: Duration,
     ) -> Result<Session, KeyError> {
@@ -47,6 +73,7 @@ impl Sessions {
         let session = Session {
             credentials,
             caller,
+            facts,
         };
         self.remember(session.clone(), now);
         Ok(session)
@@ -100,13 +127,14 @@ mod tests {
             user_id: String::new(),
             account: String::new(),
         };
+        let facts = || SessionFacts::of(&RoleArn::opaque("x").unwrap());
         let short = sessions
-            .issue(caller.clone(), now, Duration::from_secs(900))
+            .issue(caller.clone(), facts(), now, Duration::from_secs(900))
             .unwrap();
         let long: Vec<Session> = (0..MAX_SESSIONS)
             .map(|_| {
                 sessions
-                    .issue(caller.clone(), now, Duration::from_secs(3600))
+                    .issue(caller.clone(), facts(), now, Duration::from_secs(3600))
                     .unwrap()
             })
             .collect();

@@ -19,20 +19,20 @@ use tokio::net::TcpStream;
 use crate::dev::keys::SigningKey;
 use crate::dev::oidc::DevOidcIssuer;
 
-const ROLE: &str = "arn:aws:iam::000000000000:role/dev";
+pub(super) const ROLE: &str = "arn:aws:iam::000000000000:role/dev";
 const SUBJECT: &str = "spiffe://dev.local/user/alice";
 const AUDIENCE: &str = "dev-sts";
 
 /// Names and values, of headers or of a query.
 type Pairs = Vec<(String, String)>;
 
-struct DevStsEnv {
+pub(super) struct DevStsEnv {
     key: SigningKey,
     issuer: DevOidcIssuer,
     sts: DevSts,
 }
 
-async fn env() -> DevStsEnv {
+pub(super) async fn env() -> DevStsEnv {
     let key = SigningKey::generate().unwrap();
     let issuer = DevOidcIssuer::start(key.jwks()).await.unwrap();
     let role = |name: &str, hours: u64| TrustedRole {
@@ -50,6 +50,7 @@ async fn env() -> DevStsEnv {
         }],
         roles: vec![role("dev", 12), role("short", 1)],
         trust_anchors: Vec::new(),
+        chained: chained::tests::trusts(),
     };
     let sts = DevSts::start(account, Clock::system()).await.unwrap();
     DevStsEnv { key, issuer, sts }
@@ -134,7 +135,7 @@ impl DevStsEnv {
         }
     }
 
-    fn client(&self, credentials: Option<SigningCredentials>) -> aws_sdk_sts::Client {
+    pub(super) fn client(&self, credentials: Option<SigningCredentials>) -> aws_sdk_sts::Client {
         let http: SharedHttpClient = aws_smithy_http_client::Builder::new().build_http();
         let mut config = Config::builder()
             .behavior_version(BehaviorVersion::v2026_01_12())
@@ -145,18 +146,27 @@ impl DevStsEnv {
         aws_sdk_sts::Client::from_conf(config.build())
     }
 
-    fn session(&self, expires_in: i64) -> SigningCredentials {
-        let caller = self.sts.state.caller(
-            &RoleArn::parse(ROLE).unwrap(),
-            &SessionName::parse("alice").unwrap(),
-        );
+    /// Returns the session with this access key.
+    pub(super) fn sts_session(&self, access_key_id: &str) -> sessions::Session {
+        self.sts.state.sessions.find(access_key_id).unwrap()
+    }
+
+    pub(super) fn session(&self, expires_in: i64) -> SigningCredentials {
+        let role = RoleArn::parse(ROLE).unwrap();
+        let name = SessionName::parse("alice").unwrap();
+        let caller = self.sts.state.caller(&role, &name);
         let issued_at =
             UNIX_EPOCH + Duration::from_secs(now().checked_add_signed(expires_in - 900).unwrap());
         let issued = self
             .sts
             .state
             .sessions
-            .issue(caller, issued_at, Duration::from_secs(900))
+            .issue(
+                caller,
+                SessionFacts::of(&role),
+                issued_at,
+                Duration::from_secs(900),
+            )
             .unwrap()
             .credentials;
         let token = Some(issued.session_token.to_string());
@@ -612,10 +622,10 @@ async fn parameters_out_of_bounds_are_rejected() {
             "not valid",
         ),
         (
-            vec![("Action", "AssumeRole")],
+            vec![("Action", "AssumeRoleWithSAML")],
             400,
             "InvalidAction",
-            "AssumeRole for version 2011-06-15",
+            "AssumeRoleWithSAML for version 2011-06-15",
         ),
         (
             vec![("Version", "")],

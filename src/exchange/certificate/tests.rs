@@ -125,6 +125,10 @@ impl AssumeRole for Upstreams {
         let session = self.reply("sts", &self.sts);
         session.map(|()| credentials("ASIATOKEN"))
     }
+
+    async fn assume_chained(&self, _: &Grant, _: &Credentials) -> Result<Credentials, StsError> {
+        panic!("no test has a chain")
+    }
 }
 
 #[async_trait]

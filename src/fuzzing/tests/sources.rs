@@ -27,7 +27,7 @@ const FIELDS: Reader = None("serde_json parses it, and this compares single fiel
 /// The feature is not in packages, and its clients are the developer's own.
 const DEV: Reader = None("part of `awsvid dev`");
 
-const FILES: [(&str, Reader); 77] = [
+const FILES: [(&str, Reader); 79] = [
     ("accounts/local.rs", Target("accounts")),
     ("admin/format.rs", Target("accept")),
     ("attest/cgroup_mounts.rs", Target("mountinfo")),
@@ -88,6 +88,7 @@ const FILES: [(&str, Reader); 77] = [
     ("http/request_validation.rs", Target("request")),
     ("identity.rs", Target("spiffe_id")),
     ("identity/arn.rs", Target("arn")),
+    ("identity/template.rs", Target("configuration")),
     ("imds/path.rs", Target("metadata_path")),
     ("imds/token.rs", Target("metadata_token")),
     ("listen/unprivileged_ports.rs", NUMBER),
@@ -99,6 +100,7 @@ const FILES: [(&str, Reader); 77] = [
     ("pod_listeners/netns_watch.rs", Target("mountinfo")),
     ("pod_listeners/opt_in.rs", NUMBER),
     ("readiness.rs", FIELDS),
+    ("role/parameters.rs", Target("configuration")),
     ("roles_anywhere.rs", OWN),
     ("roles_anywhere/session.rs", FIELDS),
     ("roles_anywhere/signature.rs", OWN),

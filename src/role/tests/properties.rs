@@ -123,7 +123,7 @@ fn select_agrees_with_a_model() {
                     ..identities(&[path]).remove(0)
                 })
                 .collect();
-            let granted = roles.select(&identities, &requested);
+            let granted = roles.select(&identities, &AttestedFacts::default(), &requested);
             let selected = granted.as_ref().map(|grant| {
                 let path = grant
                     .spiffe_id
@@ -138,7 +138,7 @@ fn select_agrees_with_a_model() {
                 (path, arn.to_owned())
             });
             assert_eq!(
-                selected.map_err(RoleDenied::reason),
+                selected.map_err(|denied| denied.reason()),
                 expected,
                 "{model_roles:?} {callers:?} {requested:?}"
             );

@@ -33,7 +33,13 @@ fn advice(reason: StsReason, answer: &str, is_aws: bool, arn: &str, algorithm: &
         role_arn: RoleArn::opaque(arn).unwrap(),
         ..grant
     };
-    of(reason, answer, &at, Some((&grant, &token))).unwrap_or_default()
+    of(
+        reason,
+        answer,
+        &at,
+        Some(FailedCall::with_token(&grant, &token)),
+    )
+    .unwrap_or_default()
 }
 
 #[test]

@@ -335,7 +335,7 @@ fn code_is_classified() {
 fn error_text_does_not_quote_the_token() {
     let svid = svid_for(&billing(), 300, 1);
     let token = svid.secret();
-    let clean = |text: &str| without_token(text, Some(&svid));
+    let clean = |text: &str| without_secrets(text, &[svid.secret()]);
     let quotes = [
         format!("Value '{token}' at 'webIdentityToken' is too long"),
         format!("Value '{}...' at 'webIdentityToken'", &token[..60]),

@@ -9,6 +9,7 @@ use awsvid::exit_status::ExitStatus;
 use serde_json::Value;
 
 use super::lists::{code, issued};
+use crate::chains;
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::process::{await_some, run};
 use crate::harness::daemon::{Daemon, PROGRAM};
@@ -302,7 +303,13 @@ fn status_fields_are_those_of_the_document() {
     assert_eq!(*report, found);
     assert_eq!(*upstream, keys(&ready["source"]));
     assert_eq!(*upstream, keys(&ready["sts"][0]));
-    assert_eq!(*entry, keys(&ready["credentials"][0]));
+    let chain_folder = folder();
+    let (_chain_upstream, chained) = chains::start(chain_folder.path());
+    chains::await_credentials(&chained);
+    let chained = status(chain_folder.path());
+    let entries = [&ready, &chained].map(|report| report["credentials"].as_array().unwrap());
+    let found = entries.into_iter().flatten().flat_map(keys).collect();
+    assert_eq!(*entry, found);
     let failing = await_some("a query that failed", Duration::from_secs(60), || {
         let state = &status(waiting_folder.path())["source"]["state"];
         state.as_str().map(str::to_owned)

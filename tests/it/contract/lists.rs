@@ -137,7 +137,7 @@ fn audit_fields_are_those_of_the_document() {
         let kind = match kind.trim_end_matches(',') {
             "Option<u32>" | "Option<u64>" => "integer",
             "f64" => "number",
-            "&'a [String]" => "array",
+            "&'a [String]" | "Vec<HopFields<'a>>" => "array",
             _ => "string",
         };
         Some((name, kind))

@@ -39,6 +39,7 @@ impl OneRoleSts {
                 subjects: vec![SpiffeIdPattern::parse(&id("*")).expect("a pattern")],
                 max_duration: Duration::from_secs(12 * 3600),
             }],
+            chained: Vec::new(),
         };
         let sts = runtime
             .block_on(DevSts::start(account, Clock::system()))

@@ -79,6 +79,7 @@ impl VerifyingServer {
             region: trust.region.to_owned(),
             providers,
             roles,
+            chained: Vec::new(),
             trust_anchors: vec![DevTrustAnchor {
                 arn: ANCHOR.to_owned(),
                 profile_arn: PROFILE.to_owned(),

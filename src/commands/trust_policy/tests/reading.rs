@@ -73,6 +73,8 @@ fn like(pattern: &[u8], text: &[u8]) -> bool {
 pub(crate) struct Read {
     pub(crate) provider: Value,
     pub(crate) roles: BTreeMap<String, (String, u64, Value)>,
+    /// The inline policies of roles for the next role of a chain.
+    pub(crate) permissions: BTreeMap<String, Value>,
 }
 
 /// Returns the provider by the names of its three properties. The last one may be missing.
@@ -99,6 +101,7 @@ pub(crate) fn by_a_shell(script: &str) -> Read {
     let mut read = Read {
         provider: Value::Null,
         roles: BTreeMap::new(),
+        permissions: BTreeMap::new(),
     };
     for command in words
         .split(|word| *word == "END")
@@ -136,6 +139,11 @@ pub(crate) fn by_a_shell(script: &str) -> Read {
                     "{command:?}"
                 );
             }
+            ["iam", "put-role-policy"] => {
+                let policy = serde_json::from_str(option("--policy-document")).unwrap();
+                let role = option("--role-name").to_owned();
+                assert!(read.permissions.insert(role, policy).is_none());
+            }
             _ => panic!("{command:?}"),
         }
     }
@@ -158,6 +166,15 @@ fn by_hcl(text: &str, provider: &str) -> Read {
         "aws_iam_openid_connect_provider",
         hcl::value!({ awsvid = { arn = provider } }),
     );
+    // Each role by its label, for references to it.
+    let labels = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("resource \"aws_iam_role\" \""))
+        .filter_map(|rest| rest.split('"').next());
+    let roles: hcl::Map<String, hcl::Value> = labels
+        .map(|label| (label.to_owned(), hcl::value!({ name = label })))
+        .collect();
+    context.declare_var("aws_iam_role", hcl::Value::Object(roles));
     let document: Value =
         hcl::eval::from_str(text, &context).unwrap_or_else(|error| panic!("{error}\n{text}"));
     let resources = document["resource"].as_object().unwrap();
@@ -179,12 +196,21 @@ fn by_hcl(text: &str, provider: &str) -> Read {
                 ),
             )
         });
+    let policies = resources.get("aws_iam_role_policy");
+    let policies = policies.and_then(Value::as_object).into_iter().flatten();
+    let permissions = policies.map(|(_, policy)| {
+        let role = &resources["aws_iam_role"][policy["role"].as_str().unwrap()];
+        let name = role["name"].as_str().unwrap().to_owned();
+        let policy = serde_json::from_str(policy["policy"].as_str().unwrap()).unwrap();
+        (name, policy)
+    });
     Read {
         provider: provider_of(
             provider_resource,
             ["url", "client_id_list", "thumbprint_list"],
         ),
         roles: roles.collect(),
+        permissions: permissions.collect(),
     }
 }
 
@@ -196,6 +222,7 @@ fn by_cloudformation(text: &str, provider: &str) -> Read {
     let mut read = Read {
         provider: Value::Null,
         roles: BTreeMap::new(),
+        permissions: BTreeMap::new(),
     };
     for (id, resource) in template["Resources"].as_object().unwrap() {
         assert!(id.bytes().all(|c| c.is_ascii_alphanumeric()), "{id}");
@@ -207,7 +234,9 @@ fn by_cloudformation(text: &str, provider: &str) -> Read {
             }
             "AWS::IAM::Role" => {
                 let mut policy = properties["AssumeRolePolicyDocument"].clone();
-                for statement in policy["Statement"].as_array_mut().unwrap() {
+                let statements = policy["Statement"].as_array_mut().unwrap();
+                let is_of_token = |statement: &&mut Value| statement["Principal"]["AWS"].is_null();
+                for statement in statements.iter_mut().filter(is_of_token) {
                     assert_eq!(
                         statement["Principal"],
                         json!({ "Federated": { "Ref": "OidcProvider" } })
@@ -221,6 +250,10 @@ fn by_cloudformation(text: &str, provider: &str) -> Read {
                     policy,
                 );
                 assert!(read.roles.insert(text("RoleName"), role).is_none());
+                if let Some(policies) = properties["Policies"].as_array() {
+                    let permission = policies[0]["PolicyDocument"].clone();
+                    read.permissions.insert(text("RoleName"), permission);
+                }
             }
             other => panic!("{other}"),
         }

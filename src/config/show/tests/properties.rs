@@ -146,6 +146,20 @@ fn role_keys() -> Vec<TomlKey> {
     ]
 }
 
+fn chained_keys() -> Vec<TomlKey> {
+    vec![
+        ("duration", texts(&["15m", "1h"])),
+        ("session_name", texts(&["{session_name}", "x@{path[0]}"])),
+        ("external_id", texts(&["a/b:c"])),
+        (
+            "tags",
+            raw(&["{}", "{ \"a b\" = \"{spiffe_id}\", \"c\" = \"\" }"]),
+        ),
+        ("policy", texts(&POLICIES)),
+        ("policy_arns", raw(&["[]"])),
+    ]
+}
+
 /// Appends about every second of these keys with a random value.
 fn add(text: &mut String, keys: &[TomlKey], random: &mut fastrand::Rng) {
     for (key, values) in keys {
@@ -175,6 +189,12 @@ fn configuration(random: &mut fastrand::Rng) -> String {
              role_arn = \"arn:aws:iam::123456789012:role/{name}-{{path[0]}}\"\n"
         ));
         add(&mut text, &role_keys(), random);
+        for chained in ["one", "two"].iter().take(random.usize(..3)) {
+            text.push_str(&format!(
+                "[[role.chain]]\nrole_arn = \"arn:aws:iam::222222222222:role/{chained}\"\n"
+            ));
+            add(&mut text, &chained_keys(), random);
+        }
     }
     text
 }

@@ -1,0 +1,174 @@
+//! The roles of a chain after the first one, and their sessions.
+//!
+//! STS assumes each of them with the credentials of the session before it (`AssumeRole`).
+
+use std::time::Duration;
+
+use super::parameters::{
+    LimitResult, check_external_id, check_policy, check_policy_arn, check_source_identity,
+    check_tag_value,
+};
+use crate::identity::{
+    ArnTemplate, AttestedFact, InvalidName, Placeholder, RoleArn, SessionName, Template,
+    TemplateValues,
+};
+
+/// Maximum number of roles after the first one.
+pub const MAX_CHAINED_ROLES: usize = 2;
+/// Maximum duration of a session that another session's credentials start.
+pub const MAX_CHAINED_DURATION: Duration = Duration::from_secs(3600);
+
+/// A role of a chain after the first one, as `[[role.chain]]` defines it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ChainedRole {
+    /// ARN of the IAM role, or a template of it.
+    pub role_arn: ArnTemplate,
+    /// The ID that the trust policy of another account's role compares.
+    pub external_id: Option<Template>,
+    /// Name of the session, by default the first session's.
+    pub session_name: Template,
+    /// The identity that all later sessions keep.
+    pub source_identity: Option<Template>,
+    /// Session tags by their keys, in the order of the keys.
+    pub tags: Vec<(String, Template)>,
+    /// Keys of the tags that all later sessions keep.
+    pub transitive_tags: Vec<String>,
+    /// Session policy (JSON) that narrows the role.
+    pub policy: Option<Template>,
+    /// ARNs of managed session policies.
+    pub policy_arns: Vec<Template>,
+    /// Duration of the session: 15 minutes to 1 hour.
+    pub duration: Duration,
+}
+
+/// The parameters of one `AssumeRole`: those of a [`ChainedRole`] for one caller.
+#[expect(
+    missing_docs,
+    reason = "the fields have the names of those in ChainedRole"
+)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ChainedSession {
+    pub role_arn: RoleArn,
+    pub external_id: Option<String>,
+    pub session_name: SessionName,
+    pub source_identity: Option<String>,
+    pub tags: Vec<(String, String)>,
+    pub transitive_tags: Vec<String>,
+    pub policy: Option<String>,
+    pub policy_arns: Vec<String>,
+    pub duration: Duration,
+}
+
+impl ChainedRole {
+    /// Returns all templates but that of the ARN, each with its key in the configuration.
+    pub fn templates(&self) -> Vec<(String, &Template)> {
+        let mut all: Vec<(String, &Template)> = Vec::new();
+        all.push(("session_name".to_owned(), &self.session_name));
+        for (key, template) in [
+            ("external_id", &self.external_id),
+            ("source_identity", &self.source_identity),
+            ("policy", &self.policy),
+        ] {
+            all.extend(template.iter().map(|template| (key.to_owned(), template)));
+        }
+        all.extend(
+            self.tags
+                .iter()
+                .map(|(key, template)| (format!("tags.{key}"), template)),
+        );
+        all.extend(
+            self.policy_arns
+                .iter()
+                .map(|template| ("policy_arns".to_owned(), template)),
+        );
+        all
+    }
+
+    /// Renders the parameters for a caller. Fails with the key of one that STS would reject.
+    pub(super) fn render(
+        &self,
+        values: &TemplateValues<'_>,
+    ) -> Result<ChainedSession, InvalidName> {
+        let role_arn = self
+            .role_arn
+            .render(values.id)
+            .ok_or_else(|| InvalidName("`role_arn`: it is too long for a role".to_owned()))?;
+        let session_name = self.session_name.render(values);
+        let session_name = session_name.and_then(|text| SessionName::parse(&text));
+        let mut tags = Vec::with_capacity(self.tags.len());
+        for (key, template) in &self.tags {
+            let value = rendered(&format!("tags.{key}"), template, values, check_tag_value)?;
+            tags.push((key.clone(), value));
+        }
+        Ok(ChainedSession {
+            role_arn,
+            external_id: optional("external_id", &self.external_id, values, check_external_id)?,
+            session_name: session_name.map_err(|error| at_key("session_name", &error))?,
+            source_identity: optional(
+                "source_identity",
+                &self.source_identity,
+                values,
+                check_source_identity,
+            )?,
+            tags,
+            transitive_tags: self.transitive_tags.clone(),
+            policy: optional("policy", &self.policy, values, check_policy)?,
+            policy_arns: policy_arns(&self.policy_arns, values)?,
+            duration: self.duration,
+        })
+    }
+}
+
+fn at_key(key: &str, InvalidName(error): &InvalidName) -> InvalidName {
+    InvalidName(format!("`{key}`: {error}"))
+}
+
+fn rendered(
+    key: &str,
+    template: &Template,
+    values: &TemplateValues<'_>,
+    check: impl Fn(&str) -> LimitResult,
+) -> Result<String, InvalidName> {
+    template
+        .render(values)
+        .and_then(|text| check(&text).map(|()| text))
+        .map_err(|error| at_key(key, &error))
+}
+
+/// Renders a template, if there is one, and checks the result.
+pub(super) fn optional(
+    key: &str,
+    template: &Option<Template>,
+    values: &TemplateValues<'_>,
+    check: impl Fn(&str) -> LimitResult,
+) -> Result<Option<String>, InvalidName> {
+    let template = template.as_ref();
+    template
+        .map(|template| rendered(key, template, values, check))
+        .transpose()
+}
+
+/// Renders the ARNs of managed policies.
+pub(super) fn policy_arns(
+    templates: &[Template],
+    values: &TemplateValues<'_>,
+) -> Result<Vec<String>, InvalidName> {
+    templates
+        .iter()
+        .map(|template| rendered("policy_arns", template, values, check_policy_arn))
+        .collect()
+}
+
+/// Adds the facts that these templates use, each once.
+pub(super) fn add_facts<'a>(
+    facts: &mut Vec<AttestedFact>,
+    templates: impl Iterator<Item = &'a Template>,
+) {
+    for placeholder in templates.flat_map(Template::placeholders) {
+        if let Placeholder::Fact(fact) = placeholder
+            && !facts.contains(&fact)
+        {
+            facts.push(fact);
+        }
+    }
+}

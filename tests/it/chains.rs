@@ -1,0 +1,338 @@
+//! Chains of roles, with a verifying STS: each call is signed with the credentials of the hop
+//! before it.
+
+use std::collections::HashSet;
+use std::fs;
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::harness::chain::{CHAIN, ChainUpstream, HOPS, HopFault};
+use crate::harness::client::fetch;
+use crate::harness::counterparts::process::{Process, await_some, run};
+use crate::harness::counterparts::{Port, folder, http_get, tool};
+use crate::harness::daemon::{Daemon, PROGRAM};
+use crate::harness::upstream::{ME, Upstream, my_rule, own_rules};
+
+const ID: &str = "spiffe://example.org/ns/shop/sa/billing";
+/// Bounds what takes milliseconds, and the second for which a failure is cached.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A daemon whose callers are this test.
+pub(crate) fn start(folder: &Path) -> (ChainUpstream, Daemon) {
+    let upstream = ChainUpstream::start(folder, &[ID]);
+    let uid = nix::unistd::geteuid().as_raw();
+    let configuration = upstream.configuration(CHAIN) + &own_rules(ID, uid);
+    let daemon = Daemon::start(folder, "", &configuration).ready();
+    (upstream, daemon)
+}
+
+fn request(daemon: &Daemon) -> (u16, Value) {
+    fetch(UnixStream::connect(daemon.unix()).unwrap())
+}
+
+/// Sends requests until one gets credentials.
+pub(crate) fn await_credentials(daemon: &Daemon) -> Value {
+    await_some("credentials", TIMEOUT, || {
+        let (status, body) = request(daemon);
+        (status == 200).then_some(body)
+    })
+}
+
+#[test]
+fn thousand_callers_of_one_identity_call_each_hop_once() {
+    let folder = folder();
+    let (upstream, daemon) = start(folder.path());
+    let daemon = &daemon;
+    let keys: HashSet<String> = thread::scope(|scope| {
+        let callers: Vec<_> = (0..50)
+            .map(|_| {
+                scope.spawn(move || -> Vec<String> {
+                    let key = |_| {
+                        let body = await_credentials(daemon);
+                        body["AccessKeyId"].as_str().unwrap().to_owned()
+                    };
+                    (0..20).map(key).collect()
+                })
+            })
+            .collect();
+        let keys = callers
+            .into_iter()
+            .flat_map(|caller| caller.join().unwrap());
+        keys.collect()
+    });
+    assert_eq!((keys.len(), upstream.counts()), (1, [1, 1, 1]));
+}
+
+#[test]
+fn fault_of_one_hop_is_named_and_repeats_no_other() {
+    let folder = folder();
+    let (upstream, daemon) = start(folder.path());
+    for (hop, fault, status, code) in [
+        (1, HopFault::Closed, 503, "sts_unreachable"),
+        (1, HopFault::Throttled, 503, "sts_throttled"),
+        (2, HopFault::Denied, 403, "sts_access_denied"),
+    ] {
+        upstream.fail(HOPS[hop], Some(fault));
+        let (_, body) = await_some("the rejection", TIMEOUT, || {
+            let (found, body) = request(&daemon);
+            (found == status && body["code"] == code).then_some((found, body))
+        });
+        let message = body["message"].as_str().unwrap();
+        let named = format!("hop {} ({})", hop + 1, HOPS[hop]);
+        assert!(message.contains(&named), "{message}");
+        upstream.fail(HOPS[hop], None);
+        if hop == 1 {
+            assert_eq!((upstream.counts()[0], upstream.counts()[2]), (1, 0));
+        }
+    }
+    let body = await_credentials(&daemon);
+    assert_eq!(
+        (body["RoleArn"].as_str(), upstream.counts()[0]),
+        (Some(HOPS[2]), 1)
+    );
+    // What is warm goes on, whatever fails.
+    for role_arn in HOPS {
+        upstream.fail(role_arn, Some(HopFault::Denied));
+    }
+    assert_eq!(request(&daemon).1["AccessKeyId"], body["AccessKeyId"]);
+}
+
+/// A middle role is revoked, with sessions of all hops in the cache: they go on while STS accepts
+/// them, and end once it rejects the renewal of that role.
+#[test]
+fn revoked_middle_role_ends_what_is_warm() {
+    let folder = folder();
+    let upstream = ChainUpstream::start(folder.path(), &[ID]);
+    // awsvid renews them after about half of it, and serves none in its last minute.
+    upstream.shorten_sessions(Duration::from_secs(150));
+    let uid = nix::unistd::geteuid().as_raw();
+    let grace = "[cache]\nrevocation_grace = \"0s\"\n";
+    let configuration = upstream.configuration(CHAIN) + &own_rules(ID, uid) + grace;
+    let daemon = Daemon::start(folder.path(), "", &configuration).ready();
+    let warm = await_credentials(&daemon);
+    upstream.fail(HOPS[1], Some(HopFault::Denied));
+    let mut served = HashSet::new();
+    let rejection = await_some("the end of the session", TIMEOUT * 3, || {
+        let (status, body) = request(&daemon);
+        if status != 200 {
+            return Some(body);
+        }
+        served.insert(body["AccessKeyId"].as_str().unwrap().to_owned());
+        None
+    });
+    let message = rejection["message"].as_str().unwrap();
+    assert_eq!(rejection["code"], "sts_access_denied");
+    let named = format!("hop 2 ({})", HOPS[1]);
+    assert!(message.contains(&named), "{message}");
+    // The session of the middle role may have renewed the last one before it was rejected.
+    assert!(served.contains(warm["AccessKeyId"].as_str().unwrap()));
+    assert_eq!(served.len(), upstream.counts()[2]);
+    let metrics = daemon.metrics();
+    let evictions = |reason: &str| {
+        let series = format!("awsvid_cache_evictions_total{{reason=\"{reason}\"}} ");
+        let value = metrics.lines().find_map(|line| line.strip_prefix(&series));
+        value.map_or(0, |value| value.parse().unwrap())
+    };
+    // The middle session and the last one, each before its end.
+    assert_eq!((evictions("refused"), evictions("expired")), (2, 0));
+    let (_, status) = daemon.query_status_socket("/status");
+    assert!(!status.contains("shared-id"), "{status}");
+    upstream.fail(HOPS[1], None);
+    let renewed = await_credentials(&daemon);
+    assert_ne!(renewed["AccessKeyId"], warm["AccessKeyId"]);
+    for file in ["audit.log", "awsvid.log"] {
+        let text = fs::read_to_string(folder.path().join(file)).unwrap();
+        assert!(!text.contains("shared-id"), "{file}: {text}");
+    }
+}
+
+#[test]
+fn records_and_status_have_each_hop() {
+    let folder = folder();
+    let (_upstream, daemon) = start(folder.path());
+    let body = await_credentials(&daemon);
+    let audit = fs::read_to_string(folder.path().join("audit.log")).unwrap();
+    let record: Value = serde_json::from_str(audit.lines().last().unwrap()).unwrap();
+    let name = "example.org=ns=shop=sa=billing";
+    assert_eq!(record["role_arn"], HOPS[2]);
+    assert_eq!(record["access_key_id"], body["AccessKeyId"]);
+    let chain = json!([
+        { "role_arn": HOPS[0], "session_name": name },
+        {
+            "role_arn": HOPS[1],
+            "session_name": name,
+            "source_identity": "shop=billing",
+            "tags": { "kubernetes-namespace": "shop", "spiffe-id": ID },
+        },
+        { "role_arn": HOPS[2], "session_name": name },
+    ]);
+    assert_eq!(record["chain"], chain);
+    let (_, status) = daemon.query_status_socket("/status");
+    let status: Value = serde_json::from_str(&status).unwrap();
+    let mut entries = status["credentials"].as_array().unwrap().clone();
+    entries.sort_by_key(|entry| entry["chain"].as_array().unwrap().len());
+    let hops: Vec<&Value> = entries.iter().map(|entry| &entry["hop"]).collect();
+    assert_eq!(hops, [&json!(1), &json!(2), &Value::Null]);
+    for (entry, count) in entries.iter().zip(1..) {
+        assert_eq!(entry["chain"], json!(HOPS[..count]), "{entry}");
+    }
+}
+
+/// Runs `awsvid <name>` with the daemon's configuration, and returns its output.
+fn command(folder: &Path, name: &str) -> String {
+    let mut command = Command::new(PROGRAM);
+    command
+        .arg(name)
+        .arg("--config")
+        .arg(folder.join("awsvid.toml"));
+    let output = run(command, b"", TIMEOUT);
+    format!("{}{}", output.stdout, output.stderr)
+}
+
+#[test]
+fn check_assumes_each_role_and_names_the_one_that_fails() {
+    let folder = folder();
+    let (upstream, _daemon) = start(folder.path());
+    let text = command(folder.path(), "check");
+    for (role_arn, hop) in HOPS.iter().zip(1..) {
+        assert!(
+            text.contains(&format!("hop {hop}: {role_arn} assumed by {ID}")),
+            "{text}"
+        );
+    }
+    upstream.fail(HOPS[1], Some(HopFault::Denied));
+    let text = command(folder.path(), "check");
+    let fix = format!(
+        "a policy of {} has to allow the same on {}",
+        HOPS[0], HOPS[1]
+    );
+    assert!(
+        text.contains("hop 2: STS at ") && text.contains(&fix),
+        "{text}"
+    );
+    assert!(!text.contains("hop 3"), "{text}");
+}
+
+/// The second opinion: moto verifies by code of its own, from the second hop on, the session token,
+/// the signature, the permission of the session, and the principal and external ID of the trust
+/// policy. It ignores tags and the source identity, but they are in the signed body. No tag has a
+/// space: moto encodes the parsed form again, in which a space becomes `+` instead of `%20`.
+#[test]
+fn another_sts_accepts_the_signature_of_each_hop() {
+    let Some(program) = tool("moto_server") else {
+        return;
+    };
+    let folder = folder();
+    let port = Port::reserve();
+    let mut server = Command::new(program);
+    let number = port.address().port().to_string();
+    server.args(["-H", "127.0.0.1", "-p", &number]);
+    let server = Process::start("moto", server, &folder.path().join("moto.log"));
+    let moto = Moto(port.address());
+    let upstream = Upstream::start_for_me();
+    server.await_some("moto serves", TIMEOUT, || {
+        http_get(moto.0, "/moto-api/data.json").filter(|(status, _)| *status == 200)
+    });
+    let session = |role: &str| {
+        format!(
+            r#""Principal":{{"AWS":"arn:aws:sts::123456789012:assumed-role/{role}/{MY_SESSION}"}}"#
+        )
+    };
+    let external_id = r#""Condition":{"StringEquals":{"sts:ExternalId":"shared-id"}}"#;
+    moto.create_role("hop", r#""Principal":{"Federated":"any"}"#);
+    moto.create_role("middle", &format!("{},{external_id}", session("hop")));
+    moto.create_role("last", &session("middle"));
+    moto.permit("hop");
+    let role = |name: &str| format!("role_arn = \"arn:aws:iam::123456789012:role/{name}\"\n");
+    let identity = upstream.configuration();
+    let (identity, _) = identity.split_once("[sts]").unwrap();
+    let configuration = format!(
+        "{identity}[sts]\nregion = \"us-east-1\"\nendpoint = \"http://{}\"\n\
+         [[role]]\nname = \"chained\"\nspiffe_id = \"{ME}\"\n{}\
+         [[role.chain]]\n{}external_id = \"shared-id\"\nsource_identity = \"{{session_name}}\"\n\
+         tags = {{ \"user\" = \"{{path[1]}}\", \"a/\u{fc}+=@\" = \"{{spiffe_id}}+\u{fc}\" }}\n\
+         transitive_tags = [\"user\"]\n[[role.chain]]\n{}{}",
+        moto.0,
+        role("hop"),
+        role("middle"),
+        role("last"),
+        my_rule(),
+    );
+    let daemon = Daemon::start(folder.path(), "", &configuration).ready();
+    // The exchange of the token has no signature.
+    moto.verify_after(1);
+    let body = await_some("the rejection of the last hop", TIMEOUT, || {
+        let (status, body) = request(&daemon);
+        (status == 403).then_some(body)
+    });
+    let message = body["message"].as_str().unwrap();
+    assert!(
+        message.contains("hop 3 ") && message.contains("assumed-role/middle"),
+        "{message}"
+    );
+    moto.verify_after(1);
+    moto.permit("middle");
+    let body = await_credentials(&daemon);
+    assert_eq!(body["RoleArn"], "arn:aws:iam::123456789012:role/last");
+}
+
+/// The name of the session of [`ME`].
+const MY_SESSION: &str = "example.org=user=me";
+
+/// The address of a moto.
+struct Moto(SocketAddr);
+
+impl Moto {
+    /// Creates a role. `admitted` are further keys of the statement of its trust policy.
+    fn create_role(&self, role: &str, admitted: &str) {
+        self.iam(
+            "Action=CreateRole",
+            role,
+            &format!("AssumeRolePolicyDocument={}", statement(admitted)),
+        );
+    }
+
+    /// Permits the sessions of a role to assume roles.
+    fn permit(&self, role: &str) {
+        let policy = statement(r#""Resource":"*""#);
+        let policy = format!("PolicyName=any&PolicyDocument={policy}");
+        self.iam("Action=PutRolePolicy", role, &policy);
+    }
+
+    fn iam(&self, action: &str, role: &str, rest: &str) {
+        let header = "Authorization: AWS4-HMAC-SHA256 Credential=any/20260101/us-east-1/iam/aws4_request, \
+                      SignedHeaders=host, Signature=none";
+        let form = format!("Version=2010-05-08&{action}&RoleName={role}&{rest}");
+        self.post("/", header, &form);
+    }
+
+    /// Accepts this number of calls of AWS's services without verification, and then none.
+    fn verify_after(&self, calls: usize) {
+        // moto finds no body in a form.
+        let header = "Content-Type: text/plain";
+        self.post("/moto-api/reset-auth", header, &calls.to_string());
+    }
+
+    fn post(&self, path: &str, header: &str, body: &str) {
+        let mut command = Command::new("curl");
+        command
+            .args(["--silent", "--show-error", "--fail-with-body"])
+            .args(["--data", body, "--header", header])
+            .arg(format!("http://{}{path}", self.0));
+        run(command, b"", TIMEOUT).success("curl");
+    }
+}
+
+/// Returns a policy that permits all of STS, encoded for a form.
+fn statement(rest: &str) -> String {
+    let policy = format!(
+        r#"{{"Version":"2012-10-17","Statement":[{{"Effect":"Allow","Action":"sts:*",{rest}}}]}}"#
+    );
+    policy.replace('"', "%22").replace('=', "%3D")
+}
