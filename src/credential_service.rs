@@ -150,7 +150,7 @@ impl CredentialService {
 
     /// Returns the facts about the caller's process that a decision needs; `None` if it needs none.
     pub fn facts_needed(&self, caller: CallerFacts<'_>) -> Option<ProcessFacts> {
-        self.cache.policy().source.facts_needed(caller)
+        self.cache.policy().facts_needed(caller)
     }
 
     /// Changes the policy; see [`CredentialCache::reload`].

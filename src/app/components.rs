@@ -61,6 +61,9 @@ impl Components {
         };
         let sts = Arc::new(sts(config, clock.clone(), blocking.clone()).await?);
         let roles_anywhere = roles_anywhere(config, clock.clone(), blocking.clone()).await?;
+        let exchanger =
+            TokenExchanger::new(source.clone(), sts.clone(), clock.clone(), metrics.clone())
+                .with_roles_anywhere(roles_anywhere.clone());
         Ok(Self {
             identity: config.identity.clone(),
             probes: ReadinessProbes::new(
@@ -71,14 +74,13 @@ impl Components {
                 metrics.clone(),
                 blocking.files.clone(),
             ),
-            policy: Policy {
-                exchanger: TokenExchanger::new(source.clone(), sts, clock.clone(), metrics.clone())
-                    .with_roles_anywhere(roles_anywhere),
+            policy: Policy::new(
                 source,
-                roles: config.roles.clone(),
-                users: UserNames::new(blocking.files.clone()),
-                limits: limits(&config.cache),
-            },
+                config.roles.clone(),
+                exchanger,
+                UserNames::new(blocking.files.clone()),
+                limits(&config.cache),
+            ),
         })
     }
 }

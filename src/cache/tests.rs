@@ -90,16 +90,13 @@ impl CacheEnv {
     /// Returns a policy with this source and STS.
     fn policy(self: &Arc<Self>, roles: &[Arc<Role>], limits: CacheLimits) -> Policy {
         let (clock, metrics) = (self.clock.clone(), self.metrics.clone());
-        Policy {
-            source: self.clone(),
-            roles: Roles {
-                defined: roles.to_vec(),
-                requested: None,
-            },
-            exchanger: TokenExchanger::new(self.clone(), self.clone(), clock, metrics),
-            users: UserNames::new(FileThreads::default()),
-            limits,
-        }
+        let roles = Roles {
+            defined: roles.to_vec(),
+            requested: None,
+        };
+        let exchanger = TokenExchanger::new(self.clone(), self.clone(), clock, metrics);
+        let users = UserNames::new(FileThreads::default());
+        Policy::new(self.clone(), roles, exchanger, users, limits)
     }
 
     async fn answer(

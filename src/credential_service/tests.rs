@@ -78,19 +78,18 @@ fn role() -> Arc<Role> {
 /// Returns the policy of a source that takes `identify` for each answer.
 fn policy(identify: Duration, roles: Vec<Arc<Role>>, clock: &Clock) -> Policy {
     let slow = Arc::new(SlowUpstream(identify));
-    Policy {
-        source: slow.clone(),
-        roles: Roles {
-            defined: roles,
-            requested: None,
-        },
-        exchanger: TokenExchanger::new(slow.clone(), slow, clock.clone(), Metrics::default()),
-        users: UserNames::new(FileThreads::default()),
-        limits: CacheLimits {
-            max_entries: 10,
-            revocation_grace: Duration::from_secs(300),
-        },
-    }
+    let roles = Roles {
+        defined: roles,
+        requested: None,
+    };
+    let metrics = Metrics::default();
+    let exchanger = TokenExchanger::new(slow.clone(), slow.clone(), clock.clone(), metrics);
+    let limits = CacheLimits {
+        max_entries: 10,
+        revocation_grace: Duration::from_secs(300),
+    };
+    let users = UserNames::new(FileThreads::default());
+    Policy::new(slow, roles, exchanger, users, limits)
 }
 
 struct ServiceEnv {

@@ -38,24 +38,19 @@ pub(crate) fn run(count: usize) -> Result<(), BenchError> {
         .build()?;
     runtime.block_on(async {
         let role = Arc::new(role()?);
-        let policy = Policy {
-            source: Arc::new(Source),
-            roles: Roles {
-                defined: vec![role.clone()],
-                requested: None,
-            },
-            exchanger: TokenExchanger::new(
-                Arc::new(Source),
-                Arc::new(Source),
-                Clock::system(),
-                Metrics::default(),
-            ),
-            users: UserNames::new(FileThreads::default()),
-            limits: CacheLimits {
-                max_entries: count,
-                revocation_grace: Duration::ZERO,
-            },
+        let source = Arc::new(Source);
+        let roles = Roles {
+            defined: vec![role.clone()],
+            requested: None,
         };
+        let (clock, metrics) = (Clock::system(), Metrics::default());
+        let exchanger = TokenExchanger::new(source.clone(), source.clone(), clock, metrics);
+        let users = UserNames::new(FileThreads::default());
+        let limits = CacheLimits {
+            max_entries: count,
+            revocation_grace: Duration::ZERO,
+        };
+        let policy = Policy::new(source, roles, exchanger, users, limits);
         let cache = CredentialCache::new(policy, Clock::system(), Metrics::default());
         println!("empty");
         stdin().lock().read_line(&mut String::new())?;

@@ -2,12 +2,15 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::net::TcpStream;
 use std::path::Path;
 
 use serde_json::Value;
 
+use crate::harness::actor::Connector;
 use crate::harness::cgroup::Cgroup;
 use crate::harness::chain::{CHAIN, ChainUpstream, HOPS};
+use crate::harness::client::fetch;
 use crate::harness::counterparts::process::{behind, run};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
@@ -140,6 +143,28 @@ fn facts_of_callers_with_one_identity_make_sessions_of_their_own() {
         "{message}"
     );
     assert_eq!(upstream.counts(), [1, 3, 0]);
+}
+
+/// T24, T48: a rule by unit is decided by the socket alone. A role that depends on the caller's
+/// user also needs a process of that user that holds the socket now.
+#[test]
+fn user_of_a_passed_socket_is_not_a_fact() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let by_unit = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/ns/a/sa/b\"\nsystemd_unit = \"one.service\"\n";
+    let keys = "tags = { \"account\" = \"{user}\" }\n";
+    let (upstream, daemon) = start(folder.path(), keys, by_unit);
+    let unit = Cgroup::new("one.service");
+    let address = daemon.listener("tcp");
+    let maker = Connector::start(1, "tcp", &address, unit.path());
+    // Of the two only the first is held by a process of user 1 as well.
+    let (status, body) = fetch(TcpStream::from(maker.connect_and_keep()));
+    assert_eq!(status, 200, "{body}");
+    let (status, body) = fetch(TcpStream::from(maker.connect()));
+    assert_eq!((status, &body["code"]), (403, &"no_holder".into()));
+    assert_eq!(upstream.counts(), [1, 1, 0]);
 }
 
 /// T48: segments that swap or join give other tags, other session names and other sessions.
