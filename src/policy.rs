@@ -73,8 +73,8 @@ impl Policy {
     /// Returns the facts about a caller that any role depends on, as far as they are known. The
     /// kernel sets each of them.
     ///
-    /// A user of a container may have the number of a user of this node, so it has no name here. Nor
-    /// has the maker of a TCP socket that no process was found for.
+    /// A user of a container may have the number of a user of this node, so it has no name here.
+    /// Nor has the maker of a TCP socket for which no process was found.
     pub async fn attested_facts(&self, caller: CallerFacts<'_>) -> AttestedFacts {
         let mut facts = AttestedFacts::default();
         let peer = caller.peer;

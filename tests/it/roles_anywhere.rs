@@ -1,8 +1,9 @@
-//! IAM Roles Anywhere: the verifying server of `awsvid dev`, AWS's own client, and awsvid with
+//! IAM Roles Anywhere: the verifying server of `awsvid dev`, AWS's own two clients, and awsvid with
 //! each kind of key and each identity source.
 
 mod aws_client;
 mod commands;
 mod outages;
+mod python_client;
 mod server;
 mod spire;

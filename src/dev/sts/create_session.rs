@@ -108,11 +108,15 @@ fn json_response(status: StatusCode, body: &serde_json::Value) -> LoopbackRespon
     response
 }
 
+/// The body. The ARNs stand in it or in the query: each of AWS's own clients has its way.
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "camelCase", default)]
 struct DevSessionRequest {
     duration_seconds: Option<u64>,
     role_session_name: Option<String>,
+    trust_anchor_arn: Option<String>,
+    profile_arn: Option<String>,
+    role_arn: Option<String>,
 }
 
 impl StsState {
@@ -133,17 +137,18 @@ impl StsState {
             form_urlencoded::parse(request.uri().query().unwrap_or_default().as_bytes())
                 .into_owned()
                 .collect();
-        let parameter = |name: &str| {
-            let found = query.iter().find(|(key, _)| key == name);
-            found
-                .map(|(_, value)| value.as_str())
+        let parameters: DevSessionRequest = serde_json::from_slice(request.body())
+            .map_err(|_| DevSessionRejection::invalid("The body is not JSON"))?;
+        let arn = |name: &str, in_body: &'_ Option<String>| {
+            let in_query = query.iter().find(|(key, _)| key == name);
+            let in_query = in_query.map(|(_, value)| value.clone());
+            in_query
+                .or_else(|| in_body.clone())
                 .ok_or_else(|| DevSessionRejection::invalid(format!("{name} is missing")))
         };
-        let (anchor, profile, role) = (
-            parameter("trustAnchorArn")?,
-            parameter("profileArn")?,
-            parameter("roleArn")?,
-        );
+        let anchor = arn("trustAnchorArn", &parameters.trust_anchor_arn)?;
+        let profile = arn("profileArn", &parameters.profile_arn)?;
+        let role = arn("roleArn", &parameters.role_arn)?;
         let proof = Proof::of(request, &query, &self.account.region, now)?;
         let anchor = self
             .account
@@ -152,9 +157,7 @@ impl StsState {
             .find(|known| known.arn == anchor && known.profile_arn == profile)
             .ok_or_else(|| DevSessionRejection::missing("Trust anchor or profile not found"))?;
         proof.verify_chain(&anchor.certificates, now)?;
-        let parameters: DevSessionRequest = serde_json::from_slice(request.body())
-            .map_err(|_| DevSessionRejection::invalid("The body is not JSON"))?;
-        let role = role_of(anchor, role, proof.spiffe_id())?;
+        let role = role_of(anchor, &role, proof.spiffe_id())?;
         let seconds = parameters.duration_seconds.unwrap_or(DEFAULT_DURATION);
         if !DURATION.contains(&seconds) || Duration::from_secs(seconds) > role.max_duration {
             return Err(DevSessionRejection::invalid(

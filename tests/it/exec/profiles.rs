@@ -11,7 +11,7 @@ use std::thread;
 
 use super::{daemon, output};
 use crate::harness::counterparts::process::{Output, behind};
-use crate::harness::counterparts::{folder, root, tool};
+use crate::harness::counterparts::{folder, python, root, tool};
 use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::upstream::Upstream;
 
@@ -105,8 +105,7 @@ type Setup<'a> = (String, &'a str, &'a [(&'a str, &'a str)]);
 
 /// Returns the clients, each as a command that calls the STS for its own identity.
 fn clients(sts: &str) -> Option<Vec<(&'static str, Vec<String>)>> {
-    // Not the link: Python knows its libraries by the path that it was started with.
-    let python = fs::read_link(tool("client-boto3")?).unwrap();
+    let python = python("client-boto3")?;
     let cli = |program: PathBuf| {
         let words = ["--endpoint-url", sts, "sts", "get-caller-identity"].map(str::to_owned);
         [vec![program.display().to_string()], words.to_vec()].concat()

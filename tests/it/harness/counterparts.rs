@@ -56,6 +56,13 @@ pub(crate) fn tool(name: &str) -> Option<PathBuf> {
     None
 }
 
+/// Returns the path of an interpreter of Python, like [`tool`]. Not that of the link: Python knows
+/// its libraries by the path that it was started with.
+pub(crate) fn python(name: &str) -> Option<PathBuf> {
+    let link = tool(name)?;
+    Some(std::fs::read_link(&link).unwrap_or(link))
+}
+
 /// Creates a folder that other users can enter, removed at the end. A plain temporary folder is
 /// closed to them. Its path is short enough for unix sockets.
 pub(crate) fn folder() -> tempfile::TempDir {

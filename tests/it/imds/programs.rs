@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::*;
 use crate::harness::client::TCP_USER;
 use crate::harness::counterparts::process::{Output, await_some, run};
-use crate::harness::counterparts::{folder, tool};
+use crate::harness::counterparts::{folder, python, tool};
 use crate::harness::daemon::PROGRAM;
 use crate::harness::is_slow;
 
@@ -64,13 +64,6 @@ fn output(command: Command) -> Output {
 
 fn boto3() -> Option<PathBuf> {
     python("client-boto3")
-}
-
-/// Returns the Python of a client. Not the link: Python knows its libraries by the path that it was
-/// started with.
-fn python(name: &str) -> Option<PathBuf> {
-    let python = tool(name)?;
-    Some(std::fs::read_link(&python).unwrap_or(python))
 }
 
 /// Asserts that the daemon was reached by metadata alone.

@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 
 use super::*;
 use crate::harness::counterparts::process::{Output, behind, run};
-use crate::harness::counterparts::tool;
+use crate::harness::counterparts::python;
 
 mod attacks;
 mod handover;
@@ -161,7 +161,7 @@ fn pod_that_opts_in_is_served_with_nothing_set() {
     // Only metadata is there.
     let answer = node.fetch("early", &cgroups[0], METADATA_V4.parse().unwrap());
     assert!(!answer.starts_with("HTTP/1.1 200"), "{answer}");
-    if let Some(python) = tool("client-boto3").map(|link| fs::read_link(&link).unwrap_or(link)) {
+    if let Some(python) = python("client-boto3") {
         let words = [python.to_str().unwrap(), "-c", BOTO3];
         let output = run_in_pod(node, "early", &cgroups[0], &words).success("boto3");
         assert!(output.starts_with("iam-role "), "{output}");

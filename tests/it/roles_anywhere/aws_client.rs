@@ -21,10 +21,10 @@ use crate::harness::env::id;
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A CA, and files with a certificate and a key of its own.
-struct CertifiedFiles {
-    ca: String,
-    certificate: PathBuf,
-    key: PathBuf,
+pub(super) struct CertifiedFiles {
+    pub(super) ca: String,
+    pub(super) certificate: PathBuf,
+    pub(super) key: PathBuf,
     /// The intermediate CAs, if there are any.
     bundle: Option<PathBuf>,
 }
@@ -42,7 +42,7 @@ fn ca_params(name: &str) -> CertificateParams {
 impl CertifiedFiles {
     /// Creates a certificate of a workload with this key, below an intermediate CA or below the
     /// root itself.
-    fn new(folder: &Path, key: &KeyPair, has_intermediate: bool) -> Self {
+    pub(super) fn new(folder: &Path, key: &KeyPair, has_intermediate: bool) -> Self {
         let root_key = KeyPair::generate().unwrap();
         let root_params = ca_params("root");
         let root = root_params.self_signed(&root_key).unwrap();
