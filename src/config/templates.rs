@@ -79,13 +79,20 @@ pub(super) fn policy_arns(table: &Table<'_>, names: RoleNameRules) -> Vec<Templa
 }
 
 /// Checks templates by the SPIFFE IDs that have them: segments that not every ID has are errors,
-/// and facts that callers of one ID do not share are warnings.
+/// and values that other callers share or cover are warnings.
 pub(super) fn check_values(
     table: &Table<'_>,
     pattern: &SpiffeIdPattern,
     templates: &[LocatedTemplate<'_>],
 ) {
     for (at, template) in templates {
+        if let Some(placeholder) = template.widened() {
+            let what = format!(
+                "a wildcard stands beside {placeholder}, so it covers the values of other callers: `shop*` covers \
+                 `shop-prod`"
+            );
+            table.report.warn(at, what, "put a `/` between the two");
+        }
         for placeholder in template.placeholders() {
             match placeholder {
                 Placeholder::Segment(index) => check_segment(table, at, pattern, index),

@@ -277,6 +277,22 @@ impl Template {
         Ok(())
     }
 
+    /// Returns the first placeholder beside a wildcard of IAM, such as `{path[1]}*`. It covers the
+    /// values of other callers too: `shop*` covers `shop-prod`.
+    pub fn widened(&self) -> Option<Placeholder> {
+        let is_wildcard = |c: Option<char>| matches!(c, Some('*' | '?'));
+        let mut beside = self.parts.windows(2).filter_map(|pair| match pair {
+            [TemplatePart::Value(value), TemplatePart::Text(text)] => {
+                is_wildcard(text.chars().next()).then_some(*value)
+            }
+            [TemplatePart::Text(text), TemplatePart::Value(value)] => {
+                is_wildcard(text.chars().next_back()).then_some(*value)
+            }
+            _ => None,
+        });
+        beside.find(|value| *value != Placeholder::TrustDomain)
+    }
+
     /// Renders the text for these values. Fails if one has no value, or one that is not allowed.
     pub fn render(&self, values: &TemplateValues<'_>) -> Result<String, InvalidName> {
         let mut text = String::with_capacity(self.text.len());

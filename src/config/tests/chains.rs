@@ -261,6 +261,25 @@ fn risky_values_have_a_warning() {
     );
     let found = warnings(&policy);
     assert!(found[0].1 == "role.policy" && found.len() == 1, "{found:?}");
+    for (resource, is_widened) in [
+        ("data/{path[1]}*", true),
+        ("data/*{path[1]}/x", true),
+        ("data/{path[1]}?", true),
+        ("data/{path[1]}/*", false),
+        ("{trust_domain}*", false),
+    ] {
+        let policy = format!("policy = '{{\"Resource\": \"arn:aws:s3:::{resource}\"}}'");
+        let found = warnings(&format!("{ROLE}{policy}\n"));
+        let texts = found
+            .iter()
+            .filter(|(_, _, text)| text.contains("a wildcard stands beside {path[1]}"));
+        assert_eq!(texts.count() == 1, is_widened, "{resource}: {found:?}");
+        assert_eq!(
+            found.len(),
+            usize::from(is_widened),
+            "{resource}: {found:?}"
+        );
+    }
     assert_eq!(warnings(ROLE), []);
     // The example of the documents has no warning.
     let page = include_str!("../../../deploy/docs/role-chaining.md");
