@@ -88,7 +88,7 @@ pub(super) fn check_values(
     for (at, template) in templates {
         if let Some(placeholder) = template.widened() {
             let what = format!(
-                "a wildcard stands beside {placeholder}, so it covers the values of other callers: `shop*` covers \
+                "a wildcard is next to {placeholder}, so it covers the values of other callers: `shop*` covers \
                  `shop-prod`"
             );
             table.report.warn(at, what, "put a `/` between the two");

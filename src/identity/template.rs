@@ -277,11 +277,11 @@ impl Template {
         Ok(())
     }
 
-    /// Returns the first placeholder beside a wildcard of IAM, such as `{path[1]}*`. It covers the
+    /// Returns the first placeholder next to a wildcard of IAM, such as `{path[1]}*`. It covers the
     /// values of other callers too: `shop*` covers `shop-prod`.
     pub fn widened(&self) -> Option<Placeholder> {
         let is_wildcard = |c: Option<char>| matches!(c, Some('*' | '?'));
-        let mut beside = self.parts.windows(2).filter_map(|pair| match pair {
+        let mut adjacent = self.parts.windows(2).filter_map(|pair| match pair {
             [TemplatePart::Value(value), TemplatePart::Text(text)] => {
                 is_wildcard(text.chars().next()).then_some(*value)
             }
@@ -290,7 +290,7 @@ impl Template {
             }
             _ => None,
         });
-        beside.find(|value| *value != Placeholder::TrustDomain)
+        adjacent.find(|value| *value != Placeholder::TrustDomain)
     }
 
     /// Renders the text for these values. Fails if one has no value, or one that is not allowed.

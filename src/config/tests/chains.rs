@@ -272,7 +272,7 @@ fn risky_values_have_a_warning() {
         let found = warnings(&format!("{ROLE}{policy}\n"));
         let texts = found
             .iter()
-            .filter(|(_, _, text)| text.contains("a wildcard stands beside {path[1]}"));
+            .filter(|(_, _, text)| text.contains("a wildcard is next to {path[1]}"));
         assert_eq!(texts.count() == 1, is_widened, "{resource}: {found:?}");
         assert_eq!(
             found.len(),
