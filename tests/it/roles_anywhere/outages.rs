@@ -1,7 +1,7 @@
 //! Outages of the services that each exchange needs.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -12,10 +12,14 @@ use crate::harness::counterparts::spire::{Spire, SpireSetting};
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::Daemon;
 use crate::harness::env::{Source, id};
+use crate::harness::is_slow;
 use crate::harness::sts::AUDIENCE;
 
 /// Bounds one request on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(60);
+/// Length of the outage of the slow form, and the time between its requests.
+const OUTAGE: Duration = Duration::from_secs(3600);
+const BETWEEN_ROUNDS: Duration = Duration::from_secs(10);
 const FIRST: u32 = 61001;
 const USERS: u32 = 8;
 
@@ -54,7 +58,7 @@ impl OutageNode {
             "[identity]\n{}\naudience = \"{AUDIENCE}\"\n[sts]\nregion = \"us-east-1\"\nendpoint = \"{}\"\n{}{rules}",
             Source::Rules.keys(&spire, &spire.agent_socket()),
             server.sts.url(),
-            server.configuration("exchange = \"both\""),
+            server.configuration("exchange = \"both\"\nduration = \"15m\""),
         );
         let daemon = Daemon::start(folder, "", &configuration).ready();
         let name = folder.file_name().unwrap().to_str().unwrap();
@@ -83,12 +87,26 @@ impl OutageNode {
         }
     }
 
+    /// Checks that all users get credentials for an hour, with the sessions of a certificate.
+    fn assert_served_for_an_hour(&self) {
+        let began = Instant::now();
+        while began.elapsed() < OUTAGE {
+            std::thread::sleep(BETWEEN_ROUNDS);
+            self.assert_served(FIRST..FIRST + USERS);
+        }
+        let issued = self.server.sts.issued();
+        eprintln!("{issued} sessions, all but 2 by a certificate");
+        assert!(issued >= u64::from(USERS) * 4, "{issued}");
+    }
+
     /// Returns the number of sessions by a certificate.
     fn by_certificate(&self) -> usize {
         self.server.sts.accepted_requests().len()
     }
 }
 
+/// In the slow form the outage lasts an hour, in which each session of 15 minutes is renewed by a
+/// certificate several times.
 #[test]
 fn issuer_outage_causes_no_error() {
     if !root() {
@@ -106,6 +124,9 @@ fn issuer_outage_causes_no_error() {
     assert_eq!((node.server.sts.issued(), node.by_certificate()), (8, 6));
     node.daemon
         .await_line(&["exchange of tokens is unavailable"]);
+    if is_slow() {
+        node.assert_served_for_an_hour();
+    }
 }
 
 #[test]
