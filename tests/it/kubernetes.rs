@@ -7,6 +7,7 @@ mod documented;
 mod existing_spire;
 mod imds;
 mod life;
+mod older_clusters;
 mod policy;
 mod rights;
 

@@ -10,6 +10,7 @@ mod configuration;
 mod hierarchies;
 mod images;
 mod pods;
+mod programs;
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -34,22 +35,6 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 const NAMESPACES: [&str; 7] = [
     "--pid", "--mount", "--uts", "--ipc", "--net", "--cgroup", "--fork",
 ];
-const PROGRAMS: [&str; 14] = [
-    "kubectl",
-    "helm",
-    "ctr",
-    "etcd",
-    "kube-apiserver",
-    "kube-controller-manager",
-    "kube-scheduler",
-    "kubelet",
-    "containerd",
-    "containerd-shim-runc-v2",
-    "runc",
-    "ptp",
-    "host-local",
-    "pod-files",
-];
 /// The image that most pods run.
 pub(crate) const BUSYBOX: &str = "docker.io/library/busybox:test";
 
@@ -66,17 +51,18 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// Starts one with its files below `folder`. Returns `None` after a printed skip if a program
-    /// is missing or this computer does not let the test create namespaces. In CI that is a panic.
-    pub(crate) fn start(folder: &Path) -> Option<Self> {
+    /// Creates one without programs, with its files below `folder`. Returns `None` after a printed
+    /// skip if one of `programs` is missing or this computer does not let the test create
+    /// namespaces. In CI that is a panic.
+    fn create(folder: &Path, programs: &[&str]) -> Option<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         if !root() {
             return None;
         }
-        for program in PROGRAMS {
+        for program in programs {
             tool(program)?;
         }
-        let bin = tool("kubelet")?.parent().expect("a directory").to_owned();
+        let bin = tool("kubectl")?.parent().expect("a directory").to_owned();
         let probe = run(
             outside("unshare", NAMESPACES.iter().copied().chain(["true"])),
             b"",
@@ -93,10 +79,7 @@ impl Node {
                 return None;
             }
         };
-        let folder = folder.join("kubernetes");
-        let mut node = Self::boot(folder, bin, hierarchies);
-        node.start_programs();
-        Some(node)
+        Some(Self::boot(folder.join("kubernetes"), bin, hierarchies))
     }
 
     /// Creates the namespaces, which are still empty.
@@ -143,78 +126,6 @@ impl Node {
                 node.path("/run/booted").exists().then_some(())
             });
         node
-    }
-
-    fn start_programs(&mut self) {
-        self.start_program("containerd", &[]);
-        self.start_program("etcd", &configuration::etcd());
-        self.start_program("kube-apiserver", &configuration::apiserver());
-        let busybox = self.bin.join("pod-files/busybox");
-        self.await_program("containerd", "containerd", || {
-            self.command(&["ctr", "version"])
-                .output()
-                .ok()?
-                .status
-                .success()
-                .then_some(())
-        });
-        self.import(&Image {
-            name: BUSYBOX,
-            layers: &[&busybox],
-            entrypoint: &[],
-        });
-        let pause = ["/bin/busybox", "sleep", "2147483647"];
-        self.import(&Image {
-            name: configuration::PAUSE,
-            layers: &[&busybox],
-            entrypoint: &pause,
-        });
-        self.await_program("kube-apiserver", "the API server is ready", || {
-            self.kubectl(&["get", "--raw", "/readyz"])
-                .status
-                .success()
-                .then_some(())
-        });
-        self.start_program(
-            "kube-controller-manager",
-            &configuration::controller_manager(),
-        );
-        self.start_program("kube-scheduler", &configuration::scheduler());
-        self.start_program("kubelet", &configuration::kubelet());
-        self.await_program("kubelet", "the node is ready", || {
-            let node = self.kubectl(&["get", "node", NAME, "--output", "json"]);
-            let node: Value = serde_json::from_str(&node.stdout).ok()?;
-            let conditions = node["status"]["conditions"].as_array()?;
-            conditions
-                .iter()
-                .any(|one| one["type"] == "Ready" && one["status"] == "True")
-                .then_some(())
-        });
-        self.await_program("kube-controller-manager", "a service account", || {
-            self.kubectl(&["get", "serviceaccount", "default"])
-                .status
-                .success()
-                .then_some(())
-        });
-    }
-
-    fn start_program(&mut self, name: &str, arguments: &[String]) {
-        let program = self.bin.join(name);
-        let mut command = self.command(&[program.to_str().expect("a path in UTF-8")]);
-        command.args(arguments);
-        self.processes.push(Process::start(
-            name,
-            command,
-            &self.folder.join(format!("{name}.log")),
-        ));
-    }
-
-    fn await_program<T>(&self, name: &str, what: &str, ready: impl FnMut() -> Option<T>) -> T {
-        let number = PROGRAMS_STARTED
-            .iter()
-            .position(|program| *program == name)
-            .expect("a program of the node");
-        self.processes[number].await_some(what, TIMEOUT, ready)
     }
 
     /// Returns the folder of the counterparts' programs.
@@ -364,16 +275,6 @@ impl Node {
         configuration::write_network(&self.path("/"), families);
     }
 }
-
-/// In the order in which they are started.
-const PROGRAMS_STARTED: [&str; 6] = [
-    "containerd",
-    "etcd",
-    "kube-apiserver",
-    "kube-controller-manager",
-    "kube-scheduler",
-    "kubelet",
-];
 
 /// Returns a command on this computer with an empty environment.
 fn outside<'a>(program: &str, arguments: impl IntoIterator<Item = &'a str>) -> Command {

@@ -77,6 +77,31 @@ fn chart_equals_the_tree_with_instance_metadata() {
     }
 }
 
+#[test]
+fn chart_equals_the_tree_with_policies_of_v1beta1() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    let api = "admissionregistration.k8s.io/v1beta1/MutatingAdmissionPolicy";
+    let older = ["--kube-version", "1.34.4", "--api-versions", api];
+    let values = [&DEFAULTS[..], &["imds.mode=address"]].concat();
+    let chart = renderer.chart(&values, &older);
+    let components = [
+        "environment",
+        "environment-imds",
+        "imds-address",
+        "policies-v1beta1",
+    ];
+    let table = "\n[imds]\nmode = \"address\"\nregion = true\n\
+                 key_file = \"/run/awsvid-handover/own/imds-key\"\n";
+    let tree = renderer.overlay("spiffe-broker", &components, |text| text + table);
+    assert!(tree.values().any(|object| {
+        object["kind"] == "MutatingAdmissionPolicy"
+            && object["apiVersion"] == "admissionregistration.k8s.io/v1beta1"
+    }));
+    assert_equal(comparable(chart), comparable(tree));
+}
+
 /// OpenShift rejects a pod with a capability that its constraints lack.
 #[test]
 fn openshift_allows_each_capability() {

@@ -115,6 +115,9 @@ fn notes_list_what_is_injected_and_what_is_not() {
         let notes = notes(&renderer, &["strict=false"], version, api);
         assert!(notes.contains(line), "{version} {api}: {notes}");
         assert_eq!(notes.contains("Not injected:"), chosen.is_some(), "{notes}");
+        // The API alone is not enough.
+        let is_beta = chosen == Some(POLICY_V1BETA1);
+        assert_eq!(notes.contains("feature gate"), is_beta, "{notes}");
     }
 }
 

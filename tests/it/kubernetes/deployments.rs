@@ -2,13 +2,14 @@
 //! AWS CLI.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::cluster::{AWS, Cluster, READER, ServiceAccount, container, copy, overlay};
 use crate::harness::counterparts::process::await_some;
+use crate::harness::kubernetes::Node;
 
 fn deployment(account: ServiceAccount, name: &str, script: &str, annotations: &Value) -> Value {
     let labels = json!({ "app": name });
@@ -58,35 +59,42 @@ pub(super) fn deployment_reads_its_object(cluster: &Cluster) {
 pub(super) fn deployment_reads_its_object_by_component(cluster: &Cluster, folder: &Path) {
     let script = format!("env; {}; exec busybox sleep 3600", copy(READER));
     let out = json!({ "awsvid.io/environment": "false" });
+    let directory = kustomization(folder);
+    write(
+        &directory,
+        &deployment(READER, "by-component", &script, &out),
+    );
+    cluster
+        .node
+        .kubectl(&["apply", "--kustomize", directory.to_str().unwrap()])
+        .success("kubectl apply -k");
+    has_read(cluster, READER, "by-component");
+    component_covers_each_kind_of_workload(&cluster.node, folder);
+}
+
+/// Writes a kustomization of workloads with the component, and returns its directory.
+fn kustomization(folder: &Path) -> PathBuf {
     let directory = overlay(folder, "workloads", &[], &["environment-patch"]);
-    let write = |deployment: &Value| {
-        fs::write(directory.join("deployment.json"), deployment.to_string()).unwrap();
-    };
     let file = directory.join("kustomization.yaml");
     let mut kustomization: Value =
         serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
     kustomization["namespace"] = READER.namespace.into();
-    kustomization["resources"] = json!(["deployment.json"]);
+    kustomization["resources"] = json!(["workloads.json"]);
     fs::write(file, kustomization.to_string()).unwrap();
-    let apply = || {
-        cluster
-            .node
-            .kubectl(&["apply", "--kustomize", directory.to_str().unwrap()])
-    };
-    let good = deployment(READER, "by-component", &script, &out);
-    write(&good);
-    apply().success("kubectl apply -k");
-    has_read(cluster, READER, "by-component");
+    directory
+}
 
-    component_covers_each_kind_of_workload(cluster, &directory);
+/// Writes the workloads of that kustomization.
+fn write(directory: &Path, workloads: &Value) {
+    fs::write(directory.join("workloads.json"), workloads.to_string()).unwrap();
 }
 
 /// Returns a workload of each kind, with an init container and a container that sets a variable.
-fn workloads() -> Vec<Value> {
+pub(super) fn workloads(annotations: &Value) -> Vec<Value> {
     let own = json!([{ "name": "AWS_EC2_METADATA_DISABLED", "value": "false" }]);
     let container = |name: &str, env: &Value| json!({ "name": name, "image": AWS, "env": env });
     let spec = json!({
-        "restartPolicy": "Never",
+        "restartPolicy": "Never", "automountServiceAccountToken": false,
         "containers": [container("main", &own)], "initContainers": [container("first", &json!([]))],
     });
     let mut always = spec.clone();
@@ -107,9 +115,6 @@ fn workloads() -> Vec<Value> {
         ("batch/v1", "CronJob", cron),
         ("v1", "Pod", spec.clone()),
     ];
-    // The policy of this cluster leaves the bare pod alone.
-    let annotations =
-        json!({ "awsvid.io/init-containers": "true", "awsvid.io/environment": "false" });
     kinds
         .into_iter()
         .map(|(version, kind, spec)| {
@@ -120,21 +125,26 @@ fn workloads() -> Vec<Value> {
         .collect()
 }
 
-/// Returns the pod's spec within a workload.
-fn pod_spec(workload: &Value) -> &Value {
+/// Returns the pod within a workload: its metadata and spec.
+pub(super) fn pod_of(workload: &Value) -> &Value {
     let spec = &workload["spec"];
     match workload["kind"].as_str().unwrap() {
-        "Pod" => spec,
-        "CronJob" => &spec["jobTemplate"]["spec"]["template"]["spec"],
-        _ => &spec["template"]["spec"],
+        "Pod" => workload,
+        "CronJob" => &spec["jobTemplate"]["spec"]["template"],
+        _ => &spec["template"],
     }
 }
 
-/// Applies a workload of each kind in a dry run, and checks what the API server would store.
-fn component_covers_each_kind_of_workload(cluster: &Cluster, directory: &Path) {
-    let workloads = workloads();
+/// Applies a workload of each kind in a dry run, checks what the API server would store, and
+/// returns that.
+pub(super) fn component_covers_each_kind_of_workload(node: &Node, folder: &Path) -> Vec<Value> {
+    let directory = kustomization(folder);
+    // A policy of this cluster leaves the bare pod alone.
+    let annotations =
+        json!({ "awsvid.io/init-containers": "true", "awsvid.io/environment": "false" });
+    let workloads = workloads(&annotations);
     let list = json!({ "apiVersion": "v1", "kind": "List", "items": workloads });
-    fs::write(directory.join("deployment.json"), list.to_string()).unwrap();
+    write(&directory, &list);
     let directory = directory.to_str().unwrap();
     let words = [
         "apply",
@@ -144,16 +154,13 @@ fn component_covers_each_kind_of_workload(cluster: &Cluster, directory: &Path) {
         "--kustomize",
         directory,
     ];
-    let stored = cluster.node.kubectl(&words).success("each kind");
-    let stored: Value = serde_json::from_str(&stored).unwrap();
-    let stored = stored["items"].as_array().unwrap();
-    let with_pods: Vec<&Value> = stored
-        .iter()
-        .filter(|item| item["kind"] != "ConfigMap")
-        .collect();
-    assert_eq!(with_pods.len(), workloads.len());
-    for workload in with_pods {
-        let spec = pod_spec(workload);
+    let stored = node.kubectl(&words).success("each kind");
+    let mut stored: Value = serde_json::from_str(&stored).unwrap();
+    let mut stored = std::mem::take(stored["items"].as_array_mut().unwrap());
+    stored.retain(|item| item["kind"] != "ConfigMap");
+    assert_eq!(stored.len(), workloads.len());
+    for workload in &stored {
+        let spec = &pod_of(workload)["spec"];
         for containers in ["containers", "initContainers"] {
             let container = &spec[containers][0];
             assert_eq!(container["envFrom"][0]["prefix"], "AWS_", "{workload}");
@@ -165,4 +172,5 @@ fn component_covers_each_kind_of_workload(cluster: &Cluster, directory: &Path) {
             "a value of the workload's own stays: {workload}"
         );
     }
+    stored
 }

@@ -90,7 +90,7 @@ pub(super) fn programs_need_no_setting(cluster: &Cluster) {
 fn await_opt_in(cluster: &Cluster) {
     let trial = pod(cluster, "trial", BUSYBOX, "true");
     await_some("the policy is active", Duration::from_secs(30), || {
-        let stored = admitted(cluster, &trial);
+        let stored = admitted(&cluster.node, &trial);
         let sysctl = &stored["spec"]["securityContext"]["sysctls"][0];
         (sysctl["value"] == "974").then_some(())
     });

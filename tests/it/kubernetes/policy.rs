@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::cluster::{Cluster, READER, manifests, overlay};
 use crate::harness::counterparts::process::await_some;
+use crate::harness::kubernetes::Node;
 
 const URI: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI";
 const TOKEN: &str = "AWS_CONTAINER_AUTHORIZATION_TOKEN";
@@ -15,8 +16,8 @@ const METADATA: &str = "AWS_EC2_METADATA_DISABLED";
 const METADATA_ENDPOINT: &str = "AWS_EC2_METADATA_SERVICE_ENDPOINT";
 const METADATA_V1_DISABLED: &str = "AWS_EC2_METADATA_V1_DISABLED";
 
-/// Returns the pod that the API server would store instead of this one.
-pub(super) fn admitted(cluster: &Cluster, pod: &Value) -> Value {
+/// Returns the object that the API server would store instead of this one.
+pub(super) fn admitted(node: &Node, object: &Value) -> Value {
     let arguments = [
         "create",
         "--dry-run=server",
@@ -25,18 +26,17 @@ pub(super) fn admitted(cluster: &Cluster, pod: &Value) -> Value {
         "--filename",
         "-",
     ];
-    let stored = cluster
-        .node
-        .kubectl_with(&arguments, &pod.to_string())
-        .success("a pod on trial");
+    let stored = node
+        .kubectl_with(&arguments, &object.to_string())
+        .success("an object on trial");
     serde_json::from_str(&stored).unwrap()
 }
 
-fn pod(namespace: &str, spec: Value) -> Value {
+pub(super) fn pod(namespace: &str, spec: Value) -> Value {
     json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "trial", "namespace": namespace }, "spec": spec })
 }
 
-fn value<'a>(container: &'a Value, name: &str) -> Option<&'a str> {
+pub(super) fn value<'a>(container: &'a Value, name: &str) -> Option<&'a str> {
     let all = container["env"].as_array()?;
     let found: Vec<_> = all.iter().filter(|one| one["name"] == name).collect();
     assert!(found.len() < 2, "{name} twice: {container}");
@@ -55,6 +55,43 @@ const ALL: [Option<&str>; 4] = [
     Some("/run/secrets/awsvid/token"),
     Some("true"),
 ];
+
+/// Returns a container without any setting.
+fn plain() -> Value {
+    json!({ "name": "plain", "image": "i" })
+}
+
+/// Returns a pod with containers of every kind, each without a different part.
+pub(super) fn pod_of_every_container() -> Value {
+    let own = json!([
+        { "name": URI, "value": "http://127.0.0.1:974/v1/credentials/other" },
+        { "name": TOKEN, "valueFrom": { "fieldRef": { "fieldPath": "metadata.name" } } },
+        { "name": "SOMETHING", "value": "else" },
+    ]);
+    pod(
+        READER.namespace,
+        json!({
+            "automountServiceAccountToken": false,
+            "initContainers": [plain(), { "name": "sidecar", "image": "i", "restartPolicy": "Always" }],
+            "containers": [
+                { "name": "own", "image": "i", "env": own, "volumeMounts": [{ "name": "scratch", "mountPath": "/scratch" }] },
+                { "name": "imds", "image": "i", "env": [{ "name": METADATA, "value": "false" }] },
+            ],
+            "volumes": [{ "name": "scratch", "emptyDir": {} }],
+        }),
+    )
+}
+
+/// Returns a pod with as many containers and variables as any pod may have.
+pub(super) fn pod_of_largest_size() -> Value {
+    let environment: Vec<_> = (0..60)
+        .map(|i| json!({ "name": format!("V{i}"), "value": "v" }))
+        .collect();
+    let many: Vec<_> = (0..100)
+        .map(|i| json!({ "name": format!("c{i}"), "image": "i", "env": environment }))
+        .collect();
+    pod(READER.namespace, json!({ "containers": many }))
+}
 
 /// Applies the policy as it is without the instance metadata service.
 fn apply_policy(cluster: &Cluster) {
@@ -82,7 +119,7 @@ pub(super) fn metadata_service_replaces_its_switch(cluster: &Cluster, folder: &P
     };
     let await_values = |what: &str, expected: [Option<&str>; 3], own: [Option<&str>; 3]| {
         await_some(what, Duration::from_secs(30), || {
-            let found = admitted(cluster, &trial);
+            let found = admitted(&cluster.node, &trial);
             let all = [
                 "/spec/containers/0",
                 "/spec/initContainers/0",
@@ -114,35 +151,17 @@ pub(super) fn metadata_service_replaces_its_switch(cluster: &Cluster, folder: &P
 
 pub(super) fn missing_environment_is_set(cluster: &Cluster) {
     apply_policy(cluster);
-    let plain = || json!({ "name": "plain", "image": "i" });
     let simple = pod(READER.namespace, json!({ "containers": [plain()] }));
     let first = await_some("the policy is active", Duration::from_secs(30), || {
-        let found = admitted(cluster, &simple);
+        let found = admitted(&cluster.node, &simple);
         value(&found["spec"]["containers"][0], URI)
             .is_some()
             .then_some(found)
     });
     assert_eq!(values(&first["spec"]["containers"][0]), ALL);
 
-    // Containers of every kind, each without a different part.
-    let own = json!([
-        { "name": URI, "value": "http://127.0.0.1:974/v1/credentials/other" },
-        { "name": TOKEN, "valueFrom": { "fieldRef": { "fieldPath": "metadata.name" } } },
-        { "name": "SOMETHING", "value": "else" },
-    ]);
-    let everything = pod(
-        READER.namespace,
-        json!({
-            "automountServiceAccountToken": false,
-            "initContainers": [plain(), { "name": "sidecar", "image": "i", "restartPolicy": "Always" }],
-            "containers": [
-                { "name": "own", "image": "i", "env": own, "volumeMounts": [{ "name": "scratch", "mountPath": "/scratch" }] },
-                { "name": "imds", "image": "i", "env": [{ "name": METADATA, "value": "false" }] },
-            ],
-            "volumes": [{ "name": "scratch", "emptyDir": {} }],
-        }),
-    );
-    let found = admitted(cluster, &everything);
+    let everything = pod_of_every_container();
+    let found = admitted(&cluster.node, &everything);
     let spec = &found["spec"];
     for container in spec["initContainers"].as_array().unwrap() {
         assert_eq!(values(container), ALL, "{container}");
@@ -182,7 +201,7 @@ pub(super) fn missing_environment_is_set(cluster: &Cluster) {
     );
     let other_pod = pod("default", json!({ "containers": [plain()] }));
     for pod in [out, host, other_pod] {
-        let found = admitted(cluster, &pod);
+        let found = admitted(&cluster.node, &pod);
         assert_eq!(
             values(&found["spec"]["containers"][0]),
             [None; 4],
@@ -195,16 +214,7 @@ pub(super) fn missing_environment_is_set(cluster: &Cluster) {
     }
 
     // Up to the largest number that any pod has.
-    let environment: Vec<_> = (0..60)
-        .map(|i| json!({ "name": format!("V{i}"), "value": "v" }))
-        .collect();
-    let many: Vec<_> = (0..100)
-        .map(|i| json!({ "name": format!("c{i}"), "image": "i", "env": environment }))
-        .collect();
-    let found = admitted(
-        cluster,
-        &pod(READER.namespace, json!({ "containers": many })),
-    );
+    let found = admitted(&cluster.node, &pod_of_largest_size());
     for container in found["spec"]["containers"].as_array().unwrap() {
         assert_eq!(
             (

@@ -209,6 +209,11 @@ impl Process {
         }
     }
 
+    /// Returns its name in failures.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Returns its process id, as [`OwnedProcess::id`] does.
     pub(crate) fn id(&self) -> Pid {
         self.owned.id()

@@ -1,0 +1,124 @@
+//! The programs of a node, which run until it is dropped.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::super::counterparts::process::Process;
+use super::{BUSYBOX, Image, NAME, Node, TIMEOUT, configuration};
+
+const PROGRAMS: [&str; 14] = [
+    "kubectl",
+    "helm",
+    "ctr",
+    "etcd",
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubelet",
+    "containerd",
+    "containerd-shim-runc-v2",
+    "runc",
+    "ptp",
+    "host-local",
+    "pod-files",
+];
+
+impl Node {
+    /// Starts a node with all programs, and its files below `folder`. Returns `None` as `create`
+    /// does.
+    pub(crate) fn start(folder: &Path) -> Option<Self> {
+        let mut node = Self::create(folder, &PROGRAMS)?;
+        node.start_programs();
+        Some(node)
+    }
+
+    /// Starts etcd and this API server alone, with more options. Such a cluster admits and stores
+    /// objects, and runs no pod. Returns `None` as `create` does.
+    pub(crate) fn start_api_server(
+        folder: &Path,
+        api_server: &str,
+        options: &[&str],
+    ) -> Option<Self> {
+        let mut node = Self::create(folder, &["kubectl", "helm", "etcd", api_server])?;
+        node.start_program("etcd", &configuration::etcd());
+        let mut arguments = configuration::apiserver();
+        arguments.extend(options.iter().map(|&option| option.to_owned()));
+        node.start_program(api_server, &arguments);
+        node.await_api_server(api_server);
+        Some(node)
+    }
+
+    fn start_programs(&mut self) {
+        self.start_program("containerd", &[]);
+        self.start_program("etcd", &configuration::etcd());
+        self.start_program("kube-apiserver", &configuration::apiserver());
+        let busybox = self.bin.join("pod-files/busybox");
+        self.await_program("containerd", "containerd", || {
+            self.command(&["ctr", "version"])
+                .output()
+                .ok()?
+                .status
+                .success()
+                .then_some(())
+        });
+        self.import(&Image {
+            name: BUSYBOX,
+            layers: &[&busybox],
+            entrypoint: &[],
+        });
+        let pause = ["/bin/busybox", "sleep", "2147483647"];
+        self.import(&Image {
+            name: configuration::PAUSE,
+            layers: &[&busybox],
+            entrypoint: &pause,
+        });
+        self.await_api_server("kube-apiserver");
+        self.start_program(
+            "kube-controller-manager",
+            &configuration::controller_manager(),
+        );
+        self.start_program("kube-scheduler", &configuration::scheduler());
+        self.start_program("kubelet", &configuration::kubelet());
+        self.await_program("kubelet", "the node is ready", || {
+            let node = self.kubectl(&["get", "node", NAME, "--output", "json"]);
+            let node: Value = serde_json::from_str(&node.stdout).ok()?;
+            let conditions = node["status"]["conditions"].as_array()?;
+            conditions
+                .iter()
+                .any(|one| one["type"] == "Ready" && one["status"] == "True")
+                .then_some(())
+        });
+        self.await_program("kube-controller-manager", "a service account", || {
+            self.kubectl(&["get", "serviceaccount", "default"])
+                .status
+                .success()
+                .then_some(())
+        });
+    }
+
+    fn await_api_server(&self, name: &str) {
+        self.await_program(name, "the API server is ready", || {
+            self.kubectl(&["get", "--raw", "/readyz"])
+                .status
+                .success()
+                .then_some(())
+        });
+    }
+
+    fn start_program(&mut self, name: &str, arguments: &[String]) {
+        let program = self.bin.join(name);
+        let mut command = self.command(&[program.to_str().expect("a path in UTF-8")]);
+        command.args(arguments);
+        let log = self.folder.join(format!("{name}.log"));
+        self.processes.push(Process::start(name, command, &log));
+    }
+
+    /// Waits until `ready` returns a value. Panics at once if this program of the node has ended.
+    fn await_program<T>(&self, name: &str, what: &str, ready: impl FnMut() -> Option<T>) -> T {
+        let program = self.processes.iter().find(|one| one.name() == name);
+        program
+            .expect("a program of the node")
+            .await_some(what, TIMEOUT, ready)
+    }
+}
