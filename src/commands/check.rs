@@ -217,7 +217,9 @@ fn configuration(options: &CheckArgs, report: &mut CheckReport) -> Option<Config
                 .iter()
                 .chain(&node::warnings(&loaded.config, &Nss))
             {
-                report.info(STEP, warning.to_string(), "it is allowed, and not wise");
+                let location = warning.location(&options.config);
+                let saw = format!("{location}: warning: {}", warning.cause());
+                report.info(STEP, saw, &warning.fix);
             }
             Some(loaded.config)
         }

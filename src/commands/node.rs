@@ -102,7 +102,7 @@ fn accounts(
             )),
             AccountState::Absent => warnings.push(warning(
                 format!("the {name} does not exist on this node, so the rule matches no caller yet"),
-                "correct the name if it is wrong",
+                "correct the name, or create the account",
             )),
             AccountState::Id(_) | AccountState::Unanswered => {}
         }
