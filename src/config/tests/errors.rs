@@ -322,11 +322,11 @@ fn wrong_type_is_named() {
         ),
         (
             "uid = 1001",
-            "user = 1001",
+            "user = true",
             (
                 5,
                 "workload.user",
-                "this is an integer, where a string is wanted",
+                "this is a boolean, where a string is wanted",
             ),
         ),
         (
@@ -925,12 +925,38 @@ fn rules_are_checked() {
         (
             "uid = 1001",
             "user = \"1001\"",
-            (5, "workload.user", "or its number as `uid`"),
+            (
+                5,
+                "workload.user",
+                "1001 is a number, where a name is wanted; write uid = 1001",
+            ),
+        ),
+        (
+            "uid = 1001",
+            "user = 1001",
+            (
+                5,
+                "workload.user",
+                "1001 is a number, where a name is wanted; write uid = 1001",
+            ),
+        ),
+        (
+            "uid = 1001",
+            "group = 100",
+            (
+                5,
+                "workload.group",
+                "100 is a number, where a name is wanted; write gid = 100",
+            ),
         ),
         (
             "uid = 1001",
             "supplementary_group = \"8\"",
-            (5, "workload.supplementary_group", "it is a number"),
+            (
+                5,
+                "workload.supplementary_group",
+                "write supplementary_group = 8",
+            ),
         ),
         (
             "uid = 1001",
