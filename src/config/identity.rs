@@ -223,6 +223,10 @@ fn socket(
             Some(endpoint)
         }
         Err(error) => {
+            let fix = match text.starts_with('/') {
+                true => format!("write unix://{text}"),
+                false => fix.to_owned(),
+            };
             table.report.error(&at, format!("{text:?}: {error}"), fix);
             None
         }

@@ -699,7 +699,7 @@ fn identity_is_checked() {
             (
                 11,
                 "identity.workload_api_socket",
-                "write unix:///run/spire.sock",
+                "an endpoint begins with unix:// or tcp://; write unix:///run/spire.sock",
             ),
         ),
         (
