@@ -66,7 +66,6 @@ duration = "1"
                 "listen.admin",
                 "\"localhost:975\": invalid socket address",
             ),
-            (5, "sts.region", "no AWS region is set; add `region"),
             (6, "sts.regoin", "did you mean `region`?"),
             (
                 7,
@@ -147,6 +146,28 @@ fn empty_file_is_an_error() {
     );
 }
 
+/// A typing error does not hide an error of the key that is there.
+#[test]
+fn suggestion_hides_only_that_its_key_is_missing() {
+    rejected(
+        &with("name = \"billing\"", "name = \"\"\nnme = \"billing\""),
+        &[
+            (7, "role.name", "it is empty"),
+            (8, "role.nme", "did you mean `name`?"),
+        ],
+    );
+    // The table before has the same key.
+    rejected(
+        "[[role]]\n[[role]]\nname = \"a\"\nspiffe_id = \"spiffe://example.org/a\"\nrole-arn = \"\"\n[sts]\nregion = \"eu-central-1\"\n[[workload]]\nspiffe_id = \"spiffe://example.org/a\"\nuid = 7\n",
+        &[
+            (1, "role.name", "it is missing"),
+            (1, "role.spiffe_id", "it is missing"),
+            (1, "role.role_arn", "it is missing"),
+            (5, "role.role-arn", "did you mean `role_arn`?"),
+        ],
+    );
+}
+
 #[test]
 fn unknown_key_has_a_suggestion() {
     each(&[
@@ -155,6 +176,22 @@ fn unknown_key_has_a_suggestion() {
             "",
             "[[roles]]\nx = 1",
             (10, "roles", "did you mean `role`?"),
+        ),
+        // The key that is meant is not reported as missing, too.
+        (
+            "region = \"eu-central-1\"",
+            "regoin = \"eu-central-1\"",
+            (2, "sts.regoin", "did you mean `region`?"),
+        ),
+        (
+            "[[role]]",
+            "[[roles]]",
+            (6, "roles", "did you mean `role`?"),
+        ),
+        (
+            "role_arn = \"arn:aws:iam::123456789012:role/billing\"",
+            "role-arn = \"arn:aws:iam::123456789012:role/billing\"",
+            (9, "role.role-arn", "did you mean `role_arn`?"),
         ),
         (
             "",
