@@ -41,7 +41,7 @@ pub use config_line::ConfigLine;
 pub use digest::ConfigDigest;
 pub use error::{ConfigErrors, Problem};
 pub use exposure::Exposure;
-pub(crate) use exposure::exposures;
+pub(crate) use exposure::{exposures, socket_exposures};
 pub use files::ConfigFiles;
 pub use identity::{IdentityConfig, Reference, Source};
 pub use imds::{ImdsConfig, ImdsMode};

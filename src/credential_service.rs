@@ -38,7 +38,10 @@ pub enum ServiceError {
     Rejected(#[from] AttestError),
     /// The source has no identity for the caller.
     #[error("no identity is configured for this workload")]
-    NoIdentity,
+    NoIdentity {
+        /// The way to give it one, from its source.
+        fix: &'static str,
+    },
     /// The source did not answer.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -167,7 +170,8 @@ async fn decide(
 ) -> Result<Grant, ServiceError> {
     let identities = policy.source.identify(caller).await?;
     if identities.is_empty() {
-        return Err(ServiceError::NoIdentity);
+        let fix = policy.source.identity_fix();
+        return Err(ServiceError::NoIdentity { fix });
     }
     let facts = policy.attested_facts(caller.facts()).await;
     let grant = policy.roles.select(&identities, &facts, requested);

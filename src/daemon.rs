@@ -12,7 +12,7 @@ use tokio::task::spawn_blocking;
 
 use crate::app::{App, AppError, Startup};
 use crate::attest::ExecMonitor;
-use crate::config::{self, Config, Exposure, Problem};
+use crate::config::{self, Config, Exposure, IdentityConfig, Problem, socket_exposures};
 use crate::exit_status::ExitStatus;
 use crate::file_threads::FileThreads;
 use crate::hardening::{self, DaemonFeatures};
@@ -147,6 +147,27 @@ impl WatchedConfig {
         }
     }
 
+    /// Logs each way in which another user could put its own socket at an agent's path. It does not
+    /// delay the start, because a file system may not respond.
+    fn warn_exposed_sockets(&self, identity: &IdentityConfig) -> impl Future<Output = ()> + use<> {
+        let (path, threads) = (self.path.clone(), self.threads.clone());
+        let sockets = identity.agent_sockets().into_iter();
+        let sockets: Vec<_> = sockets
+            .map(|(key, socket)| (key, socket.to_owned()))
+            .collect();
+        async move {
+            for (key, socket) in sockets {
+                let find = {
+                    let socket = socket.clone();
+                    move || socket_exposures(&socket)
+                };
+                let found = threads.run(&socket, find).await.unwrap_or_default();
+                let found = found.into_iter().map(|problem| problem.with_key(key));
+                warn(&path, &found.collect::<Vec<_>>());
+            }
+        }
+    }
+
     fn follow_ca_file(&mut self, ca_file: Option<PathBuf>) {
         if let Some(watch) = &mut self.watch {
             watch.follow_ca_file(ca_file);
@@ -187,6 +208,7 @@ async fn run(
     let mut hangup = signal(SignalKind::hangup())?;
     let notifier = Notifier::start();
     files.follow_ca_file(config.sts.ca_file.clone());
+    tokio::spawn(files.warn_exposed_sockets(&config.identity));
     let mut app = App::start(config, startup).await?;
     notifier.notify(vec![NotifyState::Ready]).await;
     let limit = sd_notify::watchdog_enabled();

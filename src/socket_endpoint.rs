@@ -32,14 +32,8 @@ impl Endpoint {
         if let Some(rest) = text.strip_prefix("tcp://") {
             return parse_tcp(rest);
         }
-        let hint = if text.starts_with('/') {
-            format!(": write unix://{text}")
-        } else {
-            String::new()
-        };
-        Err(InvalidName(format!(
-            "an endpoint begins with unix:// or tcp://{hint}"
-        )))
+        let form = "an endpoint begins with unix:// or tcp://";
+        Err(InvalidName(form.to_owned()))
     }
 }
 
@@ -135,10 +129,7 @@ mod tests {
         let too_long = format!("unix:///{}", "s".repeat(107));
         let table = [
             ("", "begins with unix:// or tcp://"),
-            (
-                "/run/spire/agent.sock",
-                "write unix:///run/spire/agent.sock",
-            ),
+            ("/run/spire/agent.sock", "begins with unix:// or tcp://"),
             ("http://127.0.0.1:8000", "begins with"),
             ("UNIX:///run/a.sock", "begins with"),
             (" unix:///run/a.sock", "begins with"),

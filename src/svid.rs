@@ -94,6 +94,11 @@ pub trait IdentitySource: Send + Sync + fmt::Debug {
     /// it to the same callers. So credentials of the one may be served by the other.
     fn basis(&self, id: &SpiffeId) -> IdentityBasis;
 
+    /// Returns the way to give a caller its first identity, as an imperative.
+    fn identity_fix(&self) -> &'static str {
+        "add a registration entry for it at the SPIFFE provider"
+    }
+
     /// Checks that the source responds and knows this daemon, by a token for `audience`.
     async fn ready(&self, audience: &str) -> Result<(), SourceError>;
 

@@ -26,7 +26,7 @@ use crate::cgroup::PodUid;
 use crate::clock::Clock;
 use crate::config::{Config, Exposure, is_aws_sts};
 use crate::exit_status::ExitStatus;
-use crate::role::StsTarget;
+use crate::role::{FirstExchange, StsTarget};
 use crate::roles_anywhere::RolesAnywhere;
 use crate::sts::{BlockingCalls, NetworkSettings, Settings, Sts};
 use agent::CheckTarget;
@@ -171,23 +171,19 @@ async fn run_steps(options: &CheckArgs, report: &mut CheckReport) {
         network: Some(network),
         deadline: DOCUMENT_TIMEOUT,
     };
-    let Some(source) = agent::connect(&config, options.target(), report).await else {
-        return report.unchecked(
-            "identity",
-            "without the agent there are no tokens, so the steps after it were skipped",
-        );
+    let source = agent::connect(&config, options.target(), report).await;
+    // These need no token, so they also show whether STS can be reached.
+    clocks(&config, &sts, &web, report).await;
+    let Some(source) = source else {
+        return report_skipped(&config, report);
     };
-    let (mut issuers, mut clocks): (BTreeSet<Option<String>>, Vec<StsTarget>) = Default::default();
+    let mut issuers: BTreeSet<Option<String>> = BTreeSet::new();
     for role in &config.roles.defined {
         if let Some(at) = role.exchange.roles_anywhere() {
             certificate::check(&config, &source, &anywhere, (role, at), &web, report).await;
         }
         if !role.exchange.uses_jwt() {
             continue;
-        }
-        if !clocks.contains(&role.sts) {
-            clocks.push(role.sts.clone());
-            exchange::clock(&sts, role, &web, report).await;
         }
         let Some(token) = agent::token(&config, &source, role, report).await else {
             continue;
@@ -205,6 +201,34 @@ async fn run_steps(options: &CheckArgs, report: &mut CheckReport) {
     }
 }
 
+/// Compares this node's clock with that of each STS.
+async fn clocks(config: &Config, sts: &Sts, web: &HttpProbe, report: &mut CheckReport) {
+    let mut compared: Vec<&StsTarget> = Vec::new();
+    for role in &config.roles.defined {
+        if role.exchange.uses_jwt() && !compared.contains(&&role.sts) {
+            compared.push(&role.sts);
+            exchange::clock(sts, role, web, report).await;
+        }
+    }
+}
+
+/// Reports the steps that need a token or a certificate of the agent.
+fn report_skipped(config: &Config, report: &mut CheckReport) {
+    let roles = &config.roles.defined;
+    let mut steps = vec![agent::IDENTITY];
+    if roles.iter().any(|role| role.exchange.uses_jwt()) {
+        steps.extend([issuer::TOKEN, issuer::DISCOVERY, issuer::KEYS]);
+    }
+    let by_certificate = |exchange: &FirstExchange| exchange.roles_anywhere().is_some();
+    if roles.iter().any(|role| by_certificate(&role.exchange)) {
+        steps.push(certificate::CERTIFICATE);
+    }
+    steps.push(exchange::STEP);
+    for step in steps {
+        report.unchecked(step, "skipped: it needs an answer of the agent");
+    }
+}
+
 fn configuration(options: &CheckArgs, report: &mut CheckReport) -> Option<Config> {
     const STEP: &str = "config";
     match Config::load(&options.config, Exposure::of_command(), |name| {
@@ -217,7 +241,9 @@ fn configuration(options: &CheckArgs, report: &mut CheckReport) -> Option<Config
                 .iter()
                 .chain(&node::warnings(&loaded.config, &Nss))
             {
-                report.info(STEP, warning.to_string(), "it is allowed, and not wise");
+                let location = warning.location(&options.config);
+                let saw = format!("{location}: warning: {}", warning.cause());
+                report.info(STEP, saw, &warning.fix);
             }
             Some(loaded.config)
         }

@@ -38,8 +38,8 @@ enum ConfigCommand {
 
 /// Reports every mistake of a configuration file, each with its line and its fix
 ///
-/// It also examines this node: users and groups, the named files, and the owner and mode of the
-/// configuration.
+/// It also examines this node: users and groups, the named files and sockets, and the owner and
+/// mode of the configuration.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -127,6 +127,9 @@ fn with_files_of_node(path: &Path, mut loaded: LoadedConfig) -> Result<LoadedCon
     }
     loaded.warnings.extend(exposed);
     loaded.warnings.extend(node::warnings(&loaded.config, &Nss));
+    loaded
+        .warnings
+        .extend(node::missing_sockets(&loaded.config));
     sort(&mut loaded.warnings);
     Ok(loaded)
 }

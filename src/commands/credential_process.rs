@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -106,6 +106,9 @@ enum CredentialProcessError {
     NoIdentity(String),
     #[error("unexpected response with status {status}: not from awsvid; give the right --socket")]
     Unexpected { status: u16 },
+    /// The daemon's last answer, which is transient, when no time is left.
+    #[error("{answer} (no other answer within {} s)", TOTAL_TIMEOUT.as_secs())]
+    Late { answer: Box<Self> },
     /// No runtime could be started, or the output could not be written.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -154,16 +157,40 @@ impl CredentialProcess {
         };
         let mut owners = vec![0];
         owners.extend(self.same_user.then(|| geteuid().as_raw()));
-        let deadline = Instant::now() + TOTAL_TIMEOUT;
-        loop {
-            let answer = trusted_socket::get(&socket, &owners, &path, MAX_RESPONSE, deadline);
-            let answer = answer.await?;
-            match answer.status {
-                200 => return output(&answer.body),
-                503 if Instant::now() + pause(&answer) < deadline => sleep(pause(&answer)).await,
-                _ => return Err(daemon_error(&answer)),
-            }
+        fetch_from(&socket, &owners, &path).await
+    }
+}
+
+/// Requests `path` from the daemon at `socket` until it answers with credentials or a final error,
+/// for at most [`TOTAL_TIMEOUT`].
+async fn fetch_from(
+    socket: &Path,
+    owners: &[u32],
+    path: &str,
+) -> Result<Zeroizing<Vec<u8>>, CredentialProcessError> {
+    let deadline = Instant::now() + TOTAL_TIMEOUT;
+    let mut transient = None;
+    loop {
+        let answer = trusted_socket::get(socket, owners, path, MAX_RESPONSE, deadline).await;
+        let answer = match (answer, transient) {
+            (Ok(answer), _) => answer,
+            // The text of the timeout would hide the cause, which the daemon knows.
+            (Err(error), Some(answer)) if error.is_timeout() => return Err(late(&answer)),
+            (Err(error), _) => return Err(error.into()),
+        };
+        match answer.status {
+            200 => return output(&answer.body),
+            503 if Instant::now() + pause(&answer) < deadline => sleep(pause(&answer)).await,
+            503 => return Err(late(&answer)),
+            _ => return Err(daemon_error(&answer)),
         }
+        transient = Some(answer);
+    }
+}
+
+fn late(answer: &LocalResponse) -> CredentialProcessError {
+    CredentialProcessError::Late {
+        answer: Box::new(daemon_error(answer)),
     }
 }
 
@@ -211,6 +238,9 @@ fn output(body: &[u8]) -> Result<Zeroizing<Vec<u8>>, CredentialProcessError> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixListener;
+
     use super::*;
 
     #[test]
@@ -243,5 +273,42 @@ mod tests {
         assert_eq!(rejected, "add a role [2J");
         assert!(text(r#"{"code":"no_identity","message":"m"}"#).contains("`exe` never match"));
         assert!(text("<html>").contains("status 403"));
+    }
+
+    /// Answers with 503 to this number of requests, and holds those after them.
+    async fn serve_transient_errors(listener: UnixListener, count: usize) {
+        let body = r#"{"code":"source_unavailable","message":"no socket at /a: start it"}"#;
+        let length = body.len();
+        let text = format!(
+            "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nContent-Length: {length}\r\n\r\n{body}"
+        );
+        let mut held = Vec::new();
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            assert_ne!(stream.read(&mut [0; 1024]).await.unwrap(), 0);
+            if held.len() < count {
+                stream.write_all(text.as_bytes()).await.unwrap();
+            }
+            held.push(stream);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn last_answer_is_reported_at_the_deadline() {
+        let folder = tempfile::tempdir().unwrap();
+        let answered = "no socket at /a: start it (no other answer within 20 s)";
+        for (name, count, expected) in [
+            ("held", 3, answered),
+            ("answers", usize::MAX, answered),
+            ("silent", 0, "timed out; find the cause in the log"),
+        ] {
+            let socket = folder.path().join(name);
+            let server = serve_transient_errors(UnixListener::bind(&socket).unwrap(), count);
+            let server = tokio::spawn(server);
+            let fetched = fetch_from(&socket, &[geteuid().as_raw()], "/v1/credentials").await;
+            let error = fetched.unwrap_err().to_string();
+            assert!(error.contains(expected), "{name}: {error}");
+            server.abort();
+        }
     }
 }

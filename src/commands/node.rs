@@ -16,12 +16,12 @@ use std::thread;
 use std::time::Duration;
 
 use crate::accounts::NameService;
-use crate::config::{AuditFile, Config, Problem, exposures};
+use crate::config::{AuditFile, Config, Problem, exposures, socket_exposures};
 use crate::listen::{first_unprivileged_port, read_first_unprivileged_port};
 use crate::workload_rule::{AccountName, AccountState, ExeMatcher, OVERFLOW_ID};
 
 const OTHERS_WRITE: u32 = 0o022;
-/// Time limit of the metadata of a rule's program.
+/// Time limit of the metadata of a file.
 const METADATA_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Returns warnings about this node. None of them prevents the start, because what is missing may
@@ -47,6 +47,7 @@ pub(super) fn warnings(config: &Config, service: &dyn NameService) -> Vec<Proble
     warnings.extend(config.unprivileged_ports(first_unprivileged_port()));
     warnings.extend(programs(config));
     warnings.extend(files(config));
+    warnings.extend(exposed_sockets(config));
     warnings.extend(socket_unit::warnings(config, Path::new("/")));
     warnings
 }
@@ -61,10 +62,7 @@ pub(super) fn exposed(config: &Config) -> Vec<Problem> {
         .unwrap_or_default();
     problems
         .into_iter()
-        .map(|problem| Problem {
-            key: "sts.ca_file".to_owned(),
-            ..problem
-        })
+        .map(|problem| problem.with_key("sts.ca_file"))
         .collect()
 }
 
@@ -104,7 +102,7 @@ fn accounts(
             )),
             AccountState::Absent => warnings.push(warning(
                 format!("the {name} does not exist on this node, so the rule matches no caller yet"),
-                "correct the name if it is wrong",
+                "correct the name, or create the account",
             )),
             AccountState::Id(_) | AccountState::Unanswered => {}
         }
@@ -126,16 +124,67 @@ fn programs(config: &Config) -> impl Iterator<Item = Problem> {
     })
 }
 
-/// Returns the metadata of a file. Fails with `TimedOut` if its file system does not answer: NFS,
-/// or a user's FUSE mount (T25).
+/// Returns a warning for each way in which another user could put its own socket at an agent's
+/// path. Whatever listens there identifies the callers.
+fn exposed_sockets(config: &Config) -> Vec<Problem> {
+    let mut warnings = Vec::new();
+    for (key, path) in config.identity.agent_sockets() {
+        let found = within_time(path, |path| Ok(socket_exposures(path)));
+        let found = found.unwrap_or_else(|error| {
+            let what = format!(
+                "the directories of {} cannot be checked: {error}",
+                path.display()
+            );
+            let fix = "move it to a file system that answers";
+            vec![warning("", what, fix)]
+        });
+        warnings.extend(found.into_iter().map(|problem| problem.with_key(key)));
+    }
+    warnings
+}
+
+/// Returns a warning for each socket of an agent that does not exist. `check` reports this as a
+/// failed step.
+pub(super) fn missing_sockets(config: &Config) -> Vec<Problem> {
+    let sockets = config.identity.agent_sockets().into_iter();
+    let missing = sockets.filter(|(_, path)| {
+        metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+    });
+    let missing = missing.map(|(key, path)| {
+        let what = format!("{} does not exist", path.display());
+        warning(key, what, "start the SPIFFE agent, or correct the path")
+    });
+    missing.collect()
+}
+
+/// Returns the metadata of a file.
 fn metadata(path: &Path) -> io::Result<Metadata> {
+    within_time(path, |path| fs::metadata(path))
+}
+
+/// Runs a call on a file. Fails with `TimedOut` if its file system does not answer: NFS, or a
+/// user's FUSE mount (T25).
+fn within_time<T: Send + 'static>(
+    path: &Path,
+    call: impl FnOnce(&Path) -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
     let (sender, result) = mpsc::channel();
     let path = path.to_owned();
     // The thread ends with the command.
-    thread::spawn(move || drop(sender.send(fs::metadata(path))));
+    thread::spawn(move || drop(sender.send(call(&path))));
     result
         .recv_timeout(METADATA_TIMEOUT)
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// Returns a warning about a key whose line is not known.
+fn warning(key: &str, what: String, fix: &str) -> Problem {
+    Problem {
+        line: None,
+        key: key.to_owned(),
+        what,
+        fix: fix.to_owned(),
+    }
 }
 
 fn program(path: &Path) -> Option<(String, &'static str)> {
@@ -172,12 +221,6 @@ fn program(path: &Path) -> Option<(String, &'static str)> {
 }
 
 fn files(config: &Config) -> Vec<Problem> {
-    let warning = |key: &str, what: String, fix: &str| Problem {
-        line: None,
-        key: key.to_owned(),
-        what,
-        fix: fix.to_owned(),
-    };
     let mut warnings = Vec::new();
     if let Some(path) = &config.sts.ca_file
         && let Err(error) = File::open(path)

@@ -51,6 +51,11 @@ impl From<io::Error> for SocketErrorCause {
 }
 
 impl SocketError {
+    /// Returns whether the deadline ended the request.
+    pub(super) fn is_timeout(&self) -> bool {
+        matches!(&self.cause, SocketErrorCause::Failed(error) if error.kind() == ErrorKind::TimedOut)
+    }
+
     /// Returns what the user can do.
     pub(super) fn fix(&self) -> String {
         let fix = match &self.cause {

@@ -33,6 +33,22 @@ impl Problem {
         format!("{}:{}", file.display(), line.number())
     }
 
+    /// Returns the problem as that of this key.
+    pub(crate) fn with_key(self, key: &str) -> Self {
+        Self {
+            key: key.to_owned(),
+            ..self
+        }
+    }
+
+    /// Returns the key with the failure and its cause, without the fix.
+    pub fn cause(&self) -> String {
+        match self.key.as_str() {
+            "" => self.what.clone(),
+            key => format!("{key}: {}", self.what),
+        }
+    }
+
     /// Compares by line. Problems without a line are last.
     pub fn by_line(&self, other: &Self) -> Ordering {
         let key = |problem: &Self| (problem.line.is_none(), problem.line.clone());
@@ -42,10 +58,7 @@ impl Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if !self.key.is_empty() {
-            write!(f, "{}: ", self.key)?;
-        }
-        write!(f, "{}; {}", self.what, self.fix)
+        write!(f, "{}; {}", self.cause(), self.fix)
     }
 }
 

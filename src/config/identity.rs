@@ -1,6 +1,6 @@
 //! `[identity]`: the source of SPIFFE IDs and JWT-SVIDs.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::error::InvalidValue;
 use super::toml_reader::{Location, Table};
@@ -51,6 +51,26 @@ pub enum Reference {
     /// The caller's pod if it is in one, else its process.
     Auto,
     Process,
+}
+
+impl IdentityConfig {
+    /// Returns the sockets that identify callers or issue their tokens, each with its key.
+    pub(crate) fn agent_sockets(&self) -> Vec<(&'static str, &Path)> {
+        let agent = match &self.source {
+            Source::WorkloadApi => None,
+            Source::SpireDelegated { socket } => {
+                return vec![("identity.admin_socket", socket.as_path())];
+            }
+            Source::SpiffeBroker { socket, .. } => {
+                Some(("identity.broker_socket", socket.as_path()))
+            }
+        };
+        let workload_api = match &self.workload_api_socket {
+            Endpoint::Unix(path) => Some(("identity.workload_api_socket", path.as_path())),
+            Endpoint::Tcp(_) => None,
+        };
+        agent.into_iter().chain(workload_api).collect()
+    }
 }
 
 impl Default for IdentityConfig {
@@ -203,6 +223,10 @@ fn socket(
             Some(endpoint)
         }
         Err(error) => {
+            let fix = match text.starts_with('/') {
+                true => format!("write unix://{text}"),
+                false => fix.to_owned(),
+            };
             table.report.error(&at, format!("{text:?}: {error}"), fix);
             None
         }

@@ -85,13 +85,18 @@ pub(super) fn is_known(table: &str, key: &str) -> bool {
     RESERVED.contains(&(table, key)) || names_in(table).contains(&key)
 }
 
+/// Returns the key of this table that an unknown one is by a typing error.
+pub(super) fn mistyped(table_name: &str, name: &str) -> Option<&'static str> {
+    let distance = |key: &&str| strsim::damerau_levenshtein(name, key);
+    let near = names_in(table_name).into_iter().min_by_key(distance);
+    near.filter(|key| distance(key) <= MAX_TYPOS)
+}
+
 /// Returns what the writer of an unknown key of this table probably meant.
 pub(super) fn suggestion(table_name: &str, name: &str) -> String {
     let here = names_in(table_name);
-    let distance = |key: &&str| strsim::damerau_levenshtein(name, key);
-    let near = here.iter().copied().min_by_key(distance);
-    if let Some(near) = near.filter(|key| distance(key) <= MAX_TYPOS) {
-        return format!("did you mean `{near}`?");
+    if let Some(meant) = mistyped(table_name, name) {
+        return format!("did you mean `{meant}`?");
     }
     if let Some(table) = table(name).filter(|_| !table_name.is_empty()) {
         return format!("write it as {}, with its keys below", table.header());

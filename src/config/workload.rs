@@ -146,7 +146,7 @@ fn account(
     let by_number = table.number(number, 0..=u32::MAX - 1);
     (
         by_number.filter(|id| exists(table, number, *id)),
-        table.parse(name, fix, account_name),
+        account_name(table, (name, number), fix),
     )
 }
 
@@ -160,20 +160,34 @@ fn supplementary_group(table: &Table<'_>) -> (Option<u32>, Option<String>) {
                 .filter(|id| exists(table, KEY, *id)),
             None,
         ),
-        Some(_) => (None, table.parse(KEY, GID_FIX, account_name)),
+        Some(_) => (None, account_name(table, (KEY, KEY), GID_FIX)),
     }
 }
 
-/// Parses the name of a user or group. Whether it exists depends on the node and on the time.
-fn account_name(name: &str) -> Result<String, &'static str> {
+/// Reads the name of a user or group, and rejects a number, which belongs to the key `number`.
+/// Whether the account exists depends on the node and on the time.
+fn account_name(
+    table: &Table<'_>,
+    (name, number): (&'static str, &str),
+    fix: &str,
+) -> Option<String> {
+    let id = match table.value(name)? {
+        DeValue::Integer(id) => Some(id.to_string()),
+        DeValue::String(text) if !text.is_empty() => Some(text.to_string()),
+        _ => None,
+    };
+    if let Some(id) = id.filter(|id| id.bytes().all(|c| c.is_ascii_digit())) {
+        let what = format!("{id} is a number, where a name is wanted");
+        table.error(name, what, format!("write {number} = {id}"));
+        return None;
+    }
     // The C library reads a NUL as the end of a name. A colon separates the fields of /etc/passwd.
-    if name.is_empty() || name.contains(|c: char| c.is_control() || c == ':') {
-        return Err("it is not a name");
-    }
-    if name.bytes().all(|c| c.is_ascii_digit()) {
-        return Err("it is a number");
-    }
-    Ok(name.to_owned())
+    let is_wrong =
+        |text: &str| text.is_empty() || text.contains(|c: char| c.is_control() || c == ':');
+    table.parse(name, fix, |text| match is_wrong(text) {
+        true => Err("it is not a name"),
+        false => Ok(text.to_owned()),
+    })
 }
 
 fn exists(table: &Table<'_>, key: &str, id: u32) -> bool {

@@ -45,8 +45,12 @@ pub(crate) enum RequestError {
     MetadataTtl,
     /// The metadata token is missing, or is not valid here.
     MetadataToken,
-    /// The caller, which is described, has no identity.
-    NoIdentity(String),
+    /// The caller has no identity.
+    NoIdentity {
+        /// Description of the caller.
+        caller: String,
+        fix: &'static str,
+    },
     /// No role is for this caller.
     Denied(Denial),
     /// The source or STS failed, or rejected the exchange.
@@ -103,7 +107,10 @@ impl RequestError {
             Self::Method,
             Self::Body,
             Self::Path,
-            Self::NoIdentity(String::new()),
+            Self::NoIdentity {
+                caller: String::new(),
+                fix: "",
+            },
             Self::Pending,
             Self::Full,
             Self::TooManyRoles,
@@ -134,7 +141,10 @@ impl RequestError {
     ) -> Self {
         match error {
             ServiceError::Rejected(error) => Self::Caller(error),
-            ServiceError::NoIdentity => Self::NoIdentity(describe(caller)),
+            ServiceError::NoIdentity { fix } => Self::NoIdentity {
+                caller: describe(caller),
+                fix,
+            },
             // The source attested the caller, or a process that waits with it.
             ServiceError::Source(SourceError::Caller(error))
             | ServiceError::Cache(CacheError::Exchange(ExchangeError::Source(
@@ -170,7 +180,7 @@ impl RequestError {
             Self::WrongToken => "wrong_token",
             Self::MetadataTtl => "imds_ttl",
             Self::MetadataToken => "imds_token",
-            Self::NoIdentity(_) => "no_identity",
+            Self::NoIdentity { .. } => "no_identity",
             Self::Denied(denial) => denial.denied.reason(),
             Self::Exchange(error) => error.reason(),
             Self::Pending => "pending",
@@ -198,7 +208,7 @@ impl RequestError {
             | Self::WrongToken
             | Self::MetadataTtl
             | Self::MetadataToken
-            | Self::NoIdentity(_)
+            | Self::NoIdentity { .. }
             | Self::Denied(_) => false,
         }
     }
@@ -226,7 +236,7 @@ impl RequestError {
             | Self::Proxied
             | Self::NoAuthorization
             | Self::WrongToken
-            | Self::NoIdentity(_)
+            | Self::NoIdentity { .. }
             | Self::Denied(_) => 403,
         }
     }
@@ -263,7 +273,7 @@ impl RequestError {
             Self::WrongToken => "wrong Authorization header: it is not this node's token; set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to the node's token file".to_owned(),
             Self::MetadataTtl => "missing or invalid X-aws-ec2-metadata-token-ttl-seconds header: it takes 1 to 21600 seconds; use an SDK that knows IMDSv2".to_owned(),
             Self::MetadataToken => "no valid metadata token: version 1 of this service is not served; send PUT /latest/api/token first, or clear the SDK's cached token".to_owned(),
-            Self::NoIdentity(caller) => format!("no SPIFFE identity: this node has none for {caller}; add a [[workload]] rule for it or, where SPIRE attests workloads, a registration entry"),
+            Self::NoIdentity { caller, fix } => format!("no SPIFFE identity: this node has none for {caller}; {fix}"),
             Self::Denied(denial) => format!("{denial}; {}", denial.fix()),
             Self::Exchange(error) => error.to_string(),
             Self::Pending => CacheError::Pending.to_string(),

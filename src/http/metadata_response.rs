@@ -151,7 +151,7 @@ fn status(error: &RequestError, path: MetadataPath<'_>) -> u16 {
         RequestError::Exchange(_) if matches!(path, MetadataPath::Role { .. }) => 200,
         RequestError::Caller(_)
         | RequestError::Exchange(_)
-        | RequestError::NoIdentity(_)
+        | RequestError::NoIdentity { .. }
         | RequestError::Denied(_) => 404,
         other => other.status(),
     }

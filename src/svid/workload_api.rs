@@ -263,6 +263,10 @@ impl IdentitySource for WorkloadApi {
         IdentityBasis::Rules(self.rules.of(id))
     }
 
+    fn identity_fix(&self) -> &'static str {
+        "add a [[workload]] rule for it"
+    }
+
     /// Fetches a token for the identity of a rule. The first identity may be registered on other
     /// nodes alone.
     async fn ready(&self, audience: &str) -> Result<(), SourceError> {

@@ -472,6 +472,17 @@ fn check_reports_unusable_agent_socket() {
         "no socket at",
         "start the SPIFFE agent",
     );
+    // STS is tried all the same, and the steps that need a token are listed.
+    let (_, report) = check(folder.path(), &text);
+    let of = |verdict: &str| {
+        let findings = report["findings"].as_array().unwrap().iter();
+        let of = findings.filter(|finding| finding["verdict"] == verdict);
+        let steps = of.map(|finding| finding["step"].as_str().unwrap());
+        steps.collect::<Vec<_>>()
+    };
+    let skipped = ["identity", "token", "discovery", "keys", "sts"];
+    assert_eq!(of("unchecked"), skipped, "{report:#}");
+    assert!(of("note").contains(&"clock"), "{report:#}");
     drop(UnixListener::bind(&socket).unwrap());
     assert_failed(
         &check(folder.path(), &text),

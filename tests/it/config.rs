@@ -23,9 +23,14 @@ spiffe_id = \"spiffe://example.org/a\"
 role_arn = \"arn:aws:iam::123456789012:role/a\"
 ";
 
+/// Runs `awsvid config` with an agent that needs no socket.
 fn config(arguments: &[&str]) -> Output {
     let mut command = Command::new(PROGRAM);
-    command.env_clear().arg("config").args(arguments);
+    command
+        .env_clear()
+        .env("SPIFFE_ENDPOINT_SOCKET", "tcp://127.0.0.1:1")
+        .arg("config")
+        .args(arguments);
     run(command, b"", Duration::from_secs(20))
 }
 
@@ -76,10 +81,14 @@ fn validate_reports_all_errors_and_warnings() {
     );
 }
 
-/// Runs `awsvid config` with this on its standard input.
+/// Runs `awsvid config` with this on its standard input, and the same agent.
 fn piped(arguments: &[&str], text: &str) -> Output {
     let mut command = Command::new(PROGRAM);
-    command.env_clear().arg("config").args(arguments);
+    command
+        .env_clear()
+        .env("SPIFFE_ENDPOINT_SOCKET", "tcp://127.0.0.1:1")
+        .arg("config")
+        .args(arguments);
     run(command, text.as_bytes(), Duration::from_secs(20))
 }
 
@@ -137,9 +146,19 @@ fn offline_validation_ignores_this_machine() {
             "{offline:?}"
         );
     }
+    let socket = folder.path().join("of-another-node.sock");
+    let missing = format!(
+        "{} does not exist; start the SPIFFE agent",
+        socket.display()
+    );
+    let other_config = format!(
+        "{other_config}[identity]\nworkload_api_socket = \"unix://{}\"\n",
+        socket.display()
+    );
     let here = piped(&["validate", "-"], &other_config);
     assert_eq!(here.status.code(), Some(0));
     for words in [
+        missing.as_str(),
         "-:5: warning: workload.user: the user \"of-another-node\" does not exist on this node",
         "-:3: warning: workload.exe: /opt/of-another-node does not exist",
         "-: warning: audit.file: the directory /of-another-node does not exist",
@@ -147,7 +166,11 @@ fn offline_validation_ignores_this_machine() {
         assert!(here.stderr.contains(words), "{words} in {here:?}");
     }
     // An error in the text counts on every machine.
-    fs::write(&path, format!("{other_config}nonsense = 1\n")).unwrap();
+    fs::write(
+        &path,
+        other_config.replace("[identity]", "nonsense = 1\n[identity]"),
+    )
+    .unwrap();
     let wrong = config(&["validate", name, "--offline"]);
     assert_eq!(wrong.status.code(), Some(78));
     assert!(

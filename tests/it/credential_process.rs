@@ -153,7 +153,9 @@ fn rejection_prints_only_the_fix() {
             (Some(1), "")
         );
         assert!(
-            no_identity.stderr.contains("uid 1777")
+            no_identity
+                .stderr
+                .contains("uid 1777; add a [[workload]] rule for it. (")
                 && no_identity.stderr.contains("`exe` never match"),
             "{no_identity:?}"
         );

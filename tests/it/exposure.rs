@@ -115,6 +115,23 @@ fn exposed_configuration_is_rejected_by_reload() {
     assert_ne!(fetch(unix()).1["code"], "no_identity");
 }
 
+/// Another user could bind the socket while the agent is down, and name all callers.
+#[test]
+fn exposed_agent_socket_is_logged_at_the_start() {
+    let folder = folder();
+    let directory = folder.path().join("agent");
+    fs::create_dir(&directory).unwrap();
+    set_mode(&directory, 0o1777);
+    let socket = directory.join("agent.sock").display().to_string();
+    let text = configuration(54_321).replace("/nonexistent/agent.sock", &socket);
+    let daemon = Daemon::start(folder.path(), "", &text);
+    daemon.await_line(&[
+        "the configuration has a warning",
+        "identity.workload_api_socket: every user of this node can write to ",
+        "put another socket there",
+    ]);
+}
+
 /// Returns a configuration in which this file has the certificate of the STS.
 fn trusting(ca_file: &Path) -> String {
     let sts = format!("[sts]\nendpoint = \"https://127.0.0.1:9\"\nca_file = {ca_file:?}\n");

@@ -20,7 +20,7 @@ use crate::svid::spiffe_broker::BrokerApi;
 use crate::svid::{JwtSvid, SourceError, SpireDelegated, TTL_FIX, X509Svid, agent_unreachable};
 
 const SOCKET: &str = "agent";
-const IDENTITY: &str = "identity";
+pub(super) const IDENTITY: &str = "identity";
 /// Time limit of a token: agents fetch the first one from their server.
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);

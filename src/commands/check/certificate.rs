@@ -14,7 +14,7 @@ use crate::roles_anywhere::certificate::CertificateFacts;
 use crate::roles_anywhere::{CreateSession, RolesAnywhere};
 use crate::svid::X509Svid;
 
-const CERTIFICATE: &str = "certificate";
+pub(super) const CERTIFICATE: &str = "certificate";
 const EXCHANGE: &str = "sts";
 /// AWS's limit for the value of a session tag, in characters. The SPIFFE ID becomes one.
 const MAX_TAG_CHARS: usize = 256;

@@ -11,17 +11,19 @@ use crate::config::Config;
 const STEP: &str = "daemon";
 const DAEMON_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Queries the daemon at the configuration's status socket. Reports nothing without one, because
-/// `check` also runs before the first start.
+/// Queries the daemon at the configuration's status socket. Without one the daemon does not run,
+/// which is not a failure: `check` also runs before the first start.
 pub(super) async fn check(config: &Config, report: &mut CheckReport) {
-    let Some(socket) = config
-        .listen
-        .status
-        .as_deref()
-        .filter(|socket| socket.exists())
-    else {
+    let Some(socket) = config.listen.status.as_deref() else {
         return;
     };
+    if socket.try_exists().is_ok_and(|exists| !exists) {
+        let saw = format!(
+            "awsvid does not run here ({} is missing), so its attestation was not checked",
+            socket.display()
+        );
+        return report.info(STEP, saw, "if it is to run: systemctl status awsvid");
+    }
     match trusted_socket::get_status(socket, DAEMON_TIMEOUT).await {
         Ok(status) => report_state(&status, report),
         Err(error) => {
@@ -52,6 +54,31 @@ mod tests {
     use super::super::report::Verdict;
     use super::*;
     use serde_json::json;
+
+    #[tokio::test]
+    async fn daemon_that_does_not_run_is_a_note() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = |status: &str| {
+            format!(
+                "[listen]\nstatus = \"{status}\"\n[sts]\nregion = \"eu-central-1\"\n\
+                 [[workload]]\nspiffe_id = \"spiffe://example.org/a\"\nuid = 7\n\
+                 [[role]]\nname = \"a\"\nspiffe_id = \"spiffe://example.org/a\"\nrole_arn = \"arn:aws:iam::123456789012:role/a\"\n"
+            )
+        };
+        let missing = folder.path().join("status.sock").display().to_string();
+        for (socket, verdicts) in [(missing.as_str(), &[Verdict::Note][..]), ("", &[])] {
+            let mut report = CheckReport::new(true);
+            let loaded = Config::parse(&text(socket), &|_| None).unwrap();
+            check(&loaded.config, &mut report).await;
+            let found = report.findings().iter();
+            let found: Vec<_> = found.map(|finding| finding.verdict).collect();
+            assert_eq!(found, verdicts, "{socket}");
+            for finding in report.findings() {
+                assert!(finding.saw.contains(&missing), "{}", finding.saw);
+                assert_documented(STEP, &finding.saw, finding.fix.as_ref().unwrap());
+            }
+        }
+    }
 
     #[test]
     fn daemon_that_does_not_count_executions_is_a_failure() {

@@ -13,7 +13,7 @@ use crate::role::{Grant, Identity, RequestedRole, Role, RoleDenied, Roles};
 use crate::sts::{AssumeRole, Sts, StsError};
 use crate::svid::JwtSvid;
 
-const STEP: &str = "sts";
+pub(super) const STEP: &str = "sts";
 const CLOCK: &str = "clock";
 /// Maximum clock difference. With a larger one, tokens are expired or from the future for one of
 /// the two.
@@ -38,7 +38,7 @@ pub(super) async fn compare_clocks(url: &str, web: &HttpProbe, report: &mut Chec
             report.info(
                 CLOCK,
                 format!("STS's clock cannot be read: {url}: {error}"),
-                "see whether the exchange below works",
+                "if the exchange fails too, check [sts], and the proxies and firewalls on the way there",
             );
             return;
         }

@@ -20,9 +20,9 @@ pub(in crate::commands) mod fuzzing;
 
 use documents::{belongs_to_issuer, document, keys_url};
 
-const TOKEN: &str = "token";
-const DISCOVERY: &str = "discovery";
-const KEYS: &str = "keys";
+pub(super) const TOKEN: &str = "token";
+pub(super) const DISCOVERY: &str = "discovery";
+pub(super) const KEYS: &str = "keys";
 /// AWS gives up on an issuer that needs longer for both documents.
 const MAX_ISSUER_TIME: Duration = Duration::from_secs(5);
 /// Number of concurrent fetches of the keys: fewer than many workloads that start together cause.

@@ -141,6 +141,55 @@ fn missing_programs_are_reported() {
 }
 
 #[test]
+fn missing_and_exposed_sockets_are_reported() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("agent.sock");
+    let config = |identity: &str| {
+        let rules = match identity.contains("delegated") {
+            true => "",
+            false => "[[workload]]\nspiffe_id = \"spiffe://example.org/a\"\nuid = 7\n",
+        };
+        let text = format!("{REST}{rules}[identity]\n{identity}\n");
+        Config::parse(&text, &|_| None).unwrap().config
+    };
+    let endpoint = format!("\"unix://{}\"", socket.display());
+    let shown = |problems: Vec<Problem>| -> Vec<String> {
+        problems.iter().map(ToString::to_string).collect()
+    };
+    for (key, identity) in [
+        (
+            "workload_api_socket",
+            format!("workload_api_socket = {endpoint}"),
+        ),
+        (
+            "admin_socket",
+            format!("source = \"spire-delegated\"\nadmin_socket = {endpoint}"),
+        ),
+    ] {
+        let config = config(&identity);
+        let missing = format!(
+            "identity.{key}: {} does not exist; start the SPIFFE agent, or correct the path",
+            socket.display()
+        );
+        assert_eq!(shown(missing_sockets(&config)), [missing]);
+        assert_eq!(shown(warnings(&config, &NodeService)), [""; 0]);
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert_eq!(shown(missing_sockets(&config)), [""; 0]);
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+        let exposed = format!(
+            "identity.{key}: every user of this node can write to {} and put another socket there; move it to a directory of root's",
+            folder.path().display()
+        );
+        assert_eq!(shown(warnings(&config, &NodeService)), [exposed]);
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::remove_file(&socket).unwrap();
+    }
+    let over_tcp = config("workload_api_socket = \"tcp://127.0.0.1:1\"");
+    assert_eq!(shown(warnings(&over_tcp, &NodeService)), [""; 0]);
+    assert_eq!(shown(missing_sockets(&over_tcp)), [""; 0]);
+}
+
+#[test]
 fn missing_files_are_reported() {
     let rest = "[audit]\nfile = \"/nonexistent/audit.log\"\n";
     assert_warning(

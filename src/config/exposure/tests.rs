@@ -132,3 +132,53 @@ fn owners_of_file_and_directory_count() {
     );
     assert_eq!(found(&link), [owned]);
 }
+
+#[test]
+fn socket_is_exposed_below_a_directory_that_others_can_write() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("agent.sock");
+    let whats = |path: &Path| -> Vec<String> {
+        let problems = socket_exposures(path).into_iter();
+        problems.map(|problem| problem.what).collect()
+    };
+    let missing = folder.path().join("missing/agent.sock");
+    assert_eq!((whats(&path), whats(&missing)), (vec![], vec![]));
+    let writable = format!(
+        "every user of this node can write to {} and put another socket there",
+        folder.path().display()
+    );
+    // Others can bind a socket that is absent, in a sticky directory too.
+    for mode in [0o777, 0o1777] {
+        set_mode(folder.path(), mode);
+        for path in [&path, &missing] {
+            assert_eq!(whats(path), [writable.as_str()], "{mode:o} {path:?}");
+        }
+    }
+    let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    assert_eq!(whats(&path), [writable.as_str()]);
+    assert_eq!(
+        socket_exposures(&path)[0].fix,
+        "move it to a directory of root's"
+    );
+    // A directory of root's that exists cannot be replaced there.
+    fs::create_dir(folder.path().join("missing")).unwrap();
+    assert_eq!(whats(&missing), [] as [&str; 0]);
+    set_mode(folder.path(), 0o755);
+    assert_eq!(whats(&path), [] as [&str; 0]);
+    if crate::skip::root() {
+        // The agent's own user: not a fault of the socket, and others cannot replace it.
+        chown(&path, Some(51_001), None).unwrap();
+        assert_eq!(whats(&path), [] as [&str; 0]);
+        chown(folder.path(), Some(51_001), None).unwrap();
+        let owned = format!(
+            "uid 51001 owns {} and could put another socket there",
+            folder.path().display()
+        );
+        assert_eq!(whats(&path), [owned]);
+        let fix = &socket_exposures(&path)[0].fix;
+        assert!(
+            fix.ends_with("unless only the agent runs as this user"),
+            "{fix}"
+        );
+    }
+}

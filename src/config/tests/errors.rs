@@ -66,7 +66,6 @@ duration = "1"
                 "listen.admin",
                 "\"localhost:975\": invalid socket address",
             ),
-            (5, "sts.region", "no AWS region is set; add `region"),
             (6, "sts.regoin", "did you mean `region`?"),
             (
                 7,
@@ -147,6 +146,28 @@ fn empty_file_is_an_error() {
     );
 }
 
+/// A typing error does not hide an error of the key that is there.
+#[test]
+fn suggestion_hides_only_that_its_key_is_missing() {
+    rejected(
+        &with("name = \"billing\"", "name = \"\"\nnme = \"billing\""),
+        &[
+            (7, "role.name", "it is empty"),
+            (8, "role.nme", "did you mean `name`?"),
+        ],
+    );
+    // The table before has the same key.
+    rejected(
+        "[[role]]\n[[role]]\nname = \"a\"\nspiffe_id = \"spiffe://example.org/a\"\nrole-arn = \"\"\n[sts]\nregion = \"eu-central-1\"\n[[workload]]\nspiffe_id = \"spiffe://example.org/a\"\nuid = 7\n",
+        &[
+            (1, "role.name", "it is missing"),
+            (1, "role.spiffe_id", "it is missing"),
+            (1, "role.role_arn", "it is missing"),
+            (5, "role.role-arn", "did you mean `role_arn`?"),
+        ],
+    );
+}
+
 #[test]
 fn unknown_key_has_a_suggestion() {
     each(&[
@@ -155,6 +176,22 @@ fn unknown_key_has_a_suggestion() {
             "",
             "[[roles]]\nx = 1",
             (10, "roles", "did you mean `role`?"),
+        ),
+        // The key that is meant is not reported as missing, too.
+        (
+            "region = \"eu-central-1\"",
+            "regoin = \"eu-central-1\"",
+            (2, "sts.regoin", "did you mean `region`?"),
+        ),
+        (
+            "[[role]]",
+            "[[roles]]",
+            (6, "roles", "did you mean `role`?"),
+        ),
+        (
+            "role_arn = \"arn:aws:iam::123456789012:role/billing\"",
+            "role-arn = \"arn:aws:iam::123456789012:role/billing\"",
+            (9, "role.role-arn", "did you mean `role_arn`?"),
         ),
         (
             "",
@@ -322,11 +359,11 @@ fn wrong_type_is_named() {
         ),
         (
             "uid = 1001",
-            "user = 1001",
+            "user = true",
             (
                 5,
                 "workload.user",
-                "this is an integer, where a string is wanted",
+                "this is a boolean, where a string is wanted",
             ),
         ),
         (
@@ -703,7 +740,7 @@ fn identity_is_checked() {
             (
                 11,
                 "identity.workload_api_socket",
-                "write unix:///run/spire.sock",
+                "an endpoint begins with unix:// or tcp://; write unix:///run/spire.sock",
             ),
         ),
         (
@@ -929,12 +966,38 @@ fn rules_are_checked() {
         (
             "uid = 1001",
             "user = \"1001\"",
-            (5, "workload.user", "or its number as `uid`"),
+            (
+                5,
+                "workload.user",
+                "1001 is a number, where a name is wanted; write uid = 1001",
+            ),
+        ),
+        (
+            "uid = 1001",
+            "user = 1001",
+            (
+                5,
+                "workload.user",
+                "1001 is a number, where a name is wanted; write uid = 1001",
+            ),
+        ),
+        (
+            "uid = 1001",
+            "group = 100",
+            (
+                5,
+                "workload.group",
+                "100 is a number, where a name is wanted; write gid = 100",
+            ),
         ),
         (
             "uid = 1001",
             "supplementary_group = \"8\"",
-            (5, "workload.supplementary_group", "it is a number"),
+            (
+                5,
+                "workload.supplementary_group",
+                "write supplementary_group = 8",
+            ),
         ),
         (
             "uid = 1001",

@@ -96,7 +96,7 @@ impl<'t> Diagnostics<'t> {
         tables: &[DeTable<'_>],
     ) -> Result<Vec<Problem>, Vec<Problem>> {
         for (file, entries) in tables.iter().enumerate() {
-            self.unknown_keys(file, "", entries);
+            self.unknown_keys(file, ("", None), entries);
         }
         self.sorted()
     }
@@ -107,12 +107,12 @@ impl<'t> Diagnostics<'t> {
         table: &str,
         tables: &[DeTable<'_>],
     ) -> Result<Vec<Problem>, Vec<Problem>> {
-        if let Some(inner) = tables
-            .first()
-            .and_then(|entries| entries.get(table))
-            .and_then(|value| value.get_ref().as_table())
+        let value = tables.first().and_then(|entries| entries.get(table));
+        if let Some(value) = value
+            && let Some(inner) = value.get_ref().as_table()
         {
-            self.unknown_keys(0, table, inner);
+            let line = self.line(0, value.span());
+            self.unknown_keys(0, (table, Some(line)), inner);
         }
         self.sorted()
     }
@@ -129,7 +129,13 @@ impl<'t> Diagnostics<'t> {
         }
     }
 
-    fn unknown_keys(&self, file: usize, table: &str, entries: &DeTable<'_>) {
+    /// Reports the unknown keys of a table, whose path and line are given, and of those in it.
+    fn unknown_keys(
+        &self,
+        file: usize,
+        (table, header): (&str, Option<ConfigLine>),
+        entries: &DeTable<'_>,
+    ) {
         for (key, value) in entries {
             let name = key.get_ref().as_ref();
             let path = join(table, name);
@@ -146,6 +152,10 @@ impl<'t> Diagnostics<'t> {
                 continue;
             }
             if !keys::is_known(table, name) {
+                let meant = keys::mistyped(table, name).filter(|key| !entries.contains_key(*key));
+                if let Some(meant) = meant {
+                    self.forget_missing(&join(table, meant), header.as_ref());
+                }
                 // With the version, because the file may be of a newer one.
                 self.error(
                     &at,
@@ -159,16 +169,27 @@ impl<'t> Diagnostics<'t> {
                 continue;
             }
             match value.get_ref() {
-                DeValue::Table(inner) => self.unknown_keys(file, &path, inner),
+                DeValue::Table(inner) => {
+                    let line = self.line(file, value.span());
+                    self.unknown_keys(file, (&path, Some(line)), inner);
+                }
                 DeValue::Array(elements) => {
-                    elements
-                        .iter()
-                        .filter_map(|e| e.get_ref().as_table())
-                        .for_each(|e| self.unknown_keys(file, &path, e));
+                    for element in elements.iter() {
+                        let line = self.line(file, element.span());
+                        if let Some(inner) = element.get_ref().as_table() {
+                            self.unknown_keys(file, (&path, Some(line)), inner);
+                        }
+                    }
                 }
                 _ => {}
             }
         }
+    }
+
+    /// Removes the errors about a key that its table lacks. They are reported at the table's line.
+    fn forget_missing(&self, key: &str, header: Option<&ConfigLine>) {
+        let mut errors = self.errors.borrow_mut();
+        errors.retain(|error| error.key != key || error.line.as_ref() != header);
     }
 
     /// Returns the line of a span in the file with this index.

@@ -44,7 +44,10 @@ fn error_body_is_json_that_all_sdks_read() {
         (RequestError::NoAuthorization, 403, "no_authorization", None),
         (RequestError::WrongToken, 403, "wrong_token", None),
         (
-            RequestError::NoIdentity("uid 7".to_owned()),
+            RequestError::NoIdentity {
+                caller: "uid 7".to_owned(),
+                fix: "add a rule",
+            },
             403,
             "no_identity",
             None,
@@ -96,9 +99,12 @@ fn error_body_is_json_that_all_sdks_read() {
 
 #[test]
 fn error_body_shows_no_fact_about_other_workloads() {
-    let rejected = RequestError::NoIdentity("uid 1003 in shop.service".to_owned());
+    let rejected = RequestError::NoIdentity {
+        caller: "uid 1003 in shop.service".to_owned(),
+        fix: "add a rule",
+    };
     let text = String::from_utf8(rejected.body(REQUEST)).unwrap();
-    assert!(text.contains("uid 1003 in shop.service"));
+    assert!(text.contains("uid 1003 in shop.service; add a rule. (request"));
     assert!(!text.contains("spiffe://"));
 }
 

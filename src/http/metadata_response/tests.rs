@@ -28,6 +28,13 @@ async fn answer(error: &RequestError, path: MetadataPath<'_>) -> (u16, bool, Str
     (status, retries, String::from_utf8(body.to_vec()).unwrap())
 }
 
+fn no_identity() -> RequestError {
+    RequestError::NoIdentity {
+        caller: "uid 7".to_owned(),
+        fix: "add a rule",
+    }
+}
+
 #[tokio::test]
 async fn status_is_one_that_sdks_understand() {
     let denied = || SourceError::Denied("denied".to_owned());
@@ -39,7 +46,7 @@ async fn status_is_one_that_sdks_understand() {
         (RequestError::MetadataTtl, MetadataPath::Token, 400),
         (RequestError::MetadataToken, ROLE, 401),
         (RequestError::Path, MetadataPath::Unknown, 404),
-        (RequestError::NoIdentity("uid 7".to_owned()), ROLE, 404),
+        (no_identity(), ROLE, 404),
         (RequestError::Caller(AttestError::CallerGone), ROLE, 404),
         (RequestError::Caller(AttestError::SearchBusy), ROLE, 503),
         (RequestError::Pending, ROLE, 503),

@@ -306,6 +306,12 @@ fn shop_id() -> SpiffeId {
     SpiffeId::parse(SHOP).unwrap()
 }
 
+#[tokio::test]
+async fn identity_comes_from_a_registration_entry() {
+    let fix = source(&AgentScript::reply(shop)).identity_fix();
+    assert!(fix.contains("registration entry"), "{fix}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn new_process_costs_one_call_and_a_known_one_none() {
     let agent = AgentScript::reply(shop);
