@@ -83,12 +83,23 @@ impl TestPod {
     }
 
     fn is_reached(&self, address: SocketAddr) -> bool {
-        // The kernel adds the route of an IPv6 address a moment later.
-        let limit = Duration::from_secs(10);
+        let limit = Duration::from_secs(1);
         let connected = self
             .netns
             .run_in(|| TcpStream::connect_timeout(&address, limit));
         connected.unwrap().is_ok()
+    }
+
+    /// Waits until the address is reached. The kernel adds the route of an IPv6 address a moment
+    /// after the address, and until then connections take the default route.
+    fn becomes_reached(&self, address: SocketAddr) -> bool {
+        (0..1000).any(|_| {
+            let is_reached = self.is_reached(address);
+            if !is_reached {
+                thread::sleep(Duration::from_millis(10));
+            }
+            is_reached
+        })
     }
 }
 
@@ -131,7 +142,7 @@ fn pod_with_ipv6_gets_both_addresses() {
     };
     let listeners = pod.open(true).unwrap();
     assert_eq!(listeners.len(), 2);
-    assert!(pod.is_reached(V4) && pod.is_reached(V6));
+    assert!(pod.becomes_reached(V4) && pod.becomes_reached(V6));
     drop(listeners);
     // As after a kill of the daemon.
     assert!(!pod.is_reached(V4) && !pod.is_reached(V6));
