@@ -22,6 +22,7 @@ use crate::workload_rule::NamedRule;
 
 pub mod agent;
 pub mod agent_source;
+mod certificate_text;
 mod channel;
 mod identity_cache;
 pub mod jwt;
@@ -36,6 +37,7 @@ mod x509;
 pub(crate) use own_svid::fuzzing;
 
 pub use agent_source::AgentSource;
+pub(crate) use certificate_text::{certificate_text, connection_text};
 pub(crate) use channel::unreachable as agent_unreachable;
 pub use jwt::{BadToken, JwtSvid, TTL_FIX};
 pub use spire_delegated::SpireDelegated;

@@ -14,7 +14,7 @@ use super::redaction::without_secrets;
 use crate::credentials::Credentials;
 use crate::identity::RoleArn;
 use crate::role::Grant;
-use crate::svid::{JwtSvid, one_line};
+use crate::svid::{JwtSvid, connection_text, one_line};
 
 /// Length from which an external ID is removed from texts of STS. A shorter one would be found
 /// within other words.
@@ -381,7 +381,7 @@ pub(super) fn causes(error: &dyn Error) -> String {
     let mut texts: Vec<String> = Vec::new();
     let mut next = error.source();
     while let Some(error) = next {
-        let text = error.to_string();
+        let text = connection_text(error);
         if !text.contains('{') && !texts.iter().any(|previous| previous.contains(&text)) {
             texts.push(text);
         }

@@ -24,7 +24,7 @@ use crate::socket_endpoint::Endpoint;
 use crate::svid::channel::{Connector, open, unreachable};
 use crate::svid::own_svid::{OwnSvid, OwnSvidSource};
 use crate::svid::spire_delegated::pid_namespace_error;
-use crate::svid::{SourceError, one_line};
+use crate::svid::{SourceError, certificate_text, one_line};
 
 /// Timeout of a TLS handshake with a process on this node.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -159,8 +159,9 @@ impl BrokerConnector {
             // A trust domain with new CAs fails in the same way until the agent has sent them.
             Error::InvalidCertificate(bad) => SourceError::Unavailable(format!(
                 "the server at {endpoint} has no certificate of awsvid's trust domain, {}, that is valid now; check that it is \
-                 the agent that gives awsvid its own X.509-SVID ({bad})",
-                own.spiffe_id.trust_domain()
+                 the agent that gives awsvid its own X.509-SVID ({})",
+                own.spiffe_id.trust_domain(),
+                certificate_text(bad)
             )),
             Error::InvalidMessage(_) => SourceError::Misconfigured(format!(
                 "the server at {endpoint} does not speak TLS, so it is not the broker socket of a SPIFFE agent: write the \

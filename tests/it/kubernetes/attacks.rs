@@ -125,13 +125,7 @@ impl<'a> AttackSite<'a> {
             .cluster
             .node
             .get(&["pod", "--namespace", READER.namespace, &name]);
-        let uid = &pod["metadata"]["uid"];
-        let records = self
-            .cluster
-            .audit()
-            .into_iter()
-            .filter(|record| record["pod_uid"] == *uid)
-            .collect();
+        let records = self.decided(&pod["metadata"]["uid"]);
         AttackResult {
             pod,
             log: ended.log,
@@ -139,12 +133,17 @@ impl<'a> AttackSite<'a> {
         }
     }
 
+    /// Returns the audit records of this pod's requests, without those that it repeated after a
+    /// 503.
+    fn decided(&self, pod_uid: &Value) -> Vec<Value> {
+        let mut records = self.cluster.audit();
+        records.retain(|record| record["pod_uid"] == *pod_uid && record["outcome"] != "failed");
+        records
+    }
+
     /// Returns the audit records of the victim's sockets.
     fn victims_records(&self) -> Vec<Value> {
-        let records = self.cluster.audit().into_iter();
-        records
-            .filter(|record| record["pod_uid"] == self.victim["metadata"]["uid"])
-            .collect()
+        self.decided(&self.victim["metadata"]["uid"])
     }
 }
 
