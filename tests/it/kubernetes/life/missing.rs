@@ -27,7 +27,7 @@ const OF_PODS: [MissingParts<'_>; 2] = [
             "in Kubernetes add NET_BIND_SERVICE to the container's securityContext.capabilities.add",
             "[pods] netns_dir does not exist yet; in Kubernetes mount the host's directory by a hostPath volume",
             "mount the host's /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup",
-            "in Kubernetes mount the agent's directory with a hostPath volume and a volumeMount",
+            "correct `broker_socket` in [identity]; in Kubernetes mount the agent's directory with a hostPath volume",
         ],
     },
 ];
