@@ -273,11 +273,13 @@ impl WriterState {
                     }
                 }
             };
-            // The caller may have stopped waiting.
-            let _ = written.send(done.is_ok());
+            let is_written = done.is_ok();
+            // Before the caller goes on, so that no answer is ahead of the count of losses.
             if let Err(error) = done {
                 self.losses.lost(&LineLoss::Failed(error));
             }
+            // The caller may have stopped waiting.
+            let _ = written.send(is_written);
             if lost > 0
                 && destination
                     .write(&self.losses.over(lost), &mut is_torn)
