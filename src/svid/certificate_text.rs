@@ -28,15 +28,21 @@ pub(crate) fn certificate_text(error: &CertificateError) -> String {
 /// Returns the text of an error of a connection, like [`certificate_text`] if it is about a
 /// certificate.
 pub(crate) fn connection_text(error: &(dyn Error + 'static)) -> String {
-    let inner = error
-        .downcast_ref::<io::Error>()
-        .and_then(io::Error::get_ref)
-        .and_then(|inner| inner.downcast_ref());
-    match inner.or_else(|| error.downcast_ref()) {
-        Some(rustls::Error::InvalidCertificate(bad)) => {
-            format!("invalid peer certificate: {}", certificate_text(bad))
-        }
-        _ => error.to_string(),
+    match certificate_error(error) {
+        Some(bad) => format!("invalid peer certificate: {}", certificate_text(bad)),
+        None => error.to_string(),
+    }
+}
+
+/// Finds an error about a certificate in the errors of I/O around it. `source` skips what they
+/// wrap.
+fn certificate_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a CertificateError> {
+    if let Some(inner) = error.downcast_ref().and_then(io::Error::get_ref) {
+        return certificate_error(inner);
+    }
+    match error.downcast_ref()? {
+        rustls::Error::InvalidCertificate(bad) => Some(bad),
+        _ => None,
     }
 }
 
@@ -61,7 +67,8 @@ mod tests {
             let tls = rustls::Error::InvalidCertificate(bad(now));
             let whole = format!("invalid peer certificate: {text}");
             assert_eq!(connection_text(&tls), whole);
-            assert_eq!(connection_text(&io::Error::other(tls)), whole);
+            let wrapped = io::Error::other(io::Error::other(tls));
+            assert_eq!(connection_text(&wrapped), whole);
         }
         assert_eq!(connection_text(&io::Error::other("refused")), "refused");
     }

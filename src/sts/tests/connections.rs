@@ -76,6 +76,29 @@ async fn private_ca_is_trusted_for_a_private_endpoint() {
     );
 }
 
+/// The log limits errors by their text, so that of one cause must not change with the time.
+#[tokio::test]
+async fn error_about_expired_certificate_has_one_text() {
+    let dir = tempdir().unwrap();
+    let (ca, tls) = fake::tls_with(&["127.0.0.1"], |params| {
+        params.not_after = rcgen::date_time_ymd(2020, 2, 1);
+    });
+    let file = dir.path().join("ca.pem");
+    std::fs::write(&file, ca).unwrap();
+    let server = FakeSts::start_with(Some(tls), |_, _| good()).await;
+    let client = sts(Settings {
+        ca_file: Some(file),
+        ..settings()
+    });
+    let target = endpoint(format!("https://{}", server.address));
+    let token = svid_for(&billing(), 300, 1);
+    let error = client.assume(&grant(&target), &token).await.unwrap_err();
+    let text = error.to_string();
+    let expected = "certificate expired on Sat, 01 Feb 2020 00:00:00 GMT";
+    assert_eq!(text.matches("expired").count(), 1, "{text}");
+    assert!(text.contains(expected) && !text.contains("ago"), "{text}");
+}
+
 #[tokio::test]
 async fn prepare_checks_the_variables_of_a_target() {
     let aws = StsTarget {

@@ -210,6 +210,14 @@ async fn answer(reply: StsReply) -> Response<UnsyncBoxBody<Bytes, std::io::Error
 
 /// Creates a certificate authority and a server's certificate for these names: (CA as PEM, TLS).
 pub(crate) fn tls(names: &[&str]) -> (String, TlsAcceptor) {
+    tls_with(names, |_| {})
+}
+
+/// Does the same, and changes the server's certificate.
+pub(crate) fn tls_with(
+    names: &[&str],
+    change: impl FnOnce(&mut rcgen::CertificateParams),
+) -> (String, TlsAcceptor) {
     let ca_key = rcgen::KeyPair::generate().unwrap();
     let mut ca = rcgen::CertificateParams::new(vec![]).unwrap();
     ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
@@ -217,10 +225,9 @@ pub(crate) fn tls(names: &[&str]) -> (String, TlsAcceptor) {
     let issuer = rcgen::Issuer::new(ca, ca_key);
     let key = rcgen::KeyPair::generate().unwrap();
     let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-    let certificate = rcgen::CertificateParams::new(names)
-        .unwrap()
-        .signed_by(&key, &issuer)
-        .unwrap();
+    let mut params = rcgen::CertificateParams::new(names).unwrap();
+    change(&mut params);
+    let certificate = params.signed_by(&key, &issuer).unwrap();
     let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
     let config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
         .with_safe_default_protocol_versions();
