@@ -15,12 +15,12 @@ mod first_exchange;
 mod grant;
 pub mod parameters;
 
-pub use chain::{ChainedRole, ChainedSession, MAX_CHAINED_DURATION, MAX_CHAINED_ROLES};
+pub use chain::{
+    ChainedRole, ChainedSession, MAX_CHAINED_DURATION, MAX_CHAINED_ROLES, required_actions,
+};
 pub use denial::RoleDenied;
 pub use first_exchange::{FirstExchange, RolesAnywhereTarget};
 pub use grant::{Grant, GrantDetails};
-
-use chain::add_facts;
 
 /// A role as the configuration defines it, with the defaults of `[identity]` and `[sts]`. All of it
 /// is part of the cache's key, so that credentials never outlive their definition (T17).
@@ -52,35 +52,32 @@ pub struct Role {
 }
 
 impl Role {
-    /// Returns the templates of the first session's policies.
-    fn policy_templates(&self) -> impl Iterator<Item = &Template> {
-        self.policy.iter().chain(&self.policy_arns)
+    /// Returns the placeholders of all sessions' templates but those of ARNs of roles.
+    fn placeholders(&self) -> impl Iterator<Item = Placeholder> {
+        let chained = self.chain.iter().flat_map(ChainedRole::templates);
+        self.policy
+            .iter()
+            .chain(&self.policy_arns)
+            .chain(chained.map(|(_, _, template)| template))
+            .flat_map(Template::placeholders)
     }
 
     /// Returns the attested facts that the sessions depend on, each once.
     pub fn facts_used(&self) -> Vec<AttestedFact> {
-        let mut facts = Vec::new();
-        add_facts(&mut facts, self.policy_templates());
-        for chained in &self.chain {
-            let templates = chained.templates();
-            add_facts(
-                &mut facts,
-                templates.into_iter().map(|(_, template)| template),
-            );
-        }
-        facts
+        once_each(
+            self.placeholders()
+                .filter_map(|placeholder| match placeholder {
+                    Placeholder::Fact(fact) => Some(fact),
+                    _ => None,
+                }),
+        )
     }
 
     /// Returns the indices (from 0) of the SPIFFE ID's segments that the sessions depend on. `None`
     /// if they depend on all of it.
     pub fn segments_used(&self) -> Option<Vec<usize>> {
         let mut segments = self.role_arn.segments();
-        let chained: Vec<_> = self.chain.iter().flat_map(ChainedRole::templates).collect();
-        let templates = chained.iter().map(|(_, template)| *template);
-        for placeholder in templates
-            .chain(self.policy_templates())
-            .flat_map(Template::placeholders)
-        {
+        for placeholder in self.placeholders() {
             match placeholder {
                 Placeholder::Segment(index) => segments.push(index),
                 Placeholder::SpiffeId => return None,
@@ -212,13 +209,7 @@ impl Roles {
 
     /// Returns the attested facts that any role depends on, each once.
     pub fn facts_used(&self) -> Vec<AttestedFact> {
-        let mut all: Vec<AttestedFact> = Vec::new();
-        for fact in self.defined.iter().flat_map(|role| role.facts_used()) {
-            if !all.contains(&fact) {
-                all.push(fact);
-            }
-        }
-        all
+        once_each(self.defined.iter().flat_map(|role| role.facts_used()))
     }
 
     /// Selects the role for a caller with these identities: the first that matches, or the
@@ -347,7 +338,7 @@ fn has_hop(role: &Role, grant: &Grant) -> bool {
     })
 }
 
-fn once_each<'a, T: PartialEq>(all: impl Iterator<Item = &'a T>) -> Vec<&'a T> {
+fn once_each<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
     all.fold(Vec::new(), |mut targets, target| {
         if !targets.contains(&target) {
             targets.push(target);

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use super::role::{RoleNameRules, role_arn, whole_seconds};
 use super::templates::{
-    LocatedTemplate, check_segment, check_values, distinct_template, policy, policy_arns, template,
+    LocatedTemplate, check_count, check_segment, check_values, distinct_template, policy,
+    policy_arns, template,
 };
 use super::toml_reader::{Location, Table};
 use crate::identity::{InvalidName, SessionName, SpiffeIdPattern, Template};
@@ -85,7 +86,7 @@ fn chained_role(table: &Table<'_>, names: RoleNameRules) -> Option<ChainedRole> 
 fn tags(table: &Table<'_>) -> Vec<(Location, String, Template)> {
     const FIX: &str = "write tags as in { \"team\" = \"{path[1]}\" }";
     let listed = table.string_map("tags").unwrap_or_default();
-    check_count(table, "tags", listed.len());
+    check_count(table, "tags", listed.len(), MAX_TAGS);
     let mut tags: Vec<(Location, String, Template)> = Vec::with_capacity(listed.len());
     for (at, key, text) in listed {
         if let Err(error) = check_tag_key(&key) {
@@ -108,17 +109,10 @@ fn is_same_key(one: &str, other: &str) -> bool {
     one.to_lowercase() == other.to_lowercase()
 }
 
-fn check_count(table: &Table<'_>, key: &'static str, count: usize) {
-    if count > MAX_TAGS {
-        let what = format!("STS takes at most {MAX_TAGS}, these are {count}");
-        table.error(key, what, "remove some");
-    }
-}
-
 fn transitive_tags(table: &Table<'_>, tags: &[(Location, String, Template)]) -> Vec<String> {
     const KEY: &str = "transitive_tags";
     let listed = table.strings(KEY).unwrap_or_default();
-    check_count(table, KEY, listed.len());
+    check_count(table, KEY, listed.len(), MAX_TAGS);
     let is_tag = |text: &str| tags.iter().any(|(_, key, _)| key == text);
     for (at, text) in listed.iter().filter(|(_, text)| !is_tag(text)) {
         let what = format!("no key in `tags` of this role is {text:?}");
@@ -136,11 +130,11 @@ fn check(table: &Table<'_>, pattern: &SpiffeIdPattern, chained: &ChainedRole) {
     for index in chained.role_arn.segments() {
         check_segment(table, &table.location("role_arn"), pattern, index);
     }
-    let named = chained.templates();
-    let located: Vec<LocatedTemplate<'_>> = named
-        .iter()
-        .map(|(key, template)| (location(table, key), *template))
-        .collect();
+    let located = |(key, name, template)| match name {
+        Some(name) => (table.location_in(key, name), template),
+        None => (table.location(key), template),
+    };
+    let located: Vec<LocatedTemplate<'_>> = chained.templates().map(located).collect();
     check_values(table, pattern, &located);
     let source_identity = chained.source_identity.iter();
     for (key, template) in source_identity
@@ -159,14 +153,6 @@ fn check(table: &Table<'_>, pattern: &SpiffeIdPattern, chained: &ChainedRole) {
         let what = "all workloads of this role have the same name in CloudTrail";
         let fix = "leave it out to get one from the SPIFFE ID";
         table.warn("session_name", what, fix);
-    }
-}
-
-/// Returns the location of a key, also of one in `tags`.
-fn location(table: &Table<'_>, key: &str) -> Location {
-    match key.strip_prefix("tags.") {
-        Some(name) => table.location_in("tags", name),
-        None => table.location(key),
     }
 }
 
@@ -190,7 +176,7 @@ fn check_inherited(tables: &[Table<'_>], chain: &[Option<ChainedRole>]) {
                 let fix = "remove it here, or from `transitive_tags` before";
                 table
                     .report
-                    .error(&location(table, &format!("tags.{key}")), what, fix);
+                    .error(&table.location_in("tags", key), what, fix);
             }
         }
         inherited.extend(&chained.transitive_tags);

@@ -61,13 +61,7 @@ pub(super) fn policy_arns(table: &Table<'_>, names: RoleNameRules) -> Vec<Templa
         RoleNameRules::Aws | RoleNameRules::Opaque => check_policy_arn(text),
     };
     let listed = table.strings(KEY).unwrap_or_default();
-    if listed.len() > MAX_POLICY_ARNS {
-        let what = format!(
-            "STS takes at most {MAX_POLICY_ARNS}, these are {}",
-            listed.len()
-        );
-        table.error(KEY, what, "remove some");
-    }
+    check_count(table, KEY, listed.len(), MAX_POLICY_ARNS);
     let mut templates = Vec::with_capacity(listed.len());
     for (at, text) in listed {
         match distinct_template(text, check) {
@@ -76,6 +70,14 @@ pub(super) fn policy_arns(table: &Table<'_>, names: RoleNameRules) -> Vec<Templa
         }
     }
     templates
+}
+
+/// Checks the length of a list that STS bounds.
+pub(super) fn check_count(table: &Table<'_>, key: &'static str, count: usize, max: usize) {
+    if count > max {
+        let what = format!("STS takes at most {max}, these are {count}");
+        table.error(key, what, "remove some");
+    }
 }
 
 /// Checks templates by the SPIFFE IDs that have them: segments that not every ID has are errors,

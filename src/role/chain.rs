@@ -8,10 +8,7 @@ use super::parameters::{
     LimitResult, check_external_id, check_policy, check_policy_arn, check_source_identity,
     check_tag_value,
 };
-use crate::identity::{
-    ArnTemplate, AttestedFact, InvalidName, Placeholder, RoleArn, SessionName, Template,
-    TemplateValues,
-};
+use crate::identity::{ArnTemplate, InvalidName, RoleArn, SessionName, Template, TemplateValues};
 
 /// Maximum number of roles after the first one.
 pub const MAX_CHAINED_ROLES: usize = 2;
@@ -60,28 +57,23 @@ pub struct ChainedSession {
 }
 
 impl ChainedRole {
-    /// Returns all templates but that of the ARN, each with its key in the configuration.
-    pub fn templates(&self) -> Vec<(String, &Template)> {
-        let mut all: Vec<(String, &Template)> = Vec::new();
-        all.push(("session_name".to_owned(), &self.session_name));
-        for (key, template) in [
+    /// Returns all templates but that of the ARN, each with its key in the configuration. Those of
+    /// tags also have the name of the tag.
+    pub fn templates(&self) -> impl Iterator<Item = (&'static str, Option<&str>, &Template)> {
+        let optional = [
             ("external_id", &self.external_id),
             ("source_identity", &self.source_identity),
             ("policy", &self.policy),
-        ] {
-            all.extend(template.iter().map(|template| (key.to_owned(), template)));
-        }
-        all.extend(
-            self.tags
-                .iter()
-                .map(|(key, template)| (format!("tags.{key}"), template)),
-        );
-        all.extend(
-            self.policy_arns
-                .iter()
-                .map(|template| ("policy_arns".to_owned(), template)),
-        );
-        all
+        ];
+        let optional = optional
+            .into_iter()
+            .filter_map(|(key, template)| Some((key, None, template.as_ref()?)));
+        let tags = self.tags.iter();
+        let arns = self.policy_arns.iter();
+        std::iter::once(("session_name", None, &self.session_name))
+            .chain(optional)
+            .chain(tags.map(|(name, template)| ("tags", Some(name.as_str()), template)))
+            .chain(arns.map(|template| ("policy_arns", None, template)))
     }
 
     /// Renders the parameters for a caller. Fails with the key of one that STS would reject.
@@ -159,16 +151,17 @@ pub(super) fn policy_arns(
         .collect()
 }
 
-/// Adds the facts that these templates use, each once.
-pub(super) fn add_facts<'a>(
-    facts: &mut Vec<AttestedFact>,
-    templates: impl Iterator<Item = &'a Template>,
-) {
-    for placeholder in templates.flat_map(Template::placeholders) {
-        if let Placeholder::Fact(fact) = placeholder
-            && !facts.contains(&fact)
-        {
-            facts.push(fact);
-        }
-    }
+/// Returns the actions that the trust policy of the last of these roles has to allow to the role
+/// before it. A session keeps the transitive tags and the source identity of those before it, and
+/// needs the action for each.
+pub fn required_actions(chain: &[ChainedRole]) -> Vec<&'static str> {
+    let Some((last, before)) = chain.split_last() else {
+        return Vec::new();
+    };
+    let keeps_tags = before.iter().any(|role| !role.transitive_tags.is_empty());
+    let has_source = chain.iter().any(|role| role.source_identity.is_some());
+    let mut actions = vec!["sts:AssumeRole"];
+    actions.extend((keeps_tags || !last.tags.is_empty()).then_some("sts:TagSession"));
+    actions.extend(has_source.then_some("sts:SetSourceIdentity"));
+    actions
 }

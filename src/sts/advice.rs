@@ -2,7 +2,7 @@
 
 use super::error::{CallProof, FailedCall};
 use super::reason::StsReason;
-use crate::role::{ChainedSession, Grant};
+use crate::role::{Grant, required_actions};
 use crate::svid::{JwtSvid, one_line};
 
 /// The STS that a call goes to, for error messages.
@@ -76,12 +76,7 @@ fn of_chain(reason: StsReason, grant: &Grant, at: &StsDestination) -> Option<Str
     let previous = previous.issued_role_arn();
     match reason {
         StsReason::AccessDenied => {
-            let mut actions = vec!["sts:AssumeRole"];
-            let has_tags = grant.chain().iter().any(|session| !session.tags.is_empty());
-            let has_source = |session: &ChainedSession| session.source_identity.is_some();
-            actions.extend(has_tags.then_some("sts:TagSession"));
-            let has_source = grant.chain().iter().any(|session| has_source(session));
-            actions.extend(has_source.then_some("sts:SetSourceIdentity"));
+            let chain = grant.role.chain.get(..grant.chain().len())?;
             let external_id = match session.external_id {
                 Some(_) => ", with this `external_id`",
                 None => "",
@@ -94,7 +89,7 @@ fn of_chain(reason: StsReason, grant: &Grant, at: &StsDestination) -> Option<Str
             Some(format!(
                 "the trust policy of {arn} has to allow {} to {previous}{external_id}, and a policy of {previous} has to \
                  allow the same on {arn}{written}",
-                actions.join(", ")
+                required_actions(chain).join(", ")
             ))
         }
         StsReason::BadRequest => Some(format!(

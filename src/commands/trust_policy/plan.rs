@@ -324,21 +324,15 @@ impl Plan {
     }
 
     fn trust(&mut self, arn: &RoleArn, by: &Role, statement: Statement) {
-        let (Some(partition), Some(number)) = (arn.partition(), arn.account()) else {
+        let Some(account) = self.account_of(arn) else {
             self.warnings
                 .push(format!("{arn} is left out: not a role at AWS"));
             return;
         };
-        let account = PlannedAccountName {
-            partition: partition.to_owned(),
-            number: number.to_owned(),
-        };
-        let account = self.accounts.entry(account).or_default();
         if by.exchange.uses_jwt() {
             account.audiences.insert(statement.audience.clone());
         }
-        let role = account.roles.entry(arn.as_str().to_owned());
-        let role = role.or_insert_with(|| PlannedRole::of(arn));
+        let role = account.role_of(arn);
         role.max_session = role.max_session.max(by.duration);
         let subject = &statement.subject;
         if by.exchange.roles_anywhere().is_some() && !role.certified.contains(subject) {

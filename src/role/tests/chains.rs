@@ -50,6 +50,33 @@ fn tagged(tags: &[(&str, &str)]) -> Role {
 }
 
 #[test]
+fn actions_are_those_of_the_session_and_of_what_it_keeps() {
+    let tagged = |is_transitive: bool| ChainedRole {
+        tags: vec![("team".to_owned(), template("a"))],
+        transitive_tags: is_transitive
+            .then(|| "team".to_owned())
+            .into_iter()
+            .collect(),
+        ..chained("x")
+    };
+    let named = ChainedRole {
+        source_identity: Some(template("ab")),
+        ..chained("x")
+    };
+    let (assume, tag, name) = ("sts:AssumeRole", "sts:TagSession", "sts:SetSourceIdentity");
+    for (chain, actions) in [
+        (vec![], vec![]),
+        (vec![chained("x")], vec![assume]),
+        (vec![tagged(false)], vec![assume, tag]),
+        (vec![tagged(false), chained("y")], vec![assume]),
+        (vec![tagged(true), chained("y")], vec![assume, tag]),
+        (vec![named, tagged(false)], vec![assume, tag, name]),
+    ] {
+        assert_eq!(required_actions(&chain), actions, "{chain:?}");
+    }
+}
+
+#[test]
 fn chain_is_rendered_for_each_workload() {
     let role = with_chain([
         ChainedRole {

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::{Plan, PlannedAccount, PlannedAccountName, PlannedRole};
 use crate::identity::{AttestedFacts, RoleArn, SessionName, SpiffeId, TemplateValues};
-use crate::role::{ChainedRole, Role};
+use crate::role::{ChainedRole, Role, required_actions};
 
 /// Name of the inline policy that permits a role to assume others.
 pub(in crate::commands::trust_policy) const PERMISSION_NAME: &str = "awsvid-chain";
@@ -52,6 +52,14 @@ impl PlannedRole {
         let statements: Vec<Value> = self.permissions.iter().map(statement).collect();
         (!statements.is_empty())
             .then(|| json!({ "Version": "2012-10-17", "Statement": statements }))
+    }
+}
+
+impl PlannedAccount {
+    /// Returns the planned role with this ARN, which is added if it is missing.
+    pub(super) fn role_of(&mut self, arn: &RoleArn) -> &mut PlannedRole {
+        let role = self.roles.entry(arn.as_str().to_owned());
+        role.or_insert_with(|| PlannedRole::of(arn))
     }
 }
 
@@ -116,15 +124,18 @@ impl Plan {
         }
     }
 
-    /// Returns the planned role with this ARN, which is added if it is missing.
-    pub(super) fn role_of(&mut self, arn: &RoleArn) -> Option<&mut PlannedRole> {
-        let account = PlannedAccountName {
+    /// Returns the planned account of this role, which is added if it is missing. `None` if
+    /// the role is not one at AWS.
+    pub(super) fn account_of(&mut self, arn: &RoleArn) -> Option<&mut PlannedAccount> {
+        let name = PlannedAccountName {
             partition: arn.partition()?.to_owned(),
             number: arn.account()?.to_owned(),
         };
-        let account: &mut PlannedAccount = self.accounts.entry(account).or_default();
-        let role = account.roles.entry(arn.as_str().to_owned());
-        Some(role.or_insert_with(|| PlannedRole::of(arn)))
+        Some(self.accounts.entry(name).or_default())
+    }
+
+    fn role_of(&mut self, arn: &RoleArn) -> Option<&mut PlannedRole> {
+        Some(self.account_of(arn)?.role_of(arn))
     }
 
     fn warn_of_facts(&mut self, role: &Role) {
@@ -159,24 +170,16 @@ fn steps(role: &Role, id: &SpiffeId) -> Vec<Step> {
         session_name: name.as_str(),
         facts: &AttestedFacts::default(),
     };
-    // Later sessions keep transitive tags and the source identity, and each needs the action.
-    let (mut has_transitive, mut has_source) = (false, false);
-    for chained in &role.chain {
+    for (chained, count) in role.chain.iter().zip(1..) {
         let Some(next) = chained.role_arn.render(id) else {
             break;
         };
-        has_source |= chained.source_identity.is_some();
-        let mut actions = vec!["sts:AssumeRole"];
-        let has_tags = has_transitive || !chained.tags.is_empty();
-        actions.extend(has_tags.then_some("sts:TagSession"));
-        actions.extend(has_source.then_some("sts:SetSourceIdentity"));
-        has_transitive |= !chained.transitive_tags.is_empty();
         let external_id = chained.external_id.as_ref();
         steps.push(Step {
             external_id: external_id.and_then(|id| id.render(&values).ok()),
             previous,
             next: next.clone(),
-            actions,
+            actions: required_actions(&role.chain[..count]),
         });
         previous = next;
     }
