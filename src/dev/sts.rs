@@ -231,7 +231,7 @@ impl StsState {
 
     /// Records a session of IAM Roles Anywhere.
     fn record_accepted(&self, canonical_request: String) {
-        self.issued.fetch_add(1, Ordering::Relaxed);
+        self.count_issued();
         let mut accepted = self.accepted();
         accepted.push_back(canonical_request);
         if accepted.len() > MAX_ACCEPTED_REQUESTS {

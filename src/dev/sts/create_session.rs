@@ -139,16 +139,9 @@ impl StsState {
                 .collect();
         let parameters: DevSessionRequest = serde_json::from_slice(request.body())
             .map_err(|_| DevSessionRejection::invalid("The body is not JSON"))?;
-        let arn = |name: &str, in_body: &'_ Option<String>| {
-            let in_query = query.iter().find(|(key, _)| key == name);
-            let in_query = in_query.map(|(_, value)| value.clone());
-            in_query
-                .or_else(|| in_body.clone())
-                .ok_or_else(|| DevSessionRejection::invalid(format!("{name} is missing")))
-        };
-        let anchor = arn("trustAnchorArn", &parameters.trust_anchor_arn)?;
-        let profile = arn("profileArn", &parameters.profile_arn)?;
-        let role = arn("roleArn", &parameters.role_arn)?;
+        let anchor = arn(&query, "trustAnchorArn", &parameters.trust_anchor_arn)?;
+        let profile = arn(&query, "profileArn", &parameters.profile_arn)?;
+        let role = arn(&query, "roleArn", &parameters.role_arn)?;
         let proof = Proof::of(request, &query, &self.account.region, now)?;
         let anchor = self
             .account
@@ -157,7 +150,7 @@ impl StsState {
             .find(|known| known.arn == anchor && known.profile_arn == profile)
             .ok_or_else(|| DevSessionRejection::missing("Trust anchor or profile not found"))?;
         proof.verify_chain(&anchor.certificates, now)?;
-        let role = role_of(anchor, &role, proof.spiffe_id())?;
+        let role = role_of(anchor, role, proof.spiffe_id())?;
         let seconds = parameters.duration_seconds.unwrap_or(DEFAULT_DURATION);
         if !DURATION.contains(&seconds) || Duration::from_secs(seconds) > role.max_duration {
             return Err(DevSessionRejection::invalid(
@@ -178,6 +171,20 @@ impl StsState {
         self.record_accepted(proof.canonical_request);
         Ok((session, role.arn.clone()))
     }
+}
+
+/// Returns an ARN of the request, from its query or from its body.
+fn arn<'a>(
+    query: &'a [(String, String)],
+    name: &str,
+    in_body: &'a Option<String>,
+) -> Result<&'a str, DevSessionRejection> {
+    let in_query = query.iter().find(|(key, _)| key == name);
+    in_query
+        .map(|(_, value)| value)
+        .or(in_body.as_ref())
+        .map(String::as_str)
+        .ok_or_else(|| DevSessionRejection::invalid(format!("{name} is missing")))
 }
 
 /// Returns the role if the profile lists it and the role trusts this identity. Both have the same
