@@ -1,7 +1,7 @@
 //! `awsvid serve` as a child process.
 
 use std::collections::{BTreeSet, HashMap};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -382,15 +382,14 @@ impl Daemon {
     /// Sends a request over the status socket, and returns the response's status and body.
     pub(crate) fn query_status_socket(&self, path: &str) -> (u16, String) {
         // It is bound after the listeners for workloads.
-        let mut stream = await_some("the status socket", TIMEOUT, || {
-            UnixStream::connect(self.folder.join("status.sock")).ok()
+        let stream = await_some("the status socket", TIMEOUT, || {
+            self.connect_to_status_socket().ok()
         });
-        // HTTP/1.0, for a response without chunks.
-        write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").expect("send a request");
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).expect("an answer");
-        let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
-        (head[9..12].parse().expect("a status"), body.to_owned())
+        answer_of(stream, path).expect("an answer")
+    }
+
+    fn connect_to_status_socket(&self) -> io::Result<UnixStream> {
+        UnixStream::connect(self.folder.join("status.sock"))
     }
 
     /// Returns a counter of `/metrics` by its name with labels, or 0 if it does not exist.
@@ -405,18 +404,7 @@ impl Daemon {
     /// Returns the number of requests that got credentials. The audit has one record for several in
     /// quick succession.
     pub(crate) fn issued(&self) -> u64 {
-        let metrics = self.metrics();
-        let counts = metrics.lines().filter(|line| {
-            line.starts_with("awsvid_requests_total{") && line.contains("=\"issued\"")
-        });
-        counts
-            .map(|line| {
-                line.rsplit(' ')
-                    .next()
-                    .and_then(|count| count.parse::<u64>().ok())
-                    .expect("a number")
-            })
-            .sum()
+        requests(&self.metrics(), "=\"issued\"")
     }
 
     /// Returns the credentials in `/status` for this SPIFFE ID and the first role.
@@ -478,6 +466,33 @@ impl Daemon {
     pub(crate) fn uri(&self) -> String {
         format!("http://{}/v1/credentials", self.tcp())
     }
+}
+
+/// Sends a request, and returns the response's status and body.
+fn answer_of(mut stream: UnixStream, path: &str) -> io::Result<(u16, String)> {
+    // HTTP/1.0, for a response without chunks.
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .ok_or(io::ErrorKind::UnexpectedEof)?;
+    Ok((head[9..12].parse().expect("a status"), body.to_owned()))
+}
+
+/// Returns the number of requests by those counters of these metrics that have this label.
+fn requests(metrics: &str, label: &str) -> u64 {
+    let counts = metrics
+        .lines()
+        .filter(|line| line.starts_with("awsvid_requests_total{") && line.contains(label));
+    counts
+        .map(|line| {
+            line.rsplit(' ')
+                .next()
+                .and_then(|count| count.parse::<u64>().ok())
+                .expect("a number")
+        })
+        .sum()
 }
 
 /// Returns a log line's event, and its fields as `name=value`.

@@ -1,12 +1,10 @@
 //! The audit of a daemon that a test has started.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::{Daemon, TIMEOUT};
+use super::{Daemon, TIMEOUT, answer_of, requests};
 
 impl Daemon {
     /// Returns the audit records of all requests that have been answered.
@@ -45,16 +43,10 @@ impl Daemon {
 
     /// Returns the number of requests by the daemon's counters, or `None` if it has ended.
     fn counted_requests(&self) -> Option<u64> {
-        let mut stream = UnixStream::connect(self.folder.join("status.sock")).ok()?;
+        let stream = self.connect_to_status_socket().ok()?;
         stream.set_read_timeout(Some(TIMEOUT)).ok()?;
-        write!(stream, "GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n").ok()?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).ok()?;
-        let counts = answer
-            .lines()
-            .filter(|line| line.starts_with("awsvid_requests_total{"))
-            .filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok());
-        Some(counts.sum())
+        let (_, metrics) = answer_of(stream, "/metrics").ok()?;
+        Some(requests(&metrics, ""))
     }
 
     /// Returns the audit records after the first `count`, once there is at least one.
