@@ -1,6 +1,8 @@
 //! Stock Debian machines, with their own kernels and systemd, under emulation.
 
+mod aarch64;
 mod caller_tables;
+mod directory_users;
 mod inside;
 mod packages;
 mod stock_machine;
@@ -36,6 +38,8 @@ fn rules() -> String {
         + &rule(RULES[1], "systemd_unit = \"reports.service\"")
         + &rule(RULES[2], "cgroup = \"/night.slice/night-*.service\"")
         + &rule(RULES[1], "cgroup = \"/machine.slice/libpod-*.scope/**\"")
+        + &rule(RULES[2], "cgroup = \"/system.slice/docker-*.scope\"")
+        + &rule(RULES[0], "cgroup = \"/lxc.payload.*\"")
 }
 
 /// Returns `[identity]` of a shipped example.
@@ -151,19 +155,43 @@ fn documented_machines_serve_what_the_table_has() {
     }
 }
 
-/// podman's containers, without a daemon and as root.
+/// Containers of podman, without a daemon and as root, of Docker and of LXC.
 #[test]
 fn containers_are_known_by_their_cgroup() {
     if !slow_only() {
         return;
     }
-    let Some(mut stock) = StockMachine::install("trixie-podman", MachineStart::Resumed) else {
+    let Some(mut stock) = StockMachine::install("trixie-containers", MachineStart::Resumed) else {
         return;
     };
     stock.configure(WORKLOAD_API, &rules());
     await_ready(&mut stock);
     let served = ServedCallers::read(&mut stock);
     stock.assert_identities(&CONTAINER_CALLERS, &served);
+}
+
+/// All that this machine's SELinux denies is logged in the kernel's log.
+#[test]
+fn selinux_denies_awsvid_nothing() {
+    if !slow_only() {
+        return;
+    }
+    let Some(mut stock) = StockMachine::install("trixie-selinux", MachineStart::Resumed) else {
+        return;
+    };
+    assert_eq!(stock.read("cat /sys/fs/selinux/enforce"), "1");
+    stock.configure(&identity("spire-delegated.toml"), "");
+    await_ready(&mut stock);
+    let served = ServedCallers::read(&mut stock);
+    stock.assert_identities(&ATTESTED_CALLERS, &served);
+    assert_documented_command_works(&mut stock);
+    restart(&mut stock, WORKLOAD_API, &rules());
+    stock.assert_identities(&RULED_CALLERS, &served);
+    let found = stock.read(
+        "ps --no-headers -o label -C awsvid
+         journalctl --dmesg --no-pager | grep 'avc:  denied' | grep awsvid || true",
+    );
+    assert_eq!(found, "system_u:system_r:initrc_t:s0");
 }
 
 #[test]

@@ -65,7 +65,7 @@ impl Machine {
         if !root() {
             return None;
         }
-        let (image, lock) = (image(suite)?, Arc::new(lock()));
+        let (image, lock) = (image(suite, QEMU)?, Arc::new(lock()));
         let launch = |start: MachineStart<'_>, name: &str| {
             let folder = folder.join(name);
             Self::launch(suite, &image, start, folder, files, lock.clone())
@@ -275,11 +275,12 @@ fn text(image: &Path, name: &str) -> String {
         .to_owned()
 }
 
-/// Returns the folder of the suite's image, if it is complete and this QEMU made it.
-fn image(suite: &str) -> Option<PathBuf> {
-    let image = cached(&format!("machine-{suite}"));
+/// Returns the folder of the image with this name, if it is complete and was made with this QEMU.
+/// Else it returns `None` after a printed skip. In CI that is a panic.
+pub(crate) fn image(name: &str, qemu: &str) -> Option<PathBuf> {
+    let image = cached(&format!("machine-{name}"));
     let builder = fs::read_to_string(image.join("qemu")).unwrap_or_default();
-    let mut version = Command::new(QEMU);
+    let mut version = Command::new(qemu);
     version.arg("--version");
     let is_same = !builder.is_empty()
         && run(version, b"", TIMEOUT)
@@ -295,8 +296,8 @@ fn image(suite: &str) -> Option<PathBuf> {
     is_same.then(|| fs::canonicalize(image).expect("the image's folder"))
 }
 
-/// Waits until no other machine runs on this computer.
-fn lock() -> Flock<File> {
+/// Waits until no other machine runs on this computer, and keeps others from running.
+pub(crate) fn lock() -> Flock<File> {
     let file = File::create(cached(".lock-machines")).expect("the lock's file");
     Flock::lock(file, FlockArg::LockExclusive).expect("the lock")
 }

@@ -56,8 +56,8 @@ pub(super) const LAUNCHED_CALLERS: [UnitCaller; 4] = [
     UnitCaller::new("billing", "session-*", Some(RULES[0])).launched(Launch::Session),
     UnitCaller::new("billing", "activated@*", Some(RULES[0])).launched(Launch::Socket),
 ];
-/// The same in containers of podman. A rule has to name their cgroup.
-pub(super) const CONTAINER_CALLERS: [UnitCaller; 3] = [
+/// The same in containers. A rule has to name their cgroup.
+pub(super) const CONTAINER_CALLERS: [UnitCaller; 7] = [
     UnitCaller::new("billing", "user@1001.service", None)
         .launched(Launch::RootlessPodman("--network host"))
         .in_container(),
@@ -72,4 +72,26 @@ pub(super) const CONTAINER_CALLERS: [UnitCaller; 3] = [
         .by_cgroup()
         .in_container()
         .without_network(),
+    UnitCaller::new("root", "docker-*", Some(RULES[2]))
+        .launched(Launch::Docker("--network host --user 1001"))
+        .by_cgroup()
+        .in_container(),
+    UnitCaller::new("root", "docker-*", Some(RULES[2]))
+        .launched(Launch::Docker("--network none"))
+        .by_cgroup()
+        .in_container()
+        .without_network(),
+    // LXC's cgroups are outside of all units.
+    UnitCaller::new("root", "", Some(RULES[0]))
+        .launched(Launch::Lxc(
+            "lxc.init.uid = 1001\nlxc.apparmor.profile = unconfined",
+        ))
+        .by_cgroup()
+        .in_container(),
+    UnitCaller::new("root", "", Some(RULES[0]))
+        .launched(Launch::Lxc(
+            "lxc.idmap = u 0 100000 65536\nlxc.idmap = g 0 100000 65536",
+        ))
+        .by_cgroup()
+        .in_container(),
 ];

@@ -67,7 +67,7 @@ const OUTSIDE_SERVICE: &str = "\
 [Unit]
 Description=Connections to port %i of the computer outside
 [Service]
-ExecStart=/lib/systemd/systemd-socket-proxyd 10.0.2.2:%i
+ExecStart=/usr/local/bin/socket-proxyd 10.0.2.2:%i
 ";
 
 /// The machine, and what it needs of this computer.
@@ -141,8 +141,10 @@ impl StockMachine {
         };
         let ports = [self.minio.endpoint(), self.spire.issuer_url()]
             .map(|url| url.rsplit(':').next().expect("a port").to_owned());
+        // A copy of systemd's proxy, because SELinux does not let the original bind these ports.
         self.run(&format!(
             "systemd-sysusers {FILES}/workloads.conf
+             install -D /lib/systemd/systemd-socket-proxyd /usr/local/bin/socket-proxyd
              install -D -m 0755 {FILES}/spire-agent /usr/local/bin/spire-agent
              install -D -m 0644 -t /etc/spire {FILES}/agent.conf {FILES}/bundle.pem
              install -m 0644 -t /etc/systemd/system {FILES}/units/*

@@ -5,6 +5,17 @@ use super::stock_machine::AUDIT;
 /// The port of a socket unit that starts a caller for each connection.
 const ACTIVATED_PORT: u16 = 9740;
 
+/// The configuration of LXC's containers. They have the machine's network.
+const LXC: &str = "\
+lxc.rootfs.path = dir:/srv/root
+lxc.net.0.type = none
+lxc.mount.auto = proc
+lxc.mount.entry = /usr usr none bind,ro 0 0
+lxc.mount.entry = /etc/alternatives etc/alternatives none bind,ro,create=dir 0 0
+lxc.mount.entry = /run/awsvid run/awsvid none bind,create=dir 0 0
+lxc.mount.entry = /run/requests run/requests none bind,ro,create=file 0 0
+";
+
 /// The way in which a process is started.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Launch {
@@ -20,6 +31,10 @@ pub(super) enum Launch {
     RootlessPodman(&'static str),
     /// podman as root, with these options. The container's user is root or has a user namespace.
     Podman(&'static str),
+    /// Docker's daemon, with these options.
+    Docker(&'static str),
+    /// LXC as root, with these lines of its configuration.
+    Lxc(&'static str),
 }
 
 /// The answer that awsvid has to give: an identity, or a reason.
@@ -150,19 +165,40 @@ impl UnitCaller {
                  systemctl stop activated.socket"
             ),
             Launch::RootlessPodman(options) => format!(
-                "install -d -o {user} -g {user} /home/{user} /home/{user}/root/{{etc,run,tmp}}
-                 ln -sfn usr/bin /home/{user}/root/bin
-                 ln -sfn usr/lib /home/{user}/root/lib
-                 ln -sfn usr/lib64 /home/{user}/root/lib64
-                 {own_manager} podman run {container} {options} --rootfs /home/{user}/root {requests}"
+                "install -d -o {user} -g {user} /home/{user}
+                 {}
+                 chown -R {user}:{user} /home/{user}
+                 {own_manager} env HOME=/home/{user} podman run {container} {options} --rootfs /home/{user}/root {requests}",
+                root_directory(&format!("/home/{user}/root"))
             ),
             Launch::Podman(options) => format!(
-                "mkdir -p /srv/root/{{etc,run,tmp}}
-                 ln -sfn usr/bin /srv/root/bin
-                 ln -sfn usr/lib /srv/root/lib
-                 ln -sfn usr/lib64 /srv/root/lib64
-                 {run} --unit={unit} -- podman run {container} {options} --rootfs /srv/root {requests}"
+                "{}
+                 {run} --unit=podman-run -- podman run {container} {options} --rootfs /srv/root {requests}",
+                root_directory("/srv/root")
+            ),
+            Launch::Docker(options) => format!(
+                "{}
+                 tar --directory /srv/root --create . | docker import - root >/dev/null
+                 docker run {container} {options} root {requests}",
+                root_directory("/srv/root")
+            ),
+            Launch::Lxc(lines) => format!(
+                "{}
+                 grep --quiet root: /etc/subuid || echo root:100000:65536 | tee -a /etc/subuid >>/etc/subgid
+                 cat >/run/lxc.conf <<'EOF'
+{LXC}{lines}
+EOF
+                 lxc-execute --name shop --rcfile /run/lxc.conf -- {requests}",
+                root_directory("/srv/root")
             ),
         }
     }
+}
+
+/// Returns a script that makes a root directory for containers. They get the machine's /usr.
+fn root_directory(path: &str) -> String {
+    format!(
+        "mkdir -p {path}/{{etc,run,tmp,proc,usr}}
+         for name in bin lib lib64; do ln -sfn usr/$name {path}/$name; done"
+    )
 }
