@@ -15,6 +15,7 @@ use crate::http;
 use crate::imds;
 use crate::metrics;
 use crate::pod_listeners;
+use crate::roles_anywhere;
 use crate::sdk_environment::profiles;
 use crate::sts;
 use crate::svid;
@@ -65,6 +66,11 @@ pub fn token(bytes: &[u8]) -> bool {
 /// Parses the daemon's X.509-SVID.
 pub fn certificates(bytes: &[u8]) -> bool {
     svid::fuzzing::certificates(bytes)
+}
+
+/// Parses a certificate, as IAM Roles Anywhere judges it.
+pub fn certificate_facts(bytes: &[u8]) -> bool {
+    roles_anywhere::fuzzing::certificate_facts(bytes)
 }
 
 /// Parses the text of a configuration file.

@@ -32,6 +32,8 @@ use crate::svid::X509Svid;
 
 pub mod certificate;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod request;
 mod session;
 pub(crate) mod signature;

@@ -26,7 +26,7 @@ use crate::cgroup::PodUid;
 use crate::clock::Clock;
 use crate::config::{Config, Exposure, is_aws_sts};
 use crate::exit_status::ExitStatus;
-use crate::role::{FirstExchange, StsTarget};
+use crate::role::FirstExchange;
 use crate::roles_anywhere::RolesAnywhere;
 use crate::sts::{BlockingCalls, NetworkSettings, Settings, Sts};
 use agent::CheckTarget;
@@ -180,7 +180,8 @@ async fn run_steps(options: &CheckArgs, report: &mut CheckReport) {
     let mut issuers: BTreeSet<Option<String>> = BTreeSet::new();
     for role in &config.roles.defined {
         if let Some(at) = role.exchange.roles_anywhere() {
-            certificate::check(&config, &source, &anywhere, (role, at), &web, report).await;
+            let clients = (&anywhere, &sts);
+            certificate::check(&config, &source, clients, (role, at), &web, report).await;
         }
         if !role.exchange.uses_jwt() {
             continue;
@@ -203,12 +204,8 @@ async fn run_steps(options: &CheckArgs, report: &mut CheckReport) {
 
 /// Compares this node's clock with that of each STS.
 async fn clocks(config: &Config, sts: &Sts, web: &HttpProbe, report: &mut CheckReport) {
-    let mut compared: Vec<&StsTarget> = Vec::new();
-    for role in &config.roles.defined {
-        if role.exchange.uses_jwt() && !compared.contains(&&role.sts) {
-            compared.push(&role.sts);
-            exchange::clock(sts, role, web, report).await;
-        }
+    for target in config.roles.sts_targets() {
+        exchange::clock(sts, target, web, report).await;
     }
 }
 

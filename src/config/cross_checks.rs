@@ -221,13 +221,13 @@ fn hides(earlier: &ParsedRole, later: &ParsedRole) -> bool {
 }
 
 /// Checks that an audience belongs to one endpoint. Each STS that accepts it could use a token
-/// (T8).
+/// (T8). A role that is assumed by a certificate sends none, whatever its chain.
 fn audiences(report: &Diagnostics<'_>, roles: &[ParsedRole], requested: Option<&RequestedRoles>) {
     let at_aws = requested.map(|requested| (requested.audience.as_str(), "AWS"));
     let mut seen: Vec<(&str, &str)> = at_aws.into_iter().collect();
     for defined in roles
         .iter()
-        .filter(|defined| !defined.allow_shared_audience)
+        .filter(|defined| !defined.allow_shared_audience && defined.role.exchange.uses_jwt())
     {
         let audience = defined.role.audience.as_str();
         let url = defined.role.sts.endpoint.as_deref();

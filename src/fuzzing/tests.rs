@@ -8,7 +8,7 @@ mod sources;
 /// A parser with the name of its target and of the folder of its seeds.
 type Parser = (&'static str, fn(&[u8]) -> bool);
 
-const PARSERS: [Parser; 23] = [
+const PARSERS: [Parser; 24] = [
     ("sock_diag", sock_diag),
     ("proc", proc),
     ("mountinfo", mountinfo),
@@ -17,6 +17,7 @@ const PARSERS: [Parser; 23] = [
     ("request", request),
     ("token", token),
     ("certificates", certificates),
+    ("certificate_facts", certificate_facts),
     ("configuration", configuration),
     ("spiffe_id", spiffe_id),
     ("arn", arn),

@@ -1,6 +1,8 @@
 //! Chains of roles, with a verifying STS: each call is signed with the credentials of the hop
 //! before it.
 
+mod faults;
+
 use std::collections::HashSet;
 use std::fs;
 use std::net::SocketAddr;
@@ -23,11 +25,19 @@ const ID: &str = "spiffe://example.org/ns/shop/sa/billing";
 /// Bounds what takes milliseconds, and the second for which a failure is cached.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A daemon whose callers are this test.
+/// Starts a daemon whose callers are this test.
 pub(crate) fn start(folder: &Path) -> (ChainUpstream, Daemon) {
+    start_with(folder, "", None)
+}
+
+/// Starts such a daemon with these further tables, and with sessions of this lifetime.
+fn start_with(folder: &Path, tables: &str, lifetime: Option<Duration>) -> (ChainUpstream, Daemon) {
     let upstream = ChainUpstream::start(folder, &[ID]);
+    if let Some(lifetime) = lifetime {
+        upstream.shorten_sessions(lifetime);
+    }
     let uid = nix::unistd::geteuid().as_raw();
-    let configuration = upstream.configuration(CHAIN) + &own_rules(ID, uid);
+    let configuration = upstream.configuration(CHAIN) + tables + &own_rules(ID, uid);
     let daemon = Daemon::start(folder, "", &configuration).ready();
     (upstream, daemon)
 }
@@ -70,89 +80,6 @@ fn thousand_callers_of_one_identity_call_each_hop_once() {
 }
 
 #[test]
-fn fault_of_one_hop_is_named_and_repeats_no_other() {
-    let folder = folder();
-    let (upstream, daemon) = start(folder.path());
-    for (hop, fault, status, code) in [
-        (1, HopFault::Closed, 503, "sts_unreachable"),
-        (1, HopFault::Throttled, 503, "sts_throttled"),
-        (2, HopFault::Denied, 403, "sts_access_denied"),
-    ] {
-        upstream.fail(HOPS[hop], Some(fault));
-        let (_, body) = await_some("the rejection", TIMEOUT, || {
-            let (found, body) = request(&daemon);
-            (found == status && body["code"] == code).then_some((found, body))
-        });
-        let message = body["message"].as_str().unwrap();
-        let named = format!("hop {} ({})", hop + 1, HOPS[hop]);
-        assert!(message.contains(&named), "{message}");
-        upstream.fail(HOPS[hop], None);
-        if hop == 1 {
-            assert_eq!((upstream.counts()[0], upstream.counts()[2]), (1, 0));
-        }
-    }
-    let body = await_credentials(&daemon);
-    assert_eq!(
-        (body["RoleArn"].as_str(), upstream.counts()[0]),
-        (Some(HOPS[2]), 1)
-    );
-    // What is warm goes on, whatever fails.
-    for role_arn in HOPS {
-        upstream.fail(role_arn, Some(HopFault::Denied));
-    }
-    assert_eq!(request(&daemon).1["AccessKeyId"], body["AccessKeyId"]);
-}
-
-/// A middle role is revoked, with sessions of all hops in the cache: they go on while STS accepts
-/// them, and end once it rejects the renewal of that role.
-#[test]
-fn revoked_middle_role_ends_what_is_warm() {
-    let folder = folder();
-    let upstream = ChainUpstream::start(folder.path(), &[ID]);
-    // awsvid renews them after about half of it, and serves none in its last minute.
-    upstream.shorten_sessions(Duration::from_secs(150));
-    let uid = nix::unistd::geteuid().as_raw();
-    let grace = "[cache]\nrevocation_grace = \"0s\"\n";
-    let configuration = upstream.configuration(CHAIN) + &own_rules(ID, uid) + grace;
-    let daemon = Daemon::start(folder.path(), "", &configuration).ready();
-    let warm = await_credentials(&daemon);
-    upstream.fail(HOPS[1], Some(HopFault::Denied));
-    let mut served = HashSet::new();
-    let rejection = await_some("the end of the session", TIMEOUT * 3, || {
-        let (status, body) = request(&daemon);
-        if status != 200 {
-            return Some(body);
-        }
-        served.insert(body["AccessKeyId"].as_str().unwrap().to_owned());
-        None
-    });
-    let message = rejection["message"].as_str().unwrap();
-    assert_eq!(rejection["code"], "sts_access_denied");
-    let named = format!("hop 2 ({})", HOPS[1]);
-    assert!(message.contains(&named), "{message}");
-    // The session of the middle role may have renewed the last one before it was rejected.
-    assert!(served.contains(warm["AccessKeyId"].as_str().unwrap()));
-    assert_eq!(served.len(), upstream.counts()[2]);
-    let metrics = daemon.metrics();
-    let evictions = |reason: &str| {
-        let series = format!("awsvid_cache_evictions_total{{reason=\"{reason}\"}} ");
-        let value = metrics.lines().find_map(|line| line.strip_prefix(&series));
-        value.map_or(0, |value| value.parse().unwrap())
-    };
-    // The middle session and the last one, each before its end.
-    assert_eq!((evictions("refused"), evictions("expired")), (2, 0));
-    let (_, status) = daemon.query_status_socket("/status");
-    assert!(!status.contains("shared-id"), "{status}");
-    upstream.fail(HOPS[1], None);
-    let renewed = await_credentials(&daemon);
-    assert_ne!(renewed["AccessKeyId"], warm["AccessKeyId"]);
-    for file in ["audit.log", "awsvid.log"] {
-        let text = fs::read_to_string(folder.path().join(file)).unwrap();
-        assert!(!text.contains("shared-id"), "{file}: {text}");
-    }
-}
-
-#[test]
 fn records_and_status_have_each_hop() {
     let folder = folder();
     let (_upstream, daemon) = start(folder.path());
@@ -182,6 +109,41 @@ fn records_and_status_have_each_hop() {
     for (entry, count) in entries.iter().zip(1..) {
         assert_eq!(entry["chain"], json!(HOPS[..count]), "{entry}");
     }
+}
+
+/// Session policies and tags share the space in a session token.
+#[test]
+fn space_for_policies_and_tags_is_logged_before_it_ends() {
+    let folder = folder();
+    let upstream = ChainUpstream::start(folder.path(), &[ID]);
+    let uid = nix::unistd::geteuid().as_raw();
+    let with_tags = |count: usize| {
+        let tag = |number| format!("\"tag-{number}\" = \"{}\"", "x".repeat(240));
+        let tags: Vec<String> = (0..count).map(tag).collect();
+        let chain = format!(
+            "[[role.chain]]\nrole_arn = \"{}\"\nexternal_id = \"shared-id\"\ntags = {{ {} }}\n",
+            HOPS[1],
+            tags.join(", ")
+        );
+        upstream.configuration(&chain) + &own_rules(ID, uid)
+    };
+    let run = |name: &str, count: usize| {
+        let folder = folder.path().join(name);
+        fs::create_dir(&folder).unwrap();
+        Daemon::start(&folder, "", &with_tags(count)).ready()
+    };
+    let daemon = run("full", 15);
+    await_credentials(&daemon);
+    let event = "session policies and tags nearly reach the limit of STS";
+    daemon.await_line(&[event, HOPS[1], "percent=89"]);
+    let daemon = run("over", 20);
+    let body = await_some("the rejection", TIMEOUT, || {
+        let (status, body) = request(&daemon);
+        (status == 403).then_some(body)
+    });
+    let message = body["message"].as_str().unwrap();
+    assert_eq!(body["code"], "sts_bad_policy", "{body}");
+    assert!(message.contains("hop 2 "), "{message}");
 }
 
 /// Runs `awsvid <name>` with the daemon's configuration, and returns its output.

@@ -290,8 +290,16 @@ const OTHER_BLOCKS: &[(&str, &str, TestMethod)] = &[
     ),
     (
         "deploy/helm/awsvid/README.md",
-        "config:\n  sts:",
+        "config:\n  sts:\n    region: eu-central-1\n  role:",
         README_VALUES,
+    ),
+    (
+        "deploy/helm/awsvid/README.md",
+        "config:\n  sts:\n    region: eu-central-1\n  roles_anywhere:",
+        In(
+            "helm/values.rs",
+            "chain_and_roles_anywhere_of_the_readme_are_a_valid_configuration",
+        ),
     ),
     (
         "deploy/helm/awsvid/README.md",

@@ -2,6 +2,7 @@
 //! each kind of key and each identity source.
 
 mod aws_client;
+mod chains;
 mod commands;
 mod outages;
 mod python_client;

@@ -1,6 +1,7 @@
 //! `awsvid trust-policy` with the real SPIRE: its issuer is that of the live token, and the AWS CLI
 //! accepts its commands.
 
+mod chains;
 #[path = "../../src/commands/trust_policy/tests/reading.rs"]
 mod reading;
 
@@ -26,6 +27,8 @@ use crate::harness::stub_http;
 use crate::harness::tls::TlsFront;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
+/// Bounds a script, of which each command starts a Python that takes seconds on a busy machine.
+const SCRIPT_TIMEOUT: Duration = Duration::from_secs(300);
 const READER: &str = "spiffe://example.org/w/reader";
 const FORMATS: [&str; 3] = ["aws-cli", "terraform", "cloudformation"];
 
@@ -43,6 +46,37 @@ fn form(body: &str) -> HashMap<String, String> {
     form_urlencoded::parse(body.as_bytes())
         .into_owned()
         .collect()
+}
+
+/// Runs a script with the real CLI, which checks its input and sends it: here to an account that
+/// has no provider and accepts everything. Returns the forms that the account got.
+fn sent_by_cli(aws: &Path, folder: &Path, script: &str) -> Vec<HashMap<String, String>> {
+    let (sender, requests) = channel();
+    let iam = stub_http::start(move |_, body| {
+        // The test may have ended.
+        let _ = sender.send(body.to_owned());
+        let action = &form(body)["Action"];
+        if action == "GetOpenIDConnectProvider" {
+            let xml = "<ErrorResponse><Error><Code>NoSuchEntity</Code><Message>None</Message></Error></ErrorResponse>";
+            return stub_http::http("404 Not Found", "Content-Type: text/xml\r\n", xml);
+        }
+        let xml = format!("<{action}Response><{action}Result></{action}Result></{action}Response>");
+        stub_http::http("200 OK", "Content-Type: text/xml\r\n", &xml)
+    });
+    let stub = format!(
+        "aws() {{ '{}' --endpoint-url {iam} \"$@\"; }}\n",
+        aws.display()
+    );
+    let mut shell = Command::new("sh");
+    shell
+        .env("HOME", folder)
+        .env("AWS_DEFAULT_REGION", "us-east-1")
+        .env("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+        .env("AWS_SECRET_ACCESS_KEY", "example")
+        .arg("-euc")
+        .arg(format!("{stub}{script}"));
+    run(shell, b"", SCRIPT_TIMEOUT).success("the script");
+    requests.try_iter().map(|body| form(&body)).collect()
 }
 
 #[test]
@@ -81,42 +115,7 @@ fn trust_policy_uses_live_issuer_and_cli_accepts_commands() {
     ] {
         assert!(script.contains(&words), "{words}: {script}");
     }
-    // The real CLI checks its input and sends it: here to an account that has no provider and
-    // accepts everything.
-    let (sender, requests) = channel();
-    let iam = stub_http::start(move |_, body| {
-        // The test may have ended.
-        let _ = sender.send(body.to_owned());
-        let action = &form(body)["Action"];
-        if action == "GetOpenIDConnectProvider" {
-            let xml = "<ErrorResponse><Error><Code>NoSuchEntity</Code><Message>None</Message></Error></ErrorResponse>";
-            return stub_http::http("404 Not Found", "Content-Type: text/xml\r\n", xml);
-        }
-        let xml = format!("<{action}Response><{action}Result></{action}Result></{action}Response>");
-        stub_http::http("200 OK", "Content-Type: text/xml\r\n", &xml)
-    });
-    let stub = format!(
-        "aws() {{ '{}' --endpoint-url {} \"$@\"; }}\n",
-        aws.display(),
-        iam
-    );
-    let mut shell = Command::new("sh");
-    shell
-        .env("HOME", folder.path())
-        .env("AWS_DEFAULT_REGION", "us-east-1");
-    shell
-        .env("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
-        .env("AWS_SECRET_ACCESS_KEY", "example");
-    run(
-        {
-            shell.arg("-euc").arg(format!("{stub}{script}"));
-            shell
-        },
-        b"",
-        TIMEOUT,
-    )
-    .success("the script");
-    let sent: Vec<HashMap<String, String>> = requests.try_iter().map(|body| form(&body)).collect();
+    let sent = sent_by_cli(&aws, folder.path(), &script);
     let [found, provider, audience, role] = &sent[..] else {
         panic!("four calls: {sent:?}")
     };

@@ -3,36 +3,36 @@
 use std::sync::Arc;
 
 use super::agent::TokenSource;
-use super::exchange::{compare_clocks, granted, rejected};
+use super::exchange::{STEP, assume, compare_clocks, granted, report_denied};
 use super::report::CheckReport;
 use super::{STEP_FIX, agent};
 use crate::clock::Clock;
 use crate::commands::https_probe::HttpProbe;
 use crate::config::Config;
-use crate::role::{Role, RolesAnywhereTarget};
+use crate::role::{Grant, Role, RolesAnywhereTarget};
 use crate::roles_anywhere::certificate::CertificateFacts;
 use crate::roles_anywhere::{CreateSession, RolesAnywhere};
+use crate::sts::Sts;
 use crate::svid::X509Svid;
 
 pub(super) const CERTIFICATE: &str = "certificate";
-const EXCHANGE: &str = "sts";
 /// AWS's limit for the value of a session tag, in characters. The SPIFFE ID becomes one.
 const MAX_TAG_CHARS: usize = 256;
 /// AWS's limit for the CAs of a trust anchor.
 const MAX_CAS: usize = 2;
 
-/// Checks the certificate for this role, and assumes the role with it.
+/// Checks the certificate for this role, and assumes the role with it, and those of its chain.
 pub(super) async fn check(
     config: &Config,
     source: &TokenSource,
-    client: &RolesAnywhere,
+    (anywhere, sts): (&RolesAnywhere, &Sts),
     (role, at): (&Arc<Role>, &RolesAnywhereTarget),
     web: &HttpProbe,
     report: &mut CheckReport,
 ) {
-    match client.url(at) {
+    match anywhere.url(at) {
         Ok(url) => compare_clocks(&url, web, report).await,
-        Err(error) => return report.failed(EXCHANGE, error.to_string(), STEP_FIX),
+        Err(error) => return report.failed(STEP, error.to_string(), STEP_FIX),
     }
     let Some(svid) = agent::certificate(config, source, role, report).await else {
         return;
@@ -43,27 +43,14 @@ pub(super) async fn check(
         return;
     }
     report.show_progress(&format!("IAM Roles Anywhere, for role {:?}", role.name));
-    let Ok(grant) = granted(role, svid.spiffe_id()) else {
-        let saw = format!(
-            "role {:?} was not assumed, since it is not for {}",
-            role.name,
-            svid.spiffe_id()
-        );
-        let fix = "where the agent attests callers, name a running workload that it is for: awsvid check --pid PID, or --pod UID";
-        return report.info(EXCHANGE, saw, fix);
-    };
-    match client.create_session(&grant, at, &svid).await {
-        Ok(credentials) => report.ok(
-            EXCHANGE,
-            format!(
-                "{} assumed by the certificate of {}: access key {}, until {}",
-                grant.role_arn,
-                grant.spiffe_id,
-                credentials.access_key_id,
-                humantime::format_rfc3339_seconds(credentials.expiration)
-            ),
-        ),
-        Err(error) => rejected(&error, report),
+    let id = svid.spiffe_id();
+    match granted(role, id) {
+        Ok(grant) => {
+            let holder = format!("the certificate of {id}");
+            let first = async |hop: &Grant| anywhere.create_session(hop, at, &svid).await;
+            assume(sts, &grant, &holder, first, report).await;
+        }
+        Err(denied) => report_denied(role, id, &denied, report),
     }
 }
 

@@ -9,7 +9,7 @@ use crate::clock::Clock;
 use crate::commands::https_probe::HttpProbe;
 use crate::credentials::Credentials;
 use crate::identity::{AttestedFacts, SpiffeId};
-use crate::role::{Grant, Identity, RequestedRole, Role, RoleDenied, Roles};
+use crate::role::{Grant, Identity, RequestedRole, Role, RoleDenied, Roles, StsTarget};
 use crate::sts::{AssumeRole, Sts, StsError};
 use crate::svid::JwtSvid;
 
@@ -21,8 +21,13 @@ const MAX_SKEW: Duration = Duration::from_secs(60);
 
 /// Compares this node's clock with STS's, by the `Date` header of a response from the exchange
 /// host.
-pub(super) async fn clock(sts: &Sts, role: &Role, web: &HttpProbe, report: &mut CheckReport) {
-    match sts.url(&role.sts).await {
+pub(super) async fn clock(
+    sts: &Sts,
+    target: &StsTarget,
+    web: &HttpProbe,
+    report: &mut CheckReport,
+) {
+    match sts.url(target).await {
         Ok(url) => compare_clocks(&url, web, report).await,
         Err(error) => report.failed(CLOCK, error.to_string(), STEP_FIX),
     }
@@ -85,37 +90,35 @@ pub(super) async fn exchange(
     report: &mut CheckReport,
 ) {
     report.show_progress(&format!("STS, for role {:?}", role.name));
-    match granted(role, token.spiffe_id()) {
-        Ok(grant) => assume(sts, &grant, token, report).await,
-        Err(RoleDenied::InvalidParameter(error)) => report.info(
-            STEP,
-            format!("role {:?} was not assumed: {error}", role.name),
-            "correct the role, unless the value is a fact about a caller: then request its credentials from a workload",
-        ),
-        Err(_) => match sts.probe(&role.sts).await {
-            Ok(()) => report.info(
-                STEP,
-                format!(
-                    "STS answers; role {:?} was not assumed, since it is not for {}",
-                    role.name,
-                    token.spiffe_id()
-                ),
-                "where the agent attests callers, name a running workload that it is for: awsvid check --pid PID, or --pod UID",
-            ),
+    let id = token.spiffe_id();
+    match granted(role, id) {
+        Ok(grant) => {
+            let first = async |hop: &Grant| sts.assume(hop, token).await;
+            assume(sts, &grant, id.as_str(), first, report).await;
+        }
+        Err(denied) => match sts.probe(&role.sts).await {
+            Ok(()) => report_denied(role, id, &denied, report),
             Err(error) => rejected(&error, report),
         },
     }
 }
 
-/// Assumes one role after the other, until one fails.
-async fn assume(sts: &Sts, grant: &Grant, token: &JwtSvid, report: &mut CheckReport) {
+/// Assumes one role after the other, until one fails: the first by `first`, with the SVID of
+/// `holder`.
+pub(super) async fn assume(
+    sts: &Sts,
+    grant: &Grant,
+    holder: &str,
+    first: impl AsyncFn(&Grant) -> Result<Credentials, StsError>,
+    report: &mut CheckReport,
+) {
     let mut hops: Vec<Grant> =
         std::iter::successors(Some(grant.clone()), Grant::previous).collect();
     hops.reverse();
     let mut previous: Option<Credentials> = None;
     for hop in &hops {
         let result = match &previous {
-            None => sts.assume(hop, token).await,
+            None => first(hop).await,
             Some(credentials) => sts.assume_chained(hop, credentials).await,
         };
         let name = match hop.is_chained() {
@@ -127,9 +130,8 @@ async fn assume(sts: &Sts, grant: &Grant, token: &JwtSvid, report: &mut CheckRep
                 report.ok(
                     STEP,
                     format!(
-                        "{name}{} assumed by {}: access key {}, until {}",
+                        "{name}{} assumed by {holder}: access key {}, until {}",
                         hop.issued_role_arn(),
-                        hop.spiffe_id,
                         credentials.access_key_id,
                         humantime::format_rfc3339_seconds(credentials.expiration)
                     ),
@@ -157,6 +159,27 @@ pub(super) fn granted(role: &Arc<Role>, id: &SpiffeId) -> Result<Grant, RoleDeni
     };
     let facts = AttestedFacts::default();
     roles.select(&[identity], &facts, &RequestedRole::Default)
+}
+
+/// Reports why a role was not tried.
+pub(super) fn report_denied(
+    role: &Role,
+    id: &SpiffeId,
+    denied: &RoleDenied,
+    report: &mut CheckReport,
+) {
+    let (reason, fix) = match denied {
+        RoleDenied::InvalidParameter(error) => (
+            format!(": {error}"),
+            "correct the role, unless the value is a fact about a caller: then request its credentials from a workload",
+        ),
+        _ => (
+            format!(", since it is not for {id}"),
+            "where the agent attests callers, name a running workload that it is for: awsvid check --pid PID, or --pod UID",
+        ),
+    };
+    let saw = format!("role {:?} was not assumed{reason}", role.name);
+    report.info(STEP, saw, fix);
 }
 
 /// Reports the failure, with the same text as the daemon's log.

@@ -59,6 +59,26 @@ fn role_by_certificate_alone_needs_no_sts() {
     assert_eq!(loaded.config.roles.roles_anywhere_targets(), [&**target]);
 }
 
+/// The roles of a chain are assumed with the credentials before them, so an STS of its own gets no
+/// token that it could use at AWS.
+#[test]
+fn audience_matters_only_where_a_token_is_sent() {
+    let role = |exchange: &str| {
+        format!(
+            "exchange = \"{exchange}\"\nsts_endpoint = \"https://sts.internal\"\n\
+             [[role.chain]]\nrole_arn = \"arn:aws:iam::123456789012:role/last\"\n"
+        )
+    };
+    let loaded = parse(&good(), &role("roles-anywhere")).unwrap();
+    let targets = loaded.config.roles.sts_targets();
+    assert_eq!(targets[0].endpoint.as_deref(), Some("https://sts.internal"));
+    expect_error(
+        parse(&good(), &role("both")),
+        "audience",
+        "its operator could use them at AWS",
+    );
+}
+
 #[test]
 fn role_by_either_needs_both() {
     expect_error(

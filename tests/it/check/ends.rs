@@ -243,3 +243,22 @@ fn check_is_coloured_only_on_a_terminal_without_no_color() {
         "{output:?}"
     );
 }
+
+/// No `[[role]]` names the STS of requested roles. Its clock is compared as that of any other.
+#[test]
+fn clock_of_the_sts_of_requested_roles_is_compared() {
+    let folder = folder();
+    let text = "[identity]\nworkload_api_socket = \"unix:///nonexistent/agent.sock\"\n\
+                [sts]\nregion = \"eu-central-1\"\n\
+                [requested_roles]\nallow = [\"arn:aws:iam::123456789012:role/app-*\"]\n\
+                [[workload]]\nspiffe_id = \"spiffe://example.org/w/reader\"\nuid = 1001\n";
+    // Nothing listens there, so no call leaves this machine.
+    let proxy = ["env", "HTTPS_PROXY=http://127.0.0.1:1"];
+    let (_, report) = check_with(&proxy, folder.path(), text, &[]);
+    let unread = "clock: STS's clock cannot be read: https://sts.eu-central-1.amazonaws.com";
+    let notes = findings(&report, "note");
+    assert!(
+        notes.iter().any(|note| note.starts_with(unread)),
+        "{report:#}"
+    );
+}

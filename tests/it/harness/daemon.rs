@@ -422,7 +422,8 @@ impl Daemon {
         ids.map(|id| id.expect("an ID").to_owned()).collect()
     }
 
-    fn cached_credentials(&self) -> Vec<Value> {
+    /// Returns the entries of the cache in `/status`.
+    pub(crate) fn cached_credentials(&self) -> Vec<Value> {
         let (status, body) = self.query_status_socket("/status");
         assert_eq!(status, 200, "{body}");
         let body: Value = serde_json::from_str(&body).expect("JSON");

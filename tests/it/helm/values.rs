@@ -2,12 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::process::Command;
+use std::time::Duration;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::rendered::{Renderer, VERSION, chart, comparable, key};
+use crate::harness::counterparts::process::run;
+use crate::harness::daemon::PROGRAM;
 use crate::harness::documents::block;
 
+const TIMEOUT: Duration = Duration::from_secs(60);
 const README: &str = include_str!("../../../deploy/helm/awsvid/README.md");
 const SCHEMA: &str = include_str!("../../../deploy/helm/awsvid/values.schema.json");
 const CHART: &str = include_str!("../../../deploy/helm/awsvid/Chart.yaml");
@@ -141,7 +146,7 @@ fn values_of_the_readme_are_rendered() {
     let roles = block(
         "deploy/helm/awsvid/README.md",
         "Configuration",
-        "config:\n  sts:",
+        "config:\n  sts:\n    region: eu-central-1\n  role:",
     );
     let files_of_teams = block(
         "deploy/helm/awsvid/README.md",
@@ -176,6 +181,36 @@ fn values_of_the_readme_are_rendered() {
         !output.status.success() && output.stderr.contains("schema"),
         "{output:?}"
     );
+}
+
+/// The tables within tables of the example are those of a file that awsvid takes as it is.
+#[test]
+fn chain_and_roles_anywhere_of_the_readme_are_a_valid_configuration() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    let values = block(
+        "deploy/helm/awsvid/README.md",
+        "Configuration",
+        "config:\n  sts:\n    region: eu-central-1\n  roles_anywhere:",
+    );
+    let file = renderer.folder().join("chain.yaml");
+    fs::write(&file, values).unwrap();
+    let options = [&VERSION[..], &["--values", file.to_str().unwrap()]].concat();
+    let objects = renderer.chart(&["spire.trustDomain=prod.example.com"], &options);
+    let text = &objects[&key("ConfigMap", "awsvid")]["data"]["awsvid.toml"];
+    let written = renderer.folder().join("awsvid.toml");
+    fs::write(&written, text.as_str().unwrap()).unwrap();
+    let mut command = Command::new(PROGRAM);
+    command.args(["config", "show", "--config"]).arg(&written);
+    let shown = run(command, b"", TIMEOUT).success("awsvid config show");
+    let shown: toml::Table = toml::from_str(&shown).unwrap();
+    let role = &shown["role"][0];
+    assert_eq!(role["exchange"].as_str(), Some("roles-anywhere"));
+    let tags = serde_json::to_value(&role["chain"][0]["tags"]).unwrap();
+    let expected = json!({ "kubernetes-namespace": "{path[1]}", "spiffe-id": "{spiffe_id}" });
+    assert_eq!(tags, expected);
+    assert!(shown.contains_key("roles_anywhere"), "{shown}");
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::harness::stub_http;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-fn awsvid(arguments: &[&str], config: &std::path::Path) -> Output {
+pub(super) fn awsvid(arguments: &[&str], config: &std::path::Path) -> Output {
     let mut command = Command::new(PROGRAM);
     command
         .env_clear()

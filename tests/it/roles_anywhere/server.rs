@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use awsvid::clock::Clock;
 use awsvid::dev::sts::{
-    CertifiedRole, DevAccount, DevProvider, DevSts, DevTrustAnchor, TrustedRole,
+    CertifiedRole, ChainedTrust, DevAccount, DevProvider, DevSts, DevTrustAnchor, TrustedRole,
 };
 use awsvid::identity::{RoleArn, SpiffeIdPattern};
 use rustls::pki_types::CertificateDer;
@@ -29,6 +29,8 @@ pub(super) struct Trust<'a> {
     pub(super) clock: Clock,
     /// Issuer of tokens for [`ROLE`], and the subjects that may assume it with a token.
     pub(super) tokens: Option<(&'a str, Vec<String>)>,
+    /// Roles that sessions of [`ROLE`] may assume, and those after them.
+    pub(super) chained: Vec<ChainedTrust>,
 }
 
 impl<'a> Trust<'a> {
@@ -39,6 +41,7 @@ impl<'a> Trust<'a> {
             region: "us-east-1",
             clock: Clock::system(),
             tokens: None,
+            chained: Vec::new(),
         }
     }
 }
@@ -79,7 +82,7 @@ impl VerifyingServer {
             region: trust.region.to_owned(),
             providers,
             roles,
-            chained: Vec::new(),
+            chained: trust.chained,
             trust_anchors: vec![DevTrustAnchor {
                 arn: ANCHOR.to_owned(),
                 profile_arn: PROFILE.to_owned(),

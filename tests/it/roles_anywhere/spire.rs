@@ -15,7 +15,7 @@ use crate::harness::daemon::{Daemon, PROGRAM};
 use crate::harness::env::{AWSVID, Source, awsvid_selectors, id};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
-const READER: u32 = 61001;
+pub(super) const READER: u32 = 61001;
 /// The keys of workloads, each with another kind for the CA.
 pub(super) const KEY_TYPES: [(&str, &str); 3] = [
     ("rsa-2048", "ec-p384"),
@@ -66,7 +66,7 @@ fn daemon(folder: &Path, spire: &Spire, source: Source, server: &VerifyingServer
 }
 
 /// Requests credentials, and again while a slow machine has none yet, as SDKs do.
-fn fetch(daemon: &Daemon, workload: &Cgroup) -> Value {
+pub(super) fn fetch(daemon: &Daemon, workload: &Cgroup) -> Value {
     await_some("an answer other than pending", TIMEOUT, || {
         let answer = daemon.curl("unix", (READER, READER), workload);
         let answer: Value = serde_json::from_str(&answer).unwrap();
