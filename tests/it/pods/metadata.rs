@@ -16,6 +16,7 @@ use crate::harness::counterparts::python;
 
 mod attacks;
 mod handover;
+mod user_namespace;
 
 const METADATA_V4: &str = "169.254.169.254:80";
 const METADATA_V6: &str = "[fd00:ec2::254]:80";
