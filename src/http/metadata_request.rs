@@ -23,13 +23,13 @@ use crate::http::{CredentialEndpoint, RequestHead};
 use crate::imds::{Imds, MetadataPath, TOKEN_HEADER, TokenTtl};
 use crate::role::RequestedRole;
 
-/// The time that a request is held while its credentials are not there. The SDK for Go waits half a
-/// second for the head of an answer.
-const HOLD: Duration = Duration::from_millis(400);
-/// The hold for SDKs that wait a second, and try once.
-const LONG_HOLD: Duration = Duration::from_millis(900);
-/// The beginnings of `User-Agent` of those SDKs.
-const PATIENT_AGENTS: [&[u8]; 3] = [b"Boto3/", b"Botocore/", b"aws-cli/"];
+/// The time that a request is held while its credentials are not there. SDKs wait a second for an
+/// answer, some of them with the connect, and many try once. Programs without a `User-Agent` do too.
+const HOLD: Duration = Duration::from_millis(900);
+/// The hold for the SDK that waits half a second for the head of an answer.
+const SHORT_HOLD: Duration = Duration::from_millis(400);
+/// The product in `User-Agent` of that SDK. Some programs put their own name in front of it.
+const IMPATIENT_SDK: &[u8] = b"aws-sdk-go-v2/";
 
 impl CredentialEndpoint {
     /// Answers one request for metadata, and records it.
@@ -185,11 +185,9 @@ fn only_header(headers: &HeaderMap) -> Option<&[u8]> {
 fn hold(headers: &HeaderMap) -> Duration {
     let agent = headers.get(USER_AGENT);
     let agent = agent.map_or(&b""[..], |agent| agent.as_bytes());
-    match PATIENT_AGENTS
-        .iter()
-        .any(|patient| agent.starts_with(patient))
-    {
-        true => LONG_HOLD,
+    let mut products = agent.split(|byte| *byte == b' ');
+    match products.any(|product| product.starts_with(IMPATIENT_SDK)) {
+        true => SHORT_HOLD,
         false => HOLD,
     }
 }

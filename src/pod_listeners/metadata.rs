@@ -11,7 +11,7 @@ use crate::pod_listeners::opt_in::OptInFile;
 
 mod address;
 
-pub(super) use address::{MetadataTarget, Opened, open_all, remove, restore};
+pub(super) use address::{MetadataTarget, Opened, check, open_all, remove};
 
 /// The time for which a pod is polled at the short interval. The runtime sets its sysctls within
 /// that, and starts its first process some 70 ms later.
@@ -26,8 +26,8 @@ const NETWORK_GRACE: Duration = Duration::from_secs(3);
 const BIND_RETRY: Duration = Duration::from_secs(1);
 /// Interval between attempts after any other cause.
 const RETRY_INTERVAL: Duration = Duration::from_secs(60);
-/// Interval between checks that a pod still has the address. A process with `CAP_NET_ADMIN` there
-/// can remove it (T44).
+/// Interval between checks that a pod still has the address, which a process with `CAP_NET_ADMIN`
+/// there can remove (T44), and whether it needs the IPv6 address by now.
 const CHECK_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The state of the metadata address in one namespace.
@@ -49,7 +49,11 @@ pub(super) enum MetadataState {
         cause: Option<PodListenerFailure>,
     },
     /// The namespace has the address, which is checked at `check`.
-    Served { check: Instant },
+    Served {
+        check: Instant,
+        /// The cause of the latest failure to add the IPv6 address, which the pod needs later.
+        cause: Option<PodListenerFailure>,
+    },
 }
 
 /// The next act in a namespace.
@@ -103,6 +107,7 @@ impl MetadataState {
     pub(super) fn unchecked() -> Self {
         Self::Served {
             check: Instant::now(),
+            cause: None,
         }
     }
 
@@ -116,7 +121,7 @@ impl MetadataState {
             Self::Off => None,
             Self::Undecided { poll: at, .. }
             | Self::Waiting { retry: at, .. }
-            | Self::Served { check: at } => Some(*at),
+            | Self::Served { check: at, .. } => Some(*at),
         }
     }
 
@@ -128,7 +133,7 @@ impl MetadataState {
         }
         match self {
             Self::Off => None,
-            Self::Served { check } => {
+            Self::Served { check, .. } => {
                 *check = now + BIND_RETRY;
                 Some(MetadataStep::Check)
             }
@@ -164,27 +169,42 @@ impl MetadataState {
         }
     }
 
-    /// Records that the address is there.
+    /// Records that all addresses are there that the pod needs.
     pub(super) fn set_served(&mut self) {
         *self = Self::Served {
             check: Instant::now() + CHECK_INTERVAL,
+            cause: None,
         };
     }
 
-    /// Records that the address is not served. Returns whether the cause is another one than that
-    /// of the last attempt.
+    /// Records that the addresses that are served were checked.
+    pub(super) fn set_checked(&mut self) {
+        if let Self::Served { check, .. } = self {
+            *check = Instant::now() + CHECK_INTERVAL;
+        }
+    }
+
+    /// Records that an address is not served. Returns whether the cause is another one than that
+    /// of the last attempt. A pod that has the IPv4 address keeps it.
     pub(super) fn set_unserved(&mut self, obstacle: &MetadataObstacle) -> bool {
         let now = Instant::now();
         let (since, before) = match self {
             Self::Waiting { since, cause, .. } => (*since, *cause),
+            Self::Served { cause, .. } => (now, *cause),
             _ => (now, None),
         };
         let cause = obstacle.failure();
-        *self = Self::Waiting {
-            since,
-            retry: now + obstacle.retry_after(),
-            cause: cause.or(before),
-        };
+        let latest = cause.or(before);
+        match self {
+            Self::Served { cause, .. } => *cause = latest,
+            _ => {
+                *self = Self::Waiting {
+                    since,
+                    retry: now + obstacle.retry_after(),
+                    cause: latest,
+                };
+            }
+        }
         cause.is_some() && cause != before
     }
 }

@@ -99,13 +99,22 @@ fn two_tokens_are_none() {
 }
 
 #[test]
-fn hold_is_longer_for_sdks_that_try_once() {
+fn hold_is_shorter_for_the_sdk_that_waits_half_a_second() {
     for (agent, expected) in [
-        ("Boto3/1.44.8 md/Botocore#1.44.8", LONG_HOLD),
-        ("Botocore/1.44.8", LONG_HOLD),
-        ("aws-cli/2.30.0", LONG_HOLD),
-        ("aws-sdk-go-v2/1.30", HOLD),
-        ("x Botocore/1", HOLD),
+        (
+            "aws-sdk-go-v2/1.30.1 ua/2.1 os/linux lang/go#1.23",
+            SHORT_HOLD,
+        ),
+        (
+            "APN/1.0 example/2.0 (+https://a.example) aws-sdk-go-v2/1.30",
+            SHORT_HOLD,
+        ),
+        ("aws-sdk-go-v20/1", HOLD),
+        ("x-aws-sdk-go-v2/1.30", HOLD),
+        ("aws-sdk-go/1.55.8 (go1.23; linux; amd64)", HOLD),
+        ("Boto3/1.44.8 md/Botocore#1.44.8", HOLD),
+        ("curl/8.14.1", HOLD),
+        ("", HOLD),
     ] {
         assert_eq!(
             hold(&headers(&[("user-agent", agent)])),

@@ -23,6 +23,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_millis(25);
 pub(in crate::pod_listeners) struct MetadataTarget {
     pub(in crate::pod_listeners) netns: Arc<NetnsRef>,
     pub(in crate::pod_listeners) is_young: bool,
+    /// The addresses that this instance serves there already.
+    pub(in crate::pod_listeners) served: Vec<SocketAddr>,
     /// The listeners of another instance there, which has served them until now.
     pub(in crate::pod_listeners) received: ReceivedSockets,
 }
@@ -48,17 +50,17 @@ pub(in crate::pod_listeners) fn open_all(
         let MetadataTarget {
             netns,
             is_young,
+            served: _,
             received,
         } = target;
         let opened = checks.and_then(|checks| {
-            let may_remove = checks.is_present && !is_young;
-            let addresses = checks.into_addresses().inspect_err(|_| {
+            checks.find_answer().inspect_err(|_| {
                 // A process of the pod took the port after an instance of awsvid was killed.
-                if may_remove {
-                    remove_own(&netns);
+                if checks.is_present && !is_young {
+                    remove_own(&netns, &checks.addresses);
                 }
-            });
-            open(&netns, &addresses?, received)
+            })?;
+            open(&netns, &checks.addresses, received)
         });
         (netns, opened)
     });
@@ -83,7 +85,8 @@ impl Checks {
             let has_v6 = routes.has_global_v6()?;
             let addresses = METADATA_ADDRESSES
                 .into_iter()
-                .filter(|address| address.is_ipv4() || has_v6);
+                .filter(|address| address.is_ipv4() || has_v6)
+                .filter(|address| !target.served.contains(address));
             let mut checks = Self {
                 addresses: addresses.collect(),
                 is_present: false,
@@ -108,10 +111,10 @@ impl Checks {
         })?
     }
 
-    /// Returns the addresses if no other service answers there.
-    fn into_addresses(self) -> Result<Vec<SocketAddr>, MetadataObstacle> {
+    /// Fails if another service answers at one of the addresses.
+    fn find_answer(&self) -> Result<(), MetadataObstacle> {
         match self.probes.iter().any(AnswerProbe::is_answered) {
-            false => Ok(self.addresses),
+            false => Ok(()),
             // Nothing outside the namespace can have answered.
             true if self.is_present => Err(MetadataObstacle::PortTaken),
             true => Err(MetadataObstacle::Answered),
@@ -137,7 +140,7 @@ fn open(netns: &Arc<NetnsRef>, addresses: &[SocketAddr], received: ReceivedSocke
                 Err(error) if has_no_v6(&error, listener.address().ip()) => {}
                 Err(error) => {
                     // The listeners close now, so the addresses have to be gone before.
-                    remove_from(&routes);
+                    remove_from(&routes, addresses);
                     return Err(error.into());
                 }
             }
@@ -155,35 +158,49 @@ fn has_no_v6(error: &io::Error, address: IpAddr) -> bool {
             .is_some_and(|errno| errors.contains(&errno))
 }
 
-/// Adds these addresses again if they are missing. Returns whether one was.
-pub(in crate::pod_listeners) fn restore(
+/// The state of a namespace in which addresses are served.
+#[derive(Debug, PartialEq, Eq)]
+pub(in crate::pod_listeners) struct AddressCheck {
+    /// Set if one of the addresses was missing. It is there again.
+    pub(in crate::pod_listeners) was_removed: bool,
+    /// Set if the pod has a global IPv6 address by now, and only the IPv4 address is served.
+    pub(in crate::pod_listeners) needs_v6: bool,
+}
+
+/// Adds these addresses again if they are missing, and finds whether the pod needs another one.
+pub(in crate::pod_listeners) fn check(
     netns: &NetnsRef,
-    addresses: &[SocketAddr],
-) -> Result<bool, MetadataObstacle> {
+    served: &[SocketAddr],
+) -> Result<AddressCheck, MetadataObstacle> {
     netns.run_in(|| {
         let routes = RouteSocket::open()?;
-        let mut was_missing = false;
-        for address in addresses {
-            was_missing |= routes.add_address(address.ip())? == Addition::New;
+        let mut was_removed = false;
+        for address in served {
+            was_removed |= routes.add_address(address.ip())? == Addition::New;
         }
-        Ok(was_missing)
+        let needs_v6 = served.iter().all(SocketAddr::is_ipv4) && routes.has_global_v6()?;
+        Ok(AddressCheck {
+            was_removed,
+            needs_v6,
+        })
     })?
 }
 
 /// Removes the addresses from the namespace, unless it is gone.
 pub(in crate::pod_listeners) fn remove(netns: &NetnsRef) {
-    let removed = netns.run_in(|| RouteSocket::open().map(|routes| remove_from(&routes)));
+    let removed = netns
+        .run_in(|| RouteSocket::open().map(|routes| remove_from(&routes, &METADATA_ADDRESSES)));
     if let Ok(Err(error)) = removed {
         let namespace = netns.path();
         tracing::warn!(%error, namespace = %namespace.display(), "169.254.169.254 cannot be removed from a pod");
     }
 }
 
-/// Removes the addresses that an instance of awsvid added, and leaves those of the pod itself.
-fn remove_own(netns: &NetnsRef) {
+/// Removes those of the addresses that an instance of awsvid added, and leaves those of the pod.
+fn remove_own(netns: &NetnsRef, addresses: &[SocketAddr]) {
     let removed = netns.run_in(|| {
         let routes = RouteSocket::open()?;
-        for ip in METADATA_ADDRESSES.map(|address| address.ip()) {
+        for ip in addresses.iter().map(SocketAddr::ip) {
             if routes.has_own_address(ip)? {
                 routes.remove_address(ip)?;
             }
@@ -196,8 +213,8 @@ fn remove_own(netns: &NetnsRef) {
     }
 }
 
-fn remove_from(routes: &RouteSocket) {
-    for address in METADATA_ADDRESSES {
+fn remove_from(routes: &RouteSocket, addresses: &[SocketAddr]) {
+    for address in addresses {
         if let Err(error) = routes.remove_address(address.ip()) {
             tracing::debug!(%error, address = %address.ip(), "an address cannot be removed from a pod");
         }

@@ -6,7 +6,9 @@ use std::thread;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{getsockopt, sockopt};
 
+use super::address::AddressCheck;
 use super::*;
 use crate::listen::{METADATA_ADDRESSES, NetnsRef};
 use crate::netlink::tests::{add_eth0, ip};
@@ -63,14 +65,30 @@ impl TestPod {
         MetadataTarget {
             netns: self.netns.clone(),
             is_young,
+            served: Vec::new(),
             received: Vec::new(),
         }
     }
 
     fn open(&self, is_young: bool) -> Opened {
-        let mut opened = open_all(vec![self.target(is_young)]);
+        Self::open_target(self.target(is_young))
+    }
+
+    /// Opens what is missing beside the IPv4 address.
+    fn open_later(&self) -> Opened {
+        let mut target = self.target(false);
+        target.served.push(V4);
+        Self::open_target(target)
+    }
+
+    fn open_target(target: MetadataTarget) -> Opened {
+        let mut opened = open_all(vec![target]);
         assert_eq!(opened.len(), 1);
         opened.pop().unwrap().1
+    }
+
+    fn check(&self, served: &[SocketAddr]) -> AddressCheck {
+        check(&self.netns, served).unwrap()
     }
 
     /// Runs `ip` in the namespace.
@@ -123,9 +141,9 @@ fn address_is_served_and_removed_with_its_listener() {
     // The pod has no IPv6.
     assert_eq!(listeners.len(), 1);
     assert!(pod.has_address() && pod.is_reached(V4));
-    assert!(!restore(&pod.netns, &[V4]).unwrap());
+    assert!(!pod.check(&[V4]).was_removed);
     pod.ip("address delete 169.254.169.254/32 dev lo");
-    assert!(restore(&pod.netns, &[V4]).unwrap());
+    assert!(pod.check(&[V4]).was_removed);
     assert!(pod.is_reached(V4));
     remove(&pod.netns);
     assert!(!pod.has_address());
@@ -152,6 +170,56 @@ fn pod_with_ipv6_gets_both_addresses() {
         .unwrap();
     remove(&pod.netns);
     assert_eq!(pod.open(true).unwrap().len(), 1, "lo takes no IPv6 address");
+}
+
+/// Also after a failure, which costs the pod nothing that it had.
+#[test]
+fn ipv6_address_is_added_later() {
+    let Some(pod) = TestPod::connected() else {
+        return;
+    };
+    let first = pod.open(true).unwrap();
+    assert_eq!((first.len(), first[0].address()), (1, V4));
+    let check = |served: &[SocketAddr]| pod.check(served);
+    let complete = AddressCheck {
+        was_removed: false,
+        needs_v6: false,
+    };
+    assert_eq!(check(&[V4]), complete);
+    pod.ip("address add 2001:db8::1/64 dev eth0 nodad");
+    assert!(check(&[V4]).needs_v6);
+    pod.ip("-6 route add blackhole fd00:ec2::254");
+    let failed = failure(pod.open_later());
+    assert_eq!(failed, Some(PodListenerFailure::ImdsRouted));
+    pod.ip("-6 route delete blackhole fd00:ec2::254");
+    assert!(pod.has_address() && pod.is_reached(V4));
+    let later = pod.open_later().unwrap();
+    assert_eq!((later.len(), later[0].address()), (1, V6));
+    assert!(pod.becomes_reached(V6) && pod.is_reached(V4));
+    assert_eq!(check(&[V4, V6]), complete);
+}
+
+#[test]
+fn answer_does_not_pass_a_router() {
+    let setup = ["address add 2001:db8::1/64 dev eth0 nodad"];
+    let Some(pod) = TestPod::new(&setup) else {
+        return;
+    };
+    let listeners = pod.open(false).unwrap();
+    assert!(pod.becomes_reached(V6));
+    for (listener, address) in listeners.iter().zip([V4, V6]) {
+        let client = pod.netns.run_in(|| TcpStream::connect(address));
+        let client = client.unwrap().unwrap();
+        let listening = TcpListener::from(listener.listener().try_clone().unwrap());
+        listening.set_nonblocking(false).unwrap();
+        let (accepted, _) = listening.accept().unwrap();
+        let hops = match address {
+            SocketAddr::V4(_) => getsockopt(&accepted, sockopt::Ipv4Ttl),
+            SocketAddr::V6(_) => getsockopt(&accepted, sockopt::Ipv6Ttl),
+        };
+        assert_eq!(hops.unwrap(), 1, "{address}");
+        drop(client);
+    }
 }
 
 #[test]
@@ -281,6 +349,10 @@ fn same_cause_is_reported_once() {
     assert!(state.set_unserved(&routed()));
     state.set_served();
     assert!(state.set_unserved(&routed()));
+    assert!(state.is_served(), "the address of IPv4 is");
+    assert!(!state.set_unserved(&routed()));
+    state.set_checked();
+    assert!(!state.set_unserved(&routed()));
 }
 
 #[tokio::test(start_paused = true)]

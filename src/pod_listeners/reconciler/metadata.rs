@@ -22,8 +22,8 @@ impl Reconciler {
             .min()
     }
 
-    /// Does what is due: finds the pods that have opted in, adds the address there, and checks that
-    /// it still is where it was added. `received` are the listeners of another instance.
+    /// Does what is due: finds the pods that have opted in, adds the address there, checks that it
+    /// still is where it was added, and adds that of IPv6 where a pod has got IPv6 since. `received` are the listeners of another instance.
     pub(in crate::pod_listeners) async fn serve_metadata(
         &mut self,
         mut received: HashMap<HandoverKey, Arc<OwnedFd>>,
@@ -40,6 +40,7 @@ impl Reconciler {
                 Some(MetadataStep::Open { is_young }) => targets.push(MetadataTarget {
                     netns: pod.netns.clone(),
                     is_young,
+                    served: Vec::new(),
                     received,
                 }),
                 Some(MetadataStep::Check) => {
@@ -100,25 +101,40 @@ impl Reconciler {
     async fn check_metadata(&mut self, served: Vec<(Arc<NetnsRef>, Vec<SocketAddr>)>) {
         let checking = self.directory.run(&self.log, move || {
             let checks = served.into_iter().map(|(netns, addresses)| {
-                let restored = metadata::restore(&netns, &addresses);
-                (netns, restored)
+                let checked = metadata::check(&netns, &addresses);
+                (netns, checked)
             });
             checks.collect::<Vec<_>>()
         });
-        for (netns, restored) in checking.await.unwrap_or_default() {
+        let mut later = Vec::new();
+        for (netns, checked) in checking.await.unwrap_or_default() {
             let Some(pod) = self.pods.get_mut(&netns.id()) else {
                 continue;
             };
-            pod.metadata.set_served();
-            match restored {
-                Ok(false) => {}
-                Ok(true) => self.metadata_log.removed(&netns.path()),
+            pod.metadata.set_checked();
+            match checked {
+                Ok(check) => {
+                    if check.was_removed {
+                        self.metadata_log.removed(&netns.path());
+                    }
+                    if check.needs_v6 {
+                        later.push(MetadataTarget {
+                            netns,
+                            is_young: false,
+                            served: pod.metadata_addresses(),
+                            received: Vec::new(),
+                        });
+                    }
+                }
                 // The namespace may have ended, which the next scan finds.
                 Err(obstacle) => {
                     let path = netns.path();
                     tracing::debug!(?obstacle, namespace = %path.display(), "169.254.169.254 cannot be checked in a pod");
                 }
             }
+        }
+        if !later.is_empty() {
+            self.open_metadata(later).await;
         }
     }
 

@@ -1,6 +1,8 @@
 //! Each client with the address of the instance metadata service alone. The short form has two
 //! clients, `tests/run slow` has all.
 
+use std::net::TcpListener;
+
 use super::MAX_CONCURRENT;
 use super::reading::{ReadSettings, for_each, read};
 use super::stage::{ClientSetting, ClientStage, Member, StagedDaemon};
@@ -9,6 +11,9 @@ use crate::harness::counterparts::folder;
 use crate::harness::is_slow;
 
 const SHORT: [&str; 2] = ["boto3", "Go v2"];
+/// On a busy machine a client may give up early by itself. One that does so each time waits for
+/// less than a hold.
+const TRIES: u32 = 3;
 
 #[test]
 fn clients_find_credentials_by_metadata_as_documented() {
@@ -21,8 +26,7 @@ fn clients_find_credentials_by_metadata_as_documented() {
         ..ClientSetting::default()
     };
     let serving = stage.daemon("metadata", &setting);
-    let mut members = stage.members();
-    members.retain(|member| is_slow() || SHORT.contains(&member.client.name));
+    let members = members(&stage);
     let cells = for_each(&members, MAX_CONCURRENT, |_, member: &Member| {
         Cell::new(
             member.client.name,
@@ -33,6 +37,49 @@ fn clients_find_credentials_by_metadata_as_documented() {
     if !cells.is_empty() {
         table::settle(&cells);
     }
+}
+
+/// While STS does not answer, each client gets a 503 before it gives up.
+#[test]
+fn clients_wait_for_the_end_of_a_hold() {
+    let folder = folder();
+    let Some(stage) = ClientStage::start(folder.path(), &Table::committed()) else {
+        return;
+    };
+    // It accepts connections, and answers none.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let setting = ClientSetting {
+        serves_metadata: true,
+        sts: Some(format!("http://{}", silent.local_addr().unwrap())),
+        ..ClientSetting::default()
+    };
+    let serving = stage.unready_daemon("holds", &setting);
+    for_each(&members(&stage), 1, |_, member| {
+        let mut reading = ReadSettings {
+            by_metadata: true,
+            ..ReadSettings::single_read(member, &serving)
+        };
+        reading.url += "/";
+        let is_held = (0..TRIES).any(|_| {
+            read(&stage, member, &serving, &reading);
+            let requests = serving.requests(member.uid);
+            let ends = |name: &str, value: &str| {
+                let ended = requests.iter().filter(|record| record[name] == value);
+                ended.count()
+            };
+            let (held, aborted) = (ends("reason", "pending"), ends("outcome", "aborted"));
+            eprintln!("{}: {held} x 503, {aborted} x aborted", member.client.name);
+            // Some do not send a request to that address.
+            held > 0 || requests.is_empty()
+        });
+        assert!(is_held, "{}", member.client.name);
+    });
+}
+
+fn members(stage: &ClientStage) -> Vec<&Member> {
+    let mut members = stage.members();
+    members.retain(|member| is_slow() || SHORT.contains(&member.client.name));
+    members
 }
 
 /// Returns whether the client reads its object, with each form of the address. Before, it may fail

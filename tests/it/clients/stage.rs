@@ -176,6 +176,15 @@ impl ClientStage {
 
     /// Starts a daemon with an empty cache, with its files in a folder of its own.
     pub(crate) fn daemon(&self, name: &str, setting: &ClientSetting<'_>) -> StagedDaemon {
+        let StagedDaemon { daemon, folder } = self.unready_daemon(name, setting);
+        StagedDaemon {
+            daemon: daemon.ready(),
+            folder,
+        }
+    }
+
+    /// Does the same, and returns before the daemon is ready, for which STS has to answer.
+    pub(crate) fn unready_daemon(&self, name: &str, setting: &ClientSetting<'_>) -> StagedDaemon {
         let folder = self.folder.join(name);
         std::fs::create_dir(&folder).expect("a new folder");
         let users = self
@@ -206,7 +215,7 @@ impl ClientStage {
             setting.role,
         );
         StagedDaemon {
-            daemon: Daemon::start(&folder, setting.listen, &configuration).ready(),
+            daemon: Daemon::start(&folder, setting.listen, &configuration),
             folder,
         }
     }

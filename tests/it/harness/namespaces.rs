@@ -172,6 +172,21 @@ impl NetnsNode {
         });
     }
 
+    /// Mounts the network namespace of a process on a file of this name, after `set_up` has run
+    /// there.
+    pub(crate) fn add_of(&self, name: &str, process: Pid, set_up: impl FnOnce() + Send) {
+        let path = self.path(name);
+        self.within(move || {
+            let namespace = fs::File::open(format!("/proc/{process}/ns/net"));
+            let namespace = namespace.expect("its network namespace");
+            setns(namespace, CloneFlags::CLONE_NEWNET).expect("into the network namespace");
+            set_up();
+            ip(&["link", "set", "lo", "up"]);
+            fs::File::create_new(&path).expect("the file");
+            bind(Path::new("/proc/thread-self/ns/net"), &path);
+        });
+    }
+
     /// Removes it, as a runtime does once the pod's processes are dead.
     pub(crate) fn remove(&self, name: &str) {
         let path = self.path(name);

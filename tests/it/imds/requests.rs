@@ -223,8 +223,12 @@ fn request_is_held_as_long_as_its_sdk_waits() {
     let daemon = Daemon::start(folder.path(), "", &configuration);
     let (address, valid) = (daemon.tcp(), token(daemon.tcp()));
     assert_eq!(get(address, ROLES, &valid).body, "dev");
-    for (agent, least) in [("aws-sdk-go-v2/1.30", 400), ("Boto3/1.44.8 md/x", 900)] {
-        let headers = format!("User-Agent: {agent}\r\nX-aws-ec2-metadata-token: {valid}\r\n");
+    for (agent, least) in [
+        ("User-Agent: aws-sdk-go-v2/1.30\r\n", 400),
+        ("User-Agent: Boto3/1.44.8 md/x\r\n", 900),
+        ("", 900),
+    ] {
+        let headers = format!("{agent}X-aws-ec2-metadata-token: {valid}\r\n");
         let begun = Instant::now();
         let answer = send(address, &format!("GET {ROLES}dev"), &headers);
         assert_eq!(answer.status, 503, "{answer:?}");

@@ -9,10 +9,11 @@ use serde_json::{Value, json};
 
 use super::cluster::{AWS, Cluster, MINIO_PORT, READER, STS_PORT, copy};
 use super::life::{PollingPod, run_updates};
-use super::policy::admitted;
+use super::policy::{self, admitted};
 use crate::clients::catalogue::{self, Client, ReadObject};
 use crate::clients::table::{self, Cell, Column};
 use crate::harness::counterparts::process::await_some;
+use crate::harness::counterparts::python;
 use crate::harness::is_slow;
 use crate::harness::kubernetes::{ADDRESS, BUSYBOX, Image};
 use crate::harness::tls::PROXIED_NAME;
@@ -23,6 +24,8 @@ const PROGRAMS: &str = "docker.io/library/metadata-programs:test";
 const FOUND: &str = "hello from the shop";
 /// The directory of files for clients, on the node.
 const FILES: &str = "/srv/clients";
+/// The sysctl by which a pod opts in.
+const OPT_IN: &str = "net.ipv4.ip_local_reserved_ports";
 /// The clients of the short form.
 const SHORT: [&str; 2] = ["boto3", "Go v2"];
 /// Each starts a program of its own, one after the other.
@@ -61,6 +64,18 @@ busybox cat /bucket/test.txt
 busybox umount /bucket
 "#;
 
+/// Each fetch is a PUT and two GETs, with one attempt and a timeout of a second.
+const BY_BOTOCORE: &str = r#"
+import os, time
+from botocore.utils import InstanceMetadataFetcher
+# The first process of the container has its files.
+while not os.path.exists("/proc/1/root/enough"):
+    found = InstanceMetadataFetcher(timeout=1, num_attempts=1).retrieve_iam_role_credentials()
+    print("answered" if found else "failed: no credentials")
+    print("at", time.clock_gettime(time.CLOCK_BOOTTIME))
+    time.sleep(0.02)
+"#;
+
 /// Runs them after an opt-in of their namespace, without the variables of the environment's policy.
 pub(super) fn programs_need_no_setting(cluster: &Cluster) {
     cluster.install_with_metadata_address("spiffe-broker");
@@ -68,6 +83,7 @@ pub(super) fn programs_need_no_setting(cluster: &Cluster) {
     let label = [&["label", "namespace", READER.namespace][..], &labels].concat();
     cluster.node.kubectl(&label).success("the labels");
     await_opt_in(cluster);
+    policy_leaves_out_some_pods(cluster);
     import_programs(cluster);
     for (name, image, script) in [
         ("by-curl", PROGRAMS, &format!("{FUNCTIONS}{BY_CURL}")),
@@ -94,6 +110,68 @@ fn await_opt_in(cluster: &Cluster) {
         let sysctl = &stored["spec"]["securityContext"]["sysctls"][0];
         (sysctl["value"] == "974").then_some(())
     });
+}
+
+/// Asserts which pods the policy opts in, as the page has them.
+fn policy_leaves_out_some_pods(cluster: &Cluster) {
+    let sysctl = |name: &str, value: &str| json!({ "name": name, "value": value });
+    let opt_in = sysctl(OPT_IN, "974");
+    let [other, own] = [
+        sysctl("net.ipv4.tcp_syncookies", "1"),
+        sysctl(OPT_IN, "8080"),
+    ];
+    let container =
+        |port: u16| json!([{ "name": "one", "image": "i", "ports": [{ "containerPort": port }] }]);
+    for (what, field, value, expected) in [
+        ("nothing", "priority", Value::Null, vec![&opt_in]),
+        ("the host's users", "hostUsers", json!(false), vec![&opt_in]),
+        ("another port", "containers", container(8080), vec![&opt_in]),
+        (
+            "another sysctl",
+            "securityContext",
+            json!({ "sysctls": [other] }),
+            vec![&other, &opt_in],
+        ),
+        (
+            "a group",
+            "securityContext",
+            json!({ "fsGroup": 1 }),
+            vec![&opt_in],
+        ),
+        (
+            "its own value",
+            "securityContext",
+            json!({ "sysctls": [own] }),
+            vec![&own],
+        ),
+        ("port 80", "containers", container(80), vec![]),
+        (
+            "port 80 of an init container",
+            "initContainers",
+            container(80),
+            vec![],
+        ),
+        ("the node's network", "hostNetwork", json!(true), vec![]),
+        (
+            "the annotation",
+            "annotations",
+            json!({ "awsvid.io/imds": "false" }),
+            vec![],
+        ),
+    ] {
+        let mut trial = policy::pod(
+            READER.namespace,
+            json!({ "containers": [{ "name": "plain", "image": "i" }] }),
+        );
+        match field {
+            "annotations" => trial["metadata"][field] = value,
+            _ => trial["spec"][field] = value,
+        }
+        let stored = admitted(&cluster.node, &trial);
+        let found = stored["spec"]["securityContext"]["sysctls"].as_array();
+        let found: Vec<_> = found.into_iter().flatten().collect();
+        assert_eq!(found, expected, "{what}");
+    }
 }
 
 fn import_programs(cluster: &Cluster) {
@@ -228,14 +306,30 @@ fn client_script(cluster: &Cluster, client: &Client, program: &Path) -> String {
     )
 }
 
-/// A program with one token sends requests while awsvid's pod is replaced. It repeats a 503 once,
-/// as SDKs do: the cache of the next instance is empty, and a request is held for 0.4 s.
+/// Programs send requests while awsvid's pod is replaced: one with a token that it keeps, and
+/// botocore with a new token each time. Neither repeats a request.
 fn tokens_outlive_updates(cluster: &Cluster) {
     let fetch = r#"role=$(get iam/security-credentials/)
-        fetch() { curl -sS --fail-with-body --retry 1 -o /dev/null -H "X-aws-ec2-metadata-token: $token" \
+        fetch() { curl -sS --fail-with-body -o /dev/null -H "X-aws-ec2-metadata-token: $token" \
             "$at/meta-data/iam/security-credentials/$role" 2>&1; }"#;
     let script = format!("{FUNCTIONS}{fetch}\n{}", PollingPod::LOOP);
-    let name = "with-one-token";
-    let asker = PollingPod::run(cluster, name, &pod(cluster, name, PROGRAMS, &script));
-    run_updates(cluster, asker);
+    let run = |name, image, script: &str| {
+        PollingPod::run(cluster, name, &pod(cluster, name, image, script))
+    };
+    let mut askers = vec![run("with-one-token", PROGRAMS, &script)];
+    if let Some(python) = python("client-boto3") {
+        askers.push(run("with-new-tokens", BUSYBOX, &by_botocore(&python)));
+    }
+    run_updates(cluster, askers);
+}
+
+/// Returns a script that runs botocore's class in the node's files, as [`PollingPod::LOOP`] runs a
+/// function.
+fn by_botocore(python: &Path) -> String {
+    let python = python.display();
+    format!(
+        "busybox mount --bind /proc /node/proc
+         busybox chroot /node /usr/bin/env -i PATH=/usr/bin:/bin HOME=/tmp {python} -u -c '{BY_BOTOCORE}'
+         echo ended",
+    )
 }

@@ -16,6 +16,7 @@ use crate::harness::counterparts::python;
 
 mod attacks;
 mod handover;
+mod user_namespace;
 
 const METADATA_V4: &str = "169.254.169.254:80";
 const METADATA_V6: &str = "[fd00:ec2::254]:80";
@@ -99,8 +100,8 @@ fn script_gets_credentials(node: &NetnsNode, name: &str, cgroup: &Cgroup, addres
     output.status.success() && output.stdout.contains("\"SecretAccessKey\"")
 }
 
-/// Returns whether the loopback device of this pod has the metadata address.
-fn has_address(node: &NetnsNode, name: &str) -> bool {
+/// Returns whether the loopback device of this pod has the metadata address of IPv4, and of IPv6.
+fn addresses(node: &NetnsNode, name: &str) -> [bool; 2] {
     let shown = node.inside(name, || {
         Command::new("ip")
             .args(["address", "show", "dev", "lo"])
@@ -108,8 +109,13 @@ fn has_address(node: &NetnsNode, name: &str) -> bool {
             .unwrap()
     });
     let shown = String::from_utf8(shown.stdout).unwrap();
-    let [v4, v6] = ["169.254.169.254", "fd00:ec2::254"].map(|address| shown.contains(address));
-    assert_eq!(v4, v6, "{shown}");
+    ["169.254.169.254", "fd00:ec2::254"].map(|address| shown.contains(address))
+}
+
+/// Returns whether it has both, or none of them.
+fn has_address(node: &NetnsNode, name: &str) -> bool {
+    let [v4, v6] = addresses(node, name);
+    assert_eq!(v4, v6);
     v4
 }
 
@@ -166,6 +172,34 @@ fn pod_that_opts_in_is_served_with_nothing_set() {
         let output = run_in_pod(node, "early", &cgroups[0], &words).success("boto3");
         assert!(output.starts_with("iam-role "), "{output}");
     }
+}
+
+/// A router may announce the pod's IPv6 network at any time.
+#[test]
+fn ipv6_address_follows_that_of_the_pod() {
+    let own = "2001:db8::1/64";
+    let Some(stage) = start(|node| {
+        add_pod(node, "a", || {
+            ip(&["address", "delete", own, "dev", "eth0"]);
+            opt_in();
+        });
+    }) else {
+        return;
+    };
+    let (node, daemon) = (&stage.site.node, &stage.daemon);
+    let cgroup = Cgroup::of_pod(65);
+    assert!(script_gets_credentials(node, "a", &cgroup, METADATA_V4));
+    assert_eq!(addresses(node, "a"), [true, false]);
+    node.inside("a", || ip(&["address", "add", own, "dev", "eth0", "nodad"]));
+    await_some("the address of IPv6 is there", TIMEOUT, || {
+        addresses(node, "a")[1].then_some(())
+    });
+    for address in [METADATA_V4, METADATA_V6] {
+        let served = script_gets_credentials(node, "a", &cgroup, address);
+        assert!(served, "{address}");
+    }
+    assert_eq!(daemon.metric(NAMESPACES), 1);
+    assert_eq!(failures(daemon, "imds_removed"), 0);
 }
 
 #[test]

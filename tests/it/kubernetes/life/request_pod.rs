@@ -58,6 +58,10 @@ impl<'a> PollingPod<'a> {
         asker
     }
 
+    pub(in crate::kubernetes) fn name(&self) -> &'static str {
+        self.name
+    }
+
     fn log(&self) -> String {
         self.cluster.node.pod_log(READER.namespace, self.name)
     }

@@ -9,11 +9,11 @@ use crate::harness::is_slow;
 use crate::kubernetes::cluster::Cluster;
 
 pub(in crate::kubernetes) fn update_rejects_no_request(cluster: &Cluster) {
-    run_updates(cluster, PollingPod::start(cluster, "during-updates"));
+    run_updates(cluster, vec![PollingPod::start(cluster, "during-updates")]);
 }
 
-/// Replaces awsvid's pod several times, while a pod sends requests, of which none may fail.
-pub(in crate::kubernetes) fn run_updates(cluster: &Cluster, asker: PollingPod<'_>) {
+/// Replaces awsvid's pod several times, while these pods send requests, of which none may fail.
+pub(in crate::kubernetes) fn run_updates(cluster: &Cluster, askers: Vec<PollingPod<'_>>) {
     let (updates, start) = (if is_slow() { 10 } else { 2 }, Instant::now());
     for _ in 0..updates {
         let before = process(&cluster.node, "awsvid");
@@ -29,11 +29,14 @@ pub(in crate::kubernetes) fn run_updates(cluster: &Cluster, asker: PollingPod<'_
         assert_ne!(process(&cluster.node, "awsvid"), before);
     }
     let took = start.elapsed() / updates;
-    let (answered, failed, longest) = asker.stop();
-    eprintln!(
-        "{updates} updates of {took:.1?}: answered {answered} times, at most {longest:.2} s apart, failed: {failed:?}"
-    );
-    assert!(failed.is_empty() && answered > 100, "{failed:?}");
+    for asker in askers {
+        let name = asker.name();
+        let (answered, failed, longest) = asker.stop();
+        eprintln!(
+            "{updates} updates of {took:.1?}: {name} was answered {answered} times, at most {longest:.2} s apart, failed: {failed:?}"
+        );
+        assert!(failed.is_empty() && answered > 100, "{name}: {failed:?}");
+    }
 }
 
 pub(in crate::kubernetes) fn successor_of_killed_daemon_listens(cluster: &Cluster) {

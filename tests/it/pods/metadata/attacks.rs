@@ -1,5 +1,5 @@
-//! Attacks on the metadata address: by other hosts (T39), with tokens of other pods (T40), and by a
-//! pod that may change its own network (T44).
+//! Attacks on the metadata address: by other hosts (T39), with tokens of other pods (T40), by
+//! deputies and pages in browsers (T42, T43), and by a pod that may change its own network (T44).
 
 use std::net::SocketAddr;
 
@@ -139,6 +139,88 @@ fn token_of_another_pod_is_rejected() {
     // The token belongs to the namespace, and not to one of its addresses.
     assert_eq!(get("a", &own, "127.0.0.1:974").0, 200);
     assert_eq!(get("b", &other, "127.0.0.1:974").0, 401);
+}
+
+/// The last one can send what an SDK sends. It gets the credentials of its own workload.
+#[test]
+fn deputy_gets_what_its_own_workload_gets() {
+    let Some(stage) = start(|node| add_pod(node, "a", opt_in)) else {
+        return;
+    };
+    let (node, daemon) = (&stage.site.node, &stage.daemon);
+    let cgroup = Cgroup::of_pod(77);
+    let valid = token(node, "a", &cgroup);
+    let token = format!("X-aws-ec2-metadata-token: {valid}");
+    let list = format!("http://169.254.169.254{ROLES}");
+    let rebound_list = format!("http://rebound.example{ROLES}");
+    const PUT: &str = "http://169.254.169.254/latest/api/token";
+    const REBOUND: &str = "http://rebound.example/latest/api/token";
+    const NAME: &str = "rebound.example:80:169.254.169.254";
+    const TTL: &str = "X-aws-ec2-metadata-token-ttl-seconds: 300";
+    let cases: [(&str, &[&str], u16); 10] = [
+        ("imds_token", &[&list], 401),
+        ("imds_ttl", &["-X", "PUT", PUT], 400),
+        (
+            "host",
+            &["--resolve", NAME, "-X", "PUT", "-H", TTL, REBOUND],
+            400,
+        ),
+        (
+            "host",
+            &["--resolve", NAME, "-H", &token, &rebound_list],
+            400,
+        ),
+        (
+            "browser",
+            &[
+                "-X",
+                "PUT",
+                "-H",
+                TTL,
+                "-H",
+                "Origin: http://a.example",
+                PUT,
+            ],
+            403,
+        ),
+        (
+            "browser",
+            &["-X", "OPTIONS", "-H", "Origin: http://a.example", PUT],
+            403,
+        ),
+        (
+            "proxied",
+            &[
+                "-X",
+                "PUT",
+                "-H",
+                TTL,
+                "-H",
+                "X-Forwarded-For: 10.0.0.1",
+                PUT,
+            ],
+            403,
+        ),
+        (
+            "proxied",
+            &["-H", &token, "-H", "Via: 1.1 proxy", &list],
+            403,
+        ),
+        // The service as a proxy to itself.
+        (
+            "proxied",
+            &["--proxy", "http://169.254.169.254:80", "-H", &token, &list],
+            403,
+        ),
+        ("role_name", &["-H", &token, &list], 200),
+    ];
+    for (reason, words, expected) in cases {
+        let known = daemon.audit().len();
+        let (status, body) = curl(node, "a", &cgroup, words);
+        assert_eq!(status, expected, "{words:?}: {body}");
+        let records = daemon.audit_after(known);
+        assert_eq!(records[0]["reason"], reason, "{words:?}");
+    }
 }
 
 /// A pod with CAP_NET_ADMIN stops only its own metadata, and for seconds.
