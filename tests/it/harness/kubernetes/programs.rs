@@ -107,9 +107,19 @@ impl Node {
     }
 
     fn start_program(&mut self, name: &str, arguments: &[String]) {
+        self.start_program_with(name, &[], arguments);
+    }
+
+    /// Starts one of the counterparts' programs on the node, with these variables.
+    pub(crate) fn start_program_with(
+        &mut self,
+        name: &str,
+        variables: &[(&str, &str)],
+        arguments: &[String],
+    ) {
         let program = self.bin.join(name);
         let mut command = self.command(&[program.to_str().expect("a path in UTF-8")]);
-        command.args(arguments);
+        command.args(arguments).envs(variables.iter().copied());
         let log = self.folder.join(format!("{name}.log"));
         self.processes.push(Process::start(name, command, &log));
     }
