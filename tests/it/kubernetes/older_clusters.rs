@@ -2,6 +2,7 @@
 //! installed on each, and chooses by what that server has.
 
 mod kyverno;
+mod upgrade;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use serde_json::{Value, json};
 use super::cluster::{READER, manifests};
 use super::deployments::{component_covers_each_kind_of_workload, pod_of, workloads};
 use super::policy::{MAX_CONTAINERS, admitted, pod, pod_of_every_container, pod_of_size, value};
-use crate::harness::counterparts::process::await_some;
+use crate::harness::counterparts::process::{Output, await_some};
 use crate::harness::counterparts::{cached, folder, skip};
 use crate::harness::kubernetes::Node;
 use crate::harness::slow_only;
@@ -65,6 +66,10 @@ fn start(folder: &Path, name: &str, options: &[&str]) -> Option<Node> {
 
 /// Installs the chart with these values, or changes them, and returns the notes.
 fn install(node: &Node, values: &str) -> String {
+    try_install(node, values).success("helm upgrade --install")
+}
+
+fn try_install(node: &Node, values: &str) -> Output {
     let chart = manifests().with_file_name("helm").join("awsvid");
     let arguments = [
         "upgrade",
@@ -78,7 +83,7 @@ fn install(node: &Node, values: &str) -> String {
         "--set",
         values,
     ];
-    node.helm(&arguments).success("helm upgrade --install")
+    node.helm(&arguments)
 }
 
 /// Returns a list in the order of this field.
