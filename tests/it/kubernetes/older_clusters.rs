@@ -1,16 +1,19 @@
 //! API servers without MutatingAdmissionPolicy v1: pods get the same variables there. The chart is
 //! installed on each, and chooses by what that server has.
 
+mod kyverno;
+mod upgrade;
+
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::cluster::{READER, manifests};
 use super::deployments::{component_covers_each_kind_of_workload, pod_of, workloads};
-use super::policy::{admitted, pod, pod_of_every_container, pod_of_largest_size, value};
-use crate::harness::counterparts::process::await_some;
+use super::policy::{MAX_CONTAINERS, admitted, pod, pod_of_every_container, pod_of_size, value};
+use crate::harness::counterparts::process::{Output, await_some};
 use crate::harness::counterparts::{cached, folder, skip};
 use crate::harness::kubernetes::Node;
 use crate::harness::slow_only;
@@ -24,16 +27,30 @@ const DEFAULTS: &str = "strict=false";
 const FIRST: &str = "AWS_CONTAINER_CREDENTIALS_FULL_URI";
 const LAST: &str = "AWS_REGION";
 
+/// Settings of a comparison between two clusters.
+struct Trial {
+    /// The mode of the instance metadata service.
+    imds: &'static str,
+    /// The size of the largest pod.
+    max_containers: usize,
+}
+
+/// Returns a counterpart's path. Returns `None` after a printed skip if it is missing.
+fn slow_tool(name: &str) -> Option<PathBuf> {
+    let path = cached("bin").join(name);
+    if path.exists() {
+        return Some(path);
+    }
+    let path = path.display();
+    skip(&format!(
+        "{path} is missing: run tests/counterparts/get slow"
+    ));
+    None
+}
+
 /// Starts an API server, with namespaces for pods.
 fn start(folder: &Path, name: &str, options: &[&str]) -> Option<Node> {
-    let program = cached("bin").join(name);
-    if !program.exists() {
-        let program = program.display();
-        skip(&format!(
-            "{program} is missing: run tests/counterparts/get slow"
-        ));
-        return None;
-    }
+    slow_tool(name)?;
     let node = Node::start_api_server(&folder.join(name), name, options)?;
     let labels = json!({ "awsvid.io/environment": "true", "awsvid.io/imds": "true" });
     let mut items = vec![json!({ "apiVersion": "v1", "kind": "Namespace",
@@ -49,6 +66,10 @@ fn start(folder: &Path, name: &str, options: &[&str]) -> Option<Node> {
 
 /// Installs the chart with these values, or changes them, and returns the notes.
 fn install(node: &Node, values: &str) -> String {
+    try_install(node, values).success("helm upgrade --install")
+}
+
+fn try_install(node: &Node, values: &str) -> Output {
     let chart = manifests().with_file_name("helm").join("awsvid");
     let arguments = [
         "upgrade",
@@ -62,20 +83,23 @@ fn install(node: &Node, values: &str) -> String {
         "--set",
         values,
     ];
-    node.helm(&arguments).success("helm upgrade --install")
+    node.helm(&arguments)
+}
+
+/// Returns a list in the order of this field.
+fn sorted(list: &Value, key: &str) -> Vec<Value> {
+    let mut all = list.as_array().cloned().unwrap_or_default();
+    all.sort_by_key(|one| one[key].as_str().map(str::to_owned));
+    all
 }
 
 /// Returns a container's settings that a policy may change. The order of variables and mounts does
 /// not count.
 fn settings(container: &Value) -> Value {
-    let sorted = |field: &str, key: &str| {
-        let mut all = container[field].as_array().cloned().unwrap_or_default();
-        all.sort_by_key(|one| one[key].as_str().map(str::to_owned));
-        all
-    };
     json!({
-        "name": container["name"], "env": sorted("env", "name"), "envFrom": container["envFrom"],
-        "volumeMounts": sorted("volumeMounts", "mountPath"),
+        "name": container["name"], "env": sorted(&container["env"], "name"),
+        "envFrom": container["envFrom"],
+        "volumeMounts": sorted(&container["volumeMounts"], "mountPath"),
     })
 }
 
@@ -86,7 +110,10 @@ fn pod_settings(pod: &Value) -> Value {
         let all = spec[list].as_array().into_iter().flatten();
         all.map(settings).collect::<Vec<_>>()
     });
-    json!({ "containers": containers, "volumes": spec["volumes"], "security": spec["securityContext"] })
+    json!({
+        "containers": containers, "volumes": sorted(&spec["volumes"], "name"),
+        "security": spec["securityContext"],
+    })
 }
 
 /// Returns the spec of a pod with one container without any setting.
@@ -95,13 +122,13 @@ fn plain() -> Value {
 }
 
 /// Returns the pods on trial by name. Those of workloads are as their controllers create them.
-fn pods(node: &Node) -> BTreeMap<String, Value> {
+fn pods(node: &Node, max_containers: usize) -> BTreeMap<String, Value> {
     let mut host = plain();
     host["hostNetwork"] = true.into();
     let mut out = pod(READER.namespace, plain());
     out["metadata"]["annotations"] =
         json!({ "awsvid.io/environment": "false", "awsvid.io/imds": "false" });
-    let mut largest = pod_of_largest_size();
+    let mut largest = pod_of_size(max_containers);
     largest["spec"]["automountServiceAccountToken"] = false.into();
     let single = [
         ("plain", pod(READER.namespace, plain())),
@@ -139,8 +166,12 @@ fn pods(node: &Node) -> BTreeMap<String, Value> {
 }
 
 /// Returns what the API server would store of each pod on trial, once a plain pod is changed so.
-fn stored(node: &Node, is_changed: impl Fn(&Value) -> bool) -> BTreeMap<String, Value> {
-    let trials = pods(node);
+fn stored(
+    node: &Node,
+    trial: &Trial,
+    is_changed: impl Fn(&Value) -> bool,
+) -> BTreeMap<String, Value> {
+    let trials = pods(node, trial.max_containers);
     await_some("the policy is active", Duration::from_secs(60), || {
         is_changed(&admitted(node, &trials["plain"])["spec"]).then_some(())
     });
@@ -155,17 +186,20 @@ fn stored(node: &Node, is_changed: impl Fn(&Value) -> bool) -> BTreeMap<String, 
 
 /// Returns the pods with the chart's defaults, and with all variables and this mode of the instance
 /// metadata service. The notes have `line`.
-fn stored_with_both(node: &Node, imds: &str, line: &str) -> [BTreeMap<String, Value>; 2] {
+fn stored_with_both(node: &Node, trial: &Trial, line: &str) -> [BTreeMap<String, Value>; 2] {
+    let imds = trial.imds;
     let install = |values: &str| {
         let notes = install(node, values);
         assert!(notes.contains(line), "{notes}");
     };
     install(DEFAULTS);
-    let defaults = stored(node, |spec| value(&spec["containers"][0], FIRST).is_some());
+    let defaults = stored(node, trial, |spec| {
+        value(&spec["containers"][0], FIRST).is_some()
+    });
     let more = "environment.extraVariables.AWS_REGION=eu-central-1,\
                 environment.extraVariables.NO_PROXY='a\"b\\\\c";
     install(&format!("{DEFAULTS},imds.mode={imds},{more}"));
-    let more = stored(node, |spec| {
+    let more = stored(node, trial, |spec| {
         let has_sysctl = spec["securityContext"]["sysctls"].is_array();
         value(&spec["containers"][0], LAST).is_some() && has_sysctl == (imds == "address")
     });
@@ -180,23 +214,26 @@ fn assert_same(older: &BTreeMap<String, Value>, current: &BTreeMap<String, Value
 }
 
 /// Returns the pods of the version that the other tests run.
-fn stored_by_current(folder: &Path, imds: &str) -> Option<[BTreeMap<String, Value>; 2]> {
+fn stored_by_current(folder: &Path, trial: &Trial) -> Option<[BTreeMap<String, Value>; 2]> {
     let node = start(folder, CURRENT, &[])?;
     Some(stored_with_both(
         &node,
-        imds,
+        trial,
         "MutatingAdmissionPolicy awsvid-environment, v1)",
     ))
 }
 
 #[test]
 fn policy_v1beta1_injects_what_v1_injects() {
-    const IMDS: &str = "address";
+    const TRIAL: Trial = Trial {
+        imds: "address",
+        max_containers: MAX_CONTAINERS,
+    };
     if !slow_only() {
         return;
     }
     let directory = folder();
-    let Some(current) = stored_by_current(directory.path(), IMDS) else {
+    let Some(current) = stored_by_current(directory.path(), &TRIAL) else {
         return;
     };
     let Some(node) = start(directory.path(), OLDER, &[GATE, API]) else {
@@ -205,7 +242,7 @@ fn policy_v1beta1_injects_what_v1_injects() {
     assert!(has_feature(&node, &install(&node, DEFAULTS)));
     let older = stored_with_both(
         &node,
-        IMDS,
+        &TRIAL,
         "MutatingAdmissionPolicy awsvid-environment, v1beta1)",
     );
     for (older, current) in older.iter().zip(&current) {

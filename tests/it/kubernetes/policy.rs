@@ -16,6 +16,9 @@ const METADATA: &str = "AWS_EC2_METADATA_DISABLED";
 const METADATA_ENDPOINT: &str = "AWS_EC2_METADATA_SERVICE_ENDPOINT";
 const METADATA_V1_DISABLED: &str = "AWS_EC2_METADATA_V1_DISABLED";
 
+/// The number of containers of the largest pod that the policy has to change.
+pub(super) const MAX_CONTAINERS: usize = 100;
+
 /// Returns the object that the API server would store instead of this one.
 pub(super) fn admitted(node: &Node, object: &Value) -> Value {
     let arguments = [
@@ -83,11 +86,11 @@ pub(super) fn pod_of_every_container() -> Value {
 }
 
 /// Returns a pod with as many containers and variables as any pod may have.
-pub(super) fn pod_of_largest_size() -> Value {
+pub(super) fn pod_of_size(containers: usize) -> Value {
     let environment: Vec<_> = (0..60)
         .map(|i| json!({ "name": format!("V{i}"), "value": "v" }))
         .collect();
-    let many: Vec<_> = (0..100)
+    let many: Vec<_> = (0..containers)
         .map(|i| json!({ "name": format!("c{i}"), "image": "i", "env": environment }))
         .collect();
     pod(READER.namespace, json!({ "containers": many }))
@@ -214,7 +217,7 @@ pub(super) fn missing_environment_is_set(cluster: &Cluster) {
     }
 
     // Up to the largest number that any pod has.
-    let found = admitted(&cluster.node, &pod_of_largest_size());
+    let found = admitted(&cluster.node, &pod_of_size(MAX_CONTAINERS));
     for container in found["spec"]["containers"].as_array().unwrap() {
         assert_eq!(
             (

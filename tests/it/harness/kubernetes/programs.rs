@@ -1,5 +1,6 @@
 //! The programs of a node, which run until it is dropped.
 
+use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
@@ -42,11 +43,23 @@ impl Node {
     ) -> Option<Self> {
         let mut node = Self::create(folder, &["kubectl", "helm", "etcd", api_server])?;
         node.start_program("etcd", &configuration::etcd());
+        node.start_api_server_with(api_server, options);
+        Some(node)
+    }
+
+    /// Replaces the API server by another version with these options, on the same objects.
+    pub(crate) fn replace_api_server(&mut self, old: &str, new: &str, options: &[&str]) {
+        self.processes.retain(|program| program.name() != old);
+        self.start_api_server_with(new, options);
+        // kubectl and helm remember what the former one served.
+        fs::remove_dir_all(self.folder.join(".kube")).expect("the clients' cache");
+    }
+
+    fn start_api_server_with(&mut self, name: &str, options: &[&str]) {
         let mut arguments = configuration::apiserver();
         arguments.extend(options.iter().map(|&option| option.to_owned()));
-        node.start_program(api_server, &arguments);
-        node.await_api_server(api_server);
-        Some(node)
+        self.start_program(name, &arguments);
+        self.await_api_server(name);
     }
 
     fn start_programs(&mut self) {
@@ -107,9 +120,19 @@ impl Node {
     }
 
     fn start_program(&mut self, name: &str, arguments: &[String]) {
+        self.start_program_with(name, &[], arguments);
+    }
+
+    /// Starts one of the counterparts' programs on the node, with these variables.
+    pub(crate) fn start_program_with(
+        &mut self,
+        name: &str,
+        variables: &[(&str, &str)],
+        arguments: &[String],
+    ) {
         let program = self.bin.join(name);
         let mut command = self.command(&[program.to_str().expect("a path in UTF-8")]);
-        command.args(arguments);
+        command.args(arguments).envs(variables.iter().copied());
         let log = self.folder.join(format!("{name}.log"));
         self.processes.push(Process::start(name, command, &log));
     }
