@@ -2,6 +2,7 @@
 
 mod caller_tables;
 mod inside;
+mod kubernetes_node;
 mod packages;
 mod stock_machine;
 mod tried_machines;
