@@ -7,6 +7,7 @@ mod documented;
 mod existing_spire;
 mod imds;
 mod life;
+mod machine;
 mod older_clusters;
 mod policy;
 mod rights;
@@ -18,6 +19,7 @@ use serde_json::{Value, json};
 
 use crate::harness::counterparts::folder;
 use cluster::{Cluster, OTHER, READER, container, copy, manifests, overlay};
+pub(crate) use machine::serve_pods_on_machine;
 
 /// Runs all scenes on one node, since its start takes longer than most of them.
 #[test]

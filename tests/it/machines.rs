@@ -4,6 +4,7 @@ mod aarch64;
 mod caller_tables;
 mod directory_users;
 mod inside;
+mod kubernetes_node;
 mod packages;
 mod stock_machine;
 mod tried_machines;

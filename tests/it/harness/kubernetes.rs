@@ -1,6 +1,7 @@
 //! A real Kubernetes node, alone in its cluster, in namespaces of its own on this computer's
 //! kernel: etcd, API server, controller manager, scheduler, kubelet, containerd, runc, CNI. It is
-//! ready after about fifteen seconds.
+//! ready after about fifteen seconds. Inside a machine of `harness::machine` it can be that whole
+//! machine instead.
 //!
 //! Its files, network, processes and cgroups are its own, so that several may run at a time. All of
 //! it ends with the value, or with the test process in whichever way that ends.
@@ -25,7 +26,9 @@ use serde_json::Value;
 use super::counterparts::process::{Output, Process, run};
 use super::counterparts::{root, skip, tool};
 use super::forward::{Forward, Network};
+use super::machine;
 use super::tls::TlsFront;
+use configuration::Computer;
 pub(crate) use configuration::{ADDRESS, Families, NAME};
 use hierarchies::Hierarchies;
 pub(crate) use images::{Image, root_of};
@@ -46,8 +49,7 @@ pub(crate) struct Node {
     // Dropped in this order, so that no program logs complaints about one that has ended. A cgroup
     // can be removed when no process is in it.
     processes: Vec<Process>,
-    _machine: Process,
-    _hierarchies: Hierarchies,
+    namespaces: Option<(Process, Hierarchies)>,
 }
 
 impl Node {
@@ -59,10 +61,7 @@ impl Node {
         if !root() {
             return None;
         }
-        for program in programs {
-            tool(program)?;
-        }
-        let bin = tool("kubectl")?.parent().expect("a directory").to_owned();
+        let bin = bin(programs)?;
         let probe = run(
             outside("unshare", NAMESPACES.iter().copied().chain(["true"])),
             b"",
@@ -82,11 +81,36 @@ impl Node {
         Some(Self::boot(folder.join("kubernetes"), bin, hierarchies))
     }
 
+    /// Makes this machine a node without programs, with configuration and certificates in its own
+    /// root directory. Returns `None` as `create` does.
+    fn create_on_machine(folder: &Path, programs: &[&str]) -> Option<Self> {
+        assert!(machine::is_inside(), "the system's files are overwritten");
+        let (bin, folder) = (bin(programs)?, folder.join("kubernetes"));
+        let files = folder.join("node/files");
+        fs::create_dir_all(&files).expect("a directory for the node");
+        configuration::write(&files, &bin, Computer::Machine);
+        let node = Self {
+            init: Pid::from_raw(1),
+            folder,
+            bin,
+            processes: Vec::new(),
+            namespaces: None,
+        };
+        // Not the lists of users, which the machine's own services need.
+        let mut copy = outside("cp", ["--recursive", "--parents"]);
+        copy.args(["etc/kubernetes", "etc/containerd", "etc/cni"]);
+        copy.args(["etc/hosts", "etc/resolv.conf", "/"]);
+        copy.current_dir(&files);
+        run(copy, b"", TIMEOUT).success("the configuration");
+        node.add_addresses();
+        Some(node)
+    }
+
     /// Creates the namespaces, which are still empty.
     fn boot(folder: PathBuf, bin: PathBuf, hierarchies: Hierarchies) -> Self {
         let home = folder.join("node");
         fs::create_dir_all(home.join("files")).expect("a directory for the node");
-        configuration::write(&home.join("files"), &bin);
+        configuration::write(&home.join("files"), &bin, Computer::Namespaces);
         fs::write(home.join("cgroups"), hierarchies.mounts()).expect("a file");
         // The programs are links to sibling folders.
         let cache = bin.parent().expect("a directory").display().to_string();
@@ -100,11 +124,6 @@ impl Node {
         command
             .args(["sh", "-c", include_str!("kubernetes/boot.sh"), "boot"])
             .arg(&home);
-        command.args([
-            configuration::ADDRESS,
-            configuration::ADDRESS6,
-            configuration::SERVICE,
-        ]);
         let machine = Process::start("the node", command, &folder.join("node.log"));
         let init = machine.await_some("the node's pid 1", TIMEOUT, || {
             fs::read_to_string(home.join("init.pid"))
@@ -113,19 +132,32 @@ impl Node {
                 .parse()
                 .ok()
         });
-        let node = Self {
+        let mut node = Self {
             init: Pid::from_raw(init),
             folder,
             bin,
             processes: Vec::new(),
-            _machine: machine,
-            _hierarchies: hierarchies,
+            namespaces: None,
         };
-        node._machine
-            .await_some("the node has booted", TIMEOUT, || {
-                node.path("/run/booted").exists().then_some(())
-            });
+        machine.await_some("the node has booted", TIMEOUT, || {
+            node.path("/run/booted").exists().then_some(())
+        });
+        node.namespaces = Some((machine, hierarchies));
+        node.add_addresses();
         node
+    }
+
+    /// Gives the node its addresses, and that of the API server's service: with it on the node,
+    /// pods need no kube-proxy to reach it.
+    fn add_addresses(&self) {
+        let script = r#"
+            for address; do ip address add "$address" dev lo; done
+            for name in ipv4/ip_forward ipv6/conf/all/forwarding; do
+                echo 1 >"/proc/sys/net/$name"
+            done"#;
+        let addresses = [ADDRESS, configuration::ADDRESS6, configuration::SERVICE];
+        let arguments = [&["sh", "-ec", script, "addresses"][..], &addresses].concat();
+        self.run(&arguments).success("the node's addresses");
     }
 
     /// Returns the folder of the counterparts' programs.
@@ -274,6 +306,15 @@ impl Node {
     pub(crate) fn use_families(&self, families: Families) {
         configuration::write_network(&self.path("/"), families);
     }
+}
+
+/// Returns the folder of the counterparts' programs. Returns `None` after a printed skip if one of
+/// `programs` is missing.
+fn bin(programs: &[&str]) -> Option<PathBuf> {
+    for program in programs {
+        tool(program)?;
+    }
+    Some(tool("kubectl")?.parent().expect("a directory").to_owned())
 }
 
 /// Returns a command on this computer with an empty environment.

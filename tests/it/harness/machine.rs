@@ -31,6 +31,13 @@ pub(crate) const FILES: &str = "/machine";
 /// The number of the journal's last lines that a failed test shows.
 const SHOWN_LINES: usize = 60;
 const QEMU: &str = "qemu-system-x86_64";
+/// The memory of a large machine, in MiB.
+const LARGE_MEMORY: &str = "3072";
+
+/// Returns whether this test program is one of the files of a machine, and so runs inside.
+pub(crate) fn is_inside() -> bool {
+    std::env::current_exe().is_ok_and(|program| program.starts_with(FILES))
+}
 
 /// The beginning of a machine's run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +46,9 @@ pub(crate) enum MachineStart<'a> {
     Resumed,
     /// It boots, with these words in addition on the kernel's command line.
     Booted(&'a str),
+    /// It boots, with the memory that a Kubernetes node needs. Its clock counts instructions, so
+    /// that no timeout of its programs depends on the load of this computer.
+    BootedLarge,
 }
 
 /// A running machine, of one of Debian's suites.
@@ -93,7 +103,7 @@ impl Machine {
         let [disk, files_disk] = ["root.qcow2", "files.ext4"].map(|name| folder.join(name));
         let (base, format) = match start {
             MachineStart::Resumed => ("up.qcow2", "qcow2"),
-            MachineStart::Booted(_) => ("root.ext4", "raw"),
+            MachineStart::Booted(_) | MachineStart::BootedLarge => ("root.ext4", "raw"),
         };
         let mut create = Command::new("qemu-img");
         create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]);
@@ -123,7 +133,7 @@ impl Machine {
         };
         match start {
             MachineStart::Resumed => await_running(monitor),
-            MachineStart::Booted(_) => machine.await_up(),
+            MachineStart::Booted(_) | MachineStart::BootedLarge => machine.await_up(),
         }
         machine
     }
@@ -142,6 +152,12 @@ impl Machine {
     /// Runs a bash script as root in a service of its own, to its end. The first command that fails
     /// ends it.
     pub(crate) fn run(&mut self, script: &str) -> Output {
+        self.run_within(script, TIMEOUT)
+    }
+
+    /// The same for a script that may take so long.
+    pub(crate) fn run_within(&mut self, script: &str, timeout: Duration) -> Output {
+        limit_reads(self.commands.get_ref(), timeout);
         let line = format!("{}\n", BASE64.encode(script));
         let sent = self.commands.get_mut().write_all(line.as_bytes());
         sent.expect("QEMU reads the command");
@@ -326,6 +342,11 @@ fn qemu(
     let more = match start {
         MachineStart::Resumed => "",
         MachineStart::Booted(more) => more,
+        MachineStart::BootedLarge => {
+            // A billion instructions a second.
+            command.args(["-m", LARGE_MEMORY, "-icount", "shift=0"]);
+            ""
+        }
     };
     let option = |begin: &str, path: &Path, end: &str| format!("{begin}{}{end}", path.display());
     command

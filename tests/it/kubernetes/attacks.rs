@@ -70,6 +70,7 @@ impl<'a> AttackSite<'a> {
                 ..AttackSetup::default()
             },
         ));
+        let timeout = cluster.node.kubectl_timeout();
         let ready = [
             "wait",
             "--for=condition=Ready",
@@ -77,7 +78,7 @@ impl<'a> AttackSite<'a> {
             name,
             "--namespace",
             OTHER.namespace,
-            "--timeout=110s",
+            &timeout,
         ];
         cluster.node.kubectl(&ready).success("the victim");
         let victim = cluster

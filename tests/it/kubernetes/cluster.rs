@@ -109,7 +109,12 @@ impl Cluster {
             true => Release::built(&out)?,
             false => Release::of_tests(&out, Path::new(PROGRAM))?,
         };
-        let node = Node::start(folder)?;
+        awsvid.run(&["files", "image"]);
+        Self::start_on(Node::start(folder)?, folder, &awsvid.ending(".oci.tar"))
+    }
+
+    /// Starts all the rest on this node, with the image of awsvid in this archive.
+    pub(super) fn start_on(node: Node, folder: &Path, awsvid: &Path) -> Option<Self> {
         let uid = node.get(&["node", NAME])["metadata"]["uid"]
             .as_str()
             .expect("a UID")
@@ -152,14 +157,14 @@ impl Cluster {
             sts,
             _forwards: forwards,
         };
-        cluster.import(&awsvid);
+        cluster.node.import_archive(awsvid);
+        cluster.import_programs();
         cluster.prepare();
         Some(cluster)
     }
 
-    fn import(&self, awsvid: &Release) {
-        awsvid.run(&["files", "image"]);
-        self.node.import_archive(&awsvid.ending(".oci.tar"));
+    /// Imports the images of the agent and of pods with the AWS CLI.
+    fn import_programs(&self) {
         let directory = |name: &str| self.folder.join("images").join(name);
         let program = |name: &str, image: &str, program: &Path, path: &str| {
             let root = root_of(&directory(name), program, path);

@@ -221,13 +221,14 @@ fn constant_part(node: &Value) -> Value {
 pub(super) fn agent_token_runs_nothing_in_pods(cluster: &Cluster, folder: &Path) {
     let node = &cluster.node;
     node.apply(&cluster.pod(READER, "entered", "exec busybox sleep 3600"));
+    let timeout = node.kubectl_timeout();
     let ready = [
         "wait",
         "--for=condition=Ready",
         "pod/entered",
         "--namespace",
         READER.namespace,
-        "--timeout=110s",
+        &timeout,
     ];
     node.kubectl(&ready).success("the pod");
     let agent = entered(cluster, AGENT);

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use super::TIMEOUT;
 use super::tried_machines::Distribution;
@@ -10,8 +11,10 @@ use crate::harness::actor;
 use crate::harness::counterparts::process::run;
 use crate::harness::counterparts::{folder, root};
 use crate::harness::daemon::PROGRAM;
-use crate::harness::machine::{FILES, Machine};
+use crate::harness::machine::{FILES, Machine, MachineStart};
 
+/// The counterparts among the machine's files, which may be missing.
+pub(super) const CACHE: &str = "cache";
 /// The path of cargo, which has nothing to build inside.
 const CARGO: &str = env!("CARGO");
 
@@ -22,6 +25,15 @@ pub(super) fn assert_passes(distribution: &Distribution, filters: &[&str]) {
     }
     let folder = folder();
     let files = folder.path().join("files");
+    let machine = start(distribution.suite, distribution.start(), &files);
+    if let Some(mut machine) = machine {
+        run_tests(&mut machine, &filters.join(" "), 2 * TIMEOUT);
+    }
+}
+
+/// Starts a machine of the suite with this test program. Its other files are in `files` already,
+/// which may be missing. Its own data are in the same folder as those.
+pub(super) fn start(suite: &str, start: MachineStart<'_>, files: &Path) -> Option<Machine> {
     let target = files.join("target");
     for directory in ["deps", "examples"] {
         fs::create_dir_all(target.join(directory)).unwrap();
@@ -34,14 +46,9 @@ pub(super) fn assert_passes(distribution: &Distribution, filters: &[&str]) {
         (PathBuf::from(PROGRAM), target.join("awsvid")),
         (checkout.join("deploy"), files.join("deploy")),
     ] {
-        let mut copy = Command::new("cp");
-        copy.arg("--recursive").args([from, to]);
-        run(copy, b"", TIMEOUT).success("cp");
+        copy(&from, &to);
     }
-    let start = distribution.start();
-    let Some(mut machine) = Machine::start(distribution.suite, start, folder.path(), &files) else {
-        return;
-    };
+    let mut machine = Machine::start(suite, start, files.parent().unwrap(), files)?;
     // The test program has the paths of this computer.
     let link = |to: &Path, from: &str| {
         let parent = to.parent().unwrap().display();
@@ -52,14 +59,31 @@ pub(super) fn assert_passes(distribution: &Distribution, filters: &[&str]) {
         + &format!(
             "mkdir -p {}; printf '#!/bin/sh\\n' >{CARGO}; chmod +x {CARGO}\n",
             Path::new(CARGO).parent().unwrap().display()
-        )
-        + &format!(
-            "{FILES}/target/deps/it --test-threads=1 {} 2>&1",
-            filters.join(" ")
         );
-    let tests = machine.run(&script);
+    machine.run(&script).success("the paths of this computer");
+    Some(machine)
+}
+
+/// Copies a file or a directory.
+pub(super) fn copy(from: &Path, to: &Path) {
+    let mut copy = Command::new("cp");
+    copy.arg("--recursive").args([from, to]);
+    run(copy, b"", TIMEOUT).success("cp");
+}
+
+/// Runs tests inside, one after another, with these arguments of the test program. Asserts that
+/// they pass.
+pub(super) fn run_tests(machine: &mut Machine, arguments: &str, timeout: Duration) {
+    // The console shows the progress of a long run. On Debian 13 /tmp is in memory.
+    let script = format!(
+        "export AWSVID_TEST_CACHE={FILES}/{CACHE} TMPDIR=/var/tmp
+         {FILES}/target/deps/it --test-threads=1 {arguments} 2>&1 | tee /dev/ttyS0"
+    );
+    let tests = machine.run_within(&script, timeout);
     assert!(
         tests.status.success() && !tests.stdout.contains(" 0 passed"),
-        "{distribution:?}: {tests:?}"
+        "{arguments}: {}\n{}",
+        tests.status,
+        tests.stdout
     );
 }

@@ -16,6 +16,11 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Pid, getppid};
 
+use super::super::machine;
+
+/// The time between two calls of a condition. Under emulation it is a second,
+/// because such a call is often a program that needs seconds.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// The number of a log's last lines that a failed test shows.
 const SHOWN_LINES: usize = 40;
 
@@ -26,14 +31,21 @@ pub(crate) fn await_some<T>(
     within: Duration,
     mut ready: impl FnMut() -> Option<T>,
 ) -> T {
+    let within = within * patience();
     let deadline = Instant::now() + within;
     loop {
         if let Some(value) = ready() {
             return value;
         }
         assert!(Instant::now() < deadline, "{what}: not within {within:?}");
-        thread::sleep(Duration::from_millis(10));
+        thread::sleep(POLL_INTERVAL * patience().pow(2));
     }
+}
+
+/// Returns how many times as long a step may take here. Under emulation a program needs about ten
+/// times its usual time.
+pub(crate) fn patience() -> u32 {
+    if machine::is_inside() { 10 } else { 1 }
 }
 
 /// Returns a command that starts `program` behind these words, such as `unshare --pid`, or directly
@@ -313,7 +325,8 @@ pub(crate) fn run(mut command: Command, input: &[u8], within: Duration) -> Outpu
         .stderr(duplicate(&stderr));
     let mut owned = spawn(command)
         .unwrap_or_else(|error| panic!("{} could not be started: {error}", name.display()));
-    let status = owned.wait(within).unwrap_or_else(|| owned.end());
+    let status = owned.wait(within * patience());
+    let status = status.unwrap_or_else(|| owned.end());
     let [stdout, stderr] = [&mut stdout, &mut stderr].map(|file| {
         let mut bytes = Vec::new();
         file.rewind()

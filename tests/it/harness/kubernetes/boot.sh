@@ -1,11 +1,10 @@
-# Pid 1 of a Node's namespaces: sets up the file system and the network, then only reaps.
+# Pid 1 of a Node's namespaces: sets up the file system, then only reaps.
 #
 #   $1  its directory:
 #         files     is copied to the node's root
 #         cgroups   lists the mounts below /sys/fs/cgroup (file system, options, directory)
 #         mounts    has a directory outside and its mount point inside on each line
 #         init.pid  gets this process's id
-#   $2  the node's IPv4 address, $3 its IPv6 address, $4 the address of the API server's service
 #
 # The setup is complete when /run/booted exists.
 #
@@ -65,14 +64,6 @@ done <"$1/mounts"
 
 echo node >/proc/sys/kernel/hostname
 ip link set lo up
-# The node's addresses, and that of the API server's service: with it on the node, pods need no
-# kube-proxy to reach it.
-ip addr add "$2/32" dev lo
-ip addr add "$3/128" dev lo nodad
-ip addr add "$4/32" dev lo
-for name in ipv4/ip_forward ipv6/conf/all/forwarding; do
-    echo 1 >"/proc/sys/net/$name"
-done
 
 mkdir outside
 pivot_root . outside

@@ -27,8 +27,17 @@ pub(crate) enum Families {
     Dual,
 }
 
+/// The computer that a node is.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Computer {
+    /// Namespaces on the tests' own kernel, without systemd.
+    Namespaces,
+    /// A whole machine with systemd and AppArmor.
+    Machine,
+}
+
 /// Writes all of it below `files`, as it is to be in the node's root, with the programs in `bin`.
-pub(super) fn write(files: &Path, bin: &Path) {
+pub(super) fn write(files: &Path, bin: &Path, computer: Computer) {
     let kubernetes = files.join("etc/kubernetes");
     for directory in [
         &kubernetes,
@@ -64,14 +73,18 @@ pub(super) fn write(files: &Path, bin: &Path) {
         let text = kubeconfig(&kubernetes, name, &format!("{SERVICE}:443"));
         fs::write(kubernetes.join(format!("{name}.conf")), text).expect("a file");
     }
-    fs::write(
-        kubernetes.join("kubelet.yaml"),
-        KUBELET.replace("CONTAINERD", CONTAINERD),
-    )
-    .expect("a file");
+    let (driver, runtime) = match computer {
+        Computer::Namespaces => ("cgroupfs", NAMESPACES_RUNTIME),
+        Computer::Machine => ("systemd", MACHINE_RUNTIME),
+    };
+    let kubelet = KUBELET
+        .replace("CONTAINERD", CONTAINERD)
+        .replace("DRIVER", driver);
+    fs::write(kubernetes.join("kubelet.yaml"), kubelet).expect("a file");
     let containerd = CONTAINERD_CONFIGURATION
         .replace("BIN", &bin.display().to_string())
-        .replace("PAUSE", PAUSE);
+        .replace("PAUSE", PAUSE)
+        + runtime;
     fs::write(files.join("etc/containerd/config.toml"), containerd).expect("a file");
     write_network(files, Families::Dual);
     fs::write(
@@ -180,7 +193,7 @@ authorization: { mode: Webhook }
 tlsCertFile: /etc/kubernetes/kubelet.crt
 tlsPrivateKeyFile: /etc/kubernetes/kubelet.key
 containerRuntimeEndpoint: unix://CONTAINERD
-cgroupDriver: cgroupfs
+cgroupDriver: DRIVER
 failCgroupV1: false
 failSwapOn: false
 makeIPTablesUtilChains: false
@@ -189,17 +202,27 @@ imageGCHighThresholdPercent: 100
 evictionHard: { memory.available: 1Mi, nodefs.available: 1%, nodefs.inodesFree: 1%, imagefs.available: 1% }
 "#;
 
-/// Without CAP_SYS_RESOURCE, which a computer may deny its tests, no process can lower its OOM
-/// score.
 const CONTAINERD_CONFIGURATION: &str = r#"
 version = 3
 [plugins.'io.containerd.cri.v1.images']
 discard_unpacked_layers = true
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
 sandbox = "PAUSE"
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+bin_dirs = ["BIN"]
+"#;
+
+/// Without CAP_SYS_RESOURCE, which a computer may deny its tests, no process can lower its OOM
+/// score.
+const NAMESPACES_RUNTIME: &str = r#"
 [plugins.'io.containerd.cri.v1.runtime']
 restrict_oom_score_adj = true
 disable_apparmor = true
-[plugins.'io.containerd.cri.v1.runtime'.cni]
-bin_dirs = ["BIN"]
+"#;
+
+const MACHINE_RUNTIME: &str = r#"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
+SystemdCgroup = true
 "#;

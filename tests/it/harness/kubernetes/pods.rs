@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use super::super::counterparts::process::await_some;
+use super::super::counterparts::process::{await_some, patience};
 use super::{Node, TIMEOUT};
 
 /// The result of a pod that has ended.
@@ -87,15 +87,15 @@ impl Node {
 
     /// Waits until all pods of a Deployment or DaemonSet are ready.
     pub(crate) fn rolled_out(&self, namespace: &str, what: &str) {
-        self.kubectl(&[
-            "rollout",
-            "status",
-            "--namespace",
-            namespace,
-            what,
-            "--timeout=110s",
-        ])
-        .success(what);
+        let mut arguments = vec!["rollout", "status", "--namespace", namespace, what];
+        let timeout = self.kubectl_timeout();
+        arguments.push(&timeout);
+        self.kubectl(&arguments).success(what);
+    }
+
+    /// Returns kubectl's option with the time that it may wait. Its own limit is a little longer.
+    pub(crate) fn kubectl_timeout(&self) -> String {
+        format!("--timeout={}s", 110 * patience())
     }
 }
 

@@ -34,6 +34,14 @@ impl Node {
         Some(node)
     }
 
+    /// Starts a node with all programs that is this whole machine, with its systemd and its root
+    /// directory. Returns `None` as `create` does.
+    pub(crate) fn start_on_machine(folder: &Path) -> Option<Self> {
+        let mut node = Self::create_on_machine(folder, &PROGRAMS)?;
+        node.start_programs();
+        Some(node)
+    }
+
     /// Starts etcd and this API server alone, with more options. Such a cluster admits and stores
     /// objects, and runs no pod. Returns `None` as `create` does.
     pub(crate) fn start_api_server(
