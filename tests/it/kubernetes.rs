@@ -2,6 +2,7 @@
 
 mod attacks;
 mod cluster;
+mod cri_o;
 mod deployments;
 mod documented;
 mod existing_spire;

@@ -8,6 +8,7 @@
 
 mod certificates;
 mod configuration;
+mod cri_o;
 mod hierarchies;
 mod images;
 mod pods;
@@ -42,6 +43,7 @@ const NAMESPACES: [&str; 7] = [
 pub(crate) const BUSYBOX: &str = "docker.io/library/busybox:test";
 
 pub(crate) struct Node {
+    computer: Computer,
     init: Pid,
     folder: PathBuf,
     /// The folder of the counterparts' programs.
@@ -56,7 +58,7 @@ impl Node {
     /// Creates one without programs, with its files below `folder`. Returns `None` after a printed
     /// skip if one of `programs` is missing or this computer does not let the test create
     /// namespaces. In CI that is a panic.
-    fn create(folder: &Path, programs: &[&str]) -> Option<Self> {
+    fn create(folder: &Path, programs: &[&str], computer: Computer) -> Option<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         if !root() {
             return None;
@@ -78,7 +80,8 @@ impl Node {
                 return None;
             }
         };
-        Some(Self::boot(folder.join("kubernetes"), bin, hierarchies))
+        let folder = folder.join("kubernetes");
+        Some(Self::boot(folder, bin, hierarchies, computer))
     }
 
     /// Makes this machine a node without programs, with configuration and certificates in its own
@@ -90,6 +93,7 @@ impl Node {
         fs::create_dir_all(&files).expect("a directory for the node");
         configuration::write(&files, &bin, Computer::Machine);
         let node = Self {
+            computer: Computer::Machine,
             init: Pid::from_raw(1),
             folder,
             bin,
@@ -107,10 +111,10 @@ impl Node {
     }
 
     /// Creates the namespaces, which are still empty.
-    fn boot(folder: PathBuf, bin: PathBuf, hierarchies: Hierarchies) -> Self {
+    fn boot(folder: PathBuf, bin: PathBuf, hierarchies: Hierarchies, computer: Computer) -> Self {
         let home = folder.join("node");
         fs::create_dir_all(home.join("files")).expect("a directory for the node");
-        configuration::write(&home.join("files"), &bin, Computer::Namespaces);
+        configuration::write(&home.join("files"), &bin, computer);
         fs::write(home.join("cgroups"), hierarchies.mounts()).expect("a file");
         // The programs are links to sibling folders.
         let cache = bin.parent().expect("a directory").display().to_string();
@@ -133,6 +137,7 @@ impl Node {
                 .ok()
         });
         let mut node = Self {
+            computer,
             init: Pid::from_raw(init),
             folder,
             bin,
@@ -283,6 +288,9 @@ impl Node {
 
     /// Imports an OCI archive into the container runtime, under the name that is in it.
     pub(crate) fn import_archive(&self, path: &Path) {
+        if self.computer == Computer::NamespacesCriO {
+            return cri_o::import(self, path);
+        }
         let archive = fs::File::open(path).expect("the image's archive");
         let arguments = [
             "ctr",

@@ -99,6 +99,12 @@ pub(super) fn overlay(
     directory
 }
 
+/// Builds the image of a release, and returns its archive.
+fn image(release: &Release) -> PathBuf {
+    release.run(&["files", "image"]);
+    release.ending(".oci.tar")
+}
+
 impl Cluster {
     /// Starts everything except awsvid and the agent.
     pub(super) fn start(folder: &Path) -> Option<Self> {
@@ -109,8 +115,13 @@ impl Cluster {
             true => Release::built(&out)?,
             false => Release::of_tests(&out, Path::new(PROGRAM))?,
         };
-        awsvid.run(&["files", "image"]);
-        Self::start_on(Node::start(folder)?, folder, &awsvid.ending(".oci.tar"))
+        Self::start_on(Node::start(folder)?, folder, &image(&awsvid))
+    }
+
+    /// Starts everything on a node whose container runtime is CRI-O.
+    pub(super) fn start_with_cri_o(folder: &Path) -> Option<Self> {
+        let awsvid = Release::of_tests(&folder.join("release"), Path::new(PROGRAM))?;
+        Self::start_on(Node::start_with_cri_o(folder)?, folder, &image(&awsvid))
     }
 
     /// Starts all the rest on this node, with the image of awsvid in this archive.

@@ -7,6 +7,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
 use super::certificates::{Authority, key_pair};
+use super::cri_o;
 
 pub(crate) const NAME: &str = "node";
 /// The node's own address, at which pods reach the node's listeners.
@@ -16,8 +17,8 @@ pub(super) const ADDRESS6: &str = "fd98::1";
 pub(super) const SERVICE: &str = "10.96.0.1";
 pub(super) const ADMIN: &str = "etc/kubernetes/admin.conf";
 pub(super) const PAUSE: &str = "docker.io/library/pause:test";
-/// The container runtime's interface for kubelet and `ctr`.
-pub(super) const CONTAINERD: &str = "/run/containerd/containerd.sock";
+/// containerd's interface for kubelet and `ctr`.
+const CONTAINERD: &str = "/run/containerd/containerd.sock";
 
 /// The address families that new pods get.
 #[derive(Clone, Copy, Debug)]
@@ -27,23 +28,37 @@ pub(crate) enum Families {
     Dual,
 }
 
-/// The computer that a node is.
-#[derive(Clone, Copy, Debug)]
+/// The computer that a node is, and its container runtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Computer {
-    /// Namespaces on the tests' own kernel, without systemd.
+    /// Namespaces on the tests' own kernel, without systemd, with containerd.
     Namespaces,
-    /// A whole machine with systemd and AppArmor.
+    /// The same with CRI-O.
+    NamespacesCriO,
+    /// A whole machine with systemd and AppArmor, with containerd.
     Machine,
+}
+
+impl Computer {
+    fn cgroup_driver(self) -> &'static str {
+        match self {
+            Self::Namespaces | Self::NamespacesCriO => "cgroupfs",
+            Self::Machine => "systemd",
+        }
+    }
+
+    fn runtime_socket(self) -> &'static str {
+        match self {
+            Self::Namespaces | Self::Machine => CONTAINERD,
+            Self::NamespacesCriO => cri_o::SOCKET,
+        }
+    }
 }
 
 /// Writes all of it below `files`, as it is to be in the node's root, with the programs in `bin`.
 pub(super) fn write(files: &Path, bin: &Path, computer: Computer) {
     let kubernetes = files.join("etc/kubernetes");
-    for directory in [
-        &kubernetes,
-        &files.join("etc/containerd"),
-        &files.join("etc/cni/net.d"),
-    ] {
+    for directory in [&kubernetes, &files.join("etc/cni/net.d")] {
         fs::create_dir_all(directory).expect("a directory");
     }
     let authority = Authority::new(&kubernetes);
@@ -73,19 +88,15 @@ pub(super) fn write(files: &Path, bin: &Path, computer: Computer) {
         let text = kubeconfig(&kubernetes, name, &format!("{SERVICE}:443"));
         fs::write(kubernetes.join(format!("{name}.conf")), text).expect("a file");
     }
-    let (driver, runtime) = match computer {
-        Computer::Namespaces => ("cgroupfs", NAMESPACES_RUNTIME),
-        Computer::Machine => ("systemd", MACHINE_RUNTIME),
-    };
     let kubelet = KUBELET
-        .replace("CONTAINERD", CONTAINERD)
-        .replace("DRIVER", driver);
+        .replace("SOCKET", computer.runtime_socket())
+        .replace("DRIVER", computer.cgroup_driver());
     fs::write(kubernetes.join("kubelet.yaml"), kubelet).expect("a file");
-    let containerd = CONTAINERD_CONFIGURATION
-        .replace("BIN", &bin.display().to_string())
-        .replace("PAUSE", PAUSE)
-        + runtime;
-    fs::write(files.join("etc/containerd/config.toml"), containerd).expect("a file");
+    match computer {
+        Computer::Namespaces => write_containerd(files, bin, NAMESPACES_RUNTIME),
+        Computer::NamespacesCriO => cri_o::write(files, bin),
+        Computer::Machine => write_containerd(files, bin, MACHINE_RUNTIME),
+    }
     write_network(files, Families::Dual);
     fs::write(
         files.join("etc/nsswitch.conf"),
@@ -96,6 +107,16 @@ pub(super) fn write(files: &Path, bin: &Path, computer: Computer) {
     fs::write(files.join("etc/resolv.conf"), "").expect("a file");
     let hosts = format!("127.0.0.1 localhost\n{ADDRESS} {NAME} spire-server.spire\n");
     fs::write(files.join("etc/hosts"), hosts).expect("a file");
+}
+
+fn write_containerd(files: &Path, bin: &Path, runtime: &str) {
+    let directory = files.join("etc/containerd");
+    fs::create_dir_all(&directory).expect("a directory");
+    let text = CONTAINERD_CONFIGURATION
+        .replace("BIN", &bin.display().to_string())
+        .replace("PAUSE", PAUSE)
+        + runtime;
+    fs::write(directory.join("config.toml"), text).expect("a file");
 }
 
 /// Writes the pods' network. It has 510 addresses: the kubelet allows 300 pods, and others are
@@ -192,7 +213,7 @@ authentication: { anonymous: { enabled: false }, webhook: { enabled: true }, x50
 authorization: { mode: Webhook }
 tlsCertFile: /etc/kubernetes/kubelet.crt
 tlsPrivateKeyFile: /etc/kubernetes/kubelet.key
-containerRuntimeEndpoint: unix://CONTAINERD
+containerRuntimeEndpoint: unix://SOCKET
 cgroupDriver: DRIVER
 failCgroupV1: false
 failSwapOn: false

@@ -6,30 +6,38 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::super::counterparts::process::Process;
-use super::{BUSYBOX, Image, NAME, Node, TIMEOUT, configuration};
+use super::configuration::Computer;
+use super::{BUSYBOX, Image, NAME, Node, TIMEOUT, configuration, cri_o};
 
-const PROGRAMS: [&str; 14] = [
+const PROGRAMS: [&str; 11] = [
     "kubectl",
     "helm",
-    "ctr",
     "etcd",
     "kube-apiserver",
     "kube-controller-manager",
     "kube-scheduler",
     "kubelet",
-    "containerd",
-    "containerd-shim-runc-v2",
     "runc",
     "ptp",
     "host-local",
     "pod-files",
 ];
+const CONTAINERD: [&str; 3] = ["containerd", "containerd-shim-runc-v2", "ctr"];
 
 impl Node {
     /// Starts a node with all programs, and its files below `folder`. Returns `None` as `create`
     /// does.
     pub(crate) fn start(folder: &Path) -> Option<Self> {
-        let mut node = Self::create(folder, &PROGRAMS)?;
+        let programs = [&PROGRAMS[..], &CONTAINERD].concat();
+        let mut node = Self::create(folder, &programs, Computer::Namespaces)?;
+        node.start_programs();
+        Some(node)
+    }
+
+    /// Starts a node whose container runtime is CRI-O.
+    pub(crate) fn start_with_cri_o(folder: &Path) -> Option<Self> {
+        let programs = [&PROGRAMS[..], &cri_o::PROGRAMS].concat();
+        let mut node = Self::create(folder, &programs, Computer::NamespacesCriO)?;
         node.start_programs();
         Some(node)
     }
@@ -37,7 +45,8 @@ impl Node {
     /// Starts a node with all programs that is this whole machine, with its systemd and its root
     /// directory. Returns `None` as `create` does.
     pub(crate) fn start_on_machine(folder: &Path) -> Option<Self> {
-        let mut node = Self::create_on_machine(folder, &PROGRAMS)?;
+        let programs = [&PROGRAMS[..], &CONTAINERD].concat();
+        let mut node = Self::create_on_machine(folder, &programs)?;
         node.start_programs();
         Some(node)
     }
@@ -49,7 +58,8 @@ impl Node {
         api_server: &str,
         options: &[&str],
     ) -> Option<Self> {
-        let mut node = Self::create(folder, &["kubectl", "helm", "etcd", api_server])?;
+        let programs = ["kubectl", "helm", "etcd", api_server];
+        let mut node = Self::create(folder, &programs, Computer::Namespaces)?;
         node.start_program("etcd", &configuration::etcd());
         node.start_api_server_with(api_server, options);
         Some(node)
@@ -71,17 +81,18 @@ impl Node {
     }
 
     fn start_programs(&mut self) {
-        self.start_program("containerd", &[]);
+        let (runtime, version) = match self.computer {
+            Computer::Namespaces | Computer::Machine => ("containerd", "ctr version"),
+            Computer::NamespacesCriO => ("crio", "crio status info"),
+        };
+        self.start_program(runtime, &[]);
         self.start_program("etcd", &configuration::etcd());
         self.start_program("kube-apiserver", &configuration::apiserver());
         let busybox = self.bin.join("pod-files/busybox");
-        self.await_program("containerd", "containerd", || {
-            self.command(&["ctr", "version"])
-                .output()
-                .ok()?
-                .status
-                .success()
-                .then_some(())
+        self.await_program(runtime, "the container runtime", || {
+            let words: Vec<&str> = version.split(' ').collect();
+            let output = self.command(&words).output().ok()?;
+            output.status.success().then_some(())
         });
         self.import(&Image {
             name: BUSYBOX,
