@@ -19,8 +19,9 @@ use crate::telemetry::in_current_request;
 
 /// Bound of the exchanges that start ahead of a request, before the source has named the identity.
 const MAX_STARTS: usize = 256;
-/// The part of [`MAX_STARTS`] that one workload may use.
-const MAX_STARTS_PER_WORKLOAD: usize = 1;
+/// The part of [`MAX_STARTS`] that one workload may use: one for the token, and one for the role
+/// that its program then requests by name.
+const MAX_STARTS_PER_WORKLOAD: usize = 2;
 
 /// The service that answers attested callers.
 #[derive(Debug)]
@@ -131,10 +132,10 @@ impl CredentialService {
         }
     }
 
-    /// Starts the exchange for the first role of `caller` in the background, so that its next
-    /// request finds the credentials. A workload has one such task at a time. A failure shows only
-    /// in that request.
-    pub fn start_exchange(self: &Arc<Self>, caller: Arc<Caller>) {
+    /// Starts the exchange for this role of `caller` in the background, so that its next request
+    /// finds the credentials. A workload has [`MAX_STARTS_PER_WORKLOAD`] such tasks at a time. A
+    /// failure shows only in that request.
+    pub fn start_exchange(self: &Arc<Self>, caller: Arc<Caller>, requested: RequestedRole) {
         let Ok(permit) = self.starts.try_acquire(&caller.peer.workload_key()) else {
             return;
         };
@@ -144,7 +145,6 @@ impl CredentialService {
             let policy = service.cache.policy();
             let identities = policy.source.identify(&caller).await.unwrap_or_default();
             let facts = policy.attested_facts(caller.facts()).await;
-            let requested = RequestedRole::Default;
             if let Ok(grant) = policy.roles.select(&identities, &facts, &requested) {
                 service.cache.start(&policy, &grant, &caller);
             }

@@ -66,11 +66,11 @@ impl AssumeRole for SlowUpstream {
     }
 }
 
-fn role() -> Arc<Role> {
+fn role(name: &str) -> Arc<Role> {
     Arc::new(Role {
-        name: "shop".to_owned(),
+        name: name.to_owned(),
         spiffe_id: SpiffeIdPattern::parse(ID).unwrap(),
-        role_arn: ArnTemplate::parse("arn:aws:iam::123456789012:role/shop").unwrap(),
+        role_arn: ArnTemplate::parse(&format!("arn:aws:iam::123456789012:role/{name}")).unwrap(),
         ..Role::example()
     })
 }
@@ -104,7 +104,7 @@ fn env(identify: Duration) -> ServiceEnv {
         Clock::starting_at(SystemTime::UNIX_EPOCH),
         Metrics::default(),
     );
-    let policy = policy(identify, vec![role()], &clock);
+    let policy = policy(identify, vec![role("shop"), role("reports")], &clock);
     let cache = CredentialCache::new(policy, clock.clone(), metrics.clone());
     let audit = Audit::unopened(false, clock.clone(), metrics);
     audit
@@ -133,7 +133,7 @@ impl ServiceEnv {
 
 /// Covers T45: the tasks of a workload that requests metadata tokens all the time.
 #[tokio::test(start_paused = true)]
-async fn workload_starts_one_exchange_ahead_at_a_time() {
+async fn workload_starts_few_exchanges_ahead_at_a_time() {
     let service = Arc::new(env(Duration::from_secs(3)).service);
     let tasks = || {
         tokio::runtime::Handle::current()
@@ -142,10 +142,10 @@ async fn workload_starts_one_exchange_ahead_at_a_time() {
     };
     let before = tasks();
     for _ in 0..100 {
-        service.start_exchange(Arc::new(Caller::synthetic()));
+        service.start_exchange(Arc::new(Caller::synthetic()), RequestedRole::Default);
     }
-    assert_eq!(tasks(), before + 1);
-    // It ends with the source's answer; the flight belongs to the cache.
+    assert_eq!(tasks(), before + MAX_STARTS_PER_WORKLOAD);
+    // They end with the source's answer; the flight belongs to the cache.
     sleep(Duration::from_secs(4)).await;
     assert_eq!(
         service
@@ -154,6 +154,21 @@ async fn workload_starts_one_exchange_ahead_at_a_time() {
             .err(),
         None
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn exchange_starts_ahead_for_the_requested_role() {
+    for (requested, expected) in [
+        (RequestedRole::Default, "shop"),
+        (RequestedRole::ByName("reports".to_owned()), "reports"),
+    ] {
+        let service = Arc::new(env(Duration::from_secs(3)).service);
+        service.start_exchange(Arc::new(Caller::synthetic()), requested);
+        sleep(Duration::from_secs(4)).await;
+        let entries = service.cache.entries();
+        let names: Vec<_> = entries.iter().map(|entry| &*entry.role).collect();
+        assert_eq!(names, [expected]);
+    }
 }
 
 #[tokio::test(start_paused = true)]

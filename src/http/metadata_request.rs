@@ -86,7 +86,7 @@ impl CredentialEndpoint {
             // A rejected caller gets a token too: SDKs take another status for version 1, or give
             // up without the reason that the next answer has.
             if let Ok(caller) = caller {
-                self.service.start_exchange(caller);
+                self.service.start_exchange(caller, RequestedRole::Default);
             }
             let token = imds.tokens.issue(ttl, at.netns, now);
             return Ok(MetadataAnswer::Token { token, ttl });
@@ -113,8 +113,9 @@ impl CredentialEndpoint {
             self.metadata_of((&caller, &requested), (path, left), record),
         );
         let Ok(found) = held.await else {
+            record.set_requested_role(&requested);
             // The source may still answer, and the next request finds that.
-            self.service.start_exchange(caller);
+            self.service.start_exchange(caller, requested);
             return Err(RequestError::Pending);
         };
         found.map_err(|error| {

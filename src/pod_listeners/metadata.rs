@@ -1,6 +1,7 @@
 //! The state of the metadata address in a pod's network namespace.
 
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -48,10 +49,13 @@ pub(super) enum MetadataState {
         /// The cause of the latest failure.
         cause: Option<PodListenerFailure>,
     },
-    /// The namespace has the address, which is checked at `check`.
+    /// The namespace has these addresses, which are checked at `check`.
     Served {
+        addresses: Vec<SocketAddr>,
         check: Instant,
-        /// The cause of the latest failure to add the IPv6 address, which the pod needs later.
+        /// The time from which on another address that the pod needs, that of IPv6, may be tried.
+        retry: Instant,
+        /// The cause of the latest failure to add that one.
         cause: Option<PodListenerFailure>,
     },
 }
@@ -103,16 +107,32 @@ impl MetadataState {
         }
     }
 
-    /// The state of a namespace whose address is checked at once.
-    pub(super) fn unchecked() -> Self {
+    /// The state of a namespace whose addresses are checked at once.
+    pub(super) fn unchecked(addresses: Vec<SocketAddr>) -> Self {
+        let now = Instant::now();
         Self::Served {
-            check: Instant::now(),
+            addresses,
+            check: now,
+            retry: now,
             cause: None,
+        }
+    }
+
+    /// Returns the addresses that the namespace has. Their listeners may be closed by now.
+    pub(super) fn addresses(&self) -> &[SocketAddr] {
+        match self {
+            Self::Served { addresses, .. } => addresses,
+            _ => &[],
         }
     }
 
     pub(super) fn is_served(&self) -> bool {
         matches!(self, Self::Served { .. })
+    }
+
+    /// Returns whether another address may be tried in a namespace that has one.
+    pub(super) fn may_retry(&self) -> bool {
+        matches!(self, Self::Served { retry, .. } if *retry <= Instant::now())
     }
 
     /// Returns the time of the next step.
@@ -170,9 +190,12 @@ impl MetadataState {
     }
 
     /// Records that all addresses are there that the pod needs.
-    pub(super) fn set_served(&mut self) {
+    pub(super) fn set_served(&mut self, addresses: Vec<SocketAddr>) {
+        let now = Instant::now();
         *self = Self::Served {
-            check: Instant::now() + CHECK_INTERVAL,
+            addresses,
+            check: now + CHECK_INTERVAL,
+            retry: now,
             cause: None,
         };
     }
@@ -184,27 +207,34 @@ impl MetadataState {
         }
     }
 
-    /// Records that an address is not served. Returns whether the cause is another one than that
-    /// of the last attempt. A pod that has the IPv4 address keeps it.
-    pub(super) fn set_unserved(&mut self, obstacle: &MetadataObstacle) -> bool {
+    /// Records that an address cannot be served, and which are. Returns whether the cause is
+    /// another one than that of the last attempt.
+    pub(super) fn set_unserved(
+        &mut self,
+        obstacle: &MetadataObstacle,
+        addresses: Vec<SocketAddr>,
+    ) -> bool {
         let now = Instant::now();
         let (since, before) = match self {
             Self::Waiting { since, cause, .. } => (*since, *cause),
             Self::Served { cause, .. } => (now, *cause),
             _ => (now, None),
         };
-        let cause = obstacle.failure();
+        let (retry, cause) = (now + obstacle.retry_after(), obstacle.failure());
         let latest = cause.or(before);
-        match self {
-            Self::Served { cause, .. } => *cause = latest,
-            _ => {
-                *self = Self::Waiting {
-                    since,
-                    retry: now + obstacle.retry_after(),
-                    cause: latest,
-                };
-            }
-        }
+        *self = match addresses.is_empty() {
+            true => Self::Waiting {
+                since,
+                retry,
+                cause: latest,
+            },
+            false => Self::Served {
+                addresses,
+                check: retry.min(now + CHECK_INTERVAL),
+                retry,
+                cause: latest,
+            },
+        };
         cause.is_some() && cause != before
     }
 }

@@ -1,5 +1,6 @@
 //! Log lines and counts of the pods in which the metadata address is not served.
 
+use std::net::IpAddr;
 use std::path::Path;
 
 use crate::limits::{LogOnce, LogQuota};
@@ -35,8 +36,8 @@ impl MetadataLog {
         }
     }
 
-    /// A pod has opted in, and is not served.
-    pub(super) fn unserved(&self, namespace: &Path, obstacle: &MetadataObstacle) {
+    /// A pod has opted in, and is not served at this address.
+    pub(super) fn unserved(&self, namespace: &Path, address: IpAddr, obstacle: &MetadataObstacle) {
         if let Some(failure) = obstacle.failure() {
             count(&self.metrics, failure);
         }
@@ -46,7 +47,7 @@ impl MetadataLog {
             MetadataObstacle::Routed(route) => {
                 if let Some(missed) = self.routed.take() {
                     tracing::warn!(
-                        %namespace, route, missed,
+                        %namespace, %address, route, missed,
                         fix = "remove the route, or the pod's opt-in",
                         "a pod opted in to 169.254.169.254, but a route leads there"
                     );
@@ -55,7 +56,7 @@ impl MetadataLog {
             MetadataObstacle::Answered => {
                 if let Some(missed) = self.answered.take() {
                     tracing::warn!(
-                        %namespace, missed,
+                        %namespace, %address, missed,
                         fix = "block that service for the pod by a network policy, or remove the pod's opt-in",
                         "a pod opted in to 169.254.169.254, but another service answers there"
                     );
@@ -64,7 +65,7 @@ impl MetadataLog {
             MetadataObstacle::PortTaken => {
                 if let Some(missed) = self.port_taken.take() {
                     tracing::warn!(
-                        %namespace, missed,
+                        %namespace, %address, missed,
                         fix = "let the pod's server listen on another port or on the pod's address, or remove the pod's opt-in",
                         "a pod opted in to 169.254.169.254, but port 80 is in use"
                     );
@@ -73,7 +74,7 @@ impl MetadataLog {
             MetadataObstacle::Denied => {
                 if self.denied.first() {
                     tracing::warn!(
-                        %namespace,
+                        %namespace, %address,
                         fix = "in Kubernetes add NET_ADMIN to the container's securityContext.capabilities.add, under systemd \
                                CAP_NET_ADMIN to CapabilityBoundingSet= and AmbientCapabilities=",
                         "169.254.169.254 cannot be set up in pods: CAP_NET_ADMIN is missing"
@@ -82,7 +83,7 @@ impl MetadataLog {
             }
             MetadataObstacle::Failed(error) => {
                 if let Some(missed) = self.failed.take() {
-                    tracing::warn!(%error, %namespace, missed, "169.254.169.254 cannot be set up in a pod");
+                    tracing::warn!(%error, %namespace, %address, missed, "169.254.169.254 cannot be set up in a pod");
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::listen::{
 };
 use crate::netns::{NamespaceError, NamespaceId};
 use crate::pod_listeners::handover_protocol::{self, HandoverKey, MetadataParts};
-use crate::pod_listeners::metadata::MetadataState;
+use crate::pod_listeners::metadata::{MetadataObstacle, MetadataState};
 use crate::pod_listeners::opt_in::OptInFile;
 use crate::pod_listeners::sys;
 
@@ -259,22 +259,17 @@ impl ListenedPod {
         Ok(())
     }
 
-    /// Serves on the metadata address.
+    /// Serves on the metadata addresses, up to the first that cannot be.
     pub(super) fn add_metadata(
         &mut self,
         listeners: Vec<PodListener>,
         service: &PodService,
-    ) -> io::Result<()> {
-        let listeners = listeners.into_iter();
-        let served: Vec<_> = listeners
-            .map(|inside| self.listen(Arc::new(inside), service))
-            .collect();
-        // One of the two addresses is enough.
-        if self.metadata_addresses().is_empty() {
-            return served.into_iter().collect();
-        }
-        self.metadata.set_served();
-        Ok(())
+    ) -> Result<(), (IpAddr, MetadataObstacle)> {
+        listeners.into_iter().try_for_each(|inside| {
+            let address = inside.address().ip();
+            let served = self.listen(Arc::new(inside), service);
+            served.map_err(|error| (address, MetadataObstacle::Failed(error)))
+        })
     }
 
     /// Leaves the metadata addresses to an instance that has these listeners.
@@ -321,8 +316,9 @@ impl ListenedPod {
     /// Accepts again after a pause. Addresses without a kept listener are missing.
     pub(super) fn resume(&mut self, service: &PodService) {
         self.accepting = CancellationToken::new();
-        if !self.metadata_addresses().is_empty() {
-            self.metadata = MetadataState::unchecked();
+        let addresses = self.metadata_addresses();
+        if !addresses.is_empty() {
+            self.metadata = MetadataState::unchecked(addresses);
         } else if self.metadata.is_served() {
             self.metadata = MetadataState::waiting();
         }

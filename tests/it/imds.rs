@@ -1,7 +1,7 @@
 //! EC2's instance metadata service of the real daemon, with the servers of `awsvid dev`.
 
 use std::io::{Read, Write};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use crate::harness::client::connect;
 use crate::harness::daemon::{Daemon, imds_table};
 use crate::harness::upstream::{Upstream, my_rule};
 
+mod held;
 mod mock;
 mod programs;
 mod requests;
@@ -39,9 +40,13 @@ impl Metadata {
 
 /// Sends a request with these headers after `Host`, each with its line end.
 fn send(address: SocketAddr, line: &str, headers: &str) -> Metadata {
-    let mut stream = connect(address);
+    send_over(connect(address), &address.to_string(), line, headers)
+}
+
+/// Sends such a request over a connection that is there.
+fn send_over(mut stream: TcpStream, host: &str, line: &str, headers: &str) -> Metadata {
     stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-    let request = format!("{line} HTTP/1.1\r\nHost: {address}\r\n{headers}\r\n");
+    let request = format!("{line} HTTP/1.1\r\nHost: {host}\r\n{headers}\r\n");
     stream.write_all(request.as_bytes()).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();

@@ -4,10 +4,12 @@
 //! removed before the listener: otherwise a process of the pod that listens on port 80 of all
 //! addresses would answer as the metadata service.
 
-use std::io;
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
+use std::{io, iter};
 
 use crate::listen::{METADATA_ADDRESSES, NetnsRef, PodListener};
 use crate::netlink::{Addition, Route, RouteSocket};
@@ -29,124 +31,175 @@ pub(in crate::pod_listeners) struct MetadataTarget {
     pub(in crate::pod_listeners) received: ReceivedSockets,
 }
 
-/// The listeners of the address in one namespace, or the reason why there are none.
-pub(in crate::pod_listeners) type Opened = Result<Vec<PodListener>, MetadataObstacle>;
+/// The listeners that were opened in one namespace, and the address that has none.
+#[derive(Debug, Default)]
+pub(in crate::pod_listeners) struct Opened {
+    pub(in crate::pod_listeners) listeners: Vec<PodListener>,
+    /// An address that the pod needs, and the reason why it is not served there.
+    pub(in crate::pod_listeners) missing: Option<(IpAddr, MetadataObstacle)>,
+}
 
-/// Adds the address to each of these namespaces, and listens there. Waits up to
-/// [`ANSWER_TIMEOUT`] for other services to answer.
+/// Adds the address to each of these namespaces, and listens there. The IPv6 address is served only
+/// where that of IPv4 is. Waits up to [`ANSWER_TIMEOUT`] for other services to answer.
 pub(in crate::pod_listeners) fn open_all(
     targets: Vec<MetadataTarget>,
 ) -> Vec<(Arc<NetnsRef>, Opened)> {
     let mut checked: Vec<_> = targets
         .into_iter()
-        .map(|target| (Checks::run(&target), target))
+        .map(|target| (candidates(&target), target))
         .collect();
-    let probes = checked
+    let found = checked
         .iter_mut()
-        .filter_map(|(checks, _)| checks.as_mut().ok());
-    let mut probes: Vec<_> = probes.flat_map(|checks| &mut checks.probes).collect();
-    await_answers(&mut probes, ANSWER_TIMEOUT);
-    let opened = checked.into_iter().map(|(checks, target)| {
-        let MetadataTarget {
-            netns,
-            is_young,
-            served: _,
-            received,
-        } = target;
-        let opened = checks.and_then(|checks| {
-            checks.find_answer().inspect_err(|_| {
-                // A process of the pod took the port after an instance of awsvid was killed.
-                if checks.is_present && !is_young {
-                    remove_own(&netns, &checks.addresses);
-                }
-            })?;
-            open(&netns, &checks.addresses, received)
-        });
+        .filter_map(|(candidates, _)| candidates.as_mut().ok());
+    let probes = found.flatten().filter_map(|one| one.probe.as_mut());
+    await_answers(&mut probes.collect::<Vec<_>>(), ANSWER_TIMEOUT);
+    let opened = checked.into_iter().map(|(candidates, target)| {
+        let netns = target.netns.clone();
+        let opened = match candidates {
+            Ok(candidates) => open(target, candidates),
+            Err(obstacle) => Opened {
+                listeners: Vec::new(),
+                missing: Some((METADATA_ADDRESSES[0].ip(), obstacle)),
+            },
+        };
         (netns, opened)
     });
     opened.collect()
 }
 
-/// The checks of one namespace before the address is added.
-struct Checks {
-    addresses: Vec<SocketAddr>,
-    /// Set if the loopback device already has one of the addresses: an instance of awsvid was
-    /// killed, or a process of the pod added it.
+/// An address that a pod needs, before it is added.
+struct Candidate {
+    address: SocketAddr,
+    /// Set if the loopback device already has the address: an instance of awsvid was killed, or a
+    /// process of the pod added it.
     is_present: bool,
-    probes: Vec<AnswerProbe>,
+    probe: Option<AnswerProbe>,
+    /// A route or its absence.
+    obstacle: Option<MetadataObstacle>,
 }
 
-impl Checks {
-    /// Finds the addresses that the pod needs, checks the routes to them, and starts to connect.
-    fn run(target: &MetadataTarget) -> Result<Self, MetadataObstacle> {
-        let is_received = !target.received.is_empty();
-        target.netns.run_in(|| {
-            let routes = RouteSocket::open()?;
-            let has_v6 = routes.has_global_v6()?;
-            let addresses = METADATA_ADDRESSES
-                .into_iter()
-                .filter(|address| address.is_ipv4() || has_v6)
-                .filter(|address| !target.served.contains(address));
-            let mut checks = Self {
-                addresses: addresses.collect(),
-                is_present: false,
-                probes: Vec::new(),
-            };
-            for address in checks.addresses.iter().filter(|_| !is_received) {
-                match routes.route_to(address.ip())? {
-                    Route::Missing if target.is_young && !has_v6 => {
-                        return Err(MetadataObstacle::NotReady);
-                    }
-                    Route::Missing | Route::Default => {}
-                    Route::Local { is_loopback: true } => checks.is_present = true,
-                    Route::Local { is_loopback: false } => {
-                        let text = "an address of another device";
-                        return Err(MetadataObstacle::Routed(text.to_owned()));
-                    }
-                    Route::Specific(route) => return Err(MetadataObstacle::Routed(route)),
-                }
-                checks.probes.extend(AnswerProbe::start(*address)?);
-            }
-            Ok(checks)
-        })?
+/// Returns the addresses that the pod needs and lacks, checks the routes to them, and starts to
+/// connect. Those of received listeners are not checked, because awsvid answers there. The others
+/// then wait for the next check of the namespace, which is the first that does check them.
+fn candidates(target: &MetadataTarget) -> Result<Vec<Candidate>, MetadataObstacle> {
+    if !target.received.is_empty() {
+        let received = target.received.iter().map(|(address, _)| Candidate {
+            address: *address,
+            is_present: false,
+            probe: None,
+            obstacle: None,
+        });
+        return Ok(received.collect());
     }
-
-    /// Fails if another service answers at one of the addresses.
-    fn find_answer(&self) -> Result<(), MetadataObstacle> {
-        match self.probes.iter().any(AnswerProbe::is_answered) {
-            false => Ok(()),
-            // Nothing outside the namespace can have answered.
-            true if self.is_present => Err(MetadataObstacle::PortTaken),
-            true => Err(MetadataObstacle::Answered),
-        }
-    }
-}
-
-/// Listens on the addresses in the namespace, and then adds them.
-fn open(netns: &Arc<NetnsRef>, addresses: &[SocketAddr], received: ReceivedSockets) -> Opened {
-    let mut received = received.into_iter().collect();
-    netns.run_in(|| {
+    target.netns.run_in(|| {
         let routes = RouteSocket::open()?;
-        let bound = addresses
-            .iter()
-            .map(|address| take_or_bind(netns, *address, &mut received));
-        let bound: Vec<_> = bound
-            .collect::<Result<_, _>>()
-            .map_err(MetadataObstacle::of_bind)?;
-        let mut listeners = Vec::new();
-        for listener in bound {
-            match routes.add_address(listener.address().ip()) {
-                Ok(_) => listeners.push(listener),
-                Err(error) if has_no_v6(&error, listener.address().ip()) => {}
-                Err(error) => {
-                    // The listeners close now, so the addresses have to be gone before.
-                    remove_from(&routes, addresses);
-                    return Err(error.into());
+        let needed = needed_addresses(&routes)?;
+        let may_wait = target.is_young && needed.iter().all(SocketAddr::is_ipv4);
+        needed
+            .into_iter()
+            .filter(|address| !target.served.contains(address))
+            .map(|address| Candidate::start(&routes, address, may_wait))
+            .collect()
+    })?
+}
+
+/// Returns the addresses that a pod with these addresses of its own needs.
+fn needed_addresses(routes: &RouteSocket) -> io::Result<Vec<SocketAddr>> {
+    let has_v6 = routes.has_global_v6()?;
+    let needed = METADATA_ADDRESSES
+        .into_iter()
+        .filter(|address| address.is_ipv4() || has_v6);
+    Ok(needed.collect())
+}
+
+impl Candidate {
+    /// Checks the route to the address, and starts to connect there. With `may_wait` the pod's
+    /// network may not be set up yet.
+    fn start(
+        routes: &RouteSocket,
+        address: SocketAddr,
+        may_wait: bool,
+    ) -> Result<Self, MetadataObstacle> {
+        let route = routes.route_to(address.ip())?;
+        let obstacle = match &route {
+            Route::Missing if may_wait => Some(MetadataObstacle::NotReady),
+            Route::Missing | Route::Default | Route::Local { is_loopback: true } => None,
+            Route::Local { is_loopback: false } => {
+                let text = "an address of another device";
+                Some(MetadataObstacle::Routed(text.to_owned()))
+            }
+            Route::Specific(route) => Some(MetadataObstacle::Routed(route.clone())),
+        };
+        let probe = match obstacle {
+            Some(_) => None,
+            None => AnswerProbe::start(address)?,
+        };
+        Ok(Self {
+            address,
+            is_present: route == Route::Local { is_loopback: true },
+            probe,
+            obstacle,
+        })
+    }
+
+    fn is_answered(&self) -> bool {
+        self.probe.as_ref().is_some_and(AnswerProbe::is_answered)
+    }
+
+    /// Fails if a route leads to the address, or another service answers there.
+    fn verify(&mut self) -> Result<(), MetadataObstacle> {
+        match self.obstacle.take() {
+            Some(obstacle) => Err(obstacle),
+            None if !self.is_answered() => Ok(()),
+            // Nothing outside the namespace can have answered.
+            None if self.is_present => Err(MetadataObstacle::PortTaken),
+            None => Err(MetadataObstacle::Answered),
+        }
+    }
+}
+
+/// Serves these addresses in the namespace, up to the first that cannot be.
+fn open(target: MetadataTarget, candidates: Vec<Candidate>) -> Opened {
+    let (netns, mut received) = (&target.netns, target.received.into_iter().collect());
+    let mut opened = Opened::default();
+    let mut candidates = candidates.into_iter();
+    while let Some(mut candidate) = candidates.next() {
+        let address = candidate.address;
+        let listener = candidate.verify().and_then(|()| {
+            let listen = || listen_on(netns, address, &mut received);
+            netns.run_in(listen)?
+        });
+        match listener {
+            Ok(listener) => opened.listeners.extend(listener),
+            Err(obstacle) => {
+                // A process of the pod took the port after an instance of awsvid was killed.
+                if candidate.is_present && candidate.is_answered() && !target.is_young {
+                    let others = candidates.map(|other| other.address);
+                    let all: Vec<_> = iter::once(address).chain(others).collect();
+                    remove_own(netns, &all);
                 }
+                opened.missing = Some((address.ip(), obstacle));
+                break;
             }
         }
-        Ok(listeners)
-    })?
+    }
+    opened
+}
+
+/// Listens on the address, and then adds it. Call it within the namespace. Returns `None` for the
+/// address of IPv6 if the loopback device takes none.
+fn listen_on(
+    netns: &Arc<NetnsRef>,
+    address: SocketAddr,
+    received: &mut HashMap<SocketAddr, Arc<OwnedFd>>,
+) -> Result<Option<PodListener>, MetadataObstacle> {
+    let routes = RouteSocket::open()?;
+    let listener = take_or_bind(netns, address, received).map_err(MetadataObstacle::of_bind)?;
+    match routes.add_address(address.ip()) {
+        Ok(_) => Ok(Some(listener)),
+        Err(error) if has_no_v6(&error, address.ip()) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Returns whether the loopback device takes no IPv6 address.
@@ -163,8 +216,8 @@ fn has_no_v6(error: &io::Error, address: IpAddr) -> bool {
 pub(in crate::pod_listeners) struct AddressCheck {
     /// Set if one of the addresses was missing. It is there again.
     pub(in crate::pod_listeners) was_removed: bool,
-    /// Set if the pod has a global IPv6 address by now, and only the IPv4 address is served.
-    pub(in crate::pod_listeners) needs_v6: bool,
+    /// Set if the pod needs another address by now, such as that of IPv6.
+    pub(in crate::pod_listeners) needs_more: bool,
 }
 
 /// Adds these addresses again if they are missing, and finds whether the pod needs another one.
@@ -178,18 +231,24 @@ pub(in crate::pod_listeners) fn check(
         for address in served {
             was_removed |= routes.add_address(address.ip())? == Addition::New;
         }
-        let needs_v6 = served.iter().all(SocketAddr::is_ipv4) && routes.has_global_v6()?;
+        let mut needed = needed_addresses(&routes)?.into_iter();
         Ok(AddressCheck {
             was_removed,
-            needs_v6,
+            needs_more: needed.any(|address| !served.contains(&address)),
         })
     })?
 }
 
-/// Removes the addresses from the namespace, unless it is gone.
-pub(in crate::pod_listeners) fn remove(netns: &NetnsRef) {
-    let removed = netns
-        .run_in(|| RouteSocket::open().map(|routes| remove_from(&routes, &METADATA_ADDRESSES)));
+/// Removes these addresses from the namespace, unless it is gone.
+pub(in crate::pod_listeners) fn remove(netns: &NetnsRef, addresses: &[SocketAddr]) {
+    let removed = netns.run_in(|| {
+        let routes = RouteSocket::open()?;
+        let removals = addresses
+            .iter()
+            .map(|address| routes.remove_address(address.ip()));
+        // Each is tried.
+        removals.fold(Ok(()), io::Result::and)
+    });
     if let Ok(Err(error)) = removed {
         let namespace = netns.path();
         tracing::warn!(%error, namespace = %namespace.display(), "169.254.169.254 cannot be removed from a pod");
@@ -200,9 +259,9 @@ pub(in crate::pod_listeners) fn remove(netns: &NetnsRef) {
 fn remove_own(netns: &NetnsRef, addresses: &[SocketAddr]) {
     let removed = netns.run_in(|| {
         let routes = RouteSocket::open()?;
-        for ip in addresses.iter().map(SocketAddr::ip) {
-            if routes.has_own_address(ip)? {
-                routes.remove_address(ip)?;
+        for address in addresses {
+            if routes.has_own_address(address.ip())? {
+                routes.remove_address(address.ip())?;
             }
         }
         Ok::<_, io::Error>(())
@@ -210,13 +269,5 @@ fn remove_own(netns: &NetnsRef, addresses: &[SocketAddr]) {
     if let Ok(Err(error)) = removed {
         let namespace = netns.path();
         tracing::debug!(%error, namespace = %namespace.display(), "the metadata address cannot be removed");
-    }
-}
-
-fn remove_from(routes: &RouteSocket, addresses: &[SocketAddr]) {
-    for address in addresses {
-        if let Err(error) = routes.remove_address(address.ip()) {
-            tracing::debug!(%error, address = %address.ip(), "an address cannot be removed from a pod");
-        }
     }
 }

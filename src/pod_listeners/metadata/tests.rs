@@ -10,7 +10,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 
 use super::address::AddressCheck;
 use super::*;
-use crate::listen::{METADATA_ADDRESSES, NetnsRef};
+use crate::listen::{METADATA_ADDRESSES, NetnsRef, PodListener};
 use crate::netlink::tests::{add_eth0, ip};
 use crate::netns::NetNs;
 use crate::skip::root;
@@ -128,8 +128,16 @@ impl Drop for TestPod {
     }
 }
 
+/// Returns the listeners, if no address is missing that the pod needs.
+fn complete(opened: Opened) -> Vec<PodListener> {
+    assert!(opened.missing.is_none(), "{opened:?}");
+    opened.listeners
+}
+
+/// Returns the cause, if no address is served.
 fn failure(opened: Opened) -> Option<PodListenerFailure> {
-    opened.unwrap_err().failure()
+    assert!(opened.listeners.is_empty(), "{opened:?}");
+    opened.missing.unwrap().1.failure()
 }
 
 #[test]
@@ -137,7 +145,7 @@ fn address_is_served_and_removed_with_its_listener() {
     let Some(pod) = TestPod::connected() else {
         return;
     };
-    let listeners = pod.open(true).unwrap();
+    let listeners = complete(pod.open(true));
     // The pod has no IPv6.
     assert_eq!(listeners.len(), 1);
     assert!(pod.has_address() && pod.is_reached(V4));
@@ -145,8 +153,11 @@ fn address_is_served_and_removed_with_its_listener() {
     pod.ip("address delete 169.254.169.254/32 dev lo");
     assert!(pod.check(&[V4]).was_removed);
     assert!(pod.is_reached(V4));
-    remove(&pod.netns);
+    // The address of IPv6 is the pod's own, since awsvid did not serve it.
+    pod.ip("address add fd00:ec2::254/128 dev lo nodad");
+    remove(&pod.netns, &[V4]);
     assert!(!pod.has_address());
+    assert!(pod.ip("address show dev lo").contains("fd00:ec2::254"));
 }
 
 #[test]
@@ -158,18 +169,22 @@ fn pod_with_ipv6_gets_both_addresses() {
     let Some(pod) = TestPod::new(&setup) else {
         return;
     };
-    let listeners = pod.open(true).unwrap();
+    let listeners = complete(pod.open(true));
     assert_eq!(listeners.len(), 2);
     assert!(pod.becomes_reached(V4) && pod.becomes_reached(V6));
     drop(listeners);
     // As after a kill of the daemon.
     assert!(!pod.is_reached(V4) && !pod.is_reached(V6));
-    assert_eq!(pod.open(true).unwrap().len(), 2);
+    assert_eq!(complete(pod.open(true)).len(), 2);
     pod.netns
         .run_in(|| std::fs::write("/proc/sys/net/ipv6/conf/lo/disable_ipv6", "1").unwrap())
         .unwrap();
-    remove(&pod.netns);
-    assert_eq!(pod.open(true).unwrap().len(), 1, "lo takes no IPv6 address");
+    remove(&pod.netns, &[V4, V6]);
+    assert_eq!(
+        complete(pod.open(true)).len(),
+        1,
+        "lo takes no IPv6 address"
+    );
 }
 
 /// Also after a failure, which costs the pod nothing that it had.
@@ -178,25 +193,25 @@ fn ipv6_address_is_added_later() {
     let Some(pod) = TestPod::connected() else {
         return;
     };
-    let first = pod.open(true).unwrap();
+    let first = complete(pod.open(true));
     assert_eq!((first.len(), first[0].address()), (1, V4));
     let check = |served: &[SocketAddr]| pod.check(served);
-    let complete = AddressCheck {
+    let unchanged = AddressCheck {
         was_removed: false,
-        needs_v6: false,
+        needs_more: false,
     };
-    assert_eq!(check(&[V4]), complete);
+    assert_eq!(check(&[V4]), unchanged);
     pod.ip("address add 2001:db8::1/64 dev eth0 nodad");
-    assert!(check(&[V4]).needs_v6);
+    assert!(check(&[V4]).needs_more);
     pod.ip("-6 route add blackhole fd00:ec2::254");
     let failed = failure(pod.open_later());
     assert_eq!(failed, Some(PodListenerFailure::ImdsRouted));
     pod.ip("-6 route delete blackhole fd00:ec2::254");
     assert!(pod.has_address() && pod.is_reached(V4));
-    let later = pod.open_later().unwrap();
+    let later = complete(pod.open_later());
     assert_eq!((later.len(), later[0].address()), (1, V6));
     assert!(pod.becomes_reached(V6) && pod.is_reached(V4));
-    assert_eq!(check(&[V4, V6]), complete);
+    assert_eq!(check(&[V4, V6]), unchanged);
 }
 
 #[test]
@@ -205,7 +220,7 @@ fn answer_does_not_pass_a_router() {
     let Some(pod) = TestPod::new(&setup) else {
         return;
     };
-    let listeners = pod.open(false).unwrap();
+    let listeners = complete(pod.open(false));
     assert!(pod.becomes_reached(V6));
     for (listener, address) in listeners.iter().zip([V4, V6]) {
         let client = pod.netns.run_in(|| TcpStream::connect(address));
@@ -251,7 +266,7 @@ fn pod_without_a_network_yet_waits() {
     assert_eq!(failure(pod.open(true)), None);
     assert!(!pod.has_address());
     // It has none at all.
-    assert_eq!(pod.open(false).unwrap().len(), 1);
+    assert_eq!(complete(pod.open(false)).len(), 1);
 }
 
 #[test]
@@ -272,7 +287,7 @@ fn server_of_the_pod_keeps_port_80() {
     }
     // These do not conflict.
     let servers = [listen("127.0.0.1:80"), listen("10.9.0.1:80")];
-    drop(pod.open(false).unwrap());
+    drop(complete(pod.open(false)));
     drop(servers);
     // The daemon was killed, and a server of the pod has the port now.
     let server = listen("0.0.0.0:80");
@@ -289,7 +304,7 @@ fn server_of_the_pod_keeps_port_80() {
     assert_eq!(failed, Some(PodListenerFailure::ImdsPortTaken));
     assert!(pod.has_address() && pod.is_reached(V4));
     drop(server);
-    assert_eq!(pod.open(false).unwrap().len(), 1);
+    assert_eq!(complete(pod.open(false)).len(), 1);
 }
 
 #[test]
@@ -307,7 +322,7 @@ fn missing_capability_adds_and_binds_nothing() {
     });
     assert_eq!(without, Some(PodListenerFailure::ImdsDenied));
     assert!(!pod.has_address());
-    assert_eq!(pod.open(false).unwrap().len(), 1, "the port is free");
+    assert_eq!(complete(pod.open(false)).len(), 1, "the port is free");
 }
 
 /// Another program's listener is not that of the previous instance.
@@ -321,38 +336,95 @@ fn received_listener_is_verified() {
     let unbound = Arc::new(unbound.into());
     let mut target = pod.target(false);
     target.received.push((V4, Arc::clone(&unbound)));
-    let (_, opened) = open_all(vec![target]).pop().unwrap();
-    assert!(
-        matches!(opened, Err(MetadataObstacle::Failed(_))),
-        "{opened:?}"
-    );
+    let opened = TestPod::open_target(target);
+    assert_eq!(failure(opened), Some(PodListenerFailure::ImdsError));
     drop(unbound);
-    let first = pod.open(false).unwrap();
+    let first = complete(pod.open(false));
     let mut target = pod.target(false);
     target.received.push((V4, first[0].listener()));
-    let (_, opened) = open_all(vec![target]).pop().unwrap();
-    assert!(Arc::ptr_eq(
-        &opened.unwrap()[0].listener(),
-        &first[0].listener()
-    ));
+    let opened = complete(TestPod::open_target(target));
+    assert!(Arc::ptr_eq(&opened[0].listener(), &first[0].listener()));
+}
+
+/// A pod keeps the address of IPv4 where that of IPv6 belongs to another, whether it is found so or
+/// taken over from another instance.
+#[test]
+fn obstacle_to_ipv6_leaves_ipv4() {
+    let setup = [
+        "address add 10.9.0.1/24 dev eth0",
+        "address add 2001:db8::1/64 dev eth0 nodad",
+    ];
+    let Some(pod) = TestPod::new(&setup) else {
+        return;
+    };
+    let only_v4 = |opened: Opened, expected| {
+        let (address, obstacle) = opened.missing.unwrap();
+        assert_eq!((address, obstacle.failure()), (V6.ip(), Some(expected)));
+        assert_eq!(opened.listeners.len(), 1);
+        assert!(pod.has_address() && pod.is_reached(V4));
+        assert!(!pod.ip("address show dev lo").contains("fd00:ec2"));
+        opened.listeners
+    };
+    let server = pod.netns.run_in(|| {
+        std::fs::write("/proc/sys/net/ipv6/bindv6only", "1").unwrap();
+        TcpListener::bind("[::]:80").unwrap()
+    });
+    let server = server.unwrap();
+    let served = only_v4(pod.open(false), PodListenerFailure::ImdsPortTaken);
+    drop(server);
+    pod.ip("-6 route add blackhole fd00:ec2::254");
+    let failed = failure(pod.open_later());
+    assert_eq!(failed, Some(PodListenerFailure::ImdsRouted));
+    let mut target = pod.target(true);
+    target.received.push((V4, served[0].listener()));
+    let received = complete(TestPod::open_target(target));
+    assert_eq!((received.len(), received[0].address()), (1, V4));
+    assert!(pod.check(&[V4]).needs_more);
+    drop((served, received));
+    only_v4(pod.open(false), PodListenerFailure::ImdsRouted);
 }
 
 #[test]
 fn same_cause_is_reported_once() {
     let mut state = MetadataState::waiting();
     let routed = || MetadataObstacle::Routed("10.0.0.0/8".to_owned());
-    assert!(state.set_unserved(&routed()));
-    assert!(!state.set_unserved(&routed()));
-    assert!(!state.set_unserved(&MetadataObstacle::NotReady));
-    assert!(!state.set_unserved(&routed()));
-    assert!(state.set_unserved(&MetadataObstacle::PortTaken));
-    assert!(state.set_unserved(&routed()));
-    state.set_served();
-    assert!(state.set_unserved(&routed()));
-    assert!(state.is_served(), "the address of IPv4 is");
-    assert!(!state.set_unserved(&routed()));
+    let mut unserved = |obstacle: MetadataObstacle| state.set_unserved(&obstacle, Vec::new());
+    assert!(unserved(routed()));
+    assert!(!unserved(routed()));
+    assert!(!unserved(MetadataObstacle::NotReady));
+    assert!(!unserved(routed()));
+    assert!(unserved(MetadataObstacle::PortTaken));
+    assert!(unserved(routed()));
+    state.set_served(vec![V4]);
+    assert!(state.set_unserved(&routed(), vec![V4]));
+    assert_eq!(state.addresses(), [V4]);
+    assert!(!state.set_unserved(&routed(), vec![V4]));
     state.set_checked();
-    assert!(!state.set_unserved(&routed()));
+    assert!(!state.set_unserved(&routed(), vec![V4]));
+}
+
+/// The address that is there is checked more often than another one is tried.
+#[tokio::test(start_paused = true)]
+async fn missing_address_is_tried_as_its_cause_allows() {
+    for (obstacle, checks) in [
+        (MetadataObstacle::Routed(String::new()), 6),
+        (MetadataObstacle::Answered, 6),
+        (MetadataObstacle::PortTaken, 1),
+    ] {
+        let mut state = MetadataState::waiting();
+        state.set_served(vec![V4]);
+        assert!(state.may_retry());
+        state.set_unserved(&obstacle, vec![V4]);
+        let begun = Instant::now();
+        let mut count = 0;
+        while !state.may_retry() {
+            tokio::time::sleep_until(state.due().unwrap()).await;
+            assert_eq!(state.step(Instant::now()), Some(MetadataStep::Check));
+            state.set_checked();
+            count += 1;
+        }
+        assert_eq!((count, begun.elapsed()), (checks, obstacle.retry_after()));
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -11,7 +11,6 @@ use super::Reconciler;
 use crate::listen::{METADATA_ADDRESSES, NetnsRef};
 use crate::pod_listeners::handover_protocol::HandoverKey;
 use crate::pod_listeners::metadata::{self, MetadataStep, MetadataTarget, Opened};
-use crate::pod_listeners::pod::ListenedPod;
 
 impl Reconciler {
     /// Returns the time at which [`Reconciler::serve_metadata`] has to be called.
@@ -60,9 +59,10 @@ impl Reconciler {
         }
         if !foreign.is_empty() {
             let removing = self.directory.run(&self.log, move || {
-                for (netns, listeners) in foreign {
-                    metadata::remove(&netns);
-                    drop(listeners);
+                for (netns, received) in foreign {
+                    let addresses = received.iter().map(|(address, _)| *address);
+                    metadata::remove(&netns, &addresses.collect::<Vec<_>>());
+                    drop(received);
                 }
             });
             let _ = removing.await;
@@ -83,17 +83,17 @@ impl Reconciler {
             return;
         };
         let path = netns.path();
-        let served = opened.and_then(|listeners| {
-            let added = pod.add_metadata(listeners, &self.service);
-            added.map_err(metadata::MetadataObstacle::Failed)
-        });
-        match served {
-            Ok(()) => {
+        let Opened { listeners, missing } = opened;
+        let added = pod.add_metadata(listeners, &self.service);
+        let served = pod.metadata_addresses();
+        match added.err().or(missing) {
+            None => {
+                pod.metadata.set_served(served);
                 tracing::debug!(namespace = %path.display(), "serving 169.254.169.254 in a pod");
             }
-            Err(obstacle) => {
-                if pod.metadata.set_unserved(&obstacle) {
-                    self.metadata_log.unserved(&path, &obstacle);
+            Some((address, obstacle)) => {
+                if pod.metadata.set_unserved(&obstacle, served) {
+                    self.metadata_log.unserved(&path, address, &obstacle);
                 }
             }
         }
@@ -118,7 +118,7 @@ impl Reconciler {
                     if check.was_removed {
                         self.metadata_log.removed(&netns.path());
                     }
-                    if check.needs_v6 {
+                    if check.needs_more && pod.metadata.may_retry() {
                         later.push(MetadataTarget {
                             netns,
                             is_young: false,
@@ -157,17 +157,18 @@ impl Reconciler {
         }
     }
 
-    /// Removes the addresses that this instance serves.
+    /// Removes the addresses that this instance serves. Those of the pods themselves stay.
     pub(super) async fn remove_metadata(&mut self) {
         let served = self.pods.values().filter(|pod| pod.metadata.is_served());
-        let namespaces: Vec<_> = served.map(ListenedPod::netns).collect();
-        if namespaces.is_empty() {
+        let served = served.map(|pod| (pod.netns(), pod.metadata.addresses().to_vec()));
+        let served: Vec<_> = served.collect();
+        if served.is_empty() {
             return;
         }
-        let count = namespaces.len();
+        let count = served.len();
         let removing = self.directory.run(&self.log, move || {
-            for netns in namespaces {
-                metadata::remove(&netns);
+            for (netns, addresses) in served {
+                metadata::remove(&netns, &addresses);
             }
         });
         if removing.await.is_some() {

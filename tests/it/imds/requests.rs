@@ -14,6 +14,10 @@ const DENIED: &str = "[[role]]\nname = \"denied\"\nspiffe_id = \"spiffe://exampl
 /// A role of another identity.
 const OTHER: &str = "[[role]]\nname = \"other\"\nspiffe_id = \"spiffe://example.org/other\"\n\
                      role_arn = \"arn:aws:iam::123456789012:role/other\"\naudience = \"AUDIENCE\"\n";
+/// A second role of this test's user, whose sessions have a name of their own.
+const SECOND: &str = "[[role]]\nname = \"second\"\nspiffe_id = \"spiffe://example.org/user/*\"\n\
+                      role_arn = \"arn:aws:iam::123456789012:role/dev\"\naudience = \"AUDIENCE\"\n\
+                      session_name = \"second\"\n";
 
 /// Returns these roles with the audience of the upstream's role.
 fn roles(upstream: &Upstream, roles: &[&str]) -> String {
@@ -78,6 +82,31 @@ fn sdk_gets_its_role_and_credentials_with_a_token() {
         assert_eq!(extended["SecretAccessKey"], body["SecretAccessKey"]);
     }
     assert_records(&daemon);
+}
+
+/// The list has the first role alone. Programs request others by `AWS_EC2_INSTANCE_PROFILE_NAME`.
+#[test]
+fn other_role_of_a_caller_is_served_by_its_name() {
+    let (folder, upstream) = (new_folder(), Upstream::start_for_me());
+    let daemon = serve(folder.path(), &upstream, &roles(&upstream, &[SECOND]));
+    let (address, valid) = (daemon.tcp(), token(daemon.tcp()));
+    assert_eq!(get(address, ROLES, &valid).body, "dev");
+    let extended = ROLES.replace("credentials/", "credentials-extended/");
+    let mut keys = Vec::new();
+    for (name, session) in [("dev", "example.org=user=me"), ("second", "second")] {
+        for list in [ROLES, &extended] {
+            let answer = await_some("the credentials are there", TIMEOUT, || {
+                let answer = get(address, &format!("{list}{name}"), &valid);
+                (answer.status != 503).then_some(answer)
+            });
+            assert_eq!(answer.status, 200, "{answer:?}");
+            keys.push(answer.json()["AccessKeyId"].clone());
+            let records = daemon.audit_after(0);
+            let issued = records.iter().rfind(|one| one["outcome"] == "issued");
+            assert_eq!(issued.unwrap()["session_name"], session, "{records:#?}");
+        }
+    }
+    assert!(keys[0] == keys[1] && keys[2] == keys[3] && keys[1] != keys[2]);
 }
 
 /// Asserts that each request has a record of its protocol, and is counted.

@@ -1,8 +1,6 @@
 //! Attacks on the metadata address: by other hosts (T39), with tokens of other pods (T40), by
 //! deputies and pages in browsers (T42, T43), and by a pod that may change its own network (T44).
 
-use std::net::SocketAddr;
-
 use super::*;
 
 const ROLES: &str = "/latest/meta-data/iam/security-credentials/";
@@ -107,15 +105,44 @@ fn other_host_that_routes_to_the_pod_reaches_nothing() {
             "{address}"
         );
     }
-    // Neither does a process of the pod from the pod's own address, which no SDK does.
-    let token = token(node, "pod", &cgroup);
+}
+
+/// From the pod's own address, as no SDK sends it. The PUT gets a token all the same, because SDKs
+/// take another status for version 1, and a token is not an identity.
+#[test]
+fn rejected_caller_gets_a_token_and_no_role() {
+    let Some(stage) = start(|node| add_pod(node, "a", opt_in)) else {
+        return;
+    };
+    let (node, daemon) = (&stage.site.node, &stage.daemon);
+    let cgroup = Cgroup::of_pod(78);
+    let from_outside = |words: &[&str]| {
+        let from = ["--interface", "10.9.0.1"];
+        curl(node, "a", &cgroup, &[&from, words].concat())
+    };
+    let ttl = "X-aws-ec2-metadata-token-ttl-seconds: 300";
+    let put = "http://169.254.169.254/latest/api/token";
+    let (status, token) = from_outside(&["-X", "PUT", "-H", ttl, put]);
+    assert_eq!((status, token.len()), (200, 56), "{token}");
+    let issued = daemon.audit_after(0);
+    assert_eq!(issued.len(), 1, "{issued:#?}");
+    assert_eq!(
+        (&issued[0]["outcome"], &issued[0]["reason"]),
+        (&"answered".into(), &"token".into())
+    );
+    assert_eq!(issued[0].get("pod_uid"), None, "{issued:#?}");
     let header = format!("X-aws-ec2-metadata-token: {token}");
-    let url = format!("http://169.254.169.254{ROLES}");
-    let from = ["--interface", "10.9.0.1", "-H", &header, &url];
-    let (status, body) = curl(node, "pod", &cgroup, &from);
-    assert_eq!(status, 404, "{body}");
+    let list = format!("http://169.254.169.254{ROLES}");
+    for url in [list.clone(), format!("{list}dev")] {
+        let (status, body) = from_outside(&["-H", &header, &url]);
+        assert_eq!(status, 404, "{body}");
+        assert!(body.starts_with("awsvid: "), "{body}");
+    }
     let rejected = daemon.audit_where(|_, line| line.contains("\"not_loopback\""));
-    assert_eq!(rejected.len(), 1, "{rejected:#?}");
+    assert_eq!(rejected.len(), 2, "{rejected:#?}");
+    // The token is one like any other.
+    let (status, role) = curl(node, "a", &cgroup, &["-H", &header, &list]);
+    assert_eq!(status, 200, "{role}");
 }
 
 #[test]
@@ -152,12 +179,13 @@ fn deputy_gets_what_its_own_workload_gets() {
     let valid = token(node, "a", &cgroup);
     let token = format!("X-aws-ec2-metadata-token: {valid}");
     let list = format!("http://169.254.169.254{ROLES}");
+    let credentials = format!("{list}dev");
     let rebound_list = format!("http://rebound.example{ROLES}");
     const PUT: &str = "http://169.254.169.254/latest/api/token";
     const REBOUND: &str = "http://rebound.example/latest/api/token";
     const NAME: &str = "rebound.example:80:169.254.169.254";
     const TTL: &str = "X-aws-ec2-metadata-token-ttl-seconds: 300";
-    let cases: [(&str, &[&str], u16); 10] = [
+    let cases: [(&str, &[&str], u16); 11] = [
         ("imds_token", &[&list], 401),
         ("imds_ttl", &["-X", "PUT", PUT], 400),
         (
@@ -213,14 +241,22 @@ fn deputy_gets_what_its_own_workload_gets() {
             403,
         ),
         ("role_name", &["-H", &token, &list], 200),
+        ("ok", &["--retry", "30", "-H", &token, &credentials], 200),
     ];
     for (reason, words, expected) in cases {
         let known = daemon.audit().len();
         let (status, body) = curl(node, "a", &cgroup, words);
         assert_eq!(status, expected, "{words:?}: {body}");
         let records = daemon.audit_after(known);
-        assert_eq!(records[0]["reason"], reason, "{words:?}");
+        assert_eq!(records.last().unwrap()["reason"], reason, "{words:?}");
     }
+    // They are those of the deputy's own pod.
+    let record = daemon.audit().pop().unwrap();
+    let id = "spiffe://example.org/user/pod";
+    assert_eq!(
+        (&record["outcome"], &record["spiffe_id"]),
+        (&"issued".into(), &id.into())
+    );
 }
 
 /// A pod with CAP_NET_ADMIN stops only its own metadata, and for seconds.

@@ -133,6 +133,61 @@ fn update_rejects_no_request_and_no_token() {
     assert!(!has_address(&site.node, "a"));
 }
 
+/// The next daemon adds no address that the previous one has left to another, and loses none by it.
+#[test]
+fn update_respects_obstacles_to_ipv6() {
+    const NAMES: [&str; 2] = ["routed", "server"];
+    let mut server = None;
+    let set_up = |node: &NetnsNode| {
+        add_pod(node, NAMES[0], || {
+            ip(&["-6", "route", "add", "blackhole", "fd00:ec2::254"]);
+            opt_in();
+        });
+        add_pod(node, NAMES[1], || {
+            // The server leaves IPv4 to others.
+            fs::write("/proc/sys/net/ipv6/bindv6only", "1").unwrap();
+            server = Some(TcpListener::bind("[::]:80").unwrap());
+            opt_in();
+        });
+    };
+    let Some(PodsStage {
+        daemon: mut old,
+        site,
+    }) = PodsStage::set_with(set_up, |folder, node| {
+        handing_over(folder, &folder.join("handover"), node)
+    })
+    else {
+        return;
+    };
+    let assert_refused = |daemon: &Daemon| {
+        await_some("the address of IPv6 is refused", TIMEOUT, || {
+            let counts = ["imds_routed", "imds_port_taken"].map(|reason| failures(daemon, reason));
+            (counts == [1, 1]).then_some(())
+        });
+        for (name, number) in NAMES.into_iter().zip(84..) {
+            assert_eq!(addresses(&site.node, name), [true, false], "{name}");
+            let cgroup = Cgroup::of_pod(number);
+            let served = script_gets_credentials(&site.node, name, &cgroup, METADATA_V4);
+            assert!(served, "{name}");
+        }
+        assert_eq!(daemon.metric(NAMESPACES), 2);
+    };
+    assert_refused(&old);
+    let own = folder();
+    let new = start_next(&site, own.path());
+    new.await_line(&["took over pods' listeners"]);
+    old.await_line(&["passed pods' listeners to the next instance"]);
+    old.process().signal(Signal::SIGTERM);
+    old.await_end();
+    // It finds the obstacles itself with its first check.
+    assert_refused(&new);
+    drop(server);
+    await_some("the server's port is free", TIMEOUT, || {
+        addresses(&site.node, NAMES[1])[1].then_some(())
+    });
+    assert_eq!(addresses(&site.node, NAMES[0]), [true, false]);
+}
+
 /// Both are restarted before the next one could serve.
 #[test]
 fn ending_daemon_passes_address_to_standby_not_yet_ready() {
