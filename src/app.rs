@@ -13,7 +13,7 @@ use crate::attest::{Attestor, ExecMonitor};
 use crate::audit::Audit;
 use crate::cache::CredentialCache;
 use crate::clock::Clock;
-use crate::config::{self, Config, IdentityConfig};
+use crate::config::{self, Config};
 use crate::credential_service::CredentialService;
 use crate::file_threads::FileThreads;
 use crate::hardening::DaemonFeatures;
@@ -36,7 +36,7 @@ mod series;
 mod token_file;
 
 use audit_file::{audit_error, reopen};
-use components::Components;
+use components::{Components, SourceConfig};
 use endpoint::credential_endpoint;
 pub use error::AppError;
 use listeners::{ListenAddress, bind_all, reset_unclaimed, tcp_address};
@@ -58,7 +58,7 @@ pub struct App {
     /// The `[imds]` section of the start. A reload does not change it.
     imds: config::ImdsConfig,
     /// The source in use, with the configuration that it was built from.
-    source: (IdentityConfig, Arc<dyn IdentitySource>),
+    source: (SourceConfig, Arc<dyn IdentitySource>),
     /// The STS endpoints in use.
     sts: Vec<String>,
     own_probe: OwnProbe,
@@ -133,7 +133,7 @@ impl App {
         };
         let parts =
             Components::new(&config, None, false, &accounts, &blocking, &clock, &metrics).await?;
-        let source = (parts.identity, parts.policy.source.clone());
+        let source = (parts.source, parts.policy.source.clone());
         let cache = CredentialCache::new(parts.policy, clock.clone(), metrics.clone());
         let service = Arc::new(CredentialService::new(cache.clone()));
         let endpoint = credential_endpoint(
@@ -201,9 +201,9 @@ impl App {
         config.pods = self.pods.clone();
         config.imds = self.imds.clone();
         // An agent that attests workloads itself is kept, with the identities cached from it.
-        let (identity, source) = &self.source;
-        let reusable = (*identity == config.identity
-            && identity.source != config::Source::WorkloadApi)
+        let (built_from, source) = &self.source;
+        let reusable = (*built_from == SourceConfig::of(&config)
+            && config.identity.source != config::Source::WorkloadApi)
             .then(|| source.clone());
         let parts = Components::new(
             &config,
@@ -217,7 +217,7 @@ impl App {
         .await?;
         let reopened = reopen(&self.audit, &config.audit, &self.blocking.files).await;
         reopened.map_err(|source| audit_error(&config.audit.file, source))?;
-        self.source = (parts.identity, parts.policy.source.clone());
+        self.source = (parts.source, parts.policy.source.clone());
         self.admin_api
             .names_processes(DaemonFeatures::of(&config).names_processes());
         self.service.reload(parts.policy);

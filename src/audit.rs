@@ -111,6 +111,8 @@ pub const ABORTED: &str = "aborted";
 #[expect(missing_docs, reason = "the names of the fields are their meaning")]
 pub struct IssuedFields<'a> {
     pub access_key_id: &'a str,
+    /// Where it is not the one that awsvid requested.
+    pub first_session_name: Option<&'a str>,
     pub expiration: SystemTime,
     pub cache_result: CacheResult,
 }

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-use crate::identity::RoleArn;
+use crate::identity::{RoleArn, SessionName};
 
 /// Credentials that STS issued for one role session.
 #[derive(Clone)]
@@ -20,6 +20,8 @@ pub struct Credentials {
     pub session_token: Zeroizing<String>,
     /// Time at which AWS stops accepting the credentials.
     pub expiration: SystemTime,
+    /// Name of the first session, where AWS has not used the one that awsvid requested.
+    pub first_session_name: Option<SessionName>,
 }
 
 impl fmt::Debug for Credentials {
@@ -158,6 +160,7 @@ mod tests {
             secret_access_key: Zeroizing::new("s3cret/key".to_owned()),
             session_token: Zeroizing::new("t0ken==".to_owned()),
             expiration: SystemTime::UNIX_EPOCH + Duration::from_millis(1_800_000_000_999),
+            first_session_name: None,
         }
     }
 

@@ -22,10 +22,11 @@ use crate::upstream_status::LastError;
 
 mod certificate;
 mod error;
+mod token_outages;
 
 pub use error::ExchangeError;
 
-use certificate::TokenOutages;
+use token_outages::TokenOutages;
 
 /// No retry begins later than this after the start. A client hardly waits longer, and the cache
 /// retries longer outages at its own pace.
@@ -64,7 +65,7 @@ pub struct TokenExchanger {
     sts: Arc<dyn AssumeRole>,
     /// The client for roles that are assumed by a certificate. `None` if there are none.
     roles_anywhere: Option<Arc<dyn CreateSession>>,
-    token_outages: TokenOutages,
+    token_outages: Arc<TokenOutages>,
     clock: Clock,
     metrics: Metrics,
     source_permits: FairSemaphore<SpiffeId>,
@@ -86,7 +87,7 @@ impl TokenExchanger {
             source,
             sts,
             roles_anywhere: None,
-            token_outages: TokenOutages::default(),
+            token_outages: Arc::new(TokenOutages::new()),
             clock,
             metrics,
             source_permits,
@@ -122,7 +123,7 @@ impl TokenExchanger {
         }
     }
 
-    /// Exchanges a token at STS.
+    /// Fetches a token, and exchanges it at STS.
     async fn by_token(
         &self,
         caller: &Arc<Caller>,
@@ -130,6 +131,17 @@ impl TokenExchanger {
         mut budget: RetryBudget,
     ) -> Result<Credentials, ExchangeError> {
         let token = self.token(caller, grant, &mut budget).await?;
+        self.exchange_token(caller, grant, token, budget).await
+    }
+
+    /// Exchanges this token at STS, or one more if STS rejects it.
+    async fn exchange_token(
+        &self,
+        caller: &Arc<Caller>,
+        grant: &Grant,
+        token: JwtSvid,
+        mut budget: RetryBudget,
+    ) -> Result<Credentials, ExchangeError> {
         let first_error = match self.assume(grant, &token, &mut budget).await {
             Err(error) if error.retry == RetryPolicy::NewToken => error,
             result => return Ok(result?),
@@ -166,6 +178,10 @@ impl TokenExchanger {
         loop {
             let start = Instant::now();
             let result = self.sts.assume_chained(grant, previous).await;
+            let result = result.map(|credentials| Credentials {
+                first_session_name: previous.first_session_name.clone(),
+                ..credentials
+            });
             self.record_call(grant.role.sts.to_string(), &result, start);
             match result {
                 Err(error) if error.retry == RetryPolicy::Later => {

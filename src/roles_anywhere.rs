@@ -3,7 +3,7 @@
 //! The request is signed with the key of the SVID, which is the proof. The key is used for that
 //! one signature, and cleared afterwards.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fmt;
 use std::pin::pin;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use aws_smithy_runtime_api::client::http::{HttpConnector as _, SharedHttpConnector};
 use aws_smithy_runtime_api::client::orchestrator::HttpRequest;
 use aws_smithy_types::body::SdkBody;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tracing::instrument::WithSubscriber;
 use tracing::subscriber::NoSubscriber;
 use zeroize::Zeroizing;
@@ -42,6 +42,9 @@ mod svid_key;
 use error::is_name_rejected;
 use request::SignedSessionRequest;
 
+/// Time for which a profile that accepts no session names gets none. An operator may change it.
+const NAME_RETRY: Duration = Duration::from_secs(3600);
+
 /// Client that exchanges an X.509-SVID for the credentials of a role.
 #[async_trait]
 pub trait CreateSession: Send + Sync + fmt::Debug {
@@ -58,8 +61,8 @@ pub trait CreateSession: Send + Sync + fmt::Debug {
 pub struct RolesAnywhere {
     connections: HttpConnector,
     connectors: CachedClients<String, SharedHttpConnector>,
-    /// Profiles that have rejected the name of a session.
-    unnamed: Mutex<HashSet<String>>,
+    /// Profiles that have rejected the name of a session, with the time of the rejection.
+    unnamed: Mutex<HashMap<String, Instant>>,
     permits: FairSemaphore<SpiffeId>,
     timeout: Duration,
     clock: Clock,
@@ -123,11 +126,15 @@ impl RolesAnywhere {
         at: &RolesAnywhereTarget,
         svid: &X509Svid,
     ) -> Result<Credentials, Failure> {
-        let with_name = !self.unnamed().contains(&at.profile_arn);
+        let rejected = self.unnamed().get(&at.profile_arn).copied();
+        let with_name = rejected.is_none_or(|at| at.elapsed() >= NAME_RETRY);
         let session = self.in_time(self.send(grant, at, svid, with_name)).await;
         match session {
             Err(failure) if with_name && is_name_rejected(&failure) => {
-                if self.unnamed().insert(at.profile_arn.clone()) {
+                let known = self
+                    .unnamed()
+                    .insert(at.profile_arn.clone(), Instant::now());
+                if known.is_none() {
                     tracing::warn!(
                         profile = at.profile_arn,
                         "profile of IAM Roles Anywhere accepts no session names; sessions have the certificate's serial number as \
@@ -157,7 +164,7 @@ impl RolesAnywhere {
             request.headers_mut().insert(name, value);
         }
         let body = self.send_to(&url, request, &signed.path).await?;
-        checked(session::read(&body)?, now)
+        checked(session::read(&body, &grant.session_name)?, now)
     }
 
     /// Sends a `POST` to a path at `url`. Returns the body of a successful response.
@@ -200,7 +207,7 @@ impl RolesAnywhere {
         }
     }
 
-    fn unnamed(&self) -> MutexGuard<'_, HashSet<String>> {
+    fn unnamed(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
         self.unnamed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

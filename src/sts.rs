@@ -288,6 +288,7 @@ impl Sts {
             secret_access_key: Zeroizing::new(credentials.secret_access_key),
             session_token: Zeroizing::new(credentials.session_token),
             expiration,
+            first_session_name: None,
         };
         checked(credentials, self.clock.now())
     }

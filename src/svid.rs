@@ -254,6 +254,11 @@ fn last_to_expire<T>(
     best.transpose()
 }
 
+/// Returns a field of an agent's message, which is empty where the agent has no value.
+fn non_empty(text: String) -> Option<String> {
+    Some(text).filter(|text| !text.is_empty())
+}
+
 /// Converts text of another program to one log line: no control characters, at most 300 characters.
 pub(crate) fn one_line(text: &str) -> String {
     const MAX_MESSAGE_CHARS: usize = 300;

@@ -99,6 +99,7 @@ mod tests {
     async fn is_written(audit: &Arc<Audit>) -> bool {
         let issued = crate::audit::IssuedFields {
             access_key_id: "ASIA1",
+            first_session_name: None,
             expiration: std::time::SystemTime::now(),
             cache_result: crate::audit::CacheResult::Miss,
         };

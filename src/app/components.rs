@@ -32,9 +32,25 @@ const SOURCE_CHECK_TIMEOUT: Duration = Duration::from_secs(3);
 /// Parts that a reload replaces: those of all tables but `[listen]`, `[pods]`, `[imds]`, `[audit]`
 /// and `[log]`.
 pub(super) struct Components {
-    pub(super) identity: IdentityConfig,
+    pub(super) source: SourceConfig,
     pub(super) policy: Policy,
     pub(super) probes: ReadinessProbes,
+}
+
+/// The part of a configuration that an identity source is built from.
+#[derive(Debug, PartialEq)]
+pub(super) struct SourceConfig {
+    pub(super) identity: IdentityConfig,
+    uses_certificates: bool,
+}
+
+impl SourceConfig {
+    pub(super) fn of(config: &Config) -> Self {
+        Self {
+            identity: config.identity.clone(),
+            uses_certificates: !config.roles.roles_anywhere_targets().is_empty(),
+        }
+    }
 }
 
 impl Components {
@@ -65,7 +81,7 @@ impl Components {
             TokenExchanger::new(source.clone(), sts.clone(), clock.clone(), metrics.clone())
                 .with_roles_anywhere(roles_anywhere.clone());
         Ok(Self {
-            identity: config.identity.clone(),
+            source: SourceConfig::of(config),
             probes: ReadinessProbes::new(
                 config,
                 source.clone(),
@@ -102,7 +118,10 @@ async fn identity_source(
     clock: &Clock,
     metrics: &Metrics,
 ) -> Result<Arc<dyn IdentitySource>, AppError> {
-    let identity = &config.identity;
+    let SourceConfig {
+        identity,
+        uses_certificates,
+    } = SourceConfig::of(config);
     let agent: Arc<dyn AttestingAgent> = match &identity.source {
         config::Source::WorkloadApi => {
             let rules: Vec<_> = config
@@ -149,7 +168,8 @@ async fn identity_source(
     let most = remembered_processes();
     Ok(Arc::new(AgentSource::new(
         agent,
-        identity.audience.clone(),
+        identity.audience,
+        uses_certificates,
         most,
         clock.clone(),
         metrics.clone(),

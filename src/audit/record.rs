@@ -270,8 +270,11 @@ impl Record {
             spiffe_ids: if is_exact { &self.spiffe_ids } else { &[] },
             spiffe_id: grant.map(|grant| grant.spiffe_id.as_str()),
             role_arn: grant.map(|grant| grant.issued_role_arn().as_str()),
-            session_name: grant.map(|grant| grant.issued_session_name().as_str()),
-            chain: grant.map(hops).unwrap_or_default(),
+            session_name: grant.map(|grant| match grant.chain().is_empty() {
+                true => first_session_name(grant, issued),
+                false => grant.issued_session_name().as_str(),
+            }),
+            chain: grant.map_or_else(Vec::new, |grant| hops(grant, issued)),
             access_key_id: issued.map(|issued| issued.access_key_id),
             expiration: issued.map(|issued| second(issued.expiration)),
             cache: issued.map(|issued| issued.cache_result),
@@ -280,14 +283,20 @@ impl Record {
     }
 }
 
+/// Returns the name of the first session, as AWS has it.
+fn first_session_name<'a>(grant: &'a Grant, issued: Option<IssuedFields<'a>>) -> &'a str {
+    let chosen = issued.and_then(|issued| issued.first_session_name);
+    chosen.unwrap_or(grant.session_name.as_str())
+}
+
 /// Returns each session of a chain. None without a chain.
-fn hops(grant: &Grant) -> Vec<HopFields<'_>> {
+fn hops<'a>(grant: &'a Grant, issued: Option<IssuedFields<'a>>) -> Vec<HopFields<'a>> {
     if grant.chain().is_empty() {
         return Vec::new();
     }
     let first = HopFields {
         role_arn: grant.role_arn.as_str(),
-        session_name: grant.session_name.as_str(),
+        session_name: first_session_name(grant, issued),
         source_identity: None,
         tags: BTreeMap::new(),
     };

@@ -101,6 +101,7 @@ fn pipe_without_reader_is_not_opened() {
 fn issued(cache_result: CacheResult) -> IssuedFields<'static> {
     IssuedFields {
         access_key_id: "ASIAX",
+        first_session_name: None,
         expiration: UNIX_EPOCH,
         cache_result,
     }

@@ -14,7 +14,7 @@ use super::flight::Flight;
 use crate::caller::Caller;
 use crate::clock::Clock;
 use crate::credentials::{Credentials, RenderedBody};
-use crate::identity::RoleArn;
+use crate::identity::{RoleArn, SessionName};
 use crate::metrics::EntryStateLabel;
 use crate::policy::Policy;
 use crate::role::Grant;
@@ -133,6 +133,13 @@ impl Entry {
         self.grant.is_hop() && failure.is_some_and(|failure| failure.is_rejected())
     }
 
+    /// Returns the session's name, as AWS has it.
+    fn session_name<'a>(&'a self, current: Option<&'a CachedCredentials>) -> &'a SessionName {
+        let chosen = current.and_then(|cached| cached.first_session_name.as_ref());
+        let chosen = chosen.filter(|_| self.grant.chain().is_empty());
+        chosen.unwrap_or_else(|| self.grant.issued_session_name())
+    }
+
     pub(super) fn describe(&self, clock: &Clock) -> EntryStatus {
         let current = self.current.load();
         let latest = self.latest.load();
@@ -144,7 +151,7 @@ impl Entry {
             spiffe_id: self.grant.spiffe_id.to_string(),
             role: self.grant.role.name.clone(),
             role_arn: self.grant.issued_role_arn().to_string(),
-            session_name: self.grant.issued_session_name().as_str().to_owned(),
+            session_name: self.session_name(current.as_deref()).as_str().to_owned(),
             hop: self.grant.is_hop().then(|| self.grant.hop_number()),
             chain: self.chain(),
             access_key_id: current
@@ -180,6 +187,8 @@ pub struct CachedCredentials {
     /// Response body for SDKs, rendered once. It is empty for a session within a chain, which no
     /// workload gets.
     pub body: Arc<RenderedBody>,
+    /// Name of the first session, where AWS has not used the one that awsvid requested.
+    first_session_name: Option<SessionName>,
     /// The credentials themselves, where they sign the call for the next session of a chain.
     pub(super) signing: Option<Arc<Credentials>>,
     /// The expiration by the monotonic clock.
@@ -236,6 +245,7 @@ impl CachedCredentials {
             access_key_id: credentials.access_key_id.as_str().into(),
             expiration: credentials.expiration,
             body: Arc::new(body),
+            first_session_name: credentials.first_session_name.clone(),
             signing,
             expires: Instant::now() + lifetime,
             lifetime,
@@ -249,11 +259,17 @@ impl CachedCredentials {
             access_key_id: self.access_key_id.clone(),
             expiration: self.expiration,
             body: self.body.clone(),
+            first_session_name: self.first_session_name.clone(),
             signing: self.signing.clone(),
             expires: self.expires,
             lifetime: self.lifetime,
             refresh_at_remaining: self.lifetime,
         }
+    }
+
+    /// Returns the name of the first session, where AWS has not used the one that awsvid requested.
+    pub fn first_session_name(&self) -> Option<&str> {
+        self.first_session_name.as_ref().map(SessionName::as_str)
     }
 
     /// Returns the time at which STS issued the credentials, by its clock.

@@ -187,6 +187,7 @@ impl AssumeRole for CacheEnv {
             secret_access_key: Zeroizing::new("secret".to_owned()),
             session_token: Zeroizing::new("token".to_owned()),
             expiration: self.clock.now() + *self.lifetime.lock().unwrap(),
+            first_session_name: None,
         })
     }
 
@@ -214,6 +215,7 @@ impl AssumeRole for CacheEnv {
             secret_access_key: Zeroizing::new("secret".to_owned()),
             session_token: Zeroizing::new("token".to_owned()),
             expiration: self.clock.now() + *self.lifetime.lock().unwrap(),
+            first_session_name: None,
         })
     }
 }
@@ -679,7 +681,7 @@ fn entry_is_small() {
     let entry_size = size_of::<Entry>();
     assert!(entry_size <= 192, "{entry_size}");
     assert!(
-        size_of::<CachedCredentials>() <= 96,
+        size_of::<CachedCredentials>() <= 112,
         "{}",
         size_of::<CachedCredentials>()
     );

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use rustls::pki_types::CertificateDer;
+use thiserror::Error;
+
 use crate::clock::Clock;
 use crate::config::{Config, Source};
 use crate::identity::SpiffeId;
@@ -9,6 +12,17 @@ use crate::metrics::Metrics;
 use crate::role::Role;
 use crate::svid::own_svid::OwnSvidSource;
 use crate::svid::{JwtSvid, SourceError, WorkloadApi, X509Svid};
+
+/// Reason why a command could not get an SVID of this node, or learn its issuer.
+#[derive(Debug, Error)]
+pub(super) enum NoLiveSvid {
+    #[error("no rule gives an identity that a role covers")]
+    NoIdentity,
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error("{NO_ISSUER}")]
+    NoClaim,
+}
 
 /// Fetches a token for this identity, as the daemon does. Safe while the daemon runs: an agent
 /// issues tokens without a limit.
@@ -40,6 +54,21 @@ pub(super) async fn certificate(
         Metrics::default(),
     );
     source.with_deadline(deadline).fetch_x509(id).await
+}
+
+/// Fetches the CAs of this node's trust domain.
+pub(super) async fn bundle(
+    config: &Config,
+    deadline: Duration,
+) -> Result<Vec<CertificateDer<'static>>, NoLiveSvid> {
+    let mut roles = config.roles.defined.iter();
+    let id = match roles.find_map(|role| example(config, role)) {
+        Some(id) if by_rules(config) => id,
+        _ if by_rules(config) => return Err(NoLiveSvid::NoIdentity),
+        _ => own(config, deadline).await?,
+    };
+    let svid = certificate(config, &id, deadline).await?;
+    Ok(svid.bundle().to_vec())
 }
 
 /// Returns an identity of this node that the role covers, as an example for all. `None` if no rule

@@ -14,18 +14,17 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use rustls::pki_types::CertificateDer;
 use serde_json::Value;
 
 use super::https_probe::{HttpProbe, ServerChain};
-use super::live_token;
+use super::live_token::{self, NoLiveSvid};
 use crate::clock::Clock;
 use crate::config::{Config, Exposure};
 use crate::exit_status::ExitStatus;
 use crate::identity::SpiffeId;
 use crate::sts::NetworkSettings;
 use anywhere::PlannedAnywhere;
-use error::{NoLiveIssuer, TrustPolicyError};
+use error::TrustPolicyError;
 #[cfg(any(test, fuzzing))]
 pub(super) use plan::fuzzing;
 use plan::{Plan, PlannedAccount, PlannedAccountName, PlannedIssuer, PlannedProvider};
@@ -174,7 +173,8 @@ async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, TrustP
     let mut warnings = Vec::new();
     let anywhere = match &config.roles_anywhere.target {
         Some(target) => {
-            let bundle = bundle(config).await.unwrap_or_else(|error| {
+            let bundle = live_token::bundle(config, REQUEST_TIMEOUT).await;
+            let bundle = bundle.unwrap_or_else(|error| {
                 warnings.push(format!("the trust anchor is left out: {error}"));
                 Vec::new()
             });
@@ -230,20 +230,8 @@ async fn plan(options: &TrustPolicyArgs, config: &Config) -> Result<Plan, TrustP
     Ok(plan)
 }
 
-/// Returns the CAs of this node's trust domain.
-async fn bundle(config: &Config) -> Result<Vec<CertificateDer<'static>>, NoLiveIssuer> {
-    let mut roles = config.roles.defined.iter();
-    let id = match roles.find_map(|role| live_token::example(config, role)) {
-        Some(id) if live_token::by_rules(config) => id,
-        _ if live_token::by_rules(config) => return Err(NoLiveIssuer::NoIdentity),
-        _ => live_token::own(config, REQUEST_TIMEOUT).await?,
-    };
-    let svid = live_token::certificate(config, &id, REQUEST_TIMEOUT).await?;
-    Ok(svid.bundle().to_vec())
-}
-
 /// Returns the issuer of this node's tokens.
-async fn live_issuer(config: &Config) -> Result<String, NoLiveIssuer> {
+async fn live_issuer(config: &Config) -> Result<String, NoLiveSvid> {
     let roles = &config.roles.defined;
     let example = roles
         .iter()
@@ -251,7 +239,7 @@ async fn live_issuer(config: &Config) -> Result<String, NoLiveIssuer> {
     let (id, audience) = match example {
         Some(example) => example,
         None if live_token::by_rules(config) => {
-            return Err(NoLiveIssuer::NoIdentity);
+            return Err(NoLiveSvid::NoIdentity);
         }
         None => {
             let audience = roles
@@ -262,7 +250,7 @@ async fn live_issuer(config: &Config) -> Result<String, NoLiveIssuer> {
         }
     };
     let token = live_token::fetch(config, &id, &audience, REQUEST_TIMEOUT).await?;
-    token.issuer().ok_or(NoLiveIssuer::NoClaim)
+    token.issuer().ok_or(NoLiveSvid::NoClaim)
 }
 
 /// Returns the thumbprint that IAM needs, and a warning.

@@ -138,6 +138,11 @@ pub(super) fn exchange(table: &Table<'_>, defaults: &Defaults<'_>) -> Option<Fir
         let what = "no JWT-SVID is fetched for this role";
         table.error("audience", what, "remove it");
     }
+    // Unlike the endpoint, the region also has the workload's metadata service.
+    if !exchange.uses_jwt() && table.contains("sts_endpoint") && table.missing("chain") {
+        let what = "no STS is called for this role";
+        table.error("sts_endpoint", what, "remove it, or add a [[role.chain]]");
+    }
     Some(exchange)
 }
 

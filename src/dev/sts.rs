@@ -125,6 +125,12 @@ impl DevSts {
         self.state.accepted().iter().cloned().collect()
     }
 
+    /// Returns the ARN of the session with these credentials, as `GetCallerIdentity` has it.
+    pub fn session_arn(&self, access_key_id: &str) -> Option<String> {
+        let session = self.state.sessions.find(access_key_id)?;
+        Some(session.caller.arn)
+    }
+
     /// Returns the number of issued sessions, which is the number of successful exchanges.
     pub fn issued(&self) -> u64 {
         self.state.issued.load(Ordering::Relaxed)

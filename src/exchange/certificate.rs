@@ -1,56 +1,20 @@
 //! Exchange of a certificate, alone or instead of a token.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout_at};
 
 use super::{ExchangeError, RetryBudget, TokenExchanger};
 use crate::caller::Caller;
 use crate::credentials::Credentials;
 use crate::role::{Grant, RolesAnywhereTarget, StsTarget};
-use crate::sts::RetryPolicy;
+use crate::sts::{RetryPolicy, StsError, StsReason};
 use crate::svid::{BadToken, SourceError, X509Svid};
-
-/// Time for which an exchange of tokens that was unavailable is not tried first. Each try of an STS
-/// that hangs takes as long as a client waits.
-const OUTAGE_RETRY: Duration = Duration::from_secs(30);
 
 /// Time for an exchange of tokens that another one can replace. SPIRE's agent waits up to 30 s for
 /// its server, and clients hardly wait for 5 s.
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// The STS whose exchange of tokens is unavailable, with the time of the latest failure. Clones
-/// share it. The configuration bounds the number of STS.
-#[derive(Debug, Clone, Default)]
-pub(super) struct TokenOutages(Arc<Mutex<HashMap<StsTarget, Instant>>>);
-
-impl TokenOutages {
-    fn is_recent(&self, sts: &StsTarget) -> bool {
-        let failed = self.failed().get(sts).copied();
-        failed.is_some_and(|at| at.elapsed() < OUTAGE_RETRY)
-    }
-
-    fn begin(&self, sts: &StsTarget, error: &ExchangeError) {
-        if self.failed().insert(sts.clone(), Instant::now()).is_none() {
-            tracing::warn!(
-                %sts, %error,
-                "exchange of tokens is unavailable, so IAM Roles Anywhere is used"
-            );
-        }
-    }
-
-    fn end(&self, sts: &StsTarget) {
-        if self.failed().remove(sts).is_some() {
-            tracing::info!(%sts, "exchange of tokens is available again");
-        }
-    }
-
-    fn failed(&self) -> MutexGuard<'_, HashMap<StsTarget, Instant>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 impl TokenExchanger {
     /// Exchanges a certificate at IAM Roles Anywhere. Its key is cleared on return.
@@ -89,20 +53,13 @@ impl TokenExchanger {
         grant: &Grant,
         at: &RolesAnywhereTarget,
     ) -> Result<Credentials, ExchangeError> {
-        let sts = &grant.role.sts;
         let mut first_error = None;
-        if !self.token_outages.is_recent(sts) {
-            let exchange = self.by_token(caller, grant, RetryBudget::none());
-            let result = timeout(TOKEN_TIMEOUT, exchange).await;
-            match result.unwrap_or_else(|_| Err(no_token_in_time())) {
-                Err(error) if error.is_outage_of_tokens() => {
-                    self.token_outages.begin(sts, &error);
-                    first_error = Some(error);
-                }
-                result => {
-                    self.token_outages.end(sts);
-                    return result;
-                }
+        if !self.token_outages.is_recent(grant) {
+            let result = self.by_token_in_time(caller, grant).await;
+            self.token_outages.record(grant, &result);
+            match result {
+                Err(error) if error.is_outage_of_tokens() => first_error = Some(error),
+                result => return result,
             }
         }
         match (self.by_certificate(caller, grant, at).await, first_error) {
@@ -112,16 +69,26 @@ impl TokenExchanger {
             (Err(_), Some(outage)) => Err(outage),
             (Err(ExchangeError::Sts(_)), None) => {
                 let result = self.by_token(caller, grant, RetryBudget::none()).await;
-                if !result
-                    .as_ref()
-                    .is_err_and(ExchangeError::is_outage_of_tokens)
-                {
-                    self.token_outages.end(sts);
-                }
+                self.token_outages.record(grant, &result);
                 result
             }
             (result, _) => result,
         }
+    }
+
+    /// Exchanges a token once, within [`TOKEN_TIMEOUT`].
+    async fn by_token_in_time(
+        &self,
+        caller: &Arc<Caller>,
+        grant: &Grant,
+    ) -> Result<Credentials, ExchangeError> {
+        let (until, mut budget) = (Instant::now() + TOKEN_TIMEOUT, RetryBudget::none());
+        let token = timeout_at(until, self.token(caller, grant, &mut budget)).await;
+        let token = token.unwrap_or_else(|_| Err(no_token_in_time()))?;
+        let exchange = self.exchange_token(caller, grant, token, budget);
+        timeout_at(until, exchange)
+            .await
+            .unwrap_or_else(|_| Err(no_session_in_time(&grant.role.sts)))
     }
 
     async fn certificate(
@@ -142,8 +109,19 @@ impl TokenExchanger {
 }
 
 fn no_token_in_time() -> ExchangeError {
-    let text = format!("the exchange of a token did not end within {TOKEN_TIMEOUT:?}");
+    let text = format!("the identity source gave no token within {TOKEN_TIMEOUT:?}");
     SourceError::Unavailable(text).into()
+}
+
+fn no_session_in_time(sts: &StsTarget) -> ExchangeError {
+    let error = StsError {
+        retry: RetryPolicy::Later,
+        reason: StsReason::Unreachable,
+        code: String::new(),
+        what: format!("{sts} did not exchange a token within {TOKEN_TIMEOUT:?}"),
+        fix: None,
+    };
+    error.into()
 }
 
 #[cfg(test)]

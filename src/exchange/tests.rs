@@ -138,6 +138,7 @@ fn credentials() -> Result<Credentials, StsError> {
         secret_access_key: Zeroizing::new("secret".to_owned()),
         session_token: Zeroizing::new("token".to_owned()),
         expiration: now() + Duration::from_secs(3600),
+        first_session_name: None,
     })
 }
 

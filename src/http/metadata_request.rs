@@ -51,6 +51,7 @@ impl CredentialEndpoint {
                     MetadataAnswer::Credentials { issued, cache, .. } => {
                         let fields = IssuedFields {
                             access_key_id: &issued.access_key_id,
+                            first_session_name: issued.first_session_name(),
                             expiration: issued.expiration,
                             cache_result: *cache,
                         };

@@ -122,6 +122,7 @@ impl CredentialEndpoint {
             Ok((issued, cache_result)) => {
                 let fields = audit::IssuedFields {
                     access_key_id: &issued.access_key_id,
+                    first_session_name: issued.first_session_name(),
                     expiration: issued.expiration,
                     cache_result,
                 };

@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use super::first_exchange::FirstExchange;
 use super::parameters::{
     LimitResult, check_external_id, check_policy, check_policy_arn, check_source_identity,
     check_tag_value,
@@ -153,13 +154,14 @@ pub(super) fn policy_arns(
 
 /// Returns the actions that the trust policy of the last of these roles has to allow to the role
 /// before it. A session keeps the transitive tags and the source identity of those before it, and
-/// needs the action for each.
-pub fn required_actions(chain: &[ChainedRole]) -> Vec<&'static str> {
+/// needs the action for each. The common name of a certificate is such a source identity.
+pub fn required_actions(first: &FirstExchange, chain: &[ChainedRole]) -> Vec<&'static str> {
     let Some((last, before)) = chain.split_last() else {
         return Vec::new();
     };
     let keeps_tags = before.iter().any(|role| !role.transitive_tags.is_empty());
-    let has_source = chain.iter().any(|role| role.source_identity.is_some());
+    let has_source =
+        first.roles_anywhere().is_some() || chain.iter().any(|role| role.source_identity.is_some());
     let mut actions = vec!["sts:AssumeRole"];
     actions.extend((keeps_tags || !last.tags.is_empty()).then_some("sts:TagSession"));
     actions.extend(has_source.then_some("sts:SetSourceIdentity"));

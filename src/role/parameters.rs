@@ -14,7 +14,7 @@ pub const MAX_TAGS: usize = 50;
 /// Maximum length of a tag's key, in characters.
 const MAX_TAG_KEY_CHARS: usize = 128;
 /// Maximum length of a tag's value, in characters.
-const MAX_TAG_VALUE_CHARS: usize = 256;
+pub const MAX_TAG_VALUE_CHARS: usize = 256;
 /// Length of `ExternalId`, in characters.
 const EXTERNAL_ID_CHARS: std::ops::RangeInclusive<usize> = 2..=1224;
 /// Length of a policy's ARN, in characters.

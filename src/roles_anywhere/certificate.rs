@@ -30,6 +30,9 @@ const STRONG_SIGNATURES: [ObjectIdentifier; 7] = [
     ObjectIdentifier::new_unwrap("1.2.840.10045.4.3.4"),
 ];
 
+/// Maximum number of CAs in a trust anchor.
+pub const MAX_ANCHOR_CAS: usize = 2;
+
 /// The bytes are not an X.509 certificate.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("the certificate cannot be read")]

@@ -3,13 +3,19 @@
 use crate::role::{Grant, RolesAnywhereTarget};
 use crate::sts::{Failure, RetryPolicy, StsDestination, StsError, StsReason};
 
-/// Part of the message of a profile that does not accept names of sessions.
-const NAME_REJECTED: &str = "rolesessionname";
+/// Code and message of a profile that does not accept names of sessions.
+const NAME_REJECTED: (&str, &str) = ("AccessDenied", "not authorized to set rolesessionname");
 
-/// Returns true if the profile rejects the session's name alone.
+/// Returns true if the profile accepts no name of a session. That one name is invalid has another
+/// code.
 pub(super) fn is_name_rejected(failure: &Failure) -> bool {
+    let (code_part, message_part) = NAME_REJECTED;
     match failure {
-        Failure::Rejected { message, .. } => message.to_ascii_lowercase().contains(NAME_REJECTED),
+        Failure::Rejected {
+            code: Some(code),
+            message,
+            ..
+        } => code.starts_with(code_part) && message.to_ascii_lowercase().contains(message_part),
         _ => false,
     }
 }

@@ -74,6 +74,7 @@ fn svid(name: &str) -> X509Svid {
         chain.extend(above.map(Result::unwrap));
     }
     let received = ReceivedX509Svid {
+        hint: None,
         spiffe_id: ID.to_owned(),
         chain: Some(chain),
         bundle: Vec::new(),

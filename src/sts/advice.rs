@@ -89,7 +89,7 @@ fn of_chain(reason: StsReason, grant: &Grant, at: &StsDestination) -> Option<Str
             Some(format!(
                 "the trust policy of {arn} has to allow {} to {previous}{external_id}, and a policy of {previous} has to \
                  allow the same on {arn}{written}",
-                required_actions(chain).join(", ")
+                required_actions(&grant.role.exchange, chain).join(", ")
             ))
         }
         StsReason::BadRequest => Some(format!(

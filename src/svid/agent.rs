@@ -6,7 +6,7 @@ use std::fmt;
 use async_trait::async_trait;
 use zeroize::Zeroizing;
 
-use super::{ReceivedX509Svid, SourceError};
+use super::{ReceivedX509Svid, SourceError, non_empty};
 use crate::cgroup::PodUid;
 use crate::socket_endpoint::Endpoint;
 
@@ -108,7 +108,7 @@ impl AgentSvid {
         Self {
             spiffe_id,
             token: Zeroizing::new(token),
-            hint: Some(hint).filter(|hint| !hint.is_empty()),
+            hint: non_empty(hint),
         }
     }
 }

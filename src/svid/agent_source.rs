@@ -34,10 +34,11 @@ mod held_tokens;
 mod own_ids;
 mod query;
 mod revalidation;
+mod svid_query;
 
 use held_tokens::HeldTokens;
 use own_ids::{OWN_ID_TTL, OwnIds};
-use query::{JwtQuery, X509Query};
+use svid_query::{JwtQuery, X509Query};
 
 /// Maximum number of concurrent queries about unknown subjects. At this limit the workload with the
 /// most loses its newest query, unless no other workload holds fewer (T29).
@@ -53,6 +54,8 @@ struct AgentSourceInner {
     agent: Arc<dyn AttestingAgent>,
     /// `[identity] audience`, for the tokens that are fetched to learn identities.
     audience: String,
+    /// Whether roles are assumed by certificates, so that these may prove identities too.
+    uses_certificates: bool,
     clock: Clock,
     metrics: Metrics,
     cache: Mutex<IdentityCache>,
@@ -72,11 +75,13 @@ impl fmt::Debug for AgentSource {
 }
 
 impl AgentSource {
-    /// Creates a source with tokens for `audience`, unless a role has another one. It caches up to
-    /// `max_processes` processes. Must be called within a tokio runtime.
+    /// Creates a source with tokens for `audience`, unless a role has another one. With
+    /// `uses_certificates`, it learns identities by X.509-SVIDs while the agent has no tokens. It
+    /// caches up to `max_processes` processes. Must be called within a tokio runtime.
     pub fn new(
         agent: Arc<dyn AttestingAgent>,
         audience: String,
+        uses_certificates: bool,
         max_processes: usize,
         clock: Clock,
         metrics: Metrics,
@@ -84,6 +89,7 @@ impl AgentSource {
         let inner = Arc::new(AgentSourceInner {
             agent,
             audience,
+            uses_certificates,
             clock,
             metrics,
             cache: Mutex::new(IdentityCache::new(max_processes)),
@@ -172,8 +178,11 @@ impl IdentitySource for AgentSource {
         IdentityBasis::Agent(self.0.agent.endpoint().clone())
     }
 
+    /// Also learns the daemon's own identities, without which no workload gets any. So an outage
+    /// that begins before the first request does not hide them.
     async fn ready(&self, _: &str) -> Result<(), SourceError> {
-        self.0.agent.ready(&self.0.audience).await
+        self.0.agent.ready(&self.0.audience).await?;
+        self.0.own_ids(OWN_ID_TTL).await.map(drop)
     }
 }
 

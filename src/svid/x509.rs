@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 use super::own_svid::{OwnSvidError, certified, split};
 use super::proto::spire::api::agent::delegatedidentity;
 use super::proto::{broker, workload};
-use super::{BadToken, last_to_expire};
+use super::{BadToken, last_to_expire, non_empty};
 use crate::identity::SpiffeId;
 
 /// Minimum remaining life of a certificate, so that it does not expire while a request waits.
@@ -36,6 +36,8 @@ pub struct X509Svid {
 pub struct ReceivedX509Svid {
     /// The SPIFFE ID that the agent claims for the certificate.
     pub spiffe_id: String,
+    /// The operator's name for the identity, if it has one.
+    pub hint: Option<String>,
     /// Certificates in DER, the leaf first. `None` if the agent's bytes are not certificates.
     pub chain: Option<Vec<CertificateDer<'static>>>,
     /// CAs of the trust domain, where the agent sends them along.
@@ -142,6 +144,7 @@ impl From<workload::X509svid> for ReceivedX509Svid {
             chain: split(&svid.x509_svid),
             bundle: split(&svid.bundle).unwrap_or_default(),
             spiffe_id: svid.spiffe_id,
+            hint: non_empty(svid.hint),
         }
     }
 }
@@ -153,6 +156,7 @@ impl From<broker::X509svid> for ReceivedX509Svid {
             chain: split(&svid.x509_svid),
             bundle: split(&svid.bundle).unwrap_or_default(),
             spiffe_id: svid.spiffe_id,
+            hint: non_empty(svid.hint),
         }
     }
 }
@@ -167,6 +171,7 @@ impl From<delegatedidentity::v1::X509svidWithKey> for ReceivedX509Svid {
             chain: Some(chain.map(CertificateDer::from).collect()),
             bundle: Vec::new(),
             spiffe_id: certificate.id.unwrap_or_default().text(),
+            hint: non_empty(certificate.hint),
         }
     }
 }

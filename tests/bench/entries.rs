@@ -177,6 +177,7 @@ impl AssumeRole for Source {
             ),
             session_token: Zeroizing::new("t".repeat(1024)),
             expiration: SystemTime::now() + HOUR,
+            first_session_name: None,
         })
     }
 

@@ -2,6 +2,7 @@
 //! before it.
 
 mod faults;
+mod limits;
 
 use std::collections::HashSet;
 use std::fs;
@@ -9,13 +10,15 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
-use crate::harness::chain::{CHAIN, ChainUpstream, HOPS, HopFault};
-use crate::harness::client::fetch;
+use crate::harness::chain::{CHAIN, ChainUpstream, Gate, HOPS, HopFault};
+use crate::harness::client::{answer, fetch, send};
 use crate::harness::counterparts::process::{Process, await_some, run};
 use crate::harness::counterparts::{Port, folder, http_get, tool};
 use crate::harness::daemon::{Daemon, PROGRAM};
@@ -54,26 +57,39 @@ pub(crate) fn await_credentials(daemon: &Daemon) -> Value {
     })
 }
 
+/// All requests are open before the first hop is answered, so that none finds a session.
 #[test]
 fn thousand_callers_of_one_identity_call_each_hop_once() {
+    const CALLERS: usize = 1000;
+    let (_, descriptors) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, descriptors, descriptors).unwrap();
     let folder = folder();
-    let (upstream, daemon) = start(folder.path());
-    let daemon = &daemon;
+    let upstream = ChainUpstream::start(folder.path(), &[ID]);
+    let uid = nix::unistd::geteuid().as_raw();
+    // The call that is held does not end by itself.
+    let configuration = upstream.configuration(CHAIN) + &own_rules(ID, uid);
+    let configuration = configuration.replace("[sts]\n", "[sts]\ntimeout = \"60s\"\n");
+    let listen = "max_connections_per_workload = 2000\n";
+    let daemon = Daemon::start(folder.path(), listen, &configuration).ready();
+    let (gate, sent) = (Arc::new(Gate::default()), Barrier::new(CALLERS + 1));
+    upstream.hold_first(&gate);
+    let request = || {
+        let mut stream = send(UnixStream::connect(daemon.unix()).unwrap());
+        sent.wait();
+        let (status, body) = answer(&mut stream);
+        // A slow machine may answer some that the session is pending.
+        let body = match body["code"] == "pending" {
+            true => await_credentials(&daemon),
+            false => body,
+        };
+        let key = body["AccessKeyId"].as_str();
+        key.unwrap_or_else(|| panic!("{status} {body}")).to_owned()
+    };
     let keys: HashSet<String> = thread::scope(|scope| {
-        let callers: Vec<_> = (0..50)
-            .map(|_| {
-                scope.spawn(move || -> Vec<String> {
-                    let key = |_| {
-                        let body = await_credentials(daemon);
-                        body["AccessKeyId"].as_str().unwrap().to_owned()
-                    };
-                    (0..20).map(key).collect()
-                })
-            })
-            .collect();
-        let keys = callers
-            .into_iter()
-            .flat_map(|caller| caller.join().unwrap());
+        let callers: Vec<_> = (0..CALLERS).map(|_| scope.spawn(request)).collect();
+        sent.wait();
+        gate.open();
+        let keys = callers.into_iter().map(|caller| caller.join().unwrap());
         keys.collect()
     });
     assert_eq!((keys.len(), upstream.counts()), (1, [1, 1, 1]));

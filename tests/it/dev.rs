@@ -74,6 +74,23 @@ fn dev_gives_cli_its_role_despite_other_settings() {
     );
 }
 
+#[test]
+fn dev_gives_cli_the_role_of_a_certificate() {
+    let Some(aws) = tool("aws") else { return };
+    let home = folder();
+    let script = "AWS_CONTAINER_CREDENTIALS_FULL_URI=$AWS_CONTAINER_CREDENTIALS_FULL_URI/dev-certificate \
+                  exec \"$0\" sts get-caller-identity --query Arn --output text";
+    let mut command = dev(&["--", "sh", "-euc", script, aws.to_str().unwrap()]);
+    command.env("HOME", home.path());
+    let of_token = arn(&own_name());
+    assert_eq!(
+        output(command)
+            .success("aws sts get-caller-identity")
+            .trim(),
+        of_token.replace("role/dev/", "role/dev-certificate/")
+    );
+}
+
 /// Runs the README's first command as it is, except the build. Its output has to be that of the
 /// README, for the user of this test.
 #[test]

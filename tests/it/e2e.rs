@@ -1,6 +1,6 @@
 //! The whole path with real counterparts only: SPIRE, MinIO, the AWS CLI.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::harness::counterparts::folder;
 use crate::harness::counterparts::minio;
@@ -122,4 +122,49 @@ fn each_process_gets_its_own_credentials() {
         "a secret was written"
     );
     drop(trace);
+}
+
+/// A template in the session policy of one role: MinIO evaluates it for each workload.
+#[test]
+fn session_policy_bounds_each_workload_to_its_prefix() {
+    const POLICY: &str = r#"policy = '{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"s3:GetObject","Resource":"arn:aws:s3:::shop/{path[1]}/*"}]}'"#;
+    let folder = folder();
+    let users = [(1001, "reader"), (1002, "other")];
+    let setting = Setting {
+        role: POLICY,
+        permissions: Some(json!({ "Version": "2012-10-17", "Statement": [{
+            "Effect": "Allow",
+            "Action": "s3:GetObject",
+            "Resource": "arn:aws:s3:::shop/*",
+        }]})),
+        ..Setting::default()
+    };
+    let Some(env) = Env::start(folder.path(), &users, &setting) else {
+        return;
+    };
+    let key = |name: &str| format!("{name}/test.txt");
+    for (_, name) in users {
+        env.minio.put("shop", &key(name), name.as_bytes());
+    }
+    for (uid, own) in users {
+        for (_, name) in users {
+            let output = env.copy_of(uid, &key(name));
+            match own == name {
+                true => assert_eq!(output.success("aws s3 cp of its own object"), name),
+                false => assert!(
+                    !output.status.success() && output.stderr.contains("403"),
+                    "{output:?}"
+                ),
+            }
+        }
+    }
+    // The role itself permits both.
+    let text = env.daemon.text();
+    assert!(env.daemon.reload_text(&text.replace(POLICY, "")));
+    for (uid, _) in users {
+        for (_, name) in users {
+            let output = env.copy_of(uid, &key(name));
+            assert_eq!(output.success("aws s3 cp without the policy"), name);
+        }
+    }
 }

@@ -4,6 +4,7 @@
 mod aws_client;
 mod chains;
 mod commands;
+mod expiry;
 mod outages;
 mod python_client;
 mod server;

@@ -213,7 +213,7 @@ fn policies_accept_only_the_live_token() {
         "arn:aws:iam::123456789012:oidc-provider/{}",
         issuer.split_once("://").unwrap().1
     );
-    let read = reading::same(outputs.each_ref().map(String::as_str), &provider);
+    let read = reading::same(outputs.each_ref().map(String::as_str), &provider, "");
     // STS finds the provider by these, and the provider alone permits this.
     assert_eq!(
         read.provider,

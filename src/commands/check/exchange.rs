@@ -28,21 +28,26 @@ pub(super) async fn clock(
     report: &mut CheckReport,
 ) {
     match sts.url(target).await {
-        Ok(url) => compare_clocks(&url, web, report).await,
+        Ok(url) => compare_clocks("STS", &url, web, report).await,
         Err(error) => report.failed(CLOCK, error.to_string(), STEP_FIX),
     }
 }
 
-/// Compares this node's clock with that of the server at `url`.
-pub(super) async fn compare_clocks(url: &str, web: &HttpProbe, report: &mut CheckReport) {
-    report.show_progress(&format!("STS's clock, at {url}"));
+/// Compares this node's clock with that of `server` at `url`.
+pub(super) async fn compare_clocks(
+    server: &str,
+    url: &str,
+    web: &HttpProbe,
+    report: &mut CheckReport,
+) {
+    report.show_progress(&format!("{server}'s clock, at {url}"));
     let before = Clock::system().now();
     let date = match web.get(url).await {
         Ok(answer) => answer.date,
         Err(error) => {
             report.info(
                 CLOCK,
-                format!("STS's clock cannot be read: {url}: {error}"),
+                format!("{server}'s clock cannot be read: {url}: {error}"),
                 "if the exchange fails too, check [sts], and the proxies and firewalls on the way there",
             );
             return;
@@ -69,14 +74,14 @@ pub(super) async fn compare_clocks(url: &str, web: &HttpProbe, report: &mut Chec
         true => report.failed(
             CLOCK,
             format!(
-                "this node's clock is {} s {way} STS's at {url}",
+                "this node's clock is {} s {way} {server}'s at {url}",
                 skew.as_secs()
             ),
             "set it: timedatectl set-ntp true, or chronyc makestep",
         ),
         false => report.ok(
             CLOCK,
-            format!("this node's clock and STS's agree, at {url}"),
+            format!("this node's clock and {server}'s agree, at {url}"),
         ),
     }
 }

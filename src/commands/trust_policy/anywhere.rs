@@ -11,11 +11,9 @@ use super::plan::{
 };
 use crate::identity::SpiffeIdPattern;
 use crate::role::RolesAnywhereTarget;
-use crate::roles_anywhere::certificate::CertificateFacts;
+use crate::roles_anywhere::certificate::{CertificateFacts, MAX_ANCHOR_CAS};
 use crate::sts::to_pem;
 
-/// AWS's limit for the CAs of a trust anchor.
-pub(super) const MAX_CAS: usize = 2;
 /// Name of the trust anchor and of the profile that are created.
 pub(super) const NAME: &str = "awsvid";
 /// The session tag that AWS makes of the SPIFFE ID.
@@ -55,9 +53,9 @@ impl PlannedAnywhere {
             }
             certificates.push(certificate.clone());
         }
-        if certificates.len() > MAX_CAS {
+        if certificates.len() > MAX_ANCHOR_CAS {
             warnings.push(format!(
-                "trust anchor: the trust domain has {} CAs, and a trust anchor takes at most {MAX_CAS}; give the SPIRE server an \
+                "trust anchor: the trust domain has {} CAs, and a trust anchor takes at most {MAX_ANCHOR_CAS}; give the SPIRE server an \
                  UpstreamAuthority, and put its root into the trust anchor",
                 certificates.len()
             ));

@@ -5,14 +5,13 @@ use std::io;
 use thiserror::Error;
 
 use super::plan::InvalidIssuer;
-use crate::commands::live_token::NO_ISSUER;
-use crate::svid::SourceError;
+use crate::commands::live_token::NoLiveSvid;
 
 /// Reason why the command has no output.
 #[derive(Debug, Error)]
 pub(super) enum TrustPolicyError {
     #[error("{0}\nawsvid: without a token, give the issuer with --issuer")]
-    NoIssuer(#[from] NoLiveIssuer),
+    NoIssuer(#[from] NoLiveSvid),
     #[error(transparent)]
     InvalidIssuer(#[from] InvalidIssuer),
     /// The warnings have the reason.
@@ -37,15 +36,4 @@ pub(super) enum TrustPolicyError {
     NoChoiceOfProvider,
     #[error(transparent)]
     Output(#[from] io::Error),
-}
-
-/// Reason why the issuer of this node's tokens is not known.
-#[derive(Debug, Error)]
-pub(super) enum NoLiveIssuer {
-    #[error("no rule gives an identity that a role covers")]
-    NoIdentity,
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    #[error("{NO_ISSUER}")]
-    NoClaim,
 }

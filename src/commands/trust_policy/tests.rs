@@ -1,6 +1,7 @@
 //! Each output is read by a real reader of its language, and the result is evaluated with tokens
 //! that match or nearly match.
 
+mod anywhere;
 mod reading;
 
 use reading::{Read, Token, by_a_shell};
@@ -11,16 +12,19 @@ use super::*;
 
 const ISSUER: &str = "https://oidc.example.org/tenant";
 const PROVIDER: &str = "arn:aws:iam::123456789012:oidc-provider/oidc.example.org/tenant";
+const ANCHOR: &str = "arn:aws:rolesanywhere:eu-central-1:123456789012:trust-anchor/1";
 const THUMBPRINT: &str = "0123456789abcdef0123456789abcdef01234567";
 const HEAD: &str = "[identity]\naudience = \"sts.amazonaws.com\"\n[sts]\nregion = \"eu-central-1\"\n\
                     [[workload]]\nspiffe_id = \"spiffe://example.org/any\"\nuid = 1\n";
 
 fn roles(text: &str) -> crate::role::Roles {
+    config(text).roles
+}
+
+fn config(text: &str) -> Config {
     let parsed = Config::parse(&format!("{HEAD}{text}"), &|_| None);
-    parsed
-        .unwrap_or_else(|problems| panic!("{problems:?}"))
-        .config
-        .roles
+    let loaded = parsed.unwrap_or_else(|problems| panic!("{problems:?}"));
+    loaded.config
 }
 
 fn plan(text: &str) -> Plan {
@@ -56,7 +60,7 @@ fn allows(policy: &Value, audience: &str, subject: &str) -> bool {
 fn read_all(plan: &Plan) -> Read {
     let outputs = [Format::AwsCli, Format::Terraform, Format::Cloudformation]
         .map(|format| render(plan, format).unwrap());
-    reading::same(outputs.each_ref().map(String::as_str), PROVIDER)
+    reading::same(outputs.each_ref().map(String::as_str), PROVIDER, ANCHOR)
 }
 
 #[test]

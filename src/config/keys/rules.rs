@@ -114,8 +114,18 @@ pub(super) const ROLE: TableSpec = TableSpec {
             "made from the SPIFFE ID",
             "fixed name of the session",
         ),
-        key("region", "string", "`[sts] region`", "AWS region"),
-        key("sts_endpoint", "URL", "`[sts] endpoint`", "another STS"),
+        key(
+            "region",
+            "string",
+            "`[sts] region`",
+            "AWS region of STS, and of the workload's metadata service",
+        ),
+        key(
+            "sts_endpoint",
+            "URL",
+            "`[sts] endpoint`",
+            "another STS; an error in a role that calls none",
+        ),
         key(
             "policy",
             "string",

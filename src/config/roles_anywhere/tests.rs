@@ -223,4 +223,6 @@ fn role_has_nothing_that_a_certificate_does_not_take() {
         "audience",
         "no JWT-SVID is fetched",
     );
+    let endpoint = "exchange = \"roles-anywhere\"\nsts_endpoint = \"https://sts.internal\"\n";
+    expect_error(parse(&good(), endpoint), "sts_endpoint", "no STS is called");
 }

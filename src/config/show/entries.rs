@@ -92,7 +92,13 @@ impl ConfigWriter<'_> {
             Some(name) => self.line("session_name", name.as_str(), ""),
             None => self.unset("session_name", "default: from the SPIFFE ID"),
         }
-        self.sts_target(&entry, sts);
+        match exchange.uses_jwt() || !chain.is_empty() {
+            true => self.sts_target(&entry, sts),
+            false => {
+                let origin = origin(&entry, "region", "that of the trust anchor");
+                self.line("region", sts.region.as_str(), origin);
+            }
+        }
         if let Some(policy) = policy {
             self.line("policy", policy.as_str(), "");
         }

@@ -18,7 +18,8 @@ use super::StsState;
 use super::answer::rfc3339;
 use super::sessions::{Session, SessionFacts};
 use crate::dev::loopback_http::{self, LoopbackResponse};
-use crate::identity::{RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
+use crate::identity::{InvalidName, RoleArn, SessionName, SpiffeId, SpiffeIdPattern};
+use crate::role::parameters::check_source_identity;
 
 mod proof;
 
@@ -159,7 +160,11 @@ impl StsState {
         }
         let name = session_name(&parameters, anchor, &proof)?;
         let caller = self.caller(&role.arn, &name);
-        let (facts, duration) = (SessionFacts::of(&role.arn), Duration::from_secs(seconds));
+        let facts = SessionFacts {
+            source_identity: source_identity(&proof)?,
+            ..SessionFacts::of(&role.arn)
+        };
+        let duration = Duration::from_secs(seconds);
         let session = self
             .sessions
             .issue(caller, facts, now, duration)
@@ -222,6 +227,20 @@ fn session_name(
         .map_err(|_| DevSessionRejection::invalid("roleSessionName is invalid"))
 }
 
+/// Returns the common name of the certificate, which is the source identity of the session and of
+/// those that it starts.
+fn source_identity(proof: &Proof) -> Result<Option<String>, DevSessionRejection> {
+    let Some(name) = proof.common_name() else {
+        return Ok(None);
+    };
+    match check_source_identity(name) {
+        Ok(()) => Ok(Some(name.to_owned())),
+        Err(InvalidName(error)) => Err(DevSessionRejection::denied(format!(
+            "The common name cannot be the source identity: {error}"
+        ))),
+    }
+}
+
 fn created(session: &Session, role: &RoleArn) -> LoopbackResponse {
     let credentials = &session.credentials;
     let body = json!({
@@ -238,7 +257,7 @@ fn created(session: &Session, role: &RoleArn) -> LoopbackResponse {
             },
             "packedPolicySize": 0,
             "roleArn": role.as_str(),
-            "sourceIdentity": "",
+            "sourceIdentity": session.facts.source_identity.as_deref().unwrap_or_default(),
         }],
         "subjectArn": format!("arn:aws:rolesanywhere:::subject/{}", session.caller.user_id),
     });

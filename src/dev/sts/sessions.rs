@@ -69,6 +69,7 @@ impl Sessions {
             secret_access_key: Zeroizing::new(STANDARD.encode(random_bytes::<30>()?)),
             session_token: Zeroizing::new(STANDARD.encode(random_bytes::<192>()?)),
             expiration: now + duration,
+            first_session_name: None,
         };
         let session = Session {
             credentials,

@@ -1,9 +1,11 @@
 use std::collections::VecDeque;
+use std::sync::Mutex;
 
 use async_trait::async_trait;
 use rcgen::{CertificateParams, KeyPair, SanType};
 use zeroize::Zeroizing;
 
+use super::super::token_outages::OUTAGE_RETRY;
 use super::*;
 use crate::caller::constant_proof::constant_caller;
 use crate::caller::{CallerFacts, ListenerKind, ProcessFacts};
@@ -70,6 +72,7 @@ fn credentials(access_key_id: &str) -> Credentials {
         secret_access_key: Zeroizing::new("secret".to_owned()),
         session_token: Zeroizing::new("token".to_owned()),
         expiration: now() + Duration::from_secs(3600),
+        first_session_name: None,
     }
 }
 
@@ -79,6 +82,7 @@ fn certificate(id: &SpiffeId) -> X509Svid {
     params.subject_alt_names = vec![SanType::URI(id.as_str().try_into().unwrap())];
     let certificate = params.self_signed(&key).unwrap();
     let received = ReceivedX509Svid {
+        hint: None,
         spiffe_id: id.to_string(),
         chain: Some(vec![certificate.der().clone()]),
         bundle: Vec::new(),
@@ -297,6 +301,77 @@ async fn token_that_does_not_come_in_time_is_an_outage() {
     );
     assert_eq!(start.elapsed(), TOKEN_TIMEOUT);
     assert_eq!(upstreams.calls(), ["token", "certificate", "session"]);
+}
+
+/// Returns whether the next exchange tries a token first.
+async fn tries_token(exchanger: &TokenExchanger, upstreams: &Upstreams, grant: &Grant) -> bool {
+    upstreams.calls();
+    let _ = exchange(exchanger, grant).await;
+    upstreams.calls().first() == Some(&"token")
+}
+
+fn of_identity(grant: Grant, id: &str) -> Grant {
+    Grant {
+        spiffe_id: SpiffeId::parse(id).unwrap(),
+        ..grant
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn outage_of_the_source_is_that_of_one_identity() {
+    let one = grant(FirstExchange::Both);
+    let other = of_identity(one.clone(), "spiffe://example.org/other");
+    let expiring = SourceError::from(BadToken::Expiring("soon".to_owned()));
+    for (token, delay) in [(Err(expiring), 0), (Err(down()), 0), (Ok(()), 30)] {
+        let upstreams = Arc::new(Upstreams::new());
+        let exchanger = exchanger(&upstreams);
+        set(&upstreams.tokens, [token]);
+        *upstreams.token_delay.lock().unwrap() = Duration::from_secs(delay);
+        assert!(tries_token(&exchanger, &upstreams, &one).await);
+        set(&upstreams.tokens, [Ok(())]);
+        *upstreams.token_delay.lock().unwrap() = Duration::ZERO;
+        assert!(!tries_token(&exchanger, &upstreams, &one).await);
+        assert!(tries_token(&exchanger, &upstreams, &other).await);
+    }
+    // That of STS is that of all.
+    let upstreams = Arc::new(Upstreams::new());
+    let exchanger = exchanger(&upstreams);
+    set(&upstreams.sts, [Err(outage())]);
+    assert!(tries_token(&exchanger, &upstreams, &one).await);
+    assert!(!tries_token(&exchanger, &upstreams, &other).await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_a_response_of_sts_ends_an_outage() {
+    let one = grant(FirstExchange::Both);
+    let other = of_identity(one.clone(), "spiffe://example.org/other");
+    let gone = SourceError::from(crate::caller::AttestError::CallerGone);
+    let denied = SourceError::Denied("no".to_owned());
+    let busy = failure(RetryPolicy::Later, StsReason::Busy);
+    let access_denied = failure(RetryPolicy::Never, StsReason::AccessDenied);
+    for (token, sts, ends) in [
+        (Err(gone), Ok(()), false),
+        (Err(denied), Ok(()), false),
+        (Ok(()), Err(busy), false),
+        (Ok(()), Err(access_denied), true),
+        (Ok(()), Ok(()), true),
+    ] {
+        let upstreams = Arc::new(Upstreams::new());
+        let exchanger = exchanger(&upstreams);
+        set(&upstreams.sts, [Err(outage())]);
+        assert!(tries_token(&exchanger, &upstreams, &one).await);
+        // The certificate is rejected, so the token is tried although the outage is recent.
+        let rejected = failure(RetryPolicy::Never, StsReason::AccessDenied);
+        set(&upstreams.sessions, [Err(rejected)]);
+        set(&upstreams.tokens, [token.clone()]);
+        set(&upstreams.sts, [sts.clone()]);
+        let _ = exchange(&exchanger, &one).await;
+        assert_eq!(
+            tries_token(&exchanger, &upstreams, &other).await,
+            ends,
+            "{token:?} {sts:?}"
+        );
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -64,15 +64,37 @@ fn actions_are_those_of_the_session_and_of_what_it_keeps() {
         ..chained("x")
     };
     let (assume, tag, name) = ("sts:AssumeRole", "sts:TagSession", "sts:SetSourceIdentity");
-    for (chain, actions) in [
-        (vec![], vec![]),
-        (vec![chained("x")], vec![assume]),
-        (vec![tagged(false)], vec![assume, tag]),
-        (vec![tagged(false), chained("y")], vec![assume]),
-        (vec![tagged(true), chained("y")], vec![assume, tag]),
-        (vec![named, tagged(false)], vec![assume, tag, name]),
+    let certificate = Arc::new(RolesAnywhereTarget {
+        trust_anchor_arn: "anchor".to_owned(),
+        profile_arn: "profile".to_owned(),
+        region: "eu-central-1".to_owned(),
+        endpoint: None,
+    });
+    let token = FirstExchange::WebIdentity;
+    for (first, chain, actions) in [
+        (&token, vec![], vec![]),
+        (&token, vec![chained("x")], vec![assume]),
+        (&token, vec![tagged(false)], vec![assume, tag]),
+        (&token, vec![tagged(false), chained("y")], vec![assume]),
+        (&token, vec![tagged(true), chained("y")], vec![assume, tag]),
+        (&token, vec![named, tagged(false)], vec![assume, tag, name]),
+        // The common name of a certificate is the source identity of its session.
+        (
+            &FirstExchange::RolesAnywhere(certificate.clone()),
+            vec![chained("x")],
+            vec![assume, name],
+        ),
+        (
+            &FirstExchange::Both(certificate),
+            vec![tagged(false), chained("y")],
+            vec![assume, name],
+        ),
     ] {
-        assert_eq!(required_actions(&chain), actions, "{chain:?}");
+        assert_eq!(
+            required_actions(first, &chain),
+            actions,
+            "{first:?} {chain:?}"
+        );
     }
 }
 

@@ -21,7 +21,7 @@ fn at_server(server: &FakeSts) -> RolesAnywhereTarget {
 fn created(access_key_id: &str, expiration: &str) -> StsReply {
     let body = serde_json::json!({
         "credentialSet": [{
-            "assumedRoleUser": { "arn": "arn:aws:sts::123456789012:assumed-role/example/x", "assumedRoleId": "AROA:x" },
+            "assumedRoleUser": { "arn": "arn:aws:sts::123456789012:assumed-role/example/0f1e", "assumedRoleId": "AROA:x" },
             "credentials": {
                 "accessKeyId": access_key_id,
                 "secretAccessKey": "secret",
@@ -52,6 +52,9 @@ async fn session_has_the_credentials_of_the_response() {
     let session = session.unwrap();
     assert_eq!(session.access_key_id, "ASIAEXAMPLE");
     assert_eq!(*session.session_token, "token");
+    // AWS has not used the requested name.
+    let name = session.first_session_name.unwrap();
+    assert_eq!(name.as_str(), "0f1e");
     assert_eq!(session.expiration, now() + Duration::from_secs(3600));
     let [request] = &server.received()[..] else {
         panic!("one request")
@@ -61,8 +64,18 @@ async fn session_has_the_credentials_of_the_response() {
     assert_eq!(request.headers["x-amz-date"], "20270630T000000Z");
 }
 
+/// Returns for each request whether it had the name of a session: the name has the only `=` of a
+/// body.
+fn named(server: &FakeSts) -> Vec<bool> {
+    let received = server.received();
+    received
+        .iter()
+        .map(|request| !request.form.is_empty())
+        .collect()
+}
+
 #[tokio::test]
-async fn rejected_session_name_is_left_out_from_then_on() {
+async fn rejected_session_name_is_left_out_for_an_hour() {
     let server = FakeSts::start(|number, _| match number {
         0 => rejected(
             403,
@@ -73,19 +86,48 @@ async fn rejected_session_name_is_left_out_from_then_on() {
     })
     .await;
     let (client, target) = (client(), at_server(&server));
-    for _ in 0..2 {
-        client
-            .create_session(&grant(), &target, &svid("p256.pem"))
-            .await
-            .unwrap();
+    let (grant, svid) = (grant(), svid("p256.pem"));
+    let create = async || {
+        let session = client.create_session(&grant, &target, &svid).await;
+        session.unwrap();
+    };
+    create().await;
+    create().await;
+    assert_eq!(named(&server), [true, false, false]);
+    // The profile may have been changed.
+    let hour_ago = Instant::now().checked_sub(NAME_RETRY).unwrap();
+    client
+        .unnamed()
+        .insert(target.profile_arn.clone(), hour_ago);
+    create().await;
+    assert_eq!(named(&server), [true, false, false, true]);
+}
+
+#[tokio::test]
+async fn other_rejections_do_not_disable_session_names() {
+    for (status, code, message) in [
+        (
+            400,
+            "ValidationException",
+            "Not authorized to set roleSessionName",
+        ),
+        (
+            403,
+            "AccessDeniedException",
+            "1 validation error detected: value at 'roleSessionName' failed to satisfy a constraint",
+        ),
+        (403, "AccessDeniedException", "Untrusted certificate"),
+    ] {
+        let server = FakeSts::start(move |_, _| rejected(status, code, message)).await;
+        let (client, target) = (client(), at_server(&server));
+        for _ in 0..2 {
+            let session = client
+                .create_session(&grant(), &target, &svid("p256.pem"))
+                .await;
+            session.unwrap_err();
+        }
+        assert_eq!(named(&server), [true, true], "{code} {message}");
     }
-    let named: Vec<bool> = server
-        .received()
-        .iter()
-        .map(|request| !request.form.is_empty())
-        .collect();
-    // The name has the only `=` of a body.
-    assert_eq!(named, [true, false, false]);
 }
 
 #[tokio::test]

@@ -55,6 +55,7 @@ fn previous() -> Credentials {
         secret_access_key: Zeroizing::new("previous/secret+0123456789abcdefghij".to_owned()),
         session_token: Zeroizing::new("previous//token==0123456789abcdefghijklmn".to_owned()),
         expiration: now() + Duration::from_secs(3600),
+        first_session_name: None,
     }
 }
 

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use tokio::time::{Instant, sleep};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::AgentSourceInner;
 use super::own_ids::{OWN_ID_RECHECK, OWN_ID_TTL};
+use super::svid_query::{AgentReply, JwtQuery, ReceivedSvid, SvidKind, SvidQuery, X509Query};
 use crate::backoff::{Backoff, Jitter};
 use crate::caller::{AttestError, Caller, WorkloadKey};
 use crate::cgroup::PodUid;
@@ -17,9 +17,8 @@ use crate::identity::SpiffeId;
 use crate::limits::FairPermit;
 use crate::metrics::{CallLabel, UpstreamCall};
 use crate::role::Identity;
-use crate::svid::agent::{AgentSvid, AttestingAgent};
+use crate::svid::SourceError;
 use crate::svid::identity_cache::{IdentityResult, Subject};
-use crate::svid::{JwtSvid, ReceivedX509Svid, SourceError};
 use crate::telemetry::in_current_request;
 
 /// Maximum wait for a permit. SDKs give up after a second, and on such a busy machine the query
@@ -40,50 +39,6 @@ pub(super) const EXEC_RETRY_PAUSES: [Duration; 4] = [
     Duration::from_millis(80),
     Duration::ZERO,
 ];
-
-/// Reply of an agent to one query, with SVIDs of one kind.
-type AgentReply<T> = Result<Vec<T>, SourceError>;
-
-/// Kind of SVIDs that a query is for.
-#[async_trait]
-pub(super) trait SvidQuery: Sync {
-    type Svid: Send;
-
-    async fn for_pid(&self, agent: &dyn AttestingAgent, pid: u32) -> AgentReply<Self::Svid>;
-    async fn for_pod(&self, agent: &dyn AttestingAgent, pod: &PodUid) -> AgentReply<Self::Svid>;
-}
-
-/// JWT-SVIDs for this audience.
-pub(super) struct JwtQuery<'a>(pub(super) &'a str);
-
-/// X.509-SVIDs with their keys.
-pub(super) struct X509Query;
-
-#[async_trait]
-impl SvidQuery for JwtQuery<'_> {
-    type Svid = AgentSvid;
-
-    async fn for_pid(&self, agent: &dyn AttestingAgent, pid: u32) -> AgentReply<AgentSvid> {
-        agent.fetch_for_pid(pid, self.0).await
-    }
-
-    async fn for_pod(&self, agent: &dyn AttestingAgent, pod: &PodUid) -> AgentReply<AgentSvid> {
-        agent.fetch_for_pod(pod, self.0).await
-    }
-}
-
-#[async_trait]
-impl SvidQuery for X509Query {
-    type Svid = ReceivedX509Svid;
-
-    async fn for_pid(&self, agent: &dyn AttestingAgent, pid: u32) -> AgentReply<Self::Svid> {
-        agent.fetch_x509_for_pid(pid).await
-    }
-
-    async fn for_pod(&self, agent: &dyn AttestingAgent, pod: &PodUid) -> AgentReply<Self::Svid> {
-        agent.fetch_x509_for_pod(pod).await
-    }
-}
 
 impl AgentSourceInner {
     /// Queries the agent about an unknown subject, once a permit is free.
@@ -127,7 +82,7 @@ impl AgentSourceInner {
         caller: &Arc<Caller>,
     ) -> IdentityResult {
         let start = Instant::now();
-        let query = self.clone().identities(caller, Some(subject));
+        let query = self.clone().identities_of_new(caller, subject);
         if let Some(reply) = permit.run(query).await {
             return reply;
         }
@@ -147,22 +102,49 @@ impl AgentSourceInner {
         evicted
     }
 
-    /// Queries the identities of this caller now; an empty list is a valid reply. Holds the tokens
-    /// if an exchange may follow.
+    /// Queries the identities of a caller that is not known yet. Where certificates are used, they
+    /// also prove identities while the agent has no tokens, because its server is unavailable.
+    ///
+    /// An agent may have fewer certificates than tokens. So they never revalidate an identity.
+    async fn identities_of_new(
+        self: Arc<Self>,
+        caller: &Arc<Caller>,
+        subject: &Subject,
+    ) -> IdentityResult {
+        let by_token = self.clone().identities(caller, Some(subject)).await;
+        if !self.uses_certificates || !matches!(by_token, Err(SourceError::Unavailable(_))) {
+            return by_token;
+        }
+        match self.identities_by(SvidKind::X509, caller, None).await {
+            Ok(identities) if !identities.is_empty() => Ok(identities),
+            // The caller may not be what the agent attested.
+            Err(error @ SourceError::Caller(_)) => Err(error),
+            Ok(_) | Err(_) => by_token,
+        }
+    }
+
+    /// Queries the identities of this caller now, by its tokens; an empty list is a valid reply.
+    /// Holds the tokens if an exchange may follow.
     pub(super) async fn identities(
         self: Arc<Self>,
         caller: &Arc<Caller>,
         keep: Option<&Subject>,
     ) -> IdentityResult {
+        self.identities_by(SvidKind::Jwt, caller, keep).await
+    }
+
+    async fn identities_by(
+        self: Arc<Self>,
+        kind: SvidKind,
+        caller: &Arc<Caller>,
+        keep: Option<&Subject>,
+    ) -> IdentityResult {
         let (inner, keep, caller) = (self.clone(), keep.cloned(), caller.clone());
         let query = AbortOnDropHandle::new(tokio::spawn(in_current_request(async move {
-            match inner.query(&caller, &JwtQuery(&inner.audience)).await {
-                Ok(svids) => inner.exclude_own_identities(svids, keep.as_ref()).await,
-                Err(SourceError::Denied(reply)) => {
-                    inner.log_denial(&reply);
-                    Ok(Arc::from([]))
-                }
-                Err(error) => Err(error),
+            let keep = keep.as_ref();
+            match kind {
+                SvidKind::Jwt => inner.learn(&caller, &JwtQuery(&inner.audience), keep).await,
+                SvidKind::X509 => inner.learn(&caller, &X509Query, keep).await,
             }
         })));
         // The query has its own task, so that a panic in a library fails this query and leaves the
@@ -170,18 +152,34 @@ impl AgentSourceInner {
         query.await.unwrap_or(Err(SourceError::Panicked))
     }
 
-    /// Returns the identities that the reply proves by a token, without the daemon's own. An
+    async fn learn<Q: SvidQuery>(
+        &self,
+        caller: &Arc<Caller>,
+        query: &Q,
+        keep: Option<&Subject>,
+    ) -> IdentityResult {
+        match self.query(caller, query).await {
+            Ok(svids) => self.exclude_own_identities(svids, keep).await,
+            Err(SourceError::Denied(reply)) => {
+                self.log_denial(&reply);
+                Ok(Arc::from([]))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Returns the identities that the reply proves by an SVID, without the daemon's own. An
     /// identity keeps all of its hints if it has several entries, or if the agent merges the
     /// replies of two others.
-    pub(super) async fn exclude_own_identities(
+    pub(super) async fn exclude_own_identities<S: ReceivedSvid>(
         &self,
-        svids: Vec<AgentSvid>,
+        svids: Vec<S>,
         keep: Option<&Subject>,
     ) -> IdentityResult {
         let own = self.own_ids(OWN_ID_TTL).await?;
-        let (mut identities, mut invalid_token) = (Vec::new(), None);
+        let (mut identities, mut invalid) = (Vec::new(), None);
         for svid in svids {
-            let Ok(spiffe_id) = SpiffeId::parse(&svid.spiffe_id) else {
+            let Ok(spiffe_id) = SpiffeId::parse(svid.claimed_id()) else {
                 if let Some(missed) = self.log.take("no SPIFFE ID") {
                     tracing::warn!(
                         missed,
@@ -196,29 +194,20 @@ impl AgentSourceInner {
                 }
                 continue;
             }
-            // Cached credentials of this identity are served without another check of a token.
-            if let Err(bad) = JwtSvid::check_subject(&svid.token, &spiffe_id) {
+            let hint = svid.hint();
+            if let Err(bad) = svid.prove(&spiffe_id, self, keep) {
                 if let Some(missed) = self.log.take(&format!("not its own {spiffe_id} {bad}")) {
-                    tracing::warn!(%spiffe_id, missed, error = %bad, "agent returned an identity without a valid token; it is ignored");
+                    tracing::warn!(%spiffe_id, missed, error = %bad, "agent returned an identity without a valid SVID; it is ignored");
                 }
-                invalid_token = Some(bad);
+                invalid = Some(bad);
                 continue;
             }
-            if let Some(subject) = keep
-                && let Ok(token) =
-                    JwtSvid::check(svid.token, &spiffe_id, &self.audience, self.clock.now())
-            {
-                self.tokens.hold(subject, token);
-            }
-            let identity = Identity {
-                spiffe_id,
-                hint: svid.hint,
-            };
+            let identity = Identity { spiffe_id, hint };
             if !identities.contains(&identity) {
                 identities.push(identity);
             }
         }
-        match invalid_token {
+        match invalid {
             Some(bad) if identities.is_empty() => Err(bad.into()),
             _ => Ok(identities.into()),
         }

@@ -1,10 +1,11 @@
+mod certificates;
 mod pods;
 mod query_limits;
 mod slow;
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -26,6 +27,7 @@ use crate::svid::ReceivedX509Svid;
 use crate::svid::agent::AgentSvid;
 use crate::svid::jwt::tests::{NOW, now, raw_token, token_for};
 use crate::svid::own_svid::tests::fake::Authority;
+use crate::svid::proto::workload::X509svid;
 
 const AUDIENCE: &str = "sts.amazonaws.com";
 const MAX_PROCESSES: usize = 100;
@@ -41,6 +43,10 @@ struct AgentScript {
     hangs: Mutex<HashSet<u32>>,
     /// The reply that replaces all others, if it is not empty.
     merged: Mutex<Vec<AgentSvid>>,
+    /// Whether it has no tokens for other processes than the daemon.
+    has_no_tokens: AtomicBool,
+    /// The reply of certificates that replaces all others.
+    certificates: Mutex<Option<Result<Vec<X509svid>, SourceError>>>,
     calls: AtomicUsize,
     /// One clone for each call in flight.
     active: Arc<()>,
@@ -63,6 +69,8 @@ impl AgentScript {
             gate: Semaphore::new(Semaphore::MAX_PERMITS),
             hangs: Mutex::default(),
             merged: Mutex::default(),
+            has_no_tokens: AtomicBool::new(false),
+            certificates: Mutex::default(),
             calls: AtomicUsize::new(0),
             active: Arc::default(),
             endpoint: Endpoint::Unix(PathBuf::from("/agent")),
@@ -98,6 +106,10 @@ impl AttestingAgent for AgentScript {
                 "no answer within the deadline".to_owned(),
             ));
         }
+        if self.has_no_tokens.load(Ordering::SeqCst) && pid != std::process::id() {
+            let text = "could not fetch JWT-SVID".to_owned();
+            return Err(SourceError::Unavailable(text));
+        }
         let merged = self.merged.lock().unwrap();
         if !merged.is_empty() {
             let copy = |svid: &AgentSvid| AgentSvid {
@@ -113,6 +125,9 @@ impl AttestingAgent for AgentScript {
 
     async fn fetch_x509_for_pid(&self, pid: u32) -> Result<Vec<ReceivedX509Svid>, SourceError> {
         self.calls.fetch_add(1, Ordering::SeqCst);
+        if let Some(reply) = self.certificates.lock().unwrap().clone() {
+            return Ok(reply?.into_iter().map(Into::into).collect());
+        }
         let authority = Authority::new();
         let ids = (self.reply.lock().unwrap())(pid)?;
         Ok(ids.iter().map(|id| authority.svid(id).into()).collect())
@@ -285,9 +300,14 @@ fn caller(pid: u32) -> Arc<Caller> {
 }
 
 fn source(agent: &Arc<AgentScript>) -> AgentSource {
+    source_with(agent, false)
+}
+
+fn source_with(agent: &Arc<AgentScript>, uses_certificates: bool) -> AgentSource {
     AgentSource::new(
         agent.clone(),
         AUDIENCE.to_owned(),
+        uses_certificates,
         MAX_PROCESSES,
         Clock::starting_at(now()),
         Metrics::default(),

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -48,10 +48,31 @@ pub(crate) enum HopFault {
     Denied,
 }
 
+/// A gate that is closed at first.
+#[derive(Default)]
+pub(crate) struct Gate {
+    is_open: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    pub(crate) fn open(&self) {
+        *self.is_open.lock().unwrap() = true;
+        self.opened.notify_all();
+    }
+
+    fn wait(&self) {
+        let closed = self.is_open.lock().unwrap();
+        drop(self.opened.wait_while(closed, |is_open| !*is_open).unwrap());
+    }
+}
+
 #[derive(Default)]
 struct ProxyCalls {
     counts: HashMap<String, usize>,
     faults: HashMap<String, HopFault>,
+    /// Holds the calls for the first role.
+    gate: Option<Arc<Gate>>,
     /// Lifetime of all sessions, instead of the requested one.
     lifetime: Option<Duration>,
 }
@@ -124,6 +145,16 @@ impl ChainUpstream {
             Some(fault) => drop(faults.insert(role_arn.to_owned(), fault)),
             None => drop(faults.remove(role_arn)),
         }
+    }
+
+    /// Forgets the calls for a role so far.
+    pub(crate) fn restart_count(&self, role_arn: &str) {
+        self.calls.lock().unwrap().counts.remove(role_arn);
+    }
+
+    /// Holds the calls for the first role until this gate is open.
+    pub(crate) fn hold_first(&self, gate: &Arc<Gate>) {
+        self.calls.lock().unwrap().gate = Some(gate.clone());
     }
 
     /// Ends all sessions that start from now on after this time.
@@ -203,6 +234,10 @@ fn pass(mut client: TcpStream, target: SocketAddr, calls: &Mutex<ProxyCalls>) ->
         *calls.counts.entry(role_arn.to_owned()).or_default() += 1;
         calls.faults.get(role_arn).copied()
     });
+    if role_arn == Some(HOPS[0]) {
+        let gate = calls.lock().unwrap().gate.clone();
+        gate.iter().for_each(|gate| gate.wait());
+    }
     match fault {
         Some(HopFault::Closed) => client.shutdown(Shutdown::Both),
         Some(HopFault::Throttled) => reject(client, 400, "Throttling", "Rate exceeded"),

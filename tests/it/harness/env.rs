@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde_json::Value;
+
 use super::cgroup::Cgroup;
 use super::counterparts::minio::{self, Minio};
 use super::counterparts::process::{Output, behind, run};
@@ -41,6 +43,8 @@ pub(crate) struct Setting<'a> {
     pub(crate) rule: Option<&'a dyn Fn(u32) -> String>,
     /// A text that is added to the role.
     pub(crate) role: &'a str,
+    /// The permissions of the role, instead of those for the first user alone.
+    pub(crate) permissions: Option<Value>,
     /// Makes a proxy in front of the agent's socket, and returns the proxy's path.
     pub(crate) socket: Option<&'a dyn Fn(&Path) -> PathBuf>,
     /// The source that maps users to identities.
@@ -146,11 +150,9 @@ impl Env {
             ..setting.source.of_spire()
         };
         let spire = Spire::start_with(folder, spire_setting)?;
-        let minio = Minio::start(
-            folder,
-            &spire.issuer_url(),
-            &minio::readable_by(&id(users[0].1), "shop"),
-        )?;
+        let for_first = || minio::readable_by(&id(users[0].1), "shop");
+        let permissions = setting.permissions.clone().unwrap_or_else(for_first);
+        let minio = Minio::start(folder, &spire.issuer_url(), &permissions)?;
         minio.make_bucket("shop");
         minio.put("shop", "test.txt", b"hello from the shop\n");
         let mut entries = BTreeMap::new();
@@ -223,6 +225,11 @@ impl Env {
     /// Runs `aws s3 cp` as a user with only those variables in its environment that the README
     /// names.
     pub(crate) fn copy(&self, uid: u32) -> Output {
+        self.copy_of(uid, "test.txt")
+    }
+
+    /// The same for another object of the bucket.
+    pub(crate) fn copy_of(&self, uid: u32, key: &str) -> Output {
         let workload = Workload::new(uid)
             .env("AWS_CONTAINER_CREDENTIALS_FULL_URI", &self.daemon.uri())
             .env("AWS_CONTAINER_AUTHORIZATION_TOKEN", "any")
@@ -234,7 +241,7 @@ impl Env {
                 &self.minio.endpoint(),
                 "s3",
                 "cp",
-                "s3://shop/test.txt",
+                &format!("s3://shop/{key}"),
                 "-",
             ],
         )

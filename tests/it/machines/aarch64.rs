@@ -1,7 +1,6 @@
 //! The unit tests on aarch64: built for the C library that a release needs, and run on Debian's
 //! kernel.
 
-use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -88,7 +87,7 @@ fn unit_tests_pass_on_aarch64() {
 fn built(arguments: &[&str]) -> Option<PathBuf> {
     let mut paths = cached("bin").into_os_string();
     paths.push(":");
-    paths.push(std::env::var_os("PATH").unwrap_or_else(OsString::new));
+    paths.push(std::env::var_os("PATH").unwrap_or_default());
     let mut command = Command::new(tool("cargo-zigbuild")?);
     command.current_dir(env!("CARGO_MANIFEST_DIR"));
     command.args(arguments).arg("--locked");

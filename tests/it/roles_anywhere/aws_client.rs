@@ -25,8 +25,8 @@ pub(super) struct CertifiedFiles {
     pub(super) ca: String,
     pub(super) certificate: PathBuf,
     pub(super) key: PathBuf,
-    /// The intermediate CAs, if there are any.
-    bundle: Option<PathBuf>,
+    /// The intermediate CA, if there is one.
+    pub(super) bundle: Option<PathBuf>,
 }
 
 fn ca_params(name: &str) -> CertificateParams {
@@ -40,15 +40,14 @@ fn ca_params(name: &str) -> CertificateParams {
 }
 
 impl CertifiedFiles {
-    /// Creates a certificate of a workload with this key, below an intermediate CA or below the
-    /// root itself.
-    pub(super) fn new(folder: &Path, key: &KeyPair, has_intermediate: bool) -> Self {
+    /// Creates a certificate of a workload with this key, below an intermediate CA with this other
+    /// key, or below the root itself.
+    pub(super) fn new(folder: &Path, key: &KeyPair, intermediate: Option<KeyPair>) -> Self {
         let root_key = KeyPair::generate().unwrap();
         let root_params = ca_params("root");
         let root = root_params.self_signed(&root_key).unwrap();
         let mut issuer = Issuer::new(root_params, root_key);
-        let bundle = has_intermediate.then(|| {
-            let between_key = KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384).unwrap();
+        let bundle = intermediate.map(|between_key| {
             let between_params = ca_params("between");
             let between = between_params.signed_by(&between_key, &issuer).unwrap();
             issuer = Issuer::new(between_params, between_key);
@@ -96,6 +95,10 @@ fn ec() -> KeyPair {
     KeyPair::generate().unwrap()
 }
 
+fn p384() -> KeyPair {
+    KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384).unwrap()
+}
+
 #[track_caller]
 fn rejected(output: &Output, reason: &str) {
     assert!(!output.status.success(), "{output:?}");
@@ -105,22 +108,18 @@ fn rejected(output: &Output, reason: &str) {
 #[test]
 fn verifying_server_accepts_aws_client_and_rejects_what_is_wrong() {
     let folder = folder();
-    for (name, key, has_intermediate) in [
-        ("p256", ec(), false),
-        (
-            "p384",
-            KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384).unwrap(),
-            true,
-        ),
+    for (name, key, intermediate) in [
+        ("p256", ec(), None),
+        ("p384", p384(), Some(p384())),
         (
             "rsa",
             KeyPair::from_pem(include_str!("rsa.key.pem")).unwrap(),
-            false,
+            None,
         ),
     ] {
         let folder = folder.path().join(name);
         fs::create_dir(&folder).unwrap();
-        let certified = CertifiedFiles::new(&folder, &key, has_intermediate);
+        let mut certified = CertifiedFiles::new(&folder, &key, intermediate);
         let server = VerifyingServer::start(Trust::of(&certified.ca));
         let Some(output) = certified.run(server.sts.url(), &["--role-session-name", "reader"])
         else {
@@ -136,13 +135,18 @@ fn verifying_server_accepts_aws_client_and_rejects_what_is_wrong() {
         );
         assert_eq!(server.sts.accepted_requests().len(), 1);
 
+        // A chain that lacks the intermediate CA.
+        if let Some(bundle) = certified.bundle.take() {
+            let output = certified.run(server.sts.url(), &[]).unwrap();
+            rejected(&output, "Untrusted certificate");
+            certified.bundle = Some(bundle);
+        }
+
         // Another key than the certificate's.
         let own_key = fs::read(&certified.key).unwrap();
         let other = match name {
             "rsa" => include_str!("other-rsa.key.pem").to_owned(),
-            "p384" => KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384)
-                .unwrap()
-                .serialize_pem(),
+            "p384" => p384().serialize_pem(),
             _ => ec().serialize_pem(),
         };
         fs::write(&certified.key, other).unwrap();
@@ -197,13 +201,13 @@ fn verifying_server_accepts_aws_client_and_rejects_what_is_wrong() {
     }
 }
 
-/// Sends bytes to a server, and returns the status line of its response.
+/// Sends bytes to a server, and returns its response.
 fn send(url: &str, request: &[u8]) -> String {
     let mut stream = TcpStream::connect(url.trim_start_matches("http://")).unwrap();
     stream.write_all(request).unwrap();
     let mut response = String::new();
     stream.read_to_string(&mut response).unwrap();
-    response.lines().next().unwrap_or_default().to_owned()
+    response
 }
 
 /// The end of a request of AWS's client, which sends its body in chunks.
@@ -232,14 +236,14 @@ fn captured(certified: &CertifiedFiles) -> Option<String> {
 #[test]
 fn verifying_server_rejects_each_changed_part_of_a_request() {
     let folder = folder();
-    let certified = CertifiedFiles::new(folder.path(), &ec(), true);
+    let certified = CertifiedFiles::new(folder.path(), &ec(), Some(p384()));
     let Some(request) = captured(&certified) else {
         return;
     };
     let server = VerifyingServer::start(Trust::of(&certified.ca));
-    let status = |request: &str| send(server.sts.url(), request.as_bytes());
-    let unchanged = status(&request);
-    assert!(unchanged.contains("201"), "{unchanged} {request}");
+    let response = |request: &str| send(server.sts.url(), request.as_bytes());
+    let unchanged = response(&request);
+    assert!(unchanged.contains("201 Created"), "{unchanged} {request}");
 
     let line = |name: &str| {
         let line = request
@@ -253,39 +257,68 @@ fn verifying_server_rejects_each_changed_part_of_a_request() {
         assert!(request.contains(from), "{from} {request}");
         request.replacen(from, to, 1)
     };
+    const MISMATCH: &str = "Signature does not match";
+    const UNSIGNED: &str = "each X-Amz header have to be signed";
+    const OTHER_LEAF: &str = "Algorithm or serial number is not that of the certificate";
     let table = [
-        without("authorization"),
-        without("x-amz-date"),
-        without("x-amz-x509:"),
-        without("x-amz-x509-chain"),
-        without("content-type"),
-        changed("Host: 127", "Host: 128"),
-        changed(
-            "\"roleSessionName\":\"reader\"",
-            "\"roleSessionName\":\"writer\"",
+        (without("authorization"), "Missing Authentication Token"),
+        (without("x-amz-date"), "X-Amz-Date is required"),
+        (without("x-amz-x509:"), "Header x-amz-x509 is not single"),
+        (
+            without("x-amz-x509-chain"),
+            "Header x-amz-x509-chain is not single",
         ),
-        changed("durationSeconds\":3600", "durationSeconds\":3601"),
-        changed("role%2Fapp", "role%2Fapq"),
-        changed("POST /sessions", "POST /sessions/"),
-        changed(
-            "Content-Type: application/json",
-            "Content-Type: application/jsom",
+        (without("content-type"), "Header content-type is not single"),
+        (changed("Host: 127", "Host: 128"), MISMATCH),
+        (
+            changed(
+                "\"roleSessionName\":\"reader\"",
+                "\"roleSessionName\":\"writer\"",
+            ),
+            MISMATCH,
+        ),
+        (
+            changed("durationSeconds\":3600", "durationSeconds\":3601"),
+            MISMATCH,
+        ),
+        (changed("role%2Fapp", "role%2Fapq"), MISMATCH),
+        (
+            changed(
+                "Content-Type: application/json",
+                "Content-Type: application/jsom",
+            ),
+            MISMATCH,
         ),
         // A header that the client did not sign.
-        changed("\r\n\r\n", "\r\nX-Amz-Security-Token: x\r\n\r\n"),
-        changed("SignedHeaders=content-type;", "SignedHeaders="),
-        changed("Credential=", "Credential=1"),
-        changed("AWS4-X509-ECDSA-SHA256", "AWS4-X509-RSA-SHA256"),
-        changed(LAST_CHUNK, &format!("\r\n1\r\n {LAST_CHUNK}")),
+        (
+            changed("\r\n\r\n", "\r\nX-Amz-Security-Token: x\r\n\r\n"),
+            UNSIGNED,
+        ),
+        (
+            changed("SignedHeaders=content-type;", "SignedHeaders="),
+            UNSIGNED,
+        ),
+        (changed("Credential=", "Credential=1"), OTHER_LEAF),
+        (
+            changed("AWS4-X509-ECDSA-SHA256", "AWS4-X509-RSA-SHA256"),
+            OTHER_LEAF,
+        ),
+        (
+            changed(LAST_CHUNK, &format!("\r\n1\r\n {LAST_CHUNK}")),
+            MISMATCH,
+        ),
     ];
-    for request in table {
-        let status = status(&request);
-        assert!(status.contains(" 4"), "{status} {request}");
+    for (request, reason) in table {
+        let response = response(&request);
+        assert!(
+            response.starts_with("HTTP/1.1 403 ") && response.contains(reason),
+            "{reason}: {response} {request}"
+        );
     }
     // The digest of a signature is that of its own text.
     let (head, signature) = request.split_once("Signature=").unwrap();
     let digit = if signature.starts_with('3') { "4" } else { "3" };
     let forged = format!("{head}Signature={digit}{}", &signature[1..]);
-    assert!(status(&forged).contains("403"));
+    assert!(response(&forged).contains(MISMATCH));
     assert_eq!(server.sts.issued(), 1);
 }

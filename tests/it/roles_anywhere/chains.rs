@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::commands::awsvid;
 use super::server::{ROLE, Trust, VerifyingServer};
-use super::spire::{KEY_TYPES, READER, configuration, fetch, spire};
+use super::spire::{KEY_TYPES, READER, configuration, fetch, fetch_as, spire};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::counterparts::spire::Spire;
 use crate::harness::counterparts::{folder, root};
@@ -126,6 +126,39 @@ fn chain_behind_a_certificate_gives_the_last_role() {
 }
 
 #[test]
+fn common_name_is_the_source_identity_of_each_session() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    let Some(node) = ChainNode::start(folder.path(), "shared-id") else {
+        return;
+    };
+    let named = READER + 1;
+    let selector = format!("unix:uid:{named}");
+    let options = ["-dns", "named.example.org"];
+    node.spire
+        .register_with(&id("named"), &[&selector], &options);
+    let workload = Cgroup::new(&format!("anywhere-named-{}.service", std::process::id()));
+    let answer = |name: &str, text: &str| {
+        let folder = folder.path().join(name);
+        fs::create_dir(&folder).unwrap();
+        let daemon = Daemon::start(&folder, "", text).ready();
+        fetch_as(&daemon, named, &workload)
+    };
+    let changing = node.configuration(folder.path(), Source::Delegated);
+    let rejected = answer("changing", &changing);
+    let message = rejected["message"].as_str().unwrap_or_default();
+    assert!(
+        message.contains("hop 2") && message.contains("cannot be changed"),
+        "{rejected}"
+    );
+    let keeping = changing.replace("source_identity = \"{path[1]}\"\n", "");
+    let body = answer("keeping", &keeping);
+    assert_eq!(body["RoleArn"], LAST, "{body}");
+}
+
+#[test]
 fn check_assumes_each_role_behind_a_certificate() {
     if !root() {
         return;
@@ -150,9 +183,12 @@ fn check_assumes_each_role_behind_a_certificate() {
         );
         assert!(report.contains(&line), "{line}: {report}");
     }
-    // That of IAM Roles Anywhere, and that of STS, which the other roles need.
-    let clock = format!("this node's clock and STS's agree, at {}", node.front.url());
-    assert_eq!(report.matches(&clock).count(), 2, "{report}");
+    // The first role needs the one, and the others the other.
+    for server in ["IAM Roles Anywhere", "STS"] {
+        let url = node.front.url();
+        let clock = format!("this node's clock and {server}'s agree, at {url}");
+        assert_eq!(report.matches(&clock).count(), 1, "{clock}: {report}");
+    }
 
     let (report, _node) = check("other-id").unwrap();
     let fix = format!("a policy of {ROLE} has to allow the same on {MIDDLE}");

@@ -43,7 +43,8 @@ fn answer(
         .env("HOME", folder)
         .args(["-c", PROGRAM, &front.address().to_string()])
         .args([&ca, &files.certificate, &files.key])
-        .args(["", ROLE, PROFILE, ANCHOR, region, name]);
+        .arg(files.bundle.as_deref().unwrap_or(Path::new("")))
+        .args([ROLE, PROFILE, ANCHOR, region, name]);
     let output = run(command, b"", TIMEOUT).success("AWS's client for Python");
     let is_issued = output.starts_with("ASIA");
     assert_eq!(server.sts.issued(), u64::from(is_issued), "{output}");
@@ -55,19 +56,34 @@ fn verifying_server_accepts_aws_python_client_and_rejects_what_is_wrong() {
     let folder = folder();
     let right = ["us-east-1", "reader"];
     // It names the digest of the certificate's signature, and always signs with SHA-256. So an
-    // intermediate CA that signs with another one does not work with it.
-    for key in [
-        KeyPair::generate().unwrap(),
-        KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384).unwrap(),
-        KeyPair::from_pem(include_str!("rsa.key.pem")).unwrap(),
+    // intermediate CA that signs with another one, as of P-384, does not work with it.
+    for (key, intermediate) in [
+        (
+            KeyPair::generate().unwrap(),
+            Some(KeyPair::generate().unwrap()),
+        ),
+        (
+            KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384).unwrap(),
+            None,
+        ),
+        (
+            KeyPair::from_pem(include_str!("rsa.key.pem")).unwrap(),
+            None,
+        ),
     ] {
-        let files = CertifiedFiles::new(folder.path(), &key, false);
-        let trust = || Trust::of(&files.ca);
-        let Some(issued) = answer(&files, trust(), right, folder.path()) else {
+        let mut files = CertifiedFiles::new(folder.path(), &key, intermediate);
+        let bundle = files.bundle.clone();
+        let Some(issued) = answer(&files, Trust::of(&files.ca), right, folder.path()) else {
             return;
         };
         assert!(issued.starts_with("ASIA"), "{issued}");
+        if files.bundle.take().is_some() {
+            let output = answer(&files, Trust::of(&files.ca), right, folder.path()).unwrap();
+            assert!(output.contains("Untrusted certificate"), "{output}");
+        }
+        files.bundle = bundle;
 
+        let trust = || Trust::of(&files.ca);
         let rejected = |files: &CertifiedFiles, trust, parameters, reason: &str| {
             let output = answer(files, trust, parameters, folder.path()).unwrap();
             assert!(

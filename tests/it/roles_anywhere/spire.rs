@@ -16,17 +16,18 @@ use crate::harness::env::{AWSVID, Source, awsvid_selectors, id};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 pub(super) const READER: u32 = 61001;
-/// The keys of workloads, each with another kind for the CA.
-pub(super) const KEY_TYPES: [(&str, &str); 3] = [
-    ("rsa-2048", "ec-p384"),
-    ("ec-p256", "rsa-2048"),
-    ("ec-p384", "ec-p256"),
+/// The keys of workloads, each with another kind for the CA, and whether a root outside SPIRE has
+/// signed that CA.
+pub(super) const KEY_TYPES: [(&str, &str, bool); 3] = [
+    ("rsa-2048", "ec-p384", true),
+    ("ec-p256", "rsa-2048", false),
+    ("ec-p384", "ec-p256", true),
 ];
 
 /// Starts SPIRE for all sources, with entries for awsvid's rules and for its callers.
 pub(super) fn spire(
     folder: &Path,
-    (key_type, ca_key_type): (&'static str, &'static str),
+    (key_type, ca_key_type, upstream_ca): (&'static str, &'static str, bool),
 ) -> Option<Spire> {
     let setting = SpireSetting {
         delegates: vec![AWSVID.to_owned()],
@@ -35,6 +36,7 @@ pub(super) fn spire(
         without_hashes: true,
         workload_key_type: Some(key_type),
         ca_key_type: Some(ca_key_type),
+        upstream_ca,
         ..SpireSetting::default()
     };
     let spire = Spire::start_with(folder, setting)?;
@@ -67,8 +69,13 @@ fn daemon(folder: &Path, spire: &Spire, source: Source, server: &VerifyingServer
 
 /// Requests credentials, and again while a slow machine has none yet, as SDKs do.
 pub(super) fn fetch(daemon: &Daemon, workload: &Cgroup) -> Value {
+    fetch_as(daemon, READER, workload)
+}
+
+/// Requests credentials as this user.
+pub(super) fn fetch_as(daemon: &Daemon, uid: u32, workload: &Cgroup) -> Value {
     await_some("an answer other than pending", TIMEOUT, || {
-        let answer = daemon.curl("unix", (READER, READER), workload);
+        let answer = daemon.curl("unix", (uid, uid), workload);
         let answer: Value = serde_json::from_str(&answer).unwrap();
         (answer["code"] != "pending").then_some(answer)
     })
@@ -86,17 +93,24 @@ fn undated(canonical_request: &str) -> String {
 /// awsvid has by its rules.
 fn run_aws_client(folder: &Path, spire: &Spire, server: &VerifyingServer) -> Option<()> {
     spire.write_x509(folder);
+    let (certificate, intermediates) = (folder.join("svid.0.pem"), folder.join("between.pem"));
+    let chain = std::fs::read_to_string(&certificate).unwrap();
+    let (_, after_leaf) = chain.split_once("-----END CERTIFICATE-----\n").unwrap();
+    std::fs::write(&intermediates, after_leaf).unwrap();
     let mut command = Command::new(tool("aws_signing_helper")?);
     command
         .env_clear()
         .args(["credential-process", "--endpoint", server.sts.url()])
         .arg("--certificate")
-        .arg(folder.join("svid.0.pem"))
+        .arg(&certificate)
         .arg("--private-key")
         .arg(folder.join("svid.0.key"))
         .args(["--role-arn", ROLE, "--profile-arn", PROFILE])
         .args(["--trust-anchor-arn", ANCHOR])
         .args(["--role-session-name", "example.org=w=rules"]);
+    if !after_leaf.is_empty() {
+        command.arg("--intermediates").arg(&intermediates);
+    }
     run(command, b"", TIMEOUT).success("AWS's client");
     Some(())
 }
@@ -138,6 +152,8 @@ fn each_kind_of_key_and_each_source_is_accepted() {
                 };
                 assert_eq!(undated(own), undated(aws));
                 assert!(own.contains("\nx-amz-date:") && own != &undated(own));
+                let (.., upstream_ca) = key_types;
+                assert_eq!(own.contains("\nx-amz-x509-chain:"), upstream_ca);
             }
             let log = daemon.log();
             assert!(!log.contains("PRIVATE KEY") && !log.contains("secretAccessKey"));
@@ -189,4 +205,12 @@ fn profile_without_names_is_learnt() {
     let answer = fetch(&daemon, &workload);
     assert!(answer["AccessKeyId"].is_string(), "{answer}");
     daemon.await_line(&["profile of IAM Roles Anywhere accepts no session names"]);
+    // The records have the name that AWS made.
+    let key = answer["AccessKeyId"].as_str().unwrap();
+    let arn = server.sts.session_arn(key).unwrap();
+    let (_, name) = arn.rsplit_once('/').unwrap();
+    assert_ne!(name, "example.org=w=rules");
+    let audit = daemon.audit_where(|_, line| line.contains(key));
+    assert_eq!(audit[0]["session_name"], name, "{audit:?}");
+    assert_eq!(daemon.status(&id("rules"))["session_name"], name);
 }

@@ -179,7 +179,7 @@ fn steps(role: &Role, id: &SpiffeId) -> Vec<Step> {
             external_id: external_id.and_then(|id| id.render(&values).ok()),
             previous,
             next: next.clone(),
-            actions: required_actions(&role.chain[..count]),
+            actions: required_actions(&role.exchange, &role.chain[..count]),
         });
         previous = next;
     }

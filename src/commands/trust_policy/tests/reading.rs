@@ -1,7 +1,7 @@
 //! Real readers of the three languages, and an evaluator of IAM's conditions. Used by the unit
 //! tests and, included as a file, by the tests with a real SPIRE.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
 use hcl::eval::{Context, FuncArgs, FuncDef, ParamType};
@@ -24,36 +24,38 @@ pub(crate) fn allows(policy: &Value, token: &Token<'_>, provider: &str) -> bool 
         (format!("{issuer}:aud"), token.audience),
         (format!("{issuer}:sub"), token.subject),
     ]);
-    policy["Statement"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .any(|statement| {
-            assert_eq!(statement["Effect"], "Allow");
-            assert_eq!(statement["Action"], "sts:AssumeRoleWithWebIdentity");
-            assert_eq!(statement["Principal"], json!({ "Federated": provider }));
-            provider.ends_with(&format!(":oidc-provider/{issuer}"))
-                && statement["Condition"]
-                    .as_object()
-                    .unwrap()
-                    .iter()
-                    .all(|(operator, keys)| {
-                        keys.as_object().unwrap().iter().all(|(key, expected)| {
-                            let (claim, expected) = (claims.get(key), expected.as_str().unwrap());
-                            match operator.as_str() {
-                                "StringEquals" => claim.is_some_and(|claim| *claim == expected),
-                                "StringLike" => claim.is_some_and(|claim| {
-                                    like(expected.as_bytes(), claim.as_bytes())
-                                }),
-                                // By IAM's rules also true if the claim is missing.
-                                "StringNotLike" => claim.is_none_or(|claim| {
-                                    !like(expected.as_bytes(), claim.as_bytes())
-                                }),
-                                other => panic!("{other}"),
-                            }
-                        })
-                    })
+    statements(policy, "Federated").any(|statement| {
+        assert_eq!(statement["Action"], "sts:AssumeRoleWithWebIdentity");
+        assert_eq!(statement["Principal"], json!({ "Federated": provider }));
+        provider.ends_with(&format!(":oidc-provider/{issuer}")) && holds(statement, &claims)
+    })
+}
+
+/// Returns the statements for principals of this kind.
+pub(super) fn statements<'a>(policy: &'a Value, kind: &'a str) -> impl Iterator<Item = &'a Value> {
+    let statements = policy["Statement"].as_array().unwrap().iter();
+    statements.filter(move |statement| {
+        assert_eq!(statement["Effect"], "Allow");
+        !statement["Principal"][kind].is_null()
+    })
+}
+
+/// Evaluates the condition of a statement.
+pub(super) fn holds(statement: &Value, claims: &BTreeMap<String, &str>) -> bool {
+    let condition = statement["Condition"].as_object().unwrap();
+    condition.iter().all(|(operator, keys)| {
+        keys.as_object().unwrap().iter().all(|(key, expected)| {
+            let (claim, expected) = (claims.get(key), expected.as_str().unwrap());
+            let is_like = |claim: &&str| like(expected.as_bytes(), claim.as_bytes());
+            match operator.as_str() {
+                "StringEquals" | "ArnEquals" => claim.is_some_and(|claim| *claim == expected),
+                "StringLike" => claim.is_some_and(is_like),
+                // By IAM's rules also true if the claim is missing.
+                "StringNotLike" => claim.is_none_or(|claim| !is_like(claim)),
+                other => panic!("{other}"),
+            }
         })
+    })
 }
 
 /// Matches a pattern: `*` is any number of any characters, `?` any one.
@@ -75,6 +77,30 @@ pub(crate) struct Read {
     pub(crate) roles: BTreeMap<String, (String, u64, Value)>,
     /// The inline policies of roles for the next role of a chain.
     pub(crate) permissions: BTreeMap<String, Value>,
+    /// The CAs of the trust anchor, in PEM.
+    pub(crate) anchor: Option<String>,
+    pub(crate) profile: Option<ReadProfile>,
+}
+
+/// A profile of IAM Roles Anywhere.
+#[derive(Debug, PartialEq)]
+pub(crate) struct ReadProfile {
+    pub(crate) accepts_session_names: bool,
+    pub(crate) seconds: u64,
+    /// Names of the roles.
+    pub(crate) roles: BTreeSet<String>,
+}
+
+impl Read {
+    fn of_provider(provider: Value) -> Self {
+        Self {
+            provider,
+            roles: BTreeMap::new(),
+            permissions: BTreeMap::new(),
+            anchor: None,
+            profile: None,
+        }
+    }
 }
 
 /// Returns the provider by the names of its three properties. The last one may be missing.
@@ -98,11 +124,7 @@ pub(crate) fn by_a_shell(script: &str) -> Read {
     );
     let text = String::from_utf8(output.stdout).unwrap();
     let words: Vec<&str> = text.split_terminator('\0').collect();
-    let mut read = Read {
-        provider: Value::Null,
-        roles: BTreeMap::new(),
-        permissions: BTreeMap::new(),
-    };
+    let mut read = Read::of_provider(Value::Null);
     for command in words
         .split(|word| *word == "END")
         .filter(|command| !command.is_empty())
@@ -144,6 +166,23 @@ pub(crate) fn by_a_shell(script: &str) -> Read {
                 let role = option("--role-name").to_owned();
                 assert!(read.permissions.insert(role, policy).is_none());
             }
+            ["rolesanywhere", "create-trust-anchor"] => {
+                let source: Value = serde_json::from_str(option("--source")).unwrap();
+                assert_eq!(source["sourceType"], "CERTIFICATE_BUNDLE");
+                let pem = source["sourceData"]["x509CertificateData"].as_str();
+                assert!(command.contains(&"--enabled"));
+                read.anchor = Some(pem.unwrap().to_owned());
+            }
+            ["rolesanywhere", "create-profile"] => {
+                let arns = command.iter().skip_while(|word| **word != "--role-arns");
+                let names = arns.skip(1).map(|arn| arn.rsplit('/').next().unwrap());
+                assert!(command.contains(&"--enabled"));
+                read.profile = Some(ReadProfile {
+                    accepts_session_names: command.contains(&"--accept-role-session-name"),
+                    seconds: option("--duration-seconds").parse().unwrap(),
+                    roles: names.map(str::to_owned).collect(),
+                });
+            }
             _ => panic!("{command:?}"),
         }
     }
@@ -151,7 +190,7 @@ pub(crate) fn by_a_shell(script: &str) -> Read {
 }
 
 /// Evaluates the HCL, with the function that Terraform adds.
-fn by_hcl(text: &str, provider: &str) -> Read {
+fn by_hcl(text: &str, provider: &str, anchor: &str) -> Read {
     fn jsonencode(arguments: FuncArgs) -> Result<hcl::Value, String> {
         Ok(hcl::Value::from(
             serde_json::to_string(&arguments[0]).map_err(|error| error.to_string())?,
@@ -166,19 +205,24 @@ fn by_hcl(text: &str, provider: &str) -> Read {
         "aws_iam_openid_connect_provider",
         hcl::value!({ awsvid = { arn = provider } }),
     );
+    context.declare_var(
+        "aws_rolesanywhere_trust_anchor",
+        hcl::value!({ awsvid = { arn = anchor } }),
+    );
     // Each role by its label, for references to it.
     let labels = text
         .lines()
         .filter_map(|line| line.strip_prefix("resource \"aws_iam_role\" \""))
         .filter_map(|rest| rest.split('"').next());
     let roles: hcl::Map<String, hcl::Value> = labels
-        .map(|label| (label.to_owned(), hcl::value!({ name = label })))
+        .map(|label| (label.to_owned(), hcl::value!({ name = label, arn = label })))
         .collect();
     context.declare_var("aws_iam_role", hcl::Value::Object(roles));
     let document: Value =
         hcl::eval::from_str(text, &context).unwrap_or_else(|error| panic!("{error}\n{text}"));
     let resources = document["resource"].as_object().unwrap();
-    let provider_resource = &resources["aws_iam_openid_connect_provider"]["awsvid"];
+    let providers = resources.get("aws_iam_openid_connect_provider");
+    let provider_resource = providers.map_or(&Value::Null, |providers| &providers["awsvid"]);
     let roles = resources["aws_iam_role"]
         .as_object()
         .unwrap()
@@ -204,27 +248,50 @@ fn by_hcl(text: &str, provider: &str) -> Read {
         let policy = serde_json::from_str(policy["policy"].as_str().unwrap()).unwrap();
         (name, policy)
     });
+    let name_of = |label: &Value| {
+        let name = &resources["aws_iam_role"][label.as_str().unwrap()]["name"];
+        name.as_str().unwrap().to_owned()
+    };
+    let anywhere = |kind: &str| {
+        let resource = &resources.get(kind)?["awsvid"];
+        assert_eq!(resource["enabled"], true);
+        Some(resource)
+    };
+    let anchor = anywhere("aws_rolesanywhere_trust_anchor").map(|anchor| {
+        assert_eq!(anchor["source"]["source_type"], "CERTIFICATE_BUNDLE");
+        let pem = &anchor["source"]["source_data"]["x509_certificate_data"];
+        pem.as_str().unwrap().to_owned()
+    });
+    let profile = anywhere("aws_rolesanywhere_profile").map(|profile| ReadProfile {
+        accepts_session_names: profile["accept_role_session_name"] == true,
+        seconds: profile["duration_seconds"].as_u64().unwrap(),
+        roles: profile["role_arns"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(name_of)
+            .collect(),
+    });
     Read {
-        provider: provider_of(
-            provider_resource,
-            ["url", "client_id_list", "thumbprint_list"],
-        ),
         roles: roles.collect(),
         permissions: permissions.collect(),
+        anchor,
+        profile,
+        ..Read::of_provider(provider_of(
+            provider_resource,
+            ["url", "client_id_list", "thumbprint_list"],
+        ))
     }
 }
 
 /// Resolves the template as CloudFormation does.
-fn by_cloudformation(text: &str, provider: &str) -> Read {
+fn by_cloudformation(text: &str, provider: &str, anchor: &str) -> Read {
     let resolved = text.replace("\n", "").replace("  ", "");
     let template: Value = serde_json::from_str(&resolved).unwrap();
     assert_eq!(template["AWSTemplateFormatVersion"], "2010-09-09");
-    let mut read = Read {
-        provider: Value::Null,
-        roles: BTreeMap::new(),
-        permissions: BTreeMap::new(),
-    };
-    for (id, resource) in template["Resources"].as_object().unwrap() {
+    let mut read = Read::of_provider(Value::Null);
+    let resources = template["Resources"].as_object().unwrap();
+    for (id, resource) in resources {
         assert!(id.bytes().all(|c| c.is_ascii_alphanumeric()), "{id}");
         let properties = &resource["Properties"];
         match resource["Type"].as_str().unwrap() {
@@ -235,13 +302,17 @@ fn by_cloudformation(text: &str, provider: &str) -> Read {
             "AWS::IAM::Role" => {
                 let mut policy = properties["AssumeRolePolicyDocument"].clone();
                 let statements = policy["Statement"].as_array_mut().unwrap();
-                let is_of_token = |statement: &&mut Value| statement["Principal"]["AWS"].is_null();
-                for statement in statements.iter_mut().filter(is_of_token) {
-                    assert_eq!(
-                        statement["Principal"],
-                        json!({ "Federated": { "Ref": "OidcProvider" } })
+                for statement in statements {
+                    resolve(
+                        statement.pointer_mut("/Principal/Federated"),
+                        json!({ "Ref": "OidcProvider" }),
+                        provider,
                     );
-                    statement["Principal"]["Federated"] = Value::from(provider);
+                    resolve(
+                        statement.pointer_mut("/Condition/ArnEquals/aws:SourceArn"),
+                        json!({ "Fn::GetAtt": ["TrustAnchor", "TrustAnchorArn"] }),
+                        anchor,
+                    );
                 }
                 let text = |name: &str| properties[name].as_str().unwrap().to_owned();
                 let role = (
@@ -255,17 +326,55 @@ fn by_cloudformation(text: &str, provider: &str) -> Read {
                     read.permissions.insert(text("RoleName"), permission);
                 }
             }
+            "AWS::RolesAnywhere::TrustAnchor" => {
+                let source = &properties["Source"];
+                assert_eq!(
+                    (id.as_str(), &properties["Enabled"]),
+                    ("TrustAnchor", &json!(true))
+                );
+                assert_eq!(source["SourceType"], "CERTIFICATE_BUNDLE");
+                let pem = source["SourceData"]["X509CertificateData"].as_str();
+                read.anchor = Some(pem.unwrap().to_owned());
+            }
+            "AWS::RolesAnywhere::Profile" => {
+                assert_eq!(properties["Enabled"], true);
+                let name = |arn: &Value| {
+                    assert_eq!(arn["Fn::GetAtt"][1], "Arn");
+                    let role = &resources[arn["Fn::GetAtt"][0].as_str().unwrap()];
+                    let name = role["Properties"]["RoleName"].as_str();
+                    name.unwrap().to_owned()
+                };
+                let arns = properties["RoleArns"].as_array().unwrap();
+                read.profile = Some(ReadProfile {
+                    accepts_session_names: properties["AcceptRoleSessionName"] == true,
+                    seconds: properties["DurationSeconds"].as_u64().unwrap(),
+                    roles: arns.iter().map(name).collect(),
+                });
+            }
             other => panic!("{other}"),
         }
     }
     read
 }
 
+/// Replaces a reference, which has to be this one, by the ARN that it stands for.
+fn resolve(reference: Option<&mut Value>, expected: Value, arn: &str) {
+    if let Some(reference) = reference {
+        assert_eq!(*reference, expected);
+        *reference = Value::from(arn);
+    }
+}
+
 /// Returns the content of all three outputs, in the order of `awsvid trust-policy --format`. Panics
-/// if they differ. `provider` is the ARN that the provider will have.
-pub(crate) fn same([aws_cli, terraform, cloudformation]: [&str; 3], provider: &str) -> Read {
+/// if they differ. `provider` and `anchor` are the ARNs that the provider and the trust anchor will
+/// have.
+pub(crate) fn same(
+    [aws_cli, terraform, cloudformation]: [&str; 3],
+    provider: &str,
+    anchor: &str,
+) -> Read {
     let read = by_a_shell(aws_cli);
-    assert_eq!(by_hcl(terraform, provider), read);
-    assert_eq!(by_cloudformation(cloudformation, provider), read);
+    assert_eq!(by_hcl(terraform, provider, anchor), read);
+    assert_eq!(by_cloudformation(cloudformation, provider, anchor), read);
     read
 }

@@ -31,6 +31,7 @@ pub(super) struct Proof {
     leaf: CertificateDer<'static>,
     intermediates: Vec<CertificateDer<'static>>,
     spiffe_id: SpiffeId,
+    common_name: Option<String>,
     /// The text whose digest was signed.
     pub(super) canonical_request: String,
 }
@@ -76,7 +77,7 @@ impl Proof {
             Ok([leaf]) => leaf,
             Err(_) => return Err(DevSessionRejection::invalid("One certificate is required")),
         };
-        let spiffe_id = check_leaf(&leaf, &authorization, now)?;
+        let (spiffe_id, common_name) = check_leaf(&leaf, &authorization, now)?;
         let query = query
             .iter()
             .map(|(name, value)| (name.as_str(), value.as_str()));
@@ -93,6 +94,7 @@ impl Proof {
             leaf,
             intermediates: certificates(CHAIN_HEADER)?,
             spiffe_id,
+            common_name,
             canonical_request,
         })
     }
@@ -125,6 +127,11 @@ impl Proof {
 
     pub(super) fn spiffe_id(&self) -> &SpiffeId {
         &self.spiffe_id
+    }
+
+    /// Returns the common name of the certificate's subject.
+    pub(super) fn common_name(&self) -> Option<&str> {
+        self.common_name.as_deref()
     }
 
     /// Returns the serial number, which names a session without a name of its own.
@@ -211,12 +218,13 @@ fn signed_headers(
         .collect()
 }
 
-/// Checks the certificate against the rules for workloads, and against `Authorization`.
+/// Checks the certificate against the rules for workloads, and against `Authorization`. Returns its
+/// names.
 fn check_leaf(
     leaf: &CertificateDer<'_>,
     authorization: &CertificateAuthorization<'_>,
     now: SystemTime,
-) -> Result<SpiffeId, DevSessionRejection> {
+) -> Result<(SpiffeId, Option<String>), DevSessionRejection> {
     let facts = CertificateFacts::read(leaf)
         .map_err(|_| DevSessionRejection::invalid("The certificate cannot be read"))?;
     if let Some(problem) = facts.leaf_problems(now).first() {
@@ -233,7 +241,9 @@ fn check_leaf(
             "Algorithm or serial number is not that of the certificate",
         ));
     }
-    id_of(leaf).map_err(|_| DevSessionRejection::denied("The certificate has no SPIFFE ID"))
+    let spiffe_id =
+        id_of(leaf).map_err(|_| DevSessionRejection::denied("The certificate has no SPIFFE ID"))?;
+    Ok((spiffe_id, facts.common_name))
 }
 
 fn verify_signature(

@@ -161,6 +161,7 @@ fn source(agent: &Arc<FakePodAgent>) -> AgentSource {
     AgentSource::new(
         agent.clone(),
         AUDIENCE.to_owned(),
+        false,
         MAX_PROCESSES,
         Clock::starting_at(now()),
         Metrics::default(),

@@ -16,6 +16,7 @@ async fn hide_behind(slow: &[(u32, u32)]) -> (Arc<AgentScript>, AgentSource) {
     let source = AgentSource::new(
         agent.clone(),
         AUDIENCE.to_owned(),
+        false,
         8192,
         Clock::starting_at(now()),
         Metrics::default(),

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::unistd::Pid;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose};
 use serde_json::{Value, json};
 
 use super::process::{Process, behind, run};
@@ -49,6 +50,8 @@ pub(crate) struct SpireSetting {
     pub(crate) workload_key_type: Option<&'static str>,
     /// `ca_key_type` of the server.
     pub(crate) ca_key_type: Option<&'static str>,
+    /// Whether the server's CA is signed by a root outside SPIRE, which is then the bundle.
+    pub(crate) upstream_ca: bool,
     /// Words in front of the agent's command, to run it in other namespaces.
     pub(crate) agent_behind: Vec<String>,
     /// Whether the agent leaves out `unix:sha256`. For it, the agent reads the whole executable of
@@ -134,6 +137,9 @@ impl Spire {
             server: None,
             agent_log_start: 0,
         };
+        if spire.setting.upstream_ca {
+            spire.write_upstream_ca();
+        }
         spire.start_server();
         let bundle = spire
             .server_command(&["bundle", "show"])
@@ -511,6 +517,17 @@ impl Spire {
         self.oidc = Some(oidc);
     }
 
+    /// Creates a root, and its files for the server.
+    fn write_upstream_ca(&self) {
+        let key = KeyPair::generate().expect("a key");
+        let mut params = CertificateParams::new(Vec::new()).expect("no names");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let root = params.self_signed(&key).expect("a certificate");
+        self.write("upstream.pem", &root.pem());
+        self.write("upstream.key", &key.serialize_pem());
+    }
+
     fn write(&self, name: &str, text: &str) -> PathBuf {
         let path = self.folder.join(name);
         fs::write(&path, text).expect("a configuration file");
@@ -545,8 +562,16 @@ plugins {{
     KeyManager "disk" {{ plugin_data {{ keys_path = "{folder}/server/keys.json" }} }}
     NodeAttestor "join_token" {{ plugin_data {{ }} }}
     {node_attestor}
+    {upstream_authority}
 }}
 "#,
+            upstream_authority = match self.setting.upstream_ca {
+                true => format!(
+                    "UpstreamAuthority \"disk\" {{ plugin_data {{ cert_file_path = \"{0}/upstream.pem\", key_file_path = \"{0}/upstream.key\" }} }}",
+                    self.folder.display()
+                ),
+                false => String::new(),
+            },
             node_attestor = self
                 .setting
                 .remote_agent
