@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::agent::TokenSource;
-use super::exchange::{STEP, assume, compare_clocks, granted, report_denied};
+use super::exchange::{STEP, assume, compare_clocks, granted, identity, report_denied};
 use super::report::CheckReport;
 use super::{STEP_FIX, agent};
 use crate::clock::Clock;
@@ -44,7 +44,7 @@ pub(super) async fn check(
     }
     report.show_progress(&format!("IAM Roles Anywhere, for role {:?}", role.name));
     let id = svid.spiffe_id();
-    match granted(role, id) {
+    match granted(role, &[identity(id)]) {
         Ok(grant) => {
             let holder = format!("the certificate of {id}");
             let first = async |hop: &Grant| anywhere.create_session(hop, at, &svid).await;
