@@ -1,7 +1,7 @@
 //! `awsvid check`: tries each step from the kernel to STS, and reports each finding with a fix.
 //!
 //! It changes nothing, so it is safe while the daemon runs. A role that it assumes appears in
-//! CloudTrail like any other.
+//! CloudTrail like any other. For a running workload it assumes one only with `--exchange`.
 
 mod agent;
 mod certificate;
@@ -10,10 +10,13 @@ mod exchange;
 mod host;
 mod issuer;
 mod report;
+mod roles;
+mod target;
 mod workload;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
@@ -26,14 +29,16 @@ use crate::cgroup::PodUid;
 use crate::clock::Clock;
 use crate::config::{Config, Exposure, is_aws_sts};
 use crate::exit_status::ExitStatus;
-use crate::role::FirstExchange;
+use crate::role::{FirstExchange, Role};
 use crate::roles_anywhere::RolesAnywhere;
 use crate::sts::{BlockingCalls, NetworkSettings, Settings, Sts};
-use agent::CheckTarget;
+use agent::TokenSource;
 #[cfg(any(test, fuzzing))]
 pub(super) use issuer::fuzzing;
 use report::CheckReport;
+use target::CheckTarget;
 
+const ARGUMENTS: &str = "arguments";
 /// Fix of a setting with which a server cannot be called.
 const STEP_FIX: &str = "correct [sts], or the environment variable";
 /// Time limit of each document. STS itself does not wait longer.
@@ -46,12 +51,16 @@ const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(8);
 /// the daemon runs, as root. It changes nothing, is safe while the daemon runs, and shows no
 /// secret. A role that it assumes appears in CloudTrail like any other.
 ///
+/// With --pid or --pod it reports which identities a running workload has, and which roles cover
+/// them. It assumes no role then, unless --exchange is given too.
+///
 /// With --workload it checks the environment of one workload instead: variables, profiles and
 /// proxies that take precedence over awsvid. Then it requests credentials from awsvid.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   sudo awsvid check
-  sudo awsvid check --pid 4711       a workload's identity, if SPIRE attests it
+  sudo awsvid check --pid 4711       a workload's identities and roles, if SPIRE
+                                     attests it
   sudo awsvid check --resolve oidc.example.org:443:203.0.113.7
                                      the issuer, as seen from outside
   sudo -u billing awsvid check --workload
@@ -81,13 +90,16 @@ pub struct CheckArgs {
     /// Checks only the environment of this process, as a workload's. Run it as the workload
     #[arg(long)]
     workload: bool,
-    /// PID of a running workload, where the agent attests callers. Without it, the tokens are those
-    /// of awsvid itself
-    #[arg(long, value_name = "PID")]
+    /// PID of a running workload, where the agent attests callers: reports its identities and
+    /// roles. Without it, the tokens are those of awsvid itself
+    #[arg(long, value_name = "PID", group = "attested")]
     pid: Option<u32>,
-    /// UID of a pod (`metadata.uid`), where the agent accepts pod references (spiffe-broker)
-    #[arg(long, value_name = "UID", conflicts_with = "pid", value_parser = pod)]
+    /// UID of a pod on this node (`metadata.uid`), likewise
+    #[arg(long, value_name = "UID", group = "attested", value_parser = pod)]
     pod: Option<PodUid>,
+    /// Also assumes each role that covers the workload of --pid or --pod
+    #[arg(long, requires = "attested")]
+    exchange: bool,
     /// Connects to ADDRESS for the issuer's documents, as a client outside would (like curl's
     /// --resolve)
     #[arg(long, value_name = "HOST:PORT:ADDRESS")]
@@ -145,7 +157,7 @@ async fn run_steps(options: &CheckArgs, report: &mut CheckReport) {
         options.resolve.iter().map(|text| text.parse()).collect();
     let resolve = match resolve {
         Ok(resolve) => resolve,
-        Err(form) => return report.unchecked("arguments", format!("--resolve: {form}")),
+        Err(form) => return report.unchecked(ARGUMENTS, format!("--resolve: {form}")),
     };
     let proc = Path::new("/proc");
     host::check(
@@ -177,28 +189,50 @@ async fn run_steps(options: &CheckArgs, report: &mut CheckReport) {
     let Some(source) = source else {
         return report_skipped(&config, report);
     };
+    let roles = match &source {
+        TokenSource::Agent(agent, target) if target.is_workload() => {
+            let covering = roles::check(&config, agent.as_ref(), target, report).await;
+            if !options.exchange {
+                return roles::report_not_assumed(&covering, report);
+            }
+            covering
+        }
+        _ => config.roles.defined.clone(),
+    };
+    let clients = (&anywhere, &sts);
+    try_roles(options, &config, &source, (&roles, clients), &web, report).await;
+    if config.roles.defined.is_empty() {
+        report
+            .unchecked("sts", "workloads name their roles themselves ([requested_roles] allow), so there is none to try");
+    }
+}
+
+/// Fetches a token or certificate for each of these roles, and assumes the role with it.
+async fn try_roles(
+    options: &CheckArgs,
+    config: &Config,
+    source: &TokenSource,
+    (roles, clients): (&[Arc<Role>], (&RolesAnywhere, &Sts)),
+    web: &HttpProbe,
+    report: &mut CheckReport,
+) {
     let mut issuers: BTreeSet<Option<String>> = BTreeSet::new();
-    for role in &config.roles.defined {
+    for role in roles {
         if let Some(at) = role.exchange.roles_anywhere() {
-            let clients = (&anywhere, &sts);
-            certificate::check(&config, &source, clients, (role, at), &web, report).await;
+            certificate::check(config, source, clients, (role, at), web, report).await;
         }
         if !role.exchange.uses_jwt() {
             continue;
         }
-        let Some(token) = agent::token(&config, &source, role, report).await else {
+        let Some(token) = agent::token(config, source, role, report).await else {
             continue;
         };
         // The issuer and its keys are the same for each audience.
         if issuers.insert(token.issuer()) {
             let aws = is_aws_sts(role.sts.endpoint.as_deref());
-            issuer::check(&token, options.url.as_deref(), aws, &web, report).await;
+            issuer::check(&token, options.url.as_deref(), aws, web, report).await;
         }
-        exchange::exchange(&sts, role, &token, report).await;
-    }
-    if config.roles.defined.is_empty() {
-        report
-            .unchecked("sts", "workloads name their roles themselves ([requested_roles] allow), so there is none to try");
+        exchange::exchange(clients.1, role, &token, report).await;
     }
 }
 

@@ -651,15 +651,34 @@ fn check_names_workload_if_agent_attests() {
         let mut command = workload.command("/bin/sleep");
         command.arg("1000");
         let sleeper = spawn(command).unwrap();
-        let (output, report) =
-            check_with(&[], &folder, &text, &["--pid", &sleeper.id().to_string()]);
-        assert_eq!(output.status.code(), Some(0), "{report:#}");
-        assert!(
-            report
-                .to_string()
-                .contains("assumed by spiffe://example.org/w/reader"),
-            "{report:#}"
-        );
+        let pid = sleeper.id().to_string();
+        let check = |text: &str, arguments: &[&str], status: i32, words: &[&str]| {
+            let arguments = [&["--pid", &pid], arguments].concat();
+            let (output, report) = check_with(&[], &folder, text, &arguments);
+            let found = report.to_string();
+            assert_eq!(output.status.code(), Some(status), "{report:#}");
+            for words in words {
+                assert!(found.contains(words), "{words}: {report:#}");
+            }
+            found
+        };
+        let covers = [
+            "has spiffe://example.org/w/reader",
+            "covers spiffe://example.org/w/reader",
+            "no role was assumed",
+        ];
+        let found = check(&text, &[], 0, &covers);
+        assert!(!found.contains("assumed by"), "{found}");
+        let assumed = "assumed by spiffe://example.org/w/reader";
+        check(&text, &["--exchange"], 0, &[assumed]);
+        // The first of two roles does not cover it. Without the second one, none does.
+        let strangers = "[[role]]\nname = \"strangers\"\nspiffe_id = \"spiffe://example.org/stranger\"\n\
+             role_arn = \"arn:minio:iam:::role/none\"\n";
+        let both = text.replace("[[role]]", &format!("{strangers}[[role]]"));
+        let found = check(&both, &["--exchange"], 0, &[assumed, "does not cover it"]);
+        assert!(!found.contains("role/none"), "{found}");
+        let none = format!("{}{strangers}", text.split("[[role]]").next().unwrap());
+        check(&none, &["--exchange"], 1, &["no role covers it"]);
         drop(env);
     }
 }

@@ -258,6 +258,10 @@ const SPIRE_CONFIGURATIONS: TestMethod = In(
     "documented_configurations_of_spire_are_valid",
 );
 const VALUES: TestMethod = In("helm/environment.rs", "page_has_the_values_of_the_examples");
+const EXTRA_VARIABLES: TestMethod = In(
+    "helm/environment.rs",
+    "documented_patch_adds_extra_variables_to_the_component",
+);
 const README_VALUES: TestMethod = In("helm/values.rs", "values_of_the_readme_are_rendered");
 const SYSCTL: TestMethod = In(
     "helm/environment.rs",
@@ -267,6 +271,8 @@ const PROFILE: TestMethod = In("credential_process.rs", "output_is_accepted_by_c
 
 /// Every other block that is not JSON, a configuration of awsvid or a synopsis.
 const OTHER_BLOCKS: &[(&str, &str, TestMethod)] = &[
+    ("install-kubernetes.md", "environment:", EXTRA_VARIABLES),
+    ("install-kubernetes.md", "patches:", EXTRA_VARIABLES),
     ("README.md", " ┌ node", Not("a picture of the node's parts")),
     (
         "role-chaining.md",

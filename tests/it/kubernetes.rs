@@ -40,6 +40,7 @@ fn pods_get_their_own_credentials() {
     rights::startup_taint_removes_the_taint_alone(&cluster);
     rights::agent_token_runs_nothing_in_pods(&cluster, directory.path());
     done("rights");
+    documented::import_curl(&cluster, directory.path());
     for source in ["spiffe-broker", "spire-delegated"] {
         cluster.install(source);
         done(source);
@@ -49,10 +50,8 @@ fn pods_get_their_own_credentials() {
         done("first acts");
         attacks::pod_listeners_attest_each_pod(&cluster, source);
         done("attacks");
-        if source == "spiffe-broker" {
-            documented::documented_recipe_explains_a_403(&cluster, directory.path());
-            done("the recipe for a 403");
-        }
+        documented::documented_recipe_explains_a_403(&cluster);
+        done("the recipe for a 403");
         life::missing_part_is_named(&cluster, source);
         done("what is missing");
         if source == "spiffe-broker" {
@@ -79,8 +78,13 @@ fn awsvid_leaves_an_existing_spire_alone() {
         return;
     };
     let spire = existing_spire::install(&cluster);
+    let attested = existing_spire::poll_agent(&cluster, directory.path());
     existing_spire::helm_installs_and_removes_awsvid(&cluster, &spire, directory.path());
     existing_spire::kustomize_installs_and_removes_awsvid(&cluster, &spire);
+    attested.await_more();
+    let (answered, failed, longest) = attested.stop();
+    eprintln!("SPIRE gave a pod its identity {answered} times, at most {longest:.1} s apart");
+    assert!(failed.is_empty(), "{failed:?}");
 }
 
 /// Runs programs that know EC2's instance metadata service alone, at its usual address.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crate::harness::cgroup::Cgroup;
 use crate::harness::client::fetch;
 use crate::harness::counterparts::process::await_some;
-use crate::harness::counterparts::{folder, root, skip};
+use crate::harness::counterparts::{folder, http_get, root, skip};
 use crate::harness::daemon::Daemon;
 use crate::harness::is_slow;
 use crate::harness::namespaces::{NetnsNode, Peer, ip};
@@ -79,15 +79,16 @@ impl PodsStage {
 impl PodSite {
     /// Starts a daemon with its files in `folder`.
     fn start(&self, folder: &Path, listen: &str) -> Daemon {
-        let words = self.node.enter();
-        let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        Daemon::start_behind(
-            &words,
-            folder,
-            listen,
-            &(self.upstream.configuration() + RULE),
-        )
-        .ready()
+        self.start_behind(&[], folder, listen).ready()
+    }
+
+    /// Starts one behind these words, and does not wait until it is ready.
+    fn start_behind(&self, words: &[&str], folder: &Path, listen: &str) -> Daemon {
+        let enter = self.node.enter();
+        let enter = enter.iter().map(String::as_str);
+        let words: Vec<&str> = enter.chain(words.iter().copied()).collect();
+        let configuration = self.upstream.configuration() + RULE;
+        Daemon::start_behind(&words, folder, listen, &configuration)
     }
 
     /// Starts a daemon that takes over from another.
@@ -450,6 +451,22 @@ fn missing_mount_or_privilege_is_logged_with_manifest_field() {
         log.contains("add SYS_ADMIN to the container's securityContext.capabilities.add"),
         "{log}"
     );
+}
+
+#[test]
+fn daemon_that_can_serve_no_pod_is_not_ready() {
+    let Some(stage) = PodsStage::set(|node| node.add("a")) else {
+        return;
+    };
+    let (folder, words) = (folder(), ["setpriv", "--bounding-set", "-net_bind_service"]);
+    let listen = stage.site.node.listen();
+    let daemon = stage.site.start_behind(&words, folder.path(), &listen);
+    daemon.await_line(&[
+        "not ready",
+        "none of the 1 network namespaces of pods can be served",
+    ]);
+    let (status, body) = http_get(daemon.admin(), "/readyz").expect("an answer");
+    assert_eq!(status, 503, "{body}");
 }
 
 /// containerd sets it with the pod's first container, long after the namespace is mounted.

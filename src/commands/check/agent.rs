@@ -1,4 +1,4 @@
-//! Checks of the agent: its socket, its identity for this process, and a token.
+//! Checks of the agent: its socket, the identities of a workload or of this process, and a token.
 
 use std::path::Path;
 use std::time::Duration;
@@ -6,13 +6,14 @@ use std::time::Duration;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
+use super::ARGUMENTS;
 use super::report::CheckReport;
-use crate::cgroup::PodUid;
+use super::target::CheckTarget;
 use crate::clock::Clock;
 use crate::commands::live_token;
 use crate::config::{Config, Reference, Source};
 use crate::identity::{SessionName, SpiffeId};
-use crate::role::Role;
+use crate::role::{Identity, Role};
 use crate::socket_endpoint::Endpoint;
 use crate::svid::agent::AttestingAgent;
 use crate::svid::own_svid::OwnSvidSource;
@@ -24,6 +25,7 @@ pub(super) const IDENTITY: &str = "identity";
 /// Time limit of a token: agents fetch the first one from their server.
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+const NO_PROCESS_FIX: &str = "run it on the pod's node, in awsvid's pod with hostPID: true, while a container of the pod runs";
 
 /// The source of the tokens.
 pub(super) enum TokenSource {
@@ -31,15 +33,6 @@ pub(super) enum TokenSource {
     WorkloadApi,
     /// An agent that attests `CheckTarget`.
     Agent(Box<dyn AttestingAgent>, CheckTarget),
-}
-
-/// The process or pod that an agent attests for the check.
-#[derive(Debug, Clone)]
-pub(super) enum CheckTarget {
-    /// This process, instead of awsvid.
-    Itself,
-    Process(u32),
-    Pod(PodUid),
 }
 
 /// Connects to the source. `target` is the workload, where the agent attests callers.
@@ -59,7 +52,13 @@ pub(super) async fn connect(
         return None;
     }
     let (agent, socket): (Box<dyn AttestingAgent>, &Path) = match &config.identity.source {
-        Source::WorkloadApi => return Some(TokenSource::WorkloadApi),
+        Source::WorkloadApi => {
+            if target.is_workload() {
+                let saw = format!("{target}: no agent attests callers here, the rules do");
+                report.unchecked(ARGUMENTS, saw);
+            }
+            return Some(TokenSource::WorkloadApi);
+        }
         Source::SpireDelegated { socket } => {
             (Box::new(SpireDelegated::new(socket, TOKEN_TIMEOUT)), socket)
         }
@@ -91,7 +90,68 @@ pub(super) async fn connect(
         Ok(Err(error)) => return report_error(SOCKET, &error, report),
         Err(_) => return report_timeout(SOCKET, report),
     }
-    Some(TokenSource::Agent(agent, target))
+    let Some(named) = target.clone().for_agent(agent.as_ref(), config) else {
+        let saw = format!("no process of {target} is visible here");
+        report.failed(IDENTITY, saw, NO_PROCESS_FIX);
+        return None;
+    };
+    Some(TokenSource::Agent(agent, named))
+}
+
+/// Fetches the identities of a workload once, and reports each. `None` if the reason for their
+/// absence was reported.
+pub(super) async fn identities(
+    config: &Config,
+    agent: &dyn AttestingAgent,
+    target: &CheckTarget,
+    report: &mut CheckReport,
+) -> Option<Vec<Identity>> {
+    report.show_progress(&format!("the identities of {target}"));
+    let svids = match target.fetch(agent, &config.identity.audience).await {
+        Ok(svids) if svids.is_empty() => return report_denied(&no_identity(), target, report),
+        Ok(svids) => svids,
+        Err(error @ SourceError::Denied(_)) => return report_denied(&error, target, report),
+        Err(error) => return report_error(IDENTITY, &error, report),
+    };
+    let mut identities = Vec::new();
+    for svid in svids {
+        let spiffe_id = match SpiffeId::parse(&svid.spiffe_id) {
+            Ok(spiffe_id) => spiffe_id,
+            Err(error) => {
+                let error = SourceError::Misconfigured(error.to_string());
+                return report_error(IDENTITY, &error, report);
+            }
+        };
+        let hint = svid.hint.as_ref();
+        let hint = hint.map_or(String::new(), |hint| format!(", with the hint {hint:?}"));
+        report.ok(IDENTITY, format!("{target} has {spiffe_id}{hint}"));
+        identities.push(Identity {
+            spiffe_id,
+            hint: svid.hint,
+        });
+    }
+    Some(identities)
+}
+
+/// Reports that no registration entry matches a workload.
+fn report_denied<T>(
+    error: &SourceError,
+    target: &CheckTarget,
+    report: &mut CheckReport,
+) -> Option<T> {
+    let selectors = match target {
+        CheckTarget::Process(_) => "-selector unix:uid:UID",
+        _ => "-selector k8s:ns:NAMESPACE -selector k8s:sa:ACCOUNT",
+    };
+    report.failed(
+        IDENTITY,
+        format!("no registration entry matches {target}: {error}"),
+        format!(
+            "compare its selectors with spire-server entry show, then spire-server entry create -spiffeID ID -parentID AGENT {selectors} \
+             (deploy/docs/spire-setup.md has the whole command)"
+        ),
+    );
+    None
 }
 
 async fn opens(
@@ -217,7 +277,7 @@ async fn fetch(
         // referred to it.
         Err(error @ SourceError::Misconfigured(_)) if matches!(source, TokenSource::Agent(agent, CheckTarget::Itself) if agent.supports_pod_references()) =>
         {
-            let how = "awsvid check --pod UID has a pod's token";
+            let how = "awsvid check --pod UID names a pod";
             report.unchecked(
                 IDENTITY,
                 format!(
@@ -273,7 +333,9 @@ async fn select_x509(
 ) -> Result<X509Svid, SourceError> {
     let svids = match target {
         CheckTarget::Itself => agent.fetch_x509_for_pid(std::process::id()).await?,
-        CheckTarget::Process(pid) => agent.fetch_x509_for_pid(*pid).await?,
+        CheckTarget::Process(pid) | CheckTarget::ProcessOfPod(pid, _) => {
+            agent.fetch_x509_for_pid(*pid).await?
+        }
         CheckTarget::Pod(uid) => agent.fetch_x509_for_pod(uid).await?,
     };
     let ids = svids.iter().map(|svid| svid.spiffe_id.as_str());
@@ -285,7 +347,8 @@ fn no_identity() -> SourceError {
     SourceError::Denied("the agent has no identity for it".to_owned())
 }
 
-/// Selects the identity that the role is for, or the first one.
+/// Selects the identity that the role is for, or the first one. The first one is for awsvid's own
+/// token only, with which check tries the agent and the issuer.
 fn select<'a>(
     ids: impl Iterator<Item = &'a str> + Clone,
     role: &Role,
@@ -302,15 +365,7 @@ async fn fetch_selected(
     target: &CheckTarget,
     role: &Role,
 ) -> Result<JwtSvid, SourceError> {
-    let svids = match target {
-        CheckTarget::Itself => {
-            agent
-                .fetch_for_pid(std::process::id(), &role.audience)
-                .await?
-        }
-        CheckTarget::Process(pid) => agent.fetch_for_pid(*pid, &role.audience).await?,
-        CheckTarget::Pod(uid) => agent.fetch_for_pod(uid, &role.audience).await?,
-    };
+    let svids = target.fetch(agent, &role.audience).await?;
     let id = select(svids.iter().map(|svid| svid.spiffe_id.as_str()), role)?;
     let tokens = svids
         .iter()

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use rustls::pki_types::CertificateDer;
 
 use super::agent::TokenSource;
-use super::exchange::{STEP, assume, compare_clocks, granted, report_denied};
+use super::exchange::{STEP, assume, compare_clocks, granted, identity, report_denied};
 use super::report::CheckReport;
 use super::{STEP_FIX, agent};
 use crate::clock::Clock;
@@ -49,7 +49,7 @@ pub(super) async fn check(
         return;
     };
     report.show_progress(&format!("IAM Roles Anywhere, for role {:?}", role.name));
-    match granted(role, id) {
+    match granted(role, &[identity(id)]) {
         Ok(grant) if keeps_source_identity(&grant, &leaf, report) => {
             let holder = format!("the certificate of {id}");
             let first = async |hop: &Grant| anywhere.create_session(hop, at, &svid).await;

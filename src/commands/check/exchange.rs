@@ -96,7 +96,7 @@ pub(super) async fn exchange(
 ) {
     report.show_progress(&format!("STS, for role {:?}", role.name));
     let id = token.spiffe_id();
-    match granted(role, id) {
+    match granted(role, &[identity(id)]) {
         Ok(grant) => {
             let first = async |hop: &Grant| sts.assume(hop, token).await;
             assume(sts, &grant, id.as_str(), first, report).await;
@@ -151,19 +151,23 @@ pub(super) async fn assume(
     }
 }
 
-/// Returns the grant of this role to an identity, if the role is for it and needs no fact of a
-/// caller.
-pub(super) fn granted(role: &Arc<Role>, id: &SpiffeId) -> Result<Grant, RoleDenied> {
+/// Returns the grant of this role to one of these identities, if the role is for it and needs no
+/// fact of a caller.
+pub(super) fn granted(role: &Arc<Role>, identities: &[Identity]) -> Result<Grant, RoleDenied> {
     let roles = Roles {
         defined: vec![role.clone()],
         requested: None,
     };
-    let identity = Identity {
+    let facts = AttestedFacts::default();
+    roles.select(identities, &facts, &RequestedRole::Default)
+}
+
+/// Returns an identity without a hint.
+pub(super) fn identity(id: &SpiffeId) -> Identity {
+    Identity {
         spiffe_id: id.clone(),
         hint: None,
-    };
-    let facts = AttestedFacts::default();
-    roles.select(&[identity], &facts, &RequestedRole::Default)
+    }
 }
 
 /// Reports why a role was not tried.
@@ -180,7 +184,7 @@ pub(super) fn report_denied(
         ),
         _ => (
             format!(", since it is not for {id}"),
-            "where the agent attests callers, name a running workload that it is for: awsvid check --pid PID, or --pod UID",
+            "where the agent attests callers, name a running workload that it is for: awsvid check --pid PID --exchange, or --pod UID --exchange",
         ),
     };
     let saw = format!("role {:?} was not assumed{reason}", role.name);

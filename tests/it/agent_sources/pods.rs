@@ -158,11 +158,19 @@ fn each_pod_uses_its_own_entry_without_pids_with_spiffe_broker() {
         (ours.join("\n"), output.status.code() == Some(status))
     };
     // It has fewer privileges than awsvid on a plain node needs, which is a failure of its own.
+    let exchanged = sts.exchanged();
     let (message, failed) = check(&["--pod", &uid(&pods[0])], 1);
+    assert!(
+        failed && message.contains(&format!("covers {}", id("billing"))),
+        "{message}"
+    );
+    assert_eq!(sts.exchanged(), exchanged, "{message}");
+    let (message, failed) = check(&["--pod", &uid(&pods[0]), "--exchange"], 1);
     assert!(
         failed && message.contains(&format!("assumed by {}", id("billing"))),
         "{message}"
     );
+    assert_eq!(sts.exchanged(), exchanged + 1, "{message}");
     let (message, failed) = check(&[], 1);
     assert!(
         failed && message.contains("awsvid check --pod UID") && !message.contains("\"failed\""),

@@ -2,7 +2,9 @@
 
 use serde_json::json;
 
-use super::rendered::{DEFAULTS, Renderer, VERSION, assert_equal, comparable, key, tree};
+use super::rendered::{
+    DEFAULTS, Renderer, VERSION, assert_equal, cluster_key, comparable, key, tree,
+};
 
 #[test]
 fn chart_equals_the_tree_by_default() {
@@ -49,7 +51,8 @@ fn chart_equals_the_tree_for_each_source_and_component() {
         assert_equal(comparable(chart), comparable(tree));
 
         values.push("host.enabled=true");
-        components.push("host");
+        // Before `startup-taint`, which changes it.
+        components.insert(0, "host");
         let chart = renderer.chart(&values, &VERSION);
         let tree = renderer.overlay(source, &components, listen);
         assert_equal(comparable(chart), comparable(tree));
@@ -102,6 +105,67 @@ fn chart_equals_the_tree_with_policies_of_v1beta1() {
     assert_equal(comparable(chart), comparable(tree));
 }
 
+/// With `hostNetwork` awsvid cannot notice a directory without namespaces. But a node's first pod
+/// must not wait for another one that waits for it.
+#[test]
+fn host_network_creates_no_directory_of_namespaces() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    for (values, components, expected) in [
+        (&[][..], &[][..], "DirectoryOrCreate"),
+        (&["host.enabled=true"], &["host"], "Directory"),
+        (
+            &["host.enabled=true", "startupTaint.enabled=true"],
+            &["host", "startup-taint"],
+            "DirectoryOrCreate",
+        ),
+    ] {
+        let values = [&DEFAULTS[..], values].concat();
+        let tree = renderer.overlay("spiffe-broker", components, |text| text);
+        for objects in [renderer.chart(&values, &VERSION), tree] {
+            let pod = &objects[&key("DaemonSet", "awsvid")]["spec"]["template"]["spec"];
+            let volumes = pod["volumes"].as_array().unwrap();
+            let netns = volumes.iter().find(|volume| volume["name"] == "netns");
+            assert_eq!(netns.unwrap()["hostPath"]["type"], expected, "{values:?}");
+        }
+    }
+}
+
+/// OpenShift rejects a pod with a seccomp profile that its constraints lack. It gives a pod without
+/// constraints of its own a user of the namespace's range.
+#[test]
+fn openshift_allows_profile_and_users() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    for (profile, expected, of_pod) in [
+        (
+            "seccomp.localhostProfile=",
+            "runtime/default",
+            "RuntimeDefault",
+        ),
+        (
+            "seccomp.localhostProfile=a.json",
+            "localhost/a.json",
+            "Localhost",
+        ),
+    ] {
+        let enabled = ["openshift.enabled=true", "startupTaint.enabled=true"];
+        let values = [&["strict=false", profile], &enabled[..]].concat();
+        let chart = renderer.chart(&values, &VERSION);
+        let constraints = cluster_key("SecurityContextConstraints", "awsvid-node");
+        assert_eq!(chart[&constraints]["seccompProfiles"], json!([expected]));
+        let pod = |kind: &str, name: &str| {
+            chart[&key(kind, name)]["spec"]["template"]["spec"]["securityContext"].clone()
+        };
+        assert_eq!(pod("DaemonSet", "awsvid")["seccompProfile"]["type"], of_pod);
+        let taint = pod("Deployment", "startup-taint");
+        assert_eq!(taint["runAsNonRoot"], true);
+        assert!(taint.get("runAsUser").is_none() && taint.get("runAsGroup").is_none());
+    }
+}
+
 /// OpenShift rejects a pod with a capability that its constraints lack.
 #[test]
 fn openshift_allows_each_capability() {
@@ -114,11 +178,7 @@ fn openshift_allows_each_capability() {
             let values = ["strict=false", "openshift.enabled=true", &source, &mode];
             let chart = renderer.chart(&values, &VERSION);
             let pod = &chart[&key("DaemonSet", "awsvid")]["spec"]["template"]["spec"];
-            let constraints = (
-                "SecurityContextConstraints".to_owned(),
-                String::new(),
-                "awsvid-node".to_owned(),
-            );
+            let constraints = cluster_key("SecurityContextConstraints", "awsvid-node");
             let mut sets = [
                 &pod["containers"][0]["securityContext"]["capabilities"]["add"],
                 &chart[&constraints]["allowedCapabilities"],
@@ -153,11 +213,7 @@ fn chart_fits_the_chart_of_spire() {
     let config = &chart[&key("ConfigMap", "awsvid")]["data"]["awsvid.toml"];
     let line = format!("broker_socket = \"unix://{broker}/broker.sock\"");
     assert!(config.as_str().unwrap().contains(&line), "{config}");
-    let review = (
-        "ClusterRoleBinding".to_owned(),
-        String::new(),
-        "awsvid-spire-agent-review".to_owned(),
-    );
+    let review = cluster_key("ClusterRoleBinding", "awsvid-spire-agent-review");
     assert_eq!(
         chart[&review]["subjects"],
         json!([{ "kind": "ServiceAccount", "name": "spire-agent", "namespace": "spire-system" }])

@@ -1,6 +1,6 @@
 //! The chart chooses by the cluster's APIs how pods get their variables, and its notes describe it.
 
-use super::rendered::{Renderer, chart, tree};
+use super::rendered::{Objects, Renderer, chart, cluster_key, tree};
 use crate::harness::documents;
 
 const POLICY_V1: &str = "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy";
@@ -170,7 +170,8 @@ fn extra_variables_reach_every_kind_of_container() {
         return;
     };
     let region = "environment.extraVariables.AWS_REGION=eu-central-1";
-    for (mode, containers) in [("policy-v1", 2), ("policy-v1beta1", 2), ("kyverno", 2)] {
+    // Kyverno has a rule for each kind of container, the others have one variable for both.
+    for (mode, count) in [("policy-v1", 1), ("policy-v1beta1", 1), ("kyverno", 2)] {
         let mode = format!("environment.mode={mode}");
         let objects = renderer.chart(&["strict=false", region, &mode], &options("1.36.0", ""));
         let policy = objects
@@ -180,10 +181,54 @@ fn extra_variables_reach_every_kind_of_container() {
         let text = policy.1.to_string();
         assert_eq!(
             text.matches("eu-central-1").count(),
-            containers,
+            count,
             "{mode}: {text}"
         );
     }
+    let values = ["strict=false", region, "environment.mode=none"];
+    let notes = notes(&renderer, &values, "1.36.0", "");
+    assert_mentions(&notes, &["AWS_REGION=eu-central-1"], &[]);
+}
+
+/// The documented patch makes the policy that the chart makes with the same variables.
+#[test]
+fn documented_patch_adds_extra_variables_to_the_component() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    let patch = documents::block("install-kubernetes.md", "The variables", "patches:");
+    let values = documents::block("install-kubernetes.md", "The variables", "environment:");
+    let write = |name: &str, text: &str| {
+        let path = renderer.folder().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let values = write("extra.yaml", &values);
+    let options = [
+        &options("1.36.0", "")[..],
+        &["--values", values.to_str().unwrap()],
+    ]
+    .concat();
+    let chart = renderer.chart(&["strict=false"], &options);
+    renderer.overlay("spiffe-broker", &["environment"], |text| text);
+    let overlay = renderer.folder().join("overlay");
+    let outer = renderer.folder().join("patched");
+    std::fs::create_dir(&outer).unwrap();
+    let resources = format!("resources: [../{}]", overlay.file_name().unwrap().display());
+    std::fs::write(
+        outer.join("kustomization.yaml"),
+        format!("{resources}\n{patch}"),
+    )
+    .unwrap();
+    let tree = renderer.kustomization(&outer);
+    let key = cluster_key("MutatingAdmissionPolicy", "awsvid-environment");
+    let variables = |objects: &Objects| {
+        let text = objects[&key]["spec"]["variables"][2]["expression"].to_string();
+        // CEL has two forms of a string.
+        text.replace("\\\"", "'")
+    };
+    assert_eq!(variables(&chart), variables(&tree));
+    assert!(variables(&tree).contains("NO_PROXY"), "{patch}");
 }
 
 #[test]

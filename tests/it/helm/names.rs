@@ -3,11 +3,14 @@
 use std::fs;
 use std::path::PathBuf;
 
+use serde_json::Value;
+
 use super::rendered::{DEFAULTS, Objects, Renderer, VERSION, tree};
 use crate::manifests::is_whole;
 
 /// Everything that the chart can render at once.
-const EVERYTHING: [&str; 10] = [
+const EVERYTHING: [&str; 11] = [
+    "imds.mode=address",
     "resourceQuota.enabled=true",
     "host.enabled=true",
     "startupTaint.enabled=true",
@@ -38,7 +41,7 @@ fn kustomizations() -> Vec<PathBuf> {
 fn everything(renderer: &Renderer) -> Vec<(String, Objects)> {
     let mut found = Vec::new();
     for source in ["spiffe-broker", "spire-delegated", "workload-api"] {
-        for mode in ["policy-v1", "kyverno"] {
+        for mode in ["policy-v1", "policy-v1beta1", "kyverno"] {
             let (source, mode) = (
                 format!("source={source}"),
                 format!("environment.mode={mode}"),
@@ -78,6 +81,73 @@ fn names_of_the_cluster_scope_begin_with_awsvid() {
             assert!(is_own || is_namespaced, "{what}: {kind} {name}");
         }
     }
+}
+
+/// A name of the default namespace would bind rights to an account that does not exist.
+#[test]
+fn chart_fits_another_namespace() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    let options = [&VERSION[..], &["--namespace", "creds"]].concat();
+    for source in ["spiffe-broker", "spire-delegated", "workload-api"] {
+        let source = format!("source={source}");
+        let values = [&DEFAULTS[..], &EVERYTHING, &[&source]].concat();
+        let objects = renderer.chart(&values, &options);
+        assert!(objects.len() > 15, "{:?}", objects.keys());
+        for ((kind, namespace, name), object) in &objects {
+            let what = format!("{source}: {kind} {name}");
+            assert!(
+                ["", "creds"].contains(&namespace.as_str()),
+                "{what} in {namespace}"
+            );
+            assert!(kind != "Namespace" || name == "creds", "{what}");
+            assert_namespaces(&what, "", object);
+        }
+    }
+}
+
+/// Asserts that no text of an object names the default namespace.
+fn assert_namespaces(what: &str, field: &str, value: &Value) {
+    match value {
+        Value::Object(fields) => fields
+            .iter()
+            .for_each(|(name, value)| assert_namespaces(what, name, value)),
+        Value::Array(items) => items
+            .iter()
+            .for_each(|item| assert_namespaces(what, field, item)),
+        Value::String(text) => {
+            assert!(field != "namespace" || text != "awsvid", "{what}: {field}");
+            for words in ["/ns/awsvid", "serviceaccount:awsvid:", "--namespace awsvid"] {
+                assert!(!text.contains(words), "{what}: {field}: {text}");
+            }
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn every_container_has_resources_and_a_probe() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    let mut seen = 0;
+    for (what, objects) in everything(&renderer) {
+        for ((kind, _, name), object) in &objects {
+            let pod = &object["spec"]["template"]["spec"];
+            for list in ["containers", "initContainers"] {
+                for container in pod[list].as_array().into_iter().flatten() {
+                    let what = format!("{what}: {kind} {name} {}", container["name"]);
+                    assert!(container["resources"]["requests"].is_object(), "{what}");
+                    assert!(container["resources"]["limits"].is_object(), "{what}");
+                    let has_probe = container["livenessProbe"].is_object();
+                    assert_eq!(has_probe, list == "containers", "{what}");
+                    seen += 1;
+                }
+            }
+        }
+    }
+    assert!(seen > 20, "{seen}");
 }
 
 #[test]

@@ -176,6 +176,11 @@ pub(super) fn key(kind: &str, name: &str) -> Key {
     (kind.to_owned(), "awsvid".to_owned(), name.to_owned())
 }
 
+/// Returns the key of an object of the cluster's scope.
+pub(super) fn cluster_key(kind: &str, name: &str) -> Key {
+    (kind.to_owned(), String::new(), name.to_owned())
+}
+
 /// Sorts lists of objects with names, because Kubernetes ignores the order.
 fn sort_named(value: &mut Value) {
     match value {

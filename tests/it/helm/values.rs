@@ -292,6 +292,14 @@ fn placeholders_are_rejected() {
     let own = arn("111122223333");
     let chart = renderer.chart(&[domain, role, &own], &VERSION);
     assert!(!chart.is_empty());
+    let longer = "spire.trustDomain=myexample.org";
+    let role_of_longer = role.replace("prod.example.com", "myexample.org");
+    let longer = [longer, &role_of_longer, &own];
+    assert!(!renderer.chart(&longer, &VERSION).is_empty());
+    failed(
+        &["spire.trustDomain=prod.example.org"],
+        "spire.trustDomain is the placeholder example.org",
+    );
     let own_map = ["existingConfigMap=mine", domain];
     assert!(!renderer.chart(&own_map, &VERSION).is_empty());
 }

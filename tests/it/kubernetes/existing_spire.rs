@@ -8,14 +8,24 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::cluster::{Cluster, READER, copy, manifests};
-use super::life::PollingPod;
+use super::life::{PollingPod, process};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::documents::block;
+use crate::harness::kubernetes::{Image, root_of};
 
 /// The objects of SPIRE's chart 0.30 that awsvid could collide with, with `spire-values.yaml`.
 const SPIRE: &str = include_str!("existing_spire/spire.yaml");
 const AGENT_SOCKETS: &str = "/run/spire/agent-sockets";
 const BROKER: &str = "/run/spire/agent/sockets/csi.spiffe.io/broker";
+const HANDOVER: &str = "/run/awsvid-handover";
+const README: &str = include_str!("../../../deploy/helm/awsvid/README.md");
+/// One more patch of the page's kustomization, which replaces awsvid's pods.
+const ANNOTATION: &str = "  - patch: |-
+      apiVersion: apps/v1
+      kind: DaemonSet
+      metadata: { name: awsvid, namespace: awsvid }
+      spec: { template: { metadata: { annotations: { trial: upgraded } } } }
+";
 const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// SPIRE's objects without the fields that controllers write: they must stay as they are.
@@ -121,21 +131,133 @@ fn is_removed(cluster: &Cluster, spire: &SpireObjects, when: &str) {
         let is_own = |line: &str| line.contains("awsvid") && line != "namespace/awsvid-spire";
         (!listed.lines().any(is_own)).then_some(())
     });
-    assert_node_is_clean(cluster);
     attests(cluster, when);
     assert_eq!(&SpireObjects::read(cluster), spire, "{when}");
 }
 
-/// Asserts that the node has no process, file or listener of awsvid's.
-fn assert_node_is_clean(cluster: &Cluster) {
-    await_some("awsvid has ended", TIMEOUT, || {
-        let found = cluster.node.run(&["pgrep", "--exact", "awsvid"]);
-        found.stdout.is_empty().then_some(())
+/// Waits until the namespace has no object but those that each namespace has.
+fn await_empty_namespace(cluster: &Cluster) {
+    let kinds = "all,configmaps,secrets,serviceaccounts,roles,rolebindings,networkpolicies,\
+                 resourcequotas,controllerrevisions,endpointslices";
+    let words = ["get", kinds, "--namespace", "awsvid", "--output", "name"];
+    await_some("the namespace is empty", TIMEOUT, || {
+        let listed = cluster.node.kubectl(&words).success("the objects");
+        let listed: Vec<&str> = listed.lines().collect();
+        (listed == ["configmap/kube-root-ca.crt", "serviceaccount/default"]).then_some(())
     });
-    let left = cluster
+}
+
+/// A pod that is on the node before awsvid is removed.
+struct KeptPod<'a> {
+    cluster: &'a Cluster,
+    name: &'a str,
+}
+
+impl<'a> KeptPod<'a> {
+    fn start(cluster: &'a Cluster, name: &'a str) -> Self {
+        cluster
+            .node
+            .apply(&cluster.pod(READER, name, "exec busybox sleep 36000"));
+        let kept = Self { cluster, name };
+        await_some("the pod is answered", TIMEOUT, || {
+            kept.request().contains("403").then_some(())
+        });
+        kept
+    }
+
+    /// Sends a request without a token, and returns the error.
+    fn request(&self) -> String {
+        let words = ["exec", "--namespace", READER.namespace, self.name, "--"];
+        let fetch = ["/bin/busybox", "wget", "-q", "-O", "-"];
+        let url = ["http://127.0.0.1:974/v1/credentials"];
+        let words = [&words[..], &fetch, &url].concat();
+        self.cluster.node.kubectl(&words).stderr
+    }
+
+    /// Asserts that the node has no process and no listener of awsvid's, and no other file than
+    /// these.
+    fn assert_node_is_clean(&self, files: &str) {
+        let node = &self.cluster.node;
+        await_some("awsvid has ended", TIMEOUT, || {
+            let found = node.run(&["pgrep", "--exact", "awsvid"]);
+            found.stdout.is_empty().then_some(())
+        });
+        let answer = self.request();
+        assert!(answer.contains("Connection refused"), "{answer}");
+        let left = node.run(&["find", HANDOVER, "-not", "-type", "d"]);
+        assert_eq!(left.success("find"), files);
+    }
+}
+
+/// Replaces awsvid's pods by `upgrade` while several pods send requests, of which none may fail.
+fn upgrade_under_load(cluster: &Cluster, names: [&'static str; 3], upgrade: impl FnOnce()) {
+    let askers = names.map(|name| PollingPod::start(cluster, name));
+    upgrade();
+    cluster.node.rolled_out("awsvid", "daemonset/awsvid");
+    for asker in askers {
+        asker.await_more();
+        let (answered, failed, _) = asker.stop();
+        assert!(failed.is_empty() && answered > 40, "{answered}: {failed:?}");
+    }
+}
+
+/// Starts a pod to which the agent gives its identity again and again.
+pub(super) fn poll_agent<'a>(cluster: &'a Cluster, folder: &Path) -> PollingPod<'a> {
+    let node = &cluster.node;
+    let program = "/opt/spire/bin/spire-agent";
+    let agent = root_of(
+        &folder.join("images/polled-agent"),
+        &node.bin().join("spire-agent"),
+        program,
+    );
+    let image = "docker.io/library/spire-agent-with-shell:test";
+    node.import(&Image {
+        name: image,
+        layers: &[&node.bin().join("pod-files/busybox"), &agent],
+        entrypoint: &["/bin/busybox"],
+    });
+    let name = "attested-always";
+    let fetch = format!(
+        "fetch() {{
+            busybox sleep 1
+            found=$({program} api fetch jwt -audience trial -timeout 60s -socketPath {AGENT_SOCKETS}/spire-agent.sock 2>&1)
+            case $found in *{}*) ;; *) echo \"$found\"; return 1 ;; esac
+        }}",
+        READER.id()
+    );
+    let mut pod = cluster.pod(READER, name, &format!("{fetch}\n{}", PollingPod::LOOP));
+    let container = &mut pod["spec"]["containers"][0];
+    container["image"] = image.into();
+    container["volumeMounts"] =
+        json!([{ "name": "agent", "mountPath": AGENT_SOCKETS, "readOnly": true }]);
+    pod["spec"]["volumes"] = json!([{ "name": "agent", "hostPath": { "path": AGENT_SOCKETS } }]);
+    PollingPod::run(cluster, name, &pod)
+}
+
+/// Gives a team a role by a file of its own, in the ConfigMap that the chart's values mount.
+fn role_of_team_is_served(cluster: &Cluster) {
+    let before = process(&cluster.node, "awsvid");
+    let role = format!(
+        "[[role]]\nname = \"team\"\nspiffe_id = {:?}\nrole_arn = {:?}\n",
+        READER.id(),
+        cluster.minio.role_arn()
+    );
+    cluster.node.apply(&json!({
+        "apiVersion": "v1", "kind": "ConfigMap",
+        "metadata": { "name": "shop-roles", "namespace": "awsvid" },
+        "data": { "shop.toml": role },
+    }));
+    let script = "until busybox wget -q -O /dev/null --header 'Authorization: any' http://127.0.0.1:974/v1/credentials/team
+            do busybox sleep 1; done; echo answered";
+    let ended = cluster
         .node
-        .run(&["find", "/run/awsvid-handover", "-not", "-type", "d"]);
-    assert_eq!(left.success("find"), "");
+        .run_pod(&cluster.pod(READER, "role-of-team", script));
+    assert!(
+        ended.succeeded && ended.log.contains("answered"),
+        "{ended:?}"
+    );
+    let after = process(&cluster.node, "awsvid");
+    assert_eq!(after, before, "no process was replaced");
 }
 
 /// Runs the commands of a block, with these words replaced.
@@ -161,12 +283,24 @@ pub(super) fn helm_installs_and_removes_awsvid(
 ) {
     let chart = manifests().with_file_name("helm").join("awsvid");
     cluster.install_seccomp_profile();
-    let values = folder.join("values.json");
-    fs::write(&values, cluster.chart_values().to_string()).unwrap();
+    let mut values = cluster.chart_values();
+    values["imds"] = json!({ "mode": "endpoint" });
+    let teams = block(
+        "deploy/helm/awsvid/README.md",
+        "Configuration",
+        "config:\n  include:",
+    );
+    let files = [("values.json", values.to_string()), ("teams.yaml", teams)];
+    let files = files.map(|(name, text)| {
+        let path = folder.join(name);
+        fs::write(&path, text).unwrap();
+        path.display().to_string()
+    });
     let files = format!(
-        "{} --values {}",
+        "{} --values {} --values {}",
         chart.join("examples/awsvid-values.yaml").display(),
-        values.display()
+        files[0],
+        files[1]
     );
     let chart = chart.to_str().unwrap();
     let replaced = [
@@ -197,6 +331,7 @@ pub(super) fn helm_installs_and_removes_awsvid(
     run_documented(cluster, &check, &[]);
     attests(cluster, "with-helm");
     reads(cluster, "with-helm");
+    role_of_team_is_served(cluster);
 
     let upgrade = [
         "upgrade",
@@ -208,12 +343,9 @@ pub(super) fn helm_installs_and_removes_awsvid(
         "--set",
         "config.sts.max_concurrent=8,podAnnotations.trial=upgraded",
     ];
-    let asker = PollingPod::start(cluster, "during-helm-upgrade");
-    cluster.node.helm(&upgrade).success("helm upgrade");
-    cluster.node.rolled_out("awsvid", "daemonset/awsvid");
-    asker.await_more();
-    let (answered, failed, _) = asker.stop();
-    assert!(failed.is_empty() && answered > 40, "{answered}: {failed:?}");
+    upgrade_under_load(cluster, ["helm-a", "helm-b", "helm-c"], || {
+        cluster.node.helm(&upgrade).success("helm upgrade");
+    });
     attests(cluster, "after-upgrade");
     reads(cluster, "after-upgrade");
 
@@ -228,8 +360,20 @@ pub(super) fn helm_installs_and_removes_awsvid(
         "helm uninstall",
     );
     assert_eq!(of_chart, remove);
-    run_documented(cluster, &remove, &[]);
+    let kept = KeptPod::start(cluster, "kept-with-helm");
+    let (uninstall, delete) = remove.trim_end().split_once('\n').expect("two commands");
+    run_documented(cluster, uninstall, &[]);
+    // A ConfigMap of the team, and not of the release.
+    let teams = ["delete", "configmap", "shop-roles", "--namespace", "awsvid"];
+    cluster.node.kubectl(&teams).success("the team's ConfigMap");
+    await_empty_namespace(cluster);
+    run_documented(cluster, delete, &[]);
     is_removed(cluster, spire, "after-helm");
+    kept.assert_node_is_clean(&format!("{HANDOVER}/own/imds-key\n"));
+    // As the chart's page describes it.
+    let clean = ["rm", "-r", HANDOVER];
+    assert!(README.contains(&format!("`{}`", clean.join(" "))));
+    cluster.node.run(&clean).success("rm");
 }
 
 pub(super) fn kustomize_installs_and_removes_awsvid(cluster: &Cluster, spire: &SpireObjects) {
@@ -249,18 +393,30 @@ pub(super) fn kustomize_installs_and_removes_awsvid(cluster: &Cluster, spire: &S
     .replace("awsvid/deploy/kubernetes", base)
     .replace("[awsvid.toml]", "[awsvid.toml, ca.crt]")
     .replace("prod.example.com", "example.org");
-    fs::write(file, documented).unwrap();
+    fs::write(&file, &documented).unwrap();
     let directory = directory.to_str().unwrap();
-    cluster
-        .node
-        .kubectl(&["apply", "--kustomize", directory])
-        .success("kubectl apply -k");
+    let apply = || {
+        let words = ["apply", "--kustomize", directory];
+        cluster.node.kubectl(&words).success("kubectl apply -k");
+    };
+    apply();
     cluster.node.rolled_out("awsvid", "daemonset/awsvid");
     attests(cluster, "with-kustomize");
     reads(cluster, "with-kustomize");
+    upgrade_under_load(
+        cluster,
+        ["kustomize-a", "kustomize-b", "kustomize-c"],
+        || {
+            fs::write(&file, format!("{documented}{ANNOTATION}")).unwrap();
+            apply();
+        },
+    );
+    attests(cluster, "after-apply");
+    let kept = KeptPod::start(cluster, "kept-with-kustomize");
     cluster
         .node
         .kubectl(&["delete", "--kustomize", directory])
         .success("kubectl delete -k");
     is_removed(cluster, spire, "after-kustomize");
+    kept.assert_node_is_clean("");
 }

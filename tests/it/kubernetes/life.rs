@@ -40,7 +40,7 @@ fn processes(node: &Node, program: &str) -> Vec<u32> {
 }
 
 /// Returns the id of the one process that runs a program, once earlier ones have ended.
-fn process(node: &Node, program: &str) -> u32 {
+pub(super) fn process(node: &Node, program: &str) -> u32 {
     await_some(
         &format!("one process of {program}"),
         TIMEOUT,

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::cluster::{READER, manifests};
+use super::cluster::{READER, manifests, overlay};
 use super::deployments::{component_covers_each_kind_of_workload, pod_of, workloads};
 use super::policy::{MAX_CONTAINERS, admitted, pod, pod_of_every_container, pod_of_size, value};
 use crate::harness::counterparts::process::{Output, await_some};
@@ -248,6 +248,16 @@ fn policy_v1beta1_injects_what_v1_injects() {
     for (older, current) in older.iter().zip(&current) {
         assert_same(older, current);
     }
+    let components = [
+        "environment",
+        "environment-imds",
+        "imds-address",
+        "policies-v1beta1",
+    ];
+    let overlay = overlay(directory.path(), "v1beta1", &[], &components);
+    let words = ["apply", "--dry-run=server", "--kustomize"];
+    let words = [&words[..], &[overlay.to_str().unwrap()]].concat();
+    node.kubectl(&words).success("kubectl apply -k");
 }
 
 /// The API may be served without the feature, for example by `api/beta=true`. The API server then

@@ -169,6 +169,7 @@ fn pods_are_served_when_a_cgroup_tree_is_mounted_later() {
     let configuration = upstream.configuration() + rule;
     let daemon = Daemon::start_behind(&words, folder.path(), &node.listen(), &configuration);
     daemon.await_line(&["pods cannot be identified"]);
+    daemon.await_line(&["not ready", "this kernel cannot attest the callers in pods"]);
     let failed = "awsvid_pod_listener_failures_total{reason=\"unsupported_kernel\"}";
     await_some("the namespace is not served", TIMEOUT, || {
         (daemon.metric(failed) == 1).then_some(())

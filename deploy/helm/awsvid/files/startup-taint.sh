@@ -1,4 +1,4 @@
-while /tools/busybox sleep 2; do
+while /tools/busybox touch /alive/loop && /tools/busybox sleep 2; do
   tainted=$(kubectl get nodes --output go-template='{{range .items}}{{$name := .metadata.name}}
     {{range .spec.taints}}{{if eq .key "awsvid.io/not-ready"}}{{$name}}{{end}}{{end}} {{end}}')
   [ -n "$(echo $tainted)" ] || continue

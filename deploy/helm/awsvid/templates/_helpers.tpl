@@ -58,13 +58,13 @@ none
 {{/* Ends with an error if a value is a placeholder. */}}
 {{- define "awsvid.strict" -}}
 {{- if .Values.strict -}}
-{{- if contains "example.org" .Values.spire.trustDomain -}}
+{{- if regexMatch "(^|\\.)example\\.org$" .Values.spire.trustDomain -}}
 {{- fail "spire.trustDomain is the placeholder example.org; set it to the trust domain of your SPIRE" -}}
 {{- end -}}
 {{- if not .Values.existingConfigMap -}}
 {{- $config := include "awsvid.toml" . -}}
 {{- range $placeholder := list "example.org" "123456789012" -}}
-{{- if contains $placeholder $config -}}
+{{- if regexMatch (printf "(^|[^a-z0-9-])%s($|[^a-z0-9.-])" (regexQuoteMeta $placeholder)) $config -}}
 {{- fail (printf "config has the placeholder %s; set config.role to roles of your own" $placeholder) -}}
 {{- end -}}
 {{- end -}}

@@ -61,6 +61,9 @@ pub(in crate::kubernetes) fn config_map_change_needs_no_other_pod(cluster: &Clus
     await_some("the mistake shows in the metric", MAX_DELAY, || {
         (metric(cluster, last)? == "0").then_some(())
     });
+    let script = "busybox wget -q -O /dev/null --header 'Authorization: any' http://127.0.0.1:974/v1/credentials/added; echo answered";
+    let ended = node.run_pod(&request_pod::pod(READER, "still-added", script));
+    assert!(ended.succeeded && ended.log == "answered\n", "{ended:?}");
     warm.await_more();
     write(cluster, &original);
 
