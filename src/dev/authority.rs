@@ -6,8 +6,8 @@ use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, KeyUsagePurpose, SanType,
 };
 use rustls::pki_types::CertificateDer;
 use zeroize::Zeroizing;
@@ -76,6 +76,8 @@ impl DevAuthority {
 fn params(id: &str, now: SystemTime, lifetime: Duration) -> Result<CertificateParams, KeyError> {
     let mut params = CertificateParams::new(Vec::new()).map_err(KeyError::of)?;
     params.subject_alt_names = vec![SanType::URI(id.try_into().map_err(KeyError::of)?)];
+    // No common name, as in SPIRE: IAM Roles Anywhere makes it the source identity.
+    params.distinguished_name = DistinguishedName::new();
     params
         .distinguished_name
         .push(DnType::OrganizationName, "awsvid dev");

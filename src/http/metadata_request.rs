@@ -24,7 +24,7 @@ use crate::imds::{Imds, MetadataPath, TOKEN_HEADER, TokenTtl};
 use crate::role::RequestedRole;
 
 /// The time that a request is held while its credentials are not there. SDKs wait a second for an
-/// answer, some of them with the connect, and many try once. Programs without a `User-Agent` do too.
+/// answer, some of them with the connect, and many try once. So do programs without a `User-Agent`.
 const HOLD: Duration = Duration::from_millis(900);
 /// The hold for the SDK that waits half a second for the head of an answer.
 const SHORT_HOLD: Duration = Duration::from_millis(400);

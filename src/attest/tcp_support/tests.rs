@@ -293,15 +293,28 @@ async fn lost_sock_diag_is_noticed_and_opened_again() {
     assert_eq!(machine.rejection().await, None);
 }
 
-/// Returns the path of a cgroup that this process is not in.
-fn other_cgroup(own: &str, host: &Host) -> Option<String> {
-    if !own.lines().any(|line| line == "0::/") {
-        return Some("/".to_owned());
+/// A cgroup without processes, which is removed with this.
+struct EmptyCgroup(std::path::PathBuf);
+
+impl EmptyCgroup {
+    /// Returns `None` where this process may not create it.
+    fn create(host: &Host) -> Option<Self> {
+        let root = crate::cgroup::CgroupPath::parse("/")?;
+        let name = format!("awsvid-unit-{}", std::process::id());
+        let path = host.cgroup_tree()?.directory(&root).join(name);
+        fs::create_dir(&path).ok()?;
+        Some(Self(path))
     }
-    let root = crate::cgroup::CgroupPath::parse("/")?;
-    let below = fs::read_dir(host.cgroup_tree()?.directory(&root)).ok()?;
-    let folder = below.flatten().find(|entry| entry.path().is_dir())?;
-    Some(format!("/{}", folder.file_name().to_str()?))
+
+    fn path(&self) -> String {
+        format!("/{}", self.0.file_name().unwrap().to_str().unwrap())
+    }
+}
+
+impl Drop for EmptyCgroup {
+    fn drop(&mut self) {
+        _ = fs::remove_dir(&self.0);
+    }
 }
 
 /// A socket has another cgroup than its process, as on a kernel before Linux 5.15 with `net_cls`.
@@ -311,10 +324,10 @@ async fn wrong_cgroup_is_noticed_and_passes() {
         return;
     };
     let own = real("self/cgroup");
-    let Some(other) = other_cgroup(&own, &machine.support.0.host) else {
-        return skip("this machine has one cgroup");
+    let Some(other) = EmptyCgroup::create(&machine.support.0.host) else {
+        return skip("this user may not create cgroups");
     };
-    machine.write("self/cgroup", &format!("0::{other}\n"));
+    machine.write("self/cgroup", &format!("0::{}\n", other.path()));
     advance(TEST_INTERVAL).await;
     let gone = "127.0.0.1:1".parse().unwrap();
     let rejection = machine.rejection_of(gone).await;

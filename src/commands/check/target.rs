@@ -41,8 +41,8 @@ impl CheckTarget {
         }
     }
 
-    /// Returns the target that this agent can attest: the same one, or a process of the pod. `None` if
-    /// no process of the pod is visible.
+    /// Returns the target that this agent can attest: the same one, or a process of the pod. `None`
+    /// if no process of the pod is visible.
     pub(super) fn for_agent(self, agent: &dyn AttestingAgent, config: &Config) -> Option<Self> {
         match self {
             Self::Pod(uid) if !agent.supports_pod_references() => {

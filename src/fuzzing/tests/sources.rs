@@ -27,7 +27,7 @@ const FIELDS: Reader = None("serde_json parses it, and this compares single fiel
 /// The feature is not in packages, and its clients are the developer's own.
 const DEV: Reader = None("part of `awsvid dev`");
 
-const FILES: [(&str, Reader); 79] = [
+const FILES: [(&str, Reader); 80] = [
     ("accounts/local.rs", Target("accounts")),
     ("admin/format.rs", Target("accept")),
     ("attest/cgroup_mounts.rs", Target("mountinfo")),
@@ -85,6 +85,10 @@ const FILES: [(&str, Reader); 79] = [
     ),
     ("hardening/proc_mount.rs", Target("mountinfo")),
     ("hardening/process_status.rs", Target("proc")),
+    (
+        "http/metadata_request.rs",
+        None("the products of a user agent, compared with one name"),
+    ),
     ("http/request_validation.rs", Target("request")),
     ("identity.rs", Target("spiffe_id")),
     ("identity/arn.rs", Target("arn")),

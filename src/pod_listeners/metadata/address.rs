@@ -68,7 +68,7 @@ pub(in crate::pod_listeners) fn open_all(
 }
 
 /// An address that a pod needs, before it is added.
-struct Candidate {
+struct CandidateAddress {
     address: SocketAddr,
     /// Set if the loopback device already has the address: an instance of awsvid was killed, or a
     /// process of the pod added it.
@@ -81,9 +81,9 @@ struct Candidate {
 /// Returns the addresses that the pod needs and lacks, checks the routes to them, and starts to
 /// connect. Those of received listeners are not checked, because awsvid answers there. The others
 /// then wait for the next check of the namespace, which is the first that does check them.
-fn candidates(target: &MetadataTarget) -> Result<Vec<Candidate>, MetadataObstacle> {
+fn candidates(target: &MetadataTarget) -> Result<Vec<CandidateAddress>, MetadataObstacle> {
     if !target.received.is_empty() {
-        let received = target.received.iter().map(|(address, _)| Candidate {
+        let received = target.received.iter().map(|(address, _)| CandidateAddress {
             address: *address,
             is_present: false,
             probe: None,
@@ -98,7 +98,7 @@ fn candidates(target: &MetadataTarget) -> Result<Vec<Candidate>, MetadataObstacl
         needed
             .into_iter()
             .filter(|address| !target.served.contains(address))
-            .map(|address| Candidate::start(&routes, address, may_wait))
+            .map(|address| CandidateAddress::start(&routes, address, may_wait))
             .collect()
     })?
 }
@@ -112,7 +112,7 @@ fn needed_addresses(routes: &RouteSocket) -> io::Result<Vec<SocketAddr>> {
     Ok(needed.collect())
 }
 
-impl Candidate {
+impl CandidateAddress {
     /// Checks the route to the address, and starts to connect there. With `may_wait` the pod's
     /// network may not be set up yet.
     fn start(
@@ -159,7 +159,7 @@ impl Candidate {
 }
 
 /// Serves these addresses in the namespace, up to the first that cannot be.
-fn open(target: MetadataTarget, candidates: Vec<Candidate>) -> Opened {
+fn open(target: MetadataTarget, candidates: Vec<CandidateAddress>) -> Opened {
     let (netns, mut received) = (&target.netns, target.received.into_iter().collect());
     let mut opened = Opened::default();
     let mut candidates = candidates.into_iter();

@@ -74,7 +74,7 @@ impl TestPod {
         Self::open_target(self.target(is_young))
     }
 
-    /// Opens what is missing beside the IPv4 address.
+    /// Opens what is missing next to the IPv4 address.
     fn open_later(&self) -> Opened {
         let mut target = self.target(false);
         target.served.push(V4);
@@ -111,12 +111,22 @@ impl TestPod {
     /// Waits until the address is reached. The kernel adds the route of an IPv6 address a moment
     /// after the address, and until then connections take the default route.
     fn becomes_reached(&self, address: SocketAddr) -> bool {
+        self.becomes(true, address)
+    }
+
+    /// Waits until the address is not reached. A process that another test starts has a closed
+    /// listener until it executes its program.
+    fn becomes_unreached(&self, address: SocketAddr) -> bool {
+        self.becomes(false, address)
+    }
+
+    fn becomes(&self, reached: bool, address: SocketAddr) -> bool {
         (0..1000).any(|_| {
-            let is_reached = self.is_reached(address);
-            if !is_reached {
+            let is_expected = self.is_reached(address) == reached;
+            if !is_expected {
                 thread::sleep(Duration::from_millis(10));
             }
-            is_reached
+            is_expected
         })
     }
 }
@@ -174,7 +184,7 @@ fn pod_with_ipv6_gets_both_addresses() {
     assert!(pod.becomes_reached(V4) && pod.becomes_reached(V6));
     drop(listeners);
     // As after a kill of the daemon.
-    assert!(!pod.is_reached(V4) && !pod.is_reached(V6));
+    assert!(pod.becomes_unreached(V4) && pod.becomes_unreached(V6));
     assert_eq!(complete(pod.open(true)).len(), 2);
     pod.netns
         .run_in(|| std::fs::write("/proc/sys/net/ipv6/conf/lo/disable_ipv6", "1").unwrap())

@@ -22,8 +22,8 @@ impl Reconciler {
     }
 
     /// Does what is due: finds the pods that have opted in, adds the address there, checks that it
-    /// still is where it was added, and adds that of IPv6 where a pod has got IPv6 since. `received`
-    /// are the listeners of another instance.
+    /// still is where it was added, and adds that of IPv6 where a pod has got IPv6 since.
+    /// `received` are the listeners of another instance.
     pub(in crate::pod_listeners) async fn serve_metadata(
         &mut self,
         mut received: HashMap<HandoverKey, Arc<OwnedFd>>,

@@ -1,4 +1,4 @@
-//! Users of a directory, whom SSSD knows some time after the boot.
+//! Users of a directory, which SSSD knows some time after the boot.
 
 use std::time::Duration;
 

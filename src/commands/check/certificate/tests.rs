@@ -200,7 +200,7 @@ fn later_role_cannot_change_the_source_identity() {
         (None, named, true),
         (Some("{path[0]}"), unnamed, true),
     ] {
-        let grant = granted(&role(source_identity), &id()).unwrap();
+        let grant = granted(&role(source_identity), &[identity(&id())]).unwrap();
         let check = |report: &mut CheckReport| keeps_source_identity(&grant, leaf, report);
         let (result, failures) = run(Verdict::Failed, check);
         assert_eq!(result, is_kept, "{source_identity:?} {leaf:?}");

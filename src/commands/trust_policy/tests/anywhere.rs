@@ -47,8 +47,8 @@ fn plan_with(text: &str, bundle: &[CertificateDer<'static>]) -> Plan {
     plan
 }
 
-/// Evaluates whether a trust policy admits a certificate with this SPIFFE ID, which the trust anchor
-/// `anchor` has accepted.
+/// Evaluates whether a trust policy admits a certificate with this SPIFFE ID, which the trust
+/// anchor `anchor` has accepted.
 fn allows_certificate(policy: &Value, anchor: &str, spiffe_id: &str) -> bool {
     let claims = BTreeMap::from([
         ("aws:SourceArn".to_owned(), anchor),

@@ -39,8 +39,8 @@ plugin_dirs = ["BIN"]
 "#;
 
 /// Without CAP_SYS_RESOURCE, which a computer may deny its tests, no process can lower its OOM
-/// score. A computer with cgroup v1 may not mount the controller of huge pages. CRI-O has no setting
-/// for either.
+/// score. A computer with cgroup v1 may not mount the controller of huge pages. CRI-O has no
+/// setting for either.
 const RUNC: &str = r#"#!/bin/sh
 last=
 for word; do

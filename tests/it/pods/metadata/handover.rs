@@ -159,11 +159,16 @@ fn update_respects_obstacles_to_ipv6() {
     else {
         return;
     };
-    let assert_refused = |daemon: &Daemon| {
-        await_some("the address of IPv6 is refused", TIMEOUT, || {
-            let counts = ["imds_routed", "imds_port_taken"].map(|reason| failures(daemon, reason));
-            (counts == [1, 1]).then_some(())
-        });
+    let assert_unserved = |daemon: &Daemon| {
+        await_some(
+            "the address of IPv6 is counted as unserved",
+            TIMEOUT,
+            || {
+                let counts =
+                    ["imds_routed", "imds_port_taken"].map(|reason| failures(daemon, reason));
+                (counts == [1, 1]).then_some(())
+            },
+        );
         for (name, number) in NAMES.into_iter().zip(84..) {
             assert_eq!(addresses(&site.node, name), [true, false], "{name}");
             let cgroup = Cgroup::of_pod(number);
@@ -172,7 +177,7 @@ fn update_respects_obstacles_to_ipv6() {
         }
         assert_eq!(daemon.metric(NAMESPACES), 2);
     };
-    assert_refused(&old);
+    assert_unserved(&old);
     let own = folder();
     let new = start_next(&site, own.path());
     new.await_line(&["took over pods' listeners"]);
@@ -180,7 +185,7 @@ fn update_respects_obstacles_to_ipv6() {
     old.process().signal(Signal::SIGTERM);
     old.await_end();
     // It finds the obstacles itself with its first check.
-    assert_refused(&new);
+    assert_unserved(&new);
     drop(server);
     await_some("the server's port is free", TIMEOUT, || {
         addresses(&site.node, NAMES[1])[1].then_some(())
