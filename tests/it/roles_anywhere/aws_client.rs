@@ -58,6 +58,8 @@ impl CertifiedFiles {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.subject_alt_names = vec![SanType::URI(id("reader").try_into().unwrap())];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        // No common name, as SPIRE has it for workloads without a DNS name.
+        params.distinguished_name = rcgen::DistinguishedName::new();
         let files = ["certificate.pem", "key.pem"].map(|name| folder.join(name));
         let certificate = params.signed_by(key, &issuer).unwrap();
         fs::write(&files[0], certificate.pem()).unwrap();

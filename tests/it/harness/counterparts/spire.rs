@@ -44,7 +44,8 @@ pub(crate) struct SpireSetting {
     /// `brokers`: the clients that may use the Broker API. Its socket exists if this is not empty.
     pub(crate) brokers: Vec<Broker>,
     /// `default_x509_svid_ttl`, in SPIRE's notation. The agent renews an SVID after half of its
-    /// life, and SPIRE dates it back by 10 s: from "10s" down it renews continuously.
+    /// life, and SPIRE dates it back by 10 s: from "10s" down it renews continuously. The agent's
+    /// own SVID, with which it ends, is not one of these.
     pub(crate) x509_svid_ttl: Option<&'static str>,
     /// `workload_x509_svid_key_type` of the agent.
     pub(crate) workload_key_type: Option<&'static str>,
@@ -586,7 +587,7 @@ plugins {{
                 .setting
                 .x509_svid_ttl
                 .map_or(String::new(), |ttl| format!(
-                    "default_x509_svid_ttl = \"{ttl}\""
+                    "default_x509_svid_ttl = \"{ttl}\"\n    agent_ttl = \"1h\""
                 )),
         )
     }
