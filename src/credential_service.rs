@@ -133,8 +133,8 @@ impl CredentialService {
     }
 
     /// Starts the exchange for this role of `caller` in the background, so that its next request
-    /// finds the credentials. A workload has few such tasks at a time. A
-    /// failure shows only in that request.
+    /// finds the credentials. A workload has few such tasks at a time. A failure shows only in that
+    /// request.
     pub fn start_exchange(self: &Arc<Self>, caller: Arc<Caller>, requested: RequestedRole) {
         let Ok(permit) = self.starts.try_acquire(&caller.peer.workload_key()) else {
             return;

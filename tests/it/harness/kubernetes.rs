@@ -286,6 +286,12 @@ impl Node {
         self.import_archive(&image.archive(directory.path()));
     }
 
+    /// Returns whether the container runtime mounts the node's own network for pods with
+    /// `hostNetwork`, among the networks of the other pods.
+    pub(crate) fn pins_own_network(&self) -> bool {
+        self.computer == Computer::NamespacesCriO
+    }
+
     /// Imports an OCI archive into the container runtime, under the name that is in it.
     pub(crate) fn import_archive(&self, path: &Path) {
         if self.computer == Computer::NamespacesCriO {

@@ -39,13 +39,14 @@ plugin_dirs = ["BIN"]
 "#;
 
 /// Without CAP_SYS_RESOURCE, which a computer may deny its tests, no process can lower its OOM
-/// score. A computer with cgroup v1 may not mount the controller of huge pages. CRI-O has no
-/// setting for either.
+/// score, and no privileged container can have it: it gets another one twice. A computer with
+/// cgroup v1 may not mount the controller of huge pages. CRI-O has no setting for these.
 const RUNC: &str = r#"#!/bin/sh
 last=
 for word; do
     [ "$last" != --bundle ] ||
         sed --in-place --null-data --regexp-extended "$word/config.json" \
+            --expression='s/"CAP_SYS_RESOURCE"/"CAP_CHOWN"/g' \
             --expression='s/("oomScoreAdj": *)-[0-9]+/\10/' \
             --expression='s/("hugepageLimits": *)\[[^]]*\]/\1[]/'
     last=$word
