@@ -13,6 +13,9 @@ use crate::process::{Part, spawn};
 use crate::upstream::{TRUST_DOMAIN, Upstream};
 use crate::{BenchError, caller};
 
+/// The variable with the path of another build of the program, to compare builds.
+const PROGRAM: &str = "AWSVID_BENCH_PROGRAM";
+
 /// Bounds steps of the daemon that take milliseconds.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -48,7 +51,8 @@ impl Daemon {
             path("audit.log"),
         );
         fs::write(folder.join("awsvid.toml"), text)?;
-        let mut command = Command::new(env!("CARGO_BIN_EXE_awsvid"));
+        let built = || env!("CARGO_BIN_EXE_awsvid").into();
+        let mut command = Command::new(std::env::var_os(PROGRAM).unwrap_or_else(built));
         command
             .env_clear()
             .args(["serve", "--config", &path("awsvid.toml")]);

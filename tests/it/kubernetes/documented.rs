@@ -114,9 +114,8 @@ pub(super) fn documented_recipe_explains_a_403(cluster: &Cluster) {
     let wait = [&wait[..], &["--for=condition=Ready", "--timeout=60s"]].concat();
     node.kubectl(&wait).success("the pod is ready");
 
-    let step = |begin: &str| block("troubleshooting.md", "In a pod", begin);
     let start = Instant::now();
-    let reason = step("kubectl -n shop debug")
+    let reason = block("troubleshooting.md", "In a pod", "kubectl -n shop debug")
         .replace(" -it ", " -i ")
         .replace("docker.io/curlimages/curl", CURL);
     // kubectl detaches at the end of its input, and shows nothing if it attaches too late. The
@@ -127,7 +126,7 @@ pub(super) fn documented_recipe_explains_a_403(cluster: &Cluster) {
         output.contains("\"code\":\"no_identity\"").then_some(())
     });
 
-    let record = step("uid=$(kubectl");
+    let record = block("troubleshooting.md", "In a pod", "uid=$(kubectl");
     let output = node.shell(&record).success(&record);
     assert!(output.contains("\"reason\":\"no_identity\""), "{output}");
 
@@ -135,7 +134,7 @@ pub(super) fn documented_recipe_explains_a_403(cluster: &Cluster) {
     let check = format!(
         "{}\n{}",
         record.replace("tail -n 3", "tail -n 0"),
-        step("kubectl -n awsvid exec")
+        block("troubleshooting.md", "In a pod", "kubectl -n awsvid exec")
     );
     let output = node.shell(&check);
     assert!(
@@ -161,7 +160,11 @@ pub(super) fn documented_recipe_explains_a_403(cluster: &Cluster) {
     });
     cluster.spire.delete_entry(&entry);
 
-    let names = step("kubectl -n shop exec billing-0");
+    let names = block(
+        "troubleshooting.md",
+        "In a pod",
+        "kubectl -n shop exec billing-0",
+    );
     let output = node.shell(&names).success(&names);
     assert!(
         output
