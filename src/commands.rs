@@ -53,18 +53,14 @@ impl ConfigFile {
         let is_absent =
             |path| std::fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
         if self.config.is_none() && is_absent(CONFIG_FILE) {
-            return Ok(DaemonEndpoints {
-                listen: ListenConfig::default(),
-                region: None,
-                serves_imds: false,
-            });
+            return Ok(DaemonEndpoints::default());
         }
         // The daemon's environment is not the one of this process.
         let (listen, region, serves_imds) = Config::load_for_callers(self.path())?;
         Ok(DaemonEndpoints {
             listen,
             region,
-            serves_imds,
+            serves_imds: Some(serves_imds),
         })
     }
 
@@ -92,9 +88,12 @@ enum StatusSocketError {
     Runtime(#[from] io::Error),
 }
 
-/// Facts about the daemon that a command needs.
+/// Facts about the daemon that a command needs. The default is for a command without its
+/// configuration.
+#[derive(Default)]
 struct DaemonEndpoints {
     listen: ListenConfig,
     region: Option<String>,
-    serves_imds: bool,
+    /// Whether the configuration has `[imds]` on.
+    serves_imds: Option<bool>,
 }

@@ -169,6 +169,15 @@ impl Environment {
     }
 }
 
+/// Returns whether SDKs with these variables use the instance metadata service at `origin`, a URL
+/// without a path.
+pub fn leads_to_metadata(origin: &str, inherited: impl Fn(&str) -> Option<String>) -> bool {
+    let is_disabled =
+        inherited(METADATA_DISABLED).is_some_and(|value| value.eq_ignore_ascii_case("true"));
+    let endpoint = inherited(METADATA_ENDPOINT);
+    !is_disabled && endpoint.is_some_and(|endpoint| endpoint.trim_end_matches('/') == origin)
+}
+
 /// Lines for a POSIX shell that apply the environment.
 impl fmt::Display for Environment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,4 +1,5 @@
-//! Finds the socket of a loopback TCP client, by one exact `sock_diag(7)` lookup in the kernel.
+//! Finds the socket of a loopback TCP client, or the listener at an address, by one exact
+//! `sock_diag(7)` lookup in the kernel.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -10,6 +11,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType};
 use nix::sys::stat::stat;
 use nix::sys::time::TimeVal;
+use nix::unistd::geteuid;
 
 use crate::caller::AttestError;
 use crate::listen::is_metadata_address;
@@ -31,6 +33,8 @@ const NO_COOKIE: u64 = u64::MAX;
 /// The states in which the client's end still belongs to a process: `TCP_ESTABLISHED`,
 /// `TCP_FIN_WAIT1`, `TCP_FIN_WAIT2`.
 const LIVE_STATES: [u8; 3] = [1, 4, 5];
+/// The state of a listener: `TCP_LISTEN`.
+const LISTEN_STATE: u8 = 10;
 /// The name of the loopback device in every network namespace.
 const LOOPBACK: &str = "lo";
 /// The query, as errors name it.
@@ -129,14 +133,45 @@ impl SockDiag {
         if !is_local(client, server) {
             return Err(AttestError::NotLoopback);
         }
-        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
-        let request = request(client, server, self.loopback, sequence);
         let mut buffer = [0_u8; 1024];
+        parse(self.lookup(client, server, &mut buffer)?, client, server)
+    }
+
+    /// Returns whether connections to this address over loopback reach a listener of the calling
+    /// process's user that is bound to the loopback device, as awsvid's at the metadata address is.
+    pub(crate) fn is_served_on_loopback(&self, address: SocketAddr) -> Result<bool, AttestError> {
+        let any_ip: IpAddr = match address {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let mut buffer = [0_u8; 1024];
+        let reply = self.lookup(address, SocketAddr::new(any_ip, 0), &mut buffer);
+        match reply.and_then(message) {
+            Ok(message) => {
+                let device = read_u32(message, 40);
+                let uid = read_u32(message, 64);
+                Ok(message[1] == LISTEN_STATE
+                    && device == Some(self.loopback)
+                    && uid == Some(geteuid().as_raw()))
+            }
+            Err(AttestError::CallerGone) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Returns the reply about the socket at `own`'s end of its connection to `peer`.
+    fn lookup<'a>(
+        &self,
+        own: SocketAddr,
+        peer: SocketAddr,
+        buffer: &'a mut [u8],
+    ) -> Result<&'a [u8], AttestError> {
+        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
+        let request = request(own, peer, self.loopback, sequence);
         let length = self
-            .round_trip(&request, sequence, &mut buffer)
+            .round_trip(&request, sequence, buffer)
             .map_err(|errno| AttestError::kernel(QUERY, errno))?;
-        let length = length.ok_or(AttestError::CallerGone)?;
-        parse(&buffer[..length], client, server)
+        Ok(&buffer[..length.ok_or(AttestError::CallerGone)?])
     }
 
     /// Returns a netlink socket that is free, or else waits for the next one in order.
@@ -243,25 +278,7 @@ pub(crate) fn parse(
     client: SocketAddr,
     server: SocketAddr,
 ) -> Result<SocketInfo, AttestError> {
-    let unreadable = || AttestError::kernel(QUERY, None);
-    let kind = read_u16(reply, 4).ok_or_else(unreadable)?;
-    if kind == NLMSG_ERROR {
-        let errno = read_u32(reply, NLMSG_HEADER)
-            .map(|code| Errno::from_raw(code.cast_signed().wrapping_neg()));
-        return Err(if errno == Some(Errno::ENOENT) {
-            AttestError::CallerGone
-        } else {
-            AttestError::kernel(QUERY, errno)
-        });
-    }
-    let length = read_u32(reply, 0).map_or(0, |length| length as usize);
-    let message = reply
-        .get(NLMSG_HEADER..length)
-        .filter(|message| message.len() >= INET_DIAG_MSG_BYTES)
-        .ok_or_else(unreadable)?;
-    if kind != SOCK_DIAG_BY_FAMILY {
-        return Err(unreadable());
-    }
+    let message = message(reply)?;
     let (family, state) = (message[0], message[1]);
     let source = endpoint(family, &message[8..24], [message[4], message[5]]);
     let target = endpoint(family, &message[24..40], [message[6], message[7]]);
@@ -284,6 +301,34 @@ pub(crate) fn parse(
         cookie,
         cgroup_id: attribute(&message[INET_DIAG_MSG_BYTES..], INET_DIAG_CGROUP_ID),
     })
+}
+
+/// Returns `struct inet_diag_msg` and its attributes. Fails with `CallerGone` if the kernel found
+/// no socket.
+fn message(reply: &[u8]) -> Result<&[u8], AttestError> {
+    let kind = read_u16(reply, 4).ok_or_else(unreadable)?;
+    if kind == NLMSG_ERROR {
+        let errno = read_u32(reply, NLMSG_HEADER)
+            .map(|code| Errno::from_raw(code.cast_signed().wrapping_neg()));
+        return Err(if errno == Some(Errno::ENOENT) {
+            AttestError::CallerGone
+        } else {
+            AttestError::kernel(QUERY, errno)
+        });
+    }
+    let length = read_u32(reply, 0).map_or(0, |length| length as usize);
+    let message = reply
+        .get(NLMSG_HEADER..length)
+        .filter(|message| message.len() >= INET_DIAG_MSG_BYTES)
+        .ok_or_else(unreadable)?;
+    if kind != SOCK_DIAG_BY_FAMILY {
+        return Err(unreadable());
+    }
+    Ok(message)
+}
+
+fn unreadable() -> AttestError {
+    AttestError::kernel(QUERY, None)
 }
 
 fn endpoint(family: u8, address: &[u8], port: [u8; 2]) -> Option<SocketAddr> {

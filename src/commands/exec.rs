@@ -14,7 +14,7 @@ use hyper::Uri;
 use super::{ConfigFile, DaemonEndpoints};
 use crate::config::{AuthorizationMode, ListenConfig};
 use crate::exit_status::ExitStatus;
-use crate::sdk_environment::{Environment, HIGHER_PRECEDENCE_VARS};
+use crate::sdk_environment::{Environment, HIGHER_PRECEDENCE_VARS, leads_to_metadata};
 
 mod error;
 mod over_tcp;
@@ -122,11 +122,7 @@ impl Exec {
         inherited: impl Fn(&str) -> Option<String>,
     ) -> Result<PreparedCommand, ExecError> {
         let daemon = if self.url.is_some() && self.config.config.is_none() {
-            DaemonEndpoints {
-                listen: ListenConfig::default(),
-                region: None,
-                serves_imds: false,
-            }
+            DaemonEndpoints::default()
         } else {
             self.config.daemon_endpoints()?
         };
@@ -138,7 +134,11 @@ impl Exec {
             Some(role) => format!("{}/{}", url.uri, role_in_path(role)?),
             None => url.uri,
         };
-        let metadata = daemon.serves_imds.then_some(url.origin);
+        // Without a configuration, as in a pod, the environment may have been injected.
+        let serves_imds = daemon
+            .serves_imds
+            .unwrap_or_else(|| leads_to_metadata(&url.origin, &inherited));
+        let metadata = serves_imds.then_some(url.origin);
         let endpoints = (uri.clone(), metadata);
         let mut environment = Environment::new(endpoints, &url.host, &inherited);
         // An ARN is not the name of a role there.
@@ -146,26 +146,12 @@ impl Exec {
             .role
             .as_deref()
             .filter(|role| !role.starts_with("arn:"));
-        match by_name.filter(|_| daemon.serves_imds) {
+        match by_name.filter(|_| serves_imds) {
             Some(role) => environment.set("AWS_EC2_INSTANCE_PROFILE_NAME", role),
             None => environment.remove("AWS_EC2_INSTANCE_PROFILE_NAME"),
         }
         self.set_token(&mut environment, &daemon.listen)?;
-        let mut notes = Vec::new();
-        let present: Vec<&str> = HIGHER_PRECEDENCE_VARS
-            .into_iter()
-            .map(|(name, _)| name)
-            .filter(|name| environment.removed().contains(name) && inherited(name).is_some())
-            // These may lead to awsvid.
-            .filter(|name| !profile::VARIABLES.contains(name))
-            .collect();
-        if !present.is_empty() {
-            let why = "SDKs prefer them to awsvid";
-            notes.push(format!(
-                "removed from the command's environment: {} ({why})",
-                present.join(", ")
-            ));
-        }
+        let mut notes = Vec::from_iter(note_of_removed(&environment, &inherited));
         let has_region = profile::replace(&mut environment, &mut notes, &inherited)?;
         let is_set = inherited("AWS_REGION")
             .or_else(|| inherited("AWS_DEFAULT_REGION"))
@@ -211,6 +197,26 @@ impl Exec {
         }
         Ok(())
     }
+}
+
+/// Returns a note with the variables that were set, and that the command does not get.
+fn note_of_removed(
+    environment: &Environment,
+    inherited: impl Fn(&str) -> Option<String>,
+) -> Option<String> {
+    let removed: Vec<&str> = HIGHER_PRECEDENCE_VARS
+        .into_iter()
+        .map(|(name, _)| name)
+        .filter(|name| environment.removed().contains(name) && inherited(name).is_some())
+        // These may lead to awsvid.
+        .filter(|name| !profile::VARIABLES.contains(name))
+        .collect();
+    (!removed.is_empty()).then(|| {
+        format!(
+            "removed from the command's environment: {} (SDKs prefer them to awsvid)",
+            removed.join(", ")
+        )
+    })
 }
 
 /// URL of the daemon's endpoint.

@@ -110,11 +110,13 @@ pub(crate) fn exchange(address: &str, request: &[u8]) -> io::Result<Answer> {
 /// The path of the roles in the instance metadata service.
 pub(crate) const ROLES: &str = "/latest/meta-data/iam/security-credentials/";
 
+/// The request of an SDK for a metadata token.
+pub(crate) const METADATA_PUT: &[u8] = b"PUT /latest/api/token HTTP/1.1\r\nHost: 127.0.0.1\r\nX-aws-ec2-metadata-token-ttl-seconds: 21600\r\n\
+    User-Agent: awsvid-bench/1 os/linux lang/rust\r\nAccept: */*\r\nAccept-Encoding: identity\r\n\r\n";
+
 /// Fetches a metadata token.
 pub(crate) fn metadata_token(address: &str) -> io::Result<String> {
-    const REQUEST: &[u8] = b"PUT /latest/api/token HTTP/1.1\r\nHost: 127.0.0.1\r\nX-aws-ec2-metadata-token-ttl-seconds: 21600\r\n\
-        User-Agent: awsvid-bench/1 os/linux lang/rust\r\nAccept: */*\r\nAccept-Encoding: identity\r\n\r\n";
-    Ok(exchange(address, REQUEST)?.body)
+    Ok(exchange(address, METADATA_PUT)?.body)
 }
 
 /// Returns the request of an SDK for metadata.

@@ -20,7 +20,7 @@ pub(crate) struct Row {
 }
 
 /// All of them, in the order of the table.
-pub(crate) const ROWS: [Row; 16] = [
+pub(crate) const ROWS: [Row; 17] = [
     Row {
         name: "tcp-socket",
         meaning: "CPU time of the daemon per request over TCP, rules by uid and unit: the socket alone identifies the caller. Like the rows \
@@ -49,7 +49,7 @@ pub(crate) const ROWS: [Row; 16] = [
     },
     Row {
         name: "imds",
-        meaning: "requests for metadata over TCP: one with a known token, in multiples of `tcp-socket`'s; and an SDK's three (token, name of \
+        meaning: "requests for metadata over TCP: one with a known token, in multiples of `tcp-socket`'s and of `direct`; and an SDK's three (token, name of \
                   the role, credentials), in multiples of three of `direct`",
         run: ratio::imds,
     },
@@ -89,6 +89,11 @@ pub(crate) const ROWS: [Row; 16] = [
         name: "hostile",
         meaning: "p99 of one user (rules by uid and gid, TCP) while another with 10,000 descriptors sends requests from 8 threads",
         run: slow::hostile,
+    },
+    Row {
+        name: "imds-puts",
+        meaning: "p99 of one user (rules by uid and gid, TCP) while another requests metadata tokens from 8 threads",
+        run: slow::puts,
     },
     Row {
         name: "memory",

@@ -19,6 +19,8 @@ use crate::process::Part;
 pub(crate) enum Sequence {
     /// One GET of the path.
     Container,
+    /// One PUT for a metadata token.
+    MetadataPut,
     /// One GET of a role, with a metadata token that the client has.
     MetadataGet,
     /// As an SDK does: a PUT for the token, a GET of the role's name, and one of the role.
@@ -72,7 +74,12 @@ impl Report {
         self.answers.values().sum()
     }
 
-    /// Returns an error unless each request was answered with credentials.
+    /// Returns the number of requests per second.
+    pub(crate) fn per_second(&self) -> f64 {
+        f64::from(u32::try_from(self.requests()).unwrap_or(0)) / self.seconds
+    }
+
+    /// Returns an error unless each request was answered with 200.
     pub(crate) fn all_issued(&self) -> Result<(), BenchError> {
         if self.answers.keys().eq([&200]) {
             return Ok(());
@@ -184,7 +191,9 @@ fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<S
         return Vec::new();
     };
     let exchange = || match plan.sequence {
-        Sequence::Container | Sequence::MetadataGet => caller::exchange(&plan.address, &request),
+        Sequence::Container | Sequence::MetadataPut | Sequence::MetadataGet => {
+            caller::exchange(&plan.address, &request)
+        }
         Sequence::MetadataSdk => caller::as_sdk(&plan.address),
     };
     for _ in 0..plan.warm_up / plan.threads {
@@ -224,6 +233,7 @@ fn client(index: usize, plan: &Plan, gate: &Barrier, stop: &AtomicBool) -> Vec<S
 fn first_request(plan: &Plan) -> io::Result<Vec<u8>> {
     match plan.sequence {
         Sequence::Container | Sequence::MetadataSdk => Ok(caller::request(&plan.path)),
+        Sequence::MetadataPut => Ok(caller::METADATA_PUT.to_vec()),
         Sequence::MetadataGet => {
             let token = caller::metadata_token(&plan.address)?;
             Ok(caller::metadata_request(&plan.path, &token))

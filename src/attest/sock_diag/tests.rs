@@ -287,6 +287,23 @@ fn lookup_finds_real_connections_until_they_are_closed() {
 }
 
 #[test]
+fn listener_counts_only_if_it_is_bound_to_the_loopback_device() {
+    let diag = SockDiag::open().unwrap();
+    let is_served = |address: SocketAddr| diag.is_served_on_loopback(address).unwrap();
+    for address in ["127.0.0.1:0", "[::1]:0"] {
+        let listener = TcpListener::bind(address).unwrap();
+        let address = listener.local_addr().unwrap();
+        assert!(!is_served(address), "it is bound to no device");
+        let lo = std::ffi::OsString::from(LOOPBACK);
+        socket::setsockopt(&listener, socket::sockopt::BindToDevice, &lo).unwrap();
+        assert!(is_served(address), "{address}");
+        // A connection to it is not a listener.
+        let stream = TcpStream::connect(address).unwrap();
+        assert!(!is_served(stream.local_addr().unwrap()));
+    }
+}
+
+#[test]
 fn lookup_fails_after_close() {
     let diag = SockDiag::open().unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -126,6 +126,36 @@ fn metadata_service_is_set_if_the_configuration_has_it() {
     assert!(!by_arn.contains_key(ROLE), "{by_arn:?}");
 }
 
+/// The policy of `environment-imds` sets these variables in a pod, which has no configuration.
+#[test]
+fn metadata_service_is_kept_if_the_environment_leads_to_it() {
+    const ENDPOINT: &str = "AWS_EC2_METADATA_SERVICE_ENDPOINT";
+    const V1_DISABLED: &str = "AWS_EC2_METADATA_V1_DISABLED";
+    const DISABLED: &str = "AWS_EC2_METADATA_DISABLED";
+    const ROLE: &str = "AWS_EC2_INSTANCE_PROFILE_NAME";
+    let arguments = [&URL[..2], &["--role", "backup"]].concat();
+    let set = |inherited: &[(&str, &str)]| prepared(&arguments, inherited).0;
+    for endpoint in ["http://127.0.0.1:974/", "http://127.0.0.1:974"] {
+        let kept = set(&[(ENDPOINT, endpoint), (V1_DISABLED, "true")]);
+        assert_eq!(kept[ENDPOINT], "http://127.0.0.1:974/");
+        assert_eq!(
+            (&*kept[V1_DISABLED], &*kept[ROLE]),
+            ("true", "backup"),
+            "{endpoint}"
+        );
+        assert!(!kept.contains_key(DISABLED), "{kept:?}");
+    }
+    let elsewhere = (ENDPOINT, "http://127.0.0.1:975/");
+    let switched_off = [(ENDPOINT, "http://127.0.0.1:974/"), (DISABLED, "TRUE")];
+    for inherited in [&[elsewhere][..], &switched_off, &[(V1_DISABLED, "true")]] {
+        let off = set(inherited);
+        assert_eq!(off[DISABLED], "true", "{inherited:?}");
+        for name in [ENDPOINT, ROLE] {
+            assert!(!off.contains_key(name), "{name}: {inherited:?}");
+        }
+    }
+}
+
 #[test]
 fn role_is_one_path_segment() {
     assert_eq!(role_in_path("back-up_1.x").unwrap(), "back-up_1.x");

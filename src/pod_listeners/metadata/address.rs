@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::{io, iter};
 
+use crate::attest::SockDiag;
 use crate::listen::{METADATA_ADDRESSES, NetnsRef, PodListener};
 use crate::netlink::{Addition, Route, RouteSocket};
 use crate::pod_listeners::metadata::MetadataObstacle;
@@ -172,7 +173,8 @@ fn open(target: MetadataTarget, candidates: Vec<CandidateAddress>) -> Opened {
         match listener {
             Ok(listener) => opened.listeners.extend(listener),
             Err(obstacle) => {
-                // A process of the pod took the port after an instance of awsvid was killed.
+                // A process of the pod took the port after an instance of awsvid was killed, or
+                // another instance serves the pod.
                 if candidate.is_present && candidate.is_answered() && !target.is_young {
                     let others = candidates.map(|other| other.address);
                     let all: Vec<_> = iter::once(address).chain(others).collect();
@@ -255,12 +257,14 @@ pub(in crate::pod_listeners) fn remove(netns: &NetnsRef, addresses: &[SocketAddr
     }
 }
 
-/// Removes those of the addresses that an instance of awsvid added, and leaves those of the pod.
+/// Removes those of the addresses that an instance of awsvid added, unless one still listens there.
+/// Leaves those of the pod.
 fn remove_own(netns: &NetnsRef, addresses: &[SocketAddr]) {
     let removed = netns.run_in(|| {
-        let routes = RouteSocket::open()?;
+        let (routes, sockets) = (RouteSocket::open()?, SockDiag::open()?);
         for address in addresses {
-            if routes.has_own_address(address.ip())? {
+            let is_served = sockets.is_served_on_loopback(*address);
+            if !is_served.map_err(io::Error::other)? && routes.has_own_address(address.ip())? {
                 routes.remove_address(address.ip())?;
             }
         }

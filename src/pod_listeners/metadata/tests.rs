@@ -317,6 +317,26 @@ fn server_of_the_pod_keeps_port_80() {
     assert_eq!(complete(pod.open(false)).len(), 1);
 }
 
+/// Two instances run where none passes its listeners to the other.
+#[test]
+fn address_of_another_instance_is_left_to_it() {
+    let setup = [
+        "address add 10.9.0.1/24 dev eth0",
+        "route add default via 10.9.0.2",
+        "address add 2001:db8::1/64 dev eth0 nodad",
+    ];
+    let Some(pod) = TestPod::new(&setup) else {
+        return;
+    };
+    let served = complete(pod.open(false));
+    assert_eq!(served.len(), 2);
+    assert!(pod.becomes_reached(V6));
+    let failed = failure(pod.open(false));
+    assert_eq!(failed, Some(PodListenerFailure::ImdsPortTaken));
+    assert!(!pod.check(&[V4, V6]).was_removed);
+    assert!(pod.is_reached(V4) && pod.is_reached(V6));
+}
+
 #[test]
 fn missing_capability_adds_and_binds_nothing() {
     let Some(pod) = TestPod::connected() else {

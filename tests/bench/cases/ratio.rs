@@ -197,9 +197,7 @@ impl Figures {
         let median = |value: fn(&Run) -> f64| Spread::of(runs.iter().map(value)).median;
         Self {
             cpu: Spread::of(runs.iter().map(|run| run.cpu)),
-            per_second: median(|run| {
-                f64::from(u32::try_from(run.report.requests()).unwrap_or(0)) / run.report.seconds
-            }),
+            per_second: median(|run| run.report.per_second()),
             p50: median(|run| run.report.p50),
             p99: median(|run| run.report.p99),
         }
@@ -310,19 +308,22 @@ fn against_direct(
     Ok(vec![line(row, "direct", &direct, &runs, bound)])
 }
 
+/// Returns the table for requests of metadata, of a daemon with its files in this folder.
+pub(crate) fn imds_table(folder: &Path) -> String {
+    let key = folder.join("imds-key");
+    format!("[imds]\nmode = \"endpoint\"\nkey_file = {key:?}\n\n")
+}
+
 /// Measures requests for metadata: one with a known token against the same request to the container
-/// credential endpoint, and an SDK's three requests against three of `direct`.
+/// credential endpoint and against one of `direct`, and an SDK's three requests against three of
+/// `direct`.
 pub(crate) fn imds(bench: &Bench) -> Result<Vec<Line>, BenchError> {
     let caller = Caller {
         uid: USER,
         cgroup: bench.cgroups.unit("load")?,
         descriptors: DESCRIPTORS,
     };
-    let table = |folder: &Path| {
-        let key = folder.join("imds-key");
-        format!("[imds]\nmode = \"endpoint\"\nkey_file = {key:?}\n\n")
-    };
-    let pair = Pair::start_with(bench, &TCP_SOCKET, caller, table)?;
+    let pair = Pair::start_with(bench, &TCP_SOCKET, caller, imds_table)?;
     let get = Plan {
         path: format!("{}bench", caller::ROLES),
         sequence: Sequence::MetadataGet,
@@ -332,22 +333,24 @@ pub(crate) fn imds(bench: &Bench) -> Result<Vec<Line>, BenchError> {
         sequence: Sequence::MetadataSdk,
         ..pair.plan.clone()
     };
-    let [mut direct, mut container, mut gets, mut sdks] = [const { Vec::new() }; 4];
+    let [mut direct, mut threes, mut container, mut gets, mut sdks] = [const { Vec::new() }; 5];
     for _ in 0..bench.rounds() {
         let (one, other) = pair.round(bench)?;
-        direct.push(Run {
+        threes.push(Run {
             cpu: one.cpu * 3.0,
-            ..one
+            ..one.clone()
         });
+        direct.push(one);
         container.push(other);
         gets.push(measure(bench, pair.daemon.pid(), &get)?);
         sdks.push(measure(bench, pair.daemon.pid(), &sdk)?);
     }
     let at_most = "at most 1.1".to_owned();
-    let no_bound = "no bound".to_owned();
+    let no_bound = || "no bound".to_owned();
     Ok(vec![
         line("imds-get", "tcp-socket", &container, &gets, at_most),
-        line("imds-sdk", "three direct", &direct, &sdks, no_bound),
+        line("imds-get direct", "direct", &direct, &gets, no_bound()),
+        line("imds-sdk", "three direct", &threes, &sdks, no_bound()),
     ])
 }
 

@@ -1,7 +1,10 @@
 //! Latencies: at a steady rate, and while another user keeps the daemon busy.
 
+use std::path::Path;
+use std::time::Duration;
+
 use super::ratio::{
-    DESCRIPTORS, Pair, Run, TCP_PID, TCP_SOCKET, UNIX_FACTS, UNIX_UID, USER, measure,
+    DESCRIPTORS, Pair, Run, TCP_PID, TCP_SOCKET, UNIX_FACTS, UNIX_UID, USER, imds_table, measure,
 };
 use crate::caller::Caller;
 use crate::daemon::{Daemon, Transport, role, rule};
@@ -12,7 +15,7 @@ use crate::{Bench, BenchError};
 
 /// The steady rate, in requests a second.
 const RATE: u32 = 1500;
-/// The user of the endless requests in [`hostile`].
+/// The user of the endless requests in an [`Attack`].
 const HOSTILE: u32 = 61102;
 
 /// Measures the latency at 1,500 requests a second.
@@ -65,62 +68,105 @@ pub(crate) fn paced(bench: &Bench) -> Result<Vec<Line>, BenchError> {
     Ok(lines)
 }
 
+/// One user's latencies without another user's load and with it, and the report of that load.
+struct Attack {
+    alone: Report,
+    during: Report,
+    load: Report,
+}
+
+impl Attack {
+    /// Sends 400 requests a second of one user, and requests of another without end.
+    fn run(
+        bench: &Bench,
+        table: impl Fn(&Path) -> String,
+        (sequence, descriptors): (Sequence, usize),
+    ) -> Result<Self, BenchError> {
+        let folder = bench.folder()?;
+        let upstream = Upstream::start(&folder, Duration::ZERO, false)?;
+        let rules = [USER, HOSTILE]
+            .map(|uid| rule(uid, &format!("gid = {uid}\n")))
+            .join("\n");
+        let tables = format!("{}{rules}\n{}", table(&folder), role("bench"));
+        let daemon = Daemon::start(&folder, &upstream, &tables)?;
+        let plan = |uid, unit, descriptors| -> Result<Plan, BenchError> {
+            Ok(Plan {
+                caller: Caller {
+                    uid,
+                    cgroup: bench.cgroups.unit(unit)?,
+                    descriptors,
+                },
+                address: daemon.address(Transport::Tcp)?,
+                path: "/v1/credentials".to_owned(),
+                sequence: Sequence::Container,
+                threads: 8,
+                warm_up: 0,
+                requests: 0,
+                rate: None,
+            })
+        };
+        let victim = Plan {
+            requests: bench.count(2000, 80),
+            rate: Some(400),
+            warm_up: 80,
+            ..plan(USER, "load", DESCRIPTORS)?
+        };
+        let alone = measure(bench, daemon.pid(), &victim)?.report;
+        let mut hostile = Load::start(&Plan {
+            sequence,
+            ..plan(HOSTILE, "hostile", descriptors)?
+        })?;
+        hostile.begin()?;
+        let mut load = Load::start(&victim)?;
+        load.begin()?;
+        let during = load.report()?;
+        let load = hostile.stop()?;
+        during.all_issued()?;
+        Ok(Self {
+            alone,
+            during,
+            load,
+        })
+    }
+
+    /// Returns the line of the victim's latencies. `own` has figures of the other load.
+    fn line(&self, row: &str, own: &str) -> Line {
+        let Self { alone, during, .. } = self;
+        Line::new(
+            row,
+            format!("p99 {}", millis(during.p99)),
+            "below 10 ms",
+            format!(
+                "p50 {}, max {}; without it p50 {}, p99 {}; {own}",
+                millis(during.p50),
+                millis(during.max),
+                millis(alone.p50),
+                millis(alone.p99),
+            ),
+        )
+    }
+}
+
 /// Measures one user's latency while another one makes the daemon search thousands of descriptors.
 pub(crate) fn hostile(bench: &Bench) -> Result<Vec<Line>, BenchError> {
-    let folder = bench.folder()?;
-    let upstream = Upstream::start(&folder, std::time::Duration::ZERO, false)?;
-    let rules = [USER, HOSTILE]
-        .map(|uid| rule(uid, &format!("gid = {uid}\n")))
-        .join("\n");
-    let daemon = Daemon::start(&folder, &upstream, &format!("{rules}\n{}", role("bench")))?;
-    let plan = |uid, unit, descriptors| -> Result<Plan, BenchError> {
-        let caller = Caller {
-            uid,
-            cgroup: bench.cgroups.unit(unit)?,
-            descriptors,
-        };
-        let (address, path) = (
-            daemon.address(Transport::Tcp)?,
-            "/v1/credentials".to_owned(),
-        );
-        Ok(Plan {
-            caller,
-            address,
-            path,
-            sequence: Sequence::Container,
-            threads: 8,
-            warm_up: 0,
-            requests: 0,
-            rate: None,
-        })
-    };
-    let requests = bench.count(2000, 80);
-    let victim = Plan {
-        requests,
-        rate: Some(400),
-        warm_up: 80,
-        ..plan(USER, "load", DESCRIPTORS)?
-    };
-    let alone = measure(bench, daemon.pid(), &victim)?.report;
-    let mut hostile = Load::start(&plan(HOSTILE, "hostile", 10_000)?)?;
-    hostile.begin()?;
-    let mut load = Load::start(&victim)?;
-    load.begin()?;
-    let report = load.report()?;
-    let hostile = hostile.stop()?;
-    report.all_issued()?;
-    Ok(vec![Line::new(
-        "hostile",
-        format!("p99 {}", millis(report.p99)),
-        "below 10 ms",
-        format!(
-            "p50 {}, max {}; without it p50 {}, p99 {}; its own p50 {} and answers by status {:?}",
-            millis(report.p50),
-            millis(report.max),
-            millis(alone.p50),
-            millis(alone.p99),
-            millis(hostile.p50),
-            hostile.answers,
-        ),
-    )])
+    let no_table = |_: &Path| String::new();
+    let attack = Attack::run(bench, no_table, (Sequence::Container, 10_000))?;
+    let own = format!(
+        "its own p50 {} and answers by status {:?}",
+        millis(attack.load.p50),
+        attack.load.answers,
+    );
+    Ok(vec![attack.line("hostile", &own)])
+}
+
+/// Measures one user's latency while another one requests metadata tokens, and how many it gets.
+pub(crate) fn puts(bench: &Bench) -> Result<Vec<Line>, BenchError> {
+    let attack = Attack::run(bench, imds_table, (Sequence::MetadataPut, DESCRIPTORS))?;
+    attack.load.all_issued()?;
+    let own = format!(
+        "{:.0} PUTs a second, their p50 {}",
+        attack.load.per_second(),
+        millis(attack.load.p50),
+    );
+    Ok(vec![attack.line("imds-puts", &own)])
 }

@@ -86,16 +86,20 @@ fn row(name: &'static str, cells: [String; 3], errors: &mut Vec<String>) -> Tabl
 
 /// Returns how many of a server's answers have a header.
 fn share(answers: &[ServerAnswer], name: &str) -> String {
-    let with = answers
-        .iter()
-        .filter(|answer| answer.header(name).is_some());
-    match with.count() {
+    share_with(answers, |answer| answer.header(name).is_some())
+}
+
+fn share_with(answers: &[ServerAnswer], is_found: impl Fn(&ServerAnswer) -> bool) -> String {
+    match answers.iter().filter(|answer| is_found(answer)).count() {
         0 => "none",
         count if count == answers.len() => "all",
         _ => "some",
     }
     .to_owned()
 }
+
+/// The row after those of the headers. The tables of requests have only the type.
+const CHARSET: &str = "charset in content-type";
 
 /// The headers of these answers that the table has, in its order.
 const HEADERS: [&str; 10] = [
@@ -155,13 +159,17 @@ fn each_difference_from_other_servers_has_a_reason() {
             assert!(HEADERS.contains(&name.as_str()), "{name}: {answer:?}");
         }
     }
-    let headers: Vec<TableRow> = HEADERS
+    let mut headers: Vec<TableRow> = HEADERS
         .iter()
         .map(|name| {
             let cells = answers.each_ref().map(|answers| share(answers, name));
             row(name, cells, &mut errors)
         })
         .collect();
+    let charset = answers
+        .each_ref()
+        .map(|answers| share_with(answers, ServerAnswer::has_charset));
+    headers.push(row(CHARSET, charset, &mut errors));
     let (tokens, metadata) = rows.split_at(TOKENS.len());
     settle_tables(&[
         ("tokens", rendered(tokens)),

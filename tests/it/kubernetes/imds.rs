@@ -64,6 +64,24 @@ busybox cat /bucket/test.txt
 busybox umount /bucket
 "#;
 
+/// Has the name of its role, and serves another port of all addresses.
+const SERVED: &str = r#"
+echo "gets the role $(get iam/security-credentials/)"
+busybox mkdir -p /www
+echo served >/www/index.html
+exec busybox httpd -f -p 81 -h /www
+"#;
+/// Requests a page of the pod, and a token of its metadata service. The status 7 of curl is that of
+/// a rejected connection.
+const REACH: &str = r#"
+curl="curl -s --max-time 20"
+echo "another port: $($curl http://169.254.169.254:81/)"
+status=0
+$curl -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 3600' \
+    http://169.254.169.254/latest/api/token || status=$?
+echo "port 80: $status"
+"#;
+
 /// Each fetch is a PUT and two GETs, with one attempt and a timeout of a second.
 const BY_BOTOCORE: &str = r#"
 import os, time
@@ -99,6 +117,7 @@ pub(super) fn programs_need_no_setting(cluster: &Cluster) {
         assert_protocol(cluster, name);
     }
     clients_find_the_address(cluster);
+    no_route_leads_to_another_pod(cluster);
     tokens_outlive_updates(cluster);
 }
 
@@ -304,6 +323,35 @@ fn client_script(cluster: &Cluster, client: &Client, program: &Path) -> String {
          if busybox grep -q '{FOUND}' /tmp/found; then echo '{slug} has read it'
          else echo '{slug} has not read it:'; busybox cat /tmp/found; fi\n",
     )
+}
+
+/// The node routes the address to a served pod, and forwards what other pods send there (T39).
+fn no_route_leads_to_another_pod(cluster: &Cluster) {
+    let node = &cluster.node;
+    let served = format!("{FUNCTIONS}{SERVED}");
+    node.apply(&pod(cluster, "served", PROGRAMS, &served));
+    await_some("the pod is served", Duration::from_secs(90), || {
+        let log = node.pod_log(READER.namespace, "served");
+        log.contains("gets the role all\n").then_some(())
+    });
+    let found = node.get(&["pod", "--namespace", READER.namespace, "served"]);
+    let ip = found["status"]["podIP"].as_str().expect("an address");
+    let route = |act: &str| {
+        let words = ["ip", "route", act, "169.254.169.254/32", "via", ip];
+        node.run(&words).success("the route");
+    };
+    // The server at the other port shows that packets reach the pod.
+    let expected = "another port: served\nport 80: 7\n";
+    route("add");
+    let by_node = node.run(&["sh", "-ec", REACH]);
+    assert_eq!(by_node.success("the requests of the node"), expected);
+    let mut other = pod(cluster, "other", PROGRAMS, REACH);
+    other["metadata"]["annotations"] = json!({ "awsvid.io/imds": "false" });
+    let by_pod = node.run_pod(&other);
+    assert_eq!(by_pod.log, expected, "{by_pod:?}");
+    route("delete");
+    node.kubectl(&["delete", "pod", "--namespace", READER.namespace, "served"])
+        .success("its end");
 }
 
 /// Programs send requests while awsvid's pod is replaced: one with a token that it keeps, and

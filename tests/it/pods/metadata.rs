@@ -174,6 +174,24 @@ fn pod_that_opts_in_is_served_with_nothing_set() {
     }
 }
 
+/// This mode serves metadata at the ports of the endpoint, and adds no address to any pod.
+#[test]
+fn endpoint_mode_serves_the_pods_port_alone() {
+    let Some(stage) = PodsStage::set_with(
+        |node| add_pod(node, "a", opt_in),
+        |folder, node| serving("endpoint", folder, node),
+    ) else {
+        return;
+    };
+    let (node, daemon) = (&stage.site.node, &stage.daemon);
+    let cgroup = Cgroup::of_pod(67);
+    assert!(script_gets_credentials(node, "a", &cgroup, V4));
+    // An attempt would precede readiness. It would fail without the capability, and be counted.
+    assert!(!has_address(node, "a"));
+    assert_eq!(daemon.metric(NAMESPACES), 0);
+    assert_eq!(failures(daemon, "imds_denied"), 0);
+}
+
 /// A router may announce the pod's IPv6 network at any time.
 #[test]
 fn ipv6_address_follows_that_of_the_pod() {

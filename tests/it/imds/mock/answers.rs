@@ -73,6 +73,17 @@ impl ServerAnswer {
         found.next().map(|(_, value)| value.as_str())
     }
 
+    /// Returns whether the type has a parameter, which is the charset.
+    pub(super) fn has_charset(&self) -> bool {
+        let parameter = self
+            .header("content-type")
+            .and_then(|value| value.split_once(';'));
+        if let Some((_, parameter)) = parameter {
+            assert_eq!(parameter.trim().to_lowercase(), "charset=utf-8", "{self:?}");
+        }
+        parameter.is_some()
+    }
+
     /// Returns the status, the type, whether the header with the token's lifetime is there, and the
     /// kind of the body.
     pub(super) fn summary(&self, role: &str) -> String {

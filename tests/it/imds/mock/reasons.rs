@@ -1,7 +1,7 @@
 //! The reasons of the differences, which the document has.
 
 /// Each reason with the names of its rows.
-const REASONS: [(&str, &[&str]); 29] = [
+const REASONS: [(&str, &[&str]); 30] = [
     (
         "awsvid's token is as long as EC2's and needs no memory; the others store random ones",
         &["PUT, TTL 300"],
@@ -102,6 +102,10 @@ const REASONS: [(&str, &[&str]); 29] = [
     (
         "the others leave it out where the body is empty",
         &["content-type"],
+    ),
+    (
+        "Go's library adds `utf-8` by itself; EC2 sends none",
+        &["charset in content-type"],
     ),
     ("Go's server leaves it out after HEAD", &["content-length"]),
     ("a cache must not store credentials", &["cache-control"]),
