@@ -208,7 +208,13 @@ fn user_of_a_passed_socket_is_not_a_fact() {
     let (status, body) = fetch(TcpStream::from(maker.connect_and_keep()));
     assert_eq!(status, 200, "{body}");
     let (status, body) = fetch(TcpStream::from(maker.connect()));
-    assert_eq!((status, &body["code"]), (403, &"no_holder".into()));
+    // The search begins with the connection. If it is faster than the maker, which closes its copy
+    // after it has passed one, the check before the answer notices that.
+    let code = body["code"].as_str().unwrap();
+    assert!(
+        status == 403 && matches!(code, "no_holder" | "caller_gone"),
+        "{body}"
+    );
     assert_eq!(upstream.counts(), [1, 1, 0]);
 }
 
