@@ -19,11 +19,12 @@ use crate::exchange::TokenExchanger;
 use crate::file_threads::FileThreads;
 use crate::identity::{ArnTemplate, AttestedFacts, SpiffeId, Template};
 use crate::policy::CacheLimits;
-use crate::role::{Identity, RequestedRole, Role, Roles};
+use crate::role::{Identity, RequestedRole, Role, Roles, RolesAnywhereTarget};
+use crate::roles_anywhere::CreateSession;
 use crate::socket_endpoint::Endpoint;
 use crate::sts::{AssumeRole, RetryPolicy, StsError, StsReason};
 use crate::svid::jwt::tests::token_of;
-use crate::svid::{IdentityBasis, IdentitySource, JwtSvid, SourceError};
+use crate::svid::{IdentityBasis, IdentitySource, JwtSvid, SourceError, X509Svid};
 
 mod bounds;
 mod callers;
@@ -52,6 +53,8 @@ struct CacheEnv {
     /// Duration of one call to the source.
     takes: Mutex<Duration>,
     fetched: AtomicUsize,
+    /// Number of queries for certificates, which are all denied.
+    certificate_queries: AtomicUsize,
     failure: Mutex<Option<SourceError>>,
     rejection: Mutex<Option<StsError>>,
     lifetime: Mutex<Duration>,
@@ -94,7 +97,8 @@ impl CacheEnv {
             defined: roles.to_vec(),
             requested: None,
         };
-        let exchanger = TokenExchanger::new(self.clone(), self.clone(), clock, metrics);
+        let exchanger = TokenExchanger::new(self.clone(), self.clone(), clock, metrics)
+            .with_roles_anywhere(self.clone());
         let users = UserNames::new(FileThreads::default());
         Policy::new(self.clone(), roles, exchanger, users, limits)
     }
@@ -159,6 +163,11 @@ impl IdentitySource for CacheEnv {
         self.answer(caller, id, audience).await
     }
 
+    async fn x509_svid(&self, _: &Arc<Caller>, _: &SpiffeId) -> Result<X509Svid, SourceError> {
+        self.certificate_queries.fetch_add(1, Ordering::SeqCst);
+        Err(denied())
+    }
+
     fn facts_needed(&self, _: CallerFacts<'_>) -> Option<ProcessFacts> {
         None
     }
@@ -217,6 +226,18 @@ impl AssumeRole for CacheEnv {
             expiration: self.clock.now() + *self.lifetime.lock().unwrap(),
             first_session_name: None,
         })
+    }
+}
+
+#[async_trait]
+impl CreateSession for CacheEnv {
+    async fn create_session(
+        &self,
+        _: &Grant,
+        _: &RolesAnywhereTarget,
+        _: &X509Svid,
+    ) -> Result<Credentials, StsError> {
+        panic!("the source has no certificates")
     }
 }
 
@@ -302,6 +323,7 @@ fn env_of(open: usize, limits: CacheLimits) -> (Arc<CacheEnv>, CredentialCache) 
         gate: Semaphore::new(open),
         takes: Mutex::default(),
         fetched: AtomicUsize::new(0),
+        certificate_queries: AtomicUsize::new(0),
         failure: Mutex::default(),
         rejection: Mutex::default(),
         lifetime: Mutex::new(HOUR),

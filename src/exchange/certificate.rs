@@ -47,32 +47,38 @@ impl TokenExchanger {
 
     /// Exchanges a token, and a certificate if that is unavailable. A token that is rejected is the
     /// result.
+    ///
+    /// A certificate that fails as well changes nothing: the result is that of the token. The
+    /// source may have fewer certificates than tokens, so its denial of one withdraws no identity.
     pub(super) async fn by_either(
         &self,
         caller: &Arc<Caller>,
         grant: &Grant,
         at: &RolesAnywhereTarget,
     ) -> Result<Credentials, ExchangeError> {
-        let mut first_error = None;
+        let mut outage = None;
         if !self.token_outages.is_recent(grant) {
             let result = self.by_token_in_time(caller, grant).await;
             self.token_outages.record(grant, &result);
             match result {
-                Err(error) if error.is_outage_of_tokens() => first_error = Some(error),
+                Err(error) if error.is_outage_of_tokens() => outage = Some(error),
                 result => return result,
             }
         }
-        match (self.by_certificate(caller, grant, at).await, first_error) {
-            // The source's verdict on the caller counts for both kinds of SVIDs.
-            (Err(error @ ExchangeError::Source(_)), _) => Err(error),
+        let error = match self.by_certificate(caller, grant, at).await {
+            Ok(credentials) => return Ok(credentials),
+            Err(error) => error,
+        };
+        match (error, outage) {
+            // The caller may not be what the source attested, whatever the kind of the SVID.
+            (error @ ExchangeError::Source(SourceError::Caller(_)), _) => Err(error),
             // The outage is the cause: without it, the second exchange would not have been needed.
-            (Err(_), Some(outage)) => Err(outage),
-            (Err(ExchangeError::Sts(_)), None) => {
+            (_, Some(outage)) => Err(outage),
+            (_, None) => {
                 let result = self.by_token(caller, grant, RetryBudget::none()).await;
                 self.token_outages.record(grant, &result);
                 result
             }
-            (result, _) => result,
         }
     }
 

@@ -7,5 +7,5 @@ mod commands;
 mod expiry;
 mod outages;
 mod python_client;
-mod server;
+pub(crate) mod server;
 mod spire;

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::captured_log::CapturedLog;
+use crate::role::FirstExchange;
 use crate::svid::BadToken;
 
 /// The latest time at which the first refresh may be due.
@@ -135,6 +136,58 @@ async fn second_denial_after_ten_seconds_removes_credentials() {
             .all(|entry| entry.access_key_id.is_none())
     );
     assert_eq!(reason(&cache).await, "source_denied");
+}
+
+/// Requests the credentials of a role with both exchanges.
+async fn key_by_either(
+    cache: &CredentialCache,
+    role: &Arc<Role>,
+) -> Result<(String, CacheResult), CacheError> {
+    let grant = grant_of("a", role);
+    let found = cache.get(&cache.policy(), &grant, &caller()).await;
+    found.map(|(cached, result)| (cached.access_key_id.to_string(), result))
+}
+
+/// With both exchanges, an outage is not worse where the agent has no certificates.
+#[tokio::test(start_paused = true)]
+async fn denied_certificate_in_an_outage_of_sts_removes_nothing() {
+    let (env, cache) = env(10_000);
+    let target = RolesAnywhereTarget {
+        trust_anchor_arn: String::new(),
+        profile_arn: String::new(),
+        region: "eu-central-1".to_owned(),
+        endpoint: None,
+    };
+    let role = Arc::new(Role {
+        exchange: FirstExchange::Both(Arc::new(target)),
+        ..role("r")
+    });
+    cache.reload(env.policy(std::slice::from_ref(&role), LIMITS));
+    key_by_either(&cache, &role).await.unwrap();
+    env.reject(StsError {
+        retry: RetryPolicy::Later,
+        reason: StsReason::Unreachable,
+        ..rejected()
+    });
+    while env.certificate_queries.load(Ordering::SeqCst) == 0 {
+        pass(SECOND).await;
+    }
+    for _ in 0..60 {
+        pass(SECOND).await;
+        let found = key_by_either(&cache, &role).await.unwrap();
+        assert_eq!(found, ("KEY1".to_owned(), CacheResult::Stale));
+    }
+    // The second denial would have been enough.
+    assert!(env.certificate_queries.load(Ordering::SeqCst) > 2);
+    assert!(cache.entries()[0].refused_since.is_none());
+
+    // A denial of tokens still withdraws the identity.
+    env.fail(denied());
+    pass(MINUTE * 2).await;
+    let Err(CacheError::Exchange(error)) = key_by_either(&cache, &role).await else {
+        panic!("the identity is still served");
+    };
+    assert_eq!(error.reason(), "source_denied");
 }
 
 #[tokio::test(start_paused = true)]

@@ -404,30 +404,79 @@ async fn rejected_token_does_not_fall_over() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn two_failures_are_the_outage_unless_the_source_denies() {
+async fn outage_is_the_result_whatever_the_certificate_lacks() {
+    let grant = grant(FirstExchange::Both);
+    let source = |error| (Err(error), Ok(()), &["certificate"][..]);
+    let rejected = failure(RetryPolicy::Never, StsReason::AccessDenied);
+    let wrong = BadToken::Wrong("another".to_owned());
+    for (certificate, session, calls) in [
+        (Ok(()), Err(rejected), &["certificate", "session"][..]),
+        source(SourceError::Denied("no certificate".to_owned())),
+        source(SourceError::Misconfigured("unimplemented".to_owned())),
+        source(wrong.into()),
+        source(SourceError::Busy),
+    ] {
+        let upstreams = Arc::new(Upstreams::new());
+        let exchanger = exchanger(&upstreams);
+        set(&upstreams.sts, [Err(outage())]);
+        set(&upstreams.certificates, [certificate.clone()]);
+        set(&upstreams.sessions, [session]);
+        let error = exchange(&exchanger, &grant).await.unwrap_err();
+        assert_eq!(error, outage().into(), "{certificate:?}");
+        assert!(error.is_transient());
+        let tokens = &["token", "sts"][..];
+        assert_eq!(upstreams.calls(), [tokens, calls].concat());
+        // Within the pause, the certificate goes first.
+        let error = exchange(&exchanger, &grant).await.unwrap_err();
+        assert_eq!(error, outage().into(), "{certificate:?}");
+        assert_eq!(upstreams.calls(), [calls, tokens].concat());
+        set(&upstreams.sts, [Ok(())]);
+        assert_eq!(exchange(&exchanger, &grant).await.unwrap(), "ASIATOKEN");
+        assert_eq!(upstreams.calls(), [calls, tokens].concat());
+        assert!(tries_token(&exchanger, &upstreams, &grant).await);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn token_is_tried_within_the_pause_if_no_certificate_comes() {
     let grant = grant(FirstExchange::Both);
     let upstreams = Arc::new(Upstreams::new());
     let exchanger = exchanger(&upstreams);
     set(&upstreams.sts, [Err(outage())]);
-    let denied = failure(RetryPolicy::Never, StsReason::AccessDenied);
-    set(&upstreams.sessions, [Err(denied)]);
+    set(&upstreams.certificates, [Err(down())]);
     let error = exchange(&exchanger, &grant).await.unwrap_err();
     assert_eq!(error, outage().into());
-    assert!(error.is_transient());
-    upstreams.calls();
-    // Within the pause, the certificate goes first.
-    let error = exchange(&exchanger, &grant).await.unwrap_err();
-    assert_eq!(error, outage().into());
-    assert_eq!(
-        upstreams.calls(),
-        ["certificate", "session", "token", "sts"]
-    );
     set(&upstreams.sts, [Ok(())]);
     assert_eq!(exchange(&exchanger, &grant).await.unwrap(), "ASIATOKEN");
+}
 
+#[tokio::test(start_paused = true)]
+async fn denial_of_a_token_withdraws_within_the_pause() {
+    let grant = grant(FirstExchange::Both);
+    let upstreams = Arc::new(Upstreams::new());
+    let exchanger = exchanger(&upstreams);
     set(&upstreams.sts, [Err(outage())]);
     let denial = SourceError::Denied("no longer".to_owned());
     set(&upstreams.certificates, [Err(denial.clone())]);
+    exchange(&exchanger, &grant).await.unwrap_err();
+    upstreams.calls();
+    set(&upstreams.tokens, [Err(denial.clone())]);
     let error = exchange(&exchanger, &grant).await.unwrap_err();
     assert_eq!(error, denial.into());
+    assert_eq!(upstreams.calls(), ["certificate", "token"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn caller_that_is_gone_is_the_result() {
+    let grant = grant(FirstExchange::Both);
+    let upstreams = Arc::new(Upstreams::new());
+    let exchanger = exchanger(&upstreams);
+    set(&upstreams.sts, [Err(outage())]);
+    let gone = SourceError::from(crate::caller::AttestError::CallerGone);
+    set(&upstreams.certificates, [Err(gone.clone())]);
+    for calls in [&["token", "sts", "certificate"][..], &["certificate"]] {
+        let error = exchange(&exchanger, &grant).await.unwrap_err();
+        assert_eq!(error, gone.clone().into());
+        assert_eq!(upstreams.calls(), calls);
+    }
 }

@@ -1,3 +1,6 @@
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use rcgen::date_time_ymd;
@@ -81,6 +84,64 @@ fn svid_that_is_not_the_identitys_is_rejected() {
         svid.x509_svid_key = key.unwrap_or(svid.x509_svid_key);
         assert_eq!(rejection_of(svid.into()), expected);
     }
+}
+
+/// The private number in the PKCS #8 of a key of the curve P-256.
+const SCALAR: Range<usize> = 36..68;
+
+/// The message of an SVID, with a view of the memory of its key. Nothing is allocated for a view:
+/// that would use the memory of a key that was freed.
+struct ObservedKey {
+    memory: File,
+    address: usize,
+    scalar: [u8; 32],
+}
+
+impl ObservedKey {
+    fn new(svid: &workload::X509svid) -> Self {
+        let key = &svid.x509_svid_key;
+        assert_eq!(key[SCALAR.start - 2..SCALAR.start], [4, 32], "{key:?}");
+        Self {
+            memory: File::open("/proc/self/mem").unwrap(),
+            address: key.as_ptr().addr(),
+            scalar: key[SCALAR].try_into().unwrap(),
+        }
+    }
+
+    /// Returns whether the key is at its address. The memory may be in use again, or unmapped.
+    fn is_there(&self) -> bool {
+        let mut bytes = [0; 32];
+        let start = u64::try_from(self.address + SCALAR.start).unwrap();
+        let read = self.memory.read_exact_at(&mut bytes, start);
+        read.is_ok() && bytes == self.scalar
+    }
+}
+
+#[test]
+fn key_has_one_copy_which_is_cleared() {
+    let authority = Authority::new();
+    // The one of the message is moved, not copied.
+    let svid = authority.svid(ID);
+    let key = ObservedKey::new(&svid);
+    let svid = X509Svid::check(svid.into(), &id(), now()).unwrap();
+    assert_eq!(svid.secret().as_ptr().addr(), key.address);
+    assert!(key.is_there());
+    drop(svid);
+    assert!(!key.is_there());
+
+    let svid = authority.svid(OTHER);
+    let key = ObservedKey::new(&svid);
+    let svid = received(svid);
+    assert!(key.is_there());
+    rejection_of(svid);
+    assert!(!key.is_there());
+
+    let svid = authority.svid(OTHER);
+    let key = ObservedKey::new(&svid);
+    let received = [received(svid)];
+    assert!(key.is_there());
+    let chosen = X509Svid::check_any(received, &id(), now());
+    assert!(chosen.unwrap().is_none() && !key.is_there());
 }
 
 #[test]

@@ -145,6 +145,51 @@ fn facts_of_callers_with_one_identity_make_sessions_of_their_own() {
     assert_eq!(upstream.counts(), [1, 3, 0]);
 }
 
+/// T47, T48: callers of one SPIFFE ID in two pods. Each has a session with its own pod, whose UID
+/// is that of its cgroup.
+#[test]
+fn pods_with_one_identity_have_sessions_of_their_own() {
+    if !root() {
+        return;
+    }
+    let folder = folder();
+    Cgroup::create_kubelets();
+    let keys = "tags = { \"pod\" = \"{pod_uid}\" }\n";
+    let container = "\n[[workload]]\nspiffe_id = \"spiffe://example.org/ns/a/sa/b\"\ncgroup = \"/kubepods/**\"\n";
+    let rules = rule("ns/a/sa/b", 2) + container;
+    let (upstream, daemon) = start(folder.path(), keys, &rules);
+    let pods = [901, 902].map(Cgroup::of_pod);
+    let requests = [&pods[0], &pods[1], &pods[0]];
+    let keys = requests.map(|pod| request(&daemon, 1, pod)["AccessKeyId"].to_string());
+    assert!(keys[0] != keys[1] && keys[0] == keys[2], "{keys:?}");
+    // The first hop, which has no facts, is shared.
+    assert_eq!(upstream.counts(), [1, 2, 0]);
+    for (record, pod) in daemon.audit_after(0).iter().zip(requests) {
+        let uid = Value::from(pod_uid(pod));
+        assert_eq!(record["reason"], "ok", "{record}");
+        assert_eq!(
+            (&record["pod_uid"], &record["chain"][1]["tags"]["pod"]),
+            (&uid, &uid),
+            "{record}"
+        );
+    }
+    let body = request(&daemon, 2, &Cgroup::new("outside-pods.service"));
+    assert_eq!(body["code"], "invalid_parameter", "{body}");
+    let message = body["message"].as_str().unwrap();
+    assert!(
+        message.contains("{pod_uid} has no value for this caller"),
+        "{message}"
+    );
+    assert_eq!(upstream.counts(), [1, 2, 0]);
+}
+
+/// Returns the UID in the path of a pod's cgroup.
+fn pod_uid(pod: &Cgroup) -> String {
+    let name = pod.path().parent().unwrap().file_name().unwrap();
+    let name = name.to_str().unwrap();
+    name.strip_prefix("pod").unwrap().to_owned()
+}
+
 /// T24, T48: a rule by unit is decided by the socket alone. A role that depends on the caller's
 /// user also needs a process of that user that holds the socket now.
 #[test]
@@ -163,7 +208,13 @@ fn user_of_a_passed_socket_is_not_a_fact() {
     let (status, body) = fetch(TcpStream::from(maker.connect_and_keep()));
     assert_eq!(status, 200, "{body}");
     let (status, body) = fetch(TcpStream::from(maker.connect()));
-    assert_eq!((status, &body["code"]), (403, &"no_holder".into()));
+    // The search begins with the connection. If it is faster than the maker, which closes its copy
+    // after it has passed one, the check before the answer notices that.
+    let code = body["code"].as_str().unwrap();
+    assert!(
+        status == 403 && matches!(code, "no_holder" | "caller_gone"),
+        "{body}"
+    );
     assert_eq!(upstream.counts(), [1, 1, 0]);
 }
 

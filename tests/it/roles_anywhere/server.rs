@@ -20,7 +20,7 @@ pub(super) const PROFILE: &str =
     "arn:aws:rolesanywhere:us-east-1:123456789012:profile/1b2c3d4e-0000-4d5c-a4c1-0123456789ab";
 
 /// CAs, tokens and settings that the server trusts.
-pub(super) struct Trust<'a> {
+pub(crate) struct Trust<'a> {
     /// CAs of the trust anchor, in PEM.
     pub(super) bundle: &'a str,
     pub(super) accepts_session_name: bool,
@@ -34,7 +34,7 @@ pub(super) struct Trust<'a> {
 }
 
 impl<'a> Trust<'a> {
-    pub(super) fn of(bundle: &'a str) -> Self {
+    pub(crate) fn of(bundle: &'a str) -> Self {
         Self {
             bundle,
             accepts_session_name: true,
@@ -47,8 +47,8 @@ impl<'a> Trust<'a> {
 }
 
 /// The server, which runs until this is dropped.
-pub(super) struct VerifyingServer {
-    pub(super) sts: DevSts,
+pub(crate) struct VerifyingServer {
+    pub(crate) sts: DevSts,
     _runtime: Runtime,
 }
 
@@ -57,7 +57,7 @@ fn pattern(text: &str) -> SpiffeIdPattern {
 }
 
 impl VerifyingServer {
-    pub(super) fn start(trust: Trust<'_>) -> Self {
+    pub(crate) fn start(trust: Trust<'_>) -> Self {
         let runtime = Runtime::new().unwrap();
         let certificates = CertificateDer::pem_slice_iter(trust.bundle.as_bytes());
         let role = RoleArn::parse(ROLE).unwrap();
@@ -105,7 +105,7 @@ impl VerifyingServer {
     }
 
     /// Returns the tables `[roles_anywhere]` and `[[role]]`, with these keys of the role.
-    pub(super) fn configuration(&self, role: &str) -> String {
+    pub(crate) fn configuration(&self, role: &str) -> String {
         format!(
             "[roles_anywhere]\ntrust_anchor_arn = \"{ANCHOR}\"\nprofile_arn = \"{PROFILE}\"\nendpoint = \"{}\"\n\
              [[role]]\nname = \"app\"\nspiffe_id = \"{}\"\nrole_arn = \"{ROLE}\"\n{role}\n",

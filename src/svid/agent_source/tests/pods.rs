@@ -47,14 +47,17 @@ impl FakePodAgent {
     }
 
     fn answer(&self, subject: String, audience: &str) -> Result<Vec<AgentSvid>, SourceError> {
+        let ids = self.next_ids(subject)?;
+        Ok(ids.iter().map(|id| svid_of(id, audience)).collect())
+    }
+
+    fn next_ids(&self, subject: String) -> Answer {
         self.queried.lock().unwrap().push((subject, Instant::now()));
         let mut reply = self.reply.lock().unwrap();
-        let ids = if reply.len() > 1 {
-            reply.pop_front().unwrap()
-        } else {
-            reply[0].clone()
-        }?;
-        Ok(ids.iter().map(|id| svid_of(id, audience)).collect())
+        match reply.len() {
+            1 => reply[0].clone(),
+            _ => reply.pop_front().unwrap(),
+        }
     }
 }
 
@@ -74,6 +77,12 @@ impl AttestingAgent for FakePodAgent {
         audience: &str,
     ) -> Result<Vec<AgentSvid>, SourceError> {
         self.answer(format!("pod {pod}"), audience)
+    }
+
+    async fn fetch_x509_for_pod(&self, pod: &PodUid) -> Result<Vec<ReceivedX509Svid>, SourceError> {
+        let ids = self.next_ids(format!("certificate of pod {pod}"))?;
+        let authority = Authority::new();
+        Ok(ids.iter().map(|id| authority.svid(id).into()).collect())
     }
 
     async fn fetch_own(&self, _: &str) -> Result<Vec<String>, SourceError> {
@@ -158,10 +167,14 @@ fn with_process(ages: PodAge) -> Arc<Caller> {
 }
 
 fn source(agent: &Arc<FakePodAgent>) -> AgentSource {
+    source_with(agent, false)
+}
+
+fn source_with(agent: &Arc<FakePodAgent>, uses_certificates: bool) -> AgentSource {
     AgentSource::new(
         agent.clone(),
         AUDIENCE.to_owned(),
-        false,
+        uses_certificates,
         MAX_PROCESSES,
         Clock::starting_at(now()),
         Metrics::default(),
@@ -244,6 +257,45 @@ async fn pod_that_is_gone_gets_no_identity() {
         (0, queried + 1),
         "once more, while it was there"
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn x509_svid_is_for_a_pod_that_is_there_before_and_after() {
+    let agent = FakePodAgent::reply([Ok(vec![SHOP])]);
+    let source = source(&agent);
+    let query = format!("certificate of pod {UID}");
+    for (reads, calls) in [(0, 0), (1, 1), (2, 2)] {
+        let caller = caller_in_pod(1, since(OLD, OLD), reads);
+        let svid = source.x509_svid(&caller, &shop_id()).await;
+        match reads {
+            2 => assert_eq!(svid.unwrap().spiffe_id(), &shop_id()),
+            _ => assert_eq!(svid.unwrap_err(), AttestError::CallerGone.into()),
+        }
+        assert_eq!(agent.queried(), vec![query.clone(); calls]);
+    }
+    let caller = caller_in_pod(1, since(OLD, OLD), u32::MAX);
+    let own = SpiffeId::parse(AWSVID).unwrap();
+    *agent.reply.lock().unwrap() = VecDeque::from([Ok(vec![AWSVID])]);
+    for id in [own, shop_id()] {
+        let error = source.x509_svid(&caller, &id).await.unwrap_err();
+        assert!(matches!(error, SourceError::Denied(_)), "{error:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn certificate_proves_the_identity_of_a_new_pod() {
+    let no_tokens = || SourceError::Unavailable("could not fetch JWT-SVID".to_owned());
+    // Each of the two queries checks the pod twice.
+    for (reads, identities) in [(3, Err(AttestError::CallerGone.into())), (4, Ok(SHOP))] {
+        let agent = FakePodAgent::reply([Err(no_tokens()), Ok(vec![SHOP])]);
+        let source = source_with(&agent, true);
+        let caller = caller_in_pod(1, since(OLD, OLD), reads);
+        let result = source.identify(&caller).await;
+        let result = result.map(|identities| identities[0].spiffe_id.to_string());
+        assert_eq!(result, identities.map(str::to_owned));
+        let queries = [format!("pod {UID}"), format!("certificate of pod {UID}")];
+        assert_eq!(agent.queried(), queries);
+    }
 }
 
 #[tokio::test(start_paused = true)]
