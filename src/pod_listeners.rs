@@ -140,6 +140,7 @@ impl PodListeners {
             TakeoverGate {
                 directory: directory.to_owned(),
                 own,
+                own_cookie: sys::cookie_here().ok(),
                 threads,
                 could_serve,
                 first_scan: first_scan_done,

@@ -51,7 +51,8 @@ impl TcpUnsupported {
     pub fn fix(&self, unix: UnixSupport) -> String {
         let fix = match self {
             Self::NoCgroups => {
-                "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified"
+                "boot with systemd.unified_cgroup_hierarchy=1, or mount -t cgroup2 none /sys/fs/cgroup/unified; \
+                 in Kubernetes mount the host's /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup"
             }
             Self::NoSockDiag(_) => {
                 "load the kernel modules inet_diag and tcp_diag (CONFIG_INET_DIAG, CONFIG_INET_TCP_DIAG)"

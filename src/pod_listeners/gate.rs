@@ -16,6 +16,8 @@ use crate::pod_listeners::netns_watch::receives_mounts;
 pub struct TakeoverGate {
     pub(super) directory: PathBuf,
     pub(super) own: NamespaceId,
+    /// The cookie of `own`, where the kernel has cookies.
+    pub(super) own_cookie: Option<u64>,
     /// Reads the directory, whose file system may not respond.
     pub(super) threads: FileThreads,
     pub(super) could_serve: watch::Sender<bool>,
@@ -48,7 +50,7 @@ impl TakeoverGate {
         }
         // The namespace of this process's own pod is there before its containers start. A pod with
         // hostNetwork has none.
-        if self.own.is_initial(None) {
+        if self.own.is_initial(self.own_cookie) {
             return None;
         }
         let (path, own) = (self.directory.clone(), self.own);
@@ -94,4 +96,36 @@ fn has_namespace(directory: &Path, own: NamespaceId) -> bool {
     files
         .filter_map(Result::ok)
         .any(|file| matches!(NamespaceId::at(&file.path(), own), Ok(Some(_))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The initial namespace has the same cookie on every kernel, and not the same inode.
+    #[tokio::test]
+    async fn pod_without_a_network_of_its_own_is_not_missing() {
+        for (inode, own_cookie, is_missing) in [
+            (0xF000_0008, Some(1), false),
+            (0xF000_0008, Some(2), true),
+            (0xF000_0008, None, true),
+            (0xEFFF_FFF9, None, false),
+        ] {
+            let own = ((4_u128 << 64) | inode).to_ne_bytes();
+            let gate = TakeoverGate {
+                // No mount point is above a relative path.
+                directory: PathBuf::from("no-namespaces"),
+                own: NamespaceId::from_bytes(own),
+                own_cookie,
+                threads: FileThreads::default(),
+                could_serve: watch::Sender::new(false),
+                first_scan: watch::Sender::new(false).subscribe(),
+                coverage: watch::Sender::new(Coverage::default()).subscribe(),
+            };
+            let missing = gate.missing_for_new_pods(true).await;
+            assert_eq!(missing.is_some(), is_missing, "{inode:x} {own_cookie:?}");
+            let words = "not even that of awsvid's own pod";
+            assert!(missing.is_none_or(|text| text.contains(words)));
+        }
+    }
 }

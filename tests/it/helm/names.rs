@@ -201,3 +201,28 @@ fn rendered_images_name_their_registry_and_version() {
         format!("r.example/awsvid/awsvid@sha256:{}", "0".repeat(64))
     );
 }
+
+/// GKE gives a system's priority class only to namespaces whose quota names it.
+#[test]
+fn quota_covers_every_priority_class() {
+    let Some(renderer) = Renderer::new() else {
+        return;
+    };
+    let values = [&DEFAULTS[..], &EVERYTHING].concat();
+    let objects = renderer.chart(&values, &VERSION);
+    let quota = objects
+        .iter()
+        .find(|((kind, ..), _)| kind == "ResourceQuota");
+    let (_, quota) = quota.expect("the quota");
+    let covered = &quota["spec"]["scopeSelector"]["matchExpressions"][0]["values"];
+    let mut count = 0;
+    for ((kind, _, name), object) in &objects {
+        let class = &object["spec"]["template"]["spec"]["priorityClassName"];
+        if class.is_string() {
+            let covered = covered.as_array().expect("a list");
+            assert!(covered.contains(class), "{kind} {name}: {class}");
+            count += 1;
+        }
+    }
+    assert_eq!(count, 2, "the DaemonSet and the Deployment");
+}

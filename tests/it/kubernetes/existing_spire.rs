@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::cluster::{Cluster, READER, copy, manifests};
 use super::life::{PollingPod, process};
+use super::{attacks, first_act_is_answered};
 use crate::harness::counterparts::process::await_some;
 use crate::harness::documents::block;
 use crate::harness::kubernetes::{Image, root_of};
@@ -192,8 +193,10 @@ impl<'a> KeptPod<'a> {
 /// Replaces awsvid's pods by `upgrade` while several pods send requests, of which none may fail.
 fn upgrade_under_load(cluster: &Cluster, names: [&'static str; 3], upgrade: impl FnOnce()) {
     let askers = names.map(|name| PollingPod::start(cluster, name));
+    let before = process(&cluster.node, "awsvid");
     upgrade();
     cluster.node.rolled_out("awsvid", "daemonset/awsvid");
+    assert_ne!(process(&cluster.node, "awsvid"), before, "the same pod");
     for asker in askers {
         asker.await_more();
         let (answered, failed, _) = asker.stop();
@@ -331,6 +334,8 @@ pub(super) fn helm_installs_and_removes_awsvid(
     run_documented(cluster, &check, &[]);
     attests(cluster, "with-helm");
     reads(cluster, "with-helm");
+    first_act_is_answered(cluster, "with-helm");
+    attacks::pod_listeners_attest_each_pod(cluster, "with-helm");
     role_of_team_is_served(cluster);
 
     let upgrade = [

@@ -171,6 +171,8 @@ fn assert_checked(machine: &SystemdMachine, spire: &Spire) {
     for line in first
         .lines()
         .chain(of_page.lines().filter(|line| !of_workload.contains(line)))
+        // The recipe for a 403 in a pod has that one.
+        .filter(|line| !line.starts_with("kubectl"))
     {
         let check = sh(machine, &line.replace("oidc.example.org:443", &issuer));
         let failed: Vec<&str> = check

@@ -30,11 +30,10 @@ const OF_PODS: [MissingParts<'_>; 2] = [
             "ports below 1024, such as 974 in pods, may not be bound",
             "in Kubernetes add NET_BIND_SERVICE to the container's securityContext.capabilities.add",
             "[pods] netns_dir does not exist yet; in Kubernetes mount the host's directory by a hostPath volume",
-            "pods cannot be identified: the kubelet's cgroup is missing; in Kubernetes mount the host's /sys/fs/cgroup",
         ],
         reasons: &[
-            "[pods] enabled: the kubelet's cgroup is missing; in Kubernetes mount the host's /sys/fs/cgroup by a \
-             hostPath volume, with its volumeMount at /host/cgroup",
+            // The container's own mounts have no cgroup v2 tree, or one without the kubelet's.
+            "in Kubernetes mount the host's /sys/fs/cgroup by a hostPath volume, with its volumeMount at /host/cgroup",
             "correct `broker_socket` in [identity]; in Kubernetes mount the agent's directory with a hostPath volume",
         ],
     },
