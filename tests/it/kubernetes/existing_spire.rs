@@ -334,8 +334,8 @@ pub(super) fn helm_installs_and_removes_awsvid(
     run_documented(cluster, &check, &[]);
     attests(cluster, "with-helm");
     reads(cluster, "with-helm");
-    first_act_is_answered(cluster, "with-helm");
-    attacks::pod_listeners_attest_each_pod(cluster, "with-helm");
+    first_act_is_answered(cluster, "spiffe-broker");
+    attacks::pod_listeners_attest_each_pod(cluster, "spiffe-broker");
     role_of_team_is_served(cluster);
 
     let upgrade = [
