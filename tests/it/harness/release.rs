@@ -23,6 +23,12 @@ pub(crate) struct Release {
     formats: &'static str,
 }
 
+/// Returns the path of a program in the folder of an earlier build, if the variable names one.
+fn earlier(program: &str) -> Option<PathBuf> {
+    let built = std::env::var_os("AWSVID_TEST_RELEASE")?;
+    Some(Path::new(&built).join(program))
+}
+
 impl Release {
     /// Lays out a release in `out` with this program of the tests, without its symbols, and its
     /// libraries.
@@ -43,9 +49,8 @@ impl Release {
     /// Builds the program of the packages into `out`, as the workflow does. The variable
     /// `AWSVID_TEST_RELEASE` names a folder with the program of an earlier build instead.
     pub(crate) fn built(out: &Path) -> Option<Self> {
-        if let Some(built) = std::env::var_os("AWSVID_TEST_RELEASE") {
+        if let Some(program) = earlier("awsvid") {
             let release = Self::at(out)?;
-            let program = Path::new(&built).join("awsvid");
             fs::copy(program, out.join("awsvid")).expect("the program of an earlier build");
             return Some(release);
         }
@@ -84,8 +89,15 @@ impl Release {
         Self { formats, ..self }
     }
 
-    /// Runs these steps of `deploy/release`.
+    /// Runs these steps of `deploy/release`. Builds the image's program first if it is needed.
     pub(crate) fn run(&self, steps: &[&str]) {
+        let program = self.out.join("awsvid-static");
+        if steps.contains(&"image") && !program.exists() {
+            match earlier("awsvid-static") {
+                Some(built) => drop(fs::copy(built, program).expect("the earlier build")),
+                None => self.run(&["static"]),
+            }
+        }
         self.run_in(Path::new(env!("CARGO_MANIFEST_DIR")), steps);
     }
 
