@@ -17,7 +17,7 @@ const TIMEOUT: Duration = Duration::from_secs(5400);
 const NAME: &str = "machines::kubernetes_node::pods_are_served_on_a_stock_machine";
 /// The name of awsvid's image among the machine's files.
 const IMAGE: &str = "awsvid.oci.tar";
-const PROGRAMS: [&str; 18] = [
+const PROGRAMS: [&str; 19] = [
     "kubectl",
     "helm",
     "ctr",
@@ -31,6 +31,7 @@ const PROGRAMS: [&str; 18] = [
     "runc",
     "ptp",
     "host-local",
+    "loopback",
     "spire-server",
     "spire-agent",
     "oidc-discovery-provider",

@@ -9,7 +9,7 @@ use super::super::counterparts::process::Process;
 use super::configuration::Computer;
 use super::{BUSYBOX, Image, NAME, Node, TIMEOUT, configuration, cri_o};
 
-const PROGRAMS: [&str; 11] = [
+const PROGRAMS: [&str; 12] = [
     "kubectl",
     "helm",
     "etcd",
@@ -20,6 +20,7 @@ const PROGRAMS: [&str; 11] = [
     "runc",
     "ptp",
     "host-local",
+    "loopback",
     "pod-files",
 ];
 const CONTAINERD: [&str; 3] = ["containerd", "containerd-shim-runc-v2", "ctr"];
