@@ -68,11 +68,13 @@ impl Components {
         // This runs before the rules take effect, so that the names in them nearly always have
         // their numbers by then.
         accounts.add(config.accounts(), SOURCE_CHECK_TIMEOUT).await;
+        let built_from = SourceConfig::of(config);
         let source = match source {
             Some(source) => source,
             None => {
+                let settings = (config, &built_from);
                 let files = &blocking.files;
-                identity_source(config, is_reload, accounts, files, clock, metrics).await?
+                identity_source(settings, is_reload, accounts, files, clock, metrics).await?
             }
         };
         let sts = Arc::new(sts(config, clock.clone(), blocking.clone()).await?);
@@ -81,7 +83,7 @@ impl Components {
             TokenExchanger::new(source.clone(), sts.clone(), clock.clone(), metrics.clone())
                 .with_roles_anywhere(roles_anywhere.clone());
         Ok(Self {
-            source: SourceConfig::of(config),
+            source: built_from,
             probes: ReadinessProbes::new(
                 config,
                 source.clone(),
@@ -111,17 +113,14 @@ fn limits(cache: &config::CacheConfig) -> CacheLimits {
 /// Builds the source that the configuration names. A source that is misconfigured makes a reload
 /// fail. A source that does not answer yet does not.
 async fn identity_source(
-    config: &Config,
+    (config, built_from): (&Config, &SourceConfig),
     is_reload: bool,
     accounts: &Accounts,
     threads: &FileThreads,
     clock: &Clock,
     metrics: &Metrics,
 ) -> Result<Arc<dyn IdentitySource>, AppError> {
-    let SourceConfig {
-        identity,
-        uses_certificates,
-    } = SourceConfig::of(config);
+    let identity = &built_from.identity;
     let agent: Arc<dyn AttestingAgent> = match &identity.source {
         config::Source::WorkloadApi => {
             let rules: Vec<_> = config
@@ -168,8 +167,8 @@ async fn identity_source(
     let most = remembered_processes();
     Ok(Arc::new(AgentSource::new(
         agent,
-        identity.audience,
-        uses_certificates,
+        identity.audience.clone(),
+        built_from.uses_certificates,
         most,
         clock.clone(),
         metrics.clone(),

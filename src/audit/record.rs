@@ -246,6 +246,7 @@ impl Record {
             peer.and_then(|peer| peer.pod.as_ref()),
         );
         let issued = end.issued.filter(|_| is_exact);
+        let chosen = issued.and_then(|issued| issued.first_session_name);
         render(&JsonLine {
             time: moment(self.audit.clock.now()),
             target: "audit",
@@ -270,11 +271,8 @@ impl Record {
             spiffe_ids: if is_exact { &self.spiffe_ids } else { &[] },
             spiffe_id: grant.map(|grant| grant.spiffe_id.as_str()),
             role_arn: grant.map(|grant| grant.issued_role_arn().as_str()),
-            session_name: grant.map(|grant| match grant.chain().is_empty() {
-                true => first_session_name(grant, issued),
-                false => grant.issued_session_name().as_str(),
-            }),
-            chain: grant.map_or_else(Vec::new, |grant| hops(grant, issued)),
+            session_name: grant.map(|grant| grant.issued_session_name(chosen)),
+            chain: grant.map_or_else(Vec::new, |grant| hops(grant, chosen)),
             access_key_id: issued.map(|issued| issued.access_key_id),
             expiration: issued.map(|issued| second(issued.expiration)),
             cache: issued.map(|issued| issued.cache_result),
@@ -283,20 +281,15 @@ impl Record {
     }
 }
 
-/// Returns the name of the first session, as AWS has it.
-fn first_session_name<'a>(grant: &'a Grant, issued: Option<IssuedFields<'a>>) -> &'a str {
-    let chosen = issued.and_then(|issued| issued.first_session_name);
-    chosen.unwrap_or(grant.session_name.as_str())
-}
-
-/// Returns each session of a chain. None without a chain.
-fn hops<'a>(grant: &'a Grant, issued: Option<IssuedFields<'a>>) -> Vec<HopFields<'a>> {
+/// Returns each session of a chain, the first one with the name that AWS has chosen. None without a
+/// chain.
+fn hops<'a>(grant: &'a Grant, chosen: Option<&'a str>) -> Vec<HopFields<'a>> {
     if grant.chain().is_empty() {
         return Vec::new();
     }
     let first = HopFields {
         role_arn: grant.role_arn.as_str(),
-        session_name: first_session_name(grant, issued),
+        session_name: grant.first_session_name(chosen),
         source_identity: None,
         tags: BTreeMap::new(),
     };

@@ -133,15 +133,11 @@ impl Entry {
         self.grant.is_hop() && failure.is_some_and(|failure| failure.is_rejected())
     }
 
-    /// Returns the session's name, as AWS has it.
-    fn session_name<'a>(&'a self, current: Option<&'a CachedCredentials>) -> &'a SessionName {
-        let chosen = current.and_then(|cached| cached.first_session_name.as_ref());
-        let chosen = chosen.filter(|_| self.grant.chain().is_empty());
-        chosen.unwrap_or_else(|| self.grant.issued_session_name())
-    }
-
     pub(super) fn describe(&self, clock: &Clock) -> EntryStatus {
         let current = self.current.load();
+        let chosen = current
+            .as_deref()
+            .and_then(CachedCredentials::first_session_name);
         let latest = self.latest.load();
         let state = self.state();
         let failure = state.failure.as_ref();
@@ -151,7 +147,7 @@ impl Entry {
             spiffe_id: self.grant.spiffe_id.to_string(),
             role: self.grant.role.name.clone(),
             role_arn: self.grant.issued_role_arn().to_string(),
-            session_name: self.session_name(current.as_deref()).as_str().to_owned(),
+            session_name: self.grant.issued_session_name(chosen).to_owned(),
             hop: self.grant.is_hop().then(|| self.grant.hop_number()),
             chain: self.chain(),
             access_key_id: current

@@ -150,11 +150,18 @@ impl Grant {
             .map_or(&self.role_arn, |last| &last.role_arn)
     }
 
-    /// Returns the name of the session whose credentials these are.
-    pub fn issued_session_name(&self) -> &SessionName {
-        self.chain()
-            .last()
-            .map_or(&self.session_name, |last| &last.session_name)
+    /// Returns the name of the session whose credentials these are, as AWS has it. `chosen` is that
+    /// of the first session, where AWS has not used the requested one.
+    pub fn issued_session_name<'a>(&'a self, chosen: Option<&'a str>) -> &'a str {
+        match self.chain().last() {
+            Some(last) => last.session_name.as_str(),
+            None => self.first_session_name(chosen),
+        }
+    }
+
+    /// Returns the name of the first session, likewise.
+    pub fn first_session_name<'a>(&'a self, chosen: Option<&'a str>) -> &'a str {
+        chosen.unwrap_or(self.session_name.as_str())
     }
 
     /// Returns the requested duration of the session whose credentials these are.

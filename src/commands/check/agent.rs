@@ -331,13 +331,7 @@ async fn select_x509(
     target: &CheckTarget,
     role: &Role,
 ) -> Result<X509Svid, SourceError> {
-    let svids = match target {
-        CheckTarget::Itself => agent.fetch_x509_for_pid(std::process::id()).await?,
-        CheckTarget::Process(pid) | CheckTarget::ProcessOfPod(pid, _) => {
-            agent.fetch_x509_for_pid(*pid).await?
-        }
-        CheckTarget::Pod(uid) => agent.fetch_x509_for_pod(uid).await?,
-    };
+    let svids = target.fetch_x509(agent).await?;
     let ids = svids.iter().map(|svid| svid.spiffe_id.as_str());
     let id = select(ids, role)?;
     X509Svid::check_any(svids, &id, Clock::system().now())?.ok_or_else(no_identity)

@@ -6,8 +6,8 @@ use std::path::Path;
 use crate::attest;
 use crate::cgroup::{PodRoots, PodUid};
 use crate::config::Config;
-use crate::svid::SourceError;
 use crate::svid::agent::{AgentSvid, AttestingAgent};
+use crate::svid::{ReceivedX509Svid, SourceError};
 
 /// The process or pod that an agent attests for the check.
 #[derive(Debug, Clone)]
@@ -26,18 +26,35 @@ impl CheckTarget {
         !matches!(self, Self::Itself)
     }
 
-    /// Fetches the SVIDs that the agent has for it.
+    /// Fetches the JWT-SVIDs that the agent has for it.
     pub(super) async fn fetch(
         &self,
         agent: &dyn AttestingAgent,
         audience: &str,
     ) -> Result<Vec<AgentSvid>, SourceError> {
+        match self.by_reference() {
+            Ok(uid) => agent.fetch_for_pod(uid, audience).await,
+            Err(pid) => agent.fetch_for_pid(pid, audience).await,
+        }
+    }
+
+    /// Fetches the X.509-SVIDs that the agent has for it.
+    pub(super) async fn fetch_x509(
+        &self,
+        agent: &dyn AttestingAgent,
+    ) -> Result<Vec<ReceivedX509Svid>, SourceError> {
+        match self.by_reference() {
+            Ok(uid) => agent.fetch_x509_for_pod(uid).await,
+            Err(pid) => agent.fetch_x509_for_pid(pid).await,
+        }
+    }
+
+    /// Returns the pod for an agent that accepts references to pods, or else the process.
+    fn by_reference(&self) -> Result<&PodUid, u32> {
         match self {
-            Self::Itself => agent.fetch_for_pid(std::process::id(), audience).await,
-            Self::Process(pid) | Self::ProcessOfPod(pid, _) => {
-                agent.fetch_for_pid(*pid, audience).await
-            }
-            Self::Pod(uid) => agent.fetch_for_pod(uid, audience).await,
+            Self::Itself => Err(std::process::id()),
+            Self::Process(pid) | Self::ProcessOfPod(pid, _) => Err(*pid),
+            Self::Pod(uid) => Ok(uid),
         }
     }
 

@@ -133,7 +133,7 @@ fn chain_is_rendered_for_each_workload() {
     );
     assert_eq!(two.policy_arns, ["arn:aws:iam::aws:policy/billing"]);
     assert_eq!(grant.issued_role_arn(), &two.role_arn);
-    assert_eq!(grant.issued_session_name(), &two.session_name);
+    assert_eq!(grant.issued_session_name(None), two.session_name.as_str());
 }
 
 #[test]
